@@ -1,4 +1,4 @@
-"""A type of features goes all the way: table → dataset → training → vectors → search → ONNX, inspection and card.
+"""A feature type end to end: table → dataset → training → vectors → search → ONNX, inspection and card.
 
 The vectors of `vector` come from a list column or a matrix; `angle` is registered by a module outside the package.
 """
@@ -42,7 +42,7 @@ ROWS, TOPICS, DIM = 400, 8, 6
 
 
 def write_table(folder: Path) -> None:
-    """A query and its document are of one topic: its direction in `near`, its hour on the clock."""
+    """A query and its document share a topic: its direction in `near`, and its hour."""
     random = np.random.RandomState(0)
     topic = random.randint(0, TOPICS, ROWS)
     near = random.randn(TOPICS, DIM)[topic] + 0.1 * random.randn(ROWS, DIM)
@@ -134,7 +134,7 @@ def go_all_the_way(
 
 
 def selected_by(run: Path) -> str:
-    """Return the metric that selects best/, of its record and of best/ itself."""
+    """Return the metric that selects best/, from its record and computed from best/."""
     lines = map(json.loads, (run / "pretrain" / "metrics.jsonl").read_text().splitlines())
     name: str = next(line["selected_by"] for line in lines if "validation" in line)
     origin = load_model_folder(run / "pretrain" / "best").provenance
@@ -169,7 +169,7 @@ def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int,
         feature = {**feature, "matrix": str(tmp_path / "near.npy")}
     index: dict[str, Any] = {}
     source, stage = "pairs.parquet", {"optimizer": {"lr": 0.01, "warmup_steps": 1}}
-    if case == "from outside":  # all that the module registers
+    if case == "from outside":  # everything that the module registers
         source = "pairs.orc"
         index = {"kind": "numpy", "options": {"dtype": "float32"}}
         stage = {

@@ -76,7 +76,7 @@ def test_packed_lists_are_padded_ones(
 
 
 def test_a_run_trains_there_and_goes_on(tmp_path: Path) -> None:
-    """One rank as the launcher starts it: NCCL beside gloo, bfloat16, chunks whose random states are the card's."""
+    """One rank as started by the launcher: NCCL and gloo, bfloat16, chunks with the GPU's random states."""
     for library in ("accelerate", "deepspeed", "duckdb", "joblib", "matplotlib", "webdataset"):
         pytest.importorskip(library)
     config, run_dir = small_run.write_dataset(tmp_path), tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A run goes on over partitions added since: weights, moments and progress stay, the rows are the new ones."""
+"""A run continues on added partitions: weights, optimizer state and progress are kept, the rows are new."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_rows_are_the_new_partitions_from_their_first_step_on(
     assert [record["step"] for record in curve] == list(range(1, STEPS + NEW_STEPS + 1))
     assert np.isfinite([record["loss"] for record in curve]).all()
     rates = [record["lr"] for record in curve]
-    assert rates[STEPS] == pytest.approx(rates[0])  # a schedule of its own: warm-up again
+    assert rates[STEPS] == pytest.approx(rates[0])  # a new schedule: warm-up again
     best = weights(run_dir)
     assert len(best["tables.tables.doc_item_id.weight"]) == 2 + small_run.NUM_ITEMS + 7
 

@@ -1,4 +1,4 @@
-"""Rows that give several queries each: the same losses on any ranks and in any chunks, through every mask."""
+"""Rows with several queries: equal losses for any number of ranks and chunks, with every mask."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path
 
 
 def in_groups(rank: int, world_size: int, *given: Any) -> int:
-    """Run a stage, histories of 8 items at most in groups as those of hundreds are; return the most of a chunk."""
+    """Run a stage with small groups of similar length; return the maximum number of groups per chunk."""
     most, group_by_length = 0, step_plan.group_by_length
 
     def counted(length_R: np.ndarray) -> tuple[RowGroup, ...]:
@@ -102,7 +102,7 @@ def in_groups(rank: int, world_size: int, *given: Any) -> int:
 def test_groups_of_like_length_change_no_loss_under_zero_3(
     config: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
-    """Ranks have groups of their own, while every call of a module is a collective."""
+    """The groups differ between ranks, while every call of a module is a collective."""
     said = ("pretrain.steps=3", "pretrain.negatives.mask=past")
     pools[1].run(small_run.run, config, tmp_path / "one", (*said, "engine.chunk_tokens=0"))
     more = ("engine.chunk_tokens=100", "engine.zero_stage=3")
@@ -120,7 +120,7 @@ def test_a_stopped_run_is_the_one_that_was_not(config: Path, tmp_path: Path, poo
     for name in ("whole", "stopped"):
         pools[2].run(small_run.run, config, tmp_path / name, said)
     for file in (tmp_path / "stopped" / "pretrain" / "checkpoints" / "step-00000008").iterdir():
-        file.unlink()  # damaged: the run goes on from step 4
+        file.unlink()  # damaged: the run resumes from step 4
     pools[2].run(small_run.run, config, tmp_path / "stopped", said, "pretrain", True)
     assert len(losses(tmp_path / "whole")) == 8 and losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 

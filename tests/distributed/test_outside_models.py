@@ -1,4 +1,4 @@
-"""A sequence block and a text encoder of a module outside the package, with keys of their own, all the way.
+"""A sequence block and a text encoder of a module outside the package, with additional keys, end to end.
 
 Training on two ranks in chunks, a stopped run that continues, best/ loaded again, vectors, an index and the estimate.
 """
@@ -46,7 +46,7 @@ def train(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tu
 
 
 def use(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Load best/ and use it: vectors of rows and documents, an index; and estimate the run."""
+    """Load best/, compute vectors of rows and documents and an index; estimate the run."""
     from . import outside
 
     model = load_model_folder(run_dir / "pretrain" / "best")
@@ -78,7 +78,7 @@ def exported(rank: int, world_size: int, run_dir: Path) -> Parity:
 
 
 def refused(rank: int, world_size: int) -> list[str]:
-    """Return the sentences of what needs a BERT."""
+    """Return the error messages of features that need a BERT."""
     from . import outside
 
     tower = TowerConfig(text=outside.Bag(width=8))
@@ -118,7 +118,7 @@ def test_parts_of_the_towers_from_outside(config: Path, tmp_path: Path, outside_
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
     (before,) = outside_pools[1].run(use, config, tmp_path / "chunked", chunked)
     for file in (tmp_path / "chunked" / "pretrain" / "checkpoints" / "step-00000008").iterdir():
-        file.unlink()  # damaged: the run goes on from step 4
+        file.unlink()  # damaged: the run resumes from step 4
     first = losses(tmp_path / "chunked")
     outside_pools[2].run(train, config, tmp_path / "chunked", chunked, True)
     assert losses(tmp_path / "chunked") == first

@@ -1,4 +1,4 @@
-"""A run on plain WebDataset shards by another writer, at 2 ranks, stopped and gone on with."""
+"""A run on plain WebDataset shards of another writer, on 2 ranks, stopped and resumed."""
 
 from __future__ import annotations
 

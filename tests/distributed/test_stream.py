@@ -1,4 +1,4 @@
-"""The stream on several processes: damage that one rank alone sees, and ranks that are killed and started again."""
+"""The stream on several processes: damage that only one rank reads, and ranks that are killed and restarted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def writer() -> ModuleType:
     spec = importlib.util.spec_from_file_location("tiny_datasets", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_datasets"] = module  # dataclasses look their module up
+    sys.modules["tiny_datasets"] = module  # required by dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -54,7 +54,7 @@ def pool():
 
 
 def read_until_it_stops(rank: int, world_size: int, folder: str, fraction: float, fails: str) -> tuple[int, int, str]:
-    """Return how many steps this rank made, how many rows, and the error's class and message."""
+    """Return this rank's number of steps and rows, and the error's class and message."""
     if fails == "rank 1" and rank == 1:
 
         def fail(*_: object) -> None:
@@ -79,7 +79,7 @@ def test_all_ranks_stop_at_the_same_step_where_one_alone_meets_damage(
     folder = shutil.copytree(dataset, tmp_path / "copy")
     index = Dataset.open(folder).index("train")
     lane_of_rank_1 = Order(index.rows, rows_global=ROWS_GLOBAL, lanes=LANES).window(0, 1, 0)
-    block = int(lane_of_rank_1.blocks[1])  # wholly inside the lane
+    block = int(lane_of_rank_1.blocks[1])  # entirely within the lane
     with index.shards[index.shard[block]].open("r+b") as file:
         file.seek(int(index.offset[block]) + 50)
         file.write(b"damage")
@@ -103,7 +103,7 @@ def test_a_rank_that_cannot_read_takes_the_others_with_it(dataset: Path) -> None
 
 
 def consume(folder: str, run: str, rank: int, world_size: int, start: dict[str, Any] | None, step_done: Any) -> None:
-    """Do what a training rank does: log every step's row ids, wait for the others, save the state, until killed."""
+    """Run as a training rank: log every step's row ids, synchronize, save the state, until killed."""
     stream = PairStream(
         folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, num_workers=1,
         start_step=start["step"] if start else 0,
@@ -121,7 +121,7 @@ def consume(folder: str, run: str, rank: int, world_size: int, start: dict[str, 
 
 
 def run_and_kill(dataset: Path, run: Path, world_size: int, start: dict[str, Any] | None, upto: int) -> None:
-    """Start the ranks, and kill -9 them once rank 0 is past step `upto`, each at another moment."""
+    """Start the ranks, and kill -9 them after step `upto` of rank 0, each at a different time."""
     context = mp.get_context("spawn")
     step_done = context.Barrier(world_size)
     ranks = [
@@ -142,7 +142,7 @@ def run_and_kill(dataset: Path, run: Path, world_size: int, start: dict[str, Any
 
 
 def read_log(run: Path, world_size: int) -> dict[int, list[int]]:
-    """Return each step that all ranks have logged, with its row ids."""
+    """Return the row ids by step that all ranks have logged."""
     steps: dict[int, list[list[int]]] = {}
     for path in run.glob(f"rows-{world_size}-*.jsonl"):
         for line in path.read_text().splitlines():
