@@ -20,7 +20,7 @@ from bigdssm.errors import BigDSSMError, ConfigError, DataError, Preempted
 from bigdssm.utils.log import is_first_rank, setup_logging
 
 PLUGINS = "bigdssm.plugins"
-NOT_THERE = FileNotFoundError, IsADirectoryError, NotADirectoryError  # of data, such as a link whose file has gone
+MISSING_PATH = FileNotFoundError, IsADirectoryError, NotADirectoryError  # of data, such as a link whose file has gone
 INTERRUPTED_EXIT_CODE = 130  # what shells give for Ctrl-C
 
 
@@ -52,7 +52,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
-        return DataError.exit_code if isinstance(error, NOT_THERE) else BigDSSMError.exit_code
+        return DataError.exit_code if isinstance(error, MISSING_PATH) else BigDSSMError.exit_code
 
 
 def load_plugins() -> None:
@@ -100,7 +100,7 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, op
         raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")
 
 
-def add_served(parser: argparse.ArgumentParser) -> None:
+def add_search_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name what is asked: a model, its index, and the dataset."""
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--index", type=Path, required=True, help="index folder")

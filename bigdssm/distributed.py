@@ -1,7 +1,7 @@
-"""Rank, world size and the few collectives the project uses; the only module that touches torch.distributed.
+"""Rank, world size and collectives; the only module that uses torch.distributed.
 
-Everything works without a process group, as a world of one. Collectives take an optional `group` and carry no
-gradients: the losses compute theirs by hand and reduce them.
+All functions work without a process group (world size 1). Collectives take an optional `group` and are not
+differentiable: the losses compute and reduce their gradients explicitly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from bigdssm.errors import BigDSSMError, PeerError
 from bigdssm.utils import timing
 
-# torch 2.13 calls it all_gather_single, and warns; 2.10 does not have that name
+# torch 2.13 renamed it to all_gather_single and warns; 2.10 has only the old name
 warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
 # DeepSpeed warns on its import that it computes on the CPU
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -29,17 +29,17 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 T = TypeVar("T")
 Group = dist.ProcessGroup
 
-# torch 2.13 renamed reduce_scatter_tensor; gloo has it since the same release
+# torch 2.13 renamed reduce_scatter_tensor; gloo supports it since the same release
 _GLOO_REDUCE_SCATTER = hasattr(dist, "reduce_scatter_single")
 _reduce_scatter = dist.reduce_scatter_single if _GLOO_REDUCE_SCATTER else dist.reduce_scatter_tensor
 
-_GLOO_BYTES = 4 << 20  # reduced at once: it works on two copies of what it is given
+_GLOO_BYTES = 4 << 20  # per reduce-scatter: gloo allocates two copies of its input
 
-_background: tuple[Group | None, Group] | None = None  # the whole group that there was, and one for threads
+_background: tuple[Group | None, Group] | None = None  # the default group, and its group for background threads
 
 
 def is_distributed() -> bool:
-    """Return True where a process group exists."""
+    """Return whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -54,18 +54,18 @@ def world_size(group: Group | None = None) -> int:
 
 
 def is_main() -> bool:
-    """Return True on rank 0."""
+    """Return whether this process is rank 0."""
     return rank() == 0
 
 
 def shutdown() -> None:
-    """Leave the process group. Without it a rank that ends last can die of the threads that the group still runs."""
+    """Destroy the process group; without it, the group's threads can crash the process at exit."""
     if is_distributed():
         dist.destroy_process_group()
 
 
 def free_port() -> str:
-    """Return a TCP port of this machine that nobody listens on."""
+    """Return an unused TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -97,7 +97,7 @@ def all_gather_object(value: T, group: Group | None = None) -> list[T]:
 
 
 def gather_objects(value: T, group: Group | None = None) -> list[T]:
-    """Return every rank's picklable `value`, in rank order, on rank 0; nothing on the others."""
+    """Return every rank's picklable `value`, in rank order, on rank 0; an empty list on the others."""
     if world_size(group) == 1:
         return [value]
     values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
@@ -106,9 +106,9 @@ def gather_objects(value: T, group: Group | None = None) -> list[T]:
 
 
 def background_group() -> Group | None:
-    """Return the group of all ranks that threads beside the main one talk over, None without other ranks.
+    """Return a gloo group of all ranks for background threads, None without other ranks. The first call is collective.
 
-    A collective when it is first asked for. What such a thread waits for does not hold up the main one's collectives.
+    A separate group, so that collectives of a background thread do not block those of the main thread.
     """
     global _background
     if world_size() == 1:
@@ -120,7 +120,7 @@ def background_group() -> Group | None:
 
 
 def broadcast_object(value: T, src: int = 0) -> T:
-    """Return rank `src`'s picklable `value` on every rank."""
+    """Return the picklable `value` of rank `src` on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -129,16 +129,16 @@ def broadcast_object(value: T, src: int = 0) -> T:
 
 
 def any_rank(flag: bool) -> bool:
-    """Return True on every rank when `flag` is True on any."""
+    """Return True on every rank if `flag` is True on any."""
     if world_size() == 1:
         return flag
     return bool(all_reduce(torch.tensor([int(flag)]), "max").item())
 
 
 def raise_together(error: BigDSSMError | None, group: Group | None = None) -> None:
-    """Raise on every rank where any rank brings an error: the own one, or a PeerError that quotes the other's.
+    """Raise on every rank if any rank passes an error: its own, or a PeerError that quotes the other rank's.
 
-    A collective: every rank must call it, with None where all is well, so that no rank waits for one that stopped.
+    A collective: every rank must call it, with None if it succeeded, so that no rank waits for one that stopped.
     """
     messages = all_gather_object(None if error is None else str(error), group)
     if error is not None:
@@ -148,33 +148,33 @@ def raise_together(error: BigDSSMError | None, group: Group | None = None) -> No
             raise PeerError(f"rank {other} stopped: {message}")
 
 
-class Board:
-    """Short notes that every rank may read, on the store of the process group, over a connection of its own.
+class SharedStore:
+    """Key-value store of all ranks: the process group's store over a separate connection.
 
-    A call blocks for as long as the store does not answer, with the interpreter lock released: use it in a thread that
-    nobody waits for. Raises RuntimeError where the store is gone.
+    A call blocks until the store responds, with the GIL released: use it in a daemon thread. Raises RuntimeError if the
+    store is gone.
     """
 
     def __init__(self, name: str) -> None:
-        """`name` must be new: notes of the same name would be taken for this board's."""
+        """`name` is the prefix of all keys and must be new."""
         shared: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"bigdssm/{name}", shared.clone())
 
-    def write(self, key: str, note: str) -> None:
-        """Set a note."""
-        self._store.set(key, note)
+    def write(self, key: str, value: str) -> None:
+        """Set a value."""
+        self._store.set(key, value)
 
-    def write_once(self, key: str, note: str) -> None:
-        """Set a note that the first writer keeps."""
-        self._store.compare_set(key, "", note)
+    def write_once(self, key: str, value: str) -> None:
+        """Set a value unless the key exists."""
+        self._store.compare_set(key, "", value)
 
     def read(self, key: str) -> str | None:
-        """Return a note, or None where there is none."""
+        """Return a value, or None if the key does not exist."""
         return str(self._store.get(key).decode()) if self._store.check([key]) else None
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Return True where an error is what a collective raises when another rank has left it."""
+    """Return whether an error is that of a collective which another rank has left."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
@@ -182,7 +182,7 @@ def is_peer_failure(error: BaseException) -> bool:
 class PaddedRows:
     """The rows of all ranks in one buffer [world_size · longest, …]; rank k's rows start at k · longest.
 
-    `wait` must be called before any are read: the gather may still be under way.
+    Call `wait` before reading the buffer: the gather may still be in progress.
     """
 
     buffer: Tensor
@@ -190,7 +190,7 @@ class PaddedRows:
     work: Any = None
 
     def wait(self) -> Tensor:
-        """Wait for the gather to end and return the buffer."""
+        """Wait for the gather and return the buffer."""
         if self.work is not None:
             with timing.span("communication"):
                 self.work.wait()
@@ -205,13 +205,13 @@ def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, as
     """
     if world_size(group) == 1:
         return PaddedRows(rows, longest)
-    own = rows.detach()
+    local = rows.detach()
     if rows.shape[0] < longest or not rows.is_contiguous():
-        own = rows.new_zeros((longest, *rows.shape[1:]))
-        own[: rows.shape[0]] = rows
-    buffer = own.new_empty((world_size(group) * longest, *rows.shape[1:]))
+        local = rows.new_zeros((longest, *rows.shape[1:]))
+        local[: rows.shape[0]] = rows
+    buffer = local.new_empty((world_size(group) * longest, *rows.shape[1:]))
     with timing.span("communication"):
-        work = dist.all_gather_into_tensor(buffer, own, group=group, async_op=async_op)
+        work = dist.all_gather_into_tensor(buffer, local, group=group, async_op=async_op)
     return PaddedRows(buffer, longest, work if async_op else None)
 
 
@@ -226,86 +226,87 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = N
 
 @dataclass
 class PackedRows:
-    """Several values of each row of all ranks in one buffer of bytes; rank k's rows start at k · longest."""
+    """The rows of several tensors of all ranks in one byte buffer; rank k's rows start at k · longest."""
 
     gathered: PaddedRows
-    parts: list[tuple[int, tuple[int, ...], torch.dtype]]  # offset in a row, shape and dtype of a row's value
+    columns: list[tuple[int, tuple[int, ...], torch.dtype]]  # byte offset in a row, row shape and dtype per tensor
 
     def wait(self) -> list[Tensor]:
-        """Wait for the gather to end and return the values as views [world_size · longest, …] of the buffer."""
+        """Wait for the gather and return one view [world_size · longest, …] of the buffer per tensor."""
         return self.views(self.gathered.wait())
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Return the values of the rows of a buffer."""
+        """Return one view of a byte buffer per tensor."""
         views = []
-        for at, shape, dtype in self.parts:
-            part = buffer[:, at : at + math.prod(shape) * dtype.itemsize]
-            views.append(part.view(dtype).view(buffer.shape[0], *shape))
+        for offset, shape, dtype in self.columns:
+            column = buffer[:, offset : offset + math.prod(shape) * dtype.itemsize]
+            views.append(column.view(dtype).view(buffer.shape[0], *shape))
         return views
 
 
 @dataclass
-class OwnRows:
-    """The values of a world of one."""
+class LocalRows:
+    """The counterpart of PackedRows for world size 1."""
 
     values: list[Tensor]
 
     def wait(self) -> list[Tensor]:
-        """Return the values."""
+        """Return the tensors."""
         return self.values
 
 
-def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows | OwnRows:
-    """Gather the rows [n_k ≤ longest, …] of several tensors of any dtypes in one collective, in the background.
+def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows | LocalRows:
+    """Gather the rows [n_k ≤ longest, …] of several tensors of any dtypes in one asynchronous collective.
 
-    The values of a row lie side by side, each at a multiple of 16 bytes where it is wider than 8, those that need least
-    last: the views that come back are what products, on a device too, take as they are. Padding rows are zero.
+    The values of a row are adjacent, in order of decreasing alignment (16 bytes for those wider than 8): matrix
+    products on CPU and GPU accept the resulting views without a copy. Padding rows are zero.
     """
     if world_size(group) == 1:
-        return OwnRows(list(values))
+        return LocalRows(list(values))
     sizes = [value.element_size() * math.prod(value.shape[1:]) for value in values]
     multiples = [16 if size > 8 else value.element_size() for size, value in zip(sizes, values, strict=True)]
-    places, width = [0] * len(values), 0
+    offsets, width = [0] * len(values), 0
     for k in sorted(range(len(values)), key=lambda k: -multiples[k]):
-        places[k] = _up(width, multiples[k])
-        width = places[k] + sizes[k]
-    parts = [(place, tuple(value.shape[1:]), value.dtype) for place, value in zip(places, values, strict=True)]
-    own = torch.zeros((longest, _up(width, 16)), dtype=torch.uint8, device=values[0].device)
-    packed = PackedRows(PaddedRows(own, longest), parts)
-    for value, view in zip(values, packed.views(own), strict=True):
+        offsets[k] = _round_up(width, multiples[k])
+        width = offsets[k] + sizes[k]
+    columns = [(offset, tuple(value.shape[1:]), value.dtype) for offset, value in zip(offsets, values, strict=True)]
+    local = torch.zeros((longest, _round_up(width, 16)), dtype=torch.uint8, device=values[0].device)
+    packed = PackedRows(PaddedRows(local, longest), columns)
+    for value, view in zip(values, packed.views(local), strict=True):
         view[: value.shape[0]] = value
-    return PackedRows(all_gather_padded(own, longest, group, async_op=True), parts)
+    return PackedRows(all_gather_padded(local, longest, group, async_op=True), columns)
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
 def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
-    """Sum a buffer [world_size · longest, …] over the ranks and return this rank's part [longest, …].
+    """Sum a buffer [world_size · longest, …] over the ranks and return this rank's rows [longest, …].
 
-    Falls back to an all-reduce (twice the traffic) where the backend has no reduce-scatter.
+    Falls back to an all-reduce (twice the traffic) if the backend has no reduce-scatter.
     """
     if world_size(group) == 1:
         return buffer
     longest = buffer.shape[0] // world_size(group)
     if dist.get_backend(group) == "gloo" and not _GLOO_REDUCE_SCATTER:
         return all_reduce(buffer, "sum", group).narrow(0, rank(group) * longest, longest)
-    own = buffer.new_empty((longest, *buffer.shape[1:]))
-    of_ranks, at_once = buffer.unflatten(0, (world_size(group), longest)), longest
+    local = buffer.new_empty((longest, *buffer.shape[1:]))
+    by_rank, chunk_rows = buffer.unflatten(0, (world_size(group), longest)), longest
     if dist.get_backend(group) == "gloo":
-        at_once = max(1, _GLOO_BYTES * longest // max(1, buffer.nbytes))
+        chunk_rows = max(1, _GLOO_BYTES * longest // max(1, buffer.nbytes))
     with timing.span("communication"):
-        for first in range(0, longest, max(1, at_once)):
-            part = slice(first, first + at_once)
-            _reduce_scatter(own[part], of_ranks[:, part].flatten(0, 1), group=group)
-    return own
+        for first in range(0, longest, max(1, chunk_rows)):
+            chunk = slice(first, first + chunk_rows)
+            _reduce_scatter(local[chunk], by_rank[:, chunk].flatten(0, 1), group=group)
+    return local
 
 
 def exchange_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
-    """Return what every rank has for this one, [world_size · longest, …] in rank order.
+    """Exchange rows between all ranks (all-to-all); return those sent to this rank, in rank order.
 
-    `buffer` of the same shape holds what this rank has for each: `longest` rows for rank 0, as many for rank 1, ….
+    `buffer` [world_size · longest, …] contains `longest` rows for rank 0, then as many for rank 1, …. The result has
+    the same shape.
     """
     if world_size(group) == 1:
         return buffer

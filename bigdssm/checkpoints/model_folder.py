@@ -33,7 +33,7 @@ from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.utils.atomic import new_folder, real_place, write_json
+from bigdssm.utils.atomic import new_folder, real_path, write_json
 from bigdssm.utils.hashing import json_checksum
 
 FORMAT = 1
@@ -93,7 +93,7 @@ def save_model_folder(
     `state` holds the full weights where the model's own are sharded. Raises CheckpointError where `folder` exists and
     is not a model folder.
     """
-    folder = real_place(folder)
+    folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written, choose another --out")
     with new_folder(folder) as aside:

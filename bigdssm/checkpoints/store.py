@@ -39,7 +39,7 @@ from bigdssm.checkpoints.checkpoint import (
 )
 from bigdssm.checkpoints.shares import FileShare, TensorKind, TensorPiece, even_share, whole_tensor, write_share
 from bigdssm.errors import BigDSSMError, CheckpointError, PeerError
-from bigdssm.utils.atomic import REPLACED, UNFINISHED, aside_of, recover, remove, replace_folder, write_text
+from bigdssm.utils.atomic import REPLACED, UNFINISHED, recover, remove, replace_folder, temporary_path, write_text
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -196,11 +196,11 @@ class CheckpointStore:
         except BaseException as error:  # for the main thread to raise
             self._error = error
             if distributed.is_main():  # its room is needed, if only for saying how the run ended
-                shutil.rmtree(aside_of(self.folder / name_of(job.step)), ignore_errors=True)
+                shutil.rmtree(temporary_path(self.folder / name_of(job.step)), ignore_errors=True)
 
     def _write(self, job: _Job) -> None:
         path = self.folder / name_of(job.step)
-        aside, rank = aside_of(path), distributed.rank()
+        aside, rank = temporary_path(path), distributed.rank()
         self._together(lambda: self._prepare(aside), "prepare", job.group)
         written: list[tuple[FileShare, dict[str, TensorKind]]] = []
 

@@ -1,15 +1,15 @@
-"""Faults on purpose, to see that a run survives them: BIGDSSM_FAULT=kind@step[:rank][,…]. Without it nothing happens.
+"""Fault injection for tests of recovery: BIGDSSM_FAULT=kind@step[:rank][,…]. Off by default.
 
-The step counts consumed global batches from 0; a fault strikes on its rank (0 by default) in that step, or in the
-checkpoint written when so many steps are consumed.
+`step` counts consumed global batches from 0. A fault is triggered on its rank (default 0) in that step, or in the
+checkpoint written after `step` consumed batches.
 
-    kill stop hang raise     SIGKILL, SIGSTOP, a main thread that never gets on, an exception
+    kill stop hang raise     SIGKILL, SIGSTOP, a main thread in an endless loop, an exception
     term int                 SIGTERM, SIGINT to this rank
     kill-launcher term-launcher kill-runner term-runner
-                             to the process that started this rank, and to the one that started that
+                             SIGKILL or SIGTERM to the parent process (launcher) or to its parent (runner)
     kill-loader              SIGKILL to this rank's first loader process
-    nan spike                a loss that is not finite; a loss 100 times as high, without its gradient
-    kill-save disk-full      in the checkpoint, between this rank's files: SIGKILL; the disk is full
+    nan spike                a NaN loss; a loss multiplied by 100 without its gradient
+    kill-save disk-full      in the checkpoint, between this rank's files: SIGKILL; ENOSPC
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault; `kind@step:rank`."""
+    """One fault: `kind@step:rank`."""
 
     kind: str
     step: int
@@ -50,47 +50,47 @@ class Fault:
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults that are to strike this rank."""
+    """The faults configured for this rank."""
 
     faults: tuple[Fault, ...] = ()
 
     @classmethod
     def from_environment(cls) -> Faults:
-        """Return the faults that the environment asks of this rank. Raises ConfigError."""
+        """Parse this rank's faults from the environment variable. Raises ConfigError."""
         text = os.environ.get(VARIABLE, "")
         rank = int(os.environ.get("RANK", "0"))
         return cls(tuple(fault for fault in map(parse, filter(None, text.split(","))) if fault.rank == rank))
 
     def in_step(self, step: int) -> None:
-        """Strike before the step that consumes global batch `step`."""
+        """Trigger the faults due before the step that consumes global batch `step`."""
         for kind in self._due(step, IN_STEP):
-            _strike(kind)
+            _trigger(kind)
 
     def in_loss(self, objective: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the objective, spoiled where a fault asks for it."""
+        """Wrap the objective so that due faults corrupt its loss; return it unchanged without such faults."""
         if not any(fault.kind in IN_LOSS for fault in self.faults):
             return objective
 
-        def spoiled(encoded: Any, batch: Any) -> Any:
+        def corrupted(encoded: Any, batch: Any) -> Any:
             output = objective(encoded, batch)
             for kind in self._due(batch.step, IN_LOSS):
                 wrong = float("nan") if kind == "nan" else 99 * output.loss.detach()
                 output = replace(output, loss=output.loss + wrong)
             return output
 
-        return spoiled
+        return corrupted
 
     def in_save(self, step: int) -> Callable[[], None]:
-        """Return what the checkpoint of `step` calls between two files: it strikes where a fault asks for it."""
+        """Return the hook that the checkpoint of `step` calls between two files; it triggers the due faults."""
         due = self._due(step, IN_SAVE)
 
-        def strike() -> None:
+        def trigger() -> None:
             for kind in due:
                 if kind == "kill-save":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return strike
+        return trigger
 
     def _due(self, step: int, kinds: tuple[str, ...]) -> list[str]:
         due = [fault.kind for fault in self.faults if fault.step == step and fault.kind in kinds]
@@ -100,33 +100,32 @@ class Faults:
 
 
 def parse(text: str) -> Fault:
-    """Return the fault that `kind@step[:rank]` names. Raises ConfigError."""
+    """Parse `kind@step[:rank]`. Raises ConfigError."""
     match = re.fullmatch(r"([a-z-]+)@(\d+)(?::(\d+))?", text.strip())
     if match is None or match[1] not in (*IN_STEP, *IN_LOSS, *IN_SAVE):
-        known = ", ".join((*IN_STEP, *IN_LOSS, *IN_SAVE))
-        raise ConfigError(f"{VARIABLE}: got {text!r}, needs kind@step or kind@step:rank with a kind out of {known}")
+        kinds = ", ".join((*IN_STEP, *IN_LOSS, *IN_SAVE))
+        raise ConfigError(f"{VARIABLE}: got {text!r}, needs kind@step or kind@step:rank; kind is one of {kinds}")
     return Fault(match[1], int(match[2]), int(match[3] or 0))
 
 
-def _strike(kind: str) -> None:
-    """Do one of IN_STEP to this process or one near it."""
-    name, _, whom = kind.partition("-")
+def _trigger(kind: str) -> None:
+    name, _, target = kind.partition("-")
     if kind == "hang":
         while True:
             time.sleep(1)
     if kind == "raise":
-        raise RuntimeError(f"{VARIABLE} asked for this")
+        raise RuntimeError(f"injected by {VARIABLE}")
     numbers = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
-    os.kill(_target(whom), numbers[name])
+    os.kill(_target_pid(target), numbers[name])
 
 
-def _target(whom: str) -> int:
-    if whom == "loader":
-        threads = sorted(Path("/proc/self/task").glob("*/children"))  # loader processes are those of whichever reads
+def _target_pid(target: str) -> int:
+    if target == "loader":
+        threads = sorted(Path("/proc/self/task").glob("*/children"))  # any thread may be the parent of the loaders
         children = [child for thread in threads for child in thread.read_text().split()]
         if not children:
             raise ConfigError(f"{VARIABLE}: this rank has no loader process; set data.num_workers to at least 1")
         return int(children[0])
-    if whom == "launcher":
+    if target == "launcher":
         return os.getppid()
-    return (parent_of(os.getppid()) or os.getppid()) if whom == "runner" else os.getpid()
+    return (parent_of(os.getppid()) or os.getppid()) if target == "runner" else os.getpid()

@@ -1,4 +1,4 @@
-"""The launcher above this rank, ranks on this machine, and commands in processes of their own."""
+"""The launcher of this rank, ranks on this machine, and subprocesses that run commands."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from bigdssm.errors import ConfigError, PeerError, Preempted
 from bigdssm.utils.log import get_logger
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
-STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, tools.evidence) that has started this run
-FAILED_S = 30.0  # for the other ranks to end after one has failed; then they are killed
-MEETING = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks that talk to each other are told as well
+STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, tools.evidence) that started this run
+FAILED_S = 30.0  # limit for the other ranks to end after a failure; then they are killed
+RENDEZVOUS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # required in addition to RANK and WORLD_SIZE
 
 logger = get_logger(__name__)
 
 
 class Launcher:
-    """The processes above this one whose end should end the run; none where no launcher started it.
+    """The ancestor processes whose end must end the run; none if the run was started without a launcher.
 
-    Under torchrun that is the parent. DeepSpeed has two: the runner that was called and the launcher it starts, which
-    outlives a runner that was killed or got SIGTERM. Further up there may be a command of ours.
+    torchrun: the parent. DeepSpeed: the runner and the launcher it starts, which outlives a runner that was killed or
+    received SIGTERM. Also the command that started the run (`STARTED_BY`).
     """
 
     def __init__(self) -> None:
-        """Remember who stands above this process; as early as possible, for only a change is noticed."""
+        """Record the ancestors of this process; create it early, because only later changes are detected."""
         self._parent = os.getppid()
         self._deepspeed = DEEPSPEED_LAUNCHER in _command(self._parent)
         self._watched = self._deepspeed or "TORCHELASTIC_RUN_ID" in os.environ
@@ -40,9 +40,9 @@ class Launcher:
         self._starter = int(starter) if _is_number(starter) and not _has_ended(int(starter)) else None
 
     def lost(self) -> str | None:
-        """Return what has ended, or None where all is as it was."""
+        """Return a description of the ancestor that has ended, or None."""
         if self._starter is not None and _has_ended(self._starter):
-            return f"the command that has started it (pid {self._starter})"
+            return f"the command that started it (pid {self._starter})"
         if not self._watched:
             return None
         if os.getppid() != self._parent:
@@ -52,18 +52,15 @@ class Launcher:
         return None
 
 
-def launched_as() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks, as the environment says; 0 of 1 where it says nothing.
-
-    Raises ConfigError.
-    """
+def rank_and_world_size() -> tuple[int, int]:
+    """Read rank and world size from the environment; (0, 1) if unset. Raises ConfigError."""
     rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
     if rank == "" and world_size == "1":
         return 0, 1
     if not (_is_number(rank) and _is_number(world_size) and int(rank) < int(world_size)):
         raise ConfigError(
-            f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 and below the number of ranks; unset both, or "
-            "start all ranks with a launcher"
+            f"RANK={rank} WORLD_SIZE={world_size}: needs a rank from 0 to WORLD_SIZE - 1; unset both, or start all "
+            "ranks with a launcher"
         )
     return int(rank), int(world_size)
 
@@ -74,17 +71,17 @@ def is_rank() -> bool:
 
 
 def check_launch() -> int:
-    """Return the number of ranks that are to meet. Raises ConfigError where the environment does not say how."""
-    _, world_size = launched_as()
+    """Validate the launch environment and return the world size. Raises ConfigError."""
+    _, world_size = rank_and_world_size()
     if not is_rank():
         return world_size
-    given = {name: os.environ.get(name, "") for name in MEETING}
+    given = {name: os.environ.get(name, "") for name in RENDEZVOUS}
     numbers = (given["LOCAL_RANK"], given["MASTER_PORT"])
     if not given["MASTER_ADDR"] or not all(map(_is_number, numbers)) or int(given["MASTER_PORT"]) > 65_535:
-        said = " ".join(f"{name}={value}" for name, value in given.items())
+        got = " ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(
-            f"{said} beside RANK={os.environ['RANK']}: needs this rank's number on its machine and where all ranks "
-            "meet; unset RANK, or start all ranks with deepspeed, torchrun, or as launch/slurm.sbatch does"
+            f"{got} with RANK={os.environ['RANK']}: needs the local rank and the address and port of rank 0; unset "
+            "RANK, or start all ranks with deepspeed, torchrun, or as in launch/slurm.sbatch"
         )
     return world_size
 
@@ -94,13 +91,13 @@ def _is_number(text: str) -> bool:
 
 
 def parent_of(pid: int) -> int | None:
-    """Return the parent of a process of this machine, None where there is no such process."""
+    """Return the parent pid of a process on this machine, None if there is no such process."""
     fields = _fields(pid)
     return int(fields[1]) if fields else None
 
 
 def state_of(pid: int) -> str | None:
-    """Return the state letter of a process (R, S, D; T stopped, Z ended), None where there is no such process."""
+    """Return the state letter of a process (R, S, D; T stopped, Z ended), None if there is no such process."""
     fields = _fields(pid)
     return fields[0] if fields else None
 
@@ -110,7 +107,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def _fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state on; what stands before may hold spaces and brackets."""
+    """Return the fields of /proc/PID/stat from the state on; the command name before may contain spaces."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -125,23 +122,23 @@ def _command(pid: int) -> bytes:
 
 
 def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: Launcher) -> int:
-    """Run `command` as all ranks of a run on this machine, and return the exit code of the rank that ended the run.
+    """Run `command` on all ranks of a run on this machine; return the exit code of the rank that ended the run.
 
-    A request to stop, or the end of the launcher above, becomes SIGTERM to all ranks.
+    A stop request, or the end of this process's launcher, is forwarded to all ranks as SIGTERM.
     """
-    from bigdssm.distributed import free_port  # torch takes seconds to import
+    from bigdssm.distributed import free_port  # imports torch, which takes seconds
 
     group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes: list[subprocess.Popen[bytes]] = []
     stopping, failed_at = False, float("inf")
-    stop.wait_for_steps()  # from here on a signal is for the ranks
+    stop.defer_signals()  # from now on signals are forwarded to the ranks
     try:
         for rank in range(ranks):
             variables = {**group, "RANK": rank, "LOCAL_RANK": rank}
             env = {**environment(), **{name: str(value) for name, value in variables.items()}}
             processes.append(subprocess.Popen(command, env=env))
         while None in [process.poll() for process in processes]:
-            if not stopping and (stop.asked or launcher.lost()):
+            if not stopping and (stop.requested or launcher.lost()):
                 stopping = True
                 for process in processes:
                     process.terminate()
@@ -153,25 +150,25 @@ def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: L
         codes = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode is not None}
     finally:
         for process in processes:
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # no effect on an ended process
             process.wait()
     for rank, code in codes.items():
         if code < 0 and not stopping:
             logger.error("rank %d was ended by %s", rank, Signals(-code).name)
     if reasons := [code for code in codes.values() if code > 0 and code != PeerError.exit_code]:
         return min(reasons)
-    if stopping and all(code < 0 for code in codes.values()):  # before they had taken over the signal
+    if stopping and all(code < 0 for code in codes.values()):  # before their signal handlers were installed
         logger.info(EARLY)
         return Preempted.exit_code
     return PeerError.exit_code if any(codes.values()) else 0
 
 
-LOOK_S = 1.0
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class FinishedCommand:
-    """How a command ended, and what it took."""
+    """Exit code, log and resource use of a finished command."""
 
     line: tuple[str, ...]
     log: Path
@@ -180,21 +177,21 @@ class FinishedCommand:
     cpu_seconds: float
 
     def check(self) -> None:
-        """Raise CalledProcessError where it failed, which names the log."""
+        """Raise CalledProcessError, which names the log, if the command failed."""
         if self.exit_code:
             raise subprocess.CalledProcessError(self.exit_code, [*self.line, f"# see {self.log}"])
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment for a command that it starts; a training in it ends where this process has."""
+    """Return the environment for a subprocess; training in it stops when this process ends."""
     return {**os.environ, STARTED_BY: str(os.getpid())}
 
 
-def run_command(log: Path, command: str, *arguments: str, look: Callable[[], None] | None = None) -> FinishedCommand:
-    """Run `bigdssm command …` to its end, its output behind what `log` holds; `look` is called every LOOK_S meanwhile.
+def run_command(log: Path, command: str, *arguments: str, poll: Callable[[], None] | None = None) -> FinishedCommand:
+    """Run `bigdssm command …`, append its output to `log`, and call `poll` every POLL_S seconds.
 
-    A `command` that ends in .py is a script's path.
-    The process is ended where this one is interrupted, or `look` raises.
+    A `command` that ends in .py is the path of a script. The subprocess is terminated if this process is interrupted
+    or `poll` raises.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     program = (command,) if command.endswith(".py") else ("-m", "bigdssm.commands", command)
@@ -202,11 +199,11 @@ def run_command(log: Path, command: str, *arguments: str, look: Callable[[], Non
     with log.open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
         try:
-            pid, status, used = os.wait4(process.pid, 0 if look is None else os.WNOHANG)
+            pid, status, used = os.wait4(process.pid, 0 if poll is None else os.WNOHANG)
             while not pid:
-                assert look is not None
-                time.sleep(LOOK_S)
-                look()
+                assert poll is not None
+                time.sleep(POLL_S)
+                poll()
                 pid, status, used = os.wait4(process.pid, os.WNOHANG)
         except BaseException:
             process.terminate()

@@ -1,4 +1,4 @@
-"""Metrics of a run: trackers that write them, and reading metrics.jsonl as records and curves."""
+"""Metrics of a run: write them to metrics.jsonl and trackers, read them as curves, plot them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from bigdssm import distributed
 from bigdssm.config import Config, StageName, load_written_config
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.utils.log import MetricsWriter, cut_back, read_records
+from bigdssm.utils.log import MetricsWriter, read_records, truncate_records
 
 
 class Trackers:
-    """Writes records on rank 0; the other ranks' calls do nothing."""
+    """Writes records on rank 0; no-op on the other ranks."""
 
     def __init__(
         self, folder: Path, config: Config, step: int = 0, num_validations: int = 0, *, cpu: bool = True
     ) -> None:
-        """Open `folder`/metrics.jsonl and the trackers that `config.run.trackers` names.
+        """Open `folder`/metrics.jsonl and the trackers of `config.run.trackers`.
 
-        The file is cut back to the checkpoint that the run goes on from, made after `step` steps and so many
-        validations: what it tells of later ones will be told again. TensorBoard passes over them; what other trackers
-        have is theirs. cpu: the ranks compute on it.
+        The file is truncated to the resumed checkpoint, after `step` steps and `num_validations` validations, because
+        later records are written again. TensorBoard ignores its later records (`purge_step`); other trackers keep
+        theirs. cpu: the ranks compute on the CPU.
         """
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
-        if config.run.trackers:  # they ask accelerate's state for the main process; the process group stays ours
+        if config.run.trackers:  # trackers read the main process from accelerate's state
             PartialState(cpu=cpu)
         if distributed.is_main():
             _cut_back(folder / METRICS_FILE, step, num_validations)
@@ -45,19 +45,21 @@ class Trackers:
             self._trackers = [_open(name, folder, step) for name in config.run.trackers]
             for tracker in self._trackers:
                 tracker.start()
-                tracker.store_init_configuration(flat(config.to_dict()))
+                tracker.store_init_configuration(flatten(config.to_dict()))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write one record; `step` is its step, numbers (one level of nesting allowed) go to the trackers."""
+        """Write one record to the file and its numbers, nested dicts flattened, to the trackers."""
         if self._metrics is None:
             return
         self._metrics.write(record)
-        values = {key: value for key, value in flat(record).items() if isinstance(value, int | float) and key != "step"}
+        values = {
+            key: value for key, value in flatten(record).items() if isinstance(value, int | float) and key != "step"
+        }
         for tracker in self._trackers:
             tracker.log(values, step=record["step"])
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Close the file and the trackers."""
         if self._metrics is not None:
             self._metrics.close()
         for tracker in self._trackers:
@@ -65,14 +67,14 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError where a name is no tracker, or its package is not installed."""
-    known = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    """Raise ConfigError for an unknown tracker, or one whose package is not installed."""
+    supported = sorted(str(key) for key in LOGGER_TYPE_TO_CLASS)
     for name in names:
-        if name not in known:
-            raise ConfigError(f"run.trackers: got {name!r}, needs names out of {sorted(known)}")
-        if importlib.util.find_spec(name) is None:  # every tracker is called like its package
+        if name not in supported:
+            raise ConfigError(f"run.trackers: got {name!r}, needs names out of {supported}")
+        if importlib.util.find_spec(name) is None:  # a tracker has the name of its package
             raise ConfigError(
-                f"run.trackers: {name} is not installed; pip install {name}, or take it out of run.trackers"
+                f"run.trackers: {name} is not installed; pip install {name}, or remove it from run.trackers"
             )
 
 
@@ -82,7 +84,7 @@ def _cut_back(path: Path, step: int, num_validations: int) -> None:
     def keep(record: dict[str, Any]) -> bool:
         return next(validations) < num_validations if "validation" in record else bool(record["step"] <= step)
 
-    cut_back(path, keep)
+    truncate_records(path, keep)
 
 
 def _open(name: str, folder: Path, step: int) -> Any:
@@ -93,12 +95,12 @@ def _open(name: str, folder: Path, step: int) -> Any:
     return tracker_class(name, logging_dir=folder, **purged)
 
 
-def flat(values: dict[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one, their keys joined by `separator`; values are numbers, truths or texts."""
+def flatten(values: dict[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts, joining keys with `separator`; other values than numbers, bools and strings become str."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            result |= flat(value, separator, f"{prefix}{key}{separator}")
+            result |= flatten(value, separator, f"{prefix}{key}{separator}")
         else:
             result[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
     return result
@@ -111,38 +113,35 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class StageCurve:
-    """The records of one stage, in the order of their steps."""
+    """The records of one stage in step order."""
 
     name: str
     records: list[dict[str, Any]]
 
     def points(self, value: Callable[[dict[str, Any]], Any]) -> list[Point]:
-        """Return (step, value) of every record that has the value."""
+        """Return (step, value) of every record whose value is not None."""
         return [(record["step"], value(record)) for record in self.records if value(record) is not None]
 
     @property
     def last_step(self) -> int:
-        """Return the stage's last recorded step, 0 where there is none."""
+        """Return the last recorded step, 0 without records."""
         return max((record["step"] for record in self.records), default=0)
 
 
 def stage_folders(run: Path) -> list[Path]:
-    """Return the stage folders of a run folder, or a stage folder itself. Raises DataError where there is neither."""
+    """Return the stage folders of a run folder, or `run` if it is a stage folder. Raises DataError for neither."""
     if (run / METRICS_FILE).is_file():
         return [run]
     found = [run / stage for stage in STAGES if (run / stage / METRICS_FILE).is_file()]
     if not found:
         raise DataError(
-            f"{run} holds no {METRICS_FILE}, and neither do {' or '.join(STAGES)} in it; is it a run folder?"
+            f"{run} contains no {METRICS_FILE}, and neither do {' or '.join(STAGES)} in it; is it a run folder?"
         )
     return found
 
 
 def read_stage(folder: Path) -> StageCurve:
-    """Return the records of a stage folder.
-
-    A step that a resumed run wrote again counts as it was written last; lines cut short by a kill are left out.
-    """
+    """Read the records of a stage folder: the last record per step, without lines truncated by a kill."""
     train: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
     for record in read_records(folder / METRICS_FILE, "step"):
@@ -151,7 +150,7 @@ def read_stage(folder: Path) -> StageCurve:
 
 
 def training_seconds(folder: Path) -> float:
-    """Return about how long a stage trained and validated, from the speeds it recorded."""
+    """Estimate the seconds that a stage trained and validated, from its recorded speeds."""
     stage: StageName = "sft" if folder.name == "sft" else "pretrain"
     rows_global = load_written_config(folder / CONFIG_FILE).stage(stage).rows_global
     seconds, before = 0.0, 0
@@ -165,26 +164,26 @@ def training_seconds(folder: Path) -> float:
 
 
 def metric_label(name: str) -> str:
-    """Return for example `NDCG@10` for ndcg_at_10 and `Recall@100` for recall_at_100."""
+    """Return the display name of a metric, such as `NDCG@10` for ndcg_at_10."""
     base, at, cut = name.partition("_at_")
     return (base.upper() if len(base) <= 4 else base.capitalize()) + at.replace("_at_", "@") + cut
 
 
-def selecting(record: dict[str, Any]) -> float | None:
-    """Return the value of the metric that selects best/ in a validation's record; None of any other record."""
+def selection_score(record: dict[str, Any]) -> float | None:
+    """Return the metric that selects best/ from a validation record; None for other records."""
     return float(record["validation"][record["selected_by"]]) if "validation" in record else None
 
 
 PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
     ("loss [nats]", lambda record: record.get("loss")),
-    ("validation, by the metric that selects best/", selecting),
+    ("validation, by the metric that selects best/", selection_score),
     ("alpha (scale of the score)", lambda record: record.get("alpha")),
     ("training speed [rows/s]", lambda record: record.get("rows_per_s")),
 )
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
-    """Draw the curves of one or more run folders (or stage folders) into the PNG `out`. Raises DataError."""
+    """Plot the curves of run folders (or stage folders) into the PNG `out`. Raises DataError."""
     curves = {_label(run, runs): [read_stage(folder) for folder in stage_folders(run)] for run in runs}
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(11, 7), layout="constrained")
@@ -209,7 +208,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
 
 
 def _draw(axis: Axes, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
-    """Draw the stages one after another; the line breaks between them, because their losses are not comparable."""
+    """Plot the stages one after another, with a gap between them: their losses are not comparable."""
     offset = 0
     for number, stage in enumerate(stages):
         points = stage.points(value)
@@ -217,8 +216,8 @@ def _draw(axis: Axes, stages: Sequence[StageCurve], value: Callable[[dict[str, A
         axis.plot([offset + x for x, _ in points], [y for _, y in points], color=colour, marker=marker, ms=3, lw=1.5)
         if number:
             axis.axvline(offset, color=colour, ls="--", lw=1, alpha=0.7)
-            place = axis.get_xaxis_transform()
-            axis.text(offset, 1.0, f" {stage.name}", transform=place, color=colour, va="top", fontsize=8)
+            transform = axis.get_xaxis_transform()
+            axis.text(offset, 1.0, f" {stage.name}", transform=transform, color=colour, va="top", fontsize=8)
         offset += stage.last_step
 
 
@@ -227,7 +226,7 @@ def _several_stages(curves: dict[str, list[StageCurve]]) -> bool:
 
 
 def _label(run: Path, runs: Sequence[Path]) -> str:
-    """Return the run's name, with its parent where names repeat."""
+    """Return the folder name of a run, with its parent's if names repeat."""
     names = [other.resolve().name for other in runs]
     path = run.resolve()
     return path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"

@@ -1,4 +1,4 @@
-"""A stage folder: one run at a time, its lock, its start records, and its log of row ids."""
+"""Stage folder of a run: exclusive lock, start and end records, logs of row ids."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ import bigdssm
 from bigdssm import distributed
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.utils import atomic
-from bigdssm.utils.atomic import naming
+from bigdssm.utils.atomic import path_in_errors
 from bigdssm.utils.hashing import code_checksum
-from bigdssm.utils.log import MetricsWriter, cut_back_of_rank, get_logger, read_records
+from bigdssm.utils.log import MetricsWriter, get_logger, read_records, truncate_rank_records
 
 RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
 RUN_ID_FILE = "run_id"
-STOP_NOW = "now"  # in the stop file: without saving
-LOCK_WAIT_S = 5.0  # a run that was asked to stop may be about to end
+STOP_NOW = "now"  # content of the stop file: stop without saving
+LOCK_WAIT_S = 5.0  # a stopped run may be about to end
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
 
 logger = get_logger(__name__)
 
 
 class FolderLock:
-    """Held by rank 0 while it trains in a stage folder; the system lets go of it when the process ends, however.
+    """Lock of a stage folder, held by rank 0 during training; the system releases it when the process ends.
 
     A POSIX record lock: unlike flock it is not shared with forked loader processes, which outlive a killed rank.
     """
@@ -46,16 +46,16 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / RUNNING_FILE
         self._file: Any = None
-        self._noting = threading.Lock()
-        self._open = False  # held, and no end noted yet
+        self._recording = threading.Lock()
+        self._open = False  # locked, and no end recorded yet
 
     def __enter__(self) -> FolderLock:
-        """Take the lock. A collective. Raises CheckpointError where another process has it."""
+        """Acquire the lock. A collective. Raises CheckpointError if another process holds it."""
         error: BigDSSMError | None = None
         if distributed.is_main():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+", encoding="utf-8")
-            error = self._taken()
+            error = self._acquire()
         distributed.raise_together(error)
         if self._file is not None:
             self._file.seek(0)
@@ -63,11 +63,11 @@ class FolderLock:
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}, self._file)
             self._file.flush()
             self._open = True
-            (self._path.parent / STOP_FILE).unlink(missing_ok=True)  # of somebody who waited for an earlier run
+            (self._path.parent / STOP_FILE).unlink(missing_ok=True)  # a request to an earlier run
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Note how the run ended, and let go of the folder."""
+        """Record how the run ended, and release the lock."""
         if self._file is not None:
             code = error.exit_code if isinstance(error, BigDSSMError) else int(error is not None)
             self.end(code, "finished" if error is None else " ".join(str(error).split()) or type(error).__name__)
@@ -75,16 +75,16 @@ class FolderLock:
             self._file.close()
 
     def end(self, code: int, reason: str) -> None:
-        """Note how the run ended, where it is this process that holds the folder, and once; from any thread."""
-        with self._noting:
+        """Record how the run ended, once, if this process holds the lock; from any thread."""
+        with self._recording:
             if self._open:
                 self._open = False
                 try:
-                    _note(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
-                except OSError as problem:  # a full disk: what ended the run says more
-                    logger.warning("could not note the end in %s: %s", self._path.parent / EVENTS_FILE, problem)
+                    _append_event(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+                except OSError as problem:  # not raised: it would hide the error that ended the run
+                    logger.warning("could not record the end in %s: %s", self._path.parent / EVENTS_FILE, problem)
 
-    def _taken(self) -> CheckpointError | None:
+    def _acquire(self) -> CheckpointError | None:
         until = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
@@ -92,10 +92,14 @@ class FolderLock:
                 return None
             except OSError as problem:
                 if problem.errno not in (errno.EACCES, errno.EAGAIN):
-                    logger.warning("%s: no locks here (%s); mind that no two runs share it", self._path, problem)
+                    logger.warning(
+                        "%s: no locks here (%s); never start two runs in this folder",
+                        self._path,
+                        problem,
+                    )
                     return None
             if time.monotonic() > until:
-                holder = running(self._path.parent) or {}
+                holder = lock_holder(self._path.parent) or {}
                 return CheckpointError(
                     f"{self._path.parent} is in use by pid {holder.get('pid', '?')} on {holder.get('host', '?')}, "
                     f"since {holder.get('started', '?')}; stop that run (bigdssm stop_run) or choose another run.dir"
@@ -104,24 +108,24 @@ class FolderLock:
 
 
 def run_identity(folder: Path, saved: str | None) -> str:
-    """Return the identity of the run in a stage folder, which each of its checkpoints carries. A collective.
+    """Return the run id of a stage folder, which every checkpoint stores. A collective.
 
-    A folder without one takes `saved`, the identity in its newest checkpoint, or a new one.
+    A folder without an id takes `saved`, the id in its newest checkpoint, or a new one.
     """
-    found = ""
+    run_id = ""
     if distributed.is_main():
         path = folder / RUN_ID_FILE
-        found = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-        if not re.fullmatch("[0-9a-f]{32}", found):  # lost, or damaged
-            found = saved or uuid.uuid4().hex
-            atomic.write_text(path, f"{found}\n")
-    return distributed.broadcast_object(found)
+        run_id = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        if not re.fullmatch("[0-9a-f]{32}", run_id):  # lost or damaged
+            run_id = saved or uuid.uuid4().hex
+            atomic.write_text(path, f"{run_id}\n")
+    return distributed.broadcast_object(run_id)
 
 
-def running(folder: Path) -> dict[str, Any] | None:
-    """Return host, pid and start of the run that trains in a stage folder, None where none does.
+def lock_holder(folder: Path) -> dict[str, Any] | None:
+    """Return host, pid and start time of the process that holds a stage folder's lock, None without one.
 
-    Reading it tells nothing of a run that was killed: only taking the lock does.
+    The file outlives a killed run: only `is_locked` shows whether the process still trains.
     """
     try:
         content: dict[str, Any] = json.loads((folder / RUNNING_FILE).read_text(encoding="utf-8"))
@@ -131,7 +135,7 @@ def running(folder: Path) -> dict[str, Any] | None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether another process trains in a stage folder. Never call it in the process that holds the lock."""
+    """Return whether another process holds the lock of a stage folder. Do not call it in the process that holds it."""
     try:
         with (folder / RUNNING_FILE).open("a+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,27 +147,27 @@ def is_locked(folder: Path) -> bool:
 
 
 def find_running(run: Path) -> Path:
-    """Return the stage folder in which a run trains now: `run` itself, or a stage in it. Raises CheckpointError."""
+    """Return the locked stage folder: `run` or a stage in it. Raises CheckpointError: none is locked."""
     for folder in (run, run / "pretrain", run / "sft"):
         if is_locked(folder):
             return folder
-    raise CheckpointError(f"nothing trains in {run}, as far as this machine can see; is it the run's folder?")
+    raise CheckpointError(f"no run trains in {run}, according to its lock; is it a run folder?")
 
 
 def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]:
-    """Ask the run in a stage folder to stop, from any machine that sees the folder; return the event of its end.
+    """Request a stop of the run in a stage folder, from any machine with the folder; return its end event.
 
-    Raises CheckpointError where it still trains after `timeout_s`; the request then stands.
+    Raises CheckpointError if it still trains after `timeout_s`; the request remains.
     """
     ends = len(read_events(folder))
     (folder / STOP_FILE).write_text("save\n" if saving else f"{STOP_NOW}\n", encoding="utf-8")
     until = time.monotonic() + timeout_s
     while is_locked(folder):
         if time.monotonic() > until:
-            holder = running(folder) or {}
+            holder = lock_holder(folder) or {}
             raise CheckpointError(
-                f"the run in {folder} (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) was asked to stop "
-                f"and has not in {timeout_s:.0f} s; it does after its step and checkpoint"
+                f"the run in {folder} (pid {holder.get('pid', '?')} on {holder.get('host', '?')}) has not stopped "
+                f"within {timeout_s:.0f} s; it stops after its current step and checkpoint"
             )
         time.sleep(0.2)
     events = read_events(folder)
@@ -172,25 +176,25 @@ def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]
 
 
 def record_start(folder: Path, step: int, total_steps: int) -> None:
-    """Append this start to `events.jsonl`: when, where, on how many ranks, from which step, with which versions."""
+    """Append a start event to `events.jsonl`: time, hosts, number of ranks, step and versions. A collective."""
     hosts = distributed.all_gather_object(socket.gethostname())
     if distributed.is_main():
-        who = {
+        start = {
             "step": step,
             "total_steps": total_steps,
             "ranks": len(hosts),
             "hosts": sorted(set(hosts)),
             "pid": os.getpid(),
         }
-        _note(folder, {"event": "start", **who, "versions": versions()})
+        _append_event(folder, {"event": "start", **start, "versions": versions()})
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the starts and ends of a stage's runs, oldest first; a run that was killed has no end."""
+    """Read the start and end events of a stage, oldest first; a killed run has no end event."""
     return read_records(folder / EVENTS_FILE, "event")
 
 
-def _note(folder: Path, event: dict[str, Any]) -> None:
+def _append_event(folder: Path, event: dict[str, Any]) -> None:
     writer = MetricsWriter(folder / EVENTS_FILE)
     writer.write({"time": _now(), **event})
     writer.close()
@@ -198,14 +202,14 @@ def _note(folder: Path, event: dict[str, Any]) -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return what computes: Python, the packages, and a checksum of this package's own source."""
-    found = {"python": platform.python_version(), "bigdssm": bigdssm.__version__, "code": code_checksum()}
+    """Return the versions of Python and of the main packages, and a checksum of this package's source."""
+    result = {"python": platform.python_version(), "bigdssm": bigdssm.__version__, "code": code_checksum()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "none"
-    return found
+            result[package] = "none"
+    return result
 
 
 def _now() -> str:
@@ -216,13 +220,13 @@ CONSUMED, SKIPPED = "row_ids", "skipped_rows"
 
 
 class RowLog:
-    """`<name>-<rank>.jsonl` in a stage folder, from its first line on: {"step": s, "row_ids": […]} a line."""
+    """Log of row ids: `<name>-<rank>.jsonl` in a stage folder, one {"step": s, "row_ids": […]} per line."""
 
     def __init__(self, folder: Path, name: str, rank: int, world_size: int, next_step: int) -> None:
-        """Cut the log back to the steps before `next_step`; rank 0 cuts those of ranks that are no more, too."""
-        self.path = cut_back_of_rank(folder, name, rank, world_size, lambda record: record["step"] < next_step)
+        """Truncate the log to the steps before `next_step`; rank 0 also truncates the logs of removed ranks."""
+        self.path = truncate_rank_records(folder, name, rank, world_size, lambda record: record["step"] < next_step)
 
     def write(self, step: int, row_ids: Tensor) -> None:
-        """Append one step. Raises OSError, which names the file."""
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        """Append the rows of one step. Raises OSError, which names the file."""
+        with path_in_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "row_ids": row_ids.tolist()}) + "\n")

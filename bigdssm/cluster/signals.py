@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM or SIGINT on any rank becomes one decision of all ranks between two steps."""
+"""Stop requests: SIGTERM or SIGINT on any rank becomes one collective decision between two steps."""
 
 from __future__ import annotations
 
@@ -18,66 +18,66 @@ EARLY = "stopped on request before the first step, with nothing to save; the sam
 
 
 class StopRequest:
-    """Remembers a signal until the ranks next agree; one that comes before the first step ends the rank at once.
+    """Stores a signal until the next step synchronisation; before the first step a signal ends the process at once.
 
-    Python gives the main thread its signals between two instructions of its own: one that sorts, or waits for other
-    ranks or loader processes, never gets there, and an exception would pass through code that catches all. So it is a
-    thread that hears the early ones and ends the process.
+    Python runs signal handlers between two bytecode instructions of the main thread: a thread that sorts, or waits for
+    other ranks or loader processes, delays them indefinitely, and an exception could be caught by other code.
+    Therefore a separate thread receives early signals and ends the process.
     """
 
-    _tell: ClassVar[int] = -1  # where the system writes signals for the thread of the newest one
+    _write_end: ClassVar[int] = -1  # the pipe of the newest instance's thread; the system writes signal numbers to it
 
-    def __init__(self, hear_signals: bool = True) -> None:
-        """Take over SIGTERM and SIGINT of this process, or leave them to the caller: then only `ask` asks."""
-        self._asked = False
+    def __init__(self, handle_signals: bool = True) -> None:
+        """Install handlers for SIGTERM and SIGINT; without `handle_signals` only `request` has an effect."""
+        self._requested = False
         self._has_state = False
-        self.at_end: Callable[[int, str], None] | None = None  # told code and reason before the thread ends the process
-        self._hears_signals = hear_signals
-        if hear_signals:
-            self._take_over()
+        self.at_end: Callable[[int, str], None] | None = None  # called with (code, reason) before the thread exits
+        self._handles_signals = handle_signals
+        if handle_signals:
+            self._install_handlers()
 
-    def _take_over(self) -> None:
-        heard, tell = os.pipe()
-        os.set_blocking(tell, False)
-        if signal.set_wakeup_fd(tell, warn_on_full_buffer=False) == StopRequest._tell != -1:
-            os.close(StopRequest._tell)  # ends the thread of the one before
-        StopRequest._tell = tell
+    def _install_handlers(self) -> None:
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        if signal.set_wakeup_fd(write_end, warn_on_full_buffer=False) == StopRequest._write_end != -1:
+            os.close(StopRequest._write_end)  # ends the thread of the previous instance
+        StopRequest._write_end = write_end
         for number in SIGNALS:
-            signal.signal(number, self._remember)
-        threading.Thread(target=self._end_early, args=(heard,), name="signals", daemon=True).start()
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._end_early, args=(read_end,), name="signals", daemon=True).start()
 
-    def ask(self) -> None:
-        """Ask the run to stop, from any thread."""
-        if self._hears_signals:
+    def request(self) -> None:
+        """Request a stop, from any thread."""
+        if self._handles_signals:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            self._asked = True
+            self._requested = True
 
-    def wait_for_steps(self) -> None:
-        """From now on there is something to save: a signal waits for the ranks to agree."""
+    def defer_signals(self) -> None:
+        """Defer signals to the next step synchronisation: from now on there is state to save."""
         self._has_state = True
 
     @property
-    def asked(self) -> bool:
-        """Return whether this rank was asked to stop."""
-        return self._asked
+    def requested(self) -> bool:
+        """Return whether a stop of this rank was requested."""
+        return self._requested
 
-    def agreed(self) -> bool:
-        """Return True on every rank where any rank was asked to stop. A collective."""
-        from bigdssm import distributed  # torch takes seconds to import, in which signals are to be heard already
+    def any_rank_requested(self) -> bool:
+        """Return True on every rank if a stop of any rank was requested. A collective."""
+        from bigdssm import distributed  # imports torch, which takes seconds; handlers must be installed before
 
-        return distributed.any_rank(self._asked)
+        return distributed.any_rank(self._requested)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
 
-    def _end_early(self, heard: int) -> None:
-        while number := os.read(heard, 1):
+    def _end_early(self, read_end: int) -> None:
+        while number := os.read(read_end, 1):
             if number[0] in SIGNALS and not self._has_state:
-                if is_first_rank():  # a launcher ends all ranks: one sentence is enough
+                if is_first_rank():  # a launcher ends all ranks: print the message once
                     sys.stderr.write(f"{EARLY}\n")
                     sys.stderr.flush()
                 if self.at_end is not None:
                     self.at_end(Preempted.exit_code, EARLY)
                 os._exit(Preempted.exit_code)
-        os.close(heard)
+        os.close(read_end)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_served, check_file_to_write, command, refuse_options
+from bigdssm.cli import ProgressBar, add_search_options, check_file_to_write, command, refuse_options
 from bigdssm.commands.search import SEEN
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -35,7 +35,7 @@ from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_served(parser)
+    add_search_options(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the Parquet files, or a file that ends in .csv"
     )

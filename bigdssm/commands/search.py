@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_served, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_search_options, at_least, check_file_to_write, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import FoundDocument
 from bigdssm.retrieval.request import Event, Request, request_of
@@ -39,7 +39,7 @@ SEEN = {"allow": False, "exclude": True}
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_served(parser)
+    add_search_options(parser)
     parser.add_argument("--user", metavar="KEY", help="a user of the dataset")
     parser.add_argument("--document", metavar="KEY", help="the document that the query is, of a siamese model")
     parser.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bigdssm.cli import add_served, at_least, command
+from bigdssm.cli import add_search_options, at_least, command
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.serving.server import METRICS_DIR, run_workers
@@ -39,7 +39,7 @@ from bigdssm.utils.log import setup_logging
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_served(parser)
+    add_search_options(parser)
     parser.add_argument(
         "--beside", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="a second model, to compare with"
     )
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
     beside = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
-    served = Served(
+    served = ServerSettings(
         Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), beside, args.cache,
         args.at_once,
         (args.host, *args.allow_host), args.look_s, args.log_requests, args.timeout_s,
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerSettings:
     """What a worker process needs to know."""
 
     folders: Folders

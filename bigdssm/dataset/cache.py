@@ -23,7 +23,7 @@ import xxhash
 
 from bigdssm.config import DEFAULT_CACHE_BYTES, DataConfig
 from bigdssm.errors import DataError
-from bigdssm.utils.atomic import UNFINISHED, aside_of, new_folder, put_file
+from bigdssm.utils.atomic import UNFINISHED, new_folder, put_file, temporary_path
 from bigdssm.utils.log import get_logger
 
 KEEP_FRACTION = 0.9  # of the limit, after an eviction: makes evictions rare
@@ -67,8 +67,8 @@ class FileCache:
             with self._locked() as lock:
                 if self._reserve(lock, len(content)):
                     path.parent.mkdir(exist_ok=True)
-                    aside_of(path).write_bytes(content)
-                    os.replace(aside_of(path), path)  # not synced: blocks are verified at every read
+                    temporary_path(path).write_bytes(content)
+                    os.replace(temporary_path(path), path)  # not synced: blocks are verified at every read
         except OSError as error:  # for example a full disk: the cache is optional
             _warn_once(f"{self.dir}: blocks are not cached: {error.strerror}")
 
@@ -92,7 +92,7 @@ class FileCache:
         One process fetches, the others wait for it. Raises DataError: the cache is full.
         """
         path = self.path(key)
-        part = aside_of(path)
+        part = temporary_path(path)
         while (held := self.acquire(key)) is None:
             part.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)

@@ -13,7 +13,7 @@ import numpy as np
 
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.utils.arguments import shown
+from bigdssm.utils.arguments import short_repr
 
 FORMAT = 1
 
@@ -102,7 +102,7 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     content = read_json(path, f"{folder} is not a dataset; bigdssm make_shards builds one")
     if content.get("format") != FORMAT:
         raise DataError(
-            f"{path} has format {shown(content.get('format'))}, this version reads {FORMAT}; rebuild it with "
+            f"{path} has format {short_repr(content.get('format'))}, this version reads {FORMAT}; rebuild it with "
             "bigdssm make_shards"
         )
     _check_shape(path, content, DATASET_SHAPE)
@@ -128,13 +128,13 @@ def _misfits(value: Any, shape: Any, key: str) -> Iterator[str]:
     elif isinstance(value, list) and type(shape) in (list, tuple):
         shapes = shape * len(value) if isinstance(shape, list) else shape
         if len(shapes) != len(value):
-            yield f"{key} is {shown(value)}, needs {len(shapes)} values"
+            yield f"{key} is {short_repr(value)}, needs {len(shapes)} values"
         for number, (one, inner) in enumerate(zip(value, shapes, strict=False)):
             yield from _misfits(one, inner, f"{key}[{number}]")
     elif not isinstance(shape, Leaf):
-        yield f"{key} is {shown(value)}, needs {'an object' if isinstance(shape, dict) else 'a list'}"
+        yield f"{key} is {short_repr(value)}, needs {'an object' if isinstance(shape, dict) else 'a list'}"
     elif not shape.accepts(value):
-        yield f"{key} is {shown(value)}, needs {shape.description}"
+        yield f"{key} is {short_repr(value)}, needs {shape.description}"
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import xxhash
 from bigdssm.dataset.cache import FileCache, cache_key
 from bigdssm.dataset.schema import SCHEMA_FILE, vocabulary_checksums
 from bigdssm.errors import DataError
-from bigdssm.utils.urls import CHUNK_BYTES, MISMATCHES, fetch, join, shown, size_of
+from bigdssm.utils.urls import CHUNK_BYTES, MISMATCHES, fetch, join, redacted, size_of
 
 COUNTS_FILE = "counts.arrow"  # per partition: train positives per document
 KEYS_SUFFIX = ".keys.npy"  # files of sorted keys, see keys.py
@@ -29,12 +29,12 @@ class RemoteFile:
     cache: FileCache
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return redacted(self.url)
 
     @property
     def name(self) -> str:
         """The file name."""
-        return shown(self.url).rpartition("/")[2]
+        return redacted(self.url).rpartition("/")[2]
 
     def read(self, offset: int, size: int, checksum: int) -> bytes:
         """Read a block through the cache.
@@ -85,7 +85,7 @@ class RemoteFolder:
         return RemoteFile(join(self.url, path), self.cache)
 
     def _mirror(self, partitions: Sequence[str] | None, first: str | None) -> Path:
-        content = self._json("dataset.json", f"{shown(self.url)} is not a dataset")
+        content = self._json("dataset.json", f"{redacted(self.url)} is not a dataset")
         try:
             names = [str(name) for name in content["partitions"]]
             described = self._json(SCHEMA_FILE, "copy the dataset whole")
@@ -99,8 +99,8 @@ class RemoteFolder:
             for name in names:
                 self._partition(f"partitions/{name}", name in required)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{shown(self.url)} holds metadata of another format: {error!r}") from None
-        return self.cache.link(shown(self.url).rstrip("/").rpartition("/")[2] or "dataset", self.url, self._entries)
+            raise DataError(f"{redacted(self.url)} holds metadata of another format: {error!r}") from None
+        return self.cache.link(redacted(self.url).rstrip("/").rpartition("/")[2] or "dataset", self.url, self._entries)
 
     def _partition(self, path: str, required: bool) -> None:
         content = self._json(f"{path}/partition.json", "copy the dataset whole")
@@ -117,7 +117,7 @@ class RemoteFolder:
         try:
             return dict(json.loads(content))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{shown(join(self.url, path))} is damaged: {error}") from None
+            raise DataError(f"{redacted(join(self.url, path))} is damaged: {error}") from None
 
     def _small(self, path: str, *, optional: bool = False, fix: str = "copy the dataset whole") -> bytes:
         """Download and return a file without a recorded checksum, at every opening."""
@@ -127,7 +127,7 @@ class RemoteFolder:
         except FileNotFoundError:
             if optional:
                 return b""
-            raise DataError(f"{shown(url)} does not exist; {fix}") from None
+            raise DataError(f"{redacted(url)} does not exist; {fix}") from None
         key = cache_key(url, xxhash.xxh3_128_hexdigest(content))
         self._hold(path, key, self.cache.fill(key, len(content), lambda fd: _write(fd, 0, content)))
         return content
@@ -142,7 +142,7 @@ class RemoteFolder:
                 size = size_of(url)
                 held = self.cache.fill(key, size, lambda fd: _download(fd, url, size, checksum))
             except FileNotFoundError:
-                raise DataError(f"{shown(url)} does not exist; copy the dataset whole") from None
+                raise DataError(f"{redacted(url)} does not exist; copy the dataset whole") from None
         self._hold(path, key, held)
 
     def _hold(self, path: str, key: str, held: int) -> None:
@@ -152,7 +152,7 @@ class RemoteFolder:
 
 def _checked_join(url: str, path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path:
-        raise DataError(f"{shown(url)}: its metadata names a file {path!r}, not a plain path inside it; refused")
+        raise DataError(f"{redacted(url)}: its metadata names a file {path!r}, not a plain path inside it; refused")
     return join(url, path)
 
 
@@ -166,7 +166,7 @@ def _download(fd: int, url: str, size: int, checksum: str) -> None:
             _write(fd, start, content)
         if digest.hexdigest() == checksum:
             return
-    raise DataError(f"{shown(url)} is damaged: its checksum is not the recorded one; copy the dataset there again")
+    raise DataError(f"{redacted(url)} is damaged: its checksum is not the recorded one; copy the dataset there again")
 
 
 def _write(fd: int, offset: int, content: bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cluster.metrics import CONFIG_FILE, flat, metric_label, read_stage, selecting, stage_folders
+from bigdssm.cluster.metrics import CONFIG_FILE, flatten, metric_label, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -94,7 +94,7 @@ def _measured(
 
 def _config(folder: Path) -> dict[str, str]:
     content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    return {key: str(value) for key, value in flat(content, ".").items()}
+    return {key: str(value) for key, value in flatten(content, ".").items()}
 
 
 def _versions(folder: Path) -> dict[str, str]:
@@ -117,7 +117,7 @@ def _course(folder: Path) -> dict[str, str]:
     speeds = sorted(record["rows_per_s"] for record in train if record.get("rows_per_s"))
     validations = [record for record in records if "validation" in record]
     name = f" {metric_label(validations[-1]['selected_by'])}" if validations else ""
-    scores = [score for record in validations if (score := selecting(record)) is not None]
+    scores = [score for record in validations if (score := selection_score(record)) is not None]
     events = read_events(folder)
     starts = [event for event in events if event["event"] == "start"]
     return {

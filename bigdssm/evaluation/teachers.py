@@ -26,7 +26,7 @@ from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.array_file import new_array, seal
-from bigdssm.utils.atomic import real_place
+from bigdssm.utils.atomic import real_path
 from bigdssm.utils.log import Progress, no_progress
 
 PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
@@ -170,7 +170,7 @@ def score_pairs(
     `names` tell what is scored, and by whom, from anything else: finished shards of a run that was ended are kept where
     these are the same. Raises DataError where a judge's score is not finite.
     """
-    out = real_place(out)
+    out = real_path(out)
     record = record_type(mined.width, judged=True)
 
     def prepare(aside: Path) -> None:

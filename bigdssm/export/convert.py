@@ -22,7 +22,7 @@ from bigdssm.export import hf_format, model_format, onnx_format, sentence_transf
 from bigdssm.export.card import CARD_FILE, Figures, model_card
 from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
-from bigdssm.utils.atomic import new_folder, real_place, write_json
+from bigdssm.utils.atomic import new_folder, real_path, write_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
     """
     kind = export_format(kind)
     target = kind.format
-    out = real_place(out)
+    out = real_path(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
     with new_folder(out) as aside:

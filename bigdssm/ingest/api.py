@@ -26,10 +26,9 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.base import Source
 from bigdssm.ingest.sources.columnar import ParquetSource
 from bigdssm.ingest.sources.files import LocalFile
-from bigdssm.utils.arguments import argument, checked, shown
+from bigdssm.utils.arguments import argument, checked, short_repr
 from bigdssm.utils.log import Progress, no_progress
-from bigdssm.utils.urls import exists, is_url, join, put_folder
-from bigdssm.utils.urls import shown as shown_url
+from bigdssm.utils.urls import exists, is_url, join, redacted, upload_folder
 
 EngineName = Literal["built-in", "spark"]
 
@@ -100,7 +99,7 @@ def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
         return place
     if not is_table(table) and not (isinstance(table, Mapping | list) and table):
         raise ConfigError(
-            f"{name}={shown(table)}: needs the path or URL of a table, an Arrow table, a data frame, a dict of "
+            f"{name}={short_repr(table)}: needs the path or URL of a table, an Arrow table, a data frame, a dict of "
             "columns, or a list of dicts"
         )
     path = spool / f"{name}.parquet"
@@ -117,14 +116,14 @@ def _made_at_url(url: str, target: IngestTarget, make: Callable[[IngestTarget], 
     Raises DataError, ConfigError.
     """
     if target.append:
-        raise ConfigError(f"{shown_url(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
+        raise ConfigError(f"{redacted(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
     if not target.overwrite and exists(join(url, DATASET_FILE)):
-        raise DataError(f"{shown_url(url)} holds a dataset already; use --overwrite or another --out")
+        raise DataError(f"{redacted(url)} holds a dataset already; use --overwrite or another --out")
     folder = Path(tempfile.mkdtemp(prefix="dataset-"))
     local = folder / url.rstrip("/").rpartition("/")[2]
     report = make(replace(target, out=local))
     try:
-        put_folder(local, url, last=DATASET_FILE)
+        upload_folder(local, url, last=DATASET_FILE)
     except (DataError, OSError) as error:
         raise DataError(f"{error}; the dataset is whole in {local}, copy it from there") from error
     shutil.rmtree(folder)

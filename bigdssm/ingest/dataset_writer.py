@@ -27,17 +27,17 @@ from bigdssm.features.columns import TimeUnits
 from bigdssm.ingest.reading import Quarantine
 from bigdssm.utils.atomic import (
     UNFINISHED,
-    aside_of,
     new_file,
-    real_place,
+    real_path,
     recover,
     remove,
     replace_folder,
     sync,
+    temporary_path,
     write_json,
 )
 from bigdssm.utils.hashing import file_checksum
-from bigdssm.utils.locks import WriterLock, lock_beside
+from bigdssm.utils.locks import WriterLock, lock_path
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
@@ -61,13 +61,13 @@ class DatasetWriter:
         append: bool = False,
     ) -> None:  # fmt: skip
         """`source` tells what is made of what: a making goes on with what a killed one of the same has finished."""
-        out = real_place(out)
+        out = real_path(out)
         self.out, self.partition, self.append = out, partition, append
         plain = re.fullmatch(r"[^./\\][^/\\]*", partition) and partition.isprintable()
         if not plain or len(partition.encode()) > 255:
             raise ConfigError(f"partition name {partition!r} must be a plain folder name")
         self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
-        self.staging = out / UNFINISHED if append else aside_of(out)
+        self.staging = out / UNFINISHED if append else temporary_path(out)
         self._locks = ExitStack()
         try:
             self._claim()
@@ -108,7 +108,7 @@ class DatasetWriter:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         # An append needs no access to the folder around the dataset, except where a replacement was killed.
         if not self.append or (not self.out.exists() and self.out.parent.is_dir()):
-            self._locks.enter_context(WriterLock(lock_beside(self.out), self.out))
+            self._locks.enter_context(WriterLock(lock_path(self.out), self.out))
             recover(self.out)
         if (self.out / DATASET_FILE).exists():
             self._locks.enter_context(WriterLock(self.out / LOCK, self.out))

@@ -70,7 +70,7 @@ from bigdssm.ingest.splits import (
     check_own_split,
     own_split,
 )
-from bigdssm.utils.atomic import new_folder, real_place
+from bigdssm.utils.atomic import new_folder, real_path
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.string_hashing import hash_strings
 
@@ -373,7 +373,7 @@ def write_collection(engine: LocalEngine, documents: DistinctDocuments, folder: 
         "JOIN documents ON paired.doc_id = documents.doc_id WHERE paired.nth = 1 AND split = "
     )
 
-    with new_folder(real_place(folder)) as aside:
+    with new_folder(real_path(folder)) as aside:
         (aside / QRELS_DIR).mkdir()
         write_entries(aside / CORPUS_FILE, schema.doc, _entries(documents.table, "doc_key", "d", schema.doc))
         write_entries(aside / QUERIES_FILE, schema.query, _entries(queries, "query_key", "q", schema.query))

@@ -24,7 +24,7 @@ from bigdssm.retrieval.embed import Share, pieces_of
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_type
 from bigdssm.retrieval.mining import TrainPositives
 from bigdssm.utils.array_file import new_array, seal
-from bigdssm.utils.atomic import new_file, real_place
+from bigdssm.utils.atomic import new_file, real_path
 from bigdssm.utils.hashing import mix64
 from bigdssm.utils.log import get_logger
 from bigdssm.utils.string_hashing import hash_strings
@@ -152,7 +152,7 @@ def _write(
 
     Raises DataError, which says `nothing`, where all windows are empty.
     """
-    path, at, empty = real_place(path), 0, True
+    path, at, empty = real_path(path), 0, True
     with new_file(path) as aside:
         whole = new_array(aside, record_type(width, judged), (dataset.num_queries("train"),))
         for first in range(0, dataset.num_rows("train"), ROWS_AT_ONCE):

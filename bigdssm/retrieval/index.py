@@ -42,8 +42,8 @@ from bigdssm.retrieval.vectors import (
     read_meta,
     write_meta,
 )
-from bigdssm.utils.arguments import checked, shown
-from bigdssm.utils.atomic import new_folder, real_place
+from bigdssm.utils.arguments import checked, short_repr
+from bigdssm.utils.atomic import new_folder, real_path
 
 SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
@@ -81,7 +81,7 @@ class Index:
         try:
             vectors = np.asarray(vectors, np.float32)
         except (TypeError, ValueError):
-            raise ConfigError(f"vectors={shown(vectors)}: needs an array of numbers [queries, {width}]") from None
+            raise ConfigError(f"vectors={short_repr(vectors)}: needs an array of numbers [queries, {width}]") from None
         if vectors.ndim != 2 or vectors.shape[1] != width:
             raise ConfigError(f"got vectors {list(vectors.shape)}, the index has {width} numbers in each")
         if not np.isfinite(vectors).all():
@@ -230,7 +230,7 @@ def build_index(
     choose the best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
     ConfigError where `folder` holds something else, ivfpq has too few documents, or width or rescore cannot be.
     """
-    folder = real_place(folder)
+    folder = real_path(folder)
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")

@@ -43,7 +43,7 @@ from bigdssm.retrieval.exact_search import (
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.utils.array_file import new_array, seal
-from bigdssm.utils.atomic import aside_of, put_file, real_place
+from bigdssm.utils.atomic import put_file, real_path, temporary_path
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -147,9 +147,9 @@ def gather_mined(path: Path, own: np.ndarray, dataset: Dataset) -> HardNegatives
     Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
     appears under its name when it is whole.
     """
-    path = real_place(path)
+    path = real_path(path)
     everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
-    aside = aside_of(path)
+    aside = temporary_path(path)
     full: BigDSSMError | None = None
     if distributed.is_main():
         try:

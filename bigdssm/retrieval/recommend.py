@@ -36,7 +36,7 @@ from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.search import histories
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
-from bigdssm.utils.atomic import new_file, real_place, write_json
+from bigdssm.utils.atomic import new_file, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, hash64, json_checksum
 from bigdssm.utils.log import get_logger
 
@@ -92,7 +92,7 @@ def recommend(
     index.check_model(folder.checksum)
     source = source.limited_to(folder.view(dataset))
     index.check_dataset(dataset)
-    out = real_place(out)
+    out = real_path(out)
     _check_free(out)
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")

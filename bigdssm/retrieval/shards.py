@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bigdssm.cluster.launcher import launched_as
+from bigdssm.cluster.launcher import rank_and_world_size
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.utils.atomic import aside_of, put_file, replace_folder
+from bigdssm.utils.atomic import put_file, replace_folder, temporary_path
 from bigdssm.utils.log import Progress, no_progress
 
 JOB_FILE, LOCK_FILE, RANKS_FILE, DONE_DIR = "job.json", "lock", "ranks", "done"
@@ -43,7 +43,7 @@ class ShardWork:
     @classmethod
     def of_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
         """Return the work of the process that torchrun or deepspeed started. Raises ConfigError: its ranks are none."""
-        rank, world_size = launched_as()
+        rank, world_size = rank_and_world_size()
         return cls(rank, world_size, rows_per_shard, progress)
 
 
@@ -60,7 +60,7 @@ class ShardedFolder:
         """
         self._folder, self._num_rows, self._work = folder, num_rows, work
         self.num_shards = -(-num_rows // work.rows_per_shard)
-        self.aside = aside_of(folder)
+        self.aside = temporary_path(folder)
         self.aside.mkdir(parents=True, exist_ok=True)
         described = json.dumps({**job, "num_rows": num_rows, "rows_per_shard": work.rows_per_shard}, indent=1)
         with _lock(self.aside):

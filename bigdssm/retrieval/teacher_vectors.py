@@ -22,7 +22,7 @@ from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import find_keys, rows_of_queries
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import check_seal, new_array, seal
-from bigdssm.utils.atomic import real_place
+from bigdssm.utils.atomic import real_path
 
 DOCUMENTS, QUERIES = "documents.npy", "queries.npy"
 ROWS_AT_ONCE = 1024
@@ -75,7 +75,7 @@ def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, wo
     `name` tells the teacher from others: finished shards of a run that was ended are kept where it is the same. Raises
     DataError where a vector is not finite, or too large for float16.
     """
-    out = real_place(out)
+    out = real_path(out)
     width, num_docs = encoders.documents(np.zeros(1, np.int64)).shape[1], dataset.catalogue.num_docs
     keys = np.concatenate([np.zeros(0, np.int64), *(r.query_keys for r in dataset.iterate("train", PASS_ROWS))])
 

@@ -26,7 +26,7 @@ from bigdssm.features.ragged import Column, Ragged
 from bigdssm.retrieval.embed import Encoders, cut_vectors
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import new_array
-from bigdssm.utils.atomic import real_place, write_json
+from bigdssm.utils.atomic import real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
@@ -86,7 +86,7 @@ def write_vectors(
     Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
     where a vector is not finite, or too large for float16.
     """
-    work, folder = work or ShardWork(), real_place(folder)
+    work, folder = work or ShardWork(), real_path(folder)
     num_docs = dataset.catalogue.num_docs
     if num_docs == 0:
         raise DataError(f"the catalogue of {dataset.dir} is empty")

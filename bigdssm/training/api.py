@@ -51,7 +51,7 @@ def _train(config: Config, stage: StageName, resume: bool) -> Trained:
     with sole_stage(), _as_it_was(), default_logging():
         progress = run_stage(
             config, stage, resume=resume, validate_only=False, world_size=check_launch(),
-            stop=StopRequest(hear_signals=False),
+            stop=StopRequest(handle_signals=False),
         )  # fmt: skip
     assert progress is not None
     return Trained(config.stage_dir(stage) / "best", progress.best_metrics())

@@ -42,7 +42,7 @@ class Health:
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
         self._tokens = 0
         self._queries = [0.0] * distributed.world_size()  # by rank
-        timing.taken()
+        timing.pop_seconds()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """Return the next batch, None behind the last, counting the time it took as waiting for data."""
@@ -145,7 +145,7 @@ class Health:
     def _counted(self) -> TimeTable:
         """Return the time since the last call, counted in the whole."""
         started, self._started = self._started, time.perf_counter()
-        interval = TimeTable(self._started - started, self._steps, self._flops, timing.taken())
+        interval = TimeTable(self._started - started, self._steps, self._flops, timing.pop_seconds())
         self._whole.add(interval)
         self._steps, self._flops = 0, 0.0
         return interval

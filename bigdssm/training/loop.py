@@ -82,7 +82,7 @@ def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
         trainer.watchdog.beat(f"step {progress.step}")
         trainer.faults.in_step(progress.step)
         if trainer.store.has_failed():
-            stop.ask()  # the ranks stop together; saving then raises what has failed
+            stop.request()  # the ranks stop together; saving then raises what has failed
         further = trainer.objective.model_inputs(batch)
         report = partial(_report, trainer, batch, None if coming is None else coming[1])
         result = train_step(trainer.engine, batch, plan, loss_function, trainer.lr_factor(), further, report)
@@ -112,7 +112,7 @@ def _fetch(trainer: Trainer, batches: Iterator[Batch]) -> tuple[Batch, StepDraft
 
 def _report(trainer: Trainer, batch: Batch, coming: StepDraft | None) -> StepReport:
     """Return this rank's part of the step synchronisation; `coming` is the plan of the step after it."""
-    report = StepReport(trainer.stop.asked, trainer.is_save_due(), len(batch.query_ids), trainer.stream.report())
+    report = StepReport(trainer.stop.requested, trainer.is_save_due(), len(batch.query_ids), trainer.stream.report())
     return report if coming is None else report._replace(needs=coming.requirements)
 
 

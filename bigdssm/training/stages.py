@@ -74,7 +74,7 @@ def run_stage(
     lock = FolderLock(folder)
     with ExitStack() as after:  # closed after the watchdog has ended: trackers may upload for long
         watchdog = Watchdog(
-            config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.ask
+            config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.request
         )
         with watchdog:
             stop.at_end = watchdog.leave
@@ -108,7 +108,7 @@ def run_stage(
                     name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", trainer.total_steps,
                     stage_config.rows_global, describe_ranks(), done.step, folder,
                 )  # fmt: skip
-                stop.wait_for_steps()
+                stop.defer_signals()
                 progress = train(trainer)
     best = progress.describe_best(stage_config.validation_metric)
     logger.info("%s finished: %s at step %d", name, best, progress.best_step)

@@ -182,7 +182,7 @@ class Trainer:
         Raises Preempted where the run is asked to stop.
         """
         self.watchdog.beat(f"{what}: {done} of {total}")
-        if self.stop.agreed():
+        if self.stop.any_rank_requested():
             raise Preempted(f"stopped on request while {what}; go on with --resume auto")
 
     def is_over(self) -> bool:

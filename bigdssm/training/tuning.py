@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bigdssm.cluster.launcher import run_command
-from bigdssm.cluster.metrics import read_stage, selecting
+from bigdssm.cluster.metrics import read_stage, selection_score
 from bigdssm.cluster.run_folder import read_events, request_stop
 from bigdssm.config import Config, StageName, read_config
 from bigdssm.config.yaml_files import read_yaml
@@ -114,7 +114,7 @@ class TuningStage:
         pruning = _Pruning(trial, run / self.stage)
         ended = run_command(
             run / "log", self.stage, "--config", self.config, *self.overrides, *chosen, f"run.dir={run}",
-            "--resume", "auto", look=pruning.look,
+            "--resume", "auto", poll=pruning.look,
         )  # fmt: skip
         if pruning.pruned:
             raise optuna.TrialPruned
@@ -248,7 +248,7 @@ def values_of(config: Config, space: Space) -> dict[str, Any]:
 def _validations(folder: Path) -> list[tuple[int, float]]:
     """Return (step, metric) of every validation recorded."""
     records = read_stage(folder).records if folder.exists() else []
-    return [(record["step"], value) for record in records if (value := selecting(record)) is not None]
+    return [(record["step"], value) for record in records if (value := selection_score(record)) is not None]
 
 
 def _a_fifth(folder: Path) -> float | None:

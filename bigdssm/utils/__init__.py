@@ -1,1 +1,1 @@
-"""Utilities without knowledge of the rest: atomic files, hashing, URLs, timing, bounds."""
+"""Utilities independent of the other packages: atomic files, hashing, URLs, timing, bounds."""

@@ -1,4 +1,4 @@
-"""Arguments of Python callers, validated against annotations as a command line validates its options."""
+"""Validation of the arguments of Python functions against their annotations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 
-MOST_SHOWN = 60  # characters of a value in a message
-WORDS = {
+MAX_CHARS = 60  # characters of a value in a message
+TYPE_NAMES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path", date: "a date",
 }  # fmt: skip
 
@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def checked(function: F) -> F:
-    """Validate the arguments of every call against the annotations; a decorator. Calls raise ConfigError."""
+    """Validate the arguments of every call against the annotations; a decorator. The call raises ConfigError."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def checked(function: F) -> F:
 
 
 def argument(name: str, value: Any, annotation: Any) -> Any:
-    """Return the value in the type of its annotation; NumPy's scalars become Python's. Raises ConfigError."""
+    """Convert a value to the type of its annotation; NumPy scalars become Python's. Raises ConfigError."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     for kind in [] if Path in kinds and isinstance(value, str) and not value else kinds:
         try:
@@ -55,17 +55,17 @@ def argument(name: str, value: Any, annotation: Any) -> Any:
     if Path in kinds:
         kinds = tuple(kind for kind in kinds if kind is not str)
     words = [_words(kind) for kind in kinds if kind is not NoneType]
-    raise ConfigError(f"{name}={shown(value)}: needs {' or '.join(words)}{hint}")
+    raise ConfigError(f"{name}={short_repr(value)}: needs {' or '.join(words)}{hint}")
 
 
-def shown(value: Any) -> str:
-    """Return a value as a message shows it: one short line."""
+def short_repr(value: Any) -> str:
+    """Format a value for a message: one line of at most MAX_CHARS characters."""
     text = " ".join(ascii(value).split()) if isinstance(value, str) else " ".join(repr(value).split())
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 1]}…"
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
-    """Raises TypeError, ValueError: the value is of another kind."""
+    """Raises TypeError, ValueError: the value has another type."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -90,7 +90,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if origin is not None:  # a sequence
         if isinstance(value, str | bytes | Mapping):
             _refuse()
-        return [argument(f"{name}[{place}]", one, inner[0]) for place, one in enumerate(value)]
+        return [argument(f"{name}[{i}]", element, inner[0]) for i, element in enumerate(value)]
     return value if isinstance(value, kind) else _refuse()
 
 
@@ -98,7 +98,7 @@ def _text(value: Any, kind: type[str] | type[Path]) -> str | Path:
     if not isinstance(value, str if kind is str else (str, os.PathLike)):
         _refuse()
     text = os.fspath(value)
-    text.encode()  # ValueError: half a character
+    text.encode()  # ValueError: an unpaired surrogate
     if "\0" in text or (kind is Path and not text):
         _refuse()
     return kind(text)
@@ -113,7 +113,7 @@ def _words(kind: Any) -> str:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     origin = get_origin(kind)
     if origin is None:
-        return WORDS.get(kind) or f"a {kind.__name__}"
+        return TYPE_NAMES.get(kind) or f"a {kind.__name__}"
     if issubclass(origin, Callable):  # type: ignore[arg-type]
         return "a function"
-    return f"a {'dict' if issubclass(origin, Mapping) else 'list'}, each {_words(get_args(kind)[-1])}"
+    return f"a {'dict' if issubclass(origin, Mapping) else 'list'}, each element {_words(get_args(kind)[-1])}"

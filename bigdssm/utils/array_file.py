@@ -1,7 +1,6 @@
-"""Arrays in .npy files that are written where they are mapped, and seals, which name the data that they belong to.
+"""Memory-mapped .npy files with a seal: the fingerprint of their dataset and a checksum.
 
-A seal is SEAL_BYTES of JSON behind the array, which readers of .npy files ignore: the dataset's fingerprint, and the
-checksum of all bytes before the seal.
+A seal is SEAL_BYTES of JSON after the array, which .npy readers ignore; the checksum covers all bytes before it.
 """
 
 from __future__ import annotations
@@ -15,19 +14,20 @@ from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike
 
 from bigdssm.errors import DataError
-from bigdssm.utils.atomic import naming
+from bigdssm.utils.atomic import path_in_errors
 from bigdssm.utils.hashing import file_checksum
 
 SEAL_BYTES = 256
 
 
 def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap:
-    """Return a new array of zeros, mapped from the file `path`, whose space on the disk is reserved.
+    """Create a memory-mapped array of zeros with reserved disk space.
 
-    Raises OSError, which names the file: a write to a mapped page that finds no space would end the process (SIGBUS).
+    Without reservation, a write to a mapped page on a full disk ends the process (SIGBUS). Raises OSError, which names
+    the file.
     """
     try:
-        with naming(path):
+        with path_in_errors(path):
             array = open_memmap(path, "w+", dtype, shape)
             with path.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -38,18 +38,15 @@ def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap
 
 
 def seal(path: Path, dataset: str) -> None:
-    """Append the seal of a finished array to its file: `dataset` is the fingerprint of its dataset.
-
-    Raises OSError, which names the file.
-    """
+    """Append the seal to a finished array file; `dataset` is a fingerprint. Raises OSError, which names the file."""
     content = json.dumps({"dataset": dataset, "xxh3_128": file_checksum(path)}).encode()
     assert len(content) <= SEAL_BYTES
-    with naming(path), path.open("ab") as file:
+    with path_in_errors(path), path.open("ab") as file:
         file.write(content.ljust(SEAL_BYTES))
 
 
 def check_seal(path: Path, dataset: str, fix: str) -> None:
-    """Read a file whole. Raises DataError, which ends in `fix`: damaged, no seal, or that of another dataset."""
+    """Verify the seal and the checksum. Raises DataError ending in `fix`: damaged, no seal, or another dataset."""
     end = max(0, path.stat().st_size - SEAL_BYTES)
     with path.open("rb") as file:
         file.seek(end)
@@ -57,8 +54,8 @@ def check_seal(path: Path, dataset: str, fix: str) -> None:
             content = json.loads(file.read())
             made_of, checksum = str(content["dataset"]), content["xxh3_128"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"{path} does not end in the fingerprint of its dataset and a checksum; {fix}") from None
+            raise DataError(f"{path} does not end in a dataset fingerprint and a checksum; {fix}") from None
     if made_of != dataset:
-        raise DataError(f"{path} was made of another dataset, {made_of}, needed is {dataset}; {fix}")
+        raise DataError(f"{path} belongs to another dataset, {made_of}, needs {dataset}; {fix}")
     if file_checksum(path, 0, end) != checksum:
-        raise DataError(f"{path} is damaged: its checksum is another; copy it again, or {fix}")
+        raise DataError(f"{path} is damaged: its checksum does not match; copy it again, or {fix}")

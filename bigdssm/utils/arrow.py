@@ -1,4 +1,4 @@
-"""Open Arrow files memory-mapped, without reading them."""
+"""Memory-mapped Arrow files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bigdssm.errors import DataError
 
 
 def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """Return a memory-mapped reader of an Arrow file. Raises DataError: missing, or no Arrow file."""
+    """Open an Arrow file memory-mapped. Raises DataError: missing, or not an Arrow file."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; the folder is not complete, make it again or copy it whole") from None
+        raise DataError(f"{path} is missing; the folder is incomplete, build it again or copy all of it") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or make it again") from None
+        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or build it again") from None

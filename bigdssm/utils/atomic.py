@@ -1,8 +1,7 @@
-"""Files and folders that are whole or not there: written aside, on the disk, then renamed into their place.
+"""Atomic writes of files and folders: write to a temporary sibling, fsync, rename.
 
-What is being written stands beside its place as .NAME.unfinished, and what it replaces, between the two renames that a
-folder takes, as .NAME.replaced. A writer that fails removes what it began; what a killed one left is removed, or put
-back, by the next that writes to the same place.
+The temporary sibling is .NAME.unfinished; a replaced folder is .NAME.replaced between the two renames. A writer that
+fails removes its temporary files; those of a killed writer are removed, or restored, by the next writer of the path.
 """
 
 from __future__ import annotations
@@ -19,27 +18,24 @@ from bigdssm.errors import ConfigError
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
 
-def aside_of(path: Path) -> Path:
-    """Return where the file or folder `path` is written before it has its name."""
+def temporary_path(path: Path) -> Path:
+    """Return the temporary path of a file or folder, in the same folder."""
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 
-def real_place(path: Path) -> Path:
-    """Return where a file or folder that will be replaced stands: behind links, which then go on pointing at it.
-
-    Raises ConfigError where links lead in a circle.
-    """
+def real_path(path: Path) -> Path:
+    """Resolve links, so that replacing the result keeps them. Raises ConfigError: a circular link."""
     if not path.is_symlink():
         return path
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path} is a link that leads nowhere: {error}") from None
+        raise ConfigError(f"{path} is a link that cannot be resolved: {error}") from None
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system within it name the file: that of a write, such as a full disk, does not by itself."""
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError without a file name, such as that of a write to a full disk; a context manager."""
     try:
         yield
     except OSError as error:
@@ -50,16 +46,16 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give the place to write a file at; `path` is that file when the block ends, and as before where it raises.
+    """Yield a temporary path to write; rename it to `path` at the end of the block, remove it on an error.
 
-    Raises ConfigError where a folder, a device or a pipe stands there, which a file must not replace.
+    Raises ConfigError if `path` is a folder, a device or a pipe.
     """
-    path = real_place(path)
+    path = real_path(path)
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no file that could be replaced; choose another place")
-    aside = aside_of(path)
+        raise ConfigError(f"{path} exists and is no regular file; choose another path")
+    aside = temporary_path(path)
     try:
-        with naming(aside):
+        with path_in_errors(aside):
             yield aside
             put_file(aside, path)
     except BaseException:
@@ -69,8 +65,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; `folder` is that one when the block ends, and as before where it raises."""
-    aside = aside_of(folder)
+    """Yield an empty temporary folder; replace `folder` with it at the end of the block, remove it on an error."""
+    aside = temporary_path(folder)
     remove(aside)
     aside.mkdir(parents=True)
     try:
@@ -82,29 +78,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step. Raises OSError, which names the file."""
+    """Write a file atomically. Raises OSError, which names the file."""
     with new_file(path) as aside:
         aside.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8 text in one step. Raises OSError, which names the file."""
+    """Write a UTF-8 file atomically. Raises OSError, which names the file."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write `content` as a JSON file in one step. Raises ValueError: NaN or infinity; OSError, which names the file."""
+    """Write a JSON file atomically. Raises ValueError: NaN or infinity; OSError, which names the file."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def put_file(aside: Path, path: Path) -> None:
-    """Give the finished file `aside` the name `path`, in the same folder, once it is on the disk."""
+    """Sync the finished file `aside` and rename it to `path`, in the same folder."""
     sync(aside)
     os.replace(aside, path)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put the finished folder `new` in the place of `folder`, on the same file system, once it is on the disk."""
+    """Sync the finished folder `new` and move it to `folder`, on the same file system."""
     for path in new.rglob("*"):
         if path.is_file() and not path.is_symlink():
             sync(path)
@@ -118,7 +114,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Undo or finish what a `replace_folder` that was killed between its two renames left."""
+    """Complete or undo a `replace_folder` that was killed between its two renames."""
     replaced = _replaced(folder)
     if folder.exists():
         remove(replaced)
@@ -127,7 +123,7 @@ def recover(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -135,7 +131,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before what follows."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

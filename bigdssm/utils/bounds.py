@@ -1,4 +1,4 @@
-"""Bounds of numbers, stated beside a dataclass's field, and one walk that holds everything in it to them."""
+"""Bounds of dataclass fields, and validation of all values in a dataclass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOUND, RESUME_MAY_CHANGE = "bound", "resume_may_change"  # in the metadata of a 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number, or each number of a tuple, may be."""
+    """Limits of a number, or of each number of a tuple."""
 
     at_least: float | None = None
     above: float | None = None
@@ -23,7 +23,7 @@ class Bound:
     below: float | None = None
 
     def holds(self, number: float) -> bool:
-        """Return whether `number` is within; NaN never is."""
+        """Return whether `number` is within the limits; NaN never is."""
         return (
             (self.at_least is None or number >= self.at_least)
             and (self.above is None or number > self.above)
@@ -40,9 +40,9 @@ def bounded(
     default: Default, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None,
     below: float | None = None, resume_may_change: bool = False,
 ) -> Default:  # fmt: skip
-    """Return a dataclass field with this default and these bounds.
+    """Return a dataclass field with a default and bounds.
 
-    resume_may_change: a key of a component that changes where or how something is computed, not what is learned.
+    resume_may_change: a resumed run may change the key, because it affects only where or how something is computed.
     """
     bound = Bound(at_least, above, at_most, below)
     made: Default = field(default=default, metadata={BOUND: bound, RESUME_MAY_CHANGE: resume_may_change})
@@ -50,9 +50,9 @@ def bounded(
 
 
 def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, what it got, what it needs) for everything in a dataclass that cannot be.
+    """Yield (dotted key, value, requirement) of every invalid value in a dataclass.
 
-    That is a number that is not finite or not within its field's bounds, or text that no path can hold.
+    Invalid are non-finite numbers, numbers outside the bounds of their field, and text with a NUL character.
     """
     if is_dataclass(value):
         for f in fields(value):
@@ -74,6 +74,6 @@ def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iter
 
 
 def require(holds: bool, key: str, got: object, needed: str) -> None:
-    """Raise ConfigError, which names a config's key, its value and the needed one, unless the condition `holds`."""
+    """Raise ConfigError with the config key, its value and the requirement, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key}: got {got}, needs {needed}")

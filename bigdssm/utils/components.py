@@ -1,7 +1,7 @@
-"""Components that declare their configuration: frozen, torch-free dataclasses, registered by name.
+"""Components with declared configuration: frozen, torch-free dataclasses, registered by name.
 
-The fields of a component's dataclass are its keys, with type, default and bounds (`utils.bounds.bounded`); the comment
-at a field is its line in the reference of keys. Its methods build what it declares and import torch when called.
+The fields of a component are its config keys, with type, default and bounds (`utils.bounds.bounded`); the comment at a
+field is its description in the reference of keys. Its methods build the object and import torch when called.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any, Generic, TypeVar, cast, overload
 from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import out_of_bounds
 
-MISSING = "???"  # omegaconf's: a key without a default
-REGISTRY = "registry"  # in the metadata of a field that is a component
-EACH = "each"  # in that of a field that holds components by name
-_INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which escape it
+MISSING = "???"  # omegaconf's mark of a key without a default
+REGISTRY = "registry"  # metadata key of a field that is a component
+EACH = "each"  # metadata key of a field that is a dict of components
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # including the backslashes that escape it
 
 
 class Component:
-    """The base of components that stand in a config."""
+    """Base class of components in a config."""
 
     def check(self, key: str) -> None:
-        """Raise ConfigError: values within their bounds that do not go together. `key` names the block."""
+        """Raise ConfigError for an invalid combination of values; `key` names the block."""
 
 
-def add_named(known: dict[str, Any], name: str, added: Any, noun: str) -> None:
-    """Add a class or function to those `known`; one of a module that is loaded again replaces itself.
+def add_named(registered: dict[str, Any], name: str, added: Any, noun: str) -> None:
+    """Register a class or function by name; a reloaded module replaces its earlier version.
 
     Raises ValueError: the name is taken.
     """
-    other = known.setdefault(name, added)
+    other = registered.setdefault(name, added)
     if (other.__module__, other.__qualname__) != (added.__module__, added.__qualname__):
         raise ValueError(f"there is {noun} named {name!r}: {other.__module__}.{other.__qualname__}; rename this one")
-    known[name] = added
+    registered[name] = added
 
 
 C = TypeVar("C")
@@ -46,17 +46,17 @@ D = TypeVar("D", bound=type)
 
 @dataclass(frozen=True)
 class Registry(Generic[C]):
-    """The components of one kind by name, and the one validation of a block that names one of them."""
+    """Components of one kind by name, and validation of the config blocks that select one."""
 
     noun: str  # for messages
-    selector: str  # the key that names the component, and the attribute of its class that holds the name
-    home: str | None = None  # module that registers the library's own, imported at the first look-up; torch-free
+    selector: str  # the config key with the component's name, and the class attribute with the name
+    home: str | None = None  # module that registers the built-in components, imported on first use; torch-free
     classes: dict[str, type[C]] = field(default_factory=dict)
 
     def register(self, cls: D) -> D:
-        """Add a component; a class decorator.
+        """Register a component; a class decorator.
 
-        Raises TypeError: no dataclass, or without a name; ValueError: the name is taken.
+        Raises TypeError: no dataclass, or no name; ValueError: the name is taken.
         """
         name, declared = getattr(cls, self.selector, MISSING), is_dataclass(cls)
         if not declared or name == MISSING:
@@ -65,7 +65,7 @@ class Registry(Generic[C]):
         return cls
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of all components, in the order of their registration."""
+        """Return the names of all components in registration order."""
         if self.home is not None:
             import_module(self.home)
         return tuple(self.classes)
@@ -81,7 +81,7 @@ class Registry(Generic[C]):
         return self.classes[name]
 
     def declaration(self, key: str, content: Any, default: str | None = None) -> type[C]:
-        """Return the class of the component that a block names, all of whose keys it has.
+        """Return the class of the component that a block selects, after validating the block's keys.
 
         Raises ConfigError: `key` names the block.
         """
@@ -99,13 +99,13 @@ class Registry(Generic[C]):
         return cls
 
     def read(self, key: str, content: Any) -> C:
-        """Return the component of a block whose values are data. Raises ConfigError: `key` names it."""
+        """Build the component of a block, without interpolation. Raises ConfigError: `key` names the block."""
         cls = self.declaration(key, content)
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         given = {name: literal(value) for name, value in content.items() if name in keys_of(cls)}
-        if missing := sorted(OmegaConf.missing_keys(given)):  # which a merge leaves at their defaults
+        if missing := sorted(OmegaConf.missing_keys(given)):  # a merge would replace them with defaults
             raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")
         try:
             made = cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
@@ -125,7 +125,7 @@ def component(registry: Registry[C], default: str) -> C: ...
 @overload
 def component(registry: Registry[C], default: None) -> C | None: ...
 def component(registry: Registry[C], default: str | None) -> C | None:
-    """Return a dataclass field that is one of the registered components, by default that of a name, or none."""
+    """Return a dataclass field for a registered component; `default` is a name, or None for no component."""
     metadata = {REGISTRY: registry}
     if default is None:
         return cast(C | None, field(default=None, metadata=metadata))
@@ -134,7 +134,7 @@ def component(registry: Registry[C], default: str | None) -> C | None:
 
 
 def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Component]]:
-    """Yield (dotted key, component) of every component in a config, or in a section of one."""
+    """Yield (dotted key, component) of every component in a config or a section of one."""
     for f in fields(config):
         key, value = f"{prefix}{f.name}", getattr(config, f.name)
         if REGISTRY in f.metadata and value is not None:
@@ -144,18 +144,18 @@ def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Componen
 
 
 def named_components(registry: Registry[C]) -> dict[str, Any]:
-    """Return a dataclass field of components by name, none by default."""
+    """Return a dataclass field for a dict of components, empty by default."""
     made: dict[str, Any] = field(default_factory=dict, metadata={EACH: registry})
     return made
 
 
 def keys_of(cls: Any) -> list[str]:
-    """Return the keys of a component, those of its base first."""
+    """Return the config keys of a component, those of its base class first."""
     return [f.name for f in fields(cls) if not f.metadata.get("fitted")]
 
 
 def literal(content: Any) -> Any:
-    """Return containers of values that are data: omegaconf interpolates none of their texts."""
+    """Escape `${` in all strings of a container, so that omegaconf does not interpolate them."""
     if isinstance(content, dict):
         return {key: literal(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -164,5 +164,5 @@ def literal(content: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return what omegaconf says of a key, without the lines that repeat it."""
+    """Return the first line of an omegaconf error; the others repeat the key."""
     return str(error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Hashes that are equal on every machine and in every version: 64-bit keys, checksums of files and source code."""
+"""Stable hashes across machines and versions: 64-bit keys, checksums of files and source code."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _GAMMA = 0x9E3779B97F4A7C15
 
 
 def hash64(text: str) -> int:
-    """Return the 64-bit signed hash of `text` that identifies documents and queries everywhere (xxh3)."""
+    """Return the signed 64-bit xxh3 of `text`: the key of documents and queries in all files."""
     return int(np.int64(np.uint64(xxhash.xxh3_64_intdigest(text.encode()))))
 
 
 def hex64(text: str) -> str:
-    """Return `hash64` of `text` in hex, to name a file or a folder by."""
+    """Return the 64-bit xxh3 of `text` in hex, for names of files and folders."""
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def mix64(values: np.ndarray, key: int) -> np.ndarray:
-    """Return 64-bit hashes of integer `values` under `key`, uint64 (the finaliser of splitmix64, twice)."""
+    """Hash integers with a key, uint64 (the finaliser of splitmix64, twice)."""
     x = values.astype(np.uint64) + np.uint64(key & _MASK)
     for _ in range(2):
         x += np.uint64(_GAMMA)
@@ -38,7 +38,7 @@ def mix64(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def derive_key(*parts: int) -> int:
-    """Return a 64-bit key made of integers, each at its place."""
+    """Combine integers into a 64-bit key; their order matters."""
     key = 0
     for part in parts:
         key = int(mix64(np.array([part & _MASK], np.uint64), key)[0])
@@ -48,7 +48,7 @@ def derive_key(*parts: int) -> int:
 def file_checksum(path: Path, first: int = 0, last: int | None = None, *, bits: Literal[64, 128] = 128) -> str:
     """Return the xxh3 of a file, or of its bytes [first, last), in hex.
 
-    A dataset's format has 64 bits, which tell damage; all others have 128, which also tell one model from another.
+    Dataset files use 64 bits (damage); all other files use 128 (identity of models).
     """
     digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
     left = path.stat().st_size - first if last is None else last - first
@@ -61,7 +61,7 @@ def file_checksum(path: Path, first: int = 0, last: int | None = None, *, bits: 
 
 
 def json_checksum(content: object) -> str:
-    """Return the xxh3_128, in hex, of what JSON can hold, whatever the order of its keys; else of its text."""
+    """Return the xxh3_128 of JSON content in hex, independent of key order; other values are hashed as str."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
 
 

@@ -1,4 +1,4 @@
-"""Package attributes that are imported on first access, so that importing the package does not import torch."""
+"""Lazy package attributes (PEP 562): importing the package does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def lazy_attributes(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package whose public names are listed by their module (PEP 562)."""
+    """Return `__getattr__` and `__dir__` of a package; `modules` maps each module to its public names."""
     homes = {name: module for module, names in modules.items() for name in names}
     namespace = vars(sys.modules[package])
 

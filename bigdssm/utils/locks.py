@@ -1,4 +1,4 @@
-"""A lock file that allows one writer of a place at a time, and is removed when it is released."""
+"""Lock files that allow one writer per path."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from bigdssm.errors import DataError
 
 
 class WriterLock:
-    """Exclusive lock of the process that writes to a place; the system releases it when the process ends.
+    """Exclusive lock of a writer; the system releases it when the process ends.
 
-    What a decision depends on is read while the lock is held.
+    Read the state that a decision depends on while holding the lock.
     """
 
-    def __init__(self, path: Path, place: Path, fix: str = "wait for it or choose another --out") -> None:
-        """Lock the file `path`. Raises DataError where another process, or thread, is writing `place`."""
+    def __init__(self, path: Path, target: Path, fix: str = "wait for it or choose another --out") -> None:
+        """Lock the file `path`. Raises DataError if another process or thread is writing `target`."""
         while True:
             self._path, self._file = path, path.open("a")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._file.close()
-                raise DataError(f"another process is writing {place}; {fix}") from None
+                raise DataError(f"another process is writing {target}; {fix}") from None
             except OSError:
                 self._file.close()
                 raise
@@ -33,14 +33,14 @@ class WriterLock:
             self._file.close()  # its holder removed the file between the two calls
 
     def close(self) -> None:
-        """Release the lock and remove its file; nothing where this is done."""
+        """Release the lock and remove its file; idempotent."""
         if not self._file.closed:
             if self._is_current():
                 self._path.unlink()
             self._file.close()
 
     def _is_current(self) -> bool:
-        """Return whether the path still names the locked file: a lock on a removed one excludes nobody."""
+        """Return whether the path still names the locked file: a lock on a removed file excludes no other writer."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
         except FileNotFoundError:
@@ -53,6 +53,6 @@ class WriterLock:
         self.close()
 
 
-def lock_beside(path: Path) -> Path:
-    """Return the lock file of a file or folder that is written aside and renamed."""
+def lock_path(path: Path) -> Path:
+    """Return the path of the lock file for an atomically written file or folder."""
     return path.with_name(f".{path.name}.lock")

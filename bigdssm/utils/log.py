@@ -1,4 +1,4 @@
-"""Rank-aware logging and the metrics.jsonl writer."""
+"""Rank-aware logging, and files of JSON records (one per line)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from bigdssm.utils.atomic import naming, write_text
+from bigdssm.utils.atomic import path_in_errors, write_text
 
 
 def is_first_rank() -> bool:
-    """Return whether this process is rank 0 by what a launcher told it, or has no launcher."""
+    """Return whether this process is rank 0 according to the environment, or has no launcher."""
     return os.environ.get("RANK", "") in ("", "0")
 
 
 class _MainRankOnly(logging.Filter):
-    """Lets records below WARNING through on rank 0 only, so that N ranks do not print a line N times."""
+    """Drops records below WARNING on all ranks but 0."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         rank = int(os.environ.get("RANK", "0"))
@@ -29,7 +29,7 @@ class _MainRankOnly(logging.Filter):
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to what sys.stderr is at the moment, so that lines pass above a live progress bar."""
+    """Writes to the current sys.stderr, which a live progress bar replaces."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -40,12 +40,12 @@ class _CurrentStderr(logging.StreamHandler):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger `name`; call it with `__name__`."""
+    """Return the logger `name`; pass `__name__`."""
     return logging.getLogger(name)
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's records to stderr as `[rank] message`; called once, by a command."""
+    """Log the package's records to stderr as `[rank] message`; called once per command."""
     handler = _CurrentStderr()
     handler.addFilter(_MainRankOnly())
     handler.setFormatter(logging.Formatter("[%(rank)s] %(message)s"))
@@ -73,7 +73,7 @@ def default_logging() -> Iterator[None]:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `path`; each line is flushed, so a killed run keeps what it wrote."""
+    """Appends one JSON object per line to `path` and flushes each line, so that a killed run keeps them."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,41 +82,41 @@ class MetricsWriter:
         with path.open("rb") as written:
             length = written.seek(0, os.SEEK_END)
             written.seek(max(0, length - 1))
-            if length and written.read() != b"\n":  # cut off by a kill: the next record must not be lost with it
+            if length and written.read() != b"\n":  # a line truncated by a kill: start a new one
                 self._file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record`; its values must be JSON types. Raises OSError, which names the file."""
-        with naming(self._path):
+        with path_in_errors(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file. Raises OSError, which names it, where what failed to be written fails again."""
-        with naming(self._path):
+        """Close the file. Raises OSError, which names the file: buffered data cannot be written."""
+        with path_in_errors(self._path):
             self._file.close()
 
 
 def read_records(path: Path, key: str) -> list[dict[str, Any]]:
-    """Return the records (JSON, one a line) of a file that have `key`, none where there is no file.
+    """Read the JSON records with `key` from a file, one per line; none if the file does not exist.
 
-    What is no such record, since a kill cut it off or somebody edited the file, is left out with a warning.
+    Invalid lines (truncated by a kill, or edited) are skipped with a warning.
     """
     if not path.exists():
         return []
-    found = []
+    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
             record[key]
-            found.append(record)
+            records.append(record)
         except (ValueError, KeyError, TypeError):
-            get_logger(__name__).warning("%s: left out line %d, which is no record of a %s", path, number, key)
-    return found
+            get_logger(__name__).warning("%s: skipped line %d, which is no record with a %s", path, number, key)
+    return records
 
 
-def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave in a file of records with a `step` those that `keep` wants; what a kill cut off goes, too."""
+def truncate_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of records with a `step`, retaining those that `keep` accepts; invalid lines are dropped."""
     if not path.exists():
         return
     kept = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
@@ -124,25 +124,25 @@ def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def rank_file(folder: Path, name: str, rank: int) -> Path:
-    """Return the file of records that one rank writes."""
+    """Return the path of a rank's file of records."""
     return folder / f"{name}-{rank:05d}.jsonl"
 
 
-def cut_back_of_rank(
+def truncate_rank_records(
     folder: Path, name: str, rank: int, world_size: int, keep: Callable[[dict[str, Any]], bool]
 ) -> Path:
-    """Cut back and return this rank's file of records; rank 0 cuts those of ranks that are no more, too."""
-    cut_back(rank_file(folder, name, rank), keep)
+    """Apply `truncate_records` to this rank's file and return it; rank 0 also handles files of removed ranks."""
+    truncate_records(rank_file(folder, name, rank), keep)
     other = world_size
     while rank == 0 and rank_file(folder, name, other).exists():
-        cut_back(rank_file(folder, name, other), keep)
+        truncate_records(rank_file(folder, name, other), keep)
         other += 1
     return rank_file(folder, name, rank)
 
 
 Progress = Callable[[str, int, int | None], None]
-"""Called as progress(what is being done, how much is done, how much there is or None: unknown)."""
+"""Called as progress(phase, done, total); total None: unknown."""
 
 
-def no_progress(what: str, done: int, total: int | None) -> None:
-    """Show nothing."""
+def no_progress(phase: str, done: int, total: int | None) -> None:
+    """Ignore progress: the default of `Progress` arguments."""

@@ -1,10 +1,10 @@
-"""hash64 of columns of strings: XXH3 of up to 16 bytes, which most ids have, in NumPy, thousands at once.
+"""Vectorised hash64 of string columns: XXH3 of strings up to 16 bytes (most ids) in NumPy.
 
-Longer strings go one by one through the xxhash package: in NumPy they are no faster. The plugin polars-hash is faster
-for all, but hangs in a process forked from one that used Polars, as loader processes may be.
+Longer strings use the xxhash package one by one: NumPy is not faster for them. The plugin polars-hash is faster for all
+lengths, but hangs in a process forked from one that used Polars, which loader processes may be.
 Source: https://github.com/Cyan4973/xxHash/blob/v0.8.3/doc/xxhash_spec.md, "XXH3 algorithm overview", small inputs.
 
-Shapes: R strings, `data` uint8 [bytes of all], `start` and `length` int64 [R]; hashes uint64 [R].
+Shapes: R strings, `data` uint8 [total bytes], `start` and `length` int64 [R]; hashes uint64 [R].
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from xxhash import xxh3_64_intdigest
 
-LONGEST = 16  # bytes of the strings that are hashed here
-AT_ONCE = 1 << 14  # strings, so that what stands between two operations stays in the core's cache
+MAX_BYTES = 16  # length of the longest strings hashed in NumPy
+BATCH_SIZE = 1 << 14  # strings per batch: intermediate arrays fit into the core's cache
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
@@ -27,20 +27,17 @@ _PRIME_MX = np.uint64(0x9FB21C651E98DF25)
 
 
 def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Return hash64 of every string, int64 [R]. Nulls are not for it."""
+    """Return hash64 of every string, int64 [R]. The array must not contain nulls."""
     chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
     hashes = [np.empty(0, np.int64)]
     for chunk in chunks:
-        for first in range(0, len(chunk), AT_ONCE):
-            hashes.append(_hashes(chunk.slice(first, AT_ONCE)).view(np.int64))
+        for first in range(0, len(chunk), BATCH_SIZE):
+            hashes.append(_hashes(chunk.slice(first, BATCH_SIZE)).view(np.int64))
     return np.concatenate(hashes)
 
 
 def flat_strings(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each of R strings begins and the last one ends, int64 [R + 1], in the bytes of all, uint8.
-
-    For large_string and large_binary.
-    """
+    """Return the offsets, int64 [R + 1], and the bytes, uint8, of a large_string or large_binary array."""
     _, offsets, data = array.buffers()
     begins = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     content = np.frombuffer(data or b"", np.uint8)[begins[0] : begins[-1]]
@@ -56,7 +53,7 @@ def _hashes(array: pa.Array) -> np.ndarray:
         some = np.flatnonzero((length >= shortest) & (length <= longest))
         if len(some):
             hashes[some] = hashed(data, start[some], length[some])
-    others = np.flatnonzero((length == 0) | (length > LONGEST))
+    others = np.flatnonzero((length == 0) | (length > MAX_BYTES))
     if len(others):
         values = array if len(others) == len(array) else array.take(pa.array(others))
         hashes[others] = np.fromiter(map(xxh3_64_intdigest, values.to_pylist()), np.uint64, len(others))
@@ -96,12 +93,12 @@ def _up_to_16(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.nda
 
 
 _BY_LENGTH: tuple[tuple[int, int, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]], ...] = (
-    (1, 3, _up_to_3), (4, 8, _up_to_8), (9, LONGEST, _up_to_16),
+    (1, 3, _up_to_3), (4, 8, _up_to_8), (9, MAX_BYTES, _up_to_16),
 )  # fmt: skip
 
 
 def _integers(data: np.ndarray, width: int) -> np.ndarray:
-    """Return the little-endian unsigned integer of `width` bytes that begins at each byte, a view."""
+    """Return a view of the little-endian unsigned integers of `width` bytes that start at each byte."""
     return np.ndarray(len(data) - width + 1, f"<u{width}", data, strides=(1,))
 
 
@@ -110,7 +107,7 @@ def _rotated(h: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _folded_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the exclusive or of both halves of the products of 128 bits."""
+    """Return the exclusive or of both halves of the 128-bit products."""
     half = np.uint64(32)
     a_low, a_high, b_low, b_high = a & _LOW, a >> half, b & _LOW, b >> half
     low, middle = a_low * b_low, a_high * b_low

@@ -1,9 +1,8 @@
-"""Where a process spends its time: seconds by name, of spans that may stand in each other.
+"""Time profile of a process: seconds per named span; spans may be nested.
 
-A span's seconds are those outside the spans in it; one inside another goes by both names, `loss/communication`. Where
-CUDA works, a span is what lies between its beginning and its end in the device's stream, by the device's clock: its
-kernels count for it whenever they run, a wait of the host only as long as the device stood idle for it. Nothing waits
-for the device before `taken`.
+A span's seconds exclude those of nested spans; a nested span is named by its path, `loss/communication`. With CUDA, a
+span is measured between two events in the device's stream: its kernels count whenever they run, waits of the host only
+while the device is idle. Only `pop_seconds` synchronises with the device.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _MOST_UNREAD = 4096
 
 
 class _Mark(NamedTuple):
-    """A moment of the host, and the same place in the device's stream."""
+    """A host time, and an event at the same point in the device's stream."""
 
     host_s: float
     event: torch.cuda.Event | None
@@ -39,8 +38,6 @@ class _Mark(NamedTuple):
 
 
 class _Clock:
-    """The one clock of this process."""
-
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.open: list[str] = []
@@ -48,7 +45,7 @@ class _Clock:
         self._unread: list[tuple[str, _Mark, _Mark]] = []
 
     def charge(self) -> None:
-        """Count the time since the last call for the innermost open span."""
+        """Assign the time since the last call to the innermost open span."""
         now = _Mark.now()
         if self.open:
             self._unread.append(("/".join(self.open), self._since, now))
@@ -57,7 +54,7 @@ class _Clock:
             self.read()
 
     def read(self) -> None:
-        """Add up what was charged; waits for the device where it has not come so far."""
+        """Add up the assigned times; synchronises with the device."""
         if self._since.event is not None:
             self._since.event.synchronize()
         for name, begin, end in self._unread:
@@ -70,7 +67,7 @@ _clock = _Clock()
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Count the time within under `name`."""
+    """Measure the time of a block as `name`; a context manager."""
     _clock.charge()
     _clock.open.append(name)
     try:
@@ -80,8 +77,8 @@ def span(name: str) -> Iterator[None]:
         _clock.open.pop()
 
 
-def taken() -> dict[str, float]:
-    """Return the seconds of every name since the last call, in the order in which they first ended."""
+def pop_seconds() -> dict[str, float]:
+    """Return the seconds per span since the last call, ordered by the spans' first end."""
     _clock.charge()
     _clock.read()
     seconds, _clock.seconds = _clock.seconds, {}

@@ -70,11 +70,11 @@ def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         stop = StopRequest()
-        stop.wait_for_steps()
-        before = stop.agreed()
+        stop.defer_signals()
+        before = stop.any_rank_requested()
         if rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return before, stop.agreed()
+        return before, stop.any_rank_requested()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

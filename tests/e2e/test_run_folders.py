@@ -203,7 +203,7 @@ def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -
     mined = np.load(run / "sft" / "mined_negatives.npy")
     mined["window"] += 100_000
     np.save(run / "sft" / "mined_negatives.npy", mined)
-    refused(Command("sft", *arguments, *RESUME).wait(), 3, "does not end in the fingerprint of its data")
+    refused(Command("sft", *arguments, *RESUME).wait(), 3, "does not end in a dataset fingerprint")
     refused(
         Command("sft", *arguments, *RESUME, "sft.steps=8").wait(), 2, "negatives were mined for the rows of these al"
     )
@@ -450,7 +450,10 @@ def test_without_a_validation_split_no_score_is_told(config: Path, tmp_path: Pat
 def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: Path) -> None:
     """Killed in a step that rank 0 waits in, and stopped: the watchdog ends rank 0, whose main thread never returns."""
     arguments = ("pretrain.steps=100000", "pretrain.log_every_steps=100000", "engine.peer_timeout_s=5")
-    for fault, words in (("kill@9:1", "rank 1 .* has ended without a word"), ("stop@9:1", r"rank 1 .* is stopped")):
+    for fault, words in (
+        ("kill@9:1", "rank 1 .* has ended without an error message"),
+        ("stop@9:1", r"rank 1 .* is stopped"),
+    ):
         folder = tmp_path / fault[:4]
         done = pretrain(config, folder, *arguments, ranks=2, env={"BIGDSSM_FAULT": fault}).wait(60)
         assert done.code == 6, done.log
@@ -474,7 +477,7 @@ def test_damaged_files_of_records_keep_what_is_whole(config: Path, run: Path) ->
     done = pretrain(config, run, *STEPS, *RESUME, "debug.log_row_ids=true").wait()
     assert done.code == 0, done.log
     assert [record["step"] for record in small_run.records(run)] == list(range(1, 9))
-    assert all(f"{name}.jsonl: left out line 2, which is no record" in done.log for name in names if name != "events")
+    assert all(f"{name}.jsonl: skipped line 2, which is no record" in done.log for name in names if name != "events")
     watch = [sys.executable, "tools/watch_run.py", str(run), "--once"]
     shown = subprocess.run(watch, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0 and "ended with exit code 0" in shown.stdout, shown.stderr

@@ -115,8 +115,8 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
     assert whole.wait() == 0, whole.log
     arguments = (*STEADY, "pretrain.steps=20", "--resume", "auto")
     expected = [
-        ("kill@6:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without a word", 4),
-        ("kill-save@8:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without a word", 4),
+        ("kill@6:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
+        ("kill-save@8:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
         (
             "disk-full@8:1",
             {4, 6},
@@ -175,7 +175,7 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     assert done.returncode == 0 and "saved; go on with --resume auto" in done.stdout, done.stderr
     assert first.wait(30) == 75, first.log
     again = subprocess.run(stop, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 4 and "nothing trains in" in again.stderr
+    assert again.returncode == 4 and "no run trains in" in again.stderr
     third = Run(folder, config, *NEVER_ENDING, "--resume", "auto")
     third.wait_for("goes on from")
     third.wait_for("steps of 96 rows on")

@@ -97,7 +97,7 @@ def test_arguments_of_make_dataset(tmp_path: Path, arguments: dict[str, Any], se
         (lambda d: bigdssm.from_pretrained(5), "repo_id=5: needs a text"),
         (lambda d: bigdssm.push_to_hub(d, "a/b", private="no"), "private='no': needs True or False"),
         (lambda d: bigdssm.open_index(d, "model"), "model='model': needs a Model"),
-        (lambda d: bigdssm.Dataset.open(d, partitions="base"), "partitions='base': needs a list, each a text"),
+        (lambda d: bigdssm.Dataset.open(d, partitions="base"), "partitions='base': needs a list, each element a text"),
         (lambda d: bigdssm.Searcher.open(d, d, threads="2"), "threads='2': needs a whole number"),
         (lambda d: bigdssm.Searcher.open(d, d, rerank=2.0), "rerank=2.0: needs a whole number"),
     ],

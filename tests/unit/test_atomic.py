@@ -65,7 +65,7 @@ def test_a_file_replaces_no_folder_or_pipe(tmp_path: Path) -> None:
     fill(tmp_path / "made", "old")
     os.mkfifo(tmp_path / "pipe")
     for name in ("made", "pipe"):
-        with pytest.raises(ConfigError, match=f"{name} is no file that could be replaced"):
+        with pytest.raises(ConfigError, match=f"{name} exists and is no regular file"):
             atomic.write_text(tmp_path / name, "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "pipe"]
 

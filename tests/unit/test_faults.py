@@ -72,7 +72,7 @@ def test_only_this_ranks_faults_strike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert objective(None, Step(3)).loss.isnan()
     faults.in_step(4)
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(RuntimeError, match="asked for this"):
+    with pytest.raises(RuntimeError, match="injected by"):
         Faults.from_environment().in_step(4)
 
 
@@ -132,10 +132,10 @@ def test_a_signal_between_steps_is_remembered() -> None:
     try:
         StopRequest()
         stop = StopRequest()
-        stop.wait_for_steps()
-        assert not stop.agreed()
+        stop.defer_signals()
+        assert not stop.any_rank_requested()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.agreed()
+        assert stop.any_rank_requested()
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():

@@ -26,7 +26,7 @@ def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
 
 
 def test_it_is_looked_at_and_ends_with_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "LOOK_S", 0.01)
+    monkeypatch.setattr(launcher, "POLL_S", 0.01)
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -39,6 +39,6 @@ def test_it_is_looked_at_and_ends_with_who_looks(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(subprocess, "Popen", remembered)
     with pytest.raises(KeyboardInterrupt):
-        run_command(tmp_path / "log", "estimate", "--help", look=interrupt)
+        run_command(tmp_path / "log", "estimate", "--help", poll=interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(started[0].pid, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm.cluster import run_folder
-from bigdssm.cluster.run_folder import FolderLock, find_running, is_locked, read_events, request_stop, running
+from bigdssm.cluster.run_folder import FolderLock, find_running, is_locked, lock_holder, read_events, request_stop
 from bigdssm.errors import CheckpointError, Preempted
 from bigdssm.utils.log import MetricsWriter
 
@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_and_told_who_has_the_folder(
     with pytest.raises(CheckpointError, match=rf"in use by pid {process.pid} on .*, since 2.*; stop that run"):
         FolderLock(folder).__enter__()
     assert is_locked(folder) and find_running(folder.parent) == folder
-    assert (running(folder) or {})["pid"] == process.pid
+    assert (lock_holder(folder) or {})["pid"] == process.pid
 
 
 def test_a_killed_run_leaves_the_folder_free(held: tuple[Path, subprocess.Popen[str]]) -> None:
@@ -56,9 +56,9 @@ def test_a_killed_run_leaves_the_folder_free(held: tuple[Path, subprocess.Popen[
     process.wait()
     assert not is_locked(folder)
     with FolderLock(folder):
-        assert (running(folder) or {})["pid"] == os.getpid()
-    assert running(folder) is None
-    with pytest.raises(CheckpointError, match="nothing trains in"):
+        assert (lock_holder(folder) or {})["pid"] == os.getpid()
+    assert lock_holder(folder) is None
+    with pytest.raises(CheckpointError, match="no run trains in"):
         find_running(folder.parent)
 
 
@@ -75,7 +75,7 @@ def test_the_end_is_noted_with_its_exit_code(tmp_path: Path) -> None:
 
 def test_a_request_that_is_not_heeded_stands(held: tuple[Path, subprocess.Popen[str]]) -> None:
     folder, process = held
-    with pytest.raises(CheckpointError, match=rf"pid {process.pid} .* was asked to stop and has not in 0 s"):
+    with pytest.raises(CheckpointError, match=rf"pid {process.pid} .* has not stopped within 0 s"):
         request_stop(folder, saving=True, timeout_s=0.3)
     assert (folder / run_folder.STOP_FILE).read_text() == "save\n"
     process.send_signal(signal.SIGKILL)

@@ -33,7 +33,7 @@ time.sleep(60)
 
 def ran(script: str, *arguments: object, stop: StopRequest | None = None, ranks: int = 2) -> int:
     command = [sys.executable, "-S", "-c", script, *map(str, arguments)]
-    return run_ranks(command, ranks, stop or StopRequest(hear_signals=False), Launcher())
+    return run_ranks(command, ranks, stop or StopRequest(handle_signals=False), Launcher())
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_the_exit_code_is_that_of_the_rank_that_ended_the_run(codes: tuple[int, 
 
 
 def test_a_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
-    stop = StopRequest(hear_signals=False)
+    stop = StopRequest(handle_signals=False)
 
     def ask() -> None:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.05)
-        stop.ask()
+        stop.request()
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -102,6 +102,6 @@ def test_ranks_of_a_launcher_are_not_started_again(monkeypatch: pytest.MonkeyPat
     group = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in group.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_stage, "StopRequest", lambda: StopRequest(hear_signals=False))
+    monkeypatch.setattr(_stage, "StopRequest", lambda: StopRequest(handle_signals=False))
     assert pretrain.main(["--config", "none.yaml", "--ranks", "3"]) == 2
     assert "--ranks 3: the launcher has started 2" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from bigdssm.utils.hashing import hash64
-from bigdssm.utils.string_hashing import AT_ONCE, hash_strings
+from bigdssm.utils.string_hashing import BATCH_SIZE, hash_strings
 
 # every length of bytes from 0 to 40 and some longer, of one, two and four bytes a character
 LETTERS = ("abcdefg", "é", "😀x")
@@ -26,10 +26,10 @@ def test_a_column_has_the_hashes_of_its_strings(type_: pa.DataType) -> None:
 
 
 def test_a_column_longer_than_what_is_hashed_at_once() -> None:
-    values = [f"u{number}" for number in range(AT_ONCE + 5)]
+    values = [f"u{number}" for number in range(BATCH_SIZE + 5)]
     hashes = hash_strings(pa.array(values))
     assert hashes.dtype == np.int64 and len(hashes) == len(values)
-    assert [hashes[i] for i in (0, AT_ONCE - 1, AT_ONCE, -1)] == [
-        hash64(values[i]) for i in (0, AT_ONCE - 1, AT_ONCE, -1)
+    assert [hashes[i] for i in (0, BATCH_SIZE - 1, BATCH_SIZE, -1)] == [
+        hash64(values[i]) for i in (0, BATCH_SIZE - 1, BATCH_SIZE, -1)
     ]
     assert hash_strings(pa.array([], pa.string())).tolist() == []

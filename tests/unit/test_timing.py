@@ -24,7 +24,7 @@ from bigdssm.utils import timing
 
 
 def test_a_span_counts_what_the_spans_in_it_do_not() -> None:
-    timing.taken()
+    timing.pop_seconds()
     with pytest.raises(KeyError), timing.span("loss"):
         time.sleep(0.02)
         with timing.span("communication"):
@@ -33,11 +33,11 @@ def test_a_span_counts_what_the_spans_in_it_do_not() -> None:
     with timing.span("loss"):
         time.sleep(0.02)
     time.sleep(0.02)
-    seconds = timing.taken()
+    seconds = timing.pop_seconds()
     assert list(seconds) == ["loss", "loss/communication"]
     assert 0.04 <= seconds["loss"] < seconds["loss/communication"] + 0.04
     assert 0.05 <= seconds["loss/communication"] < 0.5
-    assert timing.taken() == {}
+    assert timing.pop_seconds() == {}
 
 
 def test_on_a_device_the_clock_is_its_stream_s_and_no_span_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_on_a_device_the_clock_is_its_stream_s_and_no_span_waits_for_it(monkeypa
             nonlocal waits
             waits += 1
 
-    timing.taken()
+    timing.pop_seconds()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("the whole device is waited for"))
@@ -69,15 +69,15 @@ def test_on_a_device_the_clock_is_its_stream_s_and_no_span_waits_for_it(monkeypa
     with timing.span("data wait"):
         time.sleep(0.02)  # while the device is still busy
     assert waits == 0
-    assert timing.taken() == pytest.approx({"encode": 0.3, "encode/communication": 0.1, "data wait": 0.0})
+    assert timing.pop_seconds() == pytest.approx({"encode": 0.3, "encode/communication": 0.1, "data wait": 0.0})
     assert waits == 1
     for _ in range(5000):
         with timing.span("much"):
             stream_s += 0.001
     assert waits == 2  # the number of unread events is bounded
-    assert timing.taken() == pytest.approx({"much": 5.0})
+    assert timing.pop_seconds() == pytest.approx({"much": 5.0})
     monkeypatch.undo()
-    timing.taken()
+    timing.pop_seconds()
 
 
 def test_the_table_adds_up() -> None:

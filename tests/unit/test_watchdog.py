@@ -35,14 +35,14 @@ def test_a_silent_store_is_blamed_on_its_keeper_never_on_the_neighbour(watchdog:
     found = watchdog._fault(110.1)
     assert found is not None and found.startswith("the store of all ranks gave no answer for 10 s; rank 0 (pid 7 on no")
     watchdog._store_is_rank_0s = False
-    assert "the launcher keeps it" in str(watchdog._fault(110.1))
+    assert "the launcher hosts it" in str(watchdog._fault(110.1))
 
 
 def test_a_neighbour_that_the_store_has_not_heard_of_is_blamed(watchdog: Watchdog) -> None:
     watchdog._exchanged_at = watchdog._moved_at = 109.9
     assert watchdog._fault(110.0) is None
     watchdog._exchanged_at = watchdog._moved_at = 110.1
-    assert str(watchdog._fault(110.2)).startswith("rank 2 (pid 7 on node2) gave no sign of life for 10 s")
+    assert str(watchdog._fault(110.2)).startswith("rank 2 (pid 7 on node2) sent no heartbeat for 10 s")
 
 
 def test_a_broken_store_has_lost_its_keeper(watchdog: Watchdog) -> None:
@@ -58,10 +58,10 @@ def test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody(
         return {"moves": moves, "phase": f"step {moves}", "where": "loop.py:3 _train", "waits": waits}
 
     watchdog._exchanged_at = watchdog._heard_at = 114.0
-    assert watchdog._fault(113.1) is None and watchdog._survey_wanted, "it first asks all ranks where they are"
+    assert watchdog._fault(113.1) is None and watchdog._needs_survey, "it first asks all ranks where they are"
     watchdog._survey = {0: state(5, True), 1: state(5, True), 2: state(5, False)}
     found = str(watchdog._fault(113.2))
-    assert "rank 2 (pid 7 on node2) lives but its main thread is stuck: no progress for 10 s in step 5, at" in found
+    assert "rank 2 (pid 7 on node2) is alive but its main thread is stuck: no progress for 10 s in step 5, at" in found
     watchdog._survey = {0: state(5, True), 1: state(4, True), 2: state(5, False)}
     assert "rank 1 (pid 7 on node1) lives" in str(watchdog._fault(113.3))
 
@@ -71,7 +71,7 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: dict[str, str] = {}
     reads: list[str] = []
 
-    class OneBoard:
+    class OneStore:
         def write(self, key: str, note: str) -> None:
             notes[key] = note
 
@@ -91,10 +91,10 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     num_ranks, dogs = 40, []
     for rank in range(num_ranks):
         dog = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
-        dog._rank, dog._board = rank, OneBoard()  # type: ignore[assignment]
+        dog._rank, dog._store = rank, OneStore()  # type: ignore[assignment]
         dog._peers = [Peer(other, f"node{other}", 7, f"machine {other}") for other in range(num_ranks)]
         dog._next = dog._peers[(rank + 1) % num_ranks]
-        dog._moves, dog._survey_wanted = 5, True
+        dog._moves, dog._needs_survey = 5, True
         dog._moved_at = time.monotonic() - TIMEOUT_S - 3.5 * dog._interval_s
         notes[f"beat/{rank}"] = json.dumps({"moves": 5, "phase": "step 5", "where": "", "waits": True})
         dogs.append(dog)

@@ -63,7 +63,7 @@ def test_a_run_that_ended_is_shown_with_its_end(tools: Tools, tmp_path: Path) ->
 
 def test_a_run_that_trains_and_one_that_was_killed(tmp_path: Path) -> None:
     folder = write_stage(tmp_path, end=None, losses=[4.0])
-    assert read_run_state(tmp_path).state.startswith("ended without a word") and read_run_state(tmp_path).ended
+    assert read_run_state(tmp_path).state.startswith("ended without an end record") and read_run_state(tmp_path).ended
     script = "import sys\nfrom bigdssm.cluster.monitor import read_run_state\nfrom pathlib import Path\n"
     script += "seen = read_run_state(Path(sys.argv[1]))\nprint(seen.state, seen.ended)"
     with FolderLock(folder):

@@ -316,12 +316,12 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
     flops, spans, products = 0.0, defaultdict(float), []
     for _ in range(args.turns):
         for name, step in variants.items():
-            timing.taken()
+            timing.pop_seconds()
             seconds, cpu_seconds = timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
             wall[name].append(seconds), cpu[name].append(cpu_seconds)
             if name == "ours":
                 flops += sum(3 * ours.model.flops(*batch.sizes) for batch in batches.ready)
-                for span, spent in timing.taken().items():
+                for span, spent in timing.pop_seconds().items():
                     spans[span] += spent
         products.append(product_flops_per_s(args))
     yield from speed_table(args, best, wall, cpu, peaks)

@@ -21,7 +21,7 @@ import numpy as np
 
 from bigdssm.errors import DataError
 from bigdssm.ingest.row_keys import mix
-from bigdssm.utils.atomic import aside_of, put_file
+from bigdssm.utils.atomic import put_file, temporary_path
 from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, no_progress
 
@@ -62,7 +62,7 @@ def write_functions(
     seen: set[int] = set()
     count = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside_of(out)
+    aside = temporary_path(out)
     # mtime 0 and no name: the same functions give the same bytes
     with aside.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         names = [name for name in found if not packages or name in packages]

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigdssm.utils.atomic import aside_of, remove, sync
+from bigdssm.utils.atomic import remove, sync, temporary_path
 
 ROWS_PER_READ = 1 << 16
 FIRST_ROW_DIGITS = 15  # of an ordered table's file, which is named by its first row
@@ -166,7 +166,7 @@ def finished_folder(folder: Path) -> Iterator[Path]:
     Its name is its own: a worker whose making was killed may still be at the same step. The folder that it stands in
     is not made: that worker's may be gone.
     """
-    aside = aside_of(folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}"))
+    aside = temporary_path(folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}"))
     aside.mkdir()
     try:
         yield aside

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from bigdssm.errors import DataError
-from bigdssm.utils.urls import CHUNK_BYTES, fetch, shown, size_of, version_of
+from bigdssm.utils.urls import CHUNK_BYTES, fetch, redacted, size_of, version_of
 
 READ_AHEAD_BYTES = 1 << 20
 
@@ -103,7 +103,7 @@ class RemoteFile(TableFile):
     """A file at a URL, read by ranges."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.name = url, shown(url)
+        self.url, self.name = url, redacted(url)
 
     def size(self) -> int:
         """Return its bytes. Raises FileNotFoundError."""

@@ -18,7 +18,7 @@ from bigdssm.ingest.sources.columnar import (
 )
 from bigdssm.ingest.sources.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
 from bigdssm.ingest.sources.text import MissingColumn
-from bigdssm.utils.urls import is_folder, is_url, join, names_in
+from bigdssm.utils.urls import is_folder, is_url, join, list_names
 
 
 def open_source(path: str | Path) -> Source:
@@ -78,7 +78,7 @@ def _remote(url: str) -> Source:
     file = RemoteFile(url)
     try:
         if is_folder(url):
-            return _parquet_folder(file.name, names_in(url), lambda name: RemoteFile(join(url, name)))
+            return _parquet_folder(file.name, list_names(url), lambda name: RemoteFile(join(url, name)))
     except FileNotFoundError:
         raise DataError(f"table {file.name} does not exist") from None
     return _of_suffix(file)

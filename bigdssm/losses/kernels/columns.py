@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.distributed import Group, OwnRows, PackedRows
+from bigdssm.distributed import Group, LocalRows, PackedRows
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
 from bigdssm.losses.masks import Numbers
 
@@ -129,7 +129,7 @@ class Columns:
 class Arriving:
     """What was sent: on its way, and how to read it."""
 
-    packed: PackedRows | OwnRows
+    packed: PackedRows | LocalRows
     x: LossInputs
     sizes: GlobalSizes
     names: list[str]

@@ -29,7 +29,7 @@ from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import describe, sample_rows
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.utils import urls
-from bigdssm.utils.atomic import aside_of
+from bigdssm.utils.atomic import temporary_path
 from tests.conftest import QuietServer
 from tests.unit.data.test_versions import make_day
 
@@ -337,7 +337,7 @@ def test_secrets_of_a_url_are_not_shown(server: Server, store: FileCache, caplog
 
 @pytest.mark.parametrize("url", ["simplecache::memory://x", "nosuch://x/y"])
 def test_urls_that_cannot_be_read(url: str, store: FileCache) -> None:
-    with pytest.raises(ConfigError, match=r"chained URLs are not read|cannot be read without another package"):
+    with pytest.raises(ConfigError, match=r"chained URLs are not supported|needs another package"):
         Dataset.open(url, cache=store)
 
 
@@ -541,7 +541,7 @@ def test_parts_of_killed_processes_are_removed_and_overwritten(server: Server, s
     """Longer than the file, with the name of the file."""
     url = f"{server.url}/a/data/catalogue/000000.arrow"
     checksum = json.loads((server.folder / "a/data/dataset.json").read_text())["catalogue"][0]["checksum"]
-    part = aside_of(store.path(remote.cache_key(url, checksum)))
+    part = temporary_path(store.path(remote.cache_key(url, checksum)))
     part.parent.mkdir(parents=True)
     part.write_bytes(b"\xff" * 100_000)
     stale = store.dir / "00" / ("." + "f" * 38 + ".unfinished")

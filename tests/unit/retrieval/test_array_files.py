@@ -63,13 +63,13 @@ def test_negatives_of_a_dataset_of_as_many_rows_are_refused(
 ) -> None:
     assert dataset.num_rows("train") == twin.num_rows("train")
     HardNegatives.open(mined).check_against(dataset)
-    with pytest.raises(DataError, match=r"mined\.npy was made of another dataset"):
+    with pytest.raises(DataError, match=r"mined\.npy belongs to another dataset"):
         HardNegatives.open(mined).check_against(twin)
     of_twin = ["--data", str(twin.dir), "--mined", str(mined)]
     out = str(mined.parent / "judged.npy")
     assert score_pairs.main([*of_twin, "--out", out, "--model", str(model_dir)]) == 3
     assert sample_negatives.main(of_twin) == 3
-    assert capsys.readouterr().err.count("was made of another dataset") == 2
+    assert capsys.readouterr().err.count("belongs to another dataset") == 2
 
 
 @pytest.mark.parametrize("at", [200, -300, -10])
@@ -83,7 +83,9 @@ def test_a_flipped_bit_of_negatives_is_found(mined: Path, dataset: Dataset, at: 
 
 def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> None:
     np.save(mined, np.load(mined))
-    with pytest.raises(DataError, match=r"does not end in the fingerprint .* make it with bigdssm mine_negatives"):
+    with pytest.raises(
+        DataError, match=r"does not end in a dataset fingerprint .* make it with bigdssm mine_negatives"
+    ):
         HardNegatives.open(mined).check_against(dataset)
 
 
@@ -112,7 +114,7 @@ def test_a_teacher_of_another_dataset_or_with_a_flipped_bit_is_refused(
     made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
     assert made is not None
     made.check_against(dataset)
-    with pytest.raises(DataError, match="was made of another dataset"):
+    with pytest.raises(DataError, match="belongs to another dataset"):
         made.check_against(twin)
     content = bytearray((tmp_path / "teacher" / name).read_bytes())
     content[-300] ^= 1

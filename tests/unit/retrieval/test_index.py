@@ -101,7 +101,7 @@ def test_vectors_do_not_depend_on_the_chunks_they_were_encoded_in(
 
 @pytest.mark.parametrize(
     ("exclude", "sentence"),
-    [(["i1"], "exclude[0]='i1': needs a list, each a text"), ([[1]], "exclude[0][0]=1: needs a text")],
+    [(["i1"], "exclude[0]='i1': needs a list, each element a text"), ([[1]], "exclude[0][0]=1: needs a text")],
 )
 def test_keys_that_would_exclude_nothing_are_refused(index_dir: Path, exclude: Any, sentence: str) -> None:
     index = open_index(index_dir)

@@ -84,7 +84,7 @@ def test_what_is_no_teacher_is_refused(
     other = Dataset.open(tiny_pairs.dir)  # type: ignore[attr-defined]
     made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
     assert made is not None
-    with pytest.raises(DataError, match="was made of another dataset"):
+    with pytest.raises(DataError, match="belongs to another dataset"):
         made.check_against(other)
     large = Encoders(lambda rows: torch.full((len(rows), 2), 1e6), lambda docs: torch.ones(len(docs), 2))
     with pytest.raises(DataError, match=r"vectors of queries of rows 0 to \d+ are not finite in float16"):

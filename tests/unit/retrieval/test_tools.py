@@ -333,7 +333,7 @@ def test_plot(tools: Tools, run_dir: Path, tmp_path: Path) -> None:
     content = (tmp_path / "curves.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(content) > 20_000
-    assert "holds no metrics.jsonl" in tools.refused(3, "plot_run", tmp_path, "--out", tmp_path / "none.png")
+    assert "contains no metrics.jsonl" in tools.refused(3, "plot_run", tmp_path, "--out", tmp_path / "none.png")
 
 
 def test_curves_of_a_run(run_dir: Path) -> None:

@@ -27,7 +27,7 @@ from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
 from bigdssm.retrieval.vectors import read_meta, write_vectors
-from bigdssm.utils.atomic import aside_of
+from bigdssm.utils.atomic import temporary_path
 from tests.conftest import NUM_ITEMS
 
 from .conftest import random_model
@@ -251,4 +251,4 @@ def test_another_format_is_named(folder: Path, tmp_path: Path) -> None:
     (copied / "meta.json").write_text(json.dumps({**asdict(read_meta(folder)), "format": 2}))
     with pytest.raises(CheckpointError, match="has format 2"):
         read_meta(copied)
-    assert not aside_of(folder).exists()
+    assert not temporary_path(folder).exists()
