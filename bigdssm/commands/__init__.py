@@ -1,1 +1,1 @@
-"""The command lines: each module is a tool of `bigdssm TOOL …`, and its `main(argv)` returns the exit code."""
+"""Command lines: each module implements `bigdssm TOOL …`; its `main(argv)` returns the exit code."""

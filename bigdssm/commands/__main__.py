@@ -1,4 +1,4 @@
-"""The one command: `bigdssm TOOL …` calls `main` of the module of that name."""
+"""Entry point of the command line: `bigdssm TOOL …` calls `main` of the module with that name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _print_tools() -> None:
 
 
 def _about(name: str) -> str:
-    """Return the first line of a tool's help, read off its source: imports take seconds."""
+    """Return the first line of a tool's help, read from its source: imports take seconds."""
     source = Path(str(getattr(find_spec(f"bigdssm.commands.{name}"), "origin", ""))).read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 

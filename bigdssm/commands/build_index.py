@@ -1,15 +1,15 @@
-"""Build a FAISS inner-product index of a folder of document vectors.
+"""Build a FAISS inner-product index from a folder of document vectors.
 
     bigdssm build_index --vectors VECTORS --out INDEX [--type flat|sq8|binary|hnsw|ivf|ivfpq]
     bigdssm build_index --vectors VECTORS --out INDEX --type hnsw links=64 search_width=400
     bigdssm build_index --vectors VECTORS --out INDEX --type binary --rescore 20
     bigdssm build_index --vectors VECTORS --out INDEX --type sq8 --width 64 --rescore 4
 
-flat is exact; sq8 (int8) has a byte a dimension and binary a bit; hnsw, ivf and ivfpq are fast on large catalogues, and
-tools/bench/bench_index.py shows what each costs. KEY=VALUE sets an option of the type (docs/config_keys.md). --width
-keeps the first dimensions alone, for a model that was trained with loss.widths. With --rescore N the index looks for N
-candidates for each document that is asked for, and the whole vectors, which stay on the disk, choose the best of them:
-then scores are exact. The index names the model whose vectors it holds and refuses another model's queries.
+flat is exact; sq8 (int8) stores one byte per dimension, binary one bit; hnsw, ivf and ivfpq are fast on large
+catalogues (tools/bench/bench_index.py measures their cost). KEY=VALUE sets an option of the type (docs/config_keys.md).
+--width keeps only the first dimensions, for a model trained with loss.widths. With --rescore N the index retrieves N
+candidates per requested document and re-ranks them with the full vectors, which stay on disk: scores are exact. The
+index stores the checksum of its model and rejects queries of another model.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=Path, required=True, help="folder written by bigdssm embed")
     parser.add_argument("--out", type=Path, required=True, help="folder for the index")
-    parser.add_argument("--type", default="flat", help=f"{', '.join(INDEX_TYPES.names())} (%(default)s)")
-    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the type")
-    parser.add_argument("--width", type=int, help="dimensions to search by (default: all)")
     parser.add_argument(
-        "--rescore", type=int, default=0, metavar="N", help="candidates for each document (%(default)s)"
+        "--type", default="flat", help=f"index type: {', '.join(INDEX_TYPES.names())} (default: %(default)s)"
     )
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the index type")
+    parser.add_argument("--width", type=int, help="number of leading dimensions to index (default: all)")
+    parser.add_argument(
+        "--rescore", type=int, default=0, metavar="N",
+        help="candidates per requested document to re-rank with exact vectors; 0 for none (default: %(default)s)",
+    )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
     started = time.perf_counter()
     options = options_of(args.options)

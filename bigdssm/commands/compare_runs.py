@@ -1,9 +1,9 @@
-"""Show what differs between two runs: config, versions, data, and results with 95 % intervals.
+"""Compare two runs: config, versions, data, and results with 95 % confidence intervals.
 
     bigdssm compare_runs A B [--stage sft] [--split test]
 
-A and B are run folders, compared in the last stage that both have, or stage folders. Both best models are evaluated on
-the same rows of A's dataset.
+A and B are run folders, compared by the last stage that both have, or stage folders. The best models of both are
+evaluated on the same rows of A's dataset.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, metavar="A", help="run or stage folder")
-    parser.add_argument("b", type=Path, metavar="B", help="another")
-    parser.add_argument("--stage", choices=["pretrain", "sft"], help="stage to compare (the last that both have)")
-    parser.add_argument("--split", default="validation", help="split of the dataset (%(default)s)")
-    parser.add_argument("--data", help="dataset folder or URL (by default A's)")
+    parser.add_argument("b", type=Path, metavar="B", help="run or stage folder to compare with")
+    parser.add_argument(
+        "--stage", choices=["pretrain", "sft"], help="stage to compare (default: the last of both runs)"
+    )
+    parser.add_argument("--split", default="validation", help="split of the dataset (default: %(default)s)")
+    parser.add_argument("--data", help="dataset folder or URL (default: the dataset of A)")
     args = parser.parse_args(argv)
     with ProgressBar() as progress:
         found = compare(args.a, args.b, args.stage, args.split, args.data, progress)

@@ -1,11 +1,11 @@
-"""Print the resolved and checked config of a run, or the JSON Schema of config files.
+"""Print the resolved, validated config of a run, or the JSON Schema of config files.
 
     bigdssm config --config configs/tldr.yaml [key=value …]
     bigdssm config --schema > config.schema.json
 
-The config is printed as YAML with every key, defaults included, and is a config file again. Editors complete and check
-a config file whose first line names the schema: `# yaml-language-server: $schema=config.schema.json`. The schema
-includes the components of installed plugins.
+The output is a complete config file in YAML with all keys, including defaults. Editors complete and validate a config
+file whose first line names the schema: `# yaml-language-server: $schema=config.schema.json`. The schema includes the
+components of installed plugins.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     printed = parser.add_mutually_exclusive_group(required=True)
-    printed.add_argument("--config", metavar="FILE", help="YAML file to resolve and check; see configs/")
+    printed.add_argument("--config", metavar="FILE", help="YAML file to resolve and validate; see configs/")
     printed.add_argument("--schema", action="store_true", help="print the JSON Schema of config files")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys, with --config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys")
     args = parser.parse_intermixed_args(argv)
     if not args.schema:
         config = literal(load_config(args.config, args.overrides).to_dict())

@@ -1,19 +1,19 @@
-"""Turn trained weights into a folder that serves, and compare it with the trainer's model.
+"""Export trained weights as a model folder, and verify the exported vectors against the trainer's.
 
     bigdssm convert_checkpoint --run RUN/pretrain [--checkpoint best|latest|step-00000100] --out MODEL
     bigdssm convert_checkpoint --model MODEL --format sentence-transformers --out FOLDER
     bigdssm convert_checkpoint --model MODEL --out FOLDER --format onnx int8=false
 
-best is the stage's best validation; latest and step-… are put together from the shares of all ranks, whatever the ZeRO
-stage. The formats, each with a model card (README.md):
+best is the checkpoint with the best validation; latest and step-… are assembled from the shards of all ranks, for any
+ZeRO stage. Every format includes a model card (README.md):
 
-    model                  config, schema, tokenizer, safetensors: what the other tools take as --model
-    sentence-transformers  SentenceTransformer(FOLDER); towers of one text
-    hf                     AutoModel, AutoTokenizer and the projection of each tower; towers of one text
+    model                  config, schema, tokenizer, safetensors: the --model of the other tools
+    sentence-transformers  SentenceTransformer(FOLDER); towers with a single text feature
+    hf                     AutoModel, AutoTokenizer and the projection per tower; towers with a single text feature
     onnx                   query.onnx, doc.onnx and query.int8.onnx for onnxruntime; any towers
 
-KEY=VALUE sets an option of the format (docs/config_keys.md). The last line is how far vectors of a probe batch are from
-the trainer's; more than 1e-5 is an error.
+KEY=VALUE sets an option of the format (docs/config_keys.md). The last line of the output is the largest difference
+between exported and original vectors of a probe batch; more than 1e-5 is an error.
 """
 
 from __future__ import annotations
@@ -39,18 +39,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="STAGE", help="stage folder, such as RUN/sft")
     source.add_argument("--model", type=Path, help="model folder")
-    parser.add_argument("--checkpoint", help=f"of --run: best, latest or step-… ({BEST})")
-    parser.add_argument("--format", default="model", help=f"{', '.join(EXPORT_FORMATS.names())} (%(default)s)")
+    parser.add_argument("--checkpoint", help=f"checkpoint of --run: best, latest or step-… (default: {BEST})")
+    parser.add_argument(
+        "--format", default="model", help=f"export format: {', '.join(EXPORT_FORMATS.names())} (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the format")
     args = parser.parse_intermixed_args(argv)
     if args.model is not None and args.checkpoint is not None:
-        raise ConfigError("--checkpoint chooses among a stage's weights; a model folder holds only one")
+        raise ConfigError("--checkpoint needs --run: a model folder has only one checkpoint; omit it")
     kind = export_format(args.format, options_of(args.options))
     logging.disable_progress_bar()
-    taken = stage_source(args.run, args.checkpoint or BEST) if args.run else folder_source(args.model)
-    parity = export(taken, args.out, kind)
-    print(f"{args.out}: {args.format} of {args.run or args.model}, {taken.name}")
+    source_weights = stage_source(args.run, args.checkpoint or BEST) if args.run else folder_source(args.model)
+    parity = export(source_weights, args.out, kind)
+    print(f"{args.out}: {args.format} of {args.run or args.model}, {source_weights.name}")
     print(f"largest difference from the trainer's vectors: {parity}")
 
 

@@ -1,16 +1,15 @@
-"""Encode a dataset's catalogue with a model into a folder of document vectors.
+"""Encode the catalogue of a dataset into a folder of document vectors.
 
     bigdssm embed --model MODEL --data DATASET --out VECTORS [--format fvecs parquet]
     bigdssm embed --model MODEL --data DATASET --out VECTORS --dtype int8
     torchrun --nproc-per-node 8 -m bigdssm.commands.embed --model MODEL --data DATASET --out VECTORS
 
 VECTORS/vectors.npy is float32 [documents, D+1]: [alpha * w, beta], whose inner product with a query's [u, 1] is the
-training score. --dtype float16 takes half of that, int8 about a fourth and binary, a sign a dimension, about a 32nd;
-whatever reads vectors reads all of these. VECTORS/documents.arrow names the documents, VECTORS/meta.json the model and
-the dataset.
+training score. --dtype float16 needs half the space, int8 about a quarter, binary (one sign bit per dimension) about
+1/32; all tools read all types. VECTORS/documents.arrow lists the documents, VECTORS/meta.json the model and dataset.
 
-A run that was ended goes on from its finished shards when it is started again, with any number of ranks; each of them
-needs only the dataset and --out. --since EARLIER takes the vectors of documents that have not changed from there.
+An interrupted run continues from its finished shards when restarted, with any number of ranks; every rank needs only
+the dataset and --out. --since EARLIER reuses the vectors of unchanged documents.
 """
 
 from __future__ import annotations
@@ -37,11 +36,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
-    parser.add_argument("--since", type=Path, metavar="EARLIER", help="vectors of the same model, may be --out")
-    parser.add_argument("--width", type=int, help="cut vectors to so many numbers, as of a model of loss.widths")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="how vectors lie (%(default)s)")
-    parser.add_argument("--format", nargs="+", choices=get_args(FileFormat), default=[], help="files to write too")
-    parser.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents a shard (%(default)s)")
+    parser.add_argument(
+        "--since", type=Path, metavar="EARLIER", help="reuse unchanged vectors of the same model, may be --out"
+    )
+    parser.add_argument("--width", type=int, help="number of leading dimensions, for loss.widths (default: all)")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="float32", help="storage type of vectors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format", nargs="+", choices=get_args(FileFormat), default=[], help="additional file formats (default: none)"
+    )
+    parser.add_argument(
+        "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents per shard (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     check_formats(args.dtype, args.format)
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
@@ -64,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             score=model.score,
             dtype=args.dtype,
         )
-    went_on = f", {written.found} shards were finished before" if written.found else ""
-    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
+    resumed = f", {written.found} shards were finished before" if written.found else ""
+    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
     if written.meta is None:
-        return  # what follows is written by one rank, the one that was last
+        return  # the last rank to finish writes the other files
     print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {args.dtype}")
     parity: dict[FileFormat, float] = {}
     for target in dict.fromkeys(["npy", *args.format]):

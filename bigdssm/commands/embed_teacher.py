@@ -1,12 +1,12 @@
-"""Encode a dataset's documents and train queries by a teacher, whom fine-tuning then follows.
+"""Encode documents and train queries with a teacher, for distillation in fine-tuning.
 
     bigdssm embed_teacher --data DATASET --out FOLDER --model MODEL
     bigdssm embed_teacher --data DATASET --out FOLDER --pretrained HF_FOLDER
-    torchrun --nproc-per-node 8 -m bigdssm.commands.embed_teacher …     # the rows are shared out over the ranks
+    torchrun --nproc-per-node 8 -m bigdssm.commands.embed_teacher …     # distributes the rows over the ranks
 
-FOLDER is for sft.distillation={name: batch_kl, teacher: FOLDER}. The teacher's scores are the products of its vectors:
-a model's own scores, or the cosines of a Hugging Face text encoder as it is, which reads the dataset's texts as its
-tokenizer gives them, cut to max_tokens. A run that was ended goes on from its finished shards.
+Use FOLDER in sft.distillation={name: batch_kl, teacher: FOLDER}. The teacher's scores are inner products of vectors:
+those of a bigdssm model, or the cosines of an unmodified Hugging Face text encoder, which reads the dataset's texts as
+decoded by its tokenizer, truncated to max_tokens. An interrupted run continues from its finished shards.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors")
     teacher = parser.add_mutually_exclusive_group(required=True)
-    teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder that teaches")
-    teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="text encoder that teaches as it is")
+    teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder of the teacher")
+    teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="unmodified Hugging Face text encoder")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
-    parser.add_argument("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows a shard (%(default)s)")
+    parser.add_argument(
+        "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows per shard (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ConfigError(f"--out {args.out} is there already; choose another folder, or remove it")
+        raise ConfigError(f"--out {args.out} exists; choose another folder, or remove it")
     dataset = Dataset.open(args.data)
     encoders, name = _encoders(args, dataset)
     with ProgressBar() as progress:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
-    """Return the teacher, and what tells it from others."""
+    """Return the teacher's encoders and its checksum."""
     if args.pretrained is not None:
         precision = resolve_precision(args.precision)
         encoders = text_encoders(args.pretrained, Texts(dataset), precision)
@@ -63,7 +65,7 @@ def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str
     folder = load_model_folder(args.model)
     dataset = folder.view(dataset)
     if folder.model.scorer is not None:
-        raise ConfigError(f"--model {args.model} scores by more than its vectors; bigdssm score_pairs takes it")
+        raise ConfigError(f"--model {args.model} scores with a scorer, not by vectors alone; use bigdssm score_pairs")
     precision = encode_in(folder.model, args.precision)
     return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, precision])
 

@@ -1,11 +1,11 @@
-"""Say what a stage will take before it runs: memory, negatives, communication, checkpoints, days.
+"""Estimate the cost of a stage before a run: memory, negatives, communication, checkpoints, days.
 
     bigdssm estimate --config configs/debian_packages.yaml
     bigdssm estimate --config F --gpus 64 --rows 65536 --rows-per-s 40000 [key=value …]
 
-The dataset must be there: its vocabularies, and the rows of one step, are what the memory depends on. Without
---rows-per-s the days are those at the speed that the run in run.dir has recorded, if there is one. Left out of the
-memory is what a process takes that has imported everything and trains nothing, some 0.5 GB.
+The dataset must exist: memory depends on its vocabularies and on the rows of one step. Without --rows-per-s the days
+are computed from the recorded speed of the run in run.dir, if there is one. The memory estimate excludes the base
+memory of a process after all imports, about 0.5 GB.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="(%(default)s)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, with or without GPUs (default: 1)")
-    parser.add_argument("--rows", type=int, metavar="R", help="rows of a step on all ranks, in place of the config's")
-    parser.add_argument("--rows-per-s", type=float, metavar="X", help="speed of all ranks together, for the days")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys")
+    parser.add_argument(
+        "--stage", choices=["pretrain", "sft"], default="pretrain", help="stage to estimate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="number of ranks, with or without GPUs (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, metavar="R", help="global batch size (default: rows_global of the stage)")
+    parser.add_argument(
+        "--rows-per-s", type=float, metavar="X", help="speed of all ranks together (default: recorded in run.dir)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys")
     args = parser.parse_intermixed_args(argv)
     for name, given in (("--gpus", args.gpus), ("--rows", args.rows)):
         if given is not None and given < 1:
@@ -42,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, [*args.overrides, *rows])
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
-    found = estimate(config, args.stage, dataset, args.gpus)
+    result = estimate(config, args.stage, dataset, args.gpus)
     speed = args.rows_per_s or recorded_rows_per_s(config.stage_dir(args.stage))
-    for line in found.lines(speed):
+    for line in result.lines(speed):
         print(line)
 
 

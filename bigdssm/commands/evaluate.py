@@ -1,13 +1,14 @@
-"""Evaluate a model on a split over the full catalogue, or on a retrieval collection as others do.
+"""Evaluate a model on a dataset split over the full catalogue, or on a BEIR collection.
 
     bigdssm evaluate --model MODEL --data DATASET --split test [--baselines] [--compare OTHER] [--out JSON]
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form leaves out seen documents with the model's data.exclude_seen, ties counting half; OTHER is
-another model folder, or the JSON of an earlier evaluation. Each query's rank is saved beside JSON as .npy. The second
-takes a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, a pretrained text
-encoder as it is, and TREC runs (--compare). The third measures a TREC run alone. Runs are measured as trec_eval does.
+The first form excludes seen documents according to the model's data.exclude_seen; ties count half. OTHER is another
+model folder, or the JSON file of an earlier evaluation. The rank of every query is saved next to JSON as .npy. The
+second form reads a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an
+unmodified pretrained text encoder, and TREC runs (--compare). The third form evaluates a single TREC run. The metrics
+of runs equal those of trec_eval.
 """
 
 from __future__ import annotations
@@ -58,31 +59,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model folder")
     parser.add_argument("--data", help="dataset folder or URL")
-    parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
+    parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")
     parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and the Markov baseline")
     parser.add_argument(
         "--compare", type=Path, metavar="OTHER", nargs="+", default=[],
-        help="model folders, earlier JSON, or (with --beir) TREC runs to compare with",
+        help="model folders, JSON files of earlier evaluations, or (with --beir) TREC runs (default: none)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the metrics (default: printed only)")
     parser.add_argument(
-        "--rerank", type=at_least(2), metavar="K", help="also with the best K documents ranked anew by the scorer"
+        "--rerank", type=at_least(2), metavar="K", help="also evaluate with the top K documents re-ranked by the scorer"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
-    beir = parser.add_argument_group("a retrieval collection")
-    beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR's layout")
-    beir.add_argument("--widths", type=int, nargs="+", default=[], help="also the model's vectors cut to these")
+    beir = parser.add_argument_group("retrieval collection")
+    beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR layout")
+    beir.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[],
+        help="also evaluate vectors cut to these widths (default: none)",
+    )
     beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
-    beir.add_argument("--pretrained", type=Path, metavar="FOLDER", help="also evaluate a Hugging Face encoder as it is")
-    beir.add_argument("--max-tokens", type=int, default=256, help="of a text, with --pretrained (%(default)s)")
+    beir.add_argument(
+        "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unmodified Hugging Face text encoder"
+    )
+    beir.add_argument(
+        "--max-tokens", type=int, default=256, help="maximal text length, with --pretrained (default: %(default)s)"
+    )
     beir.add_argument(
         "--filter-known", action="store_true",
-        help="leave out of a query's ranking what other splits call relevant to it",
+        help="exclude documents that are relevant to the query in other splits from its ranking",
     )  # fmt: skip
-    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate in place of a model")
+    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate instead of a model")
     beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
-    beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the first system's run in TREC's format")
-    beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC's format")
+    beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the run of the first system in TREC format")
+    beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC format")
     args = parser.parse_args(argv)
     for option, path in (("--out", args.out), ("--save-run", args.save_run), ("--save-qrels", args.save_qrels)):
         check_file_to_write(option, path)
@@ -95,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _on_collection(args)
     elif args.run is not None and args.qrels is not None:
         ignored = ["--model", "--data", "--baselines", "--compare", "--precision", "--rerank", *OF_COLLECTIONS]
-        refuse_options(parser, args, ignored, "with --run and --qrels, which measure a run alone")
+        refuse_options(parser, args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
         _show(
@@ -105,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_options(parser, args, ["--run", "--qrels", *OF_COLLECTIONS], "without --beir")
         _on_split(args)
     else:
-        raise ConfigError("give --model and --data, or --beir, or --run and --qrels; --help says more")
+        raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
 
 
 def _on_split(args: argparse.Namespace) -> None:
@@ -117,9 +128,7 @@ def _on_split(args: argparse.Namespace) -> None:
     model = _evaluated(name, folder, precision=args.precision, **how)
     if args.rerank is not None:
         others.insert(0, model)
-        model = _evaluated(
-            f"{name}, best {args.rerank} ranked anew", folder, precision="fp32", rerank=args.rerank, **how
-        )
+        model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, precision="fp32", rerank=args.rerank, **how)
     for name, path in zip(names, args.compare, strict=True):
         if path.is_dir():
             others.append(_evaluated(name, load_model_folder(path), precision=args.precision, **how))
@@ -173,12 +182,12 @@ def _on_collection(args: argparse.Namespace) -> None:
                 check_width("--widths", width, folder.config.model.dim)
             encode_in(folder.model, args.precision)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
-            encoding_s = perf_counter() - started  # of every width too: each system's seconds are those of all it takes
-            found = partial(vectors_run, collection, queries, documents, known)
+            encoding_s = perf_counter() - started  # part of the seconds of every system that uses these vectors
+            search = partial(vectors_run, collection, queries, documents, known)
             if args.rerank is not None:
-                ranked_anew = f"{name}, best {args.rerank} ranked anew"
-                add(ranked_anew, lambda: reranked_run(collection, found(), folder, args.rerank), encoding_s)
-            add(name, found, encoding_s)
+                reranked = f"{name}, top {args.rerank} re-ranked"
+                add(reranked, lambda: reranked_run(collection, search(), folder, args.rerank), encoding_s)
+            add(name, search, encoding_s)
             normalise = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
                 cut = partial(cut_vectors, width=width, normalise=normalise)

@@ -1,9 +1,9 @@
-"""Say what is in a dataset, or, with --verify, check all of it.
+"""Print a summary of a dataset, or, with --verify, validate all of its files.
 
     bigdssm inspect_shards datasets/movielens_100k
     bigdssm inspect_shards datasets/movielens_100k --verify
 
-The exit code of --verify is 3 where anything is damaged.
+The exit code of --verify is 3 if anything is damaged.
 """
 
 import argparse
@@ -23,10 +23,12 @@ from bigdssm.loader.inspection import PERCENTILES, Description, describe, sample
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="dataset folder, or its URL")
-    parser.add_argument("--verify", action="store_true", help="check all checksums and rows, print nothing else")
-    parser.add_argument("--split", default="train", help="of lengths, duplicates and rows (default: train)")
-    parser.add_argument("--rows", type=int, default=10, help="how many decoded rows to print (default: 10)")
+    parser.add_argument("dataset", help="dataset folder or URL")
+    parser.add_argument("--verify", action="store_true", help="validate all checksums and rows, print nothing else")
+    parser.add_argument(
+        "--split", default="train", help="split for lengths, duplicates and rows (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, default=10, help="number of decoded rows to print (default: %(default)s)")
     args = parser.parse_args(argv)
     return run_main(lambda: _verify(args) if args.verify else _inspect(args))
 
@@ -38,7 +40,7 @@ def _verify(args: argparse.Namespace) -> None:
         print(damage)
     if damages:
         raise DataError(f"{args.dataset} is damaged in {len(damages)} places; the first: {damages[0]}")
-    print(f"{args.dataset}: all checksums are right")
+    print(f"{args.dataset}: all checksums match")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -53,36 +55,36 @@ def _inspect(args: argparse.Namespace) -> None:
             console.print(f"  {name}: {' | '.join(value) if isinstance(value, list) else value}", markup=False)
 
 
-def _print_description(console: Console, found: Description, split: str) -> None:
+def _print_description(console: Console, content: Description, split: str) -> None:
     sizes = _table("partition", "split", "rows", "queries", "blocks", "shards", "bytes", "bytes/row")
-    for s in found.sizes:
+    for s in content.sizes:
         sizes.add_row(
             s.partition, s.split, *(f"{n:,}" for n in (s.rows, s.queries, s.blocks, s.shards, s.num_bytes)),
             f"{s.num_bytes / max(1, s.rows):.1f}",
         )  # fmt: skip
     console.print(sizes)
     schema = _table("feature", "type", "column", "fitted")
-    for side, feature in found.features:
-        schema.add_row(f"{side}.{feature.name}", feature.type, feature.source, feature.describe(found.vocab_size))
+    for side, feature in content.features:
+        schema.add_row(f"{side}.{feature.name}", feature.type, feature.source, feature.describe(content.vocab_size))
     console.print(schema)
     lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "cut", "0 … longest")
-    for entry in found.lengths:
+    for entry in content.lengths:
         cut = "" if entry.cut is None else f"{entry.cut:.1%}"
         lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, _bars(entry.histogram))
     console.print(lengths)
     top = _table("most frequent documents", "train positives")
-    for title, count in found.top_docs:
+    for title, count in content.top_docs:
         top.add_row(title, f"{count:,}")
     console.print(top)
-    console.print(f"{found.num_docs:,} documents, {found.docs_without_train_rows:,} of them without a train row")
-    if found.num_versions:
-        console.print(f"{found.num_versions:,} further versions of documents, seen as of each {found.seen_as_of}")
+    console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
+    if content.num_versions:
+        console.print(f"{content.num_versions:,} further versions of documents, seen as of each {content.seen_as_of}")
     console.print(
-        f"{found.duplicate_pairs:,} of {found.scanned_queries:,} {split} queries repeat a (query, document) pair"
+        f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"
     )
-    console.print(f"{found.num_bad:,} bad rows or values in the source (quarantine.jsonl)")
-    if found.unreadable_blocks:
-        console.print(f"{found.unreadable_blocks:,} blocks cannot be read: use --verify", style="bold red")
+    console.print(f"{content.num_bad:,} bad rows or values in the source (quarantine.jsonl)")
+    if content.unreadable_blocks:
+        console.print(f"{content.unreadable_blocks:,} blocks cannot be read: use --verify", style="bold red")
 
 
 def _table(*headers: str) -> Table:
@@ -93,7 +95,7 @@ def _table(*headers: str) -> Table:
 
 
 def _bars(counts: Sequence[int]) -> str:
-    """Return a character for each count, as high as it is among them; a blank is 0."""
+    """Draw counts as block characters, relative to the largest; a blank is 0."""
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *counts))] for count in counts)
 
 

@@ -1,12 +1,11 @@
-"""Make a dataset of tables as they are: shards, catalogue, tokenizer and schema.
+"""Build a dataset from tables: shards, catalogue, tokenizer and schema.
 
     bigdssm make_shards interactions --config F [key=value …] --interactions F --items F [--users F]
     bigdssm make_shards pairs --config F [key=value …] --pairs F [F …] [--group-column C]
     bigdssm make_shards webdataset --config F [key=value …] --shards F [F …]
 
-`--help` behind a sub-command says everything it takes. The schema comes from the config's `data` section. The dataset
-appears whole at the end. A making that was killed goes on where it was when the same command is given again over the
-same files.
+`--help` after a sub-command lists its options. The config's `data` section defines the schema. The dataset appears
+atomically at the end. A killed ingestion continues when the same command is repeated with the same files.
 """
 
 import argparse
@@ -38,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     if args.append is not None:
-        refuse_options(args.common, args, ["--overwrite", "--partition"], "with --append, which names what it adds")
+        refuse_options(args.common, args, ["--overwrite", "--partition"], "with --append, which names the partition")
     args.run(args)
 
 
 def _table(word: str) -> Path | str:
-    """Return what names a table: a path, or a URL or query as it is."""
+    """Return a URL or query unchanged, another word as a path."""
     return word if is_url(word) or word.startswith(PREFIX) else Path(word)
 
 
@@ -55,7 +54,7 @@ def _setting(word: str) -> tuple[str, str]:
 
 
 def _is_override(word: str) -> bool:
-    """Return True for key=value, which may stand anywhere, behind a list of files too."""
+    """Return True for key=value, which may be anywhere, including after a list of files."""
     return "=" in word and not word.startswith(("-", PREFIX)) and not Path(word).exists()
 
 
@@ -64,61 +63,84 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="sub-commands", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.set_defaults(common=common)
-    common.add_argument("--config", type=Path, required=True, help="YAML file, and anywhere key=value to change it")
+    common.add_argument("--config", type=Path, required=True, help="YAML file; key=value arguments override its keys")
     common.add_argument(
-        "--out", type=_table, help="dataset folder, or a URL such as s3://… (default: the config's data.dir)"
+        "--out", type=_table, help="dataset folder, or a URL such as s3://… (default: data.dir of the config)"
     )
-    common.add_argument("--seed", type=int, default=0, help="of the shuffle and of random splits")
-    common.add_argument("--partition", default="base", help="name of a new dataset's first partition (%(default)s)")
-    common.add_argument("--overwrite", action="store_true", help="replace the dataset that stands at --out")
-    common.add_argument("--like", type=Path, metavar="DIR", help="take the schema and tokenizer of that dataset")
-    common.add_argument("--append", metavar="NAME", help="add a partition to the dataset at --out")
-    common.add_argument("--engine", choices=get_args(EngineName), default="built-in", help="who makes it (%(default)s)")
-    common.add_argument("--processes", type=int, default=0, help="of the built-in engine (default: one for each core)")
-    common.add_argument("--master", metavar="URL", help="of --engine spark: spark://HOST:PORT, yarn, local[4] …")
     common.add_argument(
-        "--spark-conf", metavar="K=V", action="append", default=[], help="a setting of Spark; repeat it"
+        "--seed", type=int, default=0, help="seed of the shuffle and of random splits (default: %(default)s)"
+    )
+    common.add_argument(
+        "--partition", default="base", help="name of the first partition of a new dataset (default: %(default)s)"
+    )
+    common.add_argument("--overwrite", action="store_true", help="replace an existing dataset at --out")
+    common.add_argument("--like", type=Path, metavar="DIR", help="reuse the schema and tokenizer of this dataset")
+    common.add_argument("--append", metavar="NAME", help="add a partition of this name to the dataset at --out")
+    common.add_argument(
+        "--engine", choices=get_args(EngineName), default="built-in", help="ingestion engine (default: %(default)s)"
+    )
+    common.add_argument(
+        "--processes", type=int, default=0, help="processes of the built-in engine (default: one per core)"
+    )
+    common.add_argument("--master", metavar="URL", help="Spark master, with --engine spark: yarn, local[4] …")
+    common.add_argument(
+        "--spark-conf", metavar="K=V", action="append", default=[], help="Spark setting; repeatable (default: none)"
     )
 
     name = "interactions"
     sub = commands.add_parser(name, parents=[common], help="(history → next item) from user, item, time events")
     sub.set_defaults(run=_interactions)
-    sub.add_argument("--interactions", type=_table, required=True, help="events: .tsv .csv .jsonl .parquet, also .xz …")
+    sub.add_argument(
+        "--interactions", type=_table, required=True, help="table of events: .tsv .csv .jsonl .parquet, also .xz …"
+    )
     sub.add_argument(
         "--items",
         type=_table,
         required=True,
-        help="one row per item, or several with --items-time-column; the whole becomes the catalogue",
+        help="table of items, the catalogue; one row per item, or several with --items-time-column",
     )
     sub.add_argument(
         "--users",
         type=_table,
-        help="one row per user, or several with --users-time-column; needed for query features but histories",
+        help="table of users, for query features other than histories; one row per user, or several with "
+        "--users-time-column",
     )
-    sub.add_argument("--user-column", default="user_id", help="(%(default)s)")
-    sub.add_argument("--item-column", default="item_id", help="(%(default)s)")
-    sub.add_argument("--time-column", default="timestamp", help="'' if events are in order of time (%(default)s)")
-    sub.add_argument("--items-time-column", help="from when on a row of items holds: events see the newest before them")
-    sub.add_argument("--users-time-column", help="from when on a row of users holds: rows see the newest before them")
-    sub.add_argument("--rating-column", help="becomes the relevance, which is 1 otherwise")
-    sub.add_argument("--min-rating", type=float, help="events rated lower are left out")
+    sub.add_argument("--user-column", default="user_id", help="column of user ids (default: %(default)s)")
+    sub.add_argument("--item-column", default="item_id", help="column of item ids (default: %(default)s)")
     sub.add_argument(
-        "--positive-rating", type=float, metavar="R", help="relevance 1 from this rating on, else 0: met, but no target"
+        "--time-column", default="timestamp",
+        help="column of event times, '' if the events are in time order (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--items-time-column",
+        help="column of items with the start of validity: events use the latest row before them",
     )
-    sub.add_argument("--split", choices=("leave-one-out", "time", "train"), help=_default_split("leave-one-out"))
+    sub.add_argument(
+        "--users-time-column",
+        help="column of users with the start of validity: events use the latest row before them",
+    )
+    sub.add_argument("--rating-column", help="column of relevances (default: every relevance is 1)")
+    sub.add_argument("--min-rating", type=float, help="drop events with a lower rating (default: keep all)")
+    sub.add_argument(
+        "--positive-rating", type=float, metavar="R",
+        help="relevance 1 from this rating on, else 0: part of the history, but no target",
+    )  # fmt: skip
+    sub.add_argument("--split", choices=("leave-one-out", "time", "train"), help=_split_help("leave-one-out"))
     _add_fractions(sub, "--split time")
-    _add_moments(sub)
+    _add_split_times(sub)
 
-    sub = commands.add_parser("pairs", parents=[common], help="query and document features in one row")
+    sub = commands.add_parser("pairs", parents=[common], help="rows with query and document features")
     sub.add_argument("--pairs", type=_table, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
     _add_pair_options(sub)
 
     sub = commands.add_parser(
         "webdataset",
         parents=[common],
-        help="pairs from plain WebDataset shards: a sample's .json gives the columns, or .query.txt and .doc.txt",
+        help="pairs from WebDataset shards; columns from the .json of a sample, or from its .query.txt and .doc.txt",
     )
-    sub.add_argument("--shards", dest="pairs", type=_table, nargs="+", required=True, help=".tar, also .tar.gz …")
+    sub.add_argument(
+        "--shards", dest="pairs", type=_table, nargs="+", required=True, help="WebDataset shards: .tar, also .tar.gz …"
+    )
     _add_pair_options(sub)
 
     return parser
@@ -126,24 +148,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(run=_pairs)
-    sub.add_argument("--doc-id-column", help="default: documents are the same where all their features are")
-    sub.add_argument("--query-id-column", help="default: queries are the same where all their features are")
-    sub.add_argument("--relevance-column", help="default: every relevance is 1")
-    sub.add_argument("--split", choices=("random", "time", "column", "train"), help=_default_split("random"))
-    sub.add_argument("--group-column", help="--split random: its rows stay together (default: rows of one query)")
+    sub.add_argument("--doc-id-column", help="column of document ids (default: hash of all document features)")
+    sub.add_argument("--query-id-column", help="column of query ids (default: hash of all query features)")
+    sub.add_argument("--relevance-column", help="column of relevances (default: every relevance is 1)")
+    sub.add_argument("--split", choices=("random", "time", "column", "train"), help=_split_help("random"))
+    sub.add_argument(
+        "--group-column", help="--split random: rows with an equal value share a split (default: rows of one query)"
+    )
     sub.add_argument("--time-column", help="--split time: the newest rows are test, the ones before validation")
-    sub.add_argument("--split-column", help="--split column: says train, validation, test or none")
-    sub.add_argument("--whole-documents", action="store_true", help="--split random: so do rows of one document")
-    sub.add_argument("--each-of", metavar="COLUMN", help="a list column: every value makes a row")
+    sub.add_argument("--split-column", help="--split column: column with train, validation, test or none")
+    sub.add_argument(
+        "--whole-documents", action="store_true", help="--split random: rows of one document also share a split"
+    )
+    sub.add_argument("--each-of", metavar="COLUMN", help="a list column to explode: one row per value")
     _add_beir(sub)
-    sub.add_argument("--raw-text", action="store_true", help="leave queries' texts as they are: loaders tokenise them")
-    sub.add_argument("--dedup", action="store_true", help="leave out repeated (query, document) pairs")
+    sub.add_argument("--raw-text", action="store_true", help="store raw query texts; loaders tokenise them")
+    sub.add_argument("--dedup", action="store_true", help="drop repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
-    _add_moments(sub)
+    _add_split_times(sub)
 
 
-def _default_split(default: str) -> str:
-    return f"(default: {default}; with --append that of the dataset, and what is newer than its test split is train)"
+def _split_help(default: str) -> str:
+    return (
+        f"split method (default: {default}; with --append that of the dataset, where rows newer than its test split "
+        "are train)"
+    )
 
 
 def _add_beir(sub: argparse.ArgumentParser) -> None:
@@ -151,18 +180,22 @@ def _add_beir(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
-    sub.add_argument("--validation-fraction", type=float, default=0.05, help=f"with {when} (default: 0.05)")
-    sub.add_argument("--test-fraction", type=float, default=0.05, help=f"with {when} (default: 0.05)")
+    for split in ("validation", "test"):
+        sub.add_argument(
+            f"--{split}-fraction", type=float, default=0.05, help=f"{split} fraction, {when} (default: %(default)s)"
+        )
 
 
-def _add_moments(sub: argparse.ArgumentParser) -> None:
-    told = "a number as in the time column, or 2016-01-31"
-    sub.add_argument("--validation-from", metavar="TIME", help=f"--split time: in place of the fractions; {told}")
-    sub.add_argument("--test-from", metavar="TIME", help="goes with it; may be the same, for no validation split")
-    sub.add_argument("--until", metavar="TIME", help="beside these: rows from then on are left out")
+def _add_split_times(sub: argparse.ArgumentParser) -> None:
+    time = "a number as in the time column, or 2016-01-31"
+    sub.add_argument("--validation-from", metavar="TIME", help=f"--split time: start, instead of fractions; {time}")
+    sub.add_argument(
+        "--test-from", metavar="TIME", help="start of test, with --validation-from; equal to it: no validation split"
+    )
+    sub.add_argument("--until", metavar="TIME", help="drop rows from this time on, with --test-from")
 
 
-def _moments(args: argparse.Namespace) -> dict[str, str | None]:
+def _split_times(args: argparse.Namespace) -> dict[str, str | None]:
     return {"validation_from": args.validation_from, "test_from": args.test_from, "until": args.until}
 
 
@@ -181,7 +214,7 @@ def _interactions(args: argparse.Namespace) -> None:
         min_rating=args.min_rating,
         positive_rating=args.positive_rating,
         split=args.split,
-        **_moments(args),
+        **_split_times(args),
     )
 
 
@@ -204,7 +237,7 @@ def _pairs(args: argparse.Namespace) -> None:
         beir=args.beir,
         raw_text=args.raw_text,
         dedup=args.dedup,
-        **_moments(args),
+        **_split_times(args),
     )
 
 

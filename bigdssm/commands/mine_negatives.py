@@ -1,11 +1,11 @@
-"""Mine negatives: for each train query the documents at ranks [first, last) of its ranking.
+"""Mine hard negatives: the documents at ranks [first, last) per train query.
 
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
-    torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # the rows are shared out over the ranks
+    torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # distributes the rows over the ranks
 
-bigdssm/retrieval/hard_negatives.py has its format: catalogue rows by query, -1 where there are none. Known train
-positives of the query never appear, nor with --margin what scores nearly as its own document. --vectors takes the
-documents from a folder that bigdssm embed made with the same model.
+The file contains catalogue rows per query, padded with -1 (bigdssm/retrieval/hard_negatives.py). Known train positives
+of the query are excluded, and with --margin also documents that score almost as high as its positive. --vectors reads
+document vectors that bigdssm embed wrote with the same model.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
-    parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (%(default)s)")
-    parser.add_argument("--last", type=int, default=200, help="rank to stop before (%(default)s)")
-    parser.add_argument("--margin", type=float, help="leave out what scores above the query's own document less this")
+    parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (default: %(default)s)")
+    parser.add_argument("--last", type=int, default=200, help="end of the ranks, exclusive (default: %(default)s)")
+    parser.add_argument(
+        "--margin", type=float, help="drop documents that score above the positive minus this (default: keep all)"
+    )
     parser.add_argument(
         "--exact-up-to", type=int, default=MiningConfig.exact_up_to, metavar="DOCS",
-        help="in a larger catalogue ask an approximate index (%(default)s)",
+        help="use an approximate index for larger catalogues (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--vectors", type=Path, metavar="DIR", help="vectors folder of the model and the dataset")
+    parser.add_argument("--vectors", type=Path, metavar="DIR", help="document vectors (default: encode the catalogue)")
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if args.margin is not None and not math.isfinite(args.margin):
@@ -65,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             start, stop = share.of(dataset.catalogue.num_docs)
             vectors = vectors_of(args.vectors, folder.checksum, dataset, start, stop)
             documents = DocumentVectors(torch.from_numpy(vectors), start)
-        own = mine(
+        local = mine(
             tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
             exclude_seen=folder.config.data.exclude_seen,
         )  # fmt: skip
-        mined = gather_mined(args.out, own, dataset)
+        hard = gather_mined(args.out, local, dataset)
     if distributed.is_main():
-        print(f"{args.out}: {len(mined)} queries, {mined.per_query():.1f} negatives each")
+        print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
     distributed.shutdown()
 
 

@@ -1,14 +1,14 @@
-"""Report a run on a split: popularity, a Markov chain, the pretrained model, what fine-tuning adds.
+"""Report a run on a split: baselines, the pretrained model and the fine-tuned model.
 
     bigdssm report RUN [RUN …] --out REPORT.json [--split test]
     bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …]
 
-Evaluates RUN/pretrain/best and, where it is there, RUN/sft/best over the full catalogue. With --beir they are measured
-on a collection that bigdssm make_shards wrote beside the dataset, against BM25, a pretrained encoder as it is, and runs
-that bigdssm evaluate saved. Several RUNs are one config's with several seeds (bigdssm seeds): figures are means over
-them, ± a standard error over queries and seeds, and intervals resample both; the rows of one user or text are drawn
-together. REPORT.json is a list of {name, ndcg_at_10, …, seconds}; a model's seconds are those of its training and its
-evaluation, the figures of each seed stand under `seeds`.
+Evaluates RUN/pretrain/best and, if it exists, RUN/sft/best over the full catalogue, with popularity and a Markov chain
+as baselines. With --beir the models are evaluated on a collection that bigdssm make_shards wrote, against BM25, an
+unmodified pretrained encoder, and runs saved by bigdssm evaluate. Several RUNs must be seeds of one config (bigdssm
+seeds): metrics are means ± standard error over queries and seeds; intervals resample both, clustered by user or text.
+REPORT.json is a list of {name, ndcg_at_10, …, seconds}; the seconds of a model are those of training and evaluation,
+`seeds` contains the metrics per seed.
 """
 
 from __future__ import annotations
@@ -55,16 +55,22 @@ from bigdssm.utils.atomic import write_json
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config's seeds")
-    parser.add_argument("--data", help="dataset folder or URL (by default the one that the run was trained on)")
-    parser.add_argument("--split", default="test", help="split of the dataset or collection (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="where the list is saved")
-    parser.add_argument("--beir", type=Path, metavar="DIR", help="measure on this BEIR folder")
-    parser.add_argument("--bm25", action="store_true", help="with --beir: also BM25")
-    parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="with --beir: also an encoder as it is")
-    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="TREC", help="runs of other systems")
-    parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs there in TREC's format")
-    parser.add_argument("--filter-known", action="store_true", help="as with bigdssm evaluate")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: seeds of one config")
+    parser.add_argument("--data", help="dataset folder or URL (default: the training dataset)")
+    parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the report")
+    parser.add_argument("--beir", type=Path, metavar="DIR", help="evaluate on this BEIR folder")
+    parser.add_argument("--bm25", action="store_true", help="with --beir: also evaluate BM25")
+    parser.add_argument(
+        "--pretrained", type=Path, metavar="FOLDER", help="with --beir: also evaluate an unmodified text encoder"
+    )
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="TREC", help="TREC runs of other systems (default: none)"
+    )
+    parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs to this folder in TREC format")
+    parser.add_argument(
+        "--filter-known", action="store_true", help="exclude documents that are relevant in other splits"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
@@ -108,28 +114,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _trained_stages(run: Path, precision: str) -> dict[str, ModelFolder]:
-    found = {
+    stages = {
         stage: load_model_folder(run / stage / "best")
         for stage in ("pretrain", "sft")
         if (run / stage / "best").is_dir()
     }
-    if not found:
-        raise CheckpointError(f"{run} holds neither pretrain/best nor sft/best; train first")
-    for folder in found.values():
+    if not stages:
+        raise CheckpointError(f"{run} contains neither pretrain/best nor sft/best; train first")
+    for folder in stages.values():
         encode_in(folder.model, precision)
-    return found
+    return stages
 
 
 def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
-    """Raise ConfigError unless the configs differ in their run sections alone, each with a seed of its own."""
+    """Raise ConfigError unless the configs differ only in their run sections and have distinct seeds."""
     first = replace(configs[0], run=RunConfig()).to_dict()
     seeds: dict[int, Path] = {}
     for run, config in zip(runs, configs, strict=True):
         difference = first_difference(first, replace(config, run=RunConfig()).to_dict())
         if difference:
-            raise ConfigError(f"{run} is no other seed of {runs[0]}: {difference}; report it by itself")
+            raise ConfigError(f"{run} is no other seed of {runs[0]}: {difference}; report it separately")
         if config.run.seed in seeds:
-            raise ConfigError(f"{run} has the seed of {seeds[config.run.seed]}: it is no other sample; leave it out")
+            raise ConfigError(f"{run} has the same seed as {seeds[config.run.seed]}; omit one of them")
         seeds[config.run.seed] = run
 
 

@@ -1,16 +1,16 @@
-"""Score each train query's own document and those mined for it, by a judge that knows better.
+"""Score the positive and the hard negatives of every train query with a teacher.
 
-    bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --cross-encoder FOLDER
-    bigdssm score_pairs --data DATASET --mined NPY --out JUDGED.npy --model MODEL [MODEL …] --pretrained FOLDER --bm25
-    torchrun --nproc-per-node 8 -m bigdssm.commands.score_pairs …       # the queries are shared out over the ranks
+    bigdssm score_pairs --data DATASET --mined NPY --out SCORED.npy --cross-encoder FOLDER
+    bigdssm score_pairs --data DATASET --mined NPY --out SCORED.npy --model MODEL [MODEL …] --pretrained FOLDER --bm25
+    torchrun --nproc-per-node 8 -m bigdssm.commands.score_pairs …       # distributes the queries over the ranks
 
-NPY is a file of bigdssm mine_negatives; JUDGED.npy is the same with the judge's scores, for sft.negatives.mining.file
-with sft.distillation or mining.teacher_margin. Judges are model folders, whatever scores in them, cross-encoders of
-sentence-transformers, whose scores are their logits, Hugging Face text encoders as they are, whose scores are cosines,
-and BM25. Of several it is the mean of their scores, standardised within each query. All but model folders read the
-dataset's texts: as its tokenizer gives them, cut to max_tokens.
+NPY is a file of bigdssm mine_negatives; SCORED.npy adds teacher scores, for sft.negatives.mining.file with
+sft.distillation or mining.teacher_margin. Teachers are bigdssm model folders (including their scorers), cross-encoders
+of sentence-transformers (logits), unmodified Hugging Face text encoders (cosines), and BM25. The scores of several
+teachers are averaged after standardisation per query. All teachers except model folders read the dataset's texts as
+decoded by its tokenizer, truncated to max_tokens.
 
-A run that was ended goes on from its finished shards when it is started again, with any number of ranks.
+An interrupted run continues from its finished shards when restarted, with any number of ranks.
 """
 
 from __future__ import annotations
@@ -47,49 +47,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="file of mined negatives")
-    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the same with scores")
-    parser.add_argument("--model", type=Path, nargs="+", default=[], metavar="FOLDER", help="model folders that judge")
+    parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="file of hard negatives")
+    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives with scores")
     parser.add_argument(
-        "--cross-encoder", type=Path, nargs="+", default=[], metavar="FOLDER", help="cross-encoders that judge"
+        "--model", type=Path, nargs="+", default=[], metavar="FOLDER", help="model folders as teachers (default: none)"
     )
     parser.add_argument(
-        "--pretrained", type=Path, nargs="+", default=[], metavar="FOLDER", help="text encoders that judge as they are"
-    )
-    parser.add_argument("--bm25", action="store_true", help="BM25 judges")
+        "--cross-encoder", type=Path, nargs="+", default=[], metavar="FOLDER",
+        help="cross-encoders as teachers (default: none)",
+    )  # fmt: skip
     parser.add_argument(
-        "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="queries a shard (%(default)s)"
+        "--pretrained", type=Path, nargs="+", default=[], metavar="FOLDER",
+        help="unmodified Hugging Face text encoders as teachers (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--bm25", action="store_true", help="BM25 as a teacher")
+    parser.add_argument(
+        "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
-        raise ConfigError("nobody judges: give --model, --cross-encoder, --pretrained, --bm25, or several of them")
-    dataset, mined = Dataset.open(args.data), HardNegatives.open(args.mined)
-    mined.check_against(dataset)
+        raise ConfigError("no teacher: needs --model, --cross-encoder, --pretrained, --bm25, or several of them")
+    dataset, hard = Dataset.open(args.data), HardNegatives.open(args.mined)
+    hard.check_against(dataset)
     with ProgressBar() as progress:
-        judges = _judges(args, dataset, progress)
-        names = [file_checksum(args.mined), *judges]
+        teachers = _teachers(args, dataset, progress)
+        names = [file_checksum(args.mined), *teachers]
         work = ShardWork.of_launcher(args.rows_per_shard, progress)
-        judged = score_pairs(args.out, mined, dataset, list(judges.values()), names, work)
-    if judged is not None:
-        print(f"{args.out}: {len(judged)} queries, {judged.per_query():.1f} documents each, scored by {len(judges)}")
+        scored = score_pairs(args.out, hard, dataset, list(teachers.values()), names, work)
+    if scored is not None:
+        per_query = f"{scored.per_query():.1f} documents per query"
+        print(f"{args.out}: {len(scored)} queries, {per_query}, {len(teachers)} teachers")
 
 
-def _judges(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> dict[str, PairTeacher]:
-    """Return the judges by what tells them from others."""
-    judges: dict[str, PairTeacher] = {}
+def _teachers(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> dict[str, PairTeacher]:
+    """Return the teachers by checksum."""
+    teachers: dict[str, PairTeacher] = {}
     for path in args.model:
         folder = load_model_folder(path)
-        judges[folder.checksum] = model_teacher(folder, dataset)
+        teachers[folder.checksum] = model_teacher(folder, dataset)
     if args.cross_encoder or args.pretrained or args.bm25:
         texts = Texts(dataset)
     for path in args.cross_encoder:
-        judges[json_checksum(folder_checksums(path))] = CrossEncoderTeacher(path, texts)
+        teachers[json_checksum(folder_checksums(path))] = CrossEncoderTeacher(path, texts)
     for path in args.pretrained:
-        judges[json_checksum(folder_checksums(path))] = pretrained_teacher(path, dataset, texts)
+        teachers[json_checksum(folder_checksums(path))] = pretrained_teacher(path, dataset, texts)
     if args.bm25:
-        judges["BM25"] = Bm25Teacher(dataset, texts, progress)
-    return judges
+        teachers["BM25"] = Bm25Teacher(dataset, texts, progress)
+    return teachers
 
 
 if __name__ == "__main__":

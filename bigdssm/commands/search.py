@@ -1,15 +1,15 @@
-"""Print the documents that an index finds for one request.
+"""Search an index: print the top documents of one request.
 
     bigdssm search --model MODEL --index INDEX --user KEY
     bigdssm search --model MODEL --index INDEX --history "first title; second title" --text age=33
     bigdssm search --model MODEL --index INDEX --text "words=running shoes" --filter "section = sports and price < 50"
     bigdssm search --model MODEL --index INDEX --request request.json --out found.csv
 
---user brings what the dataset knows of a user, --text values of features, --history later events: documents by their
-key or title, oldest first; --document is a document that the query is. What was seen is left out unless the
-model's data.exclude_seen is false; --seen sets it for one request. With --rerank K the model's scorer ranks the index's
-best K documents anew. A JSON request is what the server takes, see docs/serving.md. --data is needed where the dataset
-is not at the path that the model was trained with. --out writes the documents as CSV: rank, score, key, title.
+--user loads features and events of a user from the dataset, --text sets feature values, --history adds later events
+(documents by key or title, oldest first); --document uses a document as the query. Seen documents are excluded unless
+the model's data.exclude_seen is false; --seen overrides it. With --rerank K the model's scorer re-ranks the top K.
+--request reads the JSON request of the server (docs/serving.md). --data is required if the dataset is not at its path
+during training. --out writes the documents as CSV: rank, score, key, title.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import new_file
 
 SEEN = {"allow": False, "exclude": True}
+SEEN_HELP = "whether results may include seen documents (default: data.exclude_seen of the model)"
+FILTER_HELP = "conditions that results must satisfy, such as 'year >= 1990' (default: none)"
+RERANK_HELP = "re-rank the top K documents with the model's scorer; 0 for none (default: %(default)s)"
 
 
 @command
@@ -40,28 +43,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_search_options(parser)
-    parser.add_argument("--user", metavar="KEY", help="a user of the dataset")
-    parser.add_argument("--document", metavar="KEY", help="the document that the query is, of a siamese model")
-    parser.add_argument("--history", metavar="TITLES", help="documents, parted by semicolons, oldest first")
-    parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of the query's features")
-    parser.add_argument("--filter", metavar="CONDITIONS", help="which documents may be found")
-    parser.add_argument("--seen", choices=SEEN, help="whether seen documents may be found")
-    parser.add_argument("--top", type=int, default=10, help="documents to print (%(default)s)")
-    parser.add_argument(
-        "--rerank", type=at_least(2), default=0, metavar="K", help="documents that the model's scorer ranks anew"
-    )
-    parser.add_argument("--request", metavar="FILE", help="a request as JSON, - for standard input")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the documents as CSV")
+    parser.add_argument("--user", metavar="KEY", help="key of a user in the dataset")
+    parser.add_argument("--document", metavar="KEY", help="document to use as the query, for siamese models")
+    parser.add_argument("--history", metavar="TITLES", help="documents of the history, oldest first, separated by ;")
+    parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features")
+    parser.add_argument("--filter", metavar="CONDITIONS", help=FILTER_HELP)
+    parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
+    parser.add_argument("--top", type=int, default=10, help="number of documents (default: %(default)s)")
+    parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
+    parser.add_argument("--request", metavar="FILE", help="file with a request as JSON, - for standard input")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV")
     args = parser.parse_args(argv)
     if args.out is not None and args.out.suffix != ".csv":
-        raise ConfigError(f"--out {args.out}: needs a file that ends in .csv")
+        raise ConfigError(f"--out {args.out}: needs a file name ending in .csv")
     check_file_to_write("--out", args.out)
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
-        refuse_options(parser, args, options, "with --request, which holds all of it")
+        refuse_options(parser, args, options, "with --request, which contains them")
         request = request_of(_read(args.request))
     else:
-        request = _typed(args)
+        request = _request(args)
     searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
     documents = searcher.answer([query])[0].documents
@@ -70,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write(args.out, documents)
 
 
-def _typed(args: argparse.Namespace) -> Request:
+def _request(args: argparse.Namespace) -> Request:
     if args.top < 1:
         raise ConfigError(f"--top {args.top}: needs at least 1")
     titles = [title for title in (args.history or "").split(";") if title.strip()]
-    features = None if args.text is None else _typed_values(args.text)
+    features = None if args.text is None else _feature_values(args.text)
     return Request(
         args.user, features, [*map(Event, titles)] or None, filter=args.filter, document=args.document,
         exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
@@ -85,9 +86,9 @@ def _read(file: str) -> dict[str, object]:
     try:
         content = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--request {file} is no JSON: {error}") from None
+        raise ConfigError(f"--request {file} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"--request {file} holds no JSON object")
+        raise ConfigError(f"--request {file} contains no JSON object")
     return content
 
 
@@ -98,14 +99,14 @@ def _write(path: Path, documents: Sequence[FoundDocument]) -> None:
         writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
 
 
-def _typed_values(pairs: list[str]) -> dict[str, str]:
+def _feature_values(pairs: list[str]) -> dict[str, str]:
     values = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name:
             raise ConfigError(f"--text {pair!r}: needs feature=value, for example words='running shoes'")
         if name in values:
-            raise ConfigError(f"--text gives {name} twice")
+            raise ConfigError(f"--text contains {name} twice")
         values[name] = value
     return values
 

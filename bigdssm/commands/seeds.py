@@ -1,10 +1,10 @@
-"""Train a config with several seeds, both stages of each, and report their means.
+"""Train all stages of a config with several seeds, and report means and intervals.
 
     bigdssm seeds --config configs/movielens_100k.yaml --seeds 0 1 2 [--ranks N] [key=value …] [-- REPORT …]
 
-Seed S is trained in RUN/seed-S (RUN: the config's run.dir), one after another; what was finished or broken off before
-goes on where it was. RUN/report.json holds means and intervals over the seeds; what stands behind `--` goes to
-`bigdssm report`, such as --beir DIR. It trains on this machine; on several, run the stages under a launcher and then
+Seeds are trained one after another, seed S in RUN/seed-S (RUN: run.dir of the config); interrupted runs are resumed.
+RUN/report.json contains means and intervals over the seeds; arguments after `--` are passed to `bigdssm report`, such
+as --beir DIR. Training runs on this machine; on several, run the stages under a launcher and then
 `bigdssm report RUN/seed-*`.
 """
 
@@ -31,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, report = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--seeds", nargs="+", required=True, metavar="S", help="whole numbers, each once")
-    parser.add_argument("--ranks", type=int, help="as of `bigdssm pretrain`")
+    parser.add_argument(
+        "--seeds", nargs="+", required=True, metavar="S", help="seeds to train: whole numbers, each once"
+    )
+    parser.add_argument("--ranks", type=int, help="number of ranks (default: as in `bigdssm pretrain`)")
     args, others = parser.parse_known_args(own)
     if odd := [word for word in others if "=" not in word or word.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")
     words = [word for word in args.seeds if "=" not in word]
-    overrides = [word for word in own if "=" in word and word in (*others, *args.seeds)]  # behind --seeds, too
+    overrides = [word for word in own if "=" in word and word in (*others, *args.seeds)]  # also those after --seeds
     if not words or not all(word.isdecimal() for word in words):
         raise ConfigError(f"--seeds {' '.join(args.seeds)}: needs whole numbers, at least one")
     seeds = [int(word) for word in words]

@@ -1,16 +1,15 @@
-"""Serve a model and its index over HTTP: an API and a page to try it.
+"""Serve a model and its index over HTTP: a JSON API and a demo page.
 
     bigdssm serve --model MODEL --index INDEX [--data DATASET] [--port 8000]
     bigdssm serve --model MODEL --index INDEX --beside OTHER_MODEL OTHER_INDEX
 
-The page is at http://127.0.0.1:8000; docs/serving.md has the API. Queries that wait together are encoded and searched
-together, and the answers of the last --cache queries are kept. --workers N runs N processes, which share the index's
-pages. --beside has a second model answer to the same queries, under /beside/api and on the page. What is put in the
-place of a model and its index is taken up within --look-s seconds, without a request being dropped. It listens on this
-machine alone unless --host says otherwise, and asks nobody who they are. It answers to localhost and to --host; another
-name that leads here, such as a proxy's, is to be given with --allow-host. SIGTERM and Ctrl-C stop it after at most
---timeout-s seconds. --data is needed where queries have users, histories or filters and the dataset is not at the path
-that the model was trained with.
+The page is at http://127.0.0.1:8000; docs/serving.md documents the API. Waiting queries are encoded and searched in one
+batch; the responses to the last --cache queries are cached. --workers N runs N processes, which share the memory of the
+index. --beside serves a second model for comparison, under /beside/api and on the page. If the model and index folders
+are replaced, the server loads the new ones within --look-s seconds without dropping a request. By default it accepts
+connections from this machine only (--host), without authentication. Accepted host names are localhost, --host and those
+of --allow-host, such as a proxy's. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required if queries
+have users, histories or filters and the dataset is not at its path during training.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from bigdssm.cli import add_search_options, at_least, command
+from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.serving.server import METRICS_DIR, run_workers
@@ -41,26 +41,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_search_options(parser)
     parser.add_argument(
-        "--beside", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="a second model, to compare with"
+        "--beside", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (%(default)s)")
-    parser.add_argument("--cache", type=int, default=10_000, metavar="QUERIES", help="answers to keep (%(default)s)")
-    parser.add_argument("--at-once", type=int, default=32, metavar="QUERIES", help="most in a batch (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of the model and the index (default: OMP_NUM_THREADS, or all)")
-    parser.add_argument("--onnx", type=Path, metavar="FILE", help="query tower that encodes: EXPORT/query.int8.onnx")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
     parser.add_argument(
-        "--rerank", type=at_least(2), default=0, metavar="K", help="documents that the model's scorer ranks anew"
+        "--cache", type=int, default=10_000, metavar="QUERIES", help="responses to cache (default: %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument(
-        "--look-s", type=float, default=2.0, metavar="SECONDS", help="to look what is new (%(default)s)"
+        "--at-once", type=int, default=32, metavar="QUERIES", help="maximal batch size (default: %(default)s)"
     )
-    parser.add_argument("--log-requests", action="store_true", help="write a line of JSON for each request on stderr")
-    parser.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help="names it is asked by as well")
+    parser.add_argument("--threads", type=int, help="threads per worker (default: OMP_NUM_THREADS, or all cores)")
+    parser.add_argument(
+        "--onnx", type=Path, metavar="FILE",
+        help="ONNX query tower, such as EXPORT/query.int8.onnx (default: the tower of --model)",
+    )  # fmt: skip
+    parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
+    parser.add_argument("--workers", type=int, default=1, help="number of processes (default: %(default)s)")
+    parser.add_argument(
+        "--look-s", type=float, default=2.0, metavar="SECONDS",
+        help="interval of checks for a replaced model or index (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--log-requests", action="store_true", help="write one JSON line per request to stderr")
+    parser.add_argument(
+        "--allow-host", nargs="+", default=[], metavar="NAME", help="further accepted host names (default: none)"
+    )
     parser.add_argument(
         "--timeout-s", type=int, default=10, metavar="SECONDS",
-        help="most that a request may take to arrive, and a stop to end (%(default)s)",
+        help="time limit for receiving a request, and for stopping (default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     for option, least in (("cache", 0), ("at_once", 1), ("threads", 1), ("timeout_s", 1), ("workers", 1)):
@@ -86,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.workers == 1:
             served.run(listening, lambda: None, searchers)
             return
-        del searchers  # what opens here opens in the workers
+        del searchers  # opened only to report errors early; every worker opens its own
         with tempfile.TemporaryDirectory(prefix="bigdssm-metrics-") as counted:
             os.environ[METRICS_DIR] = counted
             run_workers(args.workers, served.run, (listening,), args.timeout_s)
@@ -94,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a worker process needs to know."""
+    """Settings of a server process."""
 
     folders: Folders
     beside: Folders | None
@@ -106,7 +114,7 @@ class ServerSettings:
     timeout_s: int
 
     def open(self) -> tuple[Searcher, Searcher | None]:
-        """Return the searcher and the one beside it, and have this process use the threads that were asked for."""
+        """Set the number of threads and open the searcher and, if configured, the second one."""
         if self.folders.threads is not None:
             torch.set_num_threads(self.folders.threads)
         return self.folders.open(), None if self.beside is None else self.beside.open()
@@ -115,7 +123,7 @@ class ServerSettings:
         self, listening: socket.socket, ready: Callable[[], None],
         searchers: tuple[Searcher, Searcher | None] | None = None,
     ) -> None:  # fmt: skip
-        """Serve until a signal asks to stop; `ready` is called as soon as all is opened."""
+        """Serve until a stop signal; `ready` is called when the searchers are open."""
         from bigdssm.serving.app import make_app
         from bigdssm.serving.metrics import log_requests
         from bigdssm.serving.server import run
@@ -133,16 +141,16 @@ class ServerSettings:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises ConfigError: taken, not allowed, or no address of this machine."""
+    """Return a listening socket. Raises ConfigError: port in use, no permission, or no address of this machine."""
     try:
         family: dict[str, Any] = {"family": socket.AF_INET6} if ":" in host else {}
         return socket.create_server((host, port), **family)
     except OSError as error:
         why = error.strerror or error
-        if error.errno is not None and error.errno > 0:  # below 0 are those of unknown names
+        if error.errno is not None and error.errno > 0:  # errors of name resolution are negative
             why = os.strerror(error.errno)
         at = f"--host {host} --port {port}"
-        raise ConfigError(f"{at} cannot be listened on: {why}; choose another (--port 0 takes any free one)") from None
+        raise ConfigError(f"{at}: cannot listen: {why}; choose another (--port 0 takes any free one)") from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ask a run to stop, from any machine that sees its folder, and wait until it has.
+"""Stop a run from any machine that has access to its folder, and wait for its end.
 
     bigdssm stop_run RUN --save
 
-RUN is a run folder or a stage's folder. With --save the ranks finish their step, save and exit with code 75, and
---resume auto goes on from there; without it they end at once, and what came after the last checkpoint is lost.
+RUN is a run folder or a stage folder. With --save the ranks finish their step, save a checkpoint for --resume auto and
+exit with code 75; without it they end at once, and the steps after the last checkpoint are lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run or stage folder")
     parser.add_argument("--save", action="store_true", help="save a checkpoint first")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="how long to wait for the end (%(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="seconds to wait (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = find_running(args.run)
     end = request_stop(folder, args.save, args.timeout_s)

@@ -1,12 +1,12 @@
-"""Search for a config's values, or a baseline's options, by what they reach on validation.
+"""Tune values of a config, or options of a baseline, by their validation metric.
 
     bigdssm tune --config CONFIG --space SPACE.yaml --out DIR [--trials 10] [--stage pretrain] [key=value …]
     bigdssm tune --config CONFIG --baseline markov --space SPACE.yaml --out DIR [--trials 10]
 
-SPACE.yaml has the values of each key (bigdssm/training/tuning.py). The first trial has those of the config. A trial
-trains in a process of its own, in DIR; it is stopped where its first validation after a fifth of its steps is below the
-median of those before. Test is never looked at. The same command goes on with a search that was broken off, and with
-more --trials adds some. DIR/best.json has the best values as key=value; a baseline's options go by their names.
+SPACE.yaml lists the values per key (bigdssm/training/tuning.py). The first trial uses the values of the config. Every
+trial trains in a subprocess, in DIR; it is pruned if its first validation after a fifth of its steps is below the
+median of the earlier trials. The test split is not used. Repeating the command resumes an interrupted search, or adds
+trials with a larger --trials. DIR/best.json contains the best values as key=value.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--space", type=Path, required=True, metavar="YAML", help="values to choose from")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the trials")
-    parser.add_argument("--trials", type=at_least(1), default=10, help="(%(default)s)")
-    parser.add_argument("--stage", choices=("pretrain", "sft"), default="pretrain", help="(%(default)s)")
-    parser.add_argument("--baseline", choices=tuple(BASELINES), help="tune its options in place of a training")
-    parser.add_argument("--seed", type=int, default=0, help="of the search (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every trial")
+    parser.add_argument("--space", type=Path, required=True, metavar="YAML", help="search space")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the trials")
+    parser.add_argument("--trials", type=at_least(1), default=10, help="number of trials (default: %(default)s)")
+    parser.add_argument(
+        "--stage", choices=("pretrain", "sft"), default="pretrain", help="stage to train (default: %(default)s)"
+    )
+    parser.add_argument("--baseline", choices=tuple(BASELINES), help="tune this baseline (default: train the stage)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides of all trials")
     args = parser.parse_intermixed_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")
@@ -58,17 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_options(args.baseline, {option: end}, all_of_them=False)
         dataset, metric = Dataset.open(config.data.dir), find_metric(config.stage(args.stage).validation_metric)
         first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
-    found = search(value, space, args.out, args.trials, first=first, seed=args.seed)
-    drawn = Table("trial", "validation NDCG@10", "")
+    trials = search(value, space, args.out, args.trials, first=first, seed=args.seed)
+    table = Table("trial", "validation NDCG@10", "")
     for key in space.keys:
-        drawn.add_column(key, overflow="fold")
-    for trial in found:
-        reached = "–" if trial.value is None else f"{trial.value:.4f}"
+        table.add_column(key, overflow="fold")
+    for trial in trials:
+        score = "–" if trial.value is None else f"{trial.value:.4f}"
         values = [trial.params[key] for key in space.keys]
         cells = [f"{value:.4g}" if isinstance(value, float) else json.dumps(value) for value in values]
-        drawn.add_row(str(trial.number), reached, trial.state.name.lower(), *cells)
-    Console().print(drawn)
-    write_json(args.out / "best.json", [f"{key}={json.dumps(choice)}" for key, choice in found[0].params.items()])
+        table.add_row(str(trial.number), score, trial.state.name.lower(), *cells)
+    Console().print(table)
+    write_json(args.out / "best.json", [f"{key}={json.dumps(choice)}" for key, choice in trials[0].params.items()])
 
 
 if __name__ == "__main__":

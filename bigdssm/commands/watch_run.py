@@ -1,9 +1,8 @@
-"""Follow a run in the terminal: how far it is, its curves and alerts, and whether it still trains.
+"""Monitor a run in the terminal: progress, state, curves and alerts.
 
     bigdssm watch_run RUN [--once]
 
-RUN is a run folder, of which the newest stage is shown, or a stage's folder. It may be on a shared disk: nothing is
-asked of the run itself.
+RUN is a run folder (the newest stage is displayed) or a stage folder, which may be on a shared disk.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run or stage folder")
-    parser.add_argument("--once", action="store_true", help="print once and end")
-    parser.add_argument("--every-s", type=float, default=2.0, help="how often to look (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="print the state once and exit")
+    parser.add_argument("--every-s", type=float, default=2.0, help="seconds between updates (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.once:
-        Console().print(_drawn(read_run_state(args.run)))
+        Console().print(_render(read_run_state(args.run)))
         return
     try:
-        with Live(_drawn(read_run_state(args.run)), auto_refresh=False) as live:
-            while not (seen := read_run_state(args.run)).ended:
-                live.update(_drawn(seen), refresh=True)
+        with Live(_render(read_run_state(args.run)), auto_refresh=False) as live:
+            while not (state := read_run_state(args.run)).ended:
+                live.update(_render(state), refresh=True)
                 time.sleep(args.every_s)
-            live.update(_drawn(seen), refresh=True)
-    except KeyboardInterrupt:  # the way out of it
+            live.update(_render(state), refresh=True)
+    except KeyboardInterrupt:  # the regular exit
         pass
 
 
-def _drawn(seen: RunState) -> Group:
-    head = Text.assemble((str(seen.folder), "bold"), "  ", seen.state)
+def _render(run: RunState) -> Group:
+    head = Text.assemble((str(run.folder), "bold"), "  ", run.state)
     figures = Table.grid(padding=(0, 3))
-    for name, values in seen.curves.items():
+    for name, values in run.curves.items():
         figures.add_row(name, f"{values[-1]:.4g}", sparkline(values, 40))
-    for name, value in seen.figures.items():
+    for name, value in run.figures.items():
         figures.add_row(name, value)
-    total = max(seen.total_steps, seen.step)
-    bar = Bar(total=total or 1, completed=seen.step, width=60)
-    return Group(head, Text(f"step {seen.step} of {seen.total_steps or '?'}"), bar, figures, *map(Text, seen.alerts))
+    total = max(run.total_steps, run.step)
+    bar = Bar(total=total or 1, completed=run.step, width=60)
+    return Group(head, Text(f"step {run.step} of {run.total_steps or '?'}"), bar, figures, *map(Text, run.alerts))
 
 
 if __name__ == "__main__":

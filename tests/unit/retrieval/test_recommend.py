@@ -199,7 +199,7 @@ def test_what_does_not_belong_together_is_refused(
 def test_the_command(tools_: Tools, model_dir: Path, index_dir: Path, tmp_path: Path) -> None:
     command = ("recommend", "--model", model_dir, "--index", index_dir, "--out", tmp_path / "out")
     out = tools_.ran(*command, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
-    assert f"{NUM_USERS} queries in" in out and " a second" in out and "out: done" in out
+    assert f"{NUM_USERS} queries in" in out and " per second" in out and "out: done" in out
     assert rows_of(tmp_path / "out").num_rows == 3 * NUM_USERS
     assert "would have no effect without --queries" in tools_.refused(2, *command, "--users", "--key-column", "x")
     file = tmp_path / "found.csv"

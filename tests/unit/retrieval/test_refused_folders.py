@@ -148,7 +148,7 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
         (("--text", "occupation=\udcff"), "'\\udcff' is no text in UTF-8"),
         (("--text", "age=1_0"), "age is '1_0', needs a number"),
         (("--text", "=3"), "--text '=3': needs feature=value"),
-        (("--text", "age=3", "age=4"), "--text gives age twice"),
+        (("--text", "age=3", "age=4"), "--text contains age twice"),
     ],
 )
 def test_a_query_that_is_no_text_or_number_is_refused(
@@ -297,7 +297,7 @@ def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: P
     assert "needs a name that ends in .png" in tools.refused(2, "plot_run", run_dir, "--out", copies / "curves.txt")
     assert "is a folder; name a file" in tools.refused(2, "plot_run", run_dir, "--out", copies)
     message = tools.refused(2, "report", run_dir, run_dir, "--out", copies / "twice.json")
-    assert f"{run_dir} has the seed of {run_dir}: it is no other sample" in message
+    assert f"{run_dir} has the same seed as {run_dir}" in message
 
 
 def test_a_load_without_a_server_says_so(tools: Tools, tmp_path: Path) -> None:  # noqa: F811

@@ -467,14 +467,14 @@ def test_options_that_cannot_work_are_one_sentence(
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for options, sentence in (
-            (("--port", taken.getsockname()[1]), "cannot be listened on: Address already in use; choose another"),
+            (("--port", taken.getsockname()[1]), "cannot listen: Address already in use; choose another"),
             (("--port", 65536), "--port 65536: needs 0 to 65535"),
             (("--port", -1), "--port -1: needs 0 to 65535"),
             (("--at-once", 0), "--at-once 0: needs at least 1"),
             (("--cache", -1), "--cache -1: needs at least 0"),
             (("--timeout-s", 0), "--timeout-s 0: needs at least 1"),
-            (("--host", "203.0.113.7"), "--host 203.0.113.7 --port 8000 cannot be listened on: Cannot assign"),
-            (("--host", "no such.invalid"), "--host no such.invalid --port 8000 cannot be listened on: "),
+            (("--host", "203.0.113.7"), "--host 203.0.113.7 --port 8000: cannot listen: Cannot assign"),
+            (("--host", "no such.invalid"), "--host no such.invalid --port 8000: cannot listen: "),
         ):
             message = tools.refused(2, *arguments, *options)
             assert sentence in message and message.count("--") <= 3

@@ -211,13 +211,13 @@ def test_search_for_a_request_as_json_is_that_of_the_options(
     assert all(row["key"] in out and row["title"] in out for row in written)
     assert "ends in .csv" in tools.refused(2, *command, "--user", "u7", "--out", tmp_path / "found")
     (tmp_path / "request.json").write_text("[" * 100_000)
-    assert "is no JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
+    assert "is not JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
     (tmp_path / "request.json").write_text(json.dumps({"user": "${oc.env:HOME}"}))
     assert "no user is called '${oc.env:HOME}'" in tools.refused(3, *command, "--request", tmp_path / "request.json")
     (tmp_path / "request.json").write_text(json.dumps({**request, "tpo": 7}))
     assert "tpo" in tools.refused(2, *command, "--request", tmp_path / "request.json")
     (tmp_path / "request.json").write_text("[")
-    assert "is no JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
+    assert "is not JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
 
 
 def test_search_refuses_with_a_sentence(tools: Tools, model_dir: Path, other_model_dir: Path, index_dir: Path) -> None:
