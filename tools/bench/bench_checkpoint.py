@@ -1,9 +1,9 @@
-"""What a checkpoint takes of a rank: seconds that training waits, bytes written and read, memory.
+"""Measure the cost of a checkpoint per rank: seconds that training waits, bytes written and read, memory.
 
     python tools/bench/bench_checkpoint.py --ranks 2 --weights 50000000 --out checkpoint.json
 
-A table of `--weights` numbers under AdamW, at a ZeRO stage. Written twice, once waited for and once in the background,
-and read again. Seconds are the slowest rank's, megabytes the highest one's; the page cache takes part.
+An embedding table of `--weights` numbers with AdamW, at a ZeRO stage. The checkpoint is written twice, synchronously
+and in the background, and read back. Seconds and megabytes are the maximum over ranks; the page cache is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDTH = 64
 
 
 class Table(nn.Module):
-    """One embedding table."""
+    """A single embedding table."""
 
     def __init__(self, weights: int) -> None:
         super().__init__()
@@ -46,11 +46,13 @@ class Table(nn.Module):
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=at_least(1), default=2)
-    parser.add_argument("--weights", type=at_least(64), default=50_000_000)
-    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
-    parser.add_argument("--folder", help="where the checkpoints are written; default: a temporary one")
-    parser.add_argument("--out", type=Path, metavar="JSON", required=True)
+    parser.add_argument("--ranks", type=at_least(1), default=2, help="number of ranks (default: %(default)s)")
+    parser.add_argument(
+        "--weights", type=at_least(64), default=50_000_000, help="number of weights (default: %(default)s)"
+    )
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1, help="ZeRO stage (default: %(default)s)")
+    parser.add_argument("--folder", help="parent folder of the checkpoints (default: the system's temporary folder)")
+    parser.add_argument("--out", type=Path, metavar="JSON", required=True, help="file for the results")
     args = parser.parse_args()
     return run_main(lambda: bench(args))
 
@@ -95,15 +97,15 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
     engine.restore(newest.reader(), applied_steps=1)
     found["restored after, s"] = time.perf_counter() - started
     found["restored: memory, MB"] = (_status("VmHWM") - before) / 1e6
-    every = distributed.all_gather_object(found)
+    of_ranks = distributed.all_gather_object(found)
     if rank == 0:
-        most = {name: round(max(one[name] for one in every), 3) for name in found}
-        args.out.write_text(json.dumps({**vars(args), "out": str(args.out), **most}, indent=2) + "\n")
-        print(json.dumps(most, indent=2))
+        maxima = {name: round(max(values[name] for values in of_ranks), 3) for name in found}
+        args.out.write_text(json.dumps({**vars(args), "out": str(args.out), **maxima}, indent=2) + "\n")
+        print(json.dumps(maxima, indent=2))
 
 
 def _begin() -> int:
-    """Let all ranks begin at once, the highest memory forgotten; return the present one."""
+    """Reset the peak memory, synchronise the ranks, and return the current memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     distributed.barrier()
     return _status("VmRSS")

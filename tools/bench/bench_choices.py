@@ -1,13 +1,14 @@
-"""Train a config with each choice of one thing, all else the same, and print what it reaches.
+"""Ablation: train a config with every choice of one setting, and print the metrics.
 
     python tools/bench/bench_choices.py negatives --config configs/movielens_latest.yaml --out negatives.json
     python tools/bench/bench_choices.py depth --config configs/movielens_latest.yaml --out depth.json key=value …
 
-Negatives are the other documents of the batch (`in-batch`), with the sampling correction (`corrected`), with documents
-drawn uniformly beside them (`corrected + uniform`), or the whole catalogue; depth is the history's number of layers;
-items begin at random numbers, or where histories put them (a warm start).
-The dataset is the config's, made before; runs stand in RUN/CHOICE (RUN: the config's run.dir) and go on where they were
-broken off. Each is chosen on validation and measured on test once, with a standard error over its queries.
+negatives: the other documents of the batch (`in-batch`), with the logQ correction (`corrected`), with additional
+uniformly sampled documents (`corrected + uniform`), or the whole catalogue. depth: number of history layers. items:
+random initialization of item embeddings, or a warm start from item co-occurrence.
+
+The dataset of the config must exist; runs are in RUN/CHOICE (RUN: run.dir of the config) and are resumed. Models are
+selected on validation and evaluated once on test, with a standard error over the queries.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ CHOICES = {
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=CHOICES)
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--only", nargs="+", metavar="CHOICE", help="these alone")
-    parser.add_argument("--out", type=Path, metavar="JSON", required=True)
+    parser.add_argument("what", choices=CHOICES, help="setting to vary")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; key=value arguments override keys")
+    parser.add_argument("--only", nargs="+", metavar="CHOICE", help="choices to train (default: all)")
+    parser.add_argument("--out", type=Path, metavar="JSON", required=True, help="file for the results")
     args, overrides = parser.parse_known_args()
     return run_main(lambda: bench(args, overrides))
 
 
 def bench(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Train, measure and write every choice."""
+    """Train, evaluate and record every choice."""
     folder = Path(load_config(args.config, overrides).run.dir)
     table = []
     for name, chosen in CHOICES[args.what].items():
@@ -65,12 +66,13 @@ def bench(args: argparse.Namespace, overrides: list[str]) -> None:
         best = max((r for r in records if "validation" in r), key=lambda record: record["validation"]["ndcg_at_10"])
         table.append({args.what: name, "step": best["step"], "validation": best["validation"], "test": test})
         args.out.write_text(json.dumps(table, indent=1))
-        for split, found in (("validation", best["validation"]), ("test", test)):
-            print(f"{name:20} {split:10} HR@10 {found['hr_at_10']:.4f}  NDCG@10 {found['ndcg_at_10']:.4f}", flush=True)
+        for split, metrics in (("validation", best["validation"]), ("test", test)):
+            values = f"HR@10 {metrics['hr_at_10']:.4f}  NDCG@10 {metrics['ndcg_at_10']:.4f}"
+            print(f"{name:20} {split:10} {values}", flush=True)
 
 
 def call(command: list[str]) -> None:
-    """Run a command, its output beside the others'."""
+    """Run a command without its standard output. Raises CalledProcessError."""
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
 
 

@@ -1,17 +1,17 @@
-"""What pretraining on other pairs is worth where a task has few labels of its own.
+"""Measure the value of pretraining on other pairs for tasks with few labels.
 
     python -m tools.bench.bench_few_labels medquad --source ../shared/data --out few_labels.json     # 25 CPU-minutes
     python -m tools.bench.bench_few_labels similar-packages --source ../shared/data --out similar.json     # 15
 
-A small BERT of random weights is pretrained with FPS on pairs of which there is much. With 50, 200, 1,000 and all
-labels of the task the pretrained model is fine-tuned, and one of random weights is trained as long. All rank all
-documents of the task; steps are chosen on validation, and the test split is read once.
+A small BERT with random weights is pretrained with FPS on abundant pairs. The pretrained model is fine-tuned with 50,
+200, 1,000 and all labels of the task, and a model with random weights is trained for as many steps. Both rank all
+documents of the task; the number of steps is selected on validation, and the test split is evaluated once.
 
-medquad: tldr's pairs, Debian's packages and WordNet, then questions and their answers.
-similar-packages: packages that are built from together, then packages of one purpose, the two towers being one. Of one
-purpose are packages of different sources that Debian's volunteers gave the same tags (debtags).
+medquad: pretraining on tldr, Debian packages and WordNet; the task is to answer medical questions.
+similar-packages: pretraining on common build dependencies; the task is to retrieve packages of the same purpose with a
+siamese model. Packages of different sources have the same purpose if they have the same tags (debtags).
 
-What is in --folder already is not done again.
+Existing results in --folder are reused.
 """
 
 from __future__ import annotations
@@ -40,41 +40,40 @@ from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.utils.hashing import hash64
 from tools.public_data.debian import read_build_depends
 
-# Facets of debtags that do not say what a package is for.
-NO_PURPOSE = ("role", "implemented-in", "interface", "uitoolkit", "suite", "x11", "scope", "made-of")
-LEAST_TAGS, MOST_ALIKE = 2, 10  # of a purpose, and packages of one
+NO_PURPOSE = ("role", "implemented-in", "interface", "uitoolkit", "suite", "x11", "scope", "made-of")  # debtags facets
+MIN_TAGS, MAX_PACKAGES = 2, 10  # per purpose
 
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of few labels, and the pairs to pretrain on."""
+    """A task with few labels, and the pairs for pretraining."""
 
     config: str
     set: tuple[str, ...]
     pretrain_steps: int
-    steps: dict[int | None, int]  # by labels; None: all
+    steps: dict[int | None, int]  # by number of labels; None: all
     pretraining: Callable[[Path], Iterator[Row]]
-    labelled: Callable[[Path], list[Row]]  # with their split
-    options: dict[str, Any] = field(default_factory=dict)  # of make_dataset
+    labelled: Callable[[Path], list[Row]]  # including the split
+    options: dict[str, Any] = field(default_factory=dict)  # for make_dataset
 
 
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=tuple(TASKS))
-    parser.add_argument("--source", type=Path, required=True, help="folder with the task's tables, each in its own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="of all files (default: runs/few_labels/TASK)")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON")
+    parser.add_argument("task", choices=tuple(TASKS), help="task to run")
+    parser.add_argument("--source", type=Path, required=True, help="folder with one subfolder per table")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="folder for all files (default: runs/few_labels/TASK)")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the results")
     args = parser.parse_args()
     folder = args.folder or Path("runs/few_labels") / args.task
     return run_main(lambda: bench(TASKS[args.task], args.source, folder, args.seed, args.out))
 
 
 def bench(task: Task, source: Path, folder: Path, seed: int, out: Path) -> None:
-    """Make the datasets, train and measure all, and print what each reaches."""
+    """Build the datasets, train and evaluate all models, and print their metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     log, common = folder / "log.txt", [*task.set, f"run.seed={seed}"]
 
@@ -121,15 +120,15 @@ def bench(task: Task, source: Path, folder: Path, seed: int, out: Path) -> None:
 
 
 def measured(name: str, model: Path, data: Path) -> System:
-    """Return what a model is worth on the test split."""
+    """Evaluate a model on the test split."""
     dataset = Dataset.open(data)
     encoders = tower_encoders(load_model_folder(model).model, dataset)
-    found = evaluate_split(encoders, dataset, "test", exclude_seen=False)
-    return System.of_ranks(name, found.ranks, found.query_ids, 0.0)
+    result = evaluate_split(encoders, dataset, "test", exclude_seen=False)
+    return System.of_ranks(name, result.ranks, result.query_ids, 0.0)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a .jsonl.xz."""
+    """Yield the records of a .jsonl.xz file."""
     return map(json.loads, LocalFile(path).open())
 
 
@@ -144,7 +143,7 @@ def other_tasks(source: Path) -> Iterator[Row]:
 
 
 def questions(source: Path) -> list[Row]:
-    """Return MedQuAD's pairs with their split: a disease is in one, and an answer that is held out not in train."""
+    """Return MedQuAD's pairs, split by disease; answers of the other splits are excluded from train."""
     rows = list(read(source / "medquad/pairs.jsonl.xz"))
     splits = [split_of(row["focus"], 0.05) for row in rows]
     held_out = {row["doc"] for row, split in zip(rows, splits, strict=True) if split != "train"}
@@ -156,26 +155,26 @@ def questions(source: Path) -> list[Row]:
 
 
 def split_of(key: str, held_out: float) -> str:
-    """Return the split that all rows of `key` are in: of each of validation and test, a share of `held_out`."""
-    drawn = hash64(key) / 2**64 % 1
-    return "test" if drawn < held_out else "validation" if drawn < 2 * held_out else "train"
+    """Return the split of all rows with `key`; validation and test each have a share of `held_out`."""
+    uniform = hash64(key) / 2**64 % 1
+    return "test" if uniform < held_out else "validation" if uniform < 2 * held_out else "train"
 
 
 def built_together(source: Path) -> Iterator[Row]:
-    """Yield pairs of packages that are built from together."""
+    """Yield pairs of packages that are build dependencies of the same source."""
     for table in read_build_depends(source):
         yield from (dict(zip(table.columns, row, strict=True)) for row in table.rows)
 
 
 def alike(source: Path) -> list[Row]:
-    """Return the pairs of packages of one purpose with their split, which all of the purpose share.
+    """Return pairs of packages with the same purpose, split by purpose.
 
-    Of a source's packages with the same tags one has a part. Those that are alone, or too many, are documents.
+    One package per source and purpose is used. Purposes with one package or too many add only documents.
     """
     purposes: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in read(source / "debian_packages/packages.jsonl.xz"):
         tags = tuple(sorted(tag for tag in row["tags"] if tag.split("::")[0] not in NO_PURPOSE))
-        if len(tags) >= LEAST_TAGS:
+        if len(tags) >= MIN_TAGS:
             about = f"{row['synopsis']}. {row['description']}"
             package = {"id": row["package"], "description": about, "section": row["section"]}
             purposes.setdefault(tags, {}).setdefault(row["source"], package)
@@ -183,7 +182,7 @@ def alike(source: Path) -> list[Row]:
     others: list[Row] = []
     for tags, by_source in purposes.items():
         packages = list(by_source.values())
-        if 1 < len(packages) <= MOST_ALIKE:
+        if 1 < len(packages) <= MAX_PACKAGES:
             split = split_of(" ".join(tags), 0.15)
             pairs += [(*pair, split) for pair in combinations(packages, 2)]
         else:
@@ -197,12 +196,12 @@ def alike(source: Path) -> list[Row]:
 
 
 def with_labels(rows: list[Row], labels: int | None) -> Iterator[Row]:
-    """Yield rows with so many labels to train on: of the others the documents are left."""
+    """Yield rows with at most `labels` train rows; the other train rows add only documents."""
 
-    def drawn(row: Row) -> int:
+    def order(row: Row) -> int:
         return hash64("".join(value for key, value in row.items() if key != "split"))
 
-    train = sorted((row for row in rows if row["split"] == "train"), key=drawn)
+    train = sorted((row for row in rows if row["split"] == "train"), key=order)
     yield from train[:labels]
     yield from (row | {"split": "none"} for row in train[len(train[:labels]) :])
     yield from (row for row in rows if row["split"] != "train")

@@ -1,10 +1,10 @@
-"""Histories packed beside histories padded: a query tower forward and backward, in the chunks that training makes.
+"""Compare packed and padded histories: forward and backward of a query tower, in the chunks of training.
 
     python tools/bench/bench_histories.py --items 200 --median 60 --chunk-tokens 4096
     python tools/bench/bench_histories.py --items 50 --median 8 --chunk-tokens 1024 --device cuda
 
-Lengths are log-normal around --median, at most --items; every place of a history is a query. Both ways take turns;
-times are medians over them: CPU seconds of one thread, or the time until the device is done.
+Lengths are log-normal around --median, at most --items; every position of a history is a query. Both variants
+alternate; times are medians: CPU seconds of one thread, or the time until the device has finished.
 """
 
 from __future__ import annotations
@@ -32,22 +32,28 @@ NUM_ITEMS = 3000
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--block", choices=("gated", "sasrec", "hstu"), default="gated")
-    parser.add_argument("--positions", choices=("relative", "rotary", "absolute"), default="relative")
-    parser.add_argument("--rows", type=at_least(1), default=64)
-    parser.add_argument("--items", type=at_least(1), default=200)
-    parser.add_argument("--median", type=at_least(1), default=60)
-    parser.add_argument("--chunk-tokens", type=at_least(0), default=4096)
-    parser.add_argument("--width", type=at_least(1), default=64)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
-    parser.add_argument("--turns", type=at_least(1), default=5)
+    default = "(default: %(default)s)"
+    parser.add_argument("--block", choices=("gated", "sasrec", "hstu"), default="gated", help=f"block type {default}")
+    parser.add_argument(
+        "--positions",
+        choices=("relative", "rotary", "absolute"),
+        default="relative",
+        help=f"position encoding {default}",
+    )
+    parser.add_argument("--rows", type=at_least(1), default=64, help=f"number of histories {default}")
+    parser.add_argument("--items", type=at_least(1), default=200, help=f"maximal history length {default}")
+    parser.add_argument("--median", type=at_least(1), default=60, help=f"median history length {default}")
+    parser.add_argument("--chunk-tokens", type=at_least(0), default=4096, help=f"engine.chunk_tokens {default}")
+    parser.add_argument("--width", type=at_least(1), default=64, help=f"model width {default}")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=f"precision {default}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu", help=f"device {default}")
+    parser.add_argument("--turns", type=at_least(1), default=5, help=f"repetitions per variant {default}")
     torch.set_num_threads(1)
     print(compare(parser.parse_args()))
 
 
 def compare(args: argparse.Namespace) -> str:
-    """Return a line with both times, their ratio, and how much of what is padded is padding."""
+    """Return a line with both times, their ratio, and the padding fraction of the padded variant."""
     device = torch.device(args.device)
     generator = np.random.default_rng(0)
     length_R = np.clip(generator.lognormal(np.log(args.median), 1.0, args.rows).astype(int), 1, args.items)
@@ -62,9 +68,9 @@ def compare(args: argparse.Namespace) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(args.turns + 1):
         for name, plan in plans.items():
-            took = timed(model, history, plan, query_positions, args)
+            elapsed = timed(model, history, plan, query_positions, args)
             if turn:  # the first warms up
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
     packed, padded = (statistics.median(times) for times in seconds.values())
     padding = 1 - plans["padded"].filled / plans["padded"].cells
     return (
@@ -75,7 +81,7 @@ def compare(args: argparse.Namespace) -> str:
 
 
 def tower(args: argparse.Namespace) -> DualEncoder:
-    """Return a model whose query is a history."""
+    """Return a model with a history as the query."""
     wide = {} if args.block == "hstu" else {"feedforward": 4}
     block = {"block": args.block, "positions": args.positions, "layers": 2, "heads": 2, "item_scale": True}
     history = HISTORY_BLOCKS.read("", block | wide)
@@ -92,14 +98,14 @@ def tower(args: argparse.Namespace) -> DualEncoder:
 
 
 def planned(args: argparse.Namespace, lengths: Lengths, length_R: np.ndarray, packed: bool) -> SidePlan:
-    """Return the chunks of all rows."""
+    """Plan the chunks of all rows."""
     return plan_side(lengths, args.rows, args.chunk_tokens, length_R, frozenset({"history"} if packed else ()))
 
 
 def timed(
     model: DualEncoder, history: torch.Tensor, plan: SidePlan, query_positions: QueryPositions, args: argparse.Namespace
 ) -> float:
-    """Return the seconds of packing, and of a forward and backward of all chunks."""
+    """Return the seconds of packing, forward and backward of all chunks."""
     on_cpu = args.device == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()

@@ -1,11 +1,11 @@
-"""What shown-and-not-clicked documents are worth to fine-tuning, on a generator whose truth is known.
+"""Measure the value of impressions without a click for fine-tuning, on synthetic data with known preferences.
 
     python tools/bench/bench_impressions.py --out impressions.json   # 1 CPU-minute
 
-Users and documents have tastes and habits, drawn at random. An old recommender shows a user documents by habits, and
-users click what they are shown by taste. Clicks are all that pretraining sees, so it learns both. Validation and test
-are what users choose by taste alone, of all documents that they were not shown. Fine-tuning is told what else was shown
-(`list_candidates --given`); the control goes on with FPS for as many steps. `the truth` ranks by taste itself.
+Tastes and habits of users and documents are random. An old recommender shows documents by habit, and users click
+impressions by taste. Pretraining uses only the clicks, so it learns both. Validation and test contain choices by taste
+alone, among all documents that were not shown. Fine-tuning uses the other impressions as hard negatives
+(`list_candidates --given`); the control continues with FPS for as many steps. `the truth` ranks by taste.
 """
 
 from __future__ import annotations
@@ -72,17 +72,19 @@ RUNS = {
 def main() -> int:
     """Run the bench; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("runs/impressions"), help="of all files (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/impressions"), help="folder for all files (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the results")
     args = parser.parse_args()
     return run_main(lambda: bench(args.folder, args.seed, args.out))
 
 
 def bench(folder: Path, seed: int, out: Path) -> None:
-    """Generate, train, measure and print."""
+    """Generate the data, train and evaluate all models."""
     if folder.exists():
-        raise ConfigError(f"--folder {folder} is there already; choose another, or remove it")
+        raise ConfigError(f"--folder {folder} exists; choose another, or remove it")
     folder.mkdir(parents=True)
     pairs, taste = generate(folder, seed)
     config = folder / "config.yaml"
@@ -102,19 +104,19 @@ def bench(folder: Path, seed: int, out: Path) -> None:
             given = [line.format(folder=folder) for line in overrides]
             run(log, "sft", "--config", config, f"run.dir={where}", f"sft.init={start}", *given)
             best = where / "sft/best"
-        found = evaluate_split(tower_encoders(load_model_folder(best).model, dataset), dataset, "test")
-        systems.append(System.of_ranks(name, found.ranks, found.query_ids, 0.0))
-    found = evaluate_scores(by_taste(dataset, taste), dataset, "test")
-    systems.append(System.of_ranks("the truth", found.ranks, found.query_ids, 0.0))
-    *_, control, told, _ = systems
+        result = evaluate_split(tower_encoders(load_model_folder(best).model, dataset), dataset, "test")
+        systems.append(System.of_ranks(name, result.ranks, result.query_ids, 0.0))
+    result = evaluate_scores(by_taste(dataset, taste), dataset, "test")
+    systems.append(System.of_ranks("the truth", result.ranks, result.query_ids, 0.0))
+    *_, control, tuned, _ = systems
     for system in systems:
         print(f"{system.name:30} NDCG@10 {means(system.values)['ndcg_at_10']:.4f}")
-    print(f"{told.name} less {control.name}: {told.difference(control, 'ndcg_at_10')}")
-    save_comparison(out, systems, [(told, control)], dataset, split="test", exclude_seen=True)
+    print(f"{tuned.name} less {control.name}: {tuned.difference(control, 'ndcg_at_10')}")
+    save_comparison(out, systems, [(tuned, control)], dataset, split="test", exclude_seen=True)
 
 
 def generate(folder: Path, seed: int) -> tuple[pa.Table, np.ndarray]:
-    """Return clicks (train) and free choices (the other splits), and tastes [U, D]; write what was shown and left."""
+    """Return clicks (train) and free choices (other splits), and tastes [U, D]; write impressions without a click."""
     random = np.random.default_rng(seed)
     taste, habit = (random.normal(size=(USERS, WIDTH)) @ random.normal(size=(WIDTH, DOCS)) for _ in range(2))
     shown = top(0.8 * habit + random.gumbel(size=habit.shape), SHOWN)
@@ -122,15 +124,15 @@ def generate(folder: Path, seed: int) -> tuple[pa.Table, np.ndarray]:
     unseen = taste.copy()
     np.put_along_axis(unseen, shown, -np.inf, 1)
     chosen = top(unseen + random.gumbel(size=taste.shape), CHOSEN)
-    user, place = np.nonzero(clicks)
+    user, position = np.nonzero(clicks)
     chooser, halves = np.repeat(np.arange(USERS), CHOSEN), np.array(["validation", "test"])
-    pairs = [(user, shown[user, place], ["train"]), (chooser, chosen.ravel(), halves[np.arange(len(chooser)) % 2])]
+    pairs = [(user, shown[user, position], ["train"]), (chooser, chosen.ravel(), halves[np.arange(len(chooser)) % 2])]
     columns = [
         {"user": names("u", u), "document": names("d", d), "split": np.broadcast_to(s, len(u))} for u, d, s in pairs
     ]
     left = [names("d", docs[~clicked]) for docs, clicked in zip(shown, clicks, strict=True)]
     pq.write_table(pa.table({"user": names("u", np.arange(USERS)), "shown": left}), folder / "shown.parquet")
-    return pa.concat_tables([pa.table(some) for some in columns]), taste
+    return pa.concat_tables([pa.table(split) for split in columns]), taste
 
 
 def by_taste(dataset: Dataset, taste: np.ndarray) -> Callable[[Rows], np.ndarray]:
@@ -139,17 +141,17 @@ def by_taste(dataset: Dataset, taste: np.ndarray) -> Callable[[Rows], np.ndarray
         {key: number for number, key in enumerate(hash_strings(pa.array(names(kind, np.arange(size)))).tolist())}
         for kind, size in (("u", USERS), ("d", DOCS))
     )
-    found = [docs[key] for key in dataset.catalogue.ids(np.arange(dataset.catalogue.num_docs)).tolist()]
-    return lambda rows: taste[[users[key] for key in rows.query_ids.tolist()]][:, found]
+    columns = [docs[key] for key in dataset.catalogue.ids(np.arange(dataset.catalogue.num_docs)).tolist()]
+    return lambda rows: taste[[users[key] for key in rows.query_ids.tolist()]][:, columns]
 
 
 def top(scores: np.ndarray, number: int) -> np.ndarray:
-    """Return the best columns of every row, int64 [rows, number]: with Gumbel's noise added, drawn by softmax."""
+    """Return the top columns per row, int64 [rows, number]; with Gumbel noise added, a softmax sample."""
     return np.argpartition(-scores, number, axis=1)[:, :number]
 
 
 def names(kind: str, numbers: np.ndarray) -> list[str]:
-    """Return ids."""
+    """Return the ids of users (u…) or documents (d…)."""
     return [f"{kind}{number}" for number in numbers]
 
 

@@ -1,16 +1,16 @@
-"""What making a dataset costs: seconds, processor time, memory and disk, of synthetic events or of text pairs.
+"""Measure ingestion: seconds, CPU time, memory and disk, of synthetic events or of text pairs.
 
-    python tools/bench/bench_ingestion.py --events 1e7                      # 15 s, 2 GB on disk for a while
+    python tools/bench/bench_ingestion.py --events 1e7                      # 15 s, 2 GB of temporary disk space
     python tools/bench/bench_ingestion.py --events 1e8 --pieces 50          # minutes, many GB
     python tools/bench/bench_ingestion.py --events 1e7 --append 1e6         # the second line is the appended partition
-    python tools/bench/bench_ingestion.py --events 1e7 --engine spark       # JVM and session are a step of their own
+    python tools/bench/bench_ingestion.py --events 1e7 --engine spark       # JVM and session are a separate step
     python tools/bench/bench_ingestion.py --pairs ../shared/data/debian_packages/packages.jsonl.xz --repeat 6
 
-An event is a user (one of events / 50), an item (of at most 200,000; few are many events') and a time of 300 days, in
-no order: 64-bit integers in Parquet, split by time. Pairs are those of configs/debian_packages.yaml with a tokenizer
-trained on them, repeated, each text with the number of the repetition, so that no document is there twice. Memory is
-what all processes have for themselves (anonymous) at most, disk what tables, spool and dataset take at most; both are
-seen five times a second.
+An event is a user (one of events / 50), an item (of at most 200,000, with skewed popularity) and a time within 300
+days, unordered: 64-bit integers in Parquet, split by time. Pairs are those of configs/debian_packages.yaml with a
+tokenizer trained on them, repeated with the number of the repetition in every text, so that all documents are distinct.
+Memory is the peak of the private (anonymous) memory of all processes, disk the peak of tables, spool and dataset; both
+are sampled five times per second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from bigdssm.ingest.api import make_dataset
 from bigdssm.ingest.engines.local import LocalEngine
 
-EVENTS_PER_USER, MOST_ITEMS, DAYS, AT_ONCE, PER_FILE = 50, 200_000, 300, 1 << 20, 10_000_000
+EVENTS_PER_USER, MAX_ITEMS, DAYS, ROWS_PER_GROUP, ROWS_PER_FILE = 50, 200_000, 300, 1 << 20, 10_000_000
 TEXTS = ("package", "synopsis", "description")
 CONFIG = """
 run: {dir: unused}
@@ -50,16 +50,20 @@ PAIRS_CONFIG = Path(__file__).parents[2] / "configs/debian_packages.yaml"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    of = parser.add_mutually_exclusive_group(required=True)
-    of.add_argument("--events", type=float)
-    of.add_argument("--pairs", type=Path, help="the Debian packages")
-    parser.add_argument("--append", type=float, help="so many events as a second partition")
-    parser.add_argument("--versions", type=int, help="so many rows of each item, with the times since when they hold")
-    parser.add_argument("--pieces", type=int, default=1, help="data.targets_per_row")
-    parser.add_argument("--repeat", type=int, default=1, help="how often each pair is there")
-    parser.add_argument("--engine", choices=("built-in", "spark"), default="built-in")
-    parser.add_argument("--processes", type=int, default=0, help="0: one for each core; of Spark: local[PROCESSES]")
-    parser.add_argument("--folder", type=Path, help="where all files are written (default: the system's)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--events", type=float, help="number of synthetic events")
+    source.add_argument("--pairs", type=Path, help="file of Debian packages")
+    parser.add_argument("--append", type=float, help="number of events in a second partition (default: none)")
+    parser.add_argument("--versions", type=int, help="versions per item, with the start of their validity (default: 1)")
+    parser.add_argument("--pieces", type=int, default=1, help="data.targets_per_row (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=1, help="repetitions of the pairs (default: %(default)s)")
+    parser.add_argument(
+        "--engine", choices=("built-in", "spark"), default="built-in", help="ingestion engine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=0, help="processes, or N of Spark's local[N]; 0: one per core (default: 0)"
+    )
+    parser.add_argument("--folder", type=Path, help="folder for all files (default: the system's temporary folder)")
     args = parser.parse_args()
     how: dict[str, Any] = {"engine": args.engine}
     if args.engine == "spark":
@@ -85,18 +89,18 @@ def main() -> None:
 
 
 def write_events(folder: Path, number: int, scale: int, seed: int, versions: int | None) -> dict[str, Path]:
-    """Write events of the users and items that `scale` events have."""
+    """Write `number` events; `scale` determines the numbers of users and items."""
     (folder / "events").mkdir(parents=True)
-    users, items = scale // EVENTS_PER_USER, min(MOST_ITEMS, scale // EVENTS_PER_USER)
+    users, items = scale // EVENTS_PER_USER, min(MAX_ITEMS, scale // EVENTS_PER_USER)
     random = np.random.default_rng(seed)
-    for first in range(0, number, PER_FILE):
-        rows = min(PER_FILE, number - first)
+    for first in range(0, number, ROWS_PER_FILE):
+        rows = min(ROWS_PER_FILE, number - first)
         columns = {
             "user_id": (users * random.random(rows) ** 1.5).astype(np.int64),
             "item_id": (items * random.random(rows) ** 2.5).astype(np.int64),
             "timestamp": random.integers(0, DAYS * 86_400, rows) + (1_600_000_000 + seed * DAYS * 86_400),
         }
-        pq.write_table(pa.table(columns), folder / "events" / f"{first:012d}.parquet", row_group_size=AT_ONCE)
+        pq.write_table(pa.table(columns), folder / "events" / f"{first:012d}.parquet", row_group_size=ROWS_PER_GROUP)
     item = np.repeat(np.arange(items), versions or 1)
     since = random.integers(0, DAYS * 86_400, len(item)) + (1_600_000_000 + seed * DAYS * 86_400)
     kind = random.integers(0, 37, len(item)) if versions else item % 37
@@ -118,24 +122,24 @@ def write_pairs(source: Path, target: Path, repeat: int) -> None:
 
 
 def measured(folder: Path, config: Path, overrides: list[str], **options: Any) -> None:
-    """Make a dataset in a process of its own, and print what it took."""
+    """Build a dataset in a subprocess, and print its cost."""
     process = multiprocessing.get_context("spawn").Process(target=make, args=(config, overrides, options))
     process.start()
     memory, disk, ticks = 0.0, 0.0, dict[int, int]()
     while process.is_alive():
-        some = family(int(process.pid or 0))
-        memory = max(memory, sum(anonymous_mb(pid) for pid in some))
-        ticks |= {pid: spent for pid in some if (spent := processor_ticks(pid))}
-        disk = max(disk, taken_mb(folder))
+        pids = descendants(int(process.pid or 0))
+        memory = max(memory, sum(anonymous_mb(pid) for pid in pids))
+        ticks |= {pid: spent for pid in pids if (spent := processor_ticks(pid))}
+        disk = max(disk, disk_mb(folder))
         process.join(0.2)
     if process.exitcode:
-        raise SystemExit(f"the making ended with {process.exitcode}")
+        raise SystemExit(f"the ingestion ended with exit code {process.exitcode}")
     seconds = sum(ticks.values()) / os.sysconf("SC_CLK_TCK")
     print(f"  {seconds:.1f} CPU-seconds, {memory:,.0f} MB of memory, {disk:,.0f} MB on disk", flush=True)
 
 
 def make(config: Path, overrides: list[str], options: dict[str, Any]) -> None:
-    """Make a dataset, and print how long its steps took."""
+    """Build a dataset, and print the seconds per step."""
     spent: dict[str, float] = {}
     start_ticks = 0
 
@@ -145,7 +149,7 @@ def make(config: Path, overrides: list[str], options: dict[str, Any]) -> None:
             since = time.perf_counter()
             if not spent:
                 spent["start"] = since - begin
-                start_ticks = sum(map(processor_ticks, family(os.getpid())))
+                start_ticks = sum(map(processor_ticks, descendants(os.getpid())))
             result = method(engine, step, *args, **kwargs)
             spent[step] = time.perf_counter() - since
             return result
@@ -160,21 +164,21 @@ def make(config: Path, overrides: list[str], options: dict[str, Any]) -> None:
     spent["the rest"] = seconds - sum(spent.values())
     print(f"{report.partition}: {sum(report.rows.values()):,} rows in {seconds:.1f} s", flush=True)
     print("  " + ", ".join(f"{step} {took:.1f}" for step, took in spent.items() if took > 0.1), flush=True)
-    print(f"  start: {start_ticks / os.sysconf('SC_CLK_TCK'):.1f} CPU-seconds, imports among them", flush=True)
+    print(f"  start: {start_ticks / os.sysconf('SC_CLK_TCK'):.1f} CPU-seconds including imports", flush=True)
 
 
-def family(pid: int) -> set[int]:
-    """Return a process and all that it started, and so on."""
+def descendants(pid: int) -> set[int]:
+    """Return a process and all its descendants."""
     parents = {int(path.name): parent_of(path) for path in Path("/proc").glob("[0-9]*")}
-    found, more = set[int](), {pid}
+    pids, more = set[int](), {pid}
     while more:
-        found |= more
-        more = {child for child, parent in parents.items() if parent in found} - found
-    return found
+        pids |= more
+        more = {child for child, parent in parents.items() if parent in pids} - pids
+    return pids
 
 
 def stat(path: Path) -> list[str]:
-    """Return what stands behind a process's name in its /proc/PID/stat; zeros where it has ended."""
+    """Return the fields of /proc/PID/stat after the command name; zeros if the process has ended."""
     try:
         return (path / "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -198,12 +202,12 @@ def anonymous_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def taken_mb(folder: Path) -> float:
+def disk_mb(folder: Path) -> float:
     size = 0
-    for place, _, names in os.walk(folder):  # over what is renamed meanwhile, too
+    for path, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError):
-                size += os.stat(os.path.join(place, name)).st_blocks * 512
+            with suppress(OSError):  # renamed or removed meanwhile
+                size += os.stat(os.path.join(path, name)).st_blocks * 512
     return size / 1e6
 
 

@@ -1,13 +1,13 @@
-"""Time and memory of the FPS loss on the ranks of this machine, beside open_clip's where it is installed.
+"""Measure time and memory of the FPS loss on the ranks of this machine, compared with open_clip if installed.
 
     python tools/bench/bench_loss.py speed        # both directions, q2d, open_clip, and the share of the product peak
-    python tools/bench/bench_loss.py memory       # peak over base for growing batches, beside open_clip's
+    python tools/bench/bench_loss.py memory       # peak over base for growing batches, compared with open_clip
     python tools/bench/bench_loss.py large        # one step with 262,144 rows
     python tools/bench/bench_loss.py precision    # bfloat16 against float64 on the same rounded inputs
-    python tools/bench/bench_loss.py mask         # q2d with 200 masked documents a query, beside none
+    python tools/bench/bench_loss.py mask         # q2d with and without 200 masked documents per query
 
-Every rank uses one thread; the variants take turns, and ratios are medians over the turns. `speed` gives wall time and
-the CPU time of all ranks: on a busy machine only the second says something.
+Every rank uses one thread; the variants alternate, and ratios are medians over the turns. `speed` gives wall time and
+the CPU time of all ranks: on a busy machine only the second is meaningful.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("--ranks", type=at_least(1), default=2)
-    parser.add_argument("--rows", type=at_least(1), help="per rank; default 8192, for `large` 131072")
-    parser.add_argument("--dim", type=at_least(1), help="default 256, for `large` 128")
-    parser.add_argument("--alpha", type=float, default=20.0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--direction", choices=["q2d", "d2q", "both"], default="both", help="for `memory` and `large`")
-    parser.add_argument("--turns", type=at_least(1), default=5)
+    default = "(default: %(default)s)"
+    parser.add_argument("task", choices=sorted(TASKS), help="measurement")
+    parser.add_argument("--ranks", type=at_least(1), default=2, help=f"number of ranks {default}")
+    parser.add_argument("--rows", type=at_least(1), help="rows per rank (default: by task, 2048 to 131072)")
+    parser.add_argument("--dim", type=at_least(1), help="width of the vectors (default: 256; `large`: 128, `mask`: 64)")
+    parser.add_argument("--alpha", type=float, default=20.0, help=f"scale of the scores {default}")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=f"vector type {default}")
+    parser.add_argument(
+        "--direction", choices=["q2d", "d2q", "both"], default="both", help=f"for `memory` and `large` {default}"
+    )
+    parser.add_argument("--turns", type=at_least(1), default=5, help=f"repetitions {default}")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -72,9 +75,9 @@ def speed(args: argparse.Namespace) -> list[str]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(args.turns + 1):
         for name, run in runs.items():
-            found = _timed(run)
+            elapsed = _timed(run)
             if turn:  # the first warms up
-                times[name].append(found)
+                times[name].append(elapsed)
     lines = [
         f"{args.ranks} ranks x {m} x {D}, {args.dtype}, alpha {args.alpha:g}, {args.turns} turns: medians, wall | CPU"
     ]
@@ -95,30 +98,30 @@ def speed(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-# the share of the product peak is that of the time which so many products would take at the peak
+# matrix products per step: the share of peak is their time at peak speed over the measured time
 _PRODUCTS = {"both": 4, "q2d": 3, "open_clip": 6}
 
 
 def memory(args: argparse.Namespace) -> list[str]:
     """Return the peak over base of one forward and backward for growing batches."""
     D = args.dim or 256
-    _step(_ours(args.direction), *_inputs(64, D, args))  # what libraries take at their first use is in the base
-    lines = [f"{args.ranks} ranks, D = {D}, {args.dtype}, {args.direction}: peak over base in MB, the larger rank's"]
+    _step(_ours(args.direction), *_inputs(64, D, args))  # include the libraries in the base
+    lines = [f"{args.ranks} ranks, D = {D}, {args.dtype}, {args.direction}: peak over base in MB, maximum over ranks"]
     sizes = [args.rows] if args.rows else [2048, 8192, 32768]
     for m in sizes:
         U, W, alpha = _inputs(m, D, args)
-        found = _peak(_ours(args.direction), U, W, alpha)
-        line = f"m = {m:6d}   {found:7.0f}"
+        peak = _peak(_ours(args.direction), U, W, alpha)
+        line = f"m = {m:6d}   {peak:7.0f}"
         open_clip = _open_clip()
-        if open_clip is not None and m <= 8192:  # beyond it takes 16 times as much
+        if open_clip is not None and m <= 8192:  # the next size needs 16 times as much
             other = _peak(open_clip, U, W, alpha)
-            line += f"   open_clip {other:7.0f}   1/{other / found:.1f}"
+            line += f"   open_clip {other:7.0f}   1/{other / peak:.1f}"
         lines.append(line)
     return lines
 
 
 def large(args: argparse.Namespace) -> list[str]:
-    """Return time and peak memory of one step with a batch that no dense score matrix could hold."""
+    """Return time and peak memory of one step with a batch too large for a dense score matrix."""
     m, D = args.rows or 131072, args.dim or 128
     U, W, alpha = _inputs(m, D, args)
     seconds: list[float] = []
@@ -127,8 +130,8 @@ def large(args: argparse.Namespace) -> list[str]:
     N = args.ranks * m
     return [
         f"{args.ranks} ranks x {m} x {D} (batch {N}), {args.dtype}, {args.direction}: {seconds[0]:.0f} s, "
-        f"peak over base {peak:.0f} MB a rank, largest resident size {_status_mb('VmHWM'):.0f} MB; "
-        f"dense scores alone would be {4 * m * N / 1e9:.0f} GB a rank and matrix"
+        f"peak over base {peak:.0f} MB per rank, largest resident size {_status_mb('VmHWM'):.0f} MB; "
+        f"a dense score matrix would need {4 * m * N / 1e9:.0f} GB per rank"
     ]
 
 
@@ -153,7 +156,7 @@ def precision(args: argparse.Namespace) -> list[str]:
 
 
 def mask(args: argparse.Namespace) -> list[str]:
-    """Return the time of q2d with many known pairs a query over that without, at catalogue-like sizes."""
+    """Return the time of q2d with many known pairs per query relative to none, at catalogue-like sizes."""
     m, D, known_each = args.rows or 6400, args.dim or 64, 200
     n = max(1, m * 17 // 32)  # columns: 3,400
     U, W, alpha = _inputs(m, D, args)
@@ -169,14 +172,14 @@ def mask(args: argparse.Namespace) -> list[str]:
 
     times: list[list[tuple[float, float]]] = [[], []]
     for turn in range(args.turns + 1):
-        for found, pairs in zip(times, (None, known), strict=True):
+        for durations, pairs in zip(times, (None, known), strict=True):
             seconds = _timed(lambda pairs=pairs: _step(step(pairs), U, W, alpha))
             if turn:  # the first warms up
-                found.append(seconds)
-    without, with_known = (_medians(found)[1] for found in times)
+                durations.append(seconds)
+    without, with_known = (_medians(durations)[1] for durations in times)
     return [
-        f"{args.ranks} ranks x {m} queries x {n} columns x {D}, {args.dtype}, CPU time of a rank: {without:.3f} s; "
-        f"with {known_each} masked documents a query {with_known:.3f} s, {_ratios(times[1], times[0])[1]:.2f} of it"
+        f"{args.ranks} ranks x {m} queries x {n} columns x {D}, {args.dtype}, CPU time per rank: {without:.3f} s; "
+        f"with {known_each} masked documents per query {with_known:.3f} s, {_ratios(times[1], times[0])[1]:.2f} of it"
     ]
 
 
@@ -211,14 +214,14 @@ def _step(step: Step, U: Tensor, W: Tensor, alpha: Tensor) -> None:
 
 
 def _one_product(m: int, N: int, D: int, dtype: torch.dtype, edge: int = 1024) -> None:
-    """Multiply as many 1024-tiles as a product of m x D by D x N has, all in `dtype`: the peak for these sizes."""
+    """Multiply all 1024-tiles of an (m x D) · (D x N) product in `dtype`: the peak speed for these sizes."""
     U, W, S = (torch.ones(edge, columns, dtype=dtype) for columns in (D, D, edge))
     for _ in range((m // edge) * (N // edge)):
         torch.mm(U, W.T, out=S)
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Return the wall time until the last rank is done, and the CPU time a rank took, the mean over ranks."""
+    """Return the wall time until all ranks are done, and the mean CPU time per rank."""
     dist.barrier()
     start, start_cpu = time.perf_counter(), time.process_time()
     run()
@@ -232,12 +235,12 @@ def _medians(values: list[tuple[float, float]]) -> list[float]:
 
 
 def _ratios(values: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[float]:
-    """Return the median over the turns of value / other, of wall and of CPU time."""
+    """Return the medians over the turns of value / other, for wall and CPU time."""
     return _medians([(a / c, b / d) for (a, b), (c, d) in zip(values, others, strict=True)])
 
 
 def _keep_time(step: Step, seconds: list[float], U: Tensor, W: Tensor, alpha: Tensor) -> Tensor:
-    """Run the step, backward included, and note how long it took."""
+    """Run the step including backward, and append its seconds."""
     start = time.perf_counter()
     loss = step(U, W, alpha)
     loss.backward()
@@ -247,14 +250,14 @@ def _keep_time(step: Step, seconds: list[float], U: Tensor, W: Tensor, alpha: Te
 
 
 def _peak(step: Step, U: Tensor, W: Tensor, alpha: Tensor) -> float:
-    """Return the largest rank's growth of resident memory during a step, in MB."""
+    """Return the peak growth of resident memory during a step in MB, maximum over ranks."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     base = _status_mb("VmRSS")
     _step(step, U, W, alpha)
-    found = torch.tensor([_status_mb("VmHWM") - base])
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
+    growth = torch.tensor([_status_mb("VmHWM") - base])
+    dist.all_reduce(growth, dist.ReduceOp.MAX)
+    return float(growth)
 
 
 def _status_mb(field: str) -> float:

@@ -1,9 +1,9 @@
-"""Measure an exported query tower against the trainer's: NDCG, and the time of one query on one thread.
+"""Compare an exported ONNX query tower with the original: NDCG, and single-query latency on one thread.
 
     python tools/bench/bench_onnx.py --onnx FOLDER --model MODEL --vectors VECTORS --data DATASET [--split test]
 
-FOLDER is what tools/convert_checkpoint.py --format onnx made of MODEL. Queries are rows of the split, evenly spread,
-encoded one by one; NDCG@10 is over all documents of VECTORS, seen ones left out.
+FOLDER is the output of bigdssm convert_checkpoint --format onnx for MODEL. Queries are evenly spaced rows of the split,
+encoded one by one; NDCG@10 is over all documents of VECTORS except seen ones.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.vectors import vectors_of
 
 WARM_UP = 20
-ROWS_AT_ONCE = 1024
+ROWS_PER_BATCH = 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", type=Path, required=True, metavar="FOLDER", help="exported folder")
-    parser.add_argument("--model", type=Path, required=True, help="model folder it was made of")
-    parser.add_argument("--vectors", type=Path, required=True, help="folder written by tools/embed.py")
+    parser.add_argument("--model", type=Path, required=True, help="model folder of the export")
+    parser.add_argument("--vectors", type=Path, required=True, help="folder written by bigdssm embed")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
-    parser.add_argument("--queries", type=at_least(1), default=1000, help="number of queries (%(default)s)")
+    parser.add_argument("--split", default="test", help="split of the queries (default: %(default)s)")
+    parser.add_argument("--queries", type=at_least(1), default=1000, help="number of queries (default: %(default)s)")
     args = parser.parse_args()
     if args.queries < 1:
         raise ConfigError(f"--queries {args.queries}: needs at least 1")
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     dataset = folder.view(dataset)
     if read_export(args.onnx).get("model_checksum") != folder.checksum:
-        raise CheckpointError(f"{args.onnx} was made of another model than {args.model}; export this one")
+        raise CheckpointError(f"{args.onnx} is an export of another model than {args.model}; export this one")
 
     torch.set_num_threads(1)
     documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
@@ -78,26 +78,25 @@ def main() -> None:
     Console().print(table)
 
 
-def queries_of(dataset: Dataset, split: str, wanted: int) -> tuple[list[Features], Tensor, SeenDocuments, np.ndarray]:
-    """Return `wanted` rows of a split as features of one query each, their documents, what they have seen, and whose
-    they are: int64."""
-    taken = np.linspace(0, dataset.num_rows(split) - 1, min(wanted, dataset.num_rows(split))).astype(np.int64)
+def queries_of(dataset: Dataset, split: str, number: int) -> tuple[list[Features], Tensor, SeenDocuments, np.ndarray]:
+    """Return features, target documents, seen documents and query ids of `number` rows of a split."""
+    selected = np.linspace(0, dataset.num_rows(split) - 1, min(number, dataset.num_rows(split))).astype(np.int64)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     queries, target, seen, query_ids = [], [], [], []
-    for rows in dataset.iterate(split, ROWS_AT_ONCE):
-        for i in np.flatnonzero(np.isin(rows.row_ids, taken) & (rows.relevance > 0)):
-            one: Rows = rows.take(np.array([i]))
-            queries.append(collator.query_features(one.query))
-            target.append(int(one.doc_rows[0]))
-            seen.append(one.seen(0))
-            query_ids.append(int(one.query_ids[0]))
-    offsets = torch.from_numpy(offsets_of(np.array([len(some) for some in seen], np.int64)))
+    for rows in dataset.iterate(split, ROWS_PER_BATCH):
+        for i in np.flatnonzero(np.isin(rows.row_ids, selected) & (rows.relevance > 0)):
+            row: Rows = rows.take(np.array([i]))
+            queries.append(collator.query_features(row.query))
+            target.append(int(row.doc_rows[0]))
+            seen.append(row.seen(0))
+            query_ids.append(int(row.query_ids[0]))
+    offsets = torch.from_numpy(offsets_of(np.array([len(documents) for documents in seen], np.int64)))
     all_seen = SeenDocuments(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
     return queries, torch.tensor(target), all_seen, np.array(query_ids)
 
 
 def one_by_one(encode: Callable[[Features], Tensor], queries: list[Features]) -> tuple[Tensor, np.ndarray]:
-    """Return the vectors [m, D+1], and the seconds that each took."""
+    """Return the vectors [m, D+1] and the seconds per query."""
     for query in queries[:WARM_UP]:
         encode(query)
     vectors, seconds = [], []

@@ -1,8 +1,8 @@
-"""Measure how long a model takes to encode queries one at a time, on one thread.
+"""Measure the latency of encoding single queries on one thread.
 
     python tools/bench/bench_query.py --model MODEL --data DATASET [--split test] [--queries 500] [--out JSON]
 
-Queries are the first rows of the split; the first ten are not counted. What reads them from the dataset is not timed.
+Queries are the first rows of the split; the first ten warm up. Reading from the dataset is not timed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--split", default="test", help="where queries come from (%(default)s)")
-    parser.add_argument("--queries", type=at_least(1), default=500, help="number of queries (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="where to save the figures")
+    parser.add_argument("--split", default="test", help="split of the queries (default: %(default)s)")
+    parser.add_argument("--queries", type=at_least(1), default=500, help="number of queries (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the results (default: printed only)")
     args = parser.parse_args()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     dataset = folder.view(dataset)

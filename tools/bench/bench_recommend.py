@@ -1,9 +1,9 @@
-"""Measure bulk recommendation over a synthetic catalogue: queries a second of each kind of index.
+"""Measure batch recommendation over a synthetic catalogue: queries per second by index type.
 
     python tools/bench/bench_recommend.py --out runs/bench_recommend [--users 100000] [--documents 200000]
 
-Users have 5 to 15 events each, on documents of which few are popular; the model is not trained, which changes neither
-what is encoded nor what is scored. The dataset and the vectors stay in --out, and are taken from there if they are.
+Users have 5 to 15 events, with a skewed popularity of documents. The model is untrained, which does not affect the
+cost. An existing dataset and vectors in --out are reused.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ FILTERS = (None, "year >= 2000", "year = 1987")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for dataset, model, indexes and results")
-    parser.add_argument("--users", type=int, default=100_000, help="(%(default)s)")
-    parser.add_argument("--documents", type=int, default=200_000, help="(%(default)s)")
-    parser.add_argument("--top", type=int, default=10, help="documents of a query (%(default)s)")
-    parser.add_argument("--types", nargs="+", choices=INDEX_TYPES.names(), default=["flat"], help="kinds of index")
+    parser.add_argument("--users", type=int, default=100_000, help="number of users (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=200_000, help="number of documents (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=10, help="documents per query (default: %(default)s)")
+    parser.add_argument(
+        "--types", nargs="+", choices=INDEX_TYPES.names(), default=["flat"], help="index types (default: %(default)s)"
+    )
     args = parser.parse_args()
     if not (args.out / "vectors").exists():
         prepare(args.out, args.users, args.documents)
@@ -65,7 +67,7 @@ def main() -> None:
                     ShardWork(progress=progress),
                 )  # fmt: skip
             used = time.process_time() - used
-            rate = f"{done.queries:,} queries in {done.seconds:.1f} s, {done.queries / done.seconds:,.0f} a second"
+            rate = f"{done.queries:,} queries in {done.seconds:.1f} s, {done.queries / done.seconds:,.0f} per second"
             rate += f"; {used:.1f} CPU-seconds"
             print(f"{kind}, {condition or 'no filter'}: {rate}", flush=True)
 
@@ -88,8 +90,8 @@ def prepare(out: Path, num_users: int, num_docs: int) -> None:
     data = {**CONFIG, "dir": str(out / "dataset")}
     path = out / "config.yaml"
     path.write_text(yaml.safe_dump({"run": {"dir": str(out)}, "data": data, "model": {"dim": 64}}))
-    for name, made in (("events", events), ("items", items), ("users", users)):
-        parquet.write_table(made, out / f"{name}.parquet")
+    for name, table in (("events", events), ("items", items), ("users", users)):
+        parquet.write_table(table, out / f"{name}.parquet")
     make_dataset(
         path, interactions=out / "events.parquet", items=out / "items.parquet", users=out / "users.parquet",
         rating_column=None, overwrite=True,

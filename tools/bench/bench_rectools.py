@@ -1,14 +1,14 @@
-"""Train a sequence model of RecTools on the leave-one-out split that make_shards makes of a table, and print its curve.
+"""Train a sequence model of RecTools on the leave-one-out split of make_shards, and print its curve.
 
     python -m venv rectools && rectools/bin/pip install "rectools[torch]"
     rectools/bin/python tools/bench/bench_rectools.py --interactions datasets/source/amazon_beauty/interactions.tsv \
       --time-column position --model esasrec --cpu-seconds 7200 --out esasrec.json
 
-RecTools wants another NumPy than bigdssm, hence a venv of its own; this file needs nothing of bigdssm. Each user's last
-item is test, the one before validation. After each epoch HR@10 and NDCG@10 of validation are measured over the whole
-catalogue, what was seen left out; test is measured once, with the weights of the best epoch. CPU seconds are those of
-training alone. Models: sasrec (BCE, one negative, as published), sasrec-softmax (over all items), esasrec (LiGR blocks,
-sampled softmax) and hstu (relative attention, softmax over all items).
+RecTools needs another version of NumPy than bigdssm, hence a separate venv; this file does not import bigdssm. The last
+item of each user is test, the one before validation. HR@10 and NDCG@10 of validation are computed after every epoch
+over the whole catalogue without seen items; test is evaluated once, with the weights of the best epoch. CPU seconds are
+those of training only. Models: sasrec (BCE, one negative, as published), sasrec-softmax (over all items), esasrec (LiGR
+blocks, sampled softmax) and hstu (relative attention, softmax over all items).
 """
 
 from __future__ import annotations
@@ -44,23 +44,24 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "(default: %(default)s)"
     parser.add_argument("--interactions", type=Path, required=True, metavar="TSV", help="user, item and time columns")
-    parser.add_argument("--user-column", default="user_id")
-    parser.add_argument("--item-column", default="item_id")
-    parser.add_argument("--time-column", default="timestamp")
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--cpu-seconds", type=float, default=7200, help="of training (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=1000, help="at most (%(default)s)")
-    parser.add_argument("--patience", type=int, default=5, help="epochs without a better NDCG@10 (%(default)s)")
-    parser.add_argument("--items", type=int, default=50, help="of a session (%(default)s)")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--dropout", type=float, default=0.5)
-    parser.add_argument("--rows", type=int, default=128, help="sessions a step (%(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--user-column", default="user_id", help=f"column of user ids {default}")
+    parser.add_argument("--item-column", default="item_id", help=f"column of item ids {default}")
+    parser.add_argument("--time-column", default="timestamp", help=f"column of event times {default}")
+    parser.add_argument("--model", choices=MODELS, required=True, help="model to train")
+    parser.add_argument("--cpu-seconds", type=float, default=7200, help=f"budget of training {default}")
+    parser.add_argument("--epochs", type=int, default=1000, help=f"maximal number of epochs {default}")
+    parser.add_argument("--patience", type=int, default=5, help=f"epochs without a better NDCG@10 {default}")
+    parser.add_argument("--items", type=int, default=50, help=f"maximal length of a session {default}")
+    parser.add_argument("--width", type=int, default=64, help=f"model width {default}")
+    parser.add_argument("--blocks", type=int, default=2, help=f"number of blocks {default}")
+    parser.add_argument("--heads", type=int, default=2, help=f"attention heads {default}")
+    parser.add_argument("--dropout", type=float, default=0.5, help=f"dropout rate {default}")
+    parser.add_argument("--rows", type=int, default=128, help=f"sessions per step {default}")
+    parser.add_argument("--lr", type=float, default=1e-3, help=f"learning rate {default}")
+    parser.add_argument("--seed", type=int, default=0, help=f"random seed {default}")
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the results")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
@@ -105,29 +106,29 @@ def main() -> None:
 
 
 def read(args: argparse.Namespace) -> pd.DataFrame:
-    """Return the events in RecTools' columns, each user's in order of time; of one time, in the table's order."""
+    """Return the events in RecTools' columns, sorted by user and time; ties keep the order of the table."""
     table = pd.read_csv(args.interactions, sep="\t", dtype=str)
-    table.columns = [name.split(":")[0] for name in table.columns]  # RecBole's headers name types
-    moments = table[args.time_column].astype(float)
+    table.columns = [name.split(":")[0] for name in table.columns]  # RecBole's headers contain types
+    times = table[args.time_column].astype(float)
     events = pd.DataFrame({Columns.User: table[args.user_column], Columns.Item: table[args.item_column]})
-    events = events.iloc[np.lexsort((moments, table[args.user_column]))].reset_index(drop=True)
+    events = events.iloc[np.lexsort((times, table[args.user_column]))].reset_index(drop=True)
     events[Columns.Weight] = 1.0
-    # RecTools sorts by this alone: a second an event keeps the order, also of events of one time
-    place = events.groupby(Columns.User).cumcount()
-    events[Columns.Datetime] = pd.Timestamp("2000-01-01") + pd.to_timedelta(place, unit="s")
+    # RecTools sorts by Datetime only: one second per event preserves the order of simultaneous events
+    position = events.groupby(Columns.User).cumcount()
+    events[Columns.Datetime] = pd.Timestamp("2000-01-01") + pd.to_timedelta(position, unit="s")
     return events
 
 
 def measure(model: Any, seen: pd.DataFrame, targets: pd.DataFrame) -> dict[str, float]:
-    """Return HR@10 and NDCG@10 of one target a user; of a target that was never trained on, 0."""
-    found = model.recommend(targets[Columns.User].to_numpy(), Dataset.construct(seen), k=K, filter_viewed=True)
-    hit = found.merge(targets[[Columns.User, Columns.Item]], on=[Columns.User, Columns.Item])
+    """Return HR@10 and NDCG@10 with one target per user; 0 for targets outside the training data."""
+    results = model.recommend(targets[Columns.User].to_numpy(), Dataset.construct(seen), k=K, filter_viewed=True)
+    hit = results.merge(targets[[Columns.User, Columns.Item]], on=[Columns.User, Columns.Item])
     gains = 1 / np.log2(1 + hit[Columns.Rank].to_numpy())
     return {"hr_at_10": round(len(hit) / len(targets), 4), "ndcg_at_10": round(float(gains.sum()) / len(targets), 4)}
 
 
 def cpu_seconds() -> float:
-    """Return what this process has computed so far, children included."""
+    """Return the CPU seconds of this process and its children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

@@ -1,10 +1,11 @@
-"""How far in-batch negatives lead the gradient from that of the softmax over the whole catalogue, per correction.
+"""Measure the gradient bias of in-batch negatives against the full softmax, per sampling correction.
 
     python tools/bench/bench_sampling.py
-    python tools/bench/bench_sampling.py --catalogues 100000 100000000   # what the correction takes of a step, instead
+    python tools/bench/bench_sampling.py --catalogues 100000 100000000   # time of the correction per step instead
 
-10,000 items with Zipf popularity; positives drawn from p(d|q), which the scores fit only in part; batches of 256. The
-bias is |mean gradient of a linear document tower - the full softmax's| / |the full softmax's| over the same batches.
+10,000 items with Zipf popularity; positives sampled from p(d|q), which the scores fit only in part; batches of 256. The
+bias is |g - f| / |f| of the mean gradient g of a linear document tower and that of the full softmax f, over the same
+batches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bigdssm.losses.declarations import Classic, Corrected, FrequencyCorrection
 
 ITEMS, BATCH, D = 10_000, 256, 8
 STEP_ROWS, STEP_DIM = 8192, 128
-TASTE = 2.0  # how much more than the scores the queries' own taste decides
+TASTE = 2.0  # scale of the true preferences relative to the model's scores
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,20 @@ class World:
 
     items: Tensor
     queries: Tensor
-    drawn: Tensor
+    probability: Tensor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=at_least(1), default=200)
-    parser.add_argument("--catalogues", type=at_least(1), nargs="+", default=[], help="sizes")
+    parser.add_argument("--batches", type=at_least(1), default=200, help="number of batches (default: %(default)s)")
+    parser.add_argument(
+        "--catalogues", type=at_least(1), nargs="+", default=[], help="time catalogues of these sizes (default: none)"
+    )
     args = parser.parse_args()
     if args.catalogues:
-        print(f"{STEP_ROWS} rows and columns, D = {STEP_DIM}, medians of 9: CPU ms of a look-up, of a loss with it")
+        print(
+            f"{STEP_ROWS} rows and columns, D = {STEP_DIM}, medians of 9: CPU ms of correction, of correction and loss"
+        )
         for num_documents in args.catalogues:
             print(f"{num_documents:>12,} documents  {{:8.2f}}  {{:8.1f}}".format(*correction_ms(num_documents)))
         return
@@ -59,7 +64,7 @@ def main() -> None:
 
 
 def correction_ms(num_documents: int) -> tuple[float, float]:
-    """Return the CPU time in ms of a correction by a catalogue's counts, and of the loss of a step with it."""
+    """Return the CPU time in ms of a correction, and of a correction with the loss of a step."""
     generator = torch.Generator().manual_seed(0)
     counted = CountedFrequency(torch.ones(num_documents, dtype=torch.float64), STEP_ROWS)
     U, W = (torch.randn(STEP_ROWS, STEP_DIM, generator=generator) for _ in range(2))
@@ -84,15 +89,15 @@ def make_world() -> World:
 
 
 def gradient_bias(world: World, sampling: FrequencyCorrection | None, num_uniform: int = 0, batches: int = 12) -> float:
-    """Return the relative bias; None: without a correction."""
+    """Return the relative bias; sampling None: no correction."""
     generator = torch.Generator().manual_seed(1)
-    items, drawn = world.items, world.drawn
-    log_expected = CountedFrequency(drawn.mean(0) * 1e9, BATCH, num_uniform).log_expected(torch.arange(ITEMS))
-    total, right = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
+    items, probability = world.items, world.probability
+    log_expected = CountedFrequency(probability.mean(0) * 1e9, BATCH, num_uniform).log_expected(torch.arange(ITEMS))
+    total, exact = torch.zeros(D, D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
     for _ in range(batches):
-        rows = torch.randint(len(drawn), (BATCH,), generator=generator)
+        rows = torch.randint(len(probability), (BATCH,), generator=generator)
         U = world.queries[rows]
-        docs = torch.multinomial(drawn[rows], 1, generator=generator)[:, 0]
+        docs = torch.multinomial(probability[rows], 1, generator=generator)[:, 0]
         columns = torch.cat([docs, sample_uniform(num_uniform, ITEMS, generator)])
         W = items[columns].requires_grad_()
         beta, neg_bias = (None, None) if sampling is None else apply_sampling(sampling, log_expected[columns])
@@ -101,8 +106,8 @@ def gradient_bias(world: World, sampling: FrequencyCorrection | None, num_unifor
         total += W.grad.T @ items[columns]
         p = torch.softmax(U @ items.T, 1)
         p[torch.arange(BATCH), docs] -= 1
-        right += (p.T @ U).T @ items / BATCH
-    return float((total - right).norm() / right.norm())
+        exact += (p.T @ U).T @ items / BATCH
+    return float((total - exact).norm() / exact.norm())
 
 
 if __name__ == "__main__":

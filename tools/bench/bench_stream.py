@@ -1,15 +1,15 @@
-"""How fast the stream is, and what it takes at scale.
+"""Measure the speed of the row stream, and its cost at scale.
 
     python tools/bench/bench_stream.py speed --config configs/debian_packages.yaml \\
         --pairs ../shared/data/debian_packages/packages.jsonl.xz --query synopsis --doc description
     python tools/bench/bench_stream.py scale              # an index of 1e9 rows, without the data
-    python tools/bench/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk for a while
+    python tools/bench/bench_stream.py catalogue          # 10 million documents of 32 tokens: 2 GB on disk
     python tools/bench/bench_stream.py batches --config configs/tldr.yaml pretrain.rows_global=8192
 
-`speed` counts CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
-json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both. Then the
-same with queries that are tokenised while they are read. `batches` counts those of the training process for a batch of
-pretraining that it makes itself, and for one that loader processes make.
+`speed` measures CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
+json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both; then
+PairStream with tokenisation on the fly. `batches` measures the CPU seconds of the training process per pretraining
+batch, without and with loader processes.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ ROWS_GLOBAL, LANES = 4096, 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--pairs", type=Path, help="JSONL, also .xz")
-    parser.add_argument("--query", help="the query's text column")
-    parser.add_argument("--doc", help="the document's text column")
-    parser.add_argument("--rows", type=float, default=1e9, help="of the index (default: 1e9)")
-    parser.add_argument("--docs", type=float, default=1e7, help="of the catalogue (default: 1e7)")
+    parser.add_argument("task", choices=sorted(TASKS), help="measurement")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of config keys")
+    parser.add_argument("--config", type=Path, help="YAML file, for `speed` and `batches`")
+    parser.add_argument("--pairs", type=Path, help="JSONL file of pairs, also .xz, for `speed`")
+    parser.add_argument("--query", help="text column of queries, for `speed`")
+    parser.add_argument("--doc", help="text column of documents, for `speed`")
+    parser.add_argument("--rows", type=float, default=1e9, help="rows of the index, for `scale` (default: 1e9)")
+    parser.add_argument("--docs", type=float, default=1e7, help="documents, for `catalogue` (default: 1e7)")
     args = parser.parse_intermixed_args()
     return run_main(lambda: TASKS[args.task](args))
 
@@ -91,7 +91,7 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
-    """Measure a dataset whose queries are tokenised while it is read: how much of the time is not the tokenizer's."""
+    """Measure a stream that tokenises queries on the fly, and the share of its time outside the tokenizer."""
     make_pairs(config, PairTables(files=(args.pairs,), split="train", raw_text=True), IngestTarget(folder))
     dataset = Dataset.open(folder)
     collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
@@ -101,9 +101,9 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
     def timed(*texts: Any) -> Any:
         nonlocal tokenizing_s
         begin = time.process_time()
-        found = encode(*texts)
+        tokens = encode(*texts)
         tokenizing_s += time.process_time() - begin
-        return found
+        return tokens
 
     TextTokenizer.tokenize = timed  # type: ignore[method-assign]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a loader process
@@ -131,13 +131,13 @@ def batches(args: argparse.Namespace) -> None:
             batch_bytes += batch.nbytes
         cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - begin
         print(
-            f"{num_workers} loader processes: a batch of {rows:,} rows, {batch_bytes / counted / 1e6:.1f} MB, takes "
-            f"the training process {1e3 * cpu_s / counted:.1f} ms of CPU time; {counted / wall_s:.0f} come a second"
+            f"{num_workers} loader processes: a batch of {rows:,} rows, {batch_bytes / counted / 1e6:.1f} MB, costs "
+            f"the training process {1e3 * cpu_s / counted:.1f} ms of CPU time; {counted / wall_s:.0f} batches/s"
         )
 
 
 def write_stock(args: argparse.Namespace, folder: Path) -> Path:
-    """Write the pairs as others do: one sample per pair."""
+    """Write the pairs as stock WebDataset shards, one sample per pair."""
     folder.mkdir()
     opener = lzma.open if args.pairs.suffix == ".xz" else open
     with (
@@ -152,7 +152,7 @@ def write_stock(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def cpu_seconds(make: Callable[[], Any]) -> tuple[float, int]:
-    """Return the best of three passes over what `make` returns, and the number of its items."""
+    """Return the CPU seconds of the best of three passes over the result of `make`, and its number of items."""
     best = float("inf")
     for _ in range(3):
         begin = time.process_time()
@@ -180,8 +180,8 @@ def scale(args: argparse.Namespace) -> None:
         ids = stream.order.row_ids(0)
         seconds, mb = time.perf_counter() - begin, peak_mb() - base_mb
         blocks = dataset.index("train").num_blocks
-        what = f"{dataset.num_rows('train'):,} rows in {blocks:,} blocks"
-        print(f"{what}: opened, and the first batch planned, in {seconds:.2f} s and {mb:.0f} MB")
+        size = f"{dataset.num_rows('train'):,} rows in {blocks:,} blocks"
+        print(f"{size}: opened, and the first batch planned, in {seconds:.2f} s and {mb:.0f} MB")
         assert len(np.unique(ids)) == ROWS_GLOBAL
     for rows in (10**5, int(args.rows)):
         order = Order(np.full(rows // 2048, 2048, np.int32), rows_global=ROWS_GLOBAL, lanes=LANES)
@@ -191,11 +191,11 @@ def scale(args: argparse.Namespace) -> None:
         per_step = (time.perf_counter() - begin) / planned * ROWS_GLOBAL
         print(f"{rows:13,} rows: a step of {ROWS_GLOBAL:,} takes {per_step * 1e3:.2f} ms of planning")
     blocks = LANES * WINDOW_BLOCKS
-    print(f"held in memory: at most {LANES} lanes × {WINDOW_BLOCKS} blocks = {blocks} blocks, over all ranks together")
+    print(f"in memory: at most {LANES} lanes × {WINDOW_BLOCKS} blocks = {blocks} blocks, over all ranks together")
 
 
 def write_index(folder: Path, rows: int) -> None:
-    """Write a dataset of which only the metadata exists."""
+    """Write the metadata of a dataset without its rows."""
     per_block, blocks_per_shard = 2048, 64
     blocks = -(-rows // per_block)
     counts = np.full(blocks, per_block, np.int32)
@@ -247,7 +247,7 @@ def catalogue(args: argparse.Namespace) -> None:
         print(
             f"{opened.num_docs:,} documents × {tokens} tokens, {path.stat().st_size / 1e9:.2f} GB: opened and", end=" "
         )
-        print(f"{len(features['title']):,} read in {seconds:.2f} s; {private_mb() - base_mb:.0f} MB not shared")
+        print(f"{len(features['title']):,} read in {seconds:.2f} s; {private_mb() - base_mb:.0f} MB private")
 
 
 def write_table(path: Path, table: pa.Table) -> None:

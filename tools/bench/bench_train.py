@@ -1,15 +1,15 @@
-"""Training speed beside sentence-transformers' cached loss, and the memory of steps of growing batches.
+"""Compare training speed with the cached loss of sentence-transformers, and measure the memory of growing batches.
 
     python tools/bench/bench_train.py speed --pairs ../shared/data/debian_packages/packages.jsonl.xz
     python tools/bench/bench_train.py speed --movielens datasets/source/ml-100k
-    python tools/bench/bench_train.py kept --pairs …      # what the graphs that are kept save
-    python tools/bench/bench_train.py memory --pairs …    # peak over base from 256 to 8,192 rows a rank
+    python tools/bench/bench_train.py kept --pairs …      # savings by retained graphs (keep_graph_tokens)
+    python tools/bench/bench_train.py memory --pairs …    # peak over base from 256 to 8,192 rows per rank
 
-The pairs are synopsis → description of packages, or, of MovieLens-100K, the titles of the last five films → the next
-title, in which documents repeat. `speed` wants sentence-transformers (`pip install bigdssm[bench]`). Both sides train
-one BERT with mean pooling for queries and documents from the same weights on the same batches, with the same AdamW and
-clipping, one thread a rank; `speed` first checks that they see the same tokens and compute the same loss. The peer's
-mini-batch is the fastest of 16 to 256. The variants take turns; ratios are medians over the turns.
+The pairs are synopsis → description of packages or, for MovieLens-100K, the titles of the last five films → the next
+title, with repeated documents. `speed` needs sentence-transformers (`pip install bigdssm[bench]`). Both sides train one
+shared BERT with mean pooling from the same weights on the same batches, with the same AdamW and clipping, one thread
+per rank; `speed` first verifies that both use the same tokens and compute the same loss. The peer's mini-batch is the
+fastest of 16 to 256. The variants alternate; ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -65,21 +65,27 @@ LANES = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=sorted(TASKS))
+    default = "(default: %(default)s)"
+    parser.add_argument("task", choices=sorted(TASKS), help="measurement")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--pairs", type=Path, help="JSONL (.xz) with synopsis and description")
-    data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item, of tools.public_data")
-    parser.add_argument("--ranks", type=at_least(1), default=1)
-    parser.add_argument("--rows", type=at_least(1), default=2048, help="global batch")
-    parser.add_argument("--max-tokens", type=at_least(3), default=64, help="of queries and documents")
-    parser.add_argument("--layers", type=at_least(1), default=2)
-    parser.add_argument("--hidden", type=at_least(1), default=128)
-    parser.add_argument("--chunk-tokens", type=at_least(0), default=4096)
-    parser.add_argument("--keep-graph-tokens", type=at_least(0), default=10**9, help="for `speed` (default: all)")
-    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--turns", type=at_least(1), default=5)
-    parser.add_argument("--steps", type=at_least(1), default=2, help="a turn")
+    data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item, from tools.public_data")
+    parser.add_argument("--ranks", type=at_least(1), default=1, help=f"number of ranks {default}")
+    parser.add_argument("--rows", type=at_least(1), default=2048, help=f"global batch size {default}")
+    parser.add_argument("--max-tokens", type=at_least(3), default=64, help=f"maximal length of texts {default}")
+    parser.add_argument("--layers", type=at_least(1), default=2, help=f"layers of the encoder {default}")
+    parser.add_argument("--hidden", type=at_least(1), default=128, help=f"width of the encoder {default}")
+    parser.add_argument("--chunk-tokens", type=at_least(0), default=4096, help=f"engine.chunk_tokens {default}")
+    parser.add_argument(
+        "--keep-graph-tokens",
+        type=at_least(0),
+        default=10**9,
+        help="engine.keep_graph_tokens of `speed` (default: all)",
+    )
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=1, help=f"ZeRO stage {default}")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help=f"precision {default}")
+    parser.add_argument("--turns", type=at_least(1), default=5, help=f"repetitions {default}")
+    parser.add_argument("--steps", type=at_least(1), default=2, help=f"steps per turn {default}")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +109,7 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path, texts: list[tuple[s
     dist.destroy_process_group()
 
 
-# --- what both sides train on ---
+# --- training data of both sides ---
 
 
 def debian_texts(path: Path) -> list[tuple[str, str]]:
@@ -114,7 +120,7 @@ def debian_texts(path: Path) -> list[tuple[str, str]]:
 
 
 def movielens_texts(folder: Path) -> list[tuple[str, str]]:
-    """Return (titles of a user's last films, the next film's title) of every rating but a user's first."""
+    """Return (titles of a user's last films, title of the next) for every rating except a user's first."""
     titles, events = {}, defaultdict(list)
     for line in (folder / "ml-100k.item").read_text(encoding="utf-8").splitlines()[1:]:
         number, title, *_ = line.split("\t")
@@ -176,7 +182,7 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
 
 
 class Batches:
-    """This rank's batches, as rows and as tensors; the first `num` stay at hand."""
+    """Batches of this rank as rows and as tensors; the first `num` are kept in memory."""
 
     def __init__(self, folder: Path, rows_global: int, num: int) -> None:
         self.dataset = Dataset.open(folder / "dataset")
@@ -198,7 +204,7 @@ class Batches:
 
 
 class Ours:
-    """A step as training/ makes it."""
+    """The training step of bigdssm.training."""
 
     def __init__(self, config: Config, dataset: Dataset, engine: EngineConfig, rows_global: int) -> None:
         from bigdssm.training.engine import Engine
@@ -216,7 +222,7 @@ class Ours:
         return train_step(self.engine, batch, plan_step(batch, budget), self.objective, 1.0).loss
 
     def plain_loss(self, batch: Batch) -> float:
-        """Return the loss with every row's document as a column of its own, copies as negatives: the peer's."""
+        """Return the loss with one column per row, duplicates being negatives, as the peer's."""
         with torch.no_grad():
             encoded: Encoded = self.engine.forward(batch.query, batch.doc)
             assert encoded.U is not None and encoded.W is not None
@@ -227,7 +233,7 @@ class Ours:
 
 
 class Peer:
-    """sentence-transformers' CachedMultipleNegativesRankingLoss in a loop without its trainer, which costs it time."""
+    """CachedMultipleNegativesRankingLoss of sentence-transformers in a plain loop, without its trainer's overhead."""
 
     def __init__(self, folder: Path, dataset: Dataset, args: argparse.Namespace) -> None:
         from sentence_transformers import SentenceTransformer
@@ -240,7 +246,7 @@ class Peer:
         bert = transformer.auto_model if hasattr(transformer, "auto_model") else transformer.model
         bert.pooler = None  # neither side uses it
         if args.precision == "bf16":
-            bert.set_attn_implementation("eager")  # as with ours: the faster one there
+            bert.set_attn_implementation("eager")  # the faster one here, as on our side
         self.model = SentenceTransformer(modules=[transformer, Pooling(args.hidden, "mean")], device="cpu").train()
         self.optimizer = build_optimizer(self.model, OPTIMIZER)
         self.loss = CachedMultipleNegativesRankingLoss(
@@ -266,11 +272,11 @@ class Peer:
             return float(self.loss(features, None))
 
     def tokenised(self, texts: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
-        """Return queries and documents as its collator makes them."""
+        """Tokenise queries and documents with the peer's collator."""
         return [self.model.preprocess(list(side)) for side in zip(*texts, strict=True)]
 
     def features(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """Return the batch's own tokens; every row has its document, copies too."""
+        """Return the tokens of a batch, one document per row including duplicates."""
         sides = (batch.query["query"], batch.doc["doc"][batch.positive])
         return [{"input_ids": side, "attention_mask": (side != self.pad_token_id).long()} for side in sides]
 
@@ -279,7 +285,7 @@ class Peer:
 
 
 def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield the check of the comparison, then pairs per second of either side and their ratio."""
+    """Yield the verification of the comparison, then pairs/s of both sides and their ratio."""
     config = load_config(folder / "config.yaml")
     batches = Batches(folder, args.rows, args.steps)
     engine = EngineConfig(
@@ -292,12 +298,12 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
     ready = [peer.features(batch) for batch in batches.ready]
     yield from check_sameness(ours, peer, batches.ready[0], rows_texts[0], ready[0])
     distinct = statistics.mean(len(batch.doc_ids) / len(batch.row_ids) for batch in batches.ready)
-    yield f"{args.ranks} rank(s), {args.rows} rows a step, {distinct:.0%} of a rank's documents distinct"
+    yield f"{args.ranks} rank(s), {args.rows} rows per step, {distinct:.0%} of a rank's documents distinct"
     yield f"BERT of {args.layers} layers, width {args.hidden}, at most {args.max_tokens} tokens, {args.precision}"
 
     best, tuning = tuned(peer, ready[0])
-    shown = (f"{size}: {args.rows / args.ranks / seconds:.0f}" for size, seconds in tuning.items())
-    yield f"peer's mini-batch, pairs a CPU-second: {', '.join(shown)}"
+    rates = (f"{size}: {args.rows / args.ranks / seconds:.0f}" for size, seconds in tuning.items())
+    yield f"peer's mini-batch, pairs per CPU-second: {', '.join(rates)}"
     fresh, more_texts = batches.fresh(), itertools.cycle(rows_texts)
     variants: dict[str, Callable[[int], Any]] = {
         "ours": lambda n: ours.step(batches.ready[n]),
@@ -309,8 +315,8 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
     peaks = {}
-    for name, step in variants.items():  # a turn of its own: a heap that was given back has to be faulted in again
-        base = forget_peak()
+    for name, step in variants.items():  # not timed: trimming the heap causes page faults
+        base = reset_peak()
         timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
         peaks[name] = status_mb("VmHWM") - base
     flops, spans, products = 0.0, defaultdict(float), []
@@ -325,36 +331,33 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
                     spans[span] += spent
         products.append(product_flops_per_s(args))
     yield from speed_table(args, best, wall, cpu, peaks)
-    yield from where_it_goes(sum(wall["ours"]), args.turns * args.steps, spans, flops, max(products))
+    yield from time_profile(sum(wall["ours"]), args.turns * args.steps, spans, flops, max(products))
 
 
 def check_sameness(
     ours: Ours, peer: Peer, batch: Batch, texts: list[tuple[str, str]], ready: list[dict[str, Tensor]]
 ) -> Iterator[str]:
-    """Yield what was compared. Raises AssertionError where the two sides do not see the same or compute the same."""
+    """Yield the results of the comparison. Raises AssertionError: different tokens or losses."""
     for mine, theirs in zip(ready, peer.tokenised(texts), strict=True):
         length = theirs["input_ids"].shape[1]
-        assert torch.equal(mine["input_ids"][:, :length], theirs["input_ids"]), "the two sides see other tokens"
+        assert torch.equal(mine["input_ids"][:, :length], theirs["input_ids"]), "the two sides use different tokens"
         assert not mine["attention_mask"][:, length:].any()
     plain, theirs = (mean_over_ranks(side) for side in (ours.plain_loss(batch), peer.plain_loss(ready)))
-    assert abs(plain - theirs) < 1e-4, f"the two sides compute other losses: {plain} and {theirs}"
+    assert abs(plain - theirs) < 1e-4, f"the two sides compute different losses: {plain} and {theirs}"
     yield f"same tokens; same loss on the first batch: {plain:.6f} and the peer's {theirs:.6f}"
-    yield f"our training loss on it, known positives masked, as the peer's cannot: {ours.step(batch):.6f}"
+    yield f"our training loss with masked known positives, which the peer does not support: {ours.step(batch):.6f}"
     peer.step(ready, 64)
 
 
 def tuned(peer: Peer, features: list[dict[str, Tensor]]) -> tuple[int, dict[int, float]]:
-    """Return the peer's fastest mini-batch on all ranks, and this rank's CPU-seconds a step with each, best of two.
-
-    By CPU time: a choice by the clock would be that of what else ran on the machine.
-    """
-    taken: dict[int, list[float]] = {size: [] for size in MINI_BATCHES}
+    """Return the peer's fastest mini-batch by CPU time, and this rank's CPU seconds per step (best of two)."""
+    times: dict[int, list[float]] = {size: [] for size in MINI_BATCHES}
     for turn in range(3):
         for size in MINI_BATCHES:
             _, cpu_seconds = timed(lambda size=size: peer.step(features, size))  # type: ignore[misc]
             if turn:
-                taken[size].append(cpu_seconds)
-    best = {size: min(seconds) for size, seconds in taken.items()}
+                times[size].append(cpu_seconds)
+    best = {size: min(seconds) for size, seconds in times.items()}
     return min(best, key=lambda size: mean_over_ranks(best[size])), best
 
 
@@ -372,23 +375,23 @@ def speed_table(
         ratio, cpu_ratio = (
             statistics.median(b / a for a, b in zip(times[name], times[against], strict=True)) for times in (wall, cpu)
         )
-        shown = name.replace("peer", f"peer, mini-batch {mini_batch}")
+        label = name.replace("peer", f"peer, mini-batch {mini_batch}")
         rate = pairs / statistics.median(seconds)
-        yield f"{shown:30s} {rate:9.0f} {ratio:6.2f} {cpu_ratio:11.2f} {peaks[name]:8.0f}"
+        yield f"{label:30s} {rate:9.0f} {ratio:6.2f} {cpu_ratio:11.2f} {peaks[name]:8.0f}"
 
 
-def where_it_goes(
+def time_profile(
     elapsed_s: float, steps: int, spans: dict[str, float], flops: float, peak_flops: float
 ) -> Iterator[str]:
     from bigdssm.training.health import TimeTable
 
-    yield "where the time of rank 0 goes, ours: " + "\n    ".join(
+    yield "time profile of rank 0, ours: " + "\n    ".join(
         TimeTable(elapsed_s, steps, flops, dict(spans)).lines(peak_flops)
     )
 
 
 def kept(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield CPU-seconds and peak memory of a step with none, half and all of the graphs kept."""
+    """Yield CPU seconds and peak memory of a step with none, some and all of the graphs retained."""
     batches = Batches(folder, args.rows, 1)
     engine = EngineConfig(zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens)
     ours = Ours(load_config(folder / "config.yaml"), batches.dataset, engine, args.rows)
@@ -399,49 +402,49 @@ def kept(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -
     peaks = dict.fromkeys(budgets, 0.0)
     for turn in range(args.turns + 1):
         for name, budget in budgets.items():
-            base = forget_peak() if turn == 0 else 0.0
+            base = reset_peak() if turn == 0 else 0.0
             _, cpu_seconds = timed(lambda budget=budget: ours.step(batch, budget))  # type: ignore[misc]
             if turn == 0:
                 peaks[name] = status_mb("VmHWM") - base
             else:
                 times[name].append(cpu_seconds)
     yield (
-        f"{args.rows // args.ranks} rows a rank, {tokens:,} tokens, chunks of {args.chunk_tokens}, "
+        f"{args.rows // args.ranks} rows per rank, {tokens:,} tokens, chunks of {args.chunk_tokens}, "
         f"ZeRO {args.zero_stage}, {args.precision}"
     )
     for name, values in times.items():
         share = statistics.median(a / b for a, b in zip(values, times["none"], strict=True))
         seconds = statistics.median(values)
-        yield f"{name:10s} {seconds:7.2f} CPU-s a step  {share:.0%} of none  peak {peaks[name]:6.0f} MB"
+        yield f"{name:10s} {seconds:7.2f} CPU-s per step  {share:.0%} of none  peak {peaks[name]:6.0f} MB"
 
 
 def memory(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield the peak over base of a step for growing batches; vectors, their gradients and inputs are taken out."""
+    """Yield the peak over base of a step for growing batches, with and without vectors and their gradients."""
     config = load_config(folder / "config.yaml")
     engine = EngineConfig(zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens)
     ours, first = None, 0.0
-    yield f"{args.ranks} rank(s), chunks of {args.chunk_tokens} tokens, ZeRO {args.zero_stage}: MB of the larger rank"
+    yield f"{args.ranks} rank(s), chunks of {args.chunk_tokens} tokens, ZeRO {args.zero_stage}: MB, maximum over ranks"
     for rows in (256, 512, 1024, 2048, 4096, 8192):
         batches = Batches(folder, rows * args.ranks, 2)
         ours = ours or Ours(config, batches.dataset, engine, rows * args.ranks)
         for batch in batches.ready:
-            ours.step(batch)  # the optimizer's state and the allocator's pools stand
+            ours.step(batch)  # allocate the optimizer's state and the allocator's pools
         growth = []
         for batch in batches.ready:
-            base = forget_peak()
+            base = reset_peak()
             ours.step(batch)
             growth.append(status_mb("VmHWM") - base)
         vectors = vectors_mb(rows, args.hidden)
         peak = max_over_ranks(max(growth) - vectors)
         first = first or peak
         whole = f"{peak + vectors:7.1f}, vectors {vectors:6.1f}, without them {peak:7.1f}"
-        yield f"{rows:6d} rows a rank: {whole}, {peak / first:.2f} ×"
+        yield f"{rows:6d} rows per rank: {whole}, {peak / first:.2f} ×"
 
 
 def vectors_mb(rows: int, width: int) -> float:
-    """Return the MB of U and W of this rank, W of all ranks, and a gradient of each, in float32."""
-    own, everybody = 2 * rows, dist.get_world_size() * rows
-    return 2 * (own + everybody) * width * 4 / 1e6
+    """Return the MB of this rank's U and W, W of all ranks, and their gradients, in float32."""
+    local, gathered = 2 * rows, dist.get_world_size() * rows
+    return 2 * (local + gathered) * width * 4 / 1e6
 
 
 TASKS: dict[str, Callable[..., Iterator[str]]] = {"speed": speed, "kept": kept, "memory": memory}
@@ -452,7 +455,7 @@ def texts_of(rows: Rows, number_of: dict[int, int], texts: list[tuple[str, str]]
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Return seconds until every rank has run it, and this rank's CPU-seconds."""
+    """Return the seconds until all ranks are done, and this rank's CPU seconds."""
     dist.barrier()
     started, cpu_started = time.perf_counter(), time.process_time()
     run()
@@ -479,8 +482,8 @@ def max_over_ranks(value: float) -> float:
     return float(largest)
 
 
-def forget_peak() -> float:
-    """Give back what is free, forget the high-water mark of resident memory; return what is resident now, in MB."""
+def reset_peak() -> float:
+    """Trim the heap, reset the high-water mark of resident memory, and return the resident MB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

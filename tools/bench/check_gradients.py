@@ -1,11 +1,10 @@
-"""Compare the gradients that training would apply at N ranks with those of the whole batch in one process.
+"""Compare the averaged gradients of N ranks with those of the whole batch in one process.
 
     python tools/bench/check_gradients.py --ranks 4
 
-For this loss and, where they are installed (extra [bench]), for open_clip's flag combinations and
-sentence-transformers' gather_across_devices. Each row gives the averaged gradient's size over the right one's
-(1.00 is right) and its direction (cosine), for the towers and the scale parameter; the mean over ranks is what DDP and
-DeepSpeed apply.
+For this project's losses and, if installed (extra [bench]), for open_clip's flag combinations and
+sentence-transformers' gather_across_devices. Each row gives the norm of the averaged gradient relative to the exact one
+(1.00 is correct) and their cosine, for the towers and the scale parameter; DDP and DeepSpeed apply the mean over ranks.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ ROWS, D, ALPHA = 48, 16, 10.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=at_least(1), default=4)
-    parser.add_argument("--table", action="store_true", help="as a Markdown table")
+    parser.add_argument("--ranks", type=at_least(1), default=4, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -44,10 +43,10 @@ def _rank(rank: int, ranks: int, rendezvous: str, markdown: bool) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
     rows = []
     for name, make in _losses().items():
-        found = _averaged(make(rank, ranks), rank, ranks)
-        alone = [dist.new_group([k]) for k in range(ranks)][rank]
-        right = _averaged(make(0, 1, alone), 0, 1)
-        rows.append((name, *_compare(found[:2], right[:2]), *_compare(found[2:], right[2:])))
+        averaged = _averaged(make(rank, ranks), rank, ranks)
+        single = [dist.new_group([k]) for k in range(ranks)][rank]
+        exact = _averaged(make(0, 1, single), 0, 1)
+        rows.append((name, *_compare(averaged[:2], exact[:2]), *_compare(averaged[2:], exact[2:])))
     if rank == 0:
         line = "| {:49s} | {:>6} | {:>7} | {:>6} |" if markdown else "{:49s} {:>8} {:>8} {:>8}"
         print(line.format(f"{ranks} ranks, {ROWS} rows", "towers", "cosine", "scale"))
@@ -59,7 +58,7 @@ def _rank(rank: int, ranks: int, rendezvous: str, markdown: bool) -> None:
 
 
 def _averaged(loss: Loss, rank: int, ranks: int) -> list[Tensor]:
-    """Return the mean over ranks of the gradients of two linear towers and of the scale."""
+    """Return the gradients of two linear towers and the scale, averaged over ranks."""
     generator = torch.Generator().manual_seed(0)
     query, doc = (nn.Linear(8, D, bias=False) for _ in range(2))
     query.weight.data, doc.weight.data = (torch.randn(D, 8, generator=generator) for _ in range(2))
@@ -76,14 +75,14 @@ def _averaged(loss: Loss, rank: int, ranks: int) -> list[Tensor]:
     return gradients
 
 
-def _compare(found: list[Tensor], right: list[Tensor]) -> tuple[float, float]:
-    """Return (size over size, cosine)."""
-    a, b = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, right))
+def _compare(averaged: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
+    """Return (ratio of norms, cosine)."""
+    a, b = (torch.cat([g.flatten() for g in gradients]) for gradients in (averaged, exact))
     return float(a.norm() / b.norm()), float(nn.functional.cosine_similarity(a, b, dim=0))
 
 
 def _losses() -> dict[str, Callable[..., Loss]]:
-    """Return for each name a function (rank, ranks, group) that makes the loss."""
+    """Return, by name, functions (rank, ranks, group) that build a loss."""
     found: dict[str, Callable[..., Loss]] = {}
     for direction in ("q2d", "d2q", "both"):
         found[f"fps_loss {direction}"] = lambda rank, ranks, group=None, direction=direction: (
@@ -124,7 +123,7 @@ def _sentence_transformers() -> dict[str, Callable[..., Loss]]:
                 scale=ALPHA,
                 gather_across_devices=ranks > 1,  # type: ignore[arg-type]
             )
-            plain.scale = alpha  # a number there; a parameter here, to see its gradient
+            plain.scale = alpha  # a parameter instead of a number, to obtain its gradient
             return plain.compute_loss_from_embeddings([U, W], None)
 
         return loss

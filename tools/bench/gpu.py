@@ -1,21 +1,21 @@
-"""Run the gpu tests, then time the loss and whole steps on one card, or on several.
+"""Run the GPU tests and benchmark the loss and complete steps on one or several GPUs.
 
     PYTHONPATH=. python tools/bench/gpu.py --out gpu.json
     PYTHONPATH=. torchrun --nproc_per_node 8 tools/bench/gpu.py --out gpu.json
 
-It needs torch, Triton, NumPy, transformers and pytest, and nothing from a network; what more some tests and the history
-towers need is left out where it is missing, and named. Within --seconds it takes what fits, the smallest sizes first.
-The tables are those of docs/gpu.md:
+Needs torch, Triton, NumPy, transformers and pytest, and no network; parts with further requirements are skipped and
+reported if those are missing. Runs as much as fits into --seconds, small sizes first. The tables are those of
+docs/gpu.md:
 
-tests   those marked `gpu`
-loss    forward and backward for M rows of the global batch, by direction: time, share of the measured bf16 product
-        peak, memory; beside them the whole matrix as open_clip has it, Liger and CCE where they are installed
+tests   tests with the mark `gpu`
+loss    forward and backward for M rows of the global batch, by direction: time, share of the measured bf16 matmul
+        peak, memory; for comparison the dense matrix of open_clip, Liger and CCE if they are installed
 step    forward, loss, backward and optimizer of a MiniLM, a BERT-base and a history tower, fp32, bf16, with and
-        without torch.compile: milliseconds of each part, pairs a second, share of peak
-histories   packed ones beside padded ones, by tools/bench/bench_histories.py
+        without torch.compile: milliseconds per part, pairs/s, share of peak
+histories   packed and padded, with tools/bench/bench_histories.py
 
-Times are medians. An operation is a multiplication or an addition of a matrix product: q2d takes 3 products of
-rows x columns x width, both directions 4. --device cpu with small sizes tries the tool itself.
+Times are medians. FLOPs are multiplications and additions of matrix products: q2d needs 3 products of
+rows x columns x width, both directions 4. Use --device cpu with small sizes to test the tool.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from gpu_bench import ALPHA, ROOT, Bench, ours, run_within, timed, vectors
 from gpu_towers import TOWERS, TwoInputs
 from torch import Tensor, nn
 
-TESTS_SHARE = 0.4  # of the time that is left
+TESTS_SHARE = 0.4  # of the remaining time
 PRODUCTS = {"q2d": 3, "both": 4}  # of rows x columns x width, forward and backward
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="tests, loss, step, histories (default: all)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dim", type=int, default=256, help="width of the loss's vectors (%(default)s)")
-    parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="global batches (default: 8k, 16k … 1M)")
-    parser.add_argument("--seconds", type=float, default=420, help="that all may take (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="JSON")
+    parser.add_argument("parts", nargs="*", help="parts to run: tests, loss, step, histories (default: all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=256, help="width of the loss's vectors (default: %(default)s)")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="global batch sizes (default: 8k, 16k … 1M)")
+    parser.add_argument("--seconds", type=float, default=420, help="time budget (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the results (default: printed only)")
     args = parser.parse_args()
     parts = args.parts or list(PARTS)
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"unknown part {unknown[0]}, needs one of {', '.join(PARTS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is here; --device cpu with small --rows tries the tool")
+        parser.error("no CUDA device; use --device cpu with small --rows to test the tool")
     bench = start(args)
-    bench.say(f"{bench.report['device']}, torch {torch.__version__}, {bench.world_size} rank(s)")
+    bench.log(f"{bench.report['device']}, torch {torch.__version__}, {bench.world_size} rank(s)")
     for part in parts:
         PARTS[part](bench, args)
         if args.out is not None and bench.rank == 0:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def start(args: argparse.Namespace) -> Bench:
-    """Return the bench of this rank, with a process group where there are several."""
+    """Return the bench of this rank; creates a process group for several ranks."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if args.device == "cuda":
@@ -84,15 +84,15 @@ def start(args: argparse.Namespace) -> Bench:
 
 
 def tests(bench: Bench, args: argparse.Namespace) -> None:
-    """Run the tests marked gpu, on one rank."""
+    """Run the tests with the mark gpu, on one rank."""
     if bench.world_size > 1 or args.device == "cpu":
-        bench.skip("tests", "they are run by one process with a CUDA device")
+        bench.skip("tests", "needs a single process with a CUDA device")
         return
     if importlib.util.find_spec("pytest") is None:
         bench.skip("tests", "pytest is not installed")
         return
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    # what conftest.py makes is for other tests, and needs libraries that these do without
+    # conftest.py serves other tests and needs further libraries
     command = [sys.executable, "-m", "pytest", "--noconftest", "-v", "-rs", "-m", "gpu", *files]
     most = max(1.0, TESTS_SHARE * bench.left())
     code, printed = run_within(command, most)
@@ -108,10 +108,10 @@ def tests(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def loss(bench: Bench, args: argparse.Namespace) -> None:
-    """Time the loss by its size and direction, beside others."""
+    """Time the loss by size and direction, and other implementations."""
     peak = product_peak(bench)
     bench.report["peak"] = {"dtype": "bfloat16", "tflops": round(peak / 1e12, 3)}
-    bench.say(f"bf16 product peak {peak / 1e12:.1f} TFLOP/s, measured")
+    bench.log(f"bf16 product peak {peak / 1e12:.1f} TFLOP/s, measured")
     sizes = [(m, m) for m in args.rows or [8192 << k for k in range(8)]]
     if not args.rows and bench.world_size == 1:
         sizes.insert(1, (8192, 65_536))  # a rank's share of a batch on eight cards
@@ -147,7 +147,7 @@ def loss(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def others(bench: Bench) -> dict[str, tuple[int, Callable[..., Tensor]]]:
-    """Return other losses of the same value by name, with the products that they take, all over M x M."""
+    """Return other implementations by name, with their number of M x M products."""
 
     def whole(U: Tensor, W: Tensor) -> Tensor:
         logits, target = ALPHA * U @ W.T, torch.arange(len(U), device=U.device)
@@ -171,7 +171,7 @@ def others(bench: Bench) -> dict[str, tuple[int, Callable[..., Tensor]]]:
 def step(bench: Bench, args: argparse.Namespace) -> None:
     """Time the parts of a step by tower, precision and compile."""
     peak = bench.report.get("peak", {}).get("tflops", 0) * 1e12 or product_peak(bench)
-    least_s = 10 if bench.small else 80  # compiling takes its time
+    least_s = 10 if bench.small else 80  # including compilation
     for name, make in TOWERS.items():
         try:
             tower, batch, flops = make(bench)
@@ -194,7 +194,7 @@ def step(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def step_parts(bench: Bench, tower: nn.Module, batch: TwoInputs, precision: str, compiled: bool) -> dict[str, float]:
-    """Return the median seconds of a step's parts; both sides go through one tower."""
+    """Return the median seconds per part of a step; both sides use the same tower."""
     run = torch.compile(tower) if compiled else tower
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=bench.device.type == "cuda")
     autocast = torch.autocast(bench.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -228,14 +228,14 @@ def step_parts(bench: Bench, tower: nn.Module, batch: TwoInputs, precision: str,
 
 
 def product_peak(bench: Bench) -> float:
-    """Return the operations a second of a large product in bfloat16."""
+    """Measure the FLOP/s of a large matrix product in bfloat16."""
     size = 256 if bench.small else 8192
     A, B = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / timed(bench, lambda: A @ B, 0.0)[0]
 
 
 def histories(bench: Bench, args: argparse.Namespace) -> None:
-    """Time query towers over packed histories beside padded ones, on one rank."""
+    """Time query towers over packed and padded histories, on one rank."""
     if bench.world_size > 1:
         return
     for block, positions in (("gated", "relative"), ("hstu", "relative"), ("gated", "rotary")):
@@ -247,7 +247,7 @@ def histories(bench: Bench, args: argparse.Namespace) -> None:
         if code == 0:
             bench.add("histories", {"histories": "\n".join(printed)})
         else:
-            why = printed[-1] if printed else "no word why"
+            why = printed[-1] if printed else "no output"
             bench.skip(what, "no time is left for it" if code is None else why)
 
 

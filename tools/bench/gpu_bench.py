@@ -1,4 +1,4 @@
-"""What the parts of gpu.py share: where they run, how much time is left, and how they time, run and report."""
+"""Common parts of gpu.py: device, time budget, timing, subprocesses and report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALPHA = 20.0
 
 @dataclass
 class Bench:
-    """Where it runs, how much time is left, and what has come out so far."""
+    """Device, ranks, deadline and results of a benchmark run."""
 
     device: torch.device
     rank: int
@@ -36,33 +36,33 @@ class Bench:
     report: dict[str, Any] = field(default_factory=dict)
 
     def of_first(self, number: float) -> float:
-        """Return rank 0's number: where each went by its own, some would wait for others."""
-        given = torch.tensor([number], dtype=torch.float64, device=self.device)
+        """Return rank 0's number, so that all ranks take the same decisions."""
+        value = torch.tensor([number], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.broadcast(given, 0)
-        return float(given)
+            dist.broadcast(value, 0)
+        return float(value)
 
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the remaining seconds."""
         return self.of_first(self.deadline - time.monotonic())
 
-    def say(self, line: str) -> None:
-        """Print a line, once for all ranks."""
+    def log(self, line: str) -> None:
+        """Print a line on rank 0."""
         if self.rank == 0:
             print(line, flush=True)
 
     def add(self, table: str, row: dict[str, Any]) -> None:
-        """Print a row of a table and keep it."""
+        """Print a row and add it to a table of the report."""
         self.report.setdefault(table, []).append(row)
-        self.say("  ".join(f"{name} {value}" for name, value in row.items()))
+        self.log("  ".join(f"{name} {value}" for name, value in row.items()))
 
     def skip(self, what: str, why: str) -> None:
-        """Say what is left out."""
+        """Report a skipped measurement."""
         self.add("skipped", {"skipped": what, "because": why})
 
     @contextmanager
     def or_skip(self, what: str) -> Iterator[None]:
-        """Say what fails, and go on with what comes next; of several ranks, which would wait for one, it ends all."""
+        """Report a failed measurement as skipped; with several ranks an error ends all of them."""
         try:
             yield
         except Exception as error:
@@ -71,25 +71,25 @@ class Bench:
             self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def synchronise(self) -> None:
-        """Wait for the device."""
+        """Synchronise with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def ours(U: Tensor, W: Tensor, direction: str) -> Tensor:
-    """Return the FPS loss of this rank's vectors."""
+    """Return the FPS loss of this rank."""
     positive = torch.arange(len(U), device=U.device)
     return fps_loss(U, W, positive, alpha=ALPHA, direction=direction).loss  # type: ignore[arg-type]
 
 
 def vectors(rows: int, dim: int, bench: Bench) -> Tensor:
-    """Return vectors of length 1, to be differentiated."""
-    made = nn.functional.normalize(torch.randn(rows, dim, device=bench.device), dim=1)
-    return made.to(torch.bfloat16).requires_grad_()
+    """Return random bfloat16 unit vectors that require gradients."""
+    unit = nn.functional.normalize(torch.randn(rows, dim, device=bench.device), dim=1)
+    return unit.to(torch.bfloat16).requires_grad_()
 
 
 def timed(bench: Bench, run: Callable[[], Any], expected: float) -> tuple[float, int]:
-    """Return the median seconds of a run, and the most memory that it took beside what was there."""
+    """Return the median seconds of a run, and its peak memory above the base in bytes."""
     memory = 0
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -109,7 +109,7 @@ def timed(bench: Bench, run: Callable[[], Any], expected: float) -> tuple[float,
 
 
 def run_within(command: Sequence[str], seconds: float) -> tuple[int | None, list[str]]:
-    """Return a command's exit code, None where it took longer, and what it printed; all it started ends with it."""
+    """Run a command; return its exit code (None: timeout) and output lines. Its process group is killed at the end."""
     with tempfile.TemporaryFile("w+") as printed:
         running = subprocess.Popen(
             command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"},

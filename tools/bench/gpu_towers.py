@@ -1,4 +1,4 @@
-"""The towers whose steps gpu.py times, with new weights, and features for them."""
+"""Towers with random weights and inputs for the step benchmarks of gpu.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass
 class TwoInputs:
-    """Features of queries and documents, as arguments of the tower."""
+    """Arguments of the tower for queries and documents."""
 
     rows: int
     query: tuple[Tensor, ...]
@@ -20,7 +20,7 @@ class TwoInputs:
 
 
 def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) -> tuple[nn.Module, TwoInputs, float]:
-    """Return a BERT with new weights, texts of one length, and the operations of a forward of one pair's sides."""
+    """Return a BERT, texts of equal length, and the FLOPs of one side's forward."""
     from transformers import BertConfig, BertModel
 
     if bench.small:
@@ -45,14 +45,14 @@ def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) ->
 
 
 def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
-    """Return gated blocks over 200 items, a vector a place of them, and the operations of a forward of a side."""
+    """Return gated blocks over 200 items with one output per position, inputs, and the FLOPs of one side's forward."""
     from bigdssm.models.blocks import AttentionContext
     from bigdssm.models.declarations import Gated
 
     width, items, rows = (32, 16, 4) if bench.small else (128, 200, 256)
     config = Gated(positions="rotary", layers=2, heads=4)
-    place = torch.arange(items, device=bench.device)
-    context = AttentionContext(place, place, (place[:, None] >= place)[None, None], True, True)
+    position = torch.arange(items, device=bench.device)
+    context = AttentionContext(position, position, (position[:, None] >= position)[None, None], True, True)
 
     class Histories(nn.Module):
         def __init__(self) -> None:
@@ -71,7 +71,7 @@ def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
     yes, no = torch.ones(1, device=bench.device), torch.ones(0, device=bench.device)
     tower = Histories().to(bench.device)
     linear = 2 * sum(p.numel() for layer in tower.layers for p in layer.parameters() if p.dim() == 2)
-    flops = rows * items * (linear + config.layers * 4 * items * width) / 2  # documents are looked up
+    flops = rows * items * (linear + config.layers * 4 * items * width) / 2  # documents are embedding look-ups
     return tower, TwoInputs(rows * items, (history, yes), (target, no)), float(flops)
 
 

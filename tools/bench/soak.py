@@ -1,11 +1,11 @@
-"""Hurt a run again and again, and see that it ends as one left alone: the same bits, the same rows, the same metrics.
+"""Soak test: inject random faults into a run and verify bit-identical results, rows and metrics.
 
     python tools/bench/soak.py --out FOLDER [--faults 20] [--seed 0]
 
-Makes a small dataset in FOLDER and trains on it on two ranks without a GPU: once in peace (FOLDER/whole), and once
-through random faults at random steps and ranks, under deepspeed or torchrun by chance, each time going on with
---resume auto (FOLDER/hurt). Between two starts a checkpoint may be damaged, too. Ends with 0 where nothing is lost.
-20 faults took 15 minutes on 2 busy cores.
+Builds a small dataset in FOLDER and trains on two CPU ranks: once undisturbed (FOLDER/whole), and once with random
+faults at random steps and ranks, under deepspeed or torchrun, resumed with --resume auto (FOLDER/hurt). Checkpoints may
+also be damaged between two starts. The exit code is 0 if the results are identical. 20 faults took 15 minutes on 2 busy
+cores.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PAIRS, NUM_WORDS = 3000, 200
-SAVE_EVERY, FURTHEST = 5, 12  # steps: between checkpoints; from a start to its fault
-LAST_STEPS = 20  # left for the last start, which nothing hurts
+SAVE_EVERY, MAX_STEPS = 5, 12  # steps: between checkpoints; from a start to its fault
+LAST_STEPS = 20  # of the last start, which has no fault
 PEER_TIMEOUT_S, DEADLINE_S = 6.0, 60.0  # the second: from a fault to the end of the last process
 DAMAGE = ("flip-byte", "cut-file", "lose-file", "lose-latest")
 IN_SAVE = ("kill-save", "disk-full")
 ANYWHERE = ("kill", "stop", "hang", "raise", "term", "int", "kill-launcher", "term-launcher", "kill-loader")
-DEEPSPEED_ONLY = ("kill-runner", "term-runner")  # above torchrun stands this program
+DEEPSPEED_ONLY = ("kill-runner", "term-runner")  # torchrun's parent is this program
 CONFIG = {
     "run": {"dir": "given", "trackers": []},
     "data": {
@@ -71,8 +71,8 @@ CONFIG = {
 
 
 @dataclass(frozen=True)
-class Struck:
-    """One fault and what came of it."""
+class FaultResult:
+    """One fault and its outcome."""
 
     kind: str
     launcher: str
@@ -80,41 +80,41 @@ class Struck:
     step: int
     exit_code: int
     seconds: float  # from the fault to the end of the last process
-    went_on_from: int  # the checkpoint that the next start found, -1 before it
+    went_on_from: int  # step of the resumed checkpoint, -1 without one
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist")
-    parser.add_argument("--faults", type=at_least(1), default=20, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds, steps, ranks and launchers (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for all files")
+    parser.add_argument("--faults", type=at_least(1), default=20, help="number of faults (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: %(default)s)")
     args = parser.parse_args()
     if args.out.exists():
         raise ConfigError(f"{args.out} exists; --out takes a new folder")
     started = time.monotonic()
-    steps = args.faults * FURTHEST + LAST_STEPS
+    steps = args.faults * MAX_STEPS + LAST_STEPS
     config = make_dataset(args.out, steps)
     chance = random.Random(args.seed)
-    nan = f"nan@{steps // 3}:1"  # skipped in both runs, however often the hurt one comes by
+    nan = f"nan@{steps // 3}:1"  # a skipped step, in both runs
     start(config, args.out / "whole", "deepspeed", nan).finish(0)
-    print(f"left alone: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
 
-    struck: list[Struck] = []
+    results: list[FaultResult] = []
     hurt = args.out / "hurt"
     for kind in kinds(args.faults, chance):
-        began = newest_step(hurt)
-        struck.append(damaged(hurt, kind, chance) if kind in DAMAGE else hit(config, hurt, kind, nan, began, chance))
-        print(f"{len(struck):3d} {json.dumps(asdict(struck[-1]))}", flush=True)
+        first = newest_step(hurt)
+        results.append(damage(hurt, kind, chance) if kind in DAMAGE else inject(config, hurt, kind, nan, first, chance))
+        print(f"{len(results):3d} {json.dumps(asdict(results[-1]))}", flush=True)
     start(config, hurt, "deepspeed", nan).finish(0)
 
-    report(struck, hurt, args.out, time.monotonic() - started)
+    report(results, hurt, args.out, time.monotonic() - started)
     problems = list(differences(args.out / "whole" / "pretrain", hurt / "pretrain"))
     print("the same bits, rows and metrics" if not problems else "\n".join(problems))
     return 1 if problems else 0
 
 
 def make_dataset(out: Path, steps: int) -> Path:
-    """Make the dataset and return the config's path."""
+    """Build the dataset and return the path of the config."""
     out.mkdir(parents=True)
     chance = random.Random(0)
     with (out / "pairs.jsonl").open("w") as file:
@@ -132,30 +132,30 @@ def make_dataset(out: Path, steps: int) -> Path:
 
 
 def kinds(number: int, chance: random.Random) -> list[str]:
-    """Return `number` kinds: each as often as any other, in random order, no damage before there are checkpoints."""
+    """Return `number` kinds with equal frequencies in random order; the first saves a checkpoint (term)."""
     every = [*ANYWHERE, *DEEPSPEED_ONLY, *IN_SAVE, *DAMAGE]
-    found: list[str] = []
-    while len(found) < number:
-        found += chance.sample(every, len(every))
-    found = found[:number]
-    first = next((place for place, kind in enumerate(found) if kind.startswith("term")), 0)
-    found[0], found[first] = found[first], found[0]
-    return found
+    sample: list[str] = []
+    while len(sample) < number:
+        sample += chance.sample(every, len(every))
+    sample = sample[:number]
+    first = next((position for position, kind in enumerate(sample) if kind.startswith("term")), 0)
+    sample[0], sample[first] = sample[first], sample[0]
+    return sample
 
 
-def hit(config: Path, hurt: Path, kind: str, nan: str, began: int, chance: random.Random) -> Struck:
-    """Start the run, let the fault strike, and wait until nothing of it is left."""
+def inject(config: Path, hurt: Path, kind: str, nan: str, newest: int, chance: random.Random) -> FaultResult:
+    """Start the run with a fault, and wait for the end of all its processes."""
     launcher = "deepspeed" if kind in DEEPSPEED_ONLY else chance.choice(["deepspeed", "torchrun"])
-    rank, first = chance.randrange(2), max(0, began)
-    step = first + chance.randint(1, FURTHEST)
+    rank, first = chance.randrange(2), max(0, newest)
+    step = first + chance.randint(1, MAX_STEPS)
     if kind in IN_SAVE:
-        step = (first // SAVE_EVERY + chance.randint(1, FURTHEST // SAVE_EVERY)) * SAVE_EVERY
+        step = (first // SAVE_EVERY + chance.randint(1, MAX_STEPS // SAVE_EVERY)) * SAVE_EVERY
     run = start(config, hurt, launcher, f"{nan},{kind}@{step}:{rank}")
-    seconds = run.struck(f"BIGDSSM_FAULT: {kind} at")
-    return Struck(kind, launcher, rank, step, run.process.returncode, round(seconds, 1), run.went_on_from())
+    seconds = run.wait_for_fault(f"BIGDSSM_FAULT: {kind} at")
+    return FaultResult(kind, launcher, rank, step, run.process.returncode, round(seconds, 1), run.resumed_from())
 
 
-def damaged(hurt: Path, kind: str, chance: random.Random) -> Struck:
+def damage(hurt: Path, kind: str, chance: random.Random) -> FaultResult:
     """Damage the newest checkpoint of a run that has ended."""
     folder = hurt / "pretrain" / "checkpoints"
     newest = sorted(folder.glob("step-*"))[-1]
@@ -168,10 +168,10 @@ def damaged(hurt: Path, kind: str, chance: random.Random) -> Struck:
         file.write_bytes(file.read_bytes()[: chance.randrange(file.stat().st_size)])
     else:
         (file if kind == "lose-file" else folder / "latest").unlink(missing_ok=True)
-    return Struck(kind, "", -1, int(newest.name.removeprefix("step-")), 0, 0.0, -1)
+    return FaultResult(kind, "", -1, int(newest.name.removeprefix("step-")), 0, 0.0, -1)
 
 
-class Started:
+class Run:
     """A run under a launcher."""
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -182,13 +182,16 @@ class Started:
             )
 
     def finish(self, code: int) -> None:
-        """Wait for the end. Raises CheckpointError where the launcher does not exit with `code`."""
+        """Wait for the end. Raises CheckpointError: an exit code other than `code`."""
         if self.process.wait() != code:
-            raise CheckpointError(f"exit code {self.process.returncode}, needed is {code}; see {self._log}")
+            raise CheckpointError(f"exit code {self.process.returncode}, needs {code}; see {self._log}")
 
-    def struck(self, sign: str) -> float:
-        """Wait for the fault, then for the end of all processes; return the seconds between. Raises CheckpointError."""
-        while sign not in self._log.read_text():
+    def wait_for_fault(self, line: str) -> float:
+        """Wait for the fault's log line, then for the end of all processes; return the seconds between.
+
+        Raises CheckpointError.
+        """
+        while line not in self._log.read_text():
             if self.process.poll() is not None:
                 raise CheckpointError(f"ended with {self.process.returncode} before the fault; see {self._log}")
             time.sleep(0.05)
@@ -197,29 +200,29 @@ class Started:
             if time.monotonic() - began > DEADLINE_S:
                 for pid in self._pids():
                     os.kill(pid, signal.SIGKILL)
-                raise CheckpointError(f"processes were left {DEADLINE_S:.0f} s after the fault; see {self._log}")
+                raise CheckpointError(f"processes still run {DEADLINE_S:.0f} s after the fault; see {self._log}")
             time.sleep(0.05)
         return time.monotonic() - began
 
-    def went_on_from(self) -> int:
-        """Return the step of the checkpoint that the run went on from, -1 where it began."""
-        found = re.search(r"goes on from \S*step-(\d+)", self._log.read_text())
-        return int(found[1]) if found else -1
+    def resumed_from(self) -> int:
+        """Return the step of the resumed checkpoint, -1 for a new run."""
+        match = re.search(r"goes on from \S*step-(\d+)", self._log.read_text())
+        return int(match[1]) if match else -1
 
     def _pids(self) -> list[int]:
-        """Return the processes that have the run's folder in their command line."""
-        found = []
+        """Return the processes with the run folder in their command line."""
+        pids = []
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and f"run.dir={self._folder}".encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+                    pids.append(int(entry.name))
             except OSError:  # ended meanwhile
                 continue
-        return found
+        return pids
 
 
-def start(config: Path, folder: Path, launcher: str, faults: str) -> Started:
-    """Start two ranks that go on from where the run in `folder` stands."""
+def start(config: Path, folder: Path, launcher: str, faults: str) -> Run:
+    """Start or resume the run in `folder` on two ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -232,17 +235,17 @@ def start(config: Path, folder: Path, launcher: str, faults: str) -> Started:
     command += ["launch/pretrain.py", "--config", str(config), f"run.dir={folder}", "--resume", "auto"]
     path = f"{near}{os.pathsep}{os.environ['PATH']}"
     forced = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "BIGDSSM_FAULT": faults, "PATH": path}
-    return Started(command, folder, {**os.environ, **forced})
+    return Run(command, folder, {**os.environ, **forced})
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint, good or not, -1 where there is none."""
+    """Return the step of the newest checkpoint, valid or not; -1 without one."""
     names = [path.name for path in (run / "pretrain" / "checkpoints").glob("step-*")]
     return max((int(name.removeprefix("step-")) for name in names), default=-1)
 
 
 def differences(whole: Path, hurt: Path) -> Iterator[str]:
-    """Yield what differs between the two stages: best weights, last checkpoint, rows, metrics."""
+    """Yield the differences between two stages: best weights, last checkpoint, rows, metrics."""
     last = f"checkpoints/step-{newest_step(whole.parent):08d}"
     tensors = [f"{last}/{file.name}" for file in sorted((whole / last).glob("*.safetensors"))]
     for name in ("best/model.safetensors", *tensors):
@@ -253,31 +256,31 @@ def differences(whole: Path, hurt: Path) -> Iterator[str]:
     for file in sorted(whole.glob("row_ids-*.jsonl")):
         if file.read_text() != (hurt / file.name).read_text():
             yield f"{file.name} differs"
-    first, second = (told(stage / METRICS_FILE) for stage in (whole, hurt))
+    first, second = (metrics(stage / METRICS_FILE) for stage in (whole, hurt))
     if first != second:
-        yield f"{METRICS_FILE} differs: it has other losses, or a step twice"
+        yield f"{METRICS_FILE} differs: other losses, or a repeated step"
 
 
-def told(path: Path) -> list[tuple[int, object]]:
-    """Return what a run told of each step and validation, times and memory aside."""
+def metrics(path: Path) -> list[tuple[int, object]]:
+    """Read the losses and validation metrics by step."""
     records = map(json.loads, path.read_text().splitlines())
     return [(record["step"], record.get("validation", record.get("loss"))) for record in records]
 
 
-def report(struck: list[Struck], hurt: Path, out: Path, seconds: float) -> None:
-    """Print the figures by kind, and save every fault."""
+def report(results: list[FaultResult], hurt: Path, out: Path, seconds: float) -> None:
+    """Print a table by kind of fault, and save all results."""
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
     for column in ("fault", "times", "exit codes", "seconds to the last process's end"):
         table.add_column(column)
-    for kind in dict.fromkeys(one.kind for one in struck):
-        same = [one for one in struck if one.kind == kind]
-        codes = ", ".join(sorted({str(one.exit_code) for one in same})) if kind not in DAMAGE else ""
-        times = f"{min(one.seconds for one in same):.1f} to {max(one.seconds for one in same):.1f}"
+    for kind in dict.fromkeys(result.kind for result in results):
+        same = [result for result in results if result.kind == kind]
+        codes = ", ".join(sorted({str(result.exit_code) for result in same})) if kind not in DAMAGE else ""
+        times = f"{min(result.seconds for result in same):.1f} to {max(result.seconds for result in same):.1f}"
         table.add_row(kind, str(len(same)), codes, times if kind not in DAMAGE else "")
     Console().print(table)
-    (out / "faults.json").write_text(json.dumps([asdict(one) for one in struck], indent=1) + "\n")
+    (out / "faults.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     starts = sum('"event": "start"' in line for line in (hurt / "pretrain" / "events.jsonl").read_text().splitlines())
-    print(f"{len(struck)} faults, {starts} starts, {seconds:.0f} s in all")
+    print(f"{len(results)} faults, {starts} starts, {seconds:.0f} s in total")
 
 
 if __name__ == "__main__":

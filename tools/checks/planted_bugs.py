@@ -254,7 +254,7 @@ BUGS = [
     Bug("faults", "the_first_rank_blamed", "running.watchdog:Watchdog._stuck_fault",
         "(survey[rank][\"moves\"], survey[rank][\"waits\"], rank)", "rank",
         f"{UNIT}/test_watchdog.py::test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody"),
-    Bug("faults", "a_second_run_in_the_folder", "running.run_folder:FolderLock._taken",
+    Bug("faults", "a_second_run_in_the_folder", "running.run_folder:FolderLock._acquire",
         "fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
         f"{UNIT}/test_run_folder.py::test_a_second_run_is_refused_and_told_who_has_the_folder"),
     # Bad data is counted and named.

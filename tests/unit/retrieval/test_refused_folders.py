@@ -304,6 +304,6 @@ def test_a_load_without_a_server_says_so(tools: Tools, tmp_path: Path) -> None: 
     (tmp_path / "queries").write_text("stone\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     command = ("bench_serve", "--url", "http://127.0.0.1:9", "--queries")
-    assert "no server answers there" in tools.refused(2, *command, tmp_path / "queries")
+    assert "no server responds" in tools.refused(2, *command, tmp_path / "queries")
     assert "is no text file in UTF-8" in tools.refused(3, *command, tmp_path / "binary")
     assert "--clients needs at least 1" in tools.refused(2, *command, tmp_path / "queries", "--clients", 0)
