@@ -31,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, report = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument(
-        "--seeds", nargs="+", required=True, metavar="S", help="seeds to train: whole numbers, each once"
-    )
+    parser.add_argument("--seeds", nargs="+", required=True, metavar="S", help="seeds to train, each once")
     parser.add_argument("--ranks", type=int, help="number of ranks (default: as in `bigdssm pretrain`)")
     args, others = parser.parse_known_args(own)
     if odd := [word for word in others if "=" not in word or word.startswith("-")]:

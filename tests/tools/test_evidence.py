@@ -289,7 +289,7 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
     with pytest.raises(DataError, match="are damaged"):
         collect(claim, elsewhere, read_trials(file))
     file.write_text("{}")
-    with pytest.raises(DataError, match="holds no trials"):
+    with pytest.raises(DataError, match="contains no trials"):
         read_trials(file)
 
 

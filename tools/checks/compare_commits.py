@@ -1,14 +1,14 @@
-"""Run two commits on this machine and compare what they compute: dataset contents, losses to the last bit, answers.
+"""Run two commits on this machine and compare their outputs: dataset contents, losses bit by bit, search results.
 
     python tools/checks/compare_commits.py BASE COMMIT [--only CASE …] [--work FOLDER] [--jobs N]
 
-For each case of cases.yaml a line: equal; intended, and why; or DIFFERS and where first. Exit code 1 where a difference
-is not intended, 2 where a case did not run. Nothing recorded is compared with: results differ between instruction sets,
-so both commits run here, in worktrees of their own and with the installed libraries. A commit's results are kept in
---work; a commit compared with itself runs twice. `$(git stash create)` names a working tree with its changes.
+Prints one line per case of cases.yaml: equal; intended, with the reason; or DIFFERS, with the first difference. Exit
+code 1: an unintended difference; 2: a case failed. Results depend on the instruction set, so both commits run here, in
+separate worktrees and with the installed libraries. Results are stored per commit in --work; a commit compared with
+itself runs twice. `$(git stash create)` names a working tree with its changes.
 
-Cases know the package by command lines, config keys and files alone. Where a commit has other names, its own
-tools/checks/names.yaml maps them, and lists the differences that are intended, with reasons (see there).
+Cases use only command lines, config keys and files of the package. If a commit has other names, its
+tools/checks/names.yaml maps them, and lists the intended differences with reasons (see there).
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ Config = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("commit")
-    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="these, and the cases they need")
-    parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="for results (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="cases at once (%(default)s)")
+    parser.add_argument("base", help="commit to compare with")
+    parser.add_argument("commit", help="commit to compare")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="CASE", help="run these cases and their dependencies (default: all)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=WORK, metavar="FOLDER", help="folder for results (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent cases (default: %(default)s)")
     args = parser.parse_args()
     table = yaml.safe_load((HERE / "cases.yaml").read_text())
     if unknown := set(args.only) - set(table["cases"]):
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(table['cases'])}")
+        parser.error(f"unknown case {', '.join(sorted(unknown))}, needs one of {', '.join(table['cases'])}")
     chosen = args.only or list(table["cases"])
     write_tables(args.work.resolve() / "tables")
     started = time.perf_counter()
@@ -60,12 +64,12 @@ def main() -> int:
     for case, (verdict, text) in zip(chosen, verdicts, strict=True):
         print(f"{case:22} {verdict:9} {text}")
     print(f"{base.hash[:12]} and {other.hash[:12]}: {len(chosen)} cases in {time.perf_counter() - started:.0f} s")
-    found = {verdict for verdict, _ in verdicts}
-    return 2 if "FAILED" in found else int("DIFFERS" in found)
+    outcomes = {verdict for verdict, _ in verdicts}
+    return 2 if "FAILED" in outcomes else int("DIFFERS" in outcomes)
 
 
 def _compared(base: Result, other: Result, case: str, names: Config) -> tuple[str, str]:
-    """Return the verdict over a case and what there is to say of it."""
+    """Return the verdict of a case and its explanation."""
     for result in (base, other):
         if result.failed:
             return "FAILED", result.failed
@@ -89,7 +93,7 @@ def _compared(base: Result, other: Result, case: str, names: Config) -> tuple[st
 
 @dataclass(frozen=True)
 class Result:
-    """What a case wrote, in the names of cases.yaml: leaves, and checksums of whole files; or why it failed."""
+    """Output of a case in the names of cases.yaml: leaves and checksums of files; or the reason of its failure."""
 
     leaves: dict[str, Any]
     files: dict[str, str]
@@ -97,7 +101,7 @@ class Result:
 
 
 class Commit:
-    """A commit in a worktree of its own, and the results of its cases."""
+    """A commit in a separate worktree, and the results of its cases."""
 
     def __init__(self, name: str, work: Path, table: Config, jobs: int, again: str = "") -> None:
         self.hash = _git("rev-parse", "--verify", f"{name}^{{commit}}").strip()
@@ -110,7 +114,7 @@ class Commit:
         self._idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
 
     def results(self, cases: list[str]) -> dict[str, Result]:
-        """Return the results of `cases`; those that are kept are not run again."""
+        """Return the results of `cases`; stored results are reused."""
         order: list[str] = []
         for case in cases:
             self._add(case, order)
@@ -122,7 +126,7 @@ class Commit:
         for process in processes:
             self._idle.put(process)
         try:
-            with ThreadPoolExecutor(self._jobs) as threads:  # a case comes behind those that it needs
+            with ThreadPoolExecutor(self._jobs) as threads:  # submitted after their dependencies
                 futures: dict[str, Future[None]] = {}
                 for case in order:
                     futures[case] = threads.submit(self._run, case, {need: futures[need] for need in self._needs(case)})
@@ -144,7 +148,7 @@ class Commit:
             order.append(case)
 
     def _key(self, case: str) -> str:
-        """Return what a case's results depend on beside the commit."""
+        """Return a checksum of everything but the commit that determines a case's results."""
         one = self._table["cases"][case]
         parts = [one, self._config_of(one), self.names.get("renames", []), [self._key(n) for n in self._needs(case)]]
         probes = re.findall(r"\{checks\}/(\w+\.py)", json.dumps(one))
@@ -183,14 +187,14 @@ class Commit:
 
     def _result(self, case: str) -> Result:
         done = json.loads((self.work / case / "done.json").read_text())
-        kept = {
+        stable = {
             place: value for place, value in done["leaves"].items()
             if not any(re.search(one["leaf"], place) for one in self._unstable)
         }  # fmt: skip
-        return Result(kept, done["files"], done["failed"])
+        return Result(stable, done["files"], done["failed"])
 
     def _written(self, folder: Path, patterns: list[str], places: dict[str, str]) -> tuple[Config, dict[str, str]]:
-        """Return the leaves and the checksums of all files that the patterns name, in the names of cases.yaml."""
+        """Return leaves and checksums of all files that match the patterns, in the names of cases.yaml."""
         lines, files = [], {}
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
             name = path.relative_to(folder).as_posix()
@@ -214,7 +218,7 @@ class Commit:
         return whole(one["config"]) if "config" in one else {}
 
     def _config(self, one: Config, case: str, places: dict[str, str]) -> Config:
-        """Return the case's config in this commit's names."""
+        """Return the config of a case in this commit's names."""
         config = self._config_of(one)
         dataset = Path(places[one.get("data", case)]) / "dataset"
         settings = {"run.dir": f"{places['here']}/run", "data.dir": str(dataset), **one.get("set", {})}
@@ -242,14 +246,14 @@ class Commit:
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables, cwd=self.tree)
 
     def _call(self, argv: list[str], ranks: int, folder: Path) -> int:
-        """Run a command as so many ranks and return the first exit code that is not 0."""
+        """Run a command on `ranks` ranks and return the first exit code other than 0."""
         group: list[dict[str, str]] = [{}]
         if ranks > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            group = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+                shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            group = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         argv = [str(self.tree / argv[0]), *argv[1:]]
         processes = [[variables, argv] for variables in group]
         request = {"ranks": processes, "log": str(folder / "log"), "cwd": str(self.tree)}
@@ -274,15 +278,15 @@ def _is_dict(value: Any) -> bool:
 
 def _settings(config: Config, place: str = "") -> list[tuple[str, Any]]:
     """Return the leaves of a config; lists are leaves."""
-    found = []
+    settings = []
     for key, value in config.items():
         at = f"{place}.{key}" if place else key
-        found += _settings(value, at) if isinstance(value, dict) and value else [(at, value)]
-    return found
+        settings += _settings(value, at) if isinstance(value, dict) and value else [(at, value)]
+    return settings
 
 
 def _nested(settings: list[tuple[str, Any]], places: dict[str, str] | None = None) -> Config:
-    """Return the config that has these values at these dotted places; {names} in texts are replaced by `places`."""
+    """Return the nested config of dotted keys; {names} in strings are replaced by `places`."""
     config: Config = {}
     for place, value in settings:
         *parents, last = place.split(".")

@@ -1,8 +1,7 @@
-"""What files hold, as lines `FILE:PLACE=VALUE` that do not depend on how the file is written.
+"""Contents of files as lines `FILE:PLACE=VALUE`, independent of their encoding.
 
-Two commits may write other bytes and mean the same: Arrow columns, arrays, tensors and JSON values are compared one by
-one, so that a difference has a name and a rename applies to it. What is opaque (.faiss, .onnx) is compared by what it
-answers, in other cases.
+Arrow columns, arrays, tensors and JSON values are compared one by one, so that a difference has a name to which renames
+apply. Opaque files (.faiss, .onnx) are compared by their outputs, in other cases.
 """
 
 import io
@@ -20,11 +19,11 @@ import yaml
 
 Leaf = tuple[str, Any]
 OPAQUE = (".faiss", ".onnx", ".data", ".png")
-LONGEST = 60  # a longer value is shown as its checksum
+MAX_CHARS = 60  # a longer value is replaced by its checksum
 
 
 def leaves(path: Path, name: str) -> Iterator[Leaf]:
-    """Yield (name, value) of everything in a file that is called `name`; values are JSON types."""
+    """Yield (`name`:place, value) of all values in a file; values are JSON types."""
     for place, value in _content(path.suffix, path.read_bytes()):
         yield f"{name}:{place}" if place else name, value
 
@@ -52,22 +51,22 @@ def _content(suffix: str, content: bytes) -> Iterator[Leaf]:
                 for place, value in _table(pa.ipc.open_stream(block).read_all()):
                     yield f"{member.name}:{place}", value
     elif suffix in (".json", ".yaml"):
-        yield from flat(yaml.safe_load(content) if suffix == ".yaml" else json.loads(content))
+        yield from flatten(yaml.safe_load(content) if suffix == ".yaml" else json.loads(content))
     elif suffix == ".jsonl":
         for number, line in enumerate(content.splitlines()):
-            yield from flat(json.loads(line), f"{number:04d}")
+            yield from flatten(json.loads(line), f"{number:04d}")
     else:
         yield "", digest(content)
 
 
-def flat(value: Any, place: str = "") -> Iterator[Leaf]:
+def flatten(value: Any, place: str = "") -> Iterator[Leaf]:
     """Yield the leaves of nested dicts and lists as (dotted place, value)."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if not children:
         text = json.dumps(value, sort_keys=True)
-        yield place, value if len(text) < LONGEST else digest(text.encode())
+        yield place, value if len(text) < MAX_CHARS else digest(text.encode())
     for key, child in children:
-        yield from flat(child, f"{place}.{key}" if place else str(key))
+        yield from flatten(child, f"{place}.{key}" if place else str(key))
 
 
 def _table(table: pa.Table) -> Iterator[Leaf]:

@@ -1,12 +1,12 @@
-"""Plant the bugs of planted_bugs.py, one at a time in a copy, and report which test catches each.
+"""Mutation tests: plant the bugs of planted_bugs.py one at a time, and report which test catches each.
 
     python tools/checks/mutations.py [--only NAME …] [--jobs N] [--commit COMMIT]
-    python tools/checks/mutations.py --find            # only check that every bug has its place and its test
+    python tools/checks/mutations.py --find            # only check that all fragments and tests exist
 
-A bug is a fragment of the source of one symbol, and what replaces it. The symbol is looked for in the module that the
-table names, then by its qualified name in the whole package, and the test by its name in all tests: a move of either
-breaks nothing. Every test is first run with nothing planted, and must pass. For each bug a line: caught, and by which
-test, or SURVIVED. Exit code 1 where a bug survived, 2 where one has no place or a test does not pass without it.
+A bug replaces a fragment in the source of one symbol. The symbol is looked up in the listed module, then by qualified
+name in the whole package, and the test by name in all tests, so that both may move. All tests are first run without a
+bug, and must pass. Prints one line per bug: caught, with the test, or SURVIVED. Exit code 1: a bug survived; 2: a
+fragment is missing, or a test fails without a bug.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ TEST_TIMEOUT_S = 300
 
 
 class Place(NamedTuple):
-    """Where a bug is planted."""
+    """A file with its planted bug."""
 
     file: Path  # relative to the tree
-    planted: str  # the file's text with the bug
+    planted: str  # content of the file with the bug
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these bugs, or those of a contract")
-    parser.add_argument("--jobs", type=int, default=2, help="bugs at once (%(default)s)")
-    parser.add_argument("--commit", default="HEAD", help="what is tried (%(default)s)")
-    parser.add_argument("--find", action="store_true", help="only find all places and tests")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="names of bugs or contracts (default: all)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent bugs (default: %(default)s)")
+    parser.add_argument("--commit", default="HEAD", help="commit to test (default: %(default)s)")
+    parser.add_argument("--find", action="store_true", help="only check that all fragments and tests exist")
     args = parser.parse_args()
     bugs = [bug for bug in BUGS if not args.only or {bug.name, bug.contract} & set(args.only)]
     with trees(args.commit, 1 if args.find else args.jobs) as copies:
@@ -63,7 +65,7 @@ def main() -> int:
             idle.put(Tree(copy))
         code, failed = _with(idle, None, sorted({str(found) for found in tests.values()}))
         if code:
-            print(f"with nothing planted exit code {code}: {', '.join(failed) or 'no test failed'}")
+            print(f"exit code {code} without a bug: {', '.join(failed) or 'no test failed'}")
             return 2
 
         def caught(bug: Bug) -> bool:
@@ -81,7 +83,7 @@ def main() -> int:
 
 
 def find_place(tree: Path, bug: Bug) -> Place | str:
-    """Return where the bug's fragment stands, exactly once in its symbol, or why there is no such place."""
+    """Plant a bug whose fragment occurs exactly once in its symbol; otherwise return the reason."""
     module, _, symbol = bug.symbol.partition(":")
     named = tree / PACKAGE / f"{module.replace('.', '/')}.py"
     others = sorted(path for folder in (PACKAGE, EVIDENCE) for path in (tree / folder).rglob("*.py") if path != named)
@@ -96,7 +98,7 @@ def find_place(tree: Path, bug: Bug) -> Place | str:
         return f"{len(found)} places of {bug.old!r} in {symbol}"
     path, text, first, end = found[0]
     if text[first:end].count(bug.old) != 1:
-        return f"{bug.old!r} stands several times in {symbol} of {path.relative_to(tree)}"
+        return f"{bug.old!r} occurs several times in {symbol} of {path.relative_to(tree)}"
     planted = text[:first] + text[first:end].replace(bug.old, bug.new) + text[end:]
     compile(planted, str(path), "exec")
     return Place(path.relative_to(tree), planted)
@@ -130,7 +132,7 @@ def find_test(tree: Path, test: str) -> str | None:
 
 @contextmanager
 def trees(commit: str, number: int) -> Iterator[list[Path]]:
-    """Give so many worktrees of a commit."""
+    """Yield `number` temporary worktrees of a commit."""
     folder = Path(tempfile.mkdtemp(prefix="bigdssm-mutations-"))
     copies = [folder / str(i) for i in range(number)]
     try:
@@ -144,7 +146,7 @@ def trees(commit: str, number: int) -> Iterator[list[Path]]:
 
 
 class Tree:
-    """A worktree, and a process that runs tests in it, each in a fork that need not import torch again."""
+    """A worktree, and a process that runs tests in it in forks, without importing torch again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._log = folder, folder.with_suffix(".log")
@@ -157,7 +159,7 @@ class Tree:
         self._warm = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables, cwd=folder)
 
     def run(self, tests: Sequence[str]) -> tuple[int, list[str]]:
-        """Return pytest's exit code and the tests that failed; of several runs all, of one the first."""
+        """Return pytest's exit code and the failed tests; a single test stops at its first failure."""
         self._log.write_text("")
         first = ["-x"] if len(tests) == 1 else []
         pytest = [str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", "-rfE", *first]
@@ -173,7 +175,7 @@ class Tree:
 
 
 def _with(idle: SimpleQueue[Tree], place: Place | None, tests: Sequence[str]) -> tuple[int, list[str]]:
-    """Run tests in an idle tree, with a bug in its place."""
+    """Run tests in an idle tree with a bug, or without one."""
     tree = idle.get()
     before = None if place is None else (tree.folder / place.file).read_bytes()
     try:

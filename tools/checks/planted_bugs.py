@@ -1,6 +1,7 @@
-"""The planted bugs of mutations.py: at least one for each contract of the package, by symbol and fragment.
+"""The planted bugs of mutations.py: at least one per contract of the package.
 
-`symbol` is module:qualified name, `old` stands in its source exactly once. The test is a fast one that must fail.
+`symbol` is module:qualified name; `old` occurs in its source exactly once and is replaced by `new`; `test` is a fast
+test that must fail.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,7 @@
-"""Write what exported folders compute, with the libraries that users load them with: probe_exports.py FOLDER.
+"""Write the vectors of exported folders, computed with the libraries of their users: probe_exports.py FOLDER.
 
-FOLDER has st (sentence-transformers), hf (a transformers model for each tower) and onnx; vectors become FOLDER/*.npy.
+FOLDER contains st (sentence-transformers), hf (one transformers model per tower) and onnx; vectors are written to
+FOLDER/*.npy.
 """
 
 import sys
@@ -33,8 +34,8 @@ def main(folder: Path) -> None:
 
 
 def _values(one: "onnxruntime.NodeArg") -> np.ndarray:
-    """Return small fixed values of an input's type: 4 rows, 3 of each in lists of any length."""
-    shape = [size if isinstance(size, int) else (4, 3)[place] for place, size in enumerate(one.shape)]
+    """Return small fixed values of an input's type and shape; dynamic sizes are 4 rows and 3 elements."""
+    shape = [size if isinstance(size, int) else (4, 3)[axis] for axis, size in enumerate(one.shape)]
     values = np.arange(np.prod(shape)).reshape(shape)
     if "float" in one.type:
         return (values / 8).astype(np.float32)

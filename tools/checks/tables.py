@@ -1,4 +1,4 @@
-"""Input tables of the cases: small, fixed, with bad rows, ties, missing values, versions and several files."""
+"""Input tables of the cases: small and fixed, with bad rows, ties, missing values, versions and several files."""
 
 import csv
 import io

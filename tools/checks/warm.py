@@ -1,7 +1,7 @@
-"""Command lines of one commit, each in a fork of this process, which has imported the libraries that they need.
+"""Run command lines of one commit in forks of this process, which has imported the required libraries.
 
-Reads one JSON object a line: {"ranks": [[ENVIRONMENT, ARGV], …], "log": FILE, "cwd": FOLDER}; ARGV is a script and its
-arguments. Writes the exit codes of the ranks as a JSON list. Nothing of the package is imported before a fork.
+Reads one JSON object per line: {"ranks": [[ENVIRONMENT, ARGV], …], "log": FILE, "cwd": FOLDER}; ARGV is a script with
+its arguments. Writes the exit codes of the ranks as a JSON list. The package itself is imported only after the fork.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     for line in sys.stdin:
         request = json.loads(line)
         children = [_fork(request, variables, argv) for variables, argv in request["ranks"]]

@@ -1,1 +1,1 @@
-"""Claims put to the test: cells of trainings that differ in a few keys, what they measure, and the page of it."""
+"""Controlled experiments for claims: training cells that differ in a few keys, their results, and the page."""

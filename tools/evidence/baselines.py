@@ -1,4 +1,4 @@
-"""Registers the laboratory's baselines beside those of the package; imported for that alone."""
+"""Registers further baselines in addition to those of the package; imported for this side effect."""
 
 from __future__ import annotations
 

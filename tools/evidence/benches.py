@@ -1,4 +1,4 @@
-"""What tools measure of the cells' models beside the claim's metric: times, bytes, what an index finds."""
+"""Benchmarks of the cells' models in addition to the claim's metric: latency, size, recall of an index."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Figures:
-    """What a bench measured: records of one table."""
+    """Results of a bench: records of one table."""
 
     about: str
     records: list[dict[str, Any]]
 
 
 def run_benches(claim: Claim, which: Sequence[Trial]) -> None:
-    """Have every bench of a claim measure the trials that it names; what is measured already is not again.
+    """Run all benches of a claim; existing results are reused.
 
-    A model that is not there any more is trained anew. Raises CalledProcessError where a command fails.
+    Missing models are trained again. Raises CalledProcessError: a command failed.
     """
     for bench in claim.benches:
         for trial in _measured_by(bench, which):
@@ -51,7 +51,7 @@ def run_benches(claim: Claim, which: Sequence[Trial]) -> None:
 
 
 def read_figures(claim: Claim, which: Sequence[Trial]) -> list[Figures]:
-    """Return what the benches of a claim measured. Raises DataError where one is not finished."""
+    """Read the results of a claim's benches. Raises DataError: one is not finished."""
     return [_figures(bench, which) for bench in claim.benches]
 
 
@@ -64,7 +64,7 @@ def _figures(bench: Bench, which: Sequence[Trial]) -> Figures:
         except FileNotFoundError:
             raise DataError(f"not finished: {trial}: {bench.about}") from None
         except (ValueError, KeyError) as error:
-            raise DataError(f"{file} holds no {bench.records}: {error!r}; remove it") from None
+            raise DataError(f"{file} contains no {bench.records}: {error!r}; remove it") from None
         of_cell = {"cell": trial.cell_name} if len(bench.of) > 1 else {}
         records += [of_cell | record for record in found]
     return Figures(bench.about, records)

@@ -1,21 +1,21 @@
-"""A claim as YAML: the data it is tried on, the cells to compare, and what has to come out for it to hold.
+"""A claim as YAML: its datasets, the cells to compare, and the comparisons expected if it holds.
 
 claim: Many negatives are better than few.
 sets:
   movielens_100k: {config: configs/movielens_100k.yaml, seeds: [0, 1, 2]}
 cells:
-  FPS, 1,024 rows: {}                                            # the config as it is, pretraining alone
+  FPS, 1,024 rows: {}                                            # the unchanged config, pretraining only
   FPS, 256 rows: {set: [pretrain.rows_global=256]}
   FPS, then PairCE: {after: "FPS, 1,024 rows", set: [sft.loss.name=pair_ce]}
   EASE: {baseline: ease, options: {regularisation: 300}}
 expect:
   - {better: "FPS, 1,024 rows", than: "FPS, 256 rows"}
-benches:                                                         # what tools measure of the cells' models
-  - about: What an index finds, and costs.
+benches:                                                         # further measurements of the cells' models
+  - about: Recall and cost of an index.
     of: ["FPS, 1,024 rows"]
     run: ["embed --model {model} --data {data} --out {folder}/vectors",
           "tools/bench/bench_index.py --model {model} --data {data} --vectors {folder}/vectors --out {out}"]
-    records: indexes                                             # the key of a list of records in what {out} holds
+    records: indexes                                             # the key of the list of records in {out}
 """
 
 from __future__ import annotations
@@ -36,38 +36,37 @@ Verdict = Literal["holds", "does not hold", "open"]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a claim is tried on: a shipped config and its dataset."""
+    """A shipped config and its dataset."""
 
     config: str = MISSING
     seeds: tuple[int, ...] = (0, 1, 2)
     set: tuple[str, ...] = ()  # overrides of every cell
-    make: str | None = None  # arguments of make_shards, for cells that leave features out
-    pool: str | None = None  # the result that its rows count in, with those of the sets with the same: years, say
+    make: str | None = None  # arguments of make_shards, for cells without some features
+    pool: str | None = None  # sets with the same pool form one result, for example years
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to train, or a baseline."""
+    """A training, or a baseline."""
 
-    set: tuple[str, ...] = ()  # key=value over the data set's config
-    per_set: dict[str, list[str]] = field(default_factory=dict)  # a set or pool: more of them, or of the options, there
-    without: tuple[str, ...] = ()  # features left out, as query.age: the dataset is made without them
-    make: str | None = None  # arguments of make_shards for what it learns from; it is measured on the set's dataset
-    after: str | None = None  # a cell whose pretraining this one fine-tunes
+    set: tuple[str, ...] = ()  # key=value overrides of the data set's config
+    per_set: dict[str, list[str]] = field(default_factory=dict)  # by set or pool: further overrides, or options
+    without: tuple[str, ...] = ()  # features to omit, such as query.age: the dataset is built without them
+    make: str | None = None  # arguments of make_shards for the training dataset; evaluated on the set's dataset
+    after: str | None = None  # cell whose pretrained model is fine-tuned
     sft: bool = False  # fine-tune after pretraining; implied by `after`
-    judge: tuple[
-        str, ...
-    ] = ()  # score_pairs: who judges what sft.negatives.mining finds; {start}: the model of `after`
-    teacher: str | None = None  # a cell whose pretrained model's vectors this one follows while it fine-tunes
-    rerank: int | None = None  # measured with its scorer ranking the towers' best anew, in place of all documents
-    baseline: str | None = None  # in place of a training
+    # arguments of score_pairs: teachers that score the hard negatives; {start}: the model of `after`
+    judge: tuple[str, ...] = ()
+    teacher: str | None = None  # cell whose pretrained model is the teacher (vectors) of fine-tuning
+    rerank: int | None = None  # evaluate with the top documents of the towers re-ranked by the scorer
+    baseline: str | None = None  # instead of a training
     options: dict[str, Any] = field(default_factory=dict)  # of the baseline
-    only: tuple[str, ...] = ()  # the sets and pools that it is tried on; empty: all
+    only: tuple[str, ...] = ()  # sets and pools of the cell; empty: all
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What has to come out: `better` beats `than`, or with `no_better` in its place does not, by more than `margin`."""
+    """An expected comparison: `better` exceeds `than` by more than `margin`, or `no_better` does not."""
 
     better: str | None = None
     no_better: str | None = None
@@ -76,11 +75,11 @@ class Expectation:
 
     @property
     def cell(self) -> str:
-        """Return the cell that is said to be better, or no better."""
+        """Return the cell that is expected to be better, or no better."""
         return cast(str, self.better if self.better is not None else self.no_better)
 
     def verdict(self, low: float, high: float) -> Verdict:
-        """Return what the 95 % interval of the cell's mean less the other's says."""
+        """Return the verdict for a 95 % interval of the difference between the two cells."""
         above, below = low > self.margin, high < self.margin
         held, refuted = (above, below) if self.better is not None else (below, above)
         return "holds" if held else "does not hold" if refuted else "open"
@@ -88,20 +87,20 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Bench:
-    """What tools measure of models beside the metric, such as times and bytes: a table of the page."""
+    """A further measurement of models, such as latency and size: a table of the page."""
 
     about: str = MISSING
-    of: tuple[str, ...] = MISSING  # the cells whose models, of the first seed, are measured
-    run: tuple[str, ...] = MISSING  # commands of ours or scripts, with {model}, {data}, {folder}; the last writes {out}
-    records: str = MISSING  # the key of the records in {out}, which is JSON
+    of: tuple[str, ...] = MISSING  # cells whose models (first seed) are measured
+    run: tuple[str, ...] = MISSING  # commands or scripts with {model}, {data}, {folder}; the last one writes {out}
+    records: str = MISSING  # key of the records in the JSON file {out}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and all that is needed to try it."""
+    """A claim and its experiment."""
 
     claim: str = MISSING
-    why: str = ""  # what was chosen, and how
+    why: str = ""  # explanation of the choices
     metric: str = "ndcg_at_10"
     split: str = "test"
     sets: dict[str, DataSet] = field(default_factory=dict)
@@ -111,19 +110,19 @@ class Claim:
 
     @property
     def pools(self) -> dict[str, list[str]]:
-        """Return the sets of each result: those of a pool, or one."""
-        found: dict[str, list[str]] = {}
+        """Return the sets per result: those of a pool, or a single set."""
+        pools: dict[str, list[str]] = {}
         for name, data in self.sets.items():
-            found.setdefault(data.pool or name, []).append(name)
-        return found
+            pools.setdefault(data.pool or name, []).append(name)
+        return pools
 
     def cells_on(self, name: str) -> dict[str, Cell]:
-        """Return the cells that are tried on the set `name`."""
+        """Return the cells of the set `name`."""
         names = self._names(name)
-        return {cell: own for cell, own in self.cells.items() if not own.only or set(names) & set(own.only)}
+        return {name: cell for name, cell in self.cells.items() if not cell.only or set(names) & set(cell.only)}
 
     def cell_on(self, set_name: str, name: str) -> Cell:
-        """Return a cell as it is on a set, with what `per_set` has for its pool, and then for it."""
+        """Return a cell with the `per_set` overrides of a set's pool and of the set."""
         cell = self.cells[name]
         more = [line for on in self._names(set_name) for line in cell.per_set.get(on, [])]
         if cell.baseline is None:
@@ -132,13 +131,13 @@ class Claim:
         return replace(cell, options={**cell.options, **options}, per_set={})
 
     def _names(self, name: str) -> list[str]:
-        """Return what names a set: its pool, and its own name."""
+        """Return the keys of a set in `per_set` and `only`: its pool and its name."""
         pool = self.sets[name].pool
         return [name] if pool is None else [pool, name]
 
 
 def read_claim(path: Path) -> Claim:
-    """Return the claim of a YAML file. Raises ConfigError: what is wrong with it, and where."""
+    """Read and validate the claim of a YAML file. Raises ConfigError."""
     claim = to_dataclass(path, Claim, read_yaml(path, "claim, sets, cells and expect"))
     _check(path, claim)
     return claim
@@ -165,7 +164,7 @@ def _check(path: Path, claim: Claim) -> None:
         allowed = "baseline, options, per_set, make and only"
         need(cell.baseline is None or not trained, key, "keys of a training", allowed)
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
-        need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without` beside it")
+        need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without`")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
         need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
         need(cell.teacher is None or cell.after is not None, f"{key}.teacher", cell.teacher, "after")

@@ -1,8 +1,8 @@
-"""Baselines that read a history as a set of items: ItemKNN and ALS (from the package implicit), EASE (SciPy).
+"""Baselines over histories as sets of items: ItemKNN and ALS (package implicit), EASE (SciPy).
 
-Each is fitted to the users' train positives, a matrix X of ones [users, N], and scores all documents for what a query
-has seen, x [N] of ones, by one matrix: x S, or x V (VᵀV …)⁻¹ Vᵀ. Source: Sarwar et al. 2001 with the weights of BM25;
-Steck 2019, "Embarrassingly Shallow Autoencoders", eq. 8; Hu, Koren and Volinsky 2008.
+Each is fitted to the binary matrix of train positives X [users, N], and scores all documents for the binary history x
+[N] of a query: x S, or x V (VᵀV …)⁻¹ Vᵀ. Source: Sarwar et al. 2001 with the weights of BM25; Steck 2019,
+"Embarrassingly Shallow Autoencoders", eq. 8; Hu, Koren and Volinsky 2008.
 
 Shapes: m queries, N documents.
 """
@@ -22,18 +22,18 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 
 FIT_ROWS = 65_536
-MOST_OF_EASE = 30_000  # documents: its matrix [N, N] is dense, 7 GB
+MAX_EASE_DOCS = 30_000  # EASE's matrix [N, N] is dense: 7 GB
 
 
 @dataclass(frozen=True)
 class ItemKNN:
-    """The score of document j is the sum of its similarities to the items of the history."""
+    """ItemKNN: the score of a document is the sum of its similarities to the items of the history."""
 
     similarity: Any  # CSR [N, N]
 
     @classmethod
     def fit(cls, dataset: Dataset, neighbours: int = 100, weights: str = "bm25") -> ItemKNN:
-        """Return the baseline; `weights` of the matrix before cosines are taken: bm25, tfidf or none."""
+        """Fit the baseline; `weights` of the matrix before the cosines: bm25, tfidf or none."""
         _need("implicit")
         from implicit import nearest_neighbours
 
@@ -42,7 +42,7 @@ class ItemKNN:
             raise ConfigError(f"weights={weights}: needs one of {', '.join(kinds)}")
         model = getattr(nearest_neighbours, kinds[weights])(K=neighbours)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it converts its own matrix, and says so
+            warnings.simplefilter("ignore")  # it warns about converting its own matrix
             model.fit(positives(dataset), show_progress=False)
         return cls(model.similarity)
 
@@ -60,10 +60,10 @@ class Ease:
 
     @classmethod
     def fit(cls, dataset: Dataset, regularisation: float = 300.0) -> Ease:
-        """Return the baseline. Raises DataError where N is too large for a dense matrix."""
-        if dataset.catalogue.num_docs > MOST_OF_EASE:
+        """Fit the baseline. Raises DataError: N is too large for a dense matrix."""
+        if dataset.catalogue.num_docs > MAX_EASE_DOCS:
             raise DataError(
-                f"EASE needs at most {MOST_OF_EASE} documents, {dataset.dir} has {dataset.catalogue.num_docs}"
+                f"EASE needs at most {MAX_EASE_DOCS} documents, {dataset.dir} has {dataset.catalogue.num_docs}"
             )
         X = positives(dataset)
         gram = (X.T @ X).toarray().astype(np.float64)
@@ -81,7 +81,7 @@ class Ease:
 
 @dataclass(frozen=True)
 class ImplicitALS:
-    """Matrix factorisation of implicit feedback; a query's vector is solved for from its history."""
+    """Matrix factorisation of implicit feedback; query vectors are computed from histories (fold-in)."""
 
     model: Any
 
@@ -90,7 +90,7 @@ class ImplicitALS:
         cls, dataset: Dataset, factors: int = 64, regularisation: float = 0.05, weight: float = 10.0,
         iterations: int = 15, seed: int = 0,
     ) -> ImplicitALS:  # fmt: skip
-        """Return the baseline; `weight` is the confidence in a positive over that in a zero."""
+        """Fit the baseline; `weight` is the confidence of positives relative to zeros."""
         _need("implicit")
         from implicit.als import AlternatingLeastSquares
 
@@ -110,31 +110,31 @@ class ImplicitALS:
 
 
 def positives(dataset: Dataset) -> Any:
-    """Return the train positives as CSR float32 [users, N] of ones. Raises DataError: rows without histories."""
+    """Return the train positives as a binary CSR matrix, float32 [users, N]. Raises DataError: no histories."""
     users, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for rows in dataset.iterate("train", FIT_ROWS):
         if rows.sequence is None:
-            raise DataError(f"{dataset.dir} holds pairs without histories, which this baseline needs")
+            raise DataError(f"{dataset.dir} contains pairs without histories, which this baseline needs")
         relevant = rows.relevance > 0
         users.append(rows.query_ids[relevant])
         docs.append(rows.doc_rows[relevant])
     _, user = np.unique(np.concatenate(users), return_inverse=True)
     item = np.concatenate(docs)
     shape = (int(user.max(initial=-1)) + 1, dataset.catalogue.num_docs)
-    found = csr_matrix((np.ones(len(item), np.float32), (user, item)), shape=shape)
-    found.data[:] = 1.0  # a pair once
-    return found
+    matrix = csr_matrix((np.ones(len(item), np.float32), (user, item)), shape=shape)
+    matrix.data[:] = 1.0  # duplicates were summed
+    return matrix
 
 
 def history(rows: Rows, num_docs: int) -> Any:
-    """Return what each query has seen as CSR float32 [m, N] of ones."""
+    """Return the histories as a binary CSR matrix, float32 [m, N]."""
     items, offsets = rows.seen_ragged()
-    found = csr_matrix(
+    matrix = csr_matrix(
         (np.ones(len(items), np.float32), np.asarray(items, np.int64), offsets), (rows.num_queries, num_docs)
     )
-    found.sum_duplicates()
-    found.data[:] = 1.0
-    return found
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
 
 
 def _need(package: str) -> None:

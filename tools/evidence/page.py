@@ -1,4 +1,4 @@
-"""The page of the claims, written from their results alone: verdicts, tables, a picture of each claim."""
+"""The page of the claims, generated from their results: verdicts, tables, one figure per claim."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bigdssm.utils.atomic import write_text
-from tools.evidence.results import Measured, Result, SetResult
+from tools.evidence.results import CellResult, Result, SetResult
 
 METRICS = {"ndcg_at_10": "NDCG@10", "hr_at_10": "HR@10", "mrr": "MRR", "recall_at_100": "Recall@100"}
 _COORDINATES = re.compile(r' (?:d|x|y|height|width|transform|points)="[^"]*"')
-HEAD = """# The article's claims, tried
+HEAD = """# Experiments on the article's claims
 
-'RecSys + DSSM + FPSLoss is all you need' says what to do and ends: measure what each step gains. Here each of its
-claims is a file in `configs/evidence/`: the cells to compare, what is changed in each over a shipped config, and what
-has to come out. `python -m tools.evidence` trains the cells, measures them on the test split over all documents, and
-writes this page:
+The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method and to measure the gain of every step. Each of
+its claims is a file in `configs/evidence/` with the cells to compare, their overrides of a shipped config, and the
+expected comparisons. `python -m tools.evidence` trains the cells, evaluates them on the test split over all documents,
+and writes this page:
 
     python -m tools.evidence configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md --store tools/evidence
 
 ± is a standard error over queries and seeds. Differences are paired by row, with 95 % bootstrap intervals over queries
-and seeds: rows with the same query id, of one user or one text, are drawn together. A claim **holds** where every
-interval is on its side of 0 (or of the margin that the claim names), **does not hold** where one is on the other side,
-and is **open** where an interval reaches over it. The closest call is of the intervals that say so the one whose end is
-nearest to that. CPU-seconds are of one training, with the pretraining, the judge and the teacher that it needed;
-CPU-hours are of all trainings of a claim, also where another claim shares them.
+and seeds, clustered by query id (user or text). A claim **holds** if every interval is on the expected side of 0 (or of
+the margin of the claim), **does not hold** if one is on the other side, and is **open** otherwise. The closest call is
+the interval with that verdict whose end is nearest to 0 or the margin. CPU-seconds are of one training, including
+pretraining and teachers; CPU-hours are of all trainings of a claim, including those shared with other claims.
 """
 
 
 def write_page(results: Mapping[str, Result], page: Path) -> None:
-    """Write the page, and its pictures into `images/` beside it; results by the name of the claim's file."""
+    """Write the page, and its figures to `images/` next to it; `results` by the name of the claim's file."""
     for name, result in results.items():
         _draw(result, page.parent / "images" / f"evidence_{name}.svg")
     page.write_text(as_markdown(results), encoding="utf-8")
 
 
 def as_markdown(results: Mapping[str, Result]) -> str:
-    """Return the page's text."""
+    """Return the page as Markdown."""
     summary = ["| claim | verdict | the closest call | CPU-hours |", "|---|---|---|---|"]
     for name, result in results.items():
         link = f"[{_cell(result.claim)}](#{name.replace('_', '-')})"
@@ -53,7 +52,7 @@ def as_markdown(results: Mapping[str, Result]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text as a cell of a table has it."""
+    """Escape a text for a table cell."""
     return text.replace("|", "\\|")
 
 
@@ -69,9 +68,9 @@ def _section(name: str, result: Result) -> str:
         of = f" ({', '.join(one.members)})" if one.members != [set_name] else ""
         lines += ["", f"{set_name}{of}, {result.split}, {_number(one)}, {seeds} seed{'s' * (seeds > 1)}:", ""]
         lines += _table(one, label)
-        for words, found in zip(result.expect, one.expected, strict=True):
-            if found is not None:
-                lines += ["", f"- {words}: {found}: {found.verdict}"]
+        for words, comparison in zip(result.expect, one.expected, strict=True):
+            if comparison is not None:
+                lines += ["", f"- {words}: {comparison}: {comparison.verdict}"]
     for figures in result.figures:
         lines += ["", figures.about, "", *_records(figures.records)]
     return "\n".join([*lines, ""])
@@ -94,26 +93,27 @@ def _table(one: SetResult, label: str) -> list[str]:
 
 
 def _records(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return records with the same keys as a table."""
-    rows = [list(records[0]), ["---"] * len(records[0]), *([_shown(value) for value in of.values()] for of in records)]
+    """Return records with equal keys as a table."""
+    header = [list(records[0]), ["---"] * len(records[0])]
+    rows = [*header, *([_format(value) for value in record.values()] for record in records)]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else _cell(str(value))
 
 
-def _halves(cell: Measured) -> list[str]:
-    """Return the metric of rare and of popular documents, a dash where there are none."""
+def _halves(cell: CellResult) -> list[str]:
+    """Return the metric of rare and of popular documents, a dash without such documents."""
     middle = len(cell.deciles) // 2
     halves = cell.deciles[:middle], cell.deciles[middle:]
     return [f"{sum(half) / len(half):.4f}" if half else "–" for half in halves]
 
 
 def _draw(result: Result, path: Path) -> None:
-    """Draw each set's cells with their standard errors, and the metric by tenths of popularity."""
+    """Plot the cells per set with standard errors, and the metric by deciles of popularity."""
     number = len(result.sets)
     height = 1.2 + 0.34 * max(len(one.cells) for one in result.sets.values())
     label = METRICS.get(result.metric, result.metric)
@@ -122,9 +122,9 @@ def _draw(result: Result, path: Path) -> None:
         figure = Figure(figsize=(9, height * number), layout="constrained")
         for axes, (name, one) in zip(figure.subplots(number, 2, squeeze=False), result.sets.items(), strict=True):
             cells = one.cells[::-1]
-            for place, cell in enumerate(cells):
-                axes[0].errorbar(cell.mean, place, xerr=cell.error, fmt="o", ms=4, color=f"C{place % 10}")
-                axes[1].plot(range(1, len(cell.deciles) + 1), cell.deciles, color=f"C{place % 10}", lw=1)
+            for y, cell in enumerate(cells):
+                axes[0].errorbar(cell.mean, y, xerr=cell.error, fmt="o", ms=4, color=f"C{y % 10}")
+                axes[1].plot(range(1, len(cell.deciles) + 1), cell.deciles, color=f"C{y % 10}", lw=1)
             axes[0].set_yticks(range(len(cells)), [cell.cell for cell in cells])
             axes[0].tick_params(axis="y", length=0)
             axes[0].set_ylim(-0.6, len(cells) - 0.4)
@@ -140,7 +140,7 @@ def _draw(result: Result, path: Path) -> None:
 
 
 def _smaller(svg: str) -> str:
-    """Return a picture of Matplotlib's in a quarter of the bytes: one decimal, shared styles, only the ids in use."""
+    """Reduce a Matplotlib SVG to a quarter of its size: one decimal, shared styles, only referenced ids."""
     svg = re.sub(r' id="[\w.]*_\d+"| transform="rotate\(-0[^"]*"', "", svg)
     svg = _COORDINATES.sub(_rounded, svg)
     styles = Counter(re.findall(r'style="([^"]*)"', svg))
@@ -151,6 +151,6 @@ def _smaller(svg: str) -> str:
 
 
 def _rounded(coordinates: re.Match[str]) -> str:
-    """Return an attribute's numbers with one decimal, a tenth of a point, on one line."""
+    """Round the numbers of an attribute to one decimal, on one line."""
     numbers = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), coordinates[0])
     return re.sub(r"\s*\n\s*", " ", numbers)

@@ -1,10 +1,10 @@
-"""Runs a claim's cells: trains, evaluates, and keeps what each measured; what is there already is not done again.
+"""Train and evaluate the cells of a claim; existing results are reused.
 
-A cell's folder is named by all that decides its outcome, so that two claims share it:
+The folder of a cell is named by a hash of everything that determines its outcome, so that claims share cells:
 
     DIR/data/HASH          a dataset without some features
-    DIR/SET/HASH/seed-S/   the run; cell.yaml, its config; SPLIT[-rerank-K]-report.json and its ranks; commands.jsonl:
-                           what was run
+    DIR/SET/HASH/seed-S/   the run; cell.yaml: its config; SPLIT[-rerank-K]-report.json and its ranks; commands.jsonl:
+                           the executed commands
 """
 
 from __future__ import annotations
@@ -35,69 +35,69 @@ from bigdssm.utils.hashing import code_checksum, hex64
 from bigdssm.utils.log import MetricsWriter, get_logger, read_records
 from tools.evidence.claims import Cell, Claim, DataSet
 
-REPORT, COMMANDS, JUDGED, TAUGHT = "report.json", "commands.jsonl", "judged.npy", "teacher"
+REPORT, COMMANDS, SCORED, TEACHER_VECTORS = "report.json", "commands.jsonl", "judged.npy", "teacher"
 logger = get_logger(__name__)
-_making = Lock()  # of datasets, one at a time
-PRECISION = {"engine": {"precision": "fp32"}}  # unless a set's config has another: a claim's machines then agree
-_fitting = Lock()  # of baselines: they share this process's random state, and its processor time is what each took
+PRECISION = {"engine": {"precision": "fp32"}}  # default of claims, so that all machines compute the same
+_building = Lock()  # datasets are built one at a time
+_fitting = Lock()  # baselines are fitted one at a time: they share the random state and CPU time of this process
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A cell on a set with a seed: what is run, and where."""
+    """A cell on a set with a seed, and its run folder."""
 
     claim: Claim
     set_name: str
     cell_name: str
     seed: int
     folder: Path  # of the run
-    after: Trial | None = None  # whose pretraining it fine-tunes
-    teacher: Trial | None = None  # whose vectors it follows
+    after: Trial | None = None  # the trial whose pretrained model is fine-tuned
+    teacher: Trial | None = None  # the trial whose model is the teacher
 
     @property
     def data(self) -> DataSet:
-        """Return the set that it is tried on."""
+        """Return the set of the trial."""
         return self.claim.sets[self.set_name]
 
     @property
     def cell(self) -> Cell:
-        """Return the cell as it is on the set."""
+        """Return the cell with the overrides of the set."""
         return self.claim.cell_on(self.set_name, self.cell_name)
 
     @property
     def config_file(self) -> Path:
-        """Return the config that it is trained with."""
+        """Return the path of the trial's config."""
         return self.folder / "cell.yaml"
 
     @property
     def stages(self) -> list[StageName]:
-        """Return what it trains, in order."""
+        """Return the stages to train, in order."""
         return ["sft"] if self.after else ["pretrain", "sft"] if self.cell.sft else ["pretrain"]
 
     @property
     def model(self) -> Path:
-        """Return the model that it ends with."""
+        """Return the path of the final model."""
         return self.folder / self.stages[-1] / "best"
 
     @property
     def start(self) -> Path | None:
-        """Return the model that it fine-tunes, of another cell."""
+        """Return the path of the other trial's model that is fine-tuned."""
         return None if self.after is None else self.after.folder / "pretrain" / "best"
 
     @property
     def needed(self) -> list[Trial]:
-        """Return those whose models it takes."""
+        """Return the trials whose models are required."""
         return [trial for trial in (self.after, self.teacher) if trial is not None]
 
     @property
     def report(self) -> Path:
-        """Return the file with what it measured, which is there once it is finished."""
+        """Return the path of the results, which exists once the trial is finished."""
         ranked = "" if self.cell.rerank is None else f"-rerank-{self.cell.rerank}"
         return self.folder / f"{self.claim.split}{ranked}-{REPORT}"
 
     @property
     def name(self) -> str:
-        """Return what tells it from all others wherever its run stands: the set, the config's hash, seed, split."""
+        """Return an identifier independent of the run's location: set, hash of the config, seed, split."""
         return "/".join([*self.folder.parts[-3:], self.report.name.removesuffix(f"-{REPORT}")])
 
     def __str__(self) -> str:
@@ -106,35 +106,35 @@ class Trial:
 
 
 def trials(claim: Claim, out: Path) -> list[Trial]:
-    """Return all trials of a claim whose runs stand in `out`; those that others start from come first.
+    """Return all trials of a claim with their run folders in `out`, in order of their dependencies.
 
-    Raises ConfigError: what is wrong with a set's config, or a cell is compared with its equal.
+    Raises ConfigError: an invalid config of a set, or a cell compared with an equal one.
     """
-    found: dict[tuple[str, str, int], Trial] = {}
+    by_key: dict[tuple[str, str, int], Trial] = {}
     for set_name, data in claim.sets.items():
-        load_config(data.config, data.set)  # which says in one sentence what is wrong with it
+        load_config(data.config, data.set)  # raises for an invalid config
         cells = claim.cells_on(set_name)
         for cell_name in sorted(cells, key=lambda name: (cells[name].after is not None, list(cells).index(name))):
             cell = cells[cell_name]
             folder = out / set_name / _name_of(claim, set_name, cell_name)
             for seed in data.seeds if cell.baseline is None else data.seeds[:1]:
-                after = None if cell.after is None else found[set_name, cell.after, seed]
-                teacher = None if cell.teacher is None else found[set_name, cell.teacher, seed]
+                after = None if cell.after is None else by_key[set_name, cell.after, seed]
+                teacher = None if cell.teacher is None else by_key[set_name, cell.teacher, seed]
                 run = folder / f"seed-{seed}"
                 trial = Trial(claim, set_name, cell_name, seed, run, after, teacher)
-                found[set_name, cell_name, seed] = trial
+                by_key[set_name, cell_name, seed] = trial
         for number, expected in enumerate(claim.expect):
-            first, second = (found.get((set_name, name, data.seeds[0])) for name in (expected.cell, expected.than))
+            first, second = (by_key.get((set_name, name, data.seeds[0])) for name in (expected.cell, expected.than))
             if first is not None and second is not None and first.report == second.report:
                 raise ConfigError(
                     f"expect[{number}]: {expected.cell} and {expected.than} are the same on {set_name}, needs two "
                     "cells that differ"
                 )
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _check(trial: Trial) -> None:
-    """Raise ConfigError where a trial could not be run."""
+    """Raise ConfigError for a trial with an invalid config or options."""
     data, cell = trial.data, trial.cell
     try:
         config = config_from(Path(data.config), _config_content(trial))
@@ -145,14 +145,14 @@ def _check(trial: Trial) -> None:
     except ConfigError as error:
         raise ConfigError(f"cells.{trial.cell_name} on {trial.set_name}: {error}") from None
     if cell.without and _made(data, cell) is None:
-        raise ConfigError(f"sets.{trial.set_name}.make: missing; cells that leave features out need their dataset made")
+        raise ConfigError(f"sets.{trial.set_name}.make: missing; cells with `without` need it to build their dataset")
 
 
-def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) -> None:
-    """Run those that are not finished, `at_once` side by side; raises the first one's error once all have ended.
+def run_trials(which: Sequence[Trial], at_once: int, stored: Container[str] = ()) -> None:
+    """Run unfinished trials, `at_once` concurrently; raises the first error after all have ended.
 
-    What others start from is run as well, and what is `kept` is not, unless another starts from it. Raises ConfigError
-    before the first is run where a config of a cell, or an option of its baseline, cannot be.
+    Includes required trials. `stored` trials are skipped unless another one requires them. Raises ConfigError before
+    the first run: an invalid config of a cell, or an invalid option of a baseline.
     """
     errors: list[Exception] = []
 
@@ -164,15 +164,15 @@ def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) 
                 logger.error("%s: %s", trial, error)
                 errors.append(error)
 
-    wanted = [trial for trial in which if trial.name not in kept]
-    wanted = [needed for trial in wanted if not trial.report.exists() for needed in trial.needed] + wanted
-    once = {trial.report: trial for trial in wanted if not trial.report.exists()}
-    for trial in {trial.folder.parent: trial for trial in once.values()}.values():  # of each cell one
+    pending = [trial for trial in which if trial.name not in stored]
+    pending = [needed for trial in pending if not trial.report.exists() for needed in trial.needed] + pending
+    unique = {trial.report: trial for trial in pending if not trial.report.exists()}
+    for trial in {trial.folder.parent: trial for trial in unique.values()}.values():  # one per cell
         _check(trial)
-    for of_kind in (False, True):
+    for fine_tunes in (False, True):
         folders: dict[Path, list[Trial]] = {}
-        for trial in once.values():
-            if (trial.after is not None) == of_kind:
+        for trial in unique.values():
+            if (trial.after is not None) == fine_tunes:
                 folders.setdefault(trial.folder, []).append(trial)
         with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(run, folders.values()))
@@ -181,12 +181,12 @@ def run_trials(which: Sequence[Trial], at_once: int, kept: Container[str] = ()) 
 
 
 def run_trial(trial: Trial) -> None:
-    """Train and evaluate one. Raises CalledProcessError where a command fails: its log stands in the folder."""
+    """Train and evaluate a trial. Raises CalledProcessError: a command failed; its log is in the folder."""
     if trial.report.exists():
         return
-    logger.info("%s: begins, in %s", trial, trial.folder)
+    logger.info("%s: starting, in %s", trial, trial.folder)
     trial.folder.mkdir(parents=True, exist_ok=True)
-    with _making:
+    with _building:
         config = write_config(trial)
     measured = load_config(trial.data.config, trial.data.set).data.dir if trial.cell.make else config.data.dir
     if trial.cell.baseline is not None:
@@ -197,13 +197,13 @@ def run_trial(trial: Trial) -> None:
     if trial.start is not None:
         overrides.append(f"sft.init={trial.start}")
     if trial.cell.judge:
-        _judge(trial, config)
+        _score_negatives(trial, config)
     if trial.teacher is not None:
-        with _making:
+        with _building:
             _embed_teacher(trial.teacher, config)
     trained = {record["command"] for record in _commands(trial) if record["exit_code"] == 0}
     for stage in trial.stages:
-        if stage not in trained:  # else another cell of this folder did
+        if stage not in trained:  # otherwise another cell of this folder trained it
             options = ("--resume", "auto", "--ranks", "1")
             _command(trial, stage, "--config", str(trial.config_file), *overrides, *options)
     ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
@@ -214,7 +214,7 @@ def run_trial(trial: Trial) -> None:
 
 
 def write_config(trial: Trial) -> Config:
-    """Write the cell's config, make its dataset where it has one of its own, and return it."""
+    """Write and return the cell's config, and build its dataset if it is not that of the set."""
     content, make = _config_content(trial), _made(trial.data, trial.cell)
     if make is not None:
         made_of = hex64(repr((OmegaConf.to_yaml(content.data), make)))
@@ -228,23 +228,23 @@ def write_config(trial: Trial) -> Config:
 
 
 def _config_content(trial: Trial) -> Any:
-    """Return a trial's config as YAML has it, with the files of its judges and its teacher."""
+    """Return a trial's config as plain YAML, with the files of its teachers."""
     content = _content(trial.claim, trial.set_name, trial.cell_name)
     if trial.cell.judge:
-        OmegaConf.update(content, "sft.negatives.mining.file", str(trial.folder / JUDGED))
+        OmegaConf.update(content, "sft.negatives.mining.file", str(trial.folder / SCORED))
     if trial.teacher is not None:
-        OmegaConf.update(content, "sft.distillation.teacher", str(trial.teacher.folder / TAUGHT))
+        OmegaConf.update(content, "sft.distillation.teacher", str(trial.teacher.folder / TEACHER_VECTORS))
     return content
 
 
 def _made(data: DataSet, cell: Cell) -> str | None:
-    """Return how a cell's own dataset is made, or None where it takes the set's."""
+    """Return the make_shards arguments of a cell's dataset, or None if it is that of the set."""
     return data.make if cell.without else cell.make
 
 
-def _judge(trial: Trial, config: Config) -> None:
-    """Have the cell's judges score the ranks that its config mines, where they have not yet."""
-    mined, judged = trial.folder / "mined.npy", trial.folder / JUDGED
+def _score_negatives(trial: Trial, config: Config) -> None:
+    """Mine hard negatives and score them with the cell's teachers; existing files are reused."""
+    mined, scored = trial.folder / "mined.npy", trial.folder / SCORED
     assert config.sft is not None
     window = config.sft.negatives.mining
     if not mined.exists():
@@ -252,27 +252,27 @@ def _judge(trial: Trial, config: Config) -> None:
             trial, "mine_negatives", "--model", str(trial.start), "--data", config.data.dir, "--out", str(mined),
             "--first", str(window.first), "--last", str(window.last),
         )  # fmt: skip
-    if not judged.exists():
-        judges = [word.format(start=trial.start) for word in trial.cell.judge]
-        files = ["--mined", str(mined), "--out", str(judged)]
-        _command(trial, "score_pairs", "--data", config.data.dir, *files, *judges)
+    if not scored.exists():
+        teachers = [word.format(start=trial.start) for word in trial.cell.judge]
+        files = ["--mined", str(mined), "--out", str(scored)]
+        _command(trial, "score_pairs", "--data", config.data.dir, *files, *teachers)
 
 
 def _embed_teacher(teacher: Trial, config: Config) -> None:
-    """Encode the dataset by a teacher's model, where that has not been done yet."""
-    out = teacher.folder / TAUGHT
+    """Encode the dataset with a teacher's model; existing vectors are reused."""
+    out = teacher.folder / TEACHER_VECTORS
     if not out.exists():
         where = ["--data", config.data.dir, "--out", str(out)]
         _command(teacher, "embed_teacher", "--model", str(teacher.model), *where, *_precision(config))
 
 
 def _precision(config: Config) -> list[str]:
-    """Return the option of commands that encode as the towers were trained."""
+    """Return the option for encoding in the precision of training."""
     return ["--precision", config.engine.precision]
 
 
 def cpu_seconds(trial: Trial) -> float:
-    """Return what its training took, its judges, its teacher and the pretraining that it started from included."""
+    """Return the CPU seconds of training, including its teachers and the pretraining of its initial model."""
     spent = _spent(trial, "pretrain", "mine_negatives", "score_pairs", "sft", "baseline")
     if trial.after is not None:
         spent += cpu_seconds(trial.after)
@@ -286,28 +286,28 @@ def _spent(trial: Trial, *commands: str) -> float:
 
 
 def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
-    """Return a cell's config as YAML has it, without the features that it leaves out."""
+    """Return a cell's config as plain YAML, without the features in `without`."""
     data, cell = claim.sets[set_name], claim.cell_on(set_name, cell_name)
     content: Any = OmegaConf.merge(
         PRECISION, OmegaConf.load(data.config), OmegaConf.from_dotlist([*data.set, *cell.set])
     )
-    for left_out in cell.without:
-        side, _, name = left_out.partition(".")
+    for feature in cell.without:
+        side, _, name = feature.partition(".")
         if side not in ("query", "doc") or name not in content.data.get(side, {}):
-            raise ConfigError(f"cells.{cell_name}.without: {left_out} is no feature of {data.config}")
+            raise ConfigError(f"cells.{cell_name}.without: {feature} is no feature of {data.config}")
         del content.data[side][name]
     return content
 
 
 def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
-    """Return a name that two cells share where all that decides what comes out is the same."""
+    """Return a hash of everything that determines a cell's outcome except the seed."""
     data, cell = claim.sets[set_name], claim.cell_on(set_name, cell_name)
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
     made = _made(data, cell)
-    told: list[Any] = [cell.judge] if cell.judge else []
-    told += [_name_of(claim, set_name, cell.teacher)] if cell.teacher is not None else []
-    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *told]))
+    teachers: list[Any] = [cell.judge] if cell.judge else []
+    teachers += [_name_of(claim, set_name, cell.teacher)] if cell.teacher is not None else []
+    return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *teachers]))
 
 
 def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
@@ -318,23 +318,23 @@ def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
     evaluation = evaluate_scores(scores, dataset, **how)
     system = System.of_ranks(trial.cell_name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
     spent = sum(os.times()[:2]) - sum(used[:2])
-    _note(trial, "baseline", 0, spent, perf_counter() - started)
+    _record(trial, "baseline", 0, spent, perf_counter() - started)
     save_comparison(trial.report, [system], [], dataset, **how)
 
 
 def _command(trial: Trial, command: str, *arguments: str) -> None:
-    """Run `bigdssm command …`, its output in the trial's folder. Raises CalledProcessError."""
-    ended = run_command(trial.folder / f"{command}.log", command, *arguments)
-    _note(trial, command, ended.exit_code, ended.cpu_seconds, ended.seconds)
-    ended.check()
+    """Run `bigdssm command …` with its log in the trial's folder. Raises CalledProcessError."""
+    finished = run_command(trial.folder / f"{command}.log", command, *arguments)
+    _record(trial, command, finished.exit_code, finished.cpu_seconds, finished.seconds)
+    finished.check()
 
 
 def _commands(trial: Trial) -> list[dict[str, Any]]:
-    """Return the records of what was run for it."""
+    """Return the records of the trial's commands."""
     return read_records(trial.folder / COMMANDS, "cpu_seconds")
 
 
-def _note(trial: Trial, command: str, code: int, cpu_s: float, wall_s: float) -> None:
+def _record(trial: Trial, command: str, code: int, cpu_s: float, wall_s: float) -> None:
     record = {
         "command": command, "exit_code": code, "cpu_seconds": round(cpu_s, 2), "seconds": round(wall_s, 2),
         "code": code_checksum(),

@@ -1,6 +1,6 @@
-"""Baselines that read texts: a pretrained text encoder, and one trained by sentence-transformers.
+"""Text baselines: a pretrained text encoder, and one trained with sentence-transformers.
 
-Both read as much of a text as the towers.
+Both truncate texts to the same length as the towers.
 
 Shapes: m queries, N catalogue rows.
 """
@@ -24,12 +24,12 @@ from bigdssm.losses.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 
-ROWS_AT_ONCE = 16_384
+ROWS_PER_BATCH = 16_384
 
 
 @dataclass(frozen=True)
 class VectorTexts:
-    """The score of a document is the cosine of what a text encoder makes of both texts: vectors of length 1."""
+    """Cosine scores of a text encoder with unit vectors."""
 
     encoders: Encoders
     documents: Tensor  # float32 [N, H]
@@ -40,18 +40,18 @@ class VectorTexts:
 
 
 class PretrainedTexts(VectorTexts):
-    """A Hugging Face text encoder as it is."""
+    """An unmodified Hugging Face text encoder."""
 
     @classmethod
     def fit(cls, dataset: Dataset, folder: str, precision: str = "fp32") -> PretrainedTexts:
-        """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or `folder` holds no encoder."""
+        """Encode the catalogue. Raises ConfigError: a side without texts, or no encoder in `folder`."""
         encoders = text_encoders(Path(folder), Texts(dataset), precision)
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)))
 
 
 @dataclass(frozen=True)
 class SentenceTransformerTexts(VectorTexts):
-    """A text encoder that sentence-transformers has trained."""
+    """A text encoder trained with sentence-transformers."""
 
     model: Any  # SentenceTransformer
 
@@ -60,11 +60,10 @@ class SentenceTransformerTexts(VectorTexts):
         cls, dataset: Dataset, folder: str, steps: int, rows: int = 512, lr: float = 5e-5, warmup_steps: int = 0,
         precision: str = "fp32", seed: int = 0,
     ) -> SentenceTransformerTexts:  # fmt: skip
-        """Return the baseline of `dataset`: a Hugging Face text encoder, mean-pooled, trained by it as its docs advise.
+        """Train a mean-pooled Hugging Face text encoder as recommended by the sentence-transformers documentation.
 
-        That is MultipleNegativesRankingLoss over batches of `rows` pairs, without repeated texts in a batch; what
-        is not told is its default. Raises ConfigError: a side without texts, no encoder in `folder`,
-        no steps or rows, or a package is missing.
+        MultipleNegativesRankingLoss over batches of `rows` pairs without duplicate texts; other settings are defaults.
+        Raises ConfigError: a side without texts, no encoder in `folder`, no steps or rows, or a missing package.
         """
         try:
             from datasets import Dataset as Table
@@ -82,10 +81,10 @@ class SentenceTransformerTexts(VectorTexts):
         encoder = Transformer(folder)
         model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cpu")
         pairs: dict[str, list[str]] = {"anchor": [], "positive": []}
-        for piece in dataset.iterate("train", ROWS_AT_ONCE):
-            good = np.flatnonzero(piece.relevance > 0)
-            pairs["anchor"] += texts.queries(piece.take(good))
-            pairs["positive"] += texts.documents(piece.doc_rows[good])
+        for batch in dataset.iterate("train", ROWS_PER_BATCH):
+            relevant = np.flatnonzero(batch.relevance > 0)
+            pairs["anchor"] += texts.queries(batch.take(relevant))
+            pairs["positive"] += texts.documents(batch.doc_rows[relevant])
         with tempfile.TemporaryDirectory() as spool:
             arguments = Arguments(
                 spool, max_steps=steps, per_device_train_batch_size=rows, learning_rate=lr, warmup_steps=warmup_steps,

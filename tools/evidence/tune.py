@@ -1,4 +1,4 @@
-"""`bigdssm tune` that offers the laboratory's baselines, too: `python -m tools.evidence.tune --baseline ease …`."""
+"""`bigdssm tune` with the further baselines: `python -m tools.evidence.tune --baseline ease …`."""
 
 import sys
 
