@@ -99,7 +99,7 @@ def test_packages_of_a_folder(tmp_path: Path) -> None:
     written()
     assert (tmp_path / "f.jsonl.gz").read_bytes() == first
     assert not {"shop", "single"} & set(sys.modules)
-    with pytest.raises(DataError, match="holds no package 'stall'"):
+    with pytest.raises(DataError, match="contains no package 'stall'"):
         written(packages=["stall"])
     with pytest.raises(DataError, match="is no folder"):
         write_functions(site / "none", tmp_path / "f.jsonl.gz")
@@ -145,4 +145,4 @@ def test_docstrings_of_packages_from_the_command_line(tmp_path: Path, capsys: An
     assert main([*command, "--max-per-package", "1", "--packages", *names[:12]]) == make_shards(make) == 0
     assert sum(Dataset.open(out).num_rows(split) for split in packages) == 12
     assert main([*command, "--packages", "package77"]) == 3
-    assert "holds no package 'package77'" in capsys.readouterr().err
+    assert "contains no package 'package77'" in capsys.readouterr().err

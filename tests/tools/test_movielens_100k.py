@@ -54,5 +54,5 @@ def test_grouplens_own_layout_becomes_the_same_tables(tmp_path: Path) -> None:
     assert inter == ["user_id\titem_id\trating\ttimestamp", "196\t242\t3\t881250949"]
     assert item[1] == "1\tAmélie, The\t1995\tAnimation Children's"
     assert user[1] == "1\t24\tM\ttechnician\t85711"
-    with pytest.raises(DataError, match="holds neither"):
+    with pytest.raises(DataError, match="contains neither"):
         copy_movielens(tmp_path / "out2", tmp_path / "out3")

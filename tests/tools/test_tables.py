@@ -69,7 +69,7 @@ def test_s3rec_sequences_and_attributes(tmp_path: Path, capsys: Any, names: tupl
     }
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("5 interactions of 2 users, 3 items")
-    assert said[1:] == ["note: 1 items that have attributes but no interaction are left out"]
+    assert said[1:] == ["note: 1 items with attributes but without interactions are dropped"]
 
 
 def test_s3rec_without_attributes(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_movielens_1m_is_latin_1_and_keeps_the_films_that_occur(tmp_path: Path, 
     }
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'out'}: 3 interactions of 2 users, 2 items",
-        "note: 1 films without a rating are left out of the items",
+        "note: 1 films without a rating are dropped from the items",
     ]
 
 
@@ -115,10 +115,10 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("kind", "name", "text", "where", "words"),
     [
-        ("sasrec", "f.txt", "1 2\n3\n", "f.txt, line 2", ["got '3'", "`user item`", "mend the line"]),
+        ("sasrec", "f.txt", "1 2\n3\n", "f.txt, line 2", ["got '3'", "`user item`", "correct the line"]),
         ("sasrec", "f.txt", "1 2 3\n", "f.txt, line 1", ["got '1 2 3'", "another kind than sasrec"]),
         ("sasrec", "f.txt", "\n", "f.txt", ["no events"]),
-        ("sasrec", "f.txt", "1 2\n1 3\x00\n", "f.txt, line 2", ["got a NUL character", "fetch the file again"]),
+        ("sasrec", "f.txt", "1 2\n1 3\x00\n", "f.txt, line 2", ["got a NUL character", "download the file again"]),
         ("s3rec", "item2attributes.json", '{"a": ["x\\u0000"]}', "json, item 'a'", ["each one word"]),
         ("s3rec", "sequences.txt", "1 2\n\n2\n", "sequences.txt, line 3", ["got '2'", "at least one item"]),
         ("s3rec", "sequences.txt", "1 2\n1 3\n", "sequences.txt, line 2", ["each user once", "line 1"]),
@@ -137,14 +137,14 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
         ("movielens-1m", "ratings.dat", "1::99::5::9\n", "ratings.dat, line 1", ["'99'", "a film of movies.dat"]),
         ("movielens-1m", "ratings.dat", "9::10::5::9\n", "ratings.dat, line 1", ["'9'", "a user of users.dat"]),
         ("movielens-1m", "users.dat", "1::F::1::99::4\n", "users.dat, line 1", ["'99'", "from 0 to 20"]),
-        ("movielens-1m", "users.dat", "1::F::1::9::4\n" * 2, "users.dat, line 2", ["'1'", "an id that no line before"]),
+        ("movielens-1m", "users.dat", "1::F::1::9::4\n" * 2, "users.dat, line 2", ["'1'", "an id that no earlier"]),
         ("movielens-latest", "ratings.csv", "userId,movieId,rating\n", "ratings.csv, line 1", ["a column timestamp"]),
         (
             "movielens-latest", "ratings.csv", "userId,movieId,rating,timestamp\n1,10,many,5\n",
             "ratings.csv, line 2", ["'many'", "a number as rating"],
         ),
         ("movielens-latest", "movies.csv", "movieId,title,genres\n1,2\n", "movies.csv, line 2", ["'1,2'", "3 fields"]),
-        ("movielens-latest", "movies.csv", 'movieId,title,genres\n1,"2,3\n', "movies.csv, line 2", ["quotes closed"]),
+        ("movielens-latest", "movies.csv", 'movieId,title,genres\n1,"2,3\n', "movies.csv, line 2", ["closed quotes"]),
         ("movielens-latest", "movies.csv", "movieId,title,genres\n,A,War\n", "movies.csv, line 2", ["an id that no"]),
         (
             "movielens-latest", "ratings.csv", "userId,movieId,rating,timestamp\n,10,3,5\n",
@@ -200,7 +200,7 @@ def test_damaged_and_foreign_bytes_are_one_sentence(tmp_path: Path, capsys: Any)
     cut, foreign = tmp_path / "cut.txt.xz", tmp_path / "foreign.txt"
     cut.write_bytes(lzma.compress(b"1 2\n" * 1000)[:-20])
     foreign.write_bytes(b"1 2\n1 \xe9\n")
-    for path, words in ((cut, ["a whole file"]), (foreign, ["line 2", "not utf-8"])):
+    for path, words in ((cut, ["an undamaged file"]), (foreign, ["line 2", "not utf-8"])):
         assert main(["sasrec", "--source", str(path), "--out", str(tmp_path / "out")]) == 3
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and str(path) in said and all(word in said for word in words), said

@@ -1,5 +1,5 @@
-"""Public sets of data, as they are published, as the tables that `make_shards` takes.
+"""Convert public datasets in their published formats to tables for `make_shards`.
 
-A kind is a layout of files. Its reader gives the tables one after another, each as rows that are read while they are
-written; what a later one holds may come of an earlier one's rows.
+A kind is a layout of files. Its reader yields the tables in order, with lazily read rows; a later table may depend on
+the rows of an earlier one.
 """

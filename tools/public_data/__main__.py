@@ -1,4 +1,4 @@
-"""Get a public set of data as tables for make_shards.
+"""Convert a public dataset to tables for make_shards.
 
     python -m tools.public_data movielens-100k --out datasets/source/ml-100k                    # from recbole's wheel
     python -m tools.public_data movielens-100k --out datasets/source/ml-100k --movielens PATH   # from a copy
@@ -9,19 +9,19 @@
     python -m tools.public_data debian-build-depends --source FOLDER --out datasets/source/debian_build_depends
     python -m tools.public_data docstrings --out datasets/source/docstrings.jsonl.gz [--packages NAME …]
 
-movielens-100k: interactions, films and users as ml-100k.inter, .item and .user; nothing of it enters the repository.
-sasrec: a file of SASRec's repository, a line `user item` for each event, a user's in order of time.
-s3rec: a file of S3-Rec's, a line `user item item …` for each user, or the folder that holds one. Attributes of items
-are read from beside it if they are there: NAME_item2attributes.json of NAME.txt, item2attributes.json of sequences.txt.
-movielens-1m: GroupLens' folder with ratings.dat, movies.dat, users.dat. Films without a rating are left out.
-movielens-latest: GroupLens' folder with ratings.csv, movies.csv, tags.csv. All films stay.
-debian-build-depends: the folder with build_depends.tsv and packages.jsonl, or with folders debian_build_depends and
-debian_packages of them. A pair is of packages that at least two sources build from together, each pair once.
-docstrings: functions of installed packages, which are parsed and never imported, as pairs docstring → source.
+movielens-100k: interactions, films and users as ml-100k.inter, .item and .user; the repository contains none of it.
+sasrec: a file of SASRec's repository, one line `user item` per event, in time order per user.
+s3rec: a file of S3-Rec, one line `user item item …` per user, or its folder. Attributes of items are read from the same
+folder if they exist: NAME_item2attributes.json for NAME.txt, item2attributes.json for sequences.txt.
+movielens-1m: GroupLens' folder with ratings.dat, movies.dat, users.dat. Films without ratings are dropped.
+movielens-latest: GroupLens' folder with ratings.csv, movies.csv, tags.csv, including films without ratings.
+debian-build-depends: the folder with build_depends.tsv and packages.jsonl, or with the subfolders debian_build_depends
+and debian_packages. Pairs are packages that at least two sources have as common build dependencies, each pair once.
+docstrings: pairs docstring → source of the functions of installed packages, which are parsed, not imported.
 
-Files may be compressed (.xz, .gz, .zst). A --source becomes pairs.tsv (debian-build-depends), or interactions.tsv,
-items.tsv and, of movielens-1m, users.tsv. Every event stays, in the order of the source; sasrec and s3rec have no
-times, their place in the sequence is `position`.
+Files may be compressed (.xz, .gz, .zst). A --source is converted to pairs.tsv (debian-build-depends), or to
+interactions.tsv, items.tsv and, for movielens-1m, users.tsv. All events are kept in the order of the source; sasrec and
+s3rec have no times, the index in the sequence is `position`.
 """
 
 import argparse
@@ -42,23 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m tools.public_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    sub = names.add_parser("movielens-100k", help="fetched with pip, from the wheel of recbole 1.2.1")
+    sub = names.add_parser("movielens-100k", help="download with pip, from the wheel of recbole 1.2.1")
     sub.set_defaults(run=_movielens_100k)
     sub.add_argument("--out", type=Path, required=True, help="folder for ml-100k.inter, .item and .user")
-    sub.add_argument("--downloads", type=Path, default=Path("downloads"), help="where the wheel is kept (%(default)s)")
-    sub.add_argument("--movielens", type=Path, help="a copy: the same files, or u.data, u.item, u.user")
+    sub.add_argument(
+        "--downloads", type=Path, default=Path("downloads"), help="folder for the wheel (default: %(default)s)"
+    )
+    sub.add_argument("--movielens", type=Path, help="local copy: the same files, or u.data, u.item, u.user")
     for name in READERS:
-        sub = names.add_parser(name, help="from a copy, in the layout in which it is published")
+        sub = names.add_parser(name, help="convert a local copy in its published layout")
         sub.set_defaults(run=_tables)
-        sub.add_argument("--source", type=Path, required=True, help="the file or folder as it was published")
+        sub.add_argument("--source", type=Path, required=True, help="file or folder as published")
         sub.add_argument("--out", type=Path, required=True, help="folder for the tables")
     sub = names.add_parser("docstrings", help="docstring → source of the functions of installed packages")
     sub.set_defaults(run=_docstrings)
-    sub.add_argument("--out", type=Path, required=True, help=".jsonl.gz for the functions")
-    sub.add_argument("--site-packages", type=Path, default=Path(sysconfig.get_path("purelib")), help="(%(default)s)")
-    sub.add_argument("--packages", nargs="+", default=(), help="only these (default: all)")
-    sub.add_argument("--max-per-package", type=at_least(0), default=0, help="functions of each (default: all)")
-    sub.add_argument("--seed", type=int, default=0, help="of the choice of these (%(default)s)")
+    sub.add_argument("--out", type=Path, required=True, help=".jsonl.gz file for the functions")
+    sub.add_argument(
+        "--site-packages", type=Path, default=Path(sysconfig.get_path("purelib")),
+        help="folder with packages (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument("--packages", nargs="+", default=(), help="packages to read (default: all)")
+    sub.add_argument("--max-per-package", type=at_least(0), default=0, help="functions per package (default: 0, all)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of this sample (default: %(default)s)")
     args = parser.parse_args(argv)
     return run_main(lambda: args.run(args))
 
@@ -69,17 +74,17 @@ def _movielens_100k(args: argparse.Namespace) -> None:
         fresh = copy_movielens(args.movielens, args.out)
     else:
         fresh = fetch_movielens(args.out, args.downloads)
-    print(f"{args.out}: {'written' if fresh else 'there already'}")
+    print(f"{args.out}: {'written' if fresh else 'exists already'}")
 
 
 def _tables(args: argparse.Namespace) -> None:
-    made = make_tables(args.name, args.source, args.out)
-    if "pairs" in made.rows:
-        print(f"{args.out}: {made.rows['pairs']:,} pairs")
+    written = make_tables(args.name, args.source, args.out)
+    if "pairs" in written.rows:
+        print(f"{args.out}: {written.rows['pairs']:,} pairs")
     else:
-        events, items = made.rows["interactions"], made.rows["items"]
-        print(f"{args.out}: {events:,} interactions of {made.num_users:,} users, {items:,} items")
-    for note in made.notes:
+        events, items = written.rows["interactions"], written.rows["items"]
+        print(f"{args.out}: {events:,} interactions of {written.num_users:,} users, {items:,} items")
+    for note in written.notes:
         print(f"note: {note}")
 
 

@@ -1,4 +1,4 @@
-"""Debian's build dependencies as pairs of packages: documents of one domain, in a relation that has no direction."""
+"""Debian's build dependencies as pairs of packages: a symmetric relation between documents of one domain."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from tools.public_data.files import PublicFile, PublicTable, find
 
 KIND = "debian-build-depends"
 COLUMNS = ("query_id", "query_description", "query_section", "doc_id", "doc_description", "doc_section")
-MOST_COMMON = 0.005  # of all sources: what more of them need goes with everything
-MOST_NEEDED, LEAST_SOURCES = 12, 2  # packages of a source, and sources of a pair
+MAX_SHARE = 0.005  # of all sources; more common packages are unspecific
+MAX_PACKAGES, MIN_SOURCES = 12, 2  # packages per source, sources per pair
 
 
 def read_build_depends(source: Path) -> Iterator[PublicTable]:
-    """Yield the pairs of packages that at least two sources build from together, each once, either as the query.
+    """Yield pairs of packages that at least two sources have as common build dependencies, in a random direction.
 
-    `source` holds build_depends.tsv (a line `source ⇥ package package …`) and packages.jsonl, or folders
-    debian_build_depends and debian_packages that do. Common packages, and sources of many others, are left out. Raises
+    `source` contains build_depends.tsv (lines `source ⇥ package package …`) and packages.jsonl, or the subfolders
+    debian_build_depends and debian_packages. Common packages, and sources with many dependencies, are dropped. Raises
     DataError.
     """
     packages = _packages(_find(source, "debian_packages", "packages.jsonl"))
     needed = _needed(_find(source, "debian_build_depends", "build_depends.tsv"))
     counts = Counter(name for names in needed for name in names)
-    common = {name for name, count in counts.items() if count > MOST_COMMON * len(needed)}
+    common = {name for name, count in counts.items() if count > MAX_SHARE * len(needed)}
     together: Counter[tuple[str, str]] = Counter()
     for names in needed:
         described = sorted((names & packages.keys()) - common)
-        if len(described) <= MOST_NEEDED:
+        if len(described) <= MAX_PACKAGES:
             together.update(combinations(described, 2))
-    pairs = [pair for pair, count in together.items() if count >= LEAST_SOURCES]
-    note = f"{len(common)} packages that more than one source in {1 / MOST_COMMON:.0f} needs are left out"
+    pairs = [pair for pair, count in together.items() if count >= MIN_SOURCES]
+    note = f"{len(common)} packages that more than one source in {1 / MAX_SHARE:.0f} needs are dropped"
     yield PublicTable("pairs", COLUMNS, (_row(packages, *pair) for pair in pairs), note)
 
 
@@ -49,22 +49,22 @@ def _find(source: Path, folder: str, name: str) -> PublicFile:
 
 def _packages(file: PublicFile) -> dict[str, tuple[str, str]]:
     """Return (synopsis and description, section) of packages by name."""
-    found = {}
+    packages = {}
     for line in file.lines():
         try:
             package = json.loads(line)
             about = f"{package['synopsis']}. {package['description']}"
-            found[package["package"]] = about, package["section"]
+            packages[package["package"]] = about, package["section"]
         except (ValueError, KeyError, TypeError):
-            raise file.wrong(line, "package, synopsis, description, section as JSON") from None
-    return found
+            raise file.error(line, "package, synopsis, description, section as JSON") from None
+    return packages
 
 
 def _needed(file: PublicFile) -> list[set[str]]:
-    """Return the packages that each source is built from."""
-    found = []
+    """Return the build dependencies per source."""
+    dependencies = []
     for line in file.lines():
         parts = line.split("\t")
         file.check(len(parts) == 2, line, "a source, a tab, and packages")
-        found.append(set(parts[1].split()))
-    return found
+        dependencies.append(set(parts[1].split()))
+    return dependencies

@@ -1,7 +1,7 @@
-"""Functions of installed packages as pairs: the first paragraph of a docstring → the function's source without it.
+"""Functions of installed packages as pairs: first paragraph of the docstring → source without the docstring.
 
-Files are parsed, never imported or run. Vendored copies (`_vendor`, `_vendored`, `vendor`, `third_party`) are passed
-over, and a source that stood in a package before is left out, so that no function is in two packages.
+Files are parsed, not imported. Vendored copies (`_vendor`, `_vendored`, `vendor`, `third_party`) and repeated sources
+are skipped, so that no function occurs in two packages.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, no_progress
 
 VENDORED = ("_vendor", "_vendored", "vendor", "third_party", "__pycache__")
-MIN_WORDS = 5  # of a query
-MIN_LINES = 3  # of a source without its docstring
+MIN_WORDS = 5  # per query
+MIN_LINES = 3  # per source, without the docstring
 MAX_FILE_BYTES = 4 << 20
 
 
@@ -36,9 +36,9 @@ class Function:
     """One function."""
 
     package: str  # top-level package or module
-    name: str  # dotted, from the package on; made distinct by its line where needed
-    docstring: str  # its first paragraph, on one line
-    source: str  # without the docstring and without indentation
+    name: str  # dotted path in the package; duplicates have a line number
+    docstring: str  # first paragraph, on one line
+    source: str  # without docstring and indentation
 
 
 def write_functions(
@@ -49,36 +49,36 @@ def write_functions(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> int:
-    """Write the functions under `folder` (a site-packages) to `out` (.jsonl.gz) and return how many there are.
+    """Write the functions in `folder` (a site-packages) to `out` (.jsonl.gz) and return their number.
 
-    `packages` names those wanted (empty: all); of each at most `max_per_package` stay (0: all), chosen by a hash.
-    Raises DataError: no such folder or package, or no function with a docstring.
+    `packages` (empty: all) selects packages; at most `max_per_package` functions (0: all) are sampled by hash. Raises
+    DataError: no such folder or package, or no function with a docstring.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give one with Python packages, such as site-packages")
-    found = _packages(folder)
-    if unknown := [name for name in packages if name not in found]:
-        raise DataError(f"{folder} holds no package {unknown[0]!r}")
+        raise DataError(f"{folder} is no folder; needs one with Python packages, such as site-packages")
+    available = _packages(folder)
+    if unknown := [name for name in packages if name not in available]:
+        raise DataError(f"{folder} contains no package {unknown[0]!r}")
     seen: set[int] = set()
     count = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = temporary_path(out)
-    # mtime 0 and no name: the same functions give the same bytes
+    # mtime 0 and no name: reproducible bytes
     with aside.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        names = [name for name in found if not packages or name in packages]
+        names = [name for name in available if not packages or name in packages]
         for number, name in enumerate(names, 1):
             functions = []
-            for function in _functions(found[name]):
+            for function in _functions(available[name]):
                 source = hash64(function.source)
                 if source not in seen:
                     seen.add(source)
                     functions.append(function)
-            for function in _some(functions, max_per_package, seed):
+            for function in _sample(functions, max_per_package, seed):
                 file.write((json.dumps(asdict(function), ensure_ascii=False) + "\n").encode())
                 count += 1
             progress("parsing packages", number, len(names))
     if out.exists() and filecmp.cmp(aside, out, shallow=False):
-        aside.unlink()  # as old as it was: what was made of it so far is not made again
+        aside.unlink()  # keep the modification time, so that an ingestion of the file can be resumed
     else:
         put_file(aside, out)
     if not count:
@@ -87,9 +87,9 @@ def write_functions(
 
 
 def functions_of(text: str, module: str) -> Iterator[Function]:
-    """Yield the functions of a module's source; nothing where it does not parse."""
+    """Yield the functions of a module's source; none if it cannot be parsed."""
     try:
-        with warnings.catch_warnings():  # of invalid escapes in other people's strings
+        with warnings.catch_warnings():  # invalid escapes in strings
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -109,38 +109,38 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _walk(tree: ast.AST, module: str) -> Iterator[tuple[str, FunctionNode]]:
-    """Yield functions with their dotted names, outer ones first, however deep the code is."""
+    """Yield functions with their dotted names, outer ones first; iterative, for deeply nested code."""
     waiting = [(tree, module)]
     while waiting:
         node, path = waiting.pop()
         if isinstance(node, FunctionNode):
             yield path, node
         children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
-        for child in reversed(children):  # none is in an expression
+        for child in reversed(children):  # expressions contain no definitions
             inner = f"{path}.{child.name}" if isinstance(child, ast.ClassDef | FunctionNode) else path
             waiting.append((child, inner))
 
 
 def _first_paragraph(node: FunctionNode) -> str:
-    """Return the docstring's first paragraph on one line, or nothing where it says too little."""
+    """Return the first paragraph of the docstring on one line, '' if it has less than MIN_WORDS words."""
     paragraph = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
-    words = paragraph.encode("utf-8", "ignore").decode().split()  # an escape can write half a character, "\ud800"
+    words = paragraph.encode("utf-8", "ignore").decode().split()  # an escape can be an unpaired surrogate, "\ud800"
     return " ".join(words) if len(words) >= MIN_WORDS else ""
 
 
 def _without_docstring(node: FunctionNode, lines: list[str]) -> str:
-    """Return the function's lines without its docstring, or nothing where little is left."""
+    """Return the lines of a function without its docstring, '' if less than MIN_LINES remain."""
     first, last = node.body[0].lineno - 1, node.body[0].end_lineno or node.body[0].lineno
     if first == node.lineno - 1:
-        return ""  # all on one line: there is no body of its own
-    kept = [*lines[node.lineno - 1 : first], *lines[last : node.end_lineno]]
-    kept = [line.rstrip() for line in kept if line.strip()]
-    return textwrap.dedent("\n".join(kept)) if len(kept) >= MIN_LINES else ""
+        return ""  # on one line: the body has no separate lines
+    rest = [*lines[node.lineno - 1 : first], *lines[last : node.end_lineno]]
+    rest = [line.rstrip() for line in rest if line.strip()]
+    return textwrap.dedent("\n".join(rest)) if len(rest) >= MIN_LINES else ""
 
 
 def _packages(folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """Return (module, file) of every package's Python files, all in order of their names."""
-    found: dict[str, list[tuple[str, Path]]] = {}
+    """Return (module, file) of all Python files per package, sorted by name."""
+    packages: dict[str, list[tuple[str, Path]]] = {}
     for directory, inner, files in os.walk(folder):
         inner[:] = sorted(name for name in inner if name not in VENDORED and not name.endswith("-info"))
         for name in sorted(files):
@@ -148,8 +148,8 @@ def _packages(folder: Path) -> dict[str, list[tuple[str, Path]]]:
                 path = Path(directory) / name
                 parts = path.relative_to(folder).with_suffix("").parts
                 module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-                found.setdefault(parts[0], []).append((module, path))
-    return dict(sorted(found.items()))
+                packages.setdefault(parts[0], []).append((module, path))
+    return dict(sorted(packages.items()))
 
 
 def _functions(modules: list[tuple[str, Path]]) -> Iterator[Function]:
@@ -162,7 +162,7 @@ def _functions(modules: list[tuple[str, Path]]) -> Iterator[Function]:
             yield from functions_of(text, module)
 
 
-def _some(functions: list[Function], at_most: int, seed: int) -> list[Function]:
+def _sample(functions: list[Function], at_most: int, seed: int) -> list[Function]:
     if not at_most or len(functions) <= at_most:
         return functions
     keys = mix(np.array([hash64(function.name) for function in functions], np.int64), "functions", seed)

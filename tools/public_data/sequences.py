@@ -1,4 +1,4 @@
-"""Sets that are published as sequences of item ids: SASRec's files and S3-Rec's."""
+"""Datasets published as sequences of item ids: files of SASRec and S3-Rec."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.public_data.files import PublicFile, PublicTable, check_file, public_data_error, require_folder
+from tools.public_data.files import PublicFile, PublicTable, check_file, existing_file, public_data_error
 
 EVENTS = ("user_id", "item_id", "position")
 S3REC_FILES = ("sequences.txt", "Beauty.txt", "Sports_and_Outdoors.txt", "Toys_and_Games.txt")
@@ -15,7 +15,7 @@ ATTRIBUTES = "item2attributes.json"
 
 
 def read_sasrec(source: Path) -> Iterator[PublicTable]:
-    """Yield the events and the items of a file with a line `user item` for each event, a user's in order of time.
+    """Yield the events and the items of a file with one line `user item` per event, in time order per user.
 
     Raises DataError. Source: Kang and McAuley, Self-Attentive Sequential Recommendation, arXiv 1808.09781.
     """
@@ -26,20 +26,20 @@ def read_sasrec(source: Path) -> Iterator[PublicTable]:
 
 
 def read_s3rec(source: Path) -> Iterator[PublicTable]:
-    """Yield the events and the items of a line `user item item …` for each user; `source` is the file or its folder.
+    """Yield the events and the items of a file with one line `user item item …` per user, or of its folder.
 
-    Attributes of items come from beside it, where they are there: item2attributes.json, or NAME_item2attributes.json of
-    NAME.txt. Raises DataError. Source: Zhou et al., S3-Rec, arXiv 2008.07873.
+    Attributes of items are read from the same folder if they exist: item2attributes.json, or NAME_item2attributes.json
+    for NAME.txt. Raises DataError. Source: Zhou et al., S3-Rec, arXiv 2008.07873.
     """
     path = _sequences_in(source) if source.is_dir() else source
     check_file(path)
     name = path.name.partition(".txt")[0]
-    beside = require_folder(path.with_name(ATTRIBUTES if name == "sequences" else f"{name}_{ATTRIBUTES}"))
-    attributes = _attributes(PublicFile(beside, "s3rec")) if beside else {}
+    attributes_path = existing_file(path.with_name(ATTRIBUTES if name == "sequences" else f"{name}_{ATTRIBUTES}"))
+    attributes = _attributes(PublicFile(attributes_path, "s3rec")) if attributes_path else {}
     items: dict[str, None] = {}
     yield PublicTable("interactions", EVENTS, _events_of_sequences(PublicFile(path, "s3rec"), items))
     unused = len(attributes.keys() - items.keys())
-    note = f"{unused:,} items that have attributes but no interaction are left out" if unused else ""
+    note = f"{unused:,} items with attributes but without interactions are dropped" if unused else ""
     yield PublicTable("items", ("item_id", "attributes"), ((item, attributes.get(item, "")) for item in items), note)
 
 
@@ -59,8 +59,7 @@ def _events_of_sequences(file: PublicFile, items: dict[str, None]) -> Iterator[t
     for line in file.lines():
         user, *sequence = line.split()
         file.check(sequence != [], line, "a user and at least one item, `user item item …`")
-        known = f"each user once (this one stands on line {line_of.get(user)} already)"
-        file.check(user not in line_of, line, known)
+        file.check(user not in line_of, line, f"each user once (this one is also on line {line_of.get(user)})")
         line_of[user] = file.number
         for position, item in enumerate(sequence):
             items[item] = None
@@ -68,15 +67,15 @@ def _events_of_sequences(file: PublicFile, items: dict[str, None]) -> Iterator[t
 
 
 def _sequences_in(folder: Path) -> Path:
-    found = {name: path for name in S3REC_FILES if (path := require_folder(folder / name))}
-    if len(found) != 1:
-        needed, got = f"one of {', '.join(S3REC_FILES)} (or .xz)", " and ".join(found) or "none of them"
+    files = {name: path for name in S3REC_FILES if (path := existing_file(folder / name))}
+    if len(files) != 1:
+        needed, got = f"one of {', '.join(S3REC_FILES)} (or .xz)", " and ".join(files) or "none of them"
         raise public_data_error(folder, "", got, needed, "name the file of the sequences with --source")
-    return next(iter(found.values()))
+    return next(iter(files.values()))
 
 
 def _attributes(file: PublicFile) -> dict[str, str]:
-    """Return each item's attributes, separated by spaces."""
+    """Return the attributes per item, separated by spaces."""
     numbered = [(file.number, line) for line in file.lines()]
     path = file.path
     try:
@@ -84,17 +83,17 @@ def _attributes(file: PublicFile) -> dict[str, str]:
         json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         number = numbered[error.lineno - 1][0] if numbered else 1
-        raise public_data_error(path, f"line {number}", error.msg, "one JSON object", "fetch the file again") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets, or half a character
+        raise public_data_error(path, f"line {number}", error.msg, "one JSON object", "download it again") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets, or an unpaired surrogate
         got = " ".join(str(error).split())[:80]
-        raise public_data_error(path, "", got, "one JSON object of words and numbers", "fetch the file again") from None
+        raise public_data_error(path, "", got, "one JSON object of words and numbers", "download it again") from None
     if not isinstance(content, dict):
         got, needed = f"a JSON {type(content).__name__}", "an object of items, `item: [attribute, …]`"
-        raise public_data_error(path, "line 1", got, needed, "fetch the file again")
+        raise public_data_error(path, "line 1", got, needed, "download the file again")
     for item, values in content.items():
         if not isinstance(values, list) or not all(map(_is_word, values)):
             needed = "a list of attributes, each one word or a whole number"
-            raise public_data_error(path, f"item {item!r}", repr(values), needed, "mend its list")
+            raise public_data_error(path, f"item {item!r}", repr(values), needed, "correct its list")
     return {item: " ".join(map(str, values)) for item, values in content.items()}
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of a public set."""
+"""Write the tables of a public dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READERS: dict[str, Reader] = {
 
 @dataclass(frozen=True)
 class WrittenTables:
-    """What was written: the tables' rows by name, the users that have an event, and notes."""
+    """Result of a conversion: rows per table, number of users with an event, and notes."""
 
     rows: dict[str, int]
     num_users: int
@@ -32,10 +32,9 @@ class WrittenTables:
 
 
 def make_tables(kind: str, source: Path, out: Path) -> WrittenTables:
-    """Write interactions.tsv, items.tsv and, where users have features, users.tsv into `out`, all of them or none.
+    """Write interactions.tsv, items.tsv and, if users have features, users.tsv to `out`, all of them or none.
 
-    Of documents of one domain it is pairs.tsv. Raises DataError where `source` is not of that `kind`, or holds no
-    events.
+    Pairs of documents are written to pairs.tsv. Raises DataError: `source` does not match `kind`, or has no events.
     """
     rows: dict[str, int] = {}
     users: set[str] = set()
@@ -47,12 +46,12 @@ def make_tables(kind: str, source: Path, out: Path) -> WrittenTables:
             rows[table.name] = _write(table, stack.enter_context(new_file(out / f"{table.name}.tsv")), users)
             notes += [table.note] if table.note else []
         if not rows.get("interactions", rows.get("pairs")):
-            raise DataError(f"{source}: got no events, needs at least one; give another --source")
+            raise DataError(f"{source}: got no events, needs at least one; use another --source")
     return WrittenTables(rows, len(users), notes)
 
 
 def _write(table: PublicTable, path: Path, users: set[str]) -> int:
-    """Write a table as TSV, which has no quoting, and return its rows; the users of interactions join `users`."""
+    """Write a table as TSV without quoting and return its number of rows; adds users of interactions to `users`."""
     count = 0
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write("\t".join(table.columns) + "\n")
