@@ -1,4 +1,4 @@
-"""Functions of installed packages: what is a pair, what is left out, and that nothing is run."""
+"""Functions of installed packages: extracted pairs, skipped functions, and no execution of code."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_packages_of_a_folder(tmp_path: Path) -> None:
         "shop/__init__.py": one.format("in a shop", " # a"),
         "shop/basket.py": MODULE,
         "shop/_vendor/other/__init__.py": one.format("vendored", " # b"),
-        "copy/__init__.py": MODULE,  # copy < shop: its functions come first, and shop's are the same
+        "copy/__init__.py": MODULE,  # copy < shop: read first, so that the equal functions of shop are skipped
         "single.py": one.format("in a module", " # c"),
         "shop-1.0.dist-info/hidden.py": one.format("of metadata", " # d"),
     }
@@ -119,10 +119,10 @@ def test_docstrings_of_packages_from_the_command_line(tmp_path: Path, capsys: An
         (site / name).mkdir(parents=True)
         functions = "".join(FUNCTION.format(name, kind, "") for kind in ("small", "large", "round"))
         (site / name / "__init__.py").write_text(f'raise RuntimeError("{name} was run")\n{functions}')
-    (site / names[0] / "strange.py").write_text(FUNCTION.format("strange", "half", " \\ud800"))  # half a character
+    (site / names[0] / "strange.py").write_text(FUNCTION.format("strange", "half", " \\ud800"))  # an unpaired surrogate
     (site / names[1] / "broken.py").write_text("def broken(:\n")
     (site / names[2] / "latin.py").write_bytes(b'"""\xe4"""\n' + FUNCTION.format("latin", "old", "").encode())
-    (site / names[3] / "again.py").write_text(FUNCTION.format(names[0], "small", ""))  # another package's
+    (site / names[3] / "again.py").write_text(FUNCTION.format(names[0], "small", ""))  # a function of another package
     table, out = tmp_path / "functions.jsonl.gz", tmp_path / "out"
     command = ["docstrings", "--out", str(table), "--site-packages", str(site)]
     make = [

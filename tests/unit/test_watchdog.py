@@ -1,4 +1,4 @@
-"""Whom the watchdog blames, by what it has heard and when; tests/distributed/test_watchdog.py has real ranks."""
+"""Faults that the watchdog reports, by the times of heartbeats; tests/distributed/test_watchdog.py uses real ranks."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ TIMEOUT_S = 10.0
 
 @pytest.fixture
 def watchdog() -> Watchdog:
-    """Rank 1 of 3, each on a machine of its own; at second 100 it moved, and had the store's answer and its neighbour's
-    last beat."""
-    found = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
-    found._rank, found._world_size, found._store_is_rank_0s = 1, 3, True
-    found._peers = [Peer(rank, f"node{rank}", 7, f"machine {rank}") for rank in range(3)]
-    found._near, found._next = [], found._peers[2]
-    found._moves, found._moved_at, found._exchanged_at, found._heard_at = 5, 100.0, 100.0, 100.0
-    return found
+    """Rank 1 of 3 on separate machines; last progress, store response and neighbour's heartbeat at second 100."""
+    dog = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
+    dog._rank, dog._world_size, dog._store_is_rank_0s = 1, 3, True
+    dog._peers = [Peer(rank, f"node{rank}", 7, f"machine {rank}") for rank in range(3)]
+    dog._near, dog._next = [], dog._peers[2]
+    dog._moves, dog._moved_at, dog._exchanged_at, dog._heard_at = 5, 100.0, 100.0, 100.0
+    return dog
 
 
 def test_a_silent_store_is_blamed_on_its_keeper_never_on_the_neighbour(watchdog: Watchdog) -> None:
-    watchdog._heard_at = 99.0  # the neighbour's beats come a little before the store's answers
-    assert watchdog._fault(109.9) is None, "10.9 s without the neighbour, but the store has not answered since either"
-    found = watchdog._fault(110.1)
-    assert found is not None and found.startswith("the store of all ranks did not respond for 10 s; rank 0 (pid 7")
+    watchdog._heard_at = 99.0  # a heartbeat arrives shortly before the store's response
+    assert watchdog._fault(109.9) is None, "10.9 s without a heartbeat, but also without a response of the store"
+    fault = watchdog._fault(110.1)
+    assert fault is not None and fault.startswith("the store of all ranks did not respond for 10 s; rank 0 (pid 7")
     watchdog._store_is_rank_0s = False
     assert "the launcher hosts it" in str(watchdog._fault(110.1))
 
@@ -52,42 +51,42 @@ def test_a_broken_store_has_lost_its_keeper(watchdog: Watchdog) -> None:
 
 
 def test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody(watchdog: Watchdog) -> None:
-    """All wait in the collective of step 5 but rank 2, which never came to it."""
+    """All ranks wait in the collective of step 5 except rank 2, which never reached it."""
 
     def state(moves: int, waits: bool) -> dict[str, object]:
         return {"moves": moves, "phase": f"step {moves}", "where": "loop.py:3 _train", "waits": waits}
 
     watchdog._exchanged_at = watchdog._heard_at = 114.0
-    assert watchdog._fault(113.1) is None and watchdog._needs_survey, "it first asks all ranks where they are"
+    assert watchdog._fault(113.1) is None and watchdog._needs_survey, "it first requests a survey of all ranks"
     watchdog._survey = {0: state(5, True), 1: state(5, True), 2: state(5, False)}
-    found = str(watchdog._fault(113.2))
-    assert "rank 2 (pid 7 on node2) is alive but its main thread is stuck: no progress for 10 s in step 5, at" in found
+    fault = str(watchdog._fault(113.2))
+    assert "rank 2 (pid 7 on node2) is alive but its main thread is stuck: no progress for 10 s in step 5, at" in fault
     watchdog._survey = {0: state(5, True), 1: state(4, True), 2: state(5, False)}
-    assert "rank 1 (pid 7 on node1) lives" in str(watchdog._fault(113.3))
+    assert "rank 1 (pid 7 on node1) is alive" in str(watchdog._fault(113.3))
 
 
 def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one hangs, every rank wants to know why at the same time; each note is read by one of them."""
-    notes: dict[str, str] = {}
+    """If one rank hangs, all others detect it at the same time; each heartbeat is read by one of them."""
+    values: dict[str, str] = {}
     reads: list[str] = []
 
     class OneStore:
-        def write(self, key: str, note: str) -> None:
-            notes[key] = note
+        def write(self, key: str, value: str) -> None:
+            values[key] = value
 
-        def write_once(self, key: str, note: str) -> None:
-            notes.setdefault(key, note)
+        def write_once(self, key: str, value: str) -> None:
+            values.setdefault(key, value)
 
         def read(self, key: str) -> str | None:
             reads.append(key)
-            return notes.get(key)
+            return values.get(key)
 
     def exchange_once(dog: Watchdog) -> None:
         monkeypatch.setattr(dog._wake, "wait", lambda seconds: dog._closed.set())
         dog._closed.clear()
         dog._exchange()
 
-    monkeypatch.setattr(Watchdog, "_own_state", lambda dog: {"waits": dog._rank != 0})  # it is rank 0 that hangs
+    monkeypatch.setattr(Watchdog, "_own_state", lambda dog: {"waits": dog._rank != 0})  # rank 0 hangs
     num_ranks, dogs = 40, []
     for rank in range(num_ranks):
         dog = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
@@ -96,7 +95,7 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         dog._next = dog._peers[(rank + 1) % num_ranks]
         dog._moves, dog._needs_survey = 5, True
         dog._moved_at = time.monotonic() - TIMEOUT_S - 3.5 * dog._interval_s
-        notes[f"beat/{rank}"] = json.dumps({"moves": 5, "phase": "step 5", "where": "", "waits": True})
+        values[f"beat/{rank}"] = json.dumps({"moves": 5, "phase": "step 5", "where": "", "waits": True})
         dogs.append(dog)
     for dog in dogs:
         exchange_once(dog)
@@ -105,11 +104,11 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) <= 4 * num_ranks
     dogs[7]._moved_at -= dogs[7]._interval_s
     exchange_once(dogs[7])
-    assert dogs[7]._survey is not None, "no verdict came of rank 1"
+    assert dogs[7]._survey is not None, "rank 1 wrote no verdict"
 
 
 def test_a_main_thread_that_waits_for_another_is_where_that_one_is(watchdog: Watchdog) -> None:
-    """Else all ranks would look alike where one cannot write its part of a checkpoint."""
+    """Otherwise all ranks would report the same position when one cannot write its checkpoint shard."""
     done: list[bool] = []
 
     def writes_forever() -> None:
@@ -141,7 +140,7 @@ def test_a_request_by_file_becomes_the_signal_that_stops_a_run(
     watchdog._stop_file = tmp_path / "stop"
     watchdog._stop_file.write_text("save\n")
     watchdog._watch_launcher()
-    assert not sent and watchdog._stop_file.exists(), "it is rank 0 that heeds it"
+    assert not sent and watchdog._stop_file.exists(), "only rank 0 reads it"
     watchdog._rank = 0
     watchdog._watch_launcher()
     assert sent == [(os.getpid(), signal.SIGTERM)] and not watchdog._stop_file.exists()

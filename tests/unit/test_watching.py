@@ -1,4 +1,4 @@
-"""What people see of runs: watch_run, compare_runs, trackers by name."""
+"""Monitoring and comparison of runs: watch_run, compare_runs, trackers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ START = {"event": "start", "step": 0, "total_steps": 40, "ranks": 2, "versions":
 
 
 def write_stage(run: Path, *, end: dict[str, object] | None, losses: list[float]) -> Path:
-    """Write what a stage leaves behind, its model aside."""
+    """Write the files of a stage except its model."""
     folder = run / "pretrain"
     folder.mkdir(parents=True)
     records: list[dict[str, object]] = [
@@ -140,7 +140,7 @@ def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.Mo
 def test_metrics_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
     tmp_path: Path, tiny_pairs: TinyDataset
 ) -> None:
-    """A checkpoint of step 3 knows of one validation there; another began after it, over other rows, and was lost."""
+    """The checkpoint of step 3 contains one validation; a second one of that step was not saved."""
     config = load_config(tiny_pairs.config, ["run.trackers=[]"])
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 6)]
     for place, step in ((3, 3), (4, 3), (7, 5)):

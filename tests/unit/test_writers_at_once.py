@@ -1,4 +1,4 @@
-"""Several processes that write to one place: each succeeds as if alone, or is refused; none undoes another's work."""
+"""Concurrent writers to one path: each one succeeds or is refused; none overwrites the work of another."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make(out: Path, partition: str = "base", *, append: bool = False, overwrite:
 
 
 def at_once(work: Callable[[int], None]) -> list[bool]:
-    """Return whether `work` was done, of several processes that begin together, or refused as another was at it."""
+    """Run `work` in concurrent processes; return per process whether it succeeded or was refused by a lock."""
     forked = multiprocessing.get_context("fork")
     barrier, answers = forked.Barrier(PROCESSES), forked.SimpleQueue()
 
@@ -68,7 +68,7 @@ def test_every_append_that_succeeds_stays(tmp_path: Path) -> None:
     for turn in range(4):
 
         def append(number: int, turn: int = turn) -> None:
-            time.sleep(0.004 * number * turn)  # the next one begins while the last one's files are moved in
+            time.sleep(0.004 * number * turn)  # the next one starts while the files of the last one are moved
             make(out, f"{turn}-{number}", append=True)
 
         expected |= {f"{turn}-{number}" for number, done in enumerate(at_once(append)) if done}
@@ -79,7 +79,7 @@ def test_every_append_that_succeeds_stays(tmp_path: Path) -> None:
 
 
 def others(kind: str, out: Path) -> None:
-    """Begin another making of the same place."""
+    """Start another ingestion to the same path."""
     if kind == "append":
         make(out, "other", append=True)
     else:
@@ -88,15 +88,15 @@ def others(kind: str, out: Path) -> None:
 
 @contextmanager
 def within(monkeypatch: pytest.MonkeyPatch, name: str, then: Callable[[], None]) -> Iterator[None]:
-    """Have `then` happen in the call of a function of the writer's module."""
+    """Call `then` within a function of the writer's module."""
     original = getattr(dataset_writer, name)
     with monkeypatch.context() as patch:
 
         def hooked(*args: Any) -> Any:
             patch.setattr(dataset_writer, name, original)
-            found = original(*args)
+            result = original(*args)
             then()
-            return found
+            return result
 
         patch.setattr(dataset_writer, name, hooked)
         yield
@@ -115,7 +115,7 @@ def within(monkeypatch: pytest.MonkeyPatch, name: str, then: Callable[[], None])
 def test_what_is_decided_upon_is_read_under_the_lock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, kind: str, other: str
 ) -> None:
-    """Another process begins right after the state is read, or before the last of the names is given."""
+    """Another process starts right after the state is read, or before the last rename."""
     out = tmp_path / "out"
     if kind != "new":
         make(out)
@@ -133,7 +133,7 @@ def test_what_is_decided_upon_is_read_under_the_lock(
 def test_a_lock_on_a_removed_file_excludes_nobody_and_is_taken_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The holder removes its file between another's opening it and locking it."""
+    """The holder removes its file after another process opened it and before it is locked."""
     path = tmp_path / ".lock"
     first = WriterLock(path, tmp_path)
     flock = dataset_writer.WriterLock.__init__.__globals__["fcntl"].flock
@@ -154,15 +154,15 @@ def test_a_lock_on_a_removed_file_excludes_nobody_and_is_taken_again(
 
 @contextmanager
 def held(work: Callable[[], Any]) -> Iterator[None]:
-    """Have another process begin `work`, and be in the middle of it."""
+    """Run the block while another process is in the middle of `work`."""
     forked = multiprocessing.get_context("fork")
     begun, ended = forked.Event(), forked.Event()
 
     def run() -> None:
-        begins = work()  # what is begun stays until the process ends
+        result = work()  # held until the process ends
         begun.set()
         ended.wait()
-        del begins
+        del result
         os._exit(0)
 
     process = forked.Process(target=run)
@@ -176,7 +176,7 @@ def held(work: Callable[[], Any]) -> Iterator[None]:
 
 
 def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
-    """Ranks of a job share the folder; another job would have its shards marked as done by them."""
+    """Ranks of one job share the folder; another job must not use its finished shards."""
     out = tmp_path / "vectors"
 
     def begin(model: str) -> ShardedFolder:
@@ -194,7 +194,7 @@ def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_search_for_values_is_of_one_process(tmp_path: Path) -> None:
-    """Another one would take the trial that runs for one that was broken off."""
+    """Another process would treat the running trial as interrupted."""
     (tmp_path / "space.yaml").write_text("x: {low: 0.0, high: 1.0}\n")
     space = read_space(tmp_path / "space.yaml")
     others: list[str] = []
