@@ -1,4 +1,4 @@
-"""A real browser, which tests look at a page with, press keys in and take pictures with: Chromium, over two pipes."""
+"""A real browser for tests of the page: Chromium, controlled over two pipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS |= {"ArrowRight": (39, ""), "Tab": (9, "\t")}
 
 
 def browser_path() -> str | None:
-    """Return the browser that is installed."""
+    """Return the path of the installed browser."""
     return next((path for path in map(shutil.which, BROWSERS) if path), None)
 
 
@@ -36,13 +36,13 @@ class Page:
             self._call(f"{domain}.enable")
 
     def open(self, url: str) -> Page:
-        """Go to an address, and wait until the page shows what it asks for."""
+        """Open an address, and wait until the page has loaded its data."""
         answer = self._call("Page.navigate", url=url)
         assert "errorText" not in answer, answer
         return self.answered()
 
     def answered(self) -> Page:
-        """Wait until the page asks nothing any more."""
+        """Wait until the page has no pending requests."""
         until = time.monotonic() + 20
         while not self.js("document.readyState === 'complete' && !document.querySelector('[aria-busy=true]')"):
             assert time.monotonic() < until, f"{self.problems}, {self.js('document.body.innerText')}"
@@ -50,13 +50,13 @@ class Page:
         return self
 
     def js(self, expression: str) -> Any:
-        """Return what an expression is worth, as JSON."""
+        """Evaluate an expression and return its value as JSON."""
         answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def press(self, *keys: str) -> Page:
-        """Press keys one after another: a name of KEYS, or a character."""
+        """Press keys in order: names of KEYS, or characters."""
         for key in keys:
             code, text = KEYS.get(key, (ord(key[0].upper()), key))
             about = {"key": key, "windowsVirtualKeyCode": code}
@@ -65,7 +65,7 @@ class Page:
         return self
 
     def screen(self, width: int, height: int = 800, *, dark: bool = False, scale: float = 1) -> Page:
-        """Be a screen of this size, in CSS pixels, that asks for light or dark."""
+        """Set the screen size in CSS pixels and the colour scheme, light or dark."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -73,7 +73,7 @@ class Page:
         return self
 
     def picture(self, path: Path) -> None:
-        """Write what the screen shows as PNG."""
+        """Write a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Page:
 
 @contextmanager
 def browsing(browser: str, profile: Path) -> Iterator[Page]:
-    """Start a browser, and yield a page of it."""
+    """Start a browser and yield a page."""
     its_input, to_browser = os.pipe()
     from_browser, its_output = os.pipe()
 

@@ -1,4 +1,4 @@
-"""Training runs started as a user starts them, that may be hurt while they run."""
+"""Training runs started from the command line, with faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment(fault: str = "", **variables: str) -> dict[str, str]:
 
 
 def launcher(name: str, port: str | None = None) -> list[str]:
-    """Return the command of a launcher for two ranks on this machine, or of Python for the option --ranks."""
+    """Return the launcher command for two ranks on this machine, or that of Python for --ranks."""
     port = port or free_port()
     if name == "deepspeed":
         return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port]
@@ -36,7 +36,7 @@ def launcher(name: str, port: str | None = None) -> list[str]:
 
 
 class Run:
-    """A running `launch/pretrain.py`; `folder` is its run folder, which names its processes, too."""
+    """A running `launch/pretrain.py`; its run folder `folder` also identifies its processes."""
 
     def __init__(
         self, folder: Path, config: Path, *arguments: str, command: list[str] | None = None,
@@ -68,7 +68,7 @@ class Run:
             raise AssertionError(f"the run did not end in {timeout_s:.0f} s:\n{self.log}") from None
 
     def wait_for(self, text: str, timeout_s: float = 120.0) -> None:
-        """Wait until the log holds `text`."""
+        """Wait until the log contains `text`."""
         until = time.monotonic() + timeout_s
         while text not in self.log:
             if self.process.poll() is not None or time.monotonic() > until:
@@ -76,7 +76,7 @@ class Run:
             time.sleep(0.05)
 
     def wait_for_orphans(self, timeout_s: float) -> float:
-        """Return the seconds until no process of the run was left. Raises AssertionError after `timeout_s`."""
+        """Return the seconds until all processes of the run have ended. Raises AssertionError after `timeout_s`."""
         started = time.monotonic()
         while left := self.pids():
             if time.monotonic() - started > timeout_s:
@@ -86,7 +86,7 @@ class Run:
         return time.monotonic() - started
 
     def pids(self) -> list[int]:
-        """Return all processes of the run: those with its folder in their command line."""
+        """Return the processes of the run: those with its folder in their command line."""
         found = []
         for entry in Path("/proc").iterdir():
             try:

@@ -1,4 +1,4 @@
-"""tools/evidence and launch/tune.py as a user starts them: cells trained, shared, gone on with, pruned."""
+"""tools/evidence and launch/tune.py from the command line: cells are trained, shared, resumed and pruned."""
 
 from __future__ import annotations
 

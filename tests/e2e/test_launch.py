@@ -1,4 +1,4 @@
-"""Both stages as a user starts them: alone, on ranks, under torchrun or deepspeed; by file of launch/ and by module."""
+"""Both stages from the command line: alone, on ranks, under torchrun or deepspeed; by file and by module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tools that measure the losses: they run, and say of this project's losses what is claimed of them."""
+"""Benchmarks of the losses run, and confirm the documented properties."""
 
 from __future__ import annotations
 

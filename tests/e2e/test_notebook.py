@@ -1,4 +1,4 @@
-"""The notebook, executed as it stands, on MovieLens and without the net."""
+"""The unmodified notebook on MovieLens, without network access."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/serve.py as a user starts it: the page in a real browser, and the load that bench_serve.py puts on it."""
+"""bigdssm serve: the page in a real browser, and the load test of bench_serve.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytest.importorskip("uvicorn")
 
 @pytest.fixture(scope="module")
 def served(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A server of users and histories: its address, and the folder of model and index."""
+    """A server with users and histories: its address, and the folder of model and index."""
     folder = tmp_path_factory.mktemp("served")
     with serving(tiny_interactions, folder) as address:
         yield address, folder
@@ -43,7 +43,7 @@ def served(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def texts_url(tiny_pairs: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server whose queries are texts."""
+    """The address of a server with text queries."""
     with serving(tiny_pairs, tmp_path_factory.mktemp("texts")) as address:
         yield address
 
@@ -59,7 +59,7 @@ def serving(tiny: TinyDataset, folder: Path, *options: str | Path) -> Iterator[s
 
 
 def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
-    """Make a small random model and its index in `folder`, and return the model's checksum."""
+    """Write a small random model and its index to `folder`; return the model's checksum."""
     config = load_config(tiny.config, [f"model.{override}" for override in SMALL])
     dataset = Dataset.open(tiny.dir)
     model = random_model(config, dataset, seed)
@@ -72,7 +72,7 @@ def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
 
 @contextmanager
 def started(folder: Path, *options: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start the command, and yield its address and itself; it is killed where it still runs at the end."""
+    """Start the command; yield its address and process, which is killed at the end."""
     command, environment = [*serve(folder, "0"), *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -94,7 +94,7 @@ def url(served: tuple[str, Path]) -> str:
 
 @pytest.fixture(scope="module")
 def two_url(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server of two models."""
+    """The address of a server with two models."""
     folder = tmp_path_factory.mktemp("two")
     make_served(tiny_interactions, folder / "other", seed=2)
     with serving(tiny_interactions, folder, "--beside", folder / "other/model", folder / "other/index") as address:
@@ -114,7 +114,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(autouse=True)
 def no_problems(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every look at the page ends without an error in its console, which what its policy forbids would be."""
+    """No test leaves an error in the page's console, such as a violation of its content security policy."""
     yield
     if "page" in request.fixturenames:
         page = request.getfixturevalue("page")
@@ -131,13 +131,13 @@ def rows(page: Page, side: str = "") -> list[list[str]]:
 
 
 def text(page: Page, selector: str = "body") -> str:
-    """Return what stands in an element."""
+    """Return the text of an element."""
     found: str = page.js(f"document.querySelector({json.dumps(selector)}).innerText")
     return found
 
 
 def asked(url: str, path: str, body: dict[str, Any]) -> Any:
-    """Return what the API answers."""
+    """Return the response of the API."""
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)

@@ -1,4 +1,4 @@
-"""The pictures of the page in the docs, of invented titles: BIGDSSM_PICTURES=docs/images writes them anew.
+"""Screenshots of the page for the docs, with invented titles: BIGDSSM_PICTURES=docs/images updates them.
 
 With BIGDSSM_TEXTS=FOLDER also that of docs/text_search.md: FOLDER/model, FOLDER/index are those of configs/tldr.yaml.
 """
@@ -31,7 +31,7 @@ MOST_BYTES = 150_000
 
 @pytest.fixture(scope="module")
 def address(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of two models that have learned what follows what, the second of them for longer."""
+    """A server of two models trained on transitions, the second one for longer."""
     folder, dataset = tmp_path_factory.mktemp("pictures"), Dataset.open(tiny_interactions.dir)
     for place, epochs in ((folder, 2), (folder / "other", 12)):
         overrides = [*(f"model.{override}" for override in SMALL), f"run.dir={place / 'run'}"]

@@ -1,4 +1,4 @@
-"""A run on two ranks, killed at any moment: on 1 and on 2 ranks its row ids go on as if nothing had happened."""
+"""A run on two ranks, killed at a random time: resumed on 1 or 2 ranks, its row ids are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = (
 
 
 def rows(folder: Path) -> dict[int, list[int]]:
-    """Return each step's row ids, of all ranks that there ever were."""
+    """Return the row ids per step, of all ranks of all starts."""
     steps: dict[int, list[int]] = {}
     for path in (folder / "pretrain").glob("row_ids-*.jsonl"):
         for line in path.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What a rough user does to a run and its folder: signals, edits, damage, other settings at a resume.
+"""Robustness of a run and its folder: signals, edits, damage, changed settings at a resume.
 
 Each case is a command line, its exit code and its sentence.
 """
@@ -63,7 +63,7 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be hurt."""
+    """A copy of the run, to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -111,7 +111,7 @@ def test_an_edited_manifest_is_damage(config: Path, run: Path, damage: Callable[
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: Path) -> None:
-    """Not passed over as if it were damaged: the run would begin anew over it."""
+    """It is not skipped like a damaged one: the run would start again and overwrite it."""
     for path in (run / "pretrain" / "checkpoints").glob("step-*/manifest.json"):
         content = json.loads(path.read_text())
         content = {key: content[key] for key in ("step", "world_size", "state")} | {"format": 2}
@@ -144,7 +144,7 @@ def test_a_full_disk_is_told_with_the_file(config: Path, run: Path) -> None:
 
 @pytest.fixture
 def small_disk(finished: Path, tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for two checkpoints of such a run and the half of a third."""
+    """A disk with space for two and a half checkpoints of the run."""
     checkpoint = sum(path.stat().st_size for path in (finished / "pretrain/checkpoints/step-00000008").iterdir())
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -157,7 +157,7 @@ def small_disk(finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_a_disk_that_runs_full_is_told_by_the_checkpoint(config: Path, small_disk: Path, background: str) -> None:
-    """Whatever else has failed to write meanwhile; what was written of it makes room again."""
+    """Regardless of other failed writes; partial files are removed."""
     words = ("pretrain.save_every_steps=3", "pretrain.steps=1000", "pretrain.keep_checkpoints=9")
     words += ("debug.log_row_ids=true", f"engine.async_checkpoints={background}")
     done = pretrain(config, small_disk / "run", *words).wait()
@@ -169,7 +169,7 @@ def test_a_disk_that_runs_full_is_told_by_the_checkpoint(config: Path, small_dis
 
 @pytest.mark.slow
 def test_an_average_that_goes_on_over_new_rows_is_measured_by_its_own_vectors(tmp_path: Path) -> None:
-    """Not by those that negatives were mined with, of the weights themselves."""
+    """Not with the weights that mined the negatives."""
     config, run = small_run.write_dataset(tmp_path), tmp_path / "run"
     common = ("--config", config, f"run.dir={run}")
     done = Command("pretrain", *common, "pretrain.steps=4").wait()
@@ -219,7 +219,7 @@ def test_what_lies_beside_a_checkpoints_files_is_not_read(config: Path, run: Pat
 
 
 def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) -> None:
-    """The dataset by another path, the limits: it goes on where it was."""
+    """Another path of the dataset, other limits: the run is resumed."""
     data = yaml.safe_load(config.read_text())["data"]["dir"]
     moved = shutil.copytree(data, tmp_path / "moved")
     shutil.rmtree(run / "pretrain" / "checkpoints" / "step-00000008")
@@ -264,7 +264,7 @@ def with_an_edited_config(run: Path) -> None:
 
 
 def test_checkpoints_of_another_run_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
-    """By their identity, and by their own config where a folder has lost its identity, or its config was edited."""
+    """By their run id, and by their config if the folder has lost its id or its config was edited."""
     other = tmp_path / "other"
     assert pretrain(config, other, *STEPS, "pretrain.optimizer.lr=0.02").wait().code == 0
     before = shutil.copytree(run, tmp_path / "before")
@@ -314,7 +314,7 @@ def test_a_finished_stage_may_be_trained_longer(config: Path, run: Path) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_training_ends_with_the_command_that_has_started_it(config: Path, tmp_path: Path, number: int) -> None:
-    """As tune and tools.evidence start theirs: it saves, and the folder is free for the same command."""
+    """As with tune and tools.evidence: the run saves and releases the folder for the same command."""
     run = tmp_path / "run"
     arguments = ["pretrain", "--config", str(config), f"run.dir={run}", "pretrain.steps=1000000"]
     code = "import pathlib; from bigdssm.cluster.launcher import run_command as run; "
@@ -340,7 +340,7 @@ def rows_by_step(folder: Path) -> dict[int, list[int]]:
 
 
 def test_other_numbers_of_ranks_go_on_with_the_same_rows(config: Path, tmp_path: Path) -> None:
-    """Two ranks, three, one, each stopped in the middle of an epoch and of the loaders' read-ahead."""
+    """Two ranks, three, one, each stopped in the middle of an epoch and of the loaders' prefetch."""
     arguments = ("pretrain.steps=14", "debug.log_row_ids=true", "data.num_workers=1")
     whole = pretrain(config, tmp_path / "whole", *arguments).wait()
     assert whole.code == 0, whole.log
@@ -377,7 +377,7 @@ def test_the_docs_have_the_rules_of_the_code(config: Path) -> None:
 
 
 def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path, tmp_path: Path) -> None:
-    """Here it waits for a second rank that never comes, which no exception gets the main thread out of."""
+    """The run waits for a second rank that never starts; no exception could interrupt the main thread."""
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
     for number in (signal.SIGTERM, signal.SIGINT):
         waiting = pretrain(config, tmp_path / "run", env=alone)
@@ -390,7 +390,7 @@ def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path
 
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path, tmp_path: Path) -> None:
-    """While negatives are mined, of which rank 0 has noted nothing yet but its start."""
+    """During mining, when rank 0 has recorded only its start."""
     assert pretrain(config, tmp_path / "run", *STEPS).wait().code == 0
     arguments = ("--config", config, f"run.dir={tmp_path}/run", "sft.steps=1000000", "engine.peer_timeout_s=5")
     mining = Command("sft", *arguments, ranks=2).wait_for("mining negatives")
@@ -448,7 +448,7 @@ def test_without_a_validation_split_no_score_is_told(config: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: Path) -> None:
-    """Killed in a step that rank 0 waits in, and stopped: the watchdog ends rank 0, whose main thread never returns."""
+    """Killed or stopped in a step: the watchdog ends rank 0, whose main thread waits in a collective."""
     arguments = ("pretrain.steps=100000", "pretrain.log_every_steps=100000", "engine.peer_timeout_s=5")
     for fault, words in (
         ("kill@9:1", "rank 1 .* has ended without an error message"),

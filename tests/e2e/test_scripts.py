@@ -1,4 +1,4 @@
-"""The two shell scripts: that they parse, and that each thing a newcomer may lack is one clear sentence."""
+"""The two shell scripts: syntax, and one-line errors for missing requirements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the scripts and the package's metadata, without .venv."""
+    """A folder with the scripts and the package metadata, without .venv."""
     for name in (*SCRIPTS, "launch/setup_env.sh", "pyproject.toml", "README.md", "LICENSE", "bigdssm/__init__.py"):
         target = tmp_path / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> Path:
-    """A folder for PATH that holds the few tools the scripts need, and no Python."""
+    """A folder for PATH with the tools that the scripts need, without Python."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in TOOLS:
@@ -38,7 +38,7 @@ def bare_path(tmp_path: Path) -> Path:
 
 
 def fake_python(folder: Path, version: tuple[int, int], *, venv: bool = True) -> None:
-    """Put a python3 into `folder` that says it is `version`, and that may lack the venv module."""
+    """Write a fake python3 that reports `version`, optionally without the venv module."""
     lie = f"import sys; sys.version_info = {(*version, 0)}; {'' if venv else 'sys.modules.update(ensurepip=None); '}"
     stub = folder / "python3"
     stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{lie}exec(sys.argv[1])" "$2"\n')
@@ -53,7 +53,7 @@ def run_script(checkout: Path, script: str, *arguments: str, **variables: str) -
 
 
 def the_error(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the one sentence that a failed script ended with."""
+    """Return the error message of a failed script."""
     assert result.returncode == 1, result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: "), result.stderr

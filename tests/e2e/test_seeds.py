@@ -1,4 +1,4 @@
-"""launch/seeds.py as a user starts it: a config with two seeds, both stages of each, and their report."""
+"""launch/seeds.py: a config with two seeds, both stages, and the report."""
 
 from __future__ import annotations
 

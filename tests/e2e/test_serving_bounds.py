@@ -1,4 +1,4 @@
-"""tools/serve.py against clients that mean no good: it reads only so much, waits only so long, and stops when asked."""
+"""bigdssm serve with malicious clients: limits of size and time, and a clean stop."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def connected(address: str) -> socket.socket:
 
 
 def answer(connection: socket.socket) -> tuple[int, str]:
-    """Return the status and the sentence of an answer after which the server closes; 0 where it says nothing."""
+    """Return status and message of a response after which the server closes; 0 without a response."""
     received = b""
     try:
         while part := connection.recv(65536):
@@ -154,7 +154,7 @@ def test_a_request_that_does_not_arrive_is_given_up(served: tuple[str, int], beg
     ],
 )  # fmt: skip
 def test_a_request_for_another_host_is_refused(served: tuple[str, int], host: str, ours: bool) -> None:
-    """Or any page that a user looks at could ask, under a name that leads to this machine (DNS rebinding)."""
+    """Otherwise any web page could send requests under a name that resolves to this machine (DNS rebinding)."""
     status, content = asked(served[0], host=host)
     assert status == (200 if ours else 400), content
     assert ours or "--allow-host" in str(content["error"])

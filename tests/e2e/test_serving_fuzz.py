@@ -1,4 +1,4 @@
-"""Requests made from the server's own OpenAPI, right ones and wrong ones: always an answer that it describes."""
+"""Valid and invalid requests generated from the server's OpenAPI schema: all responses match it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_operation_is_asked(schema: object) -> None:
 
 
 def check_answers(path: str, cases: st.SearchStrategy[object]) -> set[int]:
-    """Ask all that `cases` gives, and return the statuses of the answers."""
+    """Send all requests of `cases` and return the statuses."""
     statuses = set()
 
     @settings(

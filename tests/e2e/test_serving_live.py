@@ -1,4 +1,4 @@
-"""A server of several processes under load: models and workers come and go, and no request is dropped."""
+"""A server with several processes under load: models and workers are replaced without dropping a request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytest.importorskip("prometheus_client")
 
 
 class Load:
-    """Clients that ask without a pause; `failed` holds every answer that is not the documents."""
+    """Clients that send requests without a pause; `failed` contains all responses without documents."""
 
     def __init__(self, address: str, clients: int = 4) -> None:
         self.answered, self.failed, self._stop = 0, [], threading.Event()
@@ -129,7 +129,7 @@ def _model(address: str) -> str:
 
 
 def children(pid: int) -> list[int]:
-    """Return the worker processes of a server: its resource tracker is none."""
+    """Return the worker processes of a server, without its resource tracker."""
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():

@@ -1,4 +1,4 @@
-"""A making on Apache Spark, in however many partitions, writes what the built-in engine does, byte for byte."""
+"""Ingestion on Apache Spark, with any number of partitions, writes the same bytes as the built-in engine."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first partition, and of th
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Make the constants small, here and in all processes that are started from here."""
+    """Use small constants in this process and in all its subprocesses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SMALL))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(SMALL), str(ROOT)]))
@@ -109,7 +109,7 @@ def session(small: None) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parquet folders events, items, users, pairs, and more of each (…2), with some bad rows; and configs."""
+    """Parquet folders events, items, users, pairs, further ones (…2), with some bad rows; and configs."""
     root, random = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
     title = [f"{WORDS[i % 14]} {WORDS[i * 5 % 13]}" for i in range(200)]
     for part, first in (("", 0), ("2", 60)):
@@ -163,7 +163,7 @@ def write(folder: Path, files: int, **columns: Any) -> None:
 
 
 def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine: Any) -> dict[str, bytes]:
-    """Make a dataset, and append to it if that is asked for; return the content of all its files."""
+    """Build a dataset, optionally append to it, and return the content of all its files."""
     config = load_config(tables / f"{kind}.yaml").data
     for part, split in zip(("", "2") if appended else ("",), SPLITS[kind], strict=False):
         target = IngestTarget(out / "dataset", f"day{part}", append=bool(part), **engine)
@@ -184,7 +184,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def built_in(small: None, tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, bytes]]:
-    """Return what the built-in engine writes with one process."""
+    """Return the files written by the built-in engine with one process."""
     return functools.cache(
         lambda kind, appended=True: make(tables, kind, tmp_path_factory.mktemp(kind), appended=appended, processes=1)
     )
@@ -292,7 +292,7 @@ def test_bad_rows_and_damaged_tables_are_told_as_ever(
 
 
 def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, tmp_path: Path) -> None:
-    """A standalone master and two workers on this machine: a making on them is killed with -9, and begun again."""
+    """A standalone master and two workers on this machine: an ingestion on them is killed with SIGKILL and repeated."""
     with cluster(tmp_path) as master:
         settings = {**FAST, "spark.sql.shuffle.partitions": "2", "spark.executor.memory": "512m"}
         run = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "interactions", "--engine", "spark",

@@ -1,4 +1,4 @@
-"""What docs/faults.md promises, under the launchers that people use."""
+"""The guarantees of docs/faults.md under the usual launchers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A run folder; no process of a run in it is left behind."""
+    """A run folder; checks that no process of a run in it remains."""
     yield tmp_path / "run"
     for entry in Path("/proc").iterdir():
         try:
@@ -110,7 +110,7 @@ def test_torchrun_restarts_what_has_died(config: Path, folder: Path) -> None:
 
 
 def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, folder: Path) -> None:
-    """Killed in a step, killed in a save, disk full; then a flipped byte, short and lost files, no `latest`."""
+    """Killed in a step or a save, disk full; then a flipped byte, truncated and lost files, no `latest`."""
     whole = Run(folder.with_name("whole"), config, *STEADY, "pretrain.steps=20")
     assert whole.wait() == 0, whole.log
     arguments = (*STEADY, "pretrain.steps=20", "--resume", "auto")
@@ -198,7 +198,7 @@ def test_a_busy_master_port_is_one_sentence(config: Path, folder: Path) -> None:
 
 
 def test_nothing_is_compiled(config: Path, folder: Path, tmp_path: Path) -> None:
-    """Two ranks with no compiler to be found and nothing compiled before, with the optimizer offloaded, too."""
+    """Two ranks without a compiler and without compiled extensions, also with an offloaded optimizer."""
     bare = tmp_path / "bin"
     bare.mkdir()
     for tool in ("python", "python3"):

@@ -1,4 +1,4 @@
-"""Two nodes for real: two network namespaces with a cable between them, each with its own process ids.
+"""Two nodes: two connected network namespaces with separate process ids.
 
     node 0  10.77.0.1  ──veth──  10.77.0.2  node 1
 
@@ -46,7 +46,7 @@ class Nodes:
             ip("-n", name, "link", "set", "lo", "up")
 
     def plug(self, node: int, state: str) -> None:
-        """Put the cable into a node (`up`) or pull it (`down`)."""
+        """Connect (`up`) or disconnect (`down`) a node."""
         ip("-n", self.names[node], "link", "set", "eth", state)
 
     def remove(self) -> None:
@@ -71,7 +71,7 @@ class Nodes:
 
 
 class Node:
-    """What runs on one node."""
+    """The processes on one node."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self._process, self._log = process, log
@@ -94,7 +94,7 @@ class Node:
             time.sleep(0.1)
 
     def lose_power(self) -> None:
-        """End every process of the node at once, without a word to anybody."""
+        """Kill all processes of the node at once."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()

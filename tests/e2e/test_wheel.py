@@ -1,4 +1,4 @@
-"""The package as `pip install` leaves it: built as a wheel, in an environment of its own, far from the sources."""
+"""The installed package: built as a wheel, in a separate environment outside the sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines of launch/ in forks of a process that has imported everything: a case takes its own time, not torch's.
+"""Command lines of launch/ in forks of a process with all imports, so that tests do not wait for torch.
 
 `main` of the command runs as `python launch/STAGE.py …` does, with its own arguments, environment, output and end.
 """
@@ -20,7 +20,7 @@ _context.set_forkserver_preload(["bigdssm.commands._stage", "bigdssm.training.st
 
 
 class Command:
-    """`launch/STAGE.py …` on this many ranks; `codes` are theirs, `log` is what they wrote."""
+    """`launch/STAGE.py …` on several ranks; `codes` are their exit codes, `log` their output."""
 
     def __init__(self, stage: str, *arguments: object, ranks: int = 1, env: Mapping[str, str] | None = None) -> None:
         self._log = Path(os.environ["BIGDSSM_TEST_LOGS"]) / f"{time.monotonic_ns()}.log"
@@ -36,7 +36,7 @@ class Command:
             self.ranks.append(process)
 
     def wait(self, timeout_s: float = 120.0) -> Command:
-        """Wait for all ranks to end. Raises AssertionError with what they wrote where they do not."""
+        """Wait for all ranks. Raises AssertionError with their output after a timeout."""
         until = time.monotonic() + timeout_s
         for process in self.ranks:
             process.join(max(0.0, until - time.monotonic()))
@@ -51,7 +51,7 @@ class Command:
             process.join()
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> Command:
-        """Wait until they have written `text`."""
+        """Wait until the output contains `text`."""
         until = time.monotonic() + timeout_s
         while text not in self.log:
             if time.monotonic() > until or not any(process.is_alive() for process in self.ranks):
