@@ -130,7 +130,7 @@ def test_heads_that_do_not_divide_a_historys_items(launch: Launch, tiny_interact
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"WORLD_SIZE": "many"}, "RANK= WORLD_SIZE=many: needs a rank from 0 and below the number of ranks"),
+        ({"WORLD_SIZE": "many"}, "RANK= WORLD_SIZE=many: needs a rank from 0 to WORLD_SIZE - 1"),
         ({"WORLD_SIZE": "0"}, "RANK= WORLD_SIZE=0: needs a rank"),
         ({"WORLD_SIZE": "2"}, "RANK= WORLD_SIZE=2: needs a rank"),  # both would train independently
         ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 WORLD_SIZE=2: needs a rank"),

@@ -302,7 +302,7 @@ def test_what_cannot_be_evaluated_is_refused(
     save_model_folder(tmp_path / "model", text_model, config, dataset.schema, dataset.tokenizer_dir, {})
     tools, beir, model = Tools(monkeypatch, capsys), ("--beir", folder), ("--model", tmp_path / "model")
     assert "needs something to evaluate" in tools.refused(2, "evaluate", *beir)
-    assert "give --model and --data, or --beir" in tools.refused(2, "evaluate")
+    assert "needs --model and --data, or --beir" in tools.refused(2, "evaluate")
     for width in (config.model.dim + 1, 0, -1):
         message = tools.refused(2, "evaluate", *beir, *model, "--widths", 4, width)
         assert f"--widths {width}: the model's vectors are 8 wide, needs 1 to 8" in message

@@ -195,7 +195,7 @@ def test_files_that_were_not_written_with_a_model_are_not_read(tools: Tools, cop
     [
         (("0", "1"), 0, "--rows-per-shard 0: needs at least 1"),
         (("0", "1"), -3, "--rows-per-shard -3: needs at least 1"),
-        (("5", "2"), 9, "RANK=5 WORLD_SIZE=2: needs a rank from 0 and below the number of ranks"),
+        (("5", "2"), 9, "RANK=5 WORLD_SIZE=2: needs a rank from 0 to WORLD_SIZE - 1"),
         (("x", "2"), 9, "RANK=x WORLD_SIZE=2: needs a rank"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_split_that_is_not_there_is_no_figure(tools: Tools, model_dir: Path, d
         ('{"model_checksum": "m"}', "is no export, or one of an older version"),
         ('{"model_checksum": "m", "checksums": {"query.onnx": "0"}}', "query.onnx is damaged: its checksum"),
         ('{"model_checksum": "m", "checksums": {"doc.onnx": "0"}}', "doc.onnx is missing"),
-        ('{"model_checksum": "m", "checksums": {}}', "was made of another model"),
+        ('{"model_checksum": "m", "checksums": {}}', "is an export of another model"),
     ],
 )
 def test_a_damaged_export_is_named(
@@ -305,5 +305,5 @@ def test_a_load_without_a_server_says_so(tools: Tools, tmp_path: Path) -> None: 
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     command = ("bench_serve", "--url", "http://127.0.0.1:9", "--queries")
     assert "no server responds" in tools.refused(2, *command, tmp_path / "queries")
-    assert "is no text file in UTF-8" in tools.refused(3, *command, tmp_path / "binary")
+    assert "is no UTF-8 text file" in tools.refused(3, *command, tmp_path / "binary")
     assert "--clients needs at least 1" in tools.refused(2, *command, tmp_path / "queries", "--clients", 0)
