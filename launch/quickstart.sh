@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole main job on real data, on this machine: MovieLens-100K, its GPUs or two CPU ranks, some minutes.
+# The complete workflow with real data on this machine, with its GPUs or two CPU ranks: MovieLens-100K, some minutes.
 #
 #   bash launch/quickstart.sh [--movielens PATH] [--seed N] [key=value ...]
 #
-#   --movielens PATH   a copy of MovieLens-100K, where it should not come from the package registry
-#   --seed N           seed of initialisation and order (default 0)
-#   key=value          changes to configs/movielens_100k.yaml for both trainings, such as pretrain.epochs=1
+#   --movielens PATH   local copy of MovieLens-100K (default: download from the package registry)
+#   --seed N           seed of initialization and order (default: 0)
+#   key=value          overrides of configs/movielens_100k.yaml for both stages, such as pretrain.epochs=1
 #
-# Makes .venv if it is missing. Each command is printed before it runs, to be taken over as it stands. Writes
-# datasets/source/ml-100k, datasets/movielens_100k and runs/quickstart; running it again replaces the last two.
+# Creates .venv if it is missing. Every command is printed before it runs, ready to copy. Writes datasets/source/ml-100k,
+# datasets/movielens_100k and runs/quickstart; repeated runs replace the last two.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup_env.sh
@@ -45,7 +45,7 @@ source=datasets/source/ml-100k
 dataset=datasets/movielens_100k
 out=runs/quickstart
 
-# Prints a command as it can be typed again, then runs it.
+# Prints a command for copying, then runs it.
 run() {
     local status=0 word
     printf '\n\033[1m$'

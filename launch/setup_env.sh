@@ -1,11 +1,11 @@
-# Sourced by launch/quickstart.sh and tests/run.sh: makes or refreshes .venv and puts it on PATH.
+# Sourced by launch/quickstart.sh and tests/run.sh: creates or updates .venv and adds it to PATH.
 # shellcheck shell=bash
 #
-#   setup_env base    the package and what it needs
-#   setup_env test    the same and the [test] extra, or several: test,spark
+#   setup_env base    the package and its dependencies
+#   setup_env test    also the [test] extra, or several: test,spark
 #
-# BIGDSSM_PYTHON=/path/to/python   the interpreter to make .venv with (default: the first on PATH that will do)
-# BIGDSSM_MIN_FREE_GB=N            how much free disk to ask for before .venv is made (default 4)
+# BIGDSSM_PYTHON=/path/to/python   interpreter for .venv (default: the first suitable one on PATH)
+# BIGDSSM_MIN_FREE_GB=N            required free disk space before .venv is created (default 4)
 
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 
@@ -14,7 +14,7 @@ die() {
     exit 1
 }
 
-# What is wrong with the interpreter $1, as a phrase; nothing when it will do.
+# Prints the problem of the interpreter $1 as a phrase, or nothing if it is suitable.
 python_problem() {
     local version
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || {
@@ -28,7 +28,7 @@ python_problem() {
     fi
 }
 
-# Sets PYTHON to an interpreter that can make .venv.
+# Sets PYTHON to an interpreter that can create .venv.
 find_python() {
     local name path problem seen="" no_venv=""
     if [ -n "${BIGDSSM_PYTHON:-}" ]; then
@@ -54,7 +54,7 @@ find_python() {
     die "Python 3.10 or newer is needed, but $seen; install one, or name it with BIGDSSM_PYTHON=/path/to/python"
 }
 
-# What .venv must match: the package's metadata, the interpreter and the place (a moved .venv does not work).
+# Identifies a valid .venv: package metadata, interpreter and path (a moved .venv does not work).
 env_fingerprint() {
     "$1" -c 'import hashlib, pathlib, sys
 print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + repr((sys.version, sys.argv[1])).encode()).hexdigest())' "$PWD"
@@ -78,7 +78,7 @@ setup_env() {
         die "$PWD has $((free_kb / 1024)) MB of free disk and .venv needs about $need_gb GB; free some, or clone to a larger disk"
     fi
 
-    # A .venv that does not run, or that was moved here, is made anew; any other is brought up to date in place.
+    # A .venv that does not run or was moved is created again; any other is updated in place.
     if [ "$(cat "$venv/.bigdssm-place" 2>/dev/null)" != "$PWD" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
         mkdir -p "$venv" 2>/dev/null || die "cannot make $PWD/.venv; clone the repository into a folder that you can write to"

@@ -1,4 +1,4 @@
-"""The command line of both stages, `bigdssm STAGE --config F [key=value …]`: it starts ranks, or is one."""
+"""Command line of both stages, `bigdssm STAGE --config F [key=value …]`: starts the ranks, or runs as a rank."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = get_logger(__name__)
 
 
 def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
-    """Run `stage` as the command line `argv` says and return the exit code; `about` is its help."""
+    """Run `stage` with the command line `argv` and return the exit code; `about` is the help text."""
     launcher = Launcher()
-    arguments = _parser(about).parse_intermixed_args(argv)  # key=value may stand anywhere
+    arguments = _parser(about).parse_intermixed_args(argv)  # key=value may be anywhere
 
     def train() -> int | None:
         world_size = check_launch()
@@ -35,7 +35,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
         elif (ranks := _prepare_ranks(arguments)) > 1:
             command = sys.orig_argv[1:] if argv is None else ["-m", "bigdssm.commands", stage, *argv]
             return run_ranks([sys.executable, *command], ranks, stop, launcher)
-        # They take seconds; by now it is known who stands above this process, and signals are heard.
+        # these imports take seconds; the launcher is recorded and signal handlers are installed before
         from bigdssm import distributed
         from bigdssm.training.stages import run_stage, sole_stage
 
@@ -53,7 +53,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
                 )
         except BigDSSMError as error:
             if not is_first_rank() and not distributed.is_distributed():
-                sys.exit(error.exit_code)  # every rank has found the same; rank 0 says it
+                sys.exit(error.exit_code)  # all ranks have the same error; rank 0 prints it
             raise
         finally:
             if not isinstance(sys.exc_info()[1], PeerError):
@@ -63,12 +63,12 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     code = run_main(train)
     if code == PeerError.exit_code:
         sys.stderr.flush()
-        os._exit(code)  # what is left of the process group may never answer
+        os._exit(code)  # destroying the process group could block
     return code
 
 
 def _prepare_ranks(arguments: argparse.Namespace) -> int:
-    """Return the number of ranks to start here, and set the environment that they inherit. Raises ConfigError."""
+    """Return the number of ranks to start, and set the environment that they inherit. Raises ConfigError."""
     import torch
     from joblib import cpu_count
 
@@ -97,13 +97,17 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
 def _parser(about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted config keys, for example run.seed=1")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys, such as run.seed=1"
+    )
     parser.add_argument(
         "--ranks", type=at_least(1), metavar="N",
         help=f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; "
         "at most data.lanes); under a launcher, its number",
     )  # fmt: skip
-    parser.add_argument("--resume", choices=["auto"], help="go on from the newest good checkpoint, if there is one")
-    parser.add_argument("--validate", action="store_true", help="check config and data, make one batch, and stop")
+    parser.add_argument(
+        "--resume", choices=["auto"], help="continue from the newest valid checkpoint, if any (default: start anew)"
+    )
+    parser.add_argument("--validate", action="store_true", help="validate config and data, build one batch, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it
     return parser

@@ -57,7 +57,7 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 @contextmanager
 def default_logging() -> Iterator[None]:
-    """Log as a command does in a program that has no handlers of its own, and take it back at the end."""
+    """Set up logging as in a command within the block, unless the program has handlers."""
     root = logging.getLogger("bigdssm")
     if root.hasHandlers():
         yield

@@ -5,8 +5,8 @@
 #     -v "$PWD/runs:/workspace/runs" bigdssm:cpu \
 #     bigdssm pretrain --config configs/movielens_100k.yaml
 #
-# The default PyTorch for Linux may be a large CUDA build: where your registry has CPU builds, name them with pip's own
-# options, as --build-arg PIP_EXTRA_INDEX_URL=… . Loader processes hand over their rows in /dev/shm.
+# The default PyTorch for Linux may be a large CUDA build: if your registry has CPU builds, select them with pip's
+# options, such as --build-arg PIP_EXTRA_INDEX_URL=… . Loader processes pass their rows in /dev/shm.
 FROM python:3.12-slim
 
 ARG PIP_INDEX_URL
@@ -22,7 +22,7 @@ COPY launch launch
 COPY tools tools
 COPY configs configs
 
-# Any user may be given, such as the one who owns what is mounted; caches need a home and a name.
+# The container runs as any user, such as the owner of the mounts; caches need a home and a user name.
 # hadolint ignore=DL3064
 ENV DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HOME=/tmp USER=trainer
 USER 10001

@@ -5,8 +5,8 @@
 #     -v "$PWD/runs:/workspace/runs" bigdssm:cuda \
 #     bigdssm pretrain --config configs/movielens_100k.yaml
 #
-# PyTorch brings its own CUDA libraries; the image's toolkit and compiler are for DeepSpeed, which looks for nvcc, and for
-# Triton and torch.compile. launch/trainjob.yaml and launch/slurm.sbatch run it on several machines.
+# PyTorch includes CUDA libraries; DeepSpeed (nvcc), Triton and torch.compile need the image's toolkit and compiler. See
+# launch/trainjob.yaml and launch/slurm.sbatch for several machines.
 FROM nvidia/cuda:12.8.1-devel-ubuntu24.04
 
 ARG PIP_INDEX_URL
@@ -27,7 +27,7 @@ COPY launch launch
 COPY tools tools
 COPY configs configs
 
-# Any user may be given, such as the one who owns what is mounted; caches need a home and a name.
+# The container runs as any user, such as the owner of the mounts; caches need a home and a user name.
 # hadolint ignore=DL3064
 ENV TOKENIZERS_PARALLELISM=false HOME=/tmp USER=trainer
 USER 10001
