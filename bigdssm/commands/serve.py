@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     needed = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
-    beside = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
+    second = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
     served = ServerSettings(
-        Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), beside, args.cache,
+        Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), second, args.cache,
         args.at_once,
         (args.host, *args.allow_host), args.look_s, args.log_requests, args.timeout_s,
     )  # fmt: skip
@@ -105,7 +105,7 @@ class ServerSettings:
     """Settings of a server process."""
 
     folders: Folders
-    beside: Folders | None
+    second: Folders | None
     cache: int
     at_once: int
     hosts: tuple[str, ...]
@@ -117,7 +117,7 @@ class ServerSettings:
         """Set the number of threads and open the searcher and, if configured, the second one."""
         if self.folders.threads is not None:
             torch.set_num_threads(self.folders.threads)
-        return self.folders.open(), None if self.beside is None else self.beside.open()
+        return self.folders.open(), None if self.second is None else self.second.open()
 
     def run(
         self, listening: socket.socket, ready: Callable[[], None],
@@ -131,10 +131,10 @@ class ServerSettings:
         setup_logging()
         if self.log_requests:
             log_requests()
-        searcher, beside = searchers or self.open()
+        searcher, second = searchers or self.open()
         app = make_app(
             searcher, cache_size=self.cache, at_once=self.at_once, hosts=self.hosts, folders=self.folders,
-            look_s=self.look_s, beside=beside, beside_folders=self.beside,
+            look_s=self.look_s, beside=second, beside_folders=self.second,
         )  # fmt: skip
         ready()
         run(app, listening, self.timeout_s)

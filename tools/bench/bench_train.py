@@ -2,7 +2,7 @@
 
     python tools/bench/bench_train.py speed --pairs ../shared/data/debian_packages/packages.jsonl.xz
     python tools/bench/bench_train.py speed --movielens datasets/source/ml-100k
-    python tools/bench/bench_train.py kept --pairs …      # savings by retained graphs (keep_graph_tokens)
+    python tools/bench/bench_train.py graphs --pairs …    # savings by retained graphs (keep_graph_tokens)
     python tools/bench/bench_train.py memory --pairs …    # peak over base from 256 to 8,192 rows per rank
 
 The pairs are synopsis → description of packages or, for MovieLens-100K, the titles of the last five films → the next
@@ -381,16 +381,16 @@ def speed_table(
 
 
 def time_profile(
-    elapsed_s: float, steps: int, spans: dict[str, float], flops: float, peak_flops: float
+    elapsed_s: float, steps: int, times: dict[str, float], flops: float, peak_flops: float
 ) -> Iterator[str]:
     from bigdssm.training.health import TimeTable
 
     yield "time profile of rank 0, ours: " + "\n    ".join(
-        TimeTable(elapsed_s, steps, flops, dict(spans)).lines(peak_flops)
+        TimeTable(elapsed_s, steps, flops, dict(times)).lines(peak_flops)
     )
 
 
-def kept(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
+def graphs(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> Iterator[str]:
     """Yield CPU seconds and peak memory of a step with none, some and all of the graphs retained."""
     batches = Batches(folder, args.rows, 1)
     engine = EngineConfig(zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens)
@@ -447,7 +447,7 @@ def vectors_mb(rows: int, width: int) -> float:
     return 2 * (local + gathered) * width * 4 / 1e6
 
 
-TASKS: dict[str, Callable[..., Iterator[str]]] = {"speed": speed, "kept": kept, "memory": memory}
+TASKS: dict[str, Callable[..., Iterator[str]]] = {"speed": speed, "graphs": graphs, "memory": memory}
 
 
 def texts_of(rows: Rows, number_of: dict[int, int], texts: list[tuple[str, str]]) -> list[tuple[str, str]]:

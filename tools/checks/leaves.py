@@ -23,9 +23,9 @@ MAX_CHARS = 60  # a longer value is replaced by its checksum
 
 
 def leaves(path: Path, name: str) -> Iterator[Leaf]:
-    """Yield (`name`:place, value) of all values in a file; values are JSON types."""
-    for place, value in _content(path.suffix, path.read_bytes()):
-        yield f"{name}:{place}" if place else name, value
+    """Yield (`name`:key, value) of all values in a file; values are JSON types."""
+    for key, value in _content(path.suffix, path.read_bytes()):
+        yield f"{name}:{key}" if key else name, value
 
 
 def digest(content: bytes) -> str:
@@ -48,8 +48,8 @@ def _content(suffix: str, content: bytes) -> Iterator[Leaf]:
             for member in tar:
                 block = tar.extractfile(member)
                 assert block is not None
-                for place, value in _table(pa.ipc.open_stream(block).read_all()):
-                    yield f"{member.name}:{place}", value
+                for key, value in _table(pa.ipc.open_stream(block).read_all()):
+                    yield f"{member.name}:{key}", value
     elif suffix in (".json", ".yaml"):
         yield from flatten(yaml.safe_load(content) if suffix == ".yaml" else json.loads(content))
     elif suffix == ".jsonl":
@@ -59,14 +59,14 @@ def _content(suffix: str, content: bytes) -> Iterator[Leaf]:
         yield "", digest(content)
 
 
-def flatten(value: Any, place: str = "") -> Iterator[Leaf]:
-    """Yield the leaves of nested dicts and lists as (dotted place, value)."""
+def flatten(value: Any, prefix: str = "") -> Iterator[Leaf]:
+    """Yield the leaves of nested dicts and lists as (dotted key, value)."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if not children:
         text = json.dumps(value, sort_keys=True)
-        yield place, value if len(text) < MAX_CHARS else digest(text.encode())
+        yield prefix, value if len(text) < MAX_CHARS else digest(text.encode())
     for key, child in children:
-        yield from flatten(child, f"{place}.{key}" if place else str(key))
+        yield from flatten(child, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _table(table: pa.Table) -> Iterator[Leaf]:

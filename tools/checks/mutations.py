@@ -35,7 +35,7 @@ PACKAGE, EVIDENCE = "bigdssm", "tools/evidence"
 TEST_TIMEOUT_S = 300
 
 
-class Place(NamedTuple):
+class Mutation(NamedTuple):
     """A file with its planted bug."""
 
     file: Path  # relative to the tree
@@ -54,8 +54,8 @@ def main() -> int:
     bugs = [bug for bug in BUGS if not args.only or {bug.name, bug.contract} & set(args.only)]
     with trees(args.commit, 1 if args.find else args.jobs) as copies:
         tests = {bug.test: find_test(copies[0], bug.test) for bug in bugs}
-        places = {bug.name: find_place(copies[0], bug) for bug in bugs}
-        lost = [f"{name}: {place}" for name, place in places.items() if isinstance(place, str)]
+        mutations = {bug.name: find_mutation(copies[0], bug) for bug in bugs}
+        lost = [f"{name}: {mutation}" for name, mutation in mutations.items() if isinstance(mutation, str)]
         lost += [f"{test}: no such test" for test, found in tests.items() if found is None]
         if lost or args.find:
             print("\n".join(lost) or f"{len(bugs)} bugs of {len({bug.contract for bug in bugs})} contracts are found")
@@ -69,9 +69,9 @@ def main() -> int:
             return 2
 
         def caught(bug: Bug) -> bool:
-            place, started = places[bug.name], time.perf_counter()
-            assert isinstance(place, Place)
-            code, failed = _with(idle, place, [str(tests[bug.test])])
+            mutation, started = mutations[bug.name], time.perf_counter()
+            assert isinstance(mutation, Mutation)
+            code, failed = _with(idle, mutation, [str(tests[bug.test])])
             verdict = "SURVIVED" if code == 0 else f"caught by {failed[0]}" if failed else f"caught, exit code {code}"
             print(f"{bug.contract:14} {bug.name:34} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
             return code != 0
@@ -82,7 +82,7 @@ def main() -> int:
     return int(bool(survived))
 
 
-def find_place(tree: Path, bug: Bug) -> Place | str:
+def find_mutation(tree: Path, bug: Bug) -> Mutation | str:
     """Plant a bug whose fragment occurs exactly once in its symbol; otherwise return the reason."""
     module, _, symbol = bug.symbol.partition(":")
     named = tree / PACKAGE / f"{module.replace('.', '/')}.py"
@@ -95,13 +95,13 @@ def find_place(tree: Path, bug: Bug) -> Place | str:
         if path == named and found:
             break
     if len(found) != 1:
-        return f"{len(found)} places of {bug.old!r} in {symbol}"
+        return f"{len(found)} occurrences of {bug.old!r} in {symbol}"
     path, text, first, end = found[0]
     if text[first:end].count(bug.old) != 1:
         return f"{bug.old!r} occurs several times in {symbol} of {path.relative_to(tree)}"
     planted = text[:first] + text[first:end].replace(bug.old, bug.new) + text[end:]
     compile(planted, str(path), "exec")
-    return Place(path.relative_to(tree), planted)
+    return Mutation(path.relative_to(tree), planted)
 
 
 def _spans(text: str, symbol: str) -> Iterator[tuple[int, int]]:
@@ -174,17 +174,17 @@ class Tree:
         return code, re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
 
 
-def _with(idle: SimpleQueue[Tree], place: Place | None, tests: Sequence[str]) -> tuple[int, list[str]]:
+def _with(idle: SimpleQueue[Tree], mutation: Mutation | None, tests: Sequence[str]) -> tuple[int, list[str]]:
     """Run tests in an idle tree with a bug, or without one."""
     tree = idle.get()
-    before = None if place is None else (tree.folder / place.file).read_bytes()
+    before = None if mutation is None else (tree.folder / mutation.file).read_bytes()
     try:
-        if place is not None:
-            (tree.folder / place.file).write_text(place.planted, encoding="utf-8")
+        if mutation is not None:
+            (tree.folder / mutation.file).write_text(mutation.planted, encoding="utf-8")
         return tree.run(tests)
     finally:
-        if place is not None and before is not None:
-            (tree.folder / place.file).write_bytes(before)
+        if mutation is not None and before is not None:
+            (tree.folder / mutation.file).write_bytes(before)
         idle.put(tree)
 
 
