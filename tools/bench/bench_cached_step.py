@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -66,11 +67,14 @@ def local_tokens(args: argparse.Namespace, rank: int, ranks: int) -> tuple[Tenso
     return queries[its], documents[its]
 
 
-def deepspeed_config(stage: int, rows: int) -> dict[str, object]:
+def deepspeed_config(args: argparse.Namespace) -> dict[str, object]:
     """Return a config that shards small parameters, too."""
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000}
+    zero = {
+        "stage": args.stage, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 50_000,
+        "reduce_bucket_size": args.bucket,
+    }  # fmt: skip
     return {
-        "train_micro_batch_size_per_gpu": rows, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": args.rows, "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero, "steps_per_print": 10**9,
     }  # fmt: skip
 
@@ -96,7 +100,7 @@ def peer_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tens
     inside = args.case == "cached inside"
     module = _Inside(loss) if inside else model
     optimizer = torch.optim.SGD(module.parameters(), lr=args.lr)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(args.stage, args.rows))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(args))
     if not inside:
         loss.model = engine
     features = [{"input_ids": side, "attention_mask": torch.ones_like(side)} for side in tokens]
@@ -134,7 +138,7 @@ def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tenso
     from bigdssm.training.optimizers import AdamW
     from bigdssm.training.step import train_step
 
-    text = Text(max_tokens=args.tokens).named("text")
+    text = Text(max_tokens=args.tokens).with_name("text")
     tower = TowerConfig(residual="text", mlp=(), text=Bert(init=str(folder), dropout=0.0))
     model = new_model(
         ModelConfig(
@@ -148,14 +152,14 @@ def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tenso
     engine_module.build_optimizer = lambda model, _: torch.optim.SGD(  # type: ignore[assignment]
         [{"params": list(model.parameters()), "lr": args.lr, "base_lr": args.lr}]
     )
-    engine_module.deepspeed_config = lambda *_: deepspeed_config(args.stage, args.rows)  # type: ignore[assignment]
+    engine_module.deepspeed_config = lambda *_: deepspeed_config(args)  # type: ignore[assignment]
     engine = engine_module.Engine(model, config, AdamW(gradient_clipping=0.0), args.rows)
     rows = torch.arange(args.rows) + args.rank * args.rows
     query, doc = ({"text": side} for side in tokens)
     batch = Batch(
         step=0, row_ids=rows, query=query, doc=doc, positive=torch.arange(args.rows),
         relevance=torch.ones(args.rows), query_ids=rows, doc_ids=rows, doc_rows=rows,
-        multiplicity=torch.ones(args.rows, dtype=torch.int64),
+        counts=torch.ones(args.rows, dtype=torch.int64),
         query_lengths=lengths_of(query, {"text": 0}), doc_lengths=lengths_of(doc, {"text": 0}),
     )  # fmt: skip
 
@@ -205,7 +209,7 @@ def run_case(args: argparse.Namespace, case: str, stage: int, encoder: Path) -> 
         f"--nproc_per_node={args.ranks}",
         __file__,
     ]
-    sizes = ("rows", "tokens", "layers", "hidden", "chunk", "steps", "lr")
+    sizes = ("rows", "tokens", "layers", "hidden", "chunk", "steps", "bucket", "lr")
     options = [word for name in sizes for word in (f"--{name}", str(getattr(args, name)))]
     child = ["--case", case, "--stage", str(stage), "--encoder", str(encoder), "--out", str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -213,10 +217,8 @@ def run_case(args: argparse.Namespace, case: str, stage: int, encoder: Path) -> 
     if out.exists():
         result: dict[str, object] = json.loads(out.read_text())
         return result
-    errors = [
-        line.strip() for line in done.stderr.splitlines() if "Error: " in line and "torch.distributed" not in line
-    ]
-    return {"error": errors[0].partition("]: ")[2] or errors[0] if errors else f"exit code {done.returncode}"}
+    errors = re.findall(r"^\[rank\d+\]: (\w*Error.*)", done.stderr, re.M)
+    return {"error": errors[0] if errors else f"exit code {done.returncode}"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -227,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("ranks", 2, "CPU ranks"), ("rows", 16, "rows per rank"), ("tokens", 8, "tokens per text"),
         ("layers", 2, "layers of the BERT"), ("hidden", 64, "width of the BERT"),
         ("chunk", 4, "texts per chunk or mini-batch"), ("steps", 3, "steps per case"),
+        ("bucket", 500_000_000, "DeepSpeed's reduce_bucket_size; the default is its own"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate (default: %(default)s)")
