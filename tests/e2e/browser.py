@@ -31,7 +31,7 @@ class Page:
         self._to, self._from, self._rest, self._number, self._session = to_browser, from_browser, b"", 0, ""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.problems: list[str] = []  # what the console said
+        self.problems: list[str] = []  # errors of the console
         for domain in ("Page", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
@@ -107,7 +107,7 @@ def browsing(browser: str, profile: Path) -> Iterator[Page]:
     from_browser, its_output = os.pipe()
 
     def as_3_and_4() -> None:
-        first, second = os.dup(its_input), os.dup(its_output)  # either may be 3 or 4 already
+        first, second = os.dup(its_input), os.dup(its_output)  # the originals may be 3 or 4
         os.dup2(first, 3)
         os.dup2(second, 4)
 

@@ -106,7 +106,7 @@ def test_a_later_python_on_path_is_taken(checkout: Path, bare_path: Path) -> Non
     (bare_path / "python3.12").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (bare_path / "python3.12").chmod(0o755)
     error = the_error(run_script(checkout, "tests/run.sh", PATH=str(bare_path), BIGDSSM_MIN_FREE_GB="100000000"))
-    assert "free disk" in error  # it went past the search for a Python
+    assert "free disk" in error  # the search for a Python succeeded
 
 
 def test_a_named_python_that_will_not_do(checkout: Path) -> None:
@@ -157,4 +157,4 @@ def test_an_up_to_date_environment_is_left_alone(checkout: Path) -> None:
     assert "up to date" in call("setup_env base").stdout
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
-    assert "BIGDSSM_PYTHON=/nowhere/python does not run" in the_error(call("setup_env base"))  # it starts to install
+    assert "BIGDSSM_PYTHON=/nowhere/python does not run" in the_error(call("setup_env base"))  # starts installing

@@ -58,7 +58,7 @@ def answer(connection: socket.socket) -> tuple[int, str]:
         while part := connection.recv(65536):
             received += part
     except ConnectionResetError:
-        pass  # it closed while we were still sending
+        pass  # closed during the request
     first, _, body = received.partition(b"\r\n\r\n")
     return (int(first.split()[1]), json.loads(body)["error"]) if received else (0, "")
 
@@ -97,7 +97,7 @@ def test_a_body_that_is_not_announced_as_small_is_not_read(
             for _ in range(100):
                 connection.sendall(chunk)
         except OSError:
-            pass  # what should happen: nobody reads it
+            pass  # expected: the server does not read it
         else:
             pytest.fail("100 MiB were read")
         assert resident_mb(pid) - before < 30

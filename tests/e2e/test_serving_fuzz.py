@@ -27,8 +27,8 @@ HELD = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
     "response_schema_conformance",
 )  # fmt: skip
-REQUESTS = {"/api/search": 80, "/api/similar": 40, "/api/why": 40}  # the others take nothing
-# What the OpenAPI cannot know: names of the tiny datasets, and values that are nearly right
+REQUESTS = {"/api/search": 80, "/api/similar": 40, "/api/why": 40}  # the others have no body
+# not in the OpenAPI schema: names of the tiny datasets, and nearly valid values
 VALUES = st.sampled_from(
     ["u7", "i3", "river lantern", "artist", "33", "-1e38", "1e39", "inf", " ", "", "İ\x00|;\n", "𐍈" * 99]
 )

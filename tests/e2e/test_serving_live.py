@@ -87,10 +87,10 @@ def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDa
         with load(address) as asking:
             until("some are answered", lambda: asking.answered > 50)
             replace_folder(tmp_path / "new" / "model", tmp_path / "model")
-            time.sleep(1)  # the index is still the old model's: both go on as they are
+            time.sleep(1)  # the index belongs to the old model: both are kept
             assert {_model(address) for _ in range(10)} == {before}
             replace_folder(tmp_path / "new" / "index", tmp_path / "index")
-            # A busy worker accepts few connections: the models that are answered do not tell that both have.
+            # a busy worker accepts few connections: responses do not show that both have loaded the model
             until("both workers have taken it up", lambda: "taken_up_total 2.0" in get(address, "/metrics")[1])
             assert {_model(address) for _ in range(20)} == {checksum}
             answered = asking.answered

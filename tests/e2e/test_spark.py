@@ -41,13 +41,13 @@ if find_spec("pyspark") is None or not ("JAVA_HOME" in os.environ or shutil.whic
 pytestmark = pytest.mark.slow
 
 SMALL = Path(__file__).parent / "small_sizes"
-FAST = {  # code is made and compiled for millions of rows; here it would take most of the time
+FAST = {  # code generation pays off for millions of rows only
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
     "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1",
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.ui.enabled": "false",
-    "spark.bigdssm.driverBytes": "0",  # all queries are Spark's
+    "spark.bigdssm.driverBytes": "0",  # run all queries on Spark
 }
 DATA: dict[str, dict[str, Any]] = {
     "interactions": {
@@ -78,7 +78,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "as_of": {"users_time_column": "since", "items_time_column": "updated"},
     "pairs": {"doc_id_column": "id", "relevance_column": "relevance", "dedup": True, "validation_fraction": 0.1},
 }
-SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first partition, and of the one that is appended
+SPLITS: dict[str, list[dict[str, Any]]] = {  # of the first and the appended partition
     "interactions": [{"split": "leave-one-out"}, {"split": "time"}],
     "as_of": [{"split": "leave-one-out"}, {"split": "time"}],
     "pairs": [{"whole_documents": True, "split_column": "group"}, {"split": "time", "split_column": "time"}],
@@ -127,7 +127,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / f"users{part}", 2, user_id=[f"u{u}" for u in users], age=users % 50 / 3,
               job=[f"job{u % 7}" for u in users])  # fmt: skip
         who, what = random.integers(users[0], users[-1] + 3, 1500), random.integers(first, first + 131, 1500)
-        first_time = 380 if part else 0  # the second table has some older events, and below some again
+        first_time = 380 if part else 0  # the second table has some older and some repeated events
         events = {"user_id": [f"u{u}" for u in who], "item_id": [f"i{i}" for i in what],
                   "timestamp": first_time + random.integers(0, 400, 1500),
                   "rating": random.integers(1, 6, 1500)}  # fmt: skip
@@ -197,7 +197,7 @@ def built_in(small: None, tables: Path, tmp_path_factory: pytest.TempPathFactory
         ("pairs", 7, True, 0),
         ("as_of", 5, True, 0),
         ("pairs", 1, False, 0),
-        ("pairs", 3, False, 100_000),  # some are the driver's, over tables that Spark has written
+        ("pairs", 3, False, 100_000),  # some queries run on the driver, over tables written by Spark
     ],
 )
 def test_partitions_do_not_matter(
@@ -212,7 +212,7 @@ def test_partitions_do_not_matter(
         )
     conf = {
         "spark.sql.shuffle.partitions": str(partitions),
-        "spark.sql.adaptive.coalescePartitions.enabled": "false",  # of so few rows it would make one
+        "spark.sql.adaptive.coalescePartitions.enabled": "false",  # it would merge these few rows into one partition
         "spark.bigdssm.driverBytes": str(on_driver),
     }
     made = make(tables, kind, tmp_path, appended=appended, spark=Cluster(conf=tuple(conf.items())))
@@ -225,7 +225,7 @@ def test_partitions_do_not_matter(
 
 
 def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path: Path) -> None:
-    session.read.parquet(f"{tables}/events").createOrReplaceTempView("events")  # steps have one of that name, too
+    session.read.parquet(f"{tables}/events").createOrReplaceTempView("events")  # steps use the same name
     config = load_config(tables / "interactions.yaml").data
     given = (
         "spark:SELECT *, 1 AS more FROM events WHERE rating >= 2",
@@ -243,7 +243,7 @@ def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path:
     assert made("two", given, spark=Cluster(conf=(("spark.sql.shuffle.partitions", "5"),))) == one, (
         "parts of the table do not matter"
     )
-    for name in ("events", "items"):  # the same rows in the order of their columns
+    for name in ("events", "items"):  # the same rows sorted by their columns
         rows = pq.read_table(tables / name)
         rows = rows.filter(pc.greater_equal(rows["rating"], 2)) if name == "events" else rows
         columns = ["user_id", "item_id", "timestamp", "rating"] if name == "events" else ["item_id", "title", "year"]
@@ -280,7 +280,7 @@ def test_bad_rows_and_damaged_tables_are_told_as_ever(
     assert main(command) == DataError.exit_code
     assert f"{damaged.parent} is damaged" in capfd.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "touch", lambda path: None)  # the file that workers look for
+        patch.setattr(Path, "touch", lambda path: None)  # the file that workers check
         assert main(command) == ConfigError.exit_code
         assert f"does not see {tmp_path / '.out.unfinished' / 'spool'}" in capfd.readouterr().err
     assert main([*command, "--master", "spark://elsewhere:7077"]) == ConfigError.exit_code

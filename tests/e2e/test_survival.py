@@ -52,8 +52,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     [
         ("deepspeed", "term-runner@9", {143, -15}),
         ("deepspeed", "term-launcher@9:1", {1}),
-        ("deepspeed", "kill-launcher@9:1", {0}),  # DeepSpeed's runner takes a killed launcher for a success
-        ("torchrun", "term@9:1", {1}),  # torchrun gives 1 for whatever its ranks gave
+        ("deepspeed", "kill-launcher@9:1", {0}),  # DeepSpeed's runner treats a killed launcher as a success
+        ("torchrun", "term@9:1", {1}),  # torchrun returns 1 for any failure
         ("torchrun", "kill-launcher@9", {137, -9}),
         ("--ranks", "kill-launcher@9:1", {-9}),
     ],
@@ -85,7 +85,7 @@ def test_a_stopped_rank_ends_the_run_within_its_timeout(config: Path, folder: Pa
     run = Run(folder, config, *arguments, variables=environment("stop@9:0"))
     run.wait_for("BIGDSSM_FAULT: stop")
     struck = time.monotonic()
-    assert run.wait() in (6, 247), run.log  # the launcher gives that of the rank it sees first
+    assert run.wait() in (6, 247), run.log  # the launcher returns the code of the first rank to end
     run.wait_for_orphans(5)
     assert time.monotonic() - struck < 10 + 15
     assert re.search(r"rank 0 \(pid \d+ on \S+\) is stopped", run.errors[0])
@@ -150,7 +150,7 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
     run = Run(folder, config, *arguments)
     assert run.wait() == 0, run.log
     assert "step-00000099 has no manifest.json" in run.log and "rank-00000.safetensors is missing" in run.log
-    assert "goes on from" not in run.log  # nothing good was left: from the beginning
+    assert "goes on from" not in run.log  # no valid checkpoint: a new start
     assert_same_bits(folder, whole.folder)
 
 

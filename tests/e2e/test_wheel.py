@@ -53,13 +53,13 @@ def test_a_wheel_has_all_of_it(tmp_path: Path) -> None:
         return done.stdout
 
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    here = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []  # else pip fetches it
+    here = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []  # otherwise pip downloads it
     run(*pip, "wheel", "--no-deps", *here, "--wheel-dir", tmp_path, sources)
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"
     run(*pip, "--python", python, "install", "--no-deps", "--no-index", next(tmp_path.glob("*.whl")))
     packages = next((environment / "lib").glob("python*/site-packages"))
-    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # what it needs, of this environment
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # dependencies
 
     command = environment / "bin" / "bigdssm"
     said = run(command, "--help")
