@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.utils.hashing import hash64
+
+os.environ.setdefault("LOKY_MAX_CPU_COUNT", "2")  # joblib: as many processes, and ranks, on any machine
 
 NUM_USERS, NUM_ITEMS, NUM_PAIRS = 60, 40, 1200
 VOCABULARY = (

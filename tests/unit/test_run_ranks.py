@@ -37,7 +37,7 @@ def ran(script: str, *arguments: object, stop: StopRequest | None = None, ranks:
 
 
 @pytest.mark.parametrize(
-    ("codes", "code"), [((0, 0), 0), ((2, 2), 2), ((6, 1), 1), ((6, 4), 4), ((6, -9), 6), ((75, 75), 75), ((6, 6), 6)]
+    ("codes", "code"), [((0, 0), 0), ((2, 2), 2), ((6, 1), 1), ((6, 4), 4), ((6, -9), 6), ((75, 6), 75), ((6, 6), 6)]
 )
 def test_the_exit_code_is_that_of_the_rank_that_ended_the_run(codes: tuple[int, int], code: int) -> None:
     assert ran(END, *codes) == code
