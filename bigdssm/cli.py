@@ -132,7 +132,7 @@ class ProgressBar:
     def __init__(self, delay_s: float = 2.0) -> None:
         self._delay_s = delay_s
         self._started = time.monotonic()
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, force_jupyter=False)  # a notebook shows the lines of the log
         self._progress: Progress | None = None
         self._phase = ""
 
