@@ -1,4 +1,4 @@
-"""Small datasets made once per test session by the real writer, for every test that reads one."""
+"""Small datasets, built once per test session by the real ingestion."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ PAIRS_DATA = {
 
 @dataclass(frozen=True)
 class TinyDataset:
-    """A dataset, the config whose schema it has (run.dir and data.dir set), and the tables it was made from."""
+    """A dataset, its config (with run.dir and data.dir), and its source tables."""
 
     dir: Path
     config: Path
@@ -73,7 +73,7 @@ def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class QuietServer(ThreadingHTTPServer):
-    """A server whose clients may go: what it says of them would stand in another test's stderr."""
+    """A server that does not log disconnected clients, which would appear in another test's stderr."""
 
     daemon_threads = True
 
@@ -83,13 +83,13 @@ class QuietServer(ThreadingHTTPServer):
 
 
 def pick(*key: object, below: int) -> int:
-    """Return a number in [0, below) that depends on `key` alone."""
+    """Return a number in [0, below), a function of `key`."""
     return hash64("/".join(map(str, key))) % below
 
 
 @pytest.fixture(scope="session")
 def tiny_interactions(tmp_path_factory: pytest.TempPathFactory) -> TinyDataset:
-    """60 users with 12 to 41 events each over 40 items; an item is mostly followed by the next one."""
+    """60 users with 12 to 41 events each over 40 items; usually an item is followed by the next one."""
     root = tmp_path_factory.mktemp("tiny_interactions")
     source = root / "source"
     source.mkdir()

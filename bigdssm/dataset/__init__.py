@@ -1,1 +1,1 @@
-"""Reading datasets: partitions of shards, split indexes, the document catalogue, sequences; local or at a URL."""
+"""Reading datasets: partitions, split indexes, catalogue and sequences, local or at a URL."""

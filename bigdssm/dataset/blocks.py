@@ -1,4 +1,4 @@
-"""Reading and validating one block: its bytes, their checksum, the Arrow batch, and the faults of its rows.
+"""Reading and validating one block: bytes, checksum, Arrow batch, faults of rows.
 
 Damage never raises here: an unusable block or row is returned as a `BadRow`. Only columns of the schema are read, and
 offsets and UTF-8 are validated before they are used as indices.
@@ -33,7 +33,7 @@ _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 @dataclass(frozen=True)
 class BadRow:
-    """A skipped row of a block, a skipped target of a row (at `position` in its sequence), or a block (row None)."""
+    """A skipped row, target of a row (at `position` in its sequence), or block (row None)."""
 
     shard: str
     block: int
@@ -134,7 +134,10 @@ def read_blocks(
 
 
 def decode(content: bytes, layout: BlockLayout) -> pa.RecordBatch:
-    """Decode an Arrow stream into a batch with the columns of `layout.types`. Raises ValueError or an Arrow error."""
+    """Decode an Arrow stream into a batch with the columns of `layout.types`.
+
+    Raises ValueError or an Arrow error.
+    """
     if (needed := decoded_size(content)) > MAX_DECODED_BYTES:
         raise ValueError(f"it would take {needed:,} bytes decoded, more than the {MAX_DECODED_BYTES:,} allowed")
     batch = pa.ipc.open_stream(pa.py_buffer(content), options=_IPC).read_next_batch()
@@ -204,7 +207,10 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, max_ta
 def _bad_targets(
     batch: pa.RecordBatch, layout: BlockLayout, partition: int, bad: dict[int, str]
 ) -> list[tuple[int, int, str]]:
-    """Return (row, position, reason) of unusable targets; rows without a usable target are added to `bad`."""
+    """Return (row, position, reason) of unusable targets.
+
+    Rows without a usable target are added to `bad`.
+    """
     if not layout.sequences:
         return []
     usable = np.setdiff1d(np.arange(batch.num_rows), list(bad))

@@ -1,4 +1,4 @@
-"""A size-limited folder of downloaded files, shared by any number of processes on one machine.
+"""A size-limited folder of downloaded files, shared by the processes on a machine.
 
 An entry's name is a hash of its URL, path or byte range, and checksum, so entries cannot be confused. It is written
 under a temporary name, verified, and renamed: an entry with its final name is complete. Advisory locks mark entries in
@@ -40,7 +40,7 @@ class FileCache:
 
     @classmethod
     def of(cls, config: DataConfig | None = None) -> FileCache:
-        """Return the cache configured by `data.cache_dir` and `data.cache_bytes`, or the user's default cache."""
+        """Return the cache of a config (`data.cache_dir`, `data.cache_bytes`), or the user's."""
         named = config.cache_dir if config else None
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bigdssm"
         folder = Path(named or default).expanduser().absolute()
@@ -73,7 +73,10 @@ class FileCache:
             _warn_once(f"{self.dir}: blocks are not cached: {error.strerror}")
 
     def acquire(self, key: str) -> int | None:
-        """Lock an entry against eviction until the returned descriptor is closed; None if there is no such entry."""
+        """Lock an entry against eviction until the returned descriptor is closed.
+
+        None if there is no such entry.
+        """
         path = self.path(key)
         try:
             fd = os.open(path, os.O_RDONLY)
@@ -87,7 +90,7 @@ class FileCache:
         return None
 
     def fill(self, key: str, size: int, write: Callable[[int], None]) -> int:
-        """Acquire an entry, calling `write` to fetch its `size` bytes into a descriptor if it is missing.
+        """Acquire an entry; if missing, `write` fetches its `size` bytes into a descriptor.
 
         One process fetches, the others wait for it. Raises DataError: the cache is full.
         """
@@ -115,13 +118,16 @@ class FileCache:
         return held
 
     def link(self, name: str, url: str, entries: dict[str, str]) -> Path:
-        """Return a folder of symbolic links, path → cache entry; the caller must have acquired all entries."""
+        """Return a folder of symbolic links, path → cache entry.
+
+        The caller must have acquired all entries.
+        """
         folder = self.dir / "trees" / cache_key(url, json.dumps(entries, sort_keys=True)) / name
         with self._locked():
             if not folder.exists():
                 with new_folder(folder.parent) as aside:
-                    for place, key in entries.items():
-                        path = aside / name / place
+                    for target, key in entries.items():
+                        path = aside / name / target
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.symlink_to(self.path(key))
         return folder

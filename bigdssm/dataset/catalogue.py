@@ -41,7 +41,7 @@ class Catalogue:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
     def limited_to(self, schema: Schema) -> Catalogue:
-        """Return a view encoded by an earlier schema: values it does not contain are out of vocabulary."""
+        """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
         limited = copy(self)
         limited._encoded_by = schema.doc
         return limited
@@ -69,7 +69,7 @@ class Catalogue:
     def visible_rows(
         self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
     ) -> np.ndarray | None:
-        """Return the rows of the document versions that are visible to examples of the given partitions, int64.
+        """Return the rows of the document versions visible to examples of partitions, int64.
 
         `partitions` are numbers; `versions` are explicit, see `Versions.version_rows`. None if no document has changed.
         """

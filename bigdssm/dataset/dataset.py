@@ -55,7 +55,7 @@ class DatasetHeader:
     schema: Schema
     text: str = "tokens"  # encoding of texts in blocks; "raw": untokenized
     users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
-    items: str = "partitions"  # what selects a row's item versions; "events": the time of each event
+    items: str = "partitions"  # reference of item versions; "events": the time of each event
 
     @property
     def dated(self) -> bool:
@@ -67,7 +67,10 @@ class Dataset:
     """A dataset opened for reading (`open`), or several datasets joined (joined.py)."""
 
     def __init__(self, header: DatasetHeader, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
-        """Called by `open` and `joined.join`; `files` are the catalogue's, files of newer versions last."""
+        """Called by `open` and `joined.join`.
+
+        `files` are the catalogue's, files of newer versions last.
+        """
         self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
         self.dir, self.name, self.schema = header.dir, header.name, header.schema
         self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
@@ -152,7 +155,7 @@ class Dataset:
         return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
 
     def limited_to(self, schema: Schema) -> Dataset:
-        """Return a view encoded by an earlier `schema`: values it does not contain are out of vocabulary."""
+        """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
         if schema == self.whole.schema:
             return self.whole
         limited = copy(self)
@@ -172,7 +175,10 @@ class Dataset:
         return short_hash("\n".join(known).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
-        """Read the metadata of all partitions in the folder, opened or not. Raises DataError: one is damaged."""
+        """Read the metadata of all partitions in the folder, opened or not.
+
+        Raises DataError: one is damaged.
+        """
         if self.siblings:
             return list(self.siblings)
         return [read_partition(self.dir, name) for name in read_dataset_json(self.dir)["partitions"]]
@@ -200,7 +206,7 @@ class Dataset:
         return sum(partition.content["splits"].get(split, {"queries": 0})["queries"] for partition in self.partitions)
 
     def doc_counts(self, partitions: range | None = None) -> np.ndarray:
-        """Return the number of train positives per document, int64 [num_docs], over all or some partitions."""
+        """Return the train positives per document of all or some partitions, int64 [num_docs]."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
         for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
             docs, counts = _positives(partition)
@@ -212,7 +218,7 @@ class Dataset:
         return any(len(_positives(partition)[0]) for partition in self.partitions)
 
     def check_against(self, config: DataConfig) -> None:
-        """Raise ConfigError with the first feature whose declaration in `config` differs from the dataset's."""
+        """Raise ConfigError with the first feature that `config` declares differently."""
         difference = Schema.declared(config).difference(self.schema)
         if difference is not None:
             raise ConfigError(
@@ -221,7 +227,10 @@ class Dataset:
             )
 
     def rows(self, split: str, step: int, row_ids: np.ndarray, batch: pa.RecordBatch) -> Rows:
-        """Convert block columns (`layout.types`) to Rows; targets and histories are read from the sequences."""
+        """Convert block columns (`layout.types`) to Rows.
+
+        Targets and histories are read from the sequences.
+        """
         columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
         partition = np.zeros(len(row_ids), np.int64)
         if len(self.partitions) > 1:
@@ -286,7 +295,7 @@ class Dataset:
     def _history(
         self, feature: History, table: MappedTable, sequence: np.ndarray, seen: np.ndarray
     ) -> tuple[Column, np.ndarray]:
-        """Return the codes of the newest items before position `seen`, and the position of the oldest of them."""
+        """Return the codes of the newest items before position `seen`, and the first position."""
         history_start = np.maximum(0, seen - feature.max_items)
         items = table.take_slices("items", sequence, history_start, seen)
         partition = np.repeat(self._numbers_of(sequence), items.lengths)
@@ -298,7 +307,10 @@ class Dataset:
         return self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
 
     def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray, version: np.ndarray | None) -> np.ndarray:
-        """Return the item codes of histories, in the visible versions; invalid documents get the code for unknown."""
+        """Return the item codes of histories, in the visible versions.
+
+        Invalid documents get the code for unknown.
+        """
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
         docs = docs if known.all() else np.where(known, docs, 0)
         seen = self.catalogue.visible_rows(docs, partition, version)
@@ -336,7 +348,7 @@ class Dataset:
         return max(1, num_queries * self.num_rows(split) // max(1, self.num_queries(split)))
 
     def iterate(self, split: str, rows_per_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
-        """Yield a rank's contiguous share of a split in dataset order, about `rows_per_batch` queries per batch.
+        """Yield a rank's contiguous share of a split, about `rows_per_batch` queries per batch.
 
         Each query becomes one row, with the history that serving would use. Unusable rows are skipped with a warning.
         """
@@ -344,7 +356,7 @@ class Dataset:
         yield from self.iterate_range(split, first, last, self.rows_for_queries(split, rows_per_batch))
 
     def iterate_range(self, split: str, first: int, last: int, rows_per_batch: int) -> Iterator[Rows]:
-        """Yield the rows [first, last) of a split, `rows_per_batch` row ids per batch, see `iterate`."""
+        """Yield rows [first, last) of a split, `rows_per_batch` row ids per batch, as `iterate`."""
         index = self.index(split)
         pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
@@ -381,7 +393,7 @@ def with_remote_shards(partition: Partition, index: SplitIndex) -> SplitIndex:
 
 
 def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Return a partition's documents with train positives, and their counts (int64, memory-mapped)."""
+    """Return a partition's documents with train positives and their counts, mapped int64."""
     path = partition.folder / COUNTS_FILE
     table = MappedTable([path])
     docs, counts = table.column("doc"), table.column("count")

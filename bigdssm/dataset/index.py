@@ -73,7 +73,7 @@ class SplitIndex:
 
 
 def read_index(folder: Path, split: str, expected: dict[str, object], partition: int) -> SplitIndex:
-    """Read a split's index from a partition's folder and validate it against partition.json (`expected`).
+    """Read a split's index in a partition's folder, validated against partition.json.
 
     Raises DataError: missing, unreadable, another checksum, or invalid entries.
     """

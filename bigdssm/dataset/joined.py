@@ -1,4 +1,4 @@
-"""Opening the dataset of a config: one dataset, or the sources of a mixture joined into one.
+"""Opening the dataset of a config: a single one, or the joined sources of a mixture.
 
 The joined dataset concatenates the sources' partitions, so row ids are unique, and stable while the mixture stays the
 same. Sources share one schema and one tokenizer. They share one catalogue, or their catalogues are concatenated (pairs
@@ -21,7 +21,10 @@ from bigdssm.utils.urls import is_url
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Open the dataset of a training config. Raises DataError; ConfigError: incompatible sources."""
+    """Open the dataset of a training config.
+
+    Raises DataError; ConfigError: incompatible sources.
+    """
     cache = FileCache.of(config)
     if not config.mixture:
         return Dataset.open(config.dir, first=config.from_partition, cache=cache)
@@ -30,7 +33,10 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
-    """Join datasets, one MixturePart each; partitions outside `main_dir` are prefixed by their dataset's name."""
+    """Join datasets, one MixturePart each.
+
+    Partitions outside `main_dir` are prefixed by their dataset's name.
+    """
     for part, source in zip(parts[1:], sources[1:], strict=True):
         _check_same(parts[0], part, source.dir or main_dir)
     files, first_doc = _join_catalogues(parts)
@@ -90,7 +96,7 @@ def _fitted_difference(first: Dataset, other: Dataset) -> str:
 
 
 def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], list[int]]:
-    """Return the files of all distinct catalogues, newer versions last, and the first catalogue row of each part."""
+    """Return the files of distinct catalogues, newer versions last, and each part's offset."""
     files: list[CatalogueFile] = []
     starts: dict[tuple[str, ...], int] = {}
     first_doc = []

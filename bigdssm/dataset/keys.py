@@ -1,4 +1,4 @@
-"""Sorted keys in memory-mapped files: key → row lookup, shared by all processes on a machine."""
+"""Lookup of rows by key in memory-mapped files, shared by the processes on a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory-mapped Arrow files with random access by row number: the catalogue and the sequences.
+"""Memory-mapped Arrow files with random access by row: catalogue and sequences.
 
 The record batches of several files form one table. Opening reads only the footers, and all processes on a machine
 share the pages.
@@ -85,7 +85,7 @@ class MappedTable:
         return pa.concat_arrays(pieces).take(pa.array(back))
 
     def _by_batch(self, rows: np.ndarray) -> tuple[list[tuple[int, np.ndarray]], np.ndarray, np.ndarray]:
-        """Group `rows` by record batch: (batch, indices into `rows`), the rows within batches, the inverse order."""
+        """Return (batch, indices into `rows`) groups, the rows within batches, the inverse order."""
         batch_of = np.searchsorted(self._starts, rows, "right") - 1
         order = np.argsort(batch_of, kind="stable")
         present, begins = np.unique(batch_of[order], return_index=True)

@@ -87,7 +87,10 @@ class Partition:
 
 
 def read_partition(folder: Path, name: str) -> Partition:
-    """Read the metadata of partition `name` of a dataset folder. Raises DataError: missing or damaged."""
+    """Read the metadata of partition `name` of a dataset folder.
+
+    Raises DataError: missing or damaged.
+    """
     where = folder / "partitions" / name
     if where.parent != folder / "partitions" or name.startswith("."):
         raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
@@ -138,7 +141,10 @@ def _misfits(value: Any, shape: Any, key: str) -> Iterator[str]:
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises DataError: missing (`fix` ends the message), damaged, or no object."""
+    """Read a JSON object from a file.
+
+    Raises DataError: missing (`fix` ends the message), damaged, or no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

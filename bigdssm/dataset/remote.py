@@ -1,4 +1,4 @@
-"""Datasets at a URL: small and mapped files are downloaded whole, blocks by range requests, into the disk cache."""
+"""Datasets at a URL, through the disk cache: whole files, and range requests for blocks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class RemoteFile:
 
 
 class RemoteFolder:
-    """The files of a dataset at a URL; all but the shards stay in the cache while this object lives."""
+    """The files of a dataset at a URL.
+
+    All but the shards stay in the cache while this object lives.
+    """
 
     def __init__(
         self, url: str, cache: FileCache, partitions: Sequence[str] | None = None, first: str | None = None

@@ -1,6 +1,6 @@
-"""Decoded rows, before their conversion to tensors. A row has one query; a segment of a sequence may have several.
+"""Decoded rows, before their conversion to tensors.
 
-Shapes: R rows, m queries.
+A row has one query; a segment of a sequence may have several. Shapes: R rows, m queries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as columns; a history has the newest item codes before its row's last query, oldest first."""
+    """Rows as columns; a history has the newest codes before the last query, oldest first."""
 
     step: int
     row_ids: np.ndarray  # int64 [R]: row number within the split
@@ -57,7 +57,10 @@ class Rows:
 
     @property
     def query_keys(self) -> np.ndarray:
-        """Globally unique keys of the queries, int64 [m], ordered by (row id, position); position is 0 for pairs."""
+        """Globally unique keys of the queries, int64 [m], ordered by (row id, position).
+
+        Position is 0 for pairs.
+        """
         position = 0 if self.position is None else np.minimum(self.position, (1 << EVENT_BITS) - 1)
         keys: np.ndarray = (self.row_ids[self.row_of_query] << EVENT_BITS) | position
         return keys
@@ -65,7 +68,7 @@ class Rows:
     def seen_ragged(
         self, queries: np.ndarray | None = None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the catalogue rows of the events before each query's target: values, offsets (int64 [m + 1]).
+        """Return catalogue rows of the events before queries' targets: values, offsets [m + 1].
 
         queries: query numbers (default: all); newest: the maximum number per query. Empty without sequences.
         """

@@ -1,7 +1,7 @@
-"""The fitted schema of a dataset: every feature with its vocabulary or normalization, saved with data and models.
+"""The fitted schema of a dataset: features with their vocabularies and normalization.
 
-schema.json contains everything but the vocabularies' values, which are in files in vocabularies/ next to it. The
-declared and fitted fields of each feature type are defined in `bigdssm.features`.
+It is saved with datasets and models. schema.json contains everything but the vocabularies' values, which are in files
+in vocabularies/ next to it. The declared and fitted fields of each feature type are defined in `bigdssm.features`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Schema:
-    """The features of queries and documents by name, in the order of concatenation in the towers."""
+    """The features of queries and documents by name, in order of concatenation in towers."""
 
     query: dict[str, Feature] = field(default_factory=dict)
     doc: dict[str, Feature] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Schema:
         return self._with_vocabularies(lambda side, name, known: known.cut(sizes.get(side, {}).get(name, 0)))
 
     def difference(self, other: Schema) -> str | None:
-        """Describe the first difference in declarations (not vocabularies) from `other`, or return None."""
+        """Describe the first difference in declarations from `other`, or return None."""
         if self.siamese != other.siamese:
             return f"siamese={self.siamese} against {other.siamese}"
         for side, mine in self.sides.items():
@@ -91,7 +91,7 @@ class Schema:
         return None
 
     def save(self, folder: Path) -> Schema:
-        """Write `schema.json` and the vocabulary files into `folder`, and return the schema that maps them.
+        """Write schema.json and the vocabulary files; return the schema that maps them.
 
         Vocabulary files in other folders are linked or copied. Raises OSError.
         """
@@ -134,7 +134,7 @@ class Schema:
             raise DataError(f"{path} is damaged or of another version: {error!r}") from None
 
     def exported(self) -> dict[str, Any]:
-        """Return the schema as plain containers, vocabularies as lists, for readers without this project."""
+        """Return the schema as plain containers, with vocabularies as lists."""
         sides = {side: {name: f.exported() for name, f in features.items()} for side, features in self.sides.items()}
         return {**sides, "title": self.title}
 

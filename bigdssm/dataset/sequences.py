@@ -1,7 +1,7 @@
-"""The sequences of a dataset: each user's events in order of time; rows are segments of sequences.
+"""The sequences of a dataset: each user's events in order of time.
 
-A row (sequence, first, end) has one query per target in items[first:end]. The target at position p is predicted from
-items[:p].
+Rows are segments of sequences. A row (sequence, first, end) has one query per target in items[first:end]. The target at
+position p is predicted from items[:p].
 """
 
 from __future__ import annotations
@@ -63,5 +63,8 @@ class Targets:
 
 
 def versions_of(table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Return the item versions of events [first, end) of sequences, int32; only for items with times."""
+    """Return the item versions of events [first, end) of sequences, int32.
+
+    Only for items with times.
+    """
     return table.take_slices(VERSION_COLUMN, sequence, first, end).values

@@ -1,4 +1,4 @@
-"""Transition counts between documents in the train split, for Markov baselines and warm starts of item tables."""
+"""Transition counts between documents, for Markov baselines and warm starts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ QUERIES_AT_ONCE, MERGED_AT_ONCE = 1 << 16, 1 << 22
 
 @dataclass(frozen=True)
 class Transitions:
-    """count(i → j): the sum of 1 / distance over train events j with i among the `window` preceding events.
+    """count(i → j): the sum of 1 / distance over train events j with i in the window before.
 
-    The preceding event has distance 1. Weights are scaled by the least common multiple of the distances, so that sums
-    are exact integers.
+    The window has `window` events; the preceding event has distance 1. Weights are scaled by the least common multiple
+    of the distances, so that sums are exact integers.
     """
 
     num_docs: int
@@ -32,7 +32,10 @@ class Transitions:
 
     @classmethod
     def of(cls, dataset: Dataset, window: int) -> Transitions:
-        """Count the transitions in `dataset`. Raises ConfigError: invalid window; DataError: rows without histories."""
+        """Count the transitions in `dataset`.
+
+        Raises ConfigError: invalid window; DataError: rows without histories.
+        """
         if not 0 < window <= MAX_WINDOW:
             raise ConfigError(f"window={window}: needs at least 1 and at most {MAX_WINDOW} events")
         num_docs = dataset.catalogue.num_docs

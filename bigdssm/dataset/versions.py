@@ -3,7 +3,7 @@
 A document keeps its number, the only reference in blocks, sequences and counts. The catalogue's first files have the
 first version of every document, in the order of their numbers; later files have newer versions. Examples of a
 partition see the version that was current when the partition was added or, if versions have times, at the time of each
-event (stored in the sequences). Iteration over all documents yields the newest version of each.
+event (stored in the sequences). Iteration over all documents yields their newest versions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class CatalogueFile:
 
 
 def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueFile]:
-    """List the catalogue's files, newer versions last; `content` is dataset.json. Raises DataError: it is damaged."""
+    """List the catalogue's files, newer versions last; `content` is dataset.json.
+
+    Raises DataError: it is damaged.
+    """
     known: list[str] = content["partitions"]
     files = [
         CatalogueFile(path_inside(folder, part["file"]), part["rows"], part["checksum"])
@@ -51,7 +54,10 @@ def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueF
 
 
 def distinct_documents(document: np.ndarray) -> np.ndarray:
-    """Return the distinct documents, ascending; faster than np.unique, because a stable sort merges sorted runs."""
+    """Return the distinct documents, ascending.
+
+    Faster than np.unique, because a stable sort merges sorted runs.
+    """
     ordered = np.sort(document, kind="stable")
     return ordered[np.flatnonzero(np.diff(ordered, prepend=-1))]
 
@@ -75,7 +81,7 @@ class Versions:
 
     @classmethod
     def of(cls, num_docs: int, document: np.ndarray, since: np.ndarray, first: np.ndarray | None = None) -> Versions:
-        """Build the index from newer versions, in file order, and the first versions of the same documents.
+        """Build the index from newer versions, in file order, and the documents' first versions.
 
         `document` int64, `since` float64 [versions]: the document and start (time or partition) of each newer version.
         `first` float64 [distinct documents]: the starts of the first versions, by document number; None: −∞. If starts
@@ -95,9 +101,9 @@ class Versions:
 
     @classmethod
     def read(cls, files: Sequence[CatalogueFile], *, dated: bool) -> Versions | None:
-        """Read the versions in a catalogue's files, with times (`dated`) or without; None if there are none.
+        """Read the versions in a catalogue's files, with times (`dated`) or without.
 
-        Raises DataError: versions of unknown documents.
+        None if there are none. Raises DataError: versions of unknown documents.
         """
         firsts = [file for file in files if file.since is None]
         newer = [file for file in files if file.since is not None]
@@ -164,6 +170,6 @@ class Versions:
         return self._version_before(np.searchsorted(self._document, rows, "right"), rows)
 
     def _version_before(self, behind: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Return the file rows of the versions before indices `behind`, or of the documents' first versions."""
+        """Return file rows of the versions before indices `behind`, or of the first versions."""
         at = np.maximum(behind - 1, 0)
         return np.where(self._document[at] == documents, self.file_row[at], documents)

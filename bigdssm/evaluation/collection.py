@@ -141,7 +141,7 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
     Raises ConfigError where bm25s or PyStemmer is not installed.
     """
     index = Bm25([entry.text for entry in collection.corpus])
-    known = {query: len(documents) for query, documents in collection.known.items()} if filter_known else {}
+    known = {query: len(documents) for query, documents in collection.known_positives.items()} if filter_known else {}
     wanted = min(len(collection.corpus), top + 1 + max(known.values(), default=0))
     places, scores = index.best([entry.text for entry in collection.queries], wanted)
     run: dict[str, dict[str, float]] = {}
@@ -154,7 +154,7 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
 
 def _left_out(collection: Collection, query: str, filter_known: bool) -> set[str]:
     """Return the documents that are no answer to a query: as in BEIR, one of the same key is the query itself."""
-    return {query, *(collection.known.get(query, {}) if filter_known else ())}
+    return {query, *(collection.known_positives.get(query, {}) if filter_known else ())}
 
 
 def entry_columns(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.ingest.sources.beir import add_judgement, check_judgements, numbered_lines, whole_number
+from bigdssm.ingest.sources.beir import add_judgement, check_judgements, numbered_lines, parse_integer
 from bigdssm.utils.atomic import write_text
 
 Run = Mapping[str, Mapping[str, float]]
@@ -62,7 +62,7 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
         documents = run.setdefault(query, {})
         if document in documents:
             raise DataError(f"{path}:{number} retrieves {document} for query {query} a second time")
-        whole_number(rank, "rank", path, number)
+        parse_integer(rank, "rank", path, number)
         documents[document] = _score(score, path, number)
     if not run:
         raise DataError(f"{path} retrieves nothing: it has no line")

@@ -1,1 +1,4 @@
-"""Ingestion: build a dataset from tables; an interrupted ingestion continues where it stopped."""
+"""Ingestion: build a dataset from tables.
+
+An interrupted ingestion continues where it stopped.
+"""

@@ -1,4 +1,4 @@
-"""A dataset from Python: tables as files, Arrow tables or data frames."""
+"""Building a dataset from Python: tables are files, Arrow tables or data frames."""
 
 from __future__ import annotations
 
@@ -42,27 +42,31 @@ def make_dataset(
     master: str | None = None, spark_conf: Mapping[str, str] | None = None, progress: Progress = no_progress,
     **options: Any,
 ) -> IngestReport:  # fmt: skip
-    """Make a dataset of interactions, items and maybe users, or of pairs, and return what was made, and where.
+    """Build a dataset from interactions, items and optionally users, or from pairs.
 
     A table is a file, a URL, an Arrow table, a data frame (pandas, polars), a dict of columns or a list of dicts;
-    `pairs` may be several. `out`, a folder or a URL
-    such as s3://…, is by default the config's data.dir; `append` adds `partition` to the dataset there. Jobs are done
-    by `processes` (0: one for each core). With the engine "spark" the Spark session of this process makes it, or one on
-    `master` with `spark_conf`, and a table may be spark:NAME or spark:SELECT …, too. `options` are fields of
-    InteractionTables or PairTables, such as item_column, doc_id_column or split. Raises ConfigError, DataError.
+    `pairs` may be a list of tables. `out` (default: the config's data.dir) is a folder or a URL such as s3://…;
+    `append` adds `partition` to the dataset there. `processes` is the number of worker processes (0: one per core).
+    The engine "spark" uses the Spark session of this process, or a new one on `master` with `spark_conf`; a table may
+    then also be spark:NAME or spark:SELECT …. `options` are fields of InteractionTables or PairTables, such as
+    item_column, doc_id_column or split. Raises ConfigError, DataError.
     """
     if processes < 0:
-        raise ConfigError(f"processes={processes}: needs at least 1, or 0 for one on each core")
+        raise ConfigError(f"processes={processes}: needs at least 1, or 0 for one per core")
     data = config_of(config, overrides).data
-    place, like = out or data.dir, None if like is None else Path(like)
+    destination, like = out or data.dir, None if like is None else Path(like)
     spark = _cluster(engine, master, spark_conf or {})
-    target = IngestTarget(Path(place), partition, overwrite, append, seed, like, processes=processes, spark=spark)
+    target = IngestTarget(Path(destination), partition, overwrite, append, seed, like, processes=processes, spark=spark)
     given = {"pairs": pairs, "interactions": interactions, "items": items, "users": users}
     tables = {name: table for name, table in given.items() if table is not None}
     if ("pairs" in tables) == bool(tables.keys() - {"pairs"}):
-        raise ConfigError("a dataset is made of pairs=, or of interactions= and items=, and maybe users=")
+        raise ConfigError("a dataset needs pairs=, or interactions= and items=, and optionally users=")
     make = partial(_make, data, tables, options, progress)
-    return _made_at_url(place, target, make) if isinstance(place, str) and is_url(place) else make(target)
+    return (
+        _make_at_url(destination, target, make)
+        if isinstance(destination, str) and is_url(destination)
+        else make(target)
+    )
 
 
 def _make(
@@ -70,7 +74,7 @@ def _make(
 ) -> IngestReport:
     if target.spark is not None:
         target.out.parent.mkdir(parents=True, exist_ok=True)
-    # Spark's workers see what is beside the dataset, maybe not this machine's own disk.
+    # next to the dataset for Spark, whose workers may not share this machine's local disk
     with tempfile.TemporaryDirectory(dir=None if target.spark is None else target.out.parent) as spool:
         opened = partial(_opened, Path(spool))
         if "pairs" in tables:
@@ -78,25 +82,28 @@ def _make(
                 data, _tables(PairTables, options, files=_several(tables["pairs"], opened)), target, progress
             )
         if lacking := [name for name in ("interactions", "items") if name not in tables]:
-            raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions is made of them and of items")
+            raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions needs interactions= and items=")
         paths = {name: opened(name, table) for name, table in tables.items()}
         return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
 
 
 def _several(pairs: Any, opened: Callable[[str, Any], Path | str | Source]) -> tuple[Path | str | Source, ...]:
-    """Return the tables of one or several. Raises ConfigError: there is none."""
+    """Open one table or a list of tables. Raises ConfigError: an empty list."""
     if not isinstance(pairs, list | tuple) or (pairs and all(isinstance(row, Mapping) for row in pairs)):
         return (opened("pairs", pairs),)
     if not pairs:
         raise ConfigError("pairs=[]: needs at least one table")
-    return tuple(opened(f"pairs[{place}]", table) for place, table in enumerate(pairs))
+    return tuple(opened(f"pairs[{number}]", table) for number, table in enumerate(pairs))
 
 
 def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
-    """Return the place of a table, or a source of what a program has. Raises ConfigError, DataError."""
+    """Return the path of a table, or a source that reads a table in memory.
+
+    Raises ConfigError, DataError.
+    """
     if isinstance(table, str | PathLike):
-        place: Path | str = argument(name, table, str if isinstance(table, str) else Path)
-        return place
+        path_or_url: Path | str = argument(name, table, str if isinstance(table, str) else Path)
+        return path_or_url
     if not is_table(table) and not (isinstance(table, Mapping | list) and table):
         raise ConfigError(
             f"{name}={short_repr(table)}: needs the path or URL of a table, an Arrow table, a data frame, a dict of "
@@ -110,22 +117,24 @@ def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
     return ParquetSource(LocalFile(path, f"{name}="))
 
 
-def _made_at_url(url: str, target: IngestTarget, make: Callable[[IngestTarget], IngestReport]) -> IngestReport:
-    """Make a dataset on this machine and copy it to a URL; where it cannot go there, it stays here.
+def _make_at_url(url: str, target: IngestTarget, make: Callable[[IngestTarget], IngestReport]) -> IngestReport:
+    """Build a dataset on this machine and copy it to a URL.
 
-    Raises DataError, ConfigError.
+    If the copy fails, the local dataset is retained. Raises DataError, ConfigError.
     """
     if target.append:
-        raise ConfigError(f"{redacted(url)}: a dataset at a URL does not grow; append to a copy of it, and copy that")
+        raise ConfigError(
+            f"{redacted(url)}: cannot append to a dataset at a URL; append to a local copy, and upload that"
+        )
     if not target.overwrite and exists(join(url, DATASET_FILE)):
-        raise DataError(f"{redacted(url)} holds a dataset already; use --overwrite or another --out")
+        raise DataError(f"{redacted(url)} already holds a dataset; use --overwrite or another --out")
     folder = Path(tempfile.mkdtemp(prefix="dataset-"))
     local = folder / url.rstrip("/").rpartition("/")[2]
     report = make(replace(target, out=local))
     try:
         upload_folder(local, url, last=DATASET_FILE)
     except (DataError, OSError) as error:
-        raise DataError(f"{error}; the dataset is whole in {local}, copy it from there") from error
+        raise DataError(f"{error}; the dataset is complete in {local}, copy it from there") from error
     shutil.rmtree(folder)
     return replace(report, out=url)
 
@@ -134,7 +143,7 @@ def _cluster(engine: EngineName, master: str | None, conf: Mapping[str, str]) ->
     if engine == "spark":
         return Cluster(master, tuple(conf.items()))
     if master is not None or conf:
-        raise ConfigError("a master and settings of Spark would have no effect without the engine spark")
+        raise ConfigError("master= and spark_conf= have no effect without engine='spark'")
     return None
 
 
@@ -143,7 +152,7 @@ def _tables(cls: Callable[..., Any], options: dict[str, Any], **files: Any) -> A
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"{name}= is no option of such a dataset; {meant}")
+            meant = f"did you mean {near[0]}?" if near else f"options are {', '.join(known)}"
+            raise ConfigError(f"{name}= is not an option of such a dataset; {meant}")
     kinds = get_type_hints(cls)
     return cls(**files, **{name: argument(name, value, kinds[name]) for name, value in options.items()})

@@ -1,4 +1,4 @@
-"""Fit the schema to the rows: vocabularies, normalisation, and the tokenizer."""
+"""Fitting the schema to rows: vocabularies, normalization, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
-from bigdssm.ingest.documents import canonical_of
+from bigdssm.ingest.documents import canonical_columns
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
 from bigdssm.ingest.row_keys import uniform
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_TRAINING_CHARACTERS = 20_000_000  # 25 million of Debian's give held-out texts as many tokens, within 0.5 %
+MAX_TRAINING_CHARACTERS = 20_000_000  # more changes the token count of held-out Debian texts by less than 0.5 %
 
 Texts = Callable[[], Iterable[list[str]]]
-"""Gives the same texts from the beginning each time that it is called; they are read twice and not held."""
+"""Returns a new iterator over the same texts at each call; texts are read twice instead of held in memory."""
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
-    """Write the tokenizer that `config` asks for into `folder`; without a path it is trained on `texts`.
+    """Write the tokenizer to `folder`: a copy of `config.path`, else trained on `texts`.
 
-    Raises ConfigError where the given one cannot be used.
+    Raises ConfigError: the tokenizer at `config.path` is unusable.
     """
     if config.path is not None:
         _copy(Path(config.path), folder)
@@ -48,21 +48,23 @@ def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
 
 
 def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Return a BERT-like WordPiece tokenizer trained on `texts`; the same texts give the same ids every time.
+    """Train a BERT-like WordPiece tokenizer on `texts`, deterministically.
 
-    Raises ConfigError where vocab_size leaves no room for the characters of the texts.
+    Raises ConfigError: vocab_size is smaller than the alphabet of the texts.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer numbers the continuing characters (`##a`) in the order of a randomly seeded hash map, and breaks ties
-    # between merges by these numbers; given in advance they, and so the whole vocabulary, come out the same.
+    # The trainer numbers continuing characters (`##a`) in the order of a randomly seeded hash map, and breaks ties of
+    # merges by these numbers; passing them explicitly makes the vocabulary deterministic.
     characters: set[str] = set()
     for chunk in _up_to(texts(), MAX_TRAINING_CHARACTERS):
         characters.update(*chunk)
     raw = sorted(characters)
     alphabet = sorted(set("".join(normalizer.normalize_str(c) for c in raw)) - {" "})
     words = {c: [word for word, _ in pre_tokenizer.pre_tokenize_str(f"a{c}a")] for c in alphabet}
-    inside = [f"##{c}" for c in alphabet if len(words[c]) == 1]  # the others, such as punctuation, are always apart
+    inside = [
+        f"##{c}" for c in alphabet if len(words[c]) == 1
+    ]  # other characters, such as punctuation, are always separate tokens
     needed = len(SPECIAL_TOKENS) + len(alphabet) + len(inside)
     if vocab_size < needed:
         raise ConfigError(
@@ -75,7 +77,9 @@ def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer
         vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *alphabet, *inside], show_progress=False
     )
     learner.train_from_iterator(chain.from_iterable(_up_to(texts(), MAX_TRAINING_CHARACTERS)), trainer)
-    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))  # without the pieces as "special"
+    tokenizer = Tokenizer(
+        models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN)
+    )  # without the word pieces as special tokens
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ends = [(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)]
@@ -93,10 +97,10 @@ def _up_to(texts: Iterable[list[str]], characters: int) -> Iterator[list[str]]:
 
 
 def _copy(source: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer  # slow to import, and only needed here
+    from transformers import AutoTokenizer  # a slow import
 
     if not source.is_dir():
-        raise ConfigError(f"data.tokenizer.path={source} is no folder; give one with a Hugging Face tokenizer")
+        raise ConfigError(f"data.tokenizer.path={source} is not a folder; give one with a Hugging Face tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -110,17 +114,17 @@ def _copy(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-ROWS_PER_FIT = 1 << 18  # in this order sums are made, whoever makes them
+ROWS_PER_FIT = 1 << 18  # fixes the order of floating-point sums
 LEARNED = pa.schema(
     [("feature", pa.int32()), ("value", pa.large_string()), ("count", pa.int64()), ("place", pa.int64())]
 )
-SAMPLED_ROWS = 1 << 18  # of a side, whose texts the tokenizer is trained on
+SAMPLED_ROWS = 1 << 18  # per side, for the training of the tokenizer
 TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
 class FittedSide:
-    """The rows that one side of the schema is fitted to: features wait in columns `prefix`0, `prefix`1, …"""
+    """The rows to fit one side of the schema to, with columns `prefix`0, `prefix`1, …"""
 
     name: str
     table: RowTable
@@ -128,24 +132,24 @@ class FittedSide:
     features: Mapping[str, Feature]
 
     def column(self, number: int, first: int, end: int) -> pa.Array:
-        """Return rows [first, end) of the canonical feature of this number."""
+        """Return rows [first, end) of a canonical feature, by number."""
         name = list(self.features)[number]
         rows = self.table.read(first, end, [f"{self.prefix}{number}"]).rename_columns(["f0"])
-        return canonical_of(rows, "f", {name: self.features[name]}).column(name).combine_chunks()
+        return canonical_columns(rows, "f", {name: self.features[name]}).column(name).combine_chunks()
 
 
 def _learns(feature: Feature) -> bool:
-    """Return whether the data tell a feature anything."""
+    """Return True if the feature has fitted state."""
     return feature.fitter() is not None or feature.vocabulary_values(pa.array([], feature.canonical_type)) is not None
 
 
 def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> Schema:
-    """Return the schema as `config` declares it; that of the dataset that is `grown`, or `like` another one, is fitted.
+    """Return the declared schema, or the fitted one of `grown` (append) or `like` (reuse).
 
-    Raises ConfigError where the config declares another one.
+    Raises ConfigError: the config declares another schema.
     """
     if grown is not None and like is not None:
-        raise ConfigError("--append takes the schema of the dataset that grows; leave out --like")
+        raise ConfigError("--append uses the schema of the existing dataset; leave out --like")
     declared, fitted = Schema.declared(config), grown or like
     if fitted is None:
         return declared
@@ -159,17 +163,17 @@ def fit(
     engine: LocalEngine, base: Schema, config: DataConfig, sides: list[FittedSide], *,
     folder: Path, grow: bool, like: Path | None,
 ) -> tuple[Schema, TextTokenizer | None]:  # fmt: skip
-    """Return the fitted schema and, where it has text, the encoder of its tokenizer, which comes into `folder`.
+    """Fit the schema; with text features, also write and return the tokenizer.
 
-    With `grow` the schema gets what is new, and the tokenizer is there already. Where queries are documents, theirs are
-    the documents' fits.
+    With `grow` the schema is extended, and the existing tokenizer is used. For siamese models, queries get the fitted
+    document features.
     """
     schema = base
     if like is None:
         fitted = {side.name: fit_side(engine, side, grow=grow) for side in sides}
-        if base.siamese:  # each side keeps its columns
+        if base.siamese:  # each side keeps its source columns
             doc = fitted["doc"]
-            fitted["query"] = {name: replace(doc[name], column=own.column) for name, own in base.query.items()}
+            fitted["query"] = {name: replace(doc[name], column=query.column) for name, query in base.query.items()}
         schema = replace(base, query=base.query | fitted.get("query", {}), doc=base.doc | fitted.get("doc", {}))
     if not schema.has_text:
         return schema, None
@@ -184,7 +188,7 @@ def fit(
 
 
 def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, Feature]:
-    """Return a side's features as its rows say."""
+    """Fit the features of one side to its rows."""
     if not side.table.num_rows:
         return dict(side.features)
     step = f"fit_{side.name}"
@@ -206,19 +210,19 @@ def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, 
 
 
 def _frequent(engine: LocalEngine, step: str, number: int, vocabulary_min_count: int) -> RowTable:
-    """Return the values that stand in enough rows, by the first place they stand at, then by the alphabet."""
+    """Return the values with enough rows, in order of first occurrence, then alphabetically."""
     sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
     query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {vocabulary_min_count}"
     return engine.select(f"{step}_{number}", query, order="place, value")
 
 
 def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
-    """Learn of a range of rows: states of fitters, and values with their counts and first places.
+    """Fit to a range of rows: states of fitters, and values with counts and first ordinals.
 
-    All at once: a sum's last bits depend on where it is cut.
+    The range is not divided further, because the last bits of a sum depend on the division.
     """
     states = {}
-    place = side.table.read(*job, ["place"]).column("place").to_numpy()
+    ordinals = side.table.read(*job, ["place"]).column("place").to_numpy()
     with RowFile(folder / "values.parquet", LEARNED) as file:
         for number, (name, feature) in enumerate(side.features.items()):
             if not _learns(feature):
@@ -227,27 +231,27 @@ def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
             if fitter := feature.fitter():
                 fitter.update(column)
                 states[name] = fitter.state()
-            if (found := feature.vocabulary_values(column)) is not None:
-                file.add(_counted(number, found[0], place[found[1]]))
+            if (counted := feature.vocabulary_values(column)) is not None:
+                file.add(_counted(number, counted[0], ordinals[counted[1]]))
     write_facts(folder, **states)
 
 
-def _counted(feature: int, values: pa.Array, place: np.ndarray) -> pa.Table:
-    table = pa.table({"value": values.cast(pa.large_string()), "place": place})
+def _counted(feature: int, values: pa.Array, ordinals: np.ndarray) -> pa.Table:
+    table = pa.table({"value": values.cast(pa.large_string()), "place": ordinals})
     grouped = table.group_by("value", use_threads=False).aggregate([("value", "count"), ("place", "min")])
     columns = [pa.array(np.full(grouped.num_rows, feature, np.int32)), grouped["value"], grouped["value_count"]]
     return pa.Table.from_arrays([*columns, grouped["place_min"]], schema=LEARNED)
 
 
 def sampled_texts(sides: list[FittedSide]) -> Iterator[list[str]]:
-    """Yield texts of rows chosen by a hash of their places: of each side about SAMPLED_ROWS, or as many as fit."""
+    """Yield texts of about SAMPLED_ROWS rows per side, by a hash of ordinals, size-limited."""
     having = [side for side in sides if texts_of(side.features)]
     for side in having:
         left, share = MAX_TRAINING_CHARACTERS // len(having), SAMPLED_ROWS / max(1, side.table.num_rows)
         numbers = [number for number, name in enumerate(side.features) if name in texts_of(side.features)]
         for first, end in ranges(side.table, ROWS_PER_FIT) if left > 0 else ():
-            place = side.table.read(first, end, ["place"]).column("place").to_numpy()
-            chosen = pa.array(uniform(place, "sample", 0) < share)
+            ordinals = side.table.read(first, end, ["place"]).column("place").to_numpy()
+            chosen = pa.array(uniform(ordinals, "sample", 0) < share)
             for number in numbers:
                 texts = side.column(number, first, end).filter(chosen).to_pylist()
                 yield texts

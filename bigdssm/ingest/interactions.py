@@ -1,8 +1,8 @@
-"""Makes a dataset of (history → next item) rows from user–item–time events, an items table and a users table.
+"""Build a dataset of (history → next item) rows from events, items and users.
 
-The plan: items are read and numbered; users and events are read, events with the numbers of their items; events are
-sorted by the first place of their user, time and place; ranges of sequences are cut into rows; those of train are
-sorted by a hash of their place; shards, sequences and catalogue are written. See docs/ingestion.md.
+Steps: read and number items; read users and events; sort events by user (in order of first occurrence), time and
+ordinal; cut ranges of sequences into rows; sort train rows by a hash of their ordinal; write shards, sequences and
+catalogue. See docs/ingestion.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored_features
 from bigdssm.ingest.cutting import ItemVersions, SequenceCutter, cut_sequences
 from bigdssm.ingest.dataset_writer import PARTITIONS, SPLIT
-from bigdssm.ingest.documents import DistinctDocuments, canonical_of, write_document_keys
+from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, write_document_keys
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.spark import SparkTable, open_table
 from bigdssm.ingest.engines.tables import RowTable, read_facts
@@ -39,30 +39,30 @@ from bigdssm.ingest.job import (
     Ingestion,
     IngestReport,
     IngestTarget,
-    check_names,
+    check_reserved_names,
     ingestion,
 )
 from bigdssm.ingest.sorting import shuffled
-from bigdssm.ingest.splits import SPLITS, SplitTimes, check_fractions, check_own_split, own_split, quantiles
+from bigdssm.ingest.splits import SPLITS, SplitTimes, check_dataset_split, check_fractions, dataset_split, quantiles
 from bigdssm.utils.log import Progress, no_progress
 
 
 def make_interactions(
     config: DataConfig, tables: InteractionTables, target: IngestTarget, progress: Progress = no_progress
 ) -> IngestReport:
-    """Make (or append to) the dataset at `target.out` and return what was made.
+    """Build a dataset from interactions at `target.out`, or append to it.
 
-    Raises DataError or ConfigError with nothing left half-written.
+    Raises DataError, ConfigError.
     """
     if config.siamese:
-        raise ConfigError("data.siamese=true: events are no pairs of documents; use the sub-command `pairs`")
+        raise ConfigError("data.siamese=true: events are not pairs of documents; use the sub-command `pairs`")
     _check(config, tables, append=target.append)
     items, events = open_table(tables.items), open_table(tables.interactions)
     users = None if tables.users is None else open_table(tables.users)
     sources = [source for source in (items, users, events) if source is not None]
     with ingestion(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
-        writer.identify(doc="column", query="column")
+        writer.record_id_sources(doc="column", query="column")
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
         user = stored_features(base.query)
         if user and users is None:
@@ -71,7 +71,7 @@ def make_interactions(
         writer.record_times("users", as_of)
         writer.record_times("items", tables.items_time_column is not None)
         earlier = _earlier(run)
-        writer.note_event_times(tables.time_column is not None)
+        writer.record_event_times(tables.time_column is not None)
         known = catalogue_files(writer.out, writer.content)
         documents, item_times = read_items(run, tables, base, items)
         versions = ItemVersions.of(engine, known, documents) if documents.dated else None
@@ -80,21 +80,22 @@ def make_interactions(
             f"{tables.items}, column {tables.items_time_column!r}": item_times,
             f"{tables.users}, column {tables.users_time_column!r}": user_times,
         }
-        sequences, found = read_events(run, tables, user, documents, events, other_times, earlier)
+        sequences, event_rows = read_events(run, tables, user, documents, events, other_times, earlier)
         writer.quarantine.check()
-        sides = [FittedSide("doc", _told_documents(engine, documents), "d", base.doc)]
+        sides = [FittedSide("doc", _fitted_documents(engine, documents), "d", base.doc)]
         if user:
             fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
             sides.append(FittedSide("query", engine.select("fitted_users", fitted, order="place, user_id"), "u", user))
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
-        split, moments = _split_of(run, tables, found)
+        split, split_times = _split_of(run, tables, event_rows)
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
         cutting = SequenceCutter(
-            events=found, sequences=sequences, keys=SortedKeys([key_file]), user=stored_features(schema.query),
-            text=text, split=split, thresholds=(moments.validation, moments.test, moments.train_from),
+            events=event_rows, sequences=sequences, keys=SortedKeys([key_file]),
+            user=stored_features(schema.query), text=text, split=split,
+            thresholds=(split_times.validation, split_times.test, split_times.train_from),
             targets_per_row=config.targets_per_row,
             seed=target.seed, earlier=earlier, has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
@@ -103,32 +104,32 @@ def make_interactions(
         if versions is not None:
             run.notes += _notes_of_versions(tables, documents, sum(read_facts(f)["num_early"] for f in folders))
         if not splits["train"].num_rows:
-            before = "" if tables.moments is None else f" before --validation-from {tables.validation_from}"
+            before = "" if tables.split_times is None else f" before --validation-from {tables.validation_from}"
             if writer.append and split != "train":
-                before += f" for --split {split}; with --split train the partition trains on all of its events"
-            raise DataError(f"{tables.interactions}: no training row is left; every user has too few events{before}")
+                before += f" for --split {split}; with --split train all events of the partition are trained on"
+            raise DataError(f"{tables.interactions}: no train rows remain; every user has too few events{before}")
         if as_of:
             splits, too_early = join_users(engine, splits, len(user))
             if too_early:
                 run.notes.append(
-                    f"{too_early} rows are older than all that {tables.users} has of their users: no features"
+                    f"{too_early} rows are older than all rows of their users in {tables.users}: no user features"
                 )
-        of_rows = cutting.user if as_of else {}
-        encode = partial(_encoded, of_rows, text)
-        columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(of_rows)))]
+        row_features = cutting.user if as_of else {}
+        encode = partial(_encoded, row_features, text)
+        columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(row_features)))]
         splits["train"] = shuffled(engine, "train", splits["train"], columns)
         entries = run.write_splits(splits, encode)
         counted = engine.select(
             "positives", "SELECT doc, CAST(sum(count) AS BIGINT) AS n FROM cut_positives GROUP BY doc", order="doc"
         ).read()
         if not counted.num_rows:
-            raise DataError("every relevance in the train split is 0, so that nothing can be learned from it")
+            raise DataError("every relevance in the train split is 0: there are no positives to learn from")
         positives = (counted.column("doc").to_numpy(), counted.column("n").to_numpy())
         return run.finish(schema, text, documents, entries, positives, cut)
 
 
-def _told_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTable:
-    """Return the new documents and the further versions."""
+def _fitted_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTable:
+    """Return the new documents and the new versions of existing ones."""
     if documents.versions is not None:
         return documents.versions
     if documents.changed is None:
@@ -138,29 +139,29 @@ def _told_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTab
 
 def _notes_of_versions(tables: InteractionTables, documents: DistinctDocuments, num_early: int) -> Iterator[str]:
     if documents.changed is not None and documents.changed.num_rows:
-        yield f"further versions of items in {tables.items}: {documents.changed.num_rows}"
+        yield f"new versions of items in {tables.items}: {documents.changed.num_rows}"
     if num_early:
-        yield f"{num_early} events are older than all that {tables.items} has of their items: they see the oldest"
+        yield f"{num_early} events are older than all rows of their items in {tables.items}: they see the oldest"
 
 
 def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> None:
-    """Raise ConfigError on what cannot be asked for."""
+    """Validate the combination of options. Raises ConfigError."""
     dated = tables.items_time_column is not None
-    check_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
+    check_reserved_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
     of_events = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if dated else [])]
-    check_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *of_events], "query")
+    check_reserved_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *of_events], "query")
     check_history_lengths(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if append and tables.split is None:
-        check_own_split(
+        check_dataset_split(
             (tables.validation_fraction, tables.test_fraction), validation_from=tables.validation_from,
             test_from=tables.test_from, until=tables.until,
         )  # fmt: skip
-    _ = tables.moments  # which says what is wrong with them
+    _ = tables.split_times  # validates them
     if tables.split == "time" and tables.time_column is None:
         raise ConfigError("--split time needs a --time-column")
     if isinstance(open_table(tables.interactions), SparkTable) and tables.time_column is None:
-        raise ConfigError(f"{tables.interactions}: what Spark gives is in no order; name a --time-column")
+        raise ConfigError(f"{tables.interactions}: rows from Spark have no order; name a --time-column")
     if tables.users_time_column is not None and tables.users is None:
         raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
     for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column)):
@@ -172,34 +173,34 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
 
 
 def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tuple[str, SplitTimes]:
-    """Return how events are split, and the cut-off times, infinity where it is not by time.
+    """Return the kind of split, and its cut-off times (infinity unless by time).
 
-    An append without a split has that of the dataset. A new dataset keeps its own.
+    An append without --split uses the recorded split; a new dataset records its split.
     """
     engine, content = run.engine, run.writer.content
     never = SplitTimes(np.inf, np.inf, np.inf)
-    own = own_split(run.writer, get_args(Split)) if tables.split is None else None
-    how = own["how"] if own else tables.split or "leave-one-out"
-    moments = never
-    if own and how == "time":
-        moments = SplitTimes.of_dataset(own)
-    elif how == "time" and tables.moments is not None:
-        moments = tables.moments
+    recorded = dataset_split(run.writer, get_args(Split)) if tables.split is None else None
+    how = recorded["how"] if recorded else tables.split or "leave-one-out"
+    split_times = never
+    if recorded and how == "time":
+        split_times = SplitTimes.of_dataset(recorded)
+    elif how == "time" and tables.split_times is not None:
+        split_times = tables.split_times
     elif how == "time":
-        kept = 1 - tables.test_fraction
-        first, second = quantiles(engine, events, (kept - tables.validation_fraction, kept))
-        moments = SplitTimes(first, second, np.inf)
+        until_test = 1 - tables.test_fraction
+        first, second = quantiles(engine, events, (until_test - tables.validation_fraction, until_test))
+        split_times = SplitTimes(first, second, np.inf)
     if not run.writer.append:
         content[SPLIT] = {"how": how}
         if how == "time":
             engine.table("read_events", map(Path, events.files))
             ((newest,),) = engine.fetch("SELECT max(time) FROM read_events")
-            content[SPLIT] |= moments.as_json(newest)
-    return how, moments
+            content[SPLIT] |= split_times.as_json(newest)
+    return how, split_times
 
 
 def _earlier(run: Ingestion) -> EarlierEvents:
-    """Return the events of the partitions that are there already. Raises DataError where one holds pairs."""
+    """Return the events of existing partitions. Raises DataError: one holds pairs."""
     partitions = [read_partition(run.writer.out, name) for name in run.writer.content[PARTITIONS]]
     for partition in partitions:
         if not partition.sequence_files:
@@ -207,8 +208,8 @@ def _earlier(run: Ingestion) -> EarlierEvents:
     return EarlierEvents.of(partitions)
 
 
-def _encoded(of_rows: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:
+def _encoded(row_features: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:
     """Return the columns of a block."""
     names = {"sequence": "sequence", "first": "first", "end": "end_"}
     columns = {name: rows.column(column).combine_chunks() for name, column in names.items()}
-    return columns | encode_columns(canonical_of(rows, "u", of_rows), of_rows, text, large=False)
+    return columns | encode_columns(canonical_columns(rows, "u", row_features), row_features, text, large=False)

@@ -1,4 +1,4 @@
-"""What makings of interactions and of pairs share: where a dataset goes, who makes it, and how it ends."""
+"""Common parts of ingestion jobs: target, engine, reading of tables, and the final report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bigdssm.ingest.documents import DistinctDocuments
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.spark import Cluster, SparkEngine, SparkTable
 from bigdssm.ingest.engines.tables import RowTable, read_facts
-from bigdssm.ingest.reading import PartOfTable, Unreadable, bad_rows, parts_of
+from bigdssm.ingest.reading import TablePart, UnreadableTable, bad_rows, table_parts
 from bigdssm.ingest.sources.base import Source
 from bigdssm.ingest.sources.text import MissingColumn
 from bigdssm.ingest.writing import Encode, write_catalogue, write_counts, write_split
@@ -36,47 +36,47 @@ from bigdssm.utils.log import Progress, no_progress
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
 SEQUENCE_COLUMNS = ("query_key", "query_id", *EVENT_COLUMNS)
 CATALOGUE_COLUMNS = ("doc_key", "doc_id", "content", "doc_title")
-BYTES_PER_ROW = 100  # of a table, about
+BYTES_PER_ROW = 100  # an estimate
 
 
 @dataclass(frozen=True)
 class IngestTarget:
-    """Where a dataset goes, and who makes it."""
+    """The destination of a dataset, and the engine that builds it."""
 
     out: Path
     partition: str = "base"
     overwrite: bool = False
     append: bool = False
     seed: int = 0
-    like: Path | None = None  # a dataset whose schema and tokenizer are taken as they are, so that both can be mixed
-    processes: int = 0  # of the built-in engine; 0: one for each core
-    spark: Cluster | None = None  # None: the built-in engine makes it, on this machine
+    like: Path | None = None  # a dataset whose schema and tokenizer are reused, so that both can be mixed
+    processes: int = 0  # of the built-in engine; 0: one per core
+    spark: Cluster | None = None  # None: the built-in engine, on this machine
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What was made."""
+    """The outcome of an ingestion."""
 
     out: Path | str  # the folder, or its URL
     partition: str
     rows: dict[str, int]  # by split
     num_docs: int
     new_docs: int
-    changed_docs: int  # that the dataset had already, and that have further versions now
-    new_versions: int  # of these and, where items have times, of new ones behind their first
+    changed_docs: int  # existing documents with new versions
+    new_versions: int  # of these and, if items have times, of new documents after their first version
     num_bad: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
 
     @property
     def rows_per_s(self) -> float:
-        """Return the rows written per second."""
+        """The number of rows written per second."""
         return sum(self.rows.values()) / self.seconds
 
 
 @dataclass
 class Ingestion:
-    """A making under way: the folder that it fills, the engine that does its steps, and what is to be said of it."""
+    """A running ingestion: its dataset writer, its engine, and the notes for the report."""
 
     writer: DatasetWriter
     engine: LocalEngine
@@ -84,36 +84,36 @@ class Ingestion:
     started: float
 
     def read(self, step: str, sources: Sequence[Source], work: Any) -> list[Path]:
-        """Have `work` read every part of tables, and return the parts' folders; bad rows go to the quarantine.
+        """Read all parts of tables with `work`, quarantine bad rows, and return the parts' folders.
 
-        Raises DataError, which ends with what was wrong with rows before.
+        Raises DataError, with a summary of the bad rows up to the error.
         """
         columns: Mapping[str, str] = work.columns
         try:
             sources = [self.engine.source(f"{step}_{n}_source", s, list(columns)) for n, s in enumerate(sources)]
         except MissingColumn as error:
-            raise DataError(error.named_by(columns)) from None
-        jobs: list[PartOfTable] = parts_of(sources)
+            raise DataError(error.message(columns)) from None
+        jobs: list[TablePart] = table_parts(sources)
         rows = sum(source.size() for source in sources) // BYTES_PER_ROW
         quarantine = self.writer.quarantine
         try:
             folders = self.engine.map(step, jobs, work, rows=rows)
-        except Unreadable as error:
+        except UnreadableTable as error:
             done = sorted(path for path in (self.engine.spool / step).glob("[0-9]*"))
             quarantine.add(bad_rows(done))
             quarantine.add(error.bad)
-            raise DataError(f"{error}{quarantine.told()}") from None
+            raise DataError(f"{error}{quarantine.summary()}") from None
         quarantine.add(bad_rows(folders))
         facts = [read_facts(folder) for folder in folders]
         quarantine.num_good += int(sum(some["num_good"] for some in facts))
         usable = {job.number for job, some in zip(jobs, facts, strict=True) if some["num_rows"]}
         for number, source in enumerate(sources):
             if number not in usable:
-                raise DataError(f"{source.name} has no usable rows{quarantine.told()}")
+                raise DataError(f"{source.name} has no usable rows{quarantine.summary()}")
         return folders
 
     def write_splits(self, splits: Mapping[str, RowTable], encode: Encode) -> dict[str, Any]:
-        """Write every split that has rows as blocks, and return the entries of these."""
+        """Write every non-empty split as blocks, and return the splits' metadata."""
         self.notes += [f"the split {name} is empty" for name, table in splits.items() if not table.num_rows]
         return {
             name: write_split(self.engine, name, table, encode, self.writer.partition_dir)
@@ -125,9 +125,9 @@ class Ingestion:
         self, schema: Schema, text: TextTokenizer | None, documents: DistinctDocuments, splits: dict[str, Any],
         positives: tuple[np.ndarray, np.ndarray], sequences: Sequence[dict[str, Any]] = (),
     ) -> IngestReport:  # fmt: skip
-        """Write counts and catalogue, move everything into place and return the report.
+        """Write counts and catalogue, commit the dataset and return the report.
 
-        `positives` are catalogue rows of documents and how often train rows are relevant to each, int64.
+        `positives`: catalogue rows of documents and their numbers of train positives, int64.
         """
         writer = self.writer
         checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
@@ -138,12 +138,12 @@ class Ingestion:
         if writer.append:
             known = {name: read_partition(writer.out, name) for name in writer.content[PARTITIONS]}
             same = [name for name, partition in known.items() if partition.content["splits"] == splits]
-            self.notes += [f"all rows are those of partition {name}: is it the same table?" for name in same]
+            self.notes += [f"all rows equal those of partition {name}: is it the same table?" for name in same]
             self.notes += _held_out(splits)
-        changed_docs = documents.num_changed  # its table goes with the spool
+        changed_docs = documents.num_changed  # before the commit removes the spool
         writer.commit(schema, catalogue, versions, splits, checksum, sequences)
         many = [
-            f"the {entry['rows']:,} rows of split {split} give {entry['queries']:,} queries"
+            f"the {entry['rows']:,} rows of split {split} have {entry['queries']:,} queries"
             for split, entry in splits.items()
             if entry["queries"] != entry["rows"]
         ]
@@ -162,14 +162,13 @@ class Ingestion:
 
 
 def _held_out(splits: Mapping[str, Any]) -> list[str]:
-    """Return a note where an append adds fewer queries to train than to the other splits."""
+    """Return a note if an append adds fewer queries to train than to the other splits."""
     total = sum(entry["queries"] for entry in splits.values())
     held_out = total - splits["train"]["queries"]
     if 2 * held_out <= total:
         return []
     return [
-        f"most of what the partition adds is held out: {held_out:,} of {total:,} queries; with --split train all are "
-        "trained on"
+        f"most queries of the partition are held out: {held_out:,} of {total:,}; with --split train all are trained on"
     ]
 
 
@@ -177,23 +176,23 @@ def _held_out(splits: Mapping[str, Any]) -> list[str]:
 def ingestion(
     config: DataConfig, target: IngestTarget, sources: Sequence[Source], options: Any, progress: Progress = no_progress
 ) -> Iterator[Ingestion]:
-    """Begin a making, or go on with one that was killed, of the same `sources` with the same `options`.
+    """Start an ingestion, or resume an interrupted one with the same `sources` and `options`.
 
-    Raises DataError or ConfigError where `target.out` cannot be written.
+    Raises DataError, ConfigError: `target.out` cannot be written.
     """
     started = time.monotonic()
     features = (*config.query.values(), *config.doc.values())
     matrices = [feature.matrix for feature in features if isinstance(feature, Vector) and feature.matrix]
     if matrices and any(isinstance(source, SparkTable) for source in sources):
-        raise ConfigError(f"{matrices[0]}: a matrix goes by the numbers of rows, which a query's have not")
-    made_of = _made_of(config, target, sources, options, matrices)
+        raise ConfigError(f"{matrices[0]}: a matrix is indexed by row number, which rows of a Spark query do not have")
+    inputs = _inputs(config, target, sources, options, matrices)
     writer = DatasetWriter(
-        target.out, target.partition, config.max_bad_fraction, source=made_of,
+        target.out, target.partition, config.max_bad_fraction, source=inputs,
         overwrite=target.overwrite, append=target.append,
     )  # fmt: skip
     try:
         engine = _engine(target, writer.spool, progress)
-    except BaseException:  # that there is none now says nothing of what a killed making finished
+    except BaseException:  # keep the finished steps of an interrupted ingestion
         writer.release()
         raise
     with writer:
@@ -209,24 +208,27 @@ def _engine(target: IngestTarget, spool: Path, progress: Progress) -> LocalEngin
     return SparkEngine(spool, progress, cluster=target.spark)
 
 
-def _made_of(
+def _inputs(
     config: DataConfig, target: IngestTarget, sources: Sequence[Source], options: Any, matrices: Sequence[str]
 ) -> str:
-    """Return what a dataset is made of, and with what, as text."""
+    """Serialize the inputs: config, options, fingerprints of sources and code, versions."""
     like = [target.like / SCHEMA_FILE] if target.like else []
     tokenizer = [] if config.tokenizer.path is None else sorted(Path(config.tokenizer.path).glob("*.json"))
-    beside = [*like, *tokenizer, *map(Path, matrices)]
-    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in beside if path.is_file()]
-    prints = [source.fingerprint() for source in sources]
+    other_files = [*like, *tokenizer, *map(Path, matrices)]
+    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in other_files if path.is_file()]
+    fingerprints = [source.fingerprint() for source in sources]
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     declared = Schema.declared(config).fingerprint()
     engine = "built-in" if target.spark is None else "spark"
-    known = [asdict(config), declared, asdict(options), target.seed, files, prints, code, engine]
+    known = [asdict(config), declared, asdict(options), target.seed, files, fingerprints, code, engine]
     return json.dumps(known, default=str, sort_keys=True)
 
 
 def check_column_names(tables: Any) -> None:
-    """Replace '' by None in the options of a dataclass that name a column. Raises ConfigError: one is required."""
+    """Replace '' by None in column options of a dataclass.
+
+    Raises ConfigError: the column is required.
+    """
     for option in fields(tables):
         if option.name.endswith("_column") and getattr(tables, option.name) == "":
             if "None" not in str(option.type):
@@ -234,8 +236,8 @@ def check_column_names(tables: Any) -> None:
             object.__setattr__(tables, option.name, None)
 
 
-def check_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:
-    """Raise ConfigError where a feature has the name of one of the dataset's own columns."""
+def check_reserved_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:
+    """Raise ConfigError if a feature has the name of a reserved column."""
     for name in features:
         if name in reserved:
-            raise ConfigError(f"data.{side}.{name}: the name is taken by the dataset's own column; choose another")
+            raise ConfigError(f"data.{side}.{name}: the name is reserved for a column of the dataset; choose another")

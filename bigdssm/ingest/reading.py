@@ -1,4 +1,4 @@
-"""First step of an ingestion: read tables part by part, number and validate rows, quarantine bad ones."""
+"""The first step of an ingestion: read, number and validate rows; quarantine bad ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from bigdssm.ingest.engines.tables import write_facts
 from bigdssm.ingest.sources.base import Part, Source
 from bigdssm.ingest.sources.text import MissingColumn
 
-MOST_VALUES = 1 << 12  # of one row
+MAX_VALUES = 1 << 12  # per row
 
 
-def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:
-    """Return the rows of `batch`, once for each value of the list column `name`.
+def explode(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:
+    """Unnest the list column `name`: one row per value.
 
-    A row without values, or with more than MOST_VALUES, is reported and left out.
-
-    Raises DataError where the column holds no lists.
+    Rows without values, or with more than MAX_VALUES, are reported and skipped. Raises DataError: not a list column.
     """
     column = batch.table.column(name).combine_chunks()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -36,7 +34,7 @@ def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatc
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     check = RowCheck(batch, report_bad)
     check.fail(lengths == 0, f"{name} holds no value")
-    check.fail(lengths > MOST_VALUES, f"{name} holds {{}} values, at most {MOST_VALUES} are taken", lengths)
+    check.fail(lengths > MAX_VALUES, f"{name} holds {{}} values, at most {MAX_VALUES} are allowed", lengths)
     parent = np.repeat(np.flatnonzero(check.good), lengths[check.good])
     values = column.filter(pa.array(check.good)).flatten()
     table = batch.table.take(pa.array(parent))
@@ -44,34 +42,37 @@ def exploded(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatc
     return SourceBatch(batch.file, table, batch.rows[parent])
 
 
-ORDINAL_BITS = 47  # of a row's number in its table
-NTH_BITS = MOST_VALUES.bit_length() - 1  # of them: of one of the rows that a list column makes of one
+ORDINAL_BITS = 47  # for a row's number within its table
+NTH_BITS = MAX_VALUES.bit_length() - 1  # the lowest of these: for the number of an unnested value
 MAX_TABLES = 1 << (63 - ORDINAL_BITS)
 BAD = "bad.jsonl"
-MOST_TOLD = 1 << 16  # bad rows of a table that cannot be read on
+MAX_REPORTED = 1 << 16  # bad rows before a fatal error
 
-BadRow = tuple[str, int, str, bool]
-"""File, row, what is wrong, and whether the row is left out (else a value of it is taken as missing)."""
+BadSourceRow = tuple[str, int, str, bool]
+"""File, row, reason, and whether the row is skipped (otherwise the bad value is treated as missing)."""
 
 
 @dataclass(frozen=True)
-class PartOfTable:
-    """What one worker reads."""
+class TablePart:
+    """A part of a table, read by one worker."""
 
     source: Source
-    number: int  # of the table among all of a making
+    number: int  # of the table within the ingestion
     part: Part
 
 
-def parts_of(sources: Sequence[Source]) -> list[PartOfTable]:
-    """Return the parts of tables, in order. Raises DataError where there are too many tables."""
+def table_parts(sources: Sequence[Source]) -> list[TablePart]:
+    """Return the parts of all tables, in order. Raises DataError: too many tables."""
     if len(sources) > MAX_TABLES:
-        raise DataError(f"{len(sources)} tables are given, at most {MAX_TABLES} can be; join some of them")
-    return [PartOfTable(source, number, part) for number, source in enumerate(sources) for part in source.parts()]
+        raise DataError(f"{len(sources)} tables are given, at most {MAX_TABLES} are supported; join some of them")
+    return [TablePart(source, number, part) for number, source in enumerate(sources) for part in source.parts()]
 
 
-def named_columns(*columns: tuple[str | None, str]) -> dict[str, str]:
-    """Return columns in the order given, without None, and the option or else the feature that names each."""
+def column_options(*columns: tuple[str | None, str]) -> dict[str, str]:
+    """Map each distinct column to the option, or else the feature, that names it.
+
+    None is dropped.
+    """
     names: dict[str, str] = {}
     for column, by in columns:
         if column and (column not in names or by.startswith("--")):
@@ -79,13 +80,16 @@ def named_columns(*columns: tuple[str | None, str]) -> dict[str, str]:
     return names
 
 
-def columns_of_features(features: Mapping[str, Feature], side: str) -> list[tuple[str | None, str]]:
-    """Return the source columns of one side's features, and the config key that names each."""
+def feature_columns(features: Mapping[str, Feature], side: str) -> list[tuple[str | None, str]]:
+    """Return (source column, config key) of one side's features."""
     return [(column, f"data.{side}.{name}") for name, feature in features.items() for column in feature.source_columns]
 
 
-def row_ordinals(part: PartOfTable, batch: SourceBatch, *, several: bool = False) -> np.ndarray:
-    """Return the place of every row, int64 [rows] ≥ 0; `several`: rows of one number follow each other."""
+def row_ordinals(part: TablePart, batch: SourceBatch, *, several: bool = False) -> np.ndarray:
+    """Return a unique, ordered key of every row: (table, row), int64 [rows] ≥ 0.
+
+    `several`: adjacent rows may have equal numbers (after `explode`); then also the index within these.
+    """
     rows = batch.rows - 1
     if several:
         starts = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -94,10 +98,10 @@ def row_ordinals(part: PartOfTable, batch: SourceBatch, *, several: bool = False
     return (np.int64(part.number) << ORDINAL_BITS) + rows
 
 
-class Unreadable(DataError):
-    """A table that cannot be read on, and the newest bad rows met before."""
+class UnreadableTable(DataError):
+    """A fatal error in a table, with the last bad rows before it."""
 
-    def __init__(self, message: str, bad: list[BadRow]) -> None:
+    def __init__(self, message: str, bad: list[BadSourceRow]) -> None:
         super().__init__(message, bad)
         self.bad = bad
 
@@ -105,20 +109,20 @@ class Unreadable(DataError):
         return str(self.args[0])
 
 
-Take = Callable[[RowCheck, TimeUnits], None]
-"""Takes in the rows of a batch that are good when it is done with the check, and their times."""
+BatchHandler = Callable[[RowCheck, TimeUnits], None]
+"""Validates the rows of a batch, and stores the good ones and their time units."""
 
 
 def read_part(
-    part: PartOfTable, columns: Mapping[str, str], folder: Path, take: Take, *, each_of: str | None = None
+    part: TablePart, columns: Mapping[str, str], folder: Path, handle: BatchHandler, *, each_of: str | None = None
 ) -> None:
-    """Have `take` look at each batch of a part; `folder` gets counts and bad rows.
+    """Read a part's batches through `handle`; write counts and bad rows to `folder`.
 
-    Batches have these columns (what names each is for messages), and a row for each value of the list column `each_of`.
-    Raises Unreadable.
+    `columns` maps required columns to the options that name them, for messages. The list column `each_of` is unnested.
+    Raises UnreadableTable.
     """
     num_rows, num_good, units = 0, 0, TimeUnits()
-    newest = deque[BadRow](maxlen=MOST_TOLD)
+    newest = deque[BadSourceRow](maxlen=MAX_REPORTED)
 
     def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
         newest.append((file, row, reason, left_out))
@@ -128,35 +132,35 @@ def read_part(
         try:
             for batch in part.source.batches(part.part, list(columns), report_bad):
                 num_rows += len(batch.rows)
-                check = RowCheck(exploded(batch, each_of, report_bad) if each_of else batch, report_bad)
-                take(check, units)
+                check = RowCheck(explode(batch, each_of, report_bad) if each_of else batch, report_bad)
+                handle(check, units)
                 num_good += int(check.good.sum())
         except DataError as error:
             if isinstance(error, UnavailableError):
                 raise
-            said = error.named_by(columns) if isinstance(error, MissingColumn) else str(error)
-            raise Unreadable(said, list(newest)) from None
+            message = error.message(columns) if isinstance(error, MissingColumn) else str(error)
+            raise UnreadableTable(message, list(newest)) from None
     write_facts(folder, num_rows=num_rows, num_good=num_good, **units.facts())
 
 
-def bad_rows(folders: Iterable[Path]) -> Iterator[BadRow]:
+def bad_rows(folders: Iterable[Path]) -> Iterator[BadSourceRow]:
     """Yield the bad rows of a step's folders, in order."""
     for folder in folders:
         with (folder / BAD).open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
 
-# What one bad row's reason has and another's of the kind has not.
+# The row-specific parts of a reason.
 PARTICULAR = re.compile(r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])")
 MAX_KINDS = 100
 
 
 class Quarantine:
-    """Takes bad rows in their order into a file."""
+    """Writes bad rows to a file, in order, and counts them by kind of reason."""
 
-    def __init__(self, path: Path, kept: Path, partition: str, max_bad_fraction: float) -> None:
-        """Write to `path`; `kept` is where the file will stand if the making fails."""
-        self.path, self.kept = path, kept
+    def __init__(self, path: Path, final_path: Path, partition: str, max_bad_fraction: float) -> None:
+        """Write to `path`; `final_path` is the file's location if the ingestion fails."""
+        self.path, self.final_path = path, final_path
         self._partition, self._max_bad_fraction = partition, max_bad_fraction
         self._file = path.open("w", encoding="utf-8")
         self._first = ""
@@ -165,8 +169,8 @@ class Quarantine:
         self.num_left_out = 0
         self.num_good = 0
 
-    def add(self, rows: Iterable[BadRow]) -> None:
-        """Take in bad rows."""
+    def add(self, rows: Iterable[BadSourceRow]) -> None:
+        """Write bad rows."""
         for file, row, reason, left_out in rows:
             self.num_bad += 1
             self.num_left_out += left_out
@@ -178,18 +182,18 @@ class Quarantine:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def check(self) -> None:
-        """Raise DataError, naming the first bad row, where there are too many."""
+        """Raise DataError if there are too many bad rows."""
         total, limit = self.num_left_out + self.num_good, self._max_bad_fraction
         if self.num_bad > limit * total:
-            told = f"{self.num_bad} of {total} rows are bad or have bad values, all tables together"
-            raise DataError(f"{told}, more than data.max_bad_fraction={limit}{self.told()}")
+            counted = f"{self.num_bad} of {total} rows are bad or have bad values, all tables together"
+            raise DataError(f"{counted}, more than data.max_bad_fraction={limit}{self.summary()}")
 
-    def told(self) -> str:
-        """Return the commonest reasons with their counts, the first bad row and the file, to end a sentence with."""
+    def summary(self) -> str:
+        """Return the most frequent reasons, the first bad row and the file, to end a message."""
         if not self.num_bad:
             return ""
-        said = ", ".join(f"{count} × {kind}" for kind, count in self._kinds.most_common(3))
-        return f": {said}; the first is {self._first}; all are in {self.kept}"
+        reasons = ", ".join(f"{count} × {kind}" for kind, count in self._kinds.most_common(3))
+        return f": {reasons}; the first is {self._first}; all are in {self.final_path}"
 
     def close(self) -> None:
         """Close the file."""

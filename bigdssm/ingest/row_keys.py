@@ -1,7 +1,7 @@
-"""64-bit keys at write time: hashes of rows, a counter hash for splits and shuffles.
+"""64-bit hashes: content hashes of rows, and counter-based ones for splits and shuffles.
 
-Everything that looks random in a dataset is one of these functions of the seed and a row's number or name, so the
-same input and seed give the same bytes on every machine and library version.
+All randomness in a dataset is a function of the seed and a row's ordinal or key, so equal inputs and seeds give equal
+bytes on every machine and library version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bigdssm.utils.string_hashing import hash_strings
 
 
 def hash_rows(table: pa.Table) -> np.ndarray:
-    """Return a hash of all canonical columns of every row, int64 [rows]: what tells rows without an id apart."""
+    """Hash all canonical columns of every row, int64 [rows]; identifies rows without an id."""
     between, within = (pa.scalar(separator, pa.large_string()) for separator in "\x1f\x1e")
 
     def text(array: pa.Array) -> pa.Array:
@@ -30,27 +30,27 @@ def hash_rows(table: pa.Table) -> np.ndarray:
 
 
 def row_keys(hashes: np.ndarray) -> pa.Array:
-    """Return the keys that documents without an id get: their hash of `hash_rows` in hexadecimal."""
+    """Return keys of documents without an id: their `hash_rows` in hexadecimal."""
     digits = pa.py_buffer(hashes.astype(">i8").tobytes().hex().encode())
     offsets = pa.py_buffer(np.arange(len(hashes) + 1, dtype=np.int64) * 16)
     return pa.Array.from_buffers(pa.large_string(), len(hashes), [None, offsets, digits])
 
 
 def mix(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
-    """Return a uint64 hash of the int64 `keys`, another one for every purpose and seed; distinct keys stay distinct."""
+    """Hash int64 keys to uint64, independently per purpose and seed; injective in the keys."""
     return mix64(keys, hash64(f"{purpose}/{seed}"))
 
 
-def shuffle_keys(places: np.ndarray, seed: int) -> np.ndarray:
-    """Return an int64 key for the source rows at `places`, each its own; train rows are written in their order."""
-    return (mix(places, "shuffle", seed) ^ np.uint64(1 << 63)).view(np.int64)
+def shuffle_keys(ordinals: np.ndarray, seed: int) -> np.ndarray:
+    """Return distinct int64 sort keys of source rows; train rows are written in their order."""
+    return (mix(ordinals, "shuffle", seed) ^ np.uint64(1 << 63)).view(np.int64)
 
 
 def uniform(keys: np.ndarray, purpose: str, seed: int) -> np.ndarray:
-    """Return a number in [0, 1) for every key, float64."""
+    """Map every key to a pseudorandom float64 in [0, 1)."""
     return (mix(keys, purpose, seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def pair_hash(query_ids: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of (query, document), int64."""
+    """Hash (query, document) pairs, int64."""
     return (mix(query_ids, "query", 0) + mix(docs, "document", 0)).astype(np.int64)

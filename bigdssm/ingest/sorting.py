@@ -1,6 +1,6 @@
-"""Sorts rows without a query, in two steps of jobs: ranges of rows are dealt out to buckets, and each bucket is sorted.
+"""Sorting by jobs instead of SQL: rows are dealt to buckets, and each bucket is sorted.
 
-Buckets follow each other in the order wanted, and a bucket's rows come in the order of their table.
+Buckets are in sort order; within a bucket, rows are in the order of their table.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges
 
 ROWS_PER_DEAL = 1 << 20
-ROWS_PER_BUCKET = 1 << 21  # about; what is sorted at once
+ROWS_PER_BUCKET = 1 << 21  # approximate; sorted in memory
 DEALT, SORTED = "rows.arrow", "rows.parquet"
-MOST = (1 << 63) - 1
+MAX_INT64 = (1 << 63) - 1
 _IPC = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 
 Assign = Callable[[pa.Table], tuple[pa.Table, np.ndarray]]
-"""Returns what is to be kept of rows, and the bucket of each, whole numbers from 0 on; picklable."""
+"""Returns the rows' retained columns and their bucket numbers, from 0; picklable."""
 
 
 def deal(
@@ -34,9 +34,9 @@ def deal(
     num_buckets: int,
     columns: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Deal out a table's rows, of which `assign` needs these columns, to so many buckets, for `read_bucket`.
+    """Distribute a table's rows to buckets, for `read_bucket`; `assign` gets the given columns.
 
-    Returns a folder for each range of the table, which has a file with a batch for each bucket.
+    Returns a folder per range of the table, each with a file of one batch per bucket.
     """
     work = partial(_deal, table, columns, assign, num_buckets)
     return engine.map(step, ranges(table, ROWS_PER_DEAL), work, rows=table.num_rows)
@@ -46,7 +46,9 @@ def _deal(
     table: RowTable, columns: Sequence[str] | None, assign: Assign, num_buckets: int, job: tuple[int, int], folder: Path
 ) -> None:
     rows, bucket = assign(table.read(*job, columns))
-    order = np.argsort(bucket.astype(np.min_scalar_type(num_buckets)), kind="stable")  # by radix where they are few
+    order = np.argsort(
+        bucket.astype(np.min_scalar_type(num_buckets)), kind="stable"
+    )  # a radix sort if the type is small
     (batch,) = rows.take(pa.array(order)).combine_chunks().to_batches()
     ends = np.cumsum(np.bincount(bucket, minlength=num_buckets))
     with pa.OSFile(str(folder / DEALT), "wb") as sink, pa.ipc.new_file(sink, batch.schema, options=_IPC) as writer:
@@ -55,7 +57,7 @@ def _deal(
 
 
 def read_bucket(dealt: Sequence[Path], bucket: int) -> pa.Table:
-    """Return the rows of a bucket."""
+    """Read all rows of a bucket."""
     pieces = []
     for folder in dealt:
         with pa.memory_map(str(folder / DEALT)) as source:
@@ -63,20 +65,23 @@ def read_bucket(dealt: Sequence[Path], bucket: int) -> pa.Table:
     return pa.Table.from_batches(pieces).combine_chunks()
 
 
-def ordinals_of(numbers: np.ndarray) -> np.ndarray:
-    """Return whole numbers, int64, in the order of float64 ones, neighbours for neighbours."""
-    bits = (numbers + 0.0).view(np.int64)  # there is one zero
-    return np.where(bits >= 0, bits, bits ^ MOST)
+def float_ordinals(numbers: np.ndarray) -> np.ndarray:
+    """Map float64 to int64 in order, adjacent floats to adjacent integers."""
+    bits = (numbers + 0.0).view(np.int64)  # −0.0 becomes 0.0
+    return np.where(bits >= 0, bits, bits ^ MAX_INT64)
 
 
-def of_ordinal(ordinal: int) -> float:
-    """Return the float64 of this ordinal."""
-    return float(np.int64(ordinal if ordinal >= 0 else ordinal ^ MOST).view(np.float64))
+def ordinal_to_float(ordinal: int) -> float:
+    """Invert `float_ordinals` for one value."""
+    return float(np.int64(ordinal if ordinal >= 0 else ordinal ^ MAX_INT64).view(np.float64))
 
 
-def order_of(numbers: np.ndarray) -> np.ndarray:
-    """Return the stable order of float64 [n], int64: sorted 16 bits at a time, by radix, twice as fast as at once."""
-    ordinals = ordinals_of(numbers)
+def stable_order(numbers: np.ndarray) -> np.ndarray:
+    """Return the stable sorting order of float64 [n], int64.
+
+    By 16-bit radix, twice as fast as np.argsort.
+    """
+    ordinals = float_ordinals(numbers)
     left = (ordinals - ordinals.min(initial=0)).view(np.uint64)
     order = np.arange(len(numbers))
     for shift in range(0, 64, 16):
@@ -87,7 +92,7 @@ def order_of(numbers: np.ndarray) -> np.ndarray:
 
 
 def shuffled(engine: LocalEngine, name: str, table: RowTable, columns: Sequence[str]) -> RowTable:
-    """Return some columns of a table sorted by its `shuffle`, int64 hashes of which no two are equal."""
+    """Sort some columns of a table by its column `shuffle` of distinct int64 hashes."""
     bits = max(0, int(np.ceil(np.log2(max(1, table.num_rows) / ROWS_PER_BUCKET))))
     deal_out = partial(_by_first_bits, bits)
     dealt = deal(engine, f"dealt_{name}", table, deal_out, 1 << bits, [*columns, "shuffle"])
@@ -96,7 +101,9 @@ def shuffled(engine: LocalEngine, name: str, table: RowTable, columns: Sequence[
 
 
 def _by_first_bits(bits: int, rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    hashes = rows.column("shuffle").to_numpy().view(np.uint64) ^ np.uint64(1 << 63)  # that sort as the numbers do
+    hashes = rows.column("shuffle").to_numpy().view(np.uint64) ^ np.uint64(
+        1 << 63
+    )  # in the order of the signed numbers
     return rows, (hashes >> np.uint64(64 - bits) if bits else np.zeros_like(hashes)).astype(np.int64)
 
 

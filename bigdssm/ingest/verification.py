@@ -1,4 +1,4 @@
-"""Checks every byte of a dataset against its checksums, and says what is damaged."""
+"""Verification of every byte of a dataset against its checksums."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from bigdssm.utils.urls import is_url
 
 
 def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:
-    """Return a sentence for everything damaged in the dataset, naming file and block; empty where all is well.
+    """Return a message per damaged file or block, an empty list if there is no damage.
 
-    At a URL everything is fetched anew, into a temporary cache. Raises DataError where the dataset cannot be opened at
-    all; there, also where a file beside the shards is damaged.
+    A dataset at a URL is downloaded into a temporary cache. Raises DataError: the dataset cannot be opened; at a URL,
+    also: a file other than a shard is damaged.
     """
     if is_url(folder):
         with tempfile.TemporaryDirectory(prefix="verify-") as cache:
             return _damages(Dataset.open(folder, cache=FileCache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
     content = read_dataset_json(Path(folder))
     catalogue = {part["file"]: part["checksum"] for part in [*content["catalogue"], *content.get("versions", [])]}
-    if damages := list(_compared(Path(folder), catalogue)):  # what points into the catalogue cannot be judged
+    if damages := list(_compared(Path(folder), catalogue)):  # references into the catalogue cannot be validated
         return damages
     return _damages(Dataset.open(folder), progress)
 
@@ -53,15 +53,15 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
             except DataError as error:
                 damages.append(str(error))
                 continue
-            what = f"verifying {partition.name}/{split}"
+            step = f"verifying {partition.name}/{split}"
             for block in range(index.num_blocks):
                 damages += _block_damages(dataset, index, block)
-                progress(what, block + 1, index.num_blocks)
+                progress(step, block + 1, index.num_blocks)
     return damages
 
 
 def _compared(folder: Path, checksums: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence for each file that is missing or has another checksum than the one by its name."""
+    """Yield a message per file that is missing or has another checksum."""
     for name, checksum in checksums.items():
         path = folder / name
         if not path.is_file():
@@ -79,7 +79,7 @@ def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[
     if not isinstance(shard, Path) or not shard.is_file():
         return
     header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
-    try:  # this project reads past the headers, other readers of tars do not
+    try:  # this project ignores the headers, other tar readers do not
         member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         yield f"{name}: its tar header is damaged ({error}); plain tar readers stop there"

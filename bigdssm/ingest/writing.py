@@ -1,6 +1,6 @@
-"""The last steps of a making: parts of the catalogue, and shards with their index, each file written by a worker.
+"""The last steps of an ingestion: writing the catalogue, and shards with their indexes.
 
-A file holds a fixed number of rows or blocks, so that its bytes do not depend on who writes what.
+Each file is one job, with a fixed number of rows or blocks, so its bytes do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from bigdssm.dataset.index import COLUMNS
 from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
-from bigdssm.ingest.documents import DistinctDocuments, canonical_of
+from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import ROWS_PER_READ, RowTable, ranges, read_facts, write_facts
 from bigdssm.utils.hashing import file_checksum
 
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
-WANTED_BLOCKS = 64  # with fewer, lanes share blocks and windows shuffle little
+TARGET_BLOCKS = 64  # per split; with fewer, lanes share blocks and shuffling is weaker
 BLOCKS_PER_SHARD = 512
 DOCUMENTS_PER_FILE = 1 << 17
 TAR_HEADER_BYTES = 512
 _IPC = pa.ipc.IpcWriteOptions(compression="zstd")
 
 Encode = Callable[[pa.Table], dict[str, pa.Array]]
-"""Returns the columns of a block for some rows of a split; picklable."""
+"""Returns block columns for rows of a split; picklable."""
 
 
 def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
-    """Write columns without nulls as the one uncompressed batch of an Arrow file; return {"file", "rows", "checksum"}.
+    """Write non-null columns as a single uncompressed batch of an Arrow file.
 
-    One batch, so that readers address every row in the mapped file and nothing is copied.
+    Return {"file", "rows", "checksum"}. A single batch gives readers random access to the mapped file without copies.
     """
-    batch = _alone(pa.RecordBatch.from_pydict(columns))
+    batch = _compact(pa.RecordBatch.from_pydict(columns))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return {"file": path.name, "rows": batch.num_rows, "checksum": file_checksum(path, bits=64)}
 
 
-def _alone(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Return rows in buffers of their own: Arrow fills up a slice's with what stands behind it in the whole."""
+def _compact(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Copy rows to new buffers: the padding of a slice would contain the data after it."""
     return rows.take(pa.array(np.arange(rows.num_rows)))
 
 
-def placed_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
-    """Move the files that jobs made into the folder `target`, and return what they noted of these as `made`.
+def move_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
+    """Move the files of jobs to `target`, and return their metadata (the fact `made`).
 
-    Those that a killed making had moved are there already.
+    Files already moved by an interrupted ingestion are skipped.
     """
     entries = [read_facts(folder)["made"] for folder in folders]
     for folder, entry in zip(folders, entries, strict=True):
-        if (made := folder / entry["file"]).exists():
-            os.replace(made, target / entry["file"])
+        if (source := folder / entry["file"]).exists():
+            os.replace(source, target / entry["file"])
     return entries
 
 
@@ -70,63 +70,66 @@ def write_catalogue(
     folder: Path,
     first_file: int, first_of_versions: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
-    """Write the new documents, and further versions, into `folder`; return {"file", "rows", "checksum"} of all files.
+    """Write new documents and new versions to `folder`.
 
-    Raises ConfigError where a feature has the name of the versions' own column.
+    Return {"file", "rows", "checksum"} of both kinds of files. Raises ConfigError: a feature has the reserved name of
+    the versions' column.
     """
     times = (SINCE_COLUMN,) if documents.dated else ()
 
-    def written(step: str, table: RowTable, prefix: str, beside: Sequence[str], first: int) -> list[dict[str, Any]]:
+    def written(
+        step: str, table: RowTable, prefix: str, more_columns: Sequence[str], first: int
+    ) -> list[dict[str, Any]]:
         jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), first))
-        work = partial(_write_documents, table, features, text, prefix, beside)
-        return placed_files(engine.map(step, jobs, work, rows=table.num_rows), folder)
+        work = partial(_write_documents, table, features, text, prefix, more_columns)
+        return move_files(engine.map(step, jobs, work, rows=table.num_rows), folder)
 
     new = written("catalogue", documents.table, "", times, first_file)
     if (changed := documents.changed) is None or not changed.num_rows:
         return new, []
     if DOCUMENT_COLUMN in features:
         raise ConfigError(
-            f"data.doc.{DOCUMENT_COLUMN}: {changed.num_rows} documents have changed, and their further versions have a "
-            "column of this name; make the dataset again with another one"
+            f"data.doc.{DOCUMENT_COLUMN}: the name is reserved in files of document versions, and {changed.num_rows} "
+            "documents have changed; rebuild the dataset with another name"
         )
     return new, written("versions", changed, "versions-", (DOCUMENT_COLUMN, *times), first_of_versions)
 
 
 def _write_documents(
-    table: RowTable, features: dict[str, Feature], text: TextTokenizer | None, prefix: str, beside: Sequence[str],
+    table: RowTable, features: dict[str, Feature], text: TextTokenizer | None, prefix: str, more_columns: Sequence[str],
     job: tuple[int, tuple[int, int]], folder: Path,
 ) -> None:  # fmt: skip
     number, (first, end) = job
     rows = table.read(first, end)
-    names = ("doc_key", "doc_id", "content", "doc_title", *beside)
+    names = ("doc_key", "doc_id", "content", "doc_title", *more_columns)
     columns = {name: rows.column(name).combine_chunks() for name in names}
     for name in ("doc_key", "doc_title"):
         columns[name] = columns[name].cast(pa.large_string())
-    columns |= encode_columns(canonical_of(rows, "d", features), features, text, large=True)
+    columns |= encode_columns(canonical_columns(rows, "d", features), features, text, large=True)
     write_facts(folder, made=write_arrow(folder / f"{prefix}{number:06d}.arrow", columns))
 
 
 def block_rows(num_rows: int) -> int:
-    """Return how many rows a block of a split of `num_rows` should have."""
-    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // WANTED_BLOCKS))
+    """Return the number of rows per block for a split of `num_rows`."""
+    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // TARGET_BLOCKS))
 
 
 def num_queries(block: pa.RecordBatch) -> int:
-    """Return the queries that rows give: one each or, where they are pieces of sequences, one for every target."""
+    """Return the number of queries: one per row or, for segments of sequences, one per target."""
     if "first" not in block.schema.names:
         return int(block.num_rows)
     return int(block.column("end").to_numpy().sum() - block.column("first").to_numpy().sum())
 
 
 def write_split(engine: LocalEngine, split: str, table: RowTable, encode: Encode, folder: Path) -> dict[str, Any]:
-    """Write a split's rows, through `encode`, as shards and an index in `folder`; return the split's entry:
+    """Write a split's encoded rows as shards and an index in `folder`.
 
-    {"rows", "queries", "blocks", "shards", "index_checksum"}.
+    Returns its metadata {"rows", "queries", "blocks", "shards", "index_checksum"}.
     """
     per_block = block_rows(table.num_rows)
     jobs = list(enumerate(ranges(table, per_block * BLOCKS_PER_SHARD)))
     work = partial(_write_shard, split, table, encode, per_block)
-    entries = placed_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
+    entries = move_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
     shards = [entry["file"] for entry in entries]
     index = {name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in COLUMNS.items()}
     shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
@@ -144,7 +147,7 @@ def write_split(engine: LocalEngine, split: str, table: RowTable, encode: Encode
 def _write_shard(
     split: str, table: RowTable, encode: Encode, rows_per_block: int, job: tuple[int, tuple[int, int]], folder: Path
 ) -> None:
-    """Write the shard of this number and range of rows, blocks as Arrow streams in an ordinary tar, and its index."""
+    """Write one shard, a plain tar of blocks as Arrow streams, and its index entries."""
     shard, (first, end) = job
     path = folder / f"{split}-{shard:06d}.tar"
     index: dict[str, list[int]] = {name: [] for name in COLUMNS}
@@ -166,16 +169,19 @@ def _write_shard(
 
 
 def _blocks(table: RowTable, encode: Encode, rows_per_block: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
-    """Yield rows [first, end) as blocks; several are encoded at once."""
-    rows_at_once = max(1, ROWS_PER_READ // rows_per_block) * rows_per_block
-    for start in range(first, end, rows_at_once):
-        rows = pa.RecordBatch.from_pydict(encode(table.read(start, min(start + rows_at_once, end))))
+    """Yield rows [first, end) as blocks, encoding several at a time."""
+    rows_per_call = max(1, ROWS_PER_READ // rows_per_block) * rows_per_block
+    for start in range(first, end, rows_per_call):
+        rows = pa.RecordBatch.from_pydict(encode(table.read(start, min(start + rows_per_call, end))))
         for start_of_block in range(0, rows.num_rows, rows_per_block):
             yield rows.slice(start_of_block, rows_per_block)
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
-    """Return a file's header as webdataset's TarWriter makes it, which would bring torch into every worker: seconds."""
+    """Return the header that webdataset's TarWriter would write.
+
+    Importing it loads torch, seconds per worker.
+    """
     member = tarfile.TarInfo(name)
     member.size, member.mode, member.uname, member.gname = size, 0o444, "bigdata", "bigdata"
     return member
@@ -184,12 +190,12 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 def _stream(block: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, block.schema, options=_IPC) as stream:
-        stream.write_batch(_alone(block))
+        stream.write_batch(_compact(block))
     return bytes(sink.getvalue())
 
 
 def write_counts(path: Path, docs: np.ndarray, counts: np.ndarray) -> str:
-    """Write the train positives of documents (catalogue rows, each once), and return the file's checksum."""
+    """Write the train positives per catalogue row, and return the file's checksum."""
     order = np.argsort(docs)
     columns = {"doc": pa.array(docs[order]), "count": pa.array(counts[order])}
     return str(write_arrow(path, columns)["checksum"])

@@ -282,13 +282,13 @@ def test_bad_rows_and_damaged_tables_are_told_as_ever(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "touch", lambda path: None)  # the file that workers check
         assert main(command) == ConfigError.exit_code
-        assert f"does not see {tmp_path / '.out.unfinished' / 'spool'}" in capfd.readouterr().err
+        assert f"cannot access {tmp_path / '.out.unfinished' / 'spool'}" in capfd.readouterr().err
     assert main([*command, "--master", "spark://elsewhere:7077"]) == ConfigError.exit_code
     assert "has a Spark session on local[2] already" in capfd.readouterr().err
     assert main([*command, "--spark-conf", "spark.executor.memory=1g"]) == ConfigError.exit_code
     assert "spark.executor.memory cannot be set" in capfd.readouterr().err
     assert main([*command[:-2], "--master", "local[2]"]) == ConfigError.exit_code
-    assert "would have no effect without the engine spark" in capfd.readouterr().err
+    assert "have no effect without engine='spark'" in capfd.readouterr().err
 
 
 def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_pairs_from_a_frame(tmp_path: Path) -> None:
     report = bigdssm.make_dataset(tmp_path / "config.yaml", pairs=[frame, frame], split="train", dedup=True)
     assert report.num_docs == 20 and sum(report.rows.values()) == 80
     for wrong, sentence in (
-        ({"pairs": frame, "items": frame}, "is made of pairs=, or of interactions="),
+        ({"pairs": frame, "items": frame}, "needs pairs=, or interactions="),
         ({"items": frame}, "interactions= is missing"),
         ({"pairs": frame, "doc_id_colum": "title"}, "did you mean doc_id_column"),
     ):

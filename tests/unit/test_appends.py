@@ -1,6 +1,6 @@
-"""What an append takes of new events, and how it splits them.
+"""Appends of events, and their splits.
 
-Newer events are added; repeats are counted, older events and other units refused. The split is that of the dataset.
+Newer events are added, repeated ones are counted, older ones and other units are refused; the recorded split is used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make(
 
 
 def sequence_of(folder: Path, user: str) -> tuple[list[str], list[float]]:
-    """Return the items and times of a user's sequence, as the newest partition that has it stores them."""
+    """Return the items and times of a user's sequence in the newest partition that has it."""
     dataset = Dataset.open(folder / "out")
     assert dataset.sequences is not None
     keys = dataset.sequences.strings("query_key", np.arange(dataset.sequences.num_rows))
@@ -74,7 +74,7 @@ def test_repeats_are_counted_and_left_out(tmp_path: Path, events: list[Event], l
     make(tmp_path, FIRST)
     report = make(tmp_path, events, "day2")
     assert [note for note in report.notes if "already" in note] == (
-        [f"{repeated} interactions are in {tmp_path / 'out'} already and left out"] if repeated else []
+        [f"{repeated} interactions are in {tmp_path / 'out'} already and are dropped"] if repeated else []
     )
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.sequences is not None
@@ -87,7 +87,7 @@ def test_repeats_are_counted_and_left_out(tmp_path: Path, events: list[Event], l
 
 def test_nothing_is_appended_where_all_is_there(tmp_path: Path) -> None:
     make(tmp_path, FIRST)
-    with pytest.raises(DataError, match=r"no interaction is left to train on; 5 interactions are in .*/out already"):
+    with pytest.raises(DataError, match=r"no interactions remain to train on; 5 interactions are in .*/out already"):
         make(tmp_path, FIRST, "day2")
     assert [partition.name for partition in Dataset.open(tmp_path / "out").partitions] == ["base"]
 
@@ -146,7 +146,7 @@ def test_events_have_times_in_all_partitions_or_in_none(tmp_path: Path, first: s
 def test_events_are_split_as_the_datasets_were(
     tmp_path: Path, split: dict[str, Any], late: int, expected: dict[str, int]
 ) -> None:
-    """Two users with five events each, at 10 to 19; other users with as many follow."""
+    """Two users with five events each, at 10 to 19, followed by other users with as many."""
 
     def events(users: str, first: int) -> list[Event]:
         return [(users[n % 2], f"i{n % 6}", first + n, 1) for n in range(10)]
@@ -162,15 +162,16 @@ def test_an_append_that_holds_most_out_says_so(tmp_path: Path) -> None:
     make(tmp_path, [("u", f"i{n}", n, 1) for n in range(5)], split="leave-one-out")
     report = make(tmp_path, [("u", f"i{n}", 10 + n, 1) for n in range(3)], "day2", split=None)
     assert report.rows == {"train": 1, "validation": 1, "test": 1}
-    held = "most of what the partition adds is held out: 2 of 3 queries; with --split train all are trained on"
+    held = "most queries of the partition are held out: 2 of 3; with --split train all are trained on"
     assert held in report.notes
     assert held not in make(tmp_path, [("u", f"i{n}", 20 + n, 1) for n in range(3)], "day3", split="train").notes
-    with pytest.raises(DataError, match=r"no training row is left.* for --split leave-one-out; with --split train the"):
+    with pytest.raises(DataError, match=r"no train rows remain.* for --split leave-one-out; with --split train all"):
         make(tmp_path, [("u", "i1", 40, 1)], "day4", split=None)
 
 
 PAIR_CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
-SPLITS: dict[str, tuple[dict[str, Any], Callable[[int], str | None]]] = {  # of a row by its number
+# split options, and the expected split by row number
+SPLITS: dict[str, tuple[dict[str, Any], Callable[[int], str | None]]] = {
     "random": ({"split": "random", "validation_fraction": 0.3, "test_fraction": 0.3}, lambda row: None),
     "group": ({"split": "random", "split_column": "group", "test_fraction": 0.4}, lambda row: None),
     "time": ({"split": "time", "split_column": "time", "validation_fraction": 0.25, "test_fraction": 0.25},
@@ -181,7 +182,7 @@ SPLITS: dict[str, tuple[dict[str, Any], Callable[[int], str | None]]] = {  # of 
 
 
 def make_pairs_of(folder: Path, rows: range, partition: str | None = None, **options: Any) -> IngestReport:
-    """Make pairs of a query each; a group has the rows of one remainder by 50."""
+    """Build a dataset of pairs with distinct queries, grouped by row number modulo 50."""
     lines = [f"q{row},g{row % 50},d{row % 7},{row},{['train', 'test'][row % 2]}" for row in rows]
     (folder / "pairs.csv").write_text("\n".join(["q,group,d,time,said", *lines]) + "\n")
     target = IngestTarget(folder / "out", partition or "base", append=partition is not None, processes=1)
@@ -190,12 +191,12 @@ def make_pairs_of(folder: Path, rows: range, partition: str | None = None, **opt
 
 @pytest.mark.parametrize("how", SPLITS)
 def test_pairs_are_split_as_the_datasets_were(tmp_path: Path, how: str) -> None:
-    """The same rows again and, where that is decided by the row alone, newer ones."""
+    """The same rows again and, if the split depends on the row alone, newer ones."""
     options, split_of = SPLITS[how]
     base = make_pairs_of(tmp_path, range(100), **options)
     again = make_pairs_of(tmp_path, range(100), "again")
     assert again.rows == base.rows
-    assert "all rows are those of partition base: is it the same table?" in again.notes
+    assert "all rows equal those of partition base: is it the same table?" in again.notes
     if split_of(0) is not None:
         expected = Counter(split_of(row) for row in range(150, 190))
         assert make_pairs_of(tmp_path, range(150, 190), "newer").rows == expected
@@ -245,9 +246,7 @@ def test_an_append_of_pairs_names_what_is_damaged(tmp_path: Path, split: dict[st
 @pytest.mark.parametrize("option", [{"validation_fraction": 0.2}, {"test_from": 5}, {"until": 5}])
 def test_options_of_a_split_need_one(tmp_path: Path, option: dict[str, Any]) -> None:
     make(tmp_path, FIRST)
-    with pytest.raises(
-        ConfigError, match="needs --split; without it an append takes the split of the dataset at --out"
-    ):
+    with pytest.raises(ConfigError, match="needs --split; without it an append uses the split of the dataset at --out"):
         make(tmp_path, [("u", "i3", 30, 1)], "day2", split=None, **option)
     (tmp_path / "pairs").mkdir()
     make_pairs_of(tmp_path / "pairs", range(9), split="train")

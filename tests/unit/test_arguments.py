@@ -73,7 +73,7 @@ def make(folder: Path, **arguments: Any) -> Any:
         ({"rating_column": "timestamp", "min_rating": "3"}, "min_rating='3': needs a number"),
         ({"split": "time", "validation_fraction": "0.1"}, "validation_fraction='0.1': needs a number"),
         ({"split": "time", "validation_from": [1], "test_from": 2}, "validation_from=[1]: needs a number or"),
-        ({"split": "time", "validation_from": pd.NaT, "test_from": 2}, "--validation-from NaT is no number"),
+        ({"split": "time", "validation_from": pd.NaT, "test_from": 2}, "--validation-from NaT is neither a number"),
         ({"spark_conf": {"a": 5}}, "spark_conf['a']=5: needs a text"),
         ({"progress": 5}, "progress=5: needs a function"),
     ],

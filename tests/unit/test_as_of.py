@@ -1,4 +1,4 @@
-"""Users' features as of each row are what a plain reading of the tables gives, and a search has the newest ones."""
+"""User features as of each row agree with a straightforward reference; search uses the newest ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTHING: Known = (None, ())
 
 
 def write_tables(folder: Path, *, seed: int = 0, first: int = 0) -> dict[str, list[tuple[Any, ...]]]:
-    """Write tables with many equal times, in no order, some users without a row, and return their rows."""
+    """Write unordered tables with many equal times and some users without rows; return their rows."""
     random = np.random.RandomState(seed)
     items = [(f"i{n}",) for n in range(30)]
     events = [(f"u{random.randint(40)}", f"i{random.randint(30)}", first + random.randint(50)) for _ in range(600)]
@@ -72,7 +72,7 @@ def known_of(dataset: Dataset, query: dict[str, Any], row: int) -> Known:
 
 
 def check(dataset: Dataset, split: str, events: list[tuple[Any, ...]], users: list[tuple[Any, ...]]) -> int:
-    """Compare every piece of the split with the tables, and return how many know nothing of their users."""
+    """Compare every row of the split with the tables; return the number of rows without user features."""
     assert dataset.sequences is not None
     unknown, index = 0, dataset.index(split)
     times: dict[str, list[float]] = {}
@@ -125,13 +125,13 @@ def test_a_dataset_grows_with_rows_of_both_days(tmp_path: Path) -> None:
     both = [*first["events"], *second["events"]]
     assert check(Dataset.open(tmp_path / "out", ["second"]), "train", both, second["users"])
     assert dataset.num_rows("train") > Dataset.open(tmp_path / "out", ["base"]).num_rows("train")
-    with pytest.raises(ConfigError, match="has users' features as of each row, so give --users-time-column here, too"):
+    with pytest.raises(ConfigError, match="has user features as of each row, so give --users-time-column here, too"):
         make(tmp_path / "2", tmp_path / "out", since=None, partition="third")
     users = pq.read_table(tmp_path / "1" / "users.parquet")
     once = np.unique(users.column("user_id").to_pylist(), return_index=True)[1]
     pq.write_table(users.take(once), tmp_path / "1" / "users.parquet")
     make(tmp_path / "1", tmp_path / "plain", since=None)
-    with pytest.raises(ConfigError, match="has one row of features for each user, so leave out --users-time-column"):
+    with pytest.raises(ConfigError, match="has one row of features per user, so leave out --users-time-column"):
         make(tmp_path / "2", tmp_path / "plain", partition="second")
 
 

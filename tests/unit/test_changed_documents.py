@@ -1,4 +1,4 @@
-"""A dataset whose documents and users changed, from its tables to a search: each is found once, as it is now."""
+"""Changed documents and users, from tables to search: each document appears once, in its newest version."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 
 
 def items_of(day: int) -> pd.DataFrame:
-    """Return the items of a day: two are new on the second, and every fifth has changed."""
+    """Return the items of a day; on the second day two are new and every fifth has changed."""
     numbers = np.arange(NUM_ITEMS - 2 + 2 * day)
     now = np.where(numbers % 5 == 0, day, 0)
     pairs = list(zip(numbers.tolist(), now.tolist(), strict=True))
@@ -117,7 +117,7 @@ def test_each_document_is_found_once_as_it_is_now(folder: Path, changed: list[st
 
 
 def check_evaluation(dataset: Any, encoders: Any, newest: np.ndarray, names: list[str]) -> None:
-    """Rank every test row's document among all as they are now, but those that were seen, one by one."""
+    """Check every test row's rank among the newest versions of all unseen documents, one by one."""
     ranks, moods = [], []
     row_of = {name: row for row, name in enumerate(names)}
     for rows in dataset.iterate("test", 100):

@@ -1,4 +1,4 @@
-"""Rows of several targets are those that a plain reading cuts."""
+"""Rows with several targets agree with a straightforward reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 
-Piece = tuple[str, int, int]  # the user, and the places of the first target and behind the last one
+Piece = tuple[str, int, int]  # user, position of the first target, position after the last
 CONFIG = DataConfig(
     dir="", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")},
     targets_per_row=3,
@@ -33,14 +33,14 @@ def pieces_of(dataset: Dataset, split: str) -> list[Piece]:
     return found
 
 
-def cut(places: list[int], most: int) -> list[tuple[int, int]]:
-    """Cut each run of places that follow each other into pieces, the newest first, which are whole but the oldest."""
+def cut(positions: list[int], most: int) -> list[tuple[int, int]]:
+    """Cut each run of consecutive positions into full pieces from the newest; the oldest may be shorter."""
     pieces = list[tuple[int, int]]()
-    for place in reversed(places):
-        if pieces and pieces[-1][0] == place + 1 and pieces[-1][1] - pieces[-1][0] < most:
-            pieces[-1] = (place, pieces[-1][1])
+    for position in reversed(positions):
+        if pieces and pieces[-1][0] == position + 1 and pieces[-1][1] - pieces[-1][0] < most:
+            pieces[-1] = (position, pieces[-1][1])
         else:
-            pieces.append((place, place + 1))
+            pieces.append((position, position + 1))
     return pieces
 
 

@@ -117,7 +117,7 @@ def test_a_given_tokenizer_is_copied_and_an_unusable_one_refused(tmp_path: Path)
     make_tokenizer(TokenizerConfig(path=str(tmp_path / "a")), list, tmp_path / "b")
     vocabularies = [Tokenizer.from_file(str(tmp_path / n / "tokenizer.json")).get_vocab() for n in "ab"]
     assert vocabularies[0] == vocabularies[1]
-    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path=.*is no folder"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path=.*is not a folder"):
         make_tokenizer(TokenizerConfig(path=str(tmp_path / "none")), list, tmp_path / "c")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no usable tokenizer"):

@@ -1,4 +1,4 @@
-"""Tables as rough users have them, given to tools/make_shards.py: one sentence, the right exit code, nothing lost."""
+"""Malformed tables given to make_shards: a one-line message, the right exit code, nothing lost."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ INTERACTIONS = {
 
 
 TOLD_WRONG = {
-    "--validation-from=5 --test-from=7": "--validation-from goes with --split time, not with --split leave-one-out",
-    "--split=time --until=7": "--until needs --validation-from beside it",
-    "--split=time --test-from=7": "--test-from needs --validation-from beside it",
-    "--split=time --validation-from=5": "--validation-from needs --test-from beside it",
-    "--split=time --validation-from=soon --test-from=7": "--validation-from 'soon' is no number and no ISO-8601 time",
+    "--validation-from=5 --test-from=7": "--validation-from needs --split time, not --split leave-one-out",
+    "--split=time --until=7": "--until needs --validation-from, too",
+    "--split=time --test-from=7": "--test-from needs --validation-from, too",
+    "--split=time --validation-from=5": "--validation-from needs --test-from, too",
+    "--split=time --validation-from=soon --test-from=7": "'soon' is neither a number nor an ISO-8601 time",
     "--split=time --validation-from=8 --test-from=7": "--validation-from 8, --test-from 7: validation comes before",
     "--split=time --validation-from=5 --test-from=7 --until=7": "--until 7: validation comes before test",
     "--split=time --validation-from=5 --test-from=7 --test-fraction=.1": "fractions of validation",
@@ -50,7 +50,7 @@ TOLD_WRONG = {
 
 
 class Maker:
-    """Calls the tool in one folder; returns its exit code and what it said on stdout and stderr."""
+    """Calls the tool in one folder; returns its exit code and its output on stdout and stderr."""
 
     def __init__(self, folder: Path, capsys: Any) -> None:
         self.folder, self._capsys, self.main = folder, capsys, tool("make_shards").main
@@ -110,7 +110,7 @@ def test_half_characters_are_one_bad_row(make: Maker) -> None:
     code, said = make.records([half, *RECORDS, mine, {**RECORDS[2], "q": "\ud83d\ude00 whole"}], bad=0.1)
     assert code == 0 and "2 bad rows" in said
     bad = [json.loads(line) for line in (make.out / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["row"] for line in bad] == [1, 62] and all("half a character" in line["reason"] for line in bad)
+    assert [line["row"] for line in bad] == [1, 62] and all("lone surrogate" in line["reason"] for line in bad)
 
 
 def test_ids_with_nul_characters_are_bad_rows(make: Maker) -> None:
@@ -126,18 +126,18 @@ def test_ids_with_nul_characters_are_bad_rows(make: Maker) -> None:
 @pytest.mark.parametrize(
     ("content", "table", "words"),
     [
-        (json.dumps(RECORDS), "t.jsonl", "is a JSON array, needs one object a line"),
+        (json.dumps(RECORDS), "t.jsonl", "is a JSON array, needs one object per line"),
         (json.dumps(RECORDS, indent=1), "t.jsonl", "is a JSON array"),
         (
             "q,d,n,c\n" + "x" * 20_000_000,
             "t.csv",
             "a row of more than 8,388,608 bytes, or a quote that is never closed",
         ),
-        ("q,d,n,c\r" * 3, "t.csv", "is damaged or not what its name says"),
-        (f"q,d,n,c,{'x' * 200_000}\n", "t.csv", "is damaged or not what its name says"),
-        ("\nq,d,n,c\n", "t.csv", "has no header: it is empty, or its first line is"),
+        ("q,d,n,c\r" * 3, "t.csv", "is damaged or not of the format of its name"),
+        (f"q,d,n,c,{'x' * 200_000}\n", "t.csv", "is damaged or not of the format of its name"),
+        ("\nq,d,n,c\n", "t.csv", "has no header: the file or its first line is empty"),
         ("not\njson\n", "t.jsonl", "has no usable rows: 2 × not a JSON object: Expecting value"),
-        (None, "t.csv", "table {tmp}/t.csv is no file"),
+        (None, "t.csv", "table {tmp}/t.csv is not a file"),
     ],
 )
 def test_files_that_are_no_table(make: Maker, content: str | None, table: str, words: str) -> None:
@@ -158,22 +158,22 @@ def test_nothing_to_learn_from_is_refused(make: Maker) -> None:
     make.refused(make.interactions(EVENTS, "--min-rating=3"), 2, "--min-rating 3.0 needs", "--rating-column")
     make.refused(make.interactions(EVENTS, "--positive-rating=3"), 2, "--positive-rating 3.0 needs", "--rating-column")
     low = make.interactions(rated, "--rating-column=rating", "--min-rating=1", header=header)
-    make.refused(low, 3, "no interaction is left to train on; 200 are rated below 1.0")
+    make.refused(low, 3, "no interactions remain to train on; 200 are rated below 1.0")
 
 
 def test_what_left_no_row_is_told(make: Maker) -> None:
-    """The commonest reasons with their counts, the first row, and where all of them stand."""
+    """The most frequent reasons with their counts, the first bad row, and the path of the quarantine."""
     us = [(user, item, "12/31/2024" if when % 2 else "") for user, item, when in EVENTS]
     reason = "200 × timestamp is …, needs a number or an ISO"
     kept = "all are in {tmp}/dataset.quarantine.jsonl"
-    make.refused(make.interactions(us), 3, "no interaction is left", reason, "row 1: timestamp is ''", kept)
+    make.refused(make.interactions(us), 3, "no interactions remain", reason, "row 1: timestamp is ''", kept)
     floats = [(user, "1.0", when) for user, _, when in EVENTS]
     answer = make.interactions(floats, items="1\n2\n")
     make.refused(answer, 3, "200 × item_id … is not in", "item_id '1.0' is not in {tmp}/items.csv", kept)
     assert len((make.folder / "dataset.quarantine.jsonl").read_text().splitlines()) == 200
     dates = make.records(changed(t=lambda i: "12/31/2024"), "--split=time", "--time-column=t")
     make.refused(dates, 3, "60 of 60 rows are bad", "60 × t is …", "t is '12/31/2024'", kept)
-    make.refused(make.records(changed(s=lambda i: "test"), "--split=column", "--split-column=s"), 3, "never says train")
+    make.refused(make.records(changed(s=lambda i: "test"), "--split=column", "--split-column=s"), 3, "is never train")
     make.refused(make.records(changed(t=lambda i: 5), "--split=time", "--time-column=t"), 3, "have one time")
 
 
@@ -202,7 +202,7 @@ def test_fractions_that_leave_nothing(make: Maker, fractions: tuple[str, str], c
         answer = make.records(changed(t=lambda i: i), "--split=time", "--time-column=t", *words)
     else:
         answer = make.interactions(EVENTS, "--split=time", *words)
-    make.refused(answer, 2, "must not be negative and sum to less than 1")
+    make.refused(answer, 2, "must be at least 0 and sum to less than 1")
 
 
 def test_time_splits_of_odd_times(make: Maker) -> None:
@@ -245,10 +245,10 @@ def test_growth_that_would_add_everything_again(make: Maker) -> None:
     assert make.records(RECORDS, "--doc-id-column=id")[0] == 0
     before = (make.out / "dataset.json").read_bytes()
     for words, told in (
-        ([], "tells each doc by its id, so give --doc-id-column here, too"),
+        ([], "identifies each doc by its id, so give --doc-id-column here, too"),
         (
             ["--doc-id-column=id", "--query-id-column=c"],
-            "tells each query by its features, so leave out --query-id-column",
+            "identifies each query by its features, so leave out --query-id-column",
         ),
     ):
         code, said = make.records(RECORDS, "--append=more", *words)
@@ -263,7 +263,7 @@ def test_growth_that_would_add_everything_again(make: Maker) -> None:
         code, said = make.records(RECORDS, "--doc-id-column=id", "--append", name)
         assert code == 2 and told in said and "must be a plain folder name" in said
     code, said = make.records(RECORDS, "--doc-id-column=id", "--append=more", f"--beir={make.folder / 'beir'}")
-    assert code == 2 and "would be of the new partition alone; leave it out with --append" in said
+    assert code == 2 and "would have the new partition only; leave it out with --append" in said
     code, said = make.records(RECORDS, "--append=more", "--overwrite", "--partition=p")
     assert code == 2 and "--overwrite, --partition would have no effect with --append" in said
     assert (make.out / "dataset.json").read_bytes() == before and not (make.out / ".unfinished").exists()

@@ -1,4 +1,4 @@
-"""What a making does not lose, and what it does not hold in memory."""
+"""Ingestion loses no rows and bounds its memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_engine_that_cannot_be_had_costs_nothing_that_is_finished(
 
 
 def test_bad_rows_are_written_when_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.reading.MOST_TOLD", 10)
+    monkeypatch.setattr("bigdssm.ingest.reading.MAX_REPORTED", 10)
     path = write_pairs(tmp_path / "pairs.jsonl", 300)
     lines = [line if i % 3 else "no JSON" for i, line in enumerate(path.read_text().splitlines())]
     path.write_text("\n".join(lines) + "\n")
@@ -115,7 +115,7 @@ def test_a_bad_value_counts_as_a_bad_row_does(tmp_path: Path) -> None:
 def test_all_rows_bad_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"q": "", "d": ""}\n' * 5)
     config = DataConfig(dir="", query=PAIRS.query, doc=PAIRS.doc, max_bad_fraction=1.0)
-    with pytest.raises(DataError, match=r"pairs\.jsonl: no row is left: 5 × no query"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no rows remain: 5 × no query"):
         make_pairs(
             config, PairTables((tmp_path / "pairs.jsonl",), whole_documents=True), IngestTarget(tmp_path / "out")
         )
@@ -133,6 +133,6 @@ def test_shards_are_those_that_webdataset_writes(tiny_pairs: TinyDataset, tmp_pa
 
 
 def test_workers_start_without_torch() -> None:
-    """It takes them seconds, and a making none of it."""
+    """Their import takes seconds, and ingestion does not need them."""
     code = "import sys, bigdssm.ingest.interactions, bigdssm.ingest.pairs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

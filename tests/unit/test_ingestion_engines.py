@@ -1,4 +1,4 @@
-"""A dataset's bytes do not depend on how many processes make it, nor on where jobs are cut from the tables."""
+"""A dataset's bytes do not depend on the number of processes, nor on the division of tables into jobs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_tables(folder: Path, seed: int) -> None:
-    """Write folders of Parquet files, whose row groups are parts of a table."""
+    """Write folders of Parquet files with several row groups."""
     random = np.random.RandomState(seed)
     items, users, events, pairs = 300 + 50 * seed, 120, 4000, 3000
     dated = [*range(items), *random.randint(0, items, 1200)]
@@ -82,7 +82,7 @@ def write_tables(folder: Path, seed: int) -> None:
     for name, columns in tables.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         table = pa.table(columns)
-        if name == "events" and seed:  # some again
+        if name == "events" and seed:  # some repeated
             table = pa.concat_tables([table, pq.read_table(folder.parent / "0" / "events").slice(100, 300)])
         for part in range(3):
             piece = table.slice(part * (table.num_rows // 3), table.num_rows // 3 if part < 2 else None)
@@ -141,12 +141,12 @@ def test_where_parts_are_cut_changes_nothing(small_steps: None, tmp_path: Path) 
 
 
 def test_processes_are_a_number(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="processes=-1: needs at least 1, or 0 for one on each core"):
+    with pytest.raises(ConfigError, match="processes=-1: needs at least 1, or 0 for one per core"):
         make_dataset("configs/movielens_100k.yaml", pairs=tmp_path / "none.csv", out=tmp_path / "out", processes=-1)
 
 
 def processes() -> set[int]:
-    """Return those that joblib's pools have started in this process."""
+    """Return the process ids in joblib's pools."""
     found = set[int]()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

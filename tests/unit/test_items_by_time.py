@@ -1,4 +1,4 @@
-"""Items' features as of each event are what a plain reading of the tables gives; whoever asks now has the newest."""
+"""Item features as of each event agree with a straightforward reference; serving uses the newest ones."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CONFIG = DataConfig(
     dir="", query={"past": History(of="kind", max_items=4)}, doc={"kind": Categorical(), "price": Numeric()},
     title="title", targets_per_row=3,
 )  # fmt: skip
-Item = tuple[str, float, str, float, str]  # its key, since when, and its features: kind, price, title
+Item = tuple[str, float, str, float, str]  # key, start of validity, and features: kind, price, title
 Event = tuple[str, str, float]  # user, item, time
 Facts = tuple[str, float, str]
-Version = tuple[float, Facts]  # since when
+Version = tuple[float, Facts]  # start of validity
 ITEMS: list[Item] = [
     ("b", 10, "kind 2", 2.0, "b"),
     ("a", 20, "later", 5.0, "a, renamed"),
@@ -65,7 +65,7 @@ def facts_at(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
 
 
 def seen(dataset: Dataset, split: str = "train") -> dict[tuple[str, int], tuple[Any, list[str]]]:
-    """Return what the query at each (user, place) of a partition sees: its item, and the kinds in its history."""
+    """Return the visible features of the query at each (user, position): of its item, and the kinds in its history."""
     found, names = {}, ["", "", *dataset.schema.doc["kind"].vocabulary]
     assert dataset.sequences is not None
     for rows in dataset.iterate(split, 7):
@@ -84,8 +84,8 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     write(tmp_path, ITEMS, [("u", "b", 0), *(("u", "a", time) for time in times)])
     report = make(tmp_path, tmp_path / "out")
     assert (report.num_docs, report.new_docs, report.changed_docs, report.new_versions) == (2, 2, 0, 1)
-    told = ["further versions of items in {}: 1",
-            "2 events are older than all that {} has of their items: they see the oldest"]  # fmt: skip
+    told = ["new versions of items in {}: 1",
+            "2 events are older than all rows of their items in {}: they see the oldest"]  # fmt: skip
     assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
     dataset = Dataset.open(tmp_path / "out")
     first, later = ("first", 1.0, "a"), ("later", 5.0, "a, renamed")
@@ -108,7 +108,7 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
 
 
 def random_tables(seed: int, first_time: int) -> tuple[list[Item], list[Event]]:
-    """Return rows in no order, with repeats, equal times, and features that come back."""
+    """Return unordered rows with repeats, equal times, and recurring features."""
     random = np.random.RandomState(seed)
     items = []
     for _ in range(150):
@@ -116,15 +116,15 @@ def random_tables(seed: int, first_time: int) -> tuple[list[Item], list[Event]]:
         items.append((f"i{item}", since, f"kind {state}", float(item), f"i{item}, {random.randint(2)}"))
     held = {item[0] for item in items}
     events = []
-    for user in random.randint(0, 40, 700):  # half of the users go on with later events, the others are new
+    for user in random.randint(0, 40, 700):  # half of the users are known and get later events
         own, late = (f"u{user}", 200 * seed) if user % 2 else (f"day{seed}-{user}", 0)
         events.append((own, f"i{random.randint(20)}", first_time + late + random.randint(-5, 70)))
     return items, [event for event in events if event[1] in held]
 
 
 def grown(known: list[Version], rows: list[Version]) -> list[Version]:
-    """Return an item's versions, oldest first, with those of a table's rows that differ from what holds before them."""
-    come = sorted(dict(rows).items())  # of one time the last
+    """Add a table's rows that differ from their preceding version to an item's versions, oldest first."""
+    come = sorted(dict(rows).items())  # of equal times the last
     every = sorted([*((since, 0, facts) for since, facts in known), *((since, 1, facts) for since, facts in come)])
     befores = [None, *(facts for *_, facts in every)]
     pairs = zip(every, befores, strict=False)
@@ -172,7 +172,7 @@ def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp
 
 
 def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
-    """A row is a version where what holds just before it, in the dataset or in its table, is another."""
+    """A row is a version if it differs from its preceding version, in the dataset or in its table."""
     events = [("u", "a", 1), ("u", "a", 4), ("v", "a", 3), ("v", "a", 4)]
     x, y = ("kind x", 1.0, "a"), ("kind y", 1.0, "a")
     cases: list[tuple[list[Version], list[Version], int, Facts]] = [
@@ -203,7 +203,7 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "out")
     assert dataset.sequences is not None and "version" not in dataset.sequences.schema.names
     assert "items" not in json.loads((tmp_path / "out" / "dataset.json").read_text())
-    with pytest.raises(ConfigError, match="has one row of features for each item, so leave out --items-time-column"):
+    with pytest.raises(ConfigError, match="has one row of features per item, so leave out --items-time-column"):
         make(tmp_path, tmp_path / "out", "more")
     make(tmp_path, tmp_path / "empty", updated="", users_time_column="")
     for file in (tmp_path / "out").rglob("*.arrow"):
@@ -212,12 +212,12 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
     sources = [SourceConfig(dir=str(tmp_path / name)) for name in ("out", "dated")]
     with pytest.raises(ConfigError, match=r"dated cannot be.* build both with --items-time-column, or both without"):
         open_dataset(replace(CONFIG, mixture=sources))
-    with pytest.raises(ConfigError, match="has items' features as of each event, so give --items-time-column here"):
+    with pytest.raises(ConfigError, match="has item features as of each event, so give --items-time-column here"):
         make(tmp_path, tmp_path / "dated", "more", updated=None)
 
 
 def test_feature_names_say_nothing_of_times(tmp_path: Path) -> None:
-    """A dataset without times may have features that are named as the columns of one with them."""
+    """A dataset without times may have features with the names of time columns."""
     config = replace(
         CONFIG, query={**CONFIG.query, "version": Categorical()}, doc={"kind": Categorical(), "since": Numeric()}
     )
@@ -249,7 +249,7 @@ def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--items-time-column updated needs a --time-column of the events"):
         make(tmp_path, tmp_path / "out", time_column=None)
     for side, name in (("doc", "since"), ("doc", "document"), ("query", "version")):
-        with pytest.raises(ConfigError, match=rf"data.{side}.{name}: the name is taken by the dataset's own column"):
+        with pytest.raises(ConfigError, match=rf"data.{side}.{name}: the name is reserved for a column of the dataset"):
             make(tmp_path, tmp_path / "out", config=replace(CONFIG, **{side: {name: Categorical()}}))
     with pytest.raises(DataError, match=r"items.parquet has no column 'changed'"):
         make(tmp_path, tmp_path / "out", updated="changed")

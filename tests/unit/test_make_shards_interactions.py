@@ -1,4 +1,4 @@
-"""Interactions become exactly the leave-one-out rows that a plain reading of the table gives."""
+"""Interactions give exactly the leave-one-out rows of a straightforward reference implementation."""
 
 import csv
 from collections import Counter
@@ -89,7 +89,7 @@ def test_short_users_give_what_they_can(tmp_path: Path) -> None:
 
 
 def test_an_item_without_a_value_is_no_end_of_a_history(tmp_path: Path) -> None:
-    """Where a history is of brands, and some items have none."""
+    """With a history of brands, which some items do not have."""
     brands = {"i0": "a", "i1": "", "i2": "b", "i3": "", "i4": "a", "i5": "b"}
     write(tmp_path, [("u", f"i{i}", i) for i in range(6)])
     (tmp_path / "items.csv").write_text("item_id,brand\n" + "".join(f"{key},{of}\n" for key, of in brands.items()))
@@ -145,7 +145,7 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path: Path) -> None:
     tolerant = DataConfig(dir="", query=CONFIG.query, doc=CONFIG.doc, max_bad_fraction=0.1)
     dataset = make(tmp_path, tolerant, rating_column="rating")
     reasons = (dataset.dir / "quarantine.jsonl").read_text()
-    expected = ("'i0' stands in the table already", "'nope' is not in", "item_id is empty", "user_id is empty")
+    expected = ("'i0' is in the table already", "'nope' is not in", "item_id is empty", "user_id is empty")
     for said in (*expected, "needs a number or an ISO", "≥ 0"):
         assert said in reasons
     assert dataset.num_rows("train") == 30 and dataset.catalogue.num_docs == 6
@@ -180,7 +180,7 @@ def test_a_dataset_grows_without_touching_what_is_there(tmp_path: Path) -> None:
     added = [row for row in rows_of(after, "train") if row not in rows_of(before, "train")]
     assert sorted(added) == [("new", ("i2",), "i6"), ("u1", old, "i7"), ("u1", (*old, "i7"), "i0")]
     assert rows_of(after, "test") == rows_of(before, "test")
-    with pytest.raises(DataError, match="has a partition 'day2' already"):
+    with pytest.raises(DataError, match="already has a partition 'day2'"):
         make(tmp_path, partition="day2", append=True)
     other = DataConfig(dir="", query={"past": History(of="item", max_items=6)}, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="max_items=6 against 5"):
@@ -220,12 +220,12 @@ def leaks(folder: Path, **options: Any) -> list[str]:
 
 
 def test_how_much_leave_one_out_leaks_is_said(tmp_path: Path) -> None:
-    """Train targets at 11, 12, 14 and 15; the test's at 14 is older than one of four, that at 17 than none."""
+    """Train targets at 11, 12, 14, 15; one of these is newer than the test target at 14, none than that at 17."""
     early = [("u", f"i{k}", 10 + k) for k in range(5)]
     late = [("v", f"i{k}", 13 + k) for k in range(5)]
     write(tmp_path, early + late)
     assert leaks(tmp_path) == [
-        "leave-one-out leaks: on average 12.5% of the train targets are younger than a test target; "
+        "leave-one-out leaks: on average 12.5% of the train targets are newer than a test target; "
         "with --split time none is"
     ]
     assert not leaks(tmp_path, split="time"), "there it does not"

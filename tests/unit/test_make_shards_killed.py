@@ -1,4 +1,4 @@
-"""A making that is killed again and again, anywhere, and goes on: what comes out is that of one left alone."""
+"""Ingestion killed repeatedly at arbitrary points and resumed gives the same dataset as without kills."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 from bigdssm.dataset.dataset import Dataset
 
 ROOT = Path(__file__).parents[2]
-# Makes datasets, each in a fork of its own: reads lines of JSON (kind, source, out, append, dies_at, told), and answers
-# each with an exit code. Small steps, each of several jobs; a making dies at the so manieth of the places that count:
-# before rows are added to a step's file, and before a finished file or folder gets its name.
+# Builds each dataset in a fork: reads lines of JSON (kind, source, out, append, dies_at, told), and answers each with
+# an exit code. Steps are small, with several jobs each. The process dies at the dies_at-th kill point: before rows are
+# added to a step's file, and before a finished file or folder is renamed.
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -89,7 +89,7 @@ for line in sys.stdin:
 
 
 def write_source(folder: Path, seed: int) -> Path:
-    """Write pairs, and events, items and users, all with bad lines in them; return their folder."""
+    """Write pairs, events, items and users, all with bad lines; return their folder."""
     folder.mkdir(exist_ok=True)
     chance = random.Random(seed)
     for part in range(4):
@@ -111,7 +111,10 @@ def write_source(folder: Path, seed: int) -> Path:
         "events": ["user_id,item_id,timestamp,rating"],
     }
     for time in range(6000):
-        user, item = chance.randrange(len(users) + 20), chance.randrange(len(items) + 5)  # some are in no table
+        user, item = (
+            chance.randrange(len(users) + 20),
+            chance.randrange(len(items) + 5),
+        )  # some are missing from the tables
         tables["events"].append(f"u{user},i{item},{time + 6000 * seed},{time % 6}")
     for name, lines in tables.items():
         bad = [line + ",one,two" if row % 97 == 50 else line for row, line in enumerate(lines)]
@@ -120,7 +123,7 @@ def write_source(folder: Path, seed: int) -> Path:
 
 
 class Maker:
-    """Makes datasets in processes that may die."""
+    """Builds datasets in processes that may be killed."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", SCRIPT]
@@ -131,7 +134,7 @@ class Maker:
     def __call__(
         self, kind: str, source: Path, out: Path, *, append: bool = False, dies_at: int = -1
     ) -> tuple[int, int, int, str]:
-        """Return the exit code, how many batches were looked at, how many places were met, and what was reported."""
+        """Return the exit code, the number of batches read, the number of kill points passed, and the report."""
         told = out.with_suffix(".told")
         told.unlink(missing_ok=True)
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -143,10 +146,10 @@ class Maker:
         return code, checks, places, said
 
     def with_kills(self, kind: str, source: Path, out: Path, places: int, *, append: bool = False) -> list[int]:
-        """Make `out`, killed while reading, in the middle, and at up to two random places; return these."""
+        """Build `out`, killed while reading, halfway, and at up to two random points; return the points."""
         kills = [places // 6, places // 2, *(random.randint(1, places // part) for part in (3, 4))]
         for number, kill in enumerate(kills):
-            if not self(kind, source, out, append=append, dies_at=kill)[0]:  # less was left to do
+            if not self(kind, source, out, append=append, dies_at=kill)[0]:  # fewer kill points remained
                 return kills[:number]
         assert self(kind, source, out, append=append)[0] == 0
         return kills
@@ -165,7 +168,7 @@ def maker() -> Iterator[Maker]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return all files of a dataset, and of the collection beside it if there is one."""
+    """Return all files of a dataset, and of the BEIR collection next to it, if any."""
     beside = folder.with_name(f"{folder.name}.beir")
     found = {
         f"{number}/{path.relative_to(place)}": path.read_bytes()
@@ -178,8 +181,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A making that was left alone."""
+class Reference:
+    """The result of an ingestion without kills."""
 
     kind: str
     source: Path
@@ -190,13 +193,13 @@ class Whole:
 
 
 @pytest.fixture(scope="module", params=["pairs", "interactions"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, maker: Maker) -> Whole:
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, maker: Maker) -> Reference:
     folder = tmp_path_factory.mktemp("whole")
     source = write_source(folder / "source", 1)
-    return Whole(request.param, source, folder / "whole", *maker(request.param, source, folder / "whole")[1:])
+    return Reference(request.param, source, folder / "whole", *maker(request.param, source, folder / "whole")[1:])
 
 
-def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Whole, maker: Maker, tmp_path: Path) -> None:
+def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Reference, maker: Maker, tmp_path: Path) -> None:
     kills = maker.with_kills(whole.kind, whole.source, tmp_path / "killed", whole.places)
     assert content(tmp_path / "killed") == content(whole.out), kills
     beside = ["killed.beir"] if whole.kind == "pairs" else []
@@ -219,8 +222,8 @@ def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
     assert Dataset.open(second).num_rows("train") > 1.8 * rows and not list(second.glob(".*")), kills
 
 
-def test_only_what_is_left_is_done(whole: Whole, maker: Maker, tmp_path: Path) -> None:
-    """Killed in the reading, it reads the rest; killed in the writing, nothing; of a changed source, everything."""
+def test_only_what_is_left_is_done(whole: Reference, maker: Maker, tmp_path: Path) -> None:
+    """Killed while reading: reads the rest; killed while writing: reads nothing; a changed source: reads everything."""
     early, late, other = (tmp_path / name for name in ("early", "late", "other"))
     assert maker(whole.kind, whole.source, early, dies_at=whole.places // 12)[0]
     assert 0 < maker(whole.kind, whole.source, early)[1] < whole.checks

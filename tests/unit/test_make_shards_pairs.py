@@ -1,4 +1,4 @@
-"""Pairs become whole splits in a global shuffle, fitted on train rows alone, in bounded memory."""
+"""Pairs are split, shuffled globally, and fitted to train rows only, in bounded memory."""
 
 import json
 import tarfile
@@ -80,7 +80,9 @@ def test_random_splits_keep_groups_together(tmp_path: Path, split_column: str | 
     assert not units["train"] & units["validation"] and not units["train"] & units["test"]
     sizes = {split: dataset.num_rows(split) for split in units}
     assert sum(sizes.values()) == 1200
-    spread = 4 * (300 * 0.2 * 0.8) ** 0.5 if split_column else 2 * (600 * 0.2 * 0.8) ** 0.5  # rows, of whole groups
+    spread = (
+        4 * (300 * 0.2 * 0.8) ** 0.5 if split_column else 2 * (600 * 0.2 * 0.8) ** 0.5
+    )  # rows; groups stay together
     assert all(abs(sizes[split] - 240) < 4 * spread for split in ("validation", "test")), sizes
 
 
@@ -169,7 +171,7 @@ def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monke
 
 def test_histories_and_empty_train_splits_are_refused(tmp_path: Path) -> None:
     rows = [{**row, "split": "test"} for row in records(10)]
-    with pytest.raises(DataError, match="no row is left for the train split"):
+    with pytest.raises(DataError, match="no rows remain for the train split"):
         make(tmp_path, rows, split="column", split_column="split")
     with pytest.raises(ConfigError, match="--split time needs --time-column"):
         make(tmp_path, rows, split="time")
@@ -179,7 +181,7 @@ def test_histories_and_empty_train_splits_are_refused(tmp_path: Path) -> None:
 
 
 def test_whole_documents_stay_in_one_split_through_chains_of_groups(tmp_path: Path) -> None:
-    # Groups a and b share document 1, b and c share document 2 …: chains of 6 groups that documents connect.
+    # Groups a and b share document 1, b and c share document 2 …: chains of 6 groups connected by documents.
     rows = [
         {
             "q": f"query {chain} {link} {side}",
@@ -205,7 +207,7 @@ def test_whole_documents_stay_in_one_split_through_chains_of_groups(tmp_path: Pa
     assert {next(iter(found)) for found in whole.values()} == {"train", "validation", "test"}
     assert splits(make(tmp_path, rows[::-1], "reversed", whole_documents=True, **options)) == whole
     assert any(len(found) > 1 for found in splits(make(tmp_path, rows, "apart", **options)).values())
-    with pytest.raises(ConfigError, match="--whole-documents goes with --split random, not with --split train"):
+    with pytest.raises(ConfigError, match="--whole-documents needs --split random, not --split train"):
         make(tmp_path, rows, "never", split="train", whole_documents=True)
 
 
@@ -239,10 +241,10 @@ def test_every_value_of_a_list_column_makes_a_row(tmp_path: Path) -> None:
 
 
 def test_a_list_has_so_many_values_as_places_can_tell_apart(tmp_path: Path) -> None:
-    """Of a row that has more, some would have the places of the next one's."""
+    """More values would have the ordinals of the next row's values."""
     values = [[f"q{row} {i}" for i in range(length)] for row, length in enumerate((4096, 4097, 3))]
     dataset = make(
         tmp_path, [{"q": q, "text": f"t {i}", "kind": "k"} for i, q in enumerate(values)], each_of="q", split="train"
     )
     assert dataset.num_rows("train") == 4099
-    assert "q holds 4097 values, at most 4096 are taken" in (dataset.dir / "quarantine.jsonl").read_text()
+    assert "q holds 4097 values, at most 4096 are allowed" in (dataset.dir / "quarantine.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""The command lines: what they print, refuse and leave behind, and what a killed run leaves to the next one."""
+"""The command lines: output, refused arguments, files left behind, and resuming after a kill."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Plain WebDataset shards by other writers: the dataset they give, and what is refused or quarantined."""
+"""WebDataset shards of other writers: the resulting dataset, refused shards, and quarantined samples."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["pyd", "pickle", "pkl", "pth", "query.PTH"])
 def test_members_that_others_unpickle_are_refused(tmp_path: Path, suffix: str) -> None:
     shard = members(tmp_path / "s.tar", {"0.json": json.dumps(record(0)).encode(), f"0.{suffix}": b"cos\nsystem\n"})
-    with pytest.raises(DataError, match=rf"member '0\.{suffix}' holds code for whoever unpickles it; refused"):
+    with pytest.raises(DataError, match=rf"member '0\.{suffix}' is a pickle, which can run code; refused"):
         make(tmp_path / "out", shard)
     assert not (tmp_path / "out").exists()
 
@@ -120,14 +120,14 @@ def test_commands_are_not_run(tmp_path: Path) -> None:
 def test_a_shard_that_is_not_whole_is_refused(tmp_path: Path, damage: str) -> None:
     shard = write(tmp_path / "s.tar", [{"json": record(i)} for i in range(20)])
     content = bytearray(shard.read_bytes())
-    at = 1024 * 10  # a member of less than 512 bytes begins there
+    at = 1024 * 10  # the start of a member of less than 512 bytes
     cut = {"in a header": at + 100, "in data": at + 520, "behind a member": at}
     if damage in cut:
         content = content[: cut[damage]]
     else:
         content[at + 5] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"is damaged or cut behind member 'dir/0000\d\d\.json'"):
+    with pytest.raises(DataError, match=r"is damaged or truncated after member 'dir/0000\d\d\.json'"):
         make(tmp_path / "out", shard)
 
 
@@ -140,7 +140,7 @@ def test_one_member_twice_and_unknown_columns(tmp_path: Path) -> None:
             member = tarfile.TarInfo("0.json")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    with pytest.raises(DataError, match=r"duplicate file name.*give every sample a key of its own"):
+    with pytest.raises(DataError, match=r"duplicate file name.*give every sample a unique key"):
         make(tmp_path / "out", tmp_path / "b.tar")
     with pytest.raises(DataError, match="no usable samples"):
         make(tmp_path / "out", members(tmp_path / "c.tar", {"0.jpg": b"x"}))

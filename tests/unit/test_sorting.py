@@ -1,4 +1,4 @@
-"""What makings sort, find and count by jobs is what a plain sort or look-up gives."""
+"""Sorting, lookup and counting by jobs agree with plain NumPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from bigdssm.dataset.keys import SortedKeys, write_keys
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
-from bigdssm.ingest.sorting import deal, of_ordinal, order_of, ordinals_of, read_bucket, shuffled
+from bigdssm.ingest.sorting import deal, float_ordinals, ordinal_to_float, read_bucket, shuffled, stable_order
 
 RANDOM = np.random.RandomState(0)
 NUMBERS = {
@@ -29,9 +29,9 @@ NUMBERS = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_an_order_by_radix_is_that_of_a_stable_sort(name: str) -> None:
     numbers = NUMBERS[name]
-    assert order_of(numbers).tolist() == np.argsort(numbers, kind="stable").tolist()
-    ordinals = ordinals_of(numbers)
-    assert [of_ordinal(ordinal) for ordinal in ordinals.tolist()] == numbers.tolist()
+    assert stable_order(numbers).tolist() == np.argsort(numbers, kind="stable").tolist()
+    ordinals = float_ordinals(numbers)
+    assert [ordinal_to_float(ordinal) for ordinal in ordinals.tolist()] == numbers.tolist()
 
 
 def table_of(folder: Path, columns: dict[str, np.ndarray]) -> RowTable:
@@ -52,7 +52,13 @@ def test_a_bucket_has_its_rows_in_their_order(
     num_buckets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 150)
-    some = [0, 3, 4, max(5, num_buckets - 44), num_buckets - 1]  # the last but one is 2 in the next smaller type
+    some = [
+        0,
+        3,
+        4,
+        max(5, num_buckets - 44),
+        num_buckets - 1,
+    ]  # the last but one is 2 in the next smaller type (overflow)
     bucket = RANDOM.choice(some, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "bucket": bucket})
     if num_buckets > 302:
@@ -84,7 +90,7 @@ def test_keys_are_found_where_they_stand_last(tmp_path: Path) -> None:
         files.append(tmp_path / f"{number}.npy")
         write_keys(files[-1], len(keys), zip(np.split(keys, [100, 100]), np.split(rows, [100, 100]), strict=True))
         known |= dict(zip(keys.tolist(), rows.tolist(), strict=True))
-    near = np.array(list(known)[:200])[:, None] + [-1, 0, 1]  # what is beside a key is none
+    near = np.array(list(known)[:200])[:, None] + [-1, 0, 1]  # neighbours of keys are not keys
     wanted = RANDOM.permutation(np.concatenate([list(known), ends, near.ravel()]))
     assert SortedKeys(files).find(wanted).tolist() == [known.get(key, -1) for key in wanted.tolist()]
     assert (
@@ -97,7 +103,7 @@ def test_keys_are_found_where_they_stand_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("waiting", [10, 200, 10_000])
 def test_first_rows_have_the_counts_of_all(waiting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.engines.tables.MOST_WAITING", waiting)
+    monkeypatch.setattr("bigdssm.ingest.engines.tables.MAX_BUFFERED_ROWS", waiting)
     schema = pa.schema([("place", pa.int64()), ("key", pa.int64()), ("n", pa.int64())])
     keys = RANDOM.randint(0, 40, 1_000)
     with RowFile(tmp_path / "rows.parquet", schema) as file, FirstRows(file, "key", count="n") as rows:

@@ -1,4 +1,4 @@
-"""A table is read in parts, each on its own, by any process: together they are the table, rows numbered through."""
+"""Any process can read any part of a table: together the parts are the table, with consecutive row numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def in_parts(source: Source, *columns: str) -> list[list[tuple[int, dict[str, Any]]]]:
-    """Return each part's rows, read by a copy of the source as another process has one, the last part first."""
+    """Return each part's rows, read by an unpickled copy of the source, last part first."""
     parts = source.parts()
     read: list[list[tuple[int, dict[str, Any]]]] = []
     for part in reversed(parts):
@@ -65,7 +65,7 @@ def write_folder(folder: Path) -> Path:
 
 
 def write_saved(folder: Path, state: Any = None) -> Path:
-    """Write what datasets.Dataset.save_to_disk does."""
+    """Write the format of datasets.Dataset.save_to_disk."""
     folder.mkdir()
     for number, start in enumerate((0, 120)):
         write_arrow(
@@ -152,7 +152,7 @@ def test_batches_of_arrow_are_neither_tiny_nor_huge(tmp_path: Path, monkeypatch:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, TABLE.schema) as writer:
         writer.write_table(TABLE)
     assert [len(batch.rows) for batch in read_table(path, ["id"], no_bad)] == [70, 70, 70, 40]
-    monkeypatch.setattr(columnar, "BYTES_PER_BATCH", 240)  # of 8 a number
+    monkeypatch.setattr(columnar, "BYTES_PER_BATCH", 240)  # 8 per number
     assert {len(batch.rows) for batch in read_table(path, ["number"], no_bad)} == {30, 10}
 
 
@@ -170,7 +170,7 @@ def test_bad_strings_of_arrow_are_bad_rows(tmp_path: Path) -> None:
 
 
 def outside_itself(path: Path) -> None:
-    """Write an Arrow file whose strings end far behind their bytes."""
+    """Write an Arrow file with string offsets out of range."""
     offsets = np.array([0, 1, 1 << 30, 3], np.int32)
     wrong = pa.StringArray.from_buffers(3, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"abc"))
     write_arrow(path, pa.ipc.new_file, pa.table({"id": wrong}))
@@ -182,24 +182,24 @@ def split_folder(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "nothing": ("t", lambda p: p.mkdir(), r"table .*/t is no file, and as a folder it holds no \.parquet files"),
-    "others": ("t", lambda p: (p.mkdir(), (p / "a.csv").write_text("x")), r"holds 'a\.csv'; move that away"),
+    "nothing": ("t", lambda p: p.mkdir(), r"table .*/t is not a file, and as a folder it has no \.parquet files"),
+    "others": ("t", lambda p: (p.mkdir(), (p / "a.csv").write_text("x")), r"has 'a\.csv'; move it away"),
     "partitioned": (
         "t",
         lambda p: (p / "dt=1").mkdir(parents=True),
-        "holds 'dt=1'; .* give the files or folders in it",
+        "has 'dt=1'; .* give the files or folders in it",
     ),
     "a command": ("pipe:cat x.tar", lambda p: None, "commands are not run"),
     "splits": ("t", split_folder, r"several splits of a dataset; give one of them: .*/t/train, .*/t/test"),
     "an index": (
         "t",
         lambda p: write_saved(p, {"_indices_data_files": [{"filename": "indices.arrow"}]}),
-        r"an index beside its files chooses; .*flatten_indices\(\)",
+        r"by an indices mapping; .*flatten_indices\(\)",
     ),
     "outside": (
         "t",
         lambda p: write_saved(p, {"_data_files": [{"filename": "../x.arrow"}]}),
-        r"'\.\./x\.arrow', not one of",
+        r"'\.\./x\.arrow', not one in",
     ),
     "lost": (
         "t",
@@ -208,9 +208,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "state": ("t", lambda p: write_saved(p, {"_data_files": [1]}), r"state\.json is of another format"),
     "broken": ("t", lambda p: (write_saved(p), (p / "state.json").write_text("[1")), r"state\.json is damaged"),
-    "Arrow": ("t.arrow", lambda p: p.write_bytes(b"ARROW1 or not"), "is damaged or not what its name says"),
-    "empty": ("t.feather", lambda p: p.write_bytes(b""), "is damaged or not what its name says"),
-    "offsets": ("t.arrow", outside_itself, "is damaged or not what its name says, after row 0"),
+    "Arrow": ("t.arrow", lambda p: p.write_bytes(b"ARROW1 or not"), "is damaged or not of the format of its name"),
+    "empty": ("t.feather", lambda p: p.write_bytes(b""), "is damaged or not of the format of its name"),
+    "offsets": ("t.arrow", outside_itself, "is damaged or not of the format of its name, after row 0"),
     "columns": (
         "t.feather",
         lambda p: write_arrow(p, pa.ipc.new_file, TABLE.rename_columns(["idd", "k", "n"])),
@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(case: str, tmp_path: Pat
 def test_a_damaged_file_of_a_folder_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "t")
     (folder / "part-00001.snappy.parquet").write_bytes(b"PAR1 or not")
-    with pytest.raises(DataError, match=r"part-00001\.snappy\.parquet is damaged or not what its name says"):
+    with pytest.raises(DataError, match=r"part-00001\.snappy\.parquet is damaged or not of the format of its name"):
         list(read_table(folder, ["id"], no_bad))
 
 

@@ -1,4 +1,4 @@
-"""Tables come in whole and numbered, whatever their format, and every line that cannot be read is named."""
+"""Tables of every format are read completely, with row numbers, and every unreadable line is reported."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ ROWS = [{"id": f"{i:03d}", "title": f'a "{i}" b', "year": i} for i in range(5)]
 
 
 class Bad:
-    """Collects what is reported."""
+    """Collects reported bad rows."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, bool]] = []
@@ -114,10 +114,10 @@ def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: p
         ("t.csv", b"items,items\n1,2\n", "twice"),
         ("t.xlsx", b"x", "unknown table format"),
         ("t.parquet.gz", b"x", "unknown table format"),
-        ("t.parquet", b"not parquet", "is damaged or not what its name says"),
-        ("t.csv.xz", b"not xz", "is damaged or not what its name says"),
-        ("t.csv.gz", b"not gzip", "is damaged or not what its name says"),
-        ("t.csv.xz", lzma.compress(b"items\n" + b"1\n" * 9999)[:-20], "is damaged or not what its name says"),
+        ("t.parquet", b"not parquet", "is damaged or not of the format of its name"),
+        ("t.csv.xz", b"not xz", "is damaged or not of the format of its name"),
+        ("t.csv.gz", b"not gzip", "is damaged or not of the format of its name"),
+        ("t.csv.xz", lzma.compress(b"items\n" + b"1\n" * 9999)[:-20], "is damaged or not of the format of its name"),
     ],
 )
 def test_structural_trouble_is_one_sentence_naming_the_file(

@@ -1,4 +1,4 @@
-"""What the engine spark says where something is missing; tests/e2e/test_spark.py runs it."""
+"""Messages of the Spark engine for missing dependencies; tests/e2e/test_spark.py runs it."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import pytest
 from bigdssm.errors import BigDSSMError, ConfigError, UnavailableError
 from bigdssm.ingest.engines import spark
 from bigdssm.ingest.engines.spark import Cluster, SparkEngine
-from bigdssm.ingest.reading import Unreadable
+from bigdssm.ingest.reading import UnreadableTable
 
 
 def test_a_missing_pyspark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,18 +38,18 @@ def test_a_missing_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_the_driver_answers_is_a_setting(given: dict[str, str], most: int) -> None:
     engine = SparkEngine.__new__(SparkEngine)
     engine._steps = SimpleNamespace(conf=given)
-    assert engine._read_most_on_driver() == most
+    assert engine._read_max_driver_bytes() == most
     engine._steps = SimpleNamespace(conf={"spark.bigdssm.driverBytes": "64m"})
-    with pytest.raises(ConfigError, match="driverBytes=64m: needs a whole number of bytes, such as 134217728"):
-        engine._read_most_on_driver()
+    with pytest.raises(ConfigError, match="driverBytes=64m: needs an integer number of bytes, such as 134217728"):
+        engine._read_max_driver_bytes()
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        UnavailableError("the server stays away"),  # what is finished is kept where it is of this type
+        UnavailableError("the server stays away"),  # finished steps are retained for this type
         ConfigError("no such thing"),
-        Unreadable("a table is cut off", [["a.csv", 7, "no number", True]]),
+        UnreadableTable("a table is cut off", [["a.csv", 7, "no number", True]]),
     ],
 )
 def test_a_workers_error_comes_back_as_it_was(error: BigDSSMError, tmp_path: Path) -> None:

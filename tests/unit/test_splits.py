@@ -1,4 +1,4 @@
-"""The thresholds of a split by time are found without a sort of them all, and are what a sort would find."""
+"""Thresholds of splits by time are computed without a global sort, and equal those of a sort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who runs the steps of a making: functions over parts of the work, and queries over whole tables."""
+"""The built-in engine: runs jobs in local processes, and SQL queries in DuckDB."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from bigdssm.ingest.sources.base import Source
 from bigdssm.utils.log import Progress, no_progress
 
 StepFunction = Callable[[Any, Path], None]
-"""Does a job, and leaves what comes of it in a folder; picklable, and a function of the job alone."""
-SMALL_WORK = 200_000  # rows: fewer are done in this process, others take a second to start
-MEMORY = "1500MB"  # of queries; more is sorted on disk
-MOST_THREADS = 12  # that so much memory is enough for
+"""Runs a job and writes its output to a folder; picklable, deterministic in the job."""
+SMALL_WORK = 200_000  # rows; fewer run in this process, because starting others takes a second
+MEMORY = "1500MB"  # for queries; larger sorts spill to disk
+MAX_THREADS = 12  # supported by this memory limit
 
 
 class LocalEngine:
-    """The built-in engine: runs a making's steps in a spool folder, by processes of this machine and by DuckDB.
+    """Runs the steps of an ingestion in a spool folder, by local processes and DuckDB.
 
-    A step that is finished there is taken as it is. Queries are of the SQL that DuckDB and Spark share, over tables and
-    views of earlier steps. An ordered table's view has the column `number` beside its own: the row's place in it, from
-    0.
+    Finished steps in the spool are reused. Queries use the common subset of DuckDB's and Spark's SQL, over tables and
+    views of earlier steps. The view of an ordered table has the additional column `number`: the row number from 0.
     """
 
     def __init__(self, spool: Path, progress: Progress = no_progress, *, processes: int = 0) -> None:
-        """Uses `processes` processes (0: one for each core)."""
+        """Use `processes` processes (0: one per core)."""
         self.spool, self.progress = spool, progress
         spool.mkdir(parents=True, exist_ok=True)
         self._processes = processes or cpu_count()
@@ -43,14 +42,14 @@ class LocalEngine:
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
             "temp_directory": str(spool / "sorting"),
-            "threads": min(self._processes, MOST_THREADS),
+            "threads": min(self._processes, MAX_THREADS),
         }
         self._database = duckdb.connect(config=settings)
-        with suppress(duckdb.InvalidInputException):  # in Jupyter without widgets, where it has no bar
-            self._database.execute("SET enable_progress_bar = false")  # it would stand in the making's own
+        with suppress(duckdb.InvalidInputException):  # raised in Jupyter without widgets
+            self._database.execute("SET enable_progress_bar = false")  # it would interfere with the ingestion's own bar
 
     def map(self, step: str, jobs: Sequence[Any], work: StepFunction, *, rows: int) -> list[Path]:
-        """Have `work` do the jobs, about so many `rows` in all, and return their folders in the order of the jobs."""
+        """Run `work` on all jobs (about `rows` rows in total), and return their folders in order."""
         (self.spool / step).mkdir(exist_ok=True)
         folders = [self.spool / step / f"{number:06d}" for number in range(len(jobs))]
         left = [(job, folder) for job, folder in zip(jobs, folders, strict=True) if not folder.exists()]
@@ -63,45 +62,51 @@ class LocalEngine:
         return folders
 
     def table(self, name: str, files: Iterable[Path]) -> RowTable:
-        """Return finished files as a table that queries know by `name`."""
+        """Register finished files as a table for queries."""
         table = RowTable.of(files)
-        self._name(name, table, ordered=False)
+        self._register(name, table, ordered=False)
         return table
 
     def select(self, name: str, query: str, *, order: str) -> RowTable:
-        """Return a query's rows sorted by `order`, which no two different rows share; queries know it by `name`."""
+        """Materialize a query, sorted by `order` (unique for distinct rows), as table `name`."""
         folder = self.spool / name
         if not folder.exists():
             self.progress(f"sorting {name}", 0, None)
             with finished_folder(folder) as aside:
                 self._write(f"{query} ORDER BY {order}", aside)
         table = RowTable.of(sorted(folder.glob("*.parquet")))
-        self._name(name, table, ordered=True)
+        self._register(name, table, ordered=True)
         return table
 
     def source(self, name: str, source: Source, columns: Sequence[str]) -> Source:
-        """Return a source that workers read for `source`, of which they need `columns`; `name` is that of a step."""
+        """Convert a source, of which `columns` are required, to one that workers can read.
+
+        `name` is the step's.
+        """
         return source
 
     def view(self, name: str, query: str) -> None:
-        """Have queries know the rows of `query` by `name`."""
+        """Create or replace a view for queries."""
         self._database.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
-        """Return the few rows of a query."""
-        with naming_a_full_disk(self.spool):
+        """Return all rows of a query with a small result."""
+        with disk_full_errors(self.spool):
             return self._database.execute(query).fetchall()
 
     def close(self) -> None:
-        """Close the database, which is in memory, and end the processes, whatever they do; the spool stays."""
+        """Close the in-memory database and kill the processes; the spool remains."""
         self._database.close()
         if self._pool is not None:
             self._pool.shutdown(kill_workers=True)
 
     def _spread(self, work: StepFunction, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Any]:
-        """Do the jobs in any order, yielding as they are finished. Raises what the first job that failed raised."""
+        """Run the jobs in any order, yielding as they finish.
+
+        Raises the error of the first failed job.
+        """
         if self._pool is None:
-            # A pool of its own: joblib's, which others in this process may use, would stay for five minutes.
+            # not joblib's shared pool, which would stay alive for five minutes
             self._pool = ProcessPoolExecutor(self._processes, env={"OMP_NUM_THREADS": "1"})
         left = [self._pool.submit(_with_parent, work, os.getpid(), job, folder) for job, folder in jobs]
         try:
@@ -112,16 +117,19 @@ class LocalEngine:
                 future.cancel()
 
     def _write(self, query: str, folder: Path) -> None:
-        """Write the rows of a query that has an order into Parquet files, which are named by their first rows."""
-        # V2 without dictionaries: columns are written as differences, in less time and room.
+        """Write the rows of an ordered query to Parquet files named by their first row."""
+        # V2 without dictionaries: delta encodings, faster and smaller
         options = "FORMAT parquet, PARQUET_VERSION V2, DICTIONARY_SIZE_LIMIT 1, COMPRESSION lz4_raw"
         options += f", ROW_GROUP_SIZE {ROWS_PER_READ}"
         file = folder / f"{0:0{FIRST_ROW_DIGITS}d}.parquet"
-        with naming_a_full_disk(folder):
+        with disk_full_errors(folder):
             self._database.execute(f"COPY ({query}) TO {_quoted(str(file))} ({options})")
 
-    def _name(self, name: str, table: RowTable, *, ordered: bool) -> None:
-        """Have queries know `table` by `name`; one that is ordered, whose files are so named, with `number`."""
+    def _register(self, name: str, table: RowTable, *, ordered: bool) -> None:
+        """Register a table as view `name`.
+
+        An ordered one, with files named by first row, gets the column `number`.
+        """
         files = f"[{', '.join(map(_quoted, table.files))}]"
         query = f"SELECT * FROM read_parquet({files})"
         if ordered:
@@ -132,13 +140,13 @@ class LocalEngine:
 
 
 def _finish(work: StepFunction, job: Any, folder: Path) -> None:
-    """Do a job, whose folder appears when it is done."""
+    """Run a job; its folder appears when it has finished."""
     with finished_folder(folder) as aside:
         work(job, aside)
 
 
 def _with_parent(work: StepFunction, parent: int, job: Any, folder: Path) -> None:
-    """Do a job of a process that is still there: one that was killed goes on by itself, maybe with something else."""
+    """Run a job unless the parent is gone: workers of a killed ingestion must not write."""
     if os.getppid() != parent:
         os._exit(0)
     work(job, folder)
@@ -149,8 +157,8 @@ def _quoted(text: str) -> str:
 
 
 @contextmanager
-def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Turn what a library says of a full disk into the system's error, which names where."""
+def disk_full_errors(folder: Path) -> Iterator[None]:
+    """Convert a library's disk-full errors to OSError(ENOSPC) with the folder."""
     try:
         yield
     except Exception as error:

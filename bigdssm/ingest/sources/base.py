@@ -1,4 +1,4 @@
-"""Source: a table that is read in parts, each on its own, by any process, as Arrow batches."""
+"""The source interface: a table that processes read in independent parts."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, is_invali
 from bigdssm.ingest.sources.files import TableFile
 from bigdssm.utils.components import add_named
 
-# What readers raise where a file is not what it should be.
+# exceptions of readers for damaged files
 READING_ERRORS = (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError, csv.Error)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Successive rows of a source; a format may add what it finds them by."""
+    """Consecutive rows of a source; formats may add fields to locate them."""
 
-    number: int  # among the source's parts, from 0
-    first_row: int  # in the whole source, from 1
-    num_rows: int | None  # None: not known before they are read
+    number: int  # part number, from 0
+    first_row: int  # row number in the source, from 1
+    num_rows: int | None  # None: unknown before reading
 
 
 class Source(ABC):
-    """A table that workers read in parts, each on its own. Picklable; holds no open file."""
+    """A table that workers read in independent parts. Picklable, without open files."""
 
-    name: str  # what messages and the quarantine call it
+    name: str  # in messages and the quarantine
 
     def __str__(self) -> str:
         return self.name
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return what is another one when the content is."""
+        """Return a string that changes with the content."""
 
     @abstractmethod
     def size(self) -> int:
-        """Return its bytes, about."""
+        """Return the approximate size in bytes."""
 
     @abstractmethod
     def split(self) -> Sequence[Part]:
-        """Return the parts for `parts`, which makes sentences of what Arrow and others raise."""
+        """Return the parts; called by `parts`, which converts errors of readers."""
 
     @abstractmethod
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield a part's rows for `batches`, which makes such sentences, too."""
+        """Yield the rows of a part; called by `batches`, which converts errors of readers."""
 
     def parts(self) -> Sequence[Part]:
-        """Return its parts in order, at least one where it has rows: a function of the source alone.
+        """Return the parts in order, at least one if there are rows; deterministic.
 
         Raises DataError: damaged.
         """
@@ -68,48 +68,48 @@ class Source(ABC):
             raise reading_error(error, self.name, 0) from None
 
     def batches(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield the rows of a part in order, with exactly `columns`, numbered in the whole source from 1.
+        """Yield a part's rows in order, with exactly `columns`, numbered within the source.
 
-        Bad rows go to `report_bad`. Raises DataError: missing column (naming the nearest), damaged.
+        Bad rows are passed to `report_bad`. Raises DataError: a missing column, or damage.
         """
-        seen = part.first_row - 1
+        row = part.first_row - 1
         try:
             for batch in self.read(part, columns, report_bad):
-                seen += len(batch.rows)
+                row += len(batch.rows)
                 yield batch
         except READING_ERRORS as error:
-            raise reading_error(error, self.name, seen) from None
+            raise reading_error(error, self.name, row) from None
 
 
 class FileSource(Source):
-    """A source in one file, or in several that hold its rows one behind the other; by default one part.
+    """A source in one or several concatenated files; by default a single part.
 
-    A format is a subclass that is registered with `register_source`.
+    Subclasses are formats, registered with `register_source`.
     """
 
-    suffixes: ClassVar[tuple[str, ...]]  # of the names of its files, in lower case
-    compressible: ClassVar[bool] = False  # also with .gz, .xz and .zst, which `TableFile.open` and `stream` undo
+    suffixes: ClassVar[tuple[str, ...]]  # of file names, in lower case
+    compressible: ClassVar[bool] = False  # also with .gz, .xz and .zst, decompressed by `TableFile.open` and `stream`
 
     def __init__(self, *files: TableFile, name: str = "") -> None:
-        """`name` is by default the file's."""
+        """`name` defaults to the first file's."""
         self.files, self.name = files, name or files[0].name
 
     @property
     def file(self) -> TableFile:
-        """Return the file, of a source in one."""
+        """The file of a single-file source."""
         (file,) = self.files
         return file
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' sizes and times, or etags."""
+        """Hash the files' sizes and modification times, or ETags."""
         return xxh3_128_hexdigest("\n".join(file.version() for file in self.files).encode())
 
     def size(self) -> int:
-        """Return the files' bytes, compressed or not."""
+        """Return the total size of the files, without decompression."""
         return sum(file.size() for file in self.files)
 
     def split(self) -> Sequence[Part]:
-        """Return one: where rows of text begin is known when all before them are read."""
+        """Return a single part: row boundaries of text files are unknown before reading."""
         return [Part(0, 1, None)]
 
 
@@ -118,20 +118,26 @@ Format = TypeVar("Format", bound=type[FileSource])
 
 
 def register_source(cls: Format) -> Format:
-    """Have files of a format's suffixes read by its class; a class decorator. Raises ValueError: one is taken."""
+    """Class decorator that registers a format by its suffixes.
+
+    Raises ValueError: a suffix is registered already.
+    """
     for suffix in cls.suffixes:
         add_named(SOURCES, suffix, cls, "a table source")
     return cls
 
 
 def reading_error(error: Exception, name: str, row: int) -> Exception:
-    """Return a reader's error as a sentence on the table `name`, read up to `row`; trouble of the machine as it is."""
+    """Convert a reader's error in table `name` after `row` to DataError.
+
+    System errors are returned unchanged.
+    """
     if isinstance(error, OSError) and error.errno:
         return error
     detail = " ".join(str(error).split())[:300]
     if "straddling object" in detail:
         detail = f"a row of more than {BYTES_PER_BATCH:,} bytes, or a quote that is never closed"
-    return DataError(f"{name} is damaged or not what its name says, after row {row}: {detail}")
+    return DataError(f"{name} is damaged or not of the format of its name, after row {row}: {detail}")
 
 
 ROWS_PER_BATCH = 16384
@@ -140,7 +146,7 @@ TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_v
 
 
 def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
-    """Return the batch with byte columns as strings, without the rows that are not UTF-8."""
+    """Cast byte columns to strings; rows with invalid UTF-8 are reported and dropped."""
     check = RowCheck(batch, report_bad)
     columns: dict[str, pa.ChunkedArray] = {}
     for name in batch.table.column_names:
@@ -150,7 +156,7 @@ def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(column.type.value_type))
         if any(is_text(column.type) for is_text in TEXT_TYPES):
-            column = column.cast(pa.large_binary())  # casting back checks it; Parquet and JSON readers do not
+            column = column.cast(pa.large_binary())  # casting back validates UTF-8; Parquet and JSON readers do not
         if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
             try:
                 column = column.cast(pa.large_string())

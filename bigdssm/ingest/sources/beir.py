@@ -1,7 +1,7 @@
-"""Retrieval collections in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+"""BEIR collections, read and written: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
 
-What others evaluate on, read and written. A document or query with features beyond its text has them, by source column,
-in `metadata`, where readers that know only text pass over them. Source: Thakur et al. 2021 (BEIR).
+Features other than the text are in `metadata`, by source column; text-only readers ignore it. Source: Thakur et al.
+2021 (BEIR).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bigdssm.ingest.sources.text import parse_object
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
 
-WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 Qrels = dict[str, dict[str, int]]
 """Relevance by query id and document id."""
@@ -38,7 +38,7 @@ class CollectionEntry:
     metadata: dict[str, Any]
 
     def column(self, feature: Feature) -> Any:
-        """Return the value of a feature: `metadata` has it under its column, else a text feature takes the text."""
+        """Return the value of a feature from `metadata`, or the text for a text feature."""
         if feature.source in self.metadata:
             return self.metadata[feature.source]
         return self.text if isinstance(feature, Text) else None
@@ -46,31 +46,31 @@ class CollectionEntry:
 
 @dataclass(frozen=True)
 class Collection:
-    """A corpus, the queries of one split, and what is relevant to them."""
+    """A corpus, the queries of one split, and their relevance judgments."""
 
     corpus: list[CollectionEntry]
-    queries: list[CollectionEntry]  # those with a relevant document in the split, in the order of queries.jsonl
+    queries: list[CollectionEntry]  # those with judgments in the split, in the order of queries.jsonl
     qrels: Qrels
-    known: Qrels  # what other splits call relevant to the same queries
+    known_positives: Qrels  # relevant documents of the same queries in other splits
 
 
 def read_collection(folder: Path, split: str) -> Collection:
-    """Return the collection in `folder`; `split` names a file of qrels/ (validation: dev.tsv).
+    """Read the collection in `folder`; `split` names a file in qrels/ (validation: dev.tsv).
 
-    Raises DataError: a file missing or damaged, naming the line, or qrels that name an unknown query or document.
+    Raises DataError: a missing or damaged file, or qrels with an unknown query or document.
     """
     path = folder / QRELS_DIR / SPLIT_FILES.get(split, f"{split}.tsv")
     qrels = read_qrels_tsv(path)
     check_judgements(qrels, path)
     corpus, queries = _entries(folder / CORPUS_FILE), _entries(folder / QUERIES_FILE)
     keys = {entry.key for entry in corpus}
-    asked = [entry for entry in queries if entry.key in qrels]
-    if len(asked) < len(qrels):
-        lacking = sorted(qrels.keys() - {entry.key for entry in asked})[0]
-        raise DataError(f"{path} judges query {lacking!r}, which {QUERIES_FILE} does not have")
+    judged = [entry for entry in queries if entry.key in qrels]
+    if len(judged) < len(qrels):
+        unknown_query = sorted(qrels.keys() - {entry.key for entry in judged})[0]
+        raise DataError(f"{path} judges query {unknown_query!r}, which is not in {QUERIES_FILE}")
     for documents in qrels.values():
         if unknown := documents.keys() - keys:
-            raise DataError(f"{path} judges document {min(unknown)!r}, which {CORPUS_FILE} does not have")
+            raise DataError(f"{path} judges document {min(unknown)!r}, which is not in {CORPUS_FILE}")
     known: Qrels = {}
     for other in sorted((folder / QRELS_DIR).glob("*.tsv")):
         if other.name != path.name:
@@ -78,11 +78,11 @@ def read_collection(folder: Path, split: str) -> Collection:
                 if query in qrels:
                     positive = {key: grade for key, grade in documents.items() if grade > 0}
                     known.setdefault(query, {}).update(positive)
-    return Collection(corpus, asked, qrels, known)
+    return Collection(corpus, judged, qrels, known)
 
 
 def read_qrels_tsv(path: Path) -> Qrels:
-    """Return the judgements of a BEIR qrels file: query-id, corpus-id, score, with a header. Raises DataError."""
+    """Read a BEIR qrels file: a header, then query-id, corpus-id, score. Raises DataError."""
     qrels: Qrels = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -98,33 +98,36 @@ def read_qrels_tsv(path: Path) -> Qrels:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
-        raise DataError(f"{path} is no qrels file: {error}") from None
+        raise DataError(f"{path} is not a qrels file: {error}") from None
     return qrels
 
 
 def add_judgement(qrels: Qrels, query: str, document: str, grade: str, path: Path, number: int) -> None:
-    """Add a line of a qrels file. Raises DataError: no whole number, or another grade than an earlier line's."""
-    value = whole_number(grade, "relevance", path, number)
+    """Add one line of a qrels file.
+
+    Raises DataError: the grade is not an integer, or differs from an earlier line.
+    """
+    value = parse_integer(grade, "relevance", path, number)
     if qrels.setdefault(query, {}).setdefault(document, value) != value:
         earlier = qrels[query][document]
         raise DataError(f"{path}:{number} judges {document} for query {query} {value}, an earlier line {earlier}")
 
 
 def check_judgements(qrels: Qrels, path: Path) -> None:
-    """Raise DataError where no document is relevant: then there is nothing to measure."""
+    """Raise DataError if no document is relevant, so metrics are undefined."""
     if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
-        raise DataError(f"{path} calls no document relevant, so that nothing can be measured")
+        raise DataError(f"{path} has no relevant documents, so metrics are undefined")
 
 
-def whole_number(text: str, what: str, path: Path, number: int) -> int:
-    """Return the int that a field holds. Raises DataError naming file and line."""
-    if not WHOLE_NUMBER.fullmatch(text):
-        raise DataError(f"{path}:{number}: {text!r} is no whole number, which a {what} is")
+def parse_integer(text: str, field: str, path: Path, number: int) -> int:
+    """Parse an integer field of a line. Raises DataError."""
+    if not INTEGER.fullmatch(text):
+        raise DataError(f"{path}:{number}: {text!r} is not an integer, needed for the {field}")
     return int(text)
 
 
 def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[CollectionEntry]) -> pa.Table:
-    """Return source columns of the features for `entries`, as a table that `canonical` takes."""
+    """Return the features' source columns of `entries`, as input of `canonical`."""
     columns: dict[str, list[Any]] = {feature.source: [] for feature in features.values()}
     for entry in entries:
         for feature in features.values():
@@ -137,13 +140,13 @@ def _typed(values: list[Any]) -> pa.Array:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raise ConfigError where `folder` is there and is no collection; an old one will be replaced."""
+    """Raise ConfigError if `folder` exists and is not a collection, which would be replaced."""
     if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
 
 
 def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[tuple[list[str], pa.Table]]) -> None:
-    """Write a corpus or queries from their keys and canonical features, piece by piece."""
+    """Write a corpus or queries from keys and canonical features, chunk by chunk."""
     title = {"title": ""} if path.name == CORPUS_FILE else {}
     with path.open("w", encoding="utf-8") as file:
         for keys, table in pieces:
@@ -152,11 +155,11 @@ def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[
 
 
 def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield text and, of features beyond one text, metadata of each row."""
+    """Yield the text of each row, and metadata for other features."""
     texts = texts_of(features)
     columns = {name: table.column(name).combine_chunks() for name in features}
     values = {name: column.to_pylist() for name, column in columns.items()}
-    unsaid = {  # a missing value that JSON has no word for, such as NaN
+    omitted = {  # missing values without a JSON representation, such as NaN
         name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
         for name, feature in features.items()
     }
@@ -164,26 +167,29 @@ def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict
         apart = {
             feature.source: values[name][row]
             for name, feature in features.items()
-            if not unsaid[name][row] and (len(texts) != 1 or name not in texts)
+            if not omitted[name][row] and (len(texts) != 1 or name not in texts)
         }
         text = "\n".join(values[name][row] for name in texts)
         yield {"text": text, **({"metadata": apart} if apart else {})}
 
 
 def write_judgements(folder: Path, split: str, rows: Iterable[tuple[str, str, float]]) -> None:
-    """Write the (query, document, relevance) of a split. Raises ConfigError on a broken relevance."""
+    """Write the (query, document, relevance) rows of a split.
+
+    Raises ConfigError: a non-integer relevance.
+    """
     with (folder / QRELS_DIR / SPLIT_FILES[split]).open("w", encoding="utf-8") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         for query, document, relevance in rows:
             if relevance != int(relevance):
-                raise ConfigError(f"--beir takes whole relevances, got {relevance}; leave it out")
+                raise ConfigError(f"--beir needs integer relevances, got {relevance}; leave it out")
             file.write(f"{query}\t{document}\t{int(relevance)}\n")
 
 
-def numbered_lines(path: Path, what: str = "") -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text file that are not blank, with their numbers from 1 on; `what` is said of a missing one.
+def numbered_lines(path: Path, hint: str = "") -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line) of the non-blank lines of a text file.
 
-    Raises DataError: missing, not to be read, or no UTF-8.
+    Raises DataError: missing (the message ends with `hint`), unreadable, or not UTF-8.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -191,20 +197,20 @@ def numbered_lines(path: Path, what: str = "") -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist{what}") from None
+        raise DataError(f"{path} does not exist{hint}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no text file in UTF-8") from None
+        raise DataError(f"{path} is not a UTF-8 text file") from None
 
 
 def _entries(path: Path) -> list[CollectionEntry]:
     entries: list[CollectionEntry] = []
     keys: set[str] = set()
     number = 0
-    told = f"; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/"
+    hint = f"; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/"
     try:
-        for number, line in numbered_lines(path, told):  # noqa: B007, the message below names it
+        for number, line in numbered_lines(path, hint):  # noqa: B007, used in the message below
             record = parse_object(line)
             key, text, title = record["_id"], record["text"], record.get("title") or ""
             metadata = record.get("metadata") or {}
@@ -215,7 +221,7 @@ def _entries(path: Path) -> list[CollectionEntry]:
             entries.append(CollectionEntry(str(key), f"{title} {text}".strip(), metadata))
             keys.add(entries[-1].key)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}:{number} is no BEIR record: {error!r}") from None
+        raise DataError(f"{path}:{number} is not a BEIR record: {error!r}") from None
     if len(keys) < len(entries):
-        raise DataError(f"{path} has {len(entries) - len(keys)} ids twice")
+        raise DataError(f"{path} has {len(entries) - len(keys)} duplicate ids")
     return entries

@@ -1,4 +1,4 @@
-"""Tables in chunks of known row counts: Parquet, Arrow IPC and datasets saved by Hugging Face `datasets`."""
+"""Tables in chunks of known sizes: Parquet, Arrow IPC, saved Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -29,30 +29,33 @@ from bigdssm.ingest.sources.base import (
 from bigdssm.ingest.sources.files import LocalFile, RemoteFile, TableFile
 from bigdssm.ingest.sources.text import column_names, require_columns
 
-ROWS_PER_PART = 1_000_000  # at most, unless a chunk has more
+ROWS_PER_PART = 1_000_000  # at most, unless a single chunk has more
 
 
 @dataclass(frozen=True)
 class ChunkedPart(Part):
-    """Some chunks of a file."""
+    """A range of chunks of a file."""
 
     file: TableFile
     chunks: range
 
 
 class ChunkedSource(FileSource):
-    """Files of chunks, such as Parquet's row groups."""
+    """A source whose files have chunks, such as Parquet row groups."""
 
     @abstractmethod
     def chunk_rows(self, file: TableFile) -> list[int]:
-        """Return how many rows each chunk of a file has."""
+        """Return the number of rows per chunk of a file."""
 
     @abstractmethod
     def chunk_tables(self, part: ChunkedPart, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield a part's rows in order, a batch at a time, the columns as `named_columns` finds them."""
+        """Yield the rows of a part in order, in batches, with the columns of `stored_names`."""
 
     def split(self) -> Sequence[Part]:
-        """Return runs of chunks of at most 1,000,000 rows together. Raises DataError: a file is damaged."""
+        """Return runs of chunks with at most ROWS_PER_PART rows in total.
+
+        Raises DataError: a file is damaged.
+        """
         parts: list[ChunkedPart] = []
         first_row = 1
         for file in self.files:
@@ -67,7 +70,7 @@ class ChunkedSource(FileSource):
         return parts or [ChunkedPart(0, 1, 0, self.files[0], range(0))]
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield a part's rows; their numbers are known beforehand."""
+        """Yield the rows of a part."""
         assert isinstance(part, ChunkedPart)
         first_row = part.first_row
         for table in self.chunk_tables(part, columns):
@@ -76,15 +79,18 @@ class ChunkedSource(FileSource):
             yield as_utf8(SourceBatch(self.name, table.rename_columns(list(columns)), rows), report_bad)
 
 
-def named_columns(file: TableFile, found: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Return the file's own names of `columns`. Raises DataError: one is missing, or there twice."""
-    names = dict(zip(column_names(file.name, found), found, strict=True))
+def stored_names(file: TableFile, stored: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return the names of `columns` as stored in the file.
+
+    Raises DataError: a missing or duplicate column.
+    """
+    names = dict(zip(column_names(file.name, stored), stored, strict=True))
     require_columns(file.name, names, columns)
     return [names[name] for name in columns]
 
 
 def _runs(rows: Sequence[int]) -> Iterator[range]:
-    """Yield ranges of successive chunks that have at most ROWS_PER_PART rows together, or are one; none is empty."""
+    """Yield ranges of chunks with at most ROWS_PER_PART rows in total, or a single chunk."""
     start, together = 0, 0
     for chunk, count in enumerate(rows):
         if together and together + count > ROWS_PER_PART:
@@ -105,28 +111,28 @@ class ParquetSource(ChunkedSource):
     suffixes: ClassVar[tuple[str, ...]] = (PARQUET_SUFFIX,)
 
     def chunk_rows(self, file: TableFile) -> list[int]:
-        """Return how many rows each row group has."""
+        """Return the number of rows per row group."""
         with file.open_arrow() as opened, pq.ParquetFile(opened) as parquet:
             return [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
 
     def chunk_tables(self, part: ChunkedPart, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the rows of a part's row groups."""
         with part.file.open_arrow() as opened, pq.ParquetFile(opened) as parquet:
-            names = named_columns(part.file, parquet.schema_arrow.names, columns)
+            names = stored_names(part.file, parquet.schema_arrow.names, columns)
             for batch in parquet.iter_batches(ROWS_PER_BATCH, list(part.chunks), list(dict.fromkeys(names))):
                 yield pa.Table.from_batches([batch]).select(names)
 
 
 def parquet_names(folder: str, names: Sequence[str]) -> list[str]:
-    """Return which of the `names` in a folder are its files: all but hidden ones and marks such as _SUCCESS, sorted.
+    """Return the data files among `names`, sorted, without hidden files and markers.
 
-    Raises DataError: one is no Parquet file.
+    Raises DataError: one is not a Parquet file.
     """
     visible = sorted(name for name in names if not name.startswith((".", "_")))
     for name in visible:
         if not name.lower().endswith(PARQUET_SUFFIX):
             raise DataError(
-                f"{folder} is read as a folder of {PARQUET_SUFFIX} files, but holds {name!r}; move that away, or give "
+                f"{folder} is read as a folder of {PARQUET_SUFFIX} files, but has {name!r}; move it away, or give "
                 f"the files or folders in it one by one"
             )
     return visible
@@ -137,12 +143,15 @@ FILE_MAGIC = b"ARROW1"
 
 @register_source
 class ArrowSource(ChunkedSource):
-    """Arrow IPC files, read by record batches; in a stream those before a part's are passed over."""
+    """Arrow IPC files or streams, read by record batches.
+
+    In a stream, earlier batches are skipped.
+    """
 
     suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".feather")
 
     def chunk_rows(self, file: TableFile) -> list[int]:
-        """Return how many rows each record batch has. Raises DataError: a stream at a URL."""
+        """Return the number of rows per record batch. Raises DataError: a stream at a URL."""
         with file.open_arrow(mapped=True) as opened:
             if isinstance(file, RemoteFile) and not _has_index(opened):
                 raise DataError(
@@ -152,11 +161,11 @@ class ArrowSource(ChunkedSource):
             return [batch.num_rows for batch in _batches(opened, [0])]
 
     def chunk_tables(self, part: ChunkedPart, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the rows of a part's record batches, small ones together, large ones cut."""
+        """Yield the rows of a part's record batches, merged or split to an even size."""
         with part.file.open_arrow(mapped=True) as opened:
-            found = _schema(opened).names
-            names = named_columns(part.file, found, columns)
-            fields = sorted({found.index(name) for name in names})
+            stored = _schema(opened).names
+            names = stored_names(part.file, stored, columns)
+            fields = sorted({stored.index(name) for name in names})
             batches = _batches(opened, fields, part.chunks.start, part.chunks.stop)
             for table in _even(map(_sound, batches)):
                 yield table.select(names)
@@ -175,7 +184,7 @@ def _schema(opened: pa.NativeFile) -> pa.Schema:
 def _batches(
     opened: pa.NativeFile, fields: list[int], first: int = 0, end: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches [first, end), all by default, with these fields alone."""
+    """Yield the record batches [first, end), by default all, with only these fields."""
     options = pa.ipc.IpcReadOptions(included_fields=fields)
     if _has_index(opened):
         reader = pa.ipc.open_file(opened, options=options)
@@ -185,7 +194,7 @@ def _batches(
 
 
 def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch, its strings as bytes. Raises ArrowInvalid: its content would lead outside it, if trusted."""
+    """Validate a batch, and view its strings as bytes. Raises ArrowInvalid: invalid offsets."""
     plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     columns = [column.view(plain[column.type]) if column.type in plain else column for column in batch.columns]
     batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
@@ -194,7 +203,7 @@ def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _even(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Yield the rows in tables of about ROWS_PER_BATCH rows, or BYTES_PER_BATCH bytes where that is less."""
+    """Merge and split batches to tables of about ROWS_PER_BATCH rows or BYTES_PER_BATCH bytes."""
     taken: list[pa.RecordBatch] = []
     num_rows, num_bytes = 0, 0
     for batch in batches:
@@ -213,22 +222,22 @@ STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Return whether a folder holds a saved dataset, or several by split."""
+    """Return True for a folder with a saved dataset or dataset dict."""
     return (folder / SPLITS_FILE).is_file() or all((folder / name).is_file() for name in (STATE_FILE, INFO_FILE))
 
 
 def saved_dataset(folder: Path) -> ArrowSource:
-    """Return a folder's dataset as a source.
+    """Open a saved dataset.
 
-    Raises DataError: several splits, damaged, a file missing, or rows chosen by an index beside the files.
+    Raises DataError: several splits, damaged, a missing file, or an indices mapping.
     """
     if (folder / SPLITS_FILE).is_file():
         splits = ", ".join(str(folder / str(split)) for split in _json(folder / SPLITS_FILE).get("splits", []))
-        raise DataError(f"{folder} holds several splits of a dataset; give one of them: {splits}")
+        raise DataError(f"{folder} has several splits of a dataset; give one of them: {splits}")
     state = _json(folder / STATE_FILE)
     if any(value for key, value in state.items() if "indices" in key):
         raise DataError(
-            f"{folder} holds rows that an index beside its files chooses; write them out: in Python, "
+            f"{folder} selects rows by an indices mapping; write them out: in Python, "
             f"datasets.load_from_disk(…).flatten_indices().save_to_disk(…)"
         )
     try:
@@ -237,7 +246,7 @@ def saved_dataset(folder: Path) -> ArrowSource:
         raise DataError(f"{folder / STATE_FILE} is of another format: {error!r}") from None
     for name in names:
         if Path(name).name != name:
-            raise DataError(f"{folder / STATE_FILE} names a file {name!r}, not one of its folder; refused")
+            raise DataError(f"{folder / STATE_FILE} names a file {name!r}, not one in its folder; refused")
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} does not exist, but {STATE_FILE} names it; copy the dataset whole")
     if not names:

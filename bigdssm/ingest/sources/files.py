@@ -1,4 +1,4 @@
-"""Where a table's bytes stand, on disk or at a URL, and how they are opened, compressed (.gz, .xz, .zst) or not."""
+"""Files of tables, on disk or at a URL, with transparent decompression (.gz, .xz, .zst)."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.ope
 
 
 class TableFile(ABC):
-    """A file of a table. Picklable; holds nothing open."""
+    """A file of a table. Picklable, without open handles."""
 
     name: str  # for messages
 
     @property
     def suffix(self) -> str:
-        """Return what the format is told by, in lower case and without the compression's suffix."""
+        """The suffix of the format, in lower case, without that of the compression."""
         return Path(self.name.lower().removesuffix(self.compression)).suffix
 
     @property
     def compression(self) -> str:
-        """Return the compression's suffix, '' where there is none."""
+        """The suffix of the compression, '' without one."""
         suffix = Path(self.name).suffix.lower()
         return suffix if suffix in COMPRESSIONS else ""
 
     @abstractmethod
     def size(self) -> int:
-        """Return its bytes as they stand, compressed or not."""
+        """Return the size in bytes, without decompression."""
 
     @abstractmethod
     def version(self) -> str:
-        """Return what is another one when the content is."""
+        """Return a string that changes with the content."""
 
     @abstractmethod
     def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
-        """Return the bytes as they stand, opened for Arrow's readers, which seek; mapped: where that is possible."""
+        """Open the raw bytes for Arrow's readers; `mapped`: memory-mapped if possible."""
 
     @abstractmethod
     def _raw(self) -> Path | BinaryIO:
-        """Return what Python's readers of compressed files open."""
+        """Return the path or raw stream for Python's decompressors."""
 
     def open(self) -> BinaryIO:
-        """Return the content opened for reading and seeking, its compression undone."""
+        """Open the decompressed content for reading and seeking."""
         raw = self._raw()
         if self.compression:
             return cast(BinaryIO, COMPRESSIONS[self.compression](raw))
         return raw.open("rb") if isinstance(raw, Path) else raw
 
     def stream(self) -> BinaryIO:
-        """Return what `open` does, to be read once from the beginning; another thread reads it."""
+        """Open the decompressed content for one sequential read, with read-ahead in another thread."""
         return cast(BinaryIO, io.BufferedReader(ReadAhead(self.open()), READ_AHEAD_BYTES))
 
 
@@ -75,24 +75,24 @@ class LocalFile(TableFile):
     """A file on disk."""
 
     def __init__(self, path: Path, name: str = "") -> None:
-        """`name` is by default the path."""
+        """`name` defaults to the path."""
         self.path, self.name = path, name or str(path)
 
     def size(self) -> int:
-        """Return its bytes."""
+        """Return the size in bytes."""
         return self.path.stat().st_size
 
     def version(self) -> str:
-        """Return its size and when it was written."""
+        """Return the size and modification time."""
         stat = self.path.stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
-        """Return it opened, or mapped into memory."""
+        """Open or memory-map the file."""
         return pa.memory_map(str(self.path)) if mapped else pa.OSFile(str(self.path))
 
     def stream(self) -> BinaryIO:
-        """Return it to be read once from the beginning; a compression is undone in another thread."""
+        """Open for one sequential read; decompression runs in another thread."""
         return super().stream() if self.compression else self.open()
 
     def _raw(self) -> Path:
@@ -100,21 +100,21 @@ class LocalFile(TableFile):
 
 
 class RemoteFile(TableFile):
-    """A file at a URL, read by ranges."""
+    """A file at a URL, read by range requests."""
 
     def __init__(self, url: str) -> None:
         self.url, self.name = url, redacted(url)
 
     def size(self) -> int:
-        """Return its bytes. Raises FileNotFoundError."""
+        """Return the size in bytes. Raises FileNotFoundError."""
         return size_of(self.url)
 
     def version(self) -> str:
-        """Return its size and its etag, or when it was written, where the server tells that."""
+        """Return the size, and the ETag or modification time if the server sends one."""
         return version_of(self.url)
 
     def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
-        """Return it with a request for each read: Arrow's readers ask for what they need, a column of a row group."""
+        """Open with one request per read: Arrow reads only the required column chunks."""
         return pa.PythonFile(RangeReader(self), mode="r")
 
     def _raw(self) -> BinaryIO:
@@ -122,10 +122,10 @@ class RemoteFile(TableFile):
 
 
 class RangeReader(io.RawIOBase):
-    """A file at a URL, a request for each read."""
+    """A seekable file at a URL, with one request per read."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._file, self._size, self._place = file, file.size(), 0
+        self._file, self._size, self._position = file, file.size(), 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -136,24 +136,27 @@ class RangeReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place in the file and return it."""
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
+        """Set the position and return it."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def readinto(self, target: Any) -> int:
-        """Fill `target` as far as the file goes; 0 at its end. Raises DataError: the file is shorter than it was."""
-        size = max(0, min(len(target), self._size - self._place))
+        """Read into `target`; 0 at the end of the file.
+
+        Raises DataError: the file was truncated meanwhile.
+        """
+        size = max(0, min(len(target), self._size - self._position))
         if size:
-            content = fetch(self._file.url, self._place, size, lambda got: len(got) == size)
+            content = fetch(self._file.url, self._position, size, lambda got: len(got) == size)
             if len(content) < size:
-                raise DataError(f"{self._file.name} became shorter while it was read; leave it as it is, begin again")
+                raise DataError(f"{self._file.name} became shorter during reading; start again, without changing it")
             target[:size] = content
-            self._place += size
+            self._position += size
         return size
 
 
 class ReadAhead(io.RawIOBase):
-    """The bytes of a stream, which another thread reads: undoing a compression takes a core, a request takes time."""
+    """A stream with read-ahead in another thread, hiding decompression and requests."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._pool, self._chunk = stream, ThreadPoolExecutor(1), memoryview(b"")
@@ -164,7 +167,7 @@ class ReadAhead(io.RawIOBase):
         return True
 
     def readinto(self, target: Any) -> int:
-        """Fill `target` as far as there is something; 0 at the end. Raises what reading the stream raised."""
+        """Read into `target`; 0 at the end. Raises the errors of the stream."""
         if not self._chunk:
             self._chunk = memoryview(self._coming.popleft().result())
             self._coming.append(self._pool.submit(self._stream.read, READ_AHEAD_BYTES))
@@ -173,7 +176,7 @@ class ReadAhead(io.RawIOBase):
         return size
 
     def close(self) -> None:
-        """Close the stream, too."""
+        """Stop the thread, and close the stream."""
         if not self.closed:
             self._pool.shutdown(cancel_futures=True)
             self._stream.close()

@@ -1,4 +1,4 @@
-"""Open the table at a path or URL with the source of its format."""
+"""Opening the table at a path or URL with the source of its format."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from bigdssm.utils.urls import is_folder, is_url, join, list_names
 
 
 def open_source(path: str | Path) -> Source:
-    """Return the table at a path or URL: a file, a folder of Parquet files, or a saved Hugging Face dataset.
+    """Open the table at a path or URL: a file, a Parquet folder, or a saved dataset.
 
-    Raises DataError: nothing there, or of an unknown format; ConfigError: a package is missing for such a URL.
+    Raises DataError: missing, or an unknown format; ConfigError: a missing package for this kind of URL.
     """
     if isinstance(path, str) and is_url(path):
         return _remote(path)
@@ -34,16 +34,15 @@ def open_source(path: str | Path) -> Source:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise DataError(f"table {path} {'is no file' if path.exists() else 'does not exist'}")
+        raise DataError(f"table {path} {'is not a file' if path.exists() else 'does not exist'}")
     return _of_suffix(LocalFile(path))
 
 
 def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-    """Yield the rows of all parts of the table at `path` in order, with exactly `columns`; bad rows go to `report_bad`.
+    """Yield all rows of the table at `path` in order, with exactly `columns`.
 
-    `columns` may be a mapping to the option that names each, for the sentence on a missing one.
-
-    Raises what `open_source` and `Source.batches` do, and DataError: no usable rows.
+    Bad rows are passed to `report_bad`. `columns` may map columns to the options that name them, for messages about
+    missing columns. Raises as `open_source` and `Source.batches`; DataError: no usable rows.
     """
     source, empty = open_source(path), True
     for part in source.parts():
@@ -52,7 +51,7 @@ def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad
                 empty = empty and not len(batch.rows)
                 yield batch
         except MissingColumn as error:
-            raise DataError(error.named_by(columns if isinstance(columns, Mapping) else {})) from None
+            raise DataError(error.message(columns if isinstance(columns, Mapping) else {})) from None
     if empty:
         raise DataError(f"{source.name} has no usable rows")
 
@@ -62,7 +61,7 @@ def _of_suffix(file: TableFile) -> Source:
     source = SOURCES.get(Path(file.name).suffix.lower()) or compressible.get(file.suffix)
     if source is None:
         raise DataError(
-            f"{file.name}: unknown table format; known are {', '.join({**compressible, **SOURCES})}, "
+            f"{file.name}: unknown table format; supported are {', '.join({**compressible, **SOURCES})}, "
             f"{', '.join(compressible)} also with {', '.join(COMPRESSIONS)}"
         )
     return source(file)
@@ -86,5 +85,5 @@ def _remote(url: str) -> Source:
 
 def _parquet_folder(folder: str, names: Sequence[str], file: Callable[[str], TableFile]) -> Source:
     if not (used := parquet_names(folder, names)):
-        raise DataError(f"table {folder} is no file, and as a folder it holds no {PARQUET_SUFFIX} files")
+        raise DataError(f"table {folder} is not a file, and as a folder it has no {PARQUET_SUFFIX} files")
     return ParquetSource(*map(file, used), name=folder)

@@ -1,4 +1,7 @@
-"""Text tables: CSV, TSV, RecBole files and JSON lines. Columns of CSV are strings: an id such as `007` is kept."""
+"""Text tables: CSV, TSV, RecBole files and JSON Lines.
+
+CSV columns are strings, so an id such as `007` is preserved.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.ingest.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Part, as_utf8, register_source
 
-# RecBole writes each column's type into the header, as in `item_id:token`.
+# RecBole headers contain types, as in `item_id:token`
 HEADER_TYPE = re.compile(r":(token|float)(_seq)?\Z")
 
 
 def column_names(table: str, header: Sequence[str]) -> list[str]:
-    """Return the columns' names without RecBole's types. Raises DataError where `table` has one twice."""
+    """Strip RecBole types from column names. Raises DataError: a duplicate column."""
     names = [HEADER_TYPE.sub("", name).strip() for name in header]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -32,28 +35,28 @@ def column_names(table: str, header: Sequence[str]) -> list[str]:
 
 
 class MissingColumn(DataError):
-    """A column that a table lacks; who reads the table knows which option or feature names it."""
+    """A missing column; the caller adds the option or feature that names it."""
 
     def __init__(self, table: str, column: str, hint: str) -> None:
         super().__init__(table, column, hint)
         self.column = column
 
     def __str__(self) -> str:
-        return self.named_by({})
+        return self.message({})
 
-    def named_by(self, names: Mapping[str, str]) -> str:
-        """Return the sentence; `names` holds the option or feature that names each column."""
+    def message(self, names: Mapping[str, str]) -> str:
+        """Format the message; `names` maps columns to the options or features that name them."""
         table, column, hint = self.args
         by = f", which {names[column]} names" if column in names else ""
         return f"{table} has no column {column!r}{by}; {hint}"
 
 
-def require_columns(table: str, found: Collection[str], needed: Sequence[str]) -> None:
-    """Raise MissingColumn naming the first of `needed` that `table` lacks, and the nearest that it has."""
-    for name in needed:
-        if name not in found:
-            near = difflib.get_close_matches(name, list(found), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, found))}"
+def require_columns(table: str, present: Collection[str], required: Sequence[str]) -> None:
+    """Raise MissingColumn with the first missing column and the closest match."""
+    for name in required:
+        if name not in present:
+            near = difflib.get_close_matches(name, list(present), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, present))}"
             raise MissingColumn(table, name, hint)
 
 
@@ -63,13 +66,13 @@ MAX_HEADER_BYTES = 64 << 20
 
 @register_source
 class DelimitedSource(FileSource):
-    """A text file of lines of fields, the first of them the header; rows are numbered without it."""
+    """A delimited text file with a header line, which has no row number."""
 
     suffixes: ClassVar[tuple[str, ...]] = tuple(DELIMITERS)
     compressible: ClassVar[bool] = True
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield the file's rows."""
+        """Yield the rows of the file."""
         delimiter = DELIMITERS[self.file.suffix]
         quoted = delimiter == ","  # TSV has no quoting: titles may hold a lone quote
         names = self._header(delimiter, quoted)
@@ -92,7 +95,7 @@ class DelimitedSource(FileSource):
         )
         reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
         with self.file.stream() as stream:
-            first_row = 0  # names are given, so that the header comes as row 0
+            first_row = 0  # names are explicit, so Arrow returns the header as row 0
             for batch in pa_csv.open_csv(pa.PythonFile(stream, mode="r"), reading, parsing, conversion):
                 candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
                 rows = np.setdiff1d(candidates, np.array(list(broken), np.int64))[: batch.num_rows]
@@ -112,7 +115,7 @@ class DelimitedSource(FileSource):
         except UnicodeDecodeError:
             raise DataError(f"{self.name}: the header is not UTF-8; convert the table first") from None
         if not header:
-            raise DataError(f"{self.name} has no header: it is empty, or its first line is")
+            raise DataError(f"{self.name} has no header: the file or its first line is empty")
         fields = csv.reader([header], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
         return column_names(self.name, next(fields))
 
@@ -125,9 +128,9 @@ Record = dict[str, Any]
 def record_batches(
     name: str, numbered: Iterable[tuple[int, Record, int]], columns: Sequence[str], report_bad: ReportBad
 ) -> Iterator[SourceBatch]:
-    """Yield records of the table `name`, each with its row's number and bytes, as batches of `columns`.
+    """Group (row number, record, bytes) of table `name` into batches of `columns`.
 
-    Raises DataError: a column that none of the first ones has.
+    Raises DataError: a column that no record of the first batch has.
     """
     records: list[Record] = []
     rows: list[int] = []
@@ -146,15 +149,18 @@ def record_batches(
 def record_batch(
     name: str, records: list[Record], rows: list[int], columns: Sequence[str], checked: bool, report_bad: ReportBad
 ) -> SourceBatch:
-    """Return records as a batch of `columns`; until `checked`, one that no record has raises DataError."""
-    if not checked:  # a key may be absent in some records, but not in all of the first ones
+    """Convert records to a batch of `columns`.
+
+    Unless `checked`, a column without any value raises DataError.
+    """
+    if not checked:  # a key may be absent in some records, but not in the whole first batch
         require_columns(name, dict.fromkeys(key for record in records for key in record), columns)
     table = pa.table({column: _typed([record.get(column) for record in records]) for column in columns})
     return as_utf8(SourceBatch(name, table, np.array(rows, np.int64)), report_bad)
 
 
 def parse_object(text: str) -> Record:
-    """Return a JSON object. Raises ValueError: no JSON, no object, or one with half a character (a lone surrogate)."""
+    """Parse a JSON object. Raises ValueError: not JSON, not an object, or a lone surrogate."""
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, needs an object")
@@ -162,16 +168,16 @@ def parse_object(text: str) -> Record:
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"an object with half a character, {error.object[error.start]!a}") from None
+            raise ValueError(f"an object with a lone surrogate, {error.object[error.start]!a}") from None
     return record
 
 
 def _typed(values: list[Any]) -> pa.Array:
-    """Return values of one type as they are, others as texts; lists of single values stay lists."""
+    """Convert values to an array: mixed types become strings, within lists too."""
     lists = all(value is None or isinstance(value, list) for value in values)
     single = [element for value in values if value for element in value] if lists else values
     kinds = {type(value) for value in single if value is not None}
-    if bool not in kinds or len(kinds) == 1:  # Arrow takes a boolean behind a float as a number
+    if bool not in kinds or len(kinds) == 1:  # Arrow would convert a boolean after a float to a number
         try:
             return pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types
@@ -182,7 +188,7 @@ def _typed(values: list[Any]) -> pa.Array:
 
 
 def _text(value: Any) -> str | None:
-    """Return the text that a value has in any batch: numbers as columns of numbers give them, NaN as null."""
+    """Format a value independently of its batch: numbers as in numeric columns, NaN as null."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, float):
@@ -195,13 +201,13 @@ def _text(value: Any) -> str | None:
 
 @register_source
 class JsonLinesSource(FileSource):
-    """A text file of JSON objects; rows are its lines."""
+    """A text file with one JSON object per line."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
     compressible: ClassVar[bool] = True
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield the file's rows."""
+        """Yield the rows of the file."""
         with self.file.stream() as stream:
             yield from record_batches(self.name, self._records(stream, report_bad), columns, report_bad)
 
@@ -210,9 +216,7 @@ class JsonLinesSource(FileSource):
             if not line.strip():
                 continue
             if row == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                raise DataError(
-                    f"{self.name} is a JSON array, needs one object a line; `jq -c '.[]'` makes lines of it"
-                )
+                raise DataError(f"{self.name} is a JSON array, needs one object per line; `jq -c '.[]'` converts it")
             try:
                 if len(line) >= MAX_RECORD_BYTES:
                     raise ValueError(f"a line of more than {MAX_RECORD_BYTES:,} bytes")
@@ -227,7 +231,7 @@ class JsonLinesSource(FileSource):
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield lines; of a line longer than the limit only its beginning, so that memory stays bounded."""
+    """Yield lines, truncated to the limit to bound memory."""
     while line := stream.readline(MAX_RECORD_BYTES):
         yield line
         while len(line) >= MAX_RECORD_BYTES and not line.endswith(b"\n"):

@@ -1,11 +1,11 @@
-"""Plain WebDataset shards by other writers as a table: one row a sample, its columns out of the members that are text.
+"""WebDataset shards as tables: one row per sample, with columns from text members.
 
     x.json         the object's keys are columns       x.query.txt    column `query`
     x.doc.json     columns `doc.<key>`                 x.txt          column `txt`
-                                                       __key__        what stands before the first dot
+                                                       __key__        the name up to the first dot
 
-Other members (images, …) are skipped unread. Nothing is unpickled, no command is run, no key becomes a path. A shard
-that was cut or has a damaged header is refused: webdataset's reader would end there as if it were whole.
+Other members (images, …) are skipped unread. Nothing is unpickled, no command is run, no key becomes a path. Truncated
+shards and damaged headers are refused; webdataset's reader would silently stop there.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ KEY = "__key__"
 
 @register_source
 class WebDatasetSource(FileSource):
-    """A shard; rows are its samples."""
+    """A shard, with one row per sample."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".tar",)
     compressible: ClassVar[bool] = True
 
     def split(self) -> Sequence[Part]:
-        """Return one. Raises DataError: the shard is not whole, or refused; see `check_shard`."""
+        """Return a single part. Raises DataError: truncated or refused, see `check_shard`."""
         check_shard(self.file)
         return super().split()
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Yield the samples; bad ones are reported. Raises DataError: no samples, or a member twice in one."""
+        """Yield the samples; bad ones are reported.
+
+        Raises DataError: no samples, or a duplicate member.
+        """
         empty = True
         with self.file.stream() as stream:
             for batch in record_batches(self.name, self._records(stream, report_bad), columns, report_bad):
@@ -59,18 +62,16 @@ class WebDatasetSource(FileSource):
 
 
 def check_shard(file: TableFile) -> None:
-    """Raise DataError unless every header of the tar is whole and no member is one that readers unpickle."""
+    """Raise DataError if a tar header is damaged, or a member would be unpickled by readers."""
     last = "the beginning"
     with file.open() as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    setattr(tar, "members", [])  # noqa: B010 (not in its stubs; it would keep them all)
+                    setattr(tar, "members", [])  # noqa: B010 (not in the stubs; bounds memory)
                     last = f"member {member.name!r}"
                     if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
-                        raise DataError(
-                            f"{file.name}: {last} holds code for whoever unpickles it; refused, leave it out"
-                        )
+                        raise DataError(f"{file.name}: {last} is a pickle, which can run code; refused, leave it out")
                     if is_text(member.name) and member.size > MAX_RECORD_BYTES:
                         raise DataError(
                             f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"
@@ -78,28 +79,31 @@ def check_shard(file: TableFile) -> None:
                 stream.seek(tar.offset)
                 end = stream.read(tarfile.BLOCKSIZE)
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{file.name} is damaged or cut behind {last}: {error}") from None
+            raise DataError(f"{file.name} is damaged or truncated after {last}: {error}") from None
     if len(end) < tarfile.BLOCKSIZE or any(end):
-        raise DataError(f"{file.name} is damaged or cut behind {last}: no end of a tar stands there; get it again")
+        raise DataError(f"{file.name} is damaged or truncated after {last}: no end-of-archive marker; get it again")
 
 
 def _samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    from webdataset.tariterators import group_by_keys, tar_file_iterator  # which brings torch: seconds for each worker
+    from webdataset.tariterators import group_by_keys, tar_file_iterator  # imports torch: seconds per worker
 
     members = tar_file_iterator(stream, select_files=is_text)
     try:
         yield from group_by_keys({**member, "__url__": name} for member in members)
-    except ValueError as error:  # a member of one name twice in a sample
-        raise DataError(f"{name}: {error.args[0]}; give every sample a key of its own") from None
+    except ValueError as error:  # a duplicate member in a sample
+        raise DataError(f"{name}: {error.args[0]}; give every sample a unique key") from None
 
 
 def is_text(name: str) -> bool:
-    """Return True where a member's name says that its content is text."""
+    """Return True if a member has the suffix of a text file."""
     return name.lower().endswith(tuple(f".{suffix}" for suffix in TEXT_SUFFIXES))
 
 
 def record_of(sample: dict[str, Any]) -> Record:
-    """Return a sample's columns. Raises ValueError: not UTF-8, no JSON object, or a column that comes twice."""
+    """Return a sample's columns.
+
+    Raises ValueError: not UTF-8, not a JSON object, or a duplicate column.
+    """
     record: Record = {KEY: sample[KEY]}
     for suffix, content in sample.items():
         if suffix.startswith("__"):
@@ -109,11 +113,11 @@ def record_of(sample: dict[str, Any]) -> Record:
             text = content.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"invalid UTF-8 in .{suffix} at byte {error.start}") from None
-        found = _columns(suffix, name, text) if kind == "json" else {name or kind: text}
-        for column in found:
+        columns = _columns(suffix, name, text) if kind == "json" else {name or kind: text}
+        for column in columns:
             if column in record:
                 raise ValueError(f"column {column!r} comes from .{suffix} and from another member")
-        record |= found
+        record |= columns
     return record
 
 

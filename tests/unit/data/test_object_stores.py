@@ -128,8 +128,8 @@ def test_a_dataset_is_made_of_tables_in_a_bucket_and_put_there(bucket: Store, tm
     make_dataset(config, pairs=tmp_path / "p.parquet", split="train", out=tmp_path / "made")
     there = Dataset.open(f"{bucket.url}/made", cache=FileCache(tmp_path / "cache", 1 << 30))
     assert there.fingerprint == Dataset.open(tmp_path / "made").fingerprint and there.num_rows("train") == 40
-    with pytest.raises(DataError, match="s3://bucket/made holds a dataset already"):
+    with pytest.raises(DataError, match="s3://bucket/made already holds a dataset"):
         make_dataset(config, pairs=tables)
-    with pytest.raises(ConfigError, match="a dataset at a URL does not grow"):
+    with pytest.raises(ConfigError, match="cannot append to a dataset at a URL"):
         make_dataset(config, pairs=tables, partition="more", append=True)
     assert make_dataset(config, pairs=tables, split="train", overwrite=True).rows == {"train": 40}

@@ -146,7 +146,7 @@ def test_samples_that_cannot_be_used_are_named_and_replaced(plain: tuple[Dataset
 
 @pytest.mark.parametrize(
     ("suffix", "message"),
-    [("pyd", "holds code"), ("pickle", "holds code"), ("pth", "holds code"), ("cut", "damaged or cut behind")],
+    [("pyd", "is a pickle"), ("pickle", "is a pickle"), ("pth", "is a pickle"), ("cut", "damaged or truncated after")],
 )
 def test_shards_that_are_not_safe_or_not_whole_are_refused(
     plain: tuple[Dataset, Path], tmp_path: Path, suffix: str, message: str

@@ -141,12 +141,12 @@ def test_known_positives_can_be_left_out(made: tuple[Dataset, Path, Config], tex
     dataset, folder, _ = made
     collection = read_collection(folder, "test")
     query = collection.queries[0].key
-    collection.known[query] = {entry.key: 1 for entry in collection.corpus[:150]}
+    collection.known_positives[query] = {entry.key: 1 for entry in collection.corpus[:150]}
     arguments = (text_model, dataset.schema, dataset.tokenizer_dir, collection)
     everything, left = (model_run(*arguments, filter_known=known, top=100)[query] for known in (False, True))
     assert len(everything) == len(left) == 100
-    assert everything.keys() & collection.known[query].keys()
-    assert not left.keys() & collection.known[query].keys()
+    assert everything.keys() & collection.known_positives[query].keys()
+    assert not left.keys() & collection.known_positives[query].keys()
 
 
 def test_cut_vectors_score_as_the_loss_scores_them(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
@@ -231,7 +231,7 @@ def test_damage_is_named(made: tuple[Dataset, Path, Config], tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"judges query 'q', which queries\.jsonl does not have"):
         read_collection(tmp_path, "test")
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "b"}\n{"_id": "e"}\n')
-    with pytest.raises(DataError, match=r"corpus.jsonl:2 is no BEIR record: KeyError\('text'\)"):
+    with pytest.raises(DataError, match=r"corpus.jsonl:2 is not a BEIR record: KeyError\('text'\)"):
         read_collection(tmp_path, "test")
 
 
