@@ -167,7 +167,7 @@ def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tenso
         assert encoded.U is not None and encoded.W is not None
         return fps_loss(encoded.U, encoded.W, batch.positive, alpha=SCALE)
 
-    budget = TokenBudget.of(config, model.packs(training=True))
+    budget = TokenBudget.of(config, model.accepts_packed(training=True))
     return lambda: train_step(engine, batch, plan_step(batch, budget), loss, 1.0).loss  # the mean over ranks
 
 
