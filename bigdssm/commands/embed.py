@@ -23,7 +23,7 @@ from typing import get_args
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, check_width, command
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.embed import cut_encoders, tower_encoders
+from bigdssm.retrieval.embed import tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.vector_files import FileFormat, check_formats, difference_from_model, write_card, write_file
 from bigdssm.retrieval.vectors import Dtype, write_vectors
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoders, model = tower_encoders(folder.model, dataset), folder.config.model
     if args.width is not None:
         check_width("--width", args.width, model.dim)
-        encoders = cut_encoders(encoders, args.width, model.score == "cosine")
+        encoders = truncate_encoders(encoders, args.width, model.score == "cosine")
     with ProgressBar() as progress:
         work = ShardWork.of_launcher(args.rows_per_shard, progress)
         whole = 0 if args.width in (None, model.dim) else model.dim + 1
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             score=model.score,
             dtype=args.dtype,
         )
-    resumed = f", {written.found} shards were finished before" if written.found else ""
-    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
+    went_on = f", {written.resumed_shards} shards were finished before" if written.resumed_shards else ""
+    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
     if written.meta is None:
         return  # the last rank to finish writes the other files
     print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {args.dtype}")

@@ -25,7 +25,7 @@ from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS, resolve_precision
 from bigdssm.retrieval.embed import Encoders, encode_in, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
-from bigdssm.retrieval.teacher_vectors import write_teacher
+from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.hashing import json_checksum
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoders, name = _encoders(args, dataset)
     with ProgressBar() as progress:
         work = ShardWork.of_launcher(args.rows_per_shard, progress)
-        vectors = write_teacher(args.out, encoders, dataset, name, work)
+        vectors = write_teacher_vectors(args.out, encoders, dataset, name, work)
     if vectors is not None:
         documents, width = vectors.documents.shape
         print(f"{args.out}: {documents} documents and {len(vectors.keys)} queries of width {width}")

@@ -44,7 +44,7 @@ from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
-from bigdssm.retrieval.embed import cut_vectors, encode_in, tower_encoders
+from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.atomic import write_json
 
@@ -153,7 +153,7 @@ def _evaluated(
     reranking = None
     if rerank is not None:
         scorer = PairScorer.of(folder, dataset)
-        scorer.check_reranks()
+        scorer.require_scorer()
         reranking = Reranking(scorer, rerank)
     with ProgressBar() as progress:
         encoders = (encoders_of if rerank is None else tower_encoders)(folder.model, dataset)
@@ -190,7 +190,7 @@ def _on_collection(args: argparse.Namespace) -> None:
             add(name, search, encoding_s)
             normalise = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
-                cut = partial(cut_vectors, width=width, normalise=normalise)
+                cut = partial(truncate_vectors, width=width, normalise=normalise)
                 add(
                     f"{name} cut to {width}",
                     partial(vectors_run, collection, cut(queries), cut(documents), known),

@@ -26,8 +26,8 @@ from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
-from bigdssm.retrieval.mining import gather_mined, mine
-from bigdssm.retrieval.vectors import vectors_of
+from bigdssm.retrieval.mining import gather_hard_negatives, mine
+from bigdssm.retrieval.vectors import read_vectors
 
 
 @command
@@ -65,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:
             start, stop = share.of(dataset.catalogue.num_docs)
-            vectors = vectors_of(args.vectors, folder.checksum, dataset, start, stop)
+            vectors = read_vectors(args.vectors, folder.checksum, dataset, start, stop)
             documents = DocumentVectors(torch.from_numpy(vectors), start)
         local = mine(
             tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
             exclude_seen=folder.config.data.exclude_seen,
         )  # fmt: skip
-        hard = gather_mined(args.out, local, dataset)
+        mined = gather_hard_negatives(args.out, own, dataset)
     if distributed.is_main():
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
     distributed.shutdown()

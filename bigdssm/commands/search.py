@@ -26,8 +26,8 @@ from rich.table import Table
 
 from bigdssm.cli import add_search_options, at_least, check_file_to_write, command, refuse_options
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.index import FoundDocument
-from bigdssm.retrieval.request import Event, Request, request_of
+from bigdssm.retrieval.index import ScoredDocument
+from bigdssm.retrieval.request import Event, Request, parse_request
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import new_file
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file_to_write("--out", args.out)
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
-        refuse_options(parser, args, options, "with --request, which contains them")
-        request = request_of(_read(args.request))
+        refuse_options(parser, args, options, "with --request, which holds all of it")
+        request = parse_request(_read(args.request))
     else:
         request = _request(args)
     searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
@@ -92,10 +92,10 @@ def _read(file: str) -> dict[str, object]:
     return content
 
 
-def _write(path: Path, documents: Sequence[FoundDocument]) -> None:
+def _write(path: Path, documents: Sequence[ScoredDocument]) -> None:
     with new_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["rank", *FoundDocument._fields])
+        writer.writerow(["rank", *ScoredDocument._fields])
         writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
 
 
@@ -111,7 +111,7 @@ def _feature_values(pairs: list[str]) -> dict[str, str]:
     return values
 
 
-def _show(searcher: Searcher, query: Query, documents: Sequence[FoundDocument]) -> None:
+def _show(searcher: Searcher, query: Query, documents: Sequence[ScoredDocument]) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     lines = []
     if newest := searcher.seen(query):

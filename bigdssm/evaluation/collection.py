@@ -27,7 +27,7 @@ from bigdssm.features.ragged import Column
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import TextEncoder
-from bigdssm.retrieval.embed import document_vectors, in_pieces, query_vectors
+from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.log import Progress, no_progress
@@ -65,7 +65,7 @@ def model_vectors(
         features: Mapping[str, Feature] = getattr(schema, side)
         columns = entry_columns(features, entries, tokenizer)
         what = "queries encoded" if side == "query" else "documents encoded"
-        return in_pieces(features, columns, pad, partial(encode, model), what, progress)
+        return encode_columns(features, columns, pad, partial(encode, model), what, progress)
 
     queries = encoded("query", collection.queries, query_vectors)
     return queries, encoded("doc", collection.corpus, document_vectors)
@@ -104,7 +104,7 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
         return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], tokenizer)
 
     scorer = PairScorer(folder.model, folder.schema, folder.pad_token_id, documents)
-    scorer.check_reranks()
+    scorer.require_scorer()
     ranked: dict[str, dict[str, float]] = {}
     for first in range(0, len(collection.queries), RERANKED_AT_ONCE):
         entries = collection.queries[first : first + RERANKED_AT_ONCE]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.retrieval.embed import DocumentVectors
-from bigdssm.retrieval.exact_search import LEAST_ROWS, ExcludedDocuments, SearchRound, product
+from bigdssm.retrieval.exact_search import LEAST_ROWS, ExcludedDocuments, SearchRound, inner_products
 
 PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # scored at once where the score is no product: each pair has its own vector
 QUERIES_AT_ONCE = 512
@@ -53,7 +53,7 @@ def _own_product(queries: Tensor, documents: Tensor) -> Tensor:
 
 def by_product() -> Scoring:
     """Return the scoring of index vectors by inner product."""
-    return Scoring(product, _own_product, QUERIES_AT_ONCE, TILE_SCORES)
+    return Scoring(inner_products, _own_product, QUERIES_AT_ONCE, TILE_SCORES)
 
 
 def by_pairs(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
@@ -74,7 +74,7 @@ def by_pairs(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
 def ranks_of_round(scoring: Scoring, asked: SearchRound, documents: DocumentVectors) -> Tensor:
     """Return float64 [m]: the ranks of their documents for this rank's queries of a round. A collective."""
     own = asked.of_targets(documents, scoring.own)
-    return 1 + asked.added_up(_counts(scoring, asked.vectors, documents.vectors, own, asked.left_out))
+    return 1 + asked.reduce_local(_counts(scoring, asked.vectors, documents.vectors, own, asked.excluded))
 
 
 def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
@@ -90,7 +90,7 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: S
 def ranks_of_scores(scores: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
     """Return float64 [m]: the rank of document `target[i]` in row i of `scores` [m, N]; only equal scores tie."""
     target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
-    pairs = _left_out(target, seen).of_block(0, len(scores))
+    pairs = _left_out(target, seen).block(0, len(scores))
     return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
 
 
@@ -108,7 +108,7 @@ def _counts(scoring: Scoring, queries: Tensor, documents: Tensor, own: Tensor, l
     counts = queries.new_zeros(len(queries), dtype=torch.float64)
     for first in range(0, len(queries), scoring.queries_at_once):
         last = min(first + scoring.queries_at_once, len(queries))
-        pairs = left_out.of_block(first, last)
+        pairs = left_out.block(first, last)
         tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # few are padded to so many
         for column in range(0, len(documents), tile):
             scores = scoring.every(queries[first:last], documents[column : column + tile])

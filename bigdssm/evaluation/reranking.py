@@ -19,7 +19,7 @@ from bigdssm.evaluation.ranks import TIE_RELATIVE
 from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, MlpScorer
 from bigdssm.retrieval.embed import DocumentVectors, Encoders, encode, to_device, tower_encoders
-from bigdssm.retrieval.exact_search import SearchRound, exact_search, opened, top_of_round
+from bigdssm.retrieval.exact_search import SearchRound, exact_search, top_of_round, unpack_keys
 from bigdssm.retrieval.pair_scorer import PairScorer
 
 RERANKED_AT_ONCE = 1024  # queries of all ranks in a round
@@ -37,7 +37,7 @@ class Reranking:
 
         A collective.
         """
-        others = opened(top_of_round(exact_search(documents), asked, self.top - 1))[1].cpu().numpy()
+        others = unpack_keys(top_of_round(exact_search(documents), asked, self.top - 1))[1].cpu().numpy()
         among = np.flatnonzero((before <= self.top).cpu().numpy())
         rows = asked.rows.take(among)
         scores = torch.from_numpy(

@@ -21,7 +21,7 @@ from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.reranking import ScoredEncoders, encoders_of
 from bigdssm.models import CrossEncoder
 from bigdssm.retrieval.embed import Encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, record_type, rows_of_queries, window_records
+from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype, rows_of_queries, window_records
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.retrieval.texts import Texts
@@ -170,8 +170,8 @@ def score_pairs(
     `names` tell what is scored, and by whom, from anything else: finished shards of a run that was ended are kept where
     these are the same. Raises DataError where a judge's score is not finite.
     """
-    out = real_path(out)
-    record = record_type(mined.width, judged=True)
+    out = real_place(out)
+    record = record_dtype(mined.width, scored=True)
 
     def prepare(aside: Path) -> None:
         new_array(aside / FILE, record, (len(mined),))

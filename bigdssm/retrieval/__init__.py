@@ -1,1 +1,1 @@
-"""From a trained model to documents: vectors, index, search, mined negatives."""
+"""Document vectors, indexes, search, recommendation, hard negatives."""

@@ -1,7 +1,7 @@
 """Index vectors of queries and documents, whose inner product is the training score.
 
-A document's index vector is [alpha * w, beta] and a query's [u, 1], so that their product alpha * <u, w> + beta holds
-everything that the loss saw. Shapes: m queries, n documents, N catalogue rows, D the towers' width.
+A document's index vector is [alpha * w, beta] and a query's [u, 1]; their product is alpha * <u, w> + beta.
+Shapes: m queries, n documents, N catalogue rows, D the towers' width.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils.log import Progress, no_progress
 
-# Encoded at once: what a CPU's caches hold (twice as fast there as all rows together), or what keeps a GPU busy.
+# Tokens per chunk: fits a CPU's caches (twice as fast as one large batch), or keeps a GPU busy.
 CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
-ROWS_AT_ONCE = 16_384  # made tensors of at once, where rows wait as columns
+ROWS_AT_ONCE = 16_384  # rows converted from columns to tensors at a time
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class DocumentVectors:
         return len(self.vectors)
 
     def hold(self, rows: Tensor) -> Tensor:
-        """Return which of the catalogue rows are here, bool."""
+        """Return bool: which of the catalogue rows are held here."""
         return (rows >= self.first) & (rows < self.first + len(self))
 
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of the work, and the piece of it that is encoded at once."""
+    """This rank's share of the work, and the chunk size."""
 
     rank: int = 0
     world_size: int = 1
@@ -69,24 +69,24 @@ class Share:
     progress: Progress = no_progress
 
     def bounds(self, num_rows: int) -> list[tuple[int, int]]:
-        """Return every rank's [first, last) of so many rows, the shares that `Dataset.iterate` gives."""
+        """Return [first, last) per rank, the shares of `Dataset.iterate`."""
         edges = [num_rows * k // self.world_size for k in range(self.world_size + 1)]
         return list(pairwise(edges))
 
     def of(self, num_rows: int) -> tuple[int, int]:
-        """Return this rank's [first, last) of so many rows."""
+        """Return this rank's [first, last) of `num_rows`."""
         return self.bounds(num_rows)[self.rank]
 
     def num_chunks(self, num_rows: int, rows_per_chunk: int) -> int:
-        """Return the chunks of the rank that has most rows."""
+        """Return the number of chunks on the rank with the most rows."""
         return -(-max(last - first for first, last in self.bounds(num_rows)) // rows_per_chunk)
 
 
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
     """Return the Encoders of `model`: a DualEncoder, or an engine around one, on `device`.
 
-    Every call runs the model's own forward in evaluation mode, so it also works on an engine that shards parameters.
-    Where there is a process group a call is a collective. Rows are encoded in chunks of like length.
+    Calls use the model's own forward in evaluation mode, so engines that shard parameters work, too. With a process
+    group a call is a collective. Rows are encoded in chunks of similar length.
     """
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
 
@@ -94,19 +94,19 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
 
     def queries(rows: Rows) -> Tensor:
         pads, features = pad_ids(dataset.schema.query, dataset.pad_token_id), collator.query_features(rows.query)
-        return in_chunks(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
+        return encode_features(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
         pads, features = pad_ids(dataset.schema.doc, dataset.pad_token_id), dataset.catalogue.features(doc_rows)
-        return in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
+        return encode_features(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
     return Encoders(queries, documents)
 
 
-def cut_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
-    """Return index vectors [n, D+1] cut to [n, width+1]; normalise: the part before the last gets its norm again.
+def truncate_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
+    """Truncate index vectors [n, D+1] to [n, width+1]; normalise: restore the norm of all but the last number.
 
-    For models trained with loss.widths (Matryoshka); cosine models normalise.
+    For models trained with loss.widths (Matryoshka); set `normalise` for cosine models.
     """
     whole, first = vectors[:, :-1], vectors[:, :width]
     if normalise:
@@ -114,11 +114,11 @@ def cut_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
     return torch.cat([first, vectors[:, -1:]], dim=1)
 
 
-def cut_encoders(encoders: Encoders, width: int, normalise: bool) -> Encoders:
-    """Return Encoders whose vectors are cut to [.., width+1]."""
+def truncate_encoders(encoders: Encoders, width: int, normalise: bool) -> Encoders:
+    """Return Encoders whose vectors are truncated to [.., width+1]."""
     return Encoders(
-        lambda rows: cut_vectors(encoders.queries(rows), width, normalise),
-        lambda doc_rows: cut_vectors(encoders.documents(doc_rows), width, normalise),
+        lambda rows: truncate_vectors(encoders.queries(rows), width, normalise),
+        lambda doc_rows: truncate_vectors(encoders.documents(doc_rows), width, normalise),
     )
 
 
@@ -136,14 +136,14 @@ def encode_in(model: nn.Module, precision: str) -> str:
 
 
 def query_vectors(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
-    """Return [m, D+1] float32 for the features of m queries."""
+    """Encode the features of m queries to float32 [m, D+1]."""
     U = encode(model, query=query).U
     assert U is not None
     return query_head(U)
 
 
 def document_vectors(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
-    """Return [n, D+1] float32 for the features of n documents; beta is 0 in a model without one."""
+    """Encode the features of n documents to float32 [n, D+1]; beta is 0 in a model without one."""
     encoded = encode(model, doc=doc)
     assert encoded.W is not None
     return document_head(encoded.W, encoded.alpha.float(), encoded.beta)
@@ -155,21 +155,21 @@ def to_device(features: Features, device: torch.device | str) -> Features:
 
 
 def all_finite(vectors: Tensor) -> bool:
-    """Return whether no number of any vector is NaN or inf; makes nothing of their size."""
+    """Return whether all numbers are finite, without allocating a tensor of their size."""
     return not vectors.numel() or all(bool(edge.isfinite()) for edge in vectors.aminmax())
 
 
 def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> DocumentVectors:
-    """Return the index vectors of this rank's share of the catalogue, which no other rank holds. A collective."""
+    """Encode this rank's share of the catalogue. A collective."""
     share = share or Share()
     begin, end = share.of(num_docs)
     vectors: Tensor | None = None
     for chunk in range(share.num_chunks(num_docs, share.rows_per_chunk)):
         first = begin + chunk * share.rows_per_chunk
         rows = np.arange(first, min(first + share.rows_per_chunk, end))
-        # A rank that has run out encodes a document for nothing: a sharded model's forward is a collective.
+        # A rank without rows left encodes one anyway: a sharded model's forward is a collective.
         made = encoders.documents(rows if len(rows) else np.zeros(1, np.int64))
-        if vectors is None:  # filled in place: parts and the whole of them would be twice the share
+        if vectors is None:  # filled in place: concatenating chunks would need twice the memory
             vectors = made.new_empty(end - begin, made.shape[1])
         vectors[first - begin : first - begin + len(rows)] = made[: len(rows)]
         share.progress("documents encoded", min(first + share.rows_per_chunk, end) - begin, end - begin)
@@ -184,12 +184,12 @@ def encode_queries(
     share: Share | None = None,
     rows: Iterable[Rows | None] | None = None,
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield (m rows of a query each, their index vectors [m, D+1]) of this rank's share of the split, or of `rows`.
+    """Yield (m single-query rows, index vectors [m, D+1]) of this rank's share of the split, or of `rows`.
 
-    `rows` come in as many pieces on every rank: then every rank calls the encoder equally often, as a sharded model
-    needs, and yields equally often; m is 0 where a piece has no queries. Run it to the end.
+    `rows` need as many chunks on every rank, so that all ranks call the encoder (a collective of a sharded model) and
+    yield equally often; m is 0 for a chunk without queries. Exhaust the iterator.
     """
-    for piece in pieces_of(dataset, split, share or Share(), "queries encoded") if rows is None else rows:
+    for piece in iterate_share(dataset, split, share or Share(), "queries encoded") if rows is None else rows:
         if piece is not None and piece.num_queries:
             each = dataset.one_query_per_row(piece)
             yield each, encoders.queries(each)
@@ -198,10 +198,10 @@ def encode_queries(
             yield some.take(np.zeros(0, np.int64)), encoders.queries(some)[:0]
 
 
-def pieces_of(dataset: Dataset, split: str, share: Share, what: str) -> Iterator[Rows | None]:
-    """Yield this rank's share of the split in pieces, then None until the rank that has most rows has run out.
+def iterate_share(dataset: Dataset, split: str, share: Share, what: str) -> Iterator[Rows | None]:
+    """Yield this rank's share of the split in chunks, then None until the longest share is exhausted.
 
-    `what` says what is done with them.
+    `what` labels the progress.
     """
     chunks = dataset.iterate(split, share.rows_per_chunk, share.rank, share.world_size)
     num_rows, at_once = dataset.num_rows(split), dataset.rows_for_queries(split, share.rows_per_chunk)
@@ -211,13 +211,13 @@ def pieces_of(dataset: Dataset, split: str, share: Share, what: str) -> Iterator
         share.progress(what, min((chunk + 1) * at_once, end - begin), end - begin)
 
 
-def in_chunks(
+def encode_features(
     features: Features, pads: PadIds, num_rows: int, encode: Callable[[dict[str, Values]], Tensor],
     device: torch.device | str = "cpu", packed: frozenset[str] = NOTHING_PACKED.query,
 ) -> Tensor:  # fmt: skip
-    """Return `encode` of all rows on `device`, in their order: chunks of rows of like length, as many on every rank.
+    """Apply `encode` on `device` to chunks of rows of similar length, as many on every rank; outputs in row order.
 
-    The features are the host's: the chunks are planned there. `packed` are the lists that come so.
+    The features are on the host, where the chunks are planned. `packed` names the lists passed without padding.
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
     plan = synchronized_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
@@ -225,22 +225,22 @@ def in_chunks(
     return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
 
 
-def in_pieces(
+def encode_columns(
     features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int,
     encode: Callable[[dict[str, Values]], Tensor], what: str = "rows encoded", progress: Progress = no_progress,
 ) -> Tensor:  # fmt: skip
-    """Return `encode` of all rows, at least one; tensors, whose rows are padded, are made of a piece at a time."""
+    """Apply `encode` to columns of at least one row, converting ROWS_AT_ONCE rows to padded tensors at a time."""
     num_rows, parts = len(next(iter(columns.values()))), []
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
         piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()}, pad)
-        parts.append(in_chunks(piece, pad_ids(features, pad), len(rows), encode))
+        parts.append(encode_features(piece, pad_ids(features, pad), len(rows), encode))
         progress(what, first + len(rows), num_rows)
     return torch.cat(parts)
 
 
 def encode(model: nn.Module, paired: bool = False, **sides: Mapping[str, Values]) -> Encoded:
-    """Return what `model` makes of one side's features, or of pairs, in evaluation mode and without gradients."""
+    """Run `model` on one side's features, or on pairs, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:

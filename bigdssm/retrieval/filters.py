@@ -1,11 +1,11 @@
-"""Filters: which documents may be found, said in a line of text about their features.
+"""Filter expressions over document features.
 
     genres = Comedy and year >= 1990
     genres in (Comedy, "Film-Noir") and price < 12.5
 
-A condition is `FEATURE = VALUE`, `FEATURE in (VALUE, …)`, or for numbers also <, <=, >, >=; all of them have to hold. A
-value with blanks or signs stands in double quotes, as in JSON. Of a feature with several values one has to be named. A
-document whose value is missing fulfils no condition on it.
+A condition is `FEATURE = VALUE`, `FEATURE in (VALUE, …)`, or for numbers also <, <=, >, >=; all must hold. A value with
+blanks or signs is double-quoted as in JSON. A feature with several values matches if any of them does. A document with
+a missing value matches no condition on that feature.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import filterable
 from bigdssm.retrieval.index_types import AllowedDocuments
-from bigdssm.retrieval.request import SHOWN_CHARACTERS, check_encoded
+from bigdssm.retrieval.request import MAX_ERROR_CHARACTERS, check_utf8
 
-MOST_CONDITIONS = 64  # each looks at every document; a filter of the server's 10,000 characters holds a thousand
-KEPT = 32  # filters whose documents are remembered, a byte and a bit for each
-SIGNS = ("<=", ">=", "=", "<", ">")
+MOST_CONDITIONS = 64  # each scans every document; the server's 10,000 characters would allow a thousand
+CACHED_FILTERS = 32  # a byte and a bit per document and cached filter
+OPERATORS = ("<=", ">=", "=", "<", ">")
 _TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(<=|>=|[=<>(),])|([^\s"=<>(),]+))')
 
 
@@ -38,12 +38,12 @@ class Condition:
     """One condition on a feature."""
 
     feature: str
-    operator: str  # one of SIGNS, or in
+    operator: str  # one of OPERATORS, or in
     values: tuple[str, ...]
 
 
 def parse_filter(text: str) -> tuple[Condition, ...]:
-    """Return the conditions of a filter, all of which have to hold. Raises ConfigError: it is none."""
+    """Parse a filter into its conditions, all of which must hold. Raises ConfigError: a syntax error."""
     parser = _Parser(text)
     conditions = [parser.condition()]
     while not parser.at_end:
@@ -53,33 +53,33 @@ def parse_filter(text: str) -> tuple[Condition, ...]:
 
 
 class Filters:
-    """The filters over the documents of one catalogue."""
+    """Evaluates filters over the documents of one catalogue, with a cache."""
 
     def __init__(self, schema: Schema, catalogue: Catalogue) -> None:
         self._schema, self._catalogue = schema, catalogue
-        self.allowed = lru_cache(KEPT)(self._allowed)
+        self.allowed = lru_cache(CACHED_FILTERS)(self._allowed)
 
     @cached_property
     def choices(self) -> dict[str, dict[str, Any]]:
-        """Return what people may choose from, by feature: its type and `Feature.choices`."""
-        every, found = np.arange(self._catalogue.num_docs), {}
+        """Return the type and `Feature.choices` per filterable feature."""
+        every, choices = np.arange(self._catalogue.num_docs), {}
         for name, feature in filterable(self._schema.doc).items():
-            if offered := feature.choices(self._catalogue.column(name, every)):
-                found[name] = {"type": feature.type, **offered}
-        return found
+            if values := feature.choices(self._catalogue.column(name, every)):
+                choices[name] = {"type": feature.type, **values}
+        return choices
 
     def _allowed(self, text: str) -> AllowedDocuments:
-        """Return the documents that the filter `text` lets through. Raises ConfigError: no such feature or value."""
+        """Return the documents that match the filter `text`. Raises ConfigError: an unknown feature or value."""
         every = np.arange(self._catalogue.num_docs)
         passed = np.ones(len(every), bool)
         for name, conditions in _by_feature(parse_filter(text)).items():
             feature = self._schema.doc.get(name)
             if feature is None:
-                asked = name[:SHOWN_CHARACTERS]
-                near = difflib.get_close_matches(asked, self._schema.doc, 1)
+                requested = name[:MAX_ERROR_CHARACTERS]
+                near = difflib.get_close_matches(requested, self._schema.doc, 1)
                 meant = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(
-                    f"filter: {asked!r} is no feature of documents, which have {', '.join(self._schema.doc)}{meant}"
+                    f"filter: {requested!r} is not a document feature; they are {', '.join(self._schema.doc)}{meant}"
                 )
             column = self._catalogue.column(name, every)
             for condition in conditions:
@@ -88,17 +88,17 @@ class Filters:
 
 
 def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
-    """Return the distinct conditions of each feature. Raises ConfigError: more than MOST_CONDITIONS."""
+    """Group distinct conditions by feature. Raises ConfigError: more than MOST_CONDITIONS."""
     distinct = dict.fromkeys(replace(condition, values=_sorted(condition.values)) for condition in conditions)
     if len(distinct) > MOST_CONDITIONS:
         raise ConfigError(
-            f"filter: got {len(distinct)} conditions, at most {MOST_CONDITIONS} are evaluated; name several values of "
-            "a feature in one, as in genre in (Drama, Comedy)"
+            f"filter: got {len(distinct)} conditions, needs at most {MOST_CONDITIONS}; combine several values of a "
+            "feature, as in genre in (Drama, Comedy)"
         )
-    found: dict[str, list[Condition]] = {}
+    by_feature: dict[str, list[Condition]] = {}
     for condition in distinct:
-        found.setdefault(condition.feature, []).append(condition)
-    return found
+        by_feature.setdefault(condition.feature, []).append(condition)
+    return by_feature
 
 
 def _sorted(values: Iterable[str]) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def _sorted(values: Iterable[str]) -> tuple[str, ...]:
 
 
 class _Parser:
-    """Reads a filter from left to right."""
+    """Recursive-descent parser of filters."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -119,52 +119,52 @@ class _Parser:
 
     def condition(self) -> Condition:
         feature = self._word("the name of a feature")
-        operator = self._taken()
-        if operator in SIGNS:
-            return Condition(feature, operator, (self._word(f"a value behind {feature} {operator}"),))
+        operator = self._next_token()
+        if operator in OPERATORS:
+            return Condition(feature, operator, (self._word(f"a value after {feature} {operator}"),))
         if operator.lower() != "in":
-            raise self._refused(f"{operator or 'nothing'} behind {feature}", f"one of {', '.join(SIGNS)}, in")
+            raise self._error(f"{operator or 'nothing'} after {feature}", f"one of {', '.join(OPERATORS)}, in")
         self.expect("(")
         values = [self._word("a value")]
-        while (sign := self._taken()) == ",":
+        while (sign := self._next_token()) == ",":
             values.append(self._word("a value"))
         if sign != ")":
-            raise self._refused(sign or "its end", "a comma or )")
+            raise self._error(sign or "its end", "a comma or )")
         return Condition(feature, "in", tuple(values))
 
-    def expect(self, wanted: str) -> None:
-        if (found := self._taken()).lower() != wanted:
-            raise self._refused(found or "its end", wanted)
+    def expect(self, expected: str) -> None:
+        if (token := self._next_token()).lower() != expected:
+            raise self._error(token or "its end", expected)
 
-    def _taken(self) -> str:
-        """Return the next sign or bare word as it is, '' at the end; a quoted one is neither."""
+    def _next_token(self) -> str:
+        """Return the next token, quotes included; '' at the end."""
         if self.at_end:
             return ""
         self._next += 1
         return self._tokens[self._next - 1]
 
     def _word(self, what: str) -> str:
-        found = self._taken()
-        if not found or found in SIGNS or found in ("(", ")", ","):
-            raise self._refused(found or "its end", what)
+        token = self._next_token()
+        if not token or token in OPERATORS or token in ("(", ")", ","):
+            raise self._error(token or "its end", what)
         try:
-            word = str(json.loads(found)) if found.startswith('"') else found
+            word = str(json.loads(token)) if token.startswith('"') else token
         except ValueError:
-            raise self._refused(found, "a string as in JSON") from None
-        check_encoded([word])  # JSON has escapes of half a character
+            raise self._error(token, "a string as in JSON") from None
+        check_utf8([word])  # JSON can escape lone surrogates
         return word
 
-    def _refused(self, got: str, needed: str) -> ConfigError:
+    def _error(self, got: str, needed: str) -> ConfigError:
         return ConfigError(
             f"filter {self._text[:80]!r}: got {got[:80]}, needs {needed}, as in genre = Drama and year > 1990"
         )
 
 
 def _tokens(text: str) -> Iterator[str]:
-    place = 0
-    while rest := text[place:].strip():
-        found = _TOKEN.match(text, place)
-        if found is None:
-            raise ConfigError(f"filter {text[:80]!r}: {rest[:20]!r} begins a quote that does not end")
-        place = found.end()
-        yield found.group().strip()
+    position = 0
+    while rest := text[position:].strip():
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise ConfigError(f"filter {text[:80]!r}: the quote in {rest[:20]!r} is not closed")
+        position = match.end()
+        yield match.group().strip()

@@ -1,4 +1,4 @@
-"""Hard negatives on disk, and their sampling per epoch."""
+"""Hard negatives on disk, and their per-epoch sampling."""
 
 from __future__ import annotations
 
@@ -21,110 +21,110 @@ REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs"
 
 
 def window_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None) -> np.ndarray:
-    """Return the records of int64 keys `queries` [m], which ascend, int32 `windows` and `teacher` [m, 1 + W]."""
-    records = np.empty(len(queries), record_type(windows.shape[1], judged=teacher is not None))
+    """Build records of ascending int64 query keys [m], int32 windows [m, W] and teacher scores [m, 1 + W]."""
+    records = np.empty(len(queries), record_dtype(windows.shape[1], scored=teacher is not None))
     records["query"], records["window"] = queries, windows
     if teacher is not None:
         records["teacher"] = teacher
     return records
 
 
-def write_mined(path: Path, records: np.ndarray, dataset: Dataset) -> None:
-    """Write the records of `window_records` of a dataset's train rows as a file. Raises OSError."""
+def write_hard_negatives(path: Path, records: np.ndarray, dataset: Dataset) -> None:
+    """Write `window_records` of a dataset's train rows to a file. Raises OSError."""
     with new_file(path) as aside:
         new_array(aside, records.dtype, records.shape)[:] = records
         seal(aside, dataset.fingerprint)
 
 
-def record_type(width: int, judged: bool = False) -> np.dtype[np.void]:
-    """Return the type of a record with a window of `width` places, and with a judge's scores where `judged`."""
+def record_dtype(width: int, scored: bool = False) -> np.dtype[np.void]:
+    """Return the dtype of a record with a window of `width` documents and, if `scored`, teacher scores."""
     fields: list[tuple[str, type, tuple[int, ...]]] = [("query", np.int64, ()), ("window", np.int32, (width,))]
-    teacher = [("teacher", np.float32, (1 + width,))] if judged else []
-    return np.dtype(fields + teacher, align=True)  # else a search copies all rows
+    teacher = [("teacher", np.float32, (1 + width,))] if scored else []
+    return np.dtype(fields + teacher, align=True)  # unaligned, searchsorted copies all rows
 
 
-def find_keys(known: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where int64 keys [m] stand in `known`, which ascend, and which are not there: int64 [m], bool [m]."""
-    at: np.ndarray = np.minimum(np.searchsorted(known, keys), max(len(known) - 1, 0))
-    missing: np.ndarray = known[at] != keys if len(known) else np.ones(len(keys), bool)
+def find_keys(sorted_keys: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Look up int64 keys [m] in sorted keys; return (positions int64 [m], missing bool [m])."""
+    at: np.ndarray = np.minimum(np.searchsorted(sorted_keys, keys), max(len(sorted_keys) - 1, 0))
+    missing: np.ndarray = sorted_keys[at] != keys if len(sorted_keys) else np.ones(len(keys), bool)
     return at, missing
 
 
 def rows_of_queries(dataset: Dataset, keys: np.ndarray, queries_at_once: int) -> Iterator[Rows]:
-    """Yield the train rows of these queries, whose keys ascend, some at a time; what cannot be read is left out."""
+    """Yield the train rows of queries given by ascending keys, in chunks; unreadable rows are skipped."""
     if not len(keys):
         return
     first, last = (keys[[0, -1]] >> EVENT_BITS).tolist()
     for rows in dataset.iterate_range("train", first, last + 1, dataset.rows_for_queries("train", queries_at_once)):
-        asked = rows.take(np.flatnonzero(np.isin(rows.query_keys, keys)))
-        if len(asked):
-            yield asked
+        selected = rows.take(np.flatnonzero(np.isin(rows.query_keys, keys)))
+        if len(selected):
+            yield selected
 
 
 class SampledNegatives(NamedTuple):
-    """What is listed for the m queries of a batch."""
+    """Negatives sampled for the m queries of a batch."""
 
-    documents: np.ndarray  # int64 [m, k]: catalogue rows, -1 for none
-    teacher: np.ndarray | None = None  # float32 [m, 1 + k]: a judge's scores, the query's own document's first
+    documents: np.ndarray  # int64 [m, k]: catalogue rows, -1 if absent
+    teacher: np.ndarray | None = None  # float32 [m, 1 + k]: teacher scores, the target's first
 
 
 class HardNegatives:
-    """The windows of mined queries, by key."""
+    """Windows of hard negatives by query key."""
 
     def __init__(self, records: np.ndarray, path: Path | None = None) -> None:
-        """`records` as `window_records` makes them; they may be mapped from the file `path`."""
+        """`records` are `window_records`, possibly memory-mapped from `path`."""
         self._records, self._path = records, path
 
     @classmethod
     def open(cls, path: Path) -> HardNegatives:
-        """Return those of a file, mapped. Raises DataError where it is none."""
+        """Memory-map a hard-negatives file. Raises DataError: not such a file."""
         try:
             records = np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
-            raise DataError(f"{path} is no file of mined negatives: {error.strerror or error}") from None
-        except ValueError:  # whose advice is to open what may be a pickle
-            raise DataError(f"{path} is no file of mined negatives; make it with bigdssm mine_negatives") from None
+            raise DataError(f"{path} is not a hard-negatives file: {error.strerror or error}") from None
+        except ValueError:  # its text suggests allow_pickle
+            raise DataError(f"{path} is not a hard-negatives file; make it with bigdssm mine_negatives") from None
         names = records.dtype.names or ()
         width = records.dtype["window"].shape[0] if "window" in names and records.dtype["window"].shape else 0
-        if not width or records.dtype != record_type(width, judged="teacher" in names):
+        if not width or records.dtype != record_dtype(width, scored="teacher" in names):
             raise DataError(
-                f"{path} is no file of mined negatives: got {records.dtype}, needs records of query and window, or of "
-                "these and teacher; make it with bigdssm mine_negatives"
+                f"{path} is not a hard-negatives file: got {records.dtype}, needs records of query and window, or of "
+                "query, window and teacher; make it with bigdssm mine_negatives"
             )
         return cls(records, path)
 
     def check_against(self, dataset: Dataset) -> None:
-        """Read the file whole. Raises DataError where it is damaged, or was made of another dataset."""
+        """Validate the whole file. Raises DataError: damaged, or of another dataset."""
         if self._path is not None:
             check_seal(self._path, dataset.fingerprint, REMAKE)
         queries, window = self.queries, self._records["window"]
         if queries.min(initial=0) < 0 or (queries[1:] <= queries[:-1]).any() or window.min(initial=-1) < -1:
             raise DataError(
-                f"{self._path} is no file of mined negatives: needs queries of at least 0 that ascend and documents "
-                f"of at least -1, which stands for none; {REMAKE}"
+                f"{self._path} is not a hard-negatives file: needs ascending queries of at least 0 and documents of at "
+                f"least -1 (absent); {REMAKE}"
             )
         row = queries[-1] >> EVENT_BITS if len(self) else -1
         document = window.max(initial=-1)
         rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
         if row >= rows or document >= documents:
             raise DataError(
-                f"{self._path} was mined for another dataset: it names row {row} and document {document}, and "
+                f"{self._path} was made for another dataset: it contains row {row} and document {document}, but "
                 f"{dataset.dir} has {rows} train rows and {documents} documents"
             )
 
     def __len__(self) -> int:
-        """Return the number of mined queries."""
+        """Return the number of queries."""
         return len(self._records)
 
     @property
     def queries(self) -> np.ndarray:
-        """Return the mined queries' keys, int64, ascending."""
+        """Return the query keys, int64, ascending."""
         keys: np.ndarray = self._records["query"]
         return keys
 
     @property
-    def judged(self) -> bool:
-        """Return whether there are a judge's scores."""
+    def scored(self) -> bool:
+        """Return whether the file contains teacher scores."""
         return "teacher" in (self._records.dtype.names or ())
 
     @property
@@ -134,91 +134,91 @@ class HardNegatives:
         return width
 
     def windows(self, queries: np.ndarray) -> np.ndarray:
-        """Return int32 [m, W], the windows of int64 keys [m]. Raises DataError where a query was not mined."""
-        windows: np.ndarray = self._records["window"][self._places(queries)]
+        """Return the windows int32 [m, W] of int64 keys [m]. Raises DataError: a query is missing."""
+        windows: np.ndarray = self._records["window"][self._positions(queries)]
         return windows
 
-    def teacher(self, queries: np.ndarray) -> np.ndarray:
-        """Return float32 [m, 1 + W], a judge's scores of each query's own document and of its window, NaN for none.
+    def teacher_scores(self, queries: np.ndarray) -> np.ndarray:
+        """Return float32 [m, 1 + W]: teacher scores of the target and of the window, NaN if absent.
 
-        Raises DataError where a query was not mined; ask for `judged` before.
+        Requires `scored`. Raises DataError: a query is missing.
         """
-        scores: np.ndarray = self._records["teacher"][self._places(queries)]
+        scores: np.ndarray = self._records["teacher"][self._positions(queries)]
         return scores
 
-    def _places(self, queries: np.ndarray) -> np.ndarray:
+    def _positions(self, queries: np.ndarray) -> np.ndarray:
         at, missing = find_keys(self.queries, queries)
         if missing.any():
-            row, place = divmod(int(queries[missing][0]), 1 << EVENT_BITS)
+            row, event = divmod(int(queries[missing][0]), 1 << EVENT_BITS)
             raise DataError(
-                f"{self._path} has no negatives for row {row} (place {place}) and {missing.sum() - 1} other queries of "
+                f"{self._path} has no negatives for row {row} (event {event}) and {missing.sum() - 1} other queries of "
                 "a batch; mine again"
             )
         return at
 
-    def choose(
+    def sample(
         self, rows: Rows, epoch: int, seed: int, k: int, teacher_margin: float | None = None
     ) -> SampledNegatives:
-        """Return k for each query, drawn from its window; see `choose_ranks`.
+        """Sample k documents per query from its window; see `sample_positions`.
 
-        teacher_margin: what the judge puts above a query's own document less this is not drawn.
+        teacher_margin: documents with a teacher score above the target's minus this margin are never sampled.
         """
-        window, teacher = self.windows(rows.query_keys), self.teacher(rows.query_keys) if self.judged else None
+        window, teacher = self.windows(rows.query_keys), self.teacher_scores(rows.query_keys) if self.scored else None
         if teacher is not None and teacher_margin is not None:
             window = np.where(teacher[:, 1:] > teacher[:, :1] - teacher_margin, -1, window)
-        places = choose_ranks(window, rows, epoch, seed, k)
-        documents = take_ranks(window, places, -1).astype(np.int64)
+        positions = sample_positions(window, rows, epoch, seed, k)
+        documents = take_positions(window, positions, -1).astype(np.int64)
         if teacher is None:
             return SampledNegatives(documents)
-        listed = take_ranks(teacher[:, 1:], places, np.nan)
-        return SampledNegatives(documents, np.concatenate([teacher[:, :1], listed], 1).astype(np.float32))
+        sampled = take_positions(teacher[:, 1:], positions, np.nan)
+        return SampledNegatives(documents, np.concatenate([teacher[:, :1], sampled], 1).astype(np.float32))
 
     def per_query(self) -> float:
-        """Return how many negatives a query has on average."""
+        """Return the mean number of negatives per query."""
         return float((self._records["window"] >= 0).sum(axis=1).mean()) if len(self) else 0.0
 
 
 class UniformNegatives:
-    """Documents drawn uniformly from a catalogue, in place of mined ones."""
+    """Documents sampled uniformly from a catalogue, in place of hard negatives."""
 
     def __init__(self, num_docs: int) -> None:
         self._num_docs = num_docs
 
-    def choose(self, rows: Rows, epoch: int, seed: int, k: int) -> SampledNegatives:
-        """Return k for each query, a function of the same as `choose_ranks`; one drawn twice is there once."""
-        keys = mix64(_names(rows), derive_key(seed, epoch))
+    def sample(self, rows: Rows, epoch: int, seed: int, k: int) -> SampledNegatives:
+        """Sample k documents per query, as deterministic as `sample_positions`; repeated draws become -1."""
+        keys = mix64(_query_ids(rows), derive_key(seed, epoch))
         draws = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0) % np.uint64(self._num_docs)
         drawn = np.sort(draws.astype(np.int64), axis=1)
         drawn[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = -1
         return SampledNegatives(drawn)
 
 
-def choose_ranks(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Return int64 [m, k]: the places of k distinct entries of each query's `window` [m, W], -1 where it holds fewer.
+def sample_positions(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+    """Sample int64 [m, k]: positions of k distinct entries of each query's `window` [m, W], padded with -1.
 
-    A pure function of (seed, epoch, row id) and, in a row of several queries, of the place: the same whatever the ranks
-    and the steps, another draw every epoch.
+    A pure function of (seed, epoch, row id) and, in a row of several queries, of the event: independent of ranks and
+    steps, different in every epoch.
     """
-    query_keys = mix64(_names(rows), derive_key(seed, epoch))
+    query_keys = mix64(_query_ids(rows), derive_key(seed, epoch))
     keys = mix64(query_keys[:, None] ^ mix64(np.arange(window.shape[1]), 0), 0)
     keys = np.where(window < 0, np.iinfo(np.uint64).max, keys)
-    places = np.argsort(keys, axis=1, kind="stable")[:, :k]
-    places = np.where(np.take_along_axis(window, places, axis=1) < 0, -1, places)
-    return np.pad(places, ((0, 0), (0, k - places.shape[1])), constant_values=-1)
+    positions = np.argsort(keys, axis=1, kind="stable")[:, :k]
+    positions = np.where(np.take_along_axis(window, positions, axis=1) < 0, -1, positions)
+    return np.pad(positions, ((0, 0), (0, k - positions.shape[1])), constant_values=-1)
 
 
-def choose_negatives(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Return int32 [m, k]: the entries of each query's `window` [m, W] at `choose_ranks`, -1 where there are fewer."""
-    return take_ranks(window, choose_ranks(window, rows, epoch, seed, k), -1).astype(np.int32)
+def sample_window(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
+    """Sample int32 [m, k]: the entries of each query's `window` [m, W] at `sample_positions`, padded with -1."""
+    return take_positions(window, sample_positions(window, rows, epoch, seed, k), -1).astype(np.int32)
 
 
-def take_ranks(values: np.ndarray, places: np.ndarray, absent: float) -> np.ndarray:
-    """Return `values` [m, W] at `places` [m, k], `absent` where a place is -1."""
-    return np.where(places < 0, absent, np.take_along_axis(values, np.maximum(places, 0), axis=1))
+def take_positions(values: np.ndarray, positions: np.ndarray, absent: float) -> np.ndarray:
+    """Return `values` [m, W] at `positions` [m, k], `absent` for a position of -1."""
+    return np.where(positions < 0, absent, np.take_along_axis(values, np.maximum(positions, 0), axis=1))
 
 
-def _names(rows: Rows) -> np.ndarray:
-    """Return what stands for each query whatever the step, int64 [m]."""
+def _query_ids(rows: Rows) -> np.ndarray:
+    """Return a step-independent id per query, int64 [m]."""
     return rows.row_ids if rows.row is None else rows.query_keys
 
 
@@ -227,7 +227,7 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class ReviewedNegative:
-    """What training takes for a query, its document, and a document that is none of the query's."""
+    """The texts of a query, its document and a sampled negative, for review."""
 
     row_id: int
     query: str
@@ -235,21 +235,21 @@ class ReviewedNegative:
     negative: str
 
 
-def sample_negatives(dataset: Dataset, mined: HardNegatives, count: int, seed: int = 0) -> list[ReviewedNegative]:
-    """Return `count` negatives of evenly spaced mined queries, one each, as `choose_negatives` draws them for `seed`.
+def sample_negatives(dataset: Dataset, hard: HardNegatives, count: int, seed: int = 0) -> list[ReviewedNegative]:
+    """Return one negative each of `count` evenly spaced queries, as `sample_window` samples them for `seed`.
 
-    Texts are shown as the towers read them: cut, in the tokenizer's case. Raises ConfigError where a side has no text,
-    DataError where `mined` is of another dataset's rows.
+    Texts are formatted as the towers read them: truncated, in the tokenizer's case. Raises: ConfigError: a side has no
+    text; DataError: `hard` is of another dataset.
     """
     texts = Texts(dataset)
-    num_rows, queries = dataset.num_rows("train"), mined.queries
+    num_rows, queries = dataset.num_rows("train"), hard.queries
     if len(queries) and (last := queries[-1] >> EVENT_BITS) >= num_rows:
         raise DataError(f"negatives were mined for row {last}, but {dataset.dir} has {num_rows} train rows")
-    wanted = queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(np.int64)]
-    found = []
-    for taken in rows_of_queries(dataset, wanted, ROWS_AT_ONCE):
-        negative = choose_negatives(mined.windows(taken.query_keys), taken, 0, seed, 1)[:, 0].astype(np.int64)
-        own, other = (texts.documents(docs) for docs in (taken.doc_rows.astype(np.int64), np.maximum(negative, 0)))
-        columns = (taken.row_ids.tolist(), texts.queries(taken), own, other, negative.tolist())
-        found += [ReviewedNegative(*values) for *values, row in zip(*columns, strict=True) if row >= 0]
-    return found
+    selected = queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(np.int64)]
+    examples = []
+    for rows in rows_of_queries(dataset, selected, ROWS_AT_ONCE):
+        negative = sample_window(hard.windows(rows.query_keys), rows, 0, seed, 1)[:, 0].astype(np.int64)
+        target, other = (texts.documents(docs) for docs in (rows.doc_rows.astype(np.int64), np.maximum(negative, 0)))
+        columns = (rows.row_ids.tolist(), texts.queries(rows), target, other, negative.tolist())
+        examples += [ReviewedNegative(*values) for *values, row in zip(*columns, strict=True) if row >= 0]
+    return examples

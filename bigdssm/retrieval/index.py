@@ -1,9 +1,9 @@
-"""KNN indexes of document vectors; each names the model whose vectors it holds and refuses another's queries.
+"""KNN indexes of document vectors, bound to the model that encoded them.
 
 INDEX/    index.faiss, documents.arrow (doc_key, doc_title), meta.json (checksums of all files), and vectors.npy,
-          which scores the candidates again, of an index whose own vectors are cut or coded
+          to rescore candidates if the index holds truncated or quantized vectors
 
-Processes on a machine share the pages of all files.
+Files are memory-mapped, so processes on a machine share their pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, index_type
 from bigdssm.retrieval.model import Model
-from bigdssm.retrieval.request import check_encoded
+from bigdssm.retrieval.request import check_utf8
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
@@ -36,10 +36,10 @@ from bigdssm.retrieval.vectors import (
     VECTORS_FILE,
     CodedVectors,
     VectorsMeta,
-    check_free,
-    cut_like,
+    check_output_folder,
     load_vectors,
     read_meta,
+    truncate_like,
     write_meta,
 )
 from bigdssm.utils.arguments import checked, short_repr
@@ -49,8 +49,8 @@ SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
 
 
-class FoundDocument(NamedTuple):
-    """A document that was found."""
+class ScoredDocument(NamedTuple):
+    """A search result."""
 
     score: float
     key: str
@@ -61,21 +61,21 @@ class FoundDocument(NamedTuple):
 class Index:
     """An opened KNN index."""
 
-    index: Any  # of the back-end that meta names
+    index: Any  # object of the back-end of `meta.kind`
     meta: VectorsMeta
     keys: pa.ChunkedArray  # string [N]
     title: pa.ChunkedArray
-    vectors: CodedVectors | None = None  # where candidates are scored again
+    vectors: CodedVectors | None = None  # full vectors, if candidates are rescored
 
     @checked
     def search(
         self, vectors: Any, top: int, exclude: Sequence[Sequence[str]] | None = None
-    ) -> list[list[FoundDocument]]:
-        """Return the `top` best documents of each query, best first.
+    ) -> list[list[ScoredDocument]]:
+        """Return the `top` best documents per query, best first.
 
-        vectors [m, D+1] are `Model.encode_queries`' of the model that the index names; `exclude` holds each query's
-        document keys to leave out. Raises ConfigError: vectors of another width, or that are not finite, `top` 0,
-        `exclude` of other queries.
+        vectors [m, D+1] come from `Model.encode_queries` of the index's model; `exclude` holds document keys to exclude
+        per query. Raises ConfigError: vectors of another width or not finite, `top` below 1, `exclude` of another
+        length.
         """
         width = self.meta.whole or self.meta.width
         try:
@@ -83,23 +83,23 @@ class Index:
         except (TypeError, ValueError):
             raise ConfigError(f"vectors={short_repr(vectors)}: needs an array of numbers [queries, {width}]") from None
         if vectors.ndim != 2 or vectors.shape[1] != width:
-            raise ConfigError(f"got vectors {list(vectors.shape)}, the index has {width} numbers in each")
+            raise ConfigError(f"got vectors {list(vectors.shape)}, needs [queries, {width}] for this index")
         if not np.isfinite(vectors).all():
-            raise ConfigError("vectors has a number that is not finite; they are Model.encode_queries'")
+            raise ConfigError("vectors has a number that is not finite; pass the output of Model.encode_queries")
         if top < 1:
             raise ConfigError(f"top {top}: needs at least 1")
         if exclude is not None and len(exclude) != len(vectors):
-            raise ConfigError(f"exclude has keys of {len(exclude)} queries, there are {len(vectors)}")
-        known = self._row_of if exclude is not None else {}
-        excluded = [np.array([known[key] for key in some if key in known], np.int64) for some in exclude or ()]
+            raise ConfigError(f"exclude has keys of {len(exclude)} queries, needs {len(vectors)}")
+        row_of = self._row_of if exclude is not None else {}
+        excluded = [np.array([row_of[key] for key in some if key in row_of], np.int64) for some in exclude or ()]
         scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None)
-        return [self.documents(*found) for found in zip(scores, rows, strict=True)]
+        return [self.documents(*result) for result in zip(scores, rows, strict=True)]
 
-    def documents(self, scores: np.ndarray, rows: np.ndarray) -> list[FoundDocument]:
-        """Return what was found as documents: scores [n] and catalogue rows [n], -1 where there is none."""
+    def documents(self, scores: np.ndarray, rows: np.ndarray) -> list[ScoredDocument]:
+        """Convert scores [n] and catalogue rows [n] (-1: absent) to documents."""
         scores, rows = scores[rows >= 0], rows[rows >= 0]
-        keys, names = (column.take(pa.array(rows)).to_pylist() for column in (self.keys, self.title))
-        return [FoundDocument(*found) for found in zip(scores.tolist(), keys, names, strict=True)]
+        keys, titles = (column.take(pa.array(rows)).to_pylist() for column in (self.keys, self.title))
+        return [ScoredDocument(*result) for result in zip(scores.tolist(), keys, titles, strict=True)]
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -113,65 +113,66 @@ class Index:
         excluded: Sequence[np.ndarray] | None = None,
         allowed: AllowedDocuments | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first; -inf and -1 behind the last.
+        """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first, padded with -inf and -1.
 
-        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` each query's rows to leave out,
-        `allowed` the documents that any of them may have (none: all). Every query finds as many as are left for it.
-        Raises CheckpointError where the index holds another model's vectors.
+        queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` the rows to exclude per query,
+        `allowed` the documents that pass the filter (None: all). A query gets fewer than `top` documents only if no
+        more remain. Raises CheckpointError: the index is of another model.
         """
         self.check_model(model_checksum)
         scores, rows = np.full((len(queries), top), -np.inf, np.float32), np.full((len(queries), top), -1)
         available = self.meta.num_docs if allowed is None else allowed.count
         if not available:
             return scores, rows
-        left_out = Ragged.of_lists(excluded or [NO_ROWS] * len(queries), np.int64)
-        # So many more are asked for that `top` are left; queries of like many together, as few have a long history.
-        more = np.where(left_out.lengths, 2 ** np.ceil(np.log2(np.maximum(left_out.lengths, 1))), 0).astype(np.int64)
-        for number in np.unique(more).tolist():
-            some = np.flatnonzero(more == number)
-            wanted = min(top + number, available)
-            found = self._found(queries[some], wanted, allowed)
-            kept = min(top, wanted)
-            scores[some, :kept], rows[some, :kept] = _without(*found, left_out.take(some), top)
+        exclusions = Ragged.of_lists(excluded or [NO_ROWS] * len(queries), np.int64)
+        # Search deeper by the number of exclusions so that `top` remain. Grouped by power of two: long lists are rare.
+        extra = np.where(exclusions.lengths, 2 ** np.ceil(np.log2(np.maximum(exclusions.lengths, 1))), 0)
+        extra = extra.astype(np.int64)
+        for number in np.unique(extra).tolist():
+            some = np.flatnonzero(extra == number)
+            depth = min(top + number, available)
+            results = self._search(queries[some], depth, allowed)
+            retained = min(top, depth)
+            scores[some, :retained], rows[some, :retained] = _exclude(*results, exclusions.take(some), top)
         return scores, rows
 
     def check_model(self, model_checksum: str) -> None:
-        """Raise CheckpointError where the index holds another model's vectors."""
+        """Raise CheckpointError if the index holds another model's vectors."""
         if model_checksum != self.meta.model_checksum:
             raise CheckpointError(
                 f"the index holds vectors of model {self.meta.model_checksum[:12]}, the queries are of model "
-                f"{model_checksum[:12]}; their scores would mean nothing: embed and index with the model in use"
+                f"{model_checksum[:12]}; their scores are not comparable: embed and index with the model in use"
             )
 
     def check_dataset(self, dataset: Dataset) -> None:
-        """Raise CheckpointError where the index holds the documents of another dataset, or of it as it was earlier."""
+        """Raise CheckpointError if the index is of another dataset, or of an earlier version of it."""
         if self.meta.dataset_fingerprint != dataset.fingerprint:
             raise CheckpointError(f"the index was made of another dataset than {dataset.dir}; embed and index again")
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one; beta is no part.
+        """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one, ignoring beta.
 
-        They are chosen by cosine among those of the largest inner products, SIMILAR_CANDIDATES for each.
+        Cosine re-ranks the SIMILAR_CANDIDATES · (top + 1) documents with the largest inner products.
         """
-        asked = self.vectors_at([row])
-        asked[:, -1] = 0
+        query = self.vectors_at([row])
+        query[:, -1] = 0
         candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
-        rows = self._found(asked, candidates, None)[1][0]
+        rows = self._search(query, candidates, None)[1][0]
         rows = rows[rows != row]
-        cosines = cosines_with(asked[0], self.vectors_at(rows))
+        cosines = cosine_similarities(query[0], self.vectors_at(rows))
         best = np.argsort(-cosines, kind="stable")[:top]
         return cosines[best], rows[best]
 
     def row(self, key: str) -> int:
         """Return the catalogue row of a document. Raises DataError: no document has this key."""
-        check_encoded([key])
+        check_utf8([key])
         row: int = pc.index(self.keys, pa.scalar(key, pa.string())).as_py()
         if row < 0:
             raise DataError(f"no document has the key {key!r}")
         return row
 
     def vectors_at(self, rows: Iterable[int]) -> np.ndarray:
-        """Return the vectors of documents, float32 [n, D+1], as exact as this kind of index keeps them."""
+        """Return the vectors of documents, float32 [n, D+1], with the precision of this index."""
         if self.vectors is not None:
             return self.vectors[np.asarray(rows, np.int64)].copy()
         return self._backend.vectors_at(self.index, np.asarray(list(rows), np.int64))
@@ -180,33 +181,33 @@ class Index:
     def _backend(self) -> IndexBackend:
         return index_type(self.meta.kind, self.meta.options)
 
-    def _found(
-        self, queries: np.ndarray, wanted: int, allowed: AllowedDocuments | None
+    def _search(
+        self, queries: np.ndarray, depth: int, allowed: AllowedDocuments | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (scores, rows), both [m, wanted], best first."""
-        searched = cut_like(queries, self.meta)
+        """Return (scores, rows), both [m, depth], best first."""
+        truncated = truncate_like(queries, self.meta)
         if self.vectors is None:
-            return self._backend.search(self.index, searched, wanted, allowed)
+            return self._backend.search(self.index, truncated, depth, allowed)
         available = self.meta.num_docs if allowed is None else allowed.count
-        wanted_again = min(wanted * self.meta.rescored, available)
-        candidates = self._backend.search(self.index, searched, wanted_again, allowed)[1]
+        num_candidates = min(depth * self.meta.rescored, available)
+        candidates = self._backend.search(self.index, truncated, num_candidates, allowed)[1]
         scores = np.stack([self.vectors[some] @ query for some, query in zip(candidates, queries, strict=True)])
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
 
 
-def cosines_with(vector: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the cosines, float32 [n], of index vectors [D+1] and [n, D+1], of which the last number is no part."""
+def cosine_similarities(vector: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the cosines float32 [n] of index vectors [D+1] and [n, D+1], ignoring the last number."""
     both = np.concatenate([vector[None], others])[:, :-1]
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
     return np.asarray(both[1:] @ both[0])
 
 
-def _without(scores: np.ndarray, rows: np.ndarray, left_out: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first `top` of what was found, [m, found], without each query's rows to leave out."""
-    number, width = np.arange(len(rows)), int(max(rows.max(initial=0), left_out.values.max(initial=0))) + 1
-    names = np.repeat(number, left_out.lengths) * width + left_out.values
-    out = (rows < 0) | np.isin(number[:, None] * width + rows, names)
+def _exclude(scores: np.ndarray, rows: np.ndarray, exclusions: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Drop each query's excluded rows from results [m, depth] and return the first `top`."""
+    number, width = np.arange(len(rows)), int(max(rows.max(initial=0), exclusions.values.max(initial=0))) + 1
+    pairs = np.repeat(number, exclusions.lengths) * width + exclusions.values
+    out = (rows < 0) | np.isin(number[:, None] * width + rows, pairs)
     order = np.argsort(out, axis=1, kind="stable")[:, :top]
     scores, rows = np.where(out, np.float32(-np.inf), scores), np.where(out, -1, rows)
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
@@ -223,25 +224,24 @@ def build_index(
 ) -> VectorsMeta:
     """Build the inner-product index of a vectors folder and return its meta.
 
-    flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq look at a
-    part of the catalogue only, and ivfpq keeps half a byte per dimension; `options` are
-    the type's own (docs/config_keys.md). `width` cuts the vectors, as of a model
-    that was trained with loss.widths; of `rescore` candidates for each document asked for, the folder's own vectors
-    choose the best, which stay on the disk. Raises CheckpointError where `vectors_dir` is not a whole vectors folder,
-    ConfigError where `folder` holds something else, ivfpq has too few documents, or width or rescore cannot be.
+    flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq probe a part
+    of the catalogue, and ivfpq stores half a byte per dimension; `options` of the type: docs/config_keys.md. `width`
+    truncates the vectors of a model trained with loss.widths. `rescore` candidates per requested document are rescored
+    with the full vectors on disk. Raises: CheckpointError: `vectors_dir` is not a complete vectors folder; ConfigError:
+    `folder` holds something else, ivfpq has too few documents, or an invalid width or rescore.
     """
     folder = real_path(folder)
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
     backend = index_type(kind, options)
-    built = planned(meta, backend, width, rescore)
+    built = index_meta(meta, backend, width, rescore)
     vectors = load_vectors(vectors_dir, meta)
     if built.width != meta.width:
-        cut = cut_like(vectors[:], built)
-        vectors = CodedVectors(cut, "float32", built.width)
+        truncated = truncate_like(vectors[:], built)
+        vectors = CodedVectors(truncated, "float32", built.width)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
-    check_free(folder, CONTENTS_FILE)
+    check_output_folder(folder, CONTENTS_FILE)
     with new_folder(folder) as aside:
         backend.write(backend.build(vectors), aside / INDEX_FILE)
         for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
@@ -250,18 +250,18 @@ def build_index(
     return built
 
 
-def planned(meta: VectorsMeta, backend: IndexBackend, width: int | None, rescore: int) -> VectorsMeta:
-    """Return the meta of an index of these vectors. Raises ConfigError: it cannot be."""
+def index_meta(meta: VectorsMeta, backend: IndexBackend, width: int | None, rescore: int) -> VectorsMeta:
+    """Return the meta of an index of these vectors. Raises ConfigError: invalid options."""
     kind, options = backend.type, asdict(backend)
     if rescore < 0 or (backend.needs_rescore and rescore == 0):
-        raise ConfigError(f"--type {kind} --rescore {rescore}: needs some candidates to score again, such as 20")
+        raise ConfigError(f"--type {kind} --rescore {rescore}: needs candidates to rescore, such as 20")
     if rescore and meta.whole:
-        raise ConfigError(f"--rescore {rescore}: these vectors were cut when they were made; embed without --width")
+        raise ConfigError(f"--rescore {rescore}: these vectors are truncated; embed without --width")
     if width is None:
         return replace(meta, kind=kind, options=options, rescored=rescore)
     check_width("--width", width, meta.width - 1)
     if not meta.score:
-        raise ConfigError(f"--width {width}: these vectors do not say of which score they are; embed again")
+        raise ConfigError(f"--width {width}: the meta of these vectors has no score type; embed again")
     whole = meta.whole or meta.width
     return replace(
         meta, kind=kind, options=options, rescored=rescore, width=width + 1, whole=0 if width + 1 == whole else whole
@@ -270,7 +270,7 @@ def planned(meta: VectorsMeta, backend: IndexBackend, width: int | None, rescore
 
 @checked
 def open_index(folder: str | Path, model: Model | None = None) -> Index:
-    """Return the Index in `folder`. Raises CheckpointError: missing, damaged, no index, or of another than `model`."""
+    """Open the Index in `folder`. Raises CheckpointError: missing, damaged, no index, or not of `model`."""
     folder = Path(folder)
     meta = read_meta(folder)
     if meta.kind == VECTORS:
@@ -291,7 +291,7 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     if rows != meta.num_docs or width != meta.width or documents.num_rows != meta.num_docs:
         raise CheckpointError(
             f"the index {folder} is damaged: {rows} vectors of width {width} and {documents.num_rows} "
-            f"documents, {META_FILE} says {meta.num_docs} of width {meta.width}"
+            f"documents, {META_FILE} has {meta.num_docs} of width {meta.width}"
         )
     vectors = None
     if meta.rescored:

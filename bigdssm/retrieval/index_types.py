@@ -1,6 +1,6 @@
-"""Types of index: each declares its options, and builds, writes, reads and searches its indexes.
+"""Index types: each declares options and builds, writes, reads and searches its indexes.
 
-A new type is a subclass of `IndexBackend` (or of `FaissIndex`) that is registered with `register_index`.
+A new type is a subclass of `IndexBackend` (or of `FaissIndex`), registered with `register_index`.
 """
 
 from __future__ import annotations
@@ -20,57 +20,57 @@ from bigdssm.retrieval.vectors import CodedVectors
 from bigdssm.utils.bounds import bounded
 from bigdssm.utils.components import Registry
 
-_made: Any = faiss  # whose stubs lack what its Python adds to classes of C++
-LOOKED_AT = 8  # by default an inverted file probes one list in so many; with so many times the effort, all
-MANY_QUERIES = 20  # from which FAISS multiplies matrices, ten times as fast, where no selector forbids it
+_untyped: Any = faiss  # its stubs lack keyword constructors
+PROBE_FRACTION = 8  # by default an inverted file probes 1 list in 8; at 8 times the effort, all
+MANY_QUERIES = 20  # from here FAISS uses matrix products (10 times as fast), but not with a selector
 ROWS_AT_ONCE = 65_536
 SAMPLE = 65_536  # vectors that quantizers are trained on
-TRAINING_POINTS = 39  # FAISS wants so many for a list of an inverted file
-IVF_ROUNDS = 10  # of k-means, as many as FAISS itself makes
+TRAINING_POINTS = 39  # least per list of an inverted file, as in FAISS
+IVF_ROUNDS = 10  # of k-means, FAISS's default
 PQ_LEAST_DOCS = TRAINING_POINTS * 256  # a code is a byte
-PQ_ROUNDS, PQ_POINTS = 10, 64  # of k-means, and points per centroid: FAISS's 25 and 256 take ten times as long
+PQ_ROUNDS, PQ_POINTS = 10, 64  # k-means rounds and points per centroid: FAISS's 25 and 256 are ten times slower
 MAX_LISTS, MAX_WIDTH = 2**24, 2**16
 
 
 @dataclass(frozen=True, eq=False)
 class AllowedDocuments:
-    """The documents that may be found."""
+    """The documents that pass a filter."""
 
     mask: np.ndarray  # bool [N]
 
     @cached_property
     def count(self) -> int:
-        """Return how many there are."""
+        """Return the number of allowed documents."""
         return int(self.mask.sum())
 
     @cached_property
     def selector(self) -> Any:
-        """Return what FAISS asks for each document."""
-        return _made.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
+        """Return the FAISS selector of the mask."""
+        return _untyped.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
-def nothing() -> None:
-    """Take no notice of a finished piece."""
+def no_callback() -> None:
+    """Do nothing after a chunk."""
 
 
 @dataclass(frozen=True)
 class IndexBackend(ABC):
-    """A type of inner-product index of vectors [N, D+1]; its fields are its options."""
+    """A type of inner-product index over vectors [N, D+1]; dataclass fields are options."""
 
     type: ClassVar[str]
-    needs_rescore: ClassVar[bool] = False  # whether its scores are too coarse to be shown
+    needs_rescore: ClassVar[bool] = False  # whether its scores are too coarse to return
 
     @abstractmethod
-    def build(self, vectors: CodedVectors, after_piece: Callable[[], None] = nothing) -> Any:
-        """Return the trained and filled index of `vectors`. Raises ConfigError: too few of them."""
+    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = no_callback) -> Any:
+        """Train and fill an index of `vectors`. Raises ConfigError: too few vectors."""
 
     @abstractmethod
     def write(self, index: Any, path: Path) -> None:
-        """Write an index into the file `path`."""
+        """Write an index to the file `path`."""
 
     @abstractmethod
     def read(self, path: Path) -> Any:
-        """Return the index of a file, whose checksum holds. Raises RuntimeError, OSError or ValueError."""
+        """Read an index from a file with a valid checksum. Raises RuntimeError, OSError or ValueError."""
 
     @abstractmethod
     def shape(self, index: Any) -> tuple[int, int]:
@@ -82,13 +82,13 @@ class IndexBackend(ABC):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores float32, rows int64), both [m, top], best first.
 
-        queries are float32 [m, D+1]; `top` is at least 1 and at most the number of documents, or of those `allowed`,
-        and every query is answered with so many.
+        queries are float32 [m, D+1]; `top` is at least 1 and at most the number of (allowed) documents, and every query
+        must get `top` results.
         """
 
     @abstractmethod
     def vectors_at(self, index: Any, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors of documents, float32 [n, D+1], as exact as the index keeps them."""
+        """Return the vectors of documents, float32 [n, D+1], with the precision of the index."""
 
 
 INDEX_TYPES: Registry[IndexBackend] = Registry("an index type", "type")
@@ -96,7 +96,7 @@ register_index = INDEX_TYPES.register
 
 
 def index_type(kind: str | IndexBackend, options: Mapping[str, Any] | None = None) -> IndexBackend:
-    """Return a type of index by name, with options of its own. Raises ConfigError: no such type, option or value."""
+    """Return an index type by name with its options. Raises ConfigError: unknown type or option, or bad value."""
     if isinstance(kind, IndexBackend):
         return index_type(kind.type, asdict(kind))
     return INDEX_TYPES.read("", {**(options or {}), "type": kind})
@@ -108,17 +108,17 @@ class FaissIndex(IndexBackend):
 
     @abstractmethod
     def empty(self, vectors: CodedVectors, after_round: Callable[[], None]) -> faiss.Index:
-        """Return an index of the vectors' width, trained on them where it learns, without any."""
+        """Return an empty index of the vectors' width, trained on them if the type needs training."""
 
-    def build(self, vectors: CodedVectors, after_piece: Callable[[], None] = nothing) -> faiss.Index:
-        """Return the index, trained and filled. Raises ConfigError: too few vectors.
+    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = no_callback) -> faiss.Index:
+        """Train and fill the index. Raises ConfigError: too few vectors.
 
-        after_piece: called after each ROWS_AT_ONCE vectors that are added and, for ivf, each of the IVF_ROUNDS before.
+        after_chunk: called after each of the IVF_ROUNDS (ivf only) and after each ROWS_AT_ONCE added vectors.
         """
-        index = self.empty(vectors, after_piece)
-        for piece in vectors.pieces(ROWS_AT_ONCE):
-            index.add(np.ascontiguousarray(piece))
-            after_piece()
+        index = self.empty(vectors, after_chunk)
+        for chunk in vectors.chunks(ROWS_AT_ONCE):
+            index.add(np.ascontiguousarray(chunk))
+            after_chunk()
         return index
 
     def write(self, index: faiss.Index, path: Path) -> None:
@@ -134,38 +134,38 @@ class FaissIndex(IndexBackend):
         return index.ntotal, index.d
 
     def vectors_at(self, index: faiss.Index, rows: np.ndarray) -> np.ndarray:
-        """Return vectors as the index reconstructs them."""
-        found = [index.reconstruct(int(row)) for row in rows]
-        return np.array(found, np.float32).reshape(len(found), index.d)
+        """Reconstruct vectors from the index."""
+        vectors = [index.reconstruct(int(row)) for row in rows]
+        return np.array(vectors, np.float32).reshape(len(vectors), index.d)
 
     def search(
         self, index: faiss.Index, queries: np.ndarray, top: int, allowed: AllowedDocuments | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Search, where some documents are not allowed or too few are found with a multiple of the usual effort."""
+        """Search; with a filter, widen the probe by 1 / selectivity, and search all if results are missing."""
         index, queries = faiss.downcast_index(index), np.ascontiguousarray(queries, np.float32)
         share = 1.0 if allowed is None else allowed.count / index.ntotal
         scores, rows = self._search(index, queries, top, allowed, 1 / share)
         short = (rows < 0).any(axis=1)
         if short.any():
-            scores[short], rows[short] = self._search(index, queries[short], top, allowed, LOOKED_AT)
+            scores[short], rows[short] = self._search(index, queries[short], top, allowed, PROBE_FRACTION)
         return scores, rows
 
     def _search(
         self, index: Any, queries: np.ndarray, top: int, allowed: AllowedDocuments | None, effort: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Search with so many times the usual effort; with LOOKED_AT every document is compared."""
-        chosen = {} if allowed is None else {"sel": allowed.selector}
-        scores, rows = index.search(queries, top, params=self._parameters(index, top, chosen, effort))
+        """Search with `effort` times the default effort; PROBE_FRACTION scores every document."""
+        selector = {} if allowed is None else {"sel": allowed.selector}
+        scores, rows = index.search(queries, top, params=self._parameters(index, top, selector, effort))
         return scores, rows
 
-    def _parameters(self, index: Any, top: int, chosen: dict[str, Any], effort: float) -> Any:
-        return _made.SearchParameters(**chosen) if chosen else None
+    def _parameters(self, index: Any, top: int, selector: dict[str, Any], effort: float) -> Any:
+        return _untyped.SearchParameters(**selector) if selector else None
 
 
 @register_index
 @dataclass(frozen=True)
 class Flat(FaissIndex):
-    """Exact: every document is compared."""
+    """Exact search over all documents."""
 
     type: ClassVar[str] = "flat"
 
@@ -179,8 +179,8 @@ class Flat(FaissIndex):
         if allowed is None or len(queries) < MANY_QUERIES:
             return super()._search(index, queries, top, allowed, effort)
         every = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
-        scores, places = faiss.knn(queries, every[allowed.mask], top, metric=faiss.METRIC_INNER_PRODUCT)
-        return scores, np.flatnonzero(allowed.mask)[places]
+        scores, positions = faiss.knn(queries, every[allowed.mask], top, metric=faiss.METRIC_INNER_PRODUCT)
+        return scores, np.flatnonzero(allowed.mask)[positions]
 
 
 @register_index
@@ -200,7 +200,7 @@ class ScalarQuantizer(FaissIndex):
 @register_index
 @dataclass(frozen=True)
 class Binary(FaissIndex):
-    """Flat with a bit per dimension, for candidates that are scored again."""
+    """Flat with a bit per dimension; needs rescoring."""
 
     type: ClassVar[str] = "binary"
     needs_rescore: ClassVar[bool] = True
@@ -215,16 +215,16 @@ class Binary(FaissIndex):
 @register_index
 @dataclass(frozen=True)
 class Hnsw(FaissIndex):
-    """A graph of neighbours (Malkov and Yashunin 2018)."""
+    """HNSW graph. Source: Malkov and Yashunin 2018."""
 
     type: ClassVar[str] = "hnsw"
 
-    links: int = bounded(32, 2, 1024)  # of a document to neighbours, in each layer
+    links: int = bounded(32, 2, 1024)  # neighbours per document and layer
     build_width: int = bounded(200, 1, MAX_WIDTH)  # candidates while building; more: better neighbours
     search_width: int = bounded(200, 1, MAX_WIDTH)  # candidates while searching; more: better recall, slower
 
     def empty(self, vectors: CodedVectors, after_round: Callable[[], None]) -> faiss.Index:
-        """Return FAISS's HNSW over whole vectors."""
+        """Return FAISS's HNSW over float32 vectors."""
         index: Any = faiss.IndexHNSWFlat(vectors.width, self.links, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = self.build_width, self.search_width
         return index
@@ -232,55 +232,55 @@ class Hnsw(FaissIndex):
     def _search(
         self, index: Any, queries: np.ndarray, top: int, allowed: AllowedDocuments | None, effort: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        if effort >= LOOKED_AT:
+        if effort >= PROBE_FRACTION:
             return Flat()._search(faiss.downcast_index(index.storage), queries, top, allowed, effort)
         return super()._search(index, queries, top, allowed, effort)
 
-    def _parameters(self, index: Any, top: int, chosen: dict[str, Any], effort: float) -> Any:
-        return _made.SearchParametersHNSW(efSearch=int(max(index.hnsw.efSearch, top) * effort), **chosen)
+    def _parameters(self, index: Any, top: int, selector: dict[str, Any], effort: float) -> Any:
+        return _untyped.SearchParametersHNSW(efSearch=int(max(index.hnsw.efSearch, top) * effort), **selector)
 
 
 @register_index
 @dataclass(frozen=True)
 class InvertedFile(FaissIndex):
-    """Lists of documents around centres, of which the nearest are probed."""
+    """Inverted file: documents clustered in lists; the nearest lists are probed."""
 
     type: ClassVar[str] = "ivf"
 
-    lists: int = bounded(0, 0, MAX_LISTS)  # 0: 4 √N; at most one for every 39 documents
-    probes: int = bounded(0, 0, MAX_LISTS)  # lists probed for a query; 0: one in 8. More: better recall, slower
+    lists: int = bounded(0, 0, MAX_LISTS)  # 0: 4 √N; at most one per 39 documents
+    probes: int = bounded(0, 0, MAX_LISTS)  # lists probed per query; 0: one in 8. More: better recall, slower
 
     def read(self, path: Path) -> faiss.Index:
-        """Map the file, with a map from documents to lists, for `vectors_at`."""
+        """Map the file, and build the direct map from documents to lists that `vectors_at` needs."""
         index = super().read(path)
         faiss.extract_index_ivf(index).make_direct_map()
         return index
 
     def empty(self, vectors: CodedVectors, after_round: Callable[[], None]) -> faiss.Index:
-        """Return an inverted file, its centres found."""
+        """Return an inverted file with trained centroids."""
         num_docs = len(vectors)
         num_lists = max(1, min(self.lists or int(4 * num_docs**0.5), num_docs // TRAINING_POINTS))
         index = self._trained(_sample(vectors, 256 * max(num_lists, 256)), num_docs, num_lists, after_round)
-        faiss.extract_index_ivf(index).nprobe = min(num_lists, self.probes or max(1, num_lists // LOOKED_AT))
+        faiss.extract_index_ivf(index).nprobe = min(num_lists, self.probes or max(1, num_lists // PROBE_FRACTION))
         return index
 
     def _trained(
         self, sample: np.ndarray, num_docs: int, num_lists: int, after_round: Callable[[], None]
     ) -> faiss.Index:
         index: Any = faiss.index_factory(sample.shape[1], f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        index.quantizer.add(_centres(sample, num_lists, after_round))
+        index.quantizer.add(_centroids(sample, num_lists, after_round))
         index.train(sample)
         return index
 
-    def _parameters(self, index: Any, top: int, chosen: dict[str, Any], effort: float) -> Any:
-        probes = index.nlist if effort >= LOOKED_AT else min(index.nlist, int(np.ceil(index.nprobe * effort)))
-        return _made.SearchParametersIVF(nprobe=probes, **chosen)
+    def _parameters(self, index: Any, top: int, selector: dict[str, Any], effort: float) -> Any:
+        probes = index.nlist if effort >= PROBE_FRACTION else min(index.nlist, int(np.ceil(index.nprobe * effort)))
+        return _untyped.SearchParametersIVF(nprobe=probes, **selector)
 
 
 @register_index
 @dataclass(frozen=True)
 class ProductQuantizer(InvertedFile):
-    """An inverted file of short codes, by default half a byte per dimension."""
+    """Inverted file with product quantization, by default half a byte per dimension."""
 
     type: ClassVar[str] = "ivfpq"
 
@@ -291,7 +291,7 @@ class ProductQuantizer(InvertedFile):
     ) -> faiss.Index:
         if num_docs < PQ_LEAST_DOCS:
             raise ConfigError(
-                f"--type ivfpq: {num_docs} documents, needs at least {PQ_LEAST_DOCS} to learn its codes from; take flat"
+                f"--type ivfpq: {num_docs} documents, needs at least {PQ_LEAST_DOCS} to train its codes; use flat"
             )
         codes = -(-sample.shape[1] // self.dimensions_per_byte)
         factory = f"Pad{codes * self.dimensions_per_byte},IVF{num_lists},PQ{codes}"
@@ -302,28 +302,28 @@ class ProductQuantizer(InvertedFile):
         index.train(sample)
         return index
 
-    def _parameters(self, index: Any, top: int, chosen: dict[str, Any], effort: float) -> Any:
-        lists = super()._parameters(faiss.extract_index_ivf(index), top, chosen, effort)
-        return _made.SearchParametersPreTransform(index_params=lists)
+    def _parameters(self, index: Any, top: int, selector: dict[str, Any], effort: float) -> Any:
+        lists = super()._parameters(faiss.extract_index_ivf(index), top, selector, effort)
+        return _untyped.SearchParametersPreTransform(index_params=lists)
 
 
-def search_with(threads: int) -> None:
-    """Have FAISS search with so many threads where this thread asks it to; every thread has a number of its own."""
+def set_search_threads(threads: int) -> None:
+    """Set FAISS's thread count for searches from the calling thread (OpenMP's setting is per thread)."""
     faiss.omp_set_num_threads(threads)
 
 
-def _centres(sample: np.ndarray, number: int, after_round: Callable[[], None]) -> np.ndarray:
-    """Return the centres that FAISS's k-means finds for inner products, a round at a time."""
+def _centroids(sample: np.ndarray, number: int, after_round: Callable[[], None]) -> np.ndarray:
+    """Run FAISS's spherical k-means one round at a time, to report progress."""
     width = sample.shape[1]
     learning: Any = faiss.Clustering(width, number)
     learning.niter, learning.spherical = 1, True
-    for _ in range(IVF_ROUNDS):  # each goes on from the centres of the one before
+    for _ in range(IVF_ROUNDS):  # each continues from the previous centroids
         learning.train(sample, faiss.IndexFlatIP(width))
         after_round()
     return np.asarray(faiss.vector_float_to_array(learning.centroids)).reshape(number, width)
 
 
 def _sample(vectors: CodedVectors, most: int) -> np.ndarray:
-    """Return evenly spaced vectors, `most` of them where there are more."""
+    """Return at most `most` evenly spaced vectors."""
     rows = np.linspace(0, len(vectors) - 1, min(len(vectors), most)).astype(np.int64)
     return np.ascontiguousarray(vectors[rows])

@@ -1,10 +1,10 @@
-"""Mining hard negatives: for train queries, a range of ranks (a window) of what they retrieve.
+"""Hard-negative mining: a window of ranks of the documents that train queries retrieve.
 
-Ranks below `first` are left out because they hold what the user would have liked but did not happen to meet, and so
-may be documents that score nearly as the query's own does (`margin`). Only train rows are looked at: leaving out
-validation or test items would tell the model what they are.
+Ranks below `first` are skipped because they contain false negatives: relevant documents without an interaction. For the
+same reason `margin` drops documents that score close to the target. Only train positives are excluded: excluding
+validation or test items would leak them.
 
-Shapes: m rows, N documents, W = last − first window places.
+Shapes: m rows, N documents, W = last − first window positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bigdssm.retrieval.embed import (
     all_finite,
     encode_catalogue,
     encode_queries,
-    pieces_of,
+    iterate_share,
 )
 from bigdssm.retrieval.exact_search import (
     QUERIES_AT_ONCE,
@@ -37,9 +37,9 @@ from bigdssm.retrieval.exact_search import (
     approximate_search,
     exact_search,
     excluded_documents,
-    opened,
     rounds,
     top_of_round,
+    unpack_keys,
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.utils.array_file import new_array, seal
@@ -49,13 +49,13 @@ from bigdssm.utils.log import get_logger
 logger = get_logger(__name__)
 
 PASS_ROWS = 65_536
-SAMPLE = 512  # queries of all ranks that an approximate index is checked with
-FOUND_AT_ONCE = 4_194_304  # of all ranks' queries in a round, 32 MiB
+SAMPLE = 512  # queries over all ranks for the recall of an approximate index
+RESULTS_AT_ONCE = 4_194_304  # per round, over all ranks: 32 MiB
 
 
 @dataclass(frozen=True)
 class TrainPositives:
-    """Train positives of queries, by query id."""
+    """Train positives by query id."""
 
     query_ids: np.ndarray  # int64, sorted, distinct
     starts: np.ndarray  # int64 [len(query_ids) + 1]
@@ -63,27 +63,27 @@ class TrainPositives:
 
     @classmethod
     def of(cls, dataset: Dataset, share: Share | None = None) -> TrainPositives:
-        """Return those that this rank's share of the train split tells of; with those of all ranks they are all."""
+        """Collect the positives of this rank's share of the train split."""
         parts = []
         share = replace(share or Share(), rows_per_chunk=PASS_ROWS)
-        for rows in pieces_of(dataset, "train", share, "known positives read"):
+        for rows in iterate_share(dataset, "train", share, "known positives read"):
             if rows is not None:
                 queries, docs = rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]
                 parts.append((queries, docs))
-                if dataset.schema.siamese:  # pairs hold in both directions
-                    own = dataset.catalogue.rows_of(queries)
-                    parts.append((dataset.catalogue.ids(docs[own >= 0]), own[own >= 0]))
+                if dataset.schema.siamese:  # pairs are symmetric
+                    query_docs = dataset.catalogue.rows_of(queries)
+                    parts.append((dataset.catalogue.ids(docs[query_docs >= 0]), query_docs[query_docs >= 0]))
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)
         return cls(query_ids, np.append(starts, len(order)), docs[order])
 
     def pairs(self, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (row, catalogue row) of every known positive of the queries `query_ids` [m], int64."""
-        place = np.minimum(np.searchsorted(self.query_ids, query_ids), max(len(self.query_ids) - 1, 0))
-        known = self.query_ids[place] == query_ids if len(self.query_ids) else np.zeros(len(query_ids), bool)
-        first = np.where(known, self.starts[place], 0)
-        length = np.where(known, self.starts[np.minimum(place + 1, len(self.starts) - 1)], 0) - first
+        """Return (row, catalogue row), int64, of every known positive of the queries `query_ids` [m]."""
+        position = np.minimum(np.searchsorted(self.query_ids, query_ids), max(len(self.query_ids) - 1, 0))
+        known = self.query_ids[position] == query_ids if len(self.query_ids) else np.zeros(len(query_ids), bool)
+        first = np.where(known, self.starts[position], 0)
+        length = np.where(known, self.starts[np.minimum(position + 1, len(self.starts) - 1)], 0) - first
         entry = np.repeat(first - np.cumsum(length) + length, length) + np.arange(length.sum())
         return np.repeat(np.arange(len(query_ids)), length), self.doc_rows[entry]
 
@@ -101,64 +101,63 @@ def mine(
     share: Share | None = None,
     exclude_seen: bool = True,
 ) -> np.ndarray:
-    """Return this rank's `window_records`: the catalogue rows at ranks [first, last) of each train query's ranking.
+    """Mine this rank's `window_records`: catalogue rows at ranks [first, last) of each train query's ranking.
 
-    `rows` are those to mine for, in as many pieces on every rank; by default the rank's share of the split. Known
-    positives (its target, and with `exclude_seen` all of the query's train documents and its own history, or the
-    document that it is) are taken out before ranks are counted, and windows end with the catalogue; -1 stands where a
-    ranking ends, and with `margin` where a document's score alpha * <u, w> + beta is above that of its own less the
-    margin. In a catalogue of more than `exact_up_to` documents each rank asks an approximate index of its share, and
-    the log tells how much that finds of what scoring all would. `documents` are the rank's share of the catalogue's
-    index vectors where they were made before. A collective over the ranks. Raises DivergedError where a vector is not
-    finite.
+    `rows` are the queries to mine for, in as many chunks on every rank; default: the rank's share of the split. Known
+    positives (the target, and with `exclude_seen` the query's train documents and its history, or the query itself if
+    it is a document) are removed before ranking. Windows are padded with -1 behind the last document and, with
+    `margin`, for documents that score above the target's score minus the margin. In a catalogue of more than
+    `exact_up_to` documents each rank searches an approximate index of its share, and the log reports its recall.
+    `documents` are the rank's share of the catalogue's index vectors, if already encoded. A collective. Raises
+    DivergedError: a vector is not finite.
     """
     share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    last = min(last, max(dataset.catalogue.num_docs, first + 1))  # behind it there is nothing
-    left_out = excluded_documents(dataset, exclude_seen)
+    last = min(last, max(dataset.catalogue.num_docs, first + 1))
+    excluded = excluded_documents(dataset, exclude_seen)
     known = TrainPositives.of(dataset, share).pairs if exclude_seen else None
     num_docs = dataset.catalogue.num_docs
     approximate = exact_up_to is not None and num_docs > exact_up_to
     search = approximate_search(documents, num_docs, share) if approximate else exact_search(documents)
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
-    pieces = encode_queries(encoders, dataset, "train", share, rows)
-    asked_at_once = min(QUERIES_AT_ONCE, FOUND_AT_ONCE // last)
-    for number, asked in enumerate(rounds(pieces, documents, left_out, asked_at_once, known)):
-        if not all_finite(asked.vectors):  # which all ranks see alike
+    chunks = encode_queries(encoders, dataset, "train", share, rows)
+    at_once = min(QUERIES_AT_ONCE, RESULTS_AT_ONCE // last)
+    for number, batch in enumerate(rounds(chunks, documents, excluded, at_once, known)):
+        if not all_finite(batch.vectors):  # replicated: all ranks raise
             raise error
         if approximate and number == 0:
-            _log_recall(documents, search, asked.head(max(1, SAMPLE // distributed.world_size())), last)
-        scores, best = opened(top_of_round(search, asked, last))
+            _log_recall(documents, search, batch.head(max(1, SAMPLE // distributed.world_size())), last)
+        scores, best = unpack_keys(top_of_round(search, batch, last))
         if margin is not None:
-            own = asked.own(asked.of_targets(documents, lambda queries, target: (queries * target).sum(dim=1)))
-            best = best.masked_fill(scores > (own - margin).unsqueeze(1), -1)
-        keys.append(asked.rows.query_keys)
+            target = batch.local(batch.of_targets(documents, lambda queries, target: (queries * target).sum(dim=1)))
+            best = best.masked_fill(scores > (target - margin).unsqueeze(1), -1)
+        keys.append(batch.rows.query_keys)
         windows.append(best[:, first:].cpu().numpy().astype(np.int32))
-    mined, first_of = np.unique(np.concatenate(keys), return_index=True)
-    return window_records(mined, np.concatenate(windows)[first_of])
+    queries, first_of = np.unique(np.concatenate(keys), return_index=True)
+    return window_records(queries, np.concatenate(windows)[first_of])
 
 
-def gather_mined(path: Path, own: np.ndarray, dataset: Dataset) -> HardNegatives:
-    """Return what all ranks mined (`own` of each), mapped from the file `path`; a collective.
+def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> HardNegatives:
+    """Merge the records of all ranks (`local` per rank) into the file `path` and memory-map it. A collective.
 
-    Every rank writes its records, so `path` must be on storage that all ranks see, as a run's folder is; the file
-    appears under its name when it is whole.
+    Every rank writes its records, so `path` must be on shared storage, such as the run folder. The file appears under
+    its name when complete.
     """
-    path = real_path(path)
-    everything = np.unique(np.concatenate(distributed.all_gather_object(own["query"])))
-    aside = temporary_path(path)
+    path = real_place(path)
+    everything = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
+    aside = aside_of(path)
     full: BigDSSMError | None = None
     if distributed.is_main():
         try:
-            new_array(aside, own.dtype, (len(everything),))
+            new_array(aside, local.dtype, (len(everything),))
         except OSError as error:
             full = BigDSSMError(f"{error.strerror}: {error.filename}")
     distributed.raise_together(full)
     whole = open_memmap(aside, "r+")
-    whole[np.searchsorted(everything, own["query"])] = own
+    whole[np.searchsorted(everything, local["query"])] = local
     whole.flush()
     distributed.barrier()
     if distributed.is_main():
@@ -168,14 +167,14 @@ def gather_mined(path: Path, own: np.ndarray, dataset: Dataset) -> HardNegatives
     return HardNegatives.open(path)
 
 
-def _log_recall(documents: DocumentVectors, search: Search, asked: SearchRound, top: int) -> None:
-    """Tell how many of the best `top` documents a search finds. A collective."""
-    exact, found = (opened(top_of_round(one, asked, top))[1] for one in (exact_search(documents), search))
-    wanted = exact >= 0
-    names = torch.arange(len(exact), device=exact.device)[:, None] << 32
-    hit = torch.isin(names + exact, names + found) & wanted
-    hits, all_wanted = distributed.all_reduce(torch.stack([hit.sum(), wanted.sum()])).tolist()
+def _log_recall(documents: DocumentVectors, search: Search, batch: SearchRound, top: int) -> None:
+    """Log the recall of a search among the best `top` documents. A collective."""
+    exact, approximate = (unpack_keys(top_of_round(one, batch, top))[1] for one in (exact_search(documents), search))
+    relevant = exact >= 0
+    query = torch.arange(len(exact), device=exact.device)[:, None] << 32
+    hit = torch.isin(query + exact, query + approximate) & relevant
+    hits, total = distributed.all_reduce(torch.stack([hit.sum(), relevant.sum()])).tolist()
     logger.info(
-        "mining through an approximate index: it finds %.1f %% of the best %d documents (by %d queries)",
-        100 * hits / max(1, all_wanted), top, int(distributed.all_reduce(torch.tensor(len(exact)))),
+        "mining with an approximate index: recall %.1f %% of the best %d documents (%d queries)",
+        100 * hits / max(1, total), top, int(distributed.all_reduce(torch.tensor(len(exact)))),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A model folder as an object that encodes what a program has: dicts, texts, Arrow tables, data frames."""
+"""Python API of a model folder: encode dicts, texts, Arrow tables and data frames."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from bigdssm.checkpoints.hub import fetch_from_hub
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.features import Feature, TextTokenizer
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.retrieval.embed import document_vectors, in_pieces, query_vectors
+from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
 from bigdssm.utils.arguments import checked
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. Rows are a list of dicts (feature → value), of strings where a side has one text feature, an
-    Arrow table or a pandas data frame, with columns named after features; a history is a list of item values, oldest
-    first; what is not given is missing. A query's vector and a document's have the training score as inner product.
+    """A loaded model; the inner product of a query and a document vector is the training score.
+
+    Rows are a list of dicts (feature → value), a list of strings if a side has one text feature, an Arrow table or a
+    pandas data frame with one column per feature. A history is a list of item values, oldest first; absent features
+    are missing values.
     """
 
     folder: ModelFolder
 
     @property
     def checksum(self) -> str:
-        """Return the checksum that names the model in vectors and indexes."""
+        """Return the checksum that identifies the model in vectors and indexes."""
         return self.folder.checksum
 
     def encode_queries(self, rows: Any) -> np.ndarray:
-        """Return the index vectors of queries, float32 [m, D+1]. Raises DataError: an unknown feature, a bad value."""
+        """Encode queries to float32 [m, D+1]. Raises DataError: an unknown feature or a bad value."""
         return self._encode(rows, self.folder.schema.query, query_vectors)
 
     def encode_documents(self, rows: Any) -> np.ndarray:
-        """Return the index vectors of documents, float32 [n, D+1]. Raises DataError as `encode_queries` does."""
+        """Encode documents to float32 [n, D+1]. Raises DataError: an unknown feature or a bad value."""
         return self._encode(rows, self.folder.schema.doc, document_vectors)
 
     def _encode(
@@ -47,7 +49,7 @@ class Model:
         columns, num_rows = columns_of_values(rows, features, self.folder.schema.doc, self._tokenizer)
         if num_rows == 0:
             return np.zeros((0, self.folder.config.model.dim + 1), np.float32)
-        vectors: np.ndarray = in_pieces(
+        vectors: np.ndarray = encode_columns(
             features, columns, self.folder.pad_token_id, partial(encode, self.folder.model)
         ).numpy()
         return vectors
@@ -59,11 +61,11 @@ class Model:
 
 @checked
 def load_model(folder: str | Path) -> Model:
-    """Return the Model in a model folder, such as RUN/sft/best. Raises CheckpointError: missing, or damaged."""
+    """Load a model folder such as RUN/sft/best. Raises CheckpointError: missing or damaged."""
     return Model(load_model_folder(Path(folder)))
 
 
 @checked
 def from_pretrained(repo_id: str, revision: str | None = None) -> Model:
-    """Return the Model of a repository OWNER/NAME on the Hugging Face Hub. Raises CheckpointError: none, or damaged."""
+    """Load a model from the Hugging Face Hub (OWNER/NAME). Raises CheckpointError: missing or damaged."""
     return load_model(fetch_from_hub(repo_id, revision))

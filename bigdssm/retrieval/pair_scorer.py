@@ -1,8 +1,8 @@
-"""The scores of documents that are listed for queries, by the model's own scorer: what re-ranks, and what teaches.
+"""Scores of candidate documents by the model's scorer, for re-ranking and as a teacher.
 
     PairScorer.of(folder, dataset).score(rows.query, documents)
 
-Shapes: m queries, k documents listed for each, p pairs, n distinct documents, D vector width.
+Shapes: m queries, k candidates per query, p pairs, n distinct documents, D vector width.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
 from bigdssm.loader.chunks import join_sides, split_sides
 from bigdssm.models import CrossEncoder, DualEncoder, MlpScorer, Scorer, Values
-from bigdssm.retrieval.embed import document_vectors, encode, in_chunks, query_vectors
+from bigdssm.retrieval.embed import document_vectors, encode, encode_features, query_vectors
 
-PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # made tensors of at once; vectors of pairs scored at once
+PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
 
 Columns = Mapping[str, Column]
 
 
 @dataclass(frozen=True)
 class PairScorer:
-    """Scores pairs by a model: by its scorer, or where it has none by the product of its vectors."""
+    """Scores pairs by the model's scorer, or by inner product if it has none."""
 
     model: nn.Module  # a DualEncoder, or an engine around one
     schema: Schema
     pad_token_id: int
-    documents: Callable[[np.ndarray], Columns]  # the features of documents by their numbers, int64 [n]
+    documents: Callable[[np.ndarray], Columns]  # features of documents by row, int64 [n]
     device: torch.device | str = "cpu"
 
     @classmethod
@@ -53,30 +53,30 @@ class PairScorer:
         """Return the model's scorer."""
         return cast(DualEncoder, getattr(self.model, "module", self.model)).scorer
 
-    def check_reranks(self) -> None:
-        """Raise CheckpointError where it would score as the index does."""
+    def require_scorer(self) -> None:
+        """Raise CheckpointError if the model has no scorer, so that re-ranking would change nothing."""
         if self.scorer is None:
             raise CheckpointError(
-                "--rerank needs a model with a scorer beside its vectors; fine-tune one with sft.scorer"
+                "--rerank needs a model with a scorer in addition to its vectors; fine-tune one with sft.scorer"
             )
 
     def score(self, queries: Columns, documents: np.ndarray) -> np.ndarray:
-        """Return float32 [m, k]: the scores of documents int64 [m, k], catalogue rows, -1 for none (-inf), for queries.
+        """Score candidates int64 [m, k] (catalogue rows; -1: absent, scored -inf) as float32 [m, k].
 
-        `queries` are the m queries' feature columns, as in Rows.query. A collective where an engine shards the model.
+        `queries` are feature columns of m queries, as in Rows.query. A collective if an engine shards the model.
         """
         scores = torch.full(documents.shape, float("-inf"))
-        row, place = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
+        row, column = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
         pairs = queries, row.numpy(), documents[documents >= 0]
         of_pairs = self._by_vectors(*pairs).float().cpu()
         if isinstance(self.scorer, CrossEncoder):
             of_pairs = of_pairs + self._by_texts(*pairs)
-        scores[row, place] = of_pairs
-        found: np.ndarray = scores.numpy()
-        return found
+        scores[row, column] = of_pairs
+        result: np.ndarray = scores.numpy()
+        return result
 
     def _by_texts(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
-        """Return what a scorer that reads pairs adds to their products, [p]."""
+        """Return the cross-encoder's term of the scores, [p]."""
         assert isinstance(self.scorer, CrossEncoder)
         read = {
             side: {name: self.schema.sides[side][name] for name in names} for side, names in self.scorer.texts.items()
@@ -90,7 +90,7 @@ class PairScorer:
             of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
             columns = join_sides(of_queries, {name: of_docs[name] for name in read["doc"]})
             features = to_features(declared, columns, self.pad_token_id)
-            parts.append(in_chunks(features, pads, len(row[some]), self._read, self.device).cpu())
+            parts.append(encode_features(features, pads, len(row[some]), self._read, self.device).cpu())
         return torch.cat(parts)
 
     def _read(self, pairs: Mapping[str, Values]) -> Tensor:
@@ -99,10 +99,10 @@ class PairScorer:
         return scores.float()
 
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
-        """Return the scores [p] of pairs of the towers' vectors."""
+        """Return the vectors' scores of pairs, [p]."""
         distinct, column = np.unique(docs, return_inverse=True)
         scorer = self.scorer if isinstance(self.scorer, MlpScorer) else None
-        by_query, by_doc = (query_vectors, document_vectors) if scorer is None else (_own_query, _own_doc)
+        by_query, by_doc = (query_vectors, document_vectors) if scorer is None else (_query_output, _document_output)
         q = self._encoded(self.schema.query, queries, by_query)[torch.from_numpy(row)]
         d = self._encoded(self.schema.doc, self.documents(distinct), by_doc)[torch.from_numpy(column)]
         with torch.no_grad():
@@ -114,16 +114,18 @@ class PairScorer:
     ) -> Tensor:
         features = to_features(declared, columns, self.pad_token_id)
         num_rows = len(next(iter(features.values())))
-        return in_chunks(features, pad_ids(declared, self.pad_token_id), num_rows, partial(by, self.model), self.device)
+        return encode_features(
+            features, pad_ids(declared, self.pad_token_id), num_rows, partial(by, self.model), self.device
+        )
 
 
-def _own_query(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
+def _query_output(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
     U = encode(model, query=query).U
     assert U is not None
     return U.float()
 
 
-def _own_doc(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
+def _document_output(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
     W = encode(model, doc=doc).W
     assert W is not None
     return W.float()

@@ -1,9 +1,9 @@
 """Bulk recommendation: the best documents of many queries as Parquet files, by any number of ranks.
 
-OUT/    part-0000000.parquet … (ROW_SCHEMA, a row for each document of each query, best first), meta.json
+OUT/    part-0000000.parquet … (ROW_SCHEMA, a row per query and document, best first), meta.json
 
-A part holds the queries of one shard. It is written aside and renamed, and holds the same rows whoever made it, so that
-a killed job goes on with the parts that are missing (see shards.py).
+A part holds the queries of one shard, is written atomically and does not depend on the rank, so a killed job resumes
+with the missing parts (see shards.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bigdssm.features import Column, Ragged, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.ingest.sources.registry import read_table
-from bigdssm.retrieval.embed import in_pieces, query_vectors
+from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import AllowedDocuments
@@ -43,8 +43,8 @@ from bigdssm.utils.log import get_logger
 FORMAT, META_FILE = 1, "meta.json"
 ROW_SCHEMA = pa.schema(
     [
-        ("row", pa.int64()),  # of the source: its users in order, its rows
-        ("query", pa.string()),  # the user's key, or the table's; null in a split of pairs
+        ("row", pa.int64()),  # of the source
+        ("query", pa.string()),  # key of the user or table row; null in a split of pairs
         ("rank", pa.int32()),  # from 1
         ("document", pa.dictionary(pa.int32(), pa.string())),
         ("score", pa.float32()),
@@ -54,11 +54,11 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RecommendOptions:
-    """Which documents a query gets."""
+    """Options of `recommend`."""
 
     top: int = 10
     filter: str | None = None  # see filters.py
-    exclude_seen: bool | None = None  # none: as the model's data.exclude_seen says
+    exclude_seen: bool | None = None  # None: the model's data.exclude_seen
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -67,12 +67,12 @@ class RecommendOptions:
 
 @dataclass(frozen=True)
 class RecommendReport:
-    """What a call of `recommend` did."""
+    """Result of `recommend`."""
 
     queries: int
-    found: int  # shards that were finished before
+    resumed_shards: int  # finished by an earlier run
     seconds: float
-    finished: bool  # on the rank that put the folder in place
+    finished: bool  # True on the rank that finished the folder
 
 
 def recommend(
@@ -81,13 +81,13 @@ def recommend(
     index: Index,
     dataset: Dataset,
     source: QuerySource,
-    wanted: RecommendOptions,
+    options: RecommendOptions,
     work: ShardWork,
 ) -> RecommendReport:
-    """Write this rank's share of the best documents of all queries of `source` into the folder `out`.
+    """Write this rank's share of the recommendations for all queries of `source` into the folder `out`.
 
-    Raises CheckpointError: model, index and dataset do not belong together; ConfigError: `out` holds something else, or
-    the filter is none; DataError: no queries, or a vector that is not finite.
+    Raises: CheckpointError: model, index and dataset do not match; ConfigError: `out` holds something else, or an
+    invalid filter; DataError: no queries, or a vector is not finite.
     """
     index.check_model(folder.checksum)
     source = source.limited_to(folder.view(dataset))
@@ -97,26 +97,26 @@ def recommend(
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
     filters = Filters(dataset.whole.schema, dataset.whole.catalogue)
-    allowed = None if wanted.filter is None else filters.allowed(wanted.filter)
-    exclude = folder.config.data.exclude_seen if wanted.exclude_seen is None else wanted.exclude_seen
+    allowed = None if options.filter is None else filters.allowed(options.filter)
+    exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
     job = {
-        "kind": "recommendations", "format": FORMAT, **asdict(wanted), "exclude_seen": exclude,
+        "kind": "recommendations", "format": FORMAT, **asdict(options), "exclude_seen": exclude,
         "source": source.identity, "model": folder.checksum, "index": index.meta.files, "dataset": dataset.fingerprint,
     }  # fmt: skip
     documents, started, queries = index.keys.combine_chunks(), time.perf_counter(), 0
     shards = ShardedFolder(out, job, source.num_rows, work)
     for shard, first, last in shards.pending("shards recommended"):
-        asked = source.read(first, last)
-        scores, rows = _best(folder, index, asked, min(wanted.top, index.meta.num_docs), exclude, allowed)
+        batch = source.read(first, last)
+        scores, rows = _best(folder, index, batch, min(options.top, index.meta.num_docs), exclude, allowed)
         with new_file(shards.aside / f"part-{shard:07d}.parquet") as aside:
-            parquet.write_table(_table(asked, scores, rows, documents), aside)
-        queries += len(asked.rows)
+            parquet.write_table(_table(batch, scores, rows, documents), aside)
+        queries += len(batch.rows)
     finished = shards.finish(lambda aside: write_json(aside / META_FILE, {**job, "queries": source.num_rows}))
-    return RecommendReport(queries, shards.found, time.perf_counter() - started, finished)
+    return RecommendReport(queries, shards.resumed, time.perf_counter() - started, finished)
 
 
 def write_csv(parts: Path, file: Path) -> None:
-    """Write the recommendations of the folder `parts` as one CSV file, and remove the folder."""
+    """Convert the recommendations in the folder `parts` to one CSV file, and remove the folder."""
     document = ROW_SCHEMA.get_field_index("document")
     plain = ROW_SCHEMA.set(document, pa.field("document", pa.string()))
     with new_file(file) as aside, csv.CSVWriter(aside, plain) as writer:
@@ -128,35 +128,35 @@ def write_csv(parts: Path, file: Path) -> None:
 def _best(
     folder: ModelFolder,
     index: Index,
-    asked: BulkQueries,
+    batch: QueryBatch,
     top: int,
     exclude_seen: bool,
     allowed: AllowedDocuments | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (scores, catalogue rows), both [m, top], as `Index.nearest` does."""
-    if not len(asked.rows):
+    """Encode and search queries; returns the output of `Index.nearest`."""
+    if not len(batch.rows):
         return np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
     encode = partial(query_vectors, folder.model)
-    vectors = in_pieces(folder.schema.query, asked.columns, folder.pad_token_id, encode).numpy()
+    vectors = encode_columns(folder.schema.query, batch.columns, folder.pad_token_id, encode).numpy()
     if not np.isfinite(vectors).all():
-        raise DataError(f"vectors of the queries {asked.rows[0]} to {asked.rows[-1]} hold NaN or inf")
-    excluded = [asked.seen[i] for i in range(len(asked.seen))] if exclude_seen else None
+        raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
+    excluded = [batch.seen[i] for i in range(len(batch.seen))] if exclude_seen else None
     return index.nearest(vectors, top, folder.checksum, excluded, allowed)
 
 
-def _table(asked: BulkQueries, scores: np.ndarray, rows: np.ndarray, documents: pa.StringArray) -> pa.Table:
-    """Return what was found as rows of ROW_SCHEMA."""
-    found = rows >= 0
-    query, rank = np.nonzero(found)
-    known, place = np.unique(rows[found], return_inverse=True)
-    names = pa.DictionaryArray.from_arrays(pa.array(place, pa.int32()), documents.take(pa.array(known)))
-    keys = pa.nulls(len(query), pa.string()) if asked.keys is None else pa.array(asked.keys).take(pa.array(query))
-    columns = [pa.array(asked.rows[query]), keys, pa.array(rank + 1, pa.int32()), names, pa.array(scores[found])]
+def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, documents: pa.StringArray) -> pa.Table:
+    """Return search results as a table of ROW_SCHEMA."""
+    present = rows >= 0
+    query, rank = np.nonzero(present)
+    distinct, code = np.unique(rows[present], return_inverse=True)
+    names = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), documents.take(pa.array(distinct)))
+    keys = pa.nulls(len(query), pa.string()) if batch.keys is None else pa.array(batch.keys).take(pa.array(query))
+    columns = [pa.array(batch.rows[query]), keys, pa.array(rank + 1, pa.int32()), names, pa.array(scores[present])]
     return pa.table(columns, schema=ROW_SCHEMA)
 
 
 def _check_free(out: Path) -> None:
-    """Raise ConfigError where `out` holds something else than recommendations."""
+    """Raise ConfigError if `out` holds anything other than recommendations."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
@@ -164,56 +164,56 @@ def _check_free(out: Path) -> None:
             return
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ConfigError(f"{out} exists and holds no recommendations; choose another --out")
+    raise ConfigError(f"{out} exists and does not hold recommendations; choose another --out")
 
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class BulkQueries:
-    """Some queries of a source."""
+class QueryBatch:
+    """Consecutive queries of a source."""
 
-    rows: np.ndarray  # int64 [m]: their numbers in the source
-    keys: list[str] | None  # what names each, where something does
+    rows: np.ndarray  # int64 [m]: row numbers in the source
+    keys: list[str] | None  # query keys, if the source has them
     columns: dict[str, Column]
-    seen: Ragged  # catalogue rows of each one's events, oldest first
+    seen: Ragged  # catalogue rows of the events, oldest first
 
 
 class QuerySource(ABC):
-    """Rows 0 … num_rows − 1, each of them a query."""
+    """A source of queries, rows 0 … num_rows − 1."""
 
-    identity: str  # of what is asked for, beside the dataset
+    identity: str  # identifies the queries within the dataset
     num_rows: int
     _dataset: Dataset
 
     def limited_to(self, dataset: Dataset) -> QuerySource:
-        """Return the same queries as `dataset` encodes them, see `Dataset.limited_to`."""
+        """Return the same queries with the features of `dataset`, see `Dataset.limited_to`."""
         limited = copy(self)
         limited._dataset = dataset
         return limited
 
     @abstractmethod
-    def read(self, first: int, last: int) -> BulkQueries:
-        """Return the queries of the rows [first, last); what cannot be used is left out."""
+    def read(self, first: int, last: int) -> QueryBatch:
+        """Read the queries of the rows [first, last), without unusable ones."""
 
 
 class Users(QuerySource):
-    """Each user of a dataset once, with all events in the history."""
+    """The distinct users of a dataset, with all events in the history."""
 
     identity = "users"
 
     def __init__(self, dataset: Dataset) -> None:
-        """Raises DataError: the dataset has none."""
+        """Raises DataError: the dataset has no users."""
         if dataset.sequences is None:
             raise DataError(f"{dataset.dir} holds pairs, no users; recommend for a split or a table instead")
         self._dataset, self._table = dataset, dataset.sequences
-        ids = self._table.column("query_id")[::-1]  # a later partition knows more of a user
+        ids = self._table.column("query_id")[::-1]  # the latest partition has a user's full history
         self._rows = np.sort(len(ids) - 1 - np.unique(ids, return_index=True)[1])
         self.num_rows = len(self._rows)
 
-    def read(self, first: int, last: int) -> BulkQueries:
-        """Return the queries of some users."""
+    def read(self, first: int, last: int) -> QueryBatch:
+        """Read the queries of users [first, last)."""
         rows = self._rows[first:last]
         columns: dict[str, Column] = {
             name: self._dataset.query_column(self._table, name, rows)
@@ -221,57 +221,57 @@ class Users(QuerySource):
         }
         seen = _events(self._table, rows)
         columns |= histories(self._dataset, seen)
-        return BulkQueries(np.arange(first, last), self._table.strings("query_key", rows), columns, seen)
+        return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, seen)
 
 
 class SplitRows(QuerySource):
-    """The rows of a split, as they are evaluated: what a row asks for is not in its history."""
+    """The rows of a split, as in evaluation: histories end before the target."""
 
     def __init__(self, dataset: Dataset, split: str) -> None:
-        """Raises DataError: no such split, or rows of several queries."""
+        """Raises DataError: no such split, or rows with several queries."""
         dataset.index(split)
         if dataset.num_queries(split) != dataset.num_rows(split):
-            raise DataError(f"{dataset.dir}: rows of split {split} give several queries each; take validation or test")
+            raise DataError(f"{dataset.dir}: rows of split {split} have several queries each; use validation or test")
         self._dataset, self._split = dataset, split
         self.identity, self.num_rows = f"split {split}", dataset.num_rows(split)
 
-    def read(self, first: int, last: int) -> BulkQueries:
-        """Return the queries of some rows."""
+    def read(self, first: int, last: int) -> QueryBatch:
+        """Read the queries of the rows [first, last)."""
         rows = next(self._dataset.iterate_range(self._split, first, last, last - first))
         keys = None
         if rows.sequences is not None and rows.sequence is not None:
             keys = rows.sequences.strings("query_key", rows.sequence)
         seen = Ragged(*rows.seen_ragged())
         if self._dataset.schema.siamese:
-            seen = Ragged.of_lists(_own(self._dataset, rows.query_ids), np.int64)
-        return BulkQueries(rows.row_ids, keys, rows.query, seen)
+            seen = Ragged.of_lists(_query_documents(self._dataset, rows.query_ids), np.int64)
+        return QueryBatch(rows.row_ids, keys, rows.query, seen)
 
 
 class TableRows(QuerySource):
-    """The rows of a table, with the columns that make_shards reads query features from."""
+    """The rows of a table with the columns of make_shards' query features."""
 
     def __init__(self, dataset: Dataset, path: Path, key_column: str | None, events_column: str | None) -> None:
-        """`events_column` lists the keys of the documents of each history, oldest first; unknown ones are skipped.
+        """`events_column` lists document keys of the history, oldest first; unknown keys are skipped.
 
-        Raises ConfigError: histories without such a column, or the other way round; DataError: no readable table, or a
-        column that it lacks.
+        Raises: ConfigError: the model has histories and there is no such column, or vice versa; DataError: the table is
+        not readable, or lacks a column.
         """
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
             needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
         self._dataset, features = dataset, stored_features(dataset.schema.query)
         self._key_column, self._events_column = key_column, events_column
-        wanted = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
+        required = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
         options = {"--key-column": key_column, "--events-column": events_column}
-        wanted |= {column: option for option, column in options.items() if column is not None}
-        tables = [batch.table for batch in read_table(path, wanted, _warn)]
+        required |= {column: option for option, column in options.items() if column is not None}
+        tables = [batch.table for batch in read_table(path, required, _warn)]
         self._table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         self._path, self.num_rows = path, self._table.num_rows
         content = json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
         self.identity = f"table {content} {key_column} {events_column}"
 
-    def read(self, first: int, last: int) -> BulkQueries:
-        """Return the queries of some rows."""
+    def read(self, first: int, last: int) -> QueryBatch:
+        """Read the queries of the rows [first, last)."""
         rows = np.arange(first, last)
         batch = SourceBatch(str(self._path), self._table.slice(first, last - first), rows + 1)
         check = RowCheck(batch, _warn)
@@ -279,19 +279,19 @@ class TableRows(QuerySource):
         seen = Ragged(np.zeros(0, np.int64), np.zeros(len(rows) + 1, np.int64))
         if self._events_column is not None:
             lists = value_lists(check, self._events_column, " ")
-            found = self._dataset.catalogue.find(lists.flatten().to_pylist())
-            kept = np.concatenate([[0], np.cumsum(found >= 0)])
-            seen = Ragged(found[found >= 0], kept[np.asarray(lists.offsets)])
+            docs = self._dataset.catalogue.find(lists.flatten().to_pylist())
+            offsets = np.concatenate([[0], np.cumsum(docs >= 0)])
+            seen = Ragged(docs[docs >= 0], offsets[np.asarray(lists.offsets)])
         if keys is not None and self._dataset.schema.siamese:
             ids = np.array([hash64(key) for key in keys], np.int64)
-            seen = Ragged.of_lists(_own(self._dataset, ids), np.int64)
-        features = stored_features(self._dataset.schema.query)
+            seen = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
+        features = stored(self._dataset.schema.query)
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
-        return BulkQueries(rows, keys, columns | histories(self._dataset, seen), seen)
+        return QueryBatch(rows, keys, columns | histories(self._dataset, seen), seen)
 
 
-def _own(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
-    """Return the catalogue row of the document that each query is, none where there is no such document."""
+def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
+    """Return int64 [0 or 1] per query: the catalogue row of the document with the query's id."""
     return [row[row >= 0] for row in dataset.catalogue.rows_of(ids)[:, None]]
 
 

@@ -1,4 +1,4 @@
-"""What a product asks for: one type for the Python API, the command line and the server."""
+"""Search requests: one type for the Python API, the command line and the server."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 
-SHOWN_CHARACTERS = 80
+MAX_ERROR_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the asking user did."""
+    """An interaction of the requesting user."""
 
-    item: str  # a document, by its key or its title
-    time: float | None = None  # in the unit of `Request.now`; without times events are given oldest first
-    action: str | None = None  # what was done; histories know items alone, so no model reads it yet
+    item: str  # key or title of a document
+    time: float | None = None  # in the unit of `Request.now`; without times, events are listed oldest first
+    action: str | None = None  # reserved: histories contain items only
 
     def __post_init__(self) -> None:
         """Raise ConfigError: a value of another type."""
         if self.item is None:
-            raise ConfigError("item of an event is missing; name a document")
+            raise ConfigError("item of an event is missing; give a document's key or title")
         _check_text("item of an event", self.item)
         _check_number("time of an event", self.time)
         _check_text("action of an event", self.action)
@@ -34,20 +34,20 @@ class Event:
 
 @dataclass(frozen=True)
 class Request:
-    """A query, and which documents may answer it.
+    """A query, and constraints on the documents returned.
 
-    `user` brings what the dataset knows of a user: features, and events that lie before those given here. Features that
-    are given stand in the place of the user's; what nobody gives is missing.
+    `user` loads the features and events of a user of the dataset; `features` override them and `events` follow them.
+    Absent features are missing values.
     """
 
     user: str | None = None
-    features: dict[str, Any] | None = None  # a string as a person types it, or a number, a list of strings, a vector
-    events: list[Event] | None = None  # what a history is made of; an empty list is a user without any
-    now: float | None = None  # events after it are not known yet
+    features: dict[str, Any] | None = None  # a string as typed by a user, a number, a list of strings, or a vector
+    events: list[Event] | None = None  # of the history; an empty list: a user without events
+    now: float | None = None  # later events are ignored
     filter: str | None = None  # see filters.py
-    exclude_seen: bool | None = None  # whether documents of events may come back; none: as data.exclude_seen says
+    exclude_seen: bool | None = None  # exclude documents of events; None: the model's data.exclude_seen
     top: int = 10
-    document: str | None = None  # the key of the document that the query is, where queries are documents
+    document: str | None = None  # key of the query document, if queries are documents
 
     def __post_init__(self) -> None:
         """Raise ConfigError: a value of another type."""
@@ -69,8 +69,8 @@ class Request:
             raise _refused("top", self.top, "a whole number")
 
 
-def request_of(content: Mapping[str, Any]) -> Request:
-    """Return the request that JSON holds. Raises ConfigError: a key that there is not, or a value of another type."""
+def parse_request(content: Mapping[str, Any]) -> Request:
+    """Convert a JSON object to a Request. Raises ConfigError: an unknown key, or a value of another type."""
     _check_keys("the request", content, Request)
     events = content.get("events")
     if isinstance(events, list):
@@ -82,22 +82,23 @@ def request_of(content: Mapping[str, Any]) -> Request:
     return Request(**{**content, "events": events})
 
 
-def check_encoded(texts: Iterable[str]) -> None:
-    """Raise ConfigError where a text holds half a character, as JSON's "\\ud800" does, or bytes that are no UTF-8."""
+def check_utf8(texts: Iterable[str]) -> None:
+    """Raise ConfigError if a text holds a lone surrogate (JSON's "\\ud800"), which UTF-8 cannot encode."""
     for text in texts:
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ConfigError(f"{ascii(text)[:SHOWN_CHARACTERS]} is no text in UTF-8")
+            raise ConfigError(f"{ascii(text)[:MAX_ERROR_CHARACTERS]} is not valid UTF-8")
 
 
 def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
     known = [field.name for field in fields(kind)]
     if unknown := [key for key in content if key not in known]:
-        raise ConfigError(f"{where} has no key {str(unknown[0])[:SHOWN_CHARACTERS]!r}; the keys are {', '.join(known)}")
+        key = str(unknown[0])[:MAX_ERROR_CHARACTERS]
+        raise ConfigError(f"{where}: got the unknown key {key!r}; the keys are {', '.join(known)}")
 
 
 def _check_text(where: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
-        raise _refused(where, value, f"a text, such as {str(value)[:SHOWN_CHARACTERS]!r}")
+        raise _refused(where, value, f"a text, such as {str(value)[:MAX_ERROR_CHARACTERS]!r}")
 
 
 def _check_number(where: str, value: Any) -> None:
@@ -107,11 +108,11 @@ def _check_number(where: str, value: Any) -> None:
         raise _refused(where, value, "a number")
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer beyond float64
         finite = False
     if not finite:
         raise _refused(where, value, "a finite number")
 
 
 def _refused(where: str, value: Any, needed: str) -> ConfigError:
-    return ConfigError(f"{where} is {ascii(value)[:SHOWN_CHARACTERS]}, needs {needed}")
+    return ConfigError(f"{where} is {ascii(value)[:MAX_ERROR_CHARACTERS]}, needs {needed}")

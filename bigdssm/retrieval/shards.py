@@ -1,9 +1,9 @@
-"""A folder, or a file, that any number of ranks fill, a shard at a time, and go on filling where they were killed.
+"""Resumable output folders and files that any number of ranks write in shards.
 
-.NAME.unfinished/   what the folder will hold, with job.json, lock, ranks, and done/<shard> for every finished shard
+.NAME.unfinished/   the content of the future folder, job.json, lock, ranks, and done/<shard> per finished shard
 
-Ranks need no process group, only this folder: rank k makes the shards s ≡ k mod world size that are not done, and
-whoever finds all of them done puts the folder in place.
+Ranks need no process group, only this folder: rank k writes the unfinished shards s ≡ k mod world size, and the rank
+that completes the last shard renames the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS_PER_SHARD = 4096
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Which of the ranks this is, and how much is done between two records of it."""
+    """Rank, world size, shard size and progress callback of a sharded job."""
 
     rank: int = 0
     world_size: int = 1
@@ -42,21 +42,21 @@ class ShardWork:
 
     @classmethod
     def of_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
-        """Return the work of the process that torchrun or deepspeed started. Raises ConfigError: its ranks are none."""
-        rank, world_size = rank_and_world_size()
+        """Read rank and world size from torchrun or deepspeed. Raises ConfigError: they are invalid."""
+        rank, world_size = launched_as()
         return cls(rank, world_size, rows_per_shard, progress)
 
 
 class ShardedFolder:
-    """A folder that is being filled with rows 0 … num_rows − 1."""
+    """An output folder of rows 0 … num_rows − 1 that is being written."""
 
     def __init__(
         self, folder: Path, job: Mapping[str, Any], num_rows: int, work: ShardWork,
         prepare: Callable[[Path], None] = lambda aside: None,
     ) -> None:  # fmt: skip
-        """Go on with the unfinished folder of exactly this `job`, or begin it anew, which `prepare` then gets empty.
+        """Resume the unfinished folder of exactly this `job`, or start an empty one and call `prepare` on it.
 
-        Raises DataError where another process is filling the folder for another job.
+        Raises DataError: another process is writing the folder for another job.
         """
         self._folder, self._num_rows, self._work = folder, num_rows, work
         self.num_shards = -(-num_rows // work.rows_per_shard)
@@ -64,8 +64,8 @@ class ShardedFolder:
         self.aside.mkdir(parents=True, exist_ok=True)
         described = json.dumps({**job, "num_rows": num_rows, "rows_per_shard": work.rows_per_shard}, indent=1)
         with _lock(self.aside):
-            # Shared by the ranks of a job while they work. A record lock: an error's traceback keeps this object, and
-            # must not refuse the next job of this process.
+            # Shared by the ranks of a job while they work. A record lock, which does not block the next job of this
+            # process even if the traceback of an error keeps this object alive.
             self._ranks = (self.aside / RANKS_FILE).open("a+")
             path = self.aside / JOB_FILE
             if not path.is_file() or path.read_text(encoding="utf-8") != described:
@@ -73,25 +73,25 @@ class ShardedFolder:
                 self._empty()
                 try:
                     prepare(self.aside)
-                except BaseException:  # such as a full disk: what was reserved is given back
+                except BaseException:  # such as a full disk: release the reserved space
                     self._empty()
                     raise
                 path.write_text(described, encoding="utf-8")
             fcntl.lockf(self._ranks, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        own = range(work.rank, self.num_shards, work.world_size)
-        self._pending = [shard for shard in own if not self._done(shard).exists()]
-        self.found = len(own) - len(self._pending)  # finished before
+        local = range(work.rank, self.num_shards, work.world_size)
+        self._pending = [shard for shard in local if not self._done(shard).exists()]
+        self.resumed = len(local) - len(self._pending)  # shards of this rank finished by an earlier run
 
     def pending(self, what: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (shard, first row, last row + 1) of this rank's that are not done; asking for the next says one is."""
+        """Yield (shard, first row, last row + 1) of this rank's unfinished shards; advancing marks a shard as done."""
         size = self._work.rows_per_shard
-        for place, shard in enumerate(self._pending, start=1):
+        for number, shard in enumerate(self._pending, start=1):
             yield shard, shard * size, min((shard + 1) * size, self._num_rows)
             self._done(shard).touch()
-            self._work.progress(what, place, len(self._pending))
+            self._work.progress(what, number, len(self._pending))
 
     def finish(self, complete: Callable[[Path], None]) -> bool:
-        """Put the folder in place if every shard is done, `complete` having had it; True on the one rank that did."""
+        """If every shard is done, call `complete` and rename the folder; True on the one rank that did."""
         with self._all_done() as done:
             if done:
                 complete(self.aside)
@@ -103,7 +103,7 @@ class ShardedFolder:
         return done
 
     def finish_file(self, name: str, complete: Callable[[Path], None]) -> bool:
-        """Put the file `name` in the folder's place, as `finish` does."""
+        """Replace the folder by its file `name`, as `finish` does."""
         with self._all_done() as done:
             if done:
                 complete(self.aside / name)
@@ -113,18 +113,18 @@ class ShardedFolder:
 
     @contextmanager
     def _all_done(self) -> Iterator[bool]:
-        """Give whether every shard is done and no other rank has finished the folder, nor can meanwhile."""
+        """Yield whether every shard is done; the lock keeps other ranks from finishing the folder meanwhile."""
         try:
             lock = _lock(self.aside)
         except FileNotFoundError:
             yield False  # another rank was the last
             return
         with lock:
-            # it is not there if another was while this one waited for the lock
+            # missing if another rank finished it while this one waited for the lock
             yield self.aside.exists() and all(self._done(shard).exists() for shard in range(self.num_shards))
 
     def _claim(self) -> None:
-        """Raise DataError where a rank of another job is at work: it would mark shards of this job as done."""
+        """Raise DataError if a rank of another job is running: it would mark shards of this job as done."""
         try:
             fcntl.lockf(self._ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -136,7 +136,7 @@ class ShardedFolder:
             ) from None
 
     def _empty(self) -> None:
-        """Remove what another job left; the locks stay."""
+        """Remove the files of another job, except the locks."""
         shutil.rmtree(self.aside / DONE_DIR, ignore_errors=True)
         for path in self.aside.iterdir():
             if path.name not in (LOCK_FILE, RANKS_FILE):
@@ -148,7 +148,7 @@ class ShardedFolder:
 
 
 def _lock(aside: Path) -> IO[str]:
-    """Return the folder's lock, held until it is closed, or until the process ends, however it does."""
+    """Acquire the folder's lock; closing the file or the end of the process releases it."""
     file = (aside / LOCK_FILE).open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file

@@ -1,11 +1,11 @@
-"""A teacher's vectors of a dataset's documents and train queries, whose products are its scores.
+"""Teacher vectors of a dataset's documents and train queries; their inner products are teacher scores.
 
 FOLDER/documents.npy   float16 [N, E], by catalogue row
-FOLDER/queries.npy     records (query int64, vector float16 [E]); the keys (see `Rows.query_keys`) ascend
+FOLDER/queries.npy     records (query int64, vector float16 [E]), ascending by key (see `Rows.query_keys`)
 
-Both end in a seal (see array_file.py): of what dataset they were made.
+Both end in a seal with the dataset's fingerprint (see array_file.py).
 
-They are made in shards by any number of ranks, going on where they were killed (retrieval/shards.py), and read mapped.
+Written in resumable shards by any number of ranks (retrieval/shards.py), read memory-mapped.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PASS_ROWS = 65_536
 
 
 class TeacherVectors:
-    """The vectors of a folder, mapped."""
+    """The memory-mapped vectors of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError where `folder` holds none."""
+        """Raises DataError: `folder` holds no teacher vectors."""
         self.folder = folder
         try:
             documents, queries = (
@@ -42,38 +42,42 @@ class TeacherVectors:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
-                f"{folder} holds no teacher's vectors: {reason}; bigdssm embed_teacher makes them"
+                f"{folder} holds no teacher vectors: {reason}; make them with bigdssm embed_teacher"
             ) from None
         if documents.ndim != 2 or queries.dtype != _record(documents.shape[1]):
-            raise DataError(f"{folder} holds no teacher's vectors: got {queries.dtype} beside {documents.shape}")
+            raise DataError(
+                f"{folder} holds no teacher vectors: got queries {queries.dtype} for documents {documents.shape}"
+            )
         self.documents, self._queries = documents, queries
 
     def check_against(self, dataset: Dataset) -> None:
-        """Read both files whole. Raises DataError where one is damaged, or was made of another dataset."""
+        """Validate both files. Raises DataError: damaged, or of another dataset."""
         for name in (DOCUMENTS, QUERIES):
             check_seal(self.folder / name, dataset.fingerprint, "make it with bigdssm embed_teacher")
 
     @property
     def keys(self) -> np.ndarray:
-        """Return the queries' keys, int64."""
+        """Return the query keys, int64."""
         keys: np.ndarray = self._queries["query"]
         return keys
 
     def queries(self, keys: np.ndarray) -> np.ndarray:
-        """Return float16 [m, E] for int64 keys [m]. Raises DataError where one is not there."""
+        """Return float16 [m, E] for int64 keys [m]. Raises DataError: a key is missing."""
         at, missing = find_keys(self.keys, keys)
         if missing.any():
             row = int(keys[missing][0]) >> EVENT_BITS
-            raise DataError(f"{self.folder} has no query of row {row}; make it anew with bigdssm embed_teacher")
+            raise DataError(f"{self.folder} has no query of row {row}; make it again with bigdssm embed_teacher")
         vectors: np.ndarray = self._queries["vector"][at]
         return vectors
 
 
-def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, work: ShardWork) -> TeacherVectors | None:
-    """Write the vectors of all documents and train queries; return them on the rank that put them in place, else None.
+def write_teacher_vectors(
+    out: Path, encoders: Encoders, dataset: Dataset, name: str, work: ShardWork
+) -> TeacherVectors | None:
+    """Encode all documents and train queries; returns them on the rank that finishes the folder, else None.
 
-    `name` tells the teacher from others: finished shards of a run that was ended are kept where it is the same. Raises
-    DataError where a vector is not finite, or too large for float16.
+    `name` identifies the teacher: finished shards of an earlier run with the same name are reused. Raises DataError: a
+    vector is not finite, or too large for float16.
     """
     out = real_path(out)
     width, num_docs = encoders.documents(np.zeros(1, np.int64)).shape[1], dataset.catalogue.num_docs
@@ -93,11 +97,11 @@ def write_teacher(out: Path, encoders: Encoders, dataset: Dataset, name: str, wo
             rows = np.arange(begin, min(begin + ROWS_AT_ONCE, last, num_docs))
             documents[rows] = _checked(encoders.documents(rows).numpy(), "documents", rows)
         if last > num_docs:
-            own = slice(max(first - num_docs, 0), last - num_docs)
-            queries["vector"][own] = np.concatenate(
+            local = slice(max(first - num_docs, 0), last - num_docs)
+            queries["vector"][local] = np.concatenate(
                 [
                     _checked(encoders.queries(rows).numpy(), "queries of rows", rows.row_ids)
-                    for rows in rows_of_queries(dataset, keys[own], ROWS_AT_ONCE)
+                    for rows in rows_of_queries(dataset, keys[local], ROWS_AT_ONCE)
                 ]
             )
         documents.flush()

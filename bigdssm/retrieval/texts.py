@@ -1,4 +1,4 @@
-"""Queries and documents of a dataset as texts: what the towers read of them, cut and in the tokenizer's case."""
+"""Texts of queries and documents as the towers read them: truncated, in the tokenizer's case."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bigdssm.features import Column, Ragged, TextTokenizer, texts_of
 
 
 class Texts:
-    """The texts of a dataset's rows; several of one row stand behind each other, parted by a bar."""
+    """The texts of a dataset's rows; several text features are joined by a bar."""
 
     def __init__(self, dataset: Dataset) -> None:
-        """Raises ConfigError where a side has no text."""
+        """Raises ConfigError: a side has no text feature."""
         self._query, self._doc = list(texts_of(dataset.schema.query)), list(texts_of(dataset.schema.doc))
         if not (self._query and self._doc) or dataset.tokenizer is None:
-            raise ConfigError(f"{dataset.dir} has a side without a text feature; there is nothing to read")
+            raise ConfigError(f"{dataset.dir}: needs a text feature on both sides")
         self._catalogue, self._tokenizer = dataset.catalogue, dataset.tokenizer
 
     def queries(self, rows: Rows) -> list[str]:

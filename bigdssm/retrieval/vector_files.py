@@ -1,6 +1,6 @@
-"""The vectors of a folder as the files that other engines read, each compared with the model after it was written.
+"""Vectors files in formats of other engines, each checked against the model after writing.
 
-vectors.fvecs     per document an int32 width and float32 values: FAISS, hnswlib, ann-benchmarks; of float32 alone
+vectors.fvecs     per document an int32 width and float32 values: FAISS, hnswlib, ann-benchmarks; float32 only
 vectors.parquet   doc_key, doc_title, vector (list of float32 or float16, or a code of int8 or uint8 with its scale and
                   beta): Qdrant, Vespa, Elasticsearch, DuckDB, pandas
 """
@@ -25,29 +25,29 @@ from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
     VectorsMeta,
-    decoded,
-    layout,
+    decode_rows,
     load_vectors,
     read_meta,
+    row_layout,
 )
 from bigdssm.utils.atomic import new_file
 
 FileFormat = Literal["npy", "fvecs", "parquet"]
 CARD_FILE = "README.md"
 CHECKED_ROWS = 256
-# What a vector may differ by, over its largest entry: int8 rounds to half a 127th, and a sign keeps no magnitude, but
-# stays within the largest, which a wrong sign of that entry does not.
+# Largest difference relative to the vector's largest entry. int8 rounds to 1/254; binary keeps no magnitudes, so its
+# error is bounded by the largest entry, unless the sign of that entry is wrong.
 PARITY_LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 1e-3, "int8": 5e-3, "binary": 1 + 1e-5}
 
 
 def check_formats(dtype: Dtype, targets: Iterable[FileFormat]) -> None:
-    """Raise ConfigError where vectors of this dtype cannot be written in a format."""
+    """Raise ConfigError if a format cannot store vectors of this dtype."""
     if dtype != "float32" and "fvecs" in targets:
-        raise ConfigError(f"--format fvecs --dtype {dtype}: fvecs holds float32 alone; take parquet")
+        raise ConfigError(f"--format fvecs --dtype {dtype}: fvecs holds float32 only; use parquet")
 
 
 def write_file(folder: Path, target: FileFormat) -> Path:
-    """Write the vectors of a vectors folder beside them in the format `target`; npy is there already."""
+    """Write the vectors of a vectors folder to a file of the format `target` in it; npy already exists."""
     meta = read_meta(folder)
     check_formats(meta.dtype, [target])
     path = folder / f"vectors.{target}"
@@ -58,9 +58,9 @@ def write_file(folder: Path, target: FileFormat) -> Path:
 
 
 def difference_from_model(path: Path, encoders: Encoders) -> float:
-    """Return the largest difference between vectors read from a file and the model's, over their largest entry.
+    """Return the largest relative difference between the vectors of a file and the model's.
 
-    Evenly spread documents are encoded for it. Raises CheckpointError where it is more than the dtype's PARITY_LIMITS.
+    A sample of evenly spaced documents is encoded. Raises CheckpointError: above the dtype's PARITY_LIMITS.
     """
     meta = read_meta(path.parent)
     rows = np.unique(np.linspace(0, meta.num_docs - 1, CHECKED_ROWS).astype(np.int64))
@@ -70,27 +70,27 @@ def difference_from_model(path: Path, encoders: Encoders) -> float:
     difference = float((np.abs(written - expected).max(axis=1) / scale).max())
     if not difference <= limit:
         raise CheckpointError(
-            f"{path} holds other vectors than the model gives: they differ by {difference:.1e}, needs at most "
-            f"{limit:.0e}; encode again into an empty --out"
+            f"{path} does not match the model: its vectors differ by {difference:.1e}, needs at most {limit:.0e}; "
+            "encode again into an empty --out"
         )
     return difference
 
 
 def read_rows(path: Path, rows: np.ndarray) -> np.ndarray:
-    """Return the vectors of the given rows of a file of any of the formats, float32 [n, D+1]."""
+    """Read the given rows of a vectors file of any format, float32 [n, D+1]."""
     meta = read_meta(path.parent)
     if path.suffix == ".npy":
-        return decoded(np.load(path, mmap_mode="r", allow_pickle=False)[rows], meta.dtype, meta.width)
+        return decode_rows(np.load(path, mmap_mode="r", allow_pickle=False)[rows], meta.dtype, meta.width)
     if path.suffix == ".fvecs":
         width = int(np.fromfile(path, np.int32, 1)[0])
         whole = np.memmap(path, np.float32, "r").reshape(-1, width + 1)
         return np.asarray(whole[rows, 1:])
     with parquet.ParquetFile(path) as file:
-        return decoded(_rows_of_parquet(file, rows, meta), meta.dtype, meta.width)
+        return decode_rows(_rows_of_parquet(file, rows, meta), meta.dtype, meta.width)
 
 
 def write_card(folder: Path, score: str, parity: dict[FileFormat, float]) -> None:
-    """Write README.md into a vectors folder: what the vectors are, and how to search them elsewhere."""
+    """Write README.md into a vectors folder: the vectors' origin and how to search them in other engines."""
     meta = read_meta(folder)
     (folder / CARD_FILE).write_text(_card(meta, score, parity), encoding="utf-8")
 
@@ -106,7 +106,7 @@ def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str
 (score: {score}).
 
 A document's vector is [alpha * w, beta] (width {meta.width}), a query's is [u, 1]: **search by inner product**,
-whatever the model's score, and append 1 to what the query tower gives. The inner product is the training score.
+whatever the model's score, and append 1 to the output of the query tower. The inner product is the training score.
 {_HOW_CODED.get(meta.dtype, "")}
 | file | holds | largest difference from the model, relative |
 |---|---|---|
@@ -118,7 +118,7 @@ Row i of every file is row i of `{DOCUMENTS_FILE}` (Arrow: doc_key, doc_title). 
 
 def _write_fvecs(folder: Path, vectors: CodedVectors, path: Path) -> None:
     with path.open("wb") as file:
-        for rows in vectors.pieces(ROWS_AT_ONCE):
+        for rows in vectors.chunks(ROWS_AT_ONCE):
             out = np.empty((len(rows), vectors.width + 1), "<f4")
             out[:, 0] = np.array([vectors.width], "<i4").view("<f4")
             out[:, 1:] = rows
@@ -126,10 +126,10 @@ def _write_fvecs(folder: Path, vectors: CodedVectors, path: Path) -> None:
 
 
 def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
-    beside = [] if vectors.rows.dtype.fields is None else [pa.field(name, pa.float32()) for name in ("scale", "beta")]
+    extra = [] if vectors.rows.dtype.fields is None else [pa.field(name, pa.float32()) for name in ("scale", "beta")]
     numbers = _numbers(vectors.rows[:0])
-    listed = pa.list_(pa.from_numpy_dtype(numbers.dtype), numbers.shape[1])
-    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", listed), *beside])
+    vector = pa.list_(pa.from_numpy_dtype(numbers.dtype), numbers.shape[1])
+    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", vector), *extra])
     with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:
         documents = pa.ipc.open_file(file).read_all()
     with parquet.ParquetWriter(path, schema) as writer:
@@ -137,35 +137,35 @@ def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
             rows, some = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
             flat = pa.array(np.ascontiguousarray(_numbers(rows)).reshape(-1))
             columns = [some["doc_key"], some["doc_title"], pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1])]
-            columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in beside]
+            columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in extra]
             writer.write_table(pa.table(columns, schema=schema))
 
 
 def _numbers(rows: np.ndarray) -> np.ndarray:
-    """Return the numbers or codes of rows as they are stored, [n, …]."""
+    """Return the stored numbers or codes of rows, [n, …]."""
     return rows if rows.dtype.fields is None else rows["code"]
 
 
 def _rows_of_parquet(file: parquet.ParquetFile, rows: np.ndarray, meta: VectorsMeta) -> np.ndarray:
-    """Return some rows as vectors.npy has them, a row group at a time: the file may be larger than the memory."""
-    element, shape = layout(meta.dtype, meta.width)
-    found = np.empty((len(rows), *shape), element)
-    beside = [] if element.fields is None else ["scale", "beta"]
+    """Read rows in the layout of vectors.npy, one row group at a time: the file may exceed the memory."""
+    element, shape = row_layout(meta.dtype, meta.width)
+    out = np.empty((len(rows), *shape), element)
+    extra = [] if element.fields is None else ["scale", "beta"]
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     starts = np.cumsum([0, *sizes])
     groups = np.searchsorted(starts, rows, side="right") - 1
     for group in np.unique(groups):
-        places = np.flatnonzero(groups == group)
-        table = file.read_row_group(int(group), columns=["vector", *beside])
-        wanted = table.take(pa.array(rows[places] - starts[group])).combine_chunks()
-        numbers = np.asarray(wanted["vector"].combine_chunks().flatten()).reshape(len(places), -1)
-        if beside:
-            found["code"][places] = numbers
+        positions = np.flatnonzero(groups == group)
+        table = file.read_row_group(int(group), columns=["vector", *extra])
+        selected = table.take(pa.array(rows[positions] - starts[group])).combine_chunks()
+        numbers = np.asarray(selected["vector"].combine_chunks().flatten()).reshape(len(positions), -1)
+        if extra:
+            out["code"][positions] = numbers
         else:
-            found[places] = numbers
-        for name in beside:
-            found[name][places] = wanted[name].to_numpy()
-    return found
+            out[positions] = numbers
+        for name in extra:
+            out[name][positions] = selected[name].to_numpy()
+    return out
 
 
 _WRITERS: dict[str, Callable[[Path, CodedVectors, Path], None]] = {"fvecs": _write_fvecs, "parquet": _write_parquet}
@@ -179,7 +179,7 @@ _HOW_CODED: dict[Dtype, str] = {
 A row is (code, scale, beta), and the inner product scale * (u · code) + beta.
 """,
     "binary": """
-A row is (code, scale, beta). The code has a bit a dimension, the first one highest (numpy.packbits), s = 1 or -1 where
-it is 1 or 0, and the inner product is scale * (u · s) + beta.
+A row is (code, scale, beta). The code has one bit per dimension, the first one highest (numpy.packbits); s is 1 for a
+set bit and -1 otherwise, and the inner product is scale * (u · s) + beta.
 """,
 }

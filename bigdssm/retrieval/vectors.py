@@ -1,4 +1,4 @@
-"""Folders of document vectors, which name their model: encoded in shards by any number of ranks, going on where killed.
+"""Vectors folders: document vectors of a model, encoded in resumable shards by any number of ranks.
 
 VECTORS/   vectors.npy (`CodedVectors`, by default float32 [N, D+1]), documents.arrow (doc_key, doc_title), contents.npy
            (DOCUMENT [N]), meta.json (checksums of all of them and of itself)
@@ -23,7 +23,7 @@ from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Column, Ragged
-from bigdssm.retrieval.embed import Encoders, cut_vectors
+from bigdssm.retrieval.embed import Encoders, truncate_vectors
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import new_array
 from bigdssm.utils.atomic import real_path, write_json
@@ -35,35 +35,35 @@ META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents
 INDEX_FILE = "index.faiss"
 DATA_SUFFIXES = (".npy", ".arrow", ".faiss")
 ROWS_AT_ONCE = 65_536
-DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # what a vector was made of
+DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # identifies the encoded features of a document
 
 
 @dataclass(frozen=True)
 class VectorsMeta:
-    """Whose vectors they are."""
+    """Metadata of a vectors or index folder (meta.json)."""
 
     kind: str  # vectors, or the index type
     model_checksum: str
     dataset_fingerprint: str
     num_docs: int
-    width: int  # D+1, or of cut vectors, of which the last number is beta as well
-    whole: int = 0  # D+1 where vectors are cut to `width`, as queries are then; 0: they are not
-    score: str = ""  # dot or cosine: a cut vector of the latter gets its length again
-    dtype: Dtype = "float32"  # what vectors.npy holds; of an index what it was built from
-    rescored: int = 0  # of an index: candidates for each document asked for, which whole vectors score; 0: none
+    width: int  # stored width: D+1, or less if truncated; the last number is always beta
+    whole: int = 0  # D+1 before truncation (queries are truncated alike); 0: not truncated
+    score: str = ""  # dot or cosine; a truncated cosine vector is rescaled to its norm
+    dtype: Dtype = "float32"  # of vectors.npy; of an index: of the vectors that it was built from
+    rescored: int = 0  # of an index: candidates per requested document that full vectors rescore; 0: none
     options: dict[str, Any] = field(default_factory=dict)  # of the index type
-    files: dict[str, str] = field(default_factory=dict)  # checksums by name, filled in by `write_meta`
+    files: dict[str, str] = field(default_factory=dict)  # checksums by name, set by `write_meta`
     format: int = FORMAT
 
 
 @dataclass(frozen=True)
 class VectorsReport:
-    """What a call of `write_vectors` did."""
+    """Result of `write_vectors`."""
 
     encoded: int  # documents
-    reused: int  # documents whose vectors came from the earlier folder
-    found: int  # shards that were finished before
-    meta: VectorsMeta | None  # of the rank that put the folder in place; None on the others
+    reused: int  # documents whose vectors were copied from the earlier folder
+    resumed_shards: int  # finished by an earlier run
+    meta: VectorsMeta | None  # on the rank that finished the folder; None on the others
 
 
 def write_vectors(
@@ -78,13 +78,12 @@ def write_vectors(
     score: str = "",
     dtype: Dtype = "float32",
 ) -> VectorsReport:
-    """Encode this rank's share of the catalogue into a vectors folder; finished shards of an ended run are kept.
+    """Encode this rank's share of the catalogue into a vectors folder, resuming finished shards.
 
-    `since` is an earlier vectors folder of the same model: documents that have not changed are copied from there.
-    `whole`, `score` and `dtype` are of the meta: the width of the model's vectors where the encoders cut them, its
-    score, and how vectors are written.
-    Raises ConfigError where `folder` holds something else, CheckpointError where `since` is of another model, DataError
-    where a vector is not finite, or too large for float16.
+    `since` is an earlier vectors folder of the same model: vectors of unchanged documents are copied from it.
+    `whole`, `score` and `dtype` are stored in the meta: the width before truncation, the score type, the storage type.
+    Raises: ConfigError: `folder` holds something else; CheckpointError: `since` is of another model; DataError: a
+    vector is not finite, or too large for float16.
     """
     work, folder = work or ShardWork(), real_path(folder)
     num_docs = dataset.catalogue.num_docs
@@ -93,8 +92,8 @@ def write_vectors(
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
     earlier = None if since is None else ReusableVectors(since, model_checksum, width, dtype)
     meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype)
-    element, shape = layout(dtype, width)
-    check_free(folder, INDEX_FILE)
+    element, shape = row_layout(dtype, width)
+    check_output_folder(folder, INDEX_FILE)
 
     def prepare(aside: Path) -> None:
         new_array(aside / VECTORS_FILE, element, (num_docs, *shape))
@@ -117,7 +116,7 @@ def write_vectors(
             made = encoders.documents(new).cpu()
             if not bool(torch.isfinite(made).all()):
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} hold NaN or inf; {folder} stays")
-            vectors[new] = coded(made.numpy(), dtype)
+            vectors[new] = encode_rows(made.numpy(), dtype)
             if dtype == "float16" and not np.isfinite(vectors[new]).all():
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} are too large for float16")
         if earlier is not None:
@@ -126,14 +125,14 @@ def write_vectors(
         vectors.flush()
         contents.flush()
         encoded, reused = encoded + len(new), reused + len(rows) - len(new)
-    return VectorsReport(encoded, reused, shards.found, meta if shards.finish(complete) else None)
+    return VectorsReport(encoded, reused, shards.resumed, meta if shards.finish(complete) else None)
 
 
 class ReusableVectors:
-    """The vectors of an earlier catalogue, found by document and content."""
+    """Vectors of an earlier catalogue, looked up by document id and content hash."""
 
     def __init__(self, folder: Path, model_checksum: str, width: int, dtype: Dtype) -> None:
-        """Raises CheckpointError: no vectors folder, a damaged one, or one of another model, width or dtype."""
+        """Raises CheckpointError: not a vectors folder, damaged, or of another model, width or dtype."""
         meta = read_meta(folder)
         if (meta.kind, meta.model_checksum) != (VECTORS, model_checksum):
             raise CheckpointError(
@@ -147,31 +146,31 @@ class ReusableVectors:
         self.vectors = load_vectors(folder, meta)
         contents = _load(folder, CONTENTS_FILE, meta)
         if contents.dtype != DOCUMENT or len(contents) != meta.num_docs:
-            raise CheckpointError(f"{folder / CONTENTS_FILE} is damaged: it does not belong to these vectors")
+            raise CheckpointError(f"{folder / CONTENTS_FILE} is damaged: it does not match these vectors")
         self._order = np.argsort(contents["id"], kind="stable")
         self._sorted = contents[self._order]
 
     def find(self, documents: np.ndarray) -> np.ndarray:
-        """Return the rows of the vectors of DOCUMENT `documents`, int64; -1 where one is new or has changed."""
-        place = np.searchsorted(self._sorted["id"], documents["id"])
-        place = np.minimum(place, len(self._sorted) - 1)
-        return np.where(self._sorted[place] == documents, self._order[place], -1)
+        """Return the vector rows of DOCUMENT records, int64; -1 if a document is new or changed."""
+        position = np.searchsorted(self._sorted["id"], documents["id"])
+        position = np.minimum(position, len(self._sorted) - 1)
+        return np.where(self._sorted[position] == documents, self._order[position], -1)
 
 
-def cut_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
-    """Return index vectors float32 [n, D+1], cut to [n, meta.width] where the folder's are."""
+def truncate_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
+    """Return index vectors float32 [n, D+1], truncated to [n, meta.width]."""
     if vectors.shape[1] == meta.width:
         return vectors
-    cut = cut_vectors(torch.from_numpy(np.array(vectors, np.float32)), meta.width - 1, meta.score == "cosine")
+    cut = truncate_vectors(torch.from_numpy(np.array(vectors, np.float32)), meta.width - 1, meta.score == "cosine")
     return np.asarray(cut)
 
 
-def vectors_of(
+def read_vectors(
     folder: Path, model_checksum: str, dataset: Dataset, first: int = 0, last: int | None = None
 ) -> np.ndarray:
-    """Return the vectors float32 [n, D+1] of the catalogue rows [first, last), by default all, in a vectors folder.
+    """Return the vectors float32 [n, D+1] of the catalogue rows [first, last) from a vectors folder; default: all.
 
-    Raises CheckpointError where they are another model's or another dataset's.
+    Raises CheckpointError: vectors of another model or dataset.
     """
     meta = read_meta(folder)
     if meta.kind != VECTORS:
@@ -182,26 +181,26 @@ def vectors_of(
     ):
         if theirs != ours:
             raise CheckpointError(
-                f"{folder} holds vectors of {what} {theirs[:12]}, needed are those of {ours[:12]}; embed it again"
+                f"{folder} holds vectors of {what} {theirs[:12]}, needs those of {ours[:12]}; embed it again"
             )
     return np.array(load_vectors(folder, meta)[first:last])
 
 
 def load_vectors(folder: Path, meta: VectorsMeta) -> CodedVectors:
-    """Return the vectors of a folder, mapped. Raises CheckpointError where they are not as `meta` says."""
+    """Memory-map the vectors of a folder. Raises CheckpointError: they do not match `meta`."""
     rows = _load(folder, VECTORS_FILE, meta)
-    element, shape = layout(meta.dtype, meta.width)
+    element, shape = row_layout(meta.dtype, meta.width)
     if rows.dtype != element or rows.shape != (meta.num_docs, *shape):
         raise CheckpointError(
-            f"{folder} is damaged: vectors of {rows.dtype} and shape {rows.shape}, {META_FILE} says otherwise"
+            f"{folder} is damaged: vectors of {rows.dtype} and shape {rows.shape} do not match {META_FILE}"
         )
     return CodedVectors(rows, meta.dtype, meta.width)
 
 
 def read_meta(folder: Path) -> VectorsMeta:
-    """Return the meta of a vectors or index folder. Raises CheckpointError: none there, damaged, of another format."""
-    if (folder / META_FILE).exists() and not (folder / META_FILE).is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{folder / META_FILE} is damaged: it is no file")
+    """Read the meta of a vectors or index folder. Raises CheckpointError: missing, damaged, or another format."""
+    if (folder / META_FILE).exists() and not (folder / META_FILE).is_file():  # reading a pipe would block
+        raise CheckpointError(f"{folder / META_FILE} is damaged: it is not a file")
     try:
         content = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -209,7 +208,7 @@ def read_meta(folder: Path) -> VectorsMeta:
                 f"{folder} has format {content['format']}, this version reads format {FORMAT}; embed and index again"
             )
         if content.pop("checksum") != json_checksum(content):
-            raise CheckpointError(f"{folder / META_FILE} is damaged: its checksum is another; embed and index again")
+            raise CheckpointError(f"{folder / META_FILE} is damaged: its checksum differs; embed and index again")
         for name in ("files", "options"):
             if not isinstance(content[name], dict):
                 raise TypeError(f"{name} is {content[name]!r}")
@@ -220,8 +219,8 @@ def read_meta(folder: Path) -> VectorsMeta:
         raise CheckpointError(f"{folder / META_FILE} is damaged: {error!r}") from None
 
 
-def check_free(folder: Path, other_file: str) -> None:
-    """Raise ConfigError where `folder` holds what is not to be replaced: no vectors or index, or `other_file`."""
+def check_output_folder(folder: Path, other_file: str) -> None:
+    """Raise ConfigError if writing to `folder` would replace foreign content, or the file `other_file`."""
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
     if (folder / other_file).exists():
@@ -229,14 +228,14 @@ def check_free(folder: Path, other_file: str) -> None:
 
 
 def write_meta(folder: Path, meta: VectorsMeta) -> None:
-    """Write the meta of a folder that is otherwise finished, checksums of its files included."""
-    kept = sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES)
-    content = asdict(replace(meta, files={path.name: file_checksum(path) for path in kept}))
+    """Write the meta, with checksums of the data files, into an otherwise finished folder."""
+    data_files = sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES)
+    content = asdict(replace(meta, files={path.name: file_checksum(path) for path in data_files}))
     write_json(folder / META_FILE, {**content, "checksum": json_checksum(content)})
 
 
 def _documents(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
-    """Return DOCUMENT [n]: the id of each document and a hash of its features."""
+    """Return DOCUMENT [n]: id and feature hash per document."""
     columns = list(dataset.catalogue.columns(rows).values())
     documents = np.empty(len(rows), DOCUMENT)
     documents["id"] = dataset.catalogue.ids(rows)
@@ -279,9 +278,9 @@ LARGEST_CODE = 127
 
 @dataclass(frozen=True)
 class CodedVectors:
-    """Vectors of a file or an array, float32 wherever some are asked for."""
+    """Stored vectors of any Dtype, decoded to float32 on access."""
 
-    rows: np.ndarray  # as `coded` makes them, mapped where they are a file's
+    rows: np.ndarray  # of `encode_rows`; memory-mapped if read from a file
     dtype: Dtype
     width: int  # D+1
 
@@ -290,26 +289,26 @@ class CodedVectors:
         return len(self.rows)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return some vectors, float32 [n, D+1]; of float32 a slice is not copied."""
-        return decoded(self.rows[rows], self.dtype, self.width)
+        """Return vectors as float32 [n, D+1]; a slice of float32 is not copied."""
+        return decode_rows(self.rows[rows], self.dtype, self.width)
 
-    def pieces(self, size: int) -> Iterator[np.ndarray]:
-        """Yield all vectors in their order, so many at once."""
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield all vectors in order, in chunks of `size`."""
         for first in range(0, len(self), size):
             yield self[first : first + size]
 
 
-def layout(dtype: Dtype, width: int) -> tuple[np.dtype, tuple[int, ...]]:
-    """Return the type of a row's elements and the row's shape, for vectors [.., width]."""
+def row_layout(dtype: Dtype, width: int) -> tuple[np.dtype, tuple[int, ...]]:
+    """Return the element type and the shape of a stored row of vectors [.., width]."""
     if dtype in ("float32", "float16"):
         return np.dtype(dtype), (width,)
     code = (np.int8, (width - 1,)) if dtype == "int8" else (np.uint8, (-(-(width - 1) // 8),))
     return np.dtype([("code", *code), ("scale", np.float32), ("beta", np.float32)]), ()
 
 
-def coded(vectors: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Return float32 vectors [n, D+1] as rows of `layout`; what float16 does not hold becomes infinite."""
-    element, shape = layout(dtype, vectors.shape[1])
+def encode_rows(vectors: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Encode float32 vectors [n, D+1] as rows of `row_layout`; values beyond float16 become infinite."""
+    element, shape = row_layout(dtype, vectors.shape[1])
     if shape:
         with np.errstate(over="ignore"):
             return vectors.astype(element)
@@ -324,8 +323,8 @@ def coded(vectors: np.ndarray, dtype: Dtype) -> np.ndarray:
     return rows
 
 
-def decoded(rows: np.ndarray, dtype: Dtype, width: int) -> np.ndarray:
-    """Return rows of `layout` as float32 [n, width]."""
+def decode_rows(rows: np.ndarray, dtype: Dtype, width: int) -> np.ndarray:
+    """Decode rows of `row_layout` to float32 [n, width]."""
     if dtype in ("float32", "float16"):
         return rows.astype(np.float32, copy=False)
     vectors = np.empty((len(rows), width), np.float32)
@@ -339,6 +338,6 @@ def decoded(rows: np.ndarray, dtype: Dtype, width: int) -> np.ndarray:
 
 
 def bytes_per_vector(dtype: Dtype, width: int) -> int:
-    """Return what a vector takes in a file."""
-    element, shape = layout(dtype, width)
+    """Return the bytes per vector in a file."""
+    element, shape = row_layout(dtype, width)
     return element.itemsize * int(np.prod(shape, dtype=np.int64))

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from bigdssm.errors import BigDSSMError, DataError
-from bigdssm.retrieval.index import FoundDocument
+from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.serving.batching import Overloaded
 from bigdssm.serving.limits import RequestLimits, refuse, sentence_of
@@ -156,7 +156,7 @@ def api(answering: Callable[[], ActiveSearcher], metrics: Metrics, *, beside: bo
     return routes
 
 
-def _ranked(documents: Sequence[FoundDocument]) -> list[dict[str, Any]]:
+def _ranked(documents: Sequence[ScoredDocument]) -> list[dict[str, Any]]:
     return [{"rank": rank, **document._asdict()} for rank, document in enumerate(documents, start=1)]
 
 

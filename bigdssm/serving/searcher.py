@@ -26,13 +26,13 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.index import FoundDocument, Index, cosines_with, open_index
-from bigdssm.retrieval.index_types import search_with
+from bigdssm.retrieval.index import Index, ScoredDocument, cosine_similarities, open_index
+from bigdssm.retrieval.index_types import set_search_threads
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.search import Queries, Query, some_users
+from bigdssm.retrieval.search import Queries, Query, first_users
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
-from bigdssm.retrieval.vectors import cut_like
+from bigdssm.retrieval.vectors import truncate_like
 from bigdssm.utils.arguments import checked
 
 MOST_NEAR = 5  # that are shown
@@ -88,7 +88,7 @@ SEEN_SHOWN = 5
 class SearchResult:
     """The documents of one query."""
 
-    documents: list[FoundDocument]  # best first
+    documents: list[ScoredDocument]  # best first
     encode_ms: float  # of the batch that the query was in
     search_ms: float
     rerank_ms: float  # 0 where nothing is ranked anew
@@ -132,7 +132,7 @@ class Searcher:
             if dataset is None:
                 raise DataError("a scorer reads the documents; give the dataset with --data")
             self._scorer = PairScorer.of(folder, dataset)
-            self._scorer.check_reranks()
+            self._scorer.require_scorer()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen)
 
@@ -170,14 +170,14 @@ class Searcher:
         """Return some users that can be asked for, none in a dataset of pairs."""
         if self._dataset is None or self._dataset.sequences is None:
             return []
-        return some_users(self._dataset.sequences, MOST_USERS_LISTED)
+        return first_users(self._dataset.sequences, MOST_USERS_LISTED)
 
     def seen(self, query: Query) -> list[str]:
         """Return the newest documents of a query's events, newest first, as people know them."""
         newest = query.seen[::-1][:SEEN_SHOWN]
         return self._index.title.take(pa.array(newest)).to_pylist() if len(newest) else []
 
-    def search(self, requests: Sequence[Request]) -> list[list[FoundDocument]]:
+    def search(self, requests: Sequence[Request]) -> list[list[ScoredDocument]]:
         """Return the documents of each request, best first. Raises ConfigError, DataError: one cannot be asked."""
         return [found.documents for found in self.answer([self.queries.of(request) for request in requests])]
 
@@ -198,7 +198,7 @@ class Searcher:
             some = [queries[place] for place in places]
             top = min(max(self._rerank, wanted), self._index.meta.num_docs)
             scores, rows = self._index.nearest(
-                vectors[places], top, self._folder.checksum, [query.left_out for query in some], allowed,
+                vectors[places], top, self._folder.checksum, [query.excluded for query in some], allowed,
             )  # fmt: skip
             for place, *both in zip(places, scores, rows, strict=True):
                 found[place] = both[0], both[1]
@@ -242,7 +242,7 @@ class Searcher:
         vectors: np.ndarray = made.numpy()
         return vectors
 
-    def similar(self, key: str, top: int) -> tuple[str, list[FoundDocument]]:
+    def similar(self, key: str, top: int) -> tuple[str, list[ScoredDocument]]:
         """Return a document's title and the documents nearest to it. Raises DataError: no such document."""
         row = self._index.row(key)
         self._use_threads()
@@ -253,7 +253,7 @@ class Searcher:
         query, row = self.queries.of(request), self._index.row(key)
         vector = self._index.vectors_at([row])[0]
         rows = read_of(query.seen, self._folder.schema)
-        cosines = cosines_with(vector, self._index.vectors_at(rows))
+        cosines = cosine_similarities(vector, self._index.vectors_at(rows))
         nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
         items = [NearItem(*found[1:], found[0]) for found in self._index.documents(cosines[nearest], rows[nearest])]
         return Explanation(self._index.title[row].as_py(), items, self._near_words(query, request, vector)[:MOST_NEAR])
@@ -265,14 +265,14 @@ class Searcher:
         columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
         vectors = self.encode([replace(query, columns=some) for some in columns])
         if vectors.shape[1] != len(vector):  # of an index that keeps cut ones alone
-            vectors = cut_like(vectors, self._index.meta)
-        cosines = cosines_with(vector, vectors).tolist()
+            vectors = truncate_like(vectors, self._index.meta)
+        cosines = cosine_similarities(vector, vectors).tolist()
         near = [NearWord(*word, cosine) for word, cosine in zip(words, cosines, strict=True)]
         return sorted(near, key=lambda word: -word.cosine)
 
     def _use_threads(self) -> None:
         if self._threads is not None:
-            search_with(self._threads)
+            set_search_threads(self._threads)
 
 
 @dataclass(frozen=True)

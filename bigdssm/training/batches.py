@@ -80,8 +80,8 @@ class BatchMaker:
             return None, None
         epoch, k = rows.step // self._steps_per_epoch, self._config.hard
         if isinstance(self.hard_negatives, UniformNegatives):
-            return self.hard_negatives.choose(rows, epoch, self._seed, k)
-        chosen = self.hard_negatives.choose(rows, epoch, self._seed, k, self._teacher_margin)
+            return self.hard_negatives.sample(rows, epoch, self._seed, k)
+        chosen = self.hard_negatives.sample(rows, epoch, self._seed, k, self._teacher_margin)
         return chosen if self._distils else chosen._replace(teacher=None)
 
     def uniform(self, step: int) -> np.ndarray | None:

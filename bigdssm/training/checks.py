@@ -76,7 +76,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
             "negatives.mining.teacher_margin": stage.negatives.mining.teacher_margin,
         }
         for key, value in needed.items():
-            if value is not None and not mined.judged:
+            if value is not None and not mined.scored:
                 raise ConfigError(
                     f"{name}.{key}: got {value}, needs a teacher's scores, and {stage.negatives.mining.file} has none; "
                     "bigdssm score_pairs writes them"

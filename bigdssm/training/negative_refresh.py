@@ -23,7 +23,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
-from bigdssm.retrieval.mining import gather_mined, mine
+from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.training.batches import row_stream
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
@@ -124,7 +124,7 @@ class HardNegativeRefresh:
                 first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
                 documents=documents, share=share, exclude_seen=config.data.exclude_seen,
             )  # fmt: skip
-        return gather_mined(self.path(step), own, self.dataset), documents
+        return gather_hard_negatives(self.path(step), own, self.dataset), documents
 
     def _to_come(self, stream: RowStream, steps: int) -> Iterator[Rows]:
         """Yield this rank's rows of the next steps."""

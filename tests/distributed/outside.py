@@ -284,7 +284,7 @@ class NumpyIndex(IndexBackend):
 
     dtype: Literal["float32", "float16"] = "float32"  # of the file
 
-    def build(self, vectors: CodedVectors, after_piece: Any = None) -> np.ndarray:
+    def build(self, vectors: CodedVectors, after_chunk: Any = None) -> np.ndarray:
         return vectors[:].astype(self.dtype)
 
     def write(self, index: np.ndarray, path: Path) -> None:

@@ -16,10 +16,10 @@ from bigdssm.checkpoints.model_folder import load_checkpoint_model
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_hard_negatives
 from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.shards import ShardWork
-from bigdssm.retrieval.teacher_vectors import write_teacher
+from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 
 from . import small_run
 from .spawn import Pool, RankFailed
@@ -164,7 +164,7 @@ def test_a_teacher_is_followed_on_any_number_of_ranks(
         return torch.from_numpy(rows / 10.0)[:, None].float()
 
     likes = Encoders(lambda rows: torch.ones(len(rows), 1), by_number)
-    assert write_teacher(tmp_path / "teacher", likes, dataset, "likes", ShardWork()) is not None
+    assert write_teacher_vectors(tmp_path / "teacher", likes, dataset, "likes", ShardWork()) is not None
     distillation = f"{{name: batch_kl, temperature: 0.5, teacher: {tmp_path / 'teacher'}}}"
     blocks = f"{{loss: {{name: {name}}}, negatives: {{in_batch: true, hard: 2}}, distillation: {distillation}}}"
     given = (start(reference), f"sft={blocks}")
@@ -186,6 +186,6 @@ def test_a_judge_is_followed_on_any_number_of_ranks(
     mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0
-    write_mined(tmp_path / "judged.npy", window_records(mined["query"], mined["window"], scores), dataset)
+    write_hard_negatives(tmp_path / "judged.npy", window_records(mined["query"], mined["window"], scores), dataset)
     given = (start(reference), f"sft.negatives.mining.file={tmp_path / 'judged.npy'}", f"sft={loss}")
     assert_is_followed(config, tmp_path, pools, given)

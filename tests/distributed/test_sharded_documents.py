@@ -22,7 +22,7 @@ from bigdssm.retrieval import exact_search as rounds_module
 from bigdssm.retrieval import exact_search as top_module
 from bigdssm.retrieval import mining as mine_module
 from bigdssm.retrieval.embed import Encoders, Share
-from bigdssm.retrieval.mining import TrainPositives, gather_mined, mine
+from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
 from bigdssm.training.estimate import LiveBytes
 
 from .spawn import Pool
@@ -79,7 +79,7 @@ def evaluated_and_mined(rank: int, world_size: int, folder: Path, out: Path, kin
         ]
         share = Share(rank, world_size, 100)
         own = mine(encoders, dataset, first=FIRST, last=LAST, margin=MARGIN, share=share)
-        everything = gather_mined(out, own, dataset)
+        everything = gather_hard_negatives(out, own, dataset)
         rows = next(dataset.iterate("train", 1000))
         parts = [np.arange(90), np.arange(90, 100), np.arange(0)] if world_size > 1 else [np.arange(100)]
         pieces = [rows.take(parts[rank] + start) for start in (0, 100, 200)]  # of three ranks one has none

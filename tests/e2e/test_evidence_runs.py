@@ -84,7 +84,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     (judged,) = out.glob("tiny/*/seed-0/judged.npy")
     scores = HardNegatives.open(judged)
     assert (
-        np.isfinite(scores.teacher(scores.queries)[:, 0]).all()
+        np.isfinite(scores.teacher_scores(scores.queries)[:, 0]).all()
         and "distillation" in (judged.parent / "sft/metrics.jsonl").read_text()
     )
     assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the judge's work counts"

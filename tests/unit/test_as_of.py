@@ -17,7 +17,7 @@ from bigdssm.features import Categorical, History, Numeric
 from bigdssm.features.ragged import Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.retrieval.search import user_facts
+from bigdssm.retrieval.search import read_user
 
 QUERY = {"past": History(of="item", max_items=5), "age": Numeric(), "jobs": Categorical(multi=True)}
 CONFIG = DataConfig(dir="", query=QUERY, doc={"item": Categorical(column="item_id")}, targets_per_row=3)
@@ -100,7 +100,7 @@ def test_every_row_sees_the_newest_of_its_users_rows_that_is_not_younger(split: 
     assert sum(check(dataset, name, known["events"], users) for name in splits) > 10
     assert dataset.num_queries("train") > dataset.num_rows("train"), "pieces of several targets"
     for user in ("u3", "u7", "u38"):
-        assert known_of(dataset, user_facts(dataset, user)[0], 0) == as_of(users, user, np.inf)
+        assert known_of(dataset, read_user(dataset, user)[0], 0) == as_of(users, user, np.inf)
 
 
 def test_a_search_and_an_evaluation_ask_with_what_each_may_know(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_search_and_an_evaluation_ask_with_what_each_may_know(tmp_path: Path) 
     dataset = make(tmp_path, tmp_path / "out")
     for split, age in (("train", 20), ("validation", 30), ("test", 30)):
         assert [rows.query["age"].tolist() for rows in dataset.iterate(split, 10)] == [[age]]
-    assert user_facts(dataset, "u")[0]["age"].tolist() == [90]
+    assert read_user(dataset, "u")[0]["age"].tolist() == [90]
 
 
 def test_a_dataset_grows_with_rows_of_both_days(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import describe, sample_rows
-from bigdssm.retrieval.search import histories, user_facts
+from bigdssm.retrieval.search import histories, read_user
 
 CONFIG = DataConfig(
     dir="", query={"past": History(of="kind", max_items=4)}, doc={"kind": Categorical(), "price": Numeric()},
@@ -98,7 +98,7 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     }
     assert dataset.catalogue.keys(np.arange(2)) == ["b", "a"], "numbered by the first place of each"
     assert facts_at(dataset, np.arange(2)) == [("kind 2", 2.0, "b"), later], "who goes over all sees what is now"
-    _, events = user_facts(dataset, "u")
+    _, events = read_user(dataset, "u")
     (newest,) = histories(dataset, Ragged(events, np.array([0, len(events)]))).values()
     assert isinstance(newest, Ragged) and len(set(newest.values.tolist())) == 1, "as of now, too"
     assert verify_dataset(tmp_path / "out") == []

@@ -20,7 +20,7 @@ from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.losses import ListwiseKL
 from bigdssm.models import new_model
-from bigdssm.retrieval.hard_negatives import window_records, write_mined
+from bigdssm.retrieval.hard_negatives import window_records, write_hard_negatives
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage
 from bigdssm.training.negative_refresh import HardNegativeRefresh
@@ -152,10 +152,10 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
     for row, document in ((rows, 0), (0, documents)):
         records = window_records(np.array([row << EVENT_BITS]), np.array([[document, -1]]))
-        write_mined(tmp_path / "mined.npy", records, dataset)
+        write_hard_negatives(tmp_path / "mined.npy", records, dataset)
         refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
     records = window_records(np.array([rows - 1 << EVENT_BITS]), np.array([[documents - 1, -1]]))
-    write_mined(tmp_path / "mined.npy", records, dataset)
+    write_hard_negatives(tmp_path / "mined.npy", records, dataset)
     check_stage(config, "pretrain", 1)
     judged = replace(config, pretrain=replace(config.pretrain, distillation=ListwiseKL()))
     refused(judged, ConfigError, r"distillation\.name: got kl, needs a teacher's scores, and \S*mined.npy has none")
@@ -164,7 +164,7 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     refused(margin, ConfigError, r"teacher_margin: got 0.0, needs a teacher's scores, and \S*mined.npy has none")
     teacher = np.zeros((1, 3), np.float32)
     records = window_records(np.array([0]), np.array([[documents - 1, -1]]), teacher)
-    write_mined(tmp_path / "mined.npy", records, dataset)
+    write_hard_negatives(tmp_path / "mined.npy", records, dataset)
     check_stage(judged, "pretrain", 1)
 
 

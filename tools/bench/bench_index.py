@@ -33,17 +33,17 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.index import Index, planned
+from bigdssm.retrieval.index import Index, index_meta
 from bigdssm.retrieval.index_types import INDEX_TYPES, index_type
 from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
     VectorsMeta,
     bytes_per_vector,
-    coded,
-    cut_like,
+    encode_rows,
     read_meta,
-    vectors_of,
+    read_vectors,
+    truncate_like,
 )
 from bigdssm.utils.atomic import write_json
 
@@ -107,14 +107,14 @@ def main() -> None:
     dataset = folder.view(dataset)
     if meta.dtype != "float32":
         raise ConfigError(f"--vectors {args.vectors} are {meta.dtype}, needs those that embed writes without --dtype")
-    vectors = vectors_of(args.vectors, folder.checksum, dataset)
+    vectors = read_vectors(args.vectors, folder.checksum, dataset)
     queries = queries_of(tower_encoders(folder.model, dataset), dataset, args.split, args.queries)
     build_threads = faiss.omp_get_max_threads()
     results, exact = [], None
     with ProgressBar() as progress:
         kinds = list(dict.fromkeys(["flat", *args.types]))  # flat is the reference
         plans = [
-            replace(planned(meta, index_type(kind), width, rescore), dtype=dtype)
+            replace(index_meta(meta, index_type(kind), width, rescore), dtype=dtype)
             for dtype in dict.fromkeys(["float32", *args.dtypes])
             for kind in kinds
             for width in (None, *args.widths)
@@ -159,9 +159,9 @@ def measure(
     """Build an index; return its results, int64 [m, TOP], and its measurement against the `exact` results."""
     faiss.omp_set_num_threads(threads)
     started = time.perf_counter()
-    whole = CodedVectors(coded(vectors, plan.dtype), plan.dtype, vectors.shape[1])
-    searched = whole if not plan.whole else CodedVectors(cut_like(whole[:], plan), "float32", plan.width)
-    faiss_index = index_type(plan.kind, plan.options).build(searched)
+    whole = CodedVectors(encode_rows(vectors, plan.dtype), plan.dtype, vectors.shape[1])
+    searched = whole if not plan.whole else CodedVectors(truncate_like(whole[:], plan), "float32", plan.width)
+    made = index_type(plan.kind, plan.options).build(searched)
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
     names = pa.chunked_array([pa.nulls(0, pa.string())])

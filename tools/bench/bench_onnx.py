@@ -33,7 +33,7 @@ from bigdssm.export.onnx_model import onnx_session, read_export, run_onnx
 from bigdssm.features.ragged import offsets_of
 from bigdssm.loader.collate import Collator
 from bigdssm.retrieval.embed import query_vectors
-from bigdssm.retrieval.vectors import vectors_of
+from bigdssm.retrieval.vectors import read_vectors
 
 WARM_UP = 20
 ROWS_PER_BATCH = 1024
@@ -56,7 +56,7 @@ def main() -> None:
         raise CheckpointError(f"{args.onnx} is an export of another model than {args.model}; export this one")
 
     torch.set_num_threads(1)
-    documents = torch.from_numpy(vectors_of(args.vectors, folder.checksum, dataset))
+    documents = torch.from_numpy(read_vectors(args.vectors, folder.checksum, dataset))
     queries, target, seen, query_ids = queries_of(dataset, args.split, args.queries)
     systems: dict[str, Callable[[Features], Tensor]] = {"torch": partial(query_vectors, folder.model)}
     for file in ("query.onnx", "query.int8.onnx"):

@@ -33,9 +33,9 @@ from bigdssm.features.columns import RowCheck, SourceBatch
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_hard_negatives
 from bigdssm.retrieval.shards import ShardWork
-from bigdssm.retrieval.teacher_vectors import write_teacher
+from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.utils.array_file import new_array
 
 
@@ -54,7 +54,7 @@ def twin(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Da
 @pytest.fixture
 def mined(dataset: Dataset, tmp_path: Path) -> Path:
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])
-    write_mined(tmp_path / "mined.npy", window_records(keys, np.zeros((len(keys), 3), np.int32)), dataset)
+    write_hard_negatives(tmp_path / "mined.npy", window_records(keys, np.zeros((len(keys), 3), np.int32)), dataset)
     return tmp_path / "mined.npy"
 
 
@@ -100,7 +100,7 @@ def test_negatives_that_nothing_writes_are_refused(
     """Their seal is right: only the values tell."""
     width = len(windows[0])
     records = window_records(np.array(keys) << EVENT_BITS, np.array(windows, np.int32).reshape(len(keys), width))
-    write_mined(tmp_path / "mined.npy", records, dataset)
+    write_hard_negatives(tmp_path / "mined.npy", records, dataset)
     with pytest.raises(
         DataError, match=r"mined\.npy is no file of mined negatives: .* make it with bigdssm mine_negat"
     ):
@@ -111,7 +111,7 @@ def test_negatives_that_nothing_writes_are_refused(
 def test_a_teacher_of_another_dataset_or_with_a_flipped_bit_is_refused(
     model: Any, dataset: Dataset, twin: Dataset, tmp_path: Path, name: str
 ) -> None:
-    made = write_teacher(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
+    made = write_teacher_vectors(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
     assert made is not None
     made.check_against(dataset)
     with pytest.raises(DataError, match="belongs to another dataset"):

@@ -25,11 +25,11 @@ from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
     bytes_per_vector,
-    coded,
-    decoded,
+    decode_rows,
+    encode_rows,
     load_vectors,
     read_meta,
-    vectors_of,
+    read_vectors,
     write_vectors,
 )
 from bigdssm.serving.searcher import Searcher
@@ -71,13 +71,13 @@ def test_a_vector_is_read_as_its_coding_says(dtype: Dtype, width: int) -> None:
     vectors = np.random.RandomState(width).randn(30, width).astype(np.float32)
     vectors[3], vectors[5, 0] = 0, 0
     vectors[:, -1] *= 50
-    rows = coded(vectors, dtype)
+    rows = encode_rows(vectors, dtype)
     wanted = np.stack([by_hand(vector, dtype) for vector in vectors])
-    np.testing.assert_allclose(decoded(rows, dtype, width), wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(decode_rows(rows, dtype, width), wanted, rtol=1e-6, atol=1e-6)
     held = CodedVectors(rows, dtype, width)
     some = np.array([7, 3, 29])
-    np.testing.assert_array_equal(held[some], decoded(rows, dtype, width)[some])
-    np.testing.assert_array_equal(np.concatenate(list(held.pieces(7))), held[:])
+    np.testing.assert_array_equal(held[some], decode_rows(rows, dtype, width)[some])
+    np.testing.assert_array_equal(np.concatenate(list(held.chunks(7))), held[:])
     assert rows.nbytes == len(vectors) * bytes_per_vector(dtype, width)
     dimensions = width - 1
     sizes = {"float32": 4 * width, "float16": 2 * width, "int8": dimensions + 8, "binary": -(-dimensions // 8) + 8}
@@ -93,7 +93,7 @@ def test_every_reader_gets_what_is_stored(
     assert meta.dtype == dtype
     assert (folder / "vectors.npy").stat().st_size - NUM_ITEMS * bytes_per_vector(dtype, 9) in (128, 192, 256)
     np.testing.assert_allclose(load_vectors(folder, meta)[:], stored, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(vectors_of(folder, checksum, dataset, 5, 9), stored[5:9], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(read_vectors(folder, checksum, dataset, 5, 9), stored[5:9], rtol=1e-5, atol=1e-5)
     queries = tower_encoders(load_model_folder(model_dir).model, dataset).queries(next(dataset.iterate("test", 20)))
     for kind, rescore in (("flat", 0), ("sq8", 4), ("binary", 4)):
         build_index(folder, tmp_path / kind, kind, rescore=rescore)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def test_every_reader_gets_what_is_stored(
 def test_an_index_may_cut_them(dtype: Dtype, folders: dict[Dtype, Path], whole: np.ndarray, tmp_path: Path) -> None:
     build_index(folders[dtype], tmp_path / "index", width=3, rescore=4)
     index = open_index(tmp_path / "index")
-    stored = decoded(coded(whole, dtype), dtype, 9)
+    stored = decode_rows(encode_rows(whole, dtype), dtype, 9)
     query = np.concatenate([stored[11, :-1], [1.0]]).astype(np.float32)[None]
     scores, rows = index.nearest(query, 5, index.meta.model_checksum)
     np.testing.assert_allclose(scores[0], stored[rows[0]] @ query[0], rtol=1e-5, atol=1e-5)

@@ -30,8 +30,8 @@ from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collec
 from bigdssm.losses.contrastive import cut
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.bert import pretrained_encoder
-from bigdssm.retrieval.embed import cut_vectors, encode_in, tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_mined
+from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
+from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_hard_negatives
 from bigdssm.retrieval.mining import mine
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
@@ -124,7 +124,7 @@ def test_mined_negatives_can_be_read(
     assert len(read) == 20
     for one in read:
         assert one.document == texts[own[one.row_id]] and one.negative in [texts[i] for i in windows[one.row_id]]
-    write_mined(tmp_path / "mined.npy", mined, dataset)
+    write_hard_negatives(tmp_path / "mined.npy", mined, dataset)
     out = tools.ran("sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir, "--count", 20)
     assert out.count("negative:") == 20 and read[7].query in out
     few = mined[::7]
@@ -132,7 +132,7 @@ def test_mined_negatives_can_be_read(
         (few["query"] >> EVENT_BITS).tolist()
     )
     mined["query"][-1] += 1 << EVENT_BITS
-    write_mined(tmp_path / "mined.npy", mined, dataset)
+    write_hard_negatives(tmp_path / "mined.npy", mined, dataset)
     message = tools.refused(3, "sample_negatives", "--mined", tmp_path / "mined.npy", "--data", dataset.dir)
     assert "train rows" in message
 
@@ -157,9 +157,9 @@ def test_cut_vectors_score_as_the_loss_scores_them(made: tuple[Dataset, Path, Co
         alpha = text_model().alpha
     U, W, beta = queries[:, :-1], documents[:, :-1] / alpha, documents[:, -1]
     expected = alpha * cut(U, 3, True) @ cut(W, 3, True).T + beta
-    torch.testing.assert_close(cut_vectors(queries, 3, True) @ cut_vectors(documents, 3, True).T, expected)
+    torch.testing.assert_close(truncate_vectors(queries, 3, True) @ truncate_vectors(documents, 3, True).T, expected)
     expected = alpha * cut(U, 3, False) @ cut(W, 3, False).T + beta
-    torch.testing.assert_close(cut_vectors(queries, 3, False) @ cut_vectors(documents, 3, False).T, expected)
+    torch.testing.assert_close(truncate_vectors(queries, 3, False) @ truncate_vectors(documents, 3, False).T, expected)
 
 
 def test_a_pretrained_encoder_as_it_is(made: tuple[Dataset, Path, Config], tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_commands_go_on(grown: Grown, tmp_path: Path, capsys: pytest.CaptureFixt
         score_pairs.main, "--model", grown.model, "--data", grown.after, "--mined", tmp_path / "mined.npy",
         "--out", tmp_path / "judged.npy",
     )  # fmt: skip
-    assert HardNegatives.open(tmp_path / "judged.npy").judged
+    assert HardNegatives.open(tmp_path / "judged.npy").scored
 
 
 def test_another_dataset_is_refused_with_a_way_on(grown: Grown, tiny_interactions: Any, tmp_path: Path) -> None:

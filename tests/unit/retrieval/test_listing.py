@@ -69,7 +69,7 @@ def test_a_graded_window_is_what_the_query_rated(
         mined = HardNegatives.open(out)
         assert f"{len(rows)} queries, {mined.per_query():.1f} documents per query" in said
         assert mined.queries.tolist() == [key for key, *_ in rows]
-        windows, teacher = mined.windows(mined.queries), mined.teacher(mined.queries)
+        windows, teacher = mined.windows(mined.queries), mined.teacher_scores(mined.queries)
         at_the_edge = 0
         for (_, query, own, grade), window, scores in zip(rows, windows.tolist(), teacher, strict=True):
             others = {doc: value for doc, value in grades[query].items() if doc != own}
@@ -108,7 +108,7 @@ def test_a_given_window_is_what_the_table_lists(
     for user, doc, grade in zip(asked, rows.doc_rows.tolist(), rows.relevance.tolist(), strict=True):
         chosen[user] |= {doc} if grade > 0 else set()
     mined = HardNegatives.open(out)
-    assert not mined.judged
+    assert not mined.scored
     found = 0
     for user, own, window in zip(asked, rows.doc_rows.tolist(), mined.windows(rows.query_keys).tolist(), strict=True):
         name = (user, key_of[own]) if own_column else (user,)

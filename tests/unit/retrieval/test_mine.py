@@ -18,13 +18,13 @@ from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.hard_negatives import (
     HardNegatives,
     UniformNegatives,
-    choose_negatives,
-    choose_ranks,
-    take_ranks,
+    sample_positions,
+    sample_window,
+    take_positions,
     window_records,
-    write_mined,
+    write_hard_negatives,
 )
-from bigdssm.retrieval.mining import TrainPositives, gather_mined, mine
+from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) ->
 def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
     encoders, path = tower_encoders(model, dataset), tmp_path / "mined.npy"
     own, everything = mine(encoders, dataset, first=1, last=4), np.arange(dataset.num_rows("train"))
-    mined, windows = gather_mined(path, own, dataset), own["window"]
+    mined, windows = gather_hard_negatives(path, own, dataset), own["window"]
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 1000)])
     np.testing.assert_array_equal(mined.queries, keys)
     np.testing.assert_array_equal(mined.queries >> EVENT_BITS, everything)
@@ -105,7 +105,7 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
     rows = next(dataset.iterate("train", 1000))
     some = [rows.take(np.array([9, 2, 11])), rows.take(np.array([4, 2]))]
     own = mine(encoders, dataset, some, first=1, last=4, share=Share(rows_per_chunk=2))
-    mined = gather_mined(path, own, dataset)
+    mined = gather_hard_negatives(path, own, dataset)
     assert (mined.queries >> EVENT_BITS).tolist() == [2, 4, 9, 11]
     np.testing.assert_array_equal(mined.windows(keys[[11, 2, 2]]), windows[[11, 2, 2]])
     for others in ([3], [12], [2, 0]):
@@ -120,15 +120,15 @@ def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> 
     path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << EVENT_BITS
     windows = np.array([[4, 2], [1, -1], [0, 7]])
     teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
-    write_mined(path, window_records(keys, windows, teacher), dataset)
+    write_hard_negatives(path, window_records(keys, windows, teacher), dataset)
     mined = HardNegatives.open(path)
     mined.check_against(dataset)
-    assert mined.judged and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)
+    assert mined.scored and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)
     np.testing.assert_array_equal(mined.windows(keys[[2, 0, 0]]), windows[[2, 0, 0]])
-    np.testing.assert_array_equal(mined.teacher(keys[[2, 0, 0]]), teacher[[2, 0, 0]])
+    np.testing.assert_array_equal(mined.teacher_scores(keys[[2, 0, 0]]), teacher[[2, 0, 0]])
     with pytest.raises(DataError, match=r"judged.npy has no negatives for row 4 "):
-        mined.teacher(keys[:1] + (1 << EVENT_BITS))
-    assert not HardNegatives(window_records(keys, windows)).judged
+        mined.teacher_scores(keys[:1] + (1 << EVENT_BITS))
+    assert not HardNegatives(window_records(keys, windows)).scored
     narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)
     for wrong in (narrow, np.dtype([("query", np.int64), ("window", np.int32)])):
         np.save(path, np.zeros(3, wrong))
@@ -169,50 +169,50 @@ def rows_of(row_ids: np.ndarray, row: np.ndarray | None = None, place: np.ndarra
 def test_queries_of_one_row_have_draws_of_their_own() -> None:
     window = np.tile(np.arange(100, dtype=np.int32), (3, 1))
     rows = rows_of(np.array([7, 9]), np.array([0, 0, 1]), np.array([4, 5, 4]))
-    chosen = choose_negatives(window, rows, 0, 0, 5)
+    chosen = sample_window(window, rows, 0, 0, 5)
     assert len({tuple(row) for row in chosen.tolist()}) == 3
     alone = rows_of(np.array([9]), np.array([0]), np.array([4]))
-    np.testing.assert_array_equal(choose_negatives(window[:1], alone, 0, 0, 5), chosen[2:])
+    np.testing.assert_array_equal(sample_window(window[:1], alone, 0, 0, 5), chosen[2:])
 
 
 def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
     window = np.random.RandomState(0).permutation(5000).reshape(50, 100).astype(np.int32)
     window[3, 2:] = -1
     row_ids = np.arange(50) * 1_000_003
-    chosen = choose_negatives(window, rows_of(row_ids), epoch=4, seed=9, k=8)
+    chosen = sample_window(window, rows_of(row_ids), epoch=4, seed=9, k=8)
     assert chosen.shape == (50, 8)
     for i, row in enumerate(chosen):
         real = row[row >= 0]
         assert set(real) <= set(window[i])
         assert len(set(real)) == len(real) == (2 if i == 3 else 8)
     order = np.random.RandomState(1).permutation(50)
-    np.testing.assert_array_equal(choose_negatives(window[order], rows_of(row_ids[order]), 4, 9, 8), chosen[order])
+    np.testing.assert_array_equal(sample_window(window[order], rows_of(row_ids[order]), 4, 9, 8), chosen[order])
     for epoch, seed in ((5, 9), (4, 10)):
-        again = choose_negatives(window, rows_of(row_ids), epoch, seed, 8)
+        again = sample_window(window, rows_of(row_ids), epoch, seed, 8)
         assert (np.delete(again, 3, 0) == np.delete(chosen, 3, 0)).mean() < 0.05
-    assert choose_negatives(window[:, :3], rows_of(row_ids), 0, 0, 5)[0].tolist()[3:] == [-1, -1]
-    assert choose_negatives(window, rows_of(row_ids), -1, -1, 1).shape == (50, 1)
+    assert sample_window(window[:, :3], rows_of(row_ids), 0, 0, 5)[0].tolist()[3:] == [-1, -1]
+    assert sample_window(window, rows_of(row_ids), -1, -1, 1).shape == (50, 1)
 
 
 def test_what_stands_beside_a_window_is_chosen_with_it() -> None:
     window = np.random.RandomState(0).permutation(400).reshape(20, 20).astype(np.int32)
     window[3, 2:] = -1
     rows = rows_of(np.arange(20) * 7)
-    places = choose_ranks(window, rows, 2, 5, 6)
-    chosen, beside = choose_negatives(window, rows, 2, 5, 6), take_ranks(window * 0.5, places, np.nan)
+    places = sample_positions(window, rows, 2, 5, 6)
+    chosen, beside = sample_window(window, rows, 2, 5, 6), take_positions(window * 0.5, places, np.nan)
     np.testing.assert_array_equal(np.isnan(beside), chosen < 0)
     np.testing.assert_array_equal(beside[chosen >= 0], chosen[chosen >= 0] * 0.5)
 
 
 def test_choice_is_uniform_over_the_window() -> None:
     window = np.tile(np.arange(20, dtype=np.int32), (4000, 1))
-    counts = np.bincount(choose_negatives(window, rows_of(np.arange(4000)), 0, 0, 5).ravel(), minlength=20)
+    counts = np.bincount(sample_window(window, rows_of(np.arange(4000)), 0, 0, 5).ravel(), minlength=20)
     assert abs(counts - 1000).max() < 130  # 5 standard deviations
 
 
 def test_uniform_negatives_are_a_function_of_the_query_and_the_epoch_and_come_once() -> None:
     ids, uniform = np.arange(4000) * 1_000_003, UniformNegatives(20)
-    chosen = uniform.choose(rows_of(ids), 4, 9, 5).documents
+    chosen = uniform.sample(rows_of(ids), 4, 9, 5).documents
     assert chosen.shape == (4000, 5) and chosen.dtype == np.int64
     for row in chosen[:200]:
         real = row[row >= 0].tolist()
@@ -221,5 +221,5 @@ def test_uniform_negatives_are_a_function_of_the_query_and_the_epoch_and_come_on
     assert len(counts) == 20 and abs(counts - counts.mean()).max() < 5 * counts.mean() ** 0.5
     assert abs((chosen < 0).mean() - (1 - 20 * (1 - 0.95**5) / 5)) < 0.01
     order = np.random.RandomState(1).permutation(4000)
-    np.testing.assert_array_equal(uniform.choose(rows_of(ids[order]), 4, 9, 5).documents, chosen[order])
-    assert (uniform.choose(rows_of(ids), 5, 9, 5).documents == chosen).mean() < 0.1
+    np.testing.assert_array_equal(uniform.sample(rows_of(ids[order]), 4, 9, 5).documents, chosen[order])
+    assert (uniform.sample(rows_of(ids), 5, 9, 5).documents == chosen).mean() < 0.1

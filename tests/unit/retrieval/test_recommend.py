@@ -21,7 +21,7 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import Index, open_index
 from bigdssm.retrieval.recommend import (
-    BulkQueries,
+    QueryBatch,
     QuerySource,
     RecommendOptions,
     RecommendReport,
@@ -144,7 +144,7 @@ class Killed(QuerySource):
         self.identity, self.num_rows, self._source, self._at = source.identity, source.num_rows, source, at
         self.read_rows: list[tuple[int, int]] = []
 
-    def read(self, first: int, last: int) -> BulkQueries:
+    def read(self, first: int, last: int) -> QueryBatch:
         if self._at is not None and first <= self._at < last:
             raise KeyboardInterrupt
         self.read_rows.append((first, last))
@@ -166,7 +166,7 @@ def test_a_killed_job_goes_on_and_another_does_not(
     again = [Killed(users), Killed(users)]
     done = [run("out", again[rank], RecommendOptions(3), rank, 2) for rank in (0, 1)]
     assert [one.read_rows for one in again] == [[(26, 39), (52, 60)], [(39, 52)]]
-    assert [one.finished for one in done] == [False, True] and [one.found for one in done] == [1, 1]
+    assert [one.finished for one in done] == [False, True] and [one.resumed_shards for one in done] == [1, 1]
     assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         run("out", Killed(users, at=30), RecommendOptions(3))

@@ -22,8 +22,8 @@ from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_mined
-from bigdssm.retrieval.mining import gather_mined, mine
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_hard_negatives
+from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
@@ -36,7 +36,7 @@ def mined(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPat
     """Windows of all train queries; some places of them hold nothing."""
     path = tmp_path_factory.mktemp("mined") / "mined.npy"
     own = mine(tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
-    found = gather_mined(path, own, dataset)
+    found = gather_hard_negatives(path, own, dataset)
     assert 0 < (found.windows(found.queries) < 0).mean() < 0.9
     return path
 
@@ -48,7 +48,7 @@ def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])[::9]
     windows = np.random.RandomState(0).randint(-1, dataset.catalogue.num_docs, (len(keys), 3))
     path = tmp_path_factory.mktemp("pairs") / "mined.npy"
-    write_mined(path, window_records(keys, windows), dataset)
+    write_hard_negatives(path, window_records(keys, windows), dataset)
     return dataset, path, load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
 
 
@@ -61,7 +61,7 @@ def asked(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
 
 def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> None:
     judged = HardNegatives.open(path)
-    np.testing.assert_allclose(judged.teacher(judged.queries), expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(judged.teacher_scores(judged.queries), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_models_scores_are_its_products(
@@ -138,7 +138,7 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
         with torch.no_grad():
             return bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
 
-    judged = HardNegatives.open(tmp_path / "judged.npy").teacher(rows.query_keys)
+    judged = HardNegatives.open(tmp_path / "judged.npy").teacher_scores(rows.query_keys)
     for i in (0, 7, len(rows) - 1):
         query = vector(texts.queries(rows)[i])
         for at, text in zip(np.flatnonzero(docs[i] >= 0), texts.documents(docs[i][docs[i] >= 0]), strict=True):
@@ -179,7 +179,7 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     rows, docs = asked(dataset, given)
     texts = Texts(dataset)
     lexical, read = (
-        HardNegatives.open(tmp_path / f"{name}.npy").teacher(rows.query_keys) for name in ("bm25", "cross")
+        HardNegatives.open(tmp_path / f"{name}.npy").teacher_scores(rows.query_keys) for name in ("bm25", "cross")
     )
     queries, documents = texts.queries(rows), texts.documents(np.arange(dataset.catalogue.num_docs))
     assert isinstance(rows.query["query"], Ragged) and len(set(documents)) > 100
@@ -250,7 +250,9 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
     np.testing.assert_array_equal(np.sort(np.concatenate([*asked_for, *seen])), given.queries)
     direct = score_pairs(tmp_path / "direct.npy", given, dataset, [judge], ["one"], ShardWork())
     assert direct is not None
-    np.testing.assert_allclose(whole.teacher(given.queries), direct.teacher(given.queries), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        whole.teacher_scores(given.queries), direct.teacher_scores(given.queries), rtol=1e-4, atol=1e-4
+    )
     # of another judge nothing is kept
     asked_for.clear()
     with pytest.raises(KeyboardInterrupt):

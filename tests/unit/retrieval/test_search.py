@@ -16,8 +16,8 @@ from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer, 
 from bigdssm.features.ragged import Column
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
-from bigdssm.retrieval.request import Event, Request, request_of
-from bigdssm.retrieval.search import DocumentNames, Queries, some_users
+from bigdssm.retrieval.request import Event, Request, parse_request
+from bigdssm.retrieval.search import DocumentNames, Queries, first_users
 from tests.conftest import NUM_ITEMS
 
 
@@ -82,7 +82,7 @@ def test_a_user_has_the_dataset_s_features_which_given_ones_replace(dataset: Dat
 def test_events_are_documents_by_key_or_name(dataset: Dataset, queries: Queries) -> None:
     title = dataset.catalogue.title(np.array([4]))[0].upper()
     query = queries.of(Request(events=[Event(f" {title} "), Event("nothing"), Event("i9"), Event("i4")]))
-    assert query.seen.tolist() == query.left_out.tolist() == [4, 9, 4] and query.unknown == ("nothing",)
+    assert query.seen.tolist() == query.excluded.tolist() == [4, 9, 4] and query.unknown == ("nothing",)
     assert listed(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]
     assert np.isnan(query.columns["age"]).all() and listed(query.columns["occupation"]) == [0]
     assert queries.of(Request(events=[])).seen.tolist() == []
@@ -93,7 +93,7 @@ def test_whether_seen_documents_are_left_out(dataset: Dataset) -> None:
         queries = Queries(dataset.schema, dataset.tokenizer, dataset, of_model)
         for asked, out in ((None, of_model), (True, True), (False, False)):
             query = queries.of(Request(events=[Event("i9")], exclude_seen=asked))
-            assert query.left_out.tolist() == ([9] if out else []) and query.seen.tolist() == [9]
+            assert query.excluded.tolist() == ([9] if out else []) and query.seen.tolist() == [9]
 
 
 def test_unknown_documents_get_the_nearest_names() -> None:
@@ -179,14 +179,14 @@ def test_typed_features(dataset: Dataset) -> None:
 )  # fmt: skip
 def test_what_cannot_be_asked_is_one_sentence(queries: Queries, request_: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        queries.of(request_of(request_))
+        queries.of(parse_request(request_))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["${oc.env:HOME}", "${top}", "a ${missing} b", "???", "\\${x}", "{0}", "[/]%s"])
 def test_the_texts_of_a_request_are_data(text: str) -> None:
     content = {"user": text, "features": {"words": text, text: [text]}, "events": [{"item": text}], "filter": text}
-    made = request_of(content)
+    made = parse_request(content)
     assert (made.user, made.features, made.filter) == (text, content["features"], text)
     assert made.events == [Event(text)]
 
@@ -207,7 +207,7 @@ def test_users_are_listed_once_however_many_partitions_know_them() -> None:
             return [keys[row] for row in rows]
 
     table: Any = Table()
-    assert some_users(table, 10) == ["u1", "u2", "u3"] and some_users(table, 2) == ["u1", "u2"]
+    assert first_users(table, 10) == ["u1", "u2", "u3"] and first_users(table, 2) == ["u1", "u2"]
 
 
 def test_a_filter_reaches_the_query(dataset: Dataset, queries: Queries) -> None:

@@ -8,19 +8,19 @@ import torch
 
 from bigdssm.retrieval import exact_search as top_module
 from bigdssm.retrieval.embed import all_finite
-from bigdssm.retrieval.exact_search import keys_of, opened, product, top_documents
+from bigdssm.retrieval.exact_search import inner_products, pack_keys, top_documents, unpack_keys
 
 INF = float("inf")
 
 
 def test_keys_order_as_scores_do_and_then_the_lower_row_is_the_higher() -> None:
     scores = torch.tensor([3.5, 1e-42, -0.0, 0.0, -1e-42, -2.0, -3e38, -INF])
-    keys = keys_of(scores[None], torch.arange(8))[0]
+    keys = pack_keys(scores[None], torch.arange(8))[0]
     assert keys.tolist() == sorted(keys.tolist(), reverse=True)
-    found, rows = opened(keys)
+    found, rows = unpack_keys(keys)
     assert found.tolist() == scores.tolist()
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, -1]
-    assert opened(keys_of(torch.tensor([1.0]), torch.tensor(2**31 - 2)))[1].tolist() == [2**31 - 2]
+    assert unpack_keys(pack_keys(torch.tensor([1.0]), torch.tensor(2**31 - 2)))[1].tolist() == [2**31 - 2]
 
 
 @pytest.mark.parametrize("tile", [5, 64])
@@ -40,11 +40,11 @@ def test_of_equal_scores_the_lowest_rows_are_taken(tile: int, monkeypatch: pytes
 def test_a_product_has_the_same_bits_in_any_block(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     queries, documents = (torch.randn(n, width, generator=generator) for n in (200, 1500))
-    whole = product(queries, documents)
+    whole = inner_products(queries, documents)
     torch.testing.assert_close(whole, queries @ documents.T)
     for m in (1, 2, 7, 40):
         for n in (1, 3, 8, 500):
-            assert torch.equal(product(queries[-m:], documents[-n:]), whole[-m:, -n:]), (m, n)
+            assert torch.equal(inner_products(queries[-m:], documents[-n:]), whole[-m:, -n:]), (m, n)
 
 
 def test_one_number_that_is_none_is_found() -> None:

@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_from_its_finished_shards(
     again = Counting(model, dataset)
     written = write_vectors(tmp_path / "v", again.encoders, dataset, "m", ShardWork(rows_per_shard=SHARD))
     assert again.rows == list(range(21, NUM_ITEMS))
-    assert (written.found, written.encoded, written.reused) == (3, 19, 0)
+    assert (written.resumed_shards, written.encoded, written.reused) == (3, 19, 0)
     np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
     names = {path.name for path in (tmp_path / "v").iterdir()}
     assert names == {"vectors.npy", "contents.npy", "documents.arrow", "meta.json"}
@@ -88,7 +88,7 @@ def test_another_job_does_not_go_on_from_it(model: DualEncoder, dataset: Dataset
     written = write_vectors(
         tmp_path / "v", Counting(model, dataset).encoders, dataset, checksum, ShardWork(rows_per_shard=rows_per_shard)
     )
-    assert (written.found, written.encoded) == (0, NUM_ITEMS)
+    assert (written.resumed_shards, written.encoded) == (0, NUM_ITEMS)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
