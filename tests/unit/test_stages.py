@@ -147,13 +147,13 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     mining = MiningConfig(file=str(tmp_path / "mined.npy"))
     negatives = replace(config.pretrain.negatives, hard=2, mining=mining)
     config = replace(config, pretrain=replace(config.pretrain, negatives=negatives))
-    refused(config, DataError, "mined.npy is no file of mined negatives: .*No such file")
+    refused(config, DataError, "mined.npy is not a hard-negatives file: .*No such file")
     dataset = Dataset.open(config.data.dir)
     rows, documents = dataset.num_rows("train"), dataset.catalogue.num_docs
     for row, document in ((rows, 0), (0, documents)):
         records = window_records(np.array([row << EVENT_BITS]), np.array([[document, -1]]))
         write_hard_negatives(tmp_path / "mined.npy", records, dataset)
-        refused(config, DataError, f"another dataset: it names row {row} and document {document}, .* {documents} doc")
+        refused(config, DataError, f"another dataset: it contains row {row} and document {document}, .* {documents} doc")
     records = window_records(np.array([rows - 1 << EVENT_BITS]), np.array([[documents - 1, -1]]))
     write_hard_negatives(tmp_path / "mined.npy", records, dataset)
     check_stage(config, "pretrain", 1)

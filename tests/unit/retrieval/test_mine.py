@@ -132,7 +132,7 @@ def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> 
     narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)
     for wrong in (narrow, np.dtype([("query", np.int64), ("window", np.int32)])):
         np.save(path, np.zeros(3, wrong))
-        with pytest.raises(DataError, match="needs records of query and window, or of these and teacher"):
+        with pytest.raises(DataError, match="needs records of query and window, or of query, window and teacher"):
             HardNegatives.open(path)
 
 

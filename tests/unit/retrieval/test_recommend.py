@@ -183,13 +183,13 @@ def test_what_does_not_belong_together_is_refused(
 
     with pytest.raises(CheckpointError, match="holds vectors of model"):
         run(load_model_folder(other_model_dir))
-    with pytest.raises(ConfigError, match="'yeer' is no feature"):
+    with pytest.raises(ConfigError, match="'yeer' is not a document feature"):
         run(filter="yeer > 1")
     with pytest.raises(ConfigError, match="--top 0: needs at least 1"):
         run(top=0)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("do not touch")
-    with pytest.raises(ConfigError, match="holds no recommendations"):
+    with pytest.raises(ConfigError, match="does not hold recommendations"):
         run(out=tmp_path / "precious")
     with pytest.raises(DataError, match="holds pairs, no users"):
         Users(Dataset.open(tiny_pairs.dir))

@@ -143,9 +143,9 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
 @pytest.mark.parametrize(
     ("query", "sentence"),
     [
-        (("--user", "\udcff"), "'\\udcff' is no text in UTF-8"),
-        (("--history", "i2;\udcff"), "'\\udcff' is no text in UTF-8"),
-        (("--text", "occupation=\udcff"), "'\\udcff' is no text in UTF-8"),
+        (("--user", "\udcff"), "'\\udcff' is not valid UTF-8"),
+        (("--history", "i2;\udcff"), "'\\udcff' is not valid UTF-8"),
+        (("--text", "occupation=\udcff"), "'\\udcff' is not valid UTF-8"),
         (("--text", "age=1_0"), "age is '1_0', needs a number"),
         (("--text", "=3"), "--text '=3': needs feature=value"),
         (("--text", "age=3", "age=4"), "--text contains age twice"),
@@ -252,7 +252,7 @@ def test_mining_beyond_the_catalogue_takes_what_there_is(tools: Tools, copies: P
     assert f"--out {copies} is a folder" in tools.refused(2, "mine_negatives", "--out", copies, *rest)
     np.save(out, np.array(["x"], object), allow_pickle=True)
     message = tools.refused(3, "sample_negatives", "--mined", out, "--data", dataset.dir)
-    assert "is no file of mined negatives; make it with" in message and "pickle" not in message
+    assert "is not a hard-negatives file; make it with" in message and "pickle" not in message
 
 
 def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811

@@ -75,7 +75,7 @@ def test_a_user_has_the_dataset_s_features_which_given_ones_replace(dataset: Dat
     query = queries.of(Request("u7", {"age": 99.0}))
     assert listed(query.columns["age"]) == [99.0] and listed(query.columns["occupation"]) == [3]
     assert list(query.columns) == list(dataset.schema.query)
-    with pytest.raises(DataError, match="no user is called 'u999'; some who are: u"):
+    with pytest.raises(DataError, match="no user is called 'u999'; existing users are: u"):
         queries.of(Request("u999"))
 
 
@@ -143,12 +143,12 @@ def test_typed_features(dataset: Dataset) -> None:
         ({}, "the query is empty"),
         ({"user": " ", "features": {"age": ""}}, "the query is empty"),
         ({"features": {"colour": "red"}}, "colour is not a query feature that can be given; these are: age, oc"),
-        ({"features": {"history": ["i3"]}}, "give events in the place of a history"),
+        ({"features": {"history": ["i3"]}}, "give events instead of a history"),
         ({"features": {"age": "old"}}, "age is 'old', needs a number"),
         ({"features": {"age": 1e39}}, "age is 1e+39, needs a finite 32-bit number"),
         ({"features": {"age": [1.0]}}, "column 'age' holds list<item: double>, needs numbers"),
         ({"features": {"age": math.inf}}, "age is inf, needs a finite 32-bit number"),
-        ({"features": {"occupation": ["a", "\ud800"]}}, "'\\ud800' is no text in UTF-8"),
+        ({"features": {"occupation": ["a", "\ud800"]}}, "'\\ud800' is not valid UTF-8"),
         ({"features": {"\ud800": "a"}}, "'\\ud800' is not a query feature"),
         ({"features": {3: "a"}}, "the name of a feature is 3, needs a text"),
         ({"features": ["a"]}, "features is ['a'], needs a mapping"),
@@ -169,8 +169,8 @@ def test_typed_features(dataset: Dataset) -> None:
         ({"events": [{"item": "i3"}], "now": 5}, "1 of 1 events have no time"),
         ({"events": [{"item": "i3", "time": math.nan}]}, "time of an event is nan, needs a finite number"),
         ({"events": [{"item": "i3", "time": 1.7e9}], "now": 1.7e12}, "the request mixes units of time"),
-        ({"user": "\udfff"}, "is no text in UTF-8"),
-        ({"user": "u7", "filter": "year > "}, "got its end, needs a value behind year >"),
+        ({"user": "\udfff"}, "is not valid UTF-8"),
+        ({"user": "u7", "filter": "year > "}, "got its end, needs a value after year >"),
         ({"usr": "u7"}, "usr"),
         ({"events": [{"itm": "u7"}]}, "itm"),
         ({"events": "i3"}, "events"),

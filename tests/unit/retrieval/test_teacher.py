@@ -79,7 +79,7 @@ def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
 def test_what_is_no_teacher_is_refused(
     model: DualEncoder, dataset: Dataset, tiny_pairs: object, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"holds no teacher's vectors: .*No such file"):
+    with pytest.raises(DataError, match=r"holds no teacher vectors: .*No such file"):
         TeacherVectors(tmp_path)
     other = Dataset.open(tiny_pairs.dir)  # type: ignore[attr-defined]
     made = write_teacher_vectors(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
@@ -90,5 +90,5 @@ def test_what_is_no_teacher_is_refused(
     with pytest.raises(DataError, match=r"vectors of queries of rows 0 to \d+ are not finite in float16"):
         write_teacher_vectors(tmp_path / "large", large, dataset, "large", ShardWork())
     np.save(tmp_path / "teacher" / "queries.npy", np.zeros(3))
-    with pytest.raises(DataError, match=r"holds no teacher's vectors: got float64 beside"):
+    with pytest.raises(DataError, match=r"holds no teacher vectors: got queries float64"):
         TeacherVectors(tmp_path / "teacher")

@@ -227,7 +227,7 @@ def test_search_refuses_with_a_sentence(tools: Tools, model_dir: Path, other_mod
     assert "holds vectors of model" in message
     for words in (["--user", "u\udcff"], ["--text", "age=33", "occupation=\udcff"]):
         message = tools.refused(2, "search", "--model", model_dir, "--index", index_dir, *words)
-        assert "is no text in UTF-8" in message
+        assert "is not valid UTF-8" in message
 
 
 def test_evaluate(
