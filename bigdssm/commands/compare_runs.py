@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bigdssm.cli import ProgressBar, command
 from bigdssm.evaluation.comparison import differences, table
-from bigdssm.evaluation.run_comparison import Differing, compare
+from bigdssm.evaluation.run_comparison import RunDifference, compare
 
 
 @command
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"A  {args.a}\nB  {args.b}\nstage {found.stage}\n")
     for title, rows in (("config", found.config), ("versions", found.versions), ("data", found.data)):
         _show(console, title, rows)
-    _show(console, "course", found.course)
+    _show(console, "course", found.training)
     if found.systems is None:
-        print(f"results: not measured: {found.not_measured}")
+        print(f"results: not measured: {found.skip_reason}")
         return
     a, b = found.systems
     console.print(table([a, b], f"{args.split}, {len(a.values['mrr'])} rows"))
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(console: Console, title: str, rows: Sequence[Differing]) -> None:
+def _show(console: Console, title: str, rows: Sequence[RunDifference]) -> None:
     if not rows:
         print(f"{title}: the same\n")
         return
@@ -58,7 +58,7 @@ def _show(console: Console, title: str, rows: Sequence[Differing]) -> None:
     for column in ("", "A", "B"):
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(row.what, row.a, row.b)
+        drawn.add_row(row.name, row.a, row.b)
     console.print(drawn)
 
 

@@ -28,14 +28,14 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
 from bigdssm.evaluation.comparison import (
-    SHOWN_OF_RUNS,
+    RUN_METRICS,
     System,
     as_json,
     baseline_systems,
     differences,
     differences_as_json,
+    distinct_names,
     load_system,
-    names_apart,
     save_comparison,
     table,
 )
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _on_split(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
-    name, *names = names_apart([args.model, *args.compare])
+    name, *names = distinct_names([args.model, *args.compare])
     folder = load_model_folder(args.model)
     how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     others = baseline_systems(**how) if args.baselines else []
@@ -168,7 +168,7 @@ def _on_collection(args: argparse.Namespace) -> None:
     known = args.filter_known
     runs: list[tuple[str, Run, float]] = []
     paths = [path for path in (args.model, args.run, *args.compare) if path is not None]
-    names = dict(zip(paths, names_apart(paths), strict=True))
+    names = dict(zip(paths, distinct_names(paths), strict=True))
 
     def add(name: str, make: Callable[[], Run], spent_s: float = 0.0) -> None:
         started = perf_counter()
@@ -232,13 +232,13 @@ def _run_of_model(path: Path, collection: Collection, precision: str, filter_kno
 def _show(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:
     pairs = [(systems[0], other) for other in systems[1:]]
     console = Console()
-    console.print(table(systems, f"{args.split}, {num_queries} queries", SHOWN_OF_RUNS))
-    for line in differences(pairs, SHOWN_OF_RUNS):
+    console.print(table(systems, f"{args.split}, {num_queries} queries", RUN_METRICS))
+    for line in differences(pairs, RUN_METRICS):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
         content = {"split": args.split, "queries": num_queries, "systems": as_json(systems)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {**content, "differences": differences_as_json(pairs, SHOWN_OF_RUNS)})
+        write_json(args.out, {**content, "differences": differences_as_json(pairs, RUN_METRICS)})
 
 
 if __name__ == "__main__":

@@ -33,16 +33,16 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.comparison import (
-    SHOWN_OF_RUNS,
+    RUN_METRICS,
     System,
     as_json,
     baseline_systems,
     differences,
-    names_apart,
+    distinct_names,
     table,
 )
 from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.metrics import shown_metrics
+from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
@@ -88,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = Dataset.open(args.data or data.dir, cache=FileCache.of(data))
         others = baseline_systems(dataset, args.split, data.exclude_seen)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
-        title, shown = f"{dataset.num_queries(args.split)} queries", shown_metrics()
+        title, shown = f"{dataset.num_queries(args.split)} queries", table_metrics()
     else:
         collection = read_collection(args.beir, args.split)
         others = _baselines_on_collection(collection, args)
         measure = partial(_on_collection, collection=collection, args=args)
-        title, shown = f"{len(collection.qrels)} queries", SHOWN_OF_RUNS
+        title, shown = f"{len(collection.qrels)} queries", RUN_METRICS
     models = [
         System.of_seeds(
             [measure(names[stage], stages[stage], run / stage) for run, stages in zip(args.runs, runs, strict=True)]
@@ -151,7 +151,7 @@ def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -
     if args.pretrained is not None:
         name = f"{args.pretrained.name} as it is"
         runs[name] = partial(pretrained_run, args.pretrained, collection, precision=args.precision, filter_known=known)
-    names = names_apart(args.compare)
+    names = distinct_names(args.compare)
     runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}
     return [_measured(name, run, collection, args) for name, run in runs.items()]
 

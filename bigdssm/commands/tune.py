@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = TuningStage(args.config, tuple(args.overrides), args.stage, args.out)
     else:
         for option, end in space.ends():
-            check_options(args.baseline, {option: end}, all_of_them=False)
+            check_options(args.baseline, {option: end}, require_all=False)
         dataset, metric = Dataset.open(config.data.dir), find_metric(config.stage(args.stage).validation_metric)
         first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
     trials = search(value, space, args.out, args.trials, first=first, seed=args.seed)

@@ -1,6 +1,6 @@
-"""Baselines: popularity, a Markov chain over the last items, and BM25; others register themselves in BASELINES.
+"""Baselines: popularity, a Markov chain over the last items, and BM25; others register in BASELINES.
 
-All are fitted to the train split alone and scored on the same rows, filter and ties as a model.
+All are fitted on the train split and evaluated as a model is: same rows, exclusions and tie handling.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bigdssm.utils.arguments import argument
 
 @dataclass(frozen=True)
 class Popularity:
-    """The score of a document is the number of its train positives."""
+    """Score documents by their number of train positives."""
 
     counts: np.ndarray  # int64 [N]
 
     @classmethod
     def fit(cls, dataset: Dataset) -> Popularity:
-        """Return the baseline of `dataset`."""
+        """Fit on `dataset`."""
         return cls(dataset.doc_counts())
 
     def __call__(self, rows: Rows) -> np.ndarray:
@@ -41,47 +41,46 @@ class Popularity:
 
 @dataclass(frozen=True)
 class Markov:
-    """The score of document j is Σ over the last `window` items of the history of count(item → j) / distance.
+    """Score document j by Σ count(item → j) / distance over the last `window` items of the history.
 
-    The counts are those of Transitions, which weight by distance too. Weighting neither, or only one of both, is weaker
-    on MovieLens-100K.
+    The counts of Transitions are weighted by distance, too. Weighting neither or only one is weaker on MovieLens-100K.
     """
 
     transitions: Transitions
 
     @classmethod
     def fit(cls, dataset: Dataset, window: int = 3) -> Markov:
-        """Return the baseline of `dataset`. Raises DataError where its rows have no history."""
+        """Fit on `dataset`. Raises DataError: its rows have no history."""
         return cls(Transitions.of(dataset, window))
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores float64 [m, N]."""
-        found = self.transitions
-        weights, items, row = last_items(rows, found.window)
-        length = found.starts[items + 1] - found.starts[items]
-        entry = np.repeat(found.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
-        cell = np.repeat(row, length) * found.num_docs + found.followers[entry]
-        values = found.counts[entry] * np.repeat(weights, length)
-        return np.bincount(cell, values, len(rows) * found.num_docs).reshape(len(rows), found.num_docs)
+        chain = self.transitions
+        weights, items, row = last_items(rows, chain.window)
+        length = chain.starts[items + 1] - chain.starts[items]
+        entry = np.repeat(chain.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
+        cell = np.repeat(row, length) * chain.num_docs + chain.followers[entry]
+        values = chain.counts[entry] * np.repeat(weights, length)
+        return np.bincount(cell, values, len(rows) * chain.num_docs).reshape(len(rows), chain.num_docs)
 
 
 @dataclass(frozen=True)
 class MarkovVectors:
-    """A Markov chain as the product of two vectors: what an index of vectors of `dim` numbers can hold of it.
+    """The Markov chain as a two-tower model of width `dim`: an upper bound for vectors of that width.
 
-    The counts are replaced by the nearest matrix of that rank, their truncated SVD. Source: Eckart and Young 1936.
+    The counts are approximated by their truncated SVD of rank `dim`. Source: Eckart and Young 1936.
     """
 
     window: int
-    queries: np.ndarray  # float64 [N, dim]: a query's vector is the sum of its last items', each over its distance
+    queries: np.ndarray  # float64 [N, dim]: a query's vector is the sum of its last items' rows over their distance
     documents: np.ndarray  # float64 [N, dim]
 
     @classmethod
     def fit(cls, dataset: Dataset, dim: int, window: int = 3) -> MarkovVectors:
-        """Return the baseline of `dataset`. Raises ConfigError: too many numbers; DataError: no histories."""
+        """Fit on `dataset`. Raises: ConfigError: `dim` out of range; DataError: no histories."""
         chain = Transitions.of(dataset, window)
         if not 0 < dim < chain.num_docs:
-            raise ConfigError(f"dim={dim}: needs at least 1, and fewer than the {chain.num_docs} documents")
+            raise ConfigError(f"dim={dim}: needs at least 1 and less than the number of documents, {chain.num_docs}")
         left, lengths, right = svds(chain.matrix(), dim, v0=np.ones(chain.num_docs))
         return cls(window, left * lengths, right.T)
 
@@ -95,52 +94,53 @@ class MarkovVectors:
 
 @dataclass(frozen=True)
 class Bm25Texts:
-    """The score of a document is BM25's."""
+    """Score documents by BM25."""
 
-    judge: Bm25Teacher
-    documents: np.ndarray  # int64 [N], all of them
+    teacher: Bm25Teacher
+    documents: np.ndarray  # int64 [N]: all catalogue rows
 
     @classmethod
     def fit(cls, dataset: Dataset) -> Bm25Texts:
-        """Return the baseline of `dataset`. Raises ConfigError: a side without texts, or a package is missing."""
+        """Index the texts of `dataset`. Raises ConfigError: a side has no text, or a package is not installed."""
         return cls(Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs))
 
     def __call__(self, rows: Rows) -> np.ndarray:
         """Return scores float64 [m, N]."""
-        return self.judge(rows, np.broadcast_to(self.documents, (len(rows), len(self.documents)))).astype(np.float64)
+        documents = np.broadcast_to(self.documents, (len(rows), len(self.documents)))
+        return self.teacher(rows, documents).astype(np.float64)
 
 
-BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options), and gives scores [m, N] of Rows
+BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options) and maps Rows to scores [m, N]
     "popularity": Popularity,
     "markov": Markov,
     "markov_vectors": MarkovVectors,
     "bm25": Bm25Texts,
 }
 
-# The least value of an option, of any baseline, and whether that value itself is refused.
-LEAST: dict[str, tuple[float, bool]] = {"window": (1, False), "dim": (1, False)}
+# The lower bound of an option in all baselines, and whether it is exclusive.
+LOWER_BOUNDS: dict[str, tuple[float, bool]] = {"window": (1, False), "dim": (1, False)}
 
 
-def check_options(name: str, options: Mapping[str, Any], *, all_of_them: bool = True) -> None:
-    """Raise ConfigError unless the baseline `name` can have these options; `all_of_them`: and needs no others."""
+def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = True) -> None:
+    """Raise ConfigError if the options are invalid for the baseline `name`; `require_all`: or incomplete."""
     fit = BASELINES[name].fit
     known, hints = dict(list(inspect.signature(fit).parameters.items())[1:]), get_type_hints(fit)
     for option, given in options.items():
         if option not in known:
-            raise ConfigError(f"the baseline {name} has no option {option}, but {', '.join(known) or 'none'}")
+            raise ConfigError(f"the baseline {name} has no option {option}; its options: {', '.join(known) or 'none'}")
         value = argument(f"the baseline {name}: {option}", given, hints[option])
-        least, above = LEAST.get(option, (-math.inf, False))
-        within = hints[option] not in (int, float) or (value > least if above else value >= least)
+        bound, exclusive = LOWER_BOUNDS.get(option, (-math.inf, False))
+        within = hints[option] not in (int, float) or (value > bound if exclusive else value >= bound)
         if not within or value == math.inf:
-            needed = f"{'above' if above else 'at least'} {least}" if math.isfinite(least) else "a finite number"
+            needed = f"{'above' if exclusive else 'at least'} {bound}" if math.isfinite(bound) else "a finite number"
             raise ConfigError(f"the baseline {name}: {option}: got {given}, needs {needed}")
     for option, parameter in known.items():
-        if all_of_them and parameter.default is inspect.Parameter.empty and option not in options:
+        if require_all and parameter.default is inspect.Parameter.empty and option not in options:
             raise ConfigError(f"the baseline {name} needs the option {option}")
 
 
 def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
-    """Return the baseline `name` of BASELINES, fitted. Raises ConfigError: an option cannot be, or is missing."""
+    """Fit the baseline `name` of BASELINES. Raises ConfigError: an option is invalid or missing."""
     check_options(name, options)
     fitted: Callable[[Rows], np.ndarray] = BASELINES[name].fit(dataset, **options)
     return fitted

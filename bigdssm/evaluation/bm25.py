@@ -1,4 +1,4 @@
-"""BM25 over whole texts: English stop words left out, words stemmed (Snowball). Source: Robertson and Zaragoza 2009."""
+"""BM25 over full texts, without English stop words, stemmed (Snowball). Source: Robertson and Zaragoza 2009."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 
-K1, B = 0.9, 0.4  # Anserini's, with which BEIR's figures were made
+K1, B = 0.9, 0.4  # Anserini's defaults, used for BEIR's published results
 
 
 class Bm25:
-    """The index of N texts."""
+    """BM25 index of N texts."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Raises ConfigError where bm25s or PyStemmer is not installed."""
+        """Raises ConfigError: bm25s or PyStemmer is not installed."""
         try:
             import bm25s
             import Stemmer
@@ -26,18 +26,18 @@ class Bm25:
         self._index.index(self._words(texts), show_progress=False)
         self._num_texts = len(texts)
 
-    def best(self, queries: Sequence[str], number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places of each query's best texts, best first, and their scores: [m, number]."""
-        places, scores = self._index.retrieve(self._words(queries), k=number, show_progress=False)
-        return places, scores
+    def search(self, queries: Sequence[str], top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (text numbers, scores), both [m, top], best first."""
+        numbers, scores = self._index.retrieve(self._words(queries), k=top, show_progress=False)
+        return numbers, scores
 
     def scores(self, query: str) -> np.ndarray:
         """Return the scores of all texts, float32 [N]."""
         words = self._words([query], return_ids=False)[0]
-        known = self._index.get_tokens_ids(words)
-        if not known:
+        ids = self._index.get_tokens_ids(words)
+        if not ids:
             return np.zeros(self._num_texts, np.float32)
-        scores: np.ndarray = self._index.get_scores_from_ids(known)
+        scores: np.ndarray = self._index.get_scores_from_ids(ids)
         return scores
 
     def _words(self, texts: Sequence[str], return_ids: bool = True) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Runs of a BEIR collection: what a model, a pretrained encoder as it is, and BM25 retrieve for its queries.
+"""Runs on a BEIR collection: a model, a pretrained encoder without fine-tuning, and BM25.
 
 Shapes: m queries, N documents, D+1 the width of index vectors.
 """
@@ -32,7 +32,7 @@ from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.log import Progress, no_progress
 
-TOP = 100  # documents retrieved for a query
+TOP = 100  # documents retrieved per query
 QUERIES_AT_ONCE, RERANKED_AT_ONCE = 512, 128
 
 
@@ -40,9 +40,9 @@ def model_run(
     model: DualEncoder, schema: Schema, tokenizer_dir: Path | None, collection: Collection, *,
     filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
 ) -> Run:  # fmt: skip
-    """Return the run of a two-tower model over the whole corpus.
+    """Return the run of a two-tower model over the full corpus.
 
-    filter_known leaves out what other splits call relevant to a query. Raises as `model_vectors` and `vectors_run`.
+    filter_known excludes a query's relevant documents of other splits. Raises as `model_vectors` and `vectors_run`.
     """
     queries, documents = model_vectors(model, schema, tokenizer_dir, collection, progress)
     return vectors_run(collection, queries, documents, filter_known, top)
@@ -52,12 +52,12 @@ def model_vectors(
     model: DualEncoder, schema: Schema, tokenizer_dir: Path | None, collection: Collection,
     progress: Progress = no_progress,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the index vectors of the queries [m, D+1] and of the corpus [N, D+1].
+    """Encode the queries [m, D+1] and the corpus [N, D+1] to index vectors.
 
-    Raises ConfigError where queries need a history, which a collection cannot give.
+    Raises ConfigError: queries need a history, which a collection does not have.
     """
     if histories := list(histories_of(schema.query)):
-        raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection cannot give")
+        raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection does not have")
     tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
     pad = _pad_token(model)
 
@@ -74,31 +74,31 @@ def model_vectors(
 def vectors_run(
     collection: Collection, queries: Tensor, documents: Tensor, filter_known: bool = False, top: int = TOP
 ) -> Run:
-    """Return the run of vectors by inner product. Raises DivergedError where one is not finite."""
+    """Return the run of vectors by inner product. Raises DivergedError: a vector is not finite."""
     if not bool(queries.isfinite().all() and documents.isfinite().all()):
         raise DivergedError("vectors of the collection hold NaN or inf")
-    place = {entry.key: i for i, entry in enumerate(collection.corpus)}
+    row_of = {entry.key: i for i, entry in enumerate(collection.corpus)}
     run: dict[str, dict[str, float]] = {}
     for first in range(0, len(queries), QUERIES_AT_ONCE):
         entries = collection.queries[first : first + QUERIES_AT_ONCE]
-        known = [_left_out(collection, entry.key, filter_known) for entry in entries]
-        rows = [i for i, keys in enumerate(known) for key in keys if key in place]
-        columns = [place[key] for keys in known for key in keys if key in place]
+        excluded = [_excluded(collection, entry.key, filter_known) for entry in entries]
+        rows = [i for i, keys in enumerate(excluded) for key in keys if key in row_of]
+        columns = [row_of[key] for keys in excluded for key in keys if key in row_of]
         block = queries[first : first + QUERIES_AT_ONCE]
-        excluded = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
-        scores, best = top_documents(block, documents, min(top, len(documents)), *excluded)
-        for entry, found, values in zip(entries, best.tolist(), scores.tolist(), strict=True):
-            run[entry.key] = {collection.corpus[i].key: value for i, value in zip(found, values, strict=True) if i >= 0}
+        pairs = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+        scores, best = top_documents(block, documents, min(top, len(documents)), *pairs)
+        for entry, docs, values in zip(entries, best.tolist(), scores.tolist(), strict=True):
+            run[entry.key] = {collection.corpus[i].key: value for i, value in zip(docs, values, strict=True) if i >= 0}
     return run
 
 
 def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int) -> Run:
-    """Return a run whose best `top` documents of each query the model's scorer ranks anew; the others follow as before.
+    """Re-rank the best `top` documents per query of a run by the model's scorer; the rest keep their order.
 
-    Raises CheckpointError where the model has no scorer.
+    Raises CheckpointError: the model has no scorer.
     """
     tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-    place = {entry.key: i for i, entry in enumerate(collection.corpus)}
+    row_of = {entry.key: i for i, entry in enumerate(collection.corpus)}
 
     def documents(rows: np.ndarray) -> Mapping[str, Column]:
         return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], tokenizer)
@@ -108,10 +108,10 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
     ranked: dict[str, dict[str, float]] = {}
     for first in range(0, len(collection.queries), RERANKED_AT_ONCE):
         entries = collection.queries[first : first + RERANKED_AT_ONCE]
-        found = [sorted(run[entry.key], key=lambda key, of=run[entry.key]: -of[key]) for entry in entries]  # type: ignore[misc]
-        best = np.array([[place[key] for key in keys[:top]] + [-1] * (top - len(keys)) for keys in found])
+        ranking = [sorted(run[entry.key], key=lambda key, of=run[entry.key]: -of[key]) for entry in entries]  # type: ignore[misc]
+        best = np.array([[row_of[key] for key in keys[:top]] + [-1] * (top - len(keys)) for keys in ranking])
         scores = scorer.score(entry_columns(folder.schema.query, entries, tokenizer), best)
-        for entry, keys, values in zip(entries, found, scores, strict=True):
+        for entry, keys, values in zip(entries, ranking, scores, strict=True):
             of_best = dict(zip(keys, values[: len(keys)].tolist(), strict=False))
             least = min(of_best.values(), default=0.0)
             ranked[entry.key] = of_best | {key: least - 1 - n for n, key in enumerate(keys[top:])}
@@ -122,9 +122,9 @@ def pretrained_run(
     folder: Path, collection: Collection, *, max_tokens: int = MAX_TOKENS, precision: str = "fp32",
     filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
 ) -> Run:  # fmt: skip
-    """Return the run of a Hugging Face text encoder as it is: the cosine of mean-pooled vectors.
+    """Return the run of a pretrained Hugging Face text encoder: cosine of mean-pooled vectors.
 
-    Raises ConfigError where `folder` holds no such encoder and tokenizer.
+    Raises ConfigError: `folder` holds no such encoder and tokenizer.
     """
     encoder = PretrainedEncoder(folder, max_tokens, precision)
 
@@ -136,40 +136,37 @@ def pretrained_run(
 
 
 def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = TOP) -> Run:
-    """Return the run of BM25 over the whole texts.
-
-    Raises ConfigError where bm25s or PyStemmer is not installed.
-    """
+    """Return the run of BM25 over the full texts. Raises ConfigError: bm25s or PyStemmer is not installed."""
     index = Bm25([entry.text for entry in collection.corpus])
     known = {query: len(documents) for query, documents in collection.known_positives.items()} if filter_known else {}
-    wanted = min(len(collection.corpus), top + 1 + max(known.values(), default=0))
-    places, scores = index.best([entry.text for entry in collection.queries], wanted)
+    depth = min(len(collection.corpus), top + 1 + max(known.values(), default=0))
+    numbers, scores = index.search([entry.text for entry in collection.queries], depth)
     run: dict[str, dict[str, float]] = {}
-    for entry, row, row_scores in zip(collection.queries, places.tolist(), scores.tolist(), strict=True):
-        left_out = _left_out(collection, entry.key, filter_known)
-        found = {collection.corpus[i].key: score for i, score in zip(row, row_scores, strict=True) if score > 0}
-        run[entry.key] = dict([(key, score) for key, score in found.items() if key not in left_out][:top])
+    for entry, row, row_scores in zip(collection.queries, numbers.tolist(), scores.tolist(), strict=True):
+        excluded = _excluded(collection, entry.key, filter_known)
+        results = {collection.corpus[i].key: score for i, score in zip(row, row_scores, strict=True) if score > 0}
+        run[entry.key] = dict([(key, score) for key, score in results.items() if key not in excluded][:top])
     return run
 
 
-def _left_out(collection: Collection, query: str, filter_known: bool) -> set[str]:
-    """Return the documents that are no answer to a query: as in BEIR, one of the same key is the query itself."""
+def _excluded(collection: Collection, query: str, filter_known: bool) -> set[str]:
+    """Return the documents to exclude for a query; as in BEIR, a document with the query's key is the query itself."""
     return {query, *(collection.known_positives.get(query, {}) if filter_known else ())}
 
 
 def entry_columns(
     features: Mapping[str, Feature], entries: Sequence[CollectionEntry], tokenizer: TextTokenizer | None
 ) -> dict[str, Column]:
-    """Return the encoded columns of `entries` by feature name, as shards and catalogue hold them."""
+    """Encode `entries` as feature columns, as in shards and catalogue."""
     batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))
     return columns_of(batch, features, tokenizer, _ignore)
 
 
 def _pad_token(model: DualEncoder) -> int:
-    """Return the id that the model's text encoders take for padding, 0 where it has none."""
+    """Return the padding id of the model's text encoders, 0 without one."""
     ids = [cast(TextEncoder, encoder).pad_token_id for encoder in model.text.values()]
     return ids[0] if ids else 0
 
 
 def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
-    """What cannot be read is taken as missing; making the dataset has reported it."""
+    """Ignore unreadable values, which become missing; ingestion has reported them."""

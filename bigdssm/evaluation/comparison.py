@@ -1,4 +1,4 @@
-"""Several systems on the same rows: their table, their paired differences, and both as JSON."""
+"""Compare several systems on the same rows: table, paired differences, and JSON."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, shown_metrics, standard_errors
+from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import file_checksum
 
-SHOWN_OF_RUNS = ("ndcg_at_10", "recall_at_100", "mrr")
+RUN_METRICS = ("ndcg_at_10", "recall_at_100", "mrr")
 MARKOV = "Markov, window 3"
 
 
 @dataclass(frozen=True)
 class System:
-    """What one system is worth on the rows of a split, or on the queries of a collection."""
+    """Metric values of one system on the rows of a split, or on the queries of a collection."""
 
     name: str
-    values: dict[str, np.ndarray]  # float64 [rows or queries] by metric; [seeds, rows] of a model trained several times
-    seconds: float  # to make and to evaluate it
-    ranks: np.ndarray | None = None  # float64 [rows of the split], where the values are of ranks
-    query_ids: np.ndarray | None = None  # int64 [rows], whose each value is; by default each is of a query of its own
+    values: dict[str, np.ndarray]  # float64 [rows or queries] by metric; [seeds, rows] of a model of several seeds
+    seconds: float  # to build and evaluate it
+    ranks: np.ndarray | None = None  # float64 [rows of the split], if the values come from ranks
+    query_ids: np.ndarray | None = None  # int64 [rows]: query of a value; default: a distinct query per value
 
     def __post_init__(self) -> None:
-        """Raise DataError where there is nothing that a figure could be of."""
+        """Raise DataError if there are no values."""
         if not all(rows.size for rows in self.values.values()):
             raise DataError(f"{self.name} cannot be measured: no row has a relevant document")
 
     @classmethod
     def of_ranks(cls, name: str, ranks: np.ndarray, query_ids: np.ndarray, seconds: float) -> System:
-        """Return the system that gives the rows of a split, each of a query (int64), these ranks."""
+        """Return the system with these ranks on the rows of a split; `query_ids` are int64."""
         return cls(name, row_metrics(ranks), seconds, ranks, query_ids[~np.isnan(ranks)])
 
     @classmethod
     def of_seeds(cls, systems: Sequence[System]) -> System:
-        """Return one system of a model that was trained with several seeds, or the only one as it is."""
+        """Combine the systems of a model's seeds; a single one is returned as is."""
         first = systems[0]
         if len(systems) == 1:
             return first
@@ -60,7 +60,7 @@ class System:
 
     @classmethod
     def pooled(cls, systems: Sequence[System]) -> System:
-        """Return one system on the rows of several splits together, each of ranks."""
+        """Concatenate the rows of several splits; the systems must be of ranks."""
         first = systems[0]
         values = {name: np.concatenate([system.values[name] for system in systems]) for name in first.values}
         query_ids = [system.query_ids for system in systems if system.query_ids is not None]
@@ -69,12 +69,12 @@ class System:
         return cls(first.name, values, seconds, query_ids=np.concatenate(query_ids))
 
     def by_seed(self) -> list[dict[str, float]]:
-        """Return the means of every seed; none of a system without several."""
+        """Return the means per seed; empty for a system of one seed."""
         number = max(len(rows) if rows.ndim == 2 else 0 for rows in self.values.values())
         return [means({name: rows[seed] for name, rows in self.values.items()}) for seed in range(number)]
 
     def difference(self, other: System, metric: str) -> Difference:
-        """Return this system's mean `metric` less the other's, paired by row."""
+        """Return this system's mean `metric` minus the other's, paired by row."""
         return paired_bootstrap(self.values[metric], other.values[metric], self.query_ids)
 
     def errors(self) -> dict[str, float]:
@@ -82,58 +82,58 @@ class System:
         return standard_errors(self.values, self.query_ids)
 
 
-def names_apart(paths: Sequence[Path]) -> list[str]:
-    """Return each path's own name, and of the folders above it as many as tell it from the others."""
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest distinct trailing parts of paths, without suffixes if possible."""
     whole = [os.path.abspath(path) for path in paths]
     bare = [os.path.splitext(name)[0] if path.is_file() else name for path, name in zip(paths, whole, strict=True)]
     same = {name: {w for w, b in zip(whole, bare, strict=True) if b == name} for name in bare}
-    # A suffix stays where nothing else tells two files apart.
+    # A suffix is kept if two files differ in nothing else.
     parts = [Path(b if len(same[b]) == 1 else w).parts for w, b in zip(whole, bare, strict=True)]
-    return [next("/".join(own[-n:]) for n in range(1, len(own) + 1) if _only(own[-n:], parts)) for own in parts]
+    return [next("/".join(path[-n:]) for n in range(1, len(path) + 1) if _unique(path[-n:], parts)) for path in parts]
 
 
-def _only(tail: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> bool:
-    """Return whether one path alone ends so, however often it comes."""
+def _unique(tail: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> bool:
+    """Return whether exactly one distinct path ends with `tail`."""
     return len({path for path in paths if path[-len(tail) :] == tail}) == 1
 
 
 def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) -> list[System]:
-    """Return popularity and, where rows have histories, the Markov baseline."""
-    found = [_fitted("popularity", Popularity, dataset, split, exclude_seen)]
+    """Fit and evaluate popularity and, if rows have histories, the Markov baseline."""
+    systems = [_fitted("popularity", Popularity, dataset, split, exclude_seen)]
     if dataset.sequences is not None:
-        found.append(_fitted(MARKOV, Markov, dataset, split, exclude_seen))
-    return found
+        systems.append(_fitted(MARKOV, Markov, dataset, split, exclude_seen))
+    return systems
 
 
-def table(systems: Sequence[System], title: str, shown: Sequence[str] | None = None) -> Table:
-    """Return the systems as a rich table: metrics (by default those of ranks) ± error, and seconds."""
-    shown = shown or shown_metrics()
-    # Narrow enough for 80 columns, which is what rich takes where there is no terminal.
+def table(systems: Sequence[System], title: str, metrics: Sequence[str] | None = None) -> Table:
+    """Return the systems as a rich table of metrics ± standard error (default: `table_metrics`), and seconds."""
+    metrics = metrics or table_metrics()
+    # At most 80 columns, rich's width without a terminal.
     drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     drawn.add_column("system", no_wrap=True)
-    for label in (*map(metric_label, shown), "seconds"):
+    for label in (*map(metric_label, metrics), "seconds"):
         drawn.add_column(label, justify="right", no_wrap=True)
     for system in systems:
         average, errors = means(system.values), system.errors()
-        cells = [f"{average[name]:.4f} ± {errors[name]:.4f}" for name in shown]
+        cells = [f"{average[name]:.4f} ± {errors[name]:.4f}" for name in metrics]
         drawn.add_row(system.name, *cells, f"{system.seconds:.1f}")
     return drawn
 
 
-def differences(pairs: Sequence[tuple[System, System]], shown: Sequence[str] | None = None) -> list[str]:
-    """Return a sentence for each pair: the first less the second with 95 % intervals."""
+def differences(pairs: Sequence[tuple[System, System]], metrics: Sequence[str] | None = None) -> list[str]:
+    """Return a line per pair: first minus second, with 95 % intervals."""
     lines = []
     for a, b in pairs:
         parts = [
             f"{metric_label(name)} {a.difference(b, name)}{_range_of_seeds(a, b, name)}"
-            for name in shown or shown_metrics()
+            for name in metrics or table_metrics()
         ]
         lines.append(f"{a.name} − {b.name}: {', '.join(parts)}")
     return lines
 
 
 def _range_of_seeds(a: System, b: System, metric: str) -> str:
-    """Return for example ` (seeds +0.0410 to +0.0490)`; nothing where there are none."""
+    """Return for example ` (seeds +0.0410 to +0.0490)`; empty without seeds."""
     difference = a.values[metric] - b.values[metric]
     if difference.ndim == 1:
         return ""
@@ -142,8 +142,8 @@ def _range_of_seeds(a: System, b: System, metric: str) -> str:
 
 
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Return one object per system: name, the means of the metrics, seconds; those of every seed under `seeds`."""
-    found = []
+    """Return one object per system: name, metric means, seconds, and the means per seed under `seeds`."""
+    entries = []
     for system in systems:
         entry: dict[str, Any] = {
             "name": system.name,
@@ -152,26 +152,26 @@ def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
         }
         if seeds := system.by_seed():
             entry["seeds"] = [_without_nan(values) for values in seeds]
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def differences_as_json(
-    pairs: Sequence[tuple[System, System]], shown: Sequence[str] | None = None
+    pairs: Sequence[tuple[System, System]], metrics: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Return one object per pair and metric: what less what, mean and 95 % interval."""
+    """Return one object per pair and metric: system, subtracted system, mean and 95 % interval."""
     return [
         {
             "system": a.name,
             "less": b.name,
             "metric": metric,
-            "mean": found.mean,
-            "low": None if np.isnan(found.low) else found.low,
-            "high": None if np.isnan(found.high) else found.high,
+            "mean": difference.mean,
+            "low": None if np.isnan(difference.low) else difference.low,
+            "high": None if np.isnan(difference.high) else difference.high,
         }
         for a, b in pairs
-        for metric in shown or shown_metrics()
-        for found in [a.difference(b, metric)]
+        for metric in metrics or table_metrics()
+        for difference in [a.difference(b, metric)]
     ]
 
 
@@ -179,7 +179,7 @@ def save_comparison(
     path: Path, systems: Sequence[System], pairs: Sequence[tuple[System, System]], dataset: Dataset, split: str,
     exclude_seen: bool = True,
 ) -> None:  # fmt: skip
-    """Write the JSON `path`, and beside it each system's ranks as .npy."""
+    """Write the comparison to the JSON file `path`, and each system's ranks to a .npy file next to it."""
     rows = {"split": split, "rows": MeasuredRows.of(dataset, split).checksum, "exclude_seen": exclude_seen}
     content: dict[str, Any] = {**rows, "systems": as_json(systems)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,14 +195,14 @@ def save_comparison(
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The rows of a split that ranks are of."""
+    """Identity of the evaluated rows of a split."""
 
-    query_ids: np.ndarray  # int64 [rows that can be used]
-    checksum: str  # xxh3_128, in hex, of each row's query id, place and document, and of all documents
+    query_ids: np.ndarray  # int64 [usable rows]
+    checksum: str  # xxh3_128 (hex) of the rows' query ids, positions, documents and relevances, and of all document ids
 
     @classmethod
     def of(cls, dataset: Dataset, split: str) -> MeasuredRows:
-        """Return those of a dataset."""
+        """Read the rows of a dataset's split."""
         query_ids = [np.zeros(0, np.int64)]
         digest = xxhash.xxh3_128(np.sort(dataset.catalogue.doc_ids).tobytes())
         for rows in dataset.iterate(split, 65_536):
@@ -214,52 +214,51 @@ class MeasuredRows:
 
 @dataclass(frozen=True)
 class SavedRanks:
-    """The ranks of a system on the rows of a split, as they were saved, and what rows these are."""
+    """Saved ranks of a system on the rows of a split."""
 
     name: str
-    ranks: np.ndarray  # float64 [queries that can be used]
-    seconds: float  # to make and to evaluate it
+    ranks: np.ndarray  # float64 [usable queries]
+    seconds: float  # to build and evaluate it
     split: str
-    rows: str  # the checksum of MeasuredRows
+    rows: str  # checksum of MeasuredRows
     exclude_seen: bool
 
     def system(self, name: str, where: object, dataset: Dataset, rows: MeasuredRows, exclude_seen: bool) -> System:
-        """Return the system that has them. Raises DataError: they do not pair with ranks of the dataset's rows."""
+        """Return the system of these ranks. Raises DataError: they were measured on other rows."""
         if (len(self.ranks), self.rows) != (len(rows.query_ids), rows.checksum):
             raise DataError(
                 f"{where} was measured on other rows than those of split {self.split} of {dataset.dir}: "
-                f"{len(self.ranks)} of a split {self.split}; measure both on datasets made of the same tables"
+                f"{len(self.ranks)} of a split {self.split}; measure both on datasets built from the same tables"
             )
         if self.exclude_seen != exclude_seen:
             raise DataError(
-                f"{where} was measured with seen documents {'left out' if self.exclude_seen else 'among the others'}, "
-                "this model's data.exclude_seen says otherwise; measure both with the same data.exclude_seen"
+                f"{where} was measured with data.exclude_seen={str(self.exclude_seen).lower()}, this model has "
+                f"{str(exclude_seen).lower()}; measure both with the same data.exclude_seen"
             )
         return System.of_ranks(name, self.ranks, rows.query_ids, self.seconds)
 
 
 def read_ranks(path: Path) -> SavedRanks:
-    """Return the ranks of the first system of a saved comparison. Raises DataError: missing or damaged."""
+    """Read the ranks of the first system of a saved comparison. Raises DataError: missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entry = content["systems"][0]
         file = path.with_name(Path(entry["ranks"]).name)
         if file_checksum(file) != entry["ranks_checksum"]:
-            raise ValueError(f"{file.name} does not hold the ranks that were measured")
+            raise ValueError(f"{file.name} does not match its checksum")
         ranks, seconds = np.load(file, allow_pickle=False), float(entry["seconds"])
         exclude_seen = content.get("exclude_seen", True)
         return SavedRanks(entry["name"], ranks, seconds, content["split"], content["rows"], exclude_seen)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DataError(f"{path} is no comparison written by bigdssm evaluate: {error!r}") from None
+        raise DataError(f"{path} is not a comparison written by bigdssm evaluate: {error!r}") from None
 
 
 def load_system(path: Path, dataset: Dataset, split: str, exclude_seen: bool = True) -> System:
-    """Return the first system of a saved comparison.
+    """Load the first system of a saved comparison; its features may differ from the dataset's.
 
-    Raises DataError: missing, damaged, or of other rows, or with seen documents treated otherwise, which do not pair.
-    The features of these may be others.
+    Raises DataError: missing, damaged, or measured on other rows or with another data.exclude_seen.
     """
     saved = read_ranks(path)
     name = f"{saved.name} ({path.stem})"

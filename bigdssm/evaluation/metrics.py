@@ -1,7 +1,7 @@
 """Metrics of ranks, with standard errors and paired bootstrap intervals.
 
-A row has one relevant document; NaN is the rank of a row that has none and does not count. Several rows may be of one
-query: of one user at several times, or of a text with several documents.
+A row has one relevant document; rows without one have rank NaN and do not count. Several rows may share a query, such
+as a user at several times, or a text with several documents.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bigdssm.utils.components import add_named
 
 NUM_RESAMPLES = 2000
 CHUNK_DRAWS = 4_000_000
-NOT_SHOWN = ("recall_at_100",)  # in tables, which have 80 columns
+NOT_IN_TABLES = ("recall_at_100",)  # tables have 80 columns
 
 
 Metric = Callable[[np.ndarray], np.ndarray]
-"""From the ranks of rows (float64, 1 is best) to a value of each."""
+"""Maps ranks (float64 [rows], 1 is best) to values [rows]."""
 
 # With one relevant document the ideal DCG is 1, and NDCG@10 is 1 / log2(1 + rank) within the first 10. Source:
 # Järvelin and Kekäläinen 2002.
@@ -33,47 +33,47 @@ _METRICS: dict[str, Metric] = {
 
 
 def register_metric(name: str, metric: Metric) -> None:
-    """Have validation and evaluation report a further metric. Raises ValueError: its name is taken."""
+    """Register a metric that validation and evaluation report. Raises ValueError: the name is taken."""
     add_named(_METRICS, name, metric, "a metric")
 
 
-def shown_metrics() -> tuple[str, ...]:
-    """Return the metrics that tables and log lines have; reports have all."""
-    return tuple(name for name in _METRICS if name not in NOT_SHOWN)
+def table_metrics() -> tuple[str, ...]:
+    """Return the metrics of tables and log lines; JSON reports contain all."""
+    return tuple(name for name in _METRICS if name not in NOT_IN_TABLES)
 
 
 def find_metric(name: str, key: str = "validation_metric") -> str:
-    """Return `name`. Raises ConfigError: no metric is registered under it; `key` names it in the config."""
+    """Return `name`. Raises ConfigError, naming the config key `key`: no such metric."""
     if name not in _METRICS:
         raise ConfigError(
-            f"{key}: got {name}, needs one of {', '.join(_METRICS)}, or a metric whose module is imported first "
+            f"{key}: got {name}, needs one of {', '.join(_METRICS)}, or a registered metric whose module is imported "
             "(docs/extending.md)"
         )
     return name
 
 
 def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return float64 [rows with a rank] of every metric by name."""
+    """Return float64 [rows with a rank] by metric."""
     ranks = np.asarray(ranks, np.float64)
     ranks = ranks[~np.isnan(ranks)]
     return {name: np.asarray(metric(ranks), np.float64) for name, metric in _METRICS.items()}
 
 
 def mean_metrics(ranks: np.ndarray) -> dict[str, float]:
-    """Return the mean over rows of every metric of `row_metrics`; NaN where no row has a rank."""
+    """Return the mean over rows by metric; NaN if no row has a rank."""
     return means(row_metrics(ranks))
 
 
 def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the mean over rows (and seeds) of every metric; NaN where there are no rows."""
+    """Return the mean over rows (and seeds) by metric; NaN without rows."""
     return {name: float(rows.mean()) if rows.size else float("nan") for name, rows in values.items()}
 
 
 def standard_errors(values: Mapping[str, np.ndarray], query_ids: np.ndarray | None = None) -> dict[str, float]:
-    """Return the standard error of every mean of `means`, with other queries (and other seeds); NaN below two queries.
+    """Return the standard errors of `means` over queries (and seeds), clustered by query; NaN below two queries.
 
-    query_ids: int64 [rows], whose each row is; without it each row is a query of its own. Source: Cochran 1977,
-    section 6.3, of a ratio of what queries sum up to and of how many rows they have.
+    query_ids: int64 [rows]; default: a distinct query per row. Source: Cochran 1977, section 6.3 (ratio estimator:
+    sums per query over rows per query).
     """
     return {name: _standard_error(np.atleast_2d(rows), query_ids) for name, rows in values.items()}
 
@@ -91,7 +91,7 @@ def _standard_error(values_SR: np.ndarray, query_ids: np.ndarray | None) -> floa
 
 
 def _by_query(values_SR: np.ndarray, query_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of each query's rows [S, Q], in the order in which queries come, and how many they are [Q]."""
+    """Return the sums per query [S, Q], in order of first appearance, and the rows per query [Q]."""
     rows = values_SR.shape[1]
     if query_ids is None:
         return values_SR, np.ones(rows, np.int64)
@@ -105,7 +105,7 @@ def _by_query(values_SR: np.ndarray, query_ids: np.ndarray | None) -> tuple[np.n
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference and its 95 % interval, NaN where nothing can be said."""
+    """A mean difference and its 95 % interval, NaN if undefined."""
 
     mean: float
     low: float
@@ -119,15 +119,15 @@ class Difference:
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray | None = None, *, seed: int = 0) -> Difference:
     """Return the mean of a − b over paired rows and its percentile interval over resampled queries.
 
-    query_ids: int64 [rows], whose each row is: rows of one user or text are drawn together, since they are not
-    independent. Without it each row is a query of its own. Either of a and b may be [seeds, rows], of models trained
-    with several seeds, which pair too: queries and seeds are then resampled both. The same rows and seed give the same
-    interval on every machine and numpy; one query has none, NaN. Raises ValueError where the rows do not pair. Source:
-    Efron and Tibshirani 1993, section 13.3; Field and Welsh 2007 for rows of one query; Owen 2007 for two factors.
+    query_ids: int64 [rows]: rows of one query are resampled together, since they are not independent; default: a
+    distinct query per row. a and b may be [seeds, rows], paired by seed, too: then queries and seeds are resampled.
+    The interval is deterministic across machines and numpy versions; NaN for a single query. Raises ValueError: the
+    shapes do not pair. Source: Efron and Tibshirani 1993, section 13.3; Field and Welsh 2007 for rows of one query;
+    Owen 2007 for two factors.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape[-1] != b.shape[-1] or not a.size or (a.ndim == b.ndim == 2 and len(a) != len(b)):
-        raise ValueError(f"paired rows are needed, got shapes {a.shape} and {b.shape}")
+        raise ValueError(f"got shapes {a.shape} and {b.shape}, needs paired rows")
     difference_SR = np.atleast_2d(a - b)
     sums_SQ, counts_Q = _by_query(difference_SR, query_ids)
     seeds, queries = sums_SQ.shape

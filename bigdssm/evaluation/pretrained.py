@@ -1,4 +1,4 @@
-"""A Hugging Face text encoder as it is: what a model is compared with, and a judge for fine-tuning."""
+"""A pretrained Hugging Face text encoder without fine-tuning: a reference system and a teacher."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MAX_TOKENS = 256
 
 
 def check_encoder(folder: Path) -> None:
-    """Raise ConfigError where `folder` is none of a Hugging Face model with its tokenizer."""
+    """Raise ConfigError if `folder` does not hold a Hugging Face model with its tokenizer."""
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
 
 
 class PretrainedEncoder:
-    """Mean-pooled vectors of length 1, whose product is their cosine."""
+    """Encodes texts to mean-pooled vectors of norm 1."""
 
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
-        """Raises ConfigError where `folder` holds no such encoder and tokenizer."""
+        """Raises ConfigError: `folder` holds no such encoder and tokenizer."""
         check_encoder(folder)
         self._encoder = pretrained_encoder(str(folder)).eval()
         encode_in(self._encoder, precision)
@@ -48,6 +48,6 @@ class PretrainedEncoder:
 
 
 def text_encoders(folder: Path, texts: Texts, precision: str = "fp32") -> Encoders:
-    """Return an encoder as it is for the texts of a dataset. Raises ConfigError where `folder` holds none."""
+    """Return the Encoders of a pretrained encoder for a dataset's texts. Raises ConfigError: none in `folder`."""
     encoder = PretrainedEncoder(folder, precision=precision)
     return Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))

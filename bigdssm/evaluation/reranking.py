@@ -1,6 +1,6 @@
-"""The rank of each query's document where a scorer ranks the best that the product of vectors has found anew.
+"""Target ranks after a scorer re-ranks the top candidates of the inner product.
 
-Shapes: m queries of this rank in a round, `top` documents re-ranked of each.
+Shapes: m queries of this rank in a round, `top` re-ranked documents per query.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from bigdssm.retrieval.embed import DocumentVectors, Encoders, encode, to_device
 from bigdssm.retrieval.exact_search import SearchRound, exact_search, top_of_round, unpack_keys
 from bigdssm.retrieval.pair_scorer import PairScorer
 
-RERANKED_AT_ONCE = 1024  # queries of all ranks in a round
+RERANKED_AT_ONCE = 1024  # queries per round, over all ranks
 
 
 @dataclass(frozen=True)
 class Reranking:
-    """Ranks the `top` best documents anew; those behind stay where they are."""
+    """Re-ranks the `top` best documents; the rest keep their rank."""
 
     scorer: PairScorer
     top: int
 
-    def ranks(self, before: Tensor, asked: SearchRound, documents: DocumentVectors) -> Tensor:
-        """Return float64 [m]: the ranks of their documents for this rank's queries; `before` by the product.
+    def ranks(self, before: Tensor, batch: SearchRound, documents: DocumentVectors) -> Tensor:
+        """Return the re-ranked target ranks of this rank's queries, float64 [m]; `before`: by inner product.
 
         A collective.
         """
-        others = unpack_keys(top_of_round(exact_search(documents), asked, self.top - 1))[1].cpu().numpy()
-        among = np.flatnonzero((before <= self.top).cpu().numpy())
-        rows = asked.rows.take(among)
+        others = unpack_keys(top_of_round(exact_search(documents), batch, self.top - 1))[1].cpu().numpy()
+        within = np.flatnonzero((before <= self.top).cpu().numpy())
+        rows = batch.rows.take(within)
         scores = torch.from_numpy(
-            self.scorer.score(rows.query, np.concatenate([rows.doc_rows[:, None], others[among]], axis=1))
+            self.scorer.score(rows.query, np.concatenate([rows.doc_rows[:, None], others[within]], axis=1))
         )
-        own = scores[:, :1]
-        tolerance = TIE_RELATIVE * (1 + own.abs())
-        above, at_least = ((scores[:, 1:] > own + sign * tolerance).sum(1).double() for sign in (1, -1))
+        target = scores[:, :1]
+        tolerance = TIE_RELATIVE * (1 + target.abs())
+        above, at_least = ((scores[:, 1:] > target + sign * tolerance).sum(1).double() for sign in (1, -1))
         ranks = before.clone()
-        ranks[torch.from_numpy(among).to(ranks.device)] = (1 + (above + at_least) / 2).to(ranks.device)
+        ranks[torch.from_numpy(within).to(ranks.device)] = (1 + (above + at_least) / 2).to(ranks.device)
         return ranks
 
 
 @dataclass(frozen=True)
 class ScoredEncoders(Encoders):
-    """Both towers as functions from rows to the towers' own vectors [.., D], which `scorer` takes in pairs."""
+    """Both towers as functions from rows to tower outputs [.., D], which `scorer` scores in pairs."""
 
     scorer: MlpScorer
 
@@ -64,12 +64,12 @@ def encoders_of(
     device: torch.device | str = "cpu",
     whole: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Encoders:
-    """Return the Encoders of `model`, a DualEncoder or an engine around one, whatever its score is.
+    """Return the Encoders of `model`, a DualEncoder or an engine around one, for any score.
 
-    `whole`, a collective, returns all weights of an engine that shards them: a scorer is called outside its forward.
+    `whole`, a collective, gathers the weights of an engine that shards them: the scorer runs outside its forward.
     """
     scorer = cast(DualEncoder, getattr(model, "module", model)).scorer
-    if not isinstance(scorer, MlpScorer):  # what reads pairs cannot score every document: it ranks what these find
+    if not isinstance(scorer, MlpScorer):  # a cross-encoder cannot score the catalogue; it re-ranks these candidates
         return tower_encoders(model, dataset, device)
     scorer = scorer if whole is None else scorer.copy(whole()).to(device)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)

@@ -1,4 +1,4 @@
-"""What differs between two runs: config, versions, data, and results with paired intervals."""
+"""Compare two runs: config, versions, data, and results with paired intervals."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ ABSENT = "—"
 
 
 @dataclass(frozen=True)
-class Differing:
-    """One thing in which two runs differ."""
+class RunDifference:
+    """A property with its values in two runs."""
 
-    what: str
+    name: str
     a: str
     b: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two stages side by side."""
+    """The comparison of two stages."""
 
     stage: str
-    config: list[Differing]
-    versions: list[Differing]
-    data: list[Differing]
-    course: list[Differing]  # steps, speed, restarts, best validation; also where they are equal
-    systems: tuple[System, System] | None  # their ranks on the same rows
-    not_measured: str  # why there are none
+    config: list[RunDifference]
+    versions: list[RunDifference]
+    data: list[RunDifference]
+    training: list[RunDifference]  # steps, speed, restarts, best validation, including equal values
+    systems: tuple[System, System] | None  # evaluated on the same rows
+    skip_reason: str  # why `systems` is None
 
 
 def compare(
     a: Path, b: Path, stage: str | None, split: str, data: str | None, progress: Progress = no_progress
 ) -> Comparison:
-    """Compare two runs: the stage `stage`, by default the last that both have; `data` overrides the runs' dataset.
+    """Compare a stage of two runs, by default the last common one; `data` overrides the runs' dataset.
 
-    Raises DataError where a folder is no run, or they have no such stage in common.
+    Raises DataError: a folder is not a run, or the runs have no such stage in common.
     """
     folders_a, folders_b = ({folder.name: folder for folder in stage_folders(run)} for run in (a, b))
     common = [name for name in folders_a if name in folders_b]
-    if len(folders_a) == len(folders_b) == 1 and stage is None:  # two stage folders may be called anything
+    if len(folders_a) == len(folders_b) == 1 and stage is None:  # two stage folders may have any names
         pair = (next(iter(folders_a.values())), next(iter(folders_b.values())))
     elif not common or (stage is not None and stage not in common):
         raise DataError(f"{a} has {', '.join(folders_a)} and {b} has {', '.join(folders_b)}: no stage to compare")
@@ -64,17 +64,17 @@ def compare(
         config=_differing(*map(_config, pair)),
         versions=_differing(*map(_versions, pair)),
         data=_differing(*map(_data, pair)),
-        course=_side_by_side(*map(_course, pair)),
+        training=_all_values(*map(_training, pair)),
         systems=systems,
-        not_measured=reason,
+        skip_reason=reason,
     )
 
 
 def _measured(
     pair: tuple[Path, Path], split: str, data: str | None, progress: Progress
 ) -> tuple[tuple[System, System] | None, str]:
-    """Return both models' ranks on the same rows, or why there are none."""
-    found = []
+    """Evaluate both models on the same rows; returns (systems, "") or (None, reason)."""
+    systems = []
     try:
         models = [load_model_folder(folder / "best") for folder in pair]
         dataset = Dataset.open(data or models[0].config.data.dir, cache=FileCache.of(models[0].config.data))
@@ -86,10 +86,10 @@ def _measured(
                 tower_encoders(model.model, view), view, split,
                 exclude_seen=models[0].config.data.exclude_seen, progress=progress,
             )  # fmt: skip
-            found.append(System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
+            systems.append(System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
     except BigDSSMError as error:
         return None, str(error)
-    return (found[0], found[1]), ""
+    return (systems[0], systems[1]), ""
 
 
 def _config(folder: Path) -> dict[str, str]:
@@ -111,7 +111,7 @@ def _data(folder: Path) -> dict[str, str]:
     return {"dataset": config["data"]["dir"], "fingerprint": fingerprint}
 
 
-def _course(folder: Path) -> dict[str, str]:
+def _training(folder: Path) -> dict[str, str]:
     records = read_stage(folder).records
     train = [record for record in records if "loss" in record]
     speeds = sorted(record["rows_per_s"] for record in train if record.get("rows_per_s"))
@@ -131,9 +131,9 @@ def _course(folder: Path) -> dict[str, str]:
     }
 
 
-def _differing(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
-    return [difference for difference in _side_by_side(a, b) if difference.a != difference.b]
+def _differing(a: dict[str, str], b: dict[str, str]) -> list[RunDifference]:
+    return [difference for difference in _all_values(a, b) if difference.a != difference.b]
 
 
-def _side_by_side(a: dict[str, str], b: dict[str, str]) -> list[Differing]:
-    return [Differing(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]
+def _all_values(a: dict[str, str], b: dict[str, str]) -> list[RunDifference]:
+    return [RunDifference(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]

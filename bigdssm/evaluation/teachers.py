@@ -1,4 +1,4 @@
-"""Teachers that score query–document pairs, and the file of their scores of hard negatives."""
+"""Teachers that score query–document pairs, and files of hard negatives with their scores."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ from bigdssm.utils.atomic import real_path
 from bigdssm.utils.log import Progress, no_progress
 
 PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
+"""Maps m Rows and catalogue rows int64 [m, l] to scores [m, l]."""
 
 DOCUMENTS_AT_ONCE = 1024
-PAIRS_AT_ONCE = 64  # that a cross-encoder reads together: what a CPU's caches hold
+PAIRS_AT_ONCE = 64  # per batch of a cross-encoder: fits a CPU's caches
 
 
 def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
-    """Return the judge that a model of this library is: its cross-encoder, or what it scores by vectors.
+    """Return a model folder as a teacher for rows of `dataset`: its cross-encoder, else its vector score.
 
-    It scores rows of `dataset`. Raises CheckpointError: see `ModelFolder.view`.
+    Raises CheckpointError: see `ModelFolder.view`.
     """
     view = folder.view(dataset)
     if isinstance(folder.model.scorer, CrossEncoder):
-        reader = PairScorer.of(folder, view)
-        return lambda rows, docs: reader.score(view.limited_query(rows.query), docs)
-    judge = VectorTeacher(encoders_of(folder.model, view), view.catalogue.num_docs)
-    return lambda rows, docs: judge(replace(rows, query=view.limited_query(rows.query)), docs)
+        scorer = PairScorer.of(folder, view)
+        return lambda rows, docs: scorer.score(view.limited_query(rows.query), docs)
+    teacher = VectorTeacher(encoders_of(folder.model, view), view.catalogue.num_docs)
+    return lambda rows, docs: teacher(replace(rows, query=view.limited_query(rows.query)), docs)
 
 
 def pretrained_teacher(folder: Path, dataset: Dataset, texts: Texts) -> PairTeacher:
-    """Return the judge that a Hugging Face text encoder is as it is. Raises ConfigError where `folder` holds none."""
+    """Return a pretrained Hugging Face text encoder as a teacher. Raises ConfigError: none in `folder`."""
     return VectorTeacher(text_encoders(folder, texts), dataset.catalogue.num_docs)
 
 
 class VectorTeacher:
-    """A model that scores vectors, by their product or an MLP; each document is encoded once."""
+    """Scores vectors by inner product or an MLP; document vectors are cached."""
 
     def __init__(self, encoders: Encoders, num_docs: int) -> None:
-        """`encoders` as `encoders_of` makes them, or whatever else gives vectors."""
-        self._encoders, self._known = encoders, np.zeros(num_docs, bool)
-        self._vectors: Tensor | None = None  # float32 [N, D or D+1], of those that are known
+        self._encoders, self._encoded = encoders, np.zeros(num_docs, bool)
+        self._vectors: Tensor | None = None  # float32 [N, D or D+1], valid for encoded documents
 
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
@@ -70,24 +70,24 @@ class VectorTeacher:
         return (queries * vectors).sum(-1).numpy()
 
     def _documents(self, docs: np.ndarray) -> Tensor:
-        """Return the vectors of the whole catalogue, those of `docs` being there."""
-        new = docs[~self._known[docs]]
+        """Return the cache of document vectors after encoding `docs`."""
+        new = docs[~self._encoded[docs]]
         for first in range(0, len(new), DOCUMENTS_AT_ONCE):
             some = new[first : first + DOCUMENTS_AT_ONCE]
-            made = self._encoders.documents(some)
+            vectors = self._encoders.documents(some)
             if self._vectors is None:
-                self._vectors = made.new_empty(len(self._known), made.shape[1])
-            self._vectors[some] = made
-        self._known[new] = True
+                self._vectors = vectors.new_empty(len(self._encoded), vectors.shape[1])
+            self._vectors[some] = vectors
+        self._encoded[new] = True
         assert self._vectors is not None, "there are documents to score"
         return self._vectors
 
 
 class CrossEncoderTeacher:
-    """A cross-encoder of sentence-transformers, which reads query and document together; scores are its logits."""
+    """A sentence-transformers cross-encoder; scores are its logits."""
 
     def __init__(self, folder: Path, texts: Texts) -> None:
-        """Raises ConfigError where sentence-transformers is not installed, or `folder` holds no model of one score."""
+        """Raises ConfigError: sentence-transformers is not installed, or `folder` holds no model with one output."""
         try:
             from sentence_transformers import CrossEncoder
         except ImportError:
@@ -95,23 +95,21 @@ class CrossEncoderTeacher:
                 "a cross-encoder needs sentence-transformers; install bigdssm[sentence-transformers]"
             ) from None
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no cross-encoder: it has no config.json; give the folder of one")
+            raise ConfigError(f"{folder} holds no cross-encoder: config.json is missing; give a cross-encoder's folder")
         try:
             self._model: Any = CrossEncoder(str(folder), local_files_only=True, activation_fn=torch.nn.Identity())
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"the cross-encoder in {folder} does not load: {' '.join(str(error).split())}") from None
         if self._model.num_labels != 1:
-            raise ConfigError(
-                f"the cross-encoder in {folder} gives {self._model.num_labels} numbers, needs one: a score"
-            )
+            raise ConfigError(f"the cross-encoder in {folder} has {self._model.num_labels} outputs, needs one: a score")
         self._texts = texts
 
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
-        distinct, place = np.unique(docs, return_inverse=True)
+        distinct, number = np.unique(docs, return_inverse=True)
         documents = self._texts.documents(distinct)
-        asked = np.repeat(np.array(self._texts.queries(rows), object), docs.shape[1])
-        pairs = [(query, documents[at]) for query, at in zip(asked, place.flatten(), strict=True)]
+        queries = np.repeat(np.array(self._texts.queries(rows), object), docs.shape[1])
+        pairs = [(query, documents[at]) for query, at in zip(queries, number.flatten(), strict=True)]
         scores = self._model.predict(pairs, batch_size=PAIRS_AT_ONCE, show_progress_bar=False)
         return np.asarray(scores, np.float32).reshape(docs.shape)
 
@@ -120,7 +118,7 @@ class Bm25Teacher:
     """BM25 over the catalogue."""
 
     def __init__(self, dataset: Dataset, texts: Texts, progress: Progress = no_progress) -> None:
-        """Raises ConfigError where bm25s or PyStemmer is not installed."""
+        """Raises ConfigError: bm25s or PyStemmer is not installed."""
         documents: list[str] = []
         for first in range(0, dataset.catalogue.num_docs, DOCUMENTS_AT_ONCE):
             documents += texts.documents(np.arange(first, min(first + DOCUMENTS_AT_ONCE, dataset.catalogue.num_docs)))
@@ -129,25 +127,25 @@ class Bm25Teacher:
 
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
-        asked = zip(self._texts.queries(rows), docs, strict=True)
-        return np.stack([self._index.scores(query)[of_query] for query, of_query in asked])
+        pairs = zip(self._texts.queries(rows), docs, strict=True)
+        return np.stack([self._index.scores(query)[of_query] for query, of_query in pairs])
 
 
-def ensemble(judges: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> np.ndarray:
-    """Return float32 [m, l]: the mean of the judges' scores, NaN where `docs` [m, l] is -1.
+def ensemble(teachers: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> np.ndarray:
+    """Return the mean of the teachers' scores, float32 [m, l], NaN for `docs` [m, l] of -1.
 
-    The scores of several are standardised within each query, which makes their scales one; those of one stay.
+    Scores of several teachers are standardised per query to a common scale; those of a single one are unchanged.
     """
-    there = docs >= 0
-    found = [np.where(there, judge(rows, np.where(there, docs, 0)), np.nan) for judge in judges]
-    if len(found) > 1:
-        found = [_standardised(scores) for scores in found]
-    mean: np.ndarray = np.mean(found, axis=0)
+    present = docs >= 0
+    all_scores = [np.where(present, teacher(rows, np.where(present, docs, 0)), np.nan) for teacher in teachers]
+    if len(all_scores) > 1:
+        all_scores = [_standardised(scores) for scores in all_scores]
+    mean: np.ndarray = np.mean(all_scores, axis=0)
     return mean.astype(np.float32)
 
 
 def _standardised(scores: np.ndarray) -> np.ndarray:
-    """Return scores [m, l] less their row's mean, over its standard deviation; 0 where all of a row are the same."""
+    """Standardise scores [m, l] per row; 0 if all scores of a row are equal."""
     centred = scores - np.nanmean(scores, axis=1, keepdims=True)
     spread = np.nanstd(scores, axis=1, keepdims=True)
     return centred / np.where(spread > 0, spread, 1)
@@ -159,42 +157,42 @@ FILE = "judged.npy"
 
 def score_pairs(
     out: Path,
-    mined: HardNegatives,
+    hard: HardNegatives,
     dataset: Dataset,
-    judges: Sequence[PairTeacher],
+    teachers: Sequence[PairTeacher],
     names: Sequence[str],
     work: ShardWork,
 ) -> HardNegatives | None:
-    """Write `mined` with the judges' scores to `out`; return it on the rank that put it in its place, None on others.
+    """Write `hard` with teacher scores to `out`; returns it on the rank that finishes the file, else None.
 
-    `names` tell what is scored, and by whom, from anything else: finished shards of a run that was ended are kept where
-    these are the same. Raises DataError where a judge's score is not finite.
+    `names` identify the input and the teachers: finished shards of an earlier run with the same names are reused.
+    Raises DataError: a teacher score is not finite.
     """
     out = real_place(out)
-    record = record_dtype(mined.width, scored=True)
+    record = record_dtype(hard.width, scored=True)
 
     def prepare(aside: Path) -> None:
-        new_array(aside / FILE, record, (len(mined),))
+        new_array(aside / FILE, record, (len(hard),))
 
     job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.fingerprint}
-    shards = ShardedFolder(out, job, len(mined), work, prepare)
+    shards = ShardedFolder(out, job, len(hard), work, prepare)
     whole = open_memmap(shards.aside / FILE, "r+")
     for _, first, last in shards.pending("shards scored"):
-        whole[first:last] = _scored(mined.queries[first:last], mined, dataset, judges)
+        whole[first:last] = _scored(hard.queries[first:last], hard, dataset, teachers)
         whole.flush()
     finished = shards.finish_file(FILE, lambda path: seal(path, dataset.fingerprint))
     return HardNegatives.open(out) if finished else None
 
 
-def _scored(queries: np.ndarray, mined: HardNegatives, dataset: Dataset, judges: Sequence[PairTeacher]) -> np.ndarray:
-    """Return the records of some queries, whose keys ascend; NaN where a query's row cannot be read."""
-    windows = mined.windows(queries)
-    teacher = np.full((len(queries), 1 + mined.width), np.nan, np.float32)
-    for asked in rows_of_queries(dataset, queries, QUERIES_AT_ONCE):
-        at = np.searchsorted(queries, asked.query_keys)
-        docs = np.concatenate([asked.doc_rows[:, None], windows[at]], 1)
-        scores = ensemble(judges, asked, docs)
+def _scored(queries: np.ndarray, hard: HardNegatives, dataset: Dataset, teachers: Sequence[PairTeacher]) -> np.ndarray:
+    """Return scored records for ascending query keys; NaN for unreadable rows."""
+    windows = hard.windows(queries)
+    teacher_scores = np.full((len(queries), 1 + hard.width), np.nan, np.float32)
+    for rows in rows_of_queries(dataset, queries, QUERIES_AT_ONCE):
+        at = np.searchsorted(queries, rows.query_keys)
+        docs = np.concatenate([rows.doc_rows[:, None], windows[at]], 1)
+        scores = ensemble(teachers, rows, docs)
         if not np.isfinite(scores[docs >= 0]).all():
-            raise DataError(f"a judge's scores of rows {asked.row_ids[0]} to {asked.row_ids[-1]} hold NaN or inf")
-        teacher[at] = scores
-    return window_records(queries, windows, teacher)
+            raise DataError(f"teacher scores of rows {rows.row_ids[0]} to {rows.row_ids[-1]} hold NaN or inf")
+        teacher_scores[at] = scores
+    return window_records(queries, windows, teacher_scores)

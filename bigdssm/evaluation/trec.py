@@ -1,8 +1,8 @@
 """TREC run and qrels files, and trec_eval's measures of a run.
 
-A run gives each query's retrieved documents with their scores. As in trec_eval, documents are ranked by score, equal
-scores (as float32) by document id in descending order, and a judgement above 0 is relevant. A judged query that the
-run lacks counts as 0 (trec_eval -c).
+A run contains the retrieved documents and scores per query. As in trec_eval, documents are ranked by score, ties (as
+float32) by descending document id, and a relevance above 0 is relevant. A query of the qrels without results counts as
+0 (trec_eval -c).
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from bigdssm.ingest.sources.beir import add_judgement, check_judgements, numbere
 from bigdssm.utils.atomic import write_text
 
 Run = Mapping[str, Mapping[str, float]]
-"""Score by query id and document id."""
+"""Scores by query id and document id."""
 Judgements = Mapping[str, Mapping[str, int]]
-"""Relevance by query id and document id."""
+"""Relevance grades (qrels) by query id and document id."""
 
 
 def run_metrics(qrels: Judgements, run: Run, k: int = 10, recall_k: int = 100) -> dict[str, np.ndarray]:
-    """Return float64 [judged queries, in order of their ids] by name: ndcg_at_k, recall_at_k, mrr (uncut), hr_at_k.
+    """Return float64 [queries of the qrels, sorted by id] by metric: ndcg_at_k, recall_at_k, mrr (uncut), hr_at_k.
 
-    Raises DataError where the run is of other queries. Source: trec_eval 9 (ndcg_cut, recall, recip_rank, success),
-    whose gains are the judgements themselves.
+    Gains are the relevance grades. Raises DataError: the run has none of the queries. Source: trec_eval 9 (ndcg_cut,
+    recall, recip_rank, success).
     """
     if not qrels.keys() & run.keys():
-        raise DataError("the run retrieves for none of the judged queries; it is of another collection or split")
+        raise DataError("the run has none of the queries of the qrels; it is of another collection or split")
     names = (f"ndcg_at_{k}", f"recall_at_{recall_k}", "mrr", f"hr_at_{k}")
     values: dict[str, np.ndarray] = {name: np.zeros(len(qrels)) for name in names}
     for i, query in enumerate(sorted(qrels)):
-        judged = qrels[query]
-        gains = np.array([max(0, judged.get(key, 0)) for key in ranked(run.get(query, {}))], np.float64)
-        ideal = np.sort([grade for grade in judged.values() if grade > 0])[::-1]
-        found = np.flatnonzero(gains > 0)
-        if not len(ideal) or not len(found):
+        grades = qrels[query]
+        gains = np.array([max(0, grades.get(key, 0)) for key in ranked(run.get(query, {}))], np.float64)
+        ideal = np.sort([grade for grade in grades.values() if grade > 0])[::-1]
+        relevant = np.flatnonzero(gains > 0)
+        if not len(ideal) or not len(relevant):
             continue
         values[names[0]][i] = _dcg(gains[:k]) / _dcg(ideal[:k])
-        values[names[1]][i] = (found < recall_k).sum() / len(ideal)
-        values[names[2]][i] = 1 / (found[0] + 1)
-        values[names[3]][i] = found[0] < k
+        values[names[1]][i] = (relevant < recall_k).sum() / len(ideal)
+        values[names[2]][i] = 1 / (relevant[0] + 1)
+        values[names[3]][i] = relevant[0] < k
     return values
 
 
@@ -53,24 +53,24 @@ def ranked(scores: Mapping[str, float]) -> list[str]:
 
 
 def read_run(path: Path) -> dict[str, dict[str, float]]:
-    """Return the run in `path`: query, Q0, document, rank, score, tag. Raises DataError naming the line.
+    """Read a run file (query, Q0, document, rank, score, tag). Raises DataError naming the line.
 
-    Ranks have to be whole numbers, but only scores count, as in trec_eval.
+    Ranks must be integers but are ignored, as in trec_eval.
     """
     run: dict[str, dict[str, float]] = {}
     for number, (query, _, document, rank, score, _) in _fields(path, 6, "query Q0 document rank score tag"):
         documents = run.setdefault(query, {})
         if document in documents:
-            raise DataError(f"{path}:{number} retrieves {document} for query {query} a second time")
+            raise DataError(f"{path}:{number} repeats document {document} of query {query}")
         parse_integer(rank, "rank", path, number)
         documents[document] = _score(score, path, number)
     if not run:
-        raise DataError(f"{path} retrieves nothing: it has no line")
+        raise DataError(f"{path} is an empty run: it has no line")
     return run
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Return the judgements in `path`: query, iteration, document, relevance. Raises DataError naming the line."""
+    """Read a qrels file (query, iteration, document, relevance). Raises DataError naming the line."""
     qrels: dict[str, dict[str, int]] = {}
     for number, (query, _, document, grade) in _fields(path, 4, "query iteration document relevance"):
         add_judgement(qrels, query, document, grade, path, number)
@@ -79,7 +79,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
 
 
 def write_run(path: Path, run: Run, tag: str) -> None:
-    """Write `run` in TREC's format. Raises ConfigError where an id holds white space, which the format cannot."""
+    """Write `run` in TREC's format. Raises ConfigError: an id contains whitespace."""
     lines = []
     tag = "-".join(tag.split()) or "run"
     for query, scores in run.items():
@@ -90,10 +90,10 @@ def write_run(path: Path, run: Run, tag: str) -> None:
 
 
 def write_qrels(path: Path, qrels: Judgements) -> None:
-    """Write `qrels` in TREC's format. Raises ConfigError where an id holds white space, which the format cannot."""
+    """Write `qrels` in TREC's format. Raises ConfigError: an id contains whitespace."""
     lines = []
-    for query, judged in qrels.items():
-        for document, grade in judged.items():
+    for query, grades in qrels.items():
+        for document, grade in grades.items():
             _check_ids(query, document)
             lines.append(f"{query} 0 {document} {grade}\n")
     _write(path, lines)
@@ -106,7 +106,7 @@ def _dcg(gains: np.ndarray) -> float:
 def _check_ids(*ids: str) -> None:
     for key in ids:
         if not key or key.split() != [key]:
-            raise ConfigError(f"the id {key!r} is empty or holds white space, which TREC files cannot have")
+            raise ConfigError(f"the id {key!r} is empty or contains whitespace, which TREC files do not allow")
 
 
 def _fields(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list[str]]]:
@@ -119,11 +119,11 @@ def _fields(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, lis
 
 def _score(text: str, path: Path, number: int) -> float:
     try:
-        value = math.nan if "_" in text else float(text)  # 1_0 is a number to Python alone
+        value = math.nan if "_" in text else float(text)  # Python, unlike TREC, accepts 1_0
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{path}:{number}: {text!r} is no number that a score can be")
+        raise DataError(f"{path}:{number}: got the score {text!r}, needs a finite number")
     return value
 
 

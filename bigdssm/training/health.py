@@ -16,7 +16,7 @@ from bigdssm import distributed
 from bigdssm.cli import ProgressBar
 from bigdssm.cluster.metrics import Trackers, metric_label
 from bigdssm.evaluation.evaluate import Evaluation
-from bigdssm.evaluation.metrics import shown_metrics
+from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.step_plan import StepPlan
 from bigdssm.models import CrossEncoder, DualEncoder
@@ -136,7 +136,7 @@ class Health:
         metrics = evaluation.metrics
         record = {"step": step, "validation": metrics, "selected_by": selected_by, "seconds": evaluation.seconds}
         self._trackers.log(record)
-        names = dict.fromkeys((selected_by, *shown_metrics()))
+        names = dict.fromkeys((selected_by, *table_metrics()))
         shown = "  ".join(f"{metric_label(name)} {metrics[name]:.4f}" for name in names)
         logger.info(
             "%s %d/%d  validation: %s  (%.1f s)", self._name, step, self._total_steps, shown, evaluation.seconds

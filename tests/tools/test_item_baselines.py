@@ -95,7 +95,7 @@ def test_they_learn_more_than_popularity(dataset: Dataset) -> None:
 
 
 def test_what_they_refuse(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match="the baseline ease has no option lambda, but regularisation"):
+    with pytest.raises(ConfigError, match="the baseline ease has no option lambda; its options: regularisation"):
         fit_baseline("ease", dataset, {"lambda": 1})
     with pytest.raises(ConfigError, match="the baseline pretrained needs the option folder"):
         fit_baseline("pretrained", dataset, {})

@@ -131,9 +131,7 @@ def test_figures_of_the_other_key_are_no_comparison(trained: Any, tmp_path: Path
     systems = [System.of_ranks("a", found.ranks, found.query_ids, 1.0)]
     save_comparison(tmp_path / "a.json", systems, [], dataset, "test", False)
     assert load_system(tmp_path / "a.json", dataset, "test", False).name == "a (a)"
-    with pytest.raises(
-        DataError, match=r"was measured with seen documents among the others, this model's data.exclude_seen"
-    ):
+    with pytest.raises(DataError, match=r"was measured with data.exclude_seen=false, this model has true"):
         load_system(tmp_path / "a.json", dataset, "test", True)
 
 

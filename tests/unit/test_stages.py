@@ -153,7 +153,7 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     for row, document in ((rows, 0), (0, documents)):
         records = window_records(np.array([row << EVENT_BITS]), np.array([[document, -1]]))
         write_hard_negatives(tmp_path / "mined.npy", records, dataset)
-        refused(config, DataError, f"another dataset: it contains row {row} and document {document}, .* {documents} doc")
+        refused(config, DataError, f"another dataset: it contains row {row} and document {document}, .* {documents} do")
     records = window_records(np.array([rows - 1 << EVENT_BITS]), np.array([[documents - 1, -1]]))
     write_hard_negatives(tmp_path / "mined.npy", records, dataset)
     check_stage(config, "pretrain", 1)

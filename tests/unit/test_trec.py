@@ -54,15 +54,15 @@ def test_a_query_that_the_run_lacks_counts_as_nothing() -> None:
 def test_files_that_are_damaged_are_refused_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q Q0 d 1 0.5 tag\n\nq Q0 d 2 0.4 tag\n")
-    with pytest.raises(DataError, match=r"run.trec:3 retrieves d for query q a second time"):
+    with pytest.raises(DataError, match=r"run.trec:3 repeats document d of query q"):
         read_run(path)
     path.write_text("q Q0 d 1 half tag\n")
-    with pytest.raises(DataError, match=r"run.trec:1: 'half' is no number"):
+    with pytest.raises(DataError, match=r"run.trec:1: got the score 'half', needs a finite"):
         read_run(path)
     path.write_text("q 0 d\n")
     with pytest.raises(DataError, match=r"run.trec:1 has 3 fields"):
         read_qrels(path)
-    with pytest.raises(ConfigError, match="'two words' is empty or holds white space"):
+    with pytest.raises(ConfigError, match="'two words' is empty or contains whitespace"):
         write_run(path, {"q": {"two words": 1.0}}, "tag")
 
 

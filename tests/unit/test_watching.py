@@ -102,7 +102,7 @@ def test_two_runs_are_compared_in_all_they_differ_in(
         ("pretrain.rows_global", "256", "512")
     ]
     assert [(row.what, row.a, row.b) for row in found.versions] == [("torch", "2.13.0", "2.14.0")]
-    assert found.data == [] and found.not_measured == ""
+    assert found.data == [] and found.skip_reason == ""
     assert found.systems is not None
     assert found.systems[0].difference(found.systems[0], "mrr").mean == 0
     assert found.systems[0].difference(found.systems[1], "mrr").mean != 0
@@ -123,7 +123,7 @@ def test_a_missing_dataset_leaves_the_rest_of_the_comparison(
         config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}"])
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
-    assert found.systems is None and "is no model folder" in found.not_measured
+    assert found.systems is None and "is no model folder" in found.skip_reason
     assert "results: not measured:" in tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
 
 

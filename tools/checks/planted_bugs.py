@@ -339,7 +339,7 @@ BUGS = [
     Bug("ties", "ties_count_as_lower", "evaluation.ranks:_count_above",
         "(scores >= (target_score - tolerance)", "(scores > (target_score + tolerance)",
         f"{UNIT}/test_ranks.py::test_hand_worked"),
-    Bug("ties", "rounding_tells_documents_apart", "evaluation.ranks:_own_product",
+    Bug("ties", "rounding_tells_documents_apart", "evaluation.ranks:_target_product",
         "tolerance = TIE_RELATIVE *", "tolerance = 0 *",
         f"{UNIT}/test_ranks.py::test_rounding_noise_of_equal_documents_is_a_tie"),
     Bug("ties", "any_of_equal_documents", "retrieval.exact_search:_best_positions",
@@ -355,7 +355,7 @@ BUGS = [
         "> 0", ">= 0",
         f"{UNIT}/retrieval/test_evaluation.py::test_rows_without_relevance_have_no_rank"),
     Bug("metrics", "markov_without_distance", "evaluation.baselines:Markov.__call__",
-        "found.counts[entry] * np.repeat(weights, length)", "found.counts[entry]",
+        "chain.counts[entry] * np.repeat(weights, length)", "chain.counts[entry]",
         f"{UNIT}/retrieval/test_evaluation.py::test_markov_is_the_dense_definition"),
     # Serving: score, index, filters, exports.
     Bug("serving score", "alpha_forgotten", "models.score:document_head",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigdssm.evaluation.baselines import BASELINES, LEAST
+from bigdssm.evaluation.baselines import BASELINES, LOWER_BOUNDS
 from tools.evidence.item_baselines import Ease, ImplicitALS, ItemKNN
 from tools.evidence.text_baselines import PretrainedTexts, SentenceTransformerTexts
 
@@ -13,7 +13,7 @@ BASELINES.update(
     pretrained=PretrainedTexts,
     sentence_transformers=SentenceTransformerTexts,
 )
-LEAST.update(
+LOWER_BOUNDS.update(
     {
         **dict.fromkeys(("neighbours", "factors", "iterations", "steps", "rows"), (1, False)),
         **dict.fromkeys(("regularisation", "weight", "lr"), (0, True)),

@@ -101,9 +101,7 @@ def test_negatives_that_nothing_writes_are_refused(
     width = len(windows[0])
     records = window_records(np.array(keys) << EVENT_BITS, np.array(windows, np.int32).reshape(len(keys), width))
     write_hard_negatives(tmp_path / "mined.npy", records, dataset)
-    with pytest.raises(
-        DataError, match=r"mined\.npy is not a hard-negatives file: .* make it with bigdssm mine_negat"
-    ):
+    with pytest.raises(DataError, match=r"mined\.npy is not a hard-negatives file: .* make it with bigdssm mine_negat"):
         HardNegatives.open(tmp_path / "mined.npy").check_against(dataset)
 
 

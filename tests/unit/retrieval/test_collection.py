@@ -20,7 +20,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run
-from bigdssm.evaluation.comparison import names_apart
+from bigdssm.evaluation.comparison import distinct_names
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.features import Ragged, TextTokenizer
@@ -324,8 +324,8 @@ def test_what_cannot_be_evaluated_is_refused(
 def test_names_tell_systems_apart(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own.trec")]
     paths[-1].write_text("")
-    assert names_apart(paths) == ["pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own"]
-    assert names_apart([paths[0], paths[0]]) == ["best", "best"]
+    assert distinct_names(paths) == ["pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own"]
+    assert distinct_names([paths[0], paths[0]]) == ["best", "best"]
     paths[-1].with_suffix(".json").write_text("")
-    assert names_apart([paths[-1], paths[-1].with_suffix(".json")]) == ["own.trec", "own.json"]
-    assert len(set(names_apart([Path("best"), Path("../best")]))) == 2
+    assert distinct_names([paths[-1], paths[-1].with_suffix(".json")]) == ["own.trec", "own.json"]
+    assert len(set(distinct_names([Path("best"), Path("../best")]))) == 2

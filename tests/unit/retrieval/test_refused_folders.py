@@ -260,7 +260,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
     command = ("evaluate", "--model", copies / "model", "--data", dataset.dir)
     tools.ran(*command, "--out", copies / "one.json")
     edit(copies / "one.json", lambda content: content["systems"][0].update(seconds="soon"))
-    assert "is no comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
+    assert "is not a comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
     tools.ran(*command, "--out", copies / "one.json")
     ranks = np.load(copies / "one.ranks-0.npy")
     some = np.where(np.arange(len(ranks)) % 2, ranks, np.nan)
@@ -269,7 +269,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
         message = tools.refused(3, *command, "--compare", copies / "one.json")
         assert "one.ranks-0.npy does not hold the ranks that were measured" in message
     (copies / "one.json").write_text("[" * 100_000)
-    assert "is no comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
+    assert "is not a comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
 
 
 def test_files_are_written_where_a_link_leads_and_over_no_device(

@@ -267,7 +267,7 @@ def test_scores_that_are_none_are_refused(mined: Path, dataset: Dataset, tmp_pat
     def nothing(rows: Rows, docs: np.ndarray) -> np.ndarray:
         return np.full(docs.shape, np.nan)
 
-    with pytest.raises(DataError, match=r"a judge's scores of rows 0 to \d+ hold NaN or inf"):
+    with pytest.raises(DataError, match=r"teacher scores of rows 0 to \d+ hold NaN or inf"):
         score_pairs(tmp_path / "judged.npy", HardNegatives.open(mined), dataset, [nothing], ["nobody"], ShardWork())
     assert not (tmp_path / "judged.npy").exists()
 
@@ -282,7 +282,7 @@ def test_what_cannot_judge_is_refused(
     assert "is no model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)
     texts = ("--data", pairs[0].dir, "--mined", pairs[1], *out)
     message = tools.refused(2, "score_pairs", *texts, "--cross-encoder", tmp_path)
-    assert "holds no cross-encoder: it has no config.json" in message
+    assert "holds no cross-encoder: config.json is missing" in message
     assert "has no tokenizer.json" in tools.refused(2, "score_pairs", *texts, "--pretrained", tmp_path)
     assert "another dataset" in tools.refused(3, "score_pairs", "--data", dataset.dir, *texts[2:], "--bm25")
     assert not list(tmp_path.iterdir())
