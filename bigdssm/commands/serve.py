@@ -134,7 +134,7 @@ class ServerSettings:
         searcher, second = searchers or self.open()
         app = make_app(
             searcher, cache_size=self.cache, at_once=self.at_once, hosts=self.hosts, folders=self.folders,
-            look_s=self.look_s, beside=second, beside_folders=self.second,
+            poll_s=self.look_s, second=beside, second_folders=self.beside,
         )  # fmt: skip
         ready()
         run(app, listening, self.timeout_s)

@@ -1,1 +1,1 @@
-"""A model and an index behind HTTP: one small API and one page to try them."""
+"""HTTP serving of a model and its index: a JSON API and a search page."""

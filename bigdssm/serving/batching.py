@@ -1,4 +1,4 @@
-"""Queries that wait together are answered together: a batcher that adds no waiting of its own, and a cache."""
+"""Dynamic batching of concurrent queries without added latency, and an LRU cache of answers."""
 
 from __future__ import annotations
 
@@ -8,60 +8,60 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-Asked = TypeVar("Asked")
+QueryT = TypeVar("QueryT")
 Answer = TypeVar("Answer")
 
 
 class Overloaded(Exception):
-    """More wait than the batcher takes."""
+    """The batcher's queue is full."""
 
 
-class Batcher(Generic[Asked, Answer]):
-    """Calls `work` in one thread with all that waits when the thread is free, at most `at_once`.
+class Batcher(Generic[QueryT, Answer]):
+    """Calls `work` in one thread on all waiting queries, at most `max_batch`, whenever the thread is free.
 
-    Under load, batches grow by themselves; alone, a request is answered at once.
+    Batches grow under load; a single request is never delayed.
     """
 
     def __init__(
-        self, work: Callable[[Sequence[Asked]], Sequence[Answer]], at_once: int = 32, most_waiting: int = 1024
+        self, work: Callable[[Sequence[QueryT]], Sequence[Answer]], max_batch: int = 32, max_waiting: int = 1024
     ) -> None:
-        self._work, self._at_once, self._most_waiting = work, at_once, most_waiting
-        self._waiting: asyncio.Queue[tuple[Asked, asyncio.Future[Answer]]] = asyncio.Queue()
+        self._work, self._max_batch, self._max_waiting = work, max_batch, max_waiting
+        self._waiting: asyncio.Queue[tuple[QueryT, asyncio.Future[Answer]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "batcher")
 
     @property
     def is_full(self) -> bool:
-        """Return whether another would be refused."""
-        return self._waiting.qsize() >= self._most_waiting
+        """Return whether further queries would be rejected."""
+        return self._waiting.qsize() >= self._max_waiting
 
-    async def __call__(self, asked: Asked) -> Answer:
-        """Return the answer. Raises Overloaded, or what the work raised."""
+    async def __call__(self, query: QueryT) -> Answer:
+        """Return the answer. Raises Overloaded, or the exception of `work`."""
         if self.is_full:
-            raise Overloaded(f"{self._most_waiting} queries wait already")
+            raise Overloaded(f"{self._max_waiting} queries are waiting")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.put_nowait((asked, future))
+        self._waiting.put_nowait((query, future))
         return await future
 
     async def run(self) -> None:
         """Answer until cancelled."""
         while True:
             batch = [await self._waiting.get()]
-            while len(batch) < self._at_once and not self._waiting.empty():
+            while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            batch = [(asked, future) for asked, future in batch if not future.done()]  # whoever asked may have gone
+            batch = [(query, future) for query, future in batch if not future.done()]  # skip disconnected clients
             if not batch:
                 continue
             await self._answer(batch)
 
-    async def _answer(self, batch: Sequence[tuple[Asked, asyncio.Future[Answer]]]) -> None:
+    async def _answer(self, batch: Sequence[tuple[QueryT, asyncio.Future[Answer]]]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            answers = await loop.run_in_executor(self._thread, self._work, [asked for asked, _ in batch])
+            answers = await loop.run_in_executor(self._thread, self._work, [query for query, _ in batch])
             for (_, future), answer in zip(batch, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
         except Exception as error:
-            if len(batch) > 1:  # a query that cannot be answered fails alone
+            if len(batch) > 1:  # retry one by one, so that an invalid query fails alone
                 for one in batch:
                     await self._answer([one])
             elif not batch[0][1].done():
@@ -69,21 +69,21 @@ class Batcher(Generic[Asked, Answer]):
 
 
 class AnswerCache(Generic[Answer]):
-    """The answers of the `size` queries that were asked last."""
+    """LRU cache of `size` answers."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._answers: OrderedDict[str, Answer] = OrderedDict()
 
     def get(self, key: str) -> Answer | None:
-        """Return the answer, or None where it is not known (any more)."""
+        """Return the cached answer, or None."""
         answer = self._answers.get(key)
         if answer is not None:
             self._answers.move_to_end(key)
         return answer
 
     def put(self, key: str, answer: Answer) -> None:
-        """Keep an answer, and forget the one that was asked longest ago."""
+        """Store an answer and evict the least recently used one."""
         self._answers[key] = answer
         while len(self._answers) > self._size:
             self._answers.popitem(last=False)

@@ -1,4 +1,4 @@
-"""What answers now, and how a new model or index takes its place without a request being dropped."""
+"""Hot reload: replace a served model or index without dropping requests."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from bigdssm.serving.metrics import Metrics
 from bigdssm.serving.searcher import Folders, Searcher, SearchResult
 from bigdssm.utils.log import get_logger
 
-RETRY_S = 30.0  # until a folder that failed to open is opened again, where the cause need not lie in its files
+RETRY_S = 30.0  # before a folder is opened again after an error that may not be caused by its files
 T = TypeVar("T")
 logger = get_logger(__name__)
 
 
 class ActiveSearcher:
-    """A searcher with the batcher and the answers that are its own."""
+    """A searcher with its batcher and cache, and a count of running requests."""
 
-    def __init__(self, searcher: Searcher, metrics: Metrics, at_once: int, cache_size: int) -> None:
+    def __init__(self, searcher: Searcher, metrics: Metrics, max_batch: int, cache_size: int) -> None:
         def answer(queries: Sequence[Query]) -> list[SearchResult]:
-            found = searcher.answer(queries)
-            metrics.batch(found[0])
-            return found
+            results = searcher.answer(queries)
+            metrics.batch(results[0])
+            return results
 
         self.searcher = searcher
-        self.batcher: Batcher[Query, SearchResult] = Batcher(answer, at_once)
+        self.batcher: Batcher[Query, SearchResult] = Batcher(answer, max_batch)
         self.cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
-        self._asking = 0
+        self._requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._running = asyncio.create_task(self.batcher.run())
 
     @contextmanager
-    def asked(self) -> Iterator[ActiveSearcher]:
-        """Keep it answering while the block runs."""
-        self._asking += 1
+    def in_use(self) -> Iterator[ActiveSearcher]:
+        """Keep the batcher running within the context."""
+        self._requests += 1
         self._idle.clear()
         try:
             yield self
         finally:
-            self._asking -= 1
-            if not self._asking:
+            self._requests -= 1
+            if not self._requests:
                 self._idle.set()
 
     async def end(self) -> None:
-        """Return when nobody asks it any more; the one who calls this gives it to nobody new."""
+        """Stop after the running requests; the caller must not start new ones."""
         await self._idle.wait()
         self._running.cancel()
         with suppress(asyncio.CancelledError):
@@ -60,53 +60,52 @@ class ActiveSearcher:
 
 
 class LiveSearcher:
-    """Answers with what lies in `folders`, looked at every `look_s` seconds; without folders, with one searcher."""
+    """Serves the current content of `folders`, polled every `poll_s` seconds, or a fixed searcher without folders."""
 
     def __init__(
-        self, searcher: Searcher, metrics: Metrics, at_once: int, cache_size: int, folders: Folders | None = None,
-        look_s: float = 1.0,
+        self, searcher: Searcher, metrics: Metrics, max_batch: int, cache_size: int, folders: Folders | None = None,
+        poll_s: float = 1.0,
     ) -> None:  # fmt: skip
-        self._metrics, self._options = metrics, (metrics, at_once, cache_size)
-        self._folders, self._look_s, self._state = folders, look_s, searcher.state
-        self._failed = b"", 0.0  # the state that did not open last, and when it is opened again
-        self.now = ActiveSearcher(searcher, *self._options)
+        self._metrics, self._options = metrics, (metrics, max_batch, cache_size)
+        self._folders, self._poll_s, self._state = folders, poll_s, searcher.state
+        self._failed = b"", 0.0  # the last state that failed to open, and when to retry it
+        self.active = ActiveSearcher(searcher, *self._options)
 
     async def watch(self) -> None:
-        """Take up what is new, until cancelled. What does not open, or does not fit, leaves all as it is."""
+        """Reload replaced folders until cancelled; if that fails, the current searcher stays."""
         while self._folders is not None:
-            await asyncio.sleep(self._look_s)
+            await asyncio.sleep(self._poll_s)
             try:
-                await self._look(self._folders)
+                await self._poll(self._folders)
             except Exception as error:
-                logger.warning("%s cannot be looked at: %s", self._folders.model, error or repr(error))
+                logger.warning("cannot check %s: %s", self._folders.model, error or repr(error))
 
-    async def _look(self, folders: Folders) -> None:
-        """Take up what is new."""
+    async def _poll(self, folders: Folders) -> None:
         state, (failed, until) = await _in_thread(folders.state), self._failed
         if state == self._state or (state == failed and time.monotonic() < until):
             return
         try:
             searcher = await _in_thread(folders.open)
-        except Exception as error:  # of any library that reads a file of the folder; MemoryError and RecursionError
-            # Of a model and its index one is replaced first: until the other is there, they do not fit.
-            logger.warning("what lies in %s is not taken up: %s", folders.model, error or repr(error))
+        except Exception as error:  # of any library that reads the folder, MemoryError and RecursionError included
+            # Expected between the replacement of a model and of its index, which do not match yet.
+            logger.warning("cannot reload %s: %s", folders.model, error or repr(error))
             self._failed = state, time.monotonic() + (math.inf if isinstance(error, BigDSSMError) else RETRY_S)
             return
         if await _in_thread(folders.state) != state:
-            return  # it was replaced while it was read
-        self._state, before = state, self.now
-        self.now = ActiveSearcher(searcher, *self._options)
-        self._metrics.taken_up.inc()
-        logger.info("taken up: model %s", searcher.about()["model"][:12])
+            return  # replaced while it was read
+        self._state, before = state, self.active
+        self.active = ActiveSearcher(searcher, *self._options)
+        self._metrics.reloads.inc()
+        logger.info("reloaded: model %s", searcher.about()["model"][:12])
         await before.end()
 
     async def end(self) -> None:
-        """Stop answering when all who ask have been answered."""
-        await self.now.end()
+        """Stop after the running requests."""
+        await self.active.end()
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Return what a call returns that may take long. A stop does not wait for it, as it would for a pool's thread."""
+    """Run a slow call in a daemon thread: shutdown does not wait for it, unlike for the threads of a pool."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 

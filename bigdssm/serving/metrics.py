@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus, over all of its worker processes; and a line of JSON for each request."""
+"""Prometheus metrics over all worker processes, and a JSON access log."""
 
 from __future__ import annotations
 
@@ -21,32 +21,36 @@ if TYPE_CHECKING:
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 QUERIES = (1, 2, 4, 8, 16, 32, 64)
-OTHER = "other"  # of paths that there are not, which anybody may invent
+OTHER = "other"  # label of unknown paths, to bound the number of labels
 logger = get_logger("bigdssm.serving.requests")
 logger.setLevel(logging.WARNING)
 
 
 class Metrics:
-    """The counters of one application."""
+    """The metrics of one application."""
 
     def __init__(self) -> None:
-        own = self._registry = CollectorRegistry()
-        self.requests = Counter("bigdssm_requests", "Requests by path and status", ["path", "status"], registry=own)
-        self._request_s = Histogram(
-            "bigdssm_request_seconds", "Time to answer, by path", ["path"], buckets=SECONDS, registry=own
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "bigdssm_requests", "Requests by path and status", ["path", "status"], registry=registry
         )
-        self._encode_s = Histogram("bigdssm_encode_seconds", "Of a batch", buckets=SECONDS, registry=own)
-        self._search_s = Histogram("bigdssm_search_seconds", "Of a batch", buckets=SECONDS, registry=own)
-        self._batch = Histogram("bigdssm_batch_queries", "Queries answered together", buckets=QUERIES, registry=own)
-        self.cache = Counter("bigdssm_cache", "Answers looked for in the cache", ["result"], registry=own)
-        self.unknown_events = Counter("bigdssm_unknown_events", "Events whose item is no document", registry=own)
-        self.taken_up = Counter("bigdssm_taken_up", "Models and indexes taken up while serving", registry=own)
+        self._request_s = Histogram(
+            "bigdssm_request_seconds", "Time to answer, by path", ["path"], buckets=SECONDS, registry=registry
+        )
+        self._encode_s = Histogram("bigdssm_encode_seconds", "Of a batch", buckets=SECONDS, registry=registry)
+        self._search_s = Histogram("bigdssm_search_seconds", "Of a batch", buckets=SECONDS, registry=registry)
+        self._batch = Histogram(
+            "bigdssm_batch_queries", "Queries answered together", buckets=QUERIES, registry=registry
+        )
+        self.cache = Counter("bigdssm_cache", "Cache lookups", ["result"], registry=registry)
+        self.unknown_events = Counter("bigdssm_unknown_events", "Events with an unknown item", registry=registry)
+        self.reloads = Counter("bigdssm_taken_up", "Models and indexes reloaded while serving", registry=registry)
 
-    def batch(self, found: SearchResult) -> None:
-        """Count one batch, of which `found` is any query's."""
-        self._encode_s.observe(found.encode_ms / 1000)
-        self._search_s.observe(found.search_ms / 1000)
-        self._batch.observe(found.batch)
+    def batch(self, result: SearchResult) -> None:
+        """Count one batch; `result` is of any of its queries."""
+        self._encode_s.observe(result.encode_ms / 1000)
+        self._search_s.observe(result.search_ms / 1000)
+        self._batch.observe(result.batch)
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Count one request."""
@@ -54,23 +58,23 @@ class Metrics:
         self._request_s.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus' text format, of all workers where there are several."""
+        """Return the metrics of all workers in Prometheus' text format."""
         registry = self._registry
         if METRICS_DIR in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
-        found: bytes = generate_latest(registry)
-        return found
+        text: bytes = generate_latest(registry)
+        return text
 
 
-class Counted:
-    """Counts the requests to an application, and logs each of them where `log_requests` was called."""
+class RequestMetrics:
+    """Middleware that counts requests, and logs them if `log_requests` was called."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what is asked and answered."""
+        """Forward a request and record its status and duration."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         started, status = time.perf_counter(), 0
@@ -96,7 +100,7 @@ class Counted:
 
 
 def log_requests() -> None:
-    """Write a line of JSON for each request on stderr, and nothing around it."""
+    """Write one line of JSON per request to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]

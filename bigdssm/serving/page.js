@@ -1,15 +1,15 @@
 "use strict";
-// The page of one model, or of two that answer the same query: they differ in the path that their API lies under.
-const FEW_VALUES = 24;  // that are boxes to tick, not names to type
+// The page of one model, or of two models side by side; their APIs have different path prefixes.
+const FEW_VALUES = 24;  // up to this many are check boxes; more are a text field
 const $ = id => document.getElementById(id);
-const made = (tag, properties = {}, ...children) => {
+const make = (tag, properties = {}, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;
 };
 let sides = [""];
-let asking = 0;  // an answer that comes when something else has been asked is not shown
-let lastBody = null;  // of the query that is shown, none where it is a document
+let lastRequest = 0;  // answers of superseded requests are dropped
+let lastBody = null;  // of the displayed query; null for similar documents
 
 async function call(path, options) {
   const response = await fetch(path, options);
@@ -22,19 +22,19 @@ const post = (path, body) =>
 
 // ----- the form
 
-function offered(id, values) {
-  document.body.append(made("datalist", { id }, ...values.map(value => made("option", { value }))));
+function addDatalist(id, values) {
+  document.body.append(make("datalist", { id }, ...values.map(value => make("option", { value }))));
 }
 
 function input(name, placeholder, list, type = "text") {
-  const typed = made("input", { name, placeholder, type, autocomplete: "off" });
-  if (type === "number") typed.step = "any";
-  if (list) typed.setAttribute("list", list);
-  return typed;
+  const element = make("input", { name, placeholder, type, autocomplete: "off" });
+  if (type === "number") element.step = "any";
+  if (list) element.setAttribute("list", list);
+  return element;
 }
 
 function field(name, placeholder, list) {
-  $("fields").append(made("label", {}, name, input(name, placeholder, list)));
+  $("fields").append(make("label", {}, name, input(name, placeholder, list)));
 }
 
 function choice(name, { type, values, least, most }) {
@@ -42,15 +42,15 @@ function choice(name, { type, values, least, most }) {
     const bounds = [input(`least:${name}`, least, null, "number"), " to ", input(`most:${name}`, most, null, "number")];
     bounds[0].ariaLabel = `${name} from`;
     bounds[2].ariaLabel = `${name} to`;
-    return made("fieldset", {}, made("legend", {}, name), ...bounds);
+    return make("fieldset", {}, make("legend", {}, name), ...bounds);
   }
   if (values.length > FEW_VALUES) {
-    offered(`values:${name}`, values);
-    return made("label", {}, name, input(`one:${name}`, values[0], `values:${name}`));
+    addDatalist(`values:${name}`, values);
+    return make("label", {}, name, input(`one:${name}`, values[0], `values:${name}`));
   }
   const boxes = values.map(value =>
-    made("label", {}, made("input", { type: "checkbox", name: `one:${name}`, value }), value));
-  return made("fieldset", {}, made("legend", {}, name), ...boxes);
+    make("label", {}, make("input", { type: "checkbox", name: `one:${name}`, value }), value));
+  return make("fieldset", {}, make("legend", {}, name), ...boxes);
 }
 
 const quoted = text => /^[\w.+-]+$/.test(text) ? text : JSON.stringify(text);
@@ -72,7 +72,7 @@ function filterOf(form) {
   return conditions.join(" and ");
 }
 
-function asked() {
+function currentRequest() {
   const form = new FormData($("ask"));
   const filter = filterOf(form);
   const entries = [...form].filter(([name, value]) => value.trim() && name !== "filter" && !/^(one|least|most):/.test(name));
@@ -82,7 +82,7 @@ function asked() {
   if (Object.keys(features).length) body.features = features;
   if (history) body.events = history.split(";").filter(title => title.trim()).map(item => ({ item }));
   if (filter) body.filter = filter;
-  return { body, said: [...entries.map(([, value]) => value), ...(filter ? [filter] : [])].join(" · ") };
+  return { body, title: [...entries.map(([, value]) => value), ...(filter ? [filter] : [])].join(" · ") };
 }
 
 // ----- answers
@@ -97,35 +97,35 @@ function timesOf(found, waited) {
 }
 
 function historyOf(found) {
-  const unknown = found.unknown_events ? `${found.unknown_events} not found among the documents` : "";
+  const unknown = found.unknown_events ? `${found.unknown_events} unknown documents` : "";
   const history = found.history?.length ? `History, newest first: ${found.history.join("; ")}` : "";
   return [history, unknown].filter(Boolean).join(" · ");
 }
 
-// How a document stands here against where it stands in the other answer.
+// The change of a document's rank relative to the other answer.
 function moved(rank, other) {
   if (other === undefined) return "only here";
   return other === rank ? "=" : other > rank ? `▲${other - rank}` : `▼${rank - other}`;
 }
 
 function row(side, entry, others) {
-  const cells = [made("td", { className: "number" }, String(entry.rank)), made("td", { className: "number" }, entry.score.toFixed(4))];
+  const cells = [make("td", { className: "number" }, String(entry.rank)), make("td", { className: "number" }, entry.score.toFixed(4))];
   const other = others?.get(entry.key);
-  if (others) cells.push(made("td", { className: "number" }, moved(entry.rank, other)));
-  const act = made("td", { className: "do" });
-  cells.push(made("td", {}, entry.title), made("td", { className: "key" }, entry.key), act);
-  const line = made("tr", { tabIndex: -1, className: others && other === undefined ? "only" : "" }, ...cells);
+  if (others) cells.push(make("td", { className: "number" }, moved(entry.rank, other)));
+  const act = make("td", { className: "do" });
+  cells.push(make("td", {}, entry.title), make("td", { className: "key" }, entry.key), act);
+  const line = make("tr", { tabIndex: -1, className: others && other === undefined ? "only" : "" }, ...cells);
   Object.assign(line.dataset, { side, key: entry.key });
-  if (lastBody) act.append(made("button", { type: "button", tabIndex: -1, onclick: () => why(line) }, "why"), " ");
-  act.append(made("a", { href: `?similar=${encodeURIComponent(entry.key)}` }, "nearest"));
+  if (lastBody) act.append(make("button", { type: "button", tabIndex: -1, onclick: () => why(line) }, "why"), " ");
+  act.append(make("a", { href: `?similar=${encodeURIComponent(entry.key)}` }, "nearest"));
   return line;
 }
 
 function fill(side, found, others) {
   const number = { className: "number" };
-  const head = made("tr", {}, made("th", number, "#"), made("th", number, "score"),
-    ...(others ? [made("th", number, "other")] : []),
-    made("th", {}, "document"), made("th", { className: "key" }, "key"), made("th"));
+  const head = make("tr", {}, make("th", number, "#"), make("th", number, "score"),
+    ...(others ? [make("th", number, "other")] : []),
+    make("th", {}, "document"), make("th", { className: "key" }, "key"), make("th"));
   $(`documents${side}`).replaceChildren(head, ...found.documents.map(entry => row(side, entry, others)));
 }
 
@@ -136,26 +136,26 @@ function sharedBy(first, second) {
   return `${first.filter(({ key }) => keys.has(key)).length} of ${first.length} in both`;
 }
 
-async function show(what, ask) {
-  const number = ++asking;
+async function show(title, send) {
+  const number = ++lastRequest;
   const started = performance.now();
   $("status").className = "";
   $("status").textContent = "…";
   document.body.ariaBusy = "true";
   const answers = await Promise.all(sides.map(side =>
-    ask(side).then(found => ({ found, waited: performance.now() - started }), error => ({ error }))));
-  if (number !== asking) return;
+    send(side).then(found => ({ found, waited: performance.now() - started }), error => ({ error }))));
+  if (number !== lastRequest) return;
   const both = answers.length === 2 && answers.every(({ found }) => found);
-  for (const [place, { found, error, waited }] of answers.entries()) {
-    const said = sides.length > 1 ? $(`said${sides[place]}`) : $("status");
-    said.classList.toggle("error", Boolean(error));
-    said.textContent = error ? error.message : timesOf(found, waited);
-    if (error) $(`documents${sides[place]}`).replaceChildren();
-    else fill(sides[place], found, both ? ranks(answers[1 - place].found) : null);
+  for (const [i, { found, error, waited }] of answers.entries()) {
+    const note = sides.length > 1 ? $(`note${sides[i]}`) : $("status");
+    note.classList.toggle("error", Boolean(error));
+    note.textContent = error ? error.message : timesOf(found, waited);
+    if (error) $(`documents${sides[i]}`).replaceChildren();
+    else fill(sides[i], found, both ? ranks(answers[1 - i].found) : null);
   }
   if (sides.length > 1) $("status").textContent = both ? sharedBy(...answers.map(({ found }) => found.documents)) : "";
   const { found } = answers[0];
-  $("title").textContent = found?.of ? `Nearest to ${found.of}` : what;
+  $("title").textContent = found?.of ? `Nearest to ${found.of}` : title;
   $("history").textContent = found ? historyOf(found) : "";
   document.body.ariaBusy = "false";
   if ($("ask").contains(document.activeElement)) go(lines()[0]);
@@ -167,33 +167,33 @@ function similar(key) {
 }
 
 function search() {
-  const { body, said } = asked();
+  const { body, title } = currentRequest();
   lastBody = body;
-  return show(said, side => post(`${side}/api/search`, body));
+  return show(title, side => post(`${side}/api/search`, body));
 }
 
-// ----- why a document
+// ----- explanations
 
 function nearTo(title, near) {
-  return near.length === 0 ? [] : [title, made("ul", {}, ...near.map(([name, cosine]) =>
-    made("li", {}, made("meter", { value: Math.max(0, cosine) }), `${cosine.toFixed(2)} ${name}`)))];
+  return near.length === 0 ? [] : [title, make("ul", {}, ...near.map(([name, cosine]) =>
+    make("li", {}, make("meter", { value: Math.max(0, cosine) }), `${cosine.toFixed(2)} ${name}`)))];
 }
 
 const openWhy = line => line.nextElementSibling?.classList.contains("why") ? line.nextElementSibling : null;
 
 async function why(line) {
   if (openWhy(line)) return openWhy(line).remove();
-  const cell = made("td", { colSpan: line.cells.length, ariaBusy: "true" }, "…");
-  line.after(made("tr", { className: "why" }, cell));
+  const cell = make("td", { colSpan: line.cells.length, ariaBusy: "true" }, "…");
+  line.after(make("tr", { className: "why" }, cell));
   try {
     const found = await post(`${line.dataset.side}/api/why`, { ...lastBody, answer: line.dataset.key });
     const parts = [
-      ...nearTo("Near to what the history holds:", found.history.map(({ title, cosine }) => [title, cosine])),
-      ...nearTo("Near to the words:", found.words.map(({ word, cosine }) => [word, cosine])),
+      ...nearTo("Similar documents of the history:", found.history.map(({ title, cosine }) => [title, cosine])),
+      ...nearTo("Similar words of the query:", found.words.map(({ word, cosine }) => [word, cosine])),
     ];
     cell.replaceChildren(...(parts.length ? parts : ["The query has no history and no text to compare it with."]));
   } catch (error) {
-    cell.replaceChildren(made("span", { className: "error" }, error.message));
+    cell.replaceChildren(make("span", { className: "error" }, error.message));
   }
   cell.ariaBusy = "false";
 }
@@ -225,24 +225,24 @@ function pressed(event) {
     go(all[Math.max(0, Math.min(next, all.length - 1))]);
   } else if (line && sides.length > 1 && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
     handled();
-    const place = lines(line.dataset.side).indexOf(line);
+    const position = lines(line.dataset.side).indexOf(line);
     const other = lines(sides[event.key === "ArrowLeft" ? 0 : 1]);
-    go(other[Math.min(place, other.length - 1)]);
+    go(other[Math.min(position, other.length - 1)]);
   } else if (line && at === line && event.key === "Enter" && lastBody) {
     handled();
     why(line);
   }
 }
 
-// ----- the beginning
+// ----- start
 
 const described = ({ documents, index, model }) =>
   `${documents.toLocaleString()} documents · ${index} index · model ${model.slice(0, 12)}`;
 
 function answer(side, about) {
-  const parts = [made("h3", {}, side ? "Beside it" : "The model served"), made("p", { className: "said" }, described(about)),
-    made("p", { id: `said${side}`, className: "said" })];
-  $("answers").append(made("section", {}, ...(sides.length > 1 ? parts : []), made("table", { id: `documents${side}` })));
+  const parts = [make("h3", {}, side ? "Second model" : "Served model"), make("p", { className: "note" }, described(about)),
+    make("p", { id: `note${side}`, className: "note" })];
+  $("answers").append(make("section", {}, ...(sides.length > 1 ? parts : []), make("table", { id: `documents${side}` })));
 }
 
 async function begin() {
@@ -256,24 +256,24 @@ async function begin() {
   if (about.beside) answer("/beside", await call("/beside/api/about"));
   if (about.users) {
     field("user", "choose a user", "users");
-    offered("users", await call("/api/users"));
+    addDatalist("users", await call("/api/users"));
   }
-  if (about.history) field("history", "titles, parted by semicolons");
+  if (about.history) field("history", "titles, separated by semicolons");
   for (const [name, type] of Object.entries(about.features)) field(name, type);
   const filters = Object.entries(about.filters);
   if (filters.length) {
     const example = filters.map(([name, { type }]) => `${name} ${type === "numeric" ? ">= …" : "= …"}`).join(" and ");
-    $("choices").append(...filters.map(([name, choices]) => choice(name, choices)), made("label", {}, "filter", input("filter", example)));
+    $("choices").append(...filters.map(([name, choices]) => choice(name, choices)), make("label", {}, "filter", input("filter", example)));
     $("filters").hidden = false;
   }
   $("ask").onsubmit = event => {
     event.preventDefault();
-    const said = [...new FormData($("ask"))].filter(([, value]) => value.trim());
-    history.replaceState(null, "", `?${new URLSearchParams(said)}`);  // back and reload ask again
+    const values = [...new FormData($("ask"))].filter(([, value]) => value.trim());
+    history.replaceState(null, "", `?${new URLSearchParams(values)}`);  // so that back and reload repeat the query
     search();
   };
   document.addEventListener("keydown", pressed);
-  const typed = new URLSearchParams(location.search);  // /?words=running+shoes asks at once, /?similar=key too
+  const typed = new URLSearchParams(location.search);  // /?words=running+shoes and /?similar=key search on load
   for (const one of document.querySelectorAll("#ask input")) {
     if (one.type === "checkbox") one.checked = typed.getAll(one.name).includes(one.value);
     else one.value = typed.get(one.name) ?? "";

@@ -26,16 +26,16 @@ from bigdssm.utils.log import get_logger
 
 
 def run(app: FastAPI, listening: socket.socket, timeout_s: int) -> None:
-    """Serve until a signal asks to stop, and end at most `timeout_s` later.
+    """Serve until SIGTERM or SIGINT, then stop within `timeout_s`.
 
-    A request has to arrive whole within `timeout_s`, head and body: else it is answered with 408 and closed.
+    A request that does not arrive completely within `timeout_s` is answered with 408 and its connection closed.
     """
     config = uvicorn.Config(app, http=_Protocol, ws="none", log_level="error", timeout_graceful_shutdown=timeout_s)
     uvicorn.Server(config).run([listening])
 
 
 class _Protocol(H11Protocol):
-    """One connection."""
+    """One connection with a time limit on requests."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -52,19 +52,19 @@ class _Protocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._forget()
+        self._cancel_timeout()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close at once where no whole request waits for its answer."""
+        """Close immediately unless a complete request waits for its answer."""
         if self._incomplete():
             self.transport.close()
         else:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, as everything that cannot be answered is."""
-        self._refuse(400, "this is no HTTP request")
+        """Answer malformed HTTP with a JSON error."""
+        self._send_error(400, "this is not an HTTP request")
 
     @property
     def _timeout_s(self) -> int:
@@ -74,25 +74,25 @@ class _Protocol(H11Protocol):
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def _watch(self) -> None:
-        """Give a request time from when it may begin, which what trickles in does not make longer."""
+        """Start one timeout per request; further data does not extend it."""
         if not self._incomplete():
-            self._forget()
+            self._cancel_timeout()
         elif self._late is None:
             self._late = self.loop.call_later(self._timeout_s, self._too_late)
 
-    def _forget(self) -> None:
+    def _cancel_timeout(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
     def _too_late(self) -> None:
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
-            self._refuse(408, f"the request did not arrive whole within {self._timeout_s} s")
+            self._send_error(408, f"the request did not arrive completely within {self._timeout_s} s")
         self.transport.close()
 
-    def _refuse(self, status: int, sentence: str) -> None:
+    def _send_error(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            content = json.dumps({"error": sentence}).encode()
+            content = json.dumps({"error": message}).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(content)))]
             answer = h11.Response(status_code=status, headers=[*headers, ("connection", "close")])
             for event in (answer, h11.Data(data=content), h11.EndOfMessage()):
@@ -100,24 +100,24 @@ class _Protocol(H11Protocol):
         self.transport.close()
 
 
-METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client finds what other workers counted
-RETRY_S = 5.0  # until a worker that could not serve is started again, while others serve
-KILLED_AFTER_S = 5.0  # what a worker may take longer to end than it says
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable for metrics of all workers
+RETRY_S = 5.0  # before a worker that failed to start is restarted, while others serve
+KILLED_AFTER_S = 5.0  # grace period beyond a worker's own timeout
 logger = get_logger(__name__)
 
 
 class WorkersFailed(BigDSSMError):
-    """A worker ended before it could serve."""
+    """A worker ended before it was ready."""
 
 
 def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: int) -> None:
-    """Run `work(*arguments, ready)` in so many processes until a signal asks to stop; all have ended when it returns.
+    """Run `work(*arguments, ready)` in `number` processes until SIGTERM or SIGINT; returns after all have ended.
 
-    Both have to be picklable, as sockets are. `work` calls `ready()` as soon as it can serve: a process that ends
-    after that is started again. One that ends before, as when what it opens was replaced in part, is tried again while
-    others serve. Raises WorkersFailed: one ended before, and no other serves.
+    `work` and `arguments` must be picklable, as sockets are. `work` calls `ready()` once it serves. A process that ends
+    afterwards is restarted; one that ends before, for example while its folders are being replaced, is retried as long
+    as others serve. Raises WorkersFailed: a worker ended before it was ready, and no other serves.
     """
-    context = multiprocessing.get_context("spawn")  # torch's threads do not live through a fork
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     stopping = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stopping.set())
@@ -129,26 +129,26 @@ def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...
         return process, ready
 
     workers = [start() for _ in range(number)]
-    again = dict[int, float]()  # when to try, by the place of a worker that could not serve
+    retry_at = dict[int, float]()  # time of the next start, by number of a worker that failed to start
     try:
         while not stopping.is_set():
-            wait([process.sentinel for place, (process, _) in enumerate(workers) if place not in again], timeout=0.5)
-            for place, (process, ready) in enumerate(workers):
-                if process.is_alive() or stopping.is_set() or time.monotonic() < again.get(place, 0):
+            wait([process.sentinel for i, (process, _) in enumerate(workers) if i not in retry_at], timeout=0.5)
+            for i, (process, ready) in enumerate(workers):
+                if process.is_alive() or stopping.is_set() or time.monotonic() < retry_at.get(i, 0):
                     continue
-                if place not in again and not ready.is_set():
+                if i not in retry_at and not ready.is_set():
                     code = process.exitcode
                     if not any(other.is_alive() and serves.is_set() for other, serves in workers):
-                        raise WorkersFailed(f"a worker ended with code {code} before it could serve; see above")
+                        raise WorkersFailed(f"a worker ended with code {code} before it was ready; see above")
                     logger.warning(
-                        "worker %s ended with code %s before it could serve, see above; the others serve on, and it is "
-                        "started again in %.0f s", process.pid, code, RETRY_S,
+                        "worker %s ended with code %s before it was ready, see above; the others keep serving, restart "
+                        "in %.0f s", process.pid, code, RETRY_S,
                     )  # fmt: skip
-                    again[place] = time.monotonic() + RETRY_S
+                    retry_at[i] = time.monotonic() + RETRY_S
                     continue
-                if again.pop(place, None) is None:
-                    logger.warning("worker %s ended with code %s; another is started", process.pid, process.exitcode)
-                workers[place] = start()
+                if retry_at.pop(i, None) is None:
+                    logger.warning("worker %s ended with code %s; restarting it", process.pid, process.exitcode)
+                workers[i] = start()
     finally:
         _end([process for process, _ in workers], timeout_s + KILLED_AFTER_S)
 
@@ -158,7 +158,7 @@ def _worker(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     assert parent is not None
 
     def follow() -> None:
-        parent.join()  # however it ends
+        parent.join()  # returns also if the parent is killed
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -214,7 +214,7 @@ def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/?similar=i3")
     assert len(rows(page)) == len(rows(page, "/beside")) == 10 and text(page, "#title").startswith("Nearest to ")
     page.open(f"{two_url}/?user=nobody")
-    assert page.js("document.querySelectorAll('.said.error').length") == 2 and rows(page) == []
+    assert page.js("document.querySelectorAll('.note.error').length") == 2 and rows(page) == []
 
 
 def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
@@ -234,7 +234,7 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     page.press("Enter").answered()
     near = asked(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
-    assert text(page, "tr.why") == f"Near to what the history holds:\n{shown}" and len(near["history"]) == 5
+    assert text(page, "tr.why") == f"Similar documents of the history:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
     assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
     page.press("Enter").answered().press("Escape")
@@ -253,7 +253,7 @@ def test_the_words_of_a_text_say_why(page: Page, texts_url: str) -> None:
     near = asked(texts_url, "/api/why", body)["words"]
     assert {word["word"] for word in near} == {"stone", "bridge", "river"}
     shown = "\n".join(f"{word['cosine']:.2f} {word['word']}" for word in near)
-    assert text(page, "tr.why") == f"Near to the words:\n{shown}"
+    assert text(page, "tr.why") == f"Similar words of the query:\n{shown}"
 
 
 def test_it_fits_a_phone_and_the_dark(page: Page, two_url: str) -> None:

@@ -82,7 +82,7 @@ def asked(address: str, query: str = "stone bridge", host: str = "localhost") ->
     [
         (("Content-Length: 5", "Transfer-Encoding: chunked"), 400, "both Content-Length and Transfer-Encoding"),
         (("Transfer-Encoding: chunked",), 411, "no Content-Length"),
-        ((f"Content-Length: {1 << 40}",), 413, "at most 1048576 are read"),
+        ((f"Content-Length: {1 << 40}",), 413, "needs at most 1048576"),
     ],
 )
 def test_a_body_that_is_not_announced_as_small_is_not_read(
@@ -112,7 +112,7 @@ def test_what_is_no_http_is_refused_in_one_sentence(served: tuple[str, int]) -> 
     for sent in (b"\x16\x03\x01 no hello\r\n\r\n", head("POST", "Content-Length: -5"), head().replace(b"Host", b"X")):
         with connected(served[0]) as connection:
             connection.sendall(sent)
-            assert answer(connection) == (400, "this is no HTTP request")
+            assert answer(connection) == (400, "this is not an HTTP request")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_request_that_does_not_arrive_is_given_up(served: tuple[str, int], beg
             if begun == "nothing":
                 assert status == 0
             else:
-                assert (status, sentence) == (408, f"the request did not arrive whole within {TIMEOUT_S} s")
+                assert (status, sentence) == (408, f"the request did not arrive completely within {TIMEOUT_S} s")
         assert TIMEOUT_S - 0.5 < time.monotonic() - started_at < TIMEOUT_S + 3
 
 

@@ -46,7 +46,7 @@ def other(other_model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def client(searcher: Searcher, other: Searcher) -> Iterator[TestClient]:
-    with TestClient(make_app(searcher, beside=other)) as client:
+    with TestClient(make_app(searcher, second=other)) as client:
         yield client
 
 
@@ -141,7 +141,7 @@ def test_what_replaces_the_second_model_is_taken_up_beside_the_first(
     shutil.copytree(index_dir, tmp_path / "index")
     build_index(index_dir.with_name("vectors"), tmp_path / "new", "sq8")
     folders = Folders(tmp_path / "model", tmp_path / "index", str(dataset.dir))
-    with TestClient(make_app(other, beside=folders.open(), beside_folders=folders, look_s=0.02)) as client:
+    with TestClient(make_app(other, second=folders.open(), second_folders=folders, poll_s=0.02)) as client:
         assert client.get("/beside/api/about").json()["index"] == "flat"
         replace_folder(tmp_path / "new", tmp_path / "index")
         until = time.monotonic() + 20

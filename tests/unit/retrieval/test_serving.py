@@ -219,10 +219,10 @@ def test_bad_requests_are_one_sentence(client: TestClient) -> None:
     as_json = {"Content-Type": "application/json"}
     half_a_key, half_a_name = b'{"features": {"\\ud800": "x"}}', b'{"user": "\\udfff"}'
     for answer, status, sentence in (
-        (client.post("/api/search", content=b"{", headers=as_json), 422, "the request is no JSON: "),
+        (client.post("/api/search", content=b"{", headers=as_json), 422, "the request is not valid JSON: "),
         (client.post("/api/search", content=b'{"user": "\xc3("}', headers=as_json), 400, "POST /api/search: "),
         (client.post("/api/search", content=b"{}"), 422, "the request: Input should be a valid dictionary"),
-        (client.post("/api/search", content=b" " * (MOST_BYTES + 1)), 413, f"at most {MOST_BYTES} are read"),
+        (client.post("/api/search", content=b" " * (MOST_BYTES + 1)), 413, f"needs at most {MOST_BYTES}"),
         (client.post("/api/search", content=iter([b"{}"])), 411, "no Content-Length"),
         (client.post("/api/search", content=half_a_key, headers=as_json), 422, "features."),
         (
@@ -291,7 +291,7 @@ def test_what_replaces_model_and_index_is_taken_up_together(
     build_index(tmp_path / "vectors", tmp_path / "new-index")
     folders = Folders(tmp_path / "model", tmp_path / "index", str(dataset.dir))
     expected = Searcher(other, open_index(tmp_path / "new-index"), dataset).search([Request("u7")])[0]
-    with TestClient(make_app(folders.open(), folders=folders, look_s=0.02)) as client:
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
         first = client.post("/api/search", json={"user": "u7"}).json()
         assert client.get("/readyz").text == client.get("/healthz").text == "ok"
         replace_folder(tmp_path / "new", tmp_path / "model")
@@ -343,13 +343,13 @@ def test_whatever_a_folder_raises_the_watcher_goes_on(
             return b"new"
 
     Failing.opens = staticmethod(opens)  # type: ignore[assignment]
-    with TestClient(make_app(searcher, folders=Failing(Path("m"), Path("i")), look_s=0.01)) as client:
+    with TestClient(make_app(searcher, folders=Failing(Path("m"), Path("i")), poll_s=0.01)) as client:
         until = time.monotonic() + 10
         while not counted(client)["bigdssm_taken_up_total"]:
             assert time.monotonic() < until
         assert client.post("/api/search", json={"user": "u7"}).status_code == 200
-    assert "m cannot be looked at: " in caplog.text
-    assert "what lies in m is not taken up: " in caplog.text and len(tried) >= 3
+    assert "cannot check m: " in caplog.text
+    assert "cannot reload m: " in caplog.text and len(tried) >= 3
 
 
 def test_a_stop_does_not_wait_for_a_folder_that_opens_slowly(searcher: Searcher) -> None:
@@ -366,7 +366,7 @@ def test_a_stop_does_not_wait_for_a_folder_that_opens_slowly(searcher: Searcher)
     Slow.opens = staticmethod(opens)  # type: ignore[assignment]
 
     async def run() -> float:
-        app = make_app(searcher, folders=Slow(Path("m"), Path("i")), look_s=0.01)
+        app = make_app(searcher, folders=Slow(Path("m"), Path("i")), poll_s=0.01)
         async with app.router.lifespan_context(app):
             while not begun.is_set():
                 await asyncio.sleep(0.01)
@@ -483,7 +483,7 @@ def test_options_that_cannot_work_are_one_sentence(
 def test_another_models_index_is_refused(
     other_model_dir: Path, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    with pytest.raises(CheckpointError, match="embed and index with the model that is served"):
+    with pytest.raises(CheckpointError, match="embed and index with the served model"):
         Searcher(load_model_folder(other_model_dir), open_index(index_dir), dataset)
     with pytest.raises(DataError, match="have a history; give its dataset with --data"):
         Searcher(load_model_folder(model_dir), open_index(index_dir), None)
@@ -499,13 +499,13 @@ def test_a_full_queue_refuses_and_a_query_fails_alone() -> None:
         return [one.upper() for one in asked]
 
     async def run() -> list[Any]:
-        batcher: Batcher[str, str] = Batcher(work, at_once=2, most_waiting=3)
+        batcher: Batcher[str, str] = Batcher(work, max_batch=2, max_waiting=3)
         running = asyncio.create_task(batcher.run())
         first = asyncio.create_task(batcher("a"))
         await asyncio.sleep(0.05)  # the thread is busy with it
         others = [asyncio.create_task(batcher(one)) for one in ("bad", "b", "c")]
         await asyncio.sleep(0.05)
-        with pytest.raises(Overloaded, match="3 queries wait already"):
+        with pytest.raises(Overloaded, match="3 queries are waiting"):
             await batcher("d")
         release.set()
         answers = await asyncio.gather(first, *others, return_exceptions=True)
