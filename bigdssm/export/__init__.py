@@ -1,1 +1,1 @@
-"""Exports to other formats, each with the code that loads it and its parity with the trainer."""
+"""Exports to other formats, with loading code and a parity check against the trainer."""

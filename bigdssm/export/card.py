@@ -1,4 +1,4 @@
-"""The model card that every exported folder carries as its README.md: only what is known, nothing by heart."""
+"""The model card (README.md) of exported folders, generated from the model's metadata."""
 
 from __future__ import annotations
 
@@ -11,50 +11,52 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.export.formats import ExportFormat, Parity
-from bigdssm.export.text_tower import SIDES, alpha, beta_of_all, beta_weight
+from bigdssm.export.text_tower import SIDES, alpha, beta_weight, shared_beta
 from bigdssm.features import Feature, TextTokenizer
 
 CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured of a model."""
+class ReportedMetrics:
+    """Metrics of a model on a split."""
 
     split: str
-    where: str
+    source: str
     metrics: Mapping[str, float]
 
 
-def model_card(model: ModelFolder, name: str, kind: ExportFormat, parity: Parity, figures: Figures | None) -> str:
-    """Return the card as Markdown with the front matter that model hubs read; its code runs beside the folder."""
+def model_card(
+    model: ModelFolder, name: str, kind: ExportFormat, parity: Parity, metrics: ReportedMetrics | None
+) -> str:
+    """Return the card as Markdown with Hub metadata; its code runs next to the folder."""
     parts = [
-        f"---\n{_metadata(model, name, kind.library, figures).to_yaml()}\n---",
+        f"---\n{_metadata(model, name, kind.library, metrics).to_yaml()}\n---",
         f"# {name}",
-        _what(model, kind.format),
+        _description(model, kind.format),
         "## Loading",
         kind.loading(model, name),
-        f"On a probe batch the vectors of this folder differ from the trainer's, relative to a vector's largest entry, "
-        f"by at most: {parity} (float32, CPU).",
+        f"On a probe batch, the vectors of this folder differ from the trainer's, relative to a vector's largest "
+        f"entry, by at most: {parity} (float32, CPU).",
         "## Data",
         _data(model),
-        "## Figures",
-        _figures(figures, model.config.data.exclude_seen),
+        "## Metrics",
+        _metrics(metrics, model.config.data.exclude_seen),
         "## Training",
         f"```yaml\n{yaml.safe_dump(model.config.to_dict(), sort_keys=False)}```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(model: ModelFolder, name: str, library: str, figures: Figures | None) -> ModelCardData:
-    """Return the front matter; what was measured is in the Hub's format (model-index)."""
+def _metadata(model: ModelFolder, name: str, library: str, metrics: ReportedMetrics | None) -> ModelCardData:
+    """Return the front matter, with metrics in the Hub's model-index format."""
     measured = [
         EvalResult(
             task_type="information-retrieval", dataset_type="unknown", dataset_name=Path(model.config.data.dir).name,
-            dataset_split=figures.split, metric_type=metric, metric_value=round(value, 4),
+            dataset_split=metrics.split, metric_type=metric, metric_value=round(value, 4),
         )
-        for metric, value in figures.metrics.items()
-    ] if figures else []  # fmt: skip
+        for metric, value in metrics.metrics.items()
+    ] if metrics else []  # fmt: skip
     tags = ["retrieval", "two-tower", "dssm"]
     return ModelCardData(
         library_name=library, pipeline_tag="feature-extraction", tags=tags, model_name=name,
@@ -62,18 +64,18 @@ def _metadata(model: ModelFolder, name: str, library: str, figures: Figures | No
     )  # fmt: skip
 
 
-def _what(model: ModelFolder, target: str) -> str:
+def _description(model: ModelFolder, target: str) -> str:
     config = model.config.model
-    vectors = "of length 1" if config.score == "cosine" else "of any length"
-    one_beta = f"{beta_of_all(model):.6g}"
-    beta = one_beta if beta_weight(model) is None else "a learned number of the document's own"
+    vectors = "of norm 1" if config.score == "cosine" else "of any norm"
+    constant = f"{shared_beta(model):.6g}"
+    beta = constant if beta_weight(model) is None else "a learned number per document"
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     known = {key: model.provenance[key] for key in ("stage", "step", "checkpoint") if key in model.provenance}
-    taken = ", ".join(f"{key} {value}" for key, value in known.items()) or "of a model folder"
+    origin = ", ".join(f"{key} {value}" for key, value in known.items()) or "of a model folder"
     return (
-        f"Two towers for retrieval, trained with bigdssm: a query becomes a vector u and a document a vector w, both "
-        f"of width {config.dim} and {vectors}. They score\n\n    alpha * <u, w> + beta\n\nwhere alpha is "
-        f"{alpha(model):.6g} and beta is {beta}. {parameters:,} parameters; the weights ({taken}) have the checksum "
+        f"A two-tower retrieval model, trained with bigdssm: it encodes a query as a vector u and a document as a "
+        f"vector w, both of width {config.dim} and {vectors}. The score is\n\n    alpha * <u, w> + beta\n\nwhere alpha "
+        f"is {alpha(model):.6g} and beta is {beta}. {parameters:,} parameters; checksum of the weights ({origin}): "
         f"`{model.checksum}`. Format of this folder: {target}."
     )
 
@@ -92,10 +94,10 @@ def _data(model: ModelFolder) -> str:
     return trained_on + "\n\n" + "\n".join(lines)
 
 
-def _figures(figures: Figures | None, exclude_seen: bool) -> str:
-    if figures is None:
-        return "None were recorded for exactly these weights; `bigdssm evaluate` measures them."
-    lines = [f"| {figures.split} | {figures.where} |", "|---|---|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in figures.metrics.items()]
-    seen = "left out" if exclude_seen else "among them"
-    return f"Over the whole catalogue, seen documents {seen}:\n\n" + "\n".join(lines)
+def _metrics(metrics: ReportedMetrics | None, exclude_seen: bool) -> str:
+    if metrics is None:
+        return "None were recorded for exactly these weights; `bigdssm evaluate` computes them."
+    lines = [f"| {metrics.split} | {metrics.source} |", "|---|---|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in metrics.metrics.items()]
+    seen = "excluded" if exclude_seen else "included"
+    return f"Over the full catalogue, seen documents {seen}:\n\n" + "\n".join(lines)

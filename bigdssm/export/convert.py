@@ -1,4 +1,4 @@
-"""From what a stage saved, or from a model folder, to a folder that serves: written aside, compared, then in place."""
+"""Export the weights of a stage or a model folder: written aside, compared with the trainer, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bigdssm.checkpoints.model_folder import (
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
-from bigdssm.export.card import CARD_FILE, Figures, model_card
+from bigdssm.export.card import CARD_FILE, ReportedMetrics, model_card
 from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
 from bigdssm.utils.atomic import new_folder, real_path, write_json
@@ -27,17 +27,17 @@ from bigdssm.utils.atomic import new_folder, real_path, write_json
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A trained model as the trainer has it."""
+    """A trained model to export."""
 
     model: ModelFolder
-    name: str  # for people: best, step-00000100, …
-    figures: Figures | None = None
+    name: str  # for messages: best, step-00000100, …
+    metrics: ReportedMetrics | None = None
 
 
 def stage_source(stage_dir: Path, which: str) -> ExportSource:
-    """Return a stage's `best`, `latest` or `step-…` weights; checkpoints may be of any ZeRO stage and world size.
+    """Load a stage's `best`, `latest` or `step-…` weights; checkpoints of any ZeRO stage and world size.
 
-    Raises CheckpointError: no such weights, or damaged ones.
+    Raises CheckpointError: missing or damaged weights.
     """
     best = stage_dir / BEST
     if which == BEST:
@@ -46,33 +46,33 @@ def stage_source(stage_dir: Path, which: str) -> ExportSource:
         folder = load_model_folder(best)
         return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find(stage_dir, which)
-    taken = load_checkpoint_model(path)
-    return ExportSource(taken, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
+    model = load_checkpoint_model(path)
+    return ExportSource(model, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
 
 
 def folder_source(folder: Path) -> ExportSource:
-    """Return the model of a model folder. Raises CheckpointError where there is none, or a damaged one."""
+    """Load a model folder. Raises CheckpointError: missing or damaged."""
     return ExportSource(load_model_folder(folder), folder.name)
 
 
 def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") -> Parity:
-    """Write `source` as the folder `out`, with a model card, and return how its vectors compare with the trainer's.
+    """Export `source` to the folder `out` with a model card; returns the parity with the trainer.
 
-    Raises ConfigError where the format cannot hold the model or `out` holds something else, CheckpointError where the
-    vectors differ by more than `formats.PARITY_LIMIT`; nothing is written then.
+    Raises, without writing anything: ConfigError: the format does not support the model, or `out` holds something else;
+    CheckpointError: the vectors differ by more than `formats.PARITY_LIMIT`.
     """
     kind = export_format(kind)
     target = kind.format
     out = real_path(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is no export of the format {target}; choose another --out")
+        raise ConfigError(f"{out} exists and is not an export of the format {target}; choose another --out")
     with new_folder(out) as aside:
         parity = kind.write(source.model, aside)
         parity.check(f"the {target} export")
-        said = model_card(source.model, out.name, kind, parity, source.figures)
-        (aside / CARD_FILE).write_text(said, encoding="utf-8")
+        card = model_card(source.model, out.name, kind, parity, source.metrics)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
         if target != model_format.ModelExport.format:
-            made = {
+            marker = {
                 "format": target,
                 "model_checksum": source.model.checksum,
                 "provenance": source.model.provenance,
@@ -80,12 +80,12 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
                 "parity": asdict(parity),
                 "checksums": folder_checksums(aside),
             }
-            write_json(aside / EXPORT_FILE, made)
+            write_json(aside / EXPORT_FILE, marker)
     return parity
 
 
 def _is_export(folder: Path, target: str) -> bool:
-    """Return whether `folder` says that it is an export of this format."""
+    """Return whether `folder` is an export of this format."""
     if target == model_format.ModelExport.format:
         return (folder / META_FILE).is_file()
     try:
@@ -95,11 +95,11 @@ def _is_export(folder: Path, target: str) -> bool:
     return isinstance(marker, dict) and marker.get("format") == target
 
 
-def _validation(stage_dir: Path, step: Any) -> Figures | None:
-    """Return the validation of exactly this step, or None where it was never validated."""
+def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:
+    """Return the validation metrics of exactly this step, or None."""
     if not (stage_dir / METRICS_FILE).is_file():
         return None
     for record in read_stage(stage_dir).records:
         if record["step"] == step and "validation" in record:
-            return Figures("validation", f"step {step} of {stage_dir.name}", record["validation"])
+            return ReportedMetrics("validation", f"step {step} of {stage_dir.name}", record["validation"])
     return None

@@ -1,6 +1,6 @@
-"""Export formats: each declares its options and writes its folders, compared with the trainer on a probe batch.
+"""Export formats: each declares options and writes folders, checked against the trainer on a probe batch.
 
-A new format is a subclass of `ExportFormat` that is registered with `register_export`.
+A new format is a subclass of `ExportFormat`, registered with `register_export`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARITY_LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an export's vectors are from the trainer's: the largest difference over the vector's largest entry."""
+    """Largest difference of an export's vectors from the trainer's, relative to the vector's largest entry."""
 
     query: float
     doc: float
@@ -41,27 +41,26 @@ class Parity:
         return f"queries {self.query:.1e}, documents {self.doc:.1e} on {self.rows} rows each"
 
     def check(self, what: str) -> None:
-        """Raise CheckpointError where a difference is not within PARITY_LIMIT."""
-        if not max(self.query, self.doc) <= PARITY_LIMIT:  # NaN is not
+        """Raise CheckpointError unless the differences are within PARITY_LIMIT."""
+        if not max(self.query, self.doc) <= PARITY_LIMIT:  # also raises for NaN
             raise CheckpointError(
-                f"{what} gives other vectors than the trainer: {self}, needs at most {PARITY_LIMIT:.0e}; nothing was "
-                f"written"
+                f"{what} does not match the trainer: {self}, needs at most {PARITY_LIMIT:.0e}; nothing was written"
             )
 
 
 class Probe:
-    """A probe batch of a model and the trainer's vectors of it."""
+    """A probe batch of random features and the trainer's vectors of it."""
 
     def __init__(self, folder: ModelFolder, rows: int = PROBE_ROWS) -> None:
         self._folder, self._rows = folder, rows
         self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        self._random = np.random.RandomState(0)  # its stream is frozen; a Generator's may change between versions
-        self.texts = {side: self._texts(side) for side in SIDES}  # of each text feature, by side and name
+        self._random = np.random.RandomState(0)  # frozen stream; a Generator's may change between versions
+        self.texts = {side: self._texts(side) for side in SIDES}  # by side and text feature
         self.features = {side: self._features(side) for side in SIDES}
 
     @cached_property
     def vectors(self) -> dict[Side, Tensor]:
-        """Return the index vectors [n, D+1] of both sides, as the trainer computes them."""
+        """Return the trainer's index vectors [n, D+1] of both sides."""
         model = self._folder.model
         return {
             "query": query_vectors(model, self.features["query"]), "doc": document_vectors(model, self.features["doc"])
@@ -89,7 +88,7 @@ class Probe:
 
 
 def largest_difference(ours: Tensor, trainers: Tensor) -> float:
-    """Return the largest difference of any entry, relative to the largest entry of its row of `trainers` [n, D]."""
+    """Return the largest entry-wise difference, relative to the largest entry of the row of `trainers` [n, D]."""
     if ours.shape != trainers.shape:
         return float("inf")
     ours, trainers = ours.double(), trainers.double()
@@ -99,21 +98,21 @@ def largest_difference(ours: Tensor, trainers: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ExportFormat(ABC):
-    """A format that models are written in; its fields are its options."""
+    """An export format; dataclass fields are options."""
 
     format: ClassVar[str]
-    library: ClassVar[str]  # that loads a folder of the format, as the Hub calls it
+    library: ClassVar[str]  # the Hub's name of the library that loads the format
 
     @abstractmethod
     def write(self, model: ModelFolder, out: Path) -> Parity:
-        """Write a model into the folder `out` and return how vectors that are read back compare with the trainer's.
+        """Write a model into the folder `out`, load it again and return the parity of its vectors.
 
-        Raises ConfigError: the format cannot hold the model, or a package is not installed.
+        Raises ConfigError: the format does not support the model, or a package is not installed.
         """
 
     @abstractmethod
     def loading(self, model: ModelFolder, name: str) -> str:
-        """Return how the folder `name` is loaded, as Markdown for its model card."""
+        """Return Markdown for the model card: code that loads the folder `name`."""
 
 
 EXPORT_FORMATS: Registry[ExportFormat] = Registry("an export format", "format", home="bigdssm.export.convert")
@@ -121,18 +120,18 @@ register_export = EXPORT_FORMATS.register
 
 
 def export_format(kind: str | ExportFormat, options: Mapping[str, Any] | None = None) -> ExportFormat:
-    """Return a format by name, with options of its own. Raises ConfigError: no such format, option or value."""
+    """Return a format by name with its options. Raises ConfigError: unknown format or option, or bad value."""
     if isinstance(kind, ExportFormat):
         return export_format(kind.format, asdict(kind))
     return EXPORT_FORMATS.read("", {**(options or {}), "format": kind})
 
 
 def python_block(*parts: str) -> str:
-    """Return parts of code as one block of Markdown."""
+    """Join code into one Markdown block."""
     code = "\n\n".join(part.strip() for part in parts)
     return f"```python\n{code}\n```"
 
 
 def source_of(module: str) -> str:
-    """Return the code of a module beside this one without its docstring, for a card; it is not imported here."""
+    """Return the source of a module of this package without its docstring, for a card."""
     return Path(__file__).with_name(module).read_text(encoding="utf-8").split('"""', 2)[2].strip()

@@ -1,4 +1,4 @@
-"""`--format hf`: for each tower a BERT and tokenizer for AutoModel and AutoTokenizer, and its projection.
+"""`--format hf`: BERT and tokenizer per tower for AutoModel and AutoTokenizer, and its projection.
 
 OUT/query/, OUT/document/   config.json, model.safetensors, tokenizer files; projection.safetensors, projection.json
 """
@@ -27,10 +27,10 @@ from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.text_tower import (
     TextTower,
     alpha,
-    beta_of_all,
     beta_weight,
     loading_arguments,
     save_encoder,
+    shared_beta,
     text_towers,
 )
 from bigdssm.utils.atomic import write_json
@@ -41,13 +41,13 @@ FOLDERS = {"query": "query", "doc": "document"}
 @register_export
 @dataclass(frozen=True)
 class HuggingFaceExport(ExportFormat):
-    """AutoModel, AutoTokenizer and the projection of each tower; towers of one text."""
+    """AutoModel, AutoTokenizer and projection per tower; towers of one text."""
 
     format: ClassVar[str] = "hf"
     library: ClassVar[str] = "transformers"
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
-        """Write both towers. Raises ConfigError where a tower reads more than one text."""
+        """Write both towers. Raises ConfigError: a tower has features other than one text."""
         assert model.tokenizer_dir is not None
         differences = {}
         probe = Probe(model)
@@ -60,7 +60,7 @@ class HuggingFaceExport(ExportFormat):
         return Parity(differences["query"], differences["doc"])
 
     def loading(self, model: ModelFolder, name: str) -> str:
-        """Return the code, and what its scores are."""
+        """Return the loading code and a note on the scores."""
         example = f"""
             encode_query, encode_document = load_tower("{name}/query"), load_tower("{name}/document")
             scores = encode_query(["the text of a query"]) @ encode_document(["the text of a document"]).T
@@ -85,7 +85,7 @@ def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> Non
         "gelu_after_layer": [layer.gelu for layer in tower.layers],
         "score": model.config.model.score,
         "alpha": alpha(model),
-        "beta": beta_of_all(model),  # unless each document has its own
+        "beta": shared_beta(model),  # unless beta is per document
         "loading_arguments": loading_arguments(tower),
     }
     write_json(folder / "projection.json", head)

@@ -1,4 +1,4 @@
-"""How to encode with a folder of `--format hf`: complete as it stands, and copied into the folder's model card."""
+"""Encoding with a folder of `--format hf`: a standalone script, copied into the folder's model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 
 def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
-    """Return a function from n texts to float32 [n, D+1]; a query's and a document's inner product is their score."""
+    """Return a function from n texts to float32 [n, D+1]; query-document inner products are scores."""
     head = json.loads((Path(folder) / "projection.json").read_text(encoding="utf-8"))
     weights = load_file(Path(folder) / "projection.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""`--format model`: the folder that the other tools take as --model."""
+"""`--format model`: a model folder for the other commands' --model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_differen
 @register_export
 @dataclass(frozen=True)
 class ModelExport(ExportFormat):
-    """Config, schema, tokenizer and weights, for every tool that takes `--model`."""
+    """Config, schema, tokenizer and weights, for every command with `--model`."""
 
     format: ClassVar[str] = "model"
     library: ClassVar[str] = "bigdssm"
@@ -29,13 +29,13 @@ class ModelExport(ExportFormat):
         )
 
     def loading(self, model: ModelFolder, name: str) -> str:
-        """Return the code, and what its scores are."""
+        """Return the loading code."""
         code = f"""
             from pathlib import Path
             from bigdssm.checkpoints.model_folder import load_model_folder
 
             folder = load_model_folder(Path("{name}"))
-            folder.model  # a torch module; folder.schema, folder.config and folder.tokenizer_dir come with it
+            folder.model  # a torch module; see also folder.schema, folder.config and folder.tokenizer_dir
             """
-        tools = "`bigdssm embed`, `search`, `serve` and `evaluate` take this folder as `--model`."
+        tools = "`bigdssm embed`, `search`, `serve` and `evaluate` accept this folder as `--model`."
         return f"{python_block(dedent(code))}\n\n{tools}"

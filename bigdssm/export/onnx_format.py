@@ -1,7 +1,7 @@
-"""`--format onnx`: each tower as one file for onnxruntime, with any number of rows and any lengths.
+"""`--format onnx`: one onnxruntime file per tower, with dynamic batch size and lengths.
 
-OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as `dataset.tensors.Features` has them; output vectors [n, D+1]
-OUT/query.int8.onnx            the query tower, which runs online, with weights and products of 8 bits (onnx_int8)
+OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as in `dataset.tensors.Features`; output vectors [n, D+1]
+OUT/query.int8.onnx            the query tower for online serving, quantized to int8 (onnx_int8)
 OUT/schema.json, OUT/tokenizer/
 """
 
@@ -45,7 +45,7 @@ from bigdssm.utils.atomic import write_json
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
-SINGLE_ROWS = 8  # of the probe, run one by one as well: lengths and rows must be free
+SINGLE_ROWS = 8  # probe rows that are also run alone, to check dynamic sizes
 
 
 @register_export
@@ -56,10 +56,10 @@ class OnnxExport(ExportFormat):
     format: ClassVar[str] = "onnx"
     library: ClassVar[str] = "onnx"
 
-    int8: bool = True  # also query.int8.onnx, the query tower with weights and products of 8 bits
+    int8: bool = True  # also write query.int8.onnx, the query tower quantized to int8
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
-        """Write both towers. Raises ConfigError where the packages are not installed."""
+        """Write both towers. Raises ConfigError: a package is not installed."""
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
             raise ConfigError(f"--format {self.format} needs {', '.join(missing)}: pip install 'bigdssm[onnx]'")
         write_json(out / SCHEMA_FILE, model.schema.exported())
@@ -78,7 +78,7 @@ class OnnxExport(ExportFormat):
         return Parity(differences["query"], differences["doc"])
 
     def loading(self, model: ModelFolder, name: str) -> str:
-        """Return the code, and what its scores are."""
+        """Return the loading code and a note on the scores."""
         example = {}
         for side in SIDES:
             declared: dict[str, Feature] = getattr(model.schema, side)
@@ -94,13 +94,13 @@ class OnnxExport(ExportFormat):
         if not self.int8:
             return scores
         return (
-            f"{scores} `query.int8.onnx` is the query tower with weights of 8 bits: "
+            f"{scores} `query.int8.onnx` is the query tower quantized to int8: "
             f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench/bench_onnx.py measures the cost in NDCG.'
         )
 
 
 def _inputs(model: ModelFolder) -> list[str]:
-    """Return the code of the features' inputs, each function once, and the table of them."""
+    """Return the source of the feature types' input functions, and code that registers them."""
     types = {feature.type: feature for features in model.schema.sides.values() for feature in features.values()}
     functions = dict.fromkeys(function for feature in types.values() for function in feature.onnx_code)
     table = ", ".join(f'"{name}": {feature.onnx_code[-1].__name__}' for name, feature in types.items())
@@ -109,7 +109,7 @@ def _inputs(model: ModelFolder) -> list[str]:
 
 
 class _Tower(nn.Module):
-    """One side of a model as a function of its features, in the schema's order, to index vectors."""
+    """One side of a model as a module from features, in the schema's order, to index vectors."""
 
     def __init__(self, folder: ModelFolder, side: Side) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
     rows = torch.export.Dim("rows")
     shapes = []
     for number, name in enumerate(features):
-        # Numbered: a feature may be called what is no Python identifier, and these names have to be.
+        # Numbered: dimension names must be Python identifiers, feature names need not be.
         feature = declared[name]
         is_list = feature.padding(0) is not None
         lengths = {1: torch.export.Dim(f"length_{number}", max=feature.max_length)} if is_list else {}
@@ -146,12 +146,11 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
                 tower.eval(), tuple(features.values()), dynamo=True, verbose=False, input_names=list(features),
                 output_names=["vectors"], opset_version=OPSET, dynamic_shapes={"features": tuple(shapes)},
             )  # fmt: skip
-            assert program is not None, "dynamo gives one"
+            assert program is not None, "dynamo returns a program"
             for node in program.model.graph:
                 for value in node.outputs:
-                    if (
-                        value.name in features
-                    ):  # a feature may be called as the exporter calls a result, "embedding" say
+                    # a feature may have the exporter's name of a result, such as "embedding"
+                    if value.name in features:
                         value.name += ".result"
             program.save(str(path), external_data=False)
     finally:
@@ -160,15 +159,14 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
 
 
 def _difference(path: Path, features: Features, padding: dict[str, int], trainers: Tensor) -> float:
-    """Return the largest difference, of the whole probe batch and of rows alone, cut to their own lengths."""
-    made = onnx_session(path)
-    differences = [largest_difference(run_onnx(made, features), trainers)]
+    """Return the largest difference of the probe batch, and of single rows without padding."""
+    session = onnx_session(path)
+    differences = [largest_difference(run_onnx(session, features), trainers)]
     for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
-        alone = {name: _own_length(values[row : row + 1], padding.get(name)) for name, values in features.items()}
-        differences.append(largest_difference(run_onnx(made, alone), trainers[row : row + 1]))
+        alone = {name: _unpadded(values[row : row + 1], padding.get(name)) for name, values in features.items()}
+        differences.append(largest_difference(run_onnx(session, alone), trainers[row : row + 1]))
     return max(differences)
 
 
-def _own_length(row: Tensor, padding: int | None) -> Tensor:
-    """Return a row without the padding that its batch gave it."""
+def _unpadded(row: Tensor, padding: int | None) -> Tensor:
     return row if padding is None else row[:, : max(1, int((row != padding).sum()))]

@@ -1,7 +1,7 @@
-"""An exported tower with weights and products of 8 bits, whose rows do not depend on each other.
+"""Int8 quantization of an exported tower, with independent rows.
 
-onnxruntime's dynamic quantization takes one scale for all rows of a batch, so that a query's vector would depend on the
-queries it is encoded with. Here each row of an activation (a token, a vector) has its own scale.
+onnxruntime's dynamic quantization uses one scale per tensor, so a query's vector would depend on the other queries of
+its batch. Here activations have a scale per row (token or vector).
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ LEAST_SCALE = 1e-30  # of a row of zeros, such as padding
 
 
 def quantize(path: Path, out: Path) -> None:
-    """Write the tower `path` as `out` with int8 weights, a scale per output channel, and a scale per activation row.
+    """Quantize the tower `path` to `out`: int8 weights per output channel, activations per row.
 
-    Weights have 7 bits, as the products of AVX2 saturate at 16 bits: the vectors do not depend on the processor.
+    Weights use 7 bits because AVX2 accumulates products in 16 bits with saturation; so the vectors do not depend on
+    the processor.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # it advises to prepare the model for static quantization, which this is not
+    root.setLevel(logging.ERROR)  # hides advice on static quantization
     try:
         quantize_dynamic(str(path), str(out), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     finally:
@@ -37,7 +38,7 @@ def quantize(path: Path, out: Path) -> None:
 
 
 def _scale_rows(graph: Any) -> None:
-    """Replace each DynamicQuantizeLinear (one scale for a tensor) by nodes with one scale for each of its rows."""
+    """Replace each DynamicQuantizeLinear (one scale per tensor) by nodes with one scale per row."""
     from onnx import helper, numpy_helper
 
     def named(name: str, value: np.ndarray) -> str:
@@ -50,9 +51,9 @@ def _scale_rows(graph: Any) -> None:
     last, least, one = named("last", np.array([-1])), number("least", LEAST_SCALE), number("one", 1)
     zero_point, per_level = named("zero_point", np.array(ZERO_POINT, np.uint8)), number("per_level", 1 / LEVELS)
     nodes: list[Any] = []
-    scales: dict[str, str] = {}  # of rows, by the scale of the tensor, which becomes 1
+    scales: dict[str, str] = {}  # row scale by tensor scale, which becomes 1
     zero_points: set[str] = set()
-    scale_of: dict[str, str] = {}  # of rows, by the product of a tensor's scale and the weights'
+    scale_of: dict[str, str] = {}  # row scale by the product of a tensor's scale and the weights'
 
     for node in graph.node:
         if node.op_type == "DynamicQuantizeLinear":
@@ -70,15 +71,15 @@ def _scale_rows(graph: Any) -> None:
             scales[scale] = row_scale
             zero_points.add(point)
             continue
-        for place, name in enumerate(node.input):
+        for i, name in enumerate(node.input):
             if name in zero_points:
-                node.input[place] = zero_point
+                node.input[i] = zero_point
             elif name in scales:
                 scale_of[node.output[0]] = scales[name]
-                node.input[place] = one
+                node.input[i] = one
             elif name in scale_of:
-                # Outside of the product of both scales: where that is not a scalar per tensor and channel, onnxruntime
-                # fuses it with the matrix product all the same, and takes the first row's scale for every row.
+                # Applied outside of the product of both scales: onnxruntime fuses that with the matrix product even if
+                # it is not a scalar per tensor and channel, and then uses the first row's scale for every row.
                 (product,) = node.output
                 node.output[0] = f"{product}.unscaled"
                 nodes += [node, helper.make_node("Mul", [f"{product}.unscaled", scale_of[name]], [product])]

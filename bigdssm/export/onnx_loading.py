@@ -1,4 +1,4 @@
-"""How to encode with a folder of `--format onnx`: this, and what each type of feature adds, stand in its model card."""
+"""Encoding with a folder of `--format onnx`: copied into its model card, with the feature types' input functions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-INPUTS: dict[str, Callable[..., np.ndarray]] = {}  # by type of feature; the card fills it
+INPUTS: dict[str, Callable[..., np.ndarray]] = {}  # by feature type; filled by code in the card
 
 
 def load_tower(folder: str | Path, side: str, file: str = "") -> Callable[[list[dict[str, Any]]], np.ndarray]:
     """Return a function from n rows {feature: value} of a side (query or doc) to float32 [n, D+1].
 
-    A query's and a document's inner product is their score. Values are a string of a text, a string or a list of
-    strings of a categorical feature or a history (oldest first), a number; a feature that is not given is missing.
+    Query-document inner products are scores. Values: a string (text), a string or a list of strings (categorical
+    feature, or history, oldest first), or a number; absent features are missing values.
     """
     folder = Path(folder)
     schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))

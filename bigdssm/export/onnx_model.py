@@ -1,4 +1,4 @@
-"""A model in another format, as a folder: what it says of itself, and its towers in onnxruntime."""
+"""Read exported folders: their marker file, and their towers in onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ EXPORT_FILE = "bigdssm_export.json"
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """Return what the export `folder` says of itself. Raises CheckpointError: none there, or a file that is damaged."""
+    """Read an export's marker and verify its files. Raises CheckpointError: not an export, or a damaged file."""
     try:
-        made: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
-        checksums = made["checksums"].items()
+        marker: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+        checksums = marker["checksums"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder} is no export, or one of an older version, with a whole {EXPORT_FILE} ({error!r}); export again"
+            f"{folder} is not an export of this version with a complete {EXPORT_FILE} ({error!r}); export again"
         ) from None
     for name, checksum in checksums:
         check_file(folder / name, checksum, EXPORT_FILE)
-    return made
+    return marker
 
 
 def run_onnx(session: Any, features: Features) -> Tensor:
-    """Return the vectors [n, D+1] that an onnxruntime session gives for features of n rows."""
+    """Run an onnxruntime session on features of n rows; returns vectors [n, D+1]."""
     return torch.from_numpy(session.run(["vectors"], {name: values.numpy() for name, values in features.items()})[0])
 
 
 def query_tower(path: Path, model_checksum: str, threads: int = 0) -> Any:
-    """Return the onnxruntime session of a query tower, such as EXPORT/query.int8.onnx.
+    """Open a query tower, such as EXPORT/query.int8.onnx, in onnxruntime.
 
-    Raises CheckpointError: a damaged export, or one of another model; ConfigError: onnxruntime is not installed.
+    Raises: CheckpointError: a damaged export, or of another model; ConfigError: onnxruntime is not installed.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise ConfigError("--onnx needs onnxruntime: pip install 'bigdssm[onnx]'")
@@ -47,19 +47,19 @@ def query_tower(path: Path, model_checksum: str, threads: int = 0) -> Any:
         raise ConfigError(f"--onnx {path}: needs the file of a query tower, such as EXPORT/query.int8.onnx")
     if (theirs := read_export(path.parent).get("model_checksum")) != model_checksum:
         raise CheckpointError(
-            f"{path} is the tower of model {str(theirs)[:12]}, --model is {model_checksum[:12]}; export what is "
-            "served with bigdssm convert_checkpoint --format onnx"
+            f"{path} is the tower of model {str(theirs)[:12]}, --model is {model_checksum[:12]}; export the served "
+            "model with bigdssm convert_checkpoint --format onnx"
         )
     if b"DynamicQuantizeLinear" in path.read_bytes():
         raise CheckpointError(
-            f"{path} scales the numbers of a batch together, so that answers depend on the other requests in it; "
-            "export the model again with bigdssm convert_checkpoint --format onnx"
+            f"{path} quantizes activations per batch, so that answers depend on the other requests in it; export the "
+            "model again with bigdssm convert_checkpoint --format onnx"
         )
     return onnx_session(path, threads)
 
 
 def onnx_session(path: Path, threads: int = 0) -> Any:
-    """Return an onnxruntime session on the CPU; threads 0: as many as there are cores."""
+    """Return an onnxruntime session on the CPU; threads 0: one per core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,10 +1,10 @@
-"""`--format sentence-transformers`: a folder that SentenceTransformer loads as it is, made of its own modules.
+"""`--format sentence-transformers`: a folder for SentenceTransformer, built from its standard modules.
 
-A Router sends queries and documents through Transformer → Pooling → Dense …, and a Normalize ends both in a model
-whose score is cosine. In a model whose score is dot a last Dense puts alpha and beta into the vectors: documents are
-[alpha * w, beta] and queries [u, 1], so that their dot product is the training score. A beta per document beside cosine
-must not be normalised away: sentence_transformers_module.py, a module in the folder, makes queries
-[√alpha * u, 1] and documents [√alpha * w, beta]. A beta that all documents have ranks nothing beside cosine.
+A Router sends queries and documents through Transformer → Pooling → Dense …. Cosine models end in Normalize. For dot
+models a last Dense adds alpha and beta to the vectors: documents are [alpha * w, beta] and queries [u, 1], so that the
+dot product is the training score. For cosine with a beta per document, which Normalize would distort, the folder
+contains a custom module (sentence_transformers_module.py): queries are [√alpha * u, 1] and documents
+[√alpha * w, beta]. A shared beta does not affect cosine rankings and is dropped.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from bigdssm.export.text_tower import (
     Side,
     TextTower,
     alpha,
-    beta_of_all,
     beta_weight,
     loading_arguments,
     save_encoder,
+    shared_beta,
     text_towers,
 )
 from bigdssm.utils.atomic import write_json
 
 ROUTES: dict[Side, str] = {"query": "query", "doc": "document"}
-# Class names that every release since 5.0 resolves
+# Class names that all releases since 5.0 resolve
 MODULE = "sentence_transformers.models"
 CODE = Path(__file__).with_name("sentence_transformers_module.py")
 IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU"
@@ -55,18 +55,16 @@ class SentenceTransformersExport(ExportFormat):
     def write(self, model: ModelFolder, out: Path) -> Parity:
         """Write both towers as the routes of one model.
 
-        Raises ConfigError: a tower reads more than one text, or the package that the comparison is made with is not
-        installed.
+        Raises ConfigError: a tower has features other than one text, or sentence-transformers is not installed.
         """
         query, doc = text_towers(model, self.format)
         if importlib.util.find_spec("sentence_transformers") is None:
             raise ConfigError(
-                f"--format {self.format}: the package is needed to check the result; "
-                f"pip install 'bigdssm[{self.format}]'"
+                f"--format {self.format}: needs the package to check the result; pip install 'bigdssm[{self.format}]'"
             )
         assert model.tokenizer_dir is not None
         router = _RouterFolder(out)
-        # One encoder for both routes where they share it and cut texts at one length: the cut is the encoder's own.
+        # Shared by both routes if weights and max_tokens are equal: truncation is a setting of the encoder.
         shared = query.encoder is doc.encoder and query.max_tokens == doc.max_tokens
         encoder = ""
         for tower in (query, doc):
@@ -84,7 +82,7 @@ class SentenceTransformersExport(ExportFormat):
                 _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
         router.write()
         modules = [("", f"{MODULE}.Router")]
-        if brings_code(model):
+        if needs_custom_code(model):
             modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
             (out / "1_NormalizeAllButLast").mkdir()
             write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
@@ -92,10 +90,10 @@ class SentenceTransformersExport(ExportFormat):
         elif not scores_by_dot(model):
             modules.append(("1_Normalize", f"{MODULE}.Normalize"))
             (out / "1_Normalize").mkdir()
-        listed = [
+        entries = [
             {"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)
         ]
-        write_json(out / "modules.json", listed)
+        write_json(out / "modules.json", entries)
         write_json(
             out / "config_sentence_transformers.json",
             {
@@ -108,8 +106,8 @@ class SentenceTransformersExport(ExportFormat):
         return _parity(model, out)
 
     def loading(self, model: ModelFolder, name: str) -> str:
-        """Return the code, and what its scores are."""
-        trusted = ", trust_remote_code=True" if brings_code(model) else ""
+        """Return the loading code and a note on the scores."""
+        trusted = ", trust_remote_code=True" if needs_custom_code(model) else ""
         code = f"""
             from sentence_transformers import SentenceTransformer
 
@@ -119,31 +117,31 @@ class SentenceTransformersExport(ExportFormat):
             scores = model.similarity(queries, documents)
             """
         scores = (
-            "The scores are the training scores: alpha and beta are inside the vectors. Search by dot product; do not "
-            "normalise them."
+            "The scores are the training scores: the vectors contain alpha and beta. Search by dot product and do not "
+            "normalise the vectors."
             if scores_by_dot(model)
-            else "The scores are cosines, <u, w>; alpha and beta are left out: the same for all, they rank nothing."
+            else "The scores are cosines, <u, w>, without alpha and beta, which do not affect the ranking."
         )
         if trusted:
             scores += (
-                f" `trust_remote_code` lets {CODE.name} of this folder run, which puts beta behind the cosine's vector."
+                f" `trust_remote_code` runs {CODE.name} of this folder, which appends beta to the normalised vector."
             )
-        routes = 'The two towers differ, so plain `encode` needs `task="query"` or `task="document"`.'
+        routes = 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
         return f"{python_block(dedent(code))}\n\n{scores} {routes}"
 
 
 def scores_by_dot(model: ModelFolder) -> bool:
-    """Return whether the dot product of the export's vectors is the training score; else it is their cosine."""
+    """Return whether the export scores by dot product (the training score), else by cosine."""
     return model.config.model.score == "dot" or beta_weight(model) is not None
 
 
-def brings_code(model: ModelFolder) -> bool:
-    """Return whether the export has a module of ours, which is loaded with trust_remote_code alone."""
+def needs_custom_code(model: ModelFolder) -> bool:
+    """Return whether the export contains a custom module, which needs trust_remote_code."""
     return scores_by_dot(model) and model.config.model.score == "cosine"
 
 
 class _RouterFolder:
-    """The modules of the routes, as Router saves them."""
+    """Writes the modules of the routes in Router's layout."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -151,7 +149,7 @@ class _RouterFolder:
         self._structure: dict[str, list[str]] = {route: [] for route in ROUTES.values()}
 
     def add(self, side: Side, kind: str) -> str:
-        """Append a module to a route, make its folder and return the folder's name."""
+        """Append a module to a route, create its folder and return the folder's name."""
         name = f"{ROUTES[side]}_{len(self._structure[ROUTES[side]])}_{kind}"
         self._types[name] = f"{MODULE}.{kind}"
         self.reuse(side, name)
@@ -159,11 +157,11 @@ class _RouterFolder:
         return name
 
     def reuse(self, side: Side, name: str) -> None:
-        """Append a module that another route has already."""
+        """Append an existing module of another route."""
         self._structure[ROUTES[side]].append(name)
 
     def write(self) -> None:
-        # Without a default, `encode` says that it needs to know which of the two a text is
+        # Without a default route, `encode` raises if the task is not given
         parameters = {"default_route": None, "allow_empty_key": False}
         content = {"types": self._types, "structure": self._structure, "parameters": parameters}
         write_json(self._out / "router_config.json", content)
@@ -177,15 +175,15 @@ def _pooling(tower: TextTower) -> dict[str, object]:
 
 
 def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor, str]]:
-    """Return (weight, bias, activation) of the tower's layers, alpha and beta the last of them where they matter."""
+    """Return (weight, bias, activation) per layer, with a last layer for alpha and beta if scores are dot products."""
     layers = [(layer.linear.weight, layer.linear.bias, GELU if layer.gelu else IDENTITY) for layer in tower.layers]
     if scores_by_dot(model):
         dim = model.config.model.dim
         beta = beta_weight(model)
         beta = torch.zeros(1, dim) if beta is None else beta
         is_query = tower.side == "query"
-        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, beta_of_all(model))
-        scale = 1.0 if brings_code(model) else scale  # the last module has its square root on both sides
+        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, shared_beta(model))
+        scale = 1.0 if needs_custom_code(model) else scale  # the custom module applies its square root on both sides
         weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
         layers.append((weight, bias, IDENTITY))  # type: ignore[arg-type]
     return [(weight.detach(), bias.detach(), activation) for weight, bias, activation in layers]
@@ -202,12 +200,14 @@ def _write_dense(folder: Path, weight: Tensor, bias: Tensor, activation: str) ->
 def _parity(model: ModelFolder, out: Path) -> Parity:
     from sentence_transformers import SentenceTransformer  # optional, and slow to import
 
-    loaded = SentenceTransformer(str(out), device="cpu", local_files_only=True, trust_remote_code=brings_code(model))
+    loaded = SentenceTransformer(
+        str(out), device="cpu", local_files_only=True, trust_remote_code=needs_custom_code(model)
+    )
     probe = Probe(model)
     texts = {side: probe.only_text(side) for side in ROUTES}
     ours = {"query": loaded.encode_query(texts["query"]), "doc": loaded.encode_document(texts["doc"])}
     trainers = dict(probe.vectors)
-    if brings_code(model):
+    if needs_custom_code(model):
         scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
         trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
     elif not scores_by_dot(model):

@@ -1,4 +1,4 @@
-"""The module that an export to sentence-transformers brings along: vectors of length 1 with a number behind them."""
+"""Custom module of sentence-transformers exports: normalises all but the last number of a vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ except ImportError:  # before 6
 
 
 class NormalizeAllButLast(Module):
-    """Brings all numbers but the last to the length `scale`."""
+    """Normalises all numbers but the last to the norm `scale`."""
 
     config_keys = ["scale"]  # noqa: RUF012
 
@@ -22,12 +22,12 @@ class NormalizeAllButLast(Module):
         self.scale = scale
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the features with the new vector."""
+        """Replace the sentence embedding."""
         vector = features["sentence_embedding"]
         scaled = self.scale * normalize(vector[:, :-1], dim=1)
         features["sentence_embedding"] = torch.cat([scaled, vector[:, -1:]], 1)
         return features
 
     def save(self, output_path: str, *args: object, **kwargs: object) -> None:
-        """Write the config, which is all that it has."""
+        """Write the config; the module has no weights."""
         self.save_config(output_path)

@@ -1,4 +1,4 @@
-"""A tower that reads one text and nothing else, taken apart: what formats that know only texts can carry."""
+"""Decompose a tower of exactly one text feature, for export formats limited to texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIDES: tuple[Side, Side] = ("query", "doc")
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer of a tower's MLP, and whether GELU follows."""
+    """A linear layer of a tower's MLP, and whether GELU follows."""
 
     linear: nn.Linear
     gelu: bool
@@ -42,7 +42,7 @@ class TextTower:
 
 
 def text_towers(folder: ModelFolder, target: str) -> tuple[TextTower, TextTower]:
-    """Return the query and the document tower. Raises ConfigError where one reads more than one text."""
+    """Return the query and the document tower. Raises ConfigError: a tower has features other than one text."""
     query, doc = (_text_tower(folder, side, target) for side in SIDES)
     return query, doc
 
@@ -53,19 +53,19 @@ def alpha(folder: ModelFolder) -> float:
 
 
 def beta_weight(folder: ModelFolder) -> Tensor | None:
-    """Return float32 [1, D]: a document's own beta is its product with the tower's output; None where it has none."""
+    """Return the weight float32 [1, D] of the per-document beta (a linear head), or None."""
     head = folder.model.beta_head
     return None if head is None else head.weight.detach()
 
 
-def beta_of_all(folder: ModelFolder) -> float:
-    """Return the beta that all documents have."""
+def shared_beta(folder: ModelFolder) -> float:
+    """Return the constant beta of all documents."""
     beta = folder.model.beta
     return 0.0 if beta is None else float(beta.detach())
 
 
 def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:
-    """Write the tower's BERT and tokenizer as a folder that AutoModel and AutoTokenizer load."""
+    """Write the tower's BERT and tokenizer to a folder for AutoModel and AutoTokenizer."""
     bert: Any = tower.encoder.bert
     bert.save_pretrained(folder)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
@@ -76,9 +76,9 @@ def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:
 
 
 def loading_arguments(tower: TextTower) -> dict[str, bool]:
-    """Return what keeps `from_pretrained` from adding a pooler that was never trained."""
-    known = inspect.signature(type(tower.encoder.bert)).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in known else {}
+    """Return arguments of `from_pretrained` that avoid an untrained pooler."""
+    parameters = inspect.signature(type(tower.encoder.bert)).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
 def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
@@ -86,8 +86,8 @@ def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
     if len(features) != 1 or not texts_of(features):
         declared = ", ".join(f"{name} ({feature.type})" for name, feature in features.items())
         raise ConfigError(
-            f"--format {target}: the {side} tower reads {declared}; this format holds towers of one text and nothing "
-            f"else, --format onnx holds any"
+            f"--format {target}: the {side} tower reads {declared}, needs exactly one text; use --format onnx, which "
+            "supports any towers"
         )
     (feature,) = texts_of(features).values()
     tower = getattr(folder.model, f"{side}_tower")
@@ -96,8 +96,8 @@ def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
     if not isinstance(encoder, BertEncoder):
         kind = text_configs(folder.config.model, folder.schema)[key].type
         raise ConfigError(
-            f"--format {target}: the {side} tower's text encoder is {kind}; this format holds those of transformers "
-            "(bert), --format onnx holds any"
+            f"--format {target}: the {side} tower's text encoder is {kind}, needs one of transformers (bert); use "
+            "--format onnx, which supports any towers"
         )
     return TextTower(side, feature.name, feature.max_tokens, encoder, _layers(tower.mlp))
 

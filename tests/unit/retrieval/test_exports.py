@@ -25,7 +25,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
-from bigdssm.export.card import Figures
+from bigdssm.export.card import ReportedMetrics
 from bigdssm.export.convert import ExportSource, export, folder_source, stage_source
 from bigdssm.export.formats import PARITY_LIMIT, Probe
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
@@ -101,7 +101,7 @@ def make_source(tokenizer_dir: Path) -> Any:
                 parameter += 0.3 * torch.randn_like(parameter)
         checksum = model_checksum(model, config, schema, tokenizer_dir, {"step": 3})
         folder = ModelFolder(model, config, schema, tokenizer_dir, {"step": 3}, checksum)
-        return ExportSource(folder, "random", Figures("validation", "step 3", {"ndcg_at_10": 0.1234}))
+        return ExportSource(folder, "random", ReportedMetrics("validation", "step 3", {"ndcg_at_10": 0.1234}))
 
     return make
 
@@ -246,7 +246,7 @@ def test_vectors_that_differ_are_not_written(
     source = make_source(score="dot")
     monkeypatch.setattr(f"{module}.alpha", lambda model: 1.0001 * alpha(model))
     differences = r"queries (0\.0e\+00|\d\.\de-07), documents (1\.0e-04|9\.\de-05)"
-    with pytest.raises(CheckpointError, match=f"other vectors .*: {differences}"):
+    with pytest.raises(CheckpointError, match=f"does not match the trainer: {differences}"):
         export(source, tmp_path / "exported", target)
     assert not list(tmp_path.iterdir())
 
@@ -270,7 +270,7 @@ def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: str, tm
 def test_what_is_not_ours_stays(make_source: Any, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("do not touch")
     for target in ("hf", "model"):
-        with pytest.raises(ConfigError, match="is no export of the format"):
+        with pytest.raises(ConfigError, match="is not an export of the format"):
             export(make_source(), tmp_path, target)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
@@ -282,7 +282,7 @@ def test_an_export_is_replaced_by_one_of_its_format_alone(make_source: Any, tmp_
     marker = json.loads((out / EXPORT_FILE).read_text())
     for other in (json.dumps({**marker, "format": "onnx"}), "[]", "{"):
         (out / EXPORT_FILE).write_text(other)
-        with pytest.raises(ConfigError, match="exists and is no export of the format hf"):
+        with pytest.raises(ConfigError, match="exists and is not an export of the format hf"):
             export(source, out, "hf")
         assert (out / EXPORT_FILE).read_text() == other
 
@@ -297,8 +297,8 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
         (tmp_path / "metrics.jsonl").write_text(
             '{"step": 3, "validation": {"ndcg_at_10": 0.25}, "selected_by": "ndcg_at_10", "seconds": 1}\n'
         )
-        figures = stage_source(tmp_path, "best").figures
-        assert (figures and figures.metrics) == recorded
+        reported = stage_source(tmp_path, "best").metrics
+        assert (reported and reported.metrics) == recorded
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         stage_source(tmp_path, "latest")
 

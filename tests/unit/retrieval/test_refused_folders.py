@@ -218,10 +218,10 @@ def test_a_split_that_is_not_there_is_no_figure(tools: Tools, model_dir: Path, d
 @pytest.mark.parametrize(
     ("marker", "sentence"),
     [
-        (None, "is no export, or one of an older version"),
-        ("{", "is no export, or one of an older version"),
-        ("[]", "is no export, or one of an older version"),
-        ('{"model_checksum": "m"}', "is no export, or one of an older version"),
+        (None, "is not an export of this version"),
+        ("{", "is not an export of this version"),
+        ("[]", "is not an export of this version"),
+        ('{"model_checksum": "m"}', "is not an export of this version"),
         ('{"model_checksum": "m", "checksums": {"query.onnx": "0"}}', "query.onnx is damaged: its checksum"),
         ('{"model_checksum": "m", "checksums": {"doc.onnx": "0"}}', "doc.onnx is missing"),
         ('{"model_checksum": "m", "checksums": {}}', "is an export of another model"),
