@@ -1,4 +1,4 @@
-"""bigdssm serve: the page in a real browser, and the load test of bench_serve.py."""
+"""The serve command: its page in a real browser, and bench_serve.py against it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def serving(tiny: TinyDataset, folder: Path, *options: str | Path) -> Iterator[s
 
 
 def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
-    """Write a small random model and its index to `folder`; return the model's checksum."""
+    """Create a small random model and its index in `folder`, and return the model's checksum."""
     config = load_config(tiny.config, [f"model.{override}" for override in SMALL])
     dataset = Dataset.open(tiny.dir)
     model = random_model(config, dataset, seed)
@@ -72,7 +72,7 @@ def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
 
 @contextmanager
 def started(folder: Path, *options: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start the command; yield its address and process, which is killed at the end."""
+    """Start the command, and yield its address and process; kill it at the end if it still runs."""
     command, environment = [*serve(folder, "0"), *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -114,7 +114,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(autouse=True)
 def no_problems(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test leaves an error in the page's console, such as a violation of its content security policy."""
+    """Fail on errors in the page's console, such as violations of its content security policy."""
     yield
     if "page" in request.fixturenames:
         page = request.getfixturevalue("page")
@@ -137,7 +137,7 @@ def text(page: Page, selector: str = "body") -> str:
 
 
 def asked(url: str, path: str, body: dict[str, Any]) -> Any:
-    """Return the response of the API."""
+    """Return the answer of the API."""
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
@@ -190,7 +190,7 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
     assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents] != []
     assert text(page, "#title") == f"u7 · {wanted}"
     page.open(page.js("location.href"))
-    assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents], "the address says all of it"
+    assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents], "the address contains the query"
     placeholders = page.js("[...document.querySelectorAll('[type=number]')].map(input => input.placeholder)")
     assert placeholders == ["1961", "1999"]
     page.open(f"{url}/?user=u7&one:genres=Comedy&filter=year+>+2100")
@@ -220,7 +220,7 @@ def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
 def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/")
     page.press("/", *"u7", "Enter").answered()
-    assert page.js("document.querySelector('[name=user]').value") == "u7", "/ itself is not typed"
+    assert page.js("document.querySelector('[name=user]').value") == "u7", "/ is not typed into the field"
 
     def at() -> tuple[str, int]:
         line = page.js("[document.activeElement.dataset.side, document.activeElement.rowIndex]")
@@ -228,7 +228,7 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
 
     assert at() == ("", 1)
     page.press("ArrowUp")
-    assert at() == ("", 1), "nothing is above"
+    assert at() == ("", 1), "there is no row above"
     page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
     assert at() == ("/beside", 2)
     page.press("Enter").answered()
@@ -236,7 +236,7 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
     assert text(page, "tr.why") == f"Similar documents of the history:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
-    assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
+    assert page.js("document.querySelector('tr.why')") is None, "an open explanation closes"
     page.press("Enter").answered().press("Escape")
     assert page.js("document.querySelector('tr.why')") is None and at() == ("/beside", 2)
     page.press("Escape")
@@ -263,7 +263,7 @@ def test_it_fits_a_phone_and_the_dark(page: Page, two_url: str) -> None:
         page.answered()
         assert page.js("document.documentElement.scrollWidth") == 375
         boxes = "[...document.querySelectorAll('section')].map(section => section.getBoundingClientRect().left)"
-        assert len(set(page.js(boxes))) == 1, "the models stand below each other"
+        assert len(set(page.js(boxes))) == 1, "the models are stacked"
         colours = "(({ color, backgroundColor }) => [color, backgroundColor])(getComputedStyle(document.body))"
         light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in page.js(colours))
         assert light > 200 and dark < 50

@@ -1,4 +1,4 @@
-"""bigdssm serve with malicious clients: limits of size and time, and a clean stop."""
+"""The server against malicious clients: bounded memory and time, and a prompt shutdown."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def connected(address: str) -> socket.socket:
 
 
 def answer(connection: socket.socket) -> tuple[int, str]:
-    """Return status and message of a response after which the server closes; 0 without a response."""
+    """Read an answer until the server closes; returns (status, message), status 0 without an answer."""
     received = b""
     try:
         while part := connection.recv(65536):
             received += part
     except ConnectionResetError:
-        pass  # closed during the request
+        pass  # the server closed the connection during the upload
     first, _, body = received.partition(b"\r\n\r\n")
     return (int(first.split()[1]), json.loads(body)["error"]) if received else (0, "")
 
@@ -103,7 +103,7 @@ def test_a_body_that_is_not_announced_as_small_is_not_read(
         assert resident_mb(pid) - before < 30
     with connected(address) as connection:
         connection.sendall(head("POST", *headers))
-        found = answer(connection)  # and the connection is closed
+        found = answer(connection)  # and closes the connection
     assert found[0] == status and sentence in found[1]
     assert asked(address)[0] == 200
 
@@ -154,7 +154,7 @@ def test_a_request_that_does_not_arrive_is_given_up(served: tuple[str, int], beg
     ],
 )  # fmt: skip
 def test_a_request_for_another_host_is_refused(served: tuple[str, int], host: str, ours: bool) -> None:
-    """Otherwise any web page could send requests under a name that resolves to this machine (DNS rebinding)."""
+    """Protects against DNS rebinding: a web page that sends requests under a name that resolves to this machine."""
     status, content = asked(served[0], host=host)
     assert status == (200 if ours else 400), content
     assert ours or "--allow-host" in str(content["error"])
@@ -166,7 +166,7 @@ def test_a_stop_does_not_wait_for_those_who_have_not_asked(folder: Path) -> None
         idle, half, slow = (stack.enter_context(connected(address)) for _ in range(3))
         half.sendall(head()[:-9])
         slow.sendall(head("POST", "Content-Length: 100") + b"{")
-        assert asked(address)[0] == 200  # the three before were accepted
+        assert asked(address)[0] == 200  # the first three are answered
         started_at = time.monotonic()
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) in (0, -signal.SIGTERM)

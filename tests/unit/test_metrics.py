@@ -55,10 +55,10 @@ def test_paired_bootstrap() -> None:
     assert difference == paired_bootstrap(a, b)
     assert difference != paired_bootstrap(a, b, seed=1)
     assert difference.mean == pytest.approx((a - b).mean(), abs=1e-12)
-    half_width = 1.96 * (a - b).std() / 30  # what the normal approximation says
+    half_width = 1.96 * (a - b).std() / 30  # normal approximation
     assert difference.low == pytest.approx(difference.mean - half_width, rel=0.1)
     assert difference.high == pytest.approx(difference.mean + half_width, rel=0.1)
-    # Frozen: the interval is part of what a report says, on every machine.
+    # Frozen: the intervals of reports must be equal on every machine.
     assert (
         str(paired_bootstrap(np.array([1.0, 0, 1, 1, 0]), np.array([0.0, 0, 1, 0, 0]))) == "+0.4000 [+0.0000, +0.8000]"
     )
@@ -70,7 +70,7 @@ def test_several_seeds_resample_rows_and_seeds() -> None:
     a, b = rows + seeds, 0.3 * random.randn(500) - 0.1
     found, alone = paired_bootstrap(a, b), paired_bootstrap(a.mean(axis=0), b)
     assert found.mean == pytest.approx(alone.mean, abs=1e-12)
-    assert alone.high - alone.low < 0.08  # of rows alone; the seeds' mean has a standard error of 0.09
+    assert alone.high - alone.low < 0.08  # over rows only; the seeds' mean has a standard error of 0.09
     assert 0.3 < found.high - found.low < 0.5
     assert paired_bootstrap(a, a - 0.1).low == pytest.approx(0.1)  # seeds pair
     error = standard_errors({"x": a})["x"]
@@ -87,13 +87,13 @@ def test_rows_of_one_query_are_drawn_together() -> None:
     assert found.mean == pytest.approx(alone.mean, abs=1e-12) == pytest.approx(a.mean())
     error = standard_errors({"x": a}, query_ids)["x"]
     sizes = np.bincount(query_ids)
-    assert error == pytest.approx(0.5 * (sizes**2).sum() ** 0.5 / len(a), rel=0.1)  # what the tastes alone bring
+    assert error == pytest.approx(0.5 * (sizes**2).sum() ** 0.5 / len(a), rel=0.1)  # the variance of the tastes
     assert error > 1.8 * standard_errors({"x": a})["x"]
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     seeds = np.stack([a - 0.2, a, a + 0.2])
     more = standard_errors({"x": seeds}, query_ids)["x"]
     assert more == pytest.approx((error**2 + 0.2**2 / 3) ** 0.5)
-    # Of queries with a row each nothing else comes out, whatever their ids are.
+    # With one row per query the ids do not matter.
     ids = random.permutation(len(a))
     assert paired_bootstrap(seeds, taste[query_ids], ids) == paired_bootstrap(seeds, taste[query_ids])
     assert standard_errors({"x": seeds}, ids)["x"] == pytest.approx(standard_errors({"x": seeds})["x"])

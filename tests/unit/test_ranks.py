@@ -34,7 +34,7 @@ def test_hand_worked(through: str) -> None:
     scores = torch.tensor([[5.0, 4.0, 3.0, 4.0, 1.0], [5.0, 4.0, 3.0, 4.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
     target = torch.tensor([1, 4, 0])
     seen = seen_of([[0], [4, 1, 0, 0], []])
-    # Row 0: 5.0 is seen, one tie. Row 1: its target was seen before and stays, 3.0 and 4.0 are left above it.
+    # Row 0: 5.0 is seen, one tie. Row 1: its target is seen but stays; 3.0 and 4.0 remain above it.
     # Row 2: four ties.
     expected = [1.5, 3.0, 3.0]
     if through == "scores":

@@ -1,4 +1,4 @@
-"""Runs and qrels: trec_eval's own figures, files that go out and come back, and what a damaged one says."""
+"""Runs and qrels: agreement with trec_eval, round trips through files, and errors of damaged files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_collection(seed: int) -> tuple[dict[str, dict[str, int]], dict[str, d
         judged = random.choice(400, random.randint(1, 30), replace=False)
         qrels[f"q{q}"] = {f"d{d}": int(random.randint(0, 4)) for d in judged}
         found = random.choice(400, 150, replace=False)
-        # Scores a float32 cannot tell apart tie for trec_eval, which ranks by name then.
+        # trec_eval ranks scores that are equal in float32 by name.
         run[f"q{q}"] = {f"d{d}": float(random.randint(0, 40)) + 1e-9 * random.rand() for d in found}
     return qrels, run
 
@@ -40,7 +40,7 @@ def test_figures_are_trec_evals(tmp_path: Path) -> None:
         expected = [theirs[query][THEIRS[name]] for query in sorted(qrels)]
         np.testing.assert_allclose(values, expected, atol=1e-9, err_msg=name)
         np.testing.assert_array_equal(from_files[name], values)
-    with (tmp_path / "run.trec").open() as file:  # trec_eval's own parser takes the file, and its ranks are ours
+    with (tmp_path / "run.trec").open() as file:  # trec_eval parses the file with the same ranks
         assert pytrec_eval.parse_run(file).keys() == run.keys()
     first = (tmp_path / "run.trec").read_text().splitlines()[0].split()
     assert first[:2] == ["q0", "Q0"] and first[3:6:2] == ["1", "two-words"] and first[2] == ranked(run["q0"])[0]
@@ -75,7 +75,7 @@ RUN, QRELS = "q1 Q0 d1 1 2.5 t\nq2 Q0 d1 1 1.5 t\nq2 Q0 d2 2 0.5 t\n", "q1 0 d1 
 
 
 def write_collection(folder: Path, **changed: str | bytes) -> Path:
-    """Write the files, of which `changed` gives some by the name before the dot."""
+    """Write the files; `changed` overrides contents by file stem."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, text in {**COLLECTION, "run.trec": RUN, "qrels.trec": QRELS}.items():
         content = changed.get(Path(name).stem, text)
@@ -84,7 +84,7 @@ def write_collection(folder: Path, **changed: str | bytes) -> Path:
 
 
 def on_files(folder: Path) -> list[tuple[object, ...]]:
-    """Return both forms of the command that measure a run."""
+    """Return both forms of the command that evaluate a run."""
     return [
         ("evaluate", "--beir", folder, "--run", folder / "run.trec"),
         ("evaluate", "--run", folder / "run.trec", "--qrels", folder / "qrels.trec"),
@@ -130,7 +130,7 @@ def test_files_that_would_give_wrong_figures_are_refused(
 
 
 def test_a_byte_order_mark_and_carriage_returns_change_nothing(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
-    """As editors and spreadsheets on Windows write them, and an empty line at the end."""
+    """With the line ends and byte order marks of Windows editors, and a trailing empty line."""
 
     def figures(folder: Path) -> list[str]:
         printed = []

@@ -20,7 +20,7 @@ SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.te
 
 
 def random_model(config: Config, dataset: Dataset, seed: int, scorer: ScorerConfig | None = None) -> DualEncoder:
-    """Return a model in which every parameter matters, beta included."""
+    """Return a model whose parameters all affect the scores, beta included."""
     torch.manual_seed(seed)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def other_model_dir(config: Config, dataset: Dataset, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of the model's vectors, which stand beside it; a module's own, as some change it."""
+    """Build an index next to the model's vectors, once per module, since some tests modify it."""
     folder, loaded = tmp_path_factory.mktemp("served"), load_model_folder(model_dir)
     write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
     build_index(folder / "vectors", folder / "index")

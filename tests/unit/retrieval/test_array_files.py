@@ -1,4 +1,4 @@
-"""Arrays on the disk: space is reserved before it is mapped, and a seal names the dataset they were made of."""
+"""Arrays on disk: space is reserved before mapping, and a seal contains the dataset's fingerprint."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from bigdssm.utils.array_file import new_array
 
 @pytest.fixture(scope="module")
 def twin(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """A dataset of as many rows and documents, whose items stand in another order."""
+    """A dataset of the same size with items in another order."""
     root = tmp_path_factory.mktemp("twin")
     source = Path(shutil.copytree(tiny_interactions.source, root / "source"))
     first, *lines = (source / "items.csv").read_text().splitlines()
@@ -97,7 +97,7 @@ def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> 
 def test_negatives_that_nothing_writes_are_refused(
     dataset: Dataset, tmp_path: Path, keys: list[int], windows: list[list[int]]
 ) -> None:
-    """Their seal is right: only the values tell."""
+    """The seal is valid, the values are not."""
     width = len(windows[0])
     records = window_records(np.array(keys) << EVENT_BITS, np.array(windows, np.int32).reshape(len(keys), width))
     write_hard_negatives(tmp_path / "mined.npy", records, dataset)

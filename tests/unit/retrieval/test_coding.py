@@ -1,4 +1,4 @@
-"""Vectors in fewer bits: what is written is what the coding says, and every reader gets float32 of it."""
+"""Quantized vectors: rows match the definition, and all readers decode them to float32."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folders(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPath
 
 
 def by_hand(vector: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """What one vector is when it is read again, number by number."""
+    """Quantize and decode one vector, number by number."""
     if dtype in ("float32", "float16"):
         return np.array([float(np.dtype(dtype).type(value)) for value in vector], np.float32)
     *values, beta = vector.tolist()
@@ -104,7 +104,7 @@ def test_every_reader_gets_what_is_stored(
         best = np.sort(queries.numpy() @ stored.T, axis=1)[:, ::-1][:, :10]
         np.testing.assert_allclose(scores[:, 0], best[:, 0], rtol=1e-4, atol=1e-4)
         if rescore:
-            assert index.vectors is not None and isinstance(index.vectors.rows, np.memmap), "they stay on the disk"
+            assert index.vectors is not None and isinstance(index.vectors.rows, np.memmap), "not memory-mapped"
             assert (tmp_path / kind / "vectors.npy").stat().st_size == (folder / "vectors.npy").stat().st_size
         found = Searcher(load_model_folder(model_dir), index, dataset).search([Request("u7")])[0]
         assert len(found) == 10 and found[0].score >= found[-1].score
@@ -135,7 +135,7 @@ def test_files_hold_the_numbers_and_what_they_stand_for(
     numbers = {"float32": 9, "float16": 9, "int8": 8, "binary": 1}
     assert table.schema.field("vector").type == pa.list_(kinds[dtype], numbers[dtype])
     assert ("scale" in table.column_names) == (dtype in CODED)
-    query = whole[3] * 0.1  # as an engine elsewhere scores, from the columns alone
+    query = whole[3] * 0.1  # as another engine scores, from the columns
     listed = np.asarray(table["vector"].combine_chunks().flatten()).reshape(NUM_ITEMS, -1)
     if dtype == "binary":
         listed = 2.0 * np.unpackbits(listed, axis=1, count=8) - 1

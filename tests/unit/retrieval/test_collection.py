@@ -1,4 +1,4 @@
-"""A BEIR collection written beside a dataset: the same figures as the dataset's own evaluation, and as others'."""
+"""A BEIR collection of a dataset: the same metrics as the dataset's evaluation and reference implementations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_collection_holds_the_pairs(made: tuple[Dataset, Path, Config], tiny_pai
         texts = {entry.key: entry.text for entry in collection.queries}
         found.update((texts[q], d, grade) for q, judged in collection.qrels.items() for d, grade in judged.items())
         assert (folder / "qrels" / f"{SPLITS[split]}.tsv").read_text().startswith("query-id\tcorpus-id\tscore\n")
-    # A pair that is said to be relevant and irrelevant is there once, as it first stood.
+    # A pair with contradicting relevances is kept once, with the first one.
     assert {pair[:2] for pair in found} == {pair[:2] for pair in expected} and max(found.values()) == 1
     corpus = {entry.key: entry for entry in read_collection(folder, "test").corpus}
     assert sorted(corpus) == sorted(dataset.catalogue.keys(np.arange(dataset.catalogue.num_docs)))
@@ -90,7 +90,7 @@ def test_a_models_run_is_the_datasets_evaluation(
     for query, doc, rank in zip((f"{i:016x}" for i in ids.tolist()), docs, ranks, strict=True):
         if not np.isnan(rank):
             place = sorted(run[query], key=run[query].__getitem__, reverse=True).index(doc) + 1
-            assert abs(place - rank) <= 0.5  # scores that rounding cannot tell apart are half a rank there
+            assert abs(place - rank) <= 0.5  # scores within rounding error tie, half a rank
             compared += 1
     assert compared > 50
 
@@ -215,8 +215,8 @@ def test_bm25_finds_words_by_their_stems_best_first() -> None:
         "one": ["bridge"], "two": ["sea"], "three": ["sea"],
     }  # fmt: skip
     filtered = bm25_run(collection, filter_known=True, top=1)
-    assert list(filtered["two"]) == ["bridge"], "one more was to be retrieved"
-    assert list(filtered["three"]) == ["sea"], "for this one none more"
+    assert list(filtered["two"]) == ["bridge"], "the next document must be retrieved"
+    assert list(filtered["three"]) == ["sea"], "no further document"
 
 
 def test_damage_is_named(made: tuple[Dataset, Path, Config], tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_the_tools_on_a_collection(
     compared = ("--widths", 4, "--compare", best, "--out", tmp_path / "compared.json")
     tools.ran("evaluate", *beir, *split, "--model", best, *compared)
     seconds = [system["seconds"] for system in json.loads((tmp_path / "compared.json").read_text())["systems"]]
-    assert len(seconds) == 3 and min(seconds) > 0.5, "of some system, encoding is left out"
+    assert len(seconds) == 3 and min(seconds) > 0.5, "the time of a system excludes encoding"
 
 
 def test_what_cannot_be_evaluated_is_refused(

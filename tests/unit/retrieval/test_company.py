@@ -1,4 +1,4 @@
-"""The answer to a request does not depend on the requests that are answered with it."""
+"""The answer to a request does not depend on the other requests of its batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cross-encoder: what it reads of a pair, and what re-ranks by it, on a split, in a search and as a teacher."""
+"""Cross-encoders: pair inputs, and re-ranking in evaluation, in search and as a teacher."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_it_reads_a_pair_as_transformers_tokenise_it(cross_dir: Path, pairs: Dat
                 expected[i, j] = scorer.head(hidden.mean(1))
     towers = tower_encoders(folder.model, pairs)
     vectors = towers.documents(docs.flatten()).view(5, 3, -1)
-    expected += torch.einsum("md,mkd->mk", towers.queries(rows), vectors)  # to which it adds
+    expected += torch.einsum("md,mkd->mk", towers.queries(rows), vectors)  # the cross-encoder adds to the inner product
     np.testing.assert_allclose(PairScorer.of(folder, pairs).score(rows.query, docs), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_a_new_one_begins_at_the_document_towers_weights(
     assert isinstance(model.scorer, CrossEncoder) and model.scorer.key == "doc"
     tower, own = model.text["doc"].state_dict(), model.scorer.text.state_dict()
     name = "bert.embeddings.position_embeddings.weight"
-    assert len(tower[name]) == 24 and len(own[name]) == 36  # of a text's 24 tokens, and with a query's 12
+    assert len(tower[name]) == 24 and len(own[name]) == 36  # 24 tokens of a text, plus 12 of a query
     assert torch.equal(own[name], tower[name][torch.arange(36) % 24])
     assert all(torch.equal(own[key], tensor) for key, tensor in tower.items() if key != name)
     assert not model.scorer.head.weight.any()
@@ -154,7 +154,7 @@ def test_the_best_of_a_split_are_ranked_anew(cross_dir: Path, pairs: Dataset, to
         best = np.argsort(-product[i], kind="stable")[:top]
         assert rows.doc_rows[i] in best
         scores = scorer.score(rows.take(np.array([i])).query, best[None])[0]
-        above = scores - scores[best == rows.doc_rows[i]]  # scores of other batches differ in their last bits
+        above = scores - scores[best == rows.doc_rows[i]]  # the last bits depend on the batch
         assert (above > 2e-5).sum() <= found[i] - 1 <= (above > -2e-5).sum() - 1
     assert top == 2 or (found != before).any()
 
@@ -185,7 +185,7 @@ def test_a_search_ranks_the_indexs_best_anew(
     for before, now in zip(plain.search(requests), reranked.search(requests), strict=True):
         assert len(now) == len(before)
         assert [document.score for document in now[:5]] == sorted((d.score for d in now[:5]), reverse=True)
-        assert now[5:] == before[5:]  # what is behind stays
+        assert now[5:] == before[5:]  # the rest keeps its order
     five = [plain.search([Request(features=request.features, top=5)])[0] for request in requests]
     for request, best in zip(requests, five, strict=True):
         query = reranked.queries.of(request)
@@ -261,7 +261,7 @@ def test_a_run_of_a_collection_is_ranked_anew(cross_dir: Path, pairs: Dataset) -
 
 
 def test_re_ranking_a_batch_is_re_ranking_each_alone(cross_dir: Path, pairs: Dataset, tmp_path: Path) -> None:
-    """Empty texts and long ones beside each other."""
+    """Empty and long texts in one batch."""
     folder = load_model_folder(cross_dir)
     write_vectors(tmp_path / "vectors", tower_encoders(folder.model, pairs), pairs, folder.checksum)
     build_index(tmp_path / "vectors", tmp_path / "index")

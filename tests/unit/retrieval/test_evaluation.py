@@ -1,4 +1,4 @@
-"""Evaluation of a split: against the model's own scores, over ranks, and the baselines against dense ones."""
+"""Evaluation of a split against dense scores, on several ranks, and baselines against dense definitions."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_rows_without_relevance_have_no_rank(model: DualEncoder, dataset: Datase
 
 
 def test_systems_are_compared_by_query(model: DualEncoder, dataset: Dataset) -> None:
-    """The train rows of one user are drawn together, whoever ranks them, and however a report keeps them."""
+    """A user's train rows are resampled together, for any system and in saved comparisons."""
     rows = MeasuredRows.of(dataset, "train")
     ours = evaluate_split(tower_encoders(model, dataset), dataset, "train")
     theirs = evaluate_scores(Popularity.fit(dataset), dataset, "train")
@@ -137,7 +137,7 @@ def test_systems_are_compared_by_query(model: DualEncoder, dataset: Dataset) -> 
 
 
 def train_sequences(dataset: Dataset) -> dict[int, list[int]]:
-    """Return each user's train events in order, put together from the rows alone."""
+    """Reassemble each user's train events in order from the rows."""
     events: dict[int, dict[int, int]] = {}
     for rows in dataset.iterate("train", 1000):
         for i in range(len(rows)):
@@ -186,7 +186,7 @@ def test_baselines_of_a_split(dataset: Dataset) -> None:
 
 
 def test_rows_pair_whatever_their_features_are(tmp_path: Path) -> None:
-    """Ranks of datasets made of the same tables compare; those of another document, user or history do not."""
+    """Ranks are comparable across datasets of the same tables, not with other documents, users or histories."""
     events = [(user, f"i{k}", k) for user in ("u", "v") for k in range(4)]
 
     def checksum(name: str, events: list[tuple[str, str, int]], config: DataConfig, items: int = 5) -> str:

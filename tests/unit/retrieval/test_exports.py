@@ -1,4 +1,4 @@
-"""Exports give the trainer's vectors, load as their own model card says, and are not written where they do not."""
+"""Exports reproduce the trainer's vectors and load with their card's code; a format that cannot leaves no output."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make_source(tokenizer_dir: Path) -> Any:
-    """A function from model settings to a Source: a random model of one text on each side, in which all matters."""
+    """Return a function from model settings to an ExportSource: a random model of one text per side."""
 
     def make(lengths: tuple[int, int] = (12, 24), feature: str = "text", **settings: Any) -> ExportSource:
         sides = {
@@ -121,7 +121,7 @@ def trainers_scores(
 
 
 def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the code of a model card where the card says that it runs, and return its names."""
+    """Execute the code of a model card next to its folder, and return its namespace."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder.parent)
     names: dict[str, Any] = {"__name__": "card"}
@@ -151,14 +151,14 @@ def test_sentence_transformers_scores_as_the_trainer(
     assert max(parity.query, parity.doc) <= PARITY_LIMIT
     model = run_card(tmp_path / "exported", monkeypatch)["model"]
     scores = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS))
-    ours = settings == MODELS["cosine with beta"]  # the module in the folder
+    ours = settings == MODELS["cosine with beta"]  # with the custom module
     assert ours == (tmp_path / "exported" / "sentence_transformers_module.py").exists()
     scale = source.model.model.log_alpha.exp() if settings["score"] == "cosine" and not ours else 1.0
     beta = source.model.model.beta if settings["score"] == "cosine" else None
     scores = scale * scores + (0.0 if beta is None else beta)
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
     encoders = len(list((tmp_path / "exported").glob("*_Transformer")))
-    assert encoders == 2, "a shared encoder cuts queries and documents at different lengths"
+    assert encoders == 2, "one encoder cannot truncate queries and documents at different lengths"
     with pytest.raises(ValueError, match="task"):
         model.encode(QUERIES)
 
@@ -207,7 +207,7 @@ def test_a_model_folder_is_the_model(make_source: Any, tmp_path: Path, monkeypat
     assert (parity.query, parity.doc) == (0.0, 0.0)
     card = run_card(tmp_path / "exported", monkeypatch)
     assert card["folder"].checksum == source.model.checksum == load_model_folder(tmp_path / "exported").checksum
-    export(folder_source(tmp_path / "exported"), tmp_path / "exported")  # ours, so it may be replaced
+    export(folder_source(tmp_path / "exported"), tmp_path / "exported")  # an export may be replaced
     readme = (tmp_path / "exported" / "README.md").read_text()
     assert "None were recorded" in readme and "model-index" not in readme
 
@@ -256,8 +256,8 @@ def test_the_probe_reaches_what_exports_get_wrong(make_source: Any) -> None:
     texts = probe.only_text("query")
     tokens = probe.features["query"]["text"]
     assert "" in texts and any(text != text.lower() for text in texts)
-    assert (tokens != 0).sum(dim=1).tolist().count(12) > 5, "no text is cut"
-    assert len(set((tokens != 0).sum(dim=1).tolist())) > 5, "all texts have one length"
+    assert (tokens != 0).sum(dim=1).tolist().count(12) > 5, "too few truncated texts"
+    assert len(set((tokens != 0).sum(dim=1).tolist())) > 5, "too few different lengths"
 
 
 @pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
@@ -331,7 +331,7 @@ def test_onnx_scores_as_the_trainer(
 def test_onnx_holds_histories_of_every_kind(
     config: Config, dataset: Dataset, block: Any, positions: Any, tmp_path: Path
 ) -> None:
-    """From a model folder; the export itself compares rows of all lengths, together and alone."""
+    """Export a model folder; the export compares rows of all lengths, batched and single."""
     for package in ONNX:
         pytest.importorskip(package)
     history = HISTORY_BLOCKS.find(block, "")(positions=positions, layers=2, item_scale=True)
@@ -353,12 +353,12 @@ def test_onnx_holds_towers_of_all_features(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From raw values, as the card says, over the towers' histories, categories, numbers and texts."""
+    """Encode raw values of histories, categories, numbers and texts with the card's code."""
     for package in ONNX:
         pytest.importorskip(package)
     export(folder_source(model_dir), tmp_path / "exported", "onnx")
     card = run_card(tmp_path / "exported", monkeypatch)
-    items = [f"i{number}" for number in range(14)]  # more than are read
+    items = [f"i{number}" for number in range(14)]  # more than max_items
     assert dataset.tokenizer_dir is not None
     lookup = Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True)
     collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
@@ -441,7 +441,7 @@ def test_a_server_may_encode_with_the_exported_query_tower(
 
 @contextmanager
 def monkeypatched_forward(folder: ModelFolder) -> Iterator[None]:
-    """Have the model itself refuse to encode."""
+    """Make the model's forward raise."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("the model was asked, not its export")

@@ -1,4 +1,4 @@
-"""Filters match their conditions, and every type of index returns all matching documents."""
+"""Filters match their definition, and every index type returns all matching documents."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_is_no_filter_is_one_sentence(dataset: Dataset, text: str, sentence
 
 
 def test_conditions_that_repeat_are_evaluated_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bound on the length of filters: each condition reads all documents."""
+    """Each distinct condition scans the documents once, in filters of any length."""
     filters, read, compared = Filters(dataset.schema, dataset.catalogue), [], []
     column, matches = Catalogue.column, Numeric.matches
 
@@ -165,7 +165,7 @@ def test_every_index_finds_as_many_as_a_filter_lets_through(
         found += [row in own for row in wanted[i, : len(own)]]
         if index.meta.kind in ("flat", "hnsw", "ivf"):
             np.testing.assert_allclose(scores[i, : len(own)], exact[i, own], rtol=1e-3, atol=1e-4)
-    few = let_through <= NUM_DOCS // 8  # then an index scans all of them
+    few = let_through <= NUM_DOCS // 8  # small enough to scan all
     least = {"sq8": 0.9, "ivfpq": 0.7}.get(index.meta.kind, 1.0 if few or index.meta.kind == "flat" else 0.9)
     assert sum(found) >= least * len(found)
 

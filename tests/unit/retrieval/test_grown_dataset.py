@@ -1,4 +1,4 @@
-"""A model reads its own dataset after an append: values that are new since then are out of vocabulary."""
+"""A model on its dataset after an append: new values are out of vocabulary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEW_ITEMS, NEW_USERS = 3, 4
 
 @dataclass(frozen=True)
 class Grown:
-    """A model, its dataset, and this dataset after an append, with the vectors and indexes of both."""
+    """A model with its dataset before and after an append, and the vectors and indexes of both."""
 
     model: Path
     before: Path
@@ -93,8 +93,8 @@ def test_vectors_of_old_items_stay_and_new_items_have_those_of_their_content(gro
         for folder in (grown.work / "vectors-before", grown.work / "vectors-after")
     )
     assert len(after) == len(before) + NEW_ITEMS
-    assert np.allclose(after[: len(before)], before, rtol=0, atol=1e-5)  # products of other batches round otherwise
-    assert len(np.unique(after[len(before) :], axis=0)) == NEW_ITEMS  # one id for all of them, other titles
+    assert np.allclose(after[: len(before)], before, rtol=0, atol=1e-5)  # rounding depends on the batch
+    assert len(np.unique(after[len(before) :], axis=0)) == NEW_ITEMS  # the same id, different titles
 
 
 def test_unchanged_documents_are_not_encoded_again(grown: Grown, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Model folders to the Hub and back, through a stand-in of its API on the loopback interface."""
+"""Model folders to the Hub and back, with a fake of its API on the loopback interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPO = "someone/films"
 
 
 class HubAPI(BaseHTTPRequestHandler):
-    """What the client asks of the Hub for one repository of small files."""
+    """The Hub's API for one repository of small files."""
 
     server: Hub
 
@@ -78,7 +78,7 @@ class HubAPI(BaseHTTPRequestHandler):
 
 
 class Hub(QuietServer):
-    """A repository that is made when it is asked for."""
+    """A server with a repository that is created on first use."""
 
     made = False
 
@@ -117,7 +117,7 @@ def test_a_model_comes_back_from_the_hub(folder: Path, hub: Hub, monkeypatch: py
     model = bigdssm.from_pretrained(REPO)
     assert model.checksum == bigdssm.load_model(folder).checksum
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert bigdssm.from_pretrained(REPO).checksum == model.checksum, "not taken from the cache"
+    assert bigdssm.from_pretrained(REPO).checksum == model.checksum, "not read from the cache"
 
 
 def test_only_whole_model_folders_are_pushed(folder: Path, hub: Hub) -> None:

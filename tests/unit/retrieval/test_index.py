@@ -1,4 +1,4 @@
-"""The served score is the training score; an index serves the model it was made of and no other."""
+"""The served score is the training score; an index accepts only queries of its model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_top_k_of_the_index_is_the_scorers(
         docs = dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))
         encoded = model(query=collator.query_features(rows.query), doc=docs)
         scores = encoded.alpha * encoded.U @ encoded.W.T + encoded.beta
-    assert encoded.beta.std() > 0.1, "beta does not tell documents apart: the test would not see it missing"
+    assert encoded.beta.std() > 0.1, "beta is too uniform for the test to detect its absence"
     best, place = scores.topk(10)
     without_beta = (scores - encoded.beta).topk(10).indices
     assert (without_beta != place).any()
@@ -65,7 +65,7 @@ def test_top_k_of_the_index_is_the_scorers(
 def test_a_scalar_beta_is_in_the_score_and_changes_no_ranking(
     tiny_interactions: Any, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Through a model folder, vectors and an index."""
+    """End to end: model folder, vectors and index."""
     overrides = [f"model.{override}" for override in SMALL] + ["model.beta=scalar", "sft.loss.name=sigmoid"]
     config = load_config(tiny_interactions.config, overrides)
     save_model_folder(
@@ -165,7 +165,7 @@ def test_approximate_indexes_find_most(
 
 
 def cut(vectors: np.ndarray, width: int) -> np.ndarray:
-    """Return index vectors of a cosine model cut to [n, width + 1], the slow way."""
+    """Truncate index vectors of a cosine model to [n, width + 1], naively."""
     found = []
     for vector in vectors:
         first = vector[:width] * np.linalg.norm(vector[:-1]) / np.linalg.norm(vector[:width])
@@ -213,14 +213,14 @@ def test_candidates_are_scored_again_by_whole_vectors(
     for allowed in (None, AllowedDocuments(mask)):
         asked = (queries.numpy(), 10, index.meta.model_checksum, None, allowed)
         wanted, found = exact.nearest(*asked), index.nearest(*asked)
-        assert (found[1] == wanted[1]).mean() > 0.9, "of 40 candidates nearly all are the best"
+        assert (found[1] == wanted[1]).mean() > 0.9, "recall among 40 candidates is too low"
         assert (np.diff(found[0], axis=1) <= 0).all() and (found[1] >= 0).all()
         whole = np.load(vectors / "vectors.npy")
         for query, scores, rows in zip(queries.numpy(), *found, strict=True):
             np.testing.assert_allclose(scores, whole[rows] @ query, rtol=1e-5, atol=1e-5)
             assert allowed is None or mask[rows].all()
     np.testing.assert_allclose(index.similar(3, 4)[0], exact.similar(3, 4)[0], rtol=1e-4, atol=1e-4)
-    assert index.vectors is not None and isinstance(index.vectors.rows, np.memmap), "they stay on the disk"
+    assert index.vectors is not None and isinstance(index.vectors.rows, np.memmap), "not memory-mapped"
 
 
 def test_a_type_of_index_has_options_of_its_own(vectors_dir: Path, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_bits_alone_are_no_scores(vectors_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path) -> None:
-    """Of a width that its codes do not divide; a document's nearest are found by what its code stands for."""
+    """Codes do not divide the width; nearest documents are searched with the reconstructed vector."""
     random, num_docs, checksum = np.random.RandomState(0), 9_984, "m"
     vectors = random.randn(num_docs, 3).astype(np.float32) @ random.randn(3, 9).astype(np.float32)
     made = tmp_path / "made"
@@ -285,7 +285,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
         assert len(rows) == 10 and row not in rows and (np.diff(cosines) <= 0).all()
         np.testing.assert_allclose(cosines, own[1:] @ own[0], atol=0.1)
         close.append(len(set(rows) & set(exact.similar(row, 100)[1])) / 10)
-    assert np.mean(close) > 0.7, "few of the ten are among the hundred nearest"
+    assert np.mean(close) > 0.7, "too few of the ten are among the hundred nearest"
     with pytest.raises(ConfigError, match="40 documents, needs at least 9984"):
         index_type("ivfpq").build(CodedVectors(vectors[:40], "float32", 9))
 
@@ -335,7 +335,7 @@ def test_damage_is_named(vectors_dir: Path, tmp_path: Path) -> None:
     (out / "index.faiss").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"index\.faiss is damaged: its checksum"):
         open_index(out)
-    build_index(vectors_dir, out)  # an index of ours is replaced
+    build_index(vectors_dir, out)  # an index may be replaced
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps({**meta, "num_docs": 7}))
     with pytest.raises(CheckpointError, match="is damaged"):

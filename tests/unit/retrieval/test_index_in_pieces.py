@@ -1,4 +1,4 @@
-"""An approximate index is built in pieces: the run's watchdog hears of each, as often on every rank."""
+"""An approximate index is built in chunks that report progress to the watchdog, equally often on every rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def vectors() -> np.ndarray:
 
 
 def test_every_round_and_every_piece_is_told(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that grows with the documents runs between two of them: not all rounds, not all vectors."""
+    """The work between two reports is bounded: one k-means round or one chunk of vectors."""
     monkeypatch.setattr(index_types, "ROWS_AT_ONCE", 300)
     done: list[tuple[str, int]] = []
     train, add = faiss.Clustering.train, faiss.IndexIVFFlat.add
@@ -55,7 +55,7 @@ def test_the_centres_are_those_that_faiss_finds_in_one_go(vectors: np.ndarray) -
 def test_all_ranks_tell_as_often_whatever_their_share(
     vectors: np.ndarray, num_docs: int, most_pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Telling is a collective: a rank that has a piece more, or no document, would hang the others."""
+    """Reporting is a collective: a rank with more chunks, or without documents, would hang the others."""
     monkeypatch.setattr(index_types, "ROWS_AT_ONCE", 20)
     told = []
     queries, nothing = torch.from_numpy(vectors[:50]), torch.empty(0, dtype=torch.int64)
@@ -68,7 +68,7 @@ def test_all_ranks_tell_as_often_whatever_their_share(
             unpack_keys(search(queries, 1, nothing, nothing))[1]
             for search in (approximate_search(documents, num_docs, share), exact_search(documents))
         )
-        assert torch.equal(found, exact)  # of one list
+        assert torch.equal(found, exact)  # with one list
         told.append(calls)
     total = IVF_ROUNDS + most_pieces
     assert told == [[(TOLD, piece, total) for piece in range(1, total + 1)]] * 3

@@ -1,4 +1,4 @@
-"""Windows that are known: what a query rated, and what a table says it was shown; each against a loop over the rows."""
+"""Candidate windows from ratings and from a table of impressions, each against a loop over the rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_QUERIES, NUM_DOCS = 30, 40
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
-    """A dataset of 30 queries that rate ten documents each, from 0 to 4, some twice; and a table of what they saw."""
+    """A dataset of 30 queries with ten ratings from 0 to 4, some repeated; and a table of impressions."""
     root = tmp_path_factory.mktemp("rated")
     with (root / "pairs.jsonl").open("w") as pairs, (root / "shown.jsonl").open("w") as shown:
         for query in range(NUM_QUERIES):
@@ -46,7 +46,7 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
 
 
 def train_rows(dataset: Dataset) -> list[tuple[int, int, int, float]]:
-    """Return (key, query id, catalogue row, relevance) of every train query."""
+    """Return (key, query id, catalogue row, relevance) per train query."""
     rows = next(dataset.iterate("train", 10**6))
     return list(
         zip(*(c.tolist() for c in (rows.query_keys, rows.query_ids, rows.doc_rows, rows.relevance)), strict=True)
@@ -89,7 +89,7 @@ def test_a_graded_window_is_what_the_query_rated(
 def test_a_given_window_is_what_the_table_lists(
     tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path, own_column: bool  # noqa: F811
 ) -> None:  # fmt: skip
-    """For the query, or for the row alone; without what the query has chosen elsewhere in train."""
+    """Per query, or per row; without the query's other train positives."""
     (dataset, root), out = rated, tmp_path / "shown.npy"
     columns = ("--query-column", "user", "--column", "beside", *(("--own-column", "doc") if own_column else ()))
     tools.ran("list_candidates", "--data", dataset.dir, "--out", out, "--given", root / "shown.jsonl", *columns)

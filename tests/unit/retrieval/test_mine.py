@@ -1,4 +1,4 @@
-"""Mined negatives: the right ranks, no known positive among them, nothing learned from held-out rows."""
+"""Hard-negative mining: correct ranks, no known positives, no leak of held-out rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:
-    """Return the windows by the definition."""
+    """Return the windows by definition."""
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
     positives: dict[int, set[int]] = {}
     for rows in dataset.iterate("train", 1000):
@@ -60,7 +60,7 @@ def test_documents_within_the_margin_of_the_rows_own_are_left_out(model: DualEnc
     encoders = tower_encoders(model, dataset)
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
     everything = mine(encoders, dataset, first=2, last=25)["window"]
-    # given vectors stand in for the model's: nothing is encoded again
+    # precomputed vectors are used: nothing is encoded again
     only_queries = Encoders(encoders.queries, None)  # type: ignore[arg-type]
     kept = mine(only_queries, dataset, first=2, last=25, margin=0.5, documents=DocumentVectors(documents))["window"]
     left_out = 0
@@ -76,7 +76,7 @@ def test_documents_within_the_margin_of_the_rows_own_are_left_out(model: DualEnc
 
 
 def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) -> None:
-    """A miner that never names a user's test item has told the model what it is."""
+    """Never mining a user's test item would leak it to the model."""
     held_out = {
         (int(query_id), int(doc))
         for split in ("validation", "test")

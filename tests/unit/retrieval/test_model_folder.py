@@ -1,4 +1,4 @@
-"""A model folder gives back the model, needs nothing else, and does not load when it was damaged."""
+"""A model folder is self-contained, restores the model, and does not load if damaged."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_light_query_tower_comes_back_light(tiny_pairs: Any, tmp_path: Path) -
 def test_the_config_of_a_folder_is_data(
     config: Config, dataset: Dataset, model: DualEncoder, text: str, tmp_path: Path
 ) -> None:
-    """Whoever made the folder reads no environment of who opens it."""
+    """A folder's config must not read environment variables of the process that opens it."""
     said = replace(config, data=replace(config.data, dir=text))
     save_model_folder(tmp_path / "m", model, said, dataset.schema, dataset.tokenizer_dir, {})
     assert load_model_folder(tmp_path / "m").config.data.dir == text

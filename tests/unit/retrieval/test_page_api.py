@@ -1,4 +1,4 @@
-"""What the page asks beside the search: why a document, what filters may be made of, a second model; and its policy."""
+"""The page's API besides search: explanations, filter choices, a second model; and its security policy."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_nearest_of_the_history_say_why(
     with TestClient(
         make_app(Searcher(load_model_folder(model_dir), open_index(tmp_path / "index"), dataset))
     ) as client:
-        events = [f"i{i}" for i in (30, 31, 2, 9, 2, 11, 20, 21, 22, 23, 24, 25)]  # the last ten are read, without i31
+        events = [f"i{i}" for i in (30, 31, 2, 9, 2, 11, 20, 21, 22, 23, 24, 25)]  # the last ten are used
         body = {"events": [{"item": item} for item in events], "answer": "i31"}
         answer = client.post("/api/why", json=body).json()
     read = {item: cosine(vectors[int(item[1:])], vectors[31]) for item in events[2:]}
@@ -155,14 +155,14 @@ def test_what_filters_may_be_made_of(client: TestClient) -> None:
     assert filters["year"] == {"type": "numeric", "least": 1961.0, "most": 1999.0}
     assert filters["genres"]["type"] == "categorical"
     assert sorted(filters["genres"]["values"]) == ["Action", "Comedy", "Drama", "Western"]
-    assert set(filters) == {"year", "genres"}, "keys stand once each, a title is a text"
+    assert set(filters) == {"year", "genres"}, "keys are unique, a title is a text"
 
 
 def test_choices_are_of_what_is_there_the_most_frequent_first() -> None:
     feature = Categorical(vocabulary=Vocabulary.of(["a", "b", "c", "d"]), name="kind")
     column = Ragged.of_lists([[3], [4, 2], [0], [4, 1, 1, 1], [3, 4], []])
     assert feature.choices(column) == {"values": ["c", "b", "a"]}
-    assert feature.choices(np.array([2, 3, 1, 0])) is None, "no two are of one kind"
+    assert feature.choices(np.array([2, 3, 1, 0])) is None, "all values are distinct"
     assert Categorical(hash_buckets=4).choices(column) is None
     assert feature.choices(np.zeros(0, np.int32)) is None
     assert Numeric().choices(np.array([np.nan, 12.34, 3, -1], np.float32)) == {"least": -1.0, "most": 12.34}

@@ -1,4 +1,4 @@
-"""Bulk recommendation gives what a request gives, whoever computes it and however often it is killed."""
+"""Bulk recommendation equals search requests, for any number of ranks and after kills."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_table_of_new_users(
 
 
 class Killed(QuerySource):
-    """A source whose reader is killed at one of its rows, and which knows what was read."""
+    """A source that raises at a given row and records the rows read."""
 
     def __init__(self, source: QuerySource, at: int | None = None) -> None:
         self.identity, self.num_rows, self._source, self._at = source.identity, source.num_rows, source, at
@@ -172,7 +172,7 @@ def test_a_killed_job_goes_on_and_another_does_not(
         run("out", Killed(users, at=30), RecommendOptions(3))
     other = Killed(users)
     run("out", other, RecommendOptions(3, filter="year < 1990"))
-    assert len(other.read_rows) == 5, "what another filter found is not kept"
+    assert len(other.read_rows) == 5, "results of another filter were reused"
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -1,4 +1,4 @@
-"""Folders that were damaged, edited or mistaken for others, as the command lines meet them: one sentence, no scores."""
+"""Commands on damaged, edited or mismatched folders: a one-sentence error, no scores."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_config_that_would_score_otherwise_is_refused(tools: Tools, copies: Pa
 
 
 def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
-    """A dataset that moved, and the order and the comments of the YAML."""
+    """A moved dataset, and reordered or commented YAML."""
     expected = tools.ran(*search(copies))
     shutil.copytree(dataset.dir, copies / "moved")
     edit(copies / "model" / "config.yaml", lambda config: config["data"].update(dir=str(copies / "moved")))
@@ -70,7 +70,7 @@ def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset
 
 @pytest.mark.parametrize("file", ["schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"])
 def test_an_index_is_of_all_that_scores(tools: Tools, copies: Path, file: str) -> None:  # noqa: F811
-    """The same weights beside another schema, tokenizer or architecture are another model."""
+    """The same weights with another schema, tokenizer or architecture are another model."""
     from bigdssm.checkpoints.checkpoint import file_checksum
 
     model = copies / "model"
@@ -110,7 +110,7 @@ def test_damaged_vectors_are_named(
     tools: Tools, copies: Path, dataset: Dataset, damage: Any, file: str  # noqa: F811
 ) -> None:  # fmt: skip
     damage(copies / "vectors" / file)
-    if file == "contents.npy":  # is for --since alone
+    if file == "contents.npy":  # used by --since only
         command: list[object] = ["embed", "--model", copies / "model", "--data", dataset.dir, "--out", copies / "out"]
         command += ["--since", copies / "vectors"]
     else:
@@ -121,13 +121,13 @@ def test_damaged_vectors_are_named(
 
 @pytest.mark.parametrize("key", ["kind", "model_checksum", "dataset_fingerprint", "num_docs", "width", "files"])
 def test_an_edited_meta_is_not_believed(tools: Tools, copies: Path, key: str) -> None:  # noqa: F811
-    """An index of one model given out as another's, for example."""
+    """For example the index of another model."""
     edit(copies / "index" / "meta.json", lambda meta: meta.update({key: "other"}))
     assert "meta.json is damaged: its checksum" in tools.refused(4, *search(copies))
 
 
 def test_top_is_cut_to_the_documents(tools: Tools, copies: Path) -> None:  # noqa: F811
-    """A thousand million places take most of a minute to fill with nothing."""
+    """Filling 10⁹ positions would take most of a minute."""
     everything = tools.ran(*search(copies, "--user", "u7", "--top", 40))
     assert tools.ran(*search(copies, "--user", "u7", "--top", 10**15)) == everything
 
@@ -158,7 +158,7 @@ def test_a_query_that_is_no_text_or_number_is_refused(
 
 
 def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
-    """Vectors may have taken days."""
+    """Vectors may have taken days to encode."""
     vectors, index = copies / "vectors", copies / "index"
     embed = ("embed", "--model", copies / "model", "--data", dataset.dir, "--out")
     message = tools.refused(2, "build_index", "--vectors", vectors, "--out", vectors)
@@ -170,7 +170,7 @@ def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Pat
 
 
 def test_what_a_link_leads_to_is_written(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
-    """Twice, and the link stays one."""
+    """Twice, and the link is preserved."""
     for name in ("v", "i", "m"):
         (copies / f"disk-{name}").mkdir()
         (copies / name).symlink_to(copies / f"disk-{name}")
@@ -256,7 +256,7 @@ def test_mining_beyond_the_catalogue_takes_what_there_is(tools: Tools, copies: P
 
 
 def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
-    """Ranks below 1 give figures above 1, those of other shapes or rows no pairs."""
+    """Ranks below 1 would give metrics above 1; ranks of other shapes or rows do not pair."""
     command = ("evaluate", "--model", copies / "model", "--data", dataset.dir)
     tools.ran(*command, "--out", copies / "one.json")
     edit(copies / "one.json", lambda content: content["systems"][0].update(seconds="soon"))
@@ -275,7 +275,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
 def test_files_are_written_where_a_link_leads_and_over_no_device(
     tools: Tools, copies: Path, dataset: Dataset, run_dir: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    """To /dev/null, say, which whoever is root would else put a file in the place of."""
+    """For example /dev/null, which root could otherwise replace by a file."""
     data = ("--model", copies / "model", "--data", dataset.dir)
     commands: list[tuple[object, ...]] = [("evaluate", *data), ("mine_negatives", *data), ("report", run_dir)]
     os.mkfifo(copies / "pipe")

@@ -1,4 +1,4 @@
-"""A judge's scores beside mined windows: whose they are, how several are averaged, going on where it was killed."""
+"""Teacher scores of hard negatives: correct pairs, averages of several teachers, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 
 @pytest.fixture(scope="module")
 def mined(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Windows of all train queries; some places of them hold nothing."""
+    """Windows of all train queries, partly padded."""
     path = tmp_path_factory.mktemp("mined") / "mined.npy"
     own = mine(tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
     found = gather_hard_negatives(path, own, dataset)
@@ -53,7 +53,7 @@ def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
 
 
 def asked(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
-    """Return the mined queries as rows, and their documents, the own one first."""
+    """Return the queries as rows, and their documents, the target first."""
     rows = next(dataset.iterate("train", 10**6))
     rows = rows.take(np.flatnonzero(np.isin(rows.query_keys, mined.queries)))
     return rows, np.concatenate([rows.doc_rows[:, None], mined.windows(rows.query_keys)], 1)
@@ -94,7 +94,7 @@ def test_an_mlp_may_judge(
     rows, docs = asked(dataset, HardNegatives.open(mined))
     encoders = tower_encoders(model, dataset)
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
-    W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # of a cosine model
+    W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # cosine model
     assert model.scorer is not None and model.config.score == "cosine"
     with torch.no_grad():
         scores = model.scorer(encoders.queries(rows)[:, None, :-1], W[np.maximum(docs, 0)]).numpy()
@@ -120,7 +120,7 @@ def test_a_cross_encoder_of_our_own_may_judge(
 def test_a_pretrained_encoder_may_judge_as_it_is(
     tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    """By what transformers makes of the same texts."""
+    """Compared with transformers on the same texts."""
     dataset, mined, _ = pairs
     assert dataset.tokenizer_dir is not None
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Co
 def test_bm25_and_a_cross_encoder_read_the_texts(
     tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    """Each alone, by what BM25 and the transformer say of the same texts."""
+    """Each teacher separately, compared with BM25 and transformers on the same texts."""
     for package in ("bm25s", "Stemmer", "sentence_transformers"):
         pytest.importorskip(package)
     dataset, mined, _ = pairs
@@ -200,12 +200,12 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
 
 
 def _of(everything: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """Return what a baseline's scores of all documents say of some, NaN where there is none."""
+    """Select documents from scores of all documents, NaN for -1."""
     return np.where(docs < 0, np.nan, np.take_along_axis(everything, np.maximum(docs, 0), 1))
 
 
 def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
-    """Write a random one with the dataset's tokenizer; return its transformer and its tokenizer."""
+    """Write a random cross-encoder with the dataset's tokenizer; return its transformer and tokenizer."""
     assert dataset.tokenizer_dir is not None
     torch.manual_seed(0)
     config = BertConfig(
@@ -253,7 +253,7 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
     np.testing.assert_allclose(
         whole.teacher_scores(given.queries), direct.teacher_scores(given.queries), rtol=1e-4, atol=1e-4
     )
-    # of another judge nothing is kept
+    # scores of another teacher are not reused
     asked_for.clear()
     with pytest.raises(KeyboardInterrupt):
         make(killed, 0, ["one"])

@@ -1,4 +1,4 @@
-"""A request becomes what rows are: the offline vector of the same facts, and the documents that may answer it."""
+"""Requests resolve to the vectors of equivalent dataset rows, and to the allowed documents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_vector_of_a_request_is_the_offline_one_of_the_same_facts(
         number = int(key[1:])
         features = {"age": 20 + number % 50, "occupation": jobs[number % 3]}
         events = [Event(item, 1e9 + place) for place, item in enumerate(dataset.catalogue.keys(rows.seen(i)))]
-        if given == "user and what came since":  # what a dataset made later knows of the user has one event more
+        if given == "user and what came since":  # a later dataset has one more event of the user
             events = [Event(event.item) for event in events]
             later = Queries(dataset.schema, dataset.tokenizer, dataset, True).of(Request(key)).seen
             assert later.tolist() == [*rows.seen(i), rows.doc_rows[i]]
@@ -66,7 +66,7 @@ def test_the_vector_of_a_request_is_the_offline_one_of_the_same_facts(
             after = Event("i5", now + 1)
             events = [after, *events[1::2], Event("gone", 1e9), *events[::2]]
         request = Request(features=features, events=events, now=now)
-        assert len(queries.of(request).seen) > 10, "a history is cut to its newest 10"
+        assert len(queries.of(request).seen) > 10, "the history is truncated to the newest 10"
         assert np.abs(vector(model, dataset, queries, request) - expected[i]).max() <= 1e-5
         assert queries.of(request).unknown == (("gone",) if given.startswith("shuffled") else ())
 
@@ -131,7 +131,7 @@ def test_typed_features(dataset: Dataset) -> None:
         ids, _ = tokenizer.encode(pa.array(["stone anchor stone anchor"]), 4)
         assert listed(query.columns["words"]) == [ids.tolist()]
         assert len(ids) == 4
-        assert len(query.columns["more"].values) >= 1  # an empty text still has its special tokens
+        assert len(query.columns["more"].values) >= 1  # an empty text has special tokens
         assert [listed(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
         assert listed(query.columns["look"]) == [[1.0, 2.0]]
         assert list(query.columns) == list(schema.query)
@@ -200,7 +200,7 @@ def test_users_are_listed_once_however_many_partitions_know_them() -> None:
     keys = ["u1", "u2", "u1", "u3", "u2"]
 
     class Table:
-        def whole(self, name: str) -> np.ndarray:
+        def column(self, name: str) -> np.ndarray:
             return np.array([5, 3, 5, 1, 3])
 
         def strings(self, name: str, rows: np.ndarray) -> list[str]:
@@ -213,7 +213,7 @@ def test_users_are_listed_once_however_many_partitions_know_them() -> None:
 def test_a_filter_reaches_the_query(dataset: Dataset, queries: Queries) -> None:
     allowed = queries.of(Request("u7", filter="year >= 1990")).allowed
     assert allowed is not None and np.flatnonzero(allowed.mask).tolist() == list(range(30, NUM_ITEMS))
-    assert queries.of(Request("u8", filter="year >= 1990")).allowed is allowed, "a filter is looked up once"
+    assert queries.of(Request("u8", filter="year >= 1990")).allowed is allowed, "a filter is cached"
     with pytest.raises(ConfigError, match="give the dataset with --data"):
         schema = Schema(query={"age": Numeric().with_name("age")})
         Queries(schema, None, None, True).of(Request(features={"age": 3}, filter="year > 1990"))

@@ -1,4 +1,4 @@
-"""Serving: the API answers as the library does, whatever is asked at the same time; bad input is one sentence."""
+"""Serving: the API equals the library under concurrent requests; invalid input gets a one-sentence error."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, t
 
 
 def counted(client: TestClient) -> dict[str, float]:
-    """What /metrics says, by name and labels."""
+    """Return the values of /metrics by name and labels."""
     found = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:
@@ -121,7 +121,7 @@ def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
         assert (first["cached"], again["cached"]) == (False, True)
         assert again["documents"] == first["documents"]
         assert not client.post("/api/search", json={"user": "u7", "top": 3}).json()["cached"]
-        assert not client.post("/api/search", json={"user": "u7"}).json()["cached"], "only one answer is kept"
+        assert not client.post("/api/search", json={"user": "u7"}).json()["cached"], "the cache holds one answer"
         found = counted(client)
         assert (found["bigdssm_batch_queries_sum"], found["bigdssm_batch_queries_count"]) == (3, 3)
         assert (found["bigdssm_cache_total hit"], found["bigdssm_cache_total miss"]) == (1, 3)
@@ -268,7 +268,7 @@ def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monk
         assert client.get("/api/about").status_code == 200
         others_answered.set()
         asking.join()
-    assert waited == [True], "no other request was answered while the query was looked up"
+    assert waited == [True], "the lookup blocked another request"
 
 
 def test_requests_of_other_filters_share_a_batch(searcher: Searcher) -> None:
@@ -296,7 +296,7 @@ def test_what_replaces_model_and_index_is_taken_up_together(
         assert client.get("/readyz").text == client.get("/healthz").text == "ok"
         replace_folder(tmp_path / "new", tmp_path / "model")
         time.sleep(0.5)
-        assert client.post("/api/search", json={"user": "u7"}).json()["cached"], "a model alone is not taken up"
+        assert client.post("/api/search", json={"user": "u7"}).json()["cached"], "a model alone is not loaded"
         replace_folder(tmp_path / "new-index", tmp_path / "index")
         until = time.monotonic() + 20
         while client.get("/api/about").json()["model"] != other.checksum:
@@ -308,7 +308,7 @@ def test_what_replaces_model_and_index_is_taken_up_together(
 
 
 class Unopened(Folders):
-    """Folders that hold something new, which opens as `opens` does."""
+    """Folders with a new state, opened by `opens`."""
 
     opens: Callable[[], Searcher]
 
@@ -373,7 +373,7 @@ def test_a_stop_does_not_wait_for_a_folder_that_opens_slowly(searcher: Searcher)
         return time.monotonic()
 
     stopped = asyncio.run(run())
-    assert time.monotonic() - stopped < 5, "the loop's threads are waited for"
+    assert time.monotonic() - stopped < 5, "the shutdown waited for the thread"
     release.set()
 
 
@@ -393,11 +393,11 @@ def test_requests_are_logged_as_json(searcher: Searcher, capsys: pytest.CaptureF
         ("POST", "/api/search", 404), ("GET", "/invented/path", 404), ("GET", "/metrics", 200),
     ]  # fmt: skip
     assert all(line["ms"] >= 0 and line["time"] > 1e9 for line in lines)
-    assert found["bigdssm_requests_total other 404"] == 1, "whoever asks cannot invent labels"
+    assert found["bigdssm_requests_total other 404"] == 1, "clients cannot create labels"
 
 
 def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks may send long names, and the catalogue may be large."""
+    """Names of requests may be long, and the catalogue large."""
     compared, close_matches = [], difflib.get_close_matches
 
     def counting(word: str, titles: Sequence[str], *others: Any) -> list[str]:
@@ -414,7 +414,7 @@ def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
 def test_the_index_is_searched_with_the_threads_asked_for(
     model_dir: Path, index_dir: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whatever thread a request is answered: each has its own number."""
+    """In any thread: FAISS's setting is per thread."""
     used: dict[str, int] = {}
 
     class Watched(Index):
@@ -463,7 +463,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
 def test_options_that_cannot_work_are_one_sentence(
     model_dir: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each says what it needs, and nothing of the others."""
+    """Each error names its own requirement only."""
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for options, sentence in (
@@ -502,7 +502,7 @@ def test_a_full_queue_refuses_and_a_query_fails_alone() -> None:
         batcher: Batcher[str, str] = Batcher(work, max_batch=2, max_waiting=3)
         running = asyncio.create_task(batcher.run())
         first = asyncio.create_task(batcher("a"))
-        await asyncio.sleep(0.05)  # the thread is busy with it
+        await asyncio.sleep(0.05)  # the thread is busy
         others = [asyncio.create_task(batcher(one)) for one in ("bad", "b", "c")]
         await asyncio.sleep(0.05)
         with pytest.raises(Overloaded, match="3 queries are waiting"):

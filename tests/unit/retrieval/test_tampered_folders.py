@@ -1,4 +1,4 @@
-"""Model folders whose files are whole by their checksums and yet hold what no writer of this project puts there."""
+"""Model folders with valid checksums and invalid content."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def copied(model_dir: Path, tmp_path: Path) -> Path:
 
 
 def sealed(folder: Path) -> None:
-    """Give a folder the checksums of its files, as whoever tampers with them would."""
+    """Update a folder's checksums, as an attacker would."""
     meta = json.loads((folder / "bigdssm.json").read_text())
     for name in meta["checksums"]:
         meta["checksums"][name] = xxhash.xxh3_128_hexdigest((folder / name).read_bytes())

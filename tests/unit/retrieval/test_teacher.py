@@ -1,4 +1,4 @@
-"""A teacher's vectors of a dataset: whose they are, which queries', going on where it was killed."""
+"""Teacher vectors of a dataset: correct rows and queries, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_products_are_the_teachers_scores(
     tools.ran("embed_teacher", *in_bf16, "--model", other_model_dir)
     rounded = TeacherVectors(tmp_path / "in_bf16").documents.astype(np.float32)
     np.testing.assert_allclose(rounded, documents.numpy(), atol=0.02 * np.abs(rounded).max())
-    assert np.abs(rounded - documents.numpy()).max() > 0.01, "products of bfloat16 are rounded"
-    assert "exists; choose" in tools.refused(2, "embed_teacher", *out, "--model", other_model_dir)
+    assert np.abs(rounded - documents.numpy()).max() > 0.01, "bfloat16 products are rounded"
+    assert "is there already" in tools.refused(2, "embed_teacher", *out, "--model", other_model_dir)
     with pytest.raises(DataError, match=f"no query of row {10**6}"):
         found.queries(np.array([10**6 << EVENT_BITS]))
 
@@ -69,7 +69,7 @@ def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
     before = len(asked)
     assert make(1, "one") is None
     found = make(0, "one")
-    assert found is not None and len(asked) < 2 * before + 4, "finished shards are not made again"
+    assert found is not None and len(asked) < 2 * before + 4, "finished shards were encoded again"
     rows = next(dataset.iterate("train", 10**6))
     expected = encoders.queries(rows).numpy(), encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
     np.testing.assert_allclose(found.queries(rows.query_keys), expected[0], rtol=2e-3, atol=1e-3)

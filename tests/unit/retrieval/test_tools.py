@@ -1,4 +1,4 @@
-"""Every command line around a trained model, run as a user runs it, on a hand-made run folder."""
+"""All commands around a trained model, on a synthetic run folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Tools:
-    """Runs command lines inside this process, which spares each of them the seconds that importing torch takes."""
+    """Runs commands in this process, to import torch only once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
@@ -59,7 +59,7 @@ class Tools:
         return out
 
     def refused(self, expected: int, name: str, *arguments: object) -> str:
-        """Return the one sentence of a command that refuses with the exit code `expected`."""
+        """Return the error message of a command that fails with the exit code `expected`."""
         code, out, err = self.run(name, *arguments)
         assert (code, out) == (expected, ""), err
         assert err.startswith("error: ")
@@ -74,7 +74,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture(scope="module")
 def run_dir(config: Config, model_dir: Path, other_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as training leaves it; its checkpoints aside."""
+    """A run folder as after training, without checkpoints."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     for stage, best in (("pretrain", model_dir), ("sft", other_model_dir)):
         shutil.copytree(best, run / stage / "best")
@@ -150,7 +150,7 @@ def test_folders_behind_links_are_replaced_there(
     for name in ("vectors", "index", "export"):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     (tmp_path / "disk" / "vectors").mkdir(parents=True)
-    for _ in range(2):  # to an empty place or none, then to one that holds what it made before
+    for _ in range(2):  # to an empty or missing folder, then to its own output
         tools.ran("embed", "--model", model_dir, "--data", dataset.dir, "--out", tmp_path / "vectors")
         tools.ran("build_index", "--vectors", tmp_path / "vectors", "--out", tmp_path / "index")
         tools.ran("convert_checkpoint", "--model", model_dir, "--out", tmp_path / "export")
@@ -261,14 +261,14 @@ def test_evaluate(
 def test_kinds_of_index_are_measured(
     tools: Tools, model: DualEncoder, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Of the exact one, all that evaluating the model says."""
+    """The exact index reproduces the model's evaluation."""
     threads = faiss.omp_get_max_threads()
     arguments = ("--model", model_dir, "--data", dataset.dir, "--vectors", index_dir.with_name("vectors"))
     try:
         options = ("--types", "hnsw", "--rescore", "2", "--dtypes", "float32", "int8")
         out = tools.ran("bench_index", *arguments, *options, "--out", tmp_path / "measured.json")
     finally:
-        faiss.omp_set_num_threads(threads)  # it searches with one
+        faiss.omp_set_num_threads(threads)  # the command sets one
     content = json.loads((tmp_path / "measured.json").read_text())
     kinds = ["flat", "flat × 2", "hnsw", "hnsw × 2"]
     assert [one["kind"] for one in content["indexes"]] == [*kinds, *(f"{kind} of int8" for kind in kinds)]
@@ -297,9 +297,7 @@ def test_what_a_query_costs_is_measured(tools: Tools, model_dir: Path, dataset: 
     tools.ran("bench_cache", "--distinct", 100, "--requests", 4000, "--sizes", 1, 10, 100, "--out", out)
     for record in json.loads(out.read_text())["hit_rates"]:
         one, ten, all_of_them = list(record.values())[1:]
-        assert 0 < one < ten < all_of_them and all_of_them == 1.0, (
-            "of so many requests all queries came in the first half"
-        )
+        assert 0 < one < ten < all_of_them and all_of_them == 1.0, "the first half of the requests contains all queries"
 
 
 def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
@@ -360,7 +358,7 @@ def test_report(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -
 
 
 def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
-    """Means over the runs, by seed under `seeds`; runs of another config are refused."""
+    """Means over runs, per seed under `seeds`; runs of another config are rejected."""
     other = tmp_path / "seed-1"
     for stage, trained in (("pretrain", "sft"), ("sft", "pretrain")):
         shutil.copytree(run_dir / stage, other / stage)

@@ -1,4 +1,4 @@
-"""The best documents of queries: keys that order as scores do, and products whose bits nothing else changes."""
+"""Top documents: sort keys are ordered like scores, and products do not depend on other rows."""
 
 from __future__ import annotations
 

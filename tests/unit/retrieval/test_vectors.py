@@ -1,4 +1,4 @@
-"""Vectors folders: many ranks make one, a killed run goes on, unchanged documents are not encoded again."""
+"""Vectors folders: several ranks write one, killed runs resume, unchanged documents are reused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHARD = 7  # of 40 documents, so that there are 6 shards
 
 
 class Counting:
-    """Encoders that know which documents they have encoded, and may be killed at one of them."""
+    """Encoders that record the encoded documents, and raise at a given one."""
 
     def __init__(self, model: DualEncoder, dataset: Dataset, killed_at: int | None = None) -> None:
         encoders = tower_encoders(model, dataset)
@@ -52,7 +52,7 @@ class Counting:
 
     @property
     def rows(self) -> list[int]:
-        return [row for call in self.calls[1:] for row in call]  # the first asks for the width
+        return [row for call in self.calls[1:] for row in call]  # the first call determines the width
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_ranks_at_the_same_time(model: DualEncoder, dataset: Dataset, expected: 
 def test_one_rank_alone_is_told_to_go_on(
     model: DualEncoder, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Rank 1 puts the folder in place after rank 0's last shard."""
+    """Rank 1 finishes the folder after rank 0's last shard."""
     encoders, others, lock = tower_encoders(model, dataset), [], shards._lock
 
     def other_rank() -> None:
@@ -152,7 +152,7 @@ def test_one_rank_alone_is_told_to_go_on(
 
 
 def test_only_what_has_changed_is_encoded(tmp_path: Path) -> None:
-    """A partition brings documents behind those that are there; a catalogue made anew brings a changed one."""
+    """An append adds documents; a rebuilt catalogue changes one."""
 
     def pairs(name: str, numbers: range, changed: int | None = None) -> Path:
         path = tmp_path / f"{name}.jsonl"
@@ -205,7 +205,7 @@ def test_files_of_other_engines(model: DualEncoder, dataset: Dataset, config: Co
         path = write_file(folder, target)  # type: ignore[arg-type]
         parity[target] = difference_from_model(path, tower_encoders(model, dataset))
         np.testing.assert_array_equal(read_rows(path, np.array([3, 39, 0])), vectors[[3, 39, 0]])
-    # as their readers elsewhere read them
+    # as other engines read them
     raw = np.fromfile(folder / "vectors.fvecs", np.int32)
     assert raw[0] == 9
     np.testing.assert_array_equal(raw.reshape(-1, 10)[:, 1:].view(np.float32), vectors)

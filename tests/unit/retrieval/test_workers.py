@@ -1,4 +1,4 @@
-"""Worker processes of a server: one that cannot serve stops all, one that could is started again."""
+"""Worker processes: failing to start stops the server, an end after the start is followed by a restart."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_worker_that_cannot_serve_ends_the_server(tmp_path: Path) -> None:
 
 
 def serve_once(folder: Path, ready: Callable[[], None]) -> None:
-    """The first serves until a fourth has come; whoever comes between cannot serve."""
+    """The first serves until the fourth starts; those in between fail to start."""
     place = len(list(folder.iterdir()))
     (folder / str(os.getpid())).touch()
     if place in (0, 3):
