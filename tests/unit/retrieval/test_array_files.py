@@ -145,8 +145,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_large(
     out = tmp_path / "work" / "out.npy"
     out.parent.mkdir()
     code = main(["--data", str(dataset.dir), "--out", str(out), *(given.get(word, word) for word in words)])
-    said = capsys.readouterr().err
-    assert code == 1 and "No space left on device: " in said and file in said
+    message = capsys.readouterr().err
+    assert code == 1 and "No space left on device: " in message and file in message
     assert not out.exists() and not list(out.parent.rglob("*.npy"))
     monkeypatch.undo()
     assert main(["--data", str(dataset.dir), "--out", str(out), *(given.get(word, word) for word in words)]) == 0
@@ -184,7 +184,7 @@ def test_a_matrix_that_was_replaced_is_read_again(tmp_path: Path) -> None:
         np.save(tmp_path / "new.npy", np.full((4, 2), value))
         os.replace(tmp_path / "new.npy", path)
         assert (vectors_of(path) == value).all()
-    for other, said in (
+    for other, message in (
         (np.zeros((4, 3)), r"holds float64 \[4, 3\], needs numbers \[rows, 2\]"),
         (np.zeros(4), r"holds float64 \[4\]"),
         (np.array([["a", "b"]]), "holds <U1"),
@@ -193,7 +193,7 @@ def test_a_matrix_that_was_replaced_is_read_again(tmp_path: Path) -> None:
     ):
         np.save(tmp_path / "new.npy", other, allow_pickle=True)
         os.replace(tmp_path / "new.npy", path)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             vectors_of(path)
     for content in (b"", b"\x93NUMPY", path.read_bytes()[:-40]):
         path.write_bytes(content)

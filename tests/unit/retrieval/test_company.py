@@ -112,17 +112,17 @@ def test_how_many_another_asks_for_does_not_widen_a_search(
 ) -> None:
     build_index(index_dir.with_name("vectors"), tmp_path / "index", "binary", rescore=2)
     searcher = Searcher(load_model_folder(model_dir), open_index(tmp_path / "index"), dataset)
-    asked: list[int] = []
+    tops: list[int] = []
     nearest = Index.nearest
 
     def watched(index: Index, queries: np.ndarray, top: int, *others: Any) -> Any:
-        asked.extend([top] * len(queries))
+        tops.extend([top] * len(queries))
         return nearest(index, queries, top, *others)
 
     monkeypatch.setattr(Index, "nearest", watched)
     requests = [Request("u1", top=3), Request("u2", top=30), Request("u3", top=3)]
     found = searcher.search(requests)
-    assert sorted(asked) == [3, 3, 30]
+    assert sorted(tops) == [3, 3, 30]
     for request, documents in zip(requests, found, strict=True):
         (own,) = searcher.search([request])
         assert [document.key for document in documents] == [document.key for document in own]

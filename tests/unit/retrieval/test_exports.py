@@ -225,9 +225,9 @@ def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
     parameters = sum(parameter.numel() for parameter in source.model.model.parameters())
     words = TextTokenizer(source.model.tokenizer_dir).vocab_size
     row = f"| query | text | text | {words} word pieces, at most 12 tokens |"
-    for said in ("# named", row, "| ndcg_at_10 | 0.1234 |",
+    for entry in ("# named", row, "| ndcg_at_10 | 0.1234 |",
                  source.model.checksum, f"{parameters:,} parameters", "step 3"):  # fmt: skip
-        assert said in card, said
+        assert entry in card, entry
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])
     assert settings == source.model.config.to_dict()
     marker = json.loads((tmp_path / "named" / EXPORT_FILE).read_text())
@@ -444,7 +444,7 @@ def monkeypatched_forward(folder: ModelFolder) -> Iterator[None]:
     """Make the model's forward raise."""
 
     def refuse(*_: object) -> None:
-        raise AssertionError("the model was asked, not its export")
+        raise AssertionError("the model encoded, not its export")
 
     hook = folder.model.register_forward_pre_hook(refuse)
     yield

@@ -142,27 +142,27 @@ def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
 
 
 @pytest.mark.parametrize("let_through", [0, 1, 7, 200, NUM_DOCS // 8, NUM_DOCS // 3, NUM_DOCS])
-@pytest.mark.parametrize("asked", [3, 30])
+@pytest.mark.parametrize("num_queries", [3, 30])
 def test_every_index_finds_as_many_as_a_filter_lets_through(
-    index: Index, vectors: np.ndarray, let_through: int, asked: int
+    index: Index, vectors: np.ndarray, let_through: int, num_queries: int
 ) -> None:
     random = np.random.RandomState(let_through)
     mask = np.zeros(NUM_DOCS, bool)
     mask[random.permutation(NUM_DOCS)[:let_through]] = True
-    queries = random.randn(asked, WIDTH).astype(np.float32)
-    excluded = [random.permutation(np.flatnonzero(mask))[: min(i, 5)] for i in range(asked)]
+    queries = random.randn(num_queries, WIDTH).astype(np.float32)
+    excluded = [random.permutation(np.flatnonzero(mask))[: min(i, 5)] for i in range(num_queries)]
     scores, rows = index.nearest(queries, 50, "m", excluded, AllowedDocuments(mask))
     exact = np.where(mask, queries @ vectors.T, -np.inf)
     for i, out in enumerate(excluded):
         exact[i, out] = -np.inf
-    wanted = np.argsort(-exact, axis=1)[:, :50]
+    expected = np.argsort(-exact, axis=1)[:, :50]
     found = []
     for i, out in enumerate(excluded):
         left = max(0, let_through - len(out))
         assert (rows[i] >= 0).sum() == min(50, left) and (scores[i, min(50, left) :] == -np.inf).all()
         own = rows[i][rows[i] >= 0]
         assert mask[own].all() and not set(own) & set(out) and len(set(own)) == len(own)
-        found += [row in own for row in wanted[i, : len(own)]]
+        found += [row in own for row in expected[i, : len(own)]]
         if index.meta.kind in ("flat", "hnsw", "ivf"):
             np.testing.assert_allclose(scores[i, : len(own)], exact[i, own], rtol=1e-3, atol=1e-4)
     few = let_through <= NUM_DOCS // 8  # small enough to scan all

@@ -53,12 +53,12 @@ def test_top_k_of_the_index_is_the_scorers(
         encoded = model(query=collator.query_features(rows.query), doc=docs)
         scores = encoded.alpha * encoded.U @ encoded.W.T + encoded.beta
     assert encoded.beta.std() > 0.1, "beta is too uniform for the test to detect its absence"
-    best, place = scores.topk(10)
+    best, best_rows = scores.topk(10)
     without_beta = (scores - encoded.beta).topk(10).indices
-    assert (without_beta != place).any()
+    assert (without_beta != best_rows).any()
     queries = tower_encoders(model, dataset).queries(rows).numpy()
     found_scores, found_rows = open_index(index_dir).nearest(queries, 10, load_model_folder(model_dir).checksum)
-    np.testing.assert_array_equal(found_rows, place.numpy())
+    np.testing.assert_array_equal(found_rows, best_rows.numpy())
     np.testing.assert_allclose(found_scores, best.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -211,9 +211,9 @@ def test_candidates_are_scored_again_by_whole_vectors(
     queries = tower_encoders(load_model_folder(model_dir).model, dataset).queries(next(dataset.iterate("test", 30)))
     mask = np.arange(exact.meta.num_docs) % 3 > 0
     for allowed in (None, AllowedDocuments(mask)):
-        asked = (queries.numpy(), 10, index.meta.model_checksum, None, allowed)
-        wanted, found = exact.nearest(*asked), index.nearest(*asked)
-        assert (found[1] == wanted[1]).mean() > 0.9, "recall among 40 candidates is too low"
+        arguments = (queries.numpy(), 10, index.meta.model_checksum, None, allowed)
+        expected, found = exact.nearest(*arguments), index.nearest(*arguments)
+        assert (found[1] == expected[1]).mean() > 0.9, "recall among 40 candidates is too low"
         assert (np.diff(found[0], axis=1) <= 0).all() and (found[1] >= 0).all()
         whole = np.load(vectors / "vectors.npy")
         for query, scores, rows in zip(queries.numpy(), *found, strict=True):
@@ -275,8 +275,8 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
         build_index(tmp_path / "vectors", tmp_path / kind, kind)
     exact, index = open_index(tmp_path / "flat"), open_index(tmp_path / "ivfpq")
     assert (index.meta.kind, index.keys[17].as_py(), index.title[17].as_py()) == ("ivfpq", "d17", "D 17")
-    wanted, found = (one.nearest(vectors[:50], 100, checksum)[1] for one in (exact, index))
-    assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(wanted, found, strict=True)]) > 0.7
+    expected, found = (one.nearest(vectors[:50], 100, checksum)[1] for one in (exact, index))
+    assert np.mean([len(set(a) & set(b)) / 100 for a, b in zip(expected, found, strict=True)]) > 0.7
     close = []
     for row in range(0, num_docs, 999):
         cosines, rows = index.similar(row, 10)

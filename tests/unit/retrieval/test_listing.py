@@ -63,22 +63,24 @@ def test_a_graded_window_is_what_the_query_rated(
     for _, query, doc, grade in rows:
         grades[query][doc] = max(grade, grades[query].get(doc, 0))
     for width in (20, 2):
-        said = tools.ran(
+        stdout = tools.ran(
             "list_candidates", "--data", dataset.dir, "--out", out, "--graded", "--low", 1, "--width", width
         )
         mined = HardNegatives.open(out)
-        assert f"{len(rows)} queries, {mined.per_query():.1f} documents per query" in said
+        assert f"{len(rows)} queries, {mined.per_query():.1f} documents each" in stdout
         assert mined.queries.tolist() == [key for key, *_ in rows]
         windows, teacher = mined.windows(mined.queries), mined.teacher_scores(mined.queries)
         at_the_edge = 0
         for (_, query, own, grade), window, scores in zip(rows, windows.tolist(), teacher, strict=True):
             others = {doc: value for doc, value in grades[query].items() if doc != own}
-            listed = [doc for doc in window if doc >= 0]
-            assert len(set(listed)) == len(listed) == min(width, len(others)) and set(listed) <= others.keys()
+            candidates = [doc for doc in window if doc >= 0]
+            assert (
+                len(set(candidates)) == len(candidates) == min(width, len(others)) and set(candidates) <= others.keys()
+            )
             assert scores[0] == grade
-            assert scores[1:].tolist()[: len(listed)] == [others[doc] for doc in listed]
-            assert np.isnan(scores[1 + len(listed) :]).all()
-            low = [others[doc] <= 1 for doc in listed]
+            assert scores[1:].tolist()[: len(candidates)] == [others[doc] for doc in candidates]
+            assert np.isnan(scores[1 + len(candidates) :]).all()
+            low = [others[doc] <= 1 for doc in candidates]
             assert low == sorted(low, reverse=True)
             assert sum(low) == min(width, sum(value <= 1 for value in others.values()))
             at_the_edge += 0 < sum(low) < len(low)

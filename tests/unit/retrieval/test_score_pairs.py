@@ -52,7 +52,7 @@ def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
     return dataset, path, load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
 
 
-def asked(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
+def rows_and_docs(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
     """Return the queries as rows, and their documents, the target first."""
     rows = next(dataset.iterate("train", 10**6))
     rows = rows.take(np.flatnonzero(np.isin(rows.query_keys, mined.queries)))
@@ -60,8 +60,8 @@ def asked(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
 
 
 def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> None:
-    judged = HardNegatives.open(path)
-    np.testing.assert_allclose(judged.teacher_scores(judged.queries), expected, rtol=tolerance, atol=tolerance)
+    scored = HardNegatives.open(path)
+    np.testing.assert_allclose(scored.teacher_scores(scored.queries), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_models_scores_are_its_products(
@@ -72,8 +72,8 @@ def test_a_models_scores_are_its_products(
         "--model", other_model_dir, "--rows-per-shard", 100,
     )  # fmt: skip
     given = HardNegatives.open(mined)
-    assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents per query, 1 teachers" in out
-    rows, docs = asked(dataset, given)
+    assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents each, scored by 1" in out
+    rows, docs = rows_and_docs(dataset, given)
     encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
     scores = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
     expected = np.where(docs < 0, np.nan, np.take_along_axis(scores, np.maximum(docs, 0), 1))
@@ -91,7 +91,7 @@ def test_an_mlp_may_judge(
     save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
     arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
-    rows, docs = asked(dataset, HardNegatives.open(mined))
+    rows, docs = rows_and_docs(dataset, HardNegatives.open(mined))
     encoders = tower_encoders(model, dataset)
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
     W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # cosine model
@@ -112,7 +112,7 @@ def test_a_cross_encoder_of_our_own_may_judge(
     save_model_folder(tmp_path / "cross", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
     arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")
-    rows, docs = asked(dataset, HardNegatives.open(path))
+    rows, docs = rows_and_docs(dataset, HardNegatives.open(path))
     scores = PairScorer.of(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
     assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
@@ -131,37 +131,37 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
     tokenizer.save_pretrained(str(tmp_path / "bert"))
     arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--pretrained", tmp_path / "bert")
-    rows, docs = asked(dataset, HardNegatives.open(mined))
+    rows, docs = rows_and_docs(dataset, HardNegatives.open(mined))
     texts = Texts(dataset)
 
     def vector(text: str) -> torch.Tensor:
         with torch.no_grad():
             return bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
 
-    judged = HardNegatives.open(tmp_path / "judged.npy").teacher_scores(rows.query_keys)
+    scored = HardNegatives.open(tmp_path / "judged.npy").teacher_scores(rows.query_keys)
     for i in (0, 7, len(rows) - 1):
         query = vector(texts.queries(rows)[i])
         for at, text in zip(np.flatnonzero(docs[i] >= 0), texts.documents(docs[i][docs[i] >= 0]), strict=True):
             cosine = torch.nn.functional.cosine_similarity(query, vector(text), dim=0)
-            assert judged[i, at] == pytest.approx(float(cosine), abs=1e-5)
-    assert (np.isnan(judged) == (docs < 0)).all() and np.nanstd(judged) > 1e-3
+            assert scored[i, at] == pytest.approx(float(cosine), abs=1e-5)
+    assert (np.isnan(scored) == (docs < 0)).all() and np.nanstd(scored) > 1e-3
     encoders = text_encoders(tmp_path / "bert", texts)
     everything = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
-    np.testing.assert_allclose(_of(everything, docs), judged, atol=1e-5)
+    np.testing.assert_allclose(_of(everything, docs), scored, atol=1e-5)
 
 
 def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
     dataset, path, config = pairs
-    rows, docs = asked(dataset, HardNegatives.open(path))
+    rows, docs = rows_and_docs(dataset, HardNegatives.open(path))
     encoders = [tower_encoders(random_model(config, dataset, seed), dataset) for seed in (5, 6)]
-    judges: list[PairTeacher] = [VectorTeacher(some, dataset.catalogue.num_docs) for some in encoders]
-    first, second = (judge(rows, np.maximum(docs, 0)) for judge in judges)
-    found = ensemble([judges[0], lambda *pair: 100 * judges[1](*pair) + 7], rows, docs)
+    teachers: list[PairTeacher] = [VectorTeacher(some, dataset.catalogue.num_docs) for some in encoders]
+    first, second = (teacher(rows, np.maximum(docs, 0)) for teacher in teachers)
+    found = ensemble([teachers[0], lambda *pair: 100 * teachers[1](*pair) + 7], rows, docs)
     for i, there in enumerate(docs >= 0):
         assert (np.isnan(found[i]) == ~there).all()
         scaled = [(s[i, there] - s[i, there].mean()) / max(float(s[i, there].std()), 1e-30) for s in (first, second)]
         np.testing.assert_allclose(found[i, there], (scaled[0] + scaled[1]) / 2, atol=1e-4)
-    np.testing.assert_array_equal(ensemble(judges[:1], rows, docs)[docs >= 0], first[docs >= 0])
+    np.testing.assert_array_equal(ensemble(teachers[:1], rows, docs)[docs >= 0], first[docs >= 0])
 
 
 def test_bm25_and_a_cross_encoder_read_the_texts(
@@ -176,7 +176,7 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     tools.ran("score_pairs", *arguments, tmp_path / "bm25.npy", "--bm25")
     tools.ran("score_pairs", *arguments, tmp_path / "cross.npy", "--cross-encoder", tmp_path / "cross")
     given = HardNegatives.open(mined)
-    rows, docs = asked(dataset, given)
+    rows, docs = rows_and_docs(dataset, given)
     texts = Texts(dataset)
     lexical, read = (
         HardNegatives.open(tmp_path / f"{name}.npy").teacher_scores(rows.query_keys) for name in ("bm25", "cross")
@@ -224,16 +224,16 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
     model: DualEncoder, mined: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     given, out, asked_for = HardNegatives.open(mined), tmp_path / "judged.npy", []
-    judge = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
+    teacher = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
 
     def killed(rows: Rows, docs: np.ndarray) -> np.ndarray:
         if len(asked_for) == 3:
             raise KeyboardInterrupt
         asked_for.append(rows.query_keys)
-        return judge(rows, docs)
+        return teacher(rows, docs)
 
-    def make(judge: PairTeacher, rank: int, names: list[str]) -> HardNegatives | None:
-        return score_pairs(out, given, dataset, [judge], names, ShardWork(rank, 2, rows_per_shard=60))
+    def make(teacher: PairTeacher, rank: int, names: list[str]) -> HardNegatives | None:
+        return score_pairs(out, given, dataset, [teacher], names, ShardWork(rank, 2, rows_per_shard=60))
 
     with pytest.raises(KeyboardInterrupt):
         make(killed, 0, ["one"])
@@ -242,13 +242,13 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
 
     def counted(rows: Rows, docs: np.ndarray) -> np.ndarray:
         seen.append(rows.query_keys)
-        return judge(rows, docs)
+        return teacher(rows, docs)
 
     assert make(counted, 1, ["one"]) is None and not out.exists()
     whole = make(counted, 0, ["one"])
     assert whole is not None
     np.testing.assert_array_equal(np.sort(np.concatenate([*asked_for, *seen])), given.queries)
-    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [judge], ["one"], ShardWork())
+    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [teacher], ["one"], ShardWork())
     assert direct is not None
     np.testing.assert_allclose(
         whole.teacher_scores(given.queries), direct.teacher_scores(given.queries), rtol=1e-4, atol=1e-4

@@ -21,7 +21,7 @@ from bigdssm.retrieval.search import DocumentNames, Queries, first_users
 from tests.conftest import NUM_ITEMS
 
 
-def listed(column: Column) -> list[object]:
+def as_list(column: Column) -> list[object]:
     return [column[0].tolist()] if isinstance(column, Ragged) else column.tolist()
 
 
@@ -73,7 +73,7 @@ def test_the_vector_of_a_request_is_the_offline_one_of_the_same_facts(
 
 def test_a_user_has_the_dataset_s_features_which_given_ones_replace(dataset: Dataset, queries: Queries) -> None:
     query = queries.of(Request("u7", {"age": 99.0}))
-    assert listed(query.columns["age"]) == [99.0] and listed(query.columns["occupation"]) == [3]
+    assert as_list(query.columns["age"]) == [99.0] and as_list(query.columns["occupation"]) == [3]
     assert list(query.columns) == list(dataset.schema.query)
     with pytest.raises(DataError, match="no user is called 'u999'; existing users are: u"):
         queries.of(Request("u999"))
@@ -83,8 +83,8 @@ def test_events_are_documents_by_key_or_name(dataset: Dataset, queries: Queries)
     title = dataset.catalogue.title(np.array([4]))[0].upper()
     query = queries.of(Request(events=[Event(f" {title} "), Event("nothing"), Event("i9"), Event("i4")]))
     assert query.seen.tolist() == query.excluded.tolist() == [4, 9, 4] and query.unknown == ("nothing",)
-    assert listed(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]
-    assert np.isnan(query.columns["age"]).all() and listed(query.columns["occupation"]) == [0]
+    assert as_list(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]
+    assert np.isnan(query.columns["age"]).all() and as_list(query.columns["occupation"]) == [0]
     assert queries.of(Request(events=[])).seen.tolist() == []
 
 
@@ -129,11 +129,11 @@ def test_typed_features(dataset: Dataset) -> None:
     for features in (typed, given):
         query = queries.of(Request(features=features))
         ids, _ = tokenizer.encode(pa.array(["stone anchor stone anchor"]), 4)
-        assert listed(query.columns["words"]) == [ids.tolist()]
+        assert as_list(query.columns["words"]) == [ids.tolist()]
         assert len(ids) == 4
         assert len(query.columns["more"].values) >= 1  # an empty text has special tokens
-        assert [listed(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
-        assert listed(query.columns["look"]) == [[1.0, 2.0]]
+        assert [as_list(query.columns[name]) for name in ("age", "sex", "tags")] == [[3.5], [3], [[3, 2, 1]]]
+        assert as_list(query.columns["look"]) == [[1.0, 2.0]]
         assert list(query.columns) == list(schema.query)
 
 

@@ -76,17 +76,17 @@ def counted(client: TestClient) -> dict[str, float]:
     return found
 
 
-def asked(dataset: Dataset, **request: Any) -> Query:
+def resolve(dataset: Dataset, **request: Any) -> Query:
     return Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True).of(Request(**request))
 
 
 def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset) -> None:
     answer = client.post("/api/search", json={"user": "u7", "top": 12}).json()
-    wanted = expected(model_dir, index_dir, dataset, asked(dataset, user="u7"), 12)
+    wanted = expected(model_dir, index_dir, dataset, resolve(dataset, user="u7"), 12)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
     np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], rtol=1e-5)
     assert [entry["rank"] for entry in answer["documents"]] == list(range(1, len(wanted) + 1))
-    newest = asked(dataset, user="u7").seen[::-1][:5]
+    newest = resolve(dataset, user="u7").seen[::-1][:5]
     assert answer["history"] == dataset.catalogue.title(newest)
     assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
 
@@ -100,7 +100,7 @@ def test_a_profile_with_live_events_and_a_filter(
         "now": 30, "filter": 'genres in (Comedy, "Drama") and year < 1995',
     }  # fmt: skip
     answer = client.post("/api/search", json=body).json()
-    query = asked(
+    query = resolve(
         dataset, features={"age": "33", "occupation": "artist"}, events=[Event("i2"), Event("i9")],
         filter="genres in (Comedy, Drama) and year < 1995",
     )  # fmt: skip
@@ -131,13 +131,13 @@ def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
 def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(searcher: Searcher) -> None:
     users = searcher.users[:30]
     with TestClient(make_app(searcher, cache_size=0)) as client:
-        asked = {user: {"user": user, "top": 1 + number % 7} for number, user in enumerate(users)}
-        alone = {user: client.post("/api/search", json=asked[user]).json() for user in users}
+        bodies = {user: {"user": user, "top": 1 + number % 7} for number, user in enumerate(users)}
+        alone = {user: client.post("/api/search", json=bodies[user]).json() for user in users}
         before = counted(client)["bigdssm_batch_queries_count"]
         together: dict[str, Any] = {}
 
         def ask(user: str) -> None:
-            together[user] = client.post("/api/search", json=asked[user]).json()
+            together[user] = client.post("/api/search", json=bodies[user]).json()
 
         threads = [threading.Thread(target=ask, args=(user,)) for user in users]
         for thread in threads:
@@ -438,7 +438,7 @@ def test_the_index_is_searched_with_the_threads_asked_for(
 def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
     model_dir: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked, threads = [], []
+    addresses, threads = [], []
 
     class Watched(Searcher):
         def __init__(self, *arguments: Any) -> None:
@@ -446,7 +446,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
             super().__init__(*arguments)
 
     def listen(address: tuple[str, int]) -> None:
-        asked.append(address)
+        addresses.append(address)
         raise OSError("enough seen")
 
     monkeypatch.setattr(socket, "create_server", listen)
@@ -454,7 +454,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tools, arguments = Tools(monkeypatch, capsys), ("serve", "--model", model_dir, "--index", index_dir)
     assert "enough seen" in tools.refused(2, *arguments)
-    assert (asked, threads) == ([("127.0.0.1", 8000)], [None])
+    assert (addresses, threads) == ([("127.0.0.1", 8000)], [None])
     tools.refused(2, *arguments, "--threads", 3)
     assert threads == [None, 3, 3], "the model's and the index's"
     assert "--threads 0: needs at least 1" in tools.refused(2, *arguments, "--threads", 0)
@@ -492,11 +492,11 @@ def test_another_models_index_is_refused(
 def test_a_full_queue_refuses_and_a_query_fails_alone() -> None:
     release = threading.Event()
 
-    def work(asked: Sequence[str]) -> list[str]:
+    def work(batch: Sequence[str]) -> list[str]:
         release.wait(10)
-        if "bad" in asked:
+        if "bad" in batch:
             raise RuntimeError("broken")
-        return [one.upper() for one in asked]
+        return [one.upper() for one in batch]
 
     async def run() -> list[Any]:
         batcher: Batcher[str, str] = Batcher(work, max_batch=2, max_waiting=3)

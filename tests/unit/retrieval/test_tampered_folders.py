@@ -41,9 +41,9 @@ def sealed(folder: Path) -> None:
     (folder / "bigdssm.json").write_text(json.dumps(meta))
 
 
-def refused(folder: Path, said: str) -> None:
+def refused(folder: Path, message: str) -> None:
     sealed(folder)
-    with pytest.raises(CheckpointError, match=said) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load_model_folder(folder)
     assert "\n" not in str(error.value)
 
@@ -84,7 +84,7 @@ def in_age(key: str, value: object) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("tamper", "said"),
+    ("tamper", "message"),
     [
         (in_age("std", 0), r"age\.std is 0, needs above 0"),
         (in_age("std", -1.0), r"age\.std is -1\.0, needs above 0"),
@@ -111,9 +111,9 @@ def in_age(key: str, value: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "does not load"),
     ],
 )
-def test_a_tampered_folder_is_one_sentence(copied: Path, tamper: Callable[[Path], None], said: str) -> None:
+def test_a_tampered_folder_is_one_sentence(copied: Path, tamper: Callable[[Path], None], message: str) -> None:
     tamper(copied)
-    refused(copied, said)
+    refused(copied, message)
 
 
 def test_a_changed_config_is_refused_before_a_model_is_built(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,9 @@ def test_products_are_the_teachers_scores(
     tools: Tools, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     out = ("--data", dataset.dir, "--out", tmp_path / "teacher")
-    told = tools.ran("embed_teacher", *out, "--model", other_model_dir, "--rows-per-shard", 100)
+    stdout = tools.ran("embed_teacher", *out, "--model", other_model_dir, "--rows-per-shard", 100)
     found = TeacherVectors(tmp_path / "teacher")
-    assert f"{dataset.catalogue.num_docs} documents and {len(found.keys)} queries of width" in told
+    assert f"{dataset.catalogue.num_docs} documents and {len(found.keys)} queries of width" in stdout
     encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
     rows = next(dataset.iterate("train", 10**6))
     np.testing.assert_array_equal(found.keys, rows.query_keys)
@@ -50,10 +50,10 @@ def test_products_are_the_teachers_scores(
 def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
     model: DualEncoder, dataset: Dataset, tmp_path: Path
 ) -> None:
-    encoders, asked = tower_encoders(model, dataset), []
+    encoders, calls = tower_encoders(model, dataset), []
 
     def documents(rows: np.ndarray) -> torch.Tensor:
-        asked.append(rows)
+        calls.append(rows)
         return encoders.documents(rows)
 
     def killed(rows: object) -> torch.Tensor:
@@ -66,10 +66,10 @@ def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
     with pytest.raises(KeyboardInterrupt):
         make(0, "one", queries=killed)
     assert not (tmp_path / "teacher").exists()
-    before = len(asked)
+    before = len(calls)
     assert make(1, "one") is None
     found = make(0, "one")
-    assert found is not None and len(asked) < 2 * before + 4, "finished shards were encoded again"
+    assert found is not None and len(calls) < 2 * before + 4, "finished shards were encoded again"
     rows = next(dataset.iterate("train", 10**6))
     expected = encoders.queries(rows).numpy(), encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
     np.testing.assert_allclose(found.queries(rows.query_keys), expected[0], rtol=2e-3, atol=1e-3)
