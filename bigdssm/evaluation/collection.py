@@ -93,7 +93,7 @@ def vectors_run(
 
 
 def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int) -> Run:
-    """Re-rank the best `top` documents per query of a run by the model's scorer; the rest keep their order.
+    """Re-rank the best `top` documents per query by the model's scorer; the rest keep their order.
 
     Raises CheckpointError: the model has no scorer.
     """
@@ -150,7 +150,7 @@ def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = T
 
 
 def _excluded(collection: Collection, query: str, filter_known: bool) -> set[str]:
-    """Return the documents to exclude for a query; as in BEIR, a document with the query's key is the query itself."""
+    """Return the documents to exclude for a query, as in BEIR the one with the query's key, too."""
     return {query, *(collection.known_positives.get(query, {}) if filter_known else ())}
 
 

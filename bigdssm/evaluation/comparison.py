@@ -106,7 +106,7 @@ def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) ->
 
 
 def table(systems: Sequence[System], title: str, metrics: Sequence[str] | None = None) -> Table:
-    """Return the systems as a rich table of metrics ± standard error (default: `table_metrics`), and seconds."""
+    """Return a rich table of metrics (default: `table_metrics`) ± standard error, and seconds."""
     metrics = metrics or table_metrics()
     # At most 80 columns, rich's width without a terminal.
     drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)

@@ -70,7 +70,7 @@ def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def standard_errors(values: Mapping[str, np.ndarray], query_ids: np.ndarray | None = None) -> dict[str, float]:
-    """Return the standard errors of `means` over queries (and seeds), clustered by query; NaN below two queries.
+    """Return the standard errors of `means`, clustered by query (and seed); NaN below two queries.
 
     query_ids: int64 [rows]; default: a distinct query per row. Source: Cochran 1977, section 6.3 (ratio estimator:
     sums per query over rows per query).

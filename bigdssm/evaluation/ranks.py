@@ -78,7 +78,7 @@ def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVect
 
 
 def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
-    """Return float64 [m]: the rank of document `target[i]` for `queries[i]` by inner product, on one rank.
+    """Return ranks float64 [m] of document `target[i]` for `queries[i]` by inner product, locally.
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
     """
@@ -88,7 +88,7 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: S
 
 
 def ranks_of_scores(scores: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
-    """Return float64 [m]: the rank of document `target[i]` in row i of `scores` [m, N], without tie tolerance."""
+    """Return ranks float64 [m] of document `target[i]` in row i of `scores` [m, N]; exact ties only."""
     target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
     pairs = _excluded(target, seen).block(0, len(scores))
     return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
@@ -121,7 +121,7 @@ def _counts(
 def _count_above(
     scores: Tensor, column: int, target_score: Tensor, tolerance: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """Return float64 [m]: the documents of this tile that score higher, ties as halves, except (rows, columns)."""
+    """Count documents of a tile that score higher, ties as halves, except (rows, columns); float64 [m]."""
     width = scores.shape[1]
     inside = (columns >= column) & (columns < column + width)
     scores = scores.index_put((rows[inside], columns[inside] - column), scores.new_tensor(float("-inf")))

@@ -87,7 +87,7 @@ class CrossEncoderTeacher:
     """A sentence-transformers cross-encoder; scores are its logits."""
 
     def __init__(self, folder: Path, texts: Texts) -> None:
-        """Raises ConfigError: sentence-transformers is not installed, or `folder` holds no model with one output."""
+        """Raises ConfigError: sentence-transformers is missing, or no one-output model in `folder`."""
         try:
             from sentence_transformers import CrossEncoder
         except ImportError:
@@ -163,7 +163,7 @@ def score_pairs(
     names: Sequence[str],
     work: ShardWork,
 ) -> HardNegatives | None:
-    """Write `hard` with teacher scores to `out`; returns it on the rank that finishes the file, else None.
+    """Write `hard` with teacher scores to `out`; returned on the rank that finishes, else None.
 
     `names` identify the input and the teachers: finished shards of an earlier run with the same names are reused.
     Raises DataError: a teacher score is not finite.

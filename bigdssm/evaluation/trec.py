@@ -24,10 +24,10 @@ Judgements = Mapping[str, Mapping[str, int]]
 
 
 def run_metrics(qrels: Judgements, run: Run, k: int = 10, recall_k: int = 100) -> dict[str, np.ndarray]:
-    """Return float64 [queries of the qrels, sorted by id] by metric: ndcg_at_k, recall_at_k, mrr (uncut), hr_at_k.
+    """Return float64 [queries] by metric: ndcg_at_k, recall_at_k, mrr (uncut), hr_at_k.
 
-    Gains are the relevance grades. Raises DataError: the run has none of the queries. Source: trec_eval 9 (ndcg_cut,
-    recall, recip_rank, success).
+    Queries are those of the qrels, sorted by id. Gains are the relevance grades. Raises DataError: the run has none of
+    the queries. Source: trec_eval 9 (ndcg_cut, recall, recip_rank, success).
     """
     if not qrels.keys() & run.keys():
         raise DataError("the run has none of the queries of the qrels; it is of another collection or split")

@@ -1,4 +1,4 @@
-"""Export the weights of a stage or a model folder: written aside, compared with the trainer, then renamed."""
+"""Export a stage's weights or a model folder: write aside, compare with the trainer, rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export formats: each declares options and writes folders, checked against the trainer on a probe batch.
+"""Export formats: options, writing, and a parity check against the trainer on a probe batch.
 
 A new format is a subclass of `ExportFormat`, registered with `register_export`.
 """
@@ -30,7 +30,7 @@ PARITY_LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest difference of an export's vectors from the trainer's, relative to the vector's largest entry."""
+    """Largest difference from the trainer's vectors, relative to the vector's largest entry."""
 
     query: float
     doc: float
@@ -88,7 +88,7 @@ class Probe:
 
 
 def largest_difference(ours: Tensor, trainers: Tensor) -> float:
-    """Return the largest entry-wise difference, relative to the largest entry of the row of `trainers` [n, D]."""
+    """Return the largest difference, relative to the largest entry of the row of `trainers` [n, D]."""
     if ours.shape != trainers.shape:
         return float("inf")
     ours, trainers = ours.double(), trainers.double()

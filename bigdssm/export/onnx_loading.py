@@ -1,4 +1,4 @@
-"""Encoding with a folder of `--format onnx`: copied into its model card, with the feature types' input functions."""
+"""Encoding with a folder of `--format onnx`; copied into its card with input functions by type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--format sentence-transformers`: a folder for SentenceTransformer, built from its standard modules.
+"""`--format sentence-transformers`: a folder for SentenceTransformer of its standard modules.
 
 A Router sends queries and documents through Transformer → Pooling → Dense …. Cosine models end in Normalize. For dot
 models a last Dense adds alpha and beta to the vectors: documents are [alpha * w, beta] and queries [u, 1], so that the
@@ -175,7 +175,7 @@ def _pooling(tower: TextTower) -> dict[str, object]:
 
 
 def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor, str]]:
-    """Return (weight, bias, activation) per layer, with a last layer for alpha and beta if scores are dot products."""
+    """Return (weight, bias, activation) per layer; dot products need a last one for alpha and beta."""
     layers = [(layer.linear.weight, layer.linear.bias, GELU if layer.gelu else IDENTITY) for layer in tower.layers]
     if scores_by_dot(model):
         dim = model.config.model.dim

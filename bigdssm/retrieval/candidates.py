@@ -80,7 +80,7 @@ class CandidateRows:
 
 
 def write_rated(path: Path, dataset: Dataset, width: int, low: float, share: Share | None = None) -> HardNegatives:
-    """Write windows of the documents rated per query id in the train split, with relevances as teacher scores.
+    """Write windows of the train ratings per query id, with relevances as teacher scores.
 
     Ratings of at most `low` (explicit negatives) come first. Raises DataError: all windows are empty.
     """
@@ -148,7 +148,7 @@ def _write(
     path: Path, dataset: Dataset, of: Callable[[Rows], tuple[np.ndarray, np.ndarray]], width: int, *, scored: bool,
     empty: str, share: Share,
 ) -> HardNegatives:  # fmt: skip
-    """Write windows [m, W], and if `scored` teacher scores [m, 1 + W], that `of` computes for the train rows.
+    """Write `of`(train rows): windows [m, W] and, if `scored`, teacher scores [m, 1 + W].
 
     Raises DataError with the message `empty`: all windows are empty.
     """

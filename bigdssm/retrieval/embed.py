@@ -45,7 +45,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class DocumentVectors:
-    """Index vectors [n, D+1] of the catalogue rows `first` to `first` + n − 1: a rank's share, or all of them."""
+    """Index vectors [n, D+1] of the catalogue rows from `first` on: a rank's share, or all."""
 
     vectors: Tensor  # float32
     first: int = 0
@@ -104,7 +104,7 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
 
 
 def truncate_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
-    """Truncate index vectors [n, D+1] to [n, width+1]; normalise: restore the norm of all but the last number.
+    """Truncate index vectors [n, D+1] to [n, width+1]; normalise: restore the norm (without beta).
 
     For models trained with loss.widths (Matryoshka); set `normalise` for cosine models.
     """
@@ -184,7 +184,7 @@ def encode_queries(
     share: Share | None = None,
     rows: Iterable[Rows | None] | None = None,
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield (m single-query rows, index vectors [m, D+1]) of this rank's share of the split, or of `rows`.
+    """Yield (m single-query rows, vectors [m, D+1]) of this rank's share of the split, or of `rows`.
 
     `rows` need as many chunks on every rank, so that all ranks call the encoder (a collective of a sharded model) and
     yield equally often; m is 0 for a chunk without queries. Exhaust the iterator.
@@ -215,9 +215,10 @@ def encode_features(
     features: Features, pads: PadIds, num_rows: int, encode: Callable[[dict[str, Values]], Tensor],
     device: torch.device | str = "cpu", packed: frozenset[str] = NOTHING_PACKED.query,
 ) -> Tensor:  # fmt: skip
-    """Apply `encode` on `device` to chunks of rows of similar length, as many on every rank; outputs in row order.
+    """Apply `encode` to chunks of rows of similar length on `device`; outputs in row order.
 
-    The features are on the host, where the chunks are planned. `packed` names the lists passed without padding.
+    The number of chunks is equal on all ranks. The features are on the host, where the chunks are planned. `packed`
+    names the lists passed without padding.
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
     plan = synchronized_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
@@ -229,7 +230,7 @@ def encode_columns(
     features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int,
     encode: Callable[[dict[str, Values]], Tensor], what: str = "rows encoded", progress: Progress = no_progress,
 ) -> Tensor:  # fmt: skip
-    """Apply `encode` to columns of at least one row, converting ROWS_AT_ONCE rows to padded tensors at a time."""
+    """Apply `encode` to columns (at least one row), ROWS_AT_ONCE rows as padded tensors at a time."""
     num_rows, parts = len(next(iter(columns.values()))), []
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))

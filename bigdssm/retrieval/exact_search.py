@@ -48,7 +48,7 @@ class ExcludedDocuments:
 
 @dataclass(frozen=True)
 class SearchRound:
-    """Queries gathered from all ranks; rank k's start at row k · longest and are padded with zero vectors."""
+    """Queries of all ranks; rank k's start at row k · longest, padded with zero vectors."""
 
     rows: Rows  # of this rank's queries
     vectors: Tensor  # float32 [B, D+1]
@@ -79,7 +79,7 @@ class SearchRound:
         return distributed.reduce_scatter_rows(values)[: len(self.rows)]
 
     def of_targets(self, documents: DocumentVectors, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Apply `value` to (queries, target documents) on the ranks that hold the targets; [B, …] on all ranks."""
+        """Apply `value` to (queries, targets) on the ranks that hold the targets; [B, …] everywhere."""
         at = documents.hold(self.target).nonzero().squeeze(1)
         local = value(self.vectors[at], documents.vectors[self.target[at] - documents.first])
         every = local.new_zeros(len(self.target), *local.shape[1:]).index_put((at,), local)
@@ -116,7 +116,7 @@ def no_documents(rows: Rows) -> Pairs:
 
 
 def excluded_documents(dataset: Dataset, exclude_seen: bool) -> Callable[[Rows], Pairs]:
-    """Return the exclusion function of a dataset: seen documents, or in a siamese dataset the query itself."""
+    """Return the exclusion function: seen documents, or in a siamese dataset the query itself."""
     if dataset.schema.siamese:  # of pairs, without histories
         return partial(query_documents, dataset.catalogue)
     return seen_documents if exclude_seen else no_documents
@@ -183,7 +183,7 @@ Search = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 def top_documents(
     queries: Tensor, documents: Tensor, top: int, excluded_rows: Tensor, excluded_docs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (scores, catalogue rows int64), both [m, top]: the best documents per query, padded with -inf and -1.
+    """Return the best documents as (scores, catalogue rows int64), both [m, top], padded with -inf, -1.
 
     queries [m, D+1] and documents [N, D+1] are index vectors; the pairs (excluded_rows, excluded_docs) are excluded.
     Ties rank by ascending row.
@@ -222,7 +222,7 @@ def exact_search(documents: DocumentVectors) -> Search:
 
 
 def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) -> Search:
-    """Build an inverted-file index of these documents and return its Search, which scores about an eighth of them.
+    """Build an inverted-file index and return its Search, which scores about 1/8 of the documents.
 
     `documents` are the rank's share of `num_docs`. A collective, since building reports progress.
     """
@@ -264,7 +264,7 @@ def pack_keys(scores: Tensor, rows: Tensor) -> Tensor:
 
 
 def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (scores float32, catalogue rows int64), shaped like the keys; the row is -1 for a score of -inf."""
+    """Return (scores float32, catalogue rows int64) of keys; the row is -1 for a score of -inf."""
     scores = _ordered((keys >> ROW_BITS).int()).view(torch.float32)
     return scores, (LAST_ROW - 1 - (keys & LAST_ROW)).masked_fill(scores == float("-inf"), -1)
 

@@ -21,7 +21,7 @@ REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs"
 
 
 def window_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None) -> np.ndarray:
-    """Build records of ascending int64 query keys [m], int32 windows [m, W] and teacher scores [m, 1 + W]."""
+    """Build records of ascending query keys int64 [m], windows [m, W], teacher scores [m, 1 + W]."""
     records = np.empty(len(queries), record_dtype(windows.shape[1], scored=teacher is not None))
     records["query"], records["window"] = queries, windows
     if teacher is not None:
@@ -194,7 +194,7 @@ class UniformNegatives:
 
 
 def sample_positions(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Sample int64 [m, k]: positions of k distinct entries of each query's `window` [m, W], padded with -1.
+    """Sample positions int64 [m, k] of distinct entries of each `window` [m, W], padded with -1.
 
     A pure function of (seed, epoch, row id) and, in a row of several queries, of the event: independent of ranks and
     steps, different in every epoch.
@@ -208,7 +208,7 @@ def sample_positions(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: i
 
 
 def sample_window(window: np.ndarray, rows: Rows, epoch: int, seed: int, k: int) -> np.ndarray:
-    """Sample int32 [m, k]: the entries of each query's `window` [m, W] at `sample_positions`, padded with -1."""
+    """Sample int32 [m, k] entries of each `window` [m, W], see `sample_positions`; padded with -1."""
     return take_positions(window, sample_positions(window, rows, epoch, seed, k), -1).astype(np.int32)
 
 
@@ -236,7 +236,7 @@ class ReviewedNegative:
 
 
 def sample_negatives(dataset: Dataset, hard: HardNegatives, count: int, seed: int = 0) -> list[ReviewedNegative]:
-    """Return one negative each of `count` evenly spaced queries, as `sample_window` samples them for `seed`.
+    """Return one negative each of `count` evenly spaced queries, as sampled for `seed`.
 
     Texts are formatted as the towers read them: truncated, in the tokenizer's case. Raises: ConfigError: a side has no
     text; DataError: `hard` is of another dataset.

@@ -113,7 +113,7 @@ class Index:
         excluded: Sequence[np.ndarray] | None = None,
         allowed: AllowedDocuments | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (scores float32 [m, top], catalogue rows int64 [m, top]), best first, padded with -inf and -1.
+        """Return (scores float32, catalogue rows int64), both [m, top], best first, padded with -inf, -1.
 
         queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` the rows to exclude per query,
         `allowed` the documents that pass the filter (None: all). A query gets fewer than `top` documents only if no
@@ -150,7 +150,7 @@ class Index:
             raise CheckpointError(f"the index was made of another dataset than {dataset.dir}; embed and index again")
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (cosines float32 [top], catalogue rows int64 [top]) of the documents nearest to one, ignoring beta.
+        """Return (cosines float32, catalogue rows int64), [top], of the nearest documents, ignoring beta.
 
         Cosine re-ranks the SIMILAR_CANDIDATES · (top + 1) documents with the largest inner products.
         """

@@ -101,7 +101,7 @@ def mine(
     share: Share | None = None,
     exclude_seen: bool = True,
 ) -> np.ndarray:
-    """Mine this rank's `window_records`: catalogue rows at ranks [first, last) of each train query's ranking.
+    """Mine this rank's `window_records`: documents at ranks [first, last) per train query.
 
     `rows` are the queries to mine for, in as many chunks on every rank; default: the rank's share of the split. Known
     positives (the target, and with `exclude_seen` the query's train documents and its history, or the query itself if

@@ -83,7 +83,7 @@ class ShardedFolder:
         self.resumed = len(local) - len(self._pending)  # shards of this rank finished by an earlier run
 
     def pending(self, what: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (shard, first row, last row + 1) of this rank's unfinished shards; advancing marks a shard as done."""
+        """Yield (shard, first row, last row + 1) of unfinished shards; advancing marks one as done."""
         size = self._work.rows_per_shard
         for number, shard in enumerate(self._pending, start=1):
             yield shard, shard * size, min((shard + 1) * size, self._num_rows)

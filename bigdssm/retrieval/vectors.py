@@ -168,7 +168,7 @@ def truncate_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
 def read_vectors(
     folder: Path, model_checksum: str, dataset: Dataset, first: int = 0, last: int | None = None
 ) -> np.ndarray:
-    """Return the vectors float32 [n, D+1] of the catalogue rows [first, last) from a vectors folder; default: all.
+    """Read vectors float32 [n, D+1] of catalogue rows [first, last) (default: all) of a folder.
 
     Raises CheckpointError: vectors of another model or dataset.
     """

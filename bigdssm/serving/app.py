@@ -186,7 +186,7 @@ def make_app(
     folders: Folders | None = None, poll_s: float = 1.0, second: Searcher | None = None,
     second_folders: Folders | None = None,
 ) -> FastAPI:  # fmt: skip
-    """Return the application that serves `searcher`, and `second` under /beside; cache_size 0: no cache.
+    """Return the application that serves `searcher`, and `second` at the path /beside; cache_size 0: no cache.
 
     `folders` are polled every `poll_s` seconds and reloaded when replaced. Requests must have a loopback Host or one of
     `hosts`, where 0.0.0.0 or :: allows any IP address (not any name); None disables the check.

@@ -17,7 +17,7 @@ class Overloaded(Exception):
 
 
 class Batcher(Generic[QueryT, Answer]):
-    """Calls `work` in one thread on all waiting queries, at most `max_batch`, whenever the thread is free.
+    """Calls `work` in one thread on all waiting queries, at most `max_batch`, when it is free.
 
     Batches grow under load; a single request is never delayed.
     """

@@ -60,7 +60,7 @@ class ActiveSearcher:
 
 
 class LiveSearcher:
-    """Serves the current content of `folders`, polled every `poll_s` seconds, or a fixed searcher without folders."""
+    """Serves the content of `folders`, polled every `poll_s` seconds; a fixed searcher without."""
 
     def __init__(
         self, searcher: Searcher, metrics: Metrics, max_batch: int, cache_size: int, folders: Folders | None = None,
@@ -105,7 +105,7 @@ class LiveSearcher:
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Run a slow call in a daemon thread: shutdown does not wait for it, unlike for the threads of a pool."""
+    """Run a slow call in a daemon thread, for which shutdown does not wait (unlike a pool's)."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 

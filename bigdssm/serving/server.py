@@ -111,7 +111,7 @@ class WorkersFailed(BigDSSMError):
 
 
 def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: int) -> None:
-    """Run `work(*arguments, ready)` in `number` processes until SIGTERM or SIGINT; returns after all have ended.
+    """Run `work(*arguments, ready)` in `number` processes until SIGTERM or SIGINT, and wait for them.
 
     `work` and `arguments` must be picklable, as sockets are. `work` calls `ready()` once it serves. A process that ends
     afterwards is restarted; one that ends before, for example while its folders are being replaced, is retried as long
