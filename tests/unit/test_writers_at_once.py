@@ -186,7 +186,7 @@ def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
         assert [shard for shard, *_ in begin("a").pending("rows")] == [0, 1]
         with pytest.raises(DataError, match=r"another process is writing .*/vectors with other inputs or options"):
             begin("b")
-        assert begin("a").found == 2, "what is done stays"
+        assert begin("a").resumed == 2, "what is done stays"
     filled = begin("b")
     assert [shard for shard, *_ in filled.pending("rows")] == [0, 1]
     assert filled.finish(lambda aside: None)
