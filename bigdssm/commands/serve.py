@@ -133,7 +133,7 @@ class ServerSettings:
             log_requests()
         searcher, second = searchers or self.open()
         app = make_app(
-            searcher, cache_size=self.cache, at_once=self.at_once, hosts=self.hosts, folders=self.folders,
+            searcher, cache_size=self.cache, max_batch=self.at_once, hosts=self.hosts, folders=self.folders,
             poll_s=self.look_s, second=beside, second_folders=self.beside,
         )  # fmt: skip
         ready()
