@@ -142,7 +142,7 @@ def test_typed_features(dataset: Dataset) -> None:
     [
         ({}, "the query is empty"),
         ({"user": " ", "features": {"age": ""}}, "the query is empty"),
-        ({"features": {"colour": "red"}}, "colour is not a query feature that can be given; these are: age, oc"),
+        ({"features": {"colour": "red"}}, "colour is not a query feature that can be given; they are: age, oc"),
         ({"features": {"history": ["i3"]}}, "give events instead of a history"),
         ({"features": {"age": "old"}}, "age is 'old', needs a number"),
         ({"features": {"age": 1e39}}, "age is 1e+39, needs a finite 32-bit number"),
