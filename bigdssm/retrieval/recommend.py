@@ -285,7 +285,7 @@ class TableRows(QuerySource):
         if keys is not None and self._dataset.schema.siamese:
             ids = np.array([hash64(key) for key in keys], np.int64)
             seen = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
-        features = stored(self._dataset.schema.query)
+        features = stored_features(self._dataset.schema.query)
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         return QueryBatch(rows, keys, columns | histories(self._dataset, seen), seen)
 

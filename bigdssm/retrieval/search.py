@@ -104,7 +104,7 @@ class Queries:
 
     def feature(self, name: str, value: Any) -> Column:
         """Encode one value as a column. Raises ConfigError: an unknown feature, or an invalid value."""
-        known = stored(self._schema.query)
+        known = stored_features(self._schema.query)
         if name not in known:
             events = "; give events instead of a history" if name in self._schema.query else ""
             requested = (name if name.isprintable() else repr(name))[:COMPARED_CHARACTERS]
@@ -175,7 +175,7 @@ def events_until(events: Sequence[Event], now: float | None) -> list[Event]:
         return list(events)
     all_times = np.array(times if now is None else [*times, now], np.float64)
     try:
-        check_one_unit(all_times, "the request")
+        check_single_unit(all_times, "the request")
     except DataError as error:
         raise ConfigError(str(error)) from None
     order = np.argsort(all_times[: len(times)], kind="stable")
@@ -195,7 +195,7 @@ def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarray
         some = "; ".join(first_users(table, NUM_SUGGESTIONS))
         raise DataError(f"no user is called {key!r}; existing users are: {some}")
     newest = rows[-1:]  # the latest partition has the full history
-    columns = {name: dataset.query_column(table, name, newest) for name in stored(dataset.schema.query)}
+    columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
     length = table.lengths("items", newest)
     events = table.take_slices("items", newest, np.zeros_like(length), length).values
     return columns, events.astype(np.int64)

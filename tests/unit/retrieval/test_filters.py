@@ -65,7 +65,7 @@ def test_a_filter_lets_through_what_it_says(dataset: Dataset, text: str, fits: C
         ('genres = "Comedy', "is not closed"),
         ('genres = "\\x"', "needs a string as in JSON"),
         ("genre = Comedy", "'genre' is not a document feature; they are item_id, title, genres, year; did you mean"),
-        ("genres = Comdey", "no document is known by genres = 'Comdey'; did you mean 'Comedy'"),
+        ("genres = Comdey", "no document has genres = 'Comdey'; did you mean 'Comedy'"),
         ("genres < Comedy", "genres is categorical, needs = or in"),
         ("title = anchor", "title is of type text, needs a categorical or numeric feature"),
         ("year > old", "year is 'old', needs a number"),
