@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             score=model.score,
             dtype=args.dtype,
         )
-    went_on = f", {written.resumed_shards} shards were finished before" if written.resumed_shards else ""
-    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{went_on}")
+    resumed = f", {written.resumed_shards} shards were finished before" if written.resumed_shards else ""
+    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
     if written.meta is None:
         return  # the last rank to finish writes the other files
     print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {args.dtype}")

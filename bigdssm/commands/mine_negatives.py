@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
             exclude_seen=folder.config.data.exclude_seen,
         )  # fmt: skip
-        mined = gather_hard_negatives(args.out, own, dataset)
+        hard = gather_hard_negatives(args.out, local, dataset)
     if distributed.is_main():
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
     distributed.shutdown()

@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = recommend(parts, folder, index, dataset, _source(args, dataset), options, work)
         if as_csv and done.finished:
             write_csv(parts, args.out)
-    went_on = f", {done.resumed_shards} shards were finished before" if done.resumed_shards else ""
-    rate = f"{done.queries} queries in {done.seconds:.1f} s, {done.queries / max(done.seconds, 1e-9):.0f} a second"
-    print(f"rank {work.rank} of {work.world_size}: {rate}{went_on}")
+    resumed = f", {done.resumed_shards} shards were finished before" if done.resumed_shards else ""
+    rate = f"{done.queries} queries in {done.seconds:.1f} s, {done.queries / max(done.seconds, 1e-9):.0f} per second"
+    print(f"rank {work.rank} of {work.world_size}: {rate}{resumed}")
     if done.finished:
         print(f"{args.out}: done")
 

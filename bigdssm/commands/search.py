@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file_to_write("--out", args.out)
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
-        refuse_options(parser, args, options, "with --request, which holds all of it")
+        refuse_options(parser, args, options, "with --request, which contains them")
         request = parse_request(_read(args.request))
     else:
         request = _request(args)

@@ -134,7 +134,7 @@ class ServerSettings:
         searcher, second = searchers or self.open()
         app = make_app(
             searcher, cache_size=self.cache, max_batch=self.at_once, hosts=self.hosts, folders=self.folders,
-            poll_s=self.look_s, second=beside, second_folders=self.beside,
+            poll_s=self.look_s, second=second, second_folders=self.second,
         )  # fmt: skip
         ready()
         run(app, listening, self.timeout_s)

@@ -168,7 +168,7 @@ def score_pairs(
     `names` identify the input and the teachers: finished shards of an earlier run with the same names are reused.
     Raises DataError: a teacher score is not finite.
     """
-    out = real_place(out)
+    out = real_path(out)
     record = record_dtype(hard.width, scored=True)
 
     def prepare(aside: Path) -> None:

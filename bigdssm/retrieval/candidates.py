@@ -152,7 +152,7 @@ def _write(
 
     Raises DataError with the message `empty`: all windows are empty.
     """
-    path, at, all_empty = real_place(path), 0, True
+    path, at, all_empty = real_path(path), 0, True
     with new_file(path) as aside:
         whole = new_array(aside, record_dtype(width, scored), (dataset.num_queries("train"),))
         for first in range(0, dataset.num_rows("train"), ROWS_AT_ONCE):

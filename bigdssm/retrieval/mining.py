@@ -146,9 +146,9 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
     Every rank writes its records, so `path` must be on shared storage, such as the run folder. The file appears under
     its name when complete.
     """
-    path = real_place(path)
+    path = real_path(path)
     everything = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
-    aside = aside_of(path)
+    aside = temporary_path(path)
     full: BigDSSMError | None = None
     if distributed.is_main():
         try:

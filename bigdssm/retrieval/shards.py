@@ -43,7 +43,7 @@ class ShardWork:
     @classmethod
     def of_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
         """Read rank and world size from torchrun or deepspeed. Raises ConfigError: they are invalid."""
-        rank, world_size = launched_as()
+        rank, world_size = rank_and_world_size()
         return cls(rank, world_size, rows_per_shard, progress)
 
 

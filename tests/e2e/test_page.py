@@ -1,4 +1,4 @@
-"""The serve command: its page in a real browser, and bench_serve.py against it."""
+"""bigdssm serve: the page in a real browser, and the load test of bench_serve.py."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def serving(tiny: TinyDataset, folder: Path, *options: str | Path) -> Iterator[s
 
 
 def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
-    """Create a small random model and its index in `folder`, and return the model's checksum."""
+    """Write a small random model and its index to `folder`; return the model's checksum."""
     config = load_config(tiny.config, [f"model.{override}" for override in SMALL])
     dataset = Dataset.open(tiny.dir)
     model = random_model(config, dataset, seed)
@@ -72,7 +72,7 @@ def make_served(tiny: TinyDataset, folder: Path, seed: int = 1) -> str:
 
 @contextmanager
 def started(folder: Path, *options: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start the command, and yield its address and process; kill it at the end if it still runs."""
+    """Start the command; yield its address and process, which is killed at the end."""
     command, environment = [*serve(folder, "0"), *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -114,7 +114,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(autouse=True)
 def no_problems(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail on errors in the page's console, such as violations of its content security policy."""
+    """No test leaves an error in the page's console, such as a violation of its content security policy."""
     yield
     if "page" in request.fixturenames:
         page = request.getfixturevalue("page")
@@ -136,8 +136,8 @@ def text(page: Page, selector: str = "body") -> str:
     return found
 
 
-def fetch(url: str, path: str, body: dict[str, Any]) -> Any:
-    """Return the answer of the API."""
+def asked(url: str, path: str, body: dict[str, Any]) -> Any:
+    """Return the response of the API."""
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
@@ -161,7 +161,7 @@ def test_the_page_shows_ten_documents_of_a_user(page: Page, url: str) -> None:
 
 
 def test_the_page_takes_a_typed_text(page: Page, texts_url: str) -> None:
-    documents = fetch(texts_url, "/api/search", {"features": {"query": "stone bridge <river>"}, "top": 10})["documents"]
+    documents = asked(texts_url, "/api/search", {"features": {"query": "stone bridge <river>"}, "top": 10})["documents"]
     page.open(f"{texts_url}/?query=stone+bridge+%3Criver%3E")
     assert [(cells[0], cells[1], cells[3]) for cells in rows(page)] == [
         (str(entry["rank"]), f"{entry['score']:.4f}", entry["key"]) for entry in documents
@@ -186,11 +186,11 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
     page.js("document.querySelector('#ask > button').click()")
     page.answered()
     wanted = "genres in (Comedy, Western) and year >= 1970 and year < 1999"
-    documents = fetch(url, "/api/search", {"user": "u7", "filter": wanted})["documents"]
+    documents = asked(url, "/api/search", {"user": "u7", "filter": wanted})["documents"]
     assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents] != []
     assert text(page, "#title") == f"u7 · {wanted}"
     page.open(page.js("location.href"))
-    assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents], "the address contains the query"
+    assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents], "the address says all of it"
     placeholders = page.js("[...document.querySelectorAll('[type=number]')].map(input => input.placeholder)")
     assert placeholders == ["1961", "1999"]
     page.open(f"{url}/?user=u7&one:genres=Comedy&filter=year+>+2100")
@@ -199,7 +199,7 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
 
 def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/?user=u7")
-    answers = [fetch(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/beside")]
+    answers = [asked(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/beside")]
     keys = [[entry["key"] for entry in answer] for answer in answers]
     assert keys[0] != keys[1] and 0 < len({*keys[0]} & {*keys[1]}) < 10
     for side, own, other in (("", *keys), ("/beside", *keys[::-1])):
@@ -220,7 +220,7 @@ def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
 def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/")
     page.press("/", *"u7", "Enter").answered()
-    assert page.js("document.querySelector('[name=user]').value") == "u7", "/ is not typed into the field"
+    assert page.js("document.querySelector('[name=user]').value") == "u7", "/ itself is not typed"
 
     def at() -> tuple[str, int]:
         line = page.js("[document.activeElement.dataset.side, document.activeElement.rowIndex]")
@@ -228,15 +228,15 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
 
     assert at() == ("", 1)
     page.press("ArrowUp")
-    assert at() == ("", 1), "there is no row above"
+    assert at() == ("", 1), "nothing is above"
     page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
     assert at() == ("/beside", 2)
     page.press("Enter").answered()
-    near = fetch(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
+    near = asked(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
     assert text(page, "tr.why") == f"Similar documents of the history:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
-    assert page.js("document.querySelector('tr.why')") is None, "an open explanation closes"
+    assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
     page.press("Enter").answered().press("Escape")
     assert page.js("document.querySelector('tr.why')") is None and at() == ("/beside", 2)
     page.press("Escape")
@@ -250,7 +250,7 @@ def test_the_words_of_a_text_say_why(page: Page, texts_url: str) -> None:
     page.js("document.querySelector('td.do button').click()")
     page.answered()
     body = {"features": {"query": "stone bridge river"}, "answer": rows(page)[0][3]}
-    near = fetch(texts_url, "/api/why", body)["words"]
+    near = asked(texts_url, "/api/why", body)["words"]
     assert {word["word"] for word in near} == {"stone", "bridge", "river"}
     shown = "\n".join(f"{word['cosine']:.2f} {word['word']}" for word in near)
     assert text(page, "tr.why") == f"Similar words of the query:\n{shown}"
@@ -263,7 +263,7 @@ def test_it_fits_a_phone_and_the_dark(page: Page, two_url: str) -> None:
         page.answered()
         assert page.js("document.documentElement.scrollWidth") == 375
         boxes = "[...document.querySelectorAll('section')].map(section => section.getBoundingClientRect().left)"
-        assert len(set(page.js(boxes))) == 1, "the models are stacked"
+        assert len(set(page.js(boxes))) == 1, "the models stand below each other"
         colours = "(({ color, backgroundColor }) => [color, backgroundColor])(getComputedStyle(document.body))"
         light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in page.js(colours))
         assert light > 200 and dark < 50

@@ -1,6 +1,6 @@
-"""Screenshots of the page for the docs, with invented titles: BIGDSSM_PICTURES=docs/images writes them.
+"""Screenshots of the page for the docs, with invented titles: BIGDSSM_PICTURES=docs/images updates them.
 
-BIGDSSM_TEXTS=FOLDER adds that of docs/text_search.md, from FOLDER/model and FOLDER/index of configs/tldr.yaml.
+With BIGDSSM_TEXTS=FOLDER also that of docs/text_search.md: FOLDER/model, FOLDER/index are those of configs/tldr.yaml.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_BYTES = 150_000
 
 @pytest.fixture(scope="module")
 def address(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of two models trained on item sequences, the second one for longer."""
+    """A server of two models trained on transitions, the second one for longer."""
     folder, dataset = tmp_path_factory.mktemp("pictures"), Dataset.open(tiny_interactions.dir)
     for place, epochs in ((folder, 2), (folder / "other", 12)):
         overrides = [*(f"model.{override}" for override in SMALL), f"run.dir={place / 'run'}"]

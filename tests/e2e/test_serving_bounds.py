@@ -1,4 +1,4 @@
-"""The server against malicious clients: bounded memory and time, and a prompt shutdown."""
+"""bigdssm serve with malicious clients: limits of size and time, and a clean stop."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def connected(address: str) -> socket.socket:
 
 
 def answer(connection: socket.socket) -> tuple[int, str]:
-    """Read an answer until the server closes; returns (status, message), status 0 without an answer."""
+    """Return status and message of a response after which the server closes; 0 without a response."""
     received = b""
     try:
         while part := connection.recv(65536):
             received += part
     except ConnectionResetError:
-        pass  # the server closed the connection during the upload
+        pass  # closed during the request
     first, _, body = received.partition(b"\r\n\r\n")
     return (int(first.split()[1]), json.loads(body)["error"]) if received else (0, "")
 
@@ -68,7 +68,7 @@ def resident_mb(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def search(address: str, query: str = "stone bridge", host: str = "localhost") -> tuple[int, dict[str, object]]:
+def asked(address: str, query: str = "stone bridge", host: str = "localhost") -> tuple[int, dict[str, object]]:
     body = json.dumps({"features": {"query": query}}).encode()
     with connected(address) as connection:
         connection.sendall(head("POST", f"Content-Length: {len(body)}", "Connection: close", host=host) + body)
@@ -103,9 +103,9 @@ def test_a_body_that_is_not_announced_as_small_is_not_read(
         assert resident_mb(pid) - before < 30
     with connected(address) as connection:
         connection.sendall(head("POST", *headers))
-        found = answer(connection)  # and closes the connection
+        found = answer(connection)  # and the connection is closed
     assert found[0] == status and sentence in found[1]
-    assert search(address)[0] == 200
+    assert asked(address)[0] == 200
 
 
 def test_what_is_no_http_is_refused_in_one_sentence(served: tuple[str, int]) -> None:
@@ -154,8 +154,8 @@ def test_a_request_that_does_not_arrive_is_given_up(served: tuple[str, int], beg
     ],
 )  # fmt: skip
 def test_a_request_for_another_host_is_refused(served: tuple[str, int], host: str, ours: bool) -> None:
-    """Protects against DNS rebinding: a web page that sends requests under a name that resolves to this machine."""
-    status, content = search(served[0], host=host)
+    """Otherwise any web page could send requests under a name that resolves to this machine (DNS rebinding)."""
+    status, content = asked(served[0], host=host)
     assert status == (200 if ours else 400), content
     assert ours or "--allow-host" in str(content["error"])
 
@@ -166,7 +166,7 @@ def test_a_stop_does_not_wait_for_those_who_have_not_asked(folder: Path) -> None
         idle, half, slow = (stack.enter_context(connected(address)) for _ in range(3))
         half.sendall(head()[:-9])
         slow.sendall(head("POST", "Content-Length: 100") + b"{")
-        assert search(address)[0] == 200  # the first three are answered
+        assert asked(address)[0] == 200  # the three before were accepted
         started_at = time.monotonic()
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) in (0, -signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Valid and invalid requests generated from the server's OpenAPI schema: all answers conform to it."""
+"""Valid and invalid requests generated from the server's OpenAPI schema: all responses match it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ HELD = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
     "response_schema_conformance",
 )  # fmt: skip
-REQUESTS = {"/api/search": 80, "/api/similar": 40, "/api/why": 40}  # the other paths have no parameters
-# Values beyond the schema: names of the tiny datasets, and nearly valid values
+REQUESTS = {"/api/search": 80, "/api/similar": 40, "/api/why": 40}  # the others have no body
+# not in the OpenAPI schema: names of the tiny datasets, and nearly valid values
 VALUES = st.sampled_from(
     ["u7", "i3", "river lantern", "artist", "33", "-1e38", "1e39", "inf", " ", "", "İ\x00|;\n", "𐍈" * 99]
 )
@@ -63,7 +63,7 @@ def schema(
     make_served(tiny_interactions if request.param == "interactions" else tiny_pairs, folder)
     with started(folder) as (address, server):
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
-        assert server.poll() is None, "the server exited"
+        assert server.poll() is None, "it died"
 
 
 def test_every_operation_is_asked(schema: object) -> None:
@@ -72,7 +72,7 @@ def test_every_operation_is_asked(schema: object) -> None:
 
 
 def check_answers(path: str, cases: st.SearchStrategy[object]) -> set[int]:
-    """Send all `cases`, and return the statuses of the answers."""
+    """Send all requests of `cases` and return the statuses."""
     statuses = set()
 
     @settings(

@@ -1,4 +1,4 @@
-"""A multi-process server under load: models and workers are replaced without dropped requests."""
+"""A server with several processes under load: models and workers are replaced without dropping a request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytest.importorskip("prometheus_client")
 
 
 class Load:
-    """Clients that send requests continuously; `failed` collects answers other than documents."""
+    """Clients that send requests without a pause; `failed` contains all responses without documents."""
 
     def __init__(self, address: str, clients: int = 4) -> None:
         self.answered, self.failed, self._stop = 0, [], threading.Event()
@@ -87,10 +87,10 @@ def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDa
         with load(address) as asking:
             until("some are answered", lambda: asking.answered > 50)
             replace_folder(tmp_path / "new" / "model", tmp_path / "model")
-            time.sleep(1)  # the index is still of the old model: nothing is reloaded
+            time.sleep(1)  # the index belongs to the old model: both are kept
             assert {_model(address) for _ in range(10)} == {before}
             replace_folder(tmp_path / "new" / "index", tmp_path / "index")
-            # A busy worker accepts few connections, so answers do not prove that both workers have reloaded.
+            # a busy worker accepts few connections: responses do not show that both have loaded the model
             until("both workers have taken it up", lambda: "taken_up_total 2.0" in get(address, "/metrics")[1])
             assert {_model(address) for _ in range(20)} == {checksum}
             answered = asking.answered

@@ -161,7 +161,7 @@ def measure(
     started = time.perf_counter()
     whole = CodedVectors(encode_rows(vectors, plan.dtype), plan.dtype, vectors.shape[1])
     searched = whole if not plan.whole else CodedVectors(truncate_like(whole[:], plan), "float32", plan.width)
-    made = index_type(plan.kind, plan.options).build(searched)
+    faiss_index = index_type(plan.kind, plan.options).build(searched)
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
     names = pa.chunked_array([pa.nulls(0, pa.string())])

@@ -67,7 +67,7 @@ def test_a_graded_window_is_what_the_query_rated(
             "list_candidates", "--data", dataset.dir, "--out", out, "--graded", "--low", 1, "--width", width
         )
         mined = HardNegatives.open(out)
-        assert f"{len(rows)} queries, {mined.per_query():.1f} documents each" in stdout
+        assert f"{len(rows)} queries, {mined.per_query():.1f} documents per query" in stdout
         assert mined.queries.tolist() == [key for key, *_ in rows]
         windows, teacher = mined.windows(mined.queries), mined.teacher_scores(mined.queries)
         at_the_edge = 0

@@ -72,7 +72,7 @@ def test_a_models_scores_are_its_products(
         "--model", other_model_dir, "--rows-per-shard", 100,
     )  # fmt: skip
     given = HardNegatives.open(mined)
-    assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents each, scored by 1" in out
+    assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents per query, 1 teachers" in out
     rows, docs = rows_and_docs(dataset, given)
     encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
     scores = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
@@ -277,7 +277,7 @@ def test_what_cannot_judge_is_refused(
 ) -> None:  # fmt: skip
     out = ("--out", tmp_path / "judged.npy")
     arguments = ("--data", dataset.dir, "--mined", mined, *out)
-    assert "nobody judges: give --model" in tools.refused(2, "score_pairs", *arguments)
+    assert "no teacher: needs --model" in tools.refused(2, "score_pairs", *arguments)
     assert "needs a text feature on both sides" in tools.refused(2, "score_pairs", *arguments, "--bm25")
     assert "is no model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)
     texts = ("--data", pairs[0].dir, "--mined", pairs[1], *out)
