@@ -114,12 +114,12 @@ def on_files(folder: Path) -> list[tuple[object, ...]]:
         (0, {"corpus": COLLECTION["corpus.jsonl"].encode("utf-16")}, "corpus.jsonl is not a UTF-8 text file"),
         (1, {"qrels": ""}, "qrels.trec has no relevant documents"),
         (1, {"qrels": "q1 0 d1 one\n"}, "qrels.trec:1: 'one' is not an integer"),
-        (1, {"run": ""}, "run.trec retrieves nothing"),
-        (1, {"run": "q9 Q0 d1 1 1.0 t\n"}, "retrieves for none of the judged queries"),
+        (1, {"run": ""}, "run.trec is an empty run"),
+        (1, {"run": "q9 Q0 d1 1 1.0 t\n"}, "has none of the queries of the qrels"),
         (1, {"run": "q1 Q0 d1 first 1.0 t\n"}, "run.trec:1: 'first' is not an integer"),
-        (1, {"run": "q1 Q0 d1 1 nan t\n"}, "run.trec:1: 'nan' is no number"),
-        (1, {"run": "q1 Q0 d1 1 -inf t\n"}, "run.trec:1: '-inf' is no number"),
-        (1, {"run": "q1 Q0 d1 1 1_0 t\n"}, "run.trec:1: '1_0' is no number"),
+        (1, {"run": "q1 Q0 d1 1 nan t\n"}, "run.trec:1: got the score 'nan', needs a finite"),
+        (1, {"run": "q1 Q0 d1 1 -inf t\n"}, "run.trec:1: got the score '-inf', needs a finite"),
+        (1, {"run": "q1 Q0 d1 1 1_0 t\n"}, "run.trec:1: got the score '1_0', needs a finite"),
     ],
 )  # fmt: skip
 def test_files_that_would_give_wrong_figures_are_refused(
