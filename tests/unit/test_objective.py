@@ -37,8 +37,8 @@ BETA = torch.randn(N, generator=GENERATOR, dtype=torch.float64)
 ALPHA = torch.tensor([2.0])
 POSITIVE = torch.tensor([0, 1, 0, 2])
 RELEVANCE = torch.tensor([1.0, 0.0, 2.5, 0.5])
-COUNTS = torch.tensor([2, 1, 1, 3, 1, 1])
-LOG_COPIES = COUNTS.double().log()
+COLUMN_COUNTS = torch.tensor([2, 1, 1, 3, 1, 1])
+LOG_COPIES = COLUMN_COUNTS.double().log()
 COUNTS = np.array([40, 10, 0, 5, 30, 15])
 BATCH = Batch(
     step=0,
@@ -50,7 +50,7 @@ BATCH = Batch(
     query_ids=torch.arange(M),
     doc_ids=torch.arange(N) + 100,
     doc_rows=torch.arange(N),
-    counts=COUNTS,
+    counts=COLUMN_COUNTS,
     query_lengths={},
     doc_lengths={},
     negatives=torch.tensor([[3, 4], [5, -1], [3, 3], [4, 5]]),
@@ -108,7 +108,7 @@ def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
 
 
 def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents() -> None:
-    documents = float((W.pow(2).sum(1) * COUNTS).sum() / COUNTS.sum())
+    documents = float((W.pow(2).sum(1) * COLUMN_COUNTS).sum() / COLUMN_COUNTS.sum())
     penalty = float(U.pow(2).sum(1).mean()) + documents
     assert loss(stage(FPS(norm_penalty=0.25))) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
 
