@@ -1,4 +1,4 @@
-"""Losses: the Full Product Softmax and the fine-tuning losses, over any number of ranks; plain tensors in, no model."""
+"""The Full Product Softmax and the fine-tuning losses on plain tensors, without a model, on any number of ranks."""
 
 from __future__ import annotations
 

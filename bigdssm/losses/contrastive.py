@@ -1,15 +1,15 @@
-"""One engine for every loss on vectors, on any number of ranks.
+"""Contrastive losses on vectors, exact over any number of ranks.
 
     out = fps_loss(U, W, alpha=alpha)
     out = contrastive_loss(PairCE(), LossBatch(U, W, alpha=alpha, negatives=negatives), columns="in_batch")
     out.loss.backward()
 
-It is called on every rank at once, with or without a process group. U and W may be leaves (gradient cache): U.grad,
-W.grad, alpha.grad and beta.grad then hold world_size times this rank's share, so that the mean over ranks of what is
-back-propagated from them is the gradient of the global loss. No other factor belongs anywhere.
+Every rank calls it, with or without a process group. U and W may be leaves (gradient cache): U.grad, W.grad, alpha.grad
+and beta.grad then hold world_size times this rank's share. Back-propagated and averaged over ranks, they give the
+gradient of the global loss. No other factor is needed.
 
-Only W is gathered, gradients are computed with the loss, and the score matrix exists one tile at a time. `reference`
-has the same losses as dense matrices.
+Only W is gathered, gradients are computed together with the loss, and one tile of the score matrix exists at a time.
+`reference` has the same losses as dense matrices.
 
 Shape legend: m queries, n columns and k candidates of this rank, N columns of all ranks, D vector size.
 """
@@ -44,15 +44,15 @@ from bigdssm.losses.masks import (
     find_false_negatives,
     find_known_positives,
     gather_pairs,
+    local_pairs,
     occurrences,
-    own_pairs,
 )
 from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
 from bigdssm.losses.terms import Scores, Term
 
 Direction = Literal["q2d", "d2q", "both"]
-Shared = Literal["all", "in_batch", "none"]
-_SHARED = {"all": "all columns", "in_batch": "in-batch and listed negatives", "none": "listed negatives"}
+SharedColumns = Literal["all", "in_batch", "none"]
+_SHARED = {"all": "all columns", "in_batch": "in-batch negatives and candidates", "none": "candidates"}
 
 
 def fps_loss(
@@ -66,7 +66,7 @@ def fps_loss(
     group: Group | None = None,
     **optional: Tensor | None,
 ) -> LossOutput:
-    """Return the softmax loss over all documents of all ranks; a collective.
+    """Compute the softmax loss over all documents of all ranks; a collective.
 
     U [m, D] queries, W [n, D] documents, positive [m] the column of each query's document, arange(m) by default.
     optional: beta, neg_bias, weight, query_ids, doc_ids, known, as in `LossBatch`. See `contrastive_loss`.
@@ -88,9 +88,10 @@ def ranking_loss(
     group: Group | None = None,
     **optional: Tensor | None,
 ) -> LossOutput:
-    """Return a loss such as `Triplet(margin=0.1)`; a collective. in_batch: the other queries' documents are negatives.
+    """Compute a loss over hard negatives, such as `Triplet(margin=0.1)`; a collective.
 
-    optional: further fields of `LossBatch`, above all negatives [m, k].
+    in_batch: the documents of the other queries are negatives, too. optional: fields of `LossBatch`, mainly negatives
+    [m, k].
     """
     batch = LossBatch(U, W, positive, alpha=alpha, **optional)
     return contrastive_loss(loss, batch, columns="in_batch" if in_batch else "none", tile=tile, group=group)
@@ -100,22 +101,22 @@ def contrastive_loss(
     loss: LossConfig | ListDistillation,
     batch: LossBatch,
     *,
-    columns: Shared = "all",
+    columns: SharedColumns = "all",
     tile: int | None = None,
     group: Group | None = None,
 ) -> LossOutput:
-    """Return a loss over the documents of all ranks, candidates, or both; a collective.
+    """Compute a loss over the documents of all ranks, candidates, or both; a collective.
 
-    columns: the negatives of every query besides its candidates: `all` columns of all ranks; `in_batch`, the documents
-    of all other queries, which count as often as they occur, so that it makes no difference which rows share a rank,
-    and thereby a column; or `none`. tile: columns per tile.
+    columns: the negatives of every query in addition to its candidates: `all` columns of all ranks; `in_batch`, the
+    documents of all other queries; or `none`. In-batch documents count as often as they occur: the loss does not depend
+    on which rows share a rank, and thereby a column. tile: columns per tile.
 
     The loss is the same on every rank; products are float32 (float64 for float64 input), sums of exponentials float64.
-    Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
+    Raises: LossInputError (PeerError on ranks with valid input), on every rank.
     """
     term, direction, x, shared, kept, sizes = _validate(loss, batch, columns, tile, group)
     n, device = len(x.W), x.W.device
-    # without ids a column is its own document, of its index among all ranks' as id
+    # without ids each column is a distinct document; its id is its global column index
     docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
     with torch.no_grad(), product_precision(x):
         positives, positive_m, passes = _gather(
@@ -132,8 +133,12 @@ def contrastive_loss(
         local = LocalStats(x.weight, positive_m, found.largest_m, found.lse_m, entries, masked)
         mean, stats = reduce_output(found.value_m.sum(), local, sizes.weight_sum, group)
         mean = mean.to(x.acc)
-        if sizes.wants:
-            sums = Gradients.zeros(x, sizes.wants, n) if passes is None else _spread(passes.own_gradients(), kept, n)
+        if sizes.grad_flags:
+            sums = (
+                Gradients.zeros(x, sizes.grad_flags, n)
+                if passes is None
+                else _spread(passes.local_gradients(), kept, n)
+            )
             candidates.add_gradients(found.candidate_grad_mk, sums)
             gradients = finish_gradients(x, sizes, sums, found.positive_grad_m, found.beta_grad_m)
             mean = attach(mean, (x.U, x.W, x.alpha, x.beta), gradients)
@@ -146,15 +151,15 @@ class _Call(NamedTuple):
     term: Term
     direction: Direction
     x: LossInputs
-    gathered: LossInputs  # the part of x that every rank receives
-    kept: Tensor | None  # the columns of x in that part; None: all
+    gathered: LossInputs  # the columns of x that are gathered to every rank
+    kept: Tensor | None  # their indices in x; None: all
     sizes: GlobalSizes
 
 
 def _validate(
     loss: LossConfig | ListDistillation, batch: LossBatch, columns: str, tile: int | None, group: Group | None
 ) -> _Call:
-    """Return the validated call, the same on every rank but for this one's input. A collective."""
+    """Validate the arguments, which must agree across ranks except for the tensors. A collective."""
     x: LossInputs | LossInputError
     term, direction, shared, kept = None, "q2d", None, None
     try:
@@ -174,7 +179,7 @@ def _validate(
 
 
 def build_term(loss: object) -> Term:
-    """Return the function of scores of a loss. Raises LossInputError: it is none."""
+    """Build the term of a loss. Raises: LossInputError: not a loss."""
     require(
         isinstance(loss, LossConfig | ListDistillation),
         f"the loss must be one of {', '.join(LOSSES.names())}, got {loss!r}",
@@ -183,9 +188,7 @@ def build_term(loss: object) -> Term:
 
 
 def _check_choice(term: Term, x: LossInputs, columns: str, direction: str, tile: int | None) -> None:
-    require(
-        not term.uses_teacher or columns == "none", f"{term} compares listed documents alone: it needs columns='none'"
-    )
+    require(not term.uses_teacher or columns == "none", f"{term} compares only candidates: it needs columns='none'")
     require(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
     m, negatives = len(x.U), x.negatives
     allowed = term.directions if columns == "all" and negatives is None else ("q2d",)
@@ -200,17 +203,16 @@ def _check_choice(term: Term, x: LossInputs, columns: str, direction: str, tile:
 
 
 def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs, LossInputs, Tensor | None]:
-    """Return x, the part of it that is gathered, and which columns that part keeps (None: all).
+    """Return x, its gathered columns, and their indices in x (None: all).
 
-    Where some are left out document ids are needed, for columns are told apart by them; `positive` counts among those
-    kept.
+    A subset needs document ids, which identify its columns; its `positive` indexes the subset.
     """
     if columns == "all":
         return x, x, None
     if x.doc_ids is None:
         first = distributed.rank(group) << 40
         x = replace(x, doc_ids=torch.arange(first, first + x.W.shape[0], device=x.W.device))
-    # what lies outside is refused when all ranks are told, not here
+    # values out of range are rejected later, on all ranks together
     positive = x.positive.clamp(0, max(0, x.W.shape[0] - 1))
     kept, positive = torch.unique(positive[: None if columns == "in_batch" else 0], return_inverse=True)
     names = ("W", "beta", "neg_bias", "doc_ids")
@@ -222,23 +224,23 @@ def _gather(
     x: LossInputs, shared: LossInputs | None, kept: Tensor | None, sizes: GlobalSizes, docs_n: Tensor,
     direction: Direction, tile: int | None, group: Group | None,
 ) -> tuple[KnownPositives, Tensor, ScorePasses | None]:  # fmt: skip
-    """Gather columns and known positives, and score the positives meanwhile; a collective.
+    """Gather columns and known positives, overlapped with scoring the positives; a collective.
 
-    shared: the part of x to gather; None: known positives alone. Returns them, the positives' scores float64 [m], and
-    the passes over the gathered columns.
+    shared: the columns of x to gather; None: known positives only. Returns the known positives, the positives' scores
+    float64 [m], and the passes over the gathered columns.
     """
     doc_m = docs_n[x.positive]
-    pairs = None if x.query_ids is None else own_pairs(x.query_ids, doc_m, x.weight, x.known)
+    pairs = None if x.query_ids is None else local_pairs(x.query_ids, doc_m, x.weight, x.known)
     gathered = None
     if shared is not None:
-        copies_n = None if kept is None else occurrences(shared.positive, len(shared.W)).double()
-        arriving = gather_columns(shared, sizes, copies_n, pairs, tile, group)
+        counts_n = None if kept is None else occurrences(shared.positive, len(shared.W)).double()
+        pending = gather_columns(shared, sizes, counts_n, pairs, tile, group)
         positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
-        gathered, told = arriving.wait()
+        gathered, all_pairs = pending.wait()
     else:
         positive_m = _positive_scores(x, sizes, with_beta=True)
-        told = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
-    positives = find_known_positives(x.query_ids, doc_m, x.weight, x.known, told, sizes.known_counts)
+        all_pairs = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
+    positives = find_known_positives(x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts)
     if shared is None or gathered is None:
         return positives, positive_m, None
     mask = find_false_negatives(positives, gathered.docs, gathered.valid, gathered.total)
@@ -251,11 +253,11 @@ def _positive_scores(x: LossInputs, sizes: GlobalSizes, with_beta: bool) -> Tens
     return products if x.beta is None or not with_beta else products + x.beta.detach().double()[x.positive]
 
 
-_CHUNK_ELEMENTS = 1 << 22  # of the candidates' vectors at a time
+_CHUNK_ELEMENTS = 1 << 22  # numbers of candidate vectors that are gathered at a time
 
 
 class _Candidates:
-    """The candidates [m, k] of this rank's queries: their masks, scores and gradients."""
+    """Masks, scores and gradients of the candidates [m, k] of this rank's queries."""
 
     def __init__(self, x: LossInputs, sizes: GlobalSizes, docs_n: Tensor, positives: KnownPositives) -> None:
         negatives = x.positive.new_zeros((len(x.U), 0)) if x.negatives is None else x.negatives
@@ -266,7 +268,7 @@ class _Candidates:
         self._masked_mk, self.used_mk = other_mk & known_mk, other_mk & ~known_mk
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Return how many there are, and how many of them the mask drops, float64."""
+        """Return the number of candidates and the number that the mask drops, float64."""
         return self._there_mk.sum().double(), self._masked_mk.sum().double()
 
     def scores(self) -> Tensor:
@@ -280,7 +282,7 @@ class _Candidates:
         return torch.where(self.used_mk, score, -math.inf)
 
     def add_gradients(self, G_mk: Tensor, sums: Gradients) -> None:
-        """Add the candidates' G to the sums of this rank's vectors and biases."""
+        """Add the candidates' G to the gradient sums of this rank's vectors and biases."""
         x, column_mk, G = self._x, self._column_mk, G_mk.to(self._x.acc)
         for rows, vectors in self._chunks():
             if sums.U is not None:
@@ -292,7 +294,7 @@ class _Candidates:
             sums.beta.index_add_(0, column_mk.flatten(), G_mk.flatten().to(sums.beta.dtype))
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, their candidates' vectors [rows, k, D])."""
+        """Yield (rows, vectors of their candidates [rows, k, D])."""
         (m, k), x = self._column_mk.shape, self._x
         height = max(1, _CHUNK_ELEMENTS // max(1, k * x.W.shape[1]))
         for start in range(0, m if k else 0, height):
@@ -301,7 +303,7 @@ class _Candidates:
 
 
 def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
-    """Return the sums of the columns `kept` on all n columns."""
+    """Scatter the sums of the columns `kept` to all n columns."""
     if kept is None:
         return sums
     W, beta = (
@@ -312,9 +314,9 @@ def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
-    """Return the weights [m] from relevance: 1[r > 0], or r. Raises: LossInputError where r is negative or NaN."""
+    """Return the weights [m] from relevance: 1[r > 0], or r. Raises: LossInputError: negative or non-finite r."""
     good = relevance.isfinite() & (relevance >= 0)
-    if relevance.device.type == "cpu" and not bool(good.all()):  # on a device that would be waited for
+    if relevance.device.type == "cpu" and not bool(good.all()):  # on a GPU this check would synchronise
         raise LossInputError("relevance holds NaN, infinite or negative values")
     if kind == "indicator":
         return (relevance > 0).to(relevance.dtype if relevance.is_floating_point() else torch.float32)
@@ -323,40 +325,42 @@ def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"])
     raise LossInputError(f"weight must be indicator or relevance, got {kind!r}")
 
 
-def norm_penalty(vectors: Tensor, copies: Tensor | None = None, group: Group | None = None) -> Tensor:
-    """Return the mean squared norm over the vectors [rows, D] of all ranks; keeps `score: dot` from growing.
+def norm_penalty(vectors: Tensor, counts: Tensor | None = None, group: Group | None = None) -> Tensor:
+    """Compute the mean squared norm of the vectors [rows, D] of all ranks; limits the growth of `score: dot`.
 
-    copies [rows]: how many vectors were merged in each, so that it makes no difference which ranks merged them. Its
-    scale is the losses': the same value on every rank, gradients whose mean over ranks is the global one.
+    counts [rows]: number of vectors merged into each row; the value does not depend on which ranks merged them. The
+    scale is that of the losses: the same value on every rank, and the mean of the gradients over ranks is the global
+    gradient.
     """
     squares = vectors.float().pow(2).sum(1) if vectors.dtype == torch.bfloat16 else vectors.pow(2).sum(1)
-    weight = torch.ones_like(squares) if copies is None else copies.to(squares.dtype)
+    weight = torch.ones_like(squares) if counts is None else counts.to(squares.dtype)
     return global_mean((squares * weight).sum(), weight.sum(), group)
 
 
-def global_mean(own: Tensor, own_total: Tensor, group: Group | None) -> Tensor:
-    """Return Σ own / Σ own_total over all ranks, with gradients world_size times this rank's share."""
-    sums = torch.stack([own.detach().double(), own_total.detach().double()])
+def global_mean(local_sum: Tensor, local_weight: Tensor, group: Group | None) -> Tensor:
+    """Return Σ local_sum / Σ local_weight over all ranks, with gradients world_size times this rank's share."""
+    sums = torch.stack([local_sum.detach().double(), local_weight.detach().double()])
     distributed.all_reduce(sums, "sum", group)
     factor = torch.where(sums[1] > 0, distributed.world_size(group) / sums[1], 0.0)
-    share = own * factor.to(own.dtype)
-    return share + (torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(own.dtype) - share.detach())
+    share = local_sum * factor.to(local_sum.dtype)
+    return share + (torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(local_sum.dtype) - share.detach())
 
 
 def matryoshka_loss(
     loss: Callable[[Tensor, Tensor], LossOutput], U: Tensor, W: Tensor, widths: Sequence[int], normalise: bool
 ) -> LossOutput:
-    """Return the mean of `loss` at the full width and at `widths`, everything else shared; statistics of the full one.
+    """Average `loss` over the full width and the truncated `widths`; statistics are those of the full width.
 
-    Every rank calls it with the same widths. normalise: cut vectors get norm 1 again, for a cosine score. The scale of
+    Every rank calls it with the same widths. normalise: renormalise truncated vectors, for a cosine score. The scale of
     loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1 with equal weights.
     """
     whole = loss(U, W)
-    losses = [whole.loss, *(loss(cut(U, width, normalise), cut(W, width, normalise)).loss for width in widths)]
+    truncated = (loss(truncate(U, width, normalise), truncate(W, width, normalise)) for width in widths)
+    losses = [whole.loss, *(output.loss for output in truncated)]
     return LossOutput(torch.stack(losses).mean(), whole.stats)
 
 
-def cut(vectors: Tensor, width: int, normalise: bool) -> Tensor:
-    """Return the first `width` entries of each vector [rows, D], with norm 1 where `normalise`."""
+def truncate(vectors: Tensor, width: int, normalise: bool) -> Tensor:
+    """Return the first `width` entries of each vector [rows, D], with `normalise` scaled to norm 1."""
     first = vectors[:, :width]
     return torch.nn.functional.normalize(first, dim=1) if normalise else first

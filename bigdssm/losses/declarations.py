@@ -1,13 +1,13 @@
-"""Losses, sampling corrections and distillations with their keys; torch-free until one is built.
+"""Config classes of losses, sampling corrections and distillations; torch is imported when one is built.
 
-With S⁺ the positive's score, S⁻_j those of query i's negatives A_i:
+S⁺ is the score of the positive, S⁻_j the scores of query i's negatives A_i:
 
     fps, softmax   log(1 + Σ_j∈A exp(S⁻_j − S⁺)); fps also over the queries in the positive's column, or their mean
     pair_ce        mean over A of −log σ(S⁺ − S⁻_j)
     triplet        mean over A of max(0, margin − S⁺ + S⁻_j)
     sigmoid        −log σ(S⁺) − Σ_j∈A log σ(−S⁻_j), usually with one beta for all documents
 
-A loss of single negatives is its value and slope alone (`PairLoss`), from any module:
+A pairwise loss needs only its value and derivative (`PairLoss`), and may be declared in any module:
 
     @register_loss
     @dataclass(frozen=True)
@@ -50,21 +50,21 @@ Class = TypeVar("Class", bound=type)
 
 
 def register_sampling(cls: Class) -> Class:
-    """Add a sampling correction, a subclass of FrequencyCorrection; a class decorator."""
+    """Register a sampling correction, a subclass of FrequencyCorrection; a class decorator."""
     if not issubclass(cls, FrequencyCorrection):
         raise TypeError(f"{cls.__name__}: a sampling correction is a FrequencyCorrection")
     return SAMPLINGS.register(cls)
 
 
 def register_distillation(cls: Class) -> Class:
-    """Add a distillation of hard negatives, a subclass of ListDistillation; a class decorator."""
+    """Register a distillation of hard negatives, a subclass of ListDistillation; a class decorator."""
     if not issubclass(cls, ListDistillation):
         raise TypeError(f"{cls.__name__}: a distillation is a ListDistillation")
     return DISTILLATIONS.register(cls)
 
 
 def describe(loss: LossConfig | DistillationConfig) -> str:
-    """Return the name of a loss with the keys that its value depends on, for messages and for the ranks' agreement."""
+    """Format a loss with the keys that its value depends on, for messages and for the comparison of ranks."""
     common = {"direction", *(f.name for f in fields(LossConfig))}
     keys = ", ".join(f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if f.name not in common)
     return f"{loss.name}({keys})" if keys else loss.name
@@ -77,7 +77,7 @@ class SoftmaxLoss(LossConfig):
     softmax: ClassVar[bool] = True
 
     def build(self) -> Any:
-        """Return the function of scores."""
+        """Build the term, a function of scores."""
         from bigdssm.losses.terms import SoftmaxTerm
 
         return SoftmaxTerm(self)
@@ -91,7 +91,7 @@ class FPS(SoftmaxLoss):
     all_columns: ClassVar[bool] = True
 
     name: str = "fps"
-    direction: Literal["q2d", "d2q", "both"] = "q2d"  # documents compete for a query, queries for a document, or both
+    direction: Literal["q2d", "d2q", "both"] = "q2d"  # softmax over documents, over queries, or the mean of both
 
 
 @register_loss
@@ -104,19 +104,19 @@ class Softmax(SoftmaxLoss):
 
 @dataclass(frozen=True)
 class PairLoss(LossConfig):
-    """A loss of one negative at a time, a function of x: S⁻ − S⁺, or S⁻ where it is not `relative`.
+    """A pairwise loss, a function of x = S⁻ − S⁺ if `relative`, else of x = S⁻.
 
-    A relative one is averaged over the query's negatives (0 without any). Another is summed over them, with the same
-    function of −S⁺ for the positive. Its negatives are in-batch and hard ones: it does not count merged columns.
+    A relative loss is averaged over the query's negatives (0 without any). Otherwise it is summed over them, plus the
+    same function of −S⁺. Negatives are in-batch and hard ones; merged columns are not counted with multiplicity.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if cls.all_columns:
-            raise TypeError(f"{cls.__name__}: a PairLoss is not over all columns; derive it from LossConfig")
+            raise TypeError(f"{cls.__name__}: a PairLoss cannot use all columns; derive it from LossConfig")
 
     def build(self) -> Any:
-        """Return the function of scores."""
+        """Build the term, a function of scores."""
         from bigdssm.losses.terms import PairTerm
 
         return PairTerm(self)
@@ -127,13 +127,13 @@ class PairLoss(LossConfig):
 
     @abstractmethod
     def slope(self, x: Tensor) -> Tensor:
-        """Return its derivative; may overwrite x, which is −inf where there is no negative: 0 there."""
+        """Return the derivative; may overwrite x. It must be 0 where x is −inf (no negative)."""
 
 
 @register_loss
 @dataclass(frozen=True)
 class PairCE(PairLoss):
-    """The logistic loss of a pair's order."""
+    """The pairwise logistic loss (RankNet)."""
 
     name: str = "pair_ce"
 
@@ -151,7 +151,7 @@ class PairCE(PairLoss):
 @register_loss
 @dataclass(frozen=True)
 class Triplet(PairLoss):
-    """The hinge loss of a pair's order."""
+    """The pairwise hinge loss with a margin."""
 
     name: str = "triplet"
     margin: float = bounded(0.2, 0, 1_000_000)  # in score units
@@ -161,14 +161,14 @@ class Triplet(PairLoss):
         return (x + self.margin).clamp(min=0)
 
     def slope(self, x: Tensor) -> Tensor:
-        """Return 1 where the hinge is open."""
+        """Return 1[x > −margin]."""
         return (x > -self.margin).to(x.dtype)
 
 
 @register_loss
 @dataclass(frozen=True)
 class Sigmoid(PairCE):
-    """The logistic loss of whether a document is the query's."""
+    """Binary cross-entropy of positive versus negative documents (SigLIP)."""
 
     relative: ClassVar[bool] = False
 
@@ -178,7 +178,7 @@ class Sigmoid(PairCE):
 @SAMPLINGS.register
 @dataclass(frozen=True)
 class NoCorrection(SamplingConfig):
-    """No correction: in the limit a softmax learns log p(d|q) − log q(d), q the share of the documents in the data."""
+    """No correction: a softmax then learns log p(d|q) − log q(d), where q(d) is the document's share in the data."""
 
     name: str = "none"
 
@@ -186,9 +186,9 @@ class NoCorrection(SamplingConfig):
 @register_sampling
 @dataclass(frozen=True)
 class AutoCorrection(FrequencyCorrection):
-    """`corrected` where queries have histories and a softmax takes documents of the batch for negatives, else `none`.
+    """`corrected` for a softmax over in-batch negatives with user histories, else `none`.
 
-    That holds over time and over users for recommendation (docs/sequences.md); elsewhere nothing is known.
+    Measured for recommendation, over time and over users (docs/sequences.md); there is no evidence for other data.
     """
 
     name: str = "auto"
@@ -207,61 +207,64 @@ class AutoCorrection(FrequencyCorrection):
 @register_sampling
 @dataclass(frozen=True)
 class Classic(FrequencyCorrection):
-    """β − γ log c, everywhere in training, the positive included. Source: Yi et al. 2019, eq. 4."""
+    """β − γ log c in all training scores, including the positive's. Source: Yi et al. 2019, eq. 4."""
 
     name: str = "classic"
 
     def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the correction as a part of beta."""
+        """Return the correction as an addition to beta."""
         return correction, None
 
 
 @register_sampling
 @dataclass(frozen=True)
 class Corrected(FrequencyCorrection):
-    """−γ log c on negatives alone: a positive is not in the batch by chance. Source: arXiv 2507.09331."""
+    """−γ log c on negatives only: a positive is not sampled by chance. Source: arXiv 2507.09331."""
 
     name: str = "corrected"
 
     def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the correction as a part of neg_bias."""
+        """Return the correction as an addition to neg_bias."""
         return None, correction
 
 
 @dataclass(frozen=True)
 class ListDistillation(DistillationConfig):
-    """A distillation of a teacher's scores of a query's own document and its hard negatives, in negatives.mining.file.
+    """A distillation of teacher scores of the positive and the hard negatives, stored in negatives.mining.file.
 
-    Shapes: m queries, l = 1 + k documents of each, the own document first.
+    Shapes: m queries, l = 1 + k documents per query, the positive first.
     """
 
     @abstractmethod
     def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the loss [m] of our scores S and the teacher's T, both 0 where not `valid_ml`; column 0 always is."""
+        """Return the loss [m] of student scores S and teacher scores T, both 0 where not `valid_ml`.
+
+        Column 0, the positive, is always valid.
+        """
 
     @abstractmethod
     def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return its derivatives by S, 0 where not `valid_ml`."""
+        """Return the derivatives with respect to S, 0 where not `valid_ml`."""
 
     def build(self) -> Any:
-        """Return the function of scores."""
+        """Build the term, a function of scores."""
         from bigdssm.losses.distillation import DistillationTerm
 
         return DistillationTerm(self)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless hard negatives come from a file with a teacher's scores."""
+        """Raise ConfigError unless hard negatives are read from a file with teacher scores."""
         negatives = config.stage(name).negatives
-        given, key = f"with {name}.distillation.name={self.name}", f"{name}.negatives"
+        condition, key = f"with {name}.distillation.name={self.name}", f"{name}.negatives"
         file = negatives.mining.file
-        require(file is not None, f"{key}.mining.file", file, f"a file with a teacher's scores {given}")
-        require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {given}")
+        require(file is not None, f"{key}.mining.file", file, f"a file with a teacher's scores {condition}")
+        require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {condition}")
 
 
 @register_distillation
 @dataclass(frozen=True)
 class ListwiseKL(ListDistillation):
-    """The divergence of our softmax over the scored documents from the teacher's."""
+    """KL divergence from the teacher's softmax over the scored documents to the student's."""
 
     name: str = "kl"
 
@@ -271,14 +274,14 @@ class ListwiseKL(ListDistillation):
         return (log_p.exp() * (log_p - log_q).masked_fill(~valid_ml, 0.0)).sum(1)
 
     def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return its derivatives."""
+        """Return the derivatives."""
         return _log_softmax(S_ml, valid_ml).exp() - _log_softmax(T_ml, valid_ml).exp()
 
 
 @register_distillation
 @dataclass(frozen=True)
 class MarginMSE(ListDistillation):
-    """The squared error of the margins between a query's own document and the others."""
+    """Squared error of the margins between the positive and the other documents."""
 
     name: str = "margin_mse"
 
@@ -287,14 +290,14 @@ class MarginMSE(ListDistillation):
         return self._error(S_ml, T_ml, valid_ml).square().sum(1) / _others(valid_ml)
 
     def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return its derivatives."""
+        """Return the derivatives."""
         import torch
 
         slope_mk = -2 * self._error(S_ml, T_ml, valid_ml) / _others(valid_ml)[:, None]
         return torch.cat([-slope_mk.sum(1, keepdim=True), slope_mk], 1)
 
     def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return [m, k], 0 without a teacher's score."""
+        """Return the margin errors [m, k], 0 without a teacher score."""
         excess_ml = S_ml - T_ml
         return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
 
@@ -302,13 +305,13 @@ class MarginMSE(ListDistillation):
 @DISTILLATIONS.register
 @dataclass(frozen=True)
 class BatchKL(DistillationConfig):
-    """The divergence of our softmax over the documents of the global batch from a teacher's, by its vectors."""
+    """KL divergence from a teacher's softmax over the documents of the global batch, computed from its vectors."""
 
     name: str = "batch_kl"
-    teacher: str = MISSING  # folder of bigdssm embed_teacher
+    teacher: str = MISSING  # output folder of bigdssm embed_teacher
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the batch's documents are columns: vectors are found by rows of the catalogue."""
+        """Raise ConfigError unless the columns are catalogue documents, which have teacher vectors."""
         data, stage = config.data, config.stage(name)
         for where, got, only in (
             (f"{name}.negatives.columns", stage.negatives.columns, "batch"),
@@ -320,10 +323,10 @@ class BatchKL(DistillationConfig):
             require(got == only, where, got, f"{only} with {name}.distillation.name={self.name}")
 
 
-def _log_softmax(x_ml: Tensor, kept_ml: Tensor) -> Tensor:
-    return x_ml.masked_fill(~kept_ml, -math.inf).log_softmax(1)
+def _log_softmax(x_ml: Tensor, valid_ml: Tensor) -> Tensor:
+    return x_ml.masked_fill(~valid_ml, -math.inf).log_softmax(1)
 
 
 def _others(valid_ml: Tensor) -> Tensor:
-    """Return the number of scored documents other than the own, at least 1: [m]."""
+    """Return the number of scored documents other than the positive, at least 1: [m]."""
     return valid_ml[:, 1:].sum(1).clamp(min=1)

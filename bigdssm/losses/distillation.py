@@ -1,4 +1,4 @@
-"""Distillation terms: a teacher's scores of candidates (KL, MarginMSE) or of the documents of the global batch."""
+"""Distillation from a teacher's scores of candidates (KL, MarginMSE) or of all documents of the global batch (KL)."""
 
 from __future__ import annotations
 
@@ -12,46 +12,49 @@ from bigdssm.distributed import Group
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.inputs import LossInputError, exchange, require
 from bigdssm.losses.output import attach
-from bigdssm.losses.terms import Evaluated, Scores, Term, weighted
+from bigdssm.losses.terms import Scores, Term, TermResult, weighted
 
 
 class DistillationTerm(Term):
-    """A term of a teacher's scores."""
+    """The term of a distillation of teacher scores of candidates."""
 
     uses_teacher = True
     loss: ListDistillation
 
-    def on_vectors(self, scores: Scores) -> Evaluated:
-        """Return the values and their gradients; a collective."""
-        assert scores.passes is None, "its documents are listed"
+    def on_vectors(self, scores: Scores) -> TermResult:
+        """Compute the values and their gradients; a collective."""
+        assert scores.passes is None, "its documents are candidates"
         inputs = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
         grad_ml = weighted(scores.weight_m[:, None], self.loss.slope(*inputs))
         S_ml = inputs[0].masked_fill(~inputs[2], -torch.inf)
         largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
-        return Evaluated(
+        return TermResult(
             weighted(scores.weight_m, self.loss.value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
             largest_m, S_ml.logsumexp(1),
         )  # fmt: skip
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
-        """Return the values [m] as autograd needs them."""
+        """Return the values [m], differentiable by autograd."""
         return self.loss.value(*self._inputs(positive_m, negative_mk, used_mk, teacher_ml))
 
     def _inputs(
         self, positive_m: Tensor, candidate_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores, the teacher's over the temperature, and where both are; a query without them is left alone."""
+        """Return scores, teacher scores over the temperature, and the mask where both exist.
+
+        A query without a teacher score of its positive has no other valid document, and so no loss.
+        """
         assert teacher_ml is not None
-        found_ml = teacher_ml.isfinite()
-        valid_ml = torch.cat([torch.ones_like(found_ml[:, :1]), found_ml[:, :1] & found_ml[:, 1:] & used_mk], 1)
-        # what is not used is filled before: no −inf reaches a gradient
+        scored_ml = teacher_ml.isfinite()
+        valid_ml = torch.cat([torch.ones_like(scored_ml[:, :1]), scored_ml[:, :1] & scored_ml[:, 1:] & used_mk], 1)
+        # filled before the loss, so that no −inf reaches a gradient
         S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
-        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & found_ml), 0.0) / self.loss.temperature
+        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & scored_ml), 0.0) / self.loss.temperature
         return S_ml, T_ml, valid_ml
 
 
 def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
-    """Raise LossInputError unless a teacher's scores [rows, 1 + width] are given exactly where the term uses them."""
+    """Raise LossInputError unless teacher scores [rows, 1 + width] are passed exactly if the term uses them."""
     require(
         term.uses_teacher == (teacher is not None),
         f"{term} {'needs' if term.uses_teacher else 'takes no'} scores of a teacher",
@@ -63,19 +66,19 @@ def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> 
         )
 
 
-STRIP_CELLS = 1 << 22  # of scores at once
+STRIP_CELLS = 1 << 22  # scores computed at a time
 
 
 @dataclass(frozen=True)
 class BatchTeacher:
-    """A teacher's vectors of a batch, whose products are its scores."""
+    """Teacher vectors of a batch; their inner products are the teacher scores."""
 
     queries: Tensor  # [m, E]
     documents: Tensor  # [n, E]
     temperature: float = 1.0  # divides the scores
 
     def check(self, U: Tensor, W: Tensor) -> None:
-        """Raise LossInputError where they are not of these queries and columns."""
+        """Raise LossInputError unless the shapes match these queries and columns."""
         for name, vectors, ours in (("queries", self.queries, U), ("documents", self.documents, W)):
             fits = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(ours)
             require(fits, f"the teacher's {name} must be floating point [{len(ours)}, E], got {list(vectors.shape)}")
@@ -84,14 +87,14 @@ class BatchTeacher:
 
 def batch_kl(
     U: Tensor, W: Tensor, teacher: BatchTeacher, *, alpha: Tensor, beta: Tensor | None = None,
-    weight: Tensor | None = None, copies: Tensor | None = None, group: Group | None = None,
+    weight: Tensor | None = None, counts: Tensor | None = None, group: Group | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the mean divergence over all ranks' queries; a collective.
+    """Compute the mean KL divergence over the queries of all ranks; a collective.
 
-    U [m, D], W [n, D], alpha a scalar, beta [n] as in `contrastive_loss`; weight [m] ≥ 0 of the queries; copies [n]:
-    how many documents were merged in a column, by default 1. The value is the same on every rank and whichever columns
-    share one; gradients are such that their mean over ranks is the global one. Raises: LossInputError (PeerError on the
-    ranks whose own input is good), on every rank.
+    U [m, D], W [n, D], alpha a scalar, beta [n] as in `contrastive_loss`; weight [m] ≥ 0 of the queries; counts [n]:
+    number of documents merged into a column, by default 1. The value is the same on every rank and does not depend on
+    the distribution of columns over ranks; the mean of the gradients over ranks is the global gradient.
+    Raises: LossInputError (PeerError on ranks with valid input), on every rank.
     """
     error, acc = None, torch.float64 if U.dtype == torch.float64 else torch.float32
     try:
@@ -100,7 +103,7 @@ def batch_kl(
     except LossInputError as caught:
         error, finite = caught, torch.ones((), dtype=torch.bool, device=U.device)
     weight = torch.ones(len(U), dtype=acc, device=U.device) if weight is None else weight.detach().to(acc)
-    copies = torch.ones(len(W), dtype=acc, device=W.device) if copies is None else copies.to(acc)
+    counts = torch.ones(len(W), dtype=acc, device=W.device) if counts is None else counts.to(acc)
     bias = torch.zeros(len(W), dtype=acc, device=W.device) if beta is None else beta.detach().to(acc)
     table, _ = exchange(
         error, {"the teacher": f"{teacher.temperature}, beta {beta is not None}"},
@@ -108,9 +111,9 @@ def batch_kl(
         lambda row: "vectors, or the teacher's, hold NaN or inf" if row[2] else None, U.device, group,
     )  # fmt: skip
     longest, total = max(int(row[0]) for row in table), sum(row[1] for row in table)
-    sent = [W.detach().to(acc), teacher.documents.to(acc), bias, copies]
-    W_ND, teacher_NE, bias_N, copies_N = distributed.all_gather_packed(sent, longest, group).wait()
-    log_N = copies_N.log()  # −inf for padding, which has none
+    sent = [W.detach().to(acc), teacher.documents.to(acc), bias, counts]
+    W_ND, teacher_NE, bias_N, counts_N = distributed.all_gather_packed(sent, longest, group).wait()
+    log_N = counts_N.log()  # −inf for padding, whose count is 0
     scale = alpha.detach().to(acc)
     value, grad_W, grad_bias = weight.new_zeros(()), torch.zeros_like(W_ND), torch.zeros_like(bias_N)
     grad_U, grad_alpha = torch.zeros_like(U, dtype=acc), weight.new_zeros(())

@@ -1,4 +1,4 @@
-"""Validated loss inputs, and one small all-gather of sizes, ranges and errors before a loss."""
+"""Validation of loss inputs, and one small all-gather of sizes, ranges and errors before each loss."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.errors import DataError
-from bigdssm.losses.masks import count_known
+from bigdssm.losses.masks import count_known_positives
 
 
 class LossInputError(DataError, ValueError):
-    """Vectors, ids or weights that a loss cannot work with."""
+    """Invalid vectors, ids or weights of a loss."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise LossInputError with the message unless the condition holds."""
+    """Raise LossInputError with `message` unless `condition` holds."""
     if not condition:
         raise LossInputError(message)
 
@@ -32,32 +32,32 @@ def exchange(
     error: LossInputError | None,
     agreed: Mapping[str, str],
     numbers: Sequence[Tensor | float],
-    verdict: Callable[[Sequence[float]], str | None],
+    check_rank: Callable[[Sequence[float]], str | None],
     device: torch.device,
     group: Group | None,
 ) -> tuple[list[list[float]], Tensor]:
-    """Return every rank's `numbers`, also as a tensor, where no rank has an error and all agree; a collective.
+    """Gather `numbers` of all ranks, as lists and as a tensor, after checking errors and agreement; a collective.
 
-    agreed: what the ranks must agree on, in words; only a checksum of it is sent unless they differ. verdict: what is
-    wrong with a rank by its numbers, if anything. Raises: LossInputError on the ranks that bring it or where ranks
-    disagree, PeerError on the others.
+    agreed: descriptions that must be equal on all ranks; only their checksum is sent unless they differ. check_rank:
+    returns the fault in a rank's numbers, if any. Raises: LossInputError on ranks with an error, or on all if ranks
+    disagree; PeerError on the others.
     """
     checksum = zlib.crc32(repr(sorted(agreed.items())).encode())
     header = _vector([float(error is None), float(checksum), *numbers], device)[None]
     table = distributed.all_gather_padded(header, 1, group).wait()
-    told: list[list[float]] = table.tolist()
-    if not all(row[0] and verdict(row[2:]) is None for row in told):
-        mine = verdict(told[distributed.rank(group)][2:])
-        distributed.raise_together(error or (None if mine is None else LossInputError(mine)), group)
-    if any(row[1] != checksum for row in told):
+    rows: list[list[float]] = table.tolist()
+    if not all(row[0] and check_rank(row[2:]) is None for row in rows):
+        fault = check_rank(rows[distributed.rank(group)][2:])
+        distributed.raise_together(error or (None if fault is None else LossInputError(fault)), group)
+    if any(row[1] != checksum for row in rows):
         others = distributed.all_gather_object(dict(agreed), group)
-        for what in agreed:
-            agree(what, [other[what] for other in others])
-    return [row[2:] for row in told], table[:, 2:]
+        for name in agreed:
+            require_agreement(name, [other[name] for other in others])
+    return [row[2:] for row in rows], table[:, 2:]
 
 
 def _vector(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    """Return float64 [numbers]. On a device those of the host are filled in: an upload would wait for what runs."""
+    """Return float64 [numbers]. On a device, host values are written by fill: an upload would synchronise."""
     if device.type == "cpu":
         return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
     vector = torch.zeros(len(numbers), dtype=torch.float64, device=device)
@@ -69,15 +69,15 @@ def _vector(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
     return vector
 
 
-def agree(what: str, told: Sequence[object]) -> None:
-    """Raise on every rank where they were told different things."""
-    if any(repr(other) != repr(told[0]) for other in told):
-        words = "; ".join(f"rank {rank} has {other}" for rank, other in enumerate(told))
-        raise LossInputError(f"the ranks disagree on {what}: {words}")
+def require_agreement(name: str, values: Sequence[object]) -> None:
+    """Raise LossInputError, on every rank, unless the values of all ranks are equal."""
+    if any(repr(value) != repr(values[0]) for value in values):
+        words = "; ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+        raise LossInputError(f"the ranks disagree on {name}: {words}")
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-WANTS_U, WANTS_W, WANTS_ALPHA, WANTS_BETA = 1, 2, 4, 8
+GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class LossBatch:
     _: KW_ONLY
     alpha: Tensor | float  # one float: the factor of the products
     beta: Tensor | None = None  # [n] added to a document's scores
-    neg_bias: Tensor | None = None  # [n] added where the document is a negative, q2d only; constant; −inf: never one
+    neg_bias: Tensor | None = None  # [n] added if the document is a negative, q2d only; constant; −inf excludes it
     weight: Tensor | None = None  # [m] ≥ 0, constant
-    query_ids: Tensor | None = None  # [m] compared by the masks; without them each query is distinct
+    query_ids: Tensor | None = None  # [m] for the false-negative mask; by default each query is distinct
     doc_ids: Tensor | None = None  # [n] the same for columns
-    known: Tensor | None = None  # [p, 2] (query id, doc id) of further positives; without query_ids (row, doc id)
+    known: Tensor | None = None  # [p, 2] additional known positives (query id, doc id); without query_ids (row, doc id)
     negatives: Tensor | None = None  # [m, k] columns of each query's candidates (hard negatives), −1 for none
     teacher: Tensor | None = None  # [m, 1 + k] a teacher's scores of the positive and the candidates
 
@@ -110,29 +110,29 @@ class LossInputs(LossBatch):
     alpha: Tensor
     weight: Tensor
     acc: torch.dtype
-    wants: int  # bits: gradients of U, W, alpha, beta
-    given: str  # names of the optional fields present
+    grad_flags: int  # bits of the inputs that require gradients: U, W, alpha, beta
+    present: str  # names of the optional fields that are not None
 
     @property
     def operand(self) -> torch.dtype:
-        """The dtype that products take: a CPU has none of bfloat16 with float32 results."""
+        """The dtype of matrix operands: a CPU has no bfloat16 products with float32 results."""
         return self.acc if self.U.device.type == "cpu" else self.U.dtype
 
 
 @dataclass(frozen=True)
 class GlobalSizes:
-    """What every rank knows about all ranks."""
+    """Sizes and value ranges over all ranks, equal on every rank."""
 
     rank: int
     num_columns: list[int]
     num_known: list[int]
-    column_counts: Tensor  # the same where the vectors are, int64 [world_size]
+    column_counts: Tensor  # num_columns on the device of the vectors, int64 [world_size]
     known_counts: Tensor
     alpha: float
     weight_sum: float
-    lowest: float  # bounds of all finite scores, by the vectors' norms; not finite where these are not
+    lowest: float  # bounds of all finite scores, from the vectors' norms; not finite if a norm is not
     highest: float
-    wants: int  # of any rank
+    grad_flags: int  # union over ranks
 
     @property
     def world_size(self) -> int:
@@ -141,12 +141,12 @@ class GlobalSizes:
 
     @property
     def longest(self) -> int:
-        """The most columns on any rank: the stride between ranks in gathered buffers."""
+        """The largest number of columns of a rank: the stride between ranks in gathered buffers."""
         return max(self.num_columns)
 
 
 def check_inputs(batch: LossBatch) -> LossInputs:
-    """Return this rank's input with its defaults filled in; `global_sizes` checks values. Raises: LossInputError."""
+    """Validate shapes and dtypes and fill in defaults; `global_sizes` checks values. Raises: LossInputError."""
     U, W, positive, weight, alpha, known = (
         batch.U, batch.W, batch.positive, batch.weight, batch.alpha, batch.known,
     )  # fmt: skip
@@ -172,29 +172,27 @@ def check_inputs(batch: LossBatch) -> LossInputs:
     require(constant, "neg_bias is a constant of the sampling: it gets no gradient")
     if known is not None:
         require(isinstance(known, Tensor), f"known must be a tensor, got {type(known).__name__}")
-        require(
-            batch.doc_ids is not None, "known pairs need query_ids, or the queries' rows in their place, and doc_ids"
-        )
+        require(batch.doc_ids is not None, "known pairs need doc_ids, and query_ids or row indices in place of them")
         require(known.dtype == torch.int64, f"known must be int64, got {known.dtype}")
         require(known.ndim == 2 and known.shape[1] == 2, f"known must be [pairs, 2], got {list(known.shape)}")
     require(isinstance(alpha, Tensor | float | int), f"alpha must be one float, got {type(alpha).__name__}")
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor([float(alpha)], dtype=torch.float64)
     require(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
-    wants = 0
+    grad_flags = 0
     if torch.is_grad_enabled():
-        for bit, leaf in ((WANTS_U, U), (WANTS_W, W), (WANTS_ALPHA, alpha), (WANTS_BETA, batch.beta)):
-            wants |= bit if leaf is not None and leaf.requires_grad else 0
+        for bit, leaf in ((GRAD_U, U), (GRAD_W, W), (GRAD_ALPHA, alpha), (GRAD_BETA, batch.beta)):
+            grad_flags |= bit if leaf is not None and leaf.requires_grad else 0
     acc = torch.float64 if U.dtype == torch.float64 else torch.float32
     checked = {"positive": positive, "alpha": alpha, "weight": weight.detach().double()}
     given = ", ".join(name for name in _OPTIONAL if getattr(batch, name) is not None) or "none"
-    return LossInputs(**{**vars(batch), **checked}, acc=acc, wants=wants, given=given)
+    return LossInputs(**{**vars(batch), **checked}, acc=acc, grad_flags=grad_flags, given=given)
 
 
 _OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known")  # the ranks must agree on which are given
 
 # of each rank, in the order in which they are sent; bad_…: how many values are
 _NUMBERS = (
-    "queries", "columns", "gathered", "known", "weight_sum", "wants", "alpha", "norm_U", "norm_W", "beta_down",
+    "queries", "columns", "gathered", "known", "weight_sum", "grad_flags", "alpha", "norm_U", "norm_W", "beta_down",
     "beta_up", "neg_down", "neg_up", "least_positive", "most_positive", "bad_weight", "bad_beta", "bad_neg_bias",
     "bad_known", "least_negative", "most_negative",
 )  # fmt: skip
@@ -207,28 +205,28 @@ def global_sizes(
     device: torch.device,
     group: Group | None,
 ) -> tuple[LossInputs, GlobalSizes]:
-    """Tell all ranks what this one has, and return its input with the sizes of all; a collective, and the one wait.
+    """Exchange sizes and value ranges, and return the input with those of all ranks; a collective that synchronises.
 
-    shared: the part of x that is gathered. `loss` describes the loss in words: the ranks must agree on it. Raises:
-    LossInputError on the ranks whose input is bad or where ranks disagree, PeerError on the others.
+    shared: the columns of x that are gathered. loss: a description that must be equal on all ranks. Raises:
+    LossInputError on ranks with invalid input, or on all if ranks disagree; PeerError on the others.
     """
     if isinstance(x, LossInputError) or shared is None:
         assert isinstance(x, LossInputError)
-        exchange(x, {}, [0.0] * len(_NUMBERS), _verdict, device, group)
+        exchange(x, {}, [0.0] * len(_NUMBERS), _check_rank, device, group)
         raise x
     agreed = {
         "the vector size D": str(x.U.shape[1]),
         "the dtype": str(x.U.dtype).removeprefix("torch."),
         "the loss or its direction": loss,
-        f"which of {', '.join(_OPTIONAL)} are given": x.given,
+        f"which of {', '.join(_OPTIONAL)} are given": x.present,
     }
-    own = {
+    local = {
         "queries": x.U.shape[0],
         "columns": x.W.shape[0],
         "gathered": shared.W.shape[0],
-        "known": count_known(x.query_ids, x.weight, x.known),
+        "known": count_known_positives(x.query_ids, x.weight, x.known),
         "weight_sum": x.weight.sum(),
-        "wants": x.wants,
+        "grad_flags": x.grad_flags,
         "alpha": x.alpha.detach(),
         "norm_U": _largest_norm(x.U),
         "norm_W": _largest_norm(shared.W),
@@ -241,9 +239,9 @@ def global_sizes(
         "bad_known": _outside(x),
         **dict(zip(("least_negative", "most_negative"), _ends(x.negatives), strict=True)),
     }
-    rows, table = exchange(None, agreed, [own[name] for name in _NUMBERS], _verdict, device, group)
+    rows, table = exchange(None, agreed, [local[name] for name in _NUMBERS], _check_rank, device, group)
     of_ranks = {name: list(values) for name, values in zip(_NUMBERS, zip(*rows, strict=True), strict=True)}
-    agree("alpha", of_ranks["alpha"])
+    require_agreement("alpha", of_ranks["alpha"])
     alpha = of_ranks["alpha"][0]
     norm_U, norm_W, beta_down, beta_up, neg_down, neg_up = (
         float(torch.tensor(of_ranks[name]).amax())
@@ -260,12 +258,12 @@ def global_sizes(
         weight_sum=sum(of_ranks["weight_sum"]),
         lowest=-reach - beta_down - neg_down,
         highest=reach + beta_up + neg_up,
-        wants=functools.reduce(operator.or_, (int(bits) for bits in of_ranks["wants"])),
+        grad_flags=functools.reduce(operator.or_, (int(bits) for bits in of_ranks["grad_flags"])),
     )
 
 
-def _verdict(numbers: Sequence[float]) -> str | None:
-    """Return what is wrong with a rank's values, None where nothing is."""
+def _check_rank(numbers: Sequence[float]) -> str | None:
+    """Return the fault in a rank's values, None if they are valid."""
     x = dict(zip(_NUMBERS, numbers, strict=True))
     n = int(x["columns"])
     lo, hi = int(x["least_positive"]), int(x["most_positive"])
@@ -277,14 +275,14 @@ def _verdict(numbers: Sequence[float]) -> str | None:
         if x[f"bad_{name}"]:
             return f"{name} holds +inf"
     if x["bad_known"]:
-        return f"known names a row outside this rank's {int(x['queries'])} queries"
+        return f"known holds a row outside this rank's {int(x['queries'])} queries"
     if x["least_negative"] < -1 or x["most_negative"] > max(n - 1, 0):
         return f"negatives hold a column outside -1 … {n - 1}"
     return None
 
 
 def add_biases(*biases: Tensor | None) -> Tensor | None:
-    """Return the sum of those that are there."""
+    """Return the sum of the biases that are not None."""
     total = None
     for bias in biases:
         total = bias if total is None else total if bias is None else total + bias
@@ -294,12 +292,12 @@ def add_biases(*biases: Tensor | None) -> Tensor | None:
 def _largest_norm(rows: Tensor) -> Tensor | float:
     if rows.shape[0] == 0:
         return 0.0
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32  # of float32 no copy is made
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32  # float32 is not copied
     return torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype).max()
 
 
 def _range(bias: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-    """Minus the least, and the greatest, finite entry (-inf says: never a negative), with 0 among them."""
+    """Return the negated minimum and the maximum of the finite entries and 0; -inf marks excluded columns."""
     if bias is None or bias.numel() == 0:
         return 0.0, 0.0
     finite = torch.where(bias.detach() == -math.inf, 0.0, bias.detach().double())
@@ -308,7 +306,7 @@ def _range(bias: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _ends(columns: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-    """Return the least and the greatest, 0 where there is none."""
+    """Return the minimum and the maximum, 0 if empty."""
     if columns is None or columns.numel() == 0:
         return 0.0, 0.0
     least, most = columns.aminmax()
@@ -316,14 +314,14 @@ def _ends(columns: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _outside(x: LossInputs) -> Tensor | int:
-    """Return how many known pairs name a row that this rank does not have."""
+    """Return the number of known pairs whose row is out of range."""
     if x.known is None or x.query_ids is not None:
         return 0
     return ((x.known[:, 0] < 0) | (x.known[:, 0] >= x.U.shape[0])).sum()
 
 
 def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dtype | None) -> None:
-    """Check those that are there: one entry a row; dtype None is any floating one."""
+    """Check that the tensors that are not None have one entry per row; dtype None accepts any floating dtype."""
     for name, x in tensors.items():
         if x is not None:
             require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")

@@ -1,7 +1,7 @@
-"""What a loss returns, and how its hand-made gradients reach autograd.
+"""The output of a loss: the global value, statistics, and explicit gradients attached to autograd.
 
 Scale: every rank returns the loss of the global batch, and gradients world_size times its share, so that the mean over
-ranks that DeepSpeed and DDP take of a parameter's gradient is the gradient of the global loss.
+ranks, as DeepSpeed and DDP compute it, is the gradient of the global loss.
 
 Shape legend: m queries and n columns of this rank, D vector size.
 """
@@ -26,10 +26,10 @@ from bigdssm.losses.kernels import Gradients
 class LossOutput:
     """`loss`: scalar, the same on every rank; `stats`: scalars without gradient, over all ranks.
 
-    in_batch_accuracy: share of the queries of weight > 0 whose positive scores above all their negatives, as the loss
-    scores them; dropped_fraction: share of all entries but the positives that the masks drop; effective_negatives:
-    negatives left per query; lse_min, lse_max: range of the log-sum-exps (for losses without one, of the queries' best
-    scores).
+    in_batch_accuracy: fraction of the queries with weight > 0 whose positive scores above all their negatives, by the
+    scores of the loss; dropped_fraction: fraction of the entries except positives that the masks drop;
+    effective_negatives: unmasked negatives per query; lse_min, lse_max: range of the log-sum-exps (for losses without
+    one, of the queries' best scores).
     """
 
     loss: Tensor
@@ -38,20 +38,20 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class LocalStats:
-    """What one rank's part of the statistics follows from."""
+    """One rank's contribution to the statistics."""
 
     weight_m: Tensor
     positive_m: Tensor  # scores of the positives
-    largest_m: Tensor  # and of the best negatives
+    largest_m: Tensor  # scores of the best negatives
     lse_m: Tensor  # [m], or [directions, m]
-    entries: Tensor  # of the score matrix but the positives
-    masked: Tensor  # of them
+    entries: Tensor  # number of score matrix entries except positives
+    masked: Tensor  # number of them that are masked
 
 
 def reduce_output(
     value_sum: Tensor, local: LocalStats, weight_sum: float, group: Group | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the global loss and statistics: two small all-reduces."""
+    """Return the global loss and statistics; two small all-reduces."""
     used = local.weight_m > 0
     above = ((local.positive_m > local.largest_m) & used).sum()
     counted = [value_sum, above, used.sum(), local.masked, local.entries, torch.ones_like(used).sum()]
@@ -73,9 +73,9 @@ def reduce_output(
 def finish_gradients(
     x: LossInputs, sizes: GlobalSizes, sums: Gradients, positive_grad_m: Tensor, beta_grad_m: Tensor
 ) -> list[Tensor | None]:
-    """Turn sums over G into the gradients of U, W, alpha, beta: the global loss's times world_size; in place.
+    """Convert sums over G, in place, into the gradients of U, W, alpha, beta, scaled by world_size.
 
-    `positive_grad_m` are those of each query's positive score, `beta_grad_m` the part of them that concerns beta.
+    positive_grad_m: gradients of the positives' scores; beta_grad_m: their part that depends on beta.
     """
     factor = sizes.world_size / sizes.weight_sum if sizes.weight_sum > 0 else 0.0
     alpha = sizes.alpha
@@ -93,7 +93,7 @@ def finish_gradients(
 
 
 def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return `loss` with its gradients of the inputs that are there known to autograd."""
+    """Return `loss` as a node of the autograd graph with the given gradients of its inputs; None inputs are skipped."""
     pairs = [(leaf, grad) for leaf, grad in zip(inputs, gradients, strict=True) if leaf is not None]
     leaves, grads = zip(*pairs, strict=True)
     with torch.enable_grad():
@@ -102,7 +102,7 @@ def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Te
 
 
 class _Attach(torch.autograd.Function):
-    """The identity on a value whose gradients are known."""
+    """The identity on a value with precomputed gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, num: int, *tensors_and_gradients: Tensor | None) -> Tensor:
@@ -113,13 +113,13 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # torch's once_differentiable lets it pass, as if the second derivative were 0
+        if torch.is_grad_enabled():  # once_differentiable would silently return 0 as the second derivative
             raise NotImplementedError("the losses have no second derivatives: differentiate without create_graph")
         results: list[Tensor | None] = []
-        for wanted, (shape, dtype, device), gradient in zip(
+        for needed, (shape, dtype, device), gradient in zip(
             ctx.needs_input_grad[2:], ctx.like, ctx.saved_tensors, strict=False
         ):
-            if wanted and gradient is not None:
+            if needed and gradient is not None:
                 results.append((gradient * upstream).to(device=device, dtype=dtype).view(shape))
             else:
                 results.append(None)

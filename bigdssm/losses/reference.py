@@ -1,6 +1,6 @@
 """The losses by their dense definition: the whole score matrix on one rank, in float64, gradients by autograd.
 
-The engine equals it at any number of ranks, tiles and chunks; the tests compare both. Shape legend: m queries, n
+The tests compare it with `contrastive_loss` at any number of ranks, tiles and chunks. Shape legend: m queries, n
 columns, k candidates, p known positives, L negatives of a query.
 """
 
@@ -15,7 +15,7 @@ from bigdssm.losses.inputs import LossBatch
 
 
 def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: str = "all") -> Tensor:
-    """Return the weighted mean of a loss over the queries; arguments as in `contrastive_loss`."""
+    """Compute the weighted mean of a loss over the queries; arguments as in `contrastive_loss`."""
     m, n = len(batch.U), len(batch.W)
     positive = torch.arange(m) if batch.positive is None else batch.positive
     weight = torch.ones(m).double() if batch.weight is None else batch.weight.double()
@@ -26,13 +26,13 @@ def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: s
     if batch.beta is not None:
         scores = scores + batch.beta.double()
 
-    # known positives: the pairs of weight > 0 of any query with the same id, and those given
+    # known positives: the pairs of weight > 0 of any query with the same id, and the explicit ones
     pairs = torch.stack([queries, docs[positive]], 1)[weight > 0]
     pairs = pairs if batch.known is None else torch.cat([pairs, batch.known])
     same_query, same_doc = queries[:, None] == pairs[:, 0], docs[:, None] == pairs[:, 1]  # [m, p], [n, p]
     known = (same_query.double() @ same_doc.double().T) > 0  # [m, n]
 
-    # a query's negatives: columns common to all queries, then its candidates; without known positives
+    # a query's negatives: columns common to all queries, then its candidates, except known positives
     column = {"all": torch.arange(n), "in_batch": positive, "none": positive[:0]}[columns].expand(m, -1)
     column = column if batch.negatives is None else torch.cat([column, batch.negatives], 1)  # [m, L]
     at = column.clamp(min=0)

@@ -1,8 +1,8 @@
 """Losses on the scores of a scorer, such as an MLP; gradients by autograd.
 
-Masks, weights and the scale of loss and gradients are those of `contrastive_loss` with listed negatives.
+Masks, weights and the scale of loss and gradients are those of `contrastive_loss` with candidates.
 
-Shape legend: m queries and k listed negatives of this rank.
+Shape legend: m queries of this rank and k candidates per query.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bigdssm.losses.contrastive import build_term, global_mean
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.distillation import check_teacher
 from bigdssm.losses.inputs import LossInputError, exchange, require
-from bigdssm.losses.masks import count_known, find_known_positives, gather_pairs, own_pairs
+from bigdssm.losses.masks import count_known_positives, find_known_positives, gather_pairs, local_pairs
 from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import Term, weighted
 
@@ -34,13 +34,12 @@ def scored_loss(
     teacher: Tensor | None = None,
     group: Group | None = None,
 ) -> LossOutput:
-    """Return a loss on the scores [m, 1 + k]; a collective.
+    """Compute a loss on the scores [m, 1 + k]; a collective.
 
-    Column 0 holds the positives, the others negatives, −inf where there is none. weight [m] ≥ 0. query_ids [m] and
-    doc_ids [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped.
-    known int64 [p, 2]: (query id, document id) of further ones. teacher [m, 1 + k]: a teacher's scores,
-    for a distillation.
-    Raises: LossInputError (PeerError on the ranks whose own input is good), on every rank.
+    Column 0 holds the positives, the others negatives, −inf if absent. weight [m] ≥ 0. query_ids [m] and doc_ids
+    [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped. known
+    int64 [p, 2]: additional known positives (query id, document id). teacher [m, 1 + k]: a teacher's scores, for a
+    distillation. Raises: LossInputError (PeerError on ranks with valid input), on every rank.
     """
     term, error = None, None
     numbers: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
@@ -52,23 +51,23 @@ def scored_loss(
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
         bad = (~((weight >= 0) & weight.isfinite())).sum()
-        numbers = [count_known(query_ids, weight, known), weight.sum(), bad, scores.shape[0]]
+        numbers = [count_known_positives(query_ids, weight, known), weight.sum(), bad, scores.shape[0]]
     except LossInputError as caught:
         error = caught
-    given = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
-    words = ", ".join([str(term), *(name for name, value in given.items() if value is not None)])
+    optional = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
+    words = ", ".join([str(term), *(name for name, value in optional.items() if value is not None)])
     agreed = {"the loss, or on which of query_ids, doc_ids, known are given": words}
 
-    def verdict(row: Sequence[float]) -> str | None:
+    def check_rank(row: Sequence[float]) -> str | None:
         return f"weight must be [{int(row[3])}], finite and not negative" if row[2] else None
 
-    table, of_ranks = exchange(error, agreed, numbers, verdict, scores.device, group)
+    table, of_ranks = exchange(error, agreed, numbers, check_rank, scores.device, group)
     assert term is not None and weight is not None
     drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
-        pairs = own_pairs(query_ids, doc_ids[:, 0], weight, known)
-        told = gather_pairs(pairs, [int(row[0]) for row in table], group)
-        positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, told, of_ranks[:, 0].long())
+        pairs = local_pairs(query_ids, doc_ids[:, 0], weight, known)
+        all_pairs = gather_pairs(pairs, [int(row[0]) for row in table], group)
+        positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, all_pairs, of_ranks[:, 0].long())
         drop = positives.contain(doc_ids[:, 1:])
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
     there = negative_mk.detach() > -torch.inf
@@ -91,7 +90,7 @@ def _check(
     known: Tensor | None,
     teacher: Tensor | None,
 ) -> None:
-    """Raise LossInputError on what is wrong with this rank's input."""
+    """Raise LossInputError if this rank's input is invalid."""
     fits = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
     require(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]
@@ -99,9 +98,9 @@ def _check(
         require(list(weight.shape) == [m], f"weight must be [{m}], got {list(weight.shape)}")
     fits = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
     require(fits, "query_ids and doc_ids go together, and known needs both")
-    for what, ids, shape in (("query_ids", query_ids, [m]), ("doc_ids", doc_ids, list(scores.shape))):
+    for name, ids, shape in (("query_ids", query_ids, [m]), ("doc_ids", doc_ids, list(scores.shape))):
         fits = ids is None or (ids.dtype == torch.int64 and list(ids.shape) == shape)
-        require(fits, f"{what} must be int64 {shape}, got {_kind(ids)}")
+        require(fits, f"{name} must be int64 {shape}, got {_kind(ids)}")
     fits = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
     require(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
     check_teacher(term, teacher, m, scores.shape[1] - 1)

@@ -1,8 +1,8 @@
-"""Losses as functions of a query's positive score and those of its negatives; `declarations` has formulas and keys.
+"""Losses as functions of positive and negative scores; `declarations` has the formulas and config keys.
 
-A term has two forms: by hand on vectors, through `passes`, and by autograd on scores that a scorer has made.
+A term has two forms: explicit gradients on vectors, through `passes`, and autograd on the scores of a scorer.
 
-Shape legend: m queries of this rank and k negatives listed for each, l = 1 + k with its positive.
+Shape legend: m queries of this rank and k candidates per query, l = 1 + k with its positive.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from bigdssm.losses.kernels import PairSums, RowSums, ScorePasses
 
 @dataclass(frozen=True)
 class Scores:
-    """What a term is evaluated on: the positives' scores [m], those listed, and the passes over all others."""
+    """The input of a term: scores of positives [m] and candidates [m, k], and passes over all other columns."""
 
     weight_m: Tensor  # float64, as are the scores
     positive_m: Tensor
-    candidate_mk: Tensor  # −inf where there is none
-    used_mk: Tensor  # where there is one
+    candidate_mk: Tensor  # −inf where not `used_mk`
+    used_mk: Tensor  # whether a candidate is present and not masked
     passes: ScorePasses | None  # over the columns that are negatives of every query
     direction: str
-    teacher_ml: Tensor | None = None  # a teacher's scores of the positive and those listed
+    teacher_ml: Tensor | None = None  # a teacher's scores of the positive and the candidates
 
 
 @dataclass
-class Evaluated:
-    """Per query [m]: weighted values, gradients by the positive's score, and by those listed [m, k]; statistics.
+class TermResult:
+    """Weighted values per query [m], their gradients by positive and candidate scores, and statistics.
 
-    The gradients by all other scores are with the passes. `beta_grad_m` is the part of `positive_grad_m` that beta has.
+    Gradients by the scores of other columns are added by the passes. `beta_grad_m` is the part of `positive_grad_m`
+    that depends on beta.
     """
 
     value_m: Tensor
@@ -48,7 +49,7 @@ class Evaluated:
 
 
 class Term(ABC):
-    """The function of scores that a loss or a distillation is built into."""
+    """The function of scores that a loss or a distillation builds."""
 
     directions: ClassVar[tuple[str, ...]] = ("q2d",)
     uses_teacher: ClassVar[bool] = False  # needs a teacher's scores, see `distillation`
@@ -57,16 +58,16 @@ class Term(ABC):
         self.loss = loss
 
     def __str__(self) -> str:
-        """Return the loss with its own keys, for messages."""
+        """Format the loss with its keys, for messages."""
         return describe(self.loss)
 
     @abstractmethod
-    def on_vectors(self, scores: Scores) -> Evaluated:
-        """Return the values and their gradients; a collective."""
+    def on_vectors(self, scores: Scores) -> TermResult:
+        """Compute the values and their gradients; a collective."""
 
     @abstractmethod
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
-        """Return the values [m] as autograd needs them; `negative_mk` is −inf where not `used_mk`."""
+        """Compute the values [m], differentiable by autograd; `negative_mk` is −inf where not `used_mk`."""
 
 
 class SoftmaxTerm(Term):
@@ -74,52 +75,52 @@ class SoftmaxTerm(Term):
 
     directions = ("q2d", "d2q", "both")
 
-    def on_vectors(self, scores: Scores) -> Evaluated:
-        """Return the values and their gradients; a collective."""
+    def on_vectors(self, scores: Scores) -> TermResult:
+        """Compute the values and their gradients; a collective."""
         if scores.direction != "q2d":
             return self._over_queries(scores, with_rows=scores.direction == "both")
         weight_m, positive_m = scores.weight_m, scores.positive_m
         rows = RowSums(torch.logsumexp(scores.candidate_mk, 1), _largest(scores.candidate_mk))
         if scores.passes is not None:
-            found = scores.passes.rows(positive_m, weight_m, rows.log_sum)
-            rows = RowSums(found.log_sum, torch.maximum(found.largest, rows.largest))
+            sums = scores.passes.rows(positive_m, weight_m, rows.log_sum)
+            rows = RowSums(sums.log_sum, torch.maximum(sums.largest, rows.largest))
         lse_m = torch.logaddexp(rows.log_sum, positive_m)
         above_m = rows.log_sum - positive_m
         grad_m = -weighted(weight_m, torch.sigmoid(above_m))
         candidate_grad_mk = weighted(weight_m[:, None], (scores.candidate_mk - lse_m[:, None]).exp())
-        return Evaluated(
+        return TermResult(
             weighted(weight_m, softplus(above_m)), grad_m, grad_m, candidate_grad_mk, rows.largest, lse_m
         )  # fmt: skip
 
-    def _over_queries(self, scores: Scores, with_rows: bool) -> Evaluated:
+    def _over_queries(self, scores: Scores, with_rows: bool) -> TermResult:
         weight_m, positive_m, passes = scores.weight_m, scores.positive_m, scores.passes
         assert passes is not None
-        found = passes.both(with_rows)
+        sums = passes.both(with_rows)
         row_share, column_share = (0.5, 0.5) if with_rows else (0.0, 1.0)
-        lse_2m = torch.logaddexp(torch.stack([found.of_positive_m, found.rows.log_sum]), positive_m)
-        value_m = column_share * softplus(found.of_positive_m - positive_m)
+        lse_2m = torch.logaddexp(torch.stack([sums.of_positive_m, sums.rows.log_sum]), positive_m)
+        value_m = column_share * softplus(sums.of_positive_m - positive_m)
         if with_rows:
-            value_m = value_m + row_share * softplus(found.rows.log_sum - positive_m)
-        row_grad_m = weighted(weight_m, row_share * torch.sigmoid(found.rows.log_sum - positive_m))
-        column_grad_m = weighted(weight_m, column_share * torch.sigmoid(found.of_positive_m - positive_m))
-        found.add(row_share * weight_m, lse_2m[1], column_grad_m)
-        return Evaluated(
+            value_m = value_m + row_share * softplus(sums.rows.log_sum - positive_m)
+        row_grad_m = weighted(weight_m, row_share * torch.sigmoid(sums.rows.log_sum - positive_m))
+        column_grad_m = weighted(weight_m, column_share * torch.sigmoid(sums.of_positive_m - positive_m))
+        sums.add(row_share * weight_m, lse_2m[1], column_grad_m)
+        return TermResult(
             weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m, scores.candidate_mk,
-            found.rows.largest, lse_2m if with_rows else lse_2m[0],
+            sums.rows.largest, lse_2m if with_rows else lse_2m[0],
         )  # fmt: skip
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
-        """Return the values [m] as autograd needs them."""
+        """Compute the values [m], differentiable by autograd."""
         return torch.logsumexp(torch.cat([positive_m[:, None], negative_mk], 1), 1) - positive_m
 
 
 class PairTerm(Term):
-    """A loss of one negative at a time."""
+    """A pairwise loss, evaluated for one negative at a time."""
 
     loss: PairLoss
 
-    def on_vectors(self, scores: Scores) -> Evaluated:
-        """Return the values and their gradients; a collective."""
+    def on_vectors(self, scores: Scores) -> TermResult:
+        """Compute the values and their gradients; a collective."""
         weight_m, positive_m, passes = scores.weight_m, scores.positive_m, scores.passes
         scale_m = torch.where(weight_m > 0, weight_m, 0.0)
         if self.loss.relative:
@@ -137,11 +138,11 @@ class PairTerm(Term):
             grad_m = -weighted(weight_m, self.loss.slope(-positive_m))
         largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
         best_m = torch.maximum(largest_m, positive_m)
-        return Evaluated(value_m, grad_m, grad_m, weighted(scale_m[:, None], slope_mk), largest_m, best_m)
+        return TermResult(value_m, grad_m, grad_m, weighted(scale_m[:, None], slope_mk), largest_m, best_m)
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
-        """Return the values [m] as autograd needs them."""
-        # what is not used is filled before and after: no −inf reaches a gradient
+        """Compute the values [m], differentiable by autograd."""
+        # filled before and after the loss, so that no −inf reaches a gradient
         x_mk = negative_mk.masked_fill(~used_mk, 0.0)
         values_mk = self.loss.value(x_mk - positive_m[:, None] if self.loss.relative else x_mk)
         sum_m = values_mk.masked_fill(~used_mk, 0.0).sum(1)
@@ -155,12 +156,12 @@ class PairTerm(Term):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Return log(1 + exp(x)), exact for all x (torch's own is cut off at 20, an error of 2e-9)."""
+    """Return log(1 + exp(x)), exact for all x (torch.nn.functional.softplus is linear above 20, an error of 2e-9)."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def weighted(weight_m: Tensor, values_m: Tensor) -> Tensor:
-    """Return weight · value, 0 where the weight is 0 whatever the value."""
+    """Return weight · value, 0 if the weight is 0, even for a non-finite value."""
     return torch.where(weight_m > 0, weight_m * values_m, 0.0)
 
 

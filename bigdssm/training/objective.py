@@ -33,7 +33,7 @@ from bigdssm.losses import (
     relevance_weight,
     scored_loss,
 )
-from bigdssm.losses.contrastive import Shared
+from bigdssm.losses.contrastive import SharedColumns
 from bigdssm.losses.declarations import BatchKL, ListDistillation
 from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
@@ -138,7 +138,7 @@ class Objective:
                 *vectors, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
                 doc_ids=batch.doc_ids, negatives=None if self._loss.all_columns else batch.negatives, **queries,
             )  # fmt: skip
-            columns: Shared = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
+            columns: SharedColumns = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
             output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)
             if isinstance(distillation, BatchKL):
                 return self._added(output, self._of_teacher(distillation.temperature, vectors, encoded, batch, weight))

@@ -34,7 +34,7 @@ from bigdssm.ingest.sources.base import FileSource, Part, register_source
 from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation
-from bigdssm.losses.terms import Evaluated, Scores, SoftmaxTerm
+from bigdssm.losses.terms import Scores, SoftmaxTerm, TermResult
 from bigdssm.models.blocks import AttentionContext, attend, split_heads
 from bigdssm.models.declarations import register_block, register_text_encoder
 from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
@@ -198,7 +198,7 @@ class AdditiveMargin(LossConfig):
 
 
 class AdditiveMarginTerm(SoftmaxTerm):
-    def on_vectors(self, scores: Scores) -> Evaluated:
+    def on_vectors(self, scores: Scores) -> TermResult:
         return super().on_vectors(replace(scores, positive_m=scores.positive_m - self.loss.lead))
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Any) -> Tensor:

@@ -114,7 +114,7 @@ def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
         ({"teacher": None}, r"kl\(temperature=1.0\) needs scores of a teacher"),
         ({"teacher": torch.ones(2, 2)}, r"teacher must be floating point \[2, 3\], got torch.float32 \[2, 2\]"),
         ({"teacher": torch.ones(2, 3).long()}, r"teacher must be floating point \[2, 3\], got torch.int64"),
-        ({"columns": "in_batch"}, r"kl\(temperature=1.0\) compares listed documents alone: it needs columns='none'"),
+        ({"columns": "in_batch"}, r"kl\(temperature=1.0\) compares only candidates: it needs columns='none'"),
         ({"loss": PairCE()}, "pair_ce takes no scores of a teacher"),
     ],
 )

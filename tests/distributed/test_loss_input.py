@@ -44,7 +44,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "known without ids": ({"known": torch.zeros(1, 2, dtype=torch.int64)}, "known pairs need query_ids"),
     "known rows": (
         {"doc_ids": torch.arange(N), "known": torch.tensor([[M, 0]])},
-        "known names a row outside this rank's",
+        "known holds a row outside this rank's",
     ),
     "alpha's shape": ({"alpha": torch.ones(2)}, "alpha must be one float"),
     "alpha's type": ({"alpha": "2"}, "alpha must be one float, got str"),

@@ -9,14 +9,14 @@ from bigdssm.losses import masks
 from bigdssm.losses.kernels.columns import Tile
 from bigdssm.losses.kernels.tiles import BlockMask
 from bigdssm.losses.masks import (
+    FactorizedIds,
     IdTable,
     MaskMatrix,
     MaskPairs,
-    Numbers,
     find_false_negatives,
     find_known_positives,
+    local_pairs,
     mask_bytes,
-    own_pairs,
     search,
 )
 
@@ -51,7 +51,7 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
     known = torch.stack([
         names[torch.randint(m, (200,), generator=GENERATOR)], torch.randint(30, (200,), generator=GENERATOR) << 30,
     ], 1)  # fmt: skip
-    told = None if own else own_pairs(names, docs[positive], weight, known)[None]
+    told = None if own else local_pairs(names, docs[positive], weight, known)[None]
     counts = torch.tensor([int((weight > 0).sum()) + len(known)])
     found = find_known_positives(None if own else names, docs[positive], weight, known, told, counts)
     pairs = {*zip(names[weight > 0].tolist(), docs[positive][weight > 0].tolist(), strict=True)}
@@ -62,7 +62,7 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
     values[valid] = torch.rand(len(valid), generator=GENERATOR, dtype=torch.float64)
     for cells, kind in ((1 << 16, MaskPairs), (0, MaskMatrix)):
         monkeypatch.setattr(masks, "_MATRIX_CELLS", cells)
-        mask = find_false_negatives(found, Numbers(docs[valid]), valid, N)
+        mask = find_false_negatives(found, FactorizedIds(docs[valid]), valid, N)
         assert isinstance(mask, kind)
         torch.testing.assert_close(mask.row_sums(values), (right * values).sum(1))
         rows = torch.arange(0, m, 2)

@@ -1,7 +1,7 @@
-"""The seam: all work on the score matrix, the gather of its columns and the reduction of its gradients.
+"""The score matrix: gather of its columns, passes over its tiles, and reduction of its gradients.
 
-What stands above (terms, masks, the engine) sees vectors of a value per query or per column, never a tile. The passes
-of the softmax losses are Triton kernels where `triton_passes.available` says so, plain torch otherwise: same results.
+Callers (terms, masks, `contrastive_loss`) handle one value per query or per column, never a tile. The passes of the
+softmax losses are Triton kernels if `triton_passes.available`, else plain torch, with the same results.
 
 Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
 """
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile: int | None, element_size: int) -> int:
-    """Return the bytes of scores that a rank holds at once on a CPU; `both_directions`: any but query → doc alone."""
+    """Return the peak bytes of scores of a rank on a CPU; `both_directions`: any direction except query → doc."""
     if both_directions:
         return 2 * element_size * min(CACHED_ROWS, num_queries) * min(tile or CACHED_WIDTH, num_columns)
     height = strip_rows(torch.device("cpu"), num_columns, element_size)
@@ -56,10 +56,10 @@ def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile:
 
 @dataclass(frozen=True)
 class BothSums:
-    """Log-sum-exps of both directions: over the columns, and over the queries of all ranks in each positive's column.
+    """Log-sum-exps over the columns, and over the queries of all ranks in the column of each positive.
 
-    `add` adds row_weight · softmax over columns to the gradients, and softmax over queries times the sum of
-    column_weight over a column's pairs: add(row_weight_m, row_lse_m, column_weight_m), a collective.
+    `add(row_weight_m, row_lse_m, column_weight_m)`, a collective, adds to the gradients: row_weight · softmax over
+    columns, and softmax over queries times the sum of column_weight over a column's pairs.
     """
 
     rows: RowSums
@@ -68,68 +68,68 @@ class BothSums:
 
 
 class ScorePasses:
-    """Passes of this rank's queries over the columns of all ranks; each returns sums, and adds to the gradients.
+    """Passes of this rank's queries over the columns of all ranks; each returns sums and accumulates gradients.
 
-    Scores are alpha · U Wᵀ + beta, and + neg_bias in query → doc, without the entries that `mask` names.
+    Scores are alpha · U Wᵀ + beta, plus neg_bias in query → doc, without the entries in `mask`.
     """
 
     def __init__(
         self, x: LossInputs, sizes: GlobalSizes, columns: Columns, mask: FalseNegatives, group: Group | None
     ) -> None:
         self.columns, self._mask = columns, mask
-        self.positive_N = x.positive + columns.own_start  # [m] among the columns of all ranks
+        self.positive_N = x.positive + columns.local_start  # [m] global column indices
         self._x, self._sizes, self._group = x, sizes, group
 
     @cached_property
     def num_negatives_m(self) -> Tensor:
-        """Each query's number of negatives, float64, for those of weight > 0: their positives are masked."""
-        counts_N = self.columns.counts()
+        """Number of negatives per query, float64; valid for weight > 0, for which the positive is masked."""
+        counts_N = self.columns.negative_counts()
         return counts_N.sum() - self._mask.row_sums(counts_N)
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Return how many negatives this rank's queries have before the mask, and how many of them it drops, float64.
+        """Return the number of negatives of this rank's queries, and the number that the mask drops, float64.
 
-        A query's own document is neither, once: where its column never counts as a negative, another of it may.
+        The positive is excluded from both once, if its column or another column of its document counts as a negative.
         """
         columns = self.columns
-        counts_N = columns.counts()
+        counts_N = columns.negative_counts()
         counted_m = counts_N[self.positive_N] > 0
         if columns.doc_ids is not None:
-            counted_m |= self._counts_elsewhere(counts_N)
-        # the pairs of queries of weight > 0 are known positives themselves, those of others may be
+            counted_m |= self._positive_is_counted(counts_N)
+        # the positives of queries with weight > 0 are known positives, those of others may be
         rows = torch.arange(len(counted_m), device=counted_m.device)
         masked_m = self._mask.contains(rows, self.positive_N)
         entries = (counts_N.sum() - counted_m.double()).sum()
         return entries, (counts_N.sum() - self.num_negatives_m).sum() - (masked_m & counted_m).sum()
 
-    def _counts_elsewhere(self, counts_N: Tensor) -> Tensor:
-        """Return bool [m]: whether any column of a query's own document counts as a negative."""
+    def _positive_is_counted(self, counts_N: Tensor) -> Tensor:
+        """Return bool [m]: whether any column of the positive document counts as a negative."""
         columns, docs = self.columns, self.columns.docs
-        counted = counts_N.new_zeros(max(1, docs.limit)).index_add_(0, docs.of_ids, counts_N[columns.valid])
+        counted = counts_N.new_zeros(max(1, docs.limit)).index_add_(0, docs.codes, counts_N[columns.valid])
         of_columns = torch.zeros(columns.total, dtype=torch.bool, device=counts_N.device)
-        of_columns.index_copy_(0, columns.valid, counted[docs.of_ids] > 0)
+        of_columns.index_copy_(0, columns.valid, counted[docs.codes] > 0)
         return of_columns[self.positive_N]
 
     def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
-        """Add weight · softmax to the gradients, and return each query's log-sum-exp over columns and extra negatives.
+        """Add weight · softmax to the gradients; return the log-sum-exps over columns and extra negatives.
 
-        A column is counted as often as it was merged; the positives' scores take part in the softmax's normaliser.
+        A column is weighted by its count; the softmax is also normalised over the positive's score.
         """
         columns = self.columns
-        biases = columns.beta, columns.neg_bias, None if columns.copies is None else columns.copies.log()
+        biases = columns.beta, columns.neg_bias, None if columns.counts is None else columns.counts.log()
         if self._fused is not None:
             bias_N = columns.bias(*biases)
             return triton_passes.softmax_rows(self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, self._sums)
         return softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, self._sums)
 
     def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
-        """Add scale · slope to the gradients, and return each query's sums over the columns of a pair loss."""
+        """Add scale · derivative to the gradients; return the sums of a pairwise loss over the columns, per query."""
         matrix = self._matrix(self.columns.beta, self.columns.neg_bias)
-        return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.counts(), self._sums)
+        return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.negative_counts(), self._sums)
 
     def both(self, with_rows: bool) -> BothSums:
-        """Return the columns' log-sum-exps, and the rows' where they matter."""
-        # beta is constant in a column and cancels there: without the rows it is left out
+        """Return the column log-sum-exps and, if `with_rows`, the row log-sum-exps."""
+        # beta is constant within a column and cancels there
         neg_bias_N = self.columns.neg_bias if with_rows else None
         bias_N = self.columns.beta if with_rows else None
         add_products: Callable[[Coefficients, Gradients], None]
@@ -144,16 +144,16 @@ class ScorePasses:
         def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
             if self._sums is None:
                 return
-            own_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
-            column_weight_N = distributed.all_gather_padded(own_n, self._sizes.longest, self._group).wait()
+            local_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
+            column_weight_N = distributed.all_gather_padded(local_n, self._sizes.longest, self._group).wait()
             add_products(Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N), self._sums)
 
         return BothSums(rows, log_N[self.positive_N], add)
 
-    def own_gradients(self) -> Gradients:
-        """Return the sums of this rank's queries and columns, over all ranks; a collective where any are wanted.
+    def local_gradients(self) -> Gradients:
+        """Return the gradient sums of this rank's queries and columns, reduced over ranks; a collective if any exist.
 
-        It is the last that can be asked: what is as large as all columns is given back as soon as it can be.
+        Must be the last call: it frees the gathered columns early.
         """
         del self.columns
         sums, n = self._sums or Gradients(None, None, None), self._x.W.shape[0]
@@ -165,8 +165,8 @@ class ScorePasses:
 
     @cached_property
     def _sums(self) -> Gradients | None:
-        wants = self._sizes.wants
-        return Gradients.zeros(self._x, wants, self.columns.total) if wants else None
+        grad_flags = self._sizes.grad_flags
+        return Gradients.zeros(self._x, grad_flags, self.columns.total) if grad_flags else None
 
     @cached_property
     def _fused(self) -> triton_passes.FusedMatrix | None:
@@ -181,7 +181,7 @@ class ScorePasses:
 
 
 def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:
-    """Return what a rank's vectors and their gradients take, in float32."""
+    """Return the bytes of a rank's vectors and their gradients, in float32."""
     return 2 * 4 * (num_queries + num_columns) * dim
 
 
@@ -189,10 +189,11 @@ def loss_bytes(
     num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
     gathers_known: bool,
 ) -> int:  # fmt: skip
-    """Return what a loss over all columns takes on a rank beside these; `both`: it has the column direction.
+    """Return the bytes of a loss over all columns on a rank, in addition to `vector_bytes`.
 
-    That is the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and what is kept of
-    each row. num_known: known pairs that this rank is given; gathers_known: those of all ranks are compared.
+    They hold the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and values per row.
+    both: the loss has the column direction. num_known: known pairs of this rank; gathers_known: pairs of all ranks are
+    compared.
     """
     columns = num_columns * world_size
     gathered = 4 * (columns if world_size > 1 else 0) * dim
@@ -205,7 +206,7 @@ def loss_bytes(
 
 
 def loss_sent_bytes(num_columns: int, dim: int, world_size: int, *, both: bool) -> dict[str, int]:
-    """Return what a loss gathers and reduces of all ranks' columns, by what for: an all-reduce counts twice."""
+    """Return the bytes that a loss gathers and reduces, by purpose; an all-reduce counts twice."""
     columns = num_columns * world_size
     return {
         "loss: documents' vectors": 4 * columns * dim,

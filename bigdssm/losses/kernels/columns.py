@@ -1,6 +1,4 @@
-"""All that a loss gathers: the document columns of all ranks, W with their ids and biases, the known positives; and
-tile sizes.
-"""
+"""The gather of a loss: document columns of all ranks with ids, biases and known positives; and tile sizes."""
 
 from __future__ import annotations
 
@@ -15,24 +13,24 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group, LocalRows, PackedRows
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
-from bigdssm.losses.masks import Numbers
+from bigdssm.losses.masks import FactorizedIds
 
-CACHED_WIDTH = 1024  # columns of a tile: wide enough for the products
-CACHED_ROWS = 512  # of the passes that hold one tile
+CACHED_WIDTH = 1024  # columns of a tile on a CPU, for efficient products
+CACHED_ROWS = 512  # rows of a block on a CPU, in passes that hold one tile
 CACHED_PAIR_ROWS = 512
-_STRIP_BYTES = 16 << 20  # of scores that a block of rows has against all columns, where all are held
-_MEMORY_SHARE = 32  # a device's scores take one part in so many of its memory
-_MEMORY_BYTES = 64 << 30  # of a device that does not say
-_EVEN_ROWS = 128  # what products on a device are cut into
+_STRIP_BYTES = 16 << 20  # scores of a block of rows against all columns on a CPU
+_MEMORY_SHARE = 32  # scores on a device take 1 / _MEMORY_SHARE of its memory
+_MEMORY_BYTES = 64 << 30  # default for a device of unknown memory
+_EVEN_ROWS = 128  # rows are a multiple of it on a device
 
 
 def tile_width(device: torch.device, num_columns: int) -> int:
-    """Return the columns of a tile."""
+    """Return the number of columns of a tile."""
     return CACHED_WIDTH if device.type == "cpu" else max(1, num_columns)
 
 
 def strip_rows(device: torch.device, num_columns: int, element_size: int) -> int:
-    """Return how many rows are held at once against all columns, at so many bytes an entry."""
+    """Return the number of rows of a block that is scored against all columns, at `element_size` bytes per entry."""
     if device.type == "cpu":
         return max(32, min(1024, _STRIP_BYTES // (max(1, num_columns) * element_size)))
     rows = _score_bytes(device) // (max(1, num_columns) * element_size)
@@ -40,14 +38,14 @@ def strip_rows(device: torch.device, num_columns: int, element_size: int) -> int
 
 
 def block_rows(device: torch.device, width: int, element_size: int, cached: int = CACHED_ROWS) -> int:
-    """Return how many rows are held at once against a tile; `cached`: on a CPU."""
+    """Return the number of rows of a block that is scored against one tile; `cached` is the number on a CPU."""
     return cached if device.type == "cpu" else strip_rows(device, width, element_size)
 
 
 def _score_bytes(device: torch.device) -> int:
     backend = torch.get_device_module(device)
-    says = hasattr(backend, "get_device_properties") and backend.is_available()
-    memory = int(backend.get_device_properties(device).total_memory) if says else _MEMORY_BYTES
+    has_properties = hasattr(backend, "get_device_properties") and backend.is_available()
+    memory = int(backend.get_device_properties(device).total_memory) if has_properties else _MEMORY_BYTES
     return memory // _MEMORY_SHARE
 
 
@@ -65,23 +63,23 @@ class Tile:
 
     @property
     def columns(self) -> slice:
-        """The columns."""
+        """The columns as a slice."""
         return slice(self.start, self.stop)
 
 
 @dataclass
 class Columns:
-    """All ranks' columns."""
+    """The gathered columns of all ranks."""
 
     W: Tensor  # [N, D]
     tiles: list[Tile]
-    own_start: int
-    valid: Tensor  # [columns in use] their indices, ascending
-    doc_ids: Tensor | None  # [N], None where each column is its own document
+    local_start: int  # index of this rank's first column
+    valid: Tensor  # [number of columns in use] ascending indices of the columns that are not padding
+    doc_ids: Tensor | None  # [N], None if each column is a distinct document
     beta: Tensor | None  # [N] float64
     neg_bias: Tensor | None  # [N] float64
-    copies: Tensor | None  # [N] float64: how often a column counts as a negative, None where each counts once
-    operand: torch.dtype  # of the products
+    counts: Tensor | None  # [N] float64: multiplicity of a column as a negative, None if 1 for all
+    operand: torch.dtype  # dtype of matrix operands
     _wide: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -95,20 +93,20 @@ class Columns:
         return max((tile.width for tile in self.tiles), default=0)
 
     @cached_property
-    def docs(self) -> Numbers:
-        """The documents of the columns in use; without ids a column is its own, of its index as id."""
-        return Numbers(self.valid if self.doc_ids is None else self.doc_ids[self.valid])
+    def docs(self) -> FactorizedIds:
+        """The documents of the columns in use; without ids, the column index is the document id."""
+        return FactorizedIds(self.valid if self.doc_ids is None else self.doc_ids[self.valid])
 
-    def counts(self) -> Tensor:
-        """Return float64 [N]: how often a column counts as a negative, 0 where never and at unused indices."""
-        counts = self.copies
+    def negative_counts(self) -> Tensor:
+        """Return float64 [N]: the multiplicity of each column as a negative, 0 if excluded or padding."""
+        counts = self.counts
         if counts is None:
             counts = torch.zeros(self.total, dtype=torch.float64, device=self.valid.device)
             counts.index_fill_(0, self.valid, 1.0)
         return counts if self.neg_bias is None else counts.masked_fill(self.neg_bias == -math.inf, 0.0)
 
     def bias(self, *biases: Tensor | None) -> Tensor | None:
-        """Return the sum of those that are there, −inf at unused indices; None where it would be 0 everywhere."""
+        """Return the sum of the biases that are not None, −inf for padding; None if it would be 0 everywhere."""
         total = add_biases(*biases)
         if len(self.valid) == self.total:
             return total
@@ -118,16 +116,16 @@ class Columns:
         )
 
     def vectors(self) -> Iterator[tuple[Tile, Tensor]]:
-        """Yield each tile with its vectors [width, D] in the dtype of the products."""
+        """Yield each tile with its vectors [width, D] in the operand dtype."""
         for tile in self.tiles:
-            if tile.start not in self._wide:  # widened once, as every block of rows asks again
+            if tile.start not in self._wide:  # converted once and reused by every block of rows
                 self._wide[tile.start] = self.W[tile.columns].to(self.operand)
             yield tile, self._wide[tile.start]
 
 
 @dataclass
-class Arriving:
-    """What was sent: on its way, and how to read it."""
+class PendingColumns:
+    """A gather of columns in progress."""
 
     packed: PackedRows | LocalRows
     x: LossInputs
@@ -136,57 +134,57 @@ class Arriving:
     width: int | None
 
     def wait(self) -> tuple[Columns, Tensor | None]:
-        """Wait for the gather to end; return the columns, and each rank's pairs [world_size, pairs, 2], where sent."""
-        found: dict[str, Tensor] = dict(zip(self.names, self.packed.wait(), strict=True))
-        W, pairs = found.pop("W"), found.pop("pairs", None)
+        """Wait for the gather; return the columns, and the pairs of each rank [world_size, pairs, 2], if sent."""
+        received: dict[str, Tensor] = dict(zip(self.names, self.packed.wait(), strict=True))
+        W, pairs = received.pop("W"), received.pop("pairs", None)
         if pairs is not None:
             pairs = pairs.reshape(self.sizes.world_size, self.sizes.longest * pairs.shape[1], 2)
         total = W.shape[0]
         width = self.width or tile_width(W.device, total)
-        biases = {name: found[name].double() for name in ("beta", "neg_bias", "copies") if name in found}
+        values = {name: received[name].double() for name in ("beta", "neg_bias", "counts") if name in received}
         columns = Columns(
             W=W,
             tiles=[Tile(k, min(k + width, total)) for k in range(0, total, width)],
-            own_start=self.sizes.rank * self.sizes.longest,
-            valid=_in_use(self.sizes, W.device),
-            doc_ids=found["doc_ids"].contiguous() if "doc_ids" in found else None,
-            beta=biases.get("beta"),
-            neg_bias=biases.get("neg_bias"),
-            copies=biases.get("copies"),
+            local_start=self.sizes.rank * self.sizes.longest,
+            valid=_valid_indices(self.sizes, W.device),
+            doc_ids=received["doc_ids"].contiguous() if "doc_ids" in received else None,
+            beta=values.get("beta"),
+            neg_bias=values.get("neg_bias"),
+            counts=values.get("counts"),
             operand=self.x.operand,
         )
         return columns, pairs
 
 
 def gather_columns(
-    x: LossInputs, sizes: GlobalSizes, copies_n: Tensor | None, pairs: Tensor | None, width: int | None,
+    x: LossInputs, sizes: GlobalSizes, counts_n: Tensor | None, pairs: Tensor | None, width: int | None,
     group: Group | None,
-) -> Arriving:  # fmt: skip
-    """Send this rank's columns, and the pairs it tells; `width` is the tiles' number of columns.
+) -> PendingColumns:  # fmt: skip
+    """Start the gather of this rank's columns and known pairs; `width` is the number of columns of a tile.
 
-    Biases travel in the dtype of scores, which takes no more of them: beside an id and pairs two fill a row of bytes.
+    Biases are sent in the dtype of scores, since scores have no more precision.
     """
     values = {
         "W": x.W.detach(),
         "doc_ids": x.doc_ids,
         "beta": None if x.beta is None else x.beta.detach().to(x.acc),
         "neg_bias": None if x.neg_bias is None else x.neg_bias.to(x.acc),
-        "copies": None if copies_n is None else copies_n.to(x.acc),
+        "counts": None if counts_n is None else counts_n.to(x.acc),
     }
-    given = {name: value for name, value in values.items() if value is not None}
+    sent = {name: value for name, value in values.items() if value is not None}
     if pairs is not None:
-        # so many beside each column that the most any rank tells find a place
+        # packed with the columns: as many pairs per column as the rank with most pairs needs
         each = -(-max(sizes.num_known) // max(1, sizes.longest))
-        told = pairs.new_zeros((sizes.longest * each, 2))
-        told[: len(pairs)] = pairs[: len(told)]
-        given["pairs"] = told.view(sizes.longest, each, 2)
-    return Arriving(
-        distributed.all_gather_packed(list(given.values()), sizes.longest, group), x, sizes, list(given), width
+        padded = pairs.new_zeros((sizes.longest * each, 2))
+        padded[: len(pairs)] = pairs[: len(padded)]
+        sent["pairs"] = padded.view(sizes.longest, each, 2)
+    return PendingColumns(
+        distributed.all_gather_packed(list(sent.values()), sizes.longest, group), x, sizes, list(sent), width
     )
 
 
-def _in_use(sizes: GlobalSizes, device: torch.device) -> Tensor:
-    """Return the indices of all ranks' columns, ascending."""
+def _valid_indices(sizes: GlobalSizes, device: torch.device) -> Tensor:
+    """Return the ascending indices of the columns of all ranks that are not padding."""
     longest, counts = sizes.longest, sizes.num_columns
     at = torch.arange(sum(counts), device=device)
     if min(counts) == longest:

@@ -1,4 +1,4 @@
-"""Passes over the score matrix: softmax losses, and losses of single negatives."""
+"""Passes over the score matrix for softmax losses and pairwise losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bigdssm.losses.kernels.tiles import LOG_2, Gradients, RowBlock, ScoreMatrix
 
 @dataclass
 class RowSums:
-    """Per query over the columns that are not dropped, its positive apart; float64 [m]."""
+    """Log-sum-exp and maximum per query over the unmasked columns, without its positive; float64 [m]."""
 
     log_sum: Tensor
     largest: Tensor
@@ -26,7 +26,7 @@ class RowSums:
 
 @dataclass(frozen=True)
 class Shift:
-    """Subtracted from all scores before one exponential; `floor`: sums below it may have lost terms (0: cannot)."""
+    """A constant subtracted from all scores before exp; sums below `floor` may have underflowed (0: impossible)."""
 
     value: float
     floor: float
@@ -35,10 +35,10 @@ class Shift:
 def softmax_rows(
     matrix: ScoreMatrix, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor, sums: Gradients | None
 ) -> RowSums:
-    """Return the rows' sums and add weight · softmax, the gradient apart from the positive's, to `sums`.
+    """Return the row sums and add weight · softmax, the gradient of the negatives' scores, to `sums`.
 
-    `positive_m` are the positives' scores; `extra_log_sum_m` is the log-sum-exp of negatives scored elsewhere, which
-    take part in the softmax and in the log-sums returned.
+    positive_m: scores of the positives; extra_log_sum_m: log-sum-exp of the candidates, included in the softmax and in
+    the returned log-sums.
     """
     width = matrix.columns.total
     height = strip_rows(matrix.device, width, matrix.cell_bytes)
@@ -57,12 +57,12 @@ def softmax_rows(
             lse_r = torch.logaddexp(log_sum_r, positive_m[rows])
             scale_r = _times(weight_m[rows], (shift_r - lse_r).exp()).to(matrix.acc)
             _add_block(matrix, block, E, scale_r, sums)
-        del E  # before the next block's
+        del E  # frees memory before the next block
     return result
 
 
 def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the scores of a block, one tensor a tile, masked entries at −inf, and each row's largest."""
+    """Return the scores of a block, one tensor per tile, masked entries −inf, and the maximum of each row."""
     largest_r = torch.full((block.U_rD.shape[0],), -math.inf, dtype=matrix.acc, device=matrix.device)
     scores: list[Tensor] = []
     for tile, W_cD in matrix.columns.vectors():
@@ -75,7 +75,7 @@ def _block_scores(matrix: ScoreMatrix, block: RowBlock, buffer: Tensor) -> tuple
 
 
 def _exponentiate(scores: list[Tensor], shift_r: Tensor) -> Tensor:
-    """Turn the scores of a block, in bits, into exp2(score − shift) in place, and return their sums, float64."""
+    """Replace the scores of a block, in bits, by exp2(score − shift), in place; return the row sums, float64."""
     total_r = torch.zeros_like(shift_r, dtype=torch.float64)
     for S_rc in scores:
         total_r += S_rc.sub_(shift_r[:, None]).exp2_().sum(1)
@@ -83,7 +83,7 @@ def _exponentiate(scores: list[Tensor], shift_r: Tensor) -> Tensor:
 
 
 def _add_block(matrix: ScoreMatrix, block: RowBlock, E: list[Tensor], scale_r: Tensor, sums: Gradients) -> None:
-    """Add diag(scale) E to the sums; scaling the vectors spares a pass over E, where it needs none to be narrowed."""
+    """Add diag(scale) E to the sums. Unless E has to be converted, the vectors are scaled: it saves a pass over E."""
     if matrix.is_narrow:
         for (tile, W_cD), E_rc in zip(matrix.columns.vectors(), E, strict=True):
             beta_c = None if sums.beta is None else torch.mv(E_rc.T, scale_r)
@@ -104,7 +104,7 @@ def _add_block(matrix: ScoreMatrix, block: RowBlock, E: list[Tensor], scale_r: T
 
 
 def choose_shift(matrix: ScoreMatrix, sizes: GlobalSizes) -> Shift | None:
-    """Return the shift that keeps every exponential in range, None where no single one can; the same on every rank."""
+    """Return a shift that keeps every exponential in range, None if there is none; the same on every rank."""
     headroom, tiny, floor = (300.0, 700.0, -600.0) if matrix.acc == torch.float64 else (40.0, 80.0, -50.0)
     if not math.isfinite(sizes.highest - sizes.lowest):
         return None
@@ -113,21 +113,21 @@ def choose_shift(matrix: ScoreMatrix, sizes: GlobalSizes) -> Shift | None:
 
 
 def column_pass(
-    matrix: ScoreMatrix, sizes: GlobalSizes, neg_bias_N: Tensor | None, rows_matter: bool, group: Group | None
+    matrix: ScoreMatrix, sizes: GlobalSizes, neg_bias_N: Tensor | None, check_rows: bool, group: Group | None
 ) -> tuple[RowSums, Tensor, Shift | None]:
-    """Return the rows' sums (with `neg_bias`), the columns' log-sum-exp [N] over all ranks, and the shift used."""
+    """Return the row sums (with `neg_bias`), the column log-sum-exps [N] over all ranks, and the shift used."""
     shift = choose_shift(matrix, sizes)
     if shift is not None:
-        found = _shifted_sums(matrix, neg_bias_N, shift, rows_matter, group)
-        if found is not None:
-            return *found, shift
+        sums = _shifted_sums(matrix, neg_bias_N, shift, check_rows, group)
+        if sums is not None:
+            return *sums, shift
     return *_logarithmic_sums(matrix, neg_bias_N, group), None
 
 
 def _shifted_sums(
-    matrix: ScoreMatrix, neg_bias_N: Tensor | None, shift: Shift, rows_matter: bool, group: Group | None
+    matrix: ScoreMatrix, neg_bias_N: Tensor | None, shift: Shift, check_rows: bool, group: Group | None
 ) -> tuple[RowSums, Tensor] | None:
-    """Return the sums by one exponential, None where some rank's may have lost terms."""
+    """Compute the sums with one exp per entry; None if those of any rank may have underflowed."""
     total_m = torch.zeros(matrix.U_mD.shape[0], dtype=torch.float64, device=matrix.device)
     largest_m = matrix.zeros()
     total_N = torch.zeros(matrix.columns.total + 1, dtype=torch.float64, device=matrix.device)
@@ -145,8 +145,8 @@ def _shifted_sums(
                 E_rc.mul_(factor_N[tile.columns])
             total_m[rows] += E_rc.sum(1)
             torch.maximum(largest_m[rows], E_rc.amax(1), out=largest_m[rows])
-    # a rank's verdict on its rows rides with the column sums
-    if rows_matter:
+    # the check of this rank's rows is reduced together with the column sums
+    if check_rows:
         total_N[-1:].copy_((~(total_m >= shift.floor)).any())
     distributed.all_reduce(total_N, "sum", group)
     if not bool((total_N[-1] == 0) & (total_N[matrix.columns.valid] >= shift.floor).all()):
@@ -175,7 +175,7 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
 
 
 def log_sum_over_ranks(log_N: Tensor, group: Group | None) -> Tensor:
-    """Return log Σ exp over the ranks of each, float64 [N]; two collectives."""
+    """Return the elementwise log Σ exp over ranks, float64 [N]; two collectives."""
     largest_N = distributed.all_reduce(log_N.clone(), "max", group)
     shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
     total_N = distributed.all_reduce((log_N - shift_N).exp_(), "sum", group)
@@ -183,7 +183,7 @@ def log_sum_over_ranks(log_N: Tensor, group: Group | None) -> Tensor:
 
 
 def _height(matrix: ScoreMatrix) -> int:
-    """Return the rows of a block of the passes that hold one tile, at most twice."""
+    """Return the number of rows of a block in passes that hold at most two tiles."""
     return block_rows(matrix.device, matrix.columns.widest, matrix.cell_bytes + matrix.acc.itemsize)
 
 
@@ -199,7 +199,7 @@ class Coefficients:
 
 
 def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sums: Gradients) -> None:
-    """Compute the scores again and add G to `sums`; only its row part concerns beta, which cancels in the columns."""
+    """Recompute the scores and add G to `sums`; beta depends only on the row part, since it cancels in the columns."""
     height = _height(matrix)
     buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
     gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.acc)
@@ -213,18 +213,18 @@ def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sum
 
 
 class _ShiftedGradient:
-    """Turn scores less a shift, in bits, into G in place, with one exponential."""
+    """Replaces scores − shift, in bits, by G in place, with one exp per entry."""
 
     def __init__(self, c: Coefficients, shift: float, dtype: torch.dtype) -> None:
         self.factor_N = None if c.neg_bias_N is None else c.neg_bias_N.exp().to(dtype)
         self.a_m = _times(c.row_weight_m, (shift - c.row_lse_m).exp()).to(dtype)
         self.b_N = _times(c.column_weight_N, (shift - c.column_log_sum_N).exp()).to(dtype)
 
-    def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, want_row_part: bool) -> Tensor | None:
+    def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, with_row_part: bool) -> Tensor | None:
         a_r, cols = self.a_m[block.rows], tile.columns
         block.mask.drop(S_rc, tile)
         S_rc.exp2_()
-        row_part_c = torch.mv(S_rc.T, a_r) if want_row_part else None
+        row_part_c = torch.mv(S_rc.T, a_r) if with_row_part else None
         if self.factor_N is None:
             torch.add(a_r[:, None], self.b_N[cols], out=T_rc)
         else:
@@ -235,7 +235,7 @@ class _ShiftedGradient:
 
 
 class _LogarithmicGradient:
-    """Turn scores into G in place, with an exponential for each direction: exact for any range of scores."""
+    """Replaces scores by G in place, with one exp per entry and direction: exact for any range of scores."""
 
     def __init__(self, c: Coefficients) -> None:
         self.c = c
@@ -244,7 +244,7 @@ class _LogarithmicGradient:
             c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf
         )
 
-    def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, want_row_part: bool) -> Tensor | None:
+    def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, with_row_part: bool) -> Tensor | None:
         cols = tile.columns
         block.mask.drop(S_rc, tile)
         torch.add(S_rc, self.row_exponent_m[block.rows, None].to(S_rc.dtype), out=T_rc)
@@ -254,21 +254,21 @@ class _LogarithmicGradient:
         S_rc += self.column_exponent_N[cols]
         S_rc.exp_()
         S_rc += T_rc
-        return T_rc.sum(0) if want_row_part else None
+        return T_rc.sum(0) if with_row_part else None
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight · factor, 0 where the weight is, also where the factor is not finite."""
+    """Return weight · factor, 0 if the weight is 0, even for a non-finite factor."""
     return torch.where(weight > 0, weight * factor, 0.0)
 
 
-# (negatives' scores, the positive's, which broadcasts) → the terms and their slopes; may overwrite the scores
+# (scores of negatives, score of the positive, broadcast) → values and derivatives; may overwrite the scores
 ValueAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
 class PairSums:
-    """Per query, float64 [m]: sum of its terms, of their slopes, and the best negative's score."""
+    """Sums of values and derivatives per query, and the best negative's score; float64 [m]."""
 
     value: Tensor
     slope: Tensor
@@ -276,7 +276,7 @@ class PairSums:
 
     @staticmethod
     def zero(positive_m: Tensor) -> PairSums:
-        """Start with no negatives."""
+        """Return the sums of no negatives."""
         zeros = torch.zeros_like(positive_m)
         return PairSums(zeros, zeros.clone(), zeros - math.inf)
 
@@ -289,9 +289,9 @@ def pairwise_pass(
     counts_N: Tensor,
     sums: Gradients | None,
 ) -> PairSums:
-    """Return the sums over the columns that are not masked; add scale · count · slope, as G, to `sums`."""
+    """Return the sums over the unmasked columns; add scale · count · derivative, as G, to `sums`."""
     result, dtype = PairSums.zero(positive_m), matrix.acc
-    # of a tile: scores, terms and slopes
+    # a tile has scores, values and derivatives
     cell_bytes = matrix.cell_bytes + 2 * dtype.itemsize
     height = block_rows(matrix.device, matrix.columns.widest, cell_bytes, CACHED_PAIR_ROWS)
     buffer = matrix.buffer(height, matrix.columns.widest)

@@ -1,13 +1,13 @@
 """Triton kernels over tiles of the score matrix: log-sum-exps of rows and columns, and sums over its gradient.
 
-Scores exist in registers alone: S2 = alpha2 · U Wᵀ + offset, in base 2, so that alpha and offsets come times log2 e. A
-sum is one program's, over its tiles in order: results do not change from run to run. Rows of W stand W_units · ALIGNED
-numbers apart, so that the compiler knows how they are aligned.
+Scores exist only in registers: S2 = alpha2 · U Wᵀ + offset, in base 2, so that alpha and offsets are scaled by log2 e.
+One program computes a sum, over its tiles in order: results are deterministic. The row stride of W is
+W_units · ALIGNED numbers, which gives the compiler its alignment.
 
-Dropped entries are bits, in tiles of 128 × 128: `slots` [row tiles, column tiles] says which of `bits` [tiles, 2, 128]
-a tile has, −1 where nothing in it is dropped. A word is 64 columns of a row; the first 128 are of the left half.
+Masked entries are bits in tiles of 128 × 128: `slots` [row tiles, column tiles] holds the index into `bits`
+[tiles, 2, 128], −1 without masked entries. A word holds 64 columns of a row; the first 128 words are the left half.
 
-Shape legend: m queries of this rank, N columns of all ranks, D vector size; s splits: programs that share out a sum.
+Shape legend: m queries of this rank, N columns of all ranks, D vector size; s splits: programs that share a sum.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import triton.language as tl
 # mypy: disable-error-code="no-untyped-def, misc"
 
 
-# change from batch to batch, and compile nothing anew
+# they change from batch to batch and must not trigger recompilation
 _SIZES = ("m", "N", "W_units", "column_tiles", "tiles_per_split")
 
 
 @triton.jit
 def _vectors(x_ptr, stride, start, num_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows [start, start + ROWS), which stand `stride` apart, as [ROWS, BLOCK_D]; zeros outside."""
+    """Load rows [start, start + ROWS) with row stride `stride` as [ROWS, BLOCK_D]; zeros out of range."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     inside = (start + rows < num_rows)[:, None]
     if BLOCK_D != D:
@@ -35,7 +35,7 @@ def _vectors(x_ptr, stride, start, num_rows, ROWS: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _drop(s, bits_ptr, slot, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """Make dropped entries of the scores at (row, column) −inf: [ROWS, COLUMNS], or transposed."""
+    """Set the masked entries of the scores at (row, column) to −inf: [ROWS, COLUMNS], or transposed."""
     word_ptr = bits_ptr + tl.cast(slot, tl.int64) * 256 + (row % 128 + tl.arange(0, ROWS))
     columns = column % 128 + tl.arange(0, COLUMNS)
     first = tl.load(word_ptr + (column % 128 // 64) * 128)
@@ -59,10 +59,10 @@ def sums_kernel(
     ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NEG_BIAS: tl.constexpr, OVER_ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Write each row's largest score and Σ_j 2^(S2 − largest) [s, m], over the split's columns; by choice also
+    """Write the maximum of each row and Σ_j 2^(S2 − maximum) [s, m], over the split's columns.
 
-    WEIGHTED: Σ_j 2^(S2 − largest) w_j [s, m, D];
-    OVER_ROWS: each column's largest and sum over the block of rows [row blocks, N], without neg_offset.
+    WEIGHTED: also Σ_j 2^(S2 − maximum) w_j [s, m, D];
+    OVER_ROWS: also maximum and sum of each column over the block of rows [row blocks, N], without neg_offset.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -113,7 +113,7 @@ def sums_kernel(
 def gradient_kernel(
     U_ptr, W_ptr, row_exponent_ptr, row_offset_ptr, column_offset_ptr, slots_ptr, bits_ptr, out_ptr, out_rows_ptr,
     m, N, W_units, column_tiles, tiles_per_split, alpha2,
-    ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
+    ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     BY_COLUMN: tl.constexpr, ROW_PART: tl.constexpr, COLUMN_PART: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
     """Write Σ_j G_ij w_j to out [s, m, D]; BY_COLUMN: Σ_i G_ij u_i to out [s, N, D], with the row part's Σ_i G_ij too.
@@ -122,79 +122,79 @@ def gradient_kernel(
     """
     block, split = tl.program_id(0), tl.program_id(1)
     if BY_COLUMN:
-        x_ptr, x_stride, num_own = W_ptr, W_units * ALIGNED, N
-        y_ptr, y_stride, num_others = U_ptr, D, m
+        x_ptr, x_stride, num_outer = W_ptr, W_units * ALIGNED, N
+        y_ptr, y_stride, num_inner = U_ptr, D, m
     else:
-        x_ptr, x_stride, num_own = U_ptr, D, m
-        y_ptr, y_stride, num_others = W_ptr, W_units * ALIGNED, N
-    own = block * OWN + tl.arange(0, OWN)
-    x = _vectors(x_ptr, x_stride, block * OWN, num_own, OWN, D, BLOCK_D)
-    # what depends on the own side alone
-    own_column = tl.zeros((OWN,), tl.float32)
+        x_ptr, x_stride, num_outer = U_ptr, D, m
+        y_ptr, y_stride, num_inner = W_ptr, W_units * ALIGNED, N
+    outer = block * OUTER + tl.arange(0, OUTER)
+    x = _vectors(x_ptr, x_stride, block * OUTER, num_outer, OUTER, D, BLOCK_D)
+    # terms that depend only on the outer side
+    outer_column = tl.zeros((OUTER,), tl.float32)
     if BY_COLUMN:
-        own_row = own_column
+        outer_row = outer_column
         if ROW_PART:
-            own_row = tl.load(row_offset_ptr + own, mask=own < N, other=float("-inf"))
+            outer_row = tl.load(row_offset_ptr + outer, mask=outer < N, other=float("-inf"))
         if COLUMN_PART:
-            own_column = tl.load(column_offset_ptr + own, mask=own < N, other=float("-inf"))
-        slots_ptr += block * OWN // 128
+            outer_column = tl.load(column_offset_ptr + outer, mask=outer < N, other=float("-inf"))
+        slots_ptr += block * OUTER // 128
         stride = column_tiles
     else:
-        own_row = own_column
+        outer_row = outer_column
         if ROW_PART:
-            own_row = tl.load(row_exponent_ptr + own, mask=own < m, other=float("-inf"))
-        slots_ptr += (block * OWN // 128) * column_tiles
+            outer_row = tl.load(row_exponent_ptr + outer, mask=outer < m, other=float("-inf"))
+        slots_ptr += (block * OUTER // 128) * column_tiles
         stride = 1
     first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(num_others, OTHERS))
-    acc = tl.zeros((OWN, BLOCK_D), tl.float32)
-    row_parts = tl.zeros((OWN,), tl.float32)
-    slot = tl.load(slots_ptr + (first * OTHERS // 128) * stride)
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(num_inner, INNER))
+    acc = tl.zeros((OUTER, BLOCK_D), tl.float32)
+    row_parts = tl.zeros((OUTER,), tl.float32)
+    slot = tl.load(slots_ptr + (first * INNER // 128) * stride)
     for tile in range(first, last):
-        others = tile * OTHERS + tl.arange(0, OTHERS)
-        y = _vectors(y_ptr, y_stride, tile * OTHERS, num_others, OTHERS, D, BLOCK_D)
+        inner = tile * INNER + tl.arange(0, INNER)
+        y = _vectors(y_ptr, y_stride, tile * INNER, num_inner, INNER, D, BLOCK_D)
         s = tl.dot(x, tl.trans(y), input_precision="ieee") * alpha2
         if slot >= 0:
             if BY_COLUMN:
-                s = _drop(s, bits_ptr, slot, tile * OTHERS, block * OWN, OTHERS, OWN, True)
+                s = _drop(s, bits_ptr, slot, tile * INNER, block * OUTER, INNER, OUTER, True)
             else:
-                s = _drop(s, bits_ptr, slot, block * OWN, tile * OTHERS, OWN, OTHERS, False)
-        slot = tl.load(slots_ptr + ((tile + 1) * OTHERS // 128) * stride, mask=tile + 1 < last, other=-1)
-        inside = others < num_others
-        # BY_COLUMN: s is 0 where no row is, and 2^own_column may overflow: inf times a vector of 0 is NaN
+                s = _drop(s, bits_ptr, slot, block * OUTER, tile * INNER, OUTER, INNER, False)
+        slot = tl.load(slots_ptr + ((tile + 1) * INNER // 128) * stride, mask=tile + 1 < last, other=-1)
+        inside = inner < num_inner
+        # BY_COLUMN: s is 0 in padding rows, and 2^outer_column may overflow: inf times a zero vector is NaN
         if ROW_PART:
             if BY_COLUMN:
-                exponent = tl.load(row_exponent_ptr + others, mask=inside, other=float("-inf"))
+                exponent = tl.load(row_exponent_ptr + inner, mask=inside, other=float("-inf"))
             else:
-                exponent = tl.load(row_offset_ptr + others, mask=inside, other=float("-inf"))
-            g = tl.exp2(s + own_row[:, None] + exponent[None, :])
+                exponent = tl.load(row_offset_ptr + inner, mask=inside, other=float("-inf"))
+            g = tl.exp2(s + outer_row[:, None] + exponent[None, :])
             if BETA:
                 row_parts += tl.sum(g, 1)
             if COLUMN_PART:
                 if BY_COLUMN:
-                    g += tl.exp2(tl.minimum(s + own_column[:, None], 127.0, propagate_nan=tl.PropagateNan.ALL))
+                    g += tl.exp2(tl.minimum(s + outer_column[:, None], 127.0, propagate_nan=tl.PropagateNan.ALL))
                 else:
-                    offset = tl.load(column_offset_ptr + others, mask=inside, other=float("-inf"))
+                    offset = tl.load(column_offset_ptr + inner, mask=inside, other=float("-inf"))
                     g += tl.exp2(s + offset[None, :])
         else:
             if BY_COLUMN:
-                g = tl.exp2(tl.minimum(s + own_column[:, None], 127.0, propagate_nan=tl.PropagateNan.ALL))
+                g = tl.exp2(tl.minimum(s + outer_column[:, None], 127.0, propagate_nan=tl.PropagateNan.ALL))
             else:
-                offset = tl.load(column_offset_ptr + others, mask=inside, other=float("-inf"))
+                offset = tl.load(column_offset_ptr + inner, mask=inside, other=float("-inf"))
                 g = tl.exp2(s + offset[None, :])
         acc = tl.dot(g.to(y.dtype), y, acc, input_precision="ieee")
-    start = split.to(tl.int64) * num_own + block * OWN
-    within, dims = tl.arange(0, OWN), tl.arange(0, BLOCK_D)
-    store = (own < num_own)[:, None] & (dims < D)[None, :]
+    start = split.to(tl.int64) * num_outer + block * OUTER
+    within, dims = tl.arange(0, OUTER), tl.arange(0, BLOCK_D)
+    store = (outer < num_outer)[:, None] & (dims < D)[None, :]
     out_at = out_ptr + start * D + (within[:, None] * D + dims[None, :])
     tl.store(out_at, acc, mask=store)
     if BETA:
-        tl.store(out_rows_ptr + start + within, row_parts, mask=own < num_own)
+        tl.store(out_rows_ptr + start + within, row_parts, mask=outer < num_outer)
 
 
 @triton.jit(do_not_specialize=("m", "N", "column_tiles"))
 def pack_kernel(matrix_ptr, row_query_ptr, bits_ptr, m, N, column_tiles):
-    """Write the bits of a matrix of bytes [queries, N], of each row the query's."""
+    """Pack a byte matrix [queries, N] into bits per row, given the query of each row."""
     row_tile, column_tile = tl.program_id(0), tl.program_id(1)
     within = tl.arange(0, 128)
     rows = row_tile * 128 + within

@@ -1,4 +1,4 @@
-"""The passes of the softmax losses by Triton kernels: where they apply, their tiles, the packed mask."""
+"""Passes of the softmax losses with Triton kernels: availability, block sizes, the packed mask."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from bigdssm.losses.kernels.passes import Coefficients, RowSums, log_sum_over_ra
 from bigdssm.losses.kernels.tiles import Gradients
 from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
 
-LARGEST_D = 256  # whose sums a program can hold in registers
-SHARED_BYTES = 168 << 10  # of the largest kernel on an H100; on a B200 198 KB, and both have 227
-LOG2_E = 1 / math.log(2)  # scores are in base 2 there
-_MASK_TILE = 128  # rows and columns: a word per row and 64 columns
+LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
+SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 KB on a B200); both have 227 KB
+LOG2_E = 1 / math.log(2)  # kernels compute scores in base 2
+_MASK_TILE = 128  # rows and columns of a mask tile: a 64-bit word per row and 64 columns
 _MOST_SPLITS = 16
-_WRITING_TILES = 6  # what it costs a program to have its sums written and added up, in tiles
+_WRITING_TILES = 6  # cost of writing and adding up the sums of a program, in tiles
 _PAIRS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel cuts the scores: `own` rows (or columns) a program, `others` at a time."""
+    """Block sizes of a kernel: `outer` rows (or columns) per program, which loops over blocks of `inner`."""
 
-    own: int
-    others: int
+    outer: int
+    inner: int
     warps: int
     stages: int
 
     @property
     def programs(self) -> int:
-        """How many a multiprocessor has room for."""
+        """Number of programs that a multiprocessor runs concurrently."""
         return 8 // self.warps
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
+        """Options of the compiler."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
-    """Return the blocks for vectors of `dim`: no spilled registers on an H100, and at most SHARED_BYTES."""
-    if dtype == torch.float32:  # products without tensor cores, which would round the operands
-        return Blocks(own=64, others=32, warps=8, stages=2)
+    """Return the block sizes for vectors of size `dim`: no register spills on an H100, and at most SHARED_BYTES."""
+    if dtype == torch.float32:  # without tensor cores, which would round the operands
+        return Blocks(outer=64, inner=32, warps=8, stages=2)
     if dim <= 64:
-        return Blocks(own=128, others=64, warps=4, stages=3)  # two programs a multiprocessor
-    return Blocks(own=128, others=128 if dim <= 128 else 64, warps=8, stages=3)
+        return Blocks(outer=128, inner=64, warps=4, stages=3)  # two programs per multiprocessor
+    return Blocks(outer=128, inner=128 if dim <= 128 else 64, warps=8, stages=3)
 
 
 def available(x: LossInputs) -> bool:
-    """Whether the kernels serve these vectors: bfloat16 or float32 of at most 256 numbers, on a card with room."""
+    """Return whether the kernels apply: CUDA, bfloat16 or float32, D ≤ LARGEST_D, enough shared memory."""
     fits = x.U.is_cuda and x.U.dtype in (torch.bfloat16, torch.float32) and x.U.shape[1] <= LARGEST_D
     return fits and _installed() and _shared_bytes(x.U.device) >= SHARED_BYTES
 
@@ -80,45 +80,45 @@ def _multiprocessors(device: torch.device) -> int:
 
 @dataclass
 class FusedMatrix:
-    """The scores of this rank's queries and all columns, as the kernels take them."""
+    """The kernel arguments for the scores of this rank's queries and all columns."""
 
     U_mD: Tensor
-    W_ND: Tensor  # zeros in unused places; rows may stand further apart than D
+    W_ND: Tensor  # zeros in unused rows; the row stride may exceed D
     valid: Tensor
     alpha: float
-    slots: Tensor  # int32 [row tiles, column tiles]: which of `bits` a tile has, −1 where nothing in it is dropped
-    bits: Tensor  # int64 [tiles, 2, 128]: a word of a row's 64 columns, 1 where an entry is dropped
+    slots: Tensor  # int32 [row tiles, column tiles]: index into `bits`, −1 for a tile without masked entries
+    bits: Tensor  # int64 [tiles, 2, 128]: a word per row and 64 columns, bit 1 for a masked entry
 
     @staticmethod
     def of(U_mD: Tensor, alpha: float, columns: Columns, mask: FalseNegatives) -> FusedMatrix:
-        """Lay out the mask, and the vectors where their numbers are apart."""
+        """Pack the mask, and make the vectors contiguous if needed."""
         U_mD, W_ND = U_mD.detach().contiguous(), columns.W
         W_ND = W_ND if W_ND.stride(1) == 1 else W_ND.contiguous()
         return FusedMatrix(U_mD, W_ND, columns.valid, alpha, *mask_tiles(mask, *U_mD.shape[:1], *W_ND.shape[:1]))
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """What kernels are told: m, N, how far W's rows are apart in units of what is aligned, and column tiles."""
+        """Run-time sizes: m, N, row stride of W in units of `_aligned`, number of column tiles."""
         return *self.U_mD.shape[:1], *self.W_ND.shape[:1], self.W_ND.stride(0) // self._aligned, self.slots.shape[1]
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What they are compiled for."""
+        """Compile-time constants."""
         D = self.U_mD.shape[1]
         return {"ALIGNED": self._aligned, "D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length()), **self.blocks.options}
 
     @property
     def _aligned(self) -> int:
-        """Numbers that the distance of W's rows is a multiple of, up to 16 bytes: what is loaded at once."""
+        """Alignment of W's rows in numbers, up to 16 bytes, the width of a vector load."""
         return math.gcd(self.W_ND.stride(0), 16 // self.W_ND.element_size())
 
     @property
     def blocks(self) -> Blocks:
-        """How the kernels cut the scores."""
+        """Block sizes of the kernels."""
         return choose_blocks(self.U_mD.shape[1], self.U_mD.dtype)
 
     def offsets(self, bias_N: Tensor | None) -> Tensor:
-        """Return what is added to scores in base 2, float32 [N]: −inf where a column is not in use."""
+        """Return the bias in base 2, float32 [N], −inf for unused columns."""
         offset_N = torch.full(self.W_ND.shape[:1], -math.inf, dtype=torch.float32, device=self.W_ND.device)
         if bias_N is None:
             return offset_N.index_fill_(0, self.valid, 0.0)
@@ -126,7 +126,7 @@ class FusedMatrix:
 
 
 def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return `slots` and `bits` of a mask; the host waits once, for how many entries there are."""
+    """Pack a mask into `slots` and `bits`; the host synchronises once, to read the number of entries."""
     shape = math.ceil(num_rows / _MASK_TILE), math.ceil(num_columns / _MASK_TILE)
     tiles = shape[0] * shape[1]
     if isinstance(mask, MaskMatrix):
@@ -146,32 +146,32 @@ def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[T
         row, column = mask.entries(start, stop, sum(lengths[first : first + height]))
         tile = (row + start) // _MASK_TILE * shape[1] + column // _MASK_TILE
         here = torch.zeros(tiles, dtype=torch.bool, device=device).index_fill_(0, tile, True)
-        order = torch.cumsum(here, 0) + used  # of these tiles from 1
+        order = torch.cumsum(here, 0) + used  # 1-based number of these tiles
         slots = torch.where(here, (order - 1).int(), slots)
         used = order[-1]
         word = (slots[tile] * 2 + column % _MASK_TILE // 64) * _MASK_TILE + row % _MASK_TILE
-        # each entry is there once, so that a sum of bits is their union, in whatever order
+        # entries are unique, so that the sum of bits is their union, in any order
         bits.view(-1).index_add_(0, word, torch.ones_like(column) << column % 64)
     return slots.view(shape), bits
 
 
 def launch(kernel: str, grid: tuple[int, int], first: Tensor, *arguments: object, **options: object) -> None:
-    """Launch one of the kernels on the card of `first`."""
+    """Launch the kernel of that name on the device of `first`."""
     from bigdssm.losses.kernels import triton_kernels
 
     with torch.cuda.device_of(first):
         getattr(triton_kernels, kernel)[grid](first, *arguments, **options)
 
 
-def split(matrix: FusedMatrix, own: int, tiles: int) -> int:
-    """Return among how many programs each of `own` blocks' sums over `tiles` is shared out, to fill the card."""
-    at_once, tiles = _multiprocessors(matrix.U_mD.device) * matrix.blocks.programs, max(1, tiles)
+def split(matrix: FusedMatrix, outer: int, tiles: int) -> int:
+    """Return the number of programs that share each of `outer` blocks' sums over `tiles`, to fill the device."""
+    concurrent, tiles = _multiprocessors(matrix.U_mD.device) * matrix.blocks.programs, max(1, tiles)
 
     def cost(splits: int) -> int:
-        return math.ceil(own * splits / at_once) * (math.ceil(tiles / splits) + _WRITING_TILES)
+        return math.ceil(outer * splits / concurrent) * (math.ceil(tiles / splits) + _WRITING_TILES)
 
     splits = min(range(1, min(_MOST_SPLITS, tiles) + 1), key=cost)
-    return math.ceil(tiles / math.ceil(tiles / splits))  # none without a tile
+    return math.ceil(tiles / math.ceil(tiles / splits))  # no split is empty
 
 
 _LN_2 = math.log(2)
@@ -181,10 +181,10 @@ def softmax_rows(
     matrix: FusedMatrix, bias_N: Tensor | None, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor,
     sums: Gradients | None,
 ) -> RowSums:  # fmt: skip
-    """Return the rows' sums and write weight · softmax to `sums`, as `softmax.softmax_rows` does."""
+    """Return the row sums and write weight · softmax to `sums`, as `passes.softmax_rows` does."""
     offset_N = matrix.offsets(bias_N)
-    wants_U = sums is not None and sums.U is not None
-    largest_sm, total_sm, weighted_smD, _ = _sums(matrix, offset_N, None, over_rows=False, weighted=wants_U)
+    with_U = sums is not None and sums.U is not None
+    largest_sm, total_sm, weighted_smD, _ = _sums(matrix, offset_N, None, over_rows=False, weighted=with_U)
     log_sum_m = torch.logaddexp(torch.logsumexp(total_sm.log() + largest_sm, 0), extra_log_sum_m)
     if sums is not None:
         lse_m = torch.logaddexp(log_sum_m, positive_m)
@@ -199,7 +199,7 @@ def softmax_rows(
 def column_pass(
     matrix: FusedMatrix, bias_N: Tensor | None, neg_bias_N: Tensor | None, group: Group | None
 ) -> tuple[RowSums, Tensor]:
-    """Return the rows' sums (with `neg_bias`) and the columns' log-sum-exp [N] over all ranks."""
+    """Return the row sums (with `neg_bias`) and the column log-sum-exps [N] over all ranks."""
     neg_offset_N = None if neg_bias_N is None else (neg_bias_N.double() * LOG2_E).float()
     largest_sm, total_sm, _, log_N = _sums(matrix, matrix.offsets(bias_N), neg_offset_N, over_rows=True, weighted=False)
     assert log_N is not None
@@ -210,7 +210,7 @@ def column_pass(
 def gradient_pass(
     matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: Gradients
 ) -> None:
-    """Compute the scores again and write G's sums; only its row part concerns beta, which cancels in the columns."""
+    """Recompute the scores and write the sums of G; beta depends only on the row part (see `passes.gradient_pass`)."""
     column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
     column_offset_N = matrix.offsets(column_N if bias_N is None else bias_N + column_N)
     row_offset_N = None
@@ -228,11 +228,13 @@ def _exponents(weight_m: Tensor, lse_m: Tensor) -> Tensor:
 def _sums(
     matrix: FusedMatrix, offset_N: Tensor, neg_offset_N: Tensor | None, *, over_rows: bool, weighted: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return each row's largest score and Σ exp(S − largest), float64 [s, m]; by choice Σ exp(S − largest) w, float32
-    [s, m, D], and the columns' log-sum-exps over this rank's rows, float64 [N].
+    """Return the maximum of each row and Σ exp(S − maximum), float64 [s, m].
+
+    weighted: also Σ exp(S − maximum) w, float32 [s, m, D]; over_rows: also the column log-sum-exps over this rank's
+    rows, float64 [N].
     """
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
-    height, width = blocks.own, blocks.others
+    height, width = blocks.outer, blocks.inner
     grid = math.ceil(m / height), split(matrix, math.ceil(m / height), math.ceil(N / width))
     new = offset_N.new_empty
     largest_sm, total_sm = offset_N.new_full((grid[1], m), -math.inf), offset_N.new_zeros((grid[1], m))
@@ -254,7 +256,7 @@ def _sums(
 
 
 def _merge(largest_bN: Tensor, total_bN: Tensor) -> Tensor:
-    """Return the log-sum-exps, float64 [N], of blocks' largest scores, in base 2, and sums less these."""
+    """Combine maxima (in base 2) and sums of exp relative to them, of blocks of rows, into log-sum-exps float64 [N]."""
     if not largest_bN.shape[0]:
         return torch.full(largest_bN.shape[1:], -math.inf, dtype=torch.float64, device=largest_bN.device)
     largest_N = largest_bN.amax(0)
@@ -267,26 +269,26 @@ def _write_gradients(
     matrix: FusedMatrix, row_exponent_m: Tensor, row_offset_N: Tensor | None, column_offset_N: Tensor | None,
     sums: Gradients,
 ) -> None:  # fmt: skip
-    """Write the sums over G to `sums`, which are zero; without row offsets it has no row part, and beta no gradient."""
+    """Write the sums over G to `sums`, which must be zero; without row offsets, G has no row part."""
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
     if not (m and N):
         return
-    for out, by_column, own, others in ((sums.U, False, m, N), (sums.W, True, N, m)):
+    for out, by_column, outer, inner in ((sums.U, False, m, N), (sums.W, True, N, m)):
         beta = sums.beta if by_column and row_offset_N is not None else None
         if out is None and beta is None:
             continue
-        tiles = math.ceil(others / blocks.others)
-        grid = math.ceil(own / blocks.own), split(matrix, math.ceil(own / blocks.own), tiles)
+        tiles = math.ceil(inner / blocks.inner)
+        grid = math.ceil(outer / blocks.outer), split(matrix, math.ceil(outer / blocks.outer), tiles)
         direct = out is not None and grid[1] == 1
-        parts = out if direct and out is not None else row_exponent_m.new_empty((grid[1], own, D))
-        of_beta = None if beta is None else row_exponent_m.new_empty((grid[1], own))
+        parts = out if direct and out is not None else row_exponent_m.new_empty((grid[1], outer, D))
+        of_beta = None if beta is None else row_exponent_m.new_empty((grid[1], outer))
         launch(
             "gradient_kernel", grid, matrix.U_mD, matrix.W_ND,
             row_exponent_m, row_exponent_m if row_offset_N is None else row_offset_N,
             row_exponent_m if column_offset_N is None else column_offset_N, matrix.slots, matrix.bits,
             parts, parts if of_beta is None else of_beta,
             *matrix.sizes, math.ceil(tiles / grid[1]), matrix.alpha * LOG2_E,
-            OWN=blocks.own, OTHERS=blocks.others, BY_COLUMN=by_column, ROW_PART=row_offset_N is not None,
+            OUTER=blocks.outer, INNER=blocks.inner, BY_COLUMN=by_column, ROW_PART=row_offset_N is not None,
             COLUMN_PART=column_offset_N is not None, BETA=beta is not None, **matrix.constants,
         )  # fmt: skip
         if out is not None and not direct:

@@ -27,7 +27,7 @@ from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
-from bigdssm.losses.contrastive import cut
+from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.bert import pretrained_encoder
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
@@ -156,9 +156,9 @@ def test_cut_vectors_score_as_the_loss_scores_them(made: tuple[Dataset, Path, Co
     with torch.no_grad():
         alpha = text_model().alpha
     U, W, beta = queries[:, :-1], documents[:, :-1] / alpha, documents[:, -1]
-    expected = alpha * cut(U, 3, True) @ cut(W, 3, True).T + beta
+    expected = alpha * truncate(U, 3, True) @ truncate(W, 3, True).T + beta
     torch.testing.assert_close(truncate_vectors(queries, 3, True) @ truncate_vectors(documents, 3, True).T, expected)
-    expected = alpha * cut(U, 3, False) @ cut(W, 3, False).T + beta
+    expected = alpha * truncate(U, 3, False) @ truncate(W, 3, False).T + beta
     torch.testing.assert_close(truncate_vectors(queries, 3, False) @ truncate_vectors(documents, 3, False).T, expected)
 
 
