@@ -184,8 +184,8 @@ def check_inputs(batch: LossBatch) -> LossInputs:
             grad_flags |= bit if leaf is not None and leaf.requires_grad else 0
     acc = torch.float64 if U.dtype == torch.float64 else torch.float32
     checked = {"positive": positive, "alpha": alpha, "weight": weight.detach().double()}
-    given = ", ".join(name for name in _OPTIONAL if getattr(batch, name) is not None) or "none"
-    return LossInputs(**{**vars(batch), **checked}, acc=acc, grad_flags=grad_flags, given=given)
+    present = ", ".join(name for name in _OPTIONAL if getattr(batch, name) is not None) or "none"
+    return LossInputs(**{**vars(batch), **checked}, acc=acc, grad_flags=grad_flags, present=present)
 
 
 _OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known")  # the ranks must agree on which are given

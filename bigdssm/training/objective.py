@@ -164,7 +164,7 @@ class Objective:
         if direction in ("q2d", "both"):
             beta = None if self._scalar_beta else encoded.beta
             teacher = BatchTeacher(queries, documents, temperature)
-            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, copies=batch.counts))
+            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, counts=batch.counts))
         if direction in ("d2q", "both"):  # each query's document among the queries; its bias is the same for all
             own = batch.positive
             teacher = BatchTeacher(documents[own], queries, temperature)

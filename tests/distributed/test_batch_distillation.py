@@ -27,7 +27,7 @@ def teacher(U: Tensor, W: Tensor) -> BatchTeacher:
     return BatchTeacher(U.detach().double().flip(1)[:, :4].sin(), W.detach().double()[:, :4].cos(), TEMPERATURE)
 
 
-def copies(W: Tensor) -> Tensor:
+def counts(W: Tensor) -> Tensor:
     return 1 + (W.detach()[:, 0] > 0).long() * 2
 
 
@@ -35,15 +35,15 @@ def dense(shards: list[Shard], alpha: float) -> tuple[Tensor, list[Tensor | None
     """Return the loss of the concatenated batch and its gradients."""
     x = reference.concatenate(shards, alpha)
     assert x.beta is not None and x.weight is not None
-    judge, log_copies = teacher(x.U, x.W), copies(x.W).double().log()
+    judge, log_counts = teacher(x.U, x.W), counts(x.W).double().log()
     S = x.alpha * (x.U @ x.W.T) + x.beta
-    p = (judge.queries @ judge.documents.T / TEMPERATURE + log_copies).softmax(1)
-    kl = torch.nn.functional.kl_div((S + log_copies).log_softmax(1), p, reduction="none").sum(1)
+    p = (judge.queries @ judge.documents.T / TEMPERATURE + log_counts).softmax(1)
+    kl = torch.nn.functional.kl_div((S + log_counts).log_softmax(1), p, reduction="none").sum(1)
     return reference.gradients((x.weight * kl).sum() / x.weight.sum(), x)
 
 
 def loss(U: Tensor, W: Tensor, positive: Tensor, **given: Any) -> LossOutput:
-    return LossOutput(batch_kl(U, W, teacher(U, W), copies=copies(W), **given), {})
+    return LossOutput(batch_kl(U, W, teacher(U, W), counts=counts(W), **given), {})
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -69,7 +69,7 @@ def test_a_column_of_several_documents_is_as_many_columns() -> None:
     generator = torch.Generator().manual_seed(3)
     U, W = (torch.randn(n, 5, generator=generator, dtype=DOUBLE) for n in (4, 3))
     alpha, twice = torch.tensor(2.0), torch.tensor([0, 0, 1, 2])
-    merged = batch_kl(U.requires_grad_(), W, teacher(U, W), alpha=alpha, copies=torch.tensor([2, 1, 1]))
+    merged = batch_kl(U.requires_grad_(), W, teacher(U, W), alpha=alpha, counts=torch.tensor([2, 1, 1]))
     apart = batch_kl(U, W[twice], teacher(U, W[twice]), alpha=alpha)
     torch.testing.assert_close(merged, apart)
     torch.testing.assert_close(*(torch.autograd.grad(value, U)[0] for value in (merged, apart)))
