@@ -1,4 +1,4 @@
-"""Checkpoints, complete and checksummed or absent: the manifest, verification, and reading."""
+"""Checkpoints, written atomically with checksums: the manifest, verification, and reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bigdssm.checkpoints.shares import (
     FileShare,
     TensorKind,
     TensorLocation,
-    partition_pieces,
+    assign_blocks,
     read_blocks,
 )
 from bigdssm.errors import CheckpointError
@@ -30,8 +30,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-class OtherFormatError(CheckpointError):
-    """A checkpoint that is whole, but of another version: no damage, and not to be passed over."""
+class UnsupportedFormatError(CheckpointError):
+    """An intact checkpoint of another format version; it must not be skipped as damaged."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Checkpoint:
     path: Path
     step: int
     world_size: int
-    state: dict[str, Any]  # what is the same on every rank
-    tensors: dict[str, TensorKind]  # by name: weights, STATE/… of the optimizer's, and COMMON…
+    state: dict[str, Any]  # equal on every rank
+    tensors: dict[str, TensorKind]  # by name: weights, optimizer states as STATE/NAME, and COMMON + NAME
     shares: tuple[FileShare, ...]
 
     def tensor_shares(self) -> list[FileShare]:
-        """Return the shares of all tensors, in the order of their ranks."""
+        """Return the shares that hold tensors, in the order of their ranks."""
         return [share for share in self.shares if share.file == tensors_file(share.owner)]
 
     def rank_share(self, rank: int) -> FileShare:
-        """Return the share that holds what rank `rank` saved for itself."""
+        """Return the share with the local state of rank `rank`."""
         return next(share for share in self.shares if share.file == rank_file(rank))
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a file is missing or has another size."""
+    """Raise CheckpointError if a file is missing or has another size."""
     ends: dict[str, int] = {}
     for share in checkpoint.shares:
         ends[share.file] = max(ends.get(share.file, 0), share.range[1])
@@ -80,84 +80,84 @@ def write_manifest(
             {
                 "owner": share.owner, "file": share.file, "range": share.range,
                 "block": share.block, "xxh3_128": share.xxh3_128,
-                "places": [[number[place.name], place.first, place.count, place.at] for place in share.places],
+                "places": [[number[item.name], item.first, item.count, item.offset] for item in share.locations],
             }
             for share in shares
         ],
     }  # fmt: skip
-    content = json.loads(json.dumps(content))  # as it will be read
+    content = json.loads(json.dumps(content))  # the checksum is of the content as it is read back
     (path / MANIFEST).write_text(json.dumps({"checksum": json_checksum(content), **content}), encoding="utf-8")
 
 
 def read_manifest(path: Path) -> Checkpoint:
-    """Return the checkpoint that the manifest of `path` describes; the manifest is verified, the files are not."""
+    """Read and verify the manifest of the checkpoint folder `path`; other files are not verified."""
     file = path / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.pop("checksum") != json_checksum(content):
-            raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it tells")
+            raise CheckpointError(f"{file} is damaged: its content does not match its checksum")
         if content["format"] != FORMAT:
-            raise OtherFormatError(
-                f"checkpoint {path} has format {content['format']}, this version reads {FORMAT}; go on with the "
-                "version that wrote it, or begin anew in another run.dir"
+            raise UnsupportedFormatError(
+                f"checkpoint {path} has format {content['format']}, this version reads {FORMAT}; continue with the "
+                "version that wrote it, or start again in another run.dir"
             )
         tensors = {name: TensorKind(dtype, tuple(shape)) for name, dtype, shape in content["tensors"]}
         names = list(tensors)
         shares = tuple(
             FileShare(
                 s["owner"], s["file"], (s["range"][0], s["range"][1]), s["block"], tuple(s["xxh3_128"]),
-                tuple(TensorLocation(names[number], first, count, at) for number, first, count, at in s["places"]),
+                tuple(TensorLocation(names[i], first, count, offset) for i, first, count, offset in s["places"]),
             )
             for s in content["shares"]
         )  # fmt: skip
         checkpoint = Checkpoint(path, content["step"], content["world_size"], content["state"], tensors, shares)
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} has no {MANIFEST}: it was never finished") from None
+        raise CheckpointError(f"checkpoint {path} has no {MANIFEST}: it was not completed") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
-    if path.name != name_of(checkpoint.step):
-        raise CheckpointError(f"checkpoint {path} was written as {name_of(checkpoint.step)}; give it that name again")
-    for what, step in _steps_of(checkpoint.state).items():
+    if path.name != checkpoint_name(checkpoint.step):
+        raise CheckpointError(f"checkpoint {path} was written as {checkpoint_name(checkpoint.step)}; restore that name")
+    for part, step in _steps_of(checkpoint.state).items():
         if step != checkpoint.step:
-            raise CheckpointError(f"{file} is damaged: the step of its {what} is {step}, its own {checkpoint.step}")
+            raise CheckpointError(f"{file} is damaged: the step of its {part} is {step}, its own {checkpoint.step}")
     return checkpoint
 
 
 def _steps_of(state: dict[str, Any]) -> dict[str, int]:
-    """Return the steps that a stage's state tells of; a stream counts from the beginning of its part."""
+    """Return the steps recorded in a stage's state; a stream counts from the start of its segment."""
     progress, stream = state.get("progress", {}), state.get("stream", {})
     steps = {"progress": progress["step"]} if "step" in progress else {}
     return steps | ({"stream": stream["step"] + progress.get("part_step", 0)} if "step" in stream else {})
 
 
-def name_of(step: int) -> str:
-    """Return the name of the checkpoint of a step."""
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
 def tensors_file(rank: int) -> str:
-    """Return the name of a rank's share of all tensors."""
+    """Return the file name of a rank's share of all tensors."""
     return f"tensors-{rank:05d}.safetensors"
 
 
 def rank_file(rank: int) -> str:
-    """Return the name of what a rank keeps for itself."""
+    """Return the file name of a rank's local state."""
     return f"rank-{rank:05d}.safetensors"
 
 
-CHECKPOINTS = "checkpoints"  # of a stage's folder
+CHECKPOINTS = "checkpoints"  # subfolder of a stage's folder
 LATEST = "latest"
-COMMON = "common/"  # what further tensors that are the same on every rank are called after
+COMMON = "common/"  # name prefix of tensors other than weights that are equal on every rank
 
 
 @dataclass(frozen=True)
-class ReadCheckpoint:
-    """A verified checkpoint, with what this rank has read of it: its part of all tensors, and its own state."""
+class LoadedCheckpoint:
+    """A verified checkpoint, with the blocks and the local state that this rank has read."""
 
     checkpoint: Checkpoint
     blocks: tuple[Block, ...]
-    rank_state: dict[str, Tensor] | None  # none where the checkpoint is of another number of ranks
-    together: bool  # all ranks have read it, each a part of its own
+    rank_state: dict[str, Tensor] | None  # None if the checkpoint is of another world size
+    collective: bool  # every rank has read a different part; otherwise this rank has read everything
 
     @property
     def path(self) -> Path:
@@ -166,55 +166,55 @@ class ReadCheckpoint:
 
     @property
     def step(self) -> int:
-        """The step after which it was written."""
+        """The number of steps before it was written."""
         return self.checkpoint.step
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is the same on every rank."""
+        """The state that is equal on every rank."""
         return self.checkpoint.state
 
     def reader(self) -> TensorReader:
-        """Return what gives single tensors by name."""
+        """Return a reader of single tensors by name."""
         return TensorReader(self)
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors, beside the weights, that were the same on every rank. A collective."""
+        """Return the tensors other than weights that are equal on every rank. A collective."""
         read = self.reader()
         return {name.removeprefix(COMMON): read(name) for name in self.checkpoint.tensors if name.startswith(COMMON)}
 
 
 class TensorReader:
-    """Puts whole tensors together from what the ranks have read, one at a time: a collective where all have read."""
+    """Assembles whole tensors from the blocks that the ranks have read; calls are collectives if `collective`."""
 
-    def __init__(self, read: ReadCheckpoint) -> None:
-        self._kinds, self._together = read.checkpoint.tensors, read.together
+    def __init__(self, read: LoadedCheckpoint) -> None:
+        self._kinds, self._collective = read.checkpoint.tensors, read.collective
         self._blocks: dict[str, list[Block]] = {}
-        self._places: dict[str, list[tuple[str, TensorLocation]]] = {}
+        self._locations: dict[str, list[tuple[str, TensorLocation]]] = {}
         for block in read.blocks:
             self._blocks.setdefault(block.file, []).append(block)
         for share in read.checkpoint.tensor_shares():
-            for place in share.places:
-                self._places.setdefault(place.name, []).append((share.file, place))
+            for location in share.locations:
+                self._locations.setdefault(location.name, []).append((share.file, location))
 
     def __call__(self, name: str) -> Tensor:
-        """Return the tensor `name`, on the CPU. Raises CheckpointError where there is none."""
+        """Return the tensor `name`, on the CPU. Raises CheckpointError: no such tensor."""
         shape = self.shape(name)
         kind = self._kinds[name]
         content = torch.zeros(-(-kind.nbytes // 4) * 4, dtype=torch.uint8)
-        for file, place in self._places[name]:
+        for file, location in self._locations[name]:
             for block in self._blocks.get(file, ()):
-                first = max(place.at, block.first)
-                last = min(place.at + place.count * kind.itemsize, block.first + len(block.content))
+                first = max(location.offset, block.first)
+                last = min(location.offset + location.count * kind.itemsize, block.first + len(block.content))
                 if first < last:
-                    into = place.first * kind.itemsize + first - place.at
+                    into = location.first * kind.itemsize + first - location.offset
                     content[into : into + last - first] = block.content[first - block.first : last - block.first]
-        if self._together:  # each byte is one rank's, zero on the others: the sum of integers has the same bits
+        if self._collective:  # one rank has each byte, the others have 0: the integer sum is exact
             distributed.all_reduce(content.view(torch.int32))
         return content[: kind.nbytes].view(DTYPES[kind.dtype]).view(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the tensor `name`. Raises CheckpointError where there is none."""
+        """Return the shape of the tensor `name`. Raises CheckpointError: no such tensor."""
         if name not in self._kinds:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}; it was written for another model")
         return self._kinds[name].shape
@@ -225,15 +225,14 @@ class TensorReader:
         return list(self._kinds)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all weights, without the optimizer's moments."""
+        """Return all weights, without optimizer states."""
         return {name: self(name) for name in self._kinds if "/" not in name}
 
 
 def verify(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`, all of which was read.
+    """Read and verify all files of the checkpoint at `path`.
 
-    Raises CheckpointError naming the first thing that is not as it was written, OtherFormatError where all is, by
-    another version.
+    Raises CheckpointError with the first damaged file, UnsupportedFormatError: intact, but of another version.
     """
     checkpoint = read_manifest(path)
     check_sizes(checkpoint)
@@ -243,24 +242,24 @@ def verify(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_part(checkpoint: Checkpoint, rank: int, world_size: int) -> ReadCheckpoint:
-    """Return a checkpoint with this rank's part of it, verified; all parts are all of it.
+def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> LoadedCheckpoint:
+    """Read and verify this rank's share of a checkpoint; together the ranks read every block once.
 
-    Raises CheckpointError naming what is damaged or cannot be read, FileNotFoundError.
+    Raises CheckpointError with the damaged or unreadable file, FileNotFoundError.
     """
     path = checkpoint.path
-    parts = partition_pieces(checkpoint.tensor_shares(), rank, world_size)
-    blocks = tuple(_read_blocks(path, *part) for part in parts)
-    own = None
+    assigned = assign_blocks(checkpoint.tensor_shares(), rank, world_size)
+    blocks = tuple(_read_blocks(path, *part) for part in assigned)
+    rank_state = None
     for owner in range(rank, checkpoint.world_size, world_size):
         share = checkpoint.rank_share(owner)
         block = _read_blocks(path, share, 0, len(share.xxh3_128))
         if owner == rank and checkpoint.world_size == world_size:
             try:
-                own = load(block.content.numpy().tobytes())
+                rank_state = load(block.content.numpy().tobytes())
             except SafetensorError as error:
                 raise CheckpointError(f"checkpoint file {path / share.file} is damaged: {error}") from None
-    return ReadCheckpoint(checkpoint, blocks, own, together=True)
+    return LoadedCheckpoint(checkpoint, blocks, rank_state, collective=True)
 
 
 def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> Block:
@@ -272,28 +271,28 @@ def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> Block:
         raise CheckpointError(f"checkpoint file {path / share.file} cannot be read: {error.strerror}") from None
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Return True where `path` is a folder such as STAGE/checkpoints/step-00000100, whole or not."""
+def is_checkpoint_dir(path: Path) -> bool:
+    """Return True if `path` is a folder such as STAGE/checkpoints/step-00000100, intact or not."""
     return path.is_dir() and path.parent.name == CHECKPOINTS
 
 
-def open_whole(path: Path) -> TensorReader:
-    """Return what reads all of the checkpoint folder `path` by itself. Raises CheckpointError where it is damaged."""
+def open_tensors(path: Path) -> TensorReader:
+    """Verify the checkpoint folder `path` and return a reader of it, without other ranks. Raises CheckpointError."""
     checkpoint = verify(path)
     blocks = tuple(
         Block(share.file, 0, torch.from_file(str(path / share.file), size=share.size, dtype=torch.uint8))
         for share in checkpoint.tensor_shares()
     )
-    return TensorReader(ReadCheckpoint(checkpoint, blocks, None, together=False))
+    return TensorReader(LoadedCheckpoint(checkpoint, blocks, None, collective=False))
 
 
 def consolidated_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the whole float32 weights in the checkpoint folder `path`. Raises CheckpointError where it is damaged."""
-    return open_whole(path).weights()
+    """Return the full float32 weights of the checkpoint folder `path`. Raises CheckpointError: it is damaged."""
+    return open_tensors(path).weights()
 
 
-def find(stage_dir: Path, which: str) -> Path:
-    """Return the checkpoint folder `which` (`latest` or a `step-…` name) of a stage. Raises CheckpointError."""
+def find_checkpoint(stage_dir: Path, which: str) -> Path:
+    """Return the path of a stage's checkpoint `which` (`latest` or a `step-…` name). Raises CheckpointError."""
     folder = stage_dir / CHECKPOINTS
     names = [path.name for path in checkpoints_in(folder)]
     name = names[-1] if which == LATEST and names else which
@@ -303,25 +302,25 @@ def find(stage_dir: Path, which: str) -> Path:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, damaged or not, by step."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Return the checkpoints in `folder`, damaged or not, sorted by step."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:
-    """Return the xxh3_128 of every file in a folder, in hex, by its path there."""
+    """Return the xxh3_128 of every file in a folder, in hex, by its relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
 
 
-def check_file(path: Path, checksum: str | None, listed_in: str) -> None:
-    """Raise CheckpointError where the file is missing, or is not the one whose checksum `listed_in` has."""
+def check_file(path: Path, checksum: str | None, manifest: str) -> None:
+    """Raise CheckpointError if the file is missing, or its checksum is not the one in `manifest`."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; the folder is not whole, copy or make it again")
+        raise CheckpointError(f"{path} is missing; the folder is incomplete, copy it or create it again")
     if file_checksum(path) != checksum:
-        raise CheckpointError(f"{path} is damaged: its checksum is not the one in {listed_in}; copy or make it again")
+        raise CheckpointError(f"{path} is damaged: its checksum is not that in {manifest}; copy it or create it again")
 
 
 def checkpoint_bytes(numbers: int) -> int:
-    """Return the bytes of a checkpoint of so many weights and optimizer states: all ranks' shares, in float32."""
+    """Return the bytes of a checkpoint, of all ranks, with this number of float32 weights and optimizer states."""
     return 4 * numbers

@@ -1,7 +1,7 @@
-"""Model folders on the Hugging Face Hub, or on any server of its API that HF_ENDPOINT names.
+"""Model folders on the Hugging Face Hub, or on another server of its API (HF_ENDPOINT).
 
-Only the files of a model folder travel, and its checksums are verified on both ends. HF_TOKEN says who you are;
-HF_HUB_OFFLINE=1 takes what was fetched before.
+Only the files of a model folder are transferred; its checksums are verified on both ends. HF_TOKEN authenticates;
+HF_HUB_OFFLINE=1 uses only the local cache.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, SCHEMA_FILE, *(f"{folder}/*" for 
 
 @checked
 def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None, private: bool = False) -> str:
-    """Return the URL of the commit that holds the model folder in the repository OWNER/NAME, made where it is missing.
+    """Upload a model folder to the repository OWNER/NAME, created if missing; return the commit's URL.
 
-    README.md, the model card, goes along where `bigdssm convert_checkpoint` wrote the folder; `revision` is a branch
-    that exists, main by default. Raises CheckpointError: no whole model folder, no such owner, no right to write, no
-    network.
+    The model card README.md, if `bigdssm convert_checkpoint` wrote one, is included. `revision` is an existing branch,
+    main by default. Raises CheckpointError: no complete model folder, unknown owner, no write permission, no network.
     """
     load_model_folder(Path(folder))
     with _errors_of(repo_id):
@@ -48,9 +47,9 @@ def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None
 
 
 def fetch_from_hub(repo_id: str, revision: str | None = None) -> Path:
-    """Return the folder in the Hub's cache that holds the model of a repository, at a branch, tag or commit.
+    """Download the model of a repository at a branch, tag or commit; return its folder in the Hub's cache.
 
-    Raises CheckpointError: no such repository or revision, no right to read it, no network and nothing in the cache.
+    Raises CheckpointError: unknown repository or revision, no read permission, no network and not cached.
     """
     with _errors_of(repo_id):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
@@ -58,9 +57,9 @@ def fetch_from_hub(repo_id: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def _errors_of(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one sentence."""
+    """Convert errors of the Hub's client into a CheckpointError of one sentence."""
     try:
         yield
-    except (errors.HTTPError, OSError, errors.HFValidationError) as error:  # HTTPError: of what the client speaks with
+    except (errors.HTTPError, OSError, errors.HFValidationError) as error:  # HTTPError: base class of the HTTP library
         first = next(iter(str(error).strip().splitlines()), repr(error))
         raise CheckpointError(f"the Hub has refused {repo_id}, or could not be reached: {first}") from None

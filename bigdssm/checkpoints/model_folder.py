@@ -1,11 +1,11 @@
 """The model folder: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors and bigdssm.json.
 
-It holds all that is needed to encode: a text encoder that started from a pretrained folder brings its architecture
-along (text/<key>/config.json), so that this folder need not exist any more. Nothing in it is ever unpickled or run.
+It is sufficient for encoding: the architecture of a pretrained text encoder is included (text/<key>/config.json), so
+that the pretrained folder may be removed. Nothing in it is unpickled or executed.
 
-Its checksum names the model in vectors, indexes and exports, and covers all that changes a score: weights, schema,
-tokenizer, architectures, the config's model section and what may score in place of the product. The rest of the config
-may be edited, such as data.dir where a dataset moves.
+Its checksum identifies the model in vectors, indexes and exports. It covers everything that affects scores: weights,
+schema, tokenizer, architectures, the config's model section and the scorer. Other config keys may be edited, such as
+data.dir after a dataset was moved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bigdssm.utils.hashing import json_checksum
 FORMAT = 1
 META_FILE, CONFIG_FILE, WEIGHTS_FILE = "bigdssm.json", "config.yaml", "model.safetensors"
 TOKENIZER_DIR, TEXT_DIR = "tokenizer", "text"
-INSIDE_A_RUN = ("sft/best", "pretrain/best", "best")  # looked at where a run or a stage was given
+RUN_MODEL_DIRS = ("sft/best", "pretrain/best", "best")  # suggested if the path is a run or a stage
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,29 @@ class ModelFolder:
     schema: Schema
     tokenizer_dir: Path | None
     provenance: dict[str, Any]
-    checksum: str  # of all that changes a score: names the model in indexes and reports
+    checksum: str  # covers everything that affects scores; identifies the model in indexes and reports
 
     @property
     def pad_token_id(self) -> int:
-        """Return the token that pads texts, 0 without text features."""
+        """Return the padding token of texts, 0 without text features."""
         ids = [cast(TextEncoder, encoder).pad_token_id for encoder in self.model.text.values()]
         return ids[0] if ids else 0
 
     def view(self, dataset: Dataset) -> Dataset:
-        """Return `dataset` as the model encodes it: values that later partitions added are out of vocabulary.
+        """Return a view of `dataset` in which values added after the model's training are out of vocabulary.
 
         Raises CheckpointError unless the model was trained on this dataset, or on an earlier state of it.
         """
         whole = dataset.whole.schema
         difference = self.schema.difference(whole)
         if difference is None and whole.cut(self.schema.vocabulary_sizes()) != self.schema:
-            difference = "another vocabulary or normalisation, which partitions that were appended since do not explain"
+            difference = "another vocabulary or normalisation, which appended partitions do not explain"
         if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
             difference = "another tokenizer"
         if difference is not None:
             raise CheckpointError(
-                f"the model's schema is not that of the dataset {dataset.dir}: {difference}; use the model's own "
-                f"dataset, make this one with bigdssm make_shards … --like {self.config.data.dir}, or train on this one"
+                f"the model's schema differs from that of the dataset {dataset.dir}: {difference}; use the model's "
+                f"dataset, build this one with bigdssm make_shards … --like {self.config.data.dir}, or train on it"
             )
         return dataset.limited_to(self.schema)
 
@@ -88,10 +88,10 @@ def save_model_folder(
     *,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the model folder in one step: whoever looks finds the old one or the new one whole.
+    """Write the model folder atomically, replacing an existing one.
 
-    `state` holds the full weights where the model's own are sharded. Raises CheckpointError where `folder` exists and
-    is not a model folder.
+    `state` holds the full weights if the model's are sharded. Raises CheckpointError: `folder` exists and is something
+    else.
     """
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -109,9 +109,9 @@ def save_model_folder(
 
 
 def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> ModelFolder:
-    """Return the model in `folder`, its files checked against their checksums.
+    """Load the model in `folder` and verify its checksums.
 
-    `scorer`: a new one that is to be trained, where the model has none.
+    scorer: a new scorer to train, for a model without one.
     Raises CheckpointError: no such folder, a file missing or damaged, or weights that do not fit config and schema.
     """
     meta = _read_meta(folder)
@@ -123,22 +123,22 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, own) != meta["config_checksum"]:
             raise CheckpointError(
-                f"the model section of {CONFIG_FILE}, or sft.scorer, is not what the model was trained with; undo "
-                "the edit, or copy the folder again (only other keys, such as data.dir, may change)"
+                f"the model section of {CONFIG_FILE}, or sft.scorer, differs from the model's training; undo the edit, "
+                "or copy the folder again (only other keys, such as data.dir, may change)"
             )
         texts = {
             key: _architecture(folder, key, text, meta["checksums"])
             for key, text in text_configs(config.model, schema).items()
         }
         weights = load_file(folder / WEIGHTS_FILE)
-        with torch.device("meta"):  # so that a model that is larger than the file is refused before it takes memory
+        with torch.device("meta"):  # reject a model larger than the file before its memory is allocated
             _check_weights(weights, DualEncoder(config.model, schema, texts, own).state_dict())
         model = DualEncoder(config.model, schema, texts, own or scorer)
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights)
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
-        ArithmeticError, AttributeError, LookupError, TypeError,  # what a damaged architecture raises in transformers
+        ArithmeticError, AttributeError, LookupError, TypeError,  # raised by transformers for a damaged architecture
     ) as error:  # fmt: skip
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
     model.eval()
@@ -153,22 +153,22 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
 def model_checksum(
     model: DualEncoder, config: Config, schema: Schema, tokenizer_dir: Path | None, provenance: Mapping[str, Any]
 ) -> str:
-    """Return the checksum that a folder of this model has, without writing the weights of one."""
-    with tempfile.TemporaryDirectory() as made:
-        _write_all_but_weights(Path(made), model, config, schema, tokenizer_dir)
-        checksums = _checksums(Path(made))
+    """Compute the checksum of a folder of this model, without writing the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_all_but_weights(Path(folder), model, config, schema, tokenizer_dir)
+        checksums = _checksums(Path(folder))
     checksums[WEIGHTS_FILE] = weights_checksum(model)
     config_checksum = _config_checksum(config.to_dict(), _scorer(config, provenance))
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
 def weights_checksum(model: DualEncoder) -> str:
-    """Return the checksum of the weights' file that a folder of this model has."""
+    """Compute the checksum of the weights file of a folder of this model."""
     return xxhash.xxh3_128_hexdigest(_serialised(model.state_dict()))
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Return True where `folder` claims to be a model folder."""
+    """Return True if `folder` has the metadata file of a model folder."""
     return (folder / META_FILE).is_file()
 
 
@@ -184,12 +184,12 @@ def _write_all_but_weights(
 
 
 def _identity(meta: Mapping[str, Any]) -> str:
-    """Return the checksum of all that changes a score."""
+    """Return the checksum of everything that affects scores."""
     return json_checksum([meta["checksums"], meta["config_checksum"]])
 
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
-    """Return the checksum of what a config says about scores, as it is written: keys that come later change nothing."""
+    """Return the checksum of the config keys that affect scores, as written: later versions may add keys."""
     return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 
 
@@ -200,8 +200,8 @@ def _serialised(weights: Mapping[str, Tensor]) -> bytes:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META_FILE
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{path} is damaged: it is no file")
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise CheckpointError(f"{path} is damaged: it is not a file")
     try:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -211,9 +211,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             )
         missing = {"provenance", "checksums", "config_checksum"} - set(meta)
     except (FileNotFoundError, NotADirectoryError):
-        inside = [path for name in INSIDE_A_RUN if is_model_folder(path := folder / name)]
-        meant = f"; did you mean {inside[0]}?" if inside else ""
-        raise CheckpointError(f"{folder} is no model folder: it holds no {META_FILE}{meant}") from None
+        inside = [path for name in RUN_MODEL_DIRS if is_model_folder(path := folder / name)]
+        hint = f"; did you mean {inside[0]}?" if inside else ""
+        raise CheckpointError(f"{folder} is not a model folder: it has no {META_FILE}{hint}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
     if missing:
@@ -241,22 +241,22 @@ def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) 
 
 
 def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
-    """Return the scorer that the stage trained, if it did."""
+    """Return the scorer that the stage trained, if any."""
     return config.sft.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
 
 
-def _architecture(folder: Path, key: str, text: TextEncoderConfig, listed: Mapping[str, str]) -> Any:
+def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Mapping[str, str]) -> Any:
     name = f"{TEXT_DIR}/{key}/{ARCHITECTURE_FILE}"
-    if name not in listed:  # whatever else stands there was not written with the folder
-        raise CheckpointError(f"{META_FILE} does not list {name}, which the config asks for")
+    if name not in checksums:  # an existing file was not written with the folder
+        raise CheckpointError(f"{META_FILE} does not list {name}, which the config requires")
     try:
         return text.read_architecture(folder / TEXT_DIR / key)
-    except Exception as error:  # transformers and its libraries have errors of their own for values
-        raise CheckpointError(f"{name} is no architecture: {error}") from None
+    except Exception as error:  # transformers and its libraries raise various exceptions for invalid values
+        raise CheckpointError(f"{name} is not an architecture: {error}") from None
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return the checksum of every file but the config, of which only a part changes scores."""
+    """Return the checksum of every file except the config, of which only some keys affect scores."""
     checksums = folder_checksums(folder)
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
@@ -267,20 +267,20 @@ BEST = "best"
 
 
 def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> ModelFolder:
-    """Return the model of the checkpoint `path` in a stage's folder, with a new `scorer` where given.
+    """Load the model of the checkpoint `path` in a stage's folder, with a new `scorer` if given.
 
-    Raises CheckpointError where it is damaged, or has a scorer of its own where a new one is given.
+    Raises CheckpointError: it is damaged, or has a scorer although a new one is given.
     """
     stage_dir = path.parent.parent
     state = consolidated_state_dict(path)
     own = bool(Scorer.weights_in(state))
-    if is_model_folder(stage_dir / BEST):  # knows schema and architecture even where the dataset has gone
+    if is_model_folder(stage_dir / BEST):  # has schema and architecture, even if the dataset was removed
         folder = load_model_folder(stage_dir / BEST, scorer=None if own else scorer)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
     elif not (stage_dir / CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"{path} has only the weights: what model they are of stands in {stage_dir}, which has neither {BEST}/ nor "
-            f"{CONFIG_FILE}; copy one of them too"
+            f"{path} has only the weights: {stage_dir} has neither {BEST}/ nor {CONFIG_FILE}; copy "
+            "one of them too"
         )
     else:
         config = load_written_config(stage_dir / CONFIG_FILE)

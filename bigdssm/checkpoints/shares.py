@@ -1,7 +1,7 @@
 """A rank's share of a checkpoint: pieces of tensors in one safetensors file, checksummed while they are written.
 
-Who writes which piece is ZeRO's affair, who reads which bytes is not: files are cut into blocks, each with
-a checksum of its own, and the ranks of a resumed run, however many, read every block once between them.
+ZeRO's partitioning determines the pieces that a rank writes. Reading is independent of it: files consist of blocks with
+separate checksums, and the ranks of a resumed run, of any number, together read every block once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bigdssm.errors import CheckpointError
 
-BLOCK = 1 << 20  # bytes of a file that can be read, and believed, by themselves
-_ALIGNMENT = 8  # of the data in a safetensors file
+BLOCK = 1 << 20  # bytes of a block, the unit of reading and verification
+_ALIGNMENT = 8  # bytes, of the data in a safetensors file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
@@ -33,38 +33,38 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """The elements [first, first + n) of a tensor, counted in the order of its rows."""
+    """The elements [first, first + n) of a tensor in row-major order."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
     first: int
-    values: Tensor  # [n]; may be a part of what is being trained
+    values: Tensor  # [n]; may be a view of a tensor in training
 
     def on_host(self, copy: bool) -> TensorPiece:
-        """Return the piece with its values in host memory; those of a copy no further step changes."""
+        """Return the piece with its values in host memory; a copy is unaffected by further steps."""
         return replace(self, values=self.values.detach().to("cpu", copy=copy))
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where the elements [first, first + count) of a tensor stand in a file: at the bytes from `at` on."""
+    """The byte offset of the elements [first, first + count) of a tensor in a file."""
 
     name: str
     first: int
     count: int
-    at: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class FileShare:
-    """The bytes [first, last) of a checkpoint's file, as one rank wrote them; the shares of a file cover it."""
+    """The byte range [first, last) of a checkpoint file, written by one rank; the shares of a file cover it."""
 
     owner: int  # rank
     file: str
     range: tuple[int, int]  # first, last
-    block: int  # bytes
-    xxh3_128: tuple[str, ...]  # of every block
-    places: tuple[TensorLocation, ...] = ()
+    block: int  # bytes per block
+    xxh3_128: tuple[str, ...]  # one checksum per block
+    locations: tuple[TensorLocation, ...] = ()
 
     @property
     def size(self) -> int:
@@ -74,9 +74,9 @@ class FileShare:
 
 @dataclass(frozen=True)
 class TensorKind:
-    """What a whole tensor is like."""
+    """Dtype and shape of a whole tensor."""
 
-    dtype: str  # of DTYPES
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
 
     @property
@@ -92,7 +92,7 @@ class TensorKind:
 
 @dataclass(frozen=True)
 class Block:
-    """Verified bytes of a file, from `first` on."""
+    """Verified bytes of a file, from offset `first`."""
 
     file: str
     first: int
@@ -105,7 +105,7 @@ def whole_tensor(name: str, tensor: Tensor) -> TensorPiece:
 
 
 def even_share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> list[TensorPiece]:
-    """Return rank `rank`'s pieces of tensors that every rank has: laid end to end, each gets as many bytes."""
+    """Split tensors that every rank has, concatenated, into equal byte ranges; return the pieces of rank `rank`."""
     named = [(name, tensor.detach().reshape(-1), tuple(tensor.shape)) for name, tensor in tensors]
     total = sum(flat.nbytes for _, flat, _ in named)
     low, high = rank * total // world_size, (rank + 1) * total // world_size
@@ -120,11 +120,11 @@ def even_share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int
 
 
 def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[FileShare, dict[str, TensorKind]]:
-    """Write pieces, on the host, of different tensors to a file; return what a manifest tells of them. Raises OSError.
+    """Write pieces of different tensors, in host memory, to a file; return its manifest entries. Raises OSError.
 
-    When it returns, the file is on the disk.
+    The file is synced to disk before the return.
     """
-    pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())  # so that all are aligned
+    pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())  # keeps all of them aligned
     ends = list(accumulate((piece.values.nbytes for piece in pieces), initial=0))
     header = {
         piece.name: {
@@ -142,16 +142,16 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
         file.flush()
         os.fsync(file.fileno())
     data = 8 + len(text)
-    places = [
-        TensorLocation(piece.name, piece.first, piece.values.numel(), data + at)
-        for piece, at in zip(pieces, ends, strict=False)
+    locations = [
+        TensorLocation(piece.name, piece.first, piece.values.numel(), data + begin)
+        for piece, begin in zip(pieces, ends, strict=False)
     ]
-    share = FileShare(owner, path.name, (0, data + ends[-1]), BLOCK, tuple(checksummed.checksums()), tuple(places))
+    share = FileShare(owner, path.name, (0, data + ends[-1]), BLOCK, tuple(checksummed.checksums()), tuple(locations))
     return share, {piece.name: TensorKind(_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
 
 
-def partition_pieces(shares: Iterable[FileShare], rank: int, world_size: int) -> Iterator[tuple[FileShare, int, int]]:
-    """Yield (share, first block, last block) of what a rank reads: of all blocks in a row, as much as any other."""
+def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> Iterator[tuple[FileShare, int, int]]:
+    """Yield (share, first block, last block) to be read by a rank: an equal range of the concatenated blocks."""
     shares = list(shares)
     total = sum(share.size for share in shares)
     low, high = rank * total // world_size, (rank + 1) * total // world_size
@@ -165,7 +165,7 @@ def partition_pieces(shares: Iterable[FileShare], rank: int, world_size: int) ->
 
 
 def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> Block:
-    """Return the blocks [first, last) of a share, verified. Raises OSError; CheckpointError names a damaged file."""
+    """Read and verify the blocks [first, last) of a share. Raises OSError; CheckpointError: the file is damaged."""
     path, begin = folder / share.file, share.range[0] + first * share.block
     content = torch.empty(min(last * share.block, share.size) - first * share.block, dtype=torch.uint8)
     into = content.numpy().data
@@ -179,7 +179,7 @@ def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> Block:
 
 
 class _Checksummed:
-    """Writes to a file and takes the checksum of every BLOCK bytes of it on the way."""
+    """A file writer that computes the checksum of every BLOCK bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._filled = file, xxhash.xxh3_128(), 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bigdssm.checkpoints.checkpoint import find, folder_checksums
+from bigdssm.checkpoints.checkpoint import find_checkpoint, folder_checksums
 from bigdssm.checkpoints.model_folder import (
     BEST,
     META_FILE,
@@ -45,7 +45,7 @@ def stage_source(stage_dir: Path, which: str) -> ExportSource:
             raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; has the stage validated or finished yet?")
         folder = load_model_folder(best)
         return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
-    path = find(stage_dir, which)
+    path = find_checkpoint(stage_dir, which)
     model = load_checkpoint_model(path)
     return ExportSource(model, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
 

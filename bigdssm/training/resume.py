@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from bigdssm.checkpoints.checkpoint import MANIFEST, ReadCheckpoint, TensorReader
+from bigdssm.checkpoints.checkpoint import MANIFEST, LoadedCheckpoint, TensorReader
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cluster.metrics import CONFIG_FILE, metric_label
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
@@ -140,7 +140,7 @@ class StartPoint:
 
     run_id: str
     progress: StageProgress
-    checkpoint: ReadCheckpoint | None = None
+    checkpoint: LoadedCheckpoint | None = None
     same_part: bool = False  # the stream continues where the checkpoint was written
 
     @property
@@ -185,7 +185,7 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     Raises CheckpointError: it is of another run or config; DataError: of another dataset; ConfigError: the stage became
     shorter.
     """
-    checkpoint = store.newest_good() if resume else None
+    checkpoint = store.newest_valid() if resume else None
     run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state["run_id"])
     if checkpoint is None:
         return StartPoint(run_id, StageProgress())
@@ -219,7 +219,7 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
         )
 
 
-def _check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name: StageName) -> None:
+def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, name: StageName) -> None:
     """Raise CheckpointError unless this stage of the run wrote `checkpoint`, with a config that `config` may follow."""
     fix = "move it out of the folder, or choose another run.dir"
     if (stage := checkpoint.state.get("stage")) != name:
@@ -241,7 +241,7 @@ def _check_origin(checkpoint: ReadCheckpoint, run_id: str, config: Config, name:
 
 
 def _check_length(
-    checkpoint: ReadCheckpoint, progress: StageProgress, stage: StageConfig, name: StageName, steps_per_epoch: int
+    checkpoint: LoadedCheckpoint, progress: StageProgress, stage: StageConfig, name: StageName, steps_per_epoch: int
 ) -> None:
     """Log the learning rate of a longer stage. Raises ConfigError: a shorter one, or one without negatives."""
     saved = checkpoint.state["config"][name]
@@ -299,7 +299,7 @@ def grow_model(model: DualEncoder, schema: Schema) -> None:
 class GrownReader(TensorReader):
     """Reads a checkpoint for a new `model` whose tables may have more rows: as initialised, their moments zero."""
 
-    def __init__(self, checkpoint: ReadCheckpoint, model: DualEncoder) -> None:
+    def __init__(self, checkpoint: LoadedCheckpoint, model: DualEncoder) -> None:
         super().__init__(checkpoint)
         self._new_rows: dict[str, Tensor] = {}
         for name, parameter in model.tables.named_parameters("tables"):

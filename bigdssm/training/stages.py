@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import CHECKPOINTS, is_checkpoint
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, is_checkpoint_dir
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
@@ -125,7 +125,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     if source is None:
         # .train(), since transformers gives a pretrained encoder out in evaluation mode
         return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer).train()
-    if is_checkpoint(source):
+    if is_checkpoint_dir(source):
         loaded = load_checkpoint_model(source, scorer)
     else:
         loaded = load_model_folder(source, scorer=scorer)

@@ -161,7 +161,7 @@ class Trainer:
 
     def refresh_hard_negatives(self) -> None:
         """Mine hard negatives for the coming steps by the present weights. A collective."""
-        self.store.settle()  # what is being written needs what was mined before it
+        self.store.wait()  # what is being written needs what was mined before it
         step, part_step = self.progress.step, self.progress.part_step
         with self.health.timed("mining"):
             self._make_batch.hard_negatives = self.mining.refresh(step - part_step, part_step)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bigdssm.checkpoints import shares
-from bigdssm.checkpoints.checkpoint import open_whole
+from bigdssm.checkpoints.checkpoint import open_tensors
 from bigdssm.checkpoints.shares import TensorPiece, even_share
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import EngineConfig
@@ -108,7 +108,7 @@ def one_step(
     torch.manual_seed(step)  # another model each time, all of which the checkpoint replaces
     with small_blocks(), counted_bytes() as counts:
         store, model = CheckpointStore(folder, keep=9), Toy()
-        newest = store.newest_good()
+        newest = store.newest_valid()
         if newest is not None:
             model.load_state_dict(newest.reader().weights())
         engine = Engine(model, EngineConfig(zero_stage=zero_stage), AdamW(), 1)
@@ -121,7 +121,7 @@ def one_step(
         end = [piece.on_host(copy=True) for piece in engine.own_pieces()]
         common = {"average": torch.arange(4000.0)}
         store.save(step, {}, common, {"cpu": torch.get_rng_state()}, engine.own_pieces(), in_background=True)
-        store.settle()
+        store.wait()
     return counts, begin, end
 
 
@@ -139,7 +139,7 @@ def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, P
         begin, end = (put_together([piece for one in done for piece in one[n]]) for n in (1, 2))
         assert saved.keys() <= begin.keys()
         assert all(torch.equal(begin[name], saved[name]) for name in saved), step
-        read = open_whole(folder)
+        read = open_tensors(folder)
         assert end.keys() == {name for name in read.names if not name.startswith("common/")}
         assert all(torch.equal(read(name), end[name]) for name in end)
         assert len(end) == 3 * 3 + 1 and not torch.equal(end["matrix.weight"], begin["matrix.weight"])
@@ -176,7 +176,7 @@ def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_backgr
             while not store.has_failed() and time.monotonic() < until and struck < world_size:
                 time.sleep(0.05)
             foreseen = store.has_failed()
-            store.settle()
+            store.wait()
         except BigDSSMError as error:
             return f"{type(error).__name__}: {error}", foreseen
     return "", foreseen
@@ -184,7 +184,7 @@ def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_backgr
 
 def found(rank: int, world_size: int, folder: Path) -> tuple[int, bool, list[int] | None] | None:
     """Return step, whether its tensors are the saved ones, and this rank's state, of the newest good checkpoint."""
-    newest = CheckpointStore(folder, keep=3).newest_good()
+    newest = CheckpointStore(folder, keep=3).newest_valid()
     if newest is None:
         return None
     read = newest.reader()
@@ -233,7 +233,7 @@ def unseen(rank: int, world_size: int, folder: Path) -> str:
 
     Path.open = not_there  # type: ignore[method-assign]
     try:
-        CheckpointStore(folder, keep=3).newest_good()
+        CheckpointStore(folder, keep=3).newest_valid()
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}"
     finally:

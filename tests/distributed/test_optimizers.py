@@ -38,7 +38,7 @@ def test_a_stopped_run_is_the_one_that_was_not(
     losses = [record["loss"] for record in small_run.records(tmp_path / "whole")]
     assert losses[-1] < losses[0]
     folder = tmp_path / "stopped" / "pretrain" / "checkpoints"
-    kept = CheckpointStore(folder, 9).newest_good()
+    kept = CheckpointStore(folder, 9).newest_valid()
     assert kept is not None and kept.path.name == "step-00000008"
     shutil.rmtree(kept.path)
     (folder / "latest").unlink(missing_ok=True)

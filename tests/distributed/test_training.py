@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bigdssm.checkpoints.checkpoint import open_whole, verify
+from bigdssm.checkpoints.checkpoint import open_tensors, verify
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.checkpoints.shares import TensorPiece
 from tests.unit.data.conftest import Writer
@@ -111,7 +111,7 @@ STREAMING = ("pretrain.sampling.frequency=streaming", "pretrain.sampling.frequen
 
 def common(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Return what a checkpoint holds beside weights and moments."""
-    read = open_whole(run_dir / "pretrain" / "checkpoints" / f"step-{step:08d}")
+    read = open_tensors(run_dir / "pretrain" / "checkpoints" / f"step-{step:08d}")
     return {name.removeprefix("common/"): read(name) for name in read.names if name.startswith("common/")}
 
 
@@ -362,7 +362,7 @@ def test_another_world_size_goes_on_with_the_same_state(
 
 
 def merged(checkpoint: Path) -> dict[str, torch.Tensor]:
-    read = open_whole(checkpoint)
+    read = open_tensors(checkpoint)
     return {name: read(name) for name in read.names if not name.startswith("common/")}
 
 

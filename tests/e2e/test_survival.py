@@ -100,7 +100,7 @@ def test_torchrun_restarts_what_has_died(config: Path, folder: Path) -> None:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     run = Run(folder, config, *arguments, command=command, variables=variables)
-    run.wait_for("is on the disk")
+    run.wait_for("wrote the checkpoint")
     os.kill(run.events()[0]["pid"], signal.SIGKILL)
     assert run.wait() == 0, run.log
     assert [(event["event"], event.get("exit_code")) for event in run.events()] == [
@@ -120,7 +120,7 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
         (
             "disk-full@8:1",
             {4, 6},
-            r"could not write a checkpoint in .*No space left on device.*the last good one stays",
+            r"could not write a checkpoint in .*No space left on device.*the last valid one is kept",
             4,
         ),
         ("term@17", {75}, "stopped on request after step 18, saved", 18),
@@ -141,8 +141,8 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
     (checkpoints / "latest").unlink()
     run = Run(folder, config, *arguments, variables=environment("raise@14"))
     assert run.wait() in (1, 6), run.log
-    assert "its checksum is not the manifest's; trying the one before" in run.log
-    assert re.search(r"tensors-00000.safetensors has 5 bytes, was \d+; trying the one before", run.log)
+    assert "its checksum is not the manifest's; trying the previous checkpoint" in run.log
+    assert re.search(r"tensors-00000.safetensors has 5 bytes, was \d+; trying the previous checkpoint", run.log)
     assert f"goes on from {checkpoints / 'step-00000012'}" in run.log
     (checkpoints / "step-00000012" / "rank-00000.safetensors").unlink()
     (checkpoints / "latest").write_text("")

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from bigdssm.checkpoints import shares
-from bigdssm.checkpoints.checkpoint import find, open_whole, verify
+from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors, verify
 from bigdssm.checkpoints.shares import (
     Block,
     FileShare,
     TensorPiece,
+    assign_blocks,
     even_share,
-    partition_pieces,
     whole_tensor,
     write_share,
 )
@@ -59,13 +59,13 @@ def test_the_newest_two_are_kept_and_read_back(store: CheckpointStore) -> None:
     names = sorted(path.name for path in store.folder.iterdir())
     assert names == ["latest", "step-00000010", "step-00000015"]
     assert (store.folder / "latest").read_text() == "step-00000015"
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 15 and newest.state == {"step": 15}
     assert newest.rank_state is not None and torch.equal(newest.rank_state["cpu"], torch.arange(4))
     assert torch.equal(newest.common_tensors()["shared"], torch.arange(3))
     assert torch.equal(newest.reader()("exp_avg/layer.weight"), torch.ones(2, 256))
     assert list(newest.reader().weights()) == ["layer.weight"]
-    assert torch.equal(open_whole(newest.path)("layer.weight"), torch.arange(512.0).view(2, 256))
+    assert torch.equal(open_tensors(newest.path)("layer.weight"), torch.arange(512.0).view(2, 256))
     assert torch.equal(load_file(newest.path / "tensors-00000.safetensors")["layer.weight"], torch.arange(512.0))
     with pytest.raises(CheckpointError, match="no tensor 'other'"):
         newest.reader()("other")
@@ -83,7 +83,7 @@ def flip(path: Path) -> None:
         (lambda step: flip(step / "tensors-00000.safetensors"), "tensors-00000.safetensors is damaged"),
         (lambda step: (step / "tensors-00000.safetensors").unlink(), "tensors-00000.safetensors is missing"),
         (lambda step: (step / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes"),
-        (lambda step: (step / "manifest.json").unlink(), "never finished"),
+        (lambda step: (step / "manifest.json").unlink(), "not completed"),
         (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda step: edit(step / "manifest.json", '"step": 15', '"step": 14'), "does not have the checksum"),
     ],
@@ -95,7 +95,7 @@ def test_damage_is_named_and_the_one_before_is_used(
     with pytest.raises(CheckpointError, match=words):
         verify(store.folder / "step-00000015")
     logging.getLogger("bigdssm").propagate = True
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 10
     assert words in caplog.text
 
@@ -105,13 +105,13 @@ def test_what_a_run_saves_behind_damaged_ones_is_kept(store: CheckpointStore) ->
     for step in (10, 15):
         flip(store.folder / f"step-{step:08d}" / "tensors-00000.safetensors")
     (store.folder / "step-of-somebody-else").mkdir()
-    assert store.newest_good() is None
+    assert store.newest_valid() is None
     for step in (1, 2, 3):
         save(store, step)
     names = sorted(path.name for path in store.folder.iterdir())
     kept = ["damaged-step-00000010", "damaged-step-00000015", "latest", "step-00000002", "step-00000003"]
     assert names == [*kept, "step-of-somebody-else"]
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 3
 
 
@@ -136,7 +136,7 @@ def test_killed_while_a_step_is_saved_again(
         with pytest.raises(KeyboardInterrupt):
             save(store, 15)
     assert list(store.folder.glob(".*.replaced"))
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 15
     assert not list(store.folder.glob(".*.replaced"))
 
@@ -151,13 +151,13 @@ def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("bigdssm.checkpoints.checkpoint.read_blocks", broken)
-        newest = store.newest_good()
+        newest = store.newest_valid()
     assert newest is not None and newest.step == 10
 
 
 def test_latest_is_never_needed(store: CheckpointStore) -> None:
     (store.folder / "latest").unlink()
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 15
 
 
@@ -168,7 +168,7 @@ def full_disk() -> None:
 def test_a_failed_save_leaves_what_was_there(store: CheckpointStore) -> None:
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(store, 20, between=full_disk)
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 15
     save(store, 20)
     assert not list(store.folder.glob(".*"))
@@ -183,7 +183,7 @@ def test_a_full_disk_in_the_middle_of_a_file(store: CheckpointStore) -> None:
     command = [sys.executable, "-c", script, str(store.folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert "could not write a checkpoint" in done.stderr and "File too large" in done.stderr
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.step == 15
 
 
@@ -208,11 +208,11 @@ def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled
     state["step"] = 21
     assert half.wait(60)
     assert (store.folder / "latest").read_text() == "step-00000015" and not store.has_failed()
-    assert find(store.folder.parent, "latest").name == "step-00000015"
+    assert find_checkpoint(store.folder.parent, "latest").name == "step-00000015"
     goes_on.set()
     save(store, 25)  # waits for it
     shutil.rmtree(store.folder / "step-00000025")
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None and newest.state == {"step": 20} and newest.rank_state is not None
     read = (newest.reader()("weight"), newest.common_tensors()["average"], newest.rank_state["cpu"])
     assert not any(values.any() for values in read)
@@ -228,7 +228,7 @@ def test_what_fails_in_the_background_is_known_and_raised_when_it_is_waited_for(
         save(store, 25)
     assert not store.has_failed()
     save(store, 25)
-    assert find(store.folder.parent, "latest").name == "step-00000025"
+    assert find_checkpoint(store.folder.parent, "latest").name == "step-00000025"
 
 
 def test_an_end_waits_for_what_is_written(store: CheckpointStore) -> None:
@@ -236,7 +236,7 @@ def test_an_end_waits_for_what_is_written(store: CheckpointStore) -> None:
     with pytest.raises(ValueError), store:
         save(store, 20, in_background=True, between=lambda: slow.wait(0.3) and None)
         raise ValueError
-    assert find(store.folder.parent, "latest").name == "step-00000020"
+    assert find_checkpoint(store.folder.parent, "latest").name == "step-00000020"
 
 
 def test_a_flipped_byte_anywhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
                 verify(folder)
         file.write_bytes(good)
-    assert store.newest_good() is not None
+    assert store.newest_valid() is not None
 
 
 def test_every_tensor_is_shared_out_evenly_and_every_block_read_once(
@@ -271,13 +271,13 @@ def test_every_tensor_is_shared_out_evenly_and_every_block_read_once(
             blocks = [
                 (share.file, number)
                 for rank in range(readers)
-                for share, first, last in partition_pieces(files, rank, readers)
+                for share, first, last in assign_blocks(files, rank, readers)
                 for number in range(first, last)
             ]
             assert blocks == [(share.file, number) for share in files for number in range(len(share.xxh3_128))]
 
 
 def test_find_names_what_there_is(store: CheckpointStore) -> None:
-    assert find(store.folder.parent, "latest").name == "step-00000015"
+    assert find_checkpoint(store.folder.parent, "latest").name == "step-00000015"
     with pytest.raises(CheckpointError, match="step-00000010"):
-        find(store.folder.parent, "step-3")
+        find_checkpoint(store.folder.parent, "step-3")

@@ -72,7 +72,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(tmp_path: Path, mark: Path) -> N
     store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole_tensor("weight", torch.ones(2))])
     path = tmp_path / "checkpoints" / "step-00000004"
     plant(path, mark, "rank-00000.pt", "mp_rank_00_model_states.pt", "tensors-00001.pt", "pytorch_model.bin")
-    found = store.newest_good()
+    found = store.newest_valid()
     assert found is not None and found.rank_state is not None
     assert torch.equal(found.reader()("weight"), torch.ones(2))
     assert torch.equal(found.rank_state["cpu"], torch.zeros(3))
@@ -97,11 +97,11 @@ def test_a_pickle_in_the_place_of_tensors_is_not_opened(
     store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole_tensor("weight", torch.ones(2))])
     path = tmp_path / "checkpoints" / "step-00000004"
     torch.save({"weight": Bomb(mark)}, path / name)
-    assert store.newest_good() is None
+    assert store.newest_valid() is None
     path.with_name(f"damaged-{path.name}").rename(path)
     forge(path, name)
     logging.getLogger("bigdssm").propagate = True
-    found = store.newest_good()
+    found = store.newest_valid()
     if name.startswith("rank"):
         assert found is None and "rank-00000.safetensors is damaged: Error while deserializing" in caplog.text
     else:

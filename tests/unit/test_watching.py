@@ -123,7 +123,7 @@ def test_a_missing_dataset_leaves_the_rest_of_the_comparison(
         config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}"])
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
-    assert found.systems is None and "is no model folder" in found.skip_reason
+    assert found.systems is None and "is not a model folder" in found.skip_reason
     assert "results: not measured:" in tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
 
 

@@ -83,14 +83,14 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
         started = time.perf_counter()
         store.save(step, {}, {}, {"cpu": torch.get_rng_state()}, engine.own_pieces(), in_background=in_background)
         found[f"{name}: training waits, s"] = time.perf_counter() - started
-        store.settle()
+        store.wait()
         found[f"{name}: on the disk after, s"] = time.perf_counter() - started
         found[f"{name}: memory, MB"] = (_status("VmHWM") - before) / 1e6
     file = folder / f"step-{2:08d}" / f"tensors-{rank:05d}.safetensors"
     found["written, MB"] = file.stat().st_size / 1e6
     before = _begin()
     started = time.perf_counter()
-    newest = store.newest_good()
+    newest = store.newest_valid()
     assert newest is not None
     found["read and verified after, s"] = time.perf_counter() - started
     found["read, MB"] = sum(len(block.content) for block in newest.blocks) / 1e6

@@ -123,7 +123,7 @@ def test_a_model_comes_back_from_the_hub(folder: Path, hub: Hub, monkeypatch: py
 def test_only_whole_model_folders_are_pushed(folder: Path, hub: Hub) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    for bad, sentence in ((folder, "damaged"), (folder / "tokenizer", "is no model folder")):
+    for bad, sentence in ((folder, "damaged"), (folder / "tokenizer", "is not a model folder")):
         with pytest.raises(CheckpointError, match=sentence):
             bigdssm.push_to_hub(bad, REPO)
     assert not hub.made

@@ -167,7 +167,7 @@ def test_damaged_descriptions(copied: Path) -> None:
     with pytest.raises(CheckpointError, match="does not load"):
         load_model_folder(copied)
     for folder in (copied / "nothing", copied / "schema.json"):
-        with pytest.raises(CheckpointError, match="is no model folder"):
+        with pytest.raises(CheckpointError, match="is not a model folder"):
             load_model_folder(folder)
 
 

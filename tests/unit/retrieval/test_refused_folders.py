@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 def test_a_config_that_would_score_otherwise_is_refused(tools: Tools, copies: Path, change: Any) -> None:  # noqa: F811
     edit(copies / "model" / "config.yaml", change)
     message = tools.refused(4, *search(copies))
-    assert "the model section of config.yaml, or sft.scorer, is not what the model was trained with" in message
+    assert "the model section of config.yaml, or sft.scorer, differs from the model's training" in message
 
 
 def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
@@ -91,7 +91,7 @@ def test_a_run_is_not_a_model_folder_but_holds_some(tools: Tools, copies: Path) 
     shutil.copytree(copies / "model", run / "pretrain" / "best")
     for given, meant in ((run, "pretrain/best"), (run / "pretrain", "best")):
         message = tools.refused(4, "search", "--model", given, *index)
-        assert f"holds no bigdssm.json; did you mean {given / meant}?" in message
+        assert f"has no bigdssm.json; did you mean {given / meant}?" in message
     shutil.copytree(copies / "model", run / "sft" / "best")
     assert f"did you mean {run / 'sft' / 'best'}?" in tools.refused(4, "search", "--model", run, *index)
     assert "did you mean" not in tools.refused(4, "search", "--model", copies, *index)

@@ -279,7 +279,7 @@ def test_what_cannot_judge_is_refused(
     arguments = ("--data", dataset.dir, "--mined", mined, *out)
     assert "no teacher: needs --model" in tools.refused(2, "score_pairs", *arguments)
     assert "needs a text feature on both sides" in tools.refused(2, "score_pairs", *arguments, "--bm25")
-    assert "is no model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)
+    assert "is not a model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)
     texts = ("--data", pairs[0].dir, "--mined", pairs[1], *out)
     message = tools.refused(2, "score_pairs", *texts, "--cross-encoder", tmp_path)
     assert "holds no cross-encoder: config.json is missing" in message

@@ -169,7 +169,7 @@ def test_a_meta_without_checksums_is_damage(index_dir: Path, tmp_path: Path, fil
 @pytest.mark.parametrize(("name", "read"), [("bigdssm.json", load_model_folder), ("meta.json", read_meta)])
 def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(CheckpointError, match="it is no file"):
+    with pytest.raises(CheckpointError, match="it is no"):
         read(tmp_path)
 
 
