@@ -279,8 +279,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
     elif not (stage_dir / CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"{path} has only the weights: {stage_dir} has neither {BEST}/ nor {CONFIG_FILE}; copy "
-            "one of them too"
+            f"{path} has only the weights: {stage_dir} has neither {BEST}/ nor {CONFIG_FILE}; copy one of them too"
         )
     else:
         config = load_written_config(stage_dir / CONFIG_FILE)
