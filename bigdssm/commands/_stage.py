@@ -37,11 +37,11 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
             return run_ranks([sys.executable, *command], ranks, stop, launcher)
         # these imports take seconds; the launcher is recorded and signal handlers are installed before
         from bigdssm import distributed
-        from bigdssm.training.stages import run_stage, sole_stage
+        from bigdssm.training.stages import run_stage, stage_lock
 
         try:
             config = load_config(arguments.config, arguments.overrides)
-            with sole_stage():
+            with stage_lock():
                 run_stage(
                     config,
                     stage,

@@ -47,10 +47,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")
-    from bigdssm.training.tuning import TuningBaseline, TuningStage, Value, check_space, read_space, search, values_of
+    from bigdssm.training.tuning import (
+        TrialFunction,
+        TuningBaseline,
+        TuningStage,
+        check_space,
+        read_space,
+        search,
+        values_of,
+    )
 
     space, config = read_space(args.space), load_config(args.config, args.overrides)
-    value: Value
+    value: TrialFunction
     if args.baseline is None:
         first = values_of(config, space)
         check_space(space, args.config, args.overrides, args.stage)

@@ -1,1 +1,1 @@
-"""The training stages: engine, step, loop."""
+"""Training stages: engine, step, loop."""

@@ -1,4 +1,4 @@
-"""The stages as functions: they train in this process, alone or as a rank of a launcher, and leave it as it was."""
+"""The Python API of stages: they train in this process, alone or as a rank of a launcher, and restore its state."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import Config, StageName, config_of
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import leave_process_group
-from bigdssm.training.stages import run_stage, sole_stage
+from bigdssm.training.stages import run_stage, stage_lock
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.log import default_logging
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a stage has learned."""
+class StageResult:
+    """The result of a stage."""
 
     best: Path  # the model folder of the best validation
-    metrics: dict[str, Any]  # of that validation: its step, ndcg_at_10, …; empty without a validation split
+    metrics: dict[str, Any]  # of that validation: step, ndcg_at_10, …; empty without a validation split
 
 
 @checked
-def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> Trained:
-    """Pretrain and return what was learned; `overrides` are key=value of a file, `resume` goes on where it was.
+def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> StageResult:
+    """Run pretraining. `overrides` are key=value pairs; `resume` continues from the newest checkpoint.
 
-    Signals stay with the caller: Ctrl-C ends it unsaved, `bigdssm stop_run RUN --save` saves. One stage at a
-    time trains in a process. Raises BigDSSMError.
+    Signals are left to the caller: Ctrl-C stops without saving, `bigdssm stop_run RUN --save` saves first. A process
+    trains one stage at a time. Raises BigDSSMError.
     """
     return _train(config_of(config, overrides), "pretrain", resume)
 
 
 @checked
-def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> Trained:
-    """Fine-tune what `pretrain` left, as it does."""
+def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> StageResult:
+    """Fine-tune the result of `pretrain`; arguments as there."""
     return _train(config_of(config, overrides), "sft", resume)
 
 
-def _train(config: Config, stage: StageName, resume: bool) -> Trained:
-    with sole_stage(), _as_it_was(), default_logging():
+def _train(config: Config, stage: StageName, resume: bool) -> StageResult:
+    with stage_lock(), _restored_process(), default_logging():
         progress = run_stage(
             config, stage, resume=resume, validate_only=False, world_size=check_launch(),
             stop=StopRequest(handle_signals=False),
         )  # fmt: skip
     assert progress is not None
-    return Trained(config.stage_dir(stage) / "best", progress.best_metrics())
+    return StageResult(config.stage_dir(stage) / "best", progress.best_metrics())
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Take back what a stage does to its process: the process group, the environment, random state and threads."""
+def _restored_process() -> Iterator[None]:
+    """Restore the process group, the environment, random states and threads at exit."""
     joined, environment = distributed.is_distributed(), dict(os.environ)
     random, threads = RandomState.now(), torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""From the stream's rows to the batches of a stage: mined and uniform negatives, and documents that are none."""
+"""Builds the batches of a stage from the rows of a stream: adds hard and uniform negatives and known positives."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.objective import catalogue_share
 from bigdssm.utils.hashing import derive_key
 
-_UNIFORM = 0x756E69666F726D  # the purpose, as a key of its own beside the stream's
+_UNIFORM = 0x756E69666F726D  # key that separates these random draws from the stream's
 
 
-class BatchMaker:
-    """Makes a rank's batches of its rows: a function of them and their step, for whichever process reads them.
+class BatchBuilder:
+    """Builds a rank's batches; a batch depends only on the rows and their step.
 
-    Loader processes get a copy: nothing of the trainer is in it.
+    Loader processes receive a copy, which must not reference the trainer.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BatchMaker:
         seed: int = 0,
         hard_negatives: HardNegatives | UniformNegatives | None = None,
     ) -> None:
-        """Draw each query's negatives from `hard_negatives`, which may be replaced between calls of `read_batches`."""
+        """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`."""
         dataset = stream.dataset
         self.hard_negatives = hard_negatives
         self._dataset, self._config, self._seed = dataset, stage.negatives, seed
@@ -56,11 +56,11 @@ class BatchMaker:
         self._teacher = None if teacher is None else TeacherVectors(Path(teacher))
         self._rank, self._world_size = stream.rank, stream.world_size
         self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
-        # read here, whose pages loader processes share
+        # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
     def __call__(self, rows: Rows) -> Batch:
-        """Return the batch of a step, on the host."""
+        """Build the batch of a step, in host memory."""
         negatives, scores = self.negatives(rows)
         batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
         if scores is not None:
@@ -71,11 +71,11 @@ class BatchMaker:
         if self._doc_ids is not None:
             batch = replace(batch, known_positives=known_pairs(rows, self._config.mask, self._doc_ids))
         elif self._dataset.schema.siamese:
-            batch = replace(batch, known_positives=pairs_of_documents(batch, self._config.mask))
+            batch = replace(batch, known_positives=siamese_known_pairs(batch, self._config.mask))
         return batch
 
     def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
-        """Return the negatives of each query of a batch, and the teacher's scores where they are distilled."""
+        """Return the hard negatives of each query, and the teacher's scores if they are distilled."""
         if self.hard_negatives is None:
             return None, None
         epoch, k = rows.step // self._steps_per_epoch, self._config.hard
@@ -94,16 +94,18 @@ class BatchMaker:
         return share
 
     def _extra(self, step: int) -> np.ndarray | None:
-        """Return the documents that are columns of this rank beside those that its rows name."""
+        """Return the documents that are columns of this rank in addition to those of its rows."""
         if self._config.columns == "catalogue":
             return catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
         return self.uniform(step)
 
 
-def read_batches(stream: RowStream, make: BatchMaker, device: torch.device, num: int | None = None) -> Generator[Batch]:
+def read_batches(
+    stream: RowStream, make: BatchBuilder, device: torch.device, num: int | None = None
+) -> Generator[Batch]:
     """Yield the stream's next `num` batches (None: endlessly) on the rank's device, see `uploaded_batches`.
 
-    A rank that cannot read yields empty ones: the ranks agree to stop by `RowStream.report`.
+    A rank that cannot read yields empty batches until the ranks agree to stop (`RowStream.report`).
     """
     with closing(stream.map_steps(make, num)) as made:
         yield from uploaded_batches(made, device)
@@ -118,7 +120,7 @@ def row_stream(
     num_workers: int = 0,
     quarantine: Path | None = None,
 ) -> RowStream:
-    """Return the rows of a rank in a stage, from its first step; rows left out as bad are written to `quarantine`."""
+    """Return the row stream of a rank in a stage, at the first step; bad rows are written to `quarantine`."""
     data = config.data
     shared: dict[str, Any] = {
         "rows_global": stage.rows_global,
@@ -137,22 +139,22 @@ def row_stream(
 def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
     """Return int64 [p, 2] of the documents that `mask` adds to those no query has as negatives, for a Batch.
 
-    past: (number of the query, doc id) of what lies before each. user: (query id, doc id) of what lies before each
-    query id's latest place, which holds what lies before its earlier ones.
+    past: (query index, doc id) of the events before each query. user: (query id, doc id) of the events before the
+    latest position of each query id, which include those before earlier positions.
     """
     if mask == "past":
-        return name_pairs(np.arange(rows.num_queries), Ragged(*rows.seen_ragged()), doc_ids)
+        return history_pairs(np.arange(rows.num_queries), Ragged(*rows.seen_ragged()), doc_ids)
     assert rows.position is not None
     order = np.lexsort((rows.position, rows.query_ids))
     is_latest = np.append(np.diff(rows.query_ids[order]) != 0, True)[: len(order)]
     latest = order[is_latest]
-    return name_pairs(rows.query_ids[latest], Ragged(*rows.seen_ragged(latest)), doc_ids)
+    return history_pairs(rows.query_ids[latest], Ragged(*rows.seen_ragged(latest)), doc_ids)
 
 
-def pairs_of_documents(batch: Batch, mask: str) -> Tensor:
-    """Return int64 [p, 2] of what is no negative where queries are documents, for a Batch: each query's own document.
+def siamese_known_pairs(batch: Batch, mask: str) -> Tensor:
+    """Return the known positives int64 [p, 2] of a siamese Batch: each query's own document.
 
-    batch: (query id, doc id), and (b, a) for each positive pair (a, b). none: (number of the query, doc id).
+    mask batch: (query id, doc id), and (b, a) for each positive pair (a, b). mask none: (query index, doc id).
     """
     queries = batch.query_ids
     if mask == "none":
@@ -162,13 +164,13 @@ def pairs_of_documents(batch: Batch, mask: str) -> Tensor:
     return torch.cat([torch.stack([queries, queries], 1), reverse])
 
 
-def name_pairs(queries: np.ndarray, before: Ragged, doc_ids: np.ndarray) -> Tensor:
-    """Return int64 [p, 2]: each query (its id or its number, int64 [m]) with each item before it, by its doc id.
+def history_pairs(queries: np.ndarray, before: Ragged, doc_ids: np.ndarray) -> Tensor:
+    """Return int64 [p, 2]: each query (id or index, int64 [m]) with the doc id of each item of its history.
 
-    `before`: the catalogue rows of each query's items, those that are none left out; `doc_ids`: all documents'.
+    before: catalogue rows of each query's items; rows outside the catalogue are skipped. doc_ids: of all documents.
     """
-    asked, docs = np.repeat(queries, before.lengths), before.values
-    known = (docs >= 0) & (docs < len(doc_ids))
-    if not known.all():
-        asked, docs = asked[known], docs[known]
-    return torch.from_numpy(np.stack([asked, doc_ids[docs]], axis=1))
+    repeated, docs = np.repeat(queries, before.lengths), before.values
+    valid = (docs >= 0) & (docs < len(doc_ids))
+    if not valid.all():
+        repeated, docs = repeated[valid], docs[valid]
+    return torch.from_numpy(np.stack([repeated, doc_ids[docs]], axis=1))

@@ -1,4 +1,4 @@
-"""What is checked of a stage before anything is written: by each rank alone, then that all ranks have the same."""
+"""Checks of a stage before anything is written: on each rank, then that all ranks are equal."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from bigdssm.training.warm_start import check_warm_start
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
-MOST_COPIES = 64  # of a row in one step
+MAX_REPEATS = 64  # occurrences of a row in one step
 
 
 def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
-    """Return the opened dataset after everything was checked that can be before ranks depend on each other.
+    """Check a stage without communication between ranks, and return the opened dataset.
 
-    Raises ConfigError or DataError; nothing has been written then.
+    Raises ConfigError or DataError before anything is written.
     """
     stage = config.stage(name)
     if world_size > config.data.lanes:
@@ -40,7 +40,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     if stage.optimizer.whole_tensors and config.engine.zero_stage > 0:
         raise ConfigError(
             f"engine.zero_stage: got {config.engine.zero_stage}, needs 0 with {name}.optimizer.name="
-            f"{stage.optimizer.name}, which works on whole matrices: ZeRO 1 to 3 give each rank flat pieces of them"
+            f"{stage.optimizer.name}, which needs whole matrices: ZeRO 1 to 3 split them into flat pieces"
         )
     if stage.weight_average and config.engine.zero_stage == 3:
         raise ConfigError(
@@ -55,13 +55,13 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
         check_many_queries(f"rows of several queries, as those of {dataset.dir} are,", config.data, config.model)
     elif config.data.targets_per_row > 1 and config.data.webdataset is None:
         logger.warning(  # no error: a small partition may have no user with several targets
-            "data.targets_per_row=%d has no effect: every train row of %s gives one query; make the dataset again, or "
+            "data.targets_per_row=%d has no effect: every train row of %s gives one query; build the dataset again, or "
             "set it to 1", config.data.targets_per_row, dataset.dir,
         )  # fmt: skip
     if stage.negatives.mask in ("user", "past") and (dataset.sequences is None or config.data.webdataset is not None):
         raise ConfigError(
             f"{name}.negatives.mask: got {stage.negatives.mask}, needs batch or none: the rows of "
-            f"{config.data.webdataset or dataset.dir} are not of sequences, so that nothing lies before them"
+            f"{config.data.webdataset or dataset.dir} are not sequences and have no histories"
         )
     if config.data.webdataset is not None:
         _check_plain(name, stage, config.data.webdataset)
@@ -91,57 +91,57 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
             raise ConfigError(f"{key}: {name} starts from {source}, whose tables have been trained")
         check_warm_start(key, dataset)
     if source is None:
-        with torch.device("meta"):  # what cannot be built is found here, without its memory
+        with torch.device("meta"):  # detects an invalid model without allocating its memory
             texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
             DualEncoder(config.model, dataset.schema, texts)
     elif not source.is_dir():
         fix = "run bigdssm pretrain with this config first" if name == "sft" else "correct the path"
-        what = "is a file" if source.exists() else "does not exist"
-        raise ConfigError(f"{name} starts from {source}, which {what}; {fix}, or set {name}.init")
+        reason = "is a file" if source.exists() else "does not exist"
+        raise ConfigError(f"{name} starts from {source}, which {reason}; {fix}, or set {name}.init")
     return dataset
 
 
 def _check_writable(folder: Path) -> None:
-    """Raise ConfigError unless the run's `folder` is one that can be written, or can be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written" if there.is_dir() else "is no folder"
-        raise ConfigError(f"run.dir: {folder} cannot be made, since {there} {why}; choose another run.dir")
+    """Raise ConfigError unless the run's `folder` is writable, or can be created."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not writable" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"run.dir: {folder} cannot be created, since {existing} {reason}; choose another run.dir")
 
 
 def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
-    """Raise where a stage needs what plain shards do not have."""
+    """Raise ConfigError if a stage needs a catalogue, which plain shards do not have."""
     find_shards(shards)
-    why = f"{shards} has its documents beside their queries, without a catalogue"
+    reason = f"{shards} stores documents with their queries, without a catalogue"
     for key in ("hard", "uniform"):
         value = getattr(stage.negatives, key)
         if value:
-            raise ConfigError(f"{name}.negatives.{key}: got {value}, needs 0: {why}")
+            raise ConfigError(f"{name}.negatives.{key}: got {value}, needs 0: {reason}")
     sampling = stage.sampling
     if isinstance(sampling, FrequencyCorrection) and sampling.frequency == "counts":
-        raise ConfigError(f"{name}.sampling.frequency: got counts, needs streaming (or sampling.name=none): {why}")
+        raise ConfigError(f"{name}.sampling.frequency: got counts, needs streaming (or sampling.name=none): {reason}")
     if not stage.steps:
         raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
 
 
 def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
-    """Raise where a step would hold rows too often, or none of them is a positive."""
+    """Raise if a step would repeat rows too often, or if no row is a positive."""
     rows = dataset.num_rows("train")
-    if stage.rows_global > MOST_COPIES * rows:
+    if stage.rows_global > MAX_REPEATS * rows:
         raise ConfigError(
-            f"{name}.rows_global: got {stage.rows_global}, needs at most {MOST_COPIES * rows} with a train split of "
+            f"{name}.rows_global: got {stage.rows_global}, needs at most {MAX_REPEATS * rows} with a train split of "
             f"{rows} rows in partitions {', '.join(partition.name for partition in dataset.partitions)}: a step would "
-            f"hold each of them more than {MOST_COPIES} times"
+            f"contain each of them more than {MAX_REPEATS} times"
         )
     if not dataset.has_positives():
         raise DataError(
-            f"{dataset.dir}: no train row has a relevance above 0, so that there is nothing to learn; mend the "
-            "relevances, and make the dataset again"
+            f"{dataset.dir}: no train row has a relevance above 0, so that there is nothing to learn; correct the "
+            "relevances, and build the dataset again"
         )
 
 
 def initial_model(config: Config, name: StageName) -> Path | None:
-    """Return the folder that the stage starts from: its `init`, for SFT else the pretraining's best."""
+    """Return the folder that the stage starts from: its `init`; for SFT, by default, the best of pretraining."""
     init = config.stage(name).init
     if init is not None:
         return Path(init)
@@ -149,15 +149,15 @@ def initial_model(config: Config, name: StageName) -> Path | None:
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:
-    """Raise on every rank where a rank has another config, dataset, or version of code or libraries than rank 0."""
+    """Raise, on every rank, unless all ranks have the config, dataset and versions of code and libraries of rank 0."""
     mine = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
     first = distributed.broadcast_object(mine)
     error: BigDSSMError | None = None
-    for what in mine:
-        difference = first_difference(first[what], mine[what])
+    for part in mine:
+        difference = first_difference(first[part], mine[part])
         if difference and error is None:
             error = ConfigError(
-                f"rank {distributed.rank()} on {socket.gethostname()} has another {what} than rank 0: {difference} "
-                "there; start all ranks alike"
+                f"rank {distributed.rank()} on {socket.gethostname()} has another {part} than rank 0: {difference} "
+                "there; start all ranks with the same"
             )
     distributed.raise_together(error)

@@ -1,8 +1,8 @@
-"""Both towers over a step's batch as its plan says, and the way back through them once every vector has its gradient.
+"""Forward and backward of both towers over a step's batch, whole or in chunks (gradient cache, Gao et al. 2021).
 
-Whole, both sides are one forward, which keeps its graph. In chunks (the gradient cache, Gao et al. 2021) the last of
-them, as many as may be kept, are encoded with a graph; the others without, and, on the way back, again with one, each
-chunk's random state replayed so that dropout masks agree.
+A whole batch is one forward, which retains its graph. Of a plan in chunks, the last ones, within the budget, retain
+their graphs. The others are encoded without, and again with a graph in backward, with the same random state, so that
+dropout masks are equal.
 
 Shapes: m queries, n documents, D vector width.
 """
@@ -29,28 +29,32 @@ from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.training.engine import Engine
 from bigdssm.utils import timing
 
-Backward = Callable[[Encoded], None]  # takes leaves whose gradients the loss has filled
-Gradients = list[tuple[Tensor, Tensor]]  # outputs of the towers, and the gradient of each
+Backward = Callable[[Encoded], None]  # takes leaf tensors with gradients set by the loss
+Gradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 
-def encode(engine: Engine, batch: Batch, plan: StepPlan, further: Features) -> tuple[Encoded, Backward, StepPlan]:
-    """Return the vectors U [m, D], W [n, D] and what goes with them, without a graph; their way back; what was encoded.
+def encode(engine: Engine, batch: Batch, plan: StepPlan, extra_inputs: Features) -> tuple[Encoded, Backward, StepPlan]:
+    """Encode a batch; return the embeddings U [m, D], W [n, D], the backward function and the executed plan.
 
-    further: what the model's forward takes for the queries beside both sides, by name; whole batches alone have it.
+    extra_inputs: inputs of the model's forward in addition to the features of both sides, by name; only if whole.
     """
     if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
-        return encode_pairs(engine, batch, plan, further["candidates"])
-    encoded = _whole(engine, batch, plan, further) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+        return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
+    encoded = (
+        _whole(engine, batch, plan, extra_inputs)
+        if plan.whole
+        else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+    )
     return *encoded, plan
 
 
-def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tuple[Encoded, Backward]:
-    """Encode in one forward: every parameter has its gradient in one backward."""
-    further: dict[str, Any] = dict(at_least_one(listed)) if listed else {}
+def _whole(engine: Engine, batch: Batch, plan: StepPlan, features: Features) -> tuple[Encoded, Backward]:
+    """Encode in one forward, with one backward."""
+    extra_inputs: dict[str, Any] = dict(at_least_one(features)) if features else {}
     if batch.query_positions is not None:
-        further["query_positions"] = batch.query_positions
+        extra_inputs["query_positions"] = batch.query_positions
     query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
-    full = engine.forward(query, doc, **further)
+    full = engine.forward(query, doc, **extra_inputs)
     assert full.U is not None and full.W is not None
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
     beta = None if full.beta is None else full.beta[:num_docs]
@@ -65,42 +69,39 @@ def _whole(engine: Engine, batch: Batch, plan: StepPlan, listed: Features) -> tu
 
 
 def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
-    """Return one side's features for one forward, lists packed where they are."""
+    """Return the features of one side for one forward, packed if the plan is."""
     return Chunked(features, side).features(side.chunks[0]) if side.packed else {**at_least_one(features)}
 
 
 @dataclass
 class EncodedChunk:
-    """A chunk of one side; between encoding and backward it has its graph, or the random state to make it again."""
+    """A chunk of one side; between forward and backward it has its graph, or the random state to recompute it."""
 
-    name: str  # of its side
+    name: str  # of the side
     side: Chunked
     chunk: Chunk
-    keep: bool
+    retain_graph: bool
     encoded: Encoded | None = None
     state: RandomState | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Return what the model's forward takes."""
+        """The inputs of the model's forward."""
         query_positions = self.side.query_positions(self.chunk)
-        return {
-            self.name: self.side.features(self.chunk),
-            **({} if query_positions is None else {"query_positions": query_positions}),
-        }
+        return {self.name: self.side.features(self.chunk), **({} if query_positions is None else {"query_positions": query_positions})}
 
     def encode(self, engine: Engine) -> Encoded:
-        """Return the chunk's vectors, without a graph."""
-        if not self.keep:
+        """Return the outputs of the chunk, detached."""
+        if not self.retain_graph:
             self.state = RandomState.now()
-        with torch.set_grad_enabled(self.keep):
+        with torch.set_grad_enabled(self.retain_graph):
             encoded = engine.forward(**self.inputs)
-        if self.keep:
+        if self.retain_graph:
             self.encoded = encoded
         return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
 
     def with_graph(self, engine: Engine) -> Encoded:
-        """Return the vectors with their graph, once."""
+        """Return the outputs with their graph; may be called once."""
         if self.state is None:
             encoded, self.encoded = self.encoded, None
             assert encoded is not None
@@ -109,7 +110,7 @@ class EncodedChunk:
             return engine.forward(**self.inputs)
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
-        """Return its vectors and biases with their gradients; alpha's is the batch's and goes with one chunk."""
+        """Return the vectors and biases with their gradients; the gradient of alpha is added to one chunk only."""
         its = self.side.outputs(self.chunk)
         sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
@@ -119,80 +120,81 @@ class EncodedChunk:
         ]
 
 
-def pieces_of(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
-    """Return the pieces of a plan that is not whole, queries' before documents'."""
+def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
+    """Return the chunks of a plan that is not whole, first those of queries, then those of documents."""
     query, doc = Chunked(batch.query, plan.query, batch.query_positions), Chunked(batch.doc, plan.doc)
     work = [("query", query, chunk) for chunk in plan.query.chunks] + [("doc", doc, chunk) for chunk in plan.doc.chunks]
-    return [EncodedChunk(*what, keep=number >= len(work) - plan.num_retained) for number, what in enumerate(work)]
+    return [EncodedChunk(*item, retain_graph=i >= len(work) - plan.num_retained) for i, item in enumerate(work)]
 
 
-def _in_pieces(engine: Engine, batch: Batch, pieces: list[EncodedChunk]) -> tuple[Encoded, Backward]:
-    """Encode piece by piece; backward goes through those kept at once, then through the others one by one."""
-    parts = [piece.encode(engine) for piece in pieces]
-    query, doc = pieces[0].side, pieces[-1].side
+def _in_chunks(engine: Engine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
+    """Encode chunk by chunk; backward runs through retained graphs together, then through other chunks one by one."""
+    outputs = [chunk.encode(engine) for chunk in chunks]
+    query, doc = chunks[0].side, chunks[-1].side
+    of_docs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
     encoded = Encoded(
-        _assembled(query, [part.U for piece, part in zip(pieces, parts, strict=True) if piece.side is query]),
-        _assembled(doc, [part.W for piece, part in zip(pieces, parts, strict=True) if piece.side is doc]),
-        _assembled(doc, [part.beta for piece, part in zip(pieces, parts, strict=True) if piece.side is doc]),
-        parts[-1].alpha,
+        _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query]),
+        _assembled(doc, [output.W for output in of_docs]),
+        _assembled(doc, [output.beta for output in of_docs]),
+        outputs[-1].alpha,
     )
-    return encoded, partial(_backward, engine, pieces)
+    return encoded, partial(_backward, engine, chunks)
 
 
-def _backward(engine: Engine, pieces: Sequence[EncodedChunk], leaves: Encoded) -> None:
-    kept = [piece for piece in pieces if piece.keep]
-    groups = ([kept] if kept else []) + [[piece] for piece in pieces if not piece.keep]
-    with engine.one_reduction():
+def _backward(engine: Engine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
+    retained = [chunk for chunk in chunks if chunk.retain_graph]
+    groups = ([retained] if retained else []) + [[chunk] for chunk in chunks if not chunk.retain_graph]
+    with engine.single_reduction():
         for number, group in enumerate(groups):
             gradients: Gradients = []
-            for piece in group:
-                encoded = piece.with_graph(engine)
-                gradients += piece.gradients(encoded, leaves)
+            for chunk in group:
+                encoded = chunk.with_graph(engine)
+                gradients += chunk.gradients(encoded, leaves)
             if number == 0:
                 gradients.append((encoded.alpha, _gradient(leaves.alpha)))
             engine.backward(gradients)
 
 
 class EncodedPairChunk(EncodedChunk):
-    """A chunk of pairs, whose scores are made of both sides' features."""
+    """A chunk of pairs, scored from the features of both sides."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Return what the model's forward takes."""
+        """The inputs of the model's forward."""
         return {**split_sides(self.side.features(self.chunk)), "paired": True}
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
-        """Return its scores with their gradients."""
+        """Return the scores with their gradients."""
         its = self.side.outputs(self.chunk)
         assert encoded.scores is not None and leaves.scores is not None
         return [(encoded.scores[: len(its)], _gradient(leaves.scores).flatten()[its])]
 
 
-def encode_pairs(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> tuple[Encoded, Backward, StepPlan]:
-    """Return the scores of each query's documents, columns int64 [m, l], read as pairs, as `encode` does. A collective.
+def encode_pairs(
+    engine: Engine, batch: Batch, plan: StepPlan, candidates: Tensor
+) -> tuple[Encoded, Backward, StepPlan]:
+    """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`. A collective.
 
-    They are added to the products of the towers' vectors, which have no gradient.
+    The score is the sum of the cross-encoder's output and the towers' score, which has no gradient.
     """
     scorer = cast(DualEncoder, engine.module).scorer
     assert isinstance(scorer, CrossEncoder)
-    pieces = pair_pieces(scorer, batch, listed, engine.budget)
-    side = pieces[0].side
-    parts = [piece.encode(engine) for piece in pieces]
-    scores = side.assemble([part.scores for part in parts if part.scores is not None]).view(listed.shape)
-    scores = scores.float() + _products(engine, batch, plan, listed)
-    encoded = Encoded(None, None, None, parts[-1].alpha, scores)
-    return encoded, partial(_backward, engine, pieces), replace(plan, pairs=side.plan)
+    chunks = pair_chunks(scorer, batch, candidates, engine.budget)
+    side = chunks[0].side
+    outputs = [chunk.encode(engine) for chunk in chunks]
+    scores = side.assemble([out.scores for out in outputs if out.scores is not None]).view(candidates.shape)
+    scores = scores.float() + _products(engine, batch, plan, candidates)
+    encoded = Encoded(None, None, None, outputs[-1].alpha, scores)
+    return encoded, partial(_backward, engine, chunks), replace(plan, pairs=side.plan)
 
 
-def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
-    """Return the pairs of each query with its documents, columns int64 [m, l], in pieces. A collective.
+def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
+    """Return the pairs of each query with its candidates, columns int64 [m, l], in chunks. A collective.
 
-    The ranks agree on the number of pieces, and of those whose graph is kept.
+    The ranks agree on the number of chunks, and on the number of those that retain their graph.
     """
-    row = (
-        torch.arange(len(listed), device=listed.device) if batch.query_positions is None else batch.query_positions.row
-    )
-    row, column = row.repeat_interleave(listed.shape[1]), listed.flatten()
+    row = torch.arange(len(candidates), device=candidates.device) if batch.query_positions is None else batch.query_positions.row
+    row, column = row.repeat_interleave(candidates.shape[1]), candidates.flatten()
     query, doc = scorer.texts["query"], scorer.texts["doc"]
     features = join_sides(
         {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
@@ -201,28 +203,32 @@ def pair_pieces(scorer: CrossEncoder, batch: Batch, listed: Tensor, budget: Toke
         {name: batch.query_lengths[name].take(row) for name in query},
         {name: batch.doc_lengths[name].take(column) for name in doc},
     )
-    pairs = plan_side(lengths, listed.numel(), budget.chunk_tokens)
+    pairs = plan_side(lengths, candidates.numel(), budget.chunk_tokens)
     fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
-    unkept = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0
-    number, most_unkept = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), unkept]), "max").tolist()
+    dropped = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0  # chunks without a retained graph
+    number, most_dropped = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), dropped]), "max").tolist()
     pairs = pairs.padded_to(number)
     side = Chunked(features, pairs)
-    return [EncodedPairChunk("pairs", side, chunk, keep=i >= most_unkept) for i, chunk in enumerate(pairs.chunks)]
+    return [
+        EncodedPairChunk("pairs", side, chunk, retain_graph=i >= most_dropped) for i, chunk in enumerate(pairs.chunks)
+    ]
 
 
-def _products(engine: Engine, batch: Batch, plan: StepPlan, listed: Tensor) -> Tensor:
-    """Return the towers' scores float32 [m, l] of listed columns, without a graph, by the towers as they evaluate."""
+def _products(engine: Engine, batch: Batch, plan: StepPlan, candidates: Tensor) -> Tensor:
+    """Return the towers' scores float32 [m, l] of candidates, without a graph, in evaluation mode."""
     engine.module.eval()
     with torch.no_grad():
-        towers, _ = _whole(engine, batch, plan, {}) if plan.whole else _in_pieces(engine, batch, pieces_of(batch, plan))
+        towers, _ = (
+            _whole(engine, batch, plan, {}) if plan.whole else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+        )
     engine.module.train()
     assert towers.U is not None and towers.W is not None
     queries, documents = query_head(towers.U), document_head(towers.W, towers.alpha.detach(), towers.beta)
-    return torch.einsum("md,mld->ml", queries, documents[listed]).detach()
+    return torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
 
 
 def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return a side's outputs in the batch's order, None where the model has no such output."""
+    """Return the outputs of a side in the order of the batch, None if the model has no such output."""
     present = [part for part in parts if part is not None]
     return side.assemble(present) if present else None
 
@@ -233,25 +239,25 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The random state at one moment, of the CPU and of this rank's device."""
+    """The state of the random generators of the CPU and of this rank's device."""
 
     cpu: Tensor
     device: Tensor | None
 
     @classmethod
     def now(cls) -> RandomState:
-        """Return the present state."""
+        """Return the current state."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
     def restore(self) -> None:
-        """Make this the present state."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Within it this state runs; afterwards the one from before goes on."""
+        """A context that starts from this state and restores the current one at exit."""
         present = RandomState.now()
         self.restore()
         yield

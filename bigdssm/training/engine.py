@@ -1,6 +1,6 @@
-"""The DeepSpeed engine, built from the config alone; with `portable.py` the only importer of deepspeed.
+"""The DeepSpeed engine, configured only by the config; only this module and `portable.py` import deepspeed.
 
-Gradients come from vectors, not from a loss: `backward` takes the vectors that the towers gave and their gradients.
+`backward` takes output vectors of the towers with their gradients in place of a loss.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
-DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's own ten times as many take 4 GB and overlap nothing of most models
+DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
 
-# The shared-memory all-reduce is compiled on first use: 45 s, a compiler, a race between ranks, and where one of them
-# is killed meanwhile, a lock that all later ones wait for.
+# The shared-memory all-reduce is compiled on first use: it takes 45 s and a compiler, and ranks race for it. If one is
+# killed meanwhile, all later runs wait for its lock.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# At ZeRO stage 3 ranks compare the order of modules after every pass unlike the one before it. With chunks of either
-# side that is most: two broadcasts each, for which the host waits. A plan has equally many chunks on every rank.
+# At ZeRO stage 3 ranks compare the order of modules after every pass that differs from the previous one, by two
+# synchronising broadcasts. Chunks of alternating sides trigger most of them, but all ranks have the same chunks.
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
 def _mark(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Do what DeepSpeed does to a norm that is not finite, without a number from the host's memory."""
+    """Replace a non-finite norm by `val`, as DeepSpeed does, but without an upload from host memory."""
     norm.masked_fill_(~norm.isfinite(), val)
 
 
-# A norm, which is a tensor of its own in each step, is read from the device once, not for every group of parameters.
+# The norm, a new tensor in each step, is then read from the device once, not once per parameter group.
 stage_1_and_2.is_invalid_grad_norm = lru_cache(maxsize=1)(stage_1_and_2.is_invalid_grad_norm)
 stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val_inplace = _mark
 
 
 def init_process_group() -> None:
-    """Join the process group the launcher describes (`deepspeed`, `torchrun`), or a world of one without a launcher."""
+    """Join the launcher's process group (`deepspeed`, `torchrun`); without a launcher, create one of a single rank."""
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=distributed.free_port()
         )
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
-    if "OMP_NUM_THREADS" not in os.environ:  # else every rank would take every core
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # caused by DeepSpeed
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
         deepspeed.init_distributed(
@@ -80,17 +80,17 @@ def init_process_group() -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
             raise ConfigError(
-                f"the master port at {where} is taken; give the launcher a free one (deepspeed --master_port, "
+                f"the master port at {where} is in use; pass a free one to the launcher (deepspeed --master_port, "
                 "torchrun --master-port)"
             ) from None
         if distributed.is_peer_failure(error):
             reason = str(error).splitlines()[0]
-            raise PeerError(f"not all {os.environ['WORLD_SIZE']} ranks came together at {where}: {reason}") from None
+            raise PeerError(f"not all {os.environ['WORLD_SIZE']} ranks connected at {where}: {reason}") from None
         raise
 
 
 def leave_process_group() -> None:
-    """Leave the process group, and have DeepSpeed forget it, so that this process may join another."""
+    """Destroy the process group, including DeepSpeed's state, so that this process may join another."""
     if distributed.is_distributed():
         deepspeed.comm.destroy_process_group()
 
@@ -101,10 +101,10 @@ def device() -> torch.device:
 
 
 def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> dict[str, Any]:
-    """Return the DeepSpeed dict of a stage; there is no other place where DeepSpeed is configured."""
+    """Return the DeepSpeed config of a stage; DeepSpeed is configured nowhere else."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage > 0 and _on_device():
-        # Gradients are reduced while the backward goes on, in buckets that fill before it ends.
+        # reduces gradients during the backward, in buckets that fill up before its end
         zero |= {"overlap_comm": True, "reduce_bucket_size": DEVICE_BUCKET}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -113,10 +113,10 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
         "gradient_accumulation_steps": 1,  # FPS does not decompose over accumulation
         "gradient_clipping": optimizer.gradient_clipping,  # DeepSpeed's own default is 1.0
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # optimizers say themselves whether they take ZeRO's flat pieces
+        "zero_allow_untested_optimizer": True,  # checked by OptimizerConfig.whole_tensors
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
         "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward
+        "timers": {"throughput": {"enabled": False}},  # it synchronises with the device in every forward
     }
     if engine.precision == "bf16":
         # By itself DeepSpeed also communicates linear layers and their gradients in bfloat16: their mean over the ranks
@@ -151,43 +151,43 @@ class Engine:
         )
         self.deepspeed = built[0]
         if self.zero_stage > 0:
-            self.deepspeed.optimizer.check_grad_overflow = True  # in fp32, too, a non-finite gradient skips the step
+            self.deepspeed.optimizer.check_grad_overflow = True  # skip steps of non-finite gradients in fp32, too
 
     def forward(
         self,
         query: Mapping[str, Values] | None = None,
         doc: Mapping[str, Values] | None = None,
-        **further: Tensor | QueryPositions | bool,
+        **extra_inputs: Tensor | QueryPositions | bool,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
-        return cast(Encoded, self.deepspeed(query=query, doc=doc, **further))
+        return cast(Encoded, self.deepspeed(query=query, doc=doc, **extra_inputs))
 
     def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Push (output, gradient) pairs through the towers; by a surrogate loss, since DeepSpeed takes scalars only."""
+        """Back-propagate (output, gradient) pairs, by a surrogate loss: DeepSpeed accepts only scalars."""
         products = [(output.float() * gradient.float()).sum() for output, gradient in outputs]
         self.deepspeed.backward(torch.stack(products).sum())
 
     @contextmanager
-    def one_reduction(self) -> Iterator[None]:
-        """Within it, several backwards add up on the rank and are reduced over the ranks once, at its end."""
-        with ExitStack() as adding_up:
+    def single_reduction(self) -> Iterator[None]:
+        """A context that accumulates the gradients of several backwards and reduces them once, at exit."""
+        with ExitStack() as accumulation:
             engine = self.deepspeed
-            adding_up.enter_context(engine.no_sync() if self.zero_stage == 0 else engine.coalesce_grad_reduction())
+            accumulation.enter_context(engine.no_sync() if self.zero_stage == 0 else engine.coalesce_grad_reduction())
             yield
             with timing.span("reduce"):
-                adding_up.close()
+                accumulation.close()
                 if self.zero_stage == 0:
                     engine.allreduce_gradients()
 
     def step(self, lr_factor: float) -> bool:
-        """Apply the gradients with every group's base rate times `lr_factor`; return False where it was skipped.
+        """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.
 
-        It is skipped on all ranks together when any gradient is not finite.
+        It is skipped on all ranks if any gradient is not finite.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if self.zero_stage == 0:
-            # DeepSpeed neither looks at the norm nor keeps it here. The gradients are reduced: every rank has the same.
+            # DeepSpeed does not check the norm at stage 0. Gradients are reduced: every rank computes the same norm.
             self._norm = self._whole_norm()
             if not math.isfinite(self._norm):
                 self.deepspeed.optimizer.zero_grad()
@@ -196,7 +196,7 @@ class Engine:
         return not getattr(self.deepspeed.optimizer, "overflow", False)
 
     def gradient_norm(self) -> float | Tensor:
-        """Return the global gradient norm of the last step, before clipping; where nobody has read it, a tensor."""
+        """Return the global gradient norm of the last step, before clipping; a tensor if it is still on the device."""
         norm: float | Tensor = self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
         return norm
 
@@ -206,12 +206,12 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model itself."""
+        """The model."""
         return cast(nn.Module, self.deepspeed.module)
 
-    def own_pieces(self) -> Iterator[TensorPiece]:
-        """Yield this rank's pieces of weights and optimizer states (see portable.py)."""
-        return portable.own_pieces(self.deepspeed, self.zero_stage, self._state_of)
+    def local_pieces(self) -> Iterator[TensorPiece]:
+        """Yield this rank's pieces of weights and optimizer states, see portable.py."""
+        return portable.local_pieces(self.deepspeed, self.zero_stage, self._state_of)
 
     def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
         """Set master weights and optimizer states from `read(name)`; the model has its weights. A collective."""
@@ -219,11 +219,11 @@ class Engine:
         optimizer = portable.base_optimizer(self.deepspeed, self.zero_stage)
         if any(group.get("fused") for group in optimizer.param_groups):
             for tensor, state in optimizer.state.items():
-                if "step" in state:  # a fused optimizer counts where the parameter is
+                if "step" in state:  # a fused optimizer counts steps on the parameter's device
                     state["step"] = state["step"].to(tensor.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all weights in float32 on the CPU, whole on every rank. A collective at ZeRO stage 3."""
+        """Return the full weights in float32 on the CPU, on every rank. A collective at ZeRO stage 3."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
@@ -237,7 +237,7 @@ class Engine:
 
 
 def _backend() -> str:
-    """Return a backend for the tensors of each device: ranks agree on small things, such as a stop, on the CPU."""
+    """Return a backend for CPU and device tensors: small decisions, such as a stop, are exchanged on the CPU."""
     if not _on_device():
         return "gloo"
     return f"cpu:gloo,{get_accelerator().device_name()}:{get_accelerator().communication_backend_name()}"

@@ -1,4 +1,4 @@
-"""Estimate a stage before it runs: memory per rank, communication per step, checkpoints, days."""
+"""Estimate a stage before it runs: memory per rank, communication per step, checkpoint size, duration."""
 
 from __future__ import annotations
 
@@ -30,61 +30,60 @@ from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attenti
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
-from bigdssm.training.batches import BatchMaker, read_batches, row_stream
-from bigdssm.training.encoding import EncodedChunk, pair_pieces, pieces_of, whole_features
+from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
+from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
 
-BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
+BUCKET = 500_000_000  # elements of a reduction bucket of DeepSpeed
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers, not bytes: of all weights, of those trained, of the largest trained one, of the optimizer's states."""
+    """Element counts of a model and its optimizer."""
 
     weights: int
-    trained: int
-    largest: int
-    states: int
+    trained: int  # trainable weights
+    largest: int  # of the largest trainable tensor
+    states: int  # optimizer states
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: OptimizerConfig) -> ModelSizes:
-        """Return the sizes of a model; its tensors may have no memory."""
+        """Return the sizes of a model; meta and fake tensors are accepted."""
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         weights = sum(parameter.numel() for parameter in model.parameters())
         return cls(weights, sum(trained), max(trained), state_size(model, optimizer))
 
     def share(self, world_size: int) -> int:
-        """Return how many trained weights a rank updates from ZeRO 1 on."""
+        """Return the number of trainable weights that a rank updates from ZeRO 1 on."""
         return -(-self.trained // world_size)
 
 
-def held_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> dict[str, int]:
-    """Return what weights and optimizer take on a rank all the time, by what for.
+def resident_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> dict[str, int]:
+    """Return the bytes of weights and optimizer that are always allocated on a rank, by purpose.
 
-    ZeRO 1 to 3 keep a float32 copy of the weights that a rank updates, also beside float32 weights.
+    ZeRO 1 to 3 keep a float32 copy of the weights that a rank updates, even if weights are float32.
     """
     stage, share, weights = engine.zero_stage, sizes.share(world_size), _weight(engine) * sizes.weights
     if stage == 0:
         return {"weights": weights, "optimizer's states": FP32 * sizes.states}
-    held = {
+    resident = {
         "weights": weights if stage < 3 else -(-weights // world_size),
         "float32 copy of the weights": FP32 * share,
         "optimizer's states": FP32 * -(-sizes.states // world_size),
     }
     if engine.offload_optimizer:
-        held["gradients on the host"] = FP32 * share
+        resident["gradients on the host"] = FP32 * share
     if stage == 3:
-        held["weights put together"] = weights
-        held["this rank's gradients"] = _weight(engine) * share
-    return held
+        resident["gathered weights"] = weights
+        resident["this rank's gradients"] = _weight(engine) * share
+    return resident
 
 
 def step_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> int:
-    """Return what the optimizer's step takes on a rank on top of that.
+    """Return the additional bytes of the optimizer's step on a rank.
 
-    ZeRO 1 and 2 reduce gradients in a bucket as large as they are, and cut their own out of it; AdamW works on whole
-    flat groups.
+    ZeRO 1 and 2 reduce all gradients in one bucket and copy the rank's share; AdamW works on whole flat groups.
     """
     if engine.zero_stage == 0:
         bucket = FP32 * min(BUCKET, sizes.trained) if world_size > 1 else 0
@@ -94,7 +93,7 @@ def step_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> int:
 
 
 def sent_bytes(engine: EngineConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Return what is reduced and gathered in a step, by what for: an all-reduce counts twice."""
+    """Return the bytes reduced and gathered in a step, by purpose; an all-reduce counts twice."""
     sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * sizes.trained}
     if engine.zero_stage in (1, 2):
         sent["updated weights"] = _weight(engine) * sizes.trained
@@ -107,13 +106,13 @@ def _weight(engine: EngineConfig) -> int:
     return 2 if engine.precision == "bf16_pure" else FP32
 
 
-HEAP_BELOW = 32 << 20  # bytes: larger allocations glibc maps by themselves, and gives back when they are freed
+HEAP_BELOW = 32 << 20  # bytes: glibc maps larger allocations separately, and unmaps them when they are freed
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, counts the bytes of all storages that operations make, until the last tensor of each is gone.
+    """A context that counts the bytes of live storages allocated by operations.
 
-    `in_heap` is the highest count of those that glibc takes from its heap.
+    `peak` is the maximum of all; `in_heap` the maximum of those that glibc allocates in its heap.
     """
 
     def __init__(self) -> None:
@@ -122,11 +121,11 @@ class LiveBytes(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
+        """Run an operation and count its new storages."""
         output = func(*args, **(kwargs or {}))
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in inputs:
                 self._count(leaf.untyped_storage())
         return output
 
@@ -138,9 +137,9 @@ class LiveBytes(TorchDispatchMode):
         self._add(size)
         self.peak = max(self.peak, self.now)
         self.in_heap = max(self.in_heap, self._heap_now)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._freed, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._counted.discard(key)
         self._add(-size)
 
@@ -151,23 +150,23 @@ class LiveBytes(TorchDispatchMode):
 
 
 FP32 = 4
-# What glibc's heap keeps in holes between what is in use, over that, as measured: tensors of many sizes come and go.
-# MALLOC_MMAP_THRESHOLD_=131072 does away with them (there 584 MB became 477), for page faults at every tensor.
+# Fragmentation of glibc's heap, relative to the bytes in use, as measured. MALLOC_MMAP_THRESHOLD_=131072 avoids it
+# (584 MB became 477 MB), at the cost of page faults for every tensor.
 HEAP_HOLES = 0.35
-RUNTIME_BYTES = 100_000_000  # libraries' own when they are first used: what the smallest run takes
+RUNTIME_BYTES = 100_000_000  # allocated by libraries at first use: the memory of the smallest run
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One rank's memory in bytes, and what a step and a run take; see `lines`."""
+    """Memory of a rank in bytes, communication and duration; see `lines`."""
 
-    held: dict[str, int]  # all the time, by what it is for
-    phases: dict[str, int]  # on top of it at the most, one after another
+    resident: dict[str, int]  # always allocated, by purpose
+    phases: dict[str, int]  # additional peaks of consecutive phases
     num_weights: int
-    table_weights: int  # of them, in embedding tables
-    negatives: int  # documents that a query is compared with, its own left out
-    # Bytes that a rank sends in a step, by what for, as if collectives went round a ring: there an all-gather or a
-    # reduce-scatter of S bytes sends S (N - 1) / N, an all-reduce twice that.
+    table_weights: int  # weights of embedding tables
+    negatives: int  # per query
+    # Bytes that a rank sends per step, by purpose, with ring collectives: an all-gather or a reduce-scatter of S bytes
+    # sends S (N - 1) / N, an all-reduce twice that.
     sent: dict[str, int]
     checkpoint_bytes: int  # of all ranks
     steps: int
@@ -176,25 +175,25 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the highest memory of a rank above that of a process which has imported everything."""
-        return sum(self.held.values()) + max(self.phases.values())
+        """The peak memory of a rank, without that of a process after all imports."""
+        return sum(self.resident.values()) + max(self.phases.values())
 
     def days(self, rows_per_s: float) -> float:
-        """Return how long all steps take at so many rows a second of all ranks together."""
+        """Return the days of all steps at `rows_per_s` rows per second of all ranks together."""
         return self.steps * self.rows_global / rows_per_s / 86400
 
     def lines(self, rows_per_s: float | None) -> list[str]:
-        """Return what people read."""
+        """Format the estimate."""
         highest = max(self.phases, key=lambda name: self.phases[name])
         lines = [f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks"]
-        lines += [f"  {name:42s} {_size(size)}" for name, size in self.held.items()]
+        lines += [f"  {name:42s} {_size(size)}" for name, size in self.resident.items()]
         lines += [f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()]
         lines.append(f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}")
         lines.append(f"{self.rows_global:,} rows a step; a query has {self.negatives:,} negatives")
         lines += [f"  {name:42s} {_size(size)}" for name, size in self.sent.items()]
         lines.append(f"sent by a rank in a step: {_size(sum(self.sent.values()))}")
         lines.append(f"a checkpoint: {_size(self.checkpoint_bytes)}")
-        time = "unknown without rows a second (--rows-per-s, or a run that has some)"
+        time = "unknown without rows a second (--rows-per-s, or the metrics of a run)"
         if rows_per_s:
             time = f"{self.days(rows_per_s):.2f} days at {rows_per_s:,.0f} rows a second"
         lines.append(f"{self.steps:,} steps: {time}")
@@ -202,14 +201,14 @@ class Estimate:
 
 
 def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int) -> Estimate:
-    """Return what the stage `name` of `config` takes on `world_size` ranks; of `dataset`, one step's rows are read."""
+    """Estimate the stage `name` of `config` on `world_size` ranks; reads the rows of one step of `dataset`."""
     stage, engine = config.stage(name), config.engine
     engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     uniform = -(-stage.negatives.uniform // world_size)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
-    mined = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # before they are mined
-    batch = next(read_batches(stream, BatchMaker(stream, share, config.run.seed, mined), torch.device("cpu")))
+    negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
+    batch = next(read_batches(stream, BatchBuilder(stream, share, config.run.seed, negatives), torch.device("cpu")))
     texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     mode = FakeTensorMode()
     with mode:
@@ -218,20 +217,20 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             _to_bfloat16(model)
     model.train()
     if engine.precision != "fp32" and not torch.cuda.is_available():
-        use_eager_attention(model)  # as the engine does
+        use_plain_attention(model)  # as in the engine
     if engine.checkpoint_activations:
         model.checkpoint_activations()
     sizes = ModelSizes.of(model, stage.optimizer)
-    held, in_step = held_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
-    # and what is put aside while it is in place
+    resident, in_step = resident_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
+    # the average, and a copy of the weights while the average replaces them
     averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
     saved = sizes.weights + sizes.states + (sizes.weights if stage.weight_average else 0)
-    kept, towers = _towers(model, mode, batch, engine)
+    graphs, towers = _towers(model, mode, batch, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known_positives
     vectors = vector_bytes(*rows, width)
     loss, sent = 0, sent_bytes(engine, sizes)
-    if stage.scorer is None:  # which compares a few documents for each query
+    if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(
             *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
             gathers_known=stage.negatives.mask in ("batch", "user"),
@@ -241,15 +240,15 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
     return Estimate(
-        held={
-            **held,
+        resident={
+            **resident,
             **averaged,
             **copied,
-            "batch": 2 * batch.nbytes,  # and the next one
+            "batch": 2 * batch.nbytes,  # the current and the next one
             "libraries at first use": RUNTIME_BYTES,
         },
         phases={
-            "loss, beside graphs that are kept": kept + vectors + loss,
+            "loss, with retained graphs": graphs + vectors + loss,
             "towers' activations and gradients": towers + vectors,
             "optimizer's step": in_step,
             "validation, mining": _encoding(model, mode, batch) + _documents(stage, width, dataset, world_size),
@@ -266,7 +265,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
 
 
 def recorded_rows_per_s(folder: Path) -> float | None:
-    """Return the median speed that a stage folder's metrics tell, None where there are none."""
+    """Return the median speed in a stage folder's metrics, None without any."""
     if not (folder / METRICS_FILE).is_file():
         return None
     speeds = [record["rows_per_s"] for record in read_stage(folder).records if record.get("rows_per_s")]
@@ -274,46 +273,46 @@ def recorded_rows_per_s(folder: Path) -> float | None:
 
 
 def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:
-    """Return the bytes of the graphs that wait for the loss, and the most that encoding and backward take.
+    """Return the bytes of graphs retained until the loss, and the peak of forward and backward.
 
-    Gradients of the weights are in it, and the heap's holes.
+    The peak includes gradients of the weights and heap fragmentation.
     """
     budget = TokenBudget.of(engine, model.accepts_packed(training=True))
     plan = plan_step(batch, budget)
-    pieces = [] if plan.whole else pieces_of(batch, plan)
+    chunks = [] if plan.whole else encoded_chunks(batch, plan)
     query_positions = {} if batch.query_positions is None else {"query_positions": batch.query_positions}
-    listed = {} if model.scorer is None else {"candidates": candidate_columns(batch)}
+    candidates = {} if model.scorer is None else {"candidates": candidate_columns(batch)}
     query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
     whole: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
-    fixed: list[dict[str, Any]] = []  # of towers that stay as they are
+    fixed: list[dict[str, Any]] = []  # inputs of frozen towers
     if isinstance(model.scorer, CrossEncoder):
-        fixed = [piece.inputs for piece in pieces] or [whole]
-        pieces = [*pair_pieces(model.scorer, batch, listed["candidates"], budget)]
-    kept_inputs = [piece.inputs for piece in pieces if piece.keep] if pieces else [{**whole, **listed}]
-    again = [piece.inputs for side in ("query", "doc", "pairs") if (piece := _largest(pieces, side)) is not None]
+        fixed = [chunk.inputs for chunk in chunks] or [whole]
+        chunks = [*pair_chunks(model.scorer, batch, candidates["candidates"], budget)]
+    retained_inputs = [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [{**whole, **candidates}]
+    again = [chunk.inputs for side in ("query", "doc", "pairs") if (chunk := _largest(chunks, side)) is not None]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
 
-    def encode(**given: Any) -> Encoded:
+    def encode(**inputs: Any) -> Encoded:
         with autocast:
-            encoded: Encoded = model(**tree_map_only(Tensor, mode.from_tensor, given))
+            encoded: Encoded = model(**tree_map_only(Tensor, mode.from_tensor, inputs))
         return encoded
 
     with mode, LiveBytes() as live:
-        kept = [encode(**inputs) for inputs in kept_inputs]
+        retained = [encode(**inputs) for inputs in retained_inputs]
         waiting = live.now
         with torch.no_grad():
             for inputs in (*fixed, *again):
                 encode(**inputs)
-        if kept:
-            _backward(kept)
-            kept.clear()
+        if retained:
+            _backward(retained)
+            retained.clear()
         for inputs in again:
             _backward([encode(**inputs)])
         return waiting, live.peak + int(HEAP_HOLES * live.in_heap)
 
 
 def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
-    """Return the bytes of encoding a catalogue's documents without a graph."""
+    """Return the bytes of encoding the catalogue's documents without a graph."""
     plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
     chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
     features = cast(Features, side.features(chunk))  # the plan packs nothing
@@ -324,7 +323,7 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
 
 
 def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int) -> int:
-    """Return the bytes of the index vectors of a rank's share of the documents; an approximate index has them again."""
+    """Return the bytes of a rank's share of index vectors; an approximate index has a copy of them."""
     num_docs = dataset.catalogue.num_docs
     mines = stage.negatives.hard > 0 and stage.negatives.mining.file is None and not stage.negatives.mining.uniform
     copies = 2 if mines and num_docs > stage.negatives.mining.exact_up_to else 1
@@ -332,20 +331,20 @@ def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int
 
 
 def _backward(encoded: Sequence[Encoded]) -> None:
-    """Push gradients of ones through the towers, as `Engine.backward` does with those of the loss."""
+    """Back-propagate gradients of ones, in place of those of the loss."""
     torch.stack(
         [t.float().sum() for part in encoded for t in part if t is not None and t.requires_grad]
     ).sum().backward()
 
 
-def _largest(pieces: Sequence[EncodedChunk], side: str) -> EncodedChunk | None:
-    """Return the piece of a side with the most cells among those that are encoded twice; None where there is none."""
-    own = [piece for piece in pieces if piece.name == side and not piece.keep]
-    return max(own, key=lambda piece: piece.chunk.tokens, default=None)
+def _largest(chunks: Sequence[EncodedChunk], side: str) -> EncodedChunk | None:
+    """Return the largest chunk of a side without a retained graph, None without any."""
+    recomputed = [chunk for chunk in chunks if chunk.name == side and not chunk.retain_graph]
+    return max(recomputed, key=lambda chunk: chunk.chunk.tokens, default=None)
 
 
 def _to_bfloat16(model: nn.Module) -> None:
-    """What `model.bfloat16()` does, which cannot on tensors without memory."""
+    """Convert parameters to bfloat16; `model.bfloat16()` does not support fake tensors."""
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""What a run tells about itself: a line of health per interval, metrics, trackers, a progress bar."""
+"""Run monitoring: log lines, metrics records, trackers and a progress bar."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 
 class Health:
-    """Measures between two log lines, and over the run: rows per second, waiting, where the time goes."""
+    """Measures throughput, data wait and time spans, per log interval and over the run."""
 
     def __init__(
         self, name: str, engine: Engine, trackers: Trackers, bar: ProgressBar, total_steps: int, rows_global: int,
@@ -45,32 +45,32 @@ class Health:
         timing.pop_seconds()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, None behind the last, counting the time it took as waiting for data."""
+        """Return the next batch, None after the last; the time counts as data wait."""
         with timing.span("data wait"):
             return next(batches, None)
 
     @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count what happens within it, which is no training, under `what`, and say how long it took."""
+    def timed(self, span: str) -> Iterator[None]:
+        """A context of non-training work: counts its time as `span` and logs it."""
         started = time.perf_counter()
-        with timing.span(what):
+        with timing.span(span):
             yield
-        logger.info("%s: %s took %.2f s", self._name, what, time.perf_counter() - started)
+        logger.info("%s: %s took %.2f s", self._name, span, time.perf_counter() - started)
 
     def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
-        """Count a step; every so many, write a record and a line."""
+        """Count a step; write a record and a log line every `log_every_steps`."""
         self._steps += 1
         plan = result.plan
         self._flops += step_flops(cast(DualEncoder, self._engine.module), batch, plan)
         self._tokens += plan.tokens
-        told = zip(self._queries, result.agreed.notes, strict=True)
-        self._queries = [queries + note.queries for queries, note in told]
+        counts = zip(self._queries, result.agreement.reports, strict=True)
+        self._queries = [queries + report.queries for queries, report in counts]
         self._bar(self._name, step, self._total_steps, f"loss {result.loss:.4f}{self._speed}  {self._describe_best()}")
         if step % self._every and step != self._total_steps:
             return
         interval = self._counted()
         seconds = interval.training_s
-        # one read of the device for all that is on it
+        # one read of the device for all values on it
         on_device = [*result.stats.values(), batch.counts.sum()]
         *values, columns = torch.stack([value.double() for value in on_device]).tolist()
         stats = dict(zip(result.stats, values, strict=True))
@@ -81,11 +81,11 @@ class Health:
             "loss": result.loss,
             "lr": self._engine.learning_rate(),
             "grad_norm": gradient_norm,
-            "alpha": result.agreed.alpha,
+            "alpha": result.agreement.alpha,
             **stats,
             "rows_per_s": rows_per_s,
-            **self._queries_told(batch, seconds),
-            "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # as if all ranks had as many
+            **self._query_rates(batch, seconds),
+            "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # extrapolated from this rank
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": plan.padding,  # this rank's
             "distinct_fraction": len(batch.doc_ids) / max(1.0, columns),
@@ -101,7 +101,7 @@ class Health:
             logging.DEBUG if self._bar.is_live else logging.INFO,  # the bar shows the newest; metrics.jsonl has all
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  %sdropped %.2f%%  %s rows/s  "
             "%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
-            self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreed.alpha,
+            self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreement.alpha,
             accuracy, 100 * stats.get("dropped_fraction", 0.0),
             f"{rows_per_s:,.0f}", f"{record['tokens_per_s']:,.0f}",
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
@@ -110,29 +110,29 @@ class Health:
         self._tokens = 0
         self._queries = [0.0] * len(self._queries)
 
-    def _queries_told(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """Return queries a second, and how unevenly ranks have them, where rows give several."""
+    def _query_rates(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """Return queries per second and their imbalance across ranks, if rows have several queries."""
         if batch.query_positions is None:
             return {}
         total = sum(self._queries)
-        told = {
+        rates = {
             "queries_per_s": total / seconds,
             "queries_max_over_mean": max(self._queries) / max(1.0, total / len(self._queries)),
         }
         logger.info(
             "%s: %s queries/s, the rank with most has %.2f times the mean",
-            self._name, f"{told['queries_per_s']:,.0f}", told["queries_max_over_mean"],
+            self._name, f"{rates['queries_per_s']:,.0f}", rates["queries_max_over_mean"],
         )  # fmt: skip
-        return told
+        return rates
 
     def after_run(self) -> None:
-        """Say where the time went."""
-        self._counted()
+        """Log the time table of the run."""
+        self._interval()
         table = self._whole.lines(peak_flops(device(), self._engine.product_dtype))
-        logger.info("%s, where the time of this rank went: %s", self._name, "\n    ".join(table))
+        logger.info("%s, time of this rank by span: %s", self._name, "\n    ".join(table))
 
     def after_validation(self, step: int, evaluation: Evaluation, selected_by: str) -> None:
-        """Write a validation's record and line."""
+        """Write the record and the log line of a validation."""
         metrics = evaluation.metrics
         record = {"step": step, "validation": metrics, "selected_by": selected_by, "seconds": evaluation.seconds}
         self._trackers.log(record)
@@ -142,8 +142,8 @@ class Health:
             "%s %d/%d  validation: %s  (%.1f s)", self._name, step, self._total_steps, shown, evaluation.seconds
         )
 
-    def _counted(self) -> TimeTable:
-        """Return the time since the last call, counted in the whole."""
+    def _interval(self) -> TimeTable:
+        """Return the times since the last call, and add them to the run's."""
         started, self._started = self._started, time.perf_counter()
         interval = TimeTable(self._started - started, self._steps, self._flops, timing.pop_seconds())
         self._whole.add(interval)
@@ -152,7 +152,7 @@ class Health:
 
 
 def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
-    """Return the operations of this rank's forward and backward, which takes twice as many; see `DualEncoder.flops`."""
+    """Return the FLOPs of this rank's forward and backward (twice the forward); see `DualEncoder.flops`."""
     towers = model.flops(*batch.sizes)
     if plan.pairs is None:
         return 3 * towers
@@ -161,18 +161,18 @@ def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
 
 
 def describe_ranks() -> str:
-    """Return for example `2 ranks`."""
+    """Format the number of ranks, for example `2 ranks`."""
     number = distributed.world_size()
     return f"{number} rank{'s' if number != 1 else ''}"
 
 
-APART = ("validation", "model folder", "checkpoint")  # spans that are no training
-TOWERS = ("encode", "backward", "backward/encode again")  # spans that the towers' matrix products are in
+NON_TRAINING_SPANS = ("validation", "model folder", "checkpoint")
+TOWER_SPANS = ("encode", "backward", "backward/encode again")  # contain the towers' matrix products
 
 
 @dataclass
 class TimeTable:
-    """Seconds of one rank by span (see timing.py), and the matrix products that it had to do in them."""
+    """Seconds of a rank by span (see timing.py), and FLOPs of its matrix products."""
 
     elapsed_s: float = 0.0
     steps: int = 0
@@ -180,7 +180,7 @@ class TimeTable:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, more: TimeTable) -> None:
-        """Count `more` in."""
+        """Add the times of another table."""
         self.elapsed_s, self.steps, self.flops = (
             self.elapsed_s + more.elapsed_s, self.steps + more.steps, self.flops + more.flops
         )  # fmt: skip
@@ -189,32 +189,32 @@ class TimeTable:
 
     @property
     def training_s(self) -> float:
-        """Return the seconds without those spent on what is no training."""
-        apart = sum(seconds for name, seconds in self.seconds.items() if name.split("/")[0] in APART)
+        """The elapsed seconds without non-training spans."""
+        apart = sum(seconds for name, seconds in self.seconds.items() if name.split("/")[0] in NON_TRAINING_SPANS)
         return max(1e-9, self.elapsed_s - apart)
 
     def lines(self, peak_flops: float) -> list[str]:
-        """Return the table; `peak_flops` are the processor's operations a second in a large matrix product."""
+        """Format the table; `peak_flops` is the processor's FLOP/s in a large matrix product."""
         named = sum(self.seconds.values())
         rows = [*sorted(self.seconds.items()), ("other", max(0.0, self.elapsed_s - named))]
         elapsed = max(1e-9, self.elapsed_s)
         lines = [f"{self.elapsed_s:.1f} s in {self.steps} steps"]
         lines += [f"{name:28s} {seconds:9.2f} s {seconds / elapsed:6.1%}" for name, seconds in rows]
-        towers = max(1e-9, sum(self.seconds.get(name, 0.0) for name in TOWERS))
+        towers = max(1e-9, sum(self.seconds.get(name, 0.0) for name in TOWER_SPANS))
         lines.append(
-            f"the towers' matrix products, padding and repetition left out: {self.flops / towers / peak_flops:.0%} of "
-            f"the peak of {peak_flops / 1e9:.0f} GFLOP/s in encode and backward, "
+            f"the towers' matrix products, without padding and recomputation: {self.flops / towers / peak_flops:.0%} "
+            f"of the peak of {peak_flops / 1e9:.0f} GFLOP/s in encode and backward, "
             f"{self.flops / self.training_s / peak_flops:.0%} over all training"
         )
         return lines
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, turns: int = 5) -> float:
-    """Return the operations a second of the best of some products of two `size` × `size` matrices."""
+    """Measure the FLOP/s of products of two `size` × `size` matrices, the best of `turns`."""
     a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(turns):
         started = time.perf_counter()
-        float((a @ b)[0, 0])  # waits for the device
+        float((a @ b)[0, 0])  # synchronises with the device
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best

@@ -1,7 +1,7 @@
-"""The training loop: one page, read it from the top to the bottom.
+"""The training loop.
 
-The trainer is built in trainer.py, a resume decided in resume.py. A step is in step.py and encoding.py, its plan in
-loader/step_plan.py, batches are made in batches.py, health lines in health.py.
+trainer.py builds the trainer, resume.py selects the checkpoint of a resume, batches.py builds batches,
+loader/step_plan.py plans a step, step.py and encoding.py run it, health.py logs it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ logger = get_logger(__name__)
 
 
 def train(trainer: Trainer) -> StageProgress:
-    """Run a stage from its start to its end and return the final progress. A collective.
+    """Run a stage to its end and return the final progress. A collective.
 
-    Raises DivergedError after too many non-finite steps in a row, Preempted where it was asked to stop and has saved.
+    Raises DivergedError after too many non-finite steps in a row, Preempted after a requested stop, with a checkpoint.
     """
     try:
         return _train(trainer)
     except Preempted:
         save(trainer, in_background=False)
         step = trainer.progress.step
-        raise Preempted(f"stopped on request after step {step}, saved; go on with --resume auto") from None
+        raise Preempted(f"stopped on request after step {step}, saved; continue with --resume auto") from None
 
 
 def _train(trainer: Trainer) -> StageProgress:
@@ -54,84 +54,84 @@ def _train(trainer: Trainer) -> StageProgress:
 
 
 def _validate_at_start(trainer: Trainer) -> None:
-    """Validate what a stage starts from, or catch up on the validation that a resumed one misses."""
+    """Validate the initial model, or repeat a validation that the interrupted run did not finish."""
     stage, progress = trainer.stage, trainer.progress
     documents, trainer.initial_documents = trainer.initial_documents, None
     if progress.step == progress.part_step:
         if trainer.starts_trained:
-            validate(trainer, documents)  # so that best/ is never worse than what the stage started from
+            validate(trainer, documents)  # so that best/ is never worse than the initial model
     elif _due(progress.step, stage.validate_every_steps) and progress.validated_at != progress.step:
-        validate(trainer)  # a request to stop had interrupted it
-    elif progress.validated_at >= 0 and trainer.validator.has_lost_best():
+        validate(trainer)  # a requested stop had interrupted it
+    elif progress.validated_at >= 0 and trainer.validator.is_best_missing():
         replace_best(trainer)
 
 
 def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
-    """Take one step per batch, fewer where the stage is over before."""
+    """Take one step per batch, until the stage is over."""
     stage, progress, stop = trainer.stage, trainer.progress, trainer.stop
     loss_function = trainer.faults.in_loss(trainer.objective)
     coming = _fetch(trainer, batches) if not trainer.is_over() else None
-    # A pipeline of one step: while step s trains, the batch of s + 1 is fetched, and the ranks agree on the numbers of
-    # its chunks in the one collective of step s.
-    needs = None if coming is None else max_requirements(coming[1].requirements)
+    # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers of
+    # chunks in the collective of step s.
+    requirements = None if coming is None else max_requirements(coming[1].requirements)
     while coming is not None and not trainer.is_over():
-        assert needs is not None
+        assert requirements is not None
         batch, draft = coming
-        plan = draft.resolve(needs)
+        plan = draft.resolve(requirements)
         coming = _fetch(trainer, batches)
         trainer.watchdog.beat(f"step {progress.step}")
         trainer.faults.in_step(progress.step)
         if trainer.store.has_failed():
-            stop.request()  # the ranks stop together; saving then raises what has failed
-        further = trainer.objective.model_inputs(batch)
-        report = partial(_report, trainer, batch, None if coming is None else coming[1])
-        result = train_step(trainer.engine, batch, plan, loss_function, trainer.lr_factor(), further, report)
-        needs = result.agreed.needs
+            stop.request()  # the ranks stop together; saving then raises the error
+        extra_inputs = trainer.objective.model_inputs(batch)
+        make_report = partial(_report, trainer, batch, None if coming is None else coming[1])
+        result = train_step(trainer.engine, batch, plan, loss_function, trainer.lr_factor(), extra_inputs, make_report)
+        requirements = result.agreement.requirements
         _count(trainer, batch, result)
         if result.applied:
             if trainer.average is not None:
                 trainer.average.update()
             trainer.alert.after_step(progress.step, result.loss, batch.row_ids)
         trainer.health.after_step(progress.step, progress.applied, batch, result)
-        if trainer.stream.needs_check([note.report for note in result.agreed.notes], trainer.stream_step):
+        if trainer.stream.needs_check([report.rows for report in result.agreement.reports], trainer.stream_step):
             trainer.stream.check(trainer.stream_step)
         if _due(progress.step, stage.validate_every_steps):
             validate(trainer)
-        if result.agreed.stop:
-            raise Preempted("asked to stop")
-        if not trainer.is_over() and (_due(progress.step, stage.save_every_steps) or result.agreed.save):
+        if result.agreement.stop:
+            raise Preempted("stop requested")
+        if not trainer.is_over() and (_due(progress.step, stage.save_every_steps) or result.agreement.save):
             save(trainer, trainer.async_checkpoints)
 
 
 def _fetch(trainer: Trainer, batches: Iterator[Batch]) -> tuple[Batch, StepDraft] | None:
-    """Return the batch of the next step and this rank's part of its plan, None after the last."""
+    """Return the next batch and this rank's draft of its plan, None after the last."""
     trainer.watchdog.beat(f"step {trainer.progress.step}, waiting for rows")
     batch = trainer.health.next_batch(batches)
     return None if batch is None else (batch, draft_step(batch, trainer.engine.budget))
 
 
 def _report(trainer: Trainer, batch: Batch, coming: StepDraft | None) -> StepReport:
-    """Return this rank's part of the step synchronisation; `coming` is the plan of the step after it."""
+    """Return this rank's report for the step synchronisation; `coming` is the draft of the next step's plan."""
     report = StepReport(trainer.stop.requested, trainer.is_save_due(), len(batch.query_ids), trainer.stream.report())
-    return report if coming is None else report._replace(needs=coming.requirements)
+    return report if coming is None else report._replace(requirements=coming.requirements)
 
 
 def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None:
     """Evaluate on the validation split; write the weights, or their average, to best/ if they are selected.
 
-    A collective. `documents` are the rank's share of the catalogue's index vectors by the present weights, where they
-    exist. Raises Preempted where the run is asked to stop meanwhile.
+    A collective. documents: this rank's index vectors of the catalogue by the current weights, if already computed.
+    Raises Preempted on a requested stop.
     """
     progress = trainer.progress
     with nullcontext() if trainer.average is None else trainer.average.in_place():
-        evaluation = trainer.validator.evaluate(trainer.engine, trainer.report_work, documents)
+        evaluation = trainer.validator.evaluate(trainer.engine, trainer.report_progress, documents)
         metric = trainer.stage.validation_metric
         score = evaluation.metrics[metric] if evaluation else None
         progress.validated_at = progress.step
         if evaluation:
             progress.history.append({"step": progress.step, **evaluation.metrics})
             trainer.health.after_validation(progress.step, evaluation, metric)
-        is_taken, is_highest = True, True  # without a split the newest is best
+        is_taken, is_highest = True, True  # without a split, the newest weights are the best
         if evaluation:
             of_start = trainer.starts_trained and progress.step == progress.part_step
             is_taken, is_highest = trainer.selection.add(evaluation, metric, of_start=of_start)
@@ -140,23 +140,23 @@ def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None
             progress.best_step = progress.step
             progress.best = progress.best if score is None else score
             origin = {"stage": trainer.name, "step": progress.step, "validation": score}
-            trainer.validator.keep(trainer.engine, origin)
+            trainer.validator.save_best(trainer.engine, origin)
 
 
 def replace_best(trainer: Trainer) -> None:
-    """Write the present weights to best/, which was lost. A collective."""
+    """Write the current weights to best/, which was lost. A collective."""
     progress, since = trainer.progress, trainer.progress.validations_since_best
     logger.warning(
-        "%s: best/ of step %d is lost; the best from step %d on takes its place",
+        "%s: best/ of step %d is missing; the best from step %d on replaces it",
         trainer.name, progress.best_step, progress.step,
     )  # fmt: skip
     progress.best, trainer.selection = float("-inf"), BestSelection()
     validate(trainer)
-    progress.validations_since_best = since  # a stage that was out of patience still is
+    progress.validations_since_best = since  # patience does not start again
 
 
 def save(trainer: Trainer, in_background: bool) -> None:
-    """Write a checkpoint, while the next steps are taken or now. A collective; waits for the checkpoint before it."""
+    """Write a checkpoint, optionally in the background. A collective; waits for the previous checkpoint."""
     step = trainer.progress.step
     trainer.stream.check(trainer.stream_step)
     trainer.watchdog.beat(f"the checkpoint of step {step}")
@@ -180,7 +180,7 @@ def _count(trainer: Trainer, batch: Batch, result: StepResult) -> None:
     progress.skipped_in_row += 1
     trainer.skipped_log.write(progress.step - 1, batch.row_ids)
     logger.warning(
-        "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are named in %s",
+        "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are listed in %s",
         progress.step, batch.row_ids[:8].tolist(), trainer.skipped_log.path,
     )  # fmt: skip
     if progress.skipped_in_row >= limit:

@@ -10,16 +10,16 @@ from bigdssm.training.optimizers import AdamW
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices, AdamW for the rest, as one optimizer: groups and states are shared with both."""
+    """Muon for matrices and AdamW for other parameters as one optimizer, with shared groups and states."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, adamw: AdamW) -> None:
-        """Build both over `groups`, of which "matrices" is Muon's."""
+        """Build both over `groups`; Muon takes the group "matrices"."""
         super().__init__(groups, {})
         matrices = [group for group in self.param_groups if group["name"] == "matrices"]
         others = [group for group in self.param_groups if group["name"] != "matrices"]
         self._both: list[torch.optim.Optimizer] = []
         if matrices:
-            # its rate is scaled to what AdamW's would do to a matrix, so that one lr fits both
+            # its updates are scaled to the RMS of AdamW's, so that one lr fits both
             muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
             self._both.append(muon)
         if others:

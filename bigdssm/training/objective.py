@@ -1,7 +1,6 @@
-"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks, what is added to it.
+"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks, distillation, penalty.
 
-The sampling correction's log q goes on the negatives alone (`corrected`) or on every column (`classic`); neither
-enters the serving score.
+The logQ correction applies to negatives only (`corrected`) or to every column (`classic`); the serving score has none.
 
 Shapes: m queries, n document columns.
 """
@@ -40,7 +39,7 @@ from bigdssm.models import Encoded
 
 
 class Objective:
-    """Calls the configured loss."""
+    """The configured loss of a stage."""
 
     def __init__(
         self,
@@ -51,13 +50,14 @@ class Objective:
         queries_per_step: float,
         operand: torch.dtype | None = None,
     ) -> None:
-        """`doc_counts`: how often each catalogue row is a positive, needed where the sampling correction uses them.
+        """Build the loss.
 
-        operand: what vectors are rounded to for the products, normalised before; None: they stay as they are.
+        doc_counts: number of times that each catalogue row is a positive, required by a sampling correction by counts.
+        operand: dtype that normalised vectors are rounded to for products; None: no rounding.
         """
         self._stage, self._loss = stage, stage.loss
         self._normalise = model.score == "cosine"
-        # A relative loss cancels it: its gradient would be rounding noise, which Adam turns into steps.
+        # A relative loss cancels it: its gradient would be rounding noise, which Adam scales up to full steps.
         self._scalar_beta = model.beta == "scalar"
         self._without_beta = self._scalar_beta and stage.loss.relative
         self._tile, self._operand = tile, operand
@@ -73,16 +73,15 @@ class Objective:
             self._streaming = StreamingFrequency(self._sampling.frequency_buckets)
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
-        """Return the loss of this rank's vectors; a collective.
+        """Compute the loss of this rank's vectors; a collective.
 
-        It is called once a step: a streaming estimate of frequencies takes the batch in, whether the step that follows
-        is applied or skipped.
+        Must be called once per step: it updates the streaming estimate of frequencies, even if the step is skipped.
         """
         loss = self._loss
         weight = relevance_weight(batch.relevance, loss.weight)
         score = self._on_scores if self._stage.scorer else self._on_vectors
         output = score(encoded, batch, weight)
-        if self._sampling is not None and self._sampling.gamma > 0:  # it would count corrected scores
+        if self._sampling is not None and self._sampling.gamma > 0:  # it would be of corrected scores
             stats = {name: value for name, value in output.stats.items() if name != "in_batch_accuracy"}
             output = replace(output, stats=stats)
         if loss.norm_penalty == 0:
@@ -92,27 +91,27 @@ class Objective:
         return replace(output, loss=output.loss + loss.norm_penalty * norms)
 
     def model_inputs(self, batch: Batch) -> Features:
-        """Return what the model's forward takes beside both sides' features, for this loss."""
-        listed = self.listed(batch)
-        return {} if listed is None else {"candidates": listed}
+        """Return the inputs of the model's forward, in addition to features, that this loss requires."""
+        candidates = self.candidates(batch)
+        return {} if candidates is None else {"candidates": candidates}
 
-    def listed(self, batch: Batch) -> Tensor | None:
-        """Return int64 [m, 1 + k], the columns that a scorer scores for each query, positives first; None without."""
+    def candidates(self, batch: Batch) -> Tensor | None:
+        """Return int64 [m, 1 + k], the columns that the scorer scores per query, positives first; None without one."""
         return None if self._stage.scorer is None else candidate_columns(batch)
 
     def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
-        listed = self.listed(batch)
-        assert listed is not None and encoded.scores is not None and batch.negatives is not None
-        absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always there
+        candidates = self.candidates(batch)
+        assert candidates is not None and encoded.scores is not None and batch.negatives is not None
+        absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always present
         scores = encoded.scores.float().masked_fill(absent, -torch.inf)
         output = scored_loss(
-            self._loss, scores, weight=weight, doc_ids=batch.doc_ids[listed], **self._queries(batch, gathered=True)
+            self._loss, scores, weight=weight, doc_ids=batch.doc_ids[candidates], **self._queries(batch, gathered=True)
         )
         distillation = self._stage.distillation
         if not isinstance(distillation, ListDistillation):
             return output
-        copies = torch.nn.functional.pad(batch.negatives == batch.positive[:, None], (1, 0))
-        scores = scores.masked_fill(copies, -torch.inf)
+        duplicates = torch.nn.functional.pad(batch.negatives == batch.positive[:, None], (1, 0))
+        scores = scores.masked_fill(duplicates, -torch.inf)
         return self._added(output, scored_loss(distillation, scores, weight=weight, teacher=batch.teacher).loss)
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
@@ -120,16 +119,16 @@ class Objective:
         negatives, distillation = self._stage.negatives, self._stage.distillation
         beta = None if self._without_beta else encoded.beta
         if self._loss.all_columns:
-            # A column into which c documents were merged stands for c columns: log c keeps the loss that of the
-            # unmerged batch, which is what makes it the same at every number of ranks.
-            copies, neg_bias = batch.counts, batch.counts.double().log()
+            # With a bias of log c for a column merged from c documents, the loss equals that of the unmerged batch,
+            # and so is the same on any number of ranks.
+            counts, neg_bias = batch.counts, batch.counts.double().log()
             if negatives.columns == "catalogue":
-                shared = is_shared(batch, distributed.rank(), distributed.world_size())
+                shared = in_catalogue_share(batch, distributed.rank(), distributed.world_size())
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
-            # here the loss counts the copies itself: only positives are shared among queries
-            copies, neg_bias = occurrences(batch.positive, len(batch.doc_ids)), None
-        beta, neg_bias = self._corrected(beta, neg_bias, batch, copies)
+            # this loss applies counts itself: only positives are shared among queries
+            counts, neg_bias = occurrences(batch.positive, len(batch.doc_ids)), None
+        beta, neg_bias = self._corrected(beta, neg_bias, batch, counts)
         queries = self._queries(batch)
 
         def loss(U: Tensor, W: Tensor) -> LossOutput:
@@ -144,7 +143,7 @@ class Objective:
                 return self._added(output, self._of_teacher(distillation.temperature, vectors, encoded, batch, weight))
             if not isinstance(distillation, ListDistillation):
                 return output
-            # of the serving score, without corrections or masks: the teacher scores every listed document
+            # on the serving score, without corrections or masks: the teacher scores every candidate
             inputs = LossBatch(
                 *vectors, batch.positive, alpha=encoded.alpha, beta=None if self._scalar_beta else encoded.beta,
                 weight=weight, negatives=batch.negatives, teacher=batch.teacher,
@@ -156,33 +155,33 @@ class Objective:
     def _of_teacher(
         self, temperature: float, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor
     ) -> Tensor:
-        """Return how far the serving scores are from the teacher's, in the loss's directions; a collective."""
+        """Return the KL divergence of the serving scores from the teacher's, in the loss's directions; a collective."""
         assert batch.teacher_query is not None and batch.teacher_doc is not None
         (U, W), queries, documents = vectors, batch.teacher_query, batch.teacher_doc
         alpha, direction = encoded.alpha, self._loss.direction
-        found = []
+        values = []
         if direction in ("q2d", "both"):
             beta = None if self._scalar_beta else encoded.beta
             teacher = BatchTeacher(queries, documents, temperature)
-            found.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, counts=batch.counts))
-        if direction in ("d2q", "both"):  # each query's document among the queries; its bias is the same for all
-            own = batch.positive
-            teacher = BatchTeacher(documents[own], queries, temperature)
-            found.append(batch_kl(W[own], U, teacher, alpha=alpha, weight=weight))
-        return torch.stack(found).mean()
+            values.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, counts=batch.counts))
+        if direction in ("d2q", "both"):  # the queries of each positive; beta is constant and cancels
+            positive = batch.positive
+            teacher = BatchTeacher(documents[positive], queries, temperature)
+            values.append(batch_kl(W[positive], U, teacher, alpha=alpha, weight=weight))
+        return torch.stack(values).mean()
 
     def _added(self, output: LossOutput, distillation: Tensor) -> LossOutput:
-        """Return a loss with the distillation added to it, and to its statistics."""
+        """Add the weighted distillation to a loss, and its value to the statistics."""
         assert self._stage.distillation is not None
         stats = {**output.stats, "distillation": distillation.detach()}
         return LossOutput(output.loss + self._stage.distillation.weight * distillation, stats)
 
     def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:
-        """Return the loss's query_ids and known pairs: by mask, queries of one id know of each other, or each is alone.
+        """Return query_ids and known pairs by the mask: queries with equal ids share positives, or are distinct.
 
-        gathered: numbers that no other rank has, for a loss that compares queries of all ranks in any case.
+        gathered: replace None by globally unique ids, for a loss that compares the queries of all ranks.
         """
-        if self._stage.negatives.mask not in ("past", "none"):  # a loss outside a config has batch
+        if self._stage.negatives.mask not in ("past", "none"):  # without a config, the mask is batch
             return {"query_ids": batch.query_ids, "known": batch.known_positives}
         if not gathered:
             return {"query_ids": None, "known": batch.known_positives}
@@ -195,23 +194,23 @@ class Objective:
         return {"query_ids": first + torch.arange(len(batch.query_ids), device=batch.query_ids.device), "known": known}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the next step's loss depends on besides the model; the same on every rank."""
+        """Return the state of the loss; the same on every rank."""
         return {} if self._streaming is None else self._streaming.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from the `state` of a checkpoint."""
+        """Restore the `state` of a checkpoint."""
         if self._streaming is not None:
             self._streaming.load_state_dict(state)
 
     def _corrected(
-        self, beta: Tensor | None, neg_bias: Tensor | None, batch: Batch, copies: Tensor
+        self, beta: Tensor | None, neg_bias: Tensor | None, batch: Batch, counts: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (beta, neg_bias) [n] with the sampling correction; `copies` [n] are the loss's columns of each."""
-        assert self._stage.sampling.name != "auto", "a Config has decided it"
+        """Return (beta, neg_bias) [n] with the sampling correction; `counts` [n] is the multiplicity of each column."""
+        assert self._stage.sampling.name != "auto", "resolved by Config"
         if self._sampling is None:
             return beta, neg_bias
         if self._streaming is not None:
-            self._streaming.update(batch.doc_ids, copies)
+            self._streaming.update(batch.doc_ids, counts)
             log_expected = self._streaming.log_expected(batch.doc_ids)
         else:
             assert self._counted is not None
@@ -220,15 +219,15 @@ class Objective:
 
 
 def candidate_columns(batch: Batch) -> Tensor:
-    """Return int64 [m, 1 + k], the columns of each query's positive and of its listed negatives."""
+    """Return int64 [m, 1 + k], the columns of each query's positive and of its hard negatives."""
     assert batch.negatives is not None
     return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)
 
 
 def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: int) -> int:
-    """Return how many documents, copies included, a query's own is told apart from, before any mask.
+    """Return the number of negatives per query, with multiplicity, before masks.
 
-    `batch` is one rank's, num_docs the catalogue's.
+    `batch` is that of one rank; num_docs is the size of the catalogue.
     """
     if stage.negatives.columns == "catalogue":
         return num_docs - 1
@@ -238,11 +237,11 @@ def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: i
 
 
 def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
-    """Return the catalogue rows that a rank encodes for all, int64: every document is in one rank's share."""
+    """Return the catalogue rows int64 that a rank encodes; the shares of all ranks are disjoint and complete."""
     return np.arange(rank, num_docs, world_size, dtype=np.int64)
 
 
-def is_shared(batch: Batch, rank: int, world_size: int) -> Tensor:
-    """Return bool [n]: whether columns of a rank are of its share; what a document was before it changed is not."""
-    own = batch.doc_rows % world_size == rank
-    return own if batch.superseded is None else own & ~batch.superseded
+def in_catalogue_share(batch: Batch, rank: int, world_size: int) -> Tensor:
+    """Return bool [n]: whether columns are in the rank's catalogue share; past document versions are not."""
+    local = batch.doc_rows % world_size == rank
+    return local if batch.superseded is None else local & ~batch.superseded

@@ -1,4 +1,4 @@
-"""Optimizers with their keys, parameter groups and the learning-rate schedule; torch-free until one is built."""
+"""Config classes of optimizers, parameter groups, the learning-rate schedule; torch is imported on build."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class AdamW(OptimizerConfig):
     eps: float = bounded(1e-8, 1e-30, 1)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return AdamW; on a GPU as one kernel for many parameters, where each would have a dozen of its own."""
+        """Build AdamW, fused on a GPU."""
         import torch
 
         on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
         return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=on_gpu or None)
 
     def state_of(self, group: str) -> tuple[str, ...]:
-        """Return both moments."""
+        """Return the names of both moments."""
         return ("exp_avg", "exp_avg_sq")
 
 
 @register_optimizer
 @dataclass(frozen=True)
 class Muon(AdamW):
-    """Muon (Jordan 2024) for the matrices, AdamW for the rest; with engine.zero_stage=0."""
+    """Muon (Jordan 2024) for matrices, AdamW for other parameters; needs engine.zero_stage=0."""
 
     whole_tensors: ClassVar[bool] = True
 
@@ -48,21 +48,21 @@ class Muon(AdamW):
     momentum: float = bounded(0.95, 0, below=1)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return both as one optimizer."""
+        """Build both as one optimizer."""
         from bigdssm.training.muon import MuonAndAdamW
 
         return MuonAndAdamW(groups, self.momentum, AdamW(betas=self.betas, eps=self.eps))
 
     def state_of(self, group: str) -> tuple[str, ...]:
-        """Return Muon's momentum of matrices, else AdamW's moments."""
+        """Return the name of Muon's momentum for matrices, else those of AdamW's moments."""
         return ("momentum_buffer",) if group == "matrices" else super().state_of(group)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return the groups of the trainable parameters: matrices (decayed), embedding tables, and the rest.
+    """Return the groups of trainable parameters: matrices (with weight decay), embedding tables, and the rest.
 
-    The rest are biases, norms, single vectors and alpha. Every group carries `name` and `base_lr`; empty groups are
-    left out. Tables are not decayed: a row that is not in the batch must not move.
+    The rest are biases, norms, single vectors and alpha. Groups have `name` and `base_lr`; empty groups are omitted.
+    Tables have no weight decay: rows that are not in the batch must not change.
     """
     from torch import nn
 
@@ -86,12 +86,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, over `parameter_groups`."""
+    """Build the optimizer of `config` over `parameter_groups`."""
     return config.build(parameter_groups(model, config))
 
 
 def state_size(model: nn.Module, config: OptimizerConfig) -> int:
-    """Return how many numbers an optimizer keeps of all parameters of a model, beside the weights."""
+    """Return the number of elements of all optimizer states of a model."""
     return sum(
         len(config.state_of(group["name"])) * parameter.numel()
         for group in parameter_groups(model, config)
@@ -100,12 +100,12 @@ def state_size(model: nn.Module, config: OptimizerConfig) -> int:
 
 
 def warmup_steps(total_steps: int, config: OptimizerConfig) -> int:
-    """Return the steps of warm-up, at most half of all: the schedule ends at `final_lr_ratio`, however short it is."""
+    """Return the steps of warm-up, at most half of all, so that short schedules also reach `final_lr_ratio`."""
     return min(config.warmup_steps, math.ceil(total_steps / 2))
 
 
 def schedule_factor(applied_steps: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Return what the base learning rate is multiplied by at step `applied_steps`: linear warm-up, then a cosine."""
+    """Return the factor of the base learning rate at step `applied_steps`: linear warm-up, then cosine decay."""
     warmup = warmup_steps(total_steps, config)
     if applied_steps < warmup:
         return (applied_steps + 1) / (warmup + 1)

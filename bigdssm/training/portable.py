@@ -1,7 +1,7 @@
-"""Weights and optimizer state by parameter name, in float32, whatever ZeRO stage and world size hold them.
+"""Weights and optimizer states by parameter name, in float32, independent of ZeRO stage and world size.
 
-What one engine gives, any other takes: another stage, another number of ranks. An engine gives pieces, each rank those
-that it has; it takes whole tensors, one at a time.
+An engine returns pieces, each rank those that it stores, and loads whole tensors, one at a time, possibly at another
+ZeRO stage or world size.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from bigdssm import distributed
 from bigdssm.checkpoints.shares import TensorPiece, even_share
 
 StateOf = Callable[[str], tuple[str, ...]]
-"""The names of the tensors that the optimizer keeps of a parameter in a group, see `OptimizerConfig.state_of`."""
+"""The names of the optimizer states of a parameter in a group, see `OptimizerConfig.state_of`."""
 
 
-def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[TensorPiece]:
-    """Yield this rank's float32 pieces of every weight, and (state's name + "/" + name) of every optimizer's state.
+def local_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[TensorPiece]:
+    """Yield this rank's float32 pieces of every weight NAME and every optimizer state STATE/NAME.
 
-    They are what ZeRO gives the rank, and an even share of what every rank has. No collective; the pieces are parts
-    of what is trained. Before the first step there are no states.
+    They are the partitions that ZeRO assigns to the rank, and an even share of replicated tensors. No collective. The
+    pieces are views of tensors in training. Before the first step there are no states.
     """
     has_states = any(len(state) for state in base_optimizer(engine, zero_stage).state.values())
     states = _states(engine, zero_stage, state_of) if has_states else {}
@@ -53,7 +53,7 @@ def own_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[Tens
 
 
 def _fragments(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[TensorPiece]:
-    """Yield what ZeRO 1 and 2 give this rank of a parameter, if anything."""
+    """Yield this rank's fragment of a parameter at ZeRO 1 and 2, if any."""
     mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
     if mapping is None:
         return
@@ -64,7 +64,7 @@ def _fragments(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[T
 
 
 def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[TensorPiece]:
-    """Yield what ZeRO 3 gives this rank of a parameter, without what it is padded with, if anything is left."""
+    """Yield this rank's partition of a parameter at ZeRO 3, without padding, if any."""
     shape, size = tuple(parameter.ds_shape), parameter.ds_tensor.numel()
     first = size * distributed.rank()
     count = min(size, prod(shape) - first)
@@ -79,10 +79,10 @@ def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[
 def set_tensors(
     engine: Any, zero_stage: int, state_of: StateOf, read: Callable[[str], Tensor], applied_steps: int
 ) -> None:
-    """Set an engine's master weights and states to what `read` returns for the names of `own_pieces`. A collective.
+    """Set master weights and optimizer states to the tensors that `read` returns by name. A collective.
 
-    The model must have been given the same weights before the engine was built around it. `applied_steps` becomes
-    the optimizer's step of every parameter.
+    Names are those of `local_pieces`. The model's weights must have been set before the engine was built.
+    `applied_steps` becomes the optimizer's step of every parameter.
     """
     if applied_steps > 0:
         _create_states(engine, zero_stage, state_of, applied_steps)
@@ -97,13 +97,13 @@ def set_tensors(
 
 
 def base_optimizer(engine: Any, zero_stage: int) -> torch.optim.Optimizer:
-    """Return the torch optimizer beneath DeepSpeed's."""
+    """Return the torch optimizer that DeepSpeed wraps."""
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer if zero_stage > 0 else engine.optimizer
     return optimizer
 
 
 def _states(engine: Any, zero_stage: int, state_of: StateOf) -> dict[nn.Parameter, tuple[str, ...]]:
-    """Return the names of the states of every trained parameter. ZeRO keeps the same of all, in flat pieces."""
+    """Return the state names of every trainable parameter; at ZeRO 1 to 3 they are the same for all."""
     groups = base_optimizer(engine, zero_stage).param_groups
     if zero_stage == 0:
         return {parameter: state_of(group["name"]) for group in groups for parameter in group["params"]}
@@ -112,7 +112,7 @@ def _states(engine: Any, zero_stage: int, state_of: StateOf) -> dict[nn.Paramete
 
 
 def _create_states(engine: Any, zero_stage: int, state_of: StateOf, applied_steps: int) -> None:
-    """Make the states that the optimizer itself would make in its first step, and tell DeepSpeed of them."""
+    """Create the states that the optimizer would create in its first step, and link them in DeepSpeed."""
     optimizer = base_optimizer(engine, zero_stage)
     groups = [(group["name"], group["params"]) for group in optimizer.param_groups]
     if zero_stage == 3:
@@ -127,14 +127,14 @@ def _create_states(engine: Any, zero_stage: int, state_of: StateOf, applied_step
 
 
 def _link_states(engine: Any, zero_stage: int) -> None:
-    """Let ZeRO 1 and 2 find all groups' states: by itself it links them when only the first group has stepped."""
+    """Link the states of all groups at ZeRO 1 and 2: DeepSpeed links them when only the first group has stepped."""
     if zero_stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _set_master(zero_stage: int, parameter: nn.Parameter, value: Tensor) -> None:
-    if zero_stage == 3:  # the call for whole tensors fails where a parameter does not divide by the ranks
+    if zero_stage == 3:  # safe_set_full_fp32_param fails if a parameter is not divisible by the world size
         safe_set_local_fp32_param(parameter, _partition(parameter, value))
     else:
         safe_set_full_fp32_param(parameter, value.to(parameter.device))
@@ -150,7 +150,7 @@ def _set_state(engine: Any, zero_stage: int, parameter: nn.Parameter, value: Ten
 
 
 def _partition(parameter: Any, value: Tensor) -> Tensor:
-    """Return this rank's padded part of a ZeRO-3 parameter."""
+    """Return this rank's padded partition of a ZeRO-3 parameter."""
     size = parameter.ds_tensor.numel()
     padded = value.new_zeros(size * distributed.world_size())
     padded[: value.numel()] = value.flatten()

@@ -1,7 +1,7 @@
-"""Resume: whether a stage may continue in its folder, from which checkpoint, and at which point of it.
+"""Resume: whether a stage may continue in its folder, from which checkpoint, and in which segment.
 
-`check_folder` decides before anything is built, `find_start` once model and stream exist: identity of the run, rules
-per key, same part or new part, stage length. Tables of a new part may have grown.
+A segment is the part of a stage over one set of training partitions; new partitions start a new one, in which embedding
+tables may grow. `check_folder` runs before anything is built, `find_start` once model and stream exist.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from bigdssm.utils.bounds import RESUME_MAY_CHANGE
 from bigdssm.utils.components import components_of
 from bigdssm.utils.log import get_logger
 
-# may     may change: it changes what is computed where, kept or said, not what is learned
-# longer  may become longer; anything, where a new part begins
-# part    a change begins a new part, over partitions that are new: the stream's state decides whether it may
-# never   another run
-Rule = Literal["may", "longer", "part", "never"]
+# may      may change: it does not affect the trained model
+# longer   may increase; may have any value in a new segment
+# segment  a change starts a new segment over new partitions, if the stream's state permits it
+# never    requires another run
+Rule = Literal["may", "longer", "segment", "never"]
 
-# By key, or by section for all keys in it; STAGE is the stage that is resumed, OTHER the other one. A component may
-# declare that a key of its own may change (`resume_may_change`), which precedes its section's rule.
+# By key, or by section for all keys in it; STAGE is the resumed stage, OTHER the other one. A component may declare
+# that one of its keys may change (`resume_may_change`), which precedes the rule of its section.
 RULES: dict[str, Rule] = {
     "run.dir": "may",
     "run.seed": "never",
     "run.trackers": "may",
-    "data.dir": "may",  # the partitions' fingerprints say whether it is the same dataset
+    "data.dir": "may",  # the dataset is identified by the partitions' fingerprints
     "data.query": "never",
     "data.doc": "never",
     "data.title": "never",
-    "data.tokenizer": "may",  # only make_shards reads it; the dataset's own is in its fingerprint
+    "data.tokenizer": "may",  # only make_shards reads it; the dataset's fingerprint includes its tokenizer
     "data.targets_per_row": "may",  # as data.tokenizer
     "data.exclude_seen": "never",
     "data.siamese": "never",
@@ -54,10 +54,10 @@ RULES: dict[str, Rule] = {
     "data.max_bad_fraction": "may",
     "data.cache_dir": "may",
     "data.cache_bytes": "may",
-    "data.from_partition": "part",
+    "data.from_partition": "segment",
     "data.webdataset": "never",
-    "data.mixture": "part",
-    "data.mixture_batches": "part",
+    "data.mixture": "segment",
+    "data.mixture_batches": "segment",
     "data.tail": "never",
     "model": "never",
     "engine": "may",
@@ -73,7 +73,7 @@ RULES: dict[str, Rule] = {
     "STAGE.distillation": "never",
     "STAGE.scorer": "never",
     "STAGE.weight_average": "never",
-    "STAGE.rerank": "never",  # what `best` is would be another thing from there on
+    "STAGE.rerank": "never",  # it affects the validation metric of `best`
     "STAGE.validation_metric": "never",
     "STAGE.validate_every_steps": "may",
     "STAGE.patience": "may",
@@ -90,100 +90,100 @@ logger = get_logger(__name__)
 
 
 def rule_of(key: str, name: StageName) -> Rule:
-    """Return the rule of a dotted key of a config whose stage `name` is resumed. Raises KeyError: it has none."""
+    """Return the rule of a dotted config key if the stage `name` is resumed. Raises KeyError: no rule."""
     section, _, rest = key.partition(".")
     if section in ("pretrain", "sft"):
         key = f"STAGE.{rest}" if section == name else "OTHER"
     while key not in RULES:
         key, dot, _ = key.rpartition(".")
         if not dot:
-            raise KeyError(f"no rule says whether {section}.{rest} may change at a resume")
+            raise KeyError(f"no rule defines whether {section}.{rest} may change at a resume")
     return RULES[key]
 
 
 @dataclass
 class StageProgress:
-    """Where a stage stands; the same on every rank, and part of every checkpoint."""
+    """Progress of a stage; equal on every rank, saved in every checkpoint under these field names."""
 
     step: int = 0  # global batches consumed
-    applied: int = 0  # of them, those whose gradients were applied; what the schedule counts
+    applied: int = 0  # steps with applied gradients; the schedule counts them
     skipped_in_row: int = 0
     best: float = float("-inf")  # validation_metric of the weights in best/
     best_step: int = 0
     validations_since_best: int = 0  # since the highest mean, which patience counts
     validated_at: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # every validation
-    # Beginning of the present part, which new partitions began: steps and schedule count from there.
+    # Values of `step` and `applied` at the start of the current segment; its steps and schedule count from there.
     part_step: int = 0
     part_applied: int = 0
 
-    def begin_part(self) -> None:
-        """Begin a new part: its validations are over other rows, so that earlier ones do not compare."""
+    def begin_segment(self) -> None:
+        """Start a new segment; its validations are not comparable with earlier ones, which have other rows."""
         self.part_step, self.part_applied = self.step, self.applied
         self.best, self.best_step, self.validations_since_best, self.validated_at = float("-inf"), self.step, 0, -1
 
     def best_metrics(self) -> dict[str, Any]:
-        """Return the best validation of the present part, empty without one."""
+        """Return the best validation of the current segment, empty without one."""
         chosen = (entry for entry in reversed(self.history) if entry["step"] == self.best_step)
         return next(chosen, {}) if math.isfinite(self.best) else {}
 
     def describe_best(self, metric: str) -> str:
-        """Return for example `best validation NDCG@10 0.1234`, of the present part."""
+        """Format the best validation of the current segment, for example `best validation NDCG@10 0.1234`."""
         if math.isfinite(self.best):
             return f"best validation {metric_label(metric)} {self.best:.4f}"
-        return "no validation split, the newest is best,"
+        return "no validation split, the newest weights are the best,"
 
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where a stage starts: at its beginning, or from a checkpoint, in the same part or at the start of a new one."""
+    """The start of a stage: its beginning, or a checkpoint, in the same segment or at the start of a new one."""
 
     run_id: str
     progress: StageProgress
     checkpoint: LoadedCheckpoint | None = None
-    same_part: bool = False  # the stream continues where the checkpoint was written
+    same_segment: bool = False  # the stream continues where the checkpoint was written
 
     @property
     def precision(self) -> dict[str, str] | None:
-        """The precision that the run began with (see losses/precision.py)."""
+        """The precision at the start of the run (see losses/precision.py)."""
         return None if self.checkpoint is None else self.checkpoint.state["precision"]
 
     def reader(self, model: DualEncoder) -> TensorReader | None:
-        """Return a reader of the checkpoint's tensors, with the new rows of a new `model` in a new part."""
+        """Return a reader of the checkpoint's tensors; in a new segment, with rows added for a larger `model`."""
         if self.checkpoint is None:
             return None
-        return self.checkpoint.reader() if self.same_part else GrownReader(self.checkpoint, model)
+        return self.checkpoint.reader() if self.same_segment else GrownReader(self.checkpoint, model)
 
     def describe(self, dataset: Dataset) -> str:
-        """Return the path of the checkpoint and, in a new part, its partitions."""
+        """Format the path of the checkpoint and, in a new segment, its partitions."""
         assert self.checkpoint is not None
         names = ", ".join(partition.name for partition in dataset.partitions)
-        return f"{self.checkpoint.path}" + ("" if self.same_part else f", at the beginning of {names}")
+        return f"{self.checkpoint.path}" + ("" if self.same_segment else f", at the beginning of {names}")
 
 
 def check_folder(config: Config, name: StageName, resume: bool) -> None:
-    """Raise unless the stage's folder is free, or this run's own and to be resumed.
+    """Raise unless the stage's folder is empty, or belongs to this run and `resume` is set.
 
-    Raises CheckpointError, and ConfigError where it is to be resumed with what may not change.
+    Raises CheckpointError; ConfigError: a key changed that must not change at a resume.
     """
     folder = config.stage_dir(name)
     path = folder / CONFIG_FILE
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, needs to be a folder or not there; choose another run.dir")
+        raise CheckpointError(f"{folder} is a file, needs to be a folder or not exist; choose another run.dir")
     if not folder.exists() or all(file.name == RUNNING_FILE for file in folder.iterdir()):
-        return  # nothing but the lock of a start that ended at once
+        return  # contains at most the lock of a start that failed early
     if not resume:
-        raise CheckpointError(f"{folder} is not empty; go on with --resume auto, or choose another run.dir")
+        raise CheckpointError(f"{folder} is not empty; continue with --resume auto, or choose another run.dir")
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
     _check_written_config(path, config, name)
 
 
 def find_start(config: Config, name: StageName, store: CheckpointStore, stream: RowStream, resume: bool) -> StartPoint:
-    """Return where the stage starts, with `resume` at the newest good checkpoint. A collective.
+    """Return the start point of the stage, with `resume` the newest valid checkpoint. A collective.
 
-    Raises CheckpointError: it is of another run or config; DataError: of another dataset; ConfigError: the stage became
-    shorter.
+    Raises CheckpointError: it is of another run or config; DataError: of another dataset; ConfigError: the stage
+    became shorter.
     """
     checkpoint = store.newest_valid() if resume else None
     run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state["run_id"])
@@ -191,36 +191,36 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
         return StartPoint(run_id, StageProgress())
     _check_origin(checkpoint, run_id, config, name)
     progress = StageProgress(**checkpoint.state["progress"])
-    same_part = stream.check_state(checkpoint.state["stream"])
-    if same_part:
+    same_segment = stream.check_state(checkpoint.state["stream"])
+    if same_segment:
         _check_length(checkpoint, progress, config.stage(name), name, stream.steps_per_epoch)
     else:
-        progress.begin_part()
-    return StartPoint(run_id, progress, checkpoint, same_part)
+        progress.begin_segment()
+    return StartPoint(run_id, progress, checkpoint, same_segment)
 
 
 def _check_written_config(path: Path, config: Config, name: StageName) -> None:
-    """Raise unless the stage that wrote its config to `path` may be resumed with `config`.
+    """Raise unless the stage with the config at `path` may be resumed with `config`.
 
-    Raises CheckpointError where the file cannot be read, ConfigError naming what may not change.
+    Raises CheckpointError: the file cannot be read; ConfigError: a key changed that must not change.
     """
     try:
         before = load_written_config(path).to_dict()
     except (ConfigError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").split())
         raise CheckpointError(
-            f"{path} does not load, so that this config cannot be compared with the run's: {reason}; bring it back, or "
+            f"{path} does not load, so that this config cannot be compared with the run's: {reason}; restore it, or "
             "choose another run.dir"
         ) from None
     if difference := forbidden_change(before, config, name):
         raise ConfigError(
-            f"{path.parent} was run with another config: {difference}; resume needs the same (docs/faults.md has what "
-            "may change)"
+            f"{path.parent} was run with another config: {difference}; resume needs the same (docs/faults.md lists "
+            "keys that may change)"
         )
 
 
 def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, name: StageName) -> None:
-    """Raise CheckpointError unless this stage of the run wrote `checkpoint`, with a config that `config` may follow."""
+    """Raise CheckpointError unless this stage of this run wrote `checkpoint`, with a config that may be continued."""
     fix = "move it out of the folder, or choose another run.dir"
     if (stage := checkpoint.state.get("stage")) != name:
         raise CheckpointError(
@@ -243,13 +243,13 @@ def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, nam
 def _check_length(
     checkpoint: LoadedCheckpoint, progress: StageProgress, stage: StageConfig, name: StageName, steps_per_epoch: int
 ) -> None:
-    """Log the learning rate of a longer stage. Raises ConfigError: a shorter one, or one without negatives."""
+    """Log the learning rate of a longer stage. Raises ConfigError: a shorter one, or one that lacks mined negatives."""
     saved = checkpoint.state["config"][name]
-    steps = part_steps(stage, steps_per_epoch)
-    before = part_steps(replace(stage, steps=saved["steps"], epochs=saved["epochs"]), steps_per_epoch)
+    steps = segment_steps(stage, steps_per_epoch)
+    before = segment_steps(replace(stage, steps=saved["steps"], epochs=saved["epochs"]), steps_per_epoch)
     if steps < before:
         raise ConfigError(
-            f"{name}.steps, {name}.epochs: got {steps} steps, needs at least the {before} of before: a resumed stage "
+            f"{name}.steps, {name}.epochs: got {steps} steps, needs at least the previous {before}: a resumed stage "
             "may become longer, not shorter; bigdssm stop_run --save ends one early"
         )
     if steps == before:
@@ -258,25 +258,25 @@ def _check_length(
     mined_once = stage.negatives.hard and mining.file is None and mining.every_steps == 0
     if mined_once and before < steps_per_epoch:
         raise ConfigError(
-            f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined for the "
-            f"rows of these alone; begin anew in another run.dir, or mine with bigdssm mine_negatives for "
+            f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined only for "
+            f"the rows of these; start again in another run.dir, or mine with bigdssm mine_negatives for "
             f"{name}.negatives.mining.file"
         )
     applied = progress.applied - progress.part_applied
     was, now = (stage.optimizer.lr * schedule_factor(applied, total, stage.optimizer) for total in (before, steps))
     logger.info(
-        "%s takes %d steps, before it was to take %d: the learning rate follows the longer schedule from here on, %.2e "
+        "%s takes %d steps, previously %d: the learning rate follows the longer schedule from here on, %.2e "
         "at step %d in place of %.2e", name, steps, before, now, checkpoint.step, was,
     )  # fmt: skip
 
 
-def part_steps(stage: StageConfig, steps_per_epoch: int) -> int:
-    """Return the steps of a stage, or of its part over new partitions."""
+def segment_steps(stage: StageConfig, steps_per_epoch: int) -> int:
+    """Return the number of steps of a segment."""
     return stage.steps or math.ceil(stage.epochs * steps_per_epoch)
 
 
 def forbidden_change(before: dict[str, Any], config: Config, name: StageName) -> str | None:
-    """Return the first difference that another run would need, as `KEY was A, is B`."""
+    """Return the first change that requires another run, as `KEY was A, is B`."""
     for key, was, now in differences(before, config.to_dict()):
         if rule_of(key, name) == "never" and not _may_change(config, key):
             return f"{key} was {was}, is {now}"
@@ -284,32 +284,32 @@ def forbidden_change(before: dict[str, Any], config: Config, name: StageName) ->
 
 
 def _may_change(config: Config, key: str) -> bool:
-    """Return whether a component declares that a resume may change its `key`, dotted from the config's root."""
+    """Return whether a component declares that its `key`, a dotted config key, may change at a resume."""
     keys = ((f"{block}.{f.name}", f) for block, part in components_of(config) for f in fields(cast(Any, part)))
     return any(key == name and f.metadata.get(RESUME_MAY_CHANGE) for name, f in keys)
 
 
 def grow_model(model: DualEncoder, schema: Schema) -> None:
-    """Give `model` the tables that `schema` needs, whose vocabularies begin with those of the model's own."""
-    for name, (known, needed) in model.tables.grow(schema).items():
-        _log_growth(f"table {name}", known, needed)
+    """Enlarge the model's tables for `schema`, whose vocabularies extend those of the model."""
+    for name, (old_rows, new_rows) in model.tables.grow(schema).items():
+        _log_growth(f"table {name}", old_rows, new_rows)
     model.schema = schema
 
 
 class GrownReader(TensorReader):
-    """Reads a checkpoint for a new `model` whose tables may have more rows: as initialised, their moments zero."""
+    """Reads a checkpoint for a `model` with larger tables: new rows keep their initial values, with zero moments."""
 
     def __init__(self, checkpoint: LoadedCheckpoint, model: DualEncoder) -> None:
         super().__init__(checkpoint)
         self._new_rows: dict[str, Tensor] = {}
         for name, parameter in model.tables.named_parameters("tables"):
-            known, needed = self.shape(name)[0], len(parameter)
-            if known < needed:
-                _log_growth(name, known, needed)
-                self._new_rows[name] = parameter.detach()[known:].float().clone()
+            old_rows, new_rows = self.shape(name)[0], len(parameter)
+            if old_rows < new_rows:
+                _log_growth(name, old_rows, new_rows)
+                self._new_rows[name] = parameter.detach()[old_rows:].float().clone()
 
     def __call__(self, name: str) -> Tensor:
-        """Return the tensor `name`, on the CPU, with its new rows. Raises CheckpointError where there is none."""
+        """Return the tensor `name`, on the CPU, with its new rows. Raises CheckpointError: no such tensor."""
         tensor = super().__call__(name)
         moment, _, weight = name.rpartition("/")
         new_rows = self._new_rows.get(weight)
@@ -318,7 +318,5 @@ class GrownReader(TensorReader):
         return torch.cat([tensor, torch.zeros_like(new_rows) if moment else new_rows])
 
 
-def _log_growth(what: str, known: int, needed: int) -> None:
-    logger.info(
-        "%s: %d rows as they were, %d new ones for values that came with new partitions", what, known, needed - known
-    )
+def _log_growth(name: str, old_rows: int, new_rows: int) -> None:
+    logger.info("%s: %d existing rows, %d new ones for values of new partitions", name, old_rows, new_rows - old_rows)

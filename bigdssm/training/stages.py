@@ -26,12 +26,12 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.training.batches import BatchMaker, read_batches, row_stream
+from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.checks import check_agreement, check_stage, initial_model
 from bigdssm.training.engine import device, init_process_group
 from bigdssm.training.health import describe_ranks
 from bigdssm.training.loop import train
-from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, part_steps
+from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, segment_steps
 from bigdssm.training.trainer import Trainer
 from bigdssm.utils import atomic
 from bigdssm.utils.log import get_logger
@@ -41,15 +41,15 @@ _training = threading.Lock()
 
 
 @contextmanager
-def sole_stage() -> Iterator[None]:
-    """Hold this process for one stage: random state, process group and thread counts are the process's.
+def stage_lock() -> Iterator[None]:
+    """A lock for one stage per process, since random states, process group and thread counts are global.
 
-    Raises ConfigError where another thread trains.
+    Raises ConfigError: another thread is training.
     """
     if not _training.acquire(blocking=False):
         raise ConfigError(
-            "a stage is training in this process, needs none: random numbers and the process group are shared by all "
-            "threads; train one stage after the other, or each in a process of its own (bigdssm pretrain)"
+            "a stage is training in this process, needs none: random states and the process group are shared by all "
+            "threads; train one stage after the other, or each in a separate process (bigdssm pretrain)"
         )
     try:
         yield
@@ -61,9 +61,9 @@ def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
     launcher: Launcher | None = None, stop: StopRequest | None = None,
 ) -> StageProgress | None:  # fmt: skip
-    """Check, build and train one stage on this rank, within `sole_stage`, and return its progress at the end.
+    """Check, build and train one stage on this rank, within `stage_lock`; return its final progress.
 
-    `validate_only` stops after the first batch was made and returns None.
+    validate_only: stop after the first batch was built, and return None.
     """
     dataset = check_stage(config, name, world_size)
     if not validate_only:
@@ -72,7 +72,7 @@ def run_stage(
     stop = stop or StopRequest()
     init_process_group()
     lock = FolderLock(folder)
-    with ExitStack() as after:  # closed after the watchdog has ended: trackers may upload for long
+    with ExitStack() as after:  # closed after the watchdog: trackers may take long to upload
         watchdog = Watchdog(
             config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.request
         )
@@ -87,7 +87,7 @@ def run_stage(
             )  # fmt: skip
             if validate_only:
                 _report_valid(config, name, model, stream)
-                check_folder(config, name, resume)  # last: it hides nothing that is wrong with the config
+                check_folder(config, name, resume)  # last, so that errors of the config are reported first
                 return None
             after.enter_context(lock)
             store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
@@ -101,7 +101,7 @@ def run_stage(
                     config, name, model, stream, start,
                     store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,
                 )  # fmt: skip
-                del start  # and with it what was read of the checkpoint
+                del start  # frees the checkpoint in memory
                 record_start(folder, done.step, trainer.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
@@ -116,21 +116,21 @@ def run_stage(
 
 
 def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
-    """Return a new model, or the one that the stage starts from, checked against dataset and config.
+    """Build a new model, or load the initial model and check it against dataset and config.
 
-    Where the stage trains a scorer, the model has a new one. A resumed stage begins here, too, for the
-    vocabularies and architecture; the checkpoint then has the weights.
+    A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
+    from the checkpoint.
     """
     source, scorer = initial_model(config, name), config.stage(name).scorer
     if source is None:
-        # .train(), since transformers gives a pretrained encoder out in evaluation mode
+        # .train(), since transformers returns pretrained encoders in evaluation mode
         return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer).train()
     if is_checkpoint_dir(source):
         loaded = load_checkpoint_model(source, scorer)
     else:
         loaded = load_model_folder(source, scorer=scorer)
     if loaded.model.scorer is not None and scorer is None:
-        raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without")
+        raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
     loaded.view(dataset)
     grow_model(loaded.model, dataset.schema)
     difference = _model_difference(loaded.config, config)
@@ -142,7 +142,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
 
 
 def _model_difference(theirs: Config, mine: Config) -> str | None:
-    """Return the first key in which two model sections differ; what only training looks at may."""
+    """Return the first key in which two model sections differ, except keys used only in training."""
 
     def shape(config: Config) -> dict[str, Any]:
         model = config.to_dict()["model"]
@@ -163,8 +163,8 @@ def _write_config(folder: Path, config: Config) -> None:
 
 def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: RowStream) -> None:
     stage = config.stage(name)
-    batch = next(read_batches(stream, BatchMaker(stream, stage, config.run.seed), device()))
-    parameters, steps = sum(p.numel() for p in model.parameters()), part_steps(stage, stream.steps_per_epoch)
+    batch = next(read_batches(stream, BatchBuilder(stream, stage, config.run.seed), device()))
+    parameters, steps = sum(p.numel() for p in model.parameters()), segment_steps(stage, stream.steps_per_epoch)
     logger.info(
         "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",
         name, f"{parameters:,}", steps, len(batch.query_ids), len(batch.doc_ids),

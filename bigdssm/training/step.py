@@ -1,4 +1,4 @@
-"""One training step: encode, one loss over the global batch, backward through the towers, rank synchronisation."""
+"""One training step: forward, one loss over the global batch, backward, and the synchronisation of ranks."""
 
 from __future__ import annotations
 
@@ -23,57 +23,60 @@ from bigdssm.utils import timing
 
 
 class StepReport(NamedTuple):
-    """What one rank tells."""
+    """The values that a rank sends to all ranks in a step."""
 
-    stop: float = 0.0  # whether it was asked to
-    save: float = 0.0  # whether a checkpoint is due
-    queries: float = 0.0
-    report: RowReport = RowReport(0.0, 0.0, 0.0)
-    needs: StepRequirements = StepRequirements(1, 1, 0, 0)  # of the next batch's plan
+    stop: float = 0.0  # 1 if a stop was requested
+    save: float = 0.0  # 1 if a checkpoint is due
+    queries: float = 0.0  # number of queries in the batch
+    rows: RowReport = RowReport(0.0, 0.0, 0.0)
+    requirements: StepRequirements = StepRequirements(1, 1, 0, 0)  # of the next batch's plan
 
 
 @dataclass(frozen=True)
 class StepAgreement:
-    """What every rank then knows of all."""
+    """The reports of all ranks, equal on every rank."""
 
-    loss: float  # the mean
+    loss: float  # mean over ranks
     alpha: float
-    notes: tuple[StepReport, ...]  # by rank
+    reports: tuple[StepReport, ...]  # by rank
 
     @property
     def stop(self) -> bool:
-        """Return whether any rank was asked to stop."""
-        return any(note.stop for note in self.notes)
+        """Whether a stop was requested on any rank."""
+        return any(report.stop for report in self.reports)
 
     @property
     def save(self) -> bool:
-        """Return whether a checkpoint is due on any rank."""
-        return any(note.save for note in self.notes)
+        """Whether a checkpoint is due on any rank."""
+        return any(report.save for report in self.reports)
 
     @property
-    def needs(self) -> StepRequirements:
-        """Return the most that any rank needs."""
-        return StepRequirements(*(max(numbers) for numbers in zip(*(note.needs for note in self.notes), strict=True)))
+    def requirements(self) -> StepRequirements:
+        """The maximum of the requirements over ranks."""
+        of_ranks = zip(*(report.requirements for report in self.reports), strict=True)
+        return StepRequirements(*(max(numbers) for numbers in of_ranks))
 
 
-def agree(loss: Tensor, alpha: Tensor, note: StepReport) -> Callable[[], StepAgreement]:
-    """Send this rank's loss, alpha and note; what is returned waits for those of all ranks. A collective."""
-    own = torch.tensor([note.stop, note.save, note.queries, *note.report, *note.needs], dtype=torch.float64)
+def exchange_reports(loss: Tensor, alpha: Tensor, report: StepReport) -> Callable[[], StepAgreement]:
+    """Start an all-gather of loss, alpha and report; the returned function waits for it. A collective."""
+    numbers = [report.stop, report.save, report.queries, *report.rows, *report.requirements]
     of_device = torch.stack([loss.detach().double().view(()), alpha.detach().double().view(())])
-    row = torch.cat([of_device, to_device(own, loss.device)])
+    row = torch.cat([of_device, to_device(torch.tensor(numbers, dtype=torch.float64), loss.device)])
     gathered = distributed.all_gather_padded(row[None], 1)
 
     def read() -> StepAgreement:
         table = gathered.wait().tolist()
         losses = [numbers[0] for numbers in table]
-        return StepAgreement(sum(losses) / len(losses), table[0][1], tuple(_note(numbers[2:]) for numbers in table))
+        return StepAgreement(
+            sum(losses) / len(losses), table[0][1], tuple(_parse_report(numbers[2:]) for numbers in table)
+        )
 
     return read
 
 
-def _note(numbers: Sequence[float]) -> StepReport:
-    stop, save, queries, *further = numbers
-    return StepReport(stop, save, queries, RowReport(*further[:3]), StepRequirements(*map(int, further[3:])))
+def _parse_report(numbers: Sequence[float]) -> StepReport:
+    stop, save, queries, *others = numbers
+    return StepReport(stop, save, queries, RowReport(*others[:3]), StepRequirements(*map(int, others[3:])))
 
 
 LossFunction = Callable[[Encoded, Batch], LossOutput]
@@ -81,18 +84,18 @@ LossFunction = Callable[[Encoded, Batch], LossOutput]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step reports; the same on every rank."""
+    """The result of a step."""
 
-    agreed: StepAgreement
-    applied: bool  # False where loss or gradients were not finite
-    gradient_norm: float | Tensor  # on the device, where nothing needed it yet
+    agreement: StepAgreement
+    applied: bool  # False if loss or gradients were not finite
+    gradient_norm: float | Tensor  # a tensor if it has not been read from the device
     stats: dict[str, Tensor]
-    plan: StepPlan  # of what was encoded
+    plan: StepPlan  # as executed
 
     @property
     def loss(self) -> float:
-        """Return the mean loss over ranks."""
-        return self.agreed.loss
+        """The mean loss over ranks."""
+        return self.agreement.loss
 
 
 def train_step(
@@ -101,32 +104,31 @@ def train_step(
     plan: StepPlan,
     loss_function: LossFunction,
     lr_factor: float,
-    further: Features | None = None,
-    note: Callable[[], StepReport] = StepReport,
+    extra_inputs: Features | None = None,
+    make_report: Callable[[], StepReport] = StepReport,
 ) -> StepResult:
-    """Run one step on this rank's share of the global batch and return what all ranks report of it. A collective.
+    """Run one step on this rank's share of the global batch. A collective.
 
-    further: what the model's forward takes for the queries beside both sides (without chunks), by name. note: asked
-    for what this rank has to tell the others, once its gradients are on their way.
+    extra_inputs: see `encode`. make_report: called after the backward, while gradients are being reduced.
     """
     with timing.span("encode"):
-        encoded, backward, plan = encode(engine, batch, plan, further or {})
+        encoded, backward, plan = encode(engine, batch, plan, extra_inputs or {})
     with timing.span("loss"):
         leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
         output = loss_function(leaves, batch)
         output.loss.backward()
-        _spoil(leaves, output.loss.detach())
+        _invalidate_gradients(leaves, output.loss.detach())
     with timing.span("backward"):
         backward(leaves)
     with timing.span("optimizer"):
-        agreed = agree(output.loss, leaves.alpha, note())
+        agreement = exchange_reports(output.loss, leaves.alpha, make_report())
         applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
-    return StepResult(agreed(), applied, norm, output.stats, plan)
+    return StepResult(agreement(), applied, norm, output.stats, plan)
 
 
-def _spoil(leaves: Encoded, loss: Tensor) -> None:
-    """Make every gradient NaN where the loss is not finite on this rank: reduced, they have all ranks skip the step."""
+def _invalidate_gradients(leaves: Encoded, loss: Tensor) -> None:
+    """Set all gradients to NaN if this rank's loss is not finite: after the reduction, all ranks skip the step."""
     zero_or_nan = loss * 0
     for leaf in leaves:
         if leaf is not None and leaf.grad is not None:

@@ -1,4 +1,4 @@
-"""The trainer of one stage: everything that its steps use, built from the config, and its state."""
+"""The trainer of a stage: its components, built from the config, and their state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.losses.precision import saved_precision, settle_precision
 from bigdssm.models import DualEncoder
-from bigdssm.training.batches import BatchMaker, read_batches
+from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.checks import initial_model
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
@@ -35,9 +35,9 @@ from bigdssm.training.health import Health
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor, warmup_steps
-from bigdssm.training.resume import StartPoint, part_steps
+from bigdssm.training.resume import StartPoint, segment_steps
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
-from bigdssm.training.warm_start import start_items
+from bigdssm.training.warm_start import initialize_item_embeddings
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -46,9 +46,9 @@ logger = get_logger(__name__)
 class Trainer:
     """Model, engine, data, loss and progress of a stage on this rank; `loop.train` runs it.
 
-    `state_dict` returns everything that the next step depends on. A resumed stage restores it in this order: precision,
-    before the engine is built; weights, before the engine copies them; hard negatives, before the first batch; and by
-    `load_state_dict` the rest: optimizer, loss, weight average, random states, position in the stream.
+    `state_dict` returns the complete training state. A resumed stage restores it in this order: precision, before the
+    engine is built; weights, before the engine copies them; hard negatives, before the first batch; and in
+    `load_state_dict` optimizer, loss, weight average, random states, position in the stream.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Trainer:
     ) -> None:  # fmt: skip
         """Build the stage and restore it to `start`. A collective.
 
-        Raises CheckpointError where hard negatives of a resumed run are lost, Preempted where the run is asked to stop
-        while they are mined.
+        Raises CheckpointError: hard negatives of a resumed run are missing; Preempted: a stop is requested while they
+        are mined.
         """
         self.name, self.stage, self.folder = name, config.stage(name), config.stage_dir(name)
         self.progress = start.progress
-        self.stream, self.stream_step = stream, stream.step  # the first step not consumed; the stream reads ahead
+        self.stream, self.stream_step = stream, stream.step  # next step to consume; the stream reads ahead
         self.store, self.watchdog, self.stop, self.faults = store, watchdog, stop, Faults.from_environment()
         stage, progress, dataset = self.stage, self.progress, stream.dataset
         rank, world_size = distributed.rank(), distributed.world_size()
@@ -77,7 +77,7 @@ class Trainer:
         if read is not None:
             model.load_state_dict(read.weights())
         elif stage.warm_start.window:
-            start_items(model, dataset, stage.warm_start)
+            initialize_item_embeddings(model, dataset, stage.warm_start)
         if how.checkpoint_activations:
             model.checkpoint_activations()
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size))
@@ -89,14 +89,14 @@ class Trainer:
         self.selection = BestSelection()
         self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None
 
-        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_work)
-        hard_negatives, documents = self.mining.load(progress.step - progress.part_step, start.same_part)
-        self._make_batch = BatchMaker(stream, stage, config.run.seed, hard_negatives)
+        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_progress)
+        hard_negatives, documents = self.mining.load(progress.step - progress.part_step, start.same_segment)
+        self._make_batch = BatchBuilder(stream, stage, config.run.seed, hard_negatives)
 
         torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
         if read is not None:
             self.load_state_dict(start, read)
-        steps = part_steps(stage, stream.steps_per_epoch)
+        steps = segment_steps(stage, stream.steps_per_epoch)
         self.total_steps = progress.part_step + steps
         warmup = warmup_steps(steps, stage.optimizer)
         if warmup < stage.optimizer.warmup_steps:
@@ -107,7 +107,7 @@ class Trainer:
 
         self.validator = Validator(dataset, config, name, rows_per_chunk=1024)
         self.starts_trained = initial_model(config, name) is not None or progress.part_step > 0
-        # This rank's index vectors, where mining has encoded them; a resumed average of the weights has others.
+        # this rank's index vectors, if mining has encoded them; not valid for a restored weight average
         self.initial_documents = None if self.average is not None and read is not None else documents
         metric = stage.validation_metric
         self.health = Health(
@@ -121,7 +121,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on, as `CheckpointStore.save` takes it."""
+        """Return the complete training state, as arguments of `CheckpointStore.save`."""
         random = RandomState.now()
         return {
             "state": {
@@ -133,14 +133,14 @@ class Trainer:
             | ({} if self.average is None else self.average.state_dict())
             | self.selection.state_dict(),
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
-            "pieces": self.engine.own_pieces(),
+            "pieces": self.engine.local_pieces(),
         }
 
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
-        """Restore the state of a checkpoint, which `read` reads; the model has its weights. A collective.
+        """Restore the state of a checkpoint, read by `read`; the model's weights are set already. A collective.
 
-        In a new part, the stream stays at its beginning. On another number of ranks, random states are new: dropout
-        then draws other masks.
+        In a new segment, the stream stays at its beginning. At another world size, random states are new, and with them
+        dropout masks.
         """
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
@@ -150,18 +150,17 @@ class Trainer:
             self.average.load_state_dict(common)
         if (random := start.checkpoint.rank_state) is not None:
             RandomState(random["cpu"], random.get("device")).restore()
-        if start.same_part:
-            self.selection.load_state_dict(common)
+        if start.same_segment:
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
-        logger.info("%s goes on from %s", self.name, start.describe(self.stream.dataset))
+        logger.info("%s continues from %s", self.name, start.describe(self.stream.dataset))
 
     def batches(self, num: int) -> Generator[Batch]:
         """Yield the next `num` batches on this rank's device."""
         return read_batches(self.stream, self._make_batch, device(), num)
 
     def refresh_hard_negatives(self) -> None:
-        """Mine hard negatives for the coming steps by the present weights. A collective."""
-        self.store.wait()  # what is being written needs what was mined before it
+        """Mine hard negatives for the next steps by the current weights. A collective."""
+        self.store.wait()  # a checkpoint in progress needs the current file
         step, part_step = self.progress.step, self.progress.part_step
         with self.health.timed("mining"):
             self._make_batch.hard_negatives = self.mining.refresh(step - part_step, part_step)
@@ -172,26 +171,26 @@ class Trainer:
         return min(self.total_steps - self.progress.step, until_mined)
 
     def lr_factor(self) -> float:
-        """Return the learning rate of the next step, relative to its peak; the schedule counts applied steps."""
+        """Return the learning rate of the next step, relative to the peak; the schedule counts applied steps."""
         applied = self.progress.applied - self.progress.part_applied
         return schedule_factor(applied, self.total_steps - self.progress.part_step, self.stage.optimizer)
 
-    def report_work(self, what: str, done: int, total: int | None) -> None:
+    def report_progress(self, task: str, done: int, total: int | None) -> None:
         """Report progress of long work between steps to the watchdog. A collective.
 
-        Raises Preempted where the run is asked to stop.
+        Raises Preempted on a requested stop.
         """
-        self.watchdog.beat(f"{what}: {done} of {total}")
+        self.watchdog.beat(f"{task}: {done} of {total}")
         if self.stop.any_rank_requested():
-            raise Preempted(f"stopped on request while {what}; go on with --resume auto")
+            raise Preempted(f"stopped on request while {task}; continue with --resume auto")
 
     def is_over(self) -> bool:
-        """Return True where all steps are taken, or patience is exhausted."""
+        """Return True if all steps are taken, or patience is exhausted."""
         patience = self.stage.patience
         out_of_patience = patience > 0 and self.progress.validations_since_best >= patience
         return out_of_patience or self.progress.step >= self.total_steps
 
     def is_save_due(self) -> bool:
-        """Return True where the last checkpoint is, on this rank, older than the config allows."""
+        """Return True if, on this rank, the last checkpoint is older than the config allows."""
         every_s = 60.0 * self.stage.save_every_minutes
         return every_s > 0 and time.monotonic() - self.saved_at >= every_s

@@ -30,21 +30,21 @@ from bigdssm.utils.hashing import hex64
 from bigdssm.utils.locks import WriterLock
 from bigdssm.utils.log import get_logger
 
-KNOWN = ("low", "high", "log", "choices")
+DISTRIBUTION_KEYS = ("low", "high", "log", "choices")
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where each key's values come from."""
+    """The search space: a distribution per config key."""
 
     keys: dict[str, BaseDistribution]
 
-    def inside(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of `values` that the search could propose itself."""
+    def allowed_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of `values` that are in the space."""
         return {key: value for key, value in values.items() if key in self.keys and _allows(self.keys[key], value)}
 
-    def ends(self) -> Iterator[tuple[str, Any]]:
-        """Yield (key, value) of the least and the largest of each, and of every choice."""
+    def bounds(self) -> Iterator[tuple[str, Any]]:
+        """Yield (key, value) for the lowest and highest value of each range, and for every choice."""
         for key, distribution in self.keys.items():
             if isinstance(distribution, CategoricalDistribution):
                 yield from ((key, choice) for choice in distribution.choices)
@@ -54,25 +54,25 @@ class Space:
 
 
 def read_space(path: Path) -> Space:
-    """Return the space of a YAML file. Raises ConfigError: what is wrong with it."""
+    """Read the space of a YAML file. Raises ConfigError: the file is invalid."""
     needs = "keys with their values, such as `pretrain.optimizer.lr: {low: 1.0e-3, high: 1}`"
     content = cast(dict[Any, Any], OmegaConf.to_container(read_yaml(path, needs)))
     if not content:
         raise ConfigError(f"{path} is empty, needs {needs}")
-    return Space({str(key): _distribution(f"{path}: {key}", given) for key, given in content.items()})
+    return Space({str(key): _distribution(f"{path}: {key}", entry) for key, entry in content.items()})
 
 
-def _distribution(where: str, given: Any) -> BaseDistribution:
-    if not isinstance(given, dict) or set(given) - set(KNOWN):
-        raise ConfigError(f"{where}: got {given!r}, needs {{low: …, high: …, log: true or false}} or {{choices: […]}}")
-    if "choices" in given:
-        choices = given["choices"]
-        if len(given) > 1 or not isinstance(choices, list) or not choices:
-            raise ConfigError(f"{where}: got {given!r}, needs a list of choices alone")
+def _distribution(where: str, entry: Any) -> BaseDistribution:
+    if not isinstance(entry, dict) or set(entry) - set(DISTRIBUTION_KEYS):
+        raise ConfigError(f"{where}: got {entry!r}, needs {{low: …, high: …, log: true or false}} or {{choices: […]}}")
+    if "choices" in entry:
+        choices = entry["choices"]
+        if len(entry) > 1 or not isinstance(choices, list) or not choices:
+            raise ConfigError(f"{where}: got {entry!r}, needs only a list of choices")
         return CategoricalDistribution(choices)
-    low, high, log = given.get("low"), given.get("high"), given.get("log", False)
+    low, high, log = entry.get("low"), entry.get("high"), entry.get("log", False)
     if not (_is_number(low) and _is_number(high) and low <= high and isinstance(log, bool) and (low > 0 or not log)):
-        raise ConfigError(f"{where}: got {given!r}, needs numbers low <= high, above 0 with log: true")
+        raise ConfigError(f"{where}: got {entry!r}, needs numbers low <= high, above 0 with log: true")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(float(low), float(high), log=log)
@@ -89,17 +89,17 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-PRUNED_AFTER = 5  # a fifth of the steps
-STOP_S = 600.0
+PRUNE_DIVISOR = 5  # trials are pruned after 1 / PRUNE_DIVISOR of the steps
+STOP_TIMEOUT_S = 600.0
 logger = get_logger(__name__)
 
-Value = Callable[[optuna.Trial, dict[str, Any]], float]
-"""From a trial and its values by key to what it reaches on validation. Raises TrialPruned."""
+TrialFunction = Callable[[optuna.Trial, dict[str, Any]], float]
+"""Runs a trial with values by key and returns its validation metric. Raises TrialPruned."""
 
 
 @dataclass(frozen=True)
 class TuningStage:
-    """Trials are trainings of a stage, each in a process of its own."""
+    """Trials of a stage, each trained in a separate process."""
 
     config: str
     overrides: tuple[str, ...]
@@ -107,7 +107,7 @@ class TuningStage:
     out: Path
 
     def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
-        """Train with `values` and return the best validation."""
+        """Train with `values` and return the best validation metric."""
         run = self.out / hex64(json.dumps([self.config, self.overrides, values]))
         trial.set_user_attr("run", run.name)
         chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
@@ -119,14 +119,14 @@ class TuningStage:
         if pruning.pruned:
             raise optuna.TrialPruned
         ended.check()
-        if not (found := _validations(run / self.stage)):
-            raise ConfigError(f"{self.config}: its dataset has no validation split, so that nothing can be chosen")
-        return max(value for _, value in found)
+        if not (validations := _validations(run / self.stage)):
+            raise ConfigError(f"{self.config}: its dataset has no validation split, which a search needs")
+        return max(value for _, value in validations)
 
 
 @dataclass
 class _Pruning:
-    """Asks a trial's training to stop where its first validation after a fifth of the steps is worse than others'."""
+    """Stops a trial's training if its first validation after 1 / PRUNE_DIVISOR of the steps is worse than others'."""
 
     trial: optuna.Trial
     folder: Path
@@ -134,18 +134,18 @@ class _Pruning:
     pruned: bool = False
 
     def look(self) -> None:
-        if self.looked or (early := _a_fifth(self.folder)) is None:
+        if self.looked or (early := _early_validation(self.folder)) is None:
             return
         self.looked = True
         self.trial.report(early, step=1)
         self.pruned = self.trial.should_prune()
         if self.pruned:
-            request_stop(self.folder, saving=False, timeout_s=STOP_S)
+            request_stop(self.folder, saving=False, timeout_s=STOP_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
 class TuningBaseline:
-    """Trials fit a baseline with other options."""
+    """Trials of a baseline with other options."""
 
     name: str
     dataset: Dataset
@@ -153,27 +153,27 @@ class TuningBaseline:
     metric: str
 
     def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
-        """Fit with `values` as options and return the metric of validation."""
+        """Fit with `values` as options and return the validation metric."""
         scores = fit_baseline(self.name, self.dataset, values)
         return evaluate_scores(scores, self.dataset, "validation", exclude_seen=self.exclude_seen).metrics[self.metric]
 
 
 def search(
-    value: Value, space: Space, out: Path, trials: int, *, first: Mapping[str, Any], seed: int = 0
+    value: TrialFunction, space: Space, out: Path, trials: int, *, first: Mapping[str, Any], seed: int = 0
 ) -> list[FrozenTrial]:
-    """Return all trials of the search in `out`, going on with it until `trials` are finished; the best one first.
+    """Start or continue the search in `out` until `trials` are finished; return all trials, the best first.
 
-    The first trial has the values `first`, where the space allows them. Raises the error of the trial that fails,
-    DataError: another search is under way in `out`; CheckpointError: its journal is damaged.
+    The first trial has the values `first` that are in the space. Raises the error of a failed trial; DataError: another
+    search is running in `out`; CheckpointError: its journal is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
     with WriterLock(out / "search.lock", out):
-        _mend(out / "study.log")
+        _truncate_torn_record(out / "study.log")
         return _search(value, space, out, trials, first, seed)
 
 
 def _search(
-    value: Value, space: Space, out: Path, trials: int, first: Mapping[str, Any], seed: int
+    value: TrialFunction, space: Space, out: Path, trials: int, first: Mapping[str, Any], seed: int
 ) -> list[FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -182,15 +182,15 @@ def _search(
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
     )  # fmt: skip
-    if not study.trials and (inside := space.inside(first)):
-        study.enqueue_trial(inside)
-    for broken_off in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(broken_off.number, state=TrialState.FAIL)
-        study.enqueue_trial(broken_off.params)
+    if not study.trials and (allowed_values := space.allowed_values(first)):
+        study.enqueue_trial(allowed_values)
+    for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(interrupted.number, state=TrialState.FAIL)
+        study.enqueue_trial(interrupted.params)
 
     done = (TrialState.COMPLETE, TrialState.PRUNED)
     while len(study.get_trials(states=done)) < trials:
-        trial = study.ask(space.keys)  # what is broken off now is asked for again
+        trial = study.ask(space.keys)  # an interrupted trial is enqueued again by the next run
         try:
             study.tell(trial, value(trial, trial.params))
         except optuna.TrialPruned:
@@ -199,8 +199,8 @@ def _search(
     return sorted(finished, key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
 
 
-def _mend(journal: Path) -> None:
-    """Cut off what a kill or a full disk has left of a last record; what was begun by it is asked for again.
+def _truncate_torn_record(journal: Path) -> None:
+    """Truncate an incomplete last record, left by a kill or a full disk; its trial is repeated.
 
     Raises CheckpointError: another record is damaged.
     """
@@ -211,18 +211,18 @@ def _mend(journal: Path) -> None:
             json.loads(line)["op_code"]
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(
-                f"{journal} is damaged in line {number}, which is no record; remove it, and the search begins anew: "
-                "trainings that are finished are not run again"
+                f"{journal} is damaged in line {number}, which is not a record; remove it to start the search again: "
+                "finished trainings are not repeated"
             ) from None
     if torn:
-        logger.warning("%s: cut off the last record, which was never finished", journal)
+        logger.warning("%s: removed the last record, which was incomplete", journal)
         os.truncate(journal, len(whole) + len(newline))
 
 
 def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageName) -> None:
-    """Raise ConfigError where a key is none that the stage `stage` is trained by, or a value is out of its bounds."""
+    """Raise ConfigError if a key does not affect the training of `stage`, or a value is out of bounds."""
     sections = ("data", "model", "engine", stage)
-    for key, value in space.ends():
+    for key, value in space.bounds():
         if key.partition(".")[0] not in sections:
             raise ConfigError(
                 f"the space's {key}: needs a key of {', '.join(sections)}: {stage} is trained for each value"
@@ -233,28 +233,28 @@ def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageN
 
 
 def values_of(config: Config, space: Space) -> dict[str, Any]:
-    """Return what a config has for the keys of a space. Raises ConfigError: no such key."""
-    found = {}
+    """Return the values of a config for the keys of a space. Raises ConfigError: no such key."""
+    values = {}
     for key in space.keys:
         content: Any = config.to_dict()
         for part in key.split("."):
             if not isinstance(content, dict) or part not in content:
-                raise ConfigError(f"the space's {key} is no key of the config")
+                raise ConfigError(f"the space's {key} is not a key of the config")
             content = content[part]
-        found[key] = content
-    return found
+        values[key] = content
+    return values
 
 
 def _validations(folder: Path) -> list[tuple[int, float]]:
-    """Return (step, metric) of every validation recorded."""
+    """Return (step, metric) of every recorded validation."""
     records = read_stage(folder).records if folder.exists() else []
     return [(record["step"], value) for record in records if (value := selection_score(record)) is not None]
 
 
-def _a_fifth(folder: Path) -> float | None:
-    """Return the first validation after a fifth of the steps, before the last one."""
+def _early_validation(folder: Path) -> float | None:
+    """Return the first validation after 1 / PRUNE_DIVISOR of the steps, before the last step."""
     starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
     total = int(starts[-1].get("total_steps", 0)) if starts else 0
     return next(
-        (value for step, value in _validations(folder) if total <= PRUNED_AFTER * step < PRUNED_AFTER * total), None
+        (value for step, value in _validations(folder) if total <= PRUNE_DIVISOR * step < PRUNE_DIVISOR * total), None
     )

@@ -1,4 +1,4 @@
-"""Full-catalogue validation during training, the moving average of weights, the best weights as a model folder."""
+"""Full-catalogue validation during training, the moving average of weights, the best/ model folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLIT = "validation"
 
 
 class Validator:
-    """Evaluates an engine's model on the validation split, and keeps a model folder."""
+    """Evaluates an engine's model on the validation split, and writes the best/ model folder."""
 
     def __init__(self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int) -> None:
         self._dataset, self._config, self._rows_per_chunk = dataset, config, rows_per_chunk
@@ -40,9 +40,9 @@ class Validator:
     def evaluate(
         self, engine: Engine, progress: Progress, documents: DocumentVectors | None = None
     ) -> Evaluation | None:
-        """Return the evaluation, or None where the dataset has no validation rows. A collective.
+        """Evaluate; None if the dataset has no validation rows. A collective.
 
-        `documents` are the rank's share of the index vectors, which then need not be made again.
+        documents: this rank's share of the index vectors, if already computed.
         """
         if self._dataset.num_rows(SPLIT) == 0:
             return None
@@ -65,16 +65,16 @@ class Validator:
                 progress=progress,
             )
 
-    def has_lost_best(self) -> bool:
-        """Return True on every rank where there is no best/ folder, nor one that a kill left aside. A collective."""
+    def is_best_missing(self) -> bool:
+        """Return True, on every rank, if best/ is missing and cannot be recovered. A collective."""
         if distributed.is_main():
             recover(self._best_dir)
         return distributed.broadcast_object(not is_model_folder(self._best_dir))
 
-    def keep(self, engine: Engine, provenance: dict[str, Any]) -> None:
-        """Write the present weights to the best/ folder. A collective.
+    def save_best(self, engine: Engine, provenance: dict[str, Any]) -> None:
+        """Write the current weights to the best/ folder. A collective.
 
-        Raises CheckpointError where they cannot be written; the folder of before stays.
+        Raises CheckpointError: they cannot be written; the previous folder is kept.
         """
         with timing.span("model folder"):
             state = engine.state_dict()
@@ -93,7 +93,7 @@ class Validator:
                 except BigDSSMError as problem:
                     error = problem
                 except OSError as problem:
-                    error = CheckpointError(f"could not write {self._best_dir}: {problem}; what it held before stays")
+                    error = CheckpointError(f"could not write {self._best_dir}: {problem}; the previous one is kept")
             distributed.raise_together(error)
 
 
@@ -150,10 +150,10 @@ _SELECTION, _PREFIX = "selection.", "average."
 
 
 class WeightAverage:
-    """The exponential moving average of a module's weights, in float32; every rank has all of it.
+    """The exponential moving average of a module's weights, in float32, complete on every rank.
 
-    The decay grows from 0.1 to the one that is asked for, so that new weights are soon forgotten. Source: Polyak and
-    Juditsky 1992; Tarvainen and Valpola 2017 for the exponential one.
+    The decay increases from 0.1 to the configured one, so that initial weights decay fast. Source: Polyak and Juditsky
+    1992; Tarvainen and Valpola 2017 for the exponential average.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -162,7 +162,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present weights in."""
+        """Add the current weights."""
         decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         for name, weight in self._module.named_parameters():
@@ -171,7 +171,7 @@ class WeightAverage:
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """Within it, the module has the average for its weights."""
+        """A context in which the average replaces the module's weights."""
         weights = {name: weight.detach().clone() for name, weight in self._module.named_parameters()}
         try:
             for name, weight in self._module.named_parameters():
@@ -182,12 +182,12 @@ class WeightAverage:
                 weight.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps; the same on every rank."""
+        """Return the state for a checkpoint; the same on every rank."""
         average = {_PREFIX + name: tensor.cpu() for name, tensor in self._average.items()}
         return {_PREFIX + "updates": torch.tensor([self.num_updates]), **average}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's state. Where the module has grown since, the average begins anew."""
+        """Restore a checkpoint's state. If the module has grown since, the average starts again."""
         saved = {name: state[_PREFIX + name] for name in self._average}
         if all(saved[name].shape == tensor.shape for name, tensor in self._average.items()):
             for name, tensor in self._average.items():

@@ -1,8 +1,8 @@
-"""Tables of items that begin where items stand to each other in histories, in place of random numbers.
+"""Initialize item embeddings from item co-occurrence in histories, by a spectral factorization.
 
-Their products are as near as can be to the roots of how often two items meet within a few events. Source: Levy and
-Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2; for the roots, in place of their
-PPMI, Lebret and Collobert 2014, "Word Embeddings through Hellinger PCA".
+Inner products of the vectors approximate the square roots of co-occurrence counts within a window of events. Source:
+Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization", section 4.2; for square roots in place
+of PPMI, Lebret and Collobert 2014, "Word Embeddings through Hellinger PCA".
 """
 
 from __future__ import annotations
@@ -22,62 +22,62 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.utils.log import get_logger
 
-DENSE_UP_TO = 512  # items: all eigenvectors, and not only some, cost nothing
+DENSE_UP_TO = 512  # items up to which a dense eigendecomposition is cheap
 logger = get_logger(__name__)
 
 
 def check_warm_start(key: str, dataset: Dataset) -> None:
-    """Raise ConfigError where the dataset has no histories that say where items stand; `key` names the setting."""
+    """Raise ConfigError, about the setting `key`, if the dataset has no histories."""
     if dataset.sequences is None or not histories_of(dataset.schema.query):
         raise ConfigError(f"{key}: rows of {dataset.dir} have no histories")
 
 
-def start_items(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
-    """Write the vectors of items that histories are of into the tables of a new model. A collective: rank 0 finds them.
+def initialize_item_embeddings(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
+    """Initialize the embedding tables of history items in a new model. A collective; rank 0 computes the vectors.
 
-    Items that nobody has met keep what they have. Raises DataError on every rank where there is no solution.
+    Items without co-occurrences keep their random vectors. Raises DataError, on every rank: no solution.
     """
     for feature in sorted({str(history.of) for history in histories_of(dataset.schema.query).values()}):
         weight = model.tables.tables[table_name("doc", feature)].weight
         assert isinstance(weight, torch.Tensor)
-        found: tuple[np.ndarray, np.ndarray] | None = None
+        result: tuple[np.ndarray, np.ndarray] | None = None
         error: BigDSSMError | None = None
         if distributed.is_main():
             try:
-                found = _item_vectors(dataset, feature, weight.shape, config)
+                result = _item_vectors(dataset, feature, weight.shape, config)
             except ArpackError as failed:
                 error = DataError(f"{dataset.dir}: no warm start for {feature}: {failed}; set warm_start.window to 0")
             except BigDSSMError as failed:
                 error = failed
         distributed.raise_together(error)
-        found = distributed.broadcast_object(found)
-        assert found is not None
-        met, vectors = map(torch.from_numpy, found)
+        result = distributed.broadcast_object(result)
+        assert result is not None
+        selected, vectors = map(torch.from_numpy, result)
         with torch.no_grad():
-            weight[met, : vectors.shape[1]] = vectors.to(weight)
-        logger.info("%s: %d of %d items begin where histories put them", feature, len(vectors), len(weight))
+            weight[selected, : vectors.shape[1]] = vectors.to(weight)
+        logger.info("%s: initialized %d of %d items from histories", feature, len(vectors), len(weight))
 
 
 def _item_vectors(
     dataset: Dataset, feature: str, shape: torch.Size, config: WarmStartConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which rows of a table [codes, E] have met others, bool, and their vectors, float32 [rows, at most E]."""
+    """Return the rows of a table [codes, E] with co-occurrences, bool, and their vectors float32 [rows, at most E]."""
     num_codes, dim = shape
-    found = Transitions.of(dataset, config.window)
-    codes = item_codes(dataset.catalogue.codes(feature, np.arange(found.num_docs)))
-    docs = found.matrix().tocoo()
+    transitions = Transitions.of(dataset, config.window)
+    codes = item_codes(dataset.catalogue.codes(feature, np.arange(transitions.num_docs)))
+    docs = transitions.matrix().tocoo()
     pairs = csr_matrix((docs.data, (codes[docs.row], codes[docs.col])), (num_codes, num_codes))
-    met = pairs.getnnz(axis=0) + pairs.getnnz(axis=1) > 0
-    if not met.any():
-        raise DataError(f"{dataset.dir}: no train row has a history, so that no {feature} has met another")
-    vectors = spectral_vectors(pairs, dim)[met]  # others have what rounding leaves
+    selected = pairs.getnnz(axis=0) + pairs.getnnz(axis=1) > 0
+    if not selected.any():
+        raise DataError(f"{dataset.dir}: no train row has a history, so that no {feature} values co-occur")
+    vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
     length = np.sqrt((vectors**2).sum(axis=1).mean())
-    return met, (vectors * (config.length / length)).astype(np.float32)
+    return selected, (vectors * (config.length / length)).astype(np.float32)
 
 
-def spectral_vectors(met: csr_matrix, dim: int) -> np.ndarray:
-    """Return V float64 [n, at most dim] with V Vᵀ nearest to the mean of √met and its transpose; met [n, n] ≥ 0."""
-    roots = met.sqrt()
+def spectral_vectors(counts: csr_matrix, dim: int) -> np.ndarray:
+    """Return V float64 [n, ≤ dim] with V Vᵀ nearest to the mean of √counts and its transpose; counts [n, n] ≥ 0."""
+    roots = counts.sqrt()
     both = (roots + roots.T) / 2
     size = both.shape[0]
     if size <= max(DENSE_UP_TO, dim + 1):
@@ -85,6 +85,6 @@ def spectral_vectors(met: csr_matrix, dim: int) -> np.ndarray:
         values, vectors = values[-dim:], vectors[:, -dim:]
     else:
         values, vectors = eigsh(both, dim, which="LA", v0=np.ones(size))
-    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])  # either is an eigenvector
-    found: np.ndarray = vectors * signs * np.sqrt(values.clip(0))
-    return found
+    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])  # the sign is arbitrary
+    scaled: np.ndarray = vectors * signs * np.sqrt(values.clip(0))
+    return scaled

@@ -114,13 +114,13 @@ def one_step(
         engine = Engine(model, EngineConfig(zero_stage=zero_stage), AdamW(), 1)
         if newest is not None:
             engine.restore(newest.reader(), newest.step)
-        begin = [piece.on_host(copy=True) for piece in engine.own_pieces()]
+        begin = [piece.on_host(copy=True) for piece in engine.local_pieces()]
         vectors: Any = engine.forward(query=torch.arange(50) + rank)  # type: ignore[arg-type]
         engine.backward([(vectors, torch.ones_like(vectors))])
         engine.step(1.0)
-        end = [piece.on_host(copy=True) for piece in engine.own_pieces()]
+        end = [piece.on_host(copy=True) for piece in engine.local_pieces()]
         common = {"average": torch.arange(4000.0)}
-        store.save(step, {}, common, {"cpu": torch.get_rng_state()}, engine.own_pieces(), in_background=True)
+        store.save(step, {}, common, {"cpu": torch.get_rng_state()}, engine.local_pieces(), in_background=True)
         store.wait()
     return counts, begin, end
 

@@ -378,7 +378,7 @@ def restored_share(
 
     def look(stage: object) -> object:
         engine = stage.engine  # type: ignore[attr-defined]
-        found["share"] = [piece.on_host(copy=True) for piece in engine.own_pieces()]
+        found["share"] = [piece.on_host(copy=True) for piece in engine.local_pieces()]
         optimizer = base_optimizer(engine.deepspeed, engine.zero_stage)
         names = [group["name"] for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]

@@ -13,7 +13,7 @@ from bigdssm.config import WarmStartConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import new_model
 from bigdssm.training import warm_start
-from bigdssm.training.warm_start import start_items
+from bigdssm.training.warm_start import initialize_item_embeddings
 
 from .spawn import Pool
 
@@ -25,7 +25,7 @@ def started(rank: int, world_size: int, config_file: Path) -> np.ndarray:
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     if not distributed.is_main():
         warm_start._item_vectors = None  # type: ignore[assignment]  # rank 0 alone finds them
-    start_items(model, dataset, WarmStartConfig(window=3))
+    initialize_item_embeddings(model, dataset, WarmStartConfig(window=3))
     return model.tables.tables["doc_item_id"].weight.detach().numpy()  # type: ignore[no-any-return,union-attr,operator]
 
 

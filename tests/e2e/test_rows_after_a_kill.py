@@ -54,5 +54,5 @@ def test_a_killed_run_goes_on_with_the_rows_it_would_have_seen(tmp_path: Path) -
     for place, command in ((folder, None), (alone, [sys.executable])):
         again = Run(place, config, *ARGUMENTS, "--resume", "auto", command=command)
         assert again.wait() == 0, again.log
-        assert "goes on from" in again.log
+        assert "continues from" in again.log
         assert rows(place) == expected, f"killed at {upto}"

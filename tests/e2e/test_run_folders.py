@@ -107,7 +107,7 @@ def test_an_edited_manifest_is_damage(config: Path, run: Path, damage: Callable[
     damage(run / "pretrain" / "checkpoints" / "step-00000008")
     done = pretrain(config, run, *STEPS, *RESUME).wait()
     assert done.code == 0, done.log
-    assert f"{words}" in done.log and "goes on from" in done.log and "step-00000004" in done.log
+    assert f"{words}" in done.log and "continues from" in done.log and "step-00000004" in done.log
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: Path) -> None:
@@ -231,7 +231,7 @@ def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) ->
     relative = f"data.dir={os.path.relpath(moved, ROOT)}"
     done = pretrain(config, run, *STEPS, *RESUME, *changed, relative, "pretrain.max_skipped_steps=7").wait()
     assert done.code == 0, done.log
-    assert "goes on from" in done.log and events(run)[-1]["reason"] == "finished"
+    assert "continues from" in done.log and events(run)[-1]["reason"] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) ->
         ("run.seed=1", r"run\.seed was 0, is 1; resume needs the same \(docs/faults\.md"),
         ("pretrain.optimizer.lr=0.5", r"pretrain\.optimizer\.lr was 0\.01, is 0\.5"),
         ("model.query.numeric_dim=5", r"model\.query\.numeric_dim was 4, is 5"),
-        ("pretrain.steps=7", r"got 7 steps, needs at least the 8 of before: a resumed stage may become longer"),
+        ("pretrain.steps=7", r"got 7 steps, needs at least the previous 8: a resumed stage may become longer"),
     ],
 )
 def test_what_may_not_change_at_a_resume(config: Path, run: Path, override: str, words: str) -> None:
@@ -287,7 +287,7 @@ def test_a_run_that_was_moved_as_a_whole_goes_on(config: Path, run: Path, tmp_pa
     without_identity(run)  # the checkpoints contain it
     moved = run.rename(tmp_path / "moved")
     done = pretrain(config, moved, *STEPS, *RESUME).wait()
-    assert done.code == 0 and "goes on from" in done.log, done.log
+    assert done.code == 0 and "continues from" in done.log, done.log
     assert (moved / "pretrain" / "run_id").read_text() == identity
 
 
@@ -307,7 +307,7 @@ def test_another_dataset_is_refused_by_its_fingerprint(config: Path, run: Path, 
 def test_a_finished_stage_may_be_trained_longer(config: Path, run: Path) -> None:
     done = pretrain(config, run, *RESUME, "pretrain.steps=12").wait()
     assert done.code == 0, done.log
-    told = "takes 12 steps, before it was to take 8: the learning rate follows the longer schedule from here on"
+    told = "takes 12 steps, previously 8: the learning rate follows the longer schedule from here on"
     assert told in done.log and [record["step"] for record in small_run.records(run)] == list(range(1, 13))
     assert (run / "pretrain" / "checkpoints" / "step-00000012").is_dir()
 
@@ -422,7 +422,7 @@ def test_the_largest_weights_of_a_mixture_and_one_beyond(config: Path, tmp_path:
     named = huge.replace("{partitions: [base]", f"{{dir: {data}, partitions: [base]")
     longer = ("pretrain.steps=10", f"data.dir={os.path.relpath(data, ROOT)}", named)  # another path of the same folder
     done = pretrain(config, tmp_path / "run", *arguments, *RESUME, *longer).wait()
-    assert done.code == 0 and "goes on from" in done.log, done.log
+    assert done.code == 0 and "continues from" in done.log, done.log
 
 
 def test_relevances_of_zero_are_refused(config: Path, tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_without_a_validation_split_no_score_is_told(config: Path, tmp_path: Pat
     path.write_text(json.dumps(content))
     done = pretrain(config, tmp_path / "run", f"data.dir={data}", *STEPS).wait()
     assert done.code == 0 and "NDCG" not in done.log, done.log
-    assert "pretrain finished: no validation split, the newest is best, at step 8" in done.log
+    assert "pretrain finished: no validation split, the newest weights are the best, at step 8" in done.log
     meta = json.loads((tmp_path / "run" / "pretrain" / "best" / "bigdssm.json").read_text())
     assert meta["provenance"]["step"] == 8 and meta["provenance"]["validation"] is None
 
@@ -464,7 +464,7 @@ def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: {dir: x}\nmodel: 3\n"])
 def test_a_damaged_config_in_a_run_folder_is_a_sentence(config: Path, run: Path, content: bytes) -> None:
     (run / "pretrain" / "config.yaml").write_bytes(content)
-    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load, so that .* bring it back")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load, so that .* restore it")
 
 
 @pytest.mark.slow
@@ -496,7 +496,7 @@ def test_a_finished_run_writes_its_best_again(config: Path, run: Path) -> None:
 def test_validate_tells_of_the_config_before_it_tells_of_the_folder(config: Path, run: Path) -> None:
     refused(pretrain(config, run, "--validate", "pretrain.init=/nowhere").wait(), 2, "/nowhere, which does not exist")
     done = pretrain(config, run, "--validate").wait()
-    refused(done, 4, r"is not empty; go on with --resume auto")
+    refused(done, 4, r"is not empty; continue with --resume auto")
     assert "pretrain is valid" in done.log
 
 

@@ -143,14 +143,14 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
     assert run.wait() in (1, 6), run.log
     assert "its checksum is not the manifest's; trying the previous checkpoint" in run.log
     assert re.search(r"tensors-00000.safetensors has 5 bytes, was \d+; trying the previous checkpoint", run.log)
-    assert f"goes on from {checkpoints / 'step-00000012'}" in run.log
+    assert f"continues from {checkpoints / 'step-00000012'}" in run.log
     (checkpoints / "step-00000012" / "rank-00000.safetensors").unlink()
     (checkpoints / "latest").write_text("")
     (checkpoints / "step-00000099").mkdir()
     run = Run(folder, config, *arguments)
     assert run.wait() == 0, run.log
     assert "step-00000099 has no manifest.json" in run.log and "rank-00000.safetensors is missing" in run.log
-    assert "goes on from" not in run.log  # no valid checkpoint: a new start
+    assert "continues from" not in run.log  # no valid checkpoint: a new start
     assert_same_bits(folder, whole.folder)
 
 
@@ -172,12 +172,12 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     assert first.process.poll() is None
     stop = [sys.executable, "tools/stop_run.py", str(folder), "--save"]
     done = subprocess.run(stop, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "saved; go on with --resume auto" in done.stdout, done.stderr
+    assert done.returncode == 0 and "saved; continue with --resume auto" in done.stdout, done.stderr
     assert first.wait(30) == 75, first.log
     again = subprocess.run(stop, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 4 and "no run trains in" in again.stderr
     third = Run(folder, config, *NEVER_ENDING, "--resume", "auto")
-    third.wait_for("goes on from")
+    third.wait_for("continues from")
     third.wait_for("steps of 96 rows on")
     done = subprocess.run(stop[:-1], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "ended without saving" in done.stdout, done.stderr
@@ -192,7 +192,7 @@ def test_a_busy_master_port_is_one_sentence(config: Path, folder: Path) -> None:
         port = str(busy.getsockname()[1])
         run = Run(folder, config, command=launcher("deepspeed", port))
         assert run.wait(90) == 2, run.log
-    assert f"the master port at 127.0.0.1:{port} is taken; give the launcher a free one" in run.errors[0]
+    assert f"the master port at 127.0.0.1:{port} is in use; pass a free one to the launcher" in run.errors[0]
     run.wait_for_orphans(5)
     assert not folder.exists()
 

@@ -144,7 +144,7 @@ def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_pa
 
         first, second = start("--resume", "auto", fault="hang@10:1")
         second.wait_for("BIGDSSM_FAULT: hang")
-        assert "goes on from" in first.log and "step-00000004" in first.log
+        assert "continues from" in first.log and "step-00000004" in first.log
         nodes.plug(1, "down")
         pulled = time.monotonic()
         assert first.wait() == 6, first.log

@@ -158,7 +158,7 @@ def test_both_stages_train_in_one_process(folder: Path, trained: list[Any]) -> N
         assert result.best == folder / "run" / stage / "best" and (result.best / "model.safetensors").is_file()
         best = max(small_run.validations(folder / "run", stage), key=lambda metrics: metrics["ndcg_at_10"])
         assert result.metrics["ndcg_at_10"] == pytest.approx(best["ndcg_at_10"], abs=1e-6)
-    with pytest.raises(CheckpointError, match="go on with --resume auto"):
+    with pytest.raises(CheckpointError, match="continue with --resume auto"):
         bigdssm.pretrain(folder / "config.yaml", SHORT)
     assert bigdssm.pretrain(folder / "config.yaml", SHORT, resume=True).metrics == trained[0].metrics
 

@@ -48,7 +48,7 @@ def test_weights_tables_checkpoint_and_time(tiny_pairs: TinyDataset) -> None:
     dataset = open_dataset(config.data)
     codes = sum(feature.num_codes for feature in dataset.schema.doc.values() if feature.type == "categorical")
     assert found.table_weights == codes * config.model.doc.embedding_dim
-    assert found.held["weights"] == 4 * found.num_weights
+    assert found.resident["weights"] == 4 * found.num_weights
     assert found.checkpoint_bytes == 12 * found.num_weights
     assert found.days(rows_per_s=500.0) == pytest.approx(1000 * 240 / 500 / 86400)
     assert any(line.startswith("1,000 steps: 0.01 days at 500 rows") for line in found.lines(500.0))
@@ -57,14 +57,14 @@ def test_weights_tables_checkpoint_and_time(tiny_pairs: TinyDataset) -> None:
 def test_what_ranks_share_and_send(tiny_pairs: TinyDataset) -> None:
     one, four = of(tiny_pairs), of(tiny_pairs, world_size=4)
     whole = of(tiny_pairs, "engine.zero_stage=0", world_size=4)
-    assert one.held["optimizer's states"] == pytest.approx(4 * four.held["optimizer's states"], rel=0.001)
-    assert whole.held["optimizer's states"] == one.held["optimizer's states"]
+    assert one.resident["optimizer's states"] == pytest.approx(4 * four.resident["optimizer's states"], rel=0.001)
+    assert whole.resident["optimizer's states"] == one.resident["optimizer's states"]
     assert sum(one.sent.values()) == 0
     assert four.sent["weights' gradients"] == 2 * 4 * four.num_weights * 3 // 4
     assert four.sent["updated weights"] == 4 * four.num_weights * 3 // 4
     assert one.negatives == 239 and four.negatives == pytest.approx(239, abs=8)  # a rank's copies, for all ranks
     parts = of(tiny_pairs, "engine.zero_stage=3", world_size=4)
-    assert parts.held["weights"] < 1.01 * whole.held["weights"] / 4
+    assert parts.resident["weights"] < 1.01 * whole.resident["weights"] / 4
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
@@ -83,12 +83,12 @@ def test_an_index_takes_the_share_of_the_documents_vectors_again(
 def test_a_checkpoint_is_written_from_a_copy_of_a_ranks_share(tiny_pairs: TinyDataset) -> None:
     copy, saving = "copy that a checkpoint is written from", ("pretrain.steps=10", "pretrain.save_every_steps=5")
     four = of(tiny_pairs, *saving, world_size=4)
-    assert 4 * four.held[copy] == pytest.approx(four.checkpoint_bytes, abs=4)
+    assert 4 * four.resident[copy] == pytest.approx(four.checkpoint_bytes, abs=4)
     averaged = of(tiny_pairs, *saving, "pretrain.weight_average=0.9", world_size=4)
-    assert averaged.held[copy] == pytest.approx(four.held[copy] + four.num_weights, abs=4)
+    assert averaged.resident[copy] == pytest.approx(four.resident[copy] + four.num_weights, abs=4)
     at_the_end = of(tiny_pairs, "pretrain.steps=10", "pretrain.save_every_steps=10")
     waiting = of(tiny_pairs, *saving, "engine.async_checkpoints=false")
-    assert copy not in at_the_end.held and copy not in waiting.held
+    assert copy not in at_the_end.resident and copy not in waiting.resident
 
 
 def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions: TinyDataset) -> None:
@@ -103,7 +103,7 @@ def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions
     of_rank = four.sent["loss: documents' vectors"] / (4 * dim * 3)  # a quarter of all, and its rows' positives
     assert NUM_ITEMS // 4 <= of_rank <= NUM_ITEMS // 4 + 6
     assert plain.sent["loss: documents' vectors"] < four.sent["loss: documents' vectors"]
-    assert one.held["batch"] > plain.held["batch"]
+    assert one.resident["batch"] > plain.resident["batch"]
 
 
 def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:

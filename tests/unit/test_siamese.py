@@ -30,7 +30,7 @@ from bigdssm.retrieval.recommend import SplitRows, TableRows
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
-from bigdssm.training.batches import BatchMaker, read_batches, row_stream
+from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.utils.hashing import hash64
 from tests.siamese import NUM_DOCS, write_dataset
 
@@ -117,7 +117,7 @@ def test_neither_itself_nor_who_pairs_with_it_is_mined(dataset: Dataset, model: 
 def test_neither_is_a_negative_of_the_loss(config_path: Path, dataset: Dataset, model: DualEncoder, mask: str) -> None:
     config = load_config(config_path, [f"pretrain.negatives.mask={mask}", "pretrain.loss.direction=q2d"])
     stream = row_stream(config, config.pretrain, dataset, 0, 1)
-    batch = next(read_batches(stream, BatchMaker(stream, config.pretrain), torch.device("cpu")))
+    batch = next(read_batches(stream, BatchBuilder(stream, config.pretrain), torch.device("cpu")))
     related = set(zip(batch.query_ids.tolist(), batch.doc_ids[batch.positive].tolist(), strict=True))
     related |= {(b, a) for a, b in related}
     encoded = model(batch.query, batch.doc)

@@ -174,14 +174,14 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, m
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
     validator, best = Validator(dataset, config, "pretrain", 64), config.stage_dir("pretrain") / "best"
-    validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
+    validator.save_best(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bigdssm.utils.atomic.replace_folder", full)
     with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
-        validator.keep(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
+        validator.save_best(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
     assert load_model_folder(best).provenance["step"] == 1
 
 
@@ -190,9 +190,9 @@ def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)
     validator, best = Validator(dataset, config, "pretrain", 64), config.stage_dir("pretrain") / "best"
-    validator.keep(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
+    validator.save_best(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
     best.rename(best.with_name(".best.replaced"))
-    assert not validator.has_lost_best()
+    assert not validator.is_best_missing()
     assert load_model_folder(best).provenance["step"] == 1
 
 

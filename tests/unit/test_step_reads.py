@@ -75,7 +75,7 @@ class PlainEngine:
         torch.stack([(output * gradient).sum() for output, gradient in outputs]).sum().backward()
 
     @contextmanager
-    def one_reduction(self) -> Iterator[None]:
+    def single_reduction(self) -> Iterator[None]:
         yield
 
     def step(self, lr_factor: float) -> bool:

@@ -29,9 +29,9 @@ from bigdssm.loader.upload import prefetch
 from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
-from bigdssm.training.batches import BatchMaker, known_pairs, read_batches
+from bigdssm.training.batches import BatchBuilder, known_pairs, read_batches
 from bigdssm.training.encoding import RandomState
-from bigdssm.training.objective import catalogue_share, is_shared
+from bigdssm.training.objective import catalogue_share, in_catalogue_share
 from bigdssm.training.optimizers import AdamW, build_optimizer, parameter_groups, schedule_factor, warmup_steps
 from bigdssm.training.resume import StageProgress
 from tests.conftest import NUM_ITEMS, TinyDataset
@@ -156,7 +156,7 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
     stage = StageConfig(negatives=NegativesConfig(uniform=5))
     drawn = {
-        (seed, step): tuple(BatchMaker(stream, stage, seed).uniform(step))  # type: ignore[arg-type]
+        (seed, step): tuple(BatchBuilder(stream, stage, seed).uniform(step))  # type: ignore[arg-type]
         for seed in (0, 1, 20251123, 2**32 - 1)
         for step in (0, 1)
     }
@@ -176,7 +176,7 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
     def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
         negatives = NegativesConfig(hard=5, mining=MiningConfig(teacher_margin=teacher_margin))
         stage = StageConfig(loss=Softmax(), negatives=negatives, distillation=ListwiseKL())
-        drawn, scores = BatchMaker(stream, stage, 0, mined).negatives(rows)
+        drawn, scores = BatchBuilder(stream, stage, 0, mined).negatives(rows)
         assert scores is not None and (scores[:, 0] == 1).all()
         np.testing.assert_array_equal(scores[:, 1:], np.where(drawn < 0, np.nan, teacher[0, 1:][drawn]))
         return set(drawn[drawn >= 0].tolist()), scores
@@ -211,13 +211,13 @@ def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, wo
     shares = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=24, lanes=4, rank=rank, world_size=world_size)
-        make = BatchMaker(stream, stage)
+        make = BatchBuilder(stream, stage)
         batch = next(read_batches(stream, make, torch.device("cpu")))
         docs, num_positives = batch.doc_rows.tolist(), len(set(batch.positive.tolist()))
         assert len(set(docs)) == len(docs) and set(batch.positive.tolist()) == set(range(num_positives))
         share = catalogue_share(NUM_ITEMS, rank, world_size).tolist()
         assert docs[num_positives:] == [doc for doc in share if doc not in docs[:num_positives]]
-        assert [doc for doc, own in zip(docs, is_shared(batch, rank, world_size), strict=True) if own] == (
+        assert [doc for doc, own in zip(docs, in_catalogue_share(batch, rank, world_size), strict=True) if own] == (
             [doc for doc in docs if doc in share]
         )
         assert int(batch.counts.sum()) == len(batch.positive) + len(share)
@@ -371,6 +371,6 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
 def test_a_stream_that_reads_ahead_says_where_it_stands_before_any_step(tiny_interactions: TinyDataset) -> None:
     stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=16, lanes=4)
     before = stream.state()
-    batches = read_batches(stream, BatchMaker(stream, StageConfig()), torch.device("cpu"), 3)
+    batches = read_batches(stream, BatchBuilder(stream, StageConfig()), torch.device("cpu"), 3)
     assert [batch.step for batch in batches] == [0, 1, 2]
     assert stream.step == 3 and stream.state(0) == before and stream.state(2)["step"] == 2

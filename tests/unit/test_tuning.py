@@ -37,8 +37,8 @@ def space(tmp_path: Path, text: str) -> Space:
         ("a: {low: 3, high: 2}", "needs numbers low <= high"),
         ("a: {low: 0, high: 2, log: true}", "above 0 with log"),
         ("a: {low: true, high: 2}", "needs numbers"),
-        ("a: {choices: []}", "needs a list of choices alone"),
-        ("a: {choices: [1], low: 1}", "needs a list of choices alone"),
+        ("a: {choices: []}", "needs only a list of choices"),
+        ("a: {choices: [1], low: 1}", "needs only a list of choices"),
     ],
 )
 def test_what_a_space_refuses(tmp_path: Path, text: str, sentence: str) -> None:
@@ -192,7 +192,7 @@ def test_a_baseline_is_tuned_by_the_command(tiny_interactions: Any, tmp_path: Pa
     (best,) = json.loads((tmp_path / "out/best.json").read_text())
     assert best.startswith("window=") and "complete" in capsys.readouterr().out
     assert main([*command, "--out", str(tmp_path / "other")]) == 2
-    assert "the space's window is no key of the config" in capsys.readouterr().err
+    assert "the space's window is not a key of the config" in capsys.readouterr().err
     config = load_config(tiny_interactions.config)
     keys = space(tmp_path, "model.dim: {low: 1, high: 128}\npretrain.loss.widths: {choices: [8]}")
-    assert keys.inside(values_of(config, keys)) == {"model.dim": 64}
+    assert keys.allowed_values(values_of(config, keys)) == {"model.dim": 64}

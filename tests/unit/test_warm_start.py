@@ -20,7 +20,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training import warm_start
 from bigdssm.training.checks import check_stage
-from bigdssm.training.warm_start import spectral_vectors, start_items
+from bigdssm.training.warm_start import initialize_item_embeddings, spectral_vectors
 
 NAME = "tables.tables.doc_item_id.weight"
 
@@ -74,7 +74,7 @@ def test_items_of_a_new_model_begin_there(
 ) -> None:
     monkeypatch.setattr(warm_start, "DENSE_UP_TO", 512 if dense else 1)
     model, other = model_of(config, dataset, 6), model_of(config, dataset, 6)
-    start_items(model, dataset, WarmStartConfig(window=3, length=0.4))
+    initialize_item_embeddings(model, dataset, WarmStartConfig(window=3, length=0.4))
     weights, before = ({name: w.detach() for name, w in some.named_parameters()} for some in (model, other))
     assert all(torch.equal(weights[name], before[name]) for name in weights if name != NAME)
     table = weights[NAME].double().numpy()
@@ -91,7 +91,7 @@ def test_a_table_that_is_wider_than_the_items_are_many_keeps_its_other_columns(
 ) -> None:
     size = dataset.schema.doc["item_id"].num_codes
     model, before = (model_of(config, dataset, 2 * size) for _ in range(2))
-    start_items(model, dataset, WarmStartConfig(window=3))
+    initialize_item_embeddings(model, dataset, WarmStartConfig(window=3))
     table, old = (dict(some.named_parameters())[NAME].detach() for some in (model, before))
     assert torch.equal(table[:, size:], old[:, size:]) and not torch.equal(table[:, :size], old[:, :size])
 
@@ -110,7 +110,7 @@ def test_a_run_begins_there_and_goes_on_from_its_checkpoint(
     config: Config, dataset: Dataset, tiny_interactions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model_of(config, dataset, config.model.doc.embedding_dim)
-    start_items(expected, dataset, WarmStartConfig(window=3))
+    initialize_item_embeddings(expected, dataset, WarmStartConfig(window=3))
     weight = dict(expected.named_parameters())[NAME].detach()
     where = [f"run.dir={tmp_path}", "run.trackers=[]", "pretrain.warm_start.window=3", "pretrain.epochs=0"]
     still = ["pretrain.optimizer.lr=1.0e-9", "pretrain.steps=1", "pretrain.save_every_steps=1"]
@@ -120,6 +120,8 @@ def test_a_run_begins_there_and_goes_on_from_its_checkpoint(
         return dict(load_model_folder(folder).model.named_parameters())[NAME].detach()
 
     assert torch.allclose(table(trained.best), weight, atol=1e-7)
-    monkeypatch.setattr("bigdssm.training.trainer.start_items", None)  # a run that is resumed has its own
+    monkeypatch.setattr(
+        "bigdssm.training.trainer.initialize_item_embeddings", None
+    )  # a run that is resumed has its own
     more = bigdssm.pretrain(tiny_interactions.config, [*where, *still, "pretrain.steps=2"], resume=True)
     assert torch.allclose(table(more.best), weight, atol=1e-7)

@@ -81,7 +81,7 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
         name = "in the background" if in_background else "waited for"
         before = _begin()
         started = time.perf_counter()
-        store.save(step, {}, {}, {"cpu": torch.get_rng_state()}, engine.own_pieces(), in_background=in_background)
+        store.save(step, {}, {}, {"cpu": torch.get_rng_state()}, engine.local_pieces(), in_background=in_background)
         found[f"{name}: training waits, s"] = time.perf_counter() - started
         store.wait()
         found[f"{name}: on the disk after, s"] = time.perf_counter() - started

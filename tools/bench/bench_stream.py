@@ -44,7 +44,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.collate import Collator
 from bigdssm.loader.order import WINDOW_BLOCKS, Order
 from bigdssm.loader.pair_stream import PairStream
-from bigdssm.training.batches import BatchMaker, read_batches, row_stream
+from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 
 ROWS_GLOBAL, LANES = 4096, 8
 
@@ -123,7 +123,7 @@ def batches(args: argparse.Namespace) -> None:
     dataset, rows, warm, counted = open_dataset(config.data), config.pretrain.rows_global, 12, 60
     for num_workers in (0, 1, 2):
         stream = row_stream(config, config.pretrain, dataset, 0, 1, num_workers)
-        made = read_batches(stream, BatchMaker(stream, config.pretrain), torch.device("cpu"), warm + counted)
+        made = read_batches(stream, BatchBuilder(stream, config.pretrain), torch.device("cpu"), warm + counted)
         for _ in islice(made, warm):
             pass
         begin, cpu_s, batch_bytes = time.perf_counter(), time.process_time(), 0

@@ -206,7 +206,7 @@ class Run:
 
     def resumed_from(self) -> int:
         """Return the step of the resumed checkpoint, -1 for a new run."""
-        match = re.search(r"goes on from \S*step-(\d+)", self._log.read_text())
+        match = re.search(r"continues from \S*step-(\d+)", self._log.read_text())
         return int(match[1]) if match else -1
 
     def _pids(self) -> list[int]:

@@ -23,7 +23,7 @@ from bigdssm.loader.batch import Batch, ListLengths
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.losses import Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
-from bigdssm.training.batches import BatchMaker, read_batches
+from bigdssm.training.batches import BatchBuilder, read_batches
 
 LANES, ROWS_GLOBAL = 6, 60
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def batches(
     )  # fmt: skip
     mask = "batch" if dataset.sequences is None else "user"
     stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, mask=mask))
-    return read_batches(stream, BatchMaker(stream, stage, 5, UniformNegatives(dataset.catalogue.num_docs)), CPU, num)
+    return read_batches(stream, BatchBuilder(stream, stage, 5, UniformNegatives(dataset.catalogue.num_docs)), CPU, num)
 
 
 @pytest.mark.parametrize("kind", ["pieces", "texts"])
@@ -115,7 +115,7 @@ def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num
     again = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=2))
     first = HardNegatives(window_records(keys, np.zeros((len(keys), 1), np.int32)))
-    make = BatchMaker(again, stage, 0, first)
+    make = BatchBuilder(again, stage, 0, first)
     made = [batch.negatives for batch in read_batches(again, make, CPU, 5)]
     assert [int((negatives >= 0).sum(dim=1).max()) for negatives in made if negatives is not None] == [1] * 5
     assert again.step == 5 and not again.report().failed
@@ -177,7 +177,7 @@ def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in back.tensors()}) == 1
     assert all(tensor.data_ptr() % 8 == 0 and tensor.is_contiguous() for tensor in back.tensors())
     (sent,) = batches(pieces, 1, 1)
-    assert all(tensor.is_shared() for tensor in sent.tensors() if tensor.nbytes)
+    assert all(tensor.in_catalogue_share() for tensor in sent.tensors() if tensor.nbytes)
 
 
 def test_loader_processes_that_wait_for_each_other_end_at_once(

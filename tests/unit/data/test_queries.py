@@ -22,7 +22,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.loader.collate import Collator
 from bigdssm.loader.pair_stream import PairStream
 from bigdssm.loader.step_plan import plan_side
-from bigdssm.training.batches import name_pairs
+from bigdssm.training.batches import history_pairs
 
 TARGETS = 4
 NUM_DOCS, EVENTS, MAX_ITEMS = 37, 30, 5
@@ -177,7 +177,7 @@ def test_bad_targets_count_as_parts_of_rows(tools, tmp_path: Path) -> None:
 def test_items_of_no_catalogue_are_in_no_mask() -> None:
     ids = np.array([70, 71, 72])
     before = Ragged(np.array([0, 99, 2, -3, 1]), np.array([0, 3, 3, 5]))
-    assert name_pairs(np.array([5, 6, 7]), before, ids).tolist() == [[5, 70], [5, 72], [7, 71]]
+    assert history_pairs(np.array([5, 6, 7]), before, ids).tolist() == [[5, 70], [5, 72], [7, 71]]
 
 
 def test_files_of_sequences_that_lack_rows_are_refused(tools, tmp_path: Path) -> None:

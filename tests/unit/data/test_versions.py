@@ -27,8 +27,8 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import sample_rows
 from bigdssm.loader.pair_stream import PairStream
-from bigdssm.training.batches import BatchMaker, read_batches
-from bigdssm.training.objective import is_shared
+from bigdssm.training.batches import BatchBuilder, read_batches
+from bigdssm.training.objective import in_catalogue_share
 from tests.unit.test_make_shards_killed import content
 
 DAYS = 3
@@ -166,15 +166,15 @@ def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: P
     shares: list[int] = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
-        make = BatchMaker(stream, StageConfig(negatives=NegativesConfig(columns="catalogue")))
+        make = BatchBuilder(stream, StageConfig(negatives=NegativesConfig(columns="catalogue")))
         batch = next(read_batches(stream, make, torch.device("cpu")))
         assert batch.superseded is not None and batch.superseded.any() and not batch.superseded.all()
         docs = documents_of(dataset, batch.doc_rows[batch.positive].numpy())
         expected = [facts_of(doc, int(day))[0] for doc, day in zip(docs, batch.query["day"], strict=True)]
         assert batch.doc["price"][batch.positive].tolist() == expected
         assert batch.doc_ids.tolist() == dataset.catalogue.ids(batch.doc_rows.numpy()).tolist()
-        own = is_shared(batch, rank, world_size)
-        assert not (own & batch.superseded).any(), "an earlier version is not a negative of others"
+        own = in_catalogue_share(batch, rank, world_size)
+        assert not (own & batch.superseded).any(), "what a document was is no negative of others"
         shares += batch.doc_rows[own].tolist()
     assert sorted(shares) == list(range(num_docs)), "every document once, as it is now"
 
