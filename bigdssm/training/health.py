@@ -68,7 +68,7 @@ class Health:
         self._bar(self._name, step, self._total_steps, f"loss {result.loss:.4f}{self._speed}  {self._describe_best()}")
         if step % self._every and step != self._total_steps:
             return
-        interval = self._counted()
+        interval = self._interval()
         seconds = interval.training_s
         # one read of the device for all values on it
         on_device = [*result.stats.values(), batch.counts.sum()]

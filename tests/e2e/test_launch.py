@@ -93,7 +93,7 @@ def test_the_command_starts_ranks_and_ends_as_they_do(config: Path, tmp_path: Pa
     assert code == 75, written
     assert re.search(r"loss \d\.\d{4}  [\d,]+ rows/s  best NDCG@10 0\.\d{4}", written), written
     assert "  lr " not in written, "lines of health in addition to the bar"
-    assert len(re.findall(r"stopped on request after step \d, saved; go on with --resume auto", written)) == 1
+    assert len(re.findall(r"stopped on request after step \d, saved; continue with --resume auto", written)) == 1
     assert not re.search("error|launch.py|real_accelerator", written)
     done = start(*command, "pretrain.validate_every_steps=2", "--resume", "auto", fault="kill@9:1")
     assert done.returncode == 6, done.stderr
