@@ -18,12 +18,12 @@ from bigdssm.losses import fps_loss
 from bigdssm.losses.kernels import triton_passes
 
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
-MULTIPROCESSORS = 6  # so that some sums are shared out and others are not
-PAIRS_AT_ONCE = 64  # so that masks are laid out in parts
+MULTIPROCESSORS = 6  # so that some sums are split among programs and others are not
+PAIRS_AT_ONCE = 64  # so that masks are packed in chunks
 
 
 def by_kernels(loss: Callable[..., Any], *tensors: Any, **arguments: Any) -> Any:
-    """Compute a loss by the kernels, whatever its tensors are on."""
+    """Compute a loss with the kernels on any device."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         _mend()
     launched, pass_of = [], triton_passes.FusedMatrix.of
@@ -43,7 +43,7 @@ def fused_fps(*tensors: Any, **arguments: Any) -> Any:
 
 
 def fused_fps_of_packed(U: Tensor, W: Tensor, *tensors: Any, **arguments: Any) -> Any:
-    """Have other things between the rows of W."""
+    """Pass a W whose rows are not adjacent."""
     return fused_fps(U, torch.cat([W, torch.full_like(W[:, :8], torch.nan)], 1)[:, : W.shape[1]], *tensors, **arguments)
 
 

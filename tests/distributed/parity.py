@@ -1,4 +1,4 @@
-"""Run a loss on the ranks of a pool, and compare it with the reference."""
+"""Run a loss on the ranks of a pool and compare it with the reference."""
 
 from __future__ import annotations
 
@@ -52,11 +52,13 @@ def run(
     """
     R = len(shards)
     call = (loss, shards, alpha, beta, arguments)
-    return of_all(pools[R].run(run_rank, *call) if R > 1 else [run_rank(0, 1, *call)], one_beta=beta is not None)
+    return mean_over_ranks(
+        pools[R].run(run_rank, *call) if R > 1 else [run_rank(0, 1, *call)], one_beta=beta is not None
+    )
 
 
-def of_all(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any], Any]:
-    """Return what a mean over ranks makes of what `run_rank` returned on each; `one_beta`: all documents have one."""
+def mean_over_ranks(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any], Any]:
+    """Average the results of `run_rank` over ranks; `one_beta`: all documents share one beta."""
     R = len(results)
     value = torch.stack([r[0] for r in results]).mean()
     grads = [r[1] for r in results]
@@ -72,14 +74,14 @@ def of_all(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any
     return value, [U, W, alpha_grad, beta_grad], results[0][2]
 
 
-def by_matrix(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
-    """Keep the mask as a matrix of bytes, which otherwise only many pairs of a larger batch are."""
+def with_dense_mask(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
+    """Force the dense mask, which is otherwise used only for many pairs of a larger batch."""
     with mock.patch.multiple(masks, _MATRIX_CELLS=0, _MATRIX_FROM=0):
         return loss(*tensors, **arguments)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str, term: float = 1.0) -> None:
-    """Compare relative to the largest entry, or to a hundredth of the `term`s whose sum it is where they cancel."""
+    """Compare relative to the largest entry, or to a hundredth of `term`, the size of terms that cancel in the sum."""
     if expected.numel():
         scale = max(float(expected.abs().max()), 0.01 * term)
         error = float((found.double() - expected).abs().max()) / scale

@@ -31,7 +31,7 @@ class Shard:
     negatives: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return the optional arguments that are given."""
+        """Return the optional arguments that are not None."""
         names = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "known", "negatives")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -40,11 +40,11 @@ Dense = tuple[Tensor, list[Tensor | None]]  # the loss, and the gradients of U, 
 
 
 def concatenate(shards: list[Shard], alpha: float, one_beta: float | None = None) -> LossBatch:
-    """Return the batch of all shards in float64; U, W, alpha and beta are leaves. one_beta: that of all columns."""
+    """Concatenate all shards in float64; U, W, alpha and beta are leaves. one_beta: the beta of all columns."""
     moved, rows, columns = [], 0, 0
     for shard in shards:
         known, negatives = shard.known, shard.negatives
-        if known is not None and shard.query_ids is None:  # rows of the shard stand for ids
+        if known is not None and shard.query_ids is None:  # rows of the shard in place of ids
             known = known + torch.tensor([rows, 0])
         negatives = None if negatives is None else torch.where(negatives < 0, -1, negatives + columns)
         moved.append(replace(shard, positive=shard.positive + columns, known=known, negatives=negatives))
@@ -82,7 +82,7 @@ def fps(shards: list[Shard], alpha: float, direction: str) -> Dense:
 def ranking(
     loss: LossConfig, shards: list[Shard], alpha: float, in_batch: bool, one_beta: float | None = None
 ) -> Dense:
-    """Return the dense loss over in-batch and listed negatives."""
+    """Return the dense loss over in-batch negatives and candidates."""
     return dense(loss, shards, alpha, one_beta, columns="in_batch" if in_batch else "none")
 
 
@@ -97,7 +97,7 @@ def make_shards(
     options: frozenset[str] = frozenset(),
     dtype: torch.dtype = DOUBLE,
 ) -> list[Shard]:
-    """Draw a batch: `sizes` are (m, n) per rank; `options` name what is given beside the vectors.
+    """Draw a batch: `sizes` are (m, n) per rank; `options` names the optional fields.
 
     Columns with the same document id get the same vector, as encoding the same document twice would.
     """

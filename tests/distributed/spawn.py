@@ -1,4 +1,4 @@
-"""Run a picklable function on N gloo ranks of this machine, and bring back what each returns.
+"""Run a picklable function on N gloo ranks of this machine, and return the results of all.
 
     results = run_ranks(function, world_size=3, args=(…))     # function(rank, world_size, *args)
 
@@ -18,15 +18,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-LATE_S = 5.0  # that ranks may fail after the first has: those that do are kept, and need not be started again
+LATE_S = 5.0  # time for other ranks to fail after the first: ranks that raised need not be restarted
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or did not answer in time; the message carries its traceback."""
+    """A rank raised, died or did not answer in time; the message has its traceback."""
 
 
 class Pool:
-    """`world_size` processes with a process group, waiting for functions to run; a context manager."""
+    """`world_size` processes with a process group that run functions; a context manager."""
 
     def __init__(self, world_size: int, *, environment: dict[str, str] | None = None) -> None:
         self.world_size = world_size
@@ -108,7 +108,7 @@ def run_ranks(
     timeout_s: float = 120.0,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:
-    """Start `world_size` ranks, return function(rank, world_size, *args) of each, end them. Raises: RankFailed."""
+    """Start `world_size` ranks, return function(rank, world_size, *args) of each, stop them. Raises: RankFailed."""
     with Pool(world_size, environment=environment) as pool:
         return pool.run(function, *args, timeout_s=timeout_s)
 

@@ -1,4 +1,4 @@
-"""Ranks that were not started alike are told so before anything is written; a signal to one is heeded by all."""
+"""Ranks that were started with differences fail before anything is written; a signal to one stops all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_rank_with_something_else_is_named(
 
 
 def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str) -> None:
-    """Run, on rank 1 with another `what`."""
+    """Run with a difference in `what` on rank 1."""
     from bigdssm.dataset.dataset import Dataset
     from bigdssm.training import checks
 
@@ -63,8 +63,8 @@ def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str
         checks.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
 
 
-def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
-    """Return whether the ranks agree to stop, before and after one of them got SIGTERM."""
+def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Return whether the ranks agree to stop, before and after one of them received SIGTERM."""
     from bigdssm.cluster.signals import StopRequest
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -81,4 +81,4 @@ def asked_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
 
 
 def test_a_signal_to_one_rank_stops_all(pools: dict[int, Pool]) -> None:
-    assert pools[2].run(asked_on_the_last_rank) == [(False, True)] * 2
+    assert pools[2].run(stop_on_the_last_rank) == [(False, True)] * 2

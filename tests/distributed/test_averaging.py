@@ -1,4 +1,4 @@
-"""A run with a moving average of its weights: best/ holds the average, and a stopped run is the one that was not."""
+"""A run with a moving average of its weights: best/ holds the average, and a resumed run is bit-identical."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_best_holds_the_average_and_a_stopped_run_goes_on_with_it(
     pools[2].run(small_run.run, config, tmp_path / "whole", averaged)
     plain, whole = weights(tmp_path / "plain"), weights(tmp_path / "whole")
     losses = [[record["loss"] for record in small_run.records(tmp_path / name)] for name in ("plain", "whole")]
-    assert losses[0] == losses[1]  # it is looked at, and changes nothing
+    assert losses[0] == losses[1]  # it does not affect training
     assert max(float((whole[name] - plain[name]).abs().max()) for name in plain) > 1e-4
     kept = common(tmp_path / "whole", 8)
     assert int(kept["average.updates"]) == 8
@@ -44,7 +44,7 @@ def test_best_holds_the_average_and_a_stopped_run_goes_on_with_it(
     pools[2].run(small_run.run, config, tmp_path / "stopped", averaged)
     checkpoints = tmp_path / "stopped" / "pretrain" / "checkpoints"
     for file in (checkpoints / "step-00000008").iterdir():
-        file.unlink()  # damaged: the run goes on from step 4
+        file.unlink()  # damaged: the run continues from step 4
     pools[2].run(small_run.run, config, tmp_path / "stopped", averaged, "pretrain", True)
     again = weights(tmp_path / "stopped")
     assert all(torch.equal(again[name], whole[name]) for name in whole)

@@ -23,7 +23,7 @@ SIZES = [(7, 12), (0, 3), (9, 11)]
 
 
 def teacher(U: Tensor, W: Tensor) -> BatchTeacher:
-    """Return made-up vectors of another width, the same wherever they are made."""
+    """Return deterministic teacher vectors of another width."""
     return BatchTeacher(U.detach().double().flip(1)[:, :4].sin(), W.detach().double()[:, :4].cos(), TEMPERATURE)
 
 
@@ -35,9 +35,9 @@ def dense(shards: list[Shard], alpha: float) -> tuple[Tensor, list[Tensor | None
     """Return the loss of the concatenated batch and its gradients."""
     x = reference.concatenate(shards, alpha)
     assert x.beta is not None and x.weight is not None
-    judge, log_counts = teacher(x.U, x.W), counts(x.W).double().log()
+    vectors, log_counts = teacher(x.U, x.W), counts(x.W).double().log()
     S = x.alpha * (x.U @ x.W.T) + x.beta
-    p = (judge.queries @ judge.documents.T / TEMPERATURE + log_counts).softmax(1)
+    p = (vectors.queries @ vectors.documents.T / TEMPERATURE + log_counts).softmax(1)
     kl = torch.nn.functional.kl_div((S + log_counts).log_softmax(1), p, reduction="none").sum(1)
     return reference.gradients((x.weight * kl).sum() / x.weight.sum(), x)
 

@@ -1,4 +1,4 @@
-"""What each rank writes and reads of a checkpoint; damage, full disks and gone ranks as all ranks see them."""
+"""Writing and reading of checkpoint shares by each rank; damage, full disks and lost ranks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from bigdssm.training.optimizers import AdamW
 from . import small_run
 from .spawn import Pool
 
-BLOCK = 1024  # of files of tens of kB
+BLOCK = 1024  # the files have tens of kB
 TENSORS = [("weight", torch.arange(3000.0).view(30, 100)), ("exp_avg/weight", torch.ones(30, 100))]
 
 
 class Counted:
-    """A file that counts the bytes that go through it."""
+    """A file that counts the bytes written and read."""
 
     def __init__(self, file: Any, counts: Counter[str]) -> None:
         self._file, self._counts = file, counts
@@ -60,7 +60,7 @@ class Counted:
 
 
 class Toy(nn.Module):
-    """A table, a matrix, a vector that does not divide by ranks, and one that is not trained."""
+    """A table, a matrix, a vector whose size is not divisible by the world size, and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Toy(nn.Module):
 
 @contextmanager
 def counted_bytes() -> Iterator[Counter[str]]:
-    """Count the bytes of checkpoints' tensors that are written and read within it."""
+    """A context that counts the bytes of checkpoint tensors written and read."""
     counts: Counter[str] = Counter()
     opened = Path.open
 
@@ -101,11 +101,11 @@ def small_blocks() -> Iterator[None]:
 def one_step(
     rank: int, world_size: int, folder: Path, zero_stage: int, step: int
 ) -> tuple[Counter[str], list[TensorPiece], list[TensorPiece]]:
-    """Go on from the checkpoint before, take a step, save; return bytes, and this rank's pieces at begin and end."""
+    """Resume from the previous checkpoint, take a step, save; return bytes, and this rank's pieces before and after."""
     from bigdssm.training.engine import Engine, init_process_group
 
     init_process_group()
-    torch.manual_seed(step)  # another model each time, all of which the checkpoint replaces
+    torch.manual_seed(step)  # another model each time, which the checkpoint replaces
     with small_blocks(), counted_bytes() as counts:
         store, model = CheckpointStore(folder, keep=9), Toy()
         newest = store.newest_valid()
@@ -127,7 +127,7 @@ def one_step(
 
 @pytest.mark.slow
 def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """Each goes on from what the one before has saved, bit by bit, on other ranks and at another ZeRO stage."""
+    """Each continues from the previous checkpoint, bit by bit, on other ranks and at another ZeRO stage."""
     before, saved = 0, {}
     for step, (ranks, stage) in enumerate([(2, 1), (3, 3), (2, 2), (3, 0), (2, 3), (3, 1)], start=1):
         done = pools[ranks].run(one_step, tmp_path, stage, step)
@@ -136,7 +136,7 @@ def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, P
         for what, total in (("written", written), ("read", before)):
             assert sum(counts[what] for counts, _, _ in done) == total, (what, step)
             assert max(counts[what] for counts, _, _ in done) <= 1.1 * total / ranks, (what, step)
-        begin, end = (put_together([piece for one in done for piece in one[n]]) for n in (1, 2))
+        begin, end = (assembled([piece for one in done for piece in one[n]]) for n in (1, 2))
         assert saved.keys() <= begin.keys()
         assert all(torch.equal(begin[name], saved[name]) for name in saved), step
         read = open_tensors(folder)
@@ -146,8 +146,8 @@ def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, P
         before, saved = written, end
 
 
-def put_together(pieces: list[TensorPiece]) -> dict[str, torch.Tensor]:
-    """Return whole tensors of the pieces of all ranks, which leave nothing out and have nothing twice."""
+def assembled(pieces: list[TensorPiece]) -> dict[str, torch.Tensor]:
+    """Assemble whole tensors from the pieces of all ranks, which must be complete and disjoint."""
     found: dict[str, list[torch.Tensor]] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.first)):
         parts = found.setdefault(piece.name, [])
@@ -158,7 +158,7 @@ def put_together(pieces: list[TensorPiece]) -> dict[str, torch.Tensor]:
 
 
 def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_background: bool) -> tuple[str, bool]:
-    """Save, the second time with a full disk on rank `struck`; return its error, and whether it was foreseen."""
+    """Save, the second time with a full disk on rank `struck`; return its error, and whether `has_failed` was set."""
 
     def strike() -> None:
         time.sleep(0.2)
@@ -183,7 +183,7 @@ def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_backgr
 
 
 def found(rank: int, world_size: int, folder: Path) -> tuple[int, bool, list[int] | None] | None:
-    """Return step, whether its tensors are the saved ones, and this rank's state, of the newest good checkpoint."""
+    """Return step, equality of the tensors with the saved ones, and this rank's state, of the newest checkpoint."""
     newest = CheckpointStore(folder, keep=3).newest_valid()
     if newest is None:
         return None
@@ -225,7 +225,7 @@ def test_a_file_that_one_rank_does_not_see_is_no_damage(tmp_path: Path, pools: d
 
 
 def unseen(rank: int, world_size: int, folder: Path) -> str:
-    """Look for a checkpoint in a folder that rank 1 does not have; return the error."""
+    """Load a checkpoint from a folder that rank 1 does not have; return the error."""
     opened = Path.open
 
     def not_there(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -242,7 +242,7 @@ def unseen(rank: int, world_size: int, folder: Path) -> str:
 
 
 def test_a_run_stops_soon_after_the_writing_behind_it_has_failed(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """Not at the next save, of which there is none before the end."""
+    """Not only at the next save, since there is none before the end."""
     done = pools[2].run(with_a_full_disk, small_run.write_dataset(tmp_path), tmp_path / "run", 2, 40)
     assert done[0][0].startswith("PeerError: rank 1 stopped: could not write a checkpoint")
     assert done[1][0].startswith("CheckpointError") and "No space left on device" in done[1][0]
@@ -252,7 +252,7 @@ def test_a_run_stops_soon_after_the_writing_behind_it_has_failed(tmp_path: Path,
 def with_a_full_disk(
     rank: int, world_size: int, config: Path, run_dir: Path, full_at: int, steps: int
 ) -> tuple[str, int]:
-    """Run with one checkpoint in the middle, for which rank 1 has no room; return the error and the steps done."""
+    """Run with one checkpoint in the middle, for which rank 1 has no disk space; return the error and the steps."""
     from bigdssm.training import loop
 
     done = 0

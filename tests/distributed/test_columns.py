@@ -1,4 +1,4 @@
-"""The catalogue as columns, and what the masks say: against torch's cross-entropy over all documents' scores."""
+"""The catalogue as columns, and the masks, against torch's cross-entropy over the scores of all documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ALPHA = 7.0
 
 
 class World:
-    """Queries with their documents and what lies before them, and a catalogue; the same on every rank."""
+    """Queries with their documents and histories, and a catalogue; the same on every rank."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ class World:
         self.before = [torch.randint(DOCS, (int(n),), generator=generator) for n in torch.arange(ROWS) % 7]
 
     def cut(self, world_size: int) -> list[int]:
-        """Where each rank's rows end; of three ranks the second has none."""
+        """The bounds of each rank's rows; of three ranks the second has none."""
         return {1: [0, ROWS], 2: [0, 11, ROWS], 3: [0, 13, 13, ROWS]}[world_size]
 
     def batch(self, rank: int, world_size: int, columns: str, mask: str) -> Batch:
@@ -70,7 +70,7 @@ class World:
         )  # fmt: skip
 
     def kept(self, mask: str) -> Tensor:
-        """Return bool [ROWS, DOCS]: which documents are a query's negatives or its own, by comparing one by one."""
+        """Return bool [ROWS, DOCS]: the negatives and the positive of each query, compared one by one."""
         used = self.relevance > 0
         dropped = torch.zeros(ROWS, DOCS, dtype=torch.bool)
         for i in range(ROWS):
@@ -111,7 +111,7 @@ def run_rank(rank: int, world_size: int, dtype: torch.dtype, columns: str, mask:
 
 
 def together(results: list[Any]) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean over ranks of the loss and of the gradients; a document's copies add up."""
+    """Return the mean over ranks of the loss and of the gradients; columns of one document are summed."""
     U = torch.cat([grads[0] for _, grads, _, _ in results]).double() / len(results)
     W, beta = torch.zeros(DOCS, D, dtype=torch.float64), torch.zeros(DOCS, dtype=torch.float64)
     for _, grads, rows, _ in results:
@@ -127,7 +127,7 @@ def together(results: list[Any]) -> tuple[Tensor, list[Tensor]]:
 def test_the_catalogue_as_columns_is_the_softmax_over_all_documents(
     pools: dict[int, Pool], dtype: torch.dtype, mask: str, world_size: int
 ) -> None:
-    """Each document once, whatever the ranks have of their queries' positives; also with a rank without rows."""
+    """Each document once, for any distribution of positives over ranks; also with a rank without rows."""
     results = pools[world_size].run(run_rank, dtype, "catalogue", mask)
     world = World(dtype)
     right, right_grads = world.dense(mask)
@@ -150,7 +150,7 @@ def test_the_catalogue_as_columns_is_the_softmax_over_all_documents(
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("mask", ["none", "past"])
 def test_masks_of_each_query_alone_hold_over_the_batch(pools: dict[int, Pool], mask: str, world_size: int) -> None:
-    """Columns are the batch's documents, as often as they come; another's rows mask nothing."""
+    """Columns are the documents of the batch, with multiplicity; rows of other users mask nothing."""
     world = World(torch.float64)
     loss, _ = together(pools[world_size].run(run_rank, torch.float64, "batch", mask))
     copies = torch.bincount(world.doc, minlength=DOCS).double()
@@ -163,7 +163,7 @@ def test_masks_of_each_query_alone_hold_over_the_batch(pools: dict[int, Pool], m
 
 
 def run_mlp(rank: int, world_size: int) -> float:
-    """Score each query's own document and the two last ones, in place of an MLP; every other row has seen the last."""
+    """Score each query's positive and the last two documents, in place of an MLP; every other row has seen the last."""
     world = World(torch.float32)
     batch = world.batch(rank, world_size, "batch", "none")
     m, n = len(batch.positive), len(batch.doc_rows)
@@ -198,7 +198,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
-    """Return the loss of the first step, from the model as it begins and the step's rows, all scores at once."""
+    """Return the loss of the first step, computed from the initial model and the step's rows, densely."""
     config = load_config(path, overrides)
     dataset = open_dataset(config.data)
     torch.manual_seed(config.run.seed)

@@ -1,4 +1,4 @@
-"""The terms that follow a judge, on 1 and 2 ranks, by vectors and by scores, against dense matrices."""
+"""Distillation terms on 1 and 2 ranks, on vectors and on scores, against dense matrices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OPTIONS = frozenset({"beta", "weight", "shared", "negatives"})
 SIZES = [(7, 12), (9, 11)]
 
 
-def judge(U: Tensor, W: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
-    """Return made-up scores [m, 1 + k] of the vectors, some of them none: the same wherever they are made."""
+def teacher_scores(U: Tensor, W: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
+    """Return deterministic teacher scores [m, 1 + k], some of them missing."""
     listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
     scores = 3 * torch.einsum("md,mkd->mk", U.detach().double().flip(1), W.detach().double()[listed])
     return scores.masked_fill(scores > 2.0, torch.nan)
@@ -37,12 +37,12 @@ def dense(name: str, shards: list[Shard], alpha: float) -> reference.Dense:
     """Return the loss of the concatenated batch and its gradients."""
     batch = reference.concatenate(shards, alpha)
     assert batch.positive is not None and batch.negatives is not None
-    batch = replace(batch, teacher=judge(batch.U, batch.W, batch.positive, batch.negatives))
+    batch = replace(batch, teacher=teacher_scores(batch.U, batch.W, batch.positive, batch.negatives))
     return reference.gradients(dense_loss(DISTILLATIONS[name](temperature=TEMPERATURE), batch, columns="none"), batch)
 
 
 def by_vectors(name: str, U: Tensor, W: Tensor, positive: Tensor, *, negatives: Tensor, **given: Any) -> Any:
-    teacher = judge(U, W, positive, negatives)
+    teacher = teacher_scores(U, W, positive, negatives)
     term = DISTILLATIONS[name](temperature=TEMPERATURE)
     return contrastive_loss(
         term, LossBatch(U, W, positive, negatives=negatives, teacher=teacher, **given), columns="none"
@@ -55,7 +55,7 @@ def by_scores(
     listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
     scores = alpha * torch.einsum("md,mkd->mk", U, W[listed]) + beta[listed]
     absent = torch.nn.functional.pad((negatives < 0) | (negatives == positive[:, None]), (1, 0))
-    term, teacher = DISTILLATIONS[name](temperature=TEMPERATURE), judge(U, W, positive, negatives)
+    term, teacher = DISTILLATIONS[name](temperature=TEMPERATURE), teacher_scores(U, W, positive, negatives)
     return scored_loss(term, scores.masked_fill(absent, -torch.inf), weight=weight, teacher=teacher)
 
 
@@ -81,7 +81,7 @@ def test_lower_precision(pools: dict[int, Pool], name: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("name", DISTILLATIONS)
 def test_queries_that_nobody_judged_have_no_term(name: str) -> None:
-    """Not where their own document has no score, not where no other has one; the others' mean is over all weights."""
+    """Queries without a score of the positive, or of any other document, have no loss, but count in the mean."""
     U, W = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) for seed in (0, 1))
     U, nan = U.requires_grad_(), torch.nan
     teacher = torch.tensor([[nan, 1.0, 2.0], [1.0, nan, nan], [3.0, 1.0, torch.inf]])

@@ -1,4 +1,4 @@
-"""What `estimate` says beforehand, against what a rank's process is seen to take."""
+"""The memory that `estimate` predicts, against the measured memory of a rank's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning with windows that are mined again, or that a judge has scored: one curve, exact resumes."""
+"""Fine-tuning with periodically mined or teacher-scored hard negatives: one curve, exact resumes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ AGAIN = ("sft.steps=8", "sft.negatives.mining.every_steps=3", "sft.save_every_st
 
 
 class Stopped(Exception):
-    """Raised on every rank: whatever the run would do at its end must not happen."""
+    """Raised on every rank, so that nothing is done at the end of the run."""
 
 
 def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:  # noqa: F811
-    """Fine-tune, and break off in `step`."""
+    """Fine-tune, and stop in `step`."""
     from bigdssm.training import loop
 
     original: Callable[..., Any] = loop.train_step
@@ -54,7 +54,7 @@ def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides
 
 
 def break_off_while_writing(rank: int, world_size: int, *args: Any) -> None:
-    """The same, and a checkpoint is written only while the second step after it is taken."""
+    """The same, but a checkpoint is written during the second step after it."""
     from bigdssm.checkpoints.store import CheckpointStore
 
     original: Callable[..., Any] = CheckpointStore._run
@@ -91,7 +91,7 @@ def mined_again(
 def test_what_is_mined_again_is_of_the_weights_of_that_step(
     config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
-    """At any number of ranks. What no checkpoint needs any more is removed."""
+    """On any number of ranks. Files that no checkpoint needs are removed."""
     names = [f"mined_negatives.step-0000000{step}.npy" for step in (3, 6)]
     assert mined_files(mined_again) == names
     dataset = Dataset.open(load_config(config).data.dir)
@@ -137,14 +137,14 @@ def test_a_run_that_mines_again_goes_on_exactly(
 def test_what_a_checkpoint_needs_stays_while_it_is_written(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
-    """That of step 2 needs what was mined at 0, and is being written when it is mined at 3."""
+    """The checkpoint of step 2 needs the file mined at step 0, and is being written during the mining at step 3."""
     pools[1].run(break_off_while_writing, config, tmp_path, (start(reference), *AGAIN), 3)
     assert [path.name for path in checkpoints_in(tmp_path / "sft" / "checkpoints")] == ["step-00000002"]
     assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
 
 
 def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given: tuple[str, ...]) -> None:  # noqa: F811
-    """What is left of a judge's disagreement shrinks, in one curve whatever the ranks."""
+    """The distillation loss decreases, with the same curve on any number of ranks."""
     overrides = (*given, "sft.steps=12", "sft.optimizer.lr=0.01")
     for ranks in (1, 2):
         pools[ranks].run(small_run.run, config, folder / f"{ranks}", overrides, "sft")
@@ -157,7 +157,7 @@ def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given
 def test_a_teacher_is_followed_on_any_number_of_ranks(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str  # noqa: F811
 ) -> None:  # fmt: skip
-    """One that likes documents by their number: over the batch of all ranks, whatever their number and its chunks."""
+    """A teacher that ranks documents by number, over the global batch, on any number of ranks and chunks."""
     dataset = Dataset.open(load_config(config).data.dir)
 
     def by_number(rows: np.ndarray) -> torch.Tensor:
@@ -180,7 +180,7 @@ def test_a_teacher_is_followed_on_any_number_of_ranks(
 def test_a_judge_is_followed_on_any_number_of_ranks(
     config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool], loss: str  # noqa: F811
 ) -> None:  # fmt: skip
-    """A judge who likes documents by their number: what is left of its disagreement shrinks, whatever the ranks."""
+    """A teacher that ranks documents by number: the distillation loss decreases on any number of ranks."""
     dataset = Dataset.open(load_config(config).data.dir)
     model = load_checkpoint_model(mined_again / "sft" / "checkpoints" / "step-00000006").model
     mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)

@@ -1,4 +1,4 @@
-"""What a step sends: sizes, one gather of W with ids and biases, one reduction of dW, and O(N) for columns' sums."""
+"""Communication of a step: sizes, one gather of W with ids and biases, one reduction of dW, O(N) for column sums."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_bytes_per_step(pools: dict[int, Pool], world_size: int, direction: str,
     N = world_size * M
     matrix = N * D * 4
     for sent in pools[world_size].run(count, {"direction": direction, "tile": 16}, use_ids):
-        # beside W: doc ids, beta, and (query id, document id) of each query, and 4 bytes to a multiple of 16
+        # with W: doc ids, beta, (query id, document id) of each query, and 4 bytes of padding to a multiple of 16
         gathered = matrix + (8 + 4 + 16 + 4) * N * use_ids
         large = [("all_gather_into_tensor", gathered), ("reduce_scatter_single", matrix)]
         assert [s for s in sent if s[1] >= matrix] == large
@@ -76,14 +76,14 @@ def test_bytes_per_step(pools: dict[int, Pool], world_size: int, direction: str,
 
 
 def test_scores_of_any_range_cost_two_more_vectors(pools: dict[int, Pool]) -> None:
-    """One shift cannot serve scores from -1800 to 1800: the columns' largest scores and sums are reduced instead."""
+    """No single shift fits scores from -1800 to 1800: maxima and sums of columns are reduced instead."""
     options = {"direction": "both", "tile": 16}
     small, wide = (pools[2].run(count, options, False, norm)[0] for norm in (1.0, 30.0))
     assert sum(size for _, size in wide) == sum(size for _, size in small) + 2 * 8 * 2 * M
 
 
 def trace(rank: int, world_size: int, direction: str) -> list[str]:
-    """Return what happens in a forward in order: gathers, the positives' scores, the wait for W, tiles."""
+    """Return the events of a forward in order: gathers, the positives' scores, the wait for W, tiles."""
     import bigdssm.distributed as ours
     from bigdssm.losses import contrastive
     from bigdssm.losses.kernels.tiles import ScoreMatrix
@@ -112,19 +112,19 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
 
 @pytest.mark.parametrize("direction", ["q2d", "both"])
 def test_the_gather_of_W_goes_on_behind_the_positives(pools: dict[int, Pool], direction: str) -> None:
-    """The one gather before it, of sizes, is over when it starts."""
+    """The preceding gather, of sizes, is complete when it starts."""
     for events in pools[3].run(trace, direction):
         assert events[:5] == ["gather", "start gather", "positives", "wait", "tile"]
 
 
 def peak_growth_mb(rank: int, world_size: int, m: int, direction: str, popular: bool) -> float:
-    """Return by how much the largest resident size grows in a forward and backward, in MB."""
+    """Return the growth of the peak resident size in a forward and backward, in MB."""
     generator = torch.Generator().manual_seed(rank)
     U, W = (torch.nn.functional.normalize(torch.randn(m, 8, generator=generator)).requires_grad_() for _ in "UW")
     doc_ids = torch.arange(m) + m * rank
     doc_ids[:: 2 if popular else m] = -1  # one document in half of all rows, or in one row of each rank
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     base = status_mb("VmRSS")
     query_ids = torch.arange(m) + m * rank
     fps_loss(U, W, alpha=5.0, query_ids=query_ids, doc_ids=doc_ids, direction=direction).loss.backward()  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def status_mb(field: str) -> float:
 @pytest.mark.parametrize("direction", ["q2d", "both"])
 def test_memory_does_not_grow_with_the_score_matrix(pools: dict[int, Pool], direction: str, popular: bool) -> None:
     """Of 4,096 x 8,192 scores a rank (134 MB in float32, 34 MB as one byte) only a few tiles or strips exist."""
-    pools[2].run(peak_growth_mb, 1024, direction, popular)  # what is allocated once
+    pools[2].run(peak_growth_mb, 1024, direction, popular)  # one-time allocations
     for growth in pools[2].run(peak_growth_mb, 4096, direction, popular):
         assert growth < 45
 
@@ -151,7 +151,7 @@ def test_nothing_is_sent_on_one_rank() -> None:
 
 
 def reduced(rank: int, world_size: int, bytes_at_once: int) -> torch.Tensor:
-    """Return this rank's share of a sum that gloo makes of so many bytes at once."""
+    """Return this rank's share of a sum that gloo computes in chunks of `bytes_at_once`."""
     import bigdssm.distributed as ours
 
     usual, ours._GLOO_BYTES = ours._GLOO_BYTES, bytes_at_once

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bigdssm.losses import fps_loss
 
 from . import reference
-from .parity import assert_close, by_matrix, check_fps, run
+from .parity import assert_close, check_fps, run, with_dense_mask
 from .reference import DOUBLE, Shard, make_shards
 from .spawn import Pool
 
@@ -50,7 +50,7 @@ def batches(draw: st.DrawFn) -> tuple[list[Shard], float, dict[str, Any]]:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(batch=batches(), loss=st.sampled_from([fps_loss, partial(by_matrix, fps_loss)]))
+@given(batch=batches(), loss=st.sampled_from([fps_loss, partial(with_dense_mask, fps_loss)]))
 def test_equals_dense_reference(
     pools: dict[int, Pool], batch: tuple[list[Shard], float, dict[str, Any]], loss: Callable[..., Any]
 ) -> None:
@@ -71,7 +71,7 @@ def test_one_rank_empty(pools: dict[int, Pool], direction: str, empty: int) -> N
 
 @pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
 def test_merged_duplicates_equal_masked_duplicates(pools: dict[int, Pool], direction: str) -> None:
-    """A document encoded once, with neg_bias = log(count), stands for its copies: each row drops the positive's."""
+    """A document encoded once with neg_bias = log(count) equals `count` columns; each row drops its positive's."""
     generator = torch.Generator().manual_seed(5)
     D, docs, rows = 6, 5, 14
     table = torch.randn(docs, D, generator=generator, dtype=DOUBLE)
@@ -97,7 +97,7 @@ def test_merged_duplicates_equal_masked_duplicates(pools: dict[int, Pool], direc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [20.0, 100.0])
 def test_lower_precision(pools: dict[int, Pool], direction: str, dtype: torch.dtype, alpha: float) -> None:
-    """On the same rounded inputs; bfloat16 gradients are rounded once, to 8 bits."""
+    """With equal rounded inputs; bfloat16 gradients are rounded once, to 8 bits."""
     generator = torch.Generator().manual_seed(1)
     options = frozenset({"beta", "neg_bias", "query_ids", "doc_ids", "weight"})
     shards = make_shards(generator, [(40, 60), (37, 37)], 32, num_queries=30, num_docs=50, options=options, dtype=dtype)

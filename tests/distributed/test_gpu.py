@@ -18,7 +18,7 @@ from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, norm_pen
 
 from . import reference
 from .interpreted import fused_fps
-from .parity import Loss, assert_parity, by_matrix, run_rank
+from .parity import Loss, assert_parity, run_rank, with_dense_mask
 from .reference import Shard, make_shards
 
 DEVICE = "cuda"
@@ -54,7 +54,7 @@ def test_fps(direction: str, dtype: torch.dtype, tolerance: float) -> None:
     check(partial(fps_loss, direction=direction), shard, reference.fps([shard], 20.0, direction), tolerance)
 
 
-@pytest.mark.parametrize("loss", [fused_fps, partial(by_matrix, fused_fps)], ids=["pairs", "matrix"])
+@pytest.mark.parametrize("loss", [fused_fps, partial(with_dense_mask, fused_fps)], ids=["pairs", "matrix"])
 @pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
 @pytest.mark.parametrize(
     ("dtype", "D", "tolerance"),

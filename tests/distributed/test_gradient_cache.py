@@ -1,4 +1,4 @@
-"""Encoding in chunks, with graphs kept or made again, on 1, 2 and 3 ranks: it changes no result."""
+"""Encoding in chunks, with graphs retained or recomputed, on 1, 2 and 3 ranks, does not change results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CASES += [Case(*case, packed=True) for case in ((0, 40, 90), (1, 0), (1, 40, 90)
 
 
 def global_batch(step: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Return words and histories of 24 queries, words and items of 12 documents, and each query's document."""
+    """Return words and histories of 24 queries, words and items of 12 documents, and the document of each query."""
     torch.manual_seed(100 + step)
     length, history_length = torch.randint(1, 10, (24, 1)), torch.randint(0, 7, (24, 1))
     words = torch.randint(1, 30, (24, 9)) * (torch.arange(9) < length)
@@ -70,7 +70,7 @@ def global_batch(step: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]
 
 
 def share_of(rank: int, world_size: int, step: int) -> Batch:
-    """Return the rank's rows, each of its documents once; documents met on several ranks are columns on each."""
+    """Return the rank's rows, each of its documents once; documents of several ranks are columns on each."""
     (words, history), (doc_words, items), positive, doc_ids = global_batch(step)
     first = sum(SHARES[world_size][:rank])
     rows = torch.arange(first, first + SHARES[world_size][rank])
@@ -129,7 +129,7 @@ def plain_steps(rank: int, world_size: int) -> dict[str, Tensor]:
 
 @contextmanager
 def plain_optimizer() -> Iterator[None]:
-    """Within it engines have SGD, since Adam would hide a wrong scale, and ZeRO 3 shards small parameters, too."""
+    """A context in which engines use SGD, since Adam would hide a wrong scale, and ZeRO 3 shards small parameters."""
     from bigdssm.training import engine
 
     derive, build = engine.deepspeed_config, engine.build_optimizer
@@ -185,11 +185,11 @@ def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list
 
 
 def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int, list[tuple[str, int]]]]:
-    """Return for one step of each case how many backwards it made, and (collective, elements) of every reduction."""
+    """Return, for a step of each case, its number of backwards, and (collective, elements) of every reduction."""
     from bigdssm.training.engine import deepspeed  # which then compiles nothing
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    backend = deepspeed.comm.comm.cdb  # it has kept a function of its own, perhaps since an earlier test
+    backend = deepspeed.comm.comm.cdb  # may hold a function of an earlier test
     names = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_reduce_coalesced")
     originals = {name: getattr(dist, name) for name in names}
     sent: list[tuple[str, int]] = []
@@ -239,7 +239,7 @@ def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: 
 
 
 def broadcasts(rank: int, world_size: int, case: Case) -> list[int]:
-    """Return how many each of some steps makes."""
+    """Return the number of broadcasts of each step."""
     found = []
     with plain_optimizer():
         running, budget = new_engine(case, 0.0)
@@ -251,12 +251,12 @@ def broadcasts(rank: int, world_size: int, case: Case) -> list[int]:
 
 
 def test_ranks_do_not_compare_the_order_of_modules(pools: dict[int, Pool]) -> None:
-    """DeepSpeed would at ZeRO 3, after every pass unlike the one before: queries' chunks beside documents'."""
+    """DeepSpeed would broadcast at ZeRO 3 after every pass that differs from the previous one."""
     assert pools[2].run(broadcasts, Case(3, 40, 0)) == [[0, 0, 0], [0, 0, 0]]
 
 
 class Reads(TorchDispatchMode):
-    """Counts what the engine and DeepSpeed read of tensors; a fused optimizer, as a device has, reads nothing."""
+    """Counts reads of tensors by the engine and DeepSpeed; a fused optimizer, as on a device, reads nothing."""
 
     count = 0
 
@@ -268,7 +268,7 @@ class Reads(TorchDispatchMode):
 
 
 def waits(rank: int, world_size: int, stage: int, chunk_tokens: int) -> tuple[int, int]:
-    """Return how often a step synchronizes with the device, and how many of its numbers it reads, the loss apart."""
+    """Return the number of synchronizations of a step with the device, and of numbers read, without the loss."""
     from deepspeed.accelerator import get_accelerator
 
     from bigdssm.training.engine import Engine
@@ -276,7 +276,7 @@ def waits(rank: int, world_size: int, stage: int, chunk_tokens: int) -> tuple[in
     config = EngineConfig(zero_stage=stage, chunk_tokens=chunk_tokens)
     engine = Engine(small_model(0.0), config, AdamW(gradient_clipping=CLIPPING), 1)
     assert len(engine.deepspeed.optimizer.param_groups) > 1
-    for step in range(4):  # DeepSpeed's timer begins with the third
+    for step in range(4):  # DeepSpeed's timer starts in the third
         with mock.patch.object(get_accelerator(), "synchronize") as synchronize, Reads() as reads:
             one_step(engine, share_of(rank, world_size, step), TokenBudget.of(config))
     return synchronize.call_count, reads.count
@@ -306,7 +306,7 @@ def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_s
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int, Pool], world_size: int) -> None:
-    """A kept graph is the one that the loss was computed of."""
+    """A retained graph is that of the loss."""
     for stage in (0, 1, 2, 3):
         cases = [Case(stage, 40, keep) for keep in (10**6, 90, 0)]
         for kept, some, none in pools[world_size].run(steps, cases, 0.1, timeout_s=300):
@@ -324,7 +324,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_validation_in_uneven_chunks_measures_the_same(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """Under ZeRO 3 a forward is a collective: a rank with fewer chunks makes up for them."""
+    """At ZeRO 3 a forward is a collective: a rank with fewer chunks adds filler chunks."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pools[1].run(small_run.run, config, whole, ("pretrain.steps=2",))
     pools[3].run(in_small_chunks, config, cut)

@@ -18,7 +18,7 @@ from ..unit.test_losses_numerics import NarrowProducts, unit
 from . import reference
 from .conftest import Pools
 from .interpreted import ENVIRONMENT, fused_fps, fused_fps_of_packed, fused_on_rank_0
-from .parity import assert_close, assert_parity, by_matrix, of_all, run_rank
+from .parity import assert_close, assert_parity, mean_over_ranks, run_rank, with_dense_mask
 from .reference import DOUBLE, Shard, make_shards
 from .spawn import RankFailed
 
@@ -44,20 +44,20 @@ def check(
     loss: Callable[..., Any] = fused_fps,
 ) -> dict[str, Tensor]:
     """Compare loss and gradients with the reference; return the statistics."""
-    found = of_all(ranks[len(shards)].run(run_rank, loss, shards, alpha, None, {"direction": direction}))
+    found = mean_over_ranks(ranks[len(shards)].run(run_rank, loss, shards, alpha, None, {"direction": direction}))
     assert_parity(shards, alpha, found, reference.fps(shards, alpha, direction), tolerance)
     return found[2]
 
 
 @pytest.mark.parametrize(
-    "loss", [fused_fps, partial(by_matrix, fused_fps_of_packed)], ids=["pairs", "matrix and W as it is sent"]
+    "loss", [fused_fps, partial(with_dense_mask, fused_fps_of_packed)], ids=["pairs", "matrix and W as it is sent"]
 )
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_equals_the_dense_reference(
     ranks: Pools, dtype: torch.dtype, tolerance: float, direction: str, loss: Callable[..., Any]
 ) -> None:
-    """More than one block each way, none of them full, and a vector size that is no power of 2."""
+    """Several blocks in each direction, none of them full, and a vector size that is not a power of 2."""
     generator = torch.Generator().manual_seed(1)
     shards = make_shards(
         generator, [(140, 270)], 24, num_queries=60, num_docs=150, options=OPTIONS, dtype=dtype
@@ -70,7 +70,7 @@ def test_equals_the_dense_reference(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("sizes", [[(70, 90), (0, 0)], [(1, 1), (0, 200)]])
 def test_ranks_of_any_size(ranks: Pools, sizes: list[tuple[int, int]], direction: str) -> None:
-    """Ranks with fewer columns than others leave some unused; some have no query, or nothing."""
+    """Ranks with fewer columns leave some unused; some have no query, or no column either."""
     generator = torch.Generator().manual_seed(2)
     shards = make_shards(
         generator, sizes, 16, num_queries=30, num_docs=60, options=OPTIONS - {"weight"}, dtype=torch.float32
@@ -137,7 +137,7 @@ def test_extreme_scores(backend: Backend, case: str, direction: str, dtype: torc
 @pytest.mark.parametrize("alpha", [20.0, 100.0])
 @pytest.mark.parametrize("backend", ["torch", "narrow products", "triton"], indirect=True)
 def test_bfloat16_is_as_good_as_its_inputs(backend: Backend, direction: str, alpha: float) -> None:
-    """Scores are never rounded to bfloat16: that alone would be 12 % of dU at alpha = 100."""
+    """Scores are never rounded to bfloat16, which would change dU by 12 % at alpha = 100."""
     U = unit(300, 64, 3)
     W = torch.nn.functional.normalize(U + 3 * unit(300, 64, 4), dim=1)
     shard = Shard(U.bfloat16(), W.bfloat16(), torch.arange(300))
@@ -149,7 +149,7 @@ def test_bfloat16_is_as_good_as_its_inputs(backend: Backend, direction: str, alp
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_columns_that_are_nobodys_negative(ranks: Pools, direction: str) -> None:
-    """−inf for a whole block of columns, the first: a row's largest is −inf until the next."""
+    """−inf for the whole first block of columns: the maximum of a row is −inf until the next block."""
     shards = make_shards(torch.Generator().manual_seed(4), [(50, 100)], 8, options=OPTIONS, dtype=torch.float32)
     neg_bias = torch.zeros(100, dtype=torch.float64)
     neg_bias[:64] = -math.inf
@@ -158,7 +158,7 @@ def test_columns_that_are_nobodys_negative(ranks: Pools, direction: str) -> None
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_nothing_left(backend: Backend, direction: str) -> None:
-    """With one document everywhere, with weights of 0, and with nothing at all: loss 0, gradients 0."""
+    """One document in all columns, weights of 0, and empty input: loss 0, gradients 0."""
     one = torch.zeros(6, dtype=torch.int64)
     U, W = unit(6, 4, 1).float(), unit(6, 4, 2).float()
     shards = [
@@ -175,7 +175,7 @@ def test_nothing_left(backend: Backend, direction: str) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_vectors_give_a_non_finite_loss(backend: Backend, direction: str, bad: float) -> None:
-    """The trainer skips such a step: it must see it, and nothing may raise or hang."""
+    """The trainer skips such a step: it must detect it, and nothing may raise or hang."""
     U = unit(6, 4, 1).float()
     U[2, 1] = bad
     shard = Shard(U, unit(6, 4, 2).float(), torch.arange(6))
@@ -183,7 +183,7 @@ def test_non_finite_vectors_give_a_non_finite_loss(backend: Backend, direction: 
 
 
 def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:
-    """Their sums are reduced in other steps than those of the plain path."""
+    """Their sums are reduced by other collectives than on the plain path."""
     shards = [Shard(unit(6, 4, k).float(), unit(6, 4, 9 + k).float(), torch.arange(6)) for k in range(2)]
     with pytest.raises(RankFailed, match="rank 0 has fps over all columns, both, by Triton kernels; rank 1 has"):
         ranks[2].run(run_rank, fused_on_rank_0, shards, 20.0, None, {"direction": "both"})

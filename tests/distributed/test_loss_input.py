@@ -1,4 +1,4 @@
-"""Bad input on one rank ends in one clear error on every rank, and never in a hang."""
+"""Invalid input on one rank raises one clear error on every rank, and never hangs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weight's gradient": ({"weight": torch.ones(M, requires_grad=True)}, "weight is a constant of the data"),
     "tile": ({"tile": 0}, "tile must be at least 1"),
     "direction's name": ({"direction": "d2d"}, "direction must be one of"),
-    # what only the other ranks can see
+    # differences that only the comparison of ranks detects
     "another D": ({"U": torch.randn(M, D + 1), "W": torch.randn(N, D + 1)}, "disagree on the vector size D"),
     "another dtype": ({"U": torch.randn(M, D).double(), "W": torch.randn(N, D).double()}, "disagree on the dtype"),
     "another direction": ({"direction": "both"}, "disagree on the loss or its direction"),

@@ -1,4 +1,4 @@
-"""Matryoshka: the mean of dense losses of cut vectors, in value and every gradient, on 1, 2 and 3 ranks."""
+"""Matryoshka: the mean of dense losses of truncated vectors, in value and every gradient, on 1, 2 and 3 ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def at_widths(U: Tensor, W: Tensor, positive: Tensor, *, normalise: bool, **argu
 
 
 def dense(shards: list[Shard], alpha: float, direction: str, normalise: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the mean over the widths of the dense loss, and the gradients of the uncut vectors by autograd's rules."""
+    """Return the mean over the widths of the dense loss, and the gradients of the full vectors by autograd."""
     losses, totals = [], [torch.zeros(()), torch.zeros(()), torch.zeros(()), None]
     for width in (shards[0].U.shape[1], *WIDTHS):
         U = torch.cat([s.U for s in shards]).requires_grad_()

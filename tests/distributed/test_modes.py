@@ -1,4 +1,4 @@
-"""Every mode that one config key turns on gives the curve of ZeRO-1 in float32, on two ranks."""
+"""Every mode enabled by a config key gives the curve of ZeRO-1 in float32, on two ranks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def short_reference(config: Path, tmp_path_factory: pytest.TempPathFactory, pool
 
 
 def run_mode(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> int:
-    """Run and return how often BERT's attention was computed."""
+    """Run and return the number of computations of BERT's attention."""
     from transformers.models.bert.modeling_bert import BertSelfAttention
 
     attend = BertSelfAttention.forward

@@ -1,4 +1,4 @@
-"""Optimizers by name: what they keep is in checkpoints, so that a resumed run is the one that was not stopped."""
+"""Optimizers by name: their states are in checkpoints, so that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 

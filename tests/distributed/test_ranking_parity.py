@@ -14,7 +14,7 @@ from bigdssm.config import LossConfig
 from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
 
 from . import reference
-from .parity import assert_close, assert_parity, by_matrix, run
+from .parity import assert_close, assert_parity, run, with_dense_mask
 from .reference import Shard, make_shards
 from .spawn import Pool
 
@@ -36,7 +36,7 @@ def check(
     expected = reference.ranking(loss, shards, alpha, in_batch, one_beta=beta)
     arguments = {"in_batch": in_batch, "tile": tile}
     called = partial(ranking_loss, loss)
-    found = run(pools, partial(by_matrix, called) if matrix else called, shards, alpha, beta=beta, **arguments)
+    found = run(pools, partial(with_dense_mask, called) if matrix else called, shards, alpha, beta=beta, **arguments)
     assert_close(found[0], expected[0], min(tolerance, 1e-5), "loss")  # never rounded to bfloat16, as gradients are
     assert_parity(shards, alpha, found, expected, tolerance)
 

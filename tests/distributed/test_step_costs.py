@@ -1,4 +1,4 @@
-"""What a step sends besides its loss: one small gather, whatever the chunks; counted on real ranks."""
+"""Communication of a step in addition to its loss: one small gather, for any chunks; counted on real ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def sent_between_steps(rank: int, world_size: int, config: Path, run_dir: Path, chunk_tokens: int) -> list[list[str]]:
-    """Return for every step but the last who called for a collective from it to the next, DeepSpeed's own left out."""
+    """Return, for every step except the last, the callers of collectives until the next step, without DeepSpeed's."""
     from bigdssm import distributed
     from bigdssm.training import loop
 

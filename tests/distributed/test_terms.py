@@ -1,4 +1,4 @@
-"""A term from a module outside the package, named in a config; ranks that do not agree on theirs; the seam."""
+"""A term of a module outside the package, named in a config; disagreement of ranks; the interface of kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OVERRIDES = ["sft={}", "sft.loss.name=squared", f"sft.negatives.hard={LISTED}", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, and beside it the module that docs/loss.md prints."""
+    """A config, and the module that docs/loss.md prints."""
     folder = tmp_path_factory.mktemp("outside")
     section = (ROOT / "docs/loss.md").read_text().split("## A loss of your own")[1].split("\n## ")[0]
     code = "\n".join(line for line in section.splitlines() if not line or line.startswith("    "))
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def registered(folder: Path) -> Iterator[None]:
-    """Import the module; forget it and its term afterwards, for the other tests of this process."""
+    """Import the module; remove it and its term afterwards, for other tests of this process."""
     sys.path.insert(0, str(folder))
     try:
         importlib.import_module("outside_terms")
@@ -75,7 +75,7 @@ def towers() -> tuple[nn.Linear, nn.Linear]:
 
 
 def whole() -> tuple[Tensor, Tensor, Tensor]:
-    """Return the features of all queries, their documents, and LISTED further documents for each."""
+    """Return the features of all queries, their documents, and LISTED candidates per query."""
     generator = torch.Generator().manual_seed(1)
     q, d = (torch.randn(ROWS, D, generator=generator, dtype=torch.float64) for _ in "qd")
     return q, d, torch.randn(ROWS * LISTED, D, generator=generator, dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_ranks_that_disagree_are_told_what_each_has(
 
 
 def test_nothing_above_the_seam_knows_tiles() -> None:
-    """What replaces the folder `passes` with other kernels has only its few names to keep."""
+    """A replacement of the kernels has to provide only a few names."""
     folder = ROOT / "bigdssm/losses"
     files = sorted(folder.glob("*.py"))
     assert len(files) > 8

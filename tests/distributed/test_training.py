@@ -26,7 +26,7 @@ TABLES_LR_RATIO = 0.5
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A rate of their own for the tables, so that a group with another one's rate is seen."""
+    """A separate learning rate of tables, so that a group with another group's rate is detected."""
     path = small_run.write_dataset(tmp_path_factory.mktemp("small"))
     content = yaml.safe_load(path.read_text())
     content["pretrain"]["optimizer"]["embedding_lr_ratio"] = TABLES_LR_RATIO
@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
-    """One rank, ZeRO 1, float32, everything encoded at once."""
+    """One rank, ZeRO 1, float32, without chunks."""
     run_dir = tmp_path_factory.mktemp("reference")
     pools[1].run(small_run.run, config, run_dir)
     return run_dir
@@ -57,7 +57,7 @@ def assert_same_weights(run_dir: Path, reference: Path, tolerance: float = 1e-5)
     assert mine.keys() == theirs.keys()
     for name in mine:
         if "attention.self.key.bias" in name:
-            continue  # its true gradient is zero: Adam makes steps of its rounding noise
+            continue  # its true gradient is zero: Adam scales up rounding noise
         if "key_value.bias" in name:  # the first half belongs to the keys
             half = mine[name].shape[0] // 2
             torch.testing.assert_close(mine[name][half:], theirs[name][half:], rtol=tolerance, atol=tolerance, msg=name)
@@ -110,7 +110,7 @@ STREAMING = ("pretrain.sampling.frequency=streaming", "pretrain.sampling.frequen
 
 
 def common(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint holds beside weights and moments."""
+    """Return the tensors of a checkpoint other than weights and optimizer states."""
     read = open_tensors(run_dir / "pretrain" / "checkpoints" / f"step-{step:08d}")
     return {name.removeprefix("common/"): read(name) for name in read.names if name.startswith("common/")}
 
@@ -196,7 +196,7 @@ QUICK = ("pair_ce, mined", "fps, mined columns")
 def test_fine_tuning_has_one_curve_at_any_world_size(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], loss: str
 ) -> None:
-    """Also where rows of one rank share the columns of their documents and negatives, and rows of two ranks cannot."""
+    """Also if rows of one rank share columns of documents and negatives, which rows of two ranks cannot."""
     overrides = (f"sft.init={reference / 'pretrain' / 'best'}", *FINE_TUNING[loss])
     for ranks in (1, 2, 3):
         pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
@@ -216,7 +216,7 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
 def test_negatives_mined_before_are_taken_and_lost_ones_missed(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
-    """A resumed run would mine others, by the weights that it has come to. A checkpoint is as good a start as best/."""
+    """A resumed run would mine others, by its current weights. A checkpoint is as good a start as best/."""
     overrides = (f"sft.init={reference / 'pretrain' / 'best'}", *FINE_TUNING["pair_ce, mined"])
     checkpoint = f"sft.init={reference / 'pretrain' / 'checkpoints' / 'step-00000012'}"
     own, given = tmp_path / "own", tmp_path / "given"
@@ -231,7 +231,7 @@ def test_negatives_mined_before_are_taken_and_lost_ones_missed(
 
 
 def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """It stands still in pretraining, whose softmax it cancels in; vectors with a norm penalty all the way."""
+    """It is constant in pretraining, whose softmax it cancels in; with a norm penalty throughout."""
     model = ("model.beta=scalar", "model.beta_init=-3.0", "model.score=dot", "model.alpha_init=1.0")
     overrides = (
         *model,
@@ -293,11 +293,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 
 
 class Stopped(Exception):
-    """Raised on every rank: whatever the run would do at its end must not happen."""
+    """Raised on every rank, so that nothing is done at the end of the run."""
 
 
 def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:
-    """Run or go on, and break off on every rank two steps after the checkpoint of `step`."""
+    """Run or resume, and stop on every rank two steps after the checkpoint of `step`."""
     from bigdssm.training import loop
 
     original = loop.train_step
@@ -337,7 +337,7 @@ def test_another_world_size_goes_on_with_the_same_state(
     stage_before: int,
     stage_after: int,
 ) -> None:
-    """Every weight and moment is equal after the change, and the rest of the run is that of one never interrupted."""
+    """Weights and optimizer states are equal after the change, and the run continues as an uninterrupted one."""
     saving = "pretrain.save_every_steps=6"
     stage = (saving, f"engine.zero_stage={stage_before}")
     pools[before].run(stop_after, config, tmp_path, stage, 6)
@@ -369,7 +369,7 @@ def merged(checkpoint: Path) -> dict[str, torch.Tensor]:
 def restored_share(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> tuple[list[TensorPiece], set[tuple[str, float, float]]]:
-    """Resume, take no step, and return what this rank would save, and (group, Adam's step, decay) of its states."""
+    """Resume without a step; return this rank's pieces, and (group, Adam's step, decay) of its states."""
     from bigdssm.training import stages
     from bigdssm.training.portable import base_optimizer
 
@@ -398,7 +398,7 @@ def restored_share(
 def learning_rates(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> dict[str, float]:
-    """Resume, go on to the end, and return the rate with which the last step moved each group."""
+    """Resume, run to the end, and return the learning rate of each group in the last step."""
     from bigdssm.training import stages
     from bigdssm.training.portable import base_optimizer
 
@@ -435,7 +435,7 @@ def learning_rates(
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     config: Path, tmp_path: Path, pools: dict[int, Pool], precision: str, zero_stage: int, more: tuple[str, ...]
 ) -> None:
-    """Whether a loss alone or only a gradient in the towers is NaN, the step leaves no trace: the bits are the same."""
+    """If only a loss or only a gradient in the towers is NaN, the step changes nothing: weights are bit-identical."""
     log = ("pretrain.steps=6", "debug.log_row_ids=true")
     mode = (*log, f"engine.precision={precision}", f"engine.zero_stage={zero_stage}", *more)
     finals = []
@@ -505,7 +505,7 @@ def test_a_run_that_diverges_stops_on_all_ranks(
 
 
 def exploding(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> None:
-    """Run with a learning rate that no config may have: weights become infinite by themselves in a step or two."""
+    """Run with a learning rate out of bounds: weights become infinite within a step or two."""
     from bigdssm.training.engine import Engine
 
     step = Engine.step
@@ -556,7 +556,7 @@ def test_a_checkpoint_that_is_due_on_one_rank_is_saved_on_all_with_its_origin(
 
 
 def with_a_fast_clock(rank: int, world_size: int, config: Path, run_dir: Path, step: int) -> None:
-    """Save every minute; on rank 1 one goes by in the middle of a step."""
+    """Save every minute; on rank 1 a minute passes in the middle of a step."""
     import time
 
     from bigdssm.training import loop

@@ -1,4 +1,4 @@
-"""Every rank begins with the table of items that one rank alone would have, and a stage trains from there."""
+"""Every rank starts with the item embeddings that a single rank would have, and a stage trains from them."""
 
 from __future__ import annotations
 

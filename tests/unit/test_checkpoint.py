@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, damage named, the newest good one used."""
+"""Checkpoints: atomic, verified, damage is reported, the newest valid one is used."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_damage_is_named_and_the_one_before_is_used(
 
 
 def test_what_a_run_saves_behind_damaged_ones_is_kept(store: CheckpointStore) -> None:
-    """By step they are the oldest: where damaged ones counted, each would be dropped as soon as it was written."""
+    """By step they are the oldest: if damaged ones counted, each would be removed as soon as it was written."""
     for step in (10, 15):
         flip(store.folder / f"step-{step:08d}" / "tensors-00000.safetensors")
     (store.folder / "step-of-somebody-else").mkdir()
@@ -188,7 +188,7 @@ def test_a_full_disk_in_the_middle_of_a_file(store: CheckpointStore) -> None:
 
 
 def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled(store: CheckpointStore) -> None:
-    """Nothing that training changes meanwhile gets into it, and nothing shows before all is on the disk."""
+    """Later changes by training are not in it, and it is not visible before all files are synced."""
     half, goes_on, tensor, state = threading.Event(), threading.Event(), torch.zeros(3), {"step": 20}
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""The parts of an estimate, against what is counted by hand; tests/distributed/test_estimate.py measures a process."""
+"""The parts of an estimate against counts by hand; tests/distributed/test_estimate.py measures a process."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_the_command_line_says_what_more_ranks_and_rows_change(
 
 
 def size(printed: str, label: str) -> float:
-    """Return the bytes that a line gives behind `label`."""
+    """Return the bytes in the line of `label`."""
     found = re.search(rf"^\s*{re.escape(label)}\s+([\d.]+) (B|kB|MB|GB)$", printed, re.MULTILINE)
     assert found is not None, printed
     return float(found[1]) * 1000 ** ["B", "kB", "MB", "GB"].index(found[2])

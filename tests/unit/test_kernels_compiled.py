@@ -1,4 +1,4 @@
-"""What the losses launch compiles for an H100 without one: it uses the tensor cores, fits, and spills no register."""
+"""Compilation of the losses' kernels for an H100, without one: tensor cores, shared memory, no register spills."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED_BYTES = 227 << 10  # of an H100's multiprocessor
 
 
 class Launches:
-    """Stands for a kernel: keeps what it is launched with."""
+    """A substitute for a kernel that records its launches."""
 
     def __init__(self, kernel: Any, kept: list[tuple[Any, dict[str, Any]]]) -> None:
         self.kernel, self.kept = kernel, kept
@@ -33,7 +33,7 @@ class Launches:
 
 
 def launches(direction: str, D: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return (kernel, arguments) of all that a loss launches, with beta, neg_bias and a mask; nothing runs."""
+    """Return (kernel, arguments) of all launches of a loss, with beta, neg_bias and a mask; nothing runs."""
     from bigdssm.losses.kernels import triton_kernels
 
     kept: list[tuple[Any, dict[str, Any]]] = []
@@ -48,7 +48,7 @@ def launches(direction: str, D: int, dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 def compiled(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, list[int]]:
-    """Compile what a launch on an H100 would; return it and what it stores and loads of registers without room."""
+    """Compile a launch for an H100; return the binary and its register spills (stores and loads)."""
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -69,7 +69,7 @@ def compiled(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, list[int]]:
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(told),
     ):
-        triton.knobs.nvidia.dump_ptxas_log, triton.knobs.cache.dir = True, folder  # in a cache nothing is told
+        triton.knobs.nvidia.dump_ptxas_log, triton.knobs.cache.dir = True, folder  # cached kernels have no log
         binary = triton.compile(source, target=target, options=options)
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told.getvalue())
     assert spilled, told.getvalue()
@@ -94,7 +94,7 @@ def test_compiles_for_an_h100(D: int, direction: str, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_compiles_without_tensor_cores(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 products keep their operands whole."""
+    """float32 products do not round their operands."""
     for kernel, arguments in launches("both", D, torch.float32, monkeypatch):
         binary, spilled = compiled(kernel, arguments)
         assert "mma" not in binary.asm["ptx"]

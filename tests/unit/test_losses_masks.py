@@ -1,4 +1,4 @@
-"""The parts of the masks: ids found by hashing, and pairs or a matrix of bytes with the same entries."""
+"""The parts of the masks: lookup of ids by hashing, and equality of the sparse and the dense mask."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDE = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=GENERATOR)
     "ids", [WIDE, torch.arange(-2000, 2000), torch.arange(4000) << 40, torch.tensor([2**63 - 1]), WIDE[:0]]
 )
 def test_ids_are_found_where_they_are(ids: torch.Tensor) -> None:
-    """Whatever bits they differ in; of thousands some share a bucket."""
+    """For ids that differ in any bits; among thousands, some share a bucket."""
     ids = torch.sort(torch.unique(ids))[0]
     wanted = torch.cat([ids, ids + 1, ids - 1, ids + (1 << 32), WIDE[:100] ^ 5, ids.flip(0)])
     there, at = IdTable(ids).find(wanted)
@@ -40,7 +40,7 @@ def test_ids_are_found_where_they_are(ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("chunk", [1 << 16, 7])
 @pytest.mark.parametrize("own", [True, False])
 def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch, own: bool, chunk: int) -> None:
-    """With documents in several columns, columns that are not in use, pairs more than once and queries of one id."""
+    """With documents in several columns, unused columns, duplicate pairs and several queries of one id."""
     monkeypatch.setattr(masks, "_CHUNK_PAIRS", chunk)
     m, N = 30, 50
     docs = torch.randint(20, (N,), generator=GENERATOR) << 30

@@ -1,4 +1,4 @@
-"""The FPS loss where numbers are extreme: large alpha, aligned and long vectors, nothing left, nothing weighted."""
+"""The FPS loss for extreme input: large alpha, aligned and long vectors, no negatives, zero weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unit(rows: int, D: int, seed: int) -> Tensor:
 
 
 class NarrowProducts(TorchFunctionMode):
-    """Products of float32 matrices as a CPU with bfloat16 units makes them where the loss lets it: narrow operands."""
+    """Emulates float32 products of a CPU with bfloat16 units, if the loss enables them: operands are rounded."""
 
     narrowed = 0
 
@@ -48,7 +48,7 @@ class NarrowProducts(TorchFunctionMode):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_callers_autocast_changes_nothing(direction: str) -> None:
-    """It would round the scores, and have products that are added in place be added to a copy."""
+    """It would round the scores, and in-place additions would go to a copy."""
     U, W = unit(40, 8, 1).float(), unit(50, 8, 2).float()
     negatives = torch.arange(80).view(40, 2) % 50
 
@@ -111,7 +111,7 @@ def test_float32_products_are_never_narrowed() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_all_columns_dropped_but_one(direction: str) -> None:
-    """With one document everywhere no negative is left: the loss is 0, and so is its gradient."""
+    """If all columns hold one document, no negative is left: the loss is 0, and so is its gradient."""
     U, W = unit(6, 4, 1), unit(6, 4, 2)
     same = torch.zeros(6, dtype=torch.int64)
     for query_ids in (None, same):
@@ -131,7 +131,7 @@ def test_confident_queries_keep_their_small_loss() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_one_document_in_half_of_all_rows(direction: str) -> None:
-    """The drop set is m·N/4 entries, found as a dense mask a strip at a time, and equals the direct one."""
+    """The mask has m·N/4 entries, computed as a dense matrix per strip, and equals the direct one."""
     m = 200
     U = unit(m, 8, 1).requires_grad_()
     doc_ids = torch.arange(m)
@@ -151,7 +151,7 @@ def test_one_document_in_half_of_all_rows(direction: str) -> None:
 
 
 def test_excluded_negatives() -> None:
-    """neg_bias −inf takes a column out of the negatives, not out of being a positive."""
+    """neg_bias −inf excludes a column as a negative, not as a positive."""
     U, W = unit(5, 4, 1), unit(8, 4, 2)
     out = torch.zeros(8)
     out[[1, 6]] = -math.inf

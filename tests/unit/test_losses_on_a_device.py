@@ -1,4 +1,4 @@
-"""What the losses ask of a device and of its ranks, counted on a simulated one; and that they give the same there."""
+"""Reads and communication of the losses, counted on a simulated device; results are the same there."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def step(loss: Any, shard: Shard, put: Any = lambda tensor: tensor) -> list[Tens
 
 
 def batch(m: int, D: int, known_each: int, num_docs: int, dtype: torch.dtype = BF16, seed: int = 0) -> Shard:
-    """Return rows with ids and biases, and so many known documents of each query."""
+    """Return a batch with ids and biases, and `known_each` known documents per query."""
     generator = torch.Generator().manual_seed(seed)
     options = frozenset({"beta", "neg_bias", "query_ids", "doc_ids"})
     (shard,) = make_shards(generator, [(m, m)], D, num_docs=num_docs, options=options, dtype=dtype)
@@ -55,7 +55,7 @@ def batch(m: int, D: int, known_each: int, num_docs: int, dtype: torch.dtype = B
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("world_size", "dtype", "tolerance"), [(1, BF16, 2**-7), (3, torch.float64, 1e-10)])
 def test_a_device_gives_what_a_cpu_gives(loss: str, world_size: int, dtype: torch.dtype, tolerance: float) -> None:
-    """With every option, some queries of weight 0, and strips of a few rows; gradients are rounded to their dtype."""
+    """With every option, some queries of weight 0, and strips of few rows; gradients are rounded to their dtype."""
     options = OPTIONS if loss in ("softmax", "pair_ce") else OPTIONS - {"negatives"}
     for num_docs, query_ids in ((50, True), (300, True), (50, False)):
         given = options if query_ids else options - {"query_ids"}
@@ -78,13 +78,13 @@ def test_a_device_gives_what_a_cpu_gives(loss: str, world_size: int, dtype: torc
 @pytest.mark.parametrize(("known_each", "num_docs"), [(0, 10**6), (50, 10**6), (50, 400)])
 @pytest.mark.parametrize(("world_size", "m"), [(8, 128), (512, 4)])
 def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, direction: str, num_docs: int) -> None:
-    """Pairs few, or so many that they are a matrix of bytes."""
+    """Few pairs (sparse mask), or many (dense mask)."""
     D, N = 16, world_size * m
     shard = batch(m, D, known_each, num_docs)
     with simgpu.ranks(world_size), simgpu.Device() as device:
         step(LOSSES[direction], shard, device.put)
     assert not device.mixed and not device.uploads
-    # numbers of the ranks, pairs of this rank's queries, and for all strips at once how much is masked
+    # sizes of the ranks, pairs of this rank's queries, and the numbers of masked entries of all strips
     most = (5 if known_each else 3) + (direction != "q2d")
     assert sum(device.waits.values()) <= most, device.waits
     assert device.launches <= FIXED[direction] + EACH[direction], device.operations
@@ -92,7 +92,7 @@ def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, directio
     names = Counter(name for name, _, _ in device.collectives)
     columns = direction != "q2d"
     assert names == {"all_gather": 2 + columns, "all_reduce": 2 + columns, "reduce_scatter": 2}
-    # of a column: vector, id, biases and its share of all pairs; gradients of vector and beta; sums of the column
+    # per column: vector, id, biases and its share of all pairs; gradients of vector and beta; sums of the column
     row = 2 * D + 8 + 2 * 4 + 16 * (1 + known_each)
     numbers = 23 * 8 * world_size + 6 * 8 + 2 * 8
     expected = N * (row + 4 * D + 8 + columns * 2 * 8) + columns * 8 + numbers
@@ -103,7 +103,7 @@ def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, directio
 @pytest.mark.parametrize("D", [64, 256])
 @pytest.mark.parametrize(("world_size", "m"), [(8, 64), (512, 2)])
 def test_what_is_sent_is_what_is_needed(world_size: int, m: int, D: int, biases: tuple[str, ...]) -> None:
-    """Of every column its vector, id, biases and pair; the gradients of its vector and beta; and numbers of ranks."""
+    """Per column its vector, id, biases and pair; the gradients of its vector and beta; and the sizes of ranks."""
     kept = ("U", "W", "positive", "weight", "query_ids", "doc_ids", *biases)
     given = batch(m, D, 0, 10**6)
     shard = replace(given, **{name: None for name in ("beta", "neg_bias") if name not in kept})
@@ -112,7 +112,7 @@ def test_what_is_sent_is_what_is_needed(world_size: int, m: int, D: int, biases:
     assert sum(name == "all_gather" for name, _, _ in device.collectives) == 2
     sent = sum(size for _, _, size in device.collectives) - 23 * 8 * world_size - 8 * 8
     column = 2 * D + 8 + 16 + 4 * len(biases) + 4 * D + 8 * ("beta" in biases)
-    # a row of bytes is a multiple of 16, which products want: 4 or 8 of them are empty beside one bias or none
+    # a packed row is a multiple of 16 bytes, as products require: 4 or 8 bytes are padding with one bias or none
     assert sent == world_size * m * (column + (8, 4, 0)[len(biases)])
     assert sent <= (1.01 if biases or D > 128 else 1.02) * world_size * m * column
 
@@ -129,7 +129,7 @@ def test_launches_grow_with_strips_alone(direction: str) -> None:
 
 
 def test_launches_of_large_batches() -> None:
-    """65,536 rows on 8 devices, 1,048,576 on 512, by their numbers of strips."""
+    """65,536 rows on 8 devices, 1,048,576 on 512, by number of strips."""
     with simgpu.Device():
         for m, world_size, most in ((8192, 8, 600), (2048, 512, 2500)):
             strips = -(-m // strip_rows(simgpu.PLACE, m * world_size, 6))
@@ -138,7 +138,7 @@ def test_launches_of_large_batches() -> None:
 
 @pytest.mark.parametrize("name", ["softmax", "pair_ce"])
 def test_what_a_fine_tuning_loss_asks_for(name: str) -> None:
-    """With listed negatives and in-batch ones: the number of columns is one wait more."""
+    """With candidates and in-batch negatives: the number of columns is one more synchronisation."""
     shard = replace(batch(128, 16, 3, 10**6), negatives=torch.arange(256).view(128, 2) % 128)
     with simgpu.ranks(8), simgpu.Device() as device:
         step(LOSSES[name], shard, device.put)
@@ -156,7 +156,7 @@ def test_a_norm_penalty_has_no_wait() -> None:
 
 
 def test_what_a_device_is_asked_for_is_counted() -> None:
-    """The count itself, on what it must see."""
+    """The counter itself, on operations that it must count."""
     with simgpu.Device() as device:
         x = device.put(torch.arange(4.0))
         device.reset()

@@ -1,4 +1,4 @@
-"""The sampling correction: what it estimates, and how far each kind is from the full softmax's gradient."""
+"""The sampling correction: its estimates, and the error of each kind relative to the full softmax's gradient."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_tool() -> Any:
     path = Path(__file__).resolve().parents[2] / "tools/bench/bench_sampling.py"
     spec = importlib.util.spec_from_file_location("bench_sampling", path)
     assert spec is not None and spec.loader is not None
-    sys.modules["bench_sampling"] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+    sys.modules["bench_sampling"] = module = importlib.util.module_from_spec(spec)  # required by dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -80,14 +80,14 @@ def test_counts_are_added_up_once() -> None:
     counted = CountedFrequency(counts, 100, 30)
     assert torch.equal(counted.log_expected(documents), expected)
     assert torch.equal(CountedFrequency(counts, 100, 30).log_expected(documents), expected)
-    counts[1] = torch.nan  # of a document that is not asked for: nothing reads it again
+    counts[1] = torch.nan  # of a document that is not requested: nothing reads it again
     assert torch.equal(counted.log_expected(documents), expected)
     with pytest.raises(LossInputError, match="negative values"):
         CountedFrequency(torch.tensor([1, -1]), 100)
 
 
 def test_streaming_estimate_follows_the_stream() -> None:
-    """Documents of period 1, 4 and 16 steps, among thousands that come once."""
+    """Documents with a period of 1, 4 and 16 steps, among thousands that occur once."""
     estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.05)
     for step in range(400):
         ids = [10] + [20] * (step % 4 == 0) + [30] * (step % 16 == 0) + list(range(1000 + 5 * step, 1005 + 5 * step))
@@ -97,7 +97,7 @@ def test_streaming_estimate_follows_the_stream() -> None:
 
 
 def test_streaming_estimate_counts_copies() -> None:
-    """A document in every step is more frequent the more columns of the step hold it, or would hold it unmerged."""
+    """The estimate of a document in every step grows with its number of columns, merged or not."""
     estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.05)
     for step in range(400):
         estimate.update(torch.tensor([10, 20, 10, 30]), torch.tensor([3, 2 + 2 * (step % 2), 4, 1]))
@@ -107,7 +107,7 @@ def test_streaming_estimate_counts_copies() -> None:
 
 
 def test_streaming_estimate_is_as_good_as_the_counts(world: Any) -> None:
-    """On Zipf popularity, batches of 256: of the 100 most frequent documents, after 2,000 steps."""
+    """With Zipf popularity and batches of 256: the 100 most frequent documents, after 2,000 steps."""
     generator = torch.Generator().manual_seed(2)
     share = world.drawn.mean(0)
     estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.01)
@@ -119,7 +119,7 @@ def test_streaming_estimate_is_as_good_as_the_counts(world: Any) -> None:
 
 
 def test_several_hashes_see_through_collisions() -> None:
-    """Collisions make a document look more frequent than it is, with more hashes less so."""
+    """Collisions overestimate a document's frequency; more hashes reduce the error."""
     errors = []
     for num_hashes in (1, 8):
         estimate = StreamingFrequency(num_buckets=2000, num_hashes=num_hashes, rate=0.2)
@@ -157,4 +157,4 @@ def test_relevance_weights() -> None:
 def test_norm_penalty_is_the_mean_squared_norm() -> None:
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert float(norm_penalty(vectors)) == 12.5
-    assert float(norm_penalty(vectors, torch.tensor([3, 1]))) == 0.75 * 25  # as if the first stood there three times
+    assert float(norm_penalty(vectors, torch.tensor([3, 1]))) == 0.75 * 25  # the first row counts three times

@@ -1,4 +1,4 @@
-"""What a stage's loss makes of a batch: each config key against the loss called by hand."""
+"""A stage's loss of a batch: each config key against an explicit call of the loss."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents()
 
 @pytest.mark.parametrize("kind", [FPS, Softmax])
 def test_the_mask_says_which_queries_know_of_each_other(kind: type[LossConfig]) -> None:
-    """Rows 0 and 3 have one query id; what lies before row 2 is documents 101 and 102, before row 3 101."""
+    """Rows 0 and 3 have one query id; documents 101 and 102 precede row 2, 101 precedes row 3."""
     ids, by_id = torch.tensor([7, 8, 9, 7]), torch.tensor([[9, 101], [9, 102], [7, 101]])
     by_row = torch.tensor([[2, 101], [2, 102], [3, 101]])
     given = {"query_ids": ids, "known": by_id}
@@ -163,18 +163,18 @@ TEACHER = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.0, np.nan], [np.nan, 1.0, 2.0],
 @pytest.mark.parametrize("kind", [ListwiseKL, MarginMSE])
 @pytest.mark.parametrize("base", [stage(sampling=Corrected()), stage(Softmax(), negatives=NegativesConfig(hard=2))])
 def test_a_teacher_is_learned_in_addition_to_the_loss(kind: type[ListwiseKL | MarginMSE], base: StageConfig) -> None:
-    """By the serving score, whatever corrections and masks the loss has."""
+    """On the serving score, for any corrections and masks of the loss."""
     batch = replace(BATCH, teacher=TEACHER)
     plain, both = (
         Objective(config, ModelConfig(score="dot"), None, COUNTS, 20)(ENCODED, batch)
         for config in (base, replace(base, distillation=kind(weight=0.3, temperature=2.0)))
     )
-    listed = LossBatch(
+    candidates = LossBatch(
         U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, negatives=BATCH.negatives, teacher=TEACHER
     )
-    judged = contrastive_loss(kind(temperature=2.0), listed, columns="none").loss
-    assert float(both.loss) == pytest.approx(float(plain.loss + 0.3 * judged), rel=1e-12)
-    assert float(both.stats["distillation"]) == pytest.approx(float(judged), rel=1e-12) and float(judged) > 0.01
+    distilled = contrastive_loss(kind(temperature=2.0), candidates, columns="none").loss
+    assert float(both.loss) == pytest.approx(float(plain.loss + 0.3 * distilled), rel=1e-12)
+    assert float(both.stats["distillation"]) == pytest.approx(float(distilled), rel=1e-12) and float(distilled) > 0.01
 
 
 def test_a_teacher_is_learned_by_an_mlps_scores() -> None:
@@ -187,15 +187,15 @@ def test_a_teacher_is_learned_by_an_mlps_scores() -> None:
     )
     kept = scores.clone()
     kept[0, 2] = kept[1, 2] = -torch.inf  # a copy of the own document, and none
-    judged = scored_loss(ListwiseKL(), kept, weight=INDICATOR, teacher=TEACHER).loss
-    assert float(both) == pytest.approx(float(plain + 0.3 * judged), rel=1e-6) and float(judged) > 0.01
+    distilled = scored_loss(ListwiseKL(), kept, weight=INDICATOR, teacher=TEACHER).loss
+    assert float(both) == pytest.approx(float(plain + 0.3 * distilled), rel=1e-6) and float(distilled) > 0.01
 
 
 @pytest.mark.parametrize("config", [Softmax(), PairCE(), Triplet(margin=0.3)], ids=lambda loss: loss.name)
 def test_an_mlps_scores_replace_products(config: LossConfig) -> None:
     scored = stage(config, negatives=LISTED, scorer=MlpConfig())
-    listed = Objective(scored, ModelConfig(), None, None, 20).candidates(BATCH)
-    assert listed is not None and listed.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
-    scores = (2.0 * torch.einsum("md,mkd->mk", U, W[listed])).float()
+    candidates = Objective(scored, ModelConfig(), None, None, 20).candidates(BATCH)
+    assert candidates is not None and candidates.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
+    scores = (2.0 * torch.einsum("md,mkd->mk", U, W[candidates])).float()
     right = ranking_loss(config, U, W, POSITIVE, alpha=2.0, weight=INDICATOR, negatives=BATCH.negatives, **IDS).loss
     assert loss(scored, scores=scores) == pytest.approx(float(right), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What is refused before ranks depend on each other: one sentence, nothing written."""
+"""Errors before ranks depend on each other: one sentence, nothing is written."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_folder_that_is_in_use(config: Config) -> None:
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", None])
 def test_checkpoints_of_another_stage_are_refused(config: Config, stage: str | None) -> None:
-    """Copied into sft/, those of the pretraining have its run's identity and config."""
+    """Checkpoints of pretraining, copied into sft/, have the run's identity and config."""
     state = {"run_id": "one", "config": config.to_dict(), "stage": stage}
     checkpoint: Any = SimpleNamespace(path=Path("sft/checkpoints/step-00000004"), state=state)
     if stage == "sft":
@@ -125,7 +125,7 @@ def mined_file(config: Config, dataset: Dataset) -> str:
 
 
 def test_mined_negatives_are_of_one_part(config: Config) -> None:
-    """Another dataset, another weight: other rows to come, whose numbers may mean other documents."""
+    """Another dataset or weight has other rows, and its row numbers may refer to other documents."""
     dataset = Dataset.open(config.data.dir)
     grown = Dataset.open(config.data.dir)
     grown.fingerprint = "another"  # type: ignore[misc]
@@ -169,7 +169,7 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
 
 
 def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a checkpoint: code 4, and the folder of before stays."""
+    """As for a checkpoint: code 4, and the previous folder is kept."""
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
     engine = SimpleNamespace(module=model, state_dict=model.state_dict)

@@ -1,4 +1,4 @@
-"""What a step reads back of its tensors, each of which a device would be waited for: it does not grow with chunks."""
+"""Reads of tensors by the host in a step, which would synchronise with a device: they do not grow with chunks."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from tests.distributed.test_gradient_cache import MODEL, share_of, small_model
 
 PACKAGE = f"{Path(bigdssm.__file__).parent}/"
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "unique_dim", "masked_select", "equal")
-CATALOGUE = 10**5  # documents, and more than there is of anything else
+CATALOGUE = 10**5  # documents, larger than any other size
 
 
 class Reads(TorchDispatchMode):
-    """Notes by whom values are read, those of the losses left out, and of operations how much they take and give."""
+    """Records who reads values, except the losses, and the sizes of inputs and outputs of operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.by: list[str] = []
-        self.largest = 0  # of what one gives
-        self.taking: Counter[str] = Counter()  # those that take a catalogue
+        self.largest = 0  # size of an output
+        self.taking: Counter[str] = Counter()  # operations with an input of catalogue size
         self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,7 +62,7 @@ class Reads(TorchDispatchMode):
 
 
 class PlainEngine:
-    """A model without DeepSpeed, whose reads are its own."""
+    """A model without DeepSpeed, which has its own reads."""
 
     def __init__(self) -> None:
         self.module = small_model(0.0)
@@ -94,11 +94,11 @@ def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
         assert len(plan.query.chunks) + len(plan.doc.chunks) >= fewest
         with Reads() as reads:
             train_step(engine, batch, plan, objective, 1.0)  # type: ignore[arg-type]
-        assert reads.by == [], chunk_tokens  # its one gather is read as a list, which is none of these
+        assert reads.by == [], chunk_tokens  # the gather is read as a list, which is not recorded
 
 
 def test_a_step_is_the_same_work_whatever_the_catalogue() -> None:
-    """It looks the counts of its columns up, and no other operation takes those of all documents."""
+    """It looks up the counts of its columns; no other operation takes those of all documents."""
     work = []
     for num_documents in (CATALOGUE, 1000 * CATALOGUE):
         counts = np.lib.stride_tricks.as_strided(np.ones(1), (num_documents,), (0,))  # in 8 bytes
@@ -112,7 +112,7 @@ def test_a_step_is_the_same_work_whatever_the_catalogue() -> None:
 
 
 def test_a_correction_touches_the_columns_alone() -> None:
-    """Whatever the catalogue or the table of the estimate holds."""
+    """For any size of the catalogue or of the estimator's table."""
     ids = torch.randint(10**6, (50,), generator=torch.Generator().manual_seed(0))
     counted = CountedFrequency(torch.ones(10**6, dtype=torch.float64), 100, 10)
     streaming = StreamingFrequency(10**6)

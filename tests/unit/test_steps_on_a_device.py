@@ -143,7 +143,7 @@ def test_what_a_step_asks_for(case: Case) -> None:
             plan = draft.resolve(draft.requirements)
             pieces = len(plan.query.chunks) + len(plan.doc.chunks)
             assert pieces >= fewest and plan.whole == (chunk_tokens == 0)
-            if plan.whole:  # the first step sends the catalogue's counts or the table of the estimate
+            if plan.whole:  # the first step uploads the catalogue's counts or the estimator's table
                 train_step(engine, on_device(host, simgpu.PLACE), plan, objective, 1.0)
             device.reset()
             result = train_step(engine, on_device(host, simgpu.PLACE), plan, objective, 1.0)

@@ -1,4 +1,4 @@
-"""What training is made of: groups, schedule, chunks, random states, the row log, expected columns."""
+"""Parts of training: parameter groups, schedule, chunks, random states, the row log, expected columns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_schedule_warms_up_and_falls_to_its_end() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 60, 150, 1000])
 def test_a_short_run_ends_at_the_end_of_its_schedule_too(steps: int) -> None:
-    """Its warm-up is at most half of it: else the last step would have nearly the highest rate."""
+    """Its warm-up is at most half of it: otherwise the last step would have nearly the highest rate."""
     factors = [schedule_factor(step, steps, AdamW(warmup_steps=100)) for step in range(steps + 1)]
     assert factors[steps] == pytest.approx(0.0 if steps > 1 else 1.0)
     assert steps < 60 or (factors[steps - 1] < 0.01 and max(factors) == 1.0)
@@ -95,7 +95,7 @@ def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
     [
         (StageProgress(best=0.25, history=[{}]), "best validation NDCG@10 0.2500"),
         (StageProgress(), "no validation split"),
-        (StageProgress(history=[{"step": 1}], part_step=1), "no validation split"),  # in a part that was added
+        (StageProgress(history=[{"step": 1}], part_step=1), "no validation split"),  # in a new segment
     ],
 )
 def test_the_best_is_told_where_there_is_one(progress: StageProgress, words: str) -> None:
@@ -115,7 +115,7 @@ def test_a_vector_of_a_row_is_no_list_however_many_zeros_it_ends_with() -> None:
 
 @pytest.mark.parametrize("pad", [0, 9])
 def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
-    """Whatever the tokenizer pads with; token 0 is then one like others, also where it is a row's last."""
+    """For any padding token; token 0 is then an ordinary one, also as the last of a row."""
     lengths, pads = [1, 7, 3, 3, 9, 2, 0], {"tags": 0, "text": pad}
     text = torch.full((7, 9), pad)
     for row, length in enumerate(lengths):
@@ -141,7 +141,7 @@ def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
 
 
 def test_what_looks_like_padding_within_a_row_is_not_cut_off() -> None:
-    """A tokenizer may give its padding token for a word of the text."""
+    """A tokenizer may return its padding token for a word of the text."""
     features = {"text": torch.tensor([[4, 0, 5, 0], [4, 5, 0, 0], [0, 0, 0, 0]])}
     lengths = lengths_of(features, {"text": 0})["text"]
     assert (lengths.filled.tolist(), lengths.used.tolist(), lengths.width) == ([2, 2, 0], [3, 2, 0], 4)
@@ -164,7 +164,7 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
 
 
 def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interactions: TinyDataset) -> None:
-    """Less the margin; what it has not scored may be drawn, and the scores of what is drawn come along."""
+    """Minus the margin; documents without a score may be drawn, and the scores of drawn ones are returned."""
     stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=24, lanes=4)
     rows = next(iter(stream))
     m = rows.num_queries
@@ -188,7 +188,7 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
 
 @pytest.mark.parametrize("mask", ["user", "past"])
 def test_known_pairs_are_what_lies_before_each_query(tiny_interactions: TinyDataset, mask: str) -> None:
-    """By a query's number what lies before it alone, by its id what lies before the last of its rows."""
+    """By query index, the events before it; by query id, the events before the last of its rows."""
     dataset = Dataset.open(tiny_interactions.dir)
     rows = next(iter(PairStream(dataset, rows_global=160, lanes=4)))
     ids = dataset.catalogue.doc_ids
@@ -198,14 +198,14 @@ def test_known_pairs_are_what_lies_before_each_query(tiny_interactions: TinyData
         expected |= {(row if mask == "past" else query, int(ids[doc])) for doc in rows.seen(row)}
     found = [tuple(pair) for pair in known_pairs(rows, mask, ids).tolist()]
     assert set(found) == expected
-    assert len(found) < len(expected) + 160 * 5  # an item that came twice is there twice, and no row is
+    assert len(found) < len(expected) + 160 * 5  # an item that occurred twice is there twice, a row is not
     nothing = rows.take(np.empty(0, np.int64))
     assert known_pairs(nothing, mask, ids).shape == (0, 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_catalogue_as_columns(tiny_interactions: TinyDataset, world_size: int) -> None:
-    """Every document is in one rank's share, behind the positives of the rank's rows, and stands in it once."""
+    """Every document is once in one rank's share, after the positives of the rank's rows."""
     dataset = Dataset.open(tiny_interactions.dir)
     stage = StageConfig(negatives=NegativesConfig(columns="catalogue", mask="past"))
     shares = []
@@ -240,7 +240,7 @@ def test_a_rank_without_rows_still_has_something_to_encode() -> None:
 def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:
     state = RandomState.now()
     first = torch.rand(3)
-    torch.rand(5)  # further on than the replay gets
+    torch.rand(5)  # advance further than the replay
     following = RandomState.now()
     with state.replayed():
         assert torch.equal(torch.rand(3), first)
@@ -261,7 +261,7 @@ def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_engine_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
-    """DeepSpeed joins a process group by itself where none was made before."""
+    """DeepSpeed joins a process group by itself if none exists."""
     code = """
 import torch
 from bigdssm.config import EngineConfig
@@ -278,7 +278,7 @@ Engine(torch.nn.Linear(2, 2), EngineConfig(), AdamW(), 1)
 
 
 def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL alone refuses the CPU tensors in which ranks agree on chunks, losses and stops."""
+    """NCCL alone rejects CPU tensors, in which ranks agree on chunks, losses and stops."""
     assert engine._backend() == "gloo"
     card = SimpleNamespace(device_name=lambda: "cuda", communication_backend_name=lambda: "nccl")
     monkeypatch.setattr(engine, "get_accelerator", lambda: card)
@@ -289,7 +289,7 @@ def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch
 def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU, which would only copy into buckets, has neither."""
+    """A CPU, on which buckets would only be copies, has neither."""
 
     class There(nn.Parameter):
         is_cuda = device == "cuda"
@@ -310,7 +310,7 @@ def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
 
 
 def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
-    """As many are kept as fit on every rank, chunks that only keep step counted as nothing."""
+    """As many graphs are retained as fit on every rank; filler chunks count as nothing."""
     generator = np.random.default_rng(0)
     seen = set()
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""The search: what a space refuses, where it begins, that it goes on, and whom it stops early."""
+"""The search: invalid spaces, the first trial, continuation, and early stopping of trials."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_torn_journal_goes_on_and_a_damaged_one_is_a_sentence(tmp_path: Path) 
     out, journal = tmp_path / "out", tmp_path / "out" / "study.log"
     search(value, where, out, 3, first={})
     whole = journal.read_bytes()
-    journal.write_bytes(whole[:-20])  # the last trial has no end any more
+    journal.write_bytes(whole[:-20])  # the last record is incomplete
     search(value, where, out, 3, first={})
     assert len(asked) == 4 and asked[3] == asked[2]
     journal.write_bytes(whole + b'{"op_code": 4, "tri')
@@ -158,7 +158,7 @@ def test_a_torn_journal_goes_on_and_a_damaged_one_is_a_sentence(tmp_path: Path) 
 
 
 def test_a_second_search_in_a_folder_is_refused(tmp_path: Path) -> None:
-    """It would take the first one's running trial for one that was broken off."""
+    """It would treat the first one's running trial as interrupted."""
     where, out = space(tmp_path, "x: {low: 0.0, high: 1.0}"), tmp_path / "out"
 
     def value(trial: optuna.Trial, values: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""A table of items that begins where histories put them: the definition, the table, and what is refused."""
+"""Item embeddings initialized from histories: the definition, the table, and errors."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def model_of(config: Config, dataset: Dataset, dim: int) -> DualEncoder:
     return new_model(replace(config.model, doc=doc), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
 
 
-def met_items(dataset: Dataset, window: int) -> np.ndarray:
-    """Return by the definition how often each item follows another, [codes, codes]."""
+def cooccurrence_counts(dataset: Dataset, window: int) -> np.ndarray:
+    """Return the number of times that each item follows another, by definition, [codes, codes]."""
     size = dataset.schema.doc["item_id"].num_codes
     codes = dataset.catalogue.codes("item_id", np.arange(dataset.catalogue.num_docs))
     met = np.zeros((size, size))
@@ -78,7 +78,7 @@ def test_items_of_a_new_model_begin_there(
     weights, before = ({name: w.detach() for name, w in some.named_parameters()} for some in (model, other))
     assert all(torch.equal(weights[name], before[name]) for name in weights if name != NAME)
     table = weights[NAME].double().numpy()
-    met = met_items(dataset, 3)
+    met = cooccurrence_counts(dataset, 3)
     known, expected = (met + met.T).any(axis=1), spectral_vectors(csr_matrix(met), 6)
     assert 10 < known.sum() < len(table)
     expected *= 0.4 / np.sqrt((expected[known] ** 2).sum(axis=1).mean())
