@@ -277,7 +277,7 @@ def is_checkpoint_dir(path: Path) -> bool:
 
 
 def open_tensors(path: Path) -> TensorReader:
-    """Verify the checkpoint folder `path` and return a reader of it, without other ranks. Raises CheckpointError."""
+    """Verify the checkpoint folder `path` and return a reader for this rank only. Raises CheckpointError."""
     checkpoint = verify(path)
     blocks = tuple(
         Block(share.file, 0, torch.from_file(str(path / share.file), size=share.size, dtype=torch.uint8))

@@ -1,7 +1,8 @@
-"""The model folder: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors and bigdssm.json.
+"""Model folders.
 
-It is sufficient for encoding: the architecture of a pretrained text encoder is included (text/<key>/config.json), so
-that the pretrained folder may be removed. Nothing in it is unpickled or executed.
+Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors and bigdssm.json.
+A folder is sufficient for encoding: it includes the architecture of a pretrained text encoder (text/<key>/config.json),
+so that the pretrained folder may be removed. Nothing in it is unpickled or executed.
 
 Its checksum identifies the model in vectors, indexes and exports. It covers everything that affects scores: weights,
 schema, tokenizer, architectures, the config's model section and the scorer. Other config keys may be edited, such as

@@ -1,4 +1,4 @@
-"""A rank's share of a checkpoint: pieces of tensors in one safetensors file, checksummed while they are written.
+"""A rank's share of a checkpoint: pieces of tensors in a safetensors file, with block checksums.
 
 ZeRO's partitioning determines the pieces that a rank writes. Reading is independent of it: files consist of blocks with
 separate checksums, and the ranks of a resumed run, of any number, together read every block once.

@@ -1,4 +1,4 @@
-"""The Full Product Softmax and the fine-tuning losses on plain tensors, without a model, on any number of ranks."""
+"""Losses on plain tensors, without a model, exact over any number of ranks."""
 
 from __future__ import annotations
 

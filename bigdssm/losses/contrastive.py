@@ -314,7 +314,7 @@ def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
-    """Return the weights [m] from relevance: 1[r > 0], or r. Raises: LossInputError: negative or non-finite r."""
+    """Return the weights [m]: 1[r > 0], or r. Raises: LossInputError: negative or non-finite r."""
     good = relevance.isfinite() & (relevance >= 0)
     if relevance.device.type == "cpu" and not bool(good.all()):  # on a GPU this check would synchronise
         raise LossInputError("relevance holds NaN, infinite or negative values")
@@ -326,7 +326,7 @@ def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"])
 
 
 def norm_penalty(vectors: Tensor, counts: Tensor | None = None, group: Group | None = None) -> Tensor:
-    """Compute the mean squared norm of the vectors [rows, D] of all ranks; limits the growth of `score: dot`.
+    """Compute the mean squared norm of the vectors [rows, D] of all ranks, a penalty for `score: dot`.
 
     counts [rows]: number of vectors merged into each row; the value does not depend on which ranks merged them. The
     scale is that of the losses: the same value on every rank, and the mean of the gradients over ranks is the global
@@ -349,10 +349,11 @@ def global_mean(local_sum: Tensor, local_weight: Tensor, group: Group | None) ->
 def matryoshka_loss(
     loss: Callable[[Tensor, Tensor], LossOutput], U: Tensor, W: Tensor, widths: Sequence[int], normalise: bool
 ) -> LossOutput:
-    """Average `loss` over the full width and the truncated `widths`; statistics are those of the full width.
+    """Average `loss` over the full width and the truncated `widths`.
 
-    Every rank calls it with the same widths. normalise: renormalise truncated vectors, for a cosine score. The scale of
-    loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1 with equal weights.
+    Every rank calls it with the same widths. Statistics are those of the full width. normalise: renormalise truncated
+    vectors, for a cosine score. The scale of loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1
+    with equal weights.
     """
     whole = loss(U, W)
     truncated = (loss(truncate(U, width, normalise), truncate(W, width, normalise)) for width in widths)

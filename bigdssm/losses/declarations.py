@@ -1,4 +1,4 @@
-"""Config classes of losses, sampling corrections and distillations; torch is imported when one is built.
+"""Config classes of losses, sampling corrections and distillations; they import torch on build.
 
 S⁺ is the score of the positive, S⁻_j the scores of query i's negatives A_i:
 
@@ -64,7 +64,7 @@ def register_distillation(cls: Class) -> Class:
 
 
 def describe(loss: LossConfig | DistillationConfig) -> str:
-    """Format a loss with the keys that its value depends on, for messages and for the comparison of ranks."""
+    """Format a loss with the keys that affect its value, for messages and the comparison of ranks."""
     common = {"direction", *(f.name for f in fields(LossConfig))}
     keys = ", ".join(f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if f.name not in common)
     return f"{loss.name}({keys})" if keys else loss.name
@@ -178,7 +178,7 @@ class Sigmoid(PairCE):
 @SAMPLINGS.register
 @dataclass(frozen=True)
 class NoCorrection(SamplingConfig):
-    """No correction: a softmax then learns log p(d|q) − log q(d), where q(d) is the document's share in the data."""
+    """No correction: a softmax learns log p(d|q) − log q(d), with the document's share q(d) in the data."""
 
     name: str = "none"
 
@@ -230,7 +230,9 @@ class Corrected(FrequencyCorrection):
 
 @dataclass(frozen=True)
 class ListDistillation(DistillationConfig):
-    """A distillation of teacher scores of the positive and the hard negatives, stored in negatives.mining.file.
+    """A distillation of teacher scores of the positive and the hard negatives.
+
+    Scores are read from negatives.mining.file.
 
     Shapes: m queries, l = 1 + k documents per query, the positive first.
     """
@@ -305,7 +307,7 @@ class MarginMSE(ListDistillation):
 @DISTILLATIONS.register
 @dataclass(frozen=True)
 class BatchKL(DistillationConfig):
-    """KL divergence from a teacher's softmax over the documents of the global batch, computed from its vectors."""
+    """KL divergence from the softmax of a teacher's vectors over the documents of the global batch."""
 
     name: str = "batch_kl"
     teacher: str = MISSING  # output folder of bigdssm embed_teacher

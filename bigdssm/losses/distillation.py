@@ -1,4 +1,4 @@
-"""Distillation from a teacher's scores of candidates (KL, MarginMSE) or of all documents of the global batch (KL)."""
+"""Distillation from a teacher's scores of candidates or of all documents of the global batch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DistillationTerm(Term):
 
 
 def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
-    """Raise LossInputError unless teacher scores [rows, 1 + width] are passed exactly if the term uses them."""
+    """Raise LossInputError unless valid teacher scores [rows, 1 + width] are passed iff the term uses them."""
     require(
         term.uses_teacher == (teacher is not None),
         f"{term} {'needs' if term.uses_teacher else 'takes no'} scores of a teacher",

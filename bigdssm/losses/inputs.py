@@ -36,7 +36,7 @@ def exchange(
     device: torch.device,
     group: Group | None,
 ) -> tuple[list[list[float]], Tensor]:
-    """Gather `numbers` of all ranks, as lists and as a tensor, after checking errors and agreement; a collective.
+    """Gather `numbers` of all ranks, as lists and as a tensor, and check for agreement; a collective.
 
     agreed: descriptions that must be equal on all ranks; only their checksum is sent unless they differ. check_rank:
     returns the fault in a rank's numbers, if any. Raises: LossInputError on ranks with an error, or on all if ranks
@@ -104,7 +104,7 @@ class LossBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs(LossBatch):
-    """A validated `LossBatch` with its defaults filled in. `acc` is the dtype of products, exponentials and sums."""
+    """A validated `LossBatch` with defaults; `acc` is the dtype of products, exponentials and sums."""
 
     positive: Tensor
     alpha: Tensor
@@ -205,7 +205,7 @@ def global_sizes(
     device: torch.device,
     group: Group | None,
 ) -> tuple[LossInputs, GlobalSizes]:
-    """Exchange sizes and value ranges, and return the input with those of all ranks; a collective that synchronises.
+    """Exchange sizes and value ranges of the input of all ranks; a collective that synchronises.
 
     shared: the columns of x that are gathered. loss: a description that must be equal on all ranks. Raises:
     LossInputError on ranks with invalid input, or on all if ranks disagree; PeerError on the others.

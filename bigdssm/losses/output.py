@@ -93,7 +93,7 @@ def finish_gradients(
 
 
 def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return `loss` as a node of the autograd graph with the given gradients of its inputs; None inputs are skipped."""
+    """Return `loss` as an autograd node with the given gradients of its inputs; None inputs are skipped."""
     pairs = [(leaf, grad) for leaf, grad in zip(inputs, gradients, strict=True) if leaf is not None]
     leaves, grads = zip(*pairs, strict=True)
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Sampling correction (logQ): compensates for the frequency with which a document is sampled as an in-batch negative.
+"""Sampling correction (logQ) for the frequency of documents as in-batch negatives.
 
 With c_j the expected number of columns of the global batch that hold document j:
 

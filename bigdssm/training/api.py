@@ -1,4 +1,4 @@
-"""The Python API of stages: they train in this process, alone or as a rank of a launcher, and restore its state."""
+"""The Python API: stages train in this process, alone or as a rank of a launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the batches of a stage from the rows of a stream: adds hard and uniform negatives and known positives."""
+"""Batches of a stage: rows of the stream with hard and uniform negatives and known positives."""
 
 from __future__ import annotations
 

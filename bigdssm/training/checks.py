@@ -1,4 +1,4 @@
-"""Checks of a stage before anything is written: on each rank, then that all ranks are equal."""
+"""Validation of a stage before anything is written: on each rank, then across ranks."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def initial_model(config: Config, name: StageName) -> Path | None:
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:
-    """Raise, on every rank, unless all ranks have the config, dataset and versions of code and libraries of rank 0."""
+    """Raise, on every rank, unless all ranks have equal configs, datasets and versions."""
     mine = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
     first = distributed.broadcast_object(mine)
     error: BigDSSMError | None = None

@@ -1,8 +1,8 @@
-"""Forward and backward of both towers over a step's batch, whole or in chunks (gradient cache, Gao et al. 2021).
+"""Forward and backward of both towers over a step's batch, whole or in chunks.
 
-A whole batch is one forward, which retains its graph. Of a plan in chunks, the last ones, within the budget, retain
-their graphs. The others are encoded without, and again with a graph in backward, with the same random state, so that
-dropout masks are equal.
+A whole batch is one forward, which retains its graph. In chunks (gradient cache, Gao et al. 2021), the last ones,
+within the budget, retain their graphs. The others are encoded without, and again with a graph in backward, with the
+same random state, so that dropout masks are equal.
 
 Shapes: m queries, n documents, D vector width.
 """
@@ -128,7 +128,7 @@ def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
 
 
 def _in_chunks(engine: Engine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
-    """Encode chunk by chunk; backward runs through retained graphs together, then through other chunks one by one."""
+    """Encode chunk by chunk; backward takes all retained graphs together, then other chunks one by one."""
     outputs = [chunk.encode(engine) for chunk in chunks]
     query, doc = chunks[0].side, chunks[-1].side
     of_docs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]

@@ -62,7 +62,7 @@ stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val
 
 
 def init_process_group() -> None:
-    """Join the launcher's process group (`deepspeed`, `torchrun`); without a launcher, create one of a single rank."""
+    """Join the launcher's process group, or create one of a single rank without a launcher."""
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=distributed.free_port()

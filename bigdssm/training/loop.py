@@ -123,7 +123,7 @@ def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None
     Raises Preempted on a requested stop.
     """
     progress = trainer.progress
-    with nullcontext() if trainer.average is None else trainer.average.in_place():
+    with nullcontext() if trainer.average is None else trainer.average.swapped_in():
         evaluation = trainer.validator.evaluate(trainer.engine, trainer.report_progress, documents)
         metric = trainer.stage.validation_metric
         score = evaluation.metrics[metric] if evaluation else None

@@ -1,4 +1,4 @@
-"""Hard negatives of a stage: read from a file, or mined by the initial weights and again every `mining.every_steps`.
+"""Hard negatives of a stage: read from a file, or mined at the start and every `mining.every_steps`.
 
 Mined files are in the stage's folder, one per set of training partitions and mining step. A resume reads the file of
 the last mining step before the checkpoint, since the checkpoint's weights would mine others; a missing file is mined
@@ -45,7 +45,7 @@ class HardNegativeRefresh:
     progress: Progress
 
     def load(self, step: int, resumed: bool) -> tuple[HardNegatives | UniformNegatives | None, DocumentVectors | None]:
-        """Return the hard negatives of `step` (None without any) and this rank's index vectors if mining encoded them.
+        """Return the hard negatives of `step`, and this rank's index vectors if mining encoded them; or None.
 
         A collective. A mined file is read only if the segment is `resumed`: an older one may be of another dataset.
         Raises CheckpointError: the file of a resumed segment is missing.

@@ -1,4 +1,4 @@
-"""The loss of a stage as a function of vectors and batch: weights, sampling correction, masks, distillation, penalty.
+"""The loss of a stage: weights, sampling correction, masks, distillation and norm penalty.
 
 The logQ correction applies to negatives only (`corrected`) or to every column (`classic`); the serving score has none.
 
@@ -155,7 +155,7 @@ class Objective:
     def _of_teacher(
         self, temperature: float, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor
     ) -> Tensor:
-        """Return the KL divergence of the serving scores from the teacher's, in the loss's directions; a collective."""
+        """Compute the KL divergence from the teacher's scores, in the loss's directions; a collective."""
         assert batch.teacher_query is not None and batch.teacher_doc is not None
         (U, W), queries, documents = vectors, batch.teacher_query, batch.teacher_doc
         alpha, direction = encoded.alpha, self._loss.direction

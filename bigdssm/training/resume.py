@@ -220,7 +220,7 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
 
 
 def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, name: StageName) -> None:
-    """Raise CheckpointError unless this stage of this run wrote `checkpoint`, with a config that may be continued."""
+    """Raise CheckpointError unless this stage of this run wrote `checkpoint`, with a compatible config."""
     fix = "move it out of the folder, or choose another run.dir"
     if (stage := checkpoint.state.get("stage")) != name:
         raise CheckpointError(
@@ -243,7 +243,7 @@ def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, nam
 def _check_length(
     checkpoint: LoadedCheckpoint, progress: StageProgress, stage: StageConfig, name: StageName, steps_per_epoch: int
 ) -> None:
-    """Log the learning rate of a longer stage. Raises ConfigError: a shorter one, or one that lacks mined negatives."""
+    """Log the new learning rate of a longer stage. Raises ConfigError: a shorter one, or negatives are missing."""
     saved = checkpoint.state["config"][name]
     steps = segment_steps(stage, steps_per_epoch)
     before = segment_steps(replace(stage, steps=saved["steps"], epochs=saved["epochs"]), steps_per_epoch)
@@ -297,7 +297,7 @@ def grow_model(model: DualEncoder, schema: Schema) -> None:
 
 
 class GrownReader(TensorReader):
-    """Reads a checkpoint for a `model` with larger tables: new rows keep their initial values, with zero moments."""
+    """Reads a checkpoint for a model with larger tables: new rows are initial values, with zero moments."""
 
     def __init__(self, checkpoint: LoadedCheckpoint, model: DualEncoder) -> None:
         super().__init__(checkpoint)

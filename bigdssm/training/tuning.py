@@ -126,7 +126,7 @@ class TuningStage:
 
 @dataclass
 class _Pruning:
-    """Stops a trial's training if its first validation after 1 / PRUNE_DIVISOR of the steps is worse than others'."""
+    """Stops a trial's training if an early validation is worse than the median of other trials."""
 
     trial: optuna.Trial
     folder: Path

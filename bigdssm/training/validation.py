@@ -170,7 +170,7 @@ class WeightAverage:
 
     @contextmanager
     @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """A context in which the average replaces the module's weights."""
         weights = {name: weight.detach().clone() for name, weight in self._module.named_parameters()}
         try:

@@ -33,7 +33,7 @@ def check_warm_start(key: str, dataset: Dataset) -> None:
 
 
 def initialize_item_embeddings(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
-    """Initialize the embedding tables of history items in a new model. A collective; rank 0 computes the vectors.
+    """Initialize the item embeddings of a new model from histories. A collective; rank 0 computes them.
 
     Items without co-occurrences keep their random vectors. Raises DataError, on every rank: no solution.
     """
@@ -61,7 +61,7 @@ def initialize_item_embeddings(model: DualEncoder, dataset: Dataset, config: War
 def _item_vectors(
     dataset: Dataset, feature: str, shape: torch.Size, config: WarmStartConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of a table [codes, E] with co-occurrences, bool, and their vectors float32 [rows, at most E]."""
+    """Return the codes with co-occurrences, bool [codes], and their vectors float32 [rows, ≤ E]."""
     num_codes, dim = shape
     transitions = Transitions.of(dataset, config.window)
     codes = item_codes(dataset.catalogue.codes(feature, np.arange(transitions.num_docs)))

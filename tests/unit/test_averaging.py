@@ -26,7 +26,7 @@ def test_it_follows_the_weights_by_its_decay() -> None:
         average.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    with average.in_place():
+    with average.swapped_in():
         for weight in layer.parameters():
             torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
     assert all((weight == 11.0).all() for weight in layer.parameters())
@@ -36,7 +36,7 @@ def test_the_weights_are_back_after_an_error() -> None:
     layer = module(2.0)
     average = WeightAverage(module(5.0), 0.9)
     average._module = layer
-    with pytest.raises(RuntimeError), average.in_place():
+    with pytest.raises(RuntimeError), average.swapped_in():
         assert (layer.weight == 5.0).all()
         raise RuntimeError
     assert (layer.weight == 2.0).all()

@@ -47,7 +47,7 @@ __all__ = [
 
 
 def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile: int | None, element_size: int) -> int:
-    """Return the peak bytes of scores of a rank on a CPU; `both_directions`: any direction except query → doc."""
+    """Return the peak bytes of a rank's scores on a CPU; `both_directions`: the loss is not q2d only."""
     if both_directions:
         return 2 * element_size * min(CACHED_ROWS, num_queries) * min(tile or CACHED_WIDTH, num_columns)
     height = strip_rows(torch.device("cpu"), num_columns, element_size)
@@ -151,7 +151,7 @@ class ScorePasses:
         return BothSums(rows, log_N[self.positive_N], add)
 
     def local_gradients(self) -> Gradients:
-        """Return the gradient sums of this rank's queries and columns, reduced over ranks; a collective if any exist.
+        """Return the gradient sums of this rank's queries and columns, reduced over ranks; a collective.
 
         Must be the last call: it frees the gathered columns early.
         """

@@ -199,7 +199,7 @@ class Coefficients:
 
 
 def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sums: Gradients) -> None:
-    """Recompute the scores and add G to `sums`; beta depends only on the row part, since it cancels in the columns."""
+    """Recompute the scores and add G to `sums`; beta cancels in the column part."""
     height = _height(matrix)
     buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
     gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.acc)

@@ -30,7 +30,7 @@ LOG_2 = math.log(2)
 
 @dataclass
 class BlockMask:
-    """The masked entries of a block of rows: coordinates sorted by tile, or a dense matrix of bytes; None if empty."""
+    """The masked entries of a block of rows: coordinates sorted by tile, or a dense matrix of bytes."""
 
     rows: Tensor | None = None
     columns: Tensor | None = None

@@ -210,7 +210,7 @@ def column_pass(
 def gradient_pass(
     matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: Gradients
 ) -> None:
-    """Recompute the scores and write the sums of G; beta depends only on the row part (see `passes.gradient_pass`)."""
+    """Recompute the scores and write the sums of G, as `passes.gradient_pass` does."""
     column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
     column_offset_N = matrix.offsets(column_N if bias_N is None else bias_N + column_N)
     row_offset_N = None
