@@ -88,7 +88,10 @@ class EncodedChunk:
     def inputs(self) -> dict[str, Any]:
         """The inputs of the model's forward."""
         query_positions = self.side.query_positions(self.chunk)
-        return {self.name: self.side.features(self.chunk), **({} if query_positions is None else {"query_positions": query_positions})}
+        return {
+            self.name: self.side.features(self.chunk),
+            **({} if query_positions is None else {"query_positions": query_positions}),
+        }
 
     def encode(self, engine: Engine) -> Encoded:
         """Return the outputs of the chunk, detached."""
@@ -193,7 +196,11 @@ def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: 
 
     The ranks agree on the number of chunks, and on the number of those that retain their graph.
     """
-    row = torch.arange(len(candidates), device=candidates.device) if batch.query_positions is None else batch.query_positions.row
+    row = (
+        torch.arange(len(candidates), device=candidates.device)
+        if batch.query_positions is None
+        else batch.query_positions.row
+    )
     row, column = row.repeat_interleave(candidates.shape[1]), candidates.flatten()
     query, doc = scorer.texts["query"], scorer.texts["doc"]
     features = join_sides(

@@ -26,7 +26,7 @@ from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.step_plan import TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.losses.precision import settle_precision
-from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
@@ -217,7 +217,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             _to_bfloat16(model)
     model.train()
     if engine.precision != "fp32" and not torch.cuda.is_available():
-        use_plain_attention(model)  # as in the engine
+        use_eager_attention(model)  # as in the engine
     if engine.checkpoint_activations:
         model.checkpoint_activations()
     sizes = ModelSizes.of(model, stage.optimizer)
