@@ -26,7 +26,7 @@ from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.step_plan import TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.losses.precision import settle_precision
-from bigdssm.models import CrossEncoder, DualEncoder, Encoded
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
