@@ -151,6 +151,7 @@ class Trainer:
         if (random := start.checkpoint.rank_state) is not None:
             RandomState(random["cpu"], random.get("device")).restore()
         if start.same_segment:
+            self.selection.load_state_dict(common)
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
         logger.info("%s continues from %s", self.name, start.describe(self.stream.dataset))
 

@@ -174,7 +174,7 @@ def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: P
         assert batch.doc["price"][batch.positive].tolist() == expected
         assert batch.doc_ids.tolist() == dataset.catalogue.ids(batch.doc_rows.numpy()).tolist()
         own = in_catalogue_share(batch, rank, world_size)
-        assert not (own & batch.superseded).any(), "what a document was is no negative of others"
+        assert not (own & batch.superseded).any(), "an earlier version is not a negative of others"
         shares += batch.doc_rows[own].tolist()
     assert sorted(shares) == list(range(num_docs)), "every document once, as it is now"
 
