@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_space(space, args.config, args.overrides, args.stage)
         value = TuningStage(args.config, tuple(args.overrides), args.stage, args.out)
     else:
-        for option, end in space.ends():
+        for option, end in space.bounds():
             check_options(args.baseline, {option: end}, require_all=False)
         dataset, metric = Dataset.open(config.data.dir), find_metric(config.stage(args.stage).validation_metric)
         first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
