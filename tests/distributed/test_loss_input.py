@@ -41,7 +41,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "beta's shape": ({"beta": torch.zeros(1)}, "beta must be [4]"),
     "neg_bias +inf": ({"neg_bias": torch.full((N,), float("inf"))}, "neg_bias holds +inf"),
     "neg_bias' gradient": ({"neg_bias": torch.zeros(N, requires_grad=True)}, "it gets no gradient"),
-    "known without ids": ({"known": torch.zeros(1, 2, dtype=torch.int64)}, "known pairs need query_ids"),
+    "known without ids": ({"known": torch.zeros(1, 2, dtype=torch.int64)}, "known pairs need doc_ids"),
     "known rows": (
         {"doc_ids": torch.arange(N), "known": torch.tensor([[M, 0]])},
         "known holds a row outside this rank's",

@@ -98,7 +98,7 @@ def renamed(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (edited('"format": 1', '"format": 5'), "manifest.json is damaged: its content does not have the checksum"),
+        (edited('"format": 1', '"format": 5'), "manifest.json is damaged: its content does not match its checksum"),
         (renamed, "step-00000009 was written as step-00000008; restore that name"),
     ],
     ids=["format", "folder"],

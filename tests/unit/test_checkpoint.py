@@ -85,7 +85,7 @@ def flip(path: Path) -> None:
         (lambda step: (step / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes"),
         (lambda step: (step / "manifest.json").unlink(), "not completed"),
         (lambda step: (step / "manifest.json").write_text("{"), "manifest.json is damaged"),
-        (lambda step: edit(step / "manifest.json", '"step": 15', '"step": 14'), "does not have the checksum"),
+        (lambda step: edit(step / "manifest.json", '"step": 15', '"step": 14'), "does not match its checksum"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_used(

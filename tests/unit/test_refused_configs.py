@@ -108,7 +108,7 @@ def test_every_number_has_its_bounds_beside_it() -> None:
         (["pretrain.negatives.mask=past"], "pretrain.negatives.mask: got past, needs batch or none: the rows of"),
         (["run.dir={tmp}/file"], "run.dir: {tmp}/file/pretrain cannot be created, since {tmp}/file is not a folder"),
         (["run.dir={tmp}/file/below"], "since {tmp}/file is not a folder"),
-        (["run.dir={tmp}/sealed/run"], "since {tmp}/sealed cannot be written"),
+        (["run.dir={tmp}/sealed/run"], "since {tmp}/sealed is not writable"),
     ],
 )
 def test_what_cannot_be_built_or_written(

@@ -180,7 +180,7 @@ def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bigdssm.utils.atomic.replace_folder", full)
-    with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*stays"):
+    with pytest.raises(CheckpointError, match=r"could not write \S*best: .*No space left on device.*is kept"):
         validator.save_best(engine, {"stage": "pretrain", "step": 2})  # type: ignore[arg-type]
     assert load_model_folder(best).provenance["step"] == 1
 
