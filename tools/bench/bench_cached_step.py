@@ -1,4 +1,4 @@
-"""The gradient cache under DeepSpeed with the negatives of all ranks: this project and sentence-transformers.
+"""The gradient cache under DeepSpeed with the negatives of all ranks: this project, sentence-transformers, GradCache.
 
     python tools/bench/bench_cached_step.py losses              # three steps of a tiny BERT at each ZeRO stage
     python tools/bench/bench_cached_step.py cost --rows 512     # seconds and memory of a step of a larger BERT
@@ -6,6 +6,7 @@
 Both sides train one BERT with mean pooling for queries and documents, from the same weights, on the same batches, with
 the same SGD, in-batch softmax over the documents of all ranks (cosine, scale 20), on CPU ranks. `around`: the loss
 is called around the DeepSpeed engine, as SentenceTransformerTrainer calls it; `inside`: it is in the engine's module.
+`gradcache` is the package that tevatron uses, called as its GCTrainer calls it (and, `by chunks`, without no_sync).
 The plain loss of either side is the reference: a cached step has to give its curve. Each case has processes of its own.
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 SCALE = 20.0
 WORDS = 500  # and five special tokens
 STAGES = (0, 1, 2, 3)
-CASES = ("plain", "cached around", "cached inside", "ours", "ours, chunks")
+CASES = ("plain", "cached around", "cached inside", "gradcache", "gradcache by chunks", "ours", "ours, chunks")
 Step = Callable[[], float]  # the loss: of this rank, or its mean over ranks
 
 
@@ -124,6 +125,43 @@ class _Inside(nn.Module):
         return value
 
 
+class _Pooled(nn.Module):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        from transformers import BertModel
+
+        self.bert = BertModel.from_pretrained(folder, add_pooling_layer=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.normalize(self.bert(input_ids).last_hidden_state.mean(1), dim=1)
+
+
+def gradcache_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
+    """Return a step of GradCache around a DeepSpeed engine."""
+    import deepspeed
+    import gradcache.context_managers
+    import torch.distributed as dist
+
+    sys.modules["grad_cache"] = gradcache  # the release imports itself by the name of its repository's package
+    sys.modules["grad_cache.context_managers"] = gradcache.context_managers
+    from gradcache.grad_cache import GradCache
+    from gradcache.loss import DistributedContrastiveLoss
+
+    module = _Pooled(folder).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=args.lr)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(args))
+    loss_of, ranks = DistributedContrastiveLoss(), dist.get_world_size()
+    cache = GradCache([engine, engine], args.chunk, lambda x, y: ranks * loss_of(SCALE * x, y))
+    no_sync = args.case == "gradcache"
+
+    def step() -> float:
+        value = cache(*tokens, no_sync_except_last=no_sync)
+        engine.step()
+        return float(value) / ranks
+
+    return step
+
+
 def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
     """Return this project's training step."""
     from bigdssm.config import EngineConfig, ModelConfig, TowerConfig
@@ -180,7 +218,8 @@ def one_case(args: argparse.Namespace) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     args.rank, ranks = dist.get_rank(), dist.get_world_size()
     tokens = local_tokens(args, args.rank, ranks)
-    step = (our_step if args.case.startswith("ours") else peer_step)(args, args.encoder, tokens)
+    of_case = {"ours": our_step, "gradcache": gradcache_step}.get(re.split("[, ]", args.case)[0], peer_step)
+    step = of_case(args, args.encoder, tokens)
     base, losses, seconds = _peak_mb(), [], []
     for _ in range(args.steps):
         started = time.perf_counter()
@@ -243,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.case:
         one_case(args)
         return
-    releases = ", ".join(f"{name} {version(name)}" for name in ("sentence-transformers", "deepspeed", "torch"))
+    names = ("sentence-transformers", "gradcache", "deepspeed", "torch")
+    releases = ", ".join(f"{name} {version(name)}" for name in names)
     print(
         f"{releases}; {args.ranks} CPU ranks × {args.rows} rows of {args.tokens} tokens, chunks of {args.chunk} texts"
     )

@@ -96,7 +96,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
     dataset = Dataset.open(folder)
     collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
     steps = dataset.num_rows("train") // ROWS_GLOBAL
-    tokenizing_s, encode = 0.0, TextTokenizer.tokenize
+    tokenizing_s, encode = 0.0, TextTokenizer.encode
 
     def timed(*texts: Any) -> Any:
         nonlocal tokenizing_s
@@ -105,7 +105,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
         tokenizing_s += time.process_time() - begin
         return tokens
 
-    TextTokenizer.tokenize = timed  # type: ignore[method-assign]
+    TextTokenizer.encode = timed  # type: ignore[method-assign]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a loader process
     passes = []
     for _ in range(3):
