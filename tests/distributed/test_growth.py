@@ -20,7 +20,7 @@ from bigdssm.loader.pair_stream import PairStream
 
 from . import small_run
 from .spawn import Pool, RankFailed
-from .test_checkpoint_shares import put_together
+from .test_checkpoint_shares import assembled
 from .test_training import (
     STREAMING,
     assert_same_tensors,
@@ -84,7 +84,7 @@ def test_weights_and_moments_are_kept_and_new_rows_added(
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     before = merged(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
     shares = pools[2].run(restored_share, config, run_dir, (*ON, f"engine.zero_stage={zero_stage}"))
-    after = put_together([piece for share, _ in shares for piece in share])
+    after = assembled([piece for share, _ in shares for piece in share])
     assert all(groups == {(name, STEPS, decay) for name, _, decay in groups} for _, groups in shares)
     longer = {name for name in before if before[name].shape != after[name].shape}
     tables = {f"tables.tables.{name}.weight" for name in ("query_gender", "doc_item_id", "doc_genre")}

@@ -18,7 +18,7 @@ from tests.unit.data.conftest import Writer
 
 from . import small_run
 from .spawn import Pool, RankFailed
-from .test_checkpoint_shares import put_together
+from .test_checkpoint_shares import assembled
 
 slow = pytest.mark.slow
 TABLES_LR_RATIO = 0.5
@@ -345,7 +345,7 @@ def test_another_world_size_goes_on_with_the_same_state(
     first = merged(checkpoints / "step-00000006")
     stage = (saving, f"engine.zero_stage={stage_after}")
     shares = pools[after].run(restored_share, config, tmp_path, stage)
-    second = put_together([piece for share, _ in shares for piece in share])
+    second = assembled([piece for share, _ in shares for piece in share])
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert sum(name.startswith("exp_avg_sq/") for name in first) == len(first) // 3

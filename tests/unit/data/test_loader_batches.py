@@ -177,7 +177,7 @@ def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in back.tensors()}) == 1
     assert all(tensor.data_ptr() % 8 == 0 and tensor.is_contiguous() for tensor in back.tensors())
     (sent,) = batches(pieces, 1, 1)
-    assert all(tensor.in_catalogue_share() for tensor in sent.tensors() if tensor.nbytes)
+    assert all(tensor.is_shared() for tensor in sent.tensors() if tensor.nbytes)
 
 
 def test_loader_processes_that_wait_for_each_other_end_at_once(
