@@ -42,7 +42,7 @@ def test_products_are_the_teachers_scores(
     rounded = TeacherVectors(tmp_path / "in_bf16").documents.astype(np.float32)
     np.testing.assert_allclose(rounded, documents.numpy(), atol=0.02 * np.abs(rounded).max())
     assert np.abs(rounded - documents.numpy()).max() > 0.01, "bfloat16 products are rounded"
-    assert "is there already" in tools.refused(2, "embed_teacher", *out, "--model", other_model_dir)
+    assert "exists; choose" in tools.refused(2, "embed_teacher", *out, "--model", other_model_dir)
     with pytest.raises(DataError, match=f"no query of row {10**6}"):
         found.queries(np.array([10**6 << EVENT_BITS]))
 
