@@ -79,7 +79,7 @@ mkdir -p "$out"
 
 say "1/5  the data"
 run python -m tools.public_data movielens-100k --out "$source" ${movielens:+--movielens "$movielens"}
-run python tools/make_shards.py interactions --config "$config" --overwrite \
+run bigdssm make_shards interactions --config "$config" --overwrite \
     --interactions "$source/ml-100k.inter" --items "$source/ml-100k.item" --users "$source/ml-100k.user"
 
 say "2/5  training: pretraining, then fine-tuning from it"
@@ -87,17 +87,17 @@ train pretrain
 train sft
 
 say "3/5  a model folder, the documents' vectors, an index"
-run python tools/convert_checkpoint.py --run "$out/sft" --out "$out/model"
-run python tools/embed.py --model "$out/model" --data "$dataset" --out "$out/vectors"
-run python tools/build_index.py --vectors "$out/vectors" --out "$out/index"
+run bigdssm convert_checkpoint --run "$out/sft" --out "$out/model"
+run bigdssm embed --model "$out/model" --data "$dataset" --out "$out/vectors"
+run bigdssm build_index --vectors "$out/vectors" --out "$out/index"
 
 say "4/5  search: ten films for a user of the dataset, and for a typed history"
-run python tools/search.py --model "$out/model" --index "$out/index" --user 1
-run python tools/search.py --model "$out/model" --index "$out/index" --history "Alien; Blade Runner; Aliens"
+run bigdssm search --model "$out/model" --index "$out/index" --user 1
+run bigdssm search --model "$out/model" --index "$out/index" --history "Alien; Blade Runner; Aliens"
 
 say "5/5  evaluation on the test split, over all films"
-run python tools/evaluate.py --model "$out/model" --data "$dataset" --split test --out "$out/evaluation.json"
-run python tools/plot_run.py "$out" --out "$out/curves.png"
-run python tools/report.py "$out" --out "$out/report.json"
+run bigdssm evaluate --model "$out/model" --data "$dataset" --split test --out "$out/evaluation.json"
+run bigdssm plot_run "$out" --out "$out/curves.png"
+run bigdssm report "$out" --out "$out/report.json"
 
 say "done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s: $out/report.json, $out/curves.png"
