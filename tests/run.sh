@@ -55,14 +55,11 @@ tests() { # name, selection, folder, pytest's further options
     shift 3
     section "$name" pytest -q -rfEs --timeout "$timeout_s" --durations 5 "$@" -m "$selected" "tests/$folder"
 }
-# The slow ones of e2e measure time and memory of whole commands: one at a time.
 tests unit "$selection" unit -n auto --dist worksteal
 tests tools "$selection" tools -n auto --dist worksteal
 tests distributed "$selection" distributed -n auto --dist worksteal
-tests e2e "not slow" e2e -n auto --dist worksteal
-if [ $full = 1 ]; then
-    tests "e2e, slow" slow e2e
-fi
+tests e2e "($selection) and not alone" e2e -n auto --dist worksteal
+tests "e2e, alone" "($selection) and alone" e2e
 
 say "summary"
 printf '%s\n' "${summary[@]}" "$(printf '%-14s %-6s %4d s' total "" $SECONDS)"

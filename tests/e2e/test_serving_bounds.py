@@ -19,7 +19,7 @@ from tests.e2e.test_page import make_served, started
 TIMEOUT_S = 1
 BEGUN = ("nothing", "half a head", "half a body", "a body that trickles in", "a second request")
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 

@@ -19,7 +19,7 @@ from bigdssm.utils.atomic import replace_folder
 from tests.conftest import TinyDataset
 from tests.e2e.test_page import make_served, started
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.alone]
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")

@@ -20,7 +20,7 @@ from bigdssm.distributed import free_port
 from tests.distributed import small_run
 from tests.e2e.runs import BIN, ROOT, Run, environment, launcher
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.alone]
 
 KUBERNETES_GRACE_S = 30.0
 NEVER_ENDING = ("pretrain.steps=100000", "pretrain.log_every_steps=1000000")

@@ -22,7 +22,7 @@ import pytest
 from tests.distributed import small_run
 from tests.e2e.runs import BIN, ROOT, environment, launcher
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.alone]
 
 PORT = "29611"  # unused in the new namespaces
 STEADY = ("pretrain.save_every_steps=4", "pretrain.steps=16", "debug.log_row_ids=true", "engine.peer_timeout_s=8")
