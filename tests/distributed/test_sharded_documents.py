@@ -166,7 +166,7 @@ def test_an_approximate_index_leaves_out_the_same_and_tells_its_recall(
     # so few that each rank's index has one list and finds everything: what is left out, and the order, are exact
     for windows, said in pools[2].run(mined_approximately, tiny_interactions.dir, 70):
         assert (windows[0] == windows[1]).mean() > 0.99  # the index adds in another order: near ties may change places
-        assert len(said) == 1 and "finds 100.0 % of the best 20 documents (by 90 queries)" in said[0]
+        assert len(said) == 1 and "recall 100.0 % of the best 20 documents (90 queries)" in said[0]
     windows, said = mined_approximately(0, 1, tiny_interactions.dir, DOCS)
     recall = np.mean([np.isin(*row).mean() for row in zip(*windows, strict=True)])
     assert 0.1 < recall < 0.95

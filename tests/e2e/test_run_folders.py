@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(config: Path, run: 
         content = json.loads(path.read_text())
         content = {key: content[key] for key in ("step", "world_size", "state")} | {"format": 2}
         path.write_text(json.dumps({"checksum": json_checksum(content), **content}))
-    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 2, this version reads 1; go on with the ver")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, "has format 2, this version reads 1; continue with the ver")
     assert (run / "pretrain" / "checkpoints" / "step-00000008").is_dir()
 
 
@@ -205,7 +205,7 @@ def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -
     np.save(run / "sft" / "mined_negatives.npy", mined)
     refused(Command("sft", *arguments, *RESUME).wait(), 3, "does not end in a dataset fingerprint")
     refused(
-        Command("sft", *arguments, *RESUME, "sft.steps=8").wait(), 2, "negatives were mined for the rows of these al"
+        Command("sft", *arguments, *RESUME, "sft.steps=8").wait(), 2, "negatives were mined only for the rows of these"
     )
 
 
@@ -489,7 +489,7 @@ def test_a_finished_run_writes_its_best_again(config: Path, run: Path) -> None:
     before = weights.read_bytes()
     shutil.rmtree(weights.parent)
     done = pretrain(config, run, *STEPS, *RESUME).wait()
-    assert done.code == 0 and "best/ of step 8 is lost" in done.log, done.log
+    assert done.code == 0 and "best/ of step 8 is missing" in done.log, done.log
     assert weights.read_bytes() == before
 
 

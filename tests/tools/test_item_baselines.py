@@ -107,7 +107,7 @@ def test_what_they_refuse(dataset: Dataset) -> None:
 def test_each_asks_for_its_own_package(dataset: Dataset, tiny_pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "implicit", None)
     fit_baseline("ease", dataset, {})
-    with pytest.raises(DataError, match="has pairs without histories"):
+    with pytest.raises(DataError, match="contains pairs without histories"):
         fit_baseline("ease", Dataset.open(tiny_pairs.dir), {})
     for name in ("item_knn", "ials"):
         with pytest.raises(ConfigError, match="needs the package implicit: pip install"):

@@ -112,7 +112,7 @@ def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(DataError, match=r"s\.arrow is an Arrow stream, which has no index"):
         open_source(f"{bucket.url}/tables/s.arrow").parts()
     bucket.files.pipe_file("bucket/tables/bad.parquet", b"not Parquet")
-    with pytest.raises(DataError, match=r"bad\.parquet is damaged or not what its name says"):
+    with pytest.raises(DataError, match=r"bad\.parquet is damaged or not of the format"):
         open_source(f"{bucket.url}/tables/bad.parquet").parts()
 
 

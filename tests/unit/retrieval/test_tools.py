@@ -209,7 +209,7 @@ def test_search_for_a_request_as_json_is_that_of_the_options(
         "title",
     ]
     assert all(row["key"] in out and row["title"] in out for row in written)
-    assert "ends in .csv" in tools.refused(2, *command, "--user", "u7", "--out", tmp_path / "found")
+    assert "ending in .csv" in tools.refused(2, *command, "--user", "u7", "--out", tmp_path / "found")
     (tmp_path / "request.json").write_text("[" * 100_000)
     assert "is not JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
     (tmp_path / "request.json").write_text(json.dumps({"user": "${oc.env:HOME}"}))
