@@ -1,4 +1,4 @@
-"""A simulated device: CPU tensors that claim to stand on an accelerator, and count what one would be asked to do.
+"""A simulated device: CPU tensors that report an accelerator and count its operations.
 
     with simgpu.Device() as device, simgpu.ranks(64):
         U = device.put(torch.randn(m, D)).requires_grad_()
@@ -8,8 +8,8 @@
 
 Values are real, computed on the CPU, so that code which reads them works and results can be compared. `launches` are
 kernels, by rough numbers for composite operations; `waits` are reads by the host; `uploads` are copies from pageable
-memory, for which the host waits too; `mixed` are operations that a device would refuse, as their tensors stand on both
-sides. All are counted by operation and line of the library. In `ranks` every rank holds what this one holds, through
+memory, for which the host waits too; `mixed` are operations that a device would refuse, as their tensors are on both
+sides. All are counted by operation and line of the library. In `ranks` every rank has the tensors of this one, through
 `bigdssm.distributed`, the one module that touches torch.distributed.
 """
 
@@ -60,7 +60,7 @@ _pin_memory = torch.Tensor.pin_memory
 
 
 class Device(TorchDispatchMode):
-    """Within it tensors may stand on the device, of `memory` bytes."""
+    """A context in which tensors can be on the device, which has `memory` bytes."""
 
     current: Device | None = None
 
@@ -106,7 +106,7 @@ class Device(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Count an operation, do it on the CPU, and let its result stand where it would."""
+        """Count an operation, run it on the CPU, and mark the device of its result."""
         name = func._schema.name.split("::")[1]
         if func is torch.ops.prim.device.default:
             return PLACE
@@ -205,7 +205,7 @@ class SimTensor(torch.Tensor):
 
 @contextmanager
 def ranks(world_size: int, rank: int = 0) -> Iterator[None]:
-    """Let the library believe in a process group, in which every rank holds what this one holds."""
+    """Simulate a process group in which every rank has the tensors of this one."""
 
     def note(name: str, tensor: torch.Tensor) -> None:
         if Device.current is not None:
@@ -213,7 +213,7 @@ def ranks(world_size: int, rank: int = 0) -> Iterator[None]:
             Device.current.collectives.append((name, backend, tensor.numel() * tensor.element_size()))
 
     class Group:
-        """torch.distributed, but for what the library's hot paths call."""
+        """torch.distributed with the calls of the library's hot paths replaced."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(dist, name)

@@ -176,7 +176,7 @@ def number_documents(engine: LocalEngine, writer: DatasetWriter) -> DistinctDocu
     return DistinctDocuments(table, writer.num_existing_docs, _keys(engine, writer, table), changed)
 
 
-def number_versions(engine: LocalEngine, writer: DatasetWriter, found: RowTable) -> DistinctDocuments:
+def number_versions(engine: LocalEngine, writer: DatasetWriter, rows: RowTable) -> DistinctDocuments:
     """Number documents whose rows have times: later rows are newer versions.
 
     Of rows with equal times, the last one is used. Rows equal to the previous version, new or stored, are dropped.
@@ -192,7 +192,7 @@ def number_versions(engine: LocalEngine, writer: DatasetWriter, found: RowTable)
         "dated_documents",
         f"SELECT *, row_number() {by_time} AS nth, {before} FROM newest_of_time WHERE newest = 1",
     )
-    columns = [name for name in found.read(0, 0).column_names if name not in ("document", IS_NEW, KNOWN_SINCE)]
+    columns = [name for name in rows.read(0, 0).column_names if name not in ("document", IS_NEW, KNOWN_SINCE)]
     versions = engine.select(
         "told_documents",
         f"SELECT {', '.join(columns)}, document, nth, first_place FROM dated_documents "

@@ -186,10 +186,11 @@ def make_app(
     folders: Folders | None = None, poll_s: float = 1.0, second: Searcher | None = None,
     second_folders: Folders | None = None,
 ) -> FastAPI:  # fmt: skip
-    """Return the application that serves `searcher`, and `second` at the path /beside; cache_size 0: no cache.
+    """Return the application that serves `searcher`, and `second` under SECOND_PREFIX.
 
-    `folders` are polled every `poll_s` seconds and reloaded when replaced. Requests must have a loopback Host or one of
-    `hosts`, where 0.0.0.0 or :: allows any IP address (not any name); None disables the check.
+    `cache_size=0` disables the cache. `folders` are polled every `poll_s` seconds and reloaded when replaced. Requests
+    must have a loopback Host or one of `hosts`, where 0.0.0.0 or :: allows any IP address (not any name); None disables
+    the check.
     """
     metrics = Metrics()
     served = {"": (searcher, folders), **({} if second is None else {SECOND_PREFIX: (second, second_folders)})}

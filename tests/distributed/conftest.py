@@ -11,7 +11,7 @@ from .spawn import Pool
 
 
 class Pools(dict[int, Pool]):
-    """Ranks that are started when first asked for, again after a failure ended them."""
+    """Pools of ranks by world size, started on first use and restarted after a failure."""
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def pools() -> Iterator[dict[int, Pool]]:
 
 @pytest.fixture(scope="session")
 def outside_pools() -> Iterator[dict[int, Pool]]:
-    """Ranks for what imports `outside`: what it registers stays in a process and would change others' tests."""
+    """Pools for tests that import `outside`, whose registrations would change other tests."""
     made = Pools()
     yield made
     made.close()

@@ -1,6 +1,6 @@
-"""Losses by Triton kernels on CPU tensors: what ranks that were started with TRITON_INTERPRET=1 import.
+"""Losses by Triton kernels on CPU tensors, for ranks started with TRITON_INTERPRET=1.
 
-The interpreter has two faults with bfloat16, mended here: it multiplies the bits as integers, and rounds down.
+The interpreter has two bugs with bfloat16, fixed here: it multiplies the bits as integers, and rounds down.
 """
 
 from __future__ import annotations

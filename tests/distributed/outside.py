@@ -1,6 +1,8 @@
-"""What somebody adds from a module of their own, no file of the library changed: a type of features with its
-encoder, a sequence block, a text encoder, losses, a distillation, a sampling correction, an optimizer, a table source,
-an index, an export and a metric."""
+"""Components registered by an external module, with no change of the library.
+
+A feature type with its encoder, a sequence block, a text encoder, losses, a distillation, a sampling correction, an
+optimizer, a table source, an index, an export and a metric.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def run(
     beta: float | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, list[Any], Any]:
-    """Return the mean over ranks of the loss, and of the gradients what a mean over ranks makes of them.
+    """Return the loss and the gradients, averaged over ranks.
 
     `beta` is one for all documents, in place of the shards' own.
     """
@@ -80,26 +80,26 @@ def with_dense_mask(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
         return loss(*tensors, **arguments)
 
 
-def assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str, term: float = 1.0) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, term: float = 1.0) -> None:
     """Compare relative to the largest entry, or to a hundredth of `term`, the size of terms that cancel in the sum."""
     if expected.numel():
         scale = max(float(expected.abs().max()), 0.01 * term)
-        error = float((found.double() - expected).abs().max()) / scale
+        error = float((actual.double() - expected).abs().max()) / scale
         assert error <= tolerance, f"{what}: relative error {error:.1e}"
 
 
 def assert_parity(
     shards: list[Shard],
     alpha: float,
-    found: tuple[Tensor, list[Any], Any],
+    actual: tuple[Tensor, list[Any], Any],
     expected: tuple[Tensor, list[Tensor | None]],
     tolerance: float,
 ) -> None:
     """Compare loss and gradients."""
-    assert_close(found[0], expected[0], tolerance, "loss")
+    assert_close(actual[0], expected[0], tolerance, "loss")
     norm = max([float(v.norm(dim=1).max()) for s in shards for v in (s.U, s.W) if len(v)], default=1.0)
     terms = {"U": alpha * norm, "W": alpha * norm, "alpha": norm**2, "beta": 1.0}
-    for (name, term), value, right in zip(terms.items(), found[1], expected[1], strict=True):
+    for (name, term), value, right in zip(terms.items(), actual[1], expected[1], strict=True):
         if right is not None:
             assert_close(value, right, tolerance, name, term)
 

@@ -18,7 +18,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("what", "expected"),
+    ("setting", "expected"),
     [
         ("config", r"rank 1 on \S+ has another config than rank 0: pretrain.optimizer.lr was 0.01, is 0.02 there"),
         pytest.param(
@@ -34,29 +34,29 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_a_rank_with_something_else_is_named(
-    config: Path, tmp_path: Path, pools: dict[int, Pool], what: str, expected: str
+def test_a_rank_that_differs_is_named(
+    config: Path, tmp_path: Path, pools: dict[int, Pool], setting: str, expected: str
 ) -> None:
     with pytest.raises(RankFailed, match=expected) as caught:
-        pools[2].run(differing, config, tmp_path / "run", what)
+        pools[2].run(differing, config, tmp_path / "run", setting)
     assert "PeerError: rank 1 stopped: rank 1 on" in str(caught.value) or "ConfigError" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def differing(rank: int, world_size: int, config: Path, run_dir: Path, what: str) -> None:
-    """Run with a difference in `what` on rank 1."""
+def differing(rank: int, world_size: int, config: Path, run_dir: Path, setting: str) -> None:
+    """Run with another `setting` on rank 1."""
     from bigdssm.dataset.dataset import Dataset
     from bigdssm.training import checks
 
     overrides: tuple[str, ...] = ()
     versions, fingerprint = checks.versions, Dataset.fingerprint
-    if rank == 1 and what == "config":
+    if rank == 1 and setting == "config":
         overrides = ("pretrain.optimizer.lr=0.02",)
-    elif rank == 1 and what == "dataset":
+    elif rank == 1 and setting == "dataset":
         Dataset.fingerprint = property(lambda self: "other")  # type: ignore[assignment,method-assign]
     elif rank == 1:
-        other = {"code": "another", "torch": "1.0"}[what]
-        checks.versions = lambda: {**versions(), what: other}  # type: ignore[assignment]
+        other = {"code": "another", "torch": "1.0"}[setting]
+        checks.versions = lambda: {**versions(), setting: other}  # type: ignore[assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:

@@ -27,7 +27,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_best_holds_the_average_and_a_stopped_run_goes_on_with_it(
+def test_best_contains_the_average_and_a_stopped_run_resumes_it(
     config: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     said = ("pretrain.steps=8", "pretrain.optimizer.warmup_steps=0", "pretrain.save_every_steps=4")

@@ -95,7 +95,9 @@ def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
         ({"W": torch.full((2, 3), torch.nan)}, "vectors, or the teacher's, hold NaN or inf"),
     ],
 )
-def test_what_does_not_fit_is_refused_on_all_ranks(pools: dict[int, Pool], wrong: dict[str, Any], words: str) -> None:
+def test_invalid_teacher_scores_are_refused_on_all_ranks(
+    pools: dict[int, Pool], wrong: dict[str, Any], words: str
+) -> None:
     assert re.search(words, refused(0, 1, [wrong]))
     errors = pools[2].run(refused, [{}, wrong], timeout_s=20)
     assert errors[0].startswith("PeerError") and re.search(f"LossInputError.*{words}", errors[1])

@@ -182,7 +182,7 @@ def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_backgr
     return "", foreseen
 
 
-def found(rank: int, world_size: int, folder: Path) -> tuple[int, bool, list[int] | None] | None:
+def read_newest(rank: int, world_size: int, folder: Path) -> tuple[int, bool, list[int] | None] | None:
     """Return step, equality of the tensors with the saved ones, and this rank's state, of the newest checkpoint."""
     newest = CheckpointStore(folder, keep=3).newest_valid()
     if newest is None:
@@ -193,30 +193,30 @@ def found(rank: int, world_size: int, folder: Path) -> tuple[int, bool, list[int
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_full_disk_on_one_rank_is_known_to_all(tmp_path: Path, pools: dict[int, Pool], in_background: bool) -> None:
+def test_a_full_disk_on_one_rank_stops_all(tmp_path: Path, pools: dict[int, Pool], in_background: bool) -> None:
     errors = pools[2].run(saved_twice, tmp_path, 1, in_background)
     assert "PeerError: rank 1 stopped: could not write a checkpoint" in errors[0][0]
     assert "CheckpointError: could not write" in errors[1][0] and "No space left on device" in errors[1][0]
     assert [foreseen for _, foreseen in errors] == [in_background] * 2
-    assert pools[2].run(found, tmp_path) == [(4, True, [rank] * 3) for rank in range(2)]
+    assert pools[2].run(read_newest, tmp_path) == [(4, True, [rank] * 3) for rank in range(2)]
     assert (tmp_path / "latest").read_text() == "step-00000004"
 
 
 def test_damage_that_one_rank_reads_is_damage_to_all(tmp_path: Path, pools: dict[int, Pool]) -> None:
     assert pools[3].run(saved_twice, tmp_path, 3, True) == [("", False)] * 3
-    assert pools[2].run(found, tmp_path) == [(8, True, None)] * 2
+    assert pools[2].run(read_newest, tmp_path) == [(8, True, None)] * 2
     file = tmp_path / "step-00000008" / "tensors-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert pools[2].run(found, tmp_path) == [(4, True, None)] * 2
+    assert pools[2].run(read_newest, tmp_path) == [(4, True, None)] * 2
     assert (tmp_path / "damaged-step-00000008").is_dir()
     random = tmp_path / "step-00000004" / "rank-00002.safetensors"
     random.write_bytes(random.read_bytes()[:-1] + b"?")
-    assert pools[2].run(found, tmp_path) == [None] * 2  # though two ranks would not use it
+    assert pools[2].run(read_newest, tmp_path) == [None] * 2  # though two ranks would not use it
 
 
-def test_a_file_that_one_rank_does_not_see_is_no_damage(tmp_path: Path, pools: dict[int, Pool]) -> None:
+def test_a_file_missing_on_one_rank_is_not_damage(tmp_path: Path, pools: dict[int, Pool]) -> None:
     assert pools[2].run(saved_twice, tmp_path, 2, False) == [("", False)] * 2
     errors = pools[2].run(unseen, tmp_path)
     assert "PeerError: rank 1 stopped: could not read a checkpoint" in errors[0]

@@ -69,7 +69,7 @@ class World:
             ),
         )  # fmt: skip
 
-    def kept(self, mask: str) -> Tensor:
+    def allowed(self, mask: str) -> Tensor:
         """Return bool [ROWS, DOCS]: the negatives and the positive of each query, compared one by one."""
         used = self.relevance > 0
         dropped = torch.zeros(ROWS, DOCS, dtype=torch.bool)
@@ -89,7 +89,7 @@ class World:
         """Return the loss over all documents, and the gradients of U, W, beta and alpha."""
         U, W, beta = (x.double().requires_grad_() for x in (self.U, self.W, self.beta))
         alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
-        scores = (alpha * U @ W.T + beta).masked_fill(~self.kept(mask), -torch.inf)
+        scores = (alpha * U @ W.T + beta).masked_fill(~self.allowed(mask), -torch.inf)
         losses = cross_entropy(scores, self.doc, reduction="none") * self.relevance.double()
         loss = losses.sum() / self.relevance.sum()
         return loss.detach(), list(torch.autograd.grad(loss, [U, W, beta, alpha]))
@@ -136,12 +136,12 @@ def test_the_catalogue_as_columns_is_the_softmax_over_all_documents(
     assert_close(loss, right, tolerance, "loss")
     for name, found, expected in zip(("U", "W", "beta", "alpha"), grads, right_grads, strict=True):
         assert_close(found, expected, tolerance, name)
-    kept = world.kept(mask)
+    allowed = world.allowed(mask)
     for _, _, _, stats in results:  # counted on the dense scores: a query has every document but its own
-        dropped = float((~kept).sum()) / (ROWS * (DOCS - 1))
+        dropped = float((~allowed).sum()) / (ROWS * (DOCS - 1))
         assert float(stats["dropped_fraction"]) == pytest.approx(dropped, abs=1e-12)
-        assert float(stats["effective_negatives"]) == pytest.approx(float(kept.sum()) / ROWS - 1, abs=1e-9)
-        scores = (ALPHA * world.U @ world.W.T + world.beta).masked_fill(~kept, -torch.inf)
+        assert float(stats["effective_negatives"]) == pytest.approx(float(allowed.sum()) / ROWS - 1, abs=1e-9)
+        scores = (ALPHA * world.U @ world.W.T + world.beta).masked_fill(~allowed, -torch.inf)
         best = scores.argmax(1) == world.doc
         used = world.relevance > 0
         assert float(stats["in_batch_accuracy"]) == pytest.approx(float(best[used].double().mean()))
@@ -157,7 +157,7 @@ def test_masks_of_each_query_alone_hold_over_the_batch(pools: dict[int, Pool], m
     scores = ALPHA * world.U @ world.W.T + world.beta + copies.log()
     own = torch.arange(ROWS), world.doc
     scores[own] -= copies.log()[world.doc]
-    scores = scores.masked_fill(~world.kept(mask), -torch.inf)
+    scores = scores.masked_fill(~world.allowed(mask), -torch.inf)
     losses = cross_entropy(scores, world.doc, reduction="none") * world.relevance.double()
     assert_close(loss, losses.sum() / world.relevance.sum(), 1e-12, "loss")
 

@@ -62,13 +62,13 @@ def test_the_same_curve_sharded_in_chunks_and_resumed(
     assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in mine[3:]], rel=1e-5)
 
 
-def test_the_line_of_health_counts_what_is_read_as_pairs(reference: Path) -> None:
+def test_throughput_counts_the_tokens_of_pairs(reference: Path) -> None:
     record = small_run.records(reference, "sft")[0]
     tokens_per_row = record["tokens_per_s"] / record["rows_per_s"]
     assert tokens_per_row > 4 * 2 * 5  # four pairs of two texts of three words each; the towers read half of that
 
 
-def test_the_towers_stay_and_the_scorer_is_what_was_validated(
+def test_the_towers_are_unchanged_and_the_validated_scorer_is_saved(
     siamese_config: Path, pretrained: str, reference: Path
 ) -> None:
     before = load_model_folder(Path(pretrained.removeprefix("sft.init="))).model.state_dict()

@@ -80,7 +80,7 @@ def test_lower_precision(pools: dict[int, Pool], name: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("name", DISTILLATIONS)
-def test_queries_that_nobody_judged_have_no_term(name: str) -> None:
+def test_queries_without_teacher_scores_have_no_loss(name: str) -> None:
     """Queries without a score of the positive, or of any other document, have no loss, but count in the mean."""
     U, W = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) for seed in (0, 1))
     U, nan = U.requires_grad_(), torch.nan
@@ -118,7 +118,9 @@ def refused(rank: int, world_size: int, calls: list[dict[str, Any]]) -> str:
         ({"loss": PairCE()}, "pair_ce takes no scores of a teacher"),
     ],
 )
-def test_what_does_not_fit_is_refused_on_all_ranks(pools: dict[int, Pool], wrong: dict[str, Any], words: str) -> None:
+def test_invalid_distillation_inputs_are_refused_on_all_ranks(
+    pools: dict[int, Pool], wrong: dict[str, Any], words: str
+) -> None:
     good = {"loss": DISTILLATIONS["kl"](), "teacher": torch.ones(2, 3)}
     assert re.search(f"LossInputError: {words}", refused(0, 1, [{**good, **wrong}]))
     errors = pools[2].run(refused, [good, {**good, **wrong}], timeout_s=20)

@@ -70,7 +70,7 @@ WIDE = (
         ("movielens", (("pretrain.rows_global=600",), ("pretrain.rows_global=600", "engine.zero_stage=3"))),
     ],
 )
-def test_memory_is_within_a_fifth_of_what_is_seen(
+def test_estimated_memory_is_within_a_fifth_of_measured(
     name: str, modes: tuple[tuple[str, ...], ...], tmp_path: Path
 ) -> None:
     path = getattr(real_data, name)(tmp_path)

@@ -1,4 +1,4 @@
-"""An export is the same model whatever ranks and ZeRO stage its checkpoint was written by."""
+"""Exports do not depend on the number of ranks and the ZeRO stage of the checkpoint."""
 
 from __future__ import annotations
 

@@ -162,7 +162,9 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_type_of_features_goes_all_the_way(case: str, outside_pools: dict[int, Pool], tmp_path: Path) -> None:
+def test_a_feature_type_works_from_ingestion_to_serving(
+    case: str, outside_pools: dict[int, Pool], tmp_path: Path
+) -> None:
     write_table(tmp_path)
     feature, value = CASES[case]
     if "matrix" in feature:

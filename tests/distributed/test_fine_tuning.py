@@ -74,40 +74,40 @@ def start(reference: Path) -> str:  # noqa: F811
     return f"sft.init={reference / 'pretrain' / 'best'}"
 
 
-def mined_files(run_dir: Path) -> list[str]:
+def hard_negative_files(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "sft").glob("mined_negatives*"))
 
 
 @pytest.fixture(scope="module")
-def mined_again(
+def refreshing_run(
     config: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]  # noqa: F811
 ) -> Path:  # fmt: skip
     """One rank, never interrupted: mined before the steps 0, 3 and 6 of 8."""
-    run_dir = tmp_path_factory.mktemp("mined_again")
+    run_dir = tmp_path_factory.mktemp("refreshing_run")
     pools[1].run(small_run.run, config, run_dir, (start(reference), *AGAIN), "sft")
     return run_dir
 
 
-def test_what_is_mined_again_is_of_the_weights_of_that_step(
-    config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+def test_refreshed_negatives_use_the_weights_of_their_step(
+    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
     """On any number of ranks. Files that no checkpoint needs are removed."""
     names = [f"mined_negatives.step-0000000{step}.npy" for step in (3, 6)]
-    assert mined_files(mined_again) == names
+    assert hard_negative_files(refreshing_run) == names
     dataset = Dataset.open(load_config(config).data.dir)
-    model = load_checkpoint_model(mined_again / "sft" / "checkpoints" / "step-00000006").model
+    model = load_checkpoint_model(refreshing_run / "sft" / "checkpoints" / "step-00000006").model
     everything = HardNegatives(mine(tower_encoders(model, dataset), dataset, first=1, last=20))
-    third, last = (HardNegatives.open(mined_again / "sft" / name) for name in names)
+    third, last = (HardNegatives.open(refreshing_run / "sft" / name) for name in names)
     assert len(last) == len(third) == 3 * 48
     np.testing.assert_array_equal(last.windows(last.queries), everything.windows(last.queries))
     assert (third.windows(third.queries) != everything.windows(third.queries)).any()
     pools[2].run(small_run.run, config, tmp_path, (start(reference), *AGAIN), "sft")
-    assert_same_curve(tmp_path, mined_again, stage="sft")
-    assert len(small_run.records(mined_again, "sft")) == 8
+    assert_same_curve(tmp_path, refreshing_run, stage="sft")
+    assert len(small_run.records(refreshing_run, "sft")) == 8
 
 
-def test_a_run_that_mines_again_goes_on_exactly(
-    config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+def test_a_run_that_refreshes_negatives_resumes_exactly(
+    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
     """Between two minings, and just where it is mined: then from the same weights, the file being there or not.
 
@@ -115,7 +115,7 @@ def test_a_run_that_mines_again_goes_on_exactly(
     """
     overrides = (start(reference), *AGAIN)
     pools[1].run(break_off, config, tmp_path, overrides, 5)
-    assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
+    assert hard_negative_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
     third = tmp_path / "sft" / "mined_negatives.step-00000003.npy"
     kept = third.read_bytes()
     third.unlink()
@@ -126,7 +126,7 @@ def test_a_run_that_mines_again_goes_on_exactly(
     (tmp_path / "sft" / "mined_negatives.step-00000006.npy").unlink()
     pools[1].run(small_run.run, config, tmp_path, overrides, "sft", True)
     curve = {record["step"]: record for record in small_run.records(tmp_path, "sft")}
-    for record in small_run.records(mined_again, "sft"):
+    for record in small_run.records(refreshing_run, "sft"):
         assert (curve[record["step"]]["loss"], curve[record["step"]]["grad_norm"]) == (
             record["loss"], record["grad_norm"]
         )  # fmt: skip
@@ -134,13 +134,13 @@ def test_a_run_that_mines_again_goes_on_exactly(
     assert small_run.records(tmp_path, "sft")[-1]["step"] == 9
 
 
-def test_what_a_checkpoint_needs_stays_while_it_is_written(
+def test_negatives_of_a_checkpoint_are_retained_during_its_write(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
     """The checkpoint of step 2 needs the file mined at step 0, and is being written during the mining at step 3."""
     pools[1].run(break_off_while_writing, config, tmp_path, (start(reference), *AGAIN), 3)
     assert [path.name for path in checkpoints_in(tmp_path / "sft" / "checkpoints")] == ["step-00000002"]
-    assert mined_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
+    assert hard_negative_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
 
 
 def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given: tuple[str, ...]) -> None:  # noqa: F811
@@ -154,7 +154,7 @@ def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given
 
 
 @pytest.mark.parametrize("name", ["fps, direction: both", "softmax"])
-def test_a_teacher_is_followed_on_any_number_of_ranks(
+def test_teacher_vectors_are_learned_on_any_number_of_ranks(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str  # noqa: F811
 ) -> None:  # fmt: skip
     """A teacher that ranks documents by number, over the global batch, on any number of ranks and chunks."""
@@ -177,12 +177,12 @@ def test_a_teacher_is_followed_on_any_number_of_ranks(
      "{loss: {name: pair_ce}, negatives: {in_batch: false, hard: 3}, distillation: {name: margin_mse, weight: 0.1}}"],
     ids=["fps and kl", "pair_ce and margin_mse"],
 )  # fmt: skip
-def test_a_judge_is_followed_on_any_number_of_ranks(
-    config: Path, reference: Path, mined_again: Path, tmp_path: Path, pools: dict[int, Pool], loss: str  # noqa: F811
+def test_teacher_scores_are_learned_on_any_number_of_ranks(
+    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool], loss: str  # noqa: F811
 ) -> None:  # fmt: skip
     """A teacher that ranks documents by number: the distillation loss decreases on any number of ranks."""
     dataset = Dataset.open(load_config(config).data.dir)
-    model = load_checkpoint_model(mined_again / "sft" / "checkpoints" / "step-00000006").model
+    model = load_checkpoint_model(refreshing_run / "sft" / "checkpoints" / "step-00000006").model
     mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0

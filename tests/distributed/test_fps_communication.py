@@ -111,7 +111,7 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
 
 
 @pytest.mark.parametrize("direction", ["q2d", "both"])
-def test_the_gather_of_W_goes_on_behind_the_positives(pools: dict[int, Pool], direction: str) -> None:
+def test_the_gather_of_W_overlaps_the_positives(pools: dict[int, Pool], direction: str) -> None:
     """The preceding gather, of sizes, is complete when it starts."""
     for events in pools[3].run(trace, direction):
         assert events[:5] == ["gather", "start gather", "positives", "wait", "tile"]

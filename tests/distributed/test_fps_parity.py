@@ -150,7 +150,7 @@ def test_statistics(pools: dict[int, Pool]) -> None:
     assert float(stats["lse_max"]) == pytest.approx(float(max(by_hand)))
 
 
-def test_no_gradient_wanted(pools: dict[int, Pool]) -> None:
+def test_no_gradient_required(pools: dict[int, Pool]) -> None:
     shards = make_shards(torch.Generator().manual_seed(2), [(4, 6)], 5)
     out = fps_loss(shards[0].U, shards[0].W, alpha=3.0, direction="both")
     assert not out.loss.requires_grad
@@ -158,17 +158,17 @@ def test_no_gradient_wanted(pools: dict[int, Pool]) -> None:
 
 
 @pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
-@pytest.mark.parametrize("wanted", ["U", "W", "alpha", "beta"])
-def test_only_one_gradient_wanted(wanted: str, direction: str) -> None:
+@pytest.mark.parametrize("argument", ["U", "W", "alpha", "beta"])
+def test_only_one_gradient_required(argument: str, direction: str) -> None:
     shard = make_shards(torch.Generator().manual_seed(2), [(4, 6)], 5, options=frozenset({"beta"}))[0]
-    right = dict(zip(["U", "W", "alpha", "beta"], reference.fps([shard], 3.0, direction)[1], strict=True))[wanted]
+    right = dict(zip(["U", "W", "alpha", "beta"], reference.fps([shard], 3.0, direction)[1], strict=True))[argument]
     given = {"U": shard.U, "W": shard.W, "alpha": torch.tensor(3.0, dtype=DOUBLE), "beta": shard.beta}
-    leaf = given[wanted]
+    leaf = given[argument]
     assert leaf is not None and right is not None
     leaf.requires_grad_()
     (found,) = torch.autograd.grad(fps_loss(**given, direction=direction).loss, leaf)  # type: ignore[arg-type]
     assert found.shape == leaf.shape
-    assert_close(found, right.view(leaf.shape), 1e-10, wanted, 1.0)
+    assert_close(found, right.view(leaf.shape), 1e-10, argument, 1.0)
 
 
 def test_known_pairs_change_the_loss() -> None:

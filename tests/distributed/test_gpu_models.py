@@ -75,7 +75,7 @@ def test_packed_lists_are_padded_ones(
         assert (ours[name] - theirs[name]).abs().max() < 0.03 * largest, name
 
 
-def test_a_run_trains_there_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_trains_on_the_gpu_and_resumes(tmp_path: Path) -> None:
     """One rank as started by the launcher: NCCL and gloo, bfloat16, chunks with the GPU's random states."""
     for library in ("accelerate", "deepspeed", "duckdb", "joblib", "matplotlib", "webdataset"):
         pytest.importorskip(library)

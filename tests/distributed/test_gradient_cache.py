@@ -224,7 +224,7 @@ def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int,
     return found
 
 
-def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(pools: dict[int, Pool]) -> None:
+def test_gradients_are_reduced_once_per_step_for_any_number_of_chunks(pools: dict[int, Pool]) -> None:
     cases = [Case(stage, 40, 90) for stage in (0, 1, 2, 3)]
     parameters = sum(parameter.numel() for parameter in small_model(0.0).parameters())
     for found in pools[2].run(reductions, cases):
@@ -283,14 +283,14 @@ def waits(rank: int, world_size: int, stage: int, chunk_tokens: int) -> tuple[in
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 40])
-def test_deepspeed_waits_twice_at_most_however_many_chunks_there_are(pools: dict[int, Pool], chunk_tokens: int) -> None:
+def test_deepspeed_waits_at_most_twice_for_any_number_of_chunks(pools: dict[int, Pool], chunk_tokens: int) -> None:
     found = [pools[1].run(waits, stage, chunk_tokens)[0] for stage in (0, 1, 2, 3)]
     assert found == [(0, 1), (0, 2), (0, 2), (0, 1)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_chunks_and_kept_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
+def test_chunks_and_retained_graphs_change_no_weight(pools: dict[int, Pool], world_size: int) -> None:
     (plain,) = pools[1].run(plain_steps)
     start = dict(small_model(0.0).named_parameters())
     assert all((plain[name] - start[name]).abs().max() > 5e-5 for name in plain if "key.bias" not in name)

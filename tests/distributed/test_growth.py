@@ -78,7 +78,7 @@ def row_ids(run_dir: Path, ranks: int) -> dict[int, list[int]]:
 @pytest.mark.parametrize(
     "zero_stage", [0, 3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
-def test_weights_and_moments_are_kept_and_new_rows_added(
+def test_weights_and_optimizer_state_are_retained_and_new_rows_added(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool], zero_stage: int
 ) -> None:
     config, run_dir = grown[0], copy(grown[1], tmp_path)
@@ -117,7 +117,7 @@ def test_the_rows_are_the_new_partitions_from_their_first_step_on(
     assert len(best["tables.tables.doc_item_id.weight"]) == 2 + small_run.NUM_ITEMS + 7
 
 
-def test_a_run_that_is_not_finished_goes_on_too_on_another_number_of_ranks(
+def test_an_unfinished_run_grows_on_another_number_of_ranks(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     config, run_dir = grown[0], copy(grown[1], tmp_path)
@@ -181,7 +181,9 @@ def test_another_run_starts_from_a_model_with_fewer_values(
     assert all(torch.equal(after[name][: len(tensor)], tensor) for name, tensor in before.items())
 
 
-def test_what_is_not_growth_is_refused(grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]) -> None:
+def test_changes_other_than_growth_are_refused(
+    grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
+) -> None:
     config, run_dir = grown[0], copy(grown[1], tmp_path)
     written = (run_dir / "pretrain" / "config.yaml").read_text()
     with pytest.raises(RankFailed, match=r"partition day2 is new.*or continue on .* data\.from_partition=day2"):

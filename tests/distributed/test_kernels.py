@@ -148,7 +148,7 @@ def test_bfloat16_is_as_good_as_its_inputs(backend: Backend, direction: str, alp
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_columns_that_are_nobodys_negative(ranks: Pools, direction: str) -> None:
+def test_columns_that_are_no_querys_negative(ranks: Pools, direction: str) -> None:
     """−inf for the whole first block of columns: the maximum of a row is −inf until the next block."""
     shards = make_shards(torch.Generator().manual_seed(4), [(50, 100)], 8, options=OPTIONS, dtype=torch.float32)
     neg_bias = torch.zeros(100, dtype=torch.float64)

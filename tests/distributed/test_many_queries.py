@@ -150,7 +150,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_go_with_several_queries_is_refused(case: str, config: Path, tmp_path: Path) -> None:
+def test_options_incompatible_with_several_queries_are_refused(case: str, config: Path, tmp_path: Path) -> None:
     overrides, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         check_stage(load_config(config, [*overrides, f"run.dir={tmp_path}"]), "pretrain", 1)

@@ -16,7 +16,7 @@ from . import real_data
 
 
 def dataset_of(folder: Path, config: str, **options: str | None) -> Dataset:
-    """Make the dataset of tables in `folder`, as the header of the config of that name says."""
+    """Build the dataset of the tables in `folder`, as in the header of the config."""
     tables = InteractionTables(folder / "interactions.tsv", folder / "items.tsv", **options)  # type: ignore[arg-type]
     data = load_config(real_data.ROOT / "configs" / f"{config}.yaml").data
     make_interactions(data, tables, IngestTarget(folder / "dataset"))

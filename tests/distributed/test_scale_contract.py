@@ -105,8 +105,8 @@ def train_deepspeed(rank: int, world_size: int, loss: str, stage: int, clip: flo
         return [parameter.detach().clone() for parameter in parameters]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(actual, expected, strict=True):
         assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 

@@ -66,8 +66,11 @@ def encoders_of(queries: Tensor, documents: Tensor) -> Encoders:
     return Encoders(of_rows, lambda rows: documents[torch.from_numpy(rows)])
 
 
-def evaluated_and_mined(rank: int, world_size: int, folder: Path, out: Path, kind: str) -> list[np.ndarray]:
-    """Return the ranks of two splits, with and without what is seen, and mined windows: of all rows, and of some."""
+def ranks_and_hard_negatives(rank: int, world_size: int, folder: Path, out: Path, kind: str) -> list[np.ndarray]:
+    """Return the ranks of two splits, and windows of hard negatives for all and for some rows.
+
+    Seen documents are excluded from the first split only.
+    """
     dataset, encoders = larger(folder, DOCS), encoders_of(*tables(kind))
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in SMALL if world_size > 1 else ():
@@ -92,13 +95,13 @@ def evaluated_and_mined(rank: int, world_size: int, folder: Path, out: Path, kin
 
 
 @pytest.mark.parametrize("kind", ["normal", "whole"])
-def test_ranks_and_mined_documents_are_those_of_one_rank(
+def test_ranks_and_hard_negatives_equal_those_of_one_rank(
     kind: str, tiny_interactions: Any, pools: dict[int, Pool], tmp_path: Path
 ) -> None:
     folder, out = tiny_interactions.dir, tmp_path / "mined.npy"
-    alone = evaluated_and_mined(0, 1, folder, out, kind)
+    alone = ranks_and_hard_negatives(0, 1, folder, out, kind)
     for world_size in (2, 3):
-        each = pools[world_size].run(evaluated_and_mined, folder, out, kind)
+        each = pools[world_size].run(ranks_and_hard_negatives, folder, out, kind)
         for of_rank in each:
             for found, expected in zip(of_rank[:4], alone, strict=False):
                 np.testing.assert_array_equal(found, expected)
@@ -109,10 +112,12 @@ def test_ranks_and_mined_documents_are_those_of_one_rank(
     assert ((alone[0] % 1) == 0.5).any(), "no ties"
 
 
-def test_they_are_those_of_the_definition(tiny_interactions: Any, pools: dict[int, Pool], tmp_path: Path) -> None:
+def test_ranks_and_hard_negatives_match_the_definition(
+    tiny_interactions: Any, pools: dict[int, Pool], tmp_path: Path
+) -> None:
     """Scores of whole numbers are exact, and many are equal: of these the lower row is mined first."""
     dataset, (queries, documents) = larger(tiny_interactions.dir, DOCS), tables("whole")
-    found = pools[3].run(evaluated_and_mined, tiny_interactions.dir, tmp_path / "mined.npy", "whole")[1]
+    found = pools[3].run(ranks_and_hard_negatives, tiny_interactions.dir, tmp_path / "mined.npy", "whole")[1]
     encoders, known = encoders_of(queries, documents), TrainPositives.of(dataset)
     for rows in dataset.iterate("validation", 1000):
         scores = (encoders.queries(rows) @ documents.T).numpy()
@@ -143,8 +148,8 @@ def test_a_scorer_of_pairs_ranks_as_on_one_rank(tiny_interactions: Any, pools: d
         np.testing.assert_array_equal(of_rank, alone)
 
 
-def mined_approximately(rank: int, world_size: int, folder: Path, docs: int) -> tuple[np.ndarray, list[str]]:
-    """Return windows by an index of each rank's share, and what is said of them."""
+def approximate_hard_negatives(rank: int, world_size: int, folder: Path, docs: int) -> tuple[np.ndarray, list[str]]:
+    """Return windows from exact and approximate search in each rank's share, and the log lines."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mine_module.logger, "info", lambda text, *values: said.append(text % values))
@@ -160,14 +165,14 @@ def mined_approximately(rank: int, world_size: int, folder: Path, docs: int) -> 
     return np.stack([exact["window"], found["window"]]), said
 
 
-def test_an_approximate_index_leaves_out_the_same_and_tells_its_recall(
+def test_an_approximate_index_excludes_the_same_and_reports_its_recall(
     tiny_interactions: Any, pools: dict[int, Pool]
 ) -> None:
     # so few that each rank's index has one list and finds everything: what is left out, and the order, are exact
-    for windows, said in pools[2].run(mined_approximately, tiny_interactions.dir, 70):
+    for windows, said in pools[2].run(approximate_hard_negatives, tiny_interactions.dir, 70):
         assert (windows[0] == windows[1]).mean() > 0.99  # the index adds in another order: near ties may change places
         assert len(said) == 1 and "recall 100.0 % of the best 20 documents (90 queries)" in said[0]
-    windows, said = mined_approximately(0, 1, tiny_interactions.dir, DOCS)
+    windows, said = approximate_hard_negatives(0, 1, tiny_interactions.dir, DOCS)
     recall = np.mean([np.isin(*row).mean() for row in zip(*windows, strict=True)])
     assert 0.1 < recall < 0.95
     stated = float(said[0].split("finds ")[1].split(" %")[0]) / 100

@@ -61,7 +61,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_dataset(tmp_path_factory.mktemp("small"))
 
 
-def test_beside_the_loss_a_step_makes_one_gather(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+def test_a_step_makes_one_gather_outside_the_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     whole, cut = (pools[2].run(sent_between_steps, config, tmp_path / str(n), n) for n in (0, 60))
     assert whole == cut, "chunks change nothing of it"
     for steps in cut:

@@ -93,7 +93,7 @@ def test_all_ranks_stop_at_the_same_step_where_one_alone_meets_damage(
     assert [(made, error) for made, _, error in allowed] == [(100, ""), (100, "")]
 
 
-def test_a_rank_that_cannot_read_takes_the_others_with_it(dataset: Path) -> None:
+def test_a_rank_that_cannot_read_stops_the_others(dataset: Path) -> None:
     with Pool(2) as own:  # the planted fault stays in the processes
         (made_0, _, error_0), (made_1, rows_1, error_1) = own.run(read_until_it_stops, str(dataset), 0.5, "rank 1")
     assert (made_0, made_1, rows_1) == (CHECK_EVERY_STEPS, CHECK_EVERY_STEPS, 0)
@@ -154,7 +154,7 @@ def read_log(run: Path, world_size: int) -> dict[int, list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed_on", [1, 2, 3])
-def test_killed_ranks_go_on_with_the_rows_they_would_have_seen(dataset: Path, tmp_path: Path, resumed_on: int) -> None:
+def test_killed_ranks_resume_with_the_rows_of_an_unbroken_run(dataset: Path, tmp_path: Path, resumed_on: int) -> None:
     order = Order(Dataset.open(dataset).index("train").rows, rows_global=ROWS_GLOBAL, lanes=LANES)
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()

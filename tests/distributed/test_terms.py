@@ -157,7 +157,7 @@ def test_a_term_from_outside_trains_in_a_stages_objective(
         assert float((mean - right).abs().max()) <= tolerance * float(right.abs().max().clamp(min=1))
 
 
-def test_a_name_that_nobody_registered_is_refused_and_one_that_is_taken(folder: Path) -> None:
+def test_unregistered_and_duplicate_names_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"sft\.loss\.name: got squared"):
         load_config(folder / "config.yaml", OVERRIDES)
     with registered(folder):
@@ -292,14 +292,14 @@ PAIR_CE = {"loss": PairCE(), "columns": "in_batch"}
          ["float32", "float64"]),
     ],
 )  # fmt: skip
-def test_ranks_that_disagree_are_told_what_each_has(
+def test_disagreeing_ranks_are_reported_with_their_values(
     pools: dict[int, Pool], calls: list[dict[str, Any]], what: str, words: list[str]
 ) -> None:
     told = f"LossInputError: the ranks disagree on {what}: rank 0 has {words[0]}; rank 1 has {words[1]}"
     assert pools[2].run(disagree, calls, timeout_s=20) == [told] * 2
 
 
-def test_nothing_above_the_seam_knows_tiles() -> None:
+def test_only_the_kernel_modules_use_tiles() -> None:
     """A replacement of the kernels has to provide only a few names."""
     folder = ROOT / "bigdssm/losses"
     files = sorted(folder.glob("*.py"))

@@ -121,7 +121,7 @@ def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 @pytest.mark.slow
-def test_streaming_frequencies_are_the_same_at_any_world_size_and_go_on(
+def test_streaming_frequencies_are_the_same_at_any_world_size_and_resume(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     overrides = (*STREAMING, "pretrain.save_every_steps=6", "pretrain.loss.direction=both")
@@ -213,7 +213,7 @@ def test_fine_tuning_has_one_curve_at_any_world_size(
     assert (best.scorer is not None) == ("MLP" in loss)
 
 
-def test_negatives_mined_before_are_taken_and_lost_ones_missed(
+def test_existing_hard_negatives_are_used_and_missing_files_refused(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     """A resumed run would mine others, by its current weights. A checkpoint is as good a start as best/."""
@@ -327,7 +327,7 @@ def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, override
         pytest.param(2, 3, 3, 1, marks=slow),
     ],
 )
-def test_another_world_size_goes_on_with_the_same_state(
+def test_another_world_size_resumes_with_the_same_state(
     config: Path,
     reference: Path,
     tmp_path: Path,
@@ -516,7 +516,7 @@ def exploding(rank: int, world_size: int, config: Path, run_dir: Path, overrides
         Engine.step = step  # type: ignore[method-assign]
 
 
-def test_a_run_told_to_stop_saves_on_all_ranks_first(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+def test_a_stopped_run_saves_on_all_ranks_first(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     with pytest.raises(RankFailed, match="stopped on request after step 4, saved") as caught:
         pools[2].run(with_a_signal, config, tmp_path, 3)
     assert str(caught.value).count("Preempted") >= 2

@@ -38,7 +38,7 @@ class Ranks:
             assert process.stdout is not None and process.stdout.readline() == "started\n"
 
     def wait(self, deadline_s: float) -> tuple[list[int], list[str]]:
-        """Return exit codes and what was written to stderr, by rank."""
+        """Return the exit codes and the stderr outputs by rank."""
         until = time.monotonic() + deadline_s
         try:
             written = [p.communicate(timeout=max(0.1, until - time.monotonic()))[1] for p in self.processes]
@@ -74,7 +74,9 @@ NO_SIGN = rf"rank 1 \(pid \d+ on \S+\) sent no heartbeat for {watched.TIMEOUT_S:
         ("raise", 1, 1, r"rank 1 stopped: ValueError: a row without end"),
     ],
 )
-def test_the_others_end_in_time_and_name_it(kind: str, victim: int, victims_code: int | None, expected: str) -> None:
+def test_the_other_ranks_end_in_time_and_name_the_failed_rank(
+    kind: str, victim: int, victims_code: int | None, expected: str
+) -> None:
     ranks = Ranks(kind, victim)
     started = time.monotonic()
     if victims_code is None:  # nobody ends a stopped process on another machine
@@ -98,14 +100,14 @@ def test_the_others_end_in_time_and_name_it(kind: str, victim: int, victims_code
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["late", "none"])
-def test_a_rank_that_is_only_late_harms_nobody(kind: str) -> None:
+def test_a_late_rank_stops_no_other_rank(kind: str) -> None:
     codes, written = Ranks(kind, 1).wait(30)
     assert codes == [0, 0, 0], written
     assert not any(sentences(text) for text in written)
 
 
 @pytest.mark.slow
-def test_a_whole_run_that_was_stopped_goes_on() -> None:
+def test_a_run_suspended_on_all_ranks_continues() -> None:
     ranks = Ranks("none", 0)
     time.sleep(0.5)
     for number in (signal.SIGSTOP, signal.SIGCONT):

@@ -1,4 +1,4 @@
-"""A rank that meets a misfortune: python -m tests.distributed.watched KIND VICTIM RANK WORLD_SIZE PORT."""
+"""A rank with a planted fault: python -m tests.distributed.watched KIND VICTIM RANK WORLD_SIZE PORT."""
 
 from __future__ import annotations
 

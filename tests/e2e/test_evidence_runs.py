@@ -50,7 +50,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
                 "set": ["sft.scorer={name: mlp, hidden: [4]}", "sft.negatives.in_batch=false"],
                 "rerank": 5,
             },
-            "judged": {"after": "more", "set": ["sft.distillation.name=kl"], "judge": ["--model", "{start}"]},
+            "judged": {"after": "more", "set": ["sft.distillation.name=kl"], "teacher_scores": ["--model", "{start}"]},
             "taught": {
                 "after": "more",
                 "teacher": "other",
@@ -87,10 +87,12 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
         np.isfinite(scores.teacher_scores(scores.queries)[:, 0]).all()
         and "distillation" in (judged.parent / "sft/metrics.jsonl").read_text()
     )
-    assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the judge's work counts"
+    assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the work of the teacher counts"
     assert len(list(out.glob("tiny/*/seed-0/teacher"))) == 1
     logs = out.glob("tiny/*/seed-0/sft/metrics.jsonl")
-    assert sum("distillation" in log.read_text() for log in logs) == 2, "one by a judge, one by a teacher"
+    assert sum("distillation" in log.read_text() for log in logs) == 2, (
+        "one with teacher scores, one with teacher vectors"
+    )
     assert cells["taught"]["cpu_seconds"] > cells["more"]["cpu_seconds"] + cells["other"]["cpu_seconds"]
     assert len(before) == 9 and len(list(out.glob("data/*/dataset.json"))) == 2
     again = command("-m", "tools.evidence", tmp_path / "first.yaml", "--out", out, "--page", page)

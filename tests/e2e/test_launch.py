@@ -25,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_a_terminal(*command: str | Path, fault: str = "") -> tuple[int, str]:
-    """Return the exit code of a command whose output is a terminal of 120 columns, and what it wrote there."""
+    """Return the exit code and the output of a command on a terminal of 120 columns."""
     ours, terminal = pty.openpty()
     words = [str(part) for part in command]
     variables = environment(fault, COLUMNS="120", TERM="xterm")
@@ -53,7 +53,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
 
 
-def test_a_bad_key_is_one_sentence_from_all_ranks_together(config: Path, tmp_path: Path) -> None:
+def test_a_bad_key_is_reported_once_for_all_ranks(config: Path, tmp_path: Path) -> None:
     done = deepspeed("launch/pretrain.py", "--config", config, f"run.dir={tmp_path}/run", "pretrain.rows_globl=1")
     assert done.returncode == 2
     assert len(errors(done)) == 1

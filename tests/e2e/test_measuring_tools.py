@@ -75,7 +75,7 @@ def test_bfloat16_is_precise_enough_for_its_speed_to_count() -> None:
     ("missing", "modules"),
     [(("deepspeed", "duckdb", "joblib", "webdataset"), 2), (("deepspeed", "omegaconf", "pyarrow"), 1)],
 )
-def test_what_a_card_can_test_without_a_library_is_collected(
+def test_gpu_tests_are_collected_without_optional_libraries(
     missing: tuple[str, ...], modules: int, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n")
@@ -90,7 +90,7 @@ def test_what_a_card_can_test_without_a_library_is_collected(
     assert ("could not import 'omegaconf'" in done.stdout) == ("omegaconf" in missing)
 
 
-def test_a_command_cut_short_is_ended_with_what_it_started_and_what_it_printed_is_kept() -> None:
+def test_a_timeout_ends_child_processes_and_retains_the_output() -> None:
     code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid); subprocess.run(['sleep', '60'])"
     tried = (
         f"from gpu_bench import run_within; print(run_within([{sys.executable!r}, '-c', {code!r}], 3));"

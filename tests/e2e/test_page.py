@@ -136,7 +136,7 @@ def text(page: Page, selector: str = "body") -> str:
     return found
 
 
-def asked(url: str, path: str, body: dict[str, Any]) -> Any:
+def post(url: str, path: str, body: dict[str, Any]) -> Any:
     """Return the response of the API."""
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -161,7 +161,7 @@ def test_the_page_shows_ten_documents_of_a_user(page: Page, url: str) -> None:
 
 
 def test_the_page_takes_a_typed_text(page: Page, texts_url: str) -> None:
-    documents = asked(texts_url, "/api/search", {"features": {"query": "stone bridge <river>"}, "top": 10})["documents"]
+    documents = post(texts_url, "/api/search", {"features": {"query": "stone bridge <river>"}, "top": 10})["documents"]
     page.open(f"{texts_url}/?query=stone+bridge+%3Criver%3E")
     assert [(cells[0], cells[1], cells[3]) for cells in rows(page)] == [
         (str(entry["rank"]), f"{entry['score']:.4f}", entry["key"]) for entry in documents
@@ -171,7 +171,7 @@ def test_the_page_takes_a_typed_text(page: Page, texts_url: str) -> None:
     assert names == ["query"]
 
 
-def test_the_page_says_what_is_wrong_and_shows_it_as_text(page: Page, url: str) -> None:
+def test_the_page_shows_errors_as_escaped_text(page: Page, url: str) -> None:
     page.open(f"{url}/?user=%3Cb%20id=injected%3Enobody")
     assert page.js("document.getElementById('status').className") == "error"
     assert "no user is called '<b id=injected>nobody'" in text(page, "#status")
@@ -186,7 +186,7 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
     page.js("document.querySelector('#ask > button').click()")
     page.answered()
     wanted = "genres in (Comedy, Western) and year >= 1970 and year < 1999"
-    documents = asked(url, "/api/search", {"user": "u7", "filter": wanted})["documents"]
+    documents = post(url, "/api/search", {"user": "u7", "filter": wanted})["documents"]
     assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents] != []
     assert text(page, "#title") == f"u7 · {wanted}"
     page.open(page.js("location.href"))
@@ -199,7 +199,7 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
 
 def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/?user=u7")
-    answers = [asked(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/beside")]
+    answers = [post(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/beside")]
     keys = [[entry["key"] for entry in answer] for answer in answers]
     assert keys[0] != keys[1] and 0 < len({*keys[0]} & {*keys[1]}) < 10
     for side, own, other in (("", *keys), ("/beside", *keys[::-1])):
@@ -217,7 +217,7 @@ def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
     assert page.js("document.querySelectorAll('.note.error').length") == 2 and rows(page) == []
 
 
-def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
+def test_the_page_works_with_the_keyboard_alone(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/")
     page.press("/", *"u7", "Enter").answered()
     assert page.js("document.querySelector('[name=user]').value") == "u7", "/ itself is not typed"
@@ -232,7 +232,7 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
     assert at() == ("/beside", 2)
     page.press("Enter").answered()
-    near = asked(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
+    near = post(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
     assert text(page, "tr.why") == f"Similar documents of the history:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
@@ -245,12 +245,12 @@ def test_keys_alone_ask_and_read(page: Page, two_url: str) -> None:
     assert at() == ("", 1)
 
 
-def test_the_words_of_a_text_say_why(page: Page, texts_url: str) -> None:
+def test_an_explanation_shows_the_nearest_words_of_a_text(page: Page, texts_url: str) -> None:
     page.open(f"{texts_url}/?query=stone+bridge+river")
     page.js("document.querySelector('td.do button').click()")
     page.answered()
     body = {"features": {"query": "stone bridge river"}, "answer": rows(page)[0][3]}
-    near = asked(texts_url, "/api/why", body)["words"]
+    near = post(texts_url, "/api/why", body)["words"]
     assert {word["word"] for word in near} == {"stone", "bridge", "river"}
     shown = "\n".join(f"{word['cosine']:.2f} {word['word']}" for word in near)
     assert text(page, "tr.why") == f"Similar words of the query:\n{shown}"

@@ -35,7 +35,7 @@ def rows(folder: Path) -> dict[int, list[int]]:
     return {step: sorted(ids) for step, ids in steps.items()}
 
 
-def test_a_killed_run_goes_on_with_the_rows_it_would_have_seen(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_rows_of_an_unbroken_run(tmp_path: Path) -> None:
     config, folder = small_run.write_dataset(tmp_path), tmp_path / "run"
     run = Run(folder, config, *ARGUMENTS)
     upto = random.randint(4, STEPS - 4)

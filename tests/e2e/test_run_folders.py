@@ -126,7 +126,7 @@ def test_a_manifest_without_a_format_is_damage(config: Path, run: Path) -> None:
     assert done.code == 0 and "manifest.json is damaged: KeyError('checksum')" in done.log, done.log
 
 
-def test_a_checkpoint_without_its_stage_is_no_start(config: Path, run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_stage_is_refused_as_a_start(config: Path, run: Path, tmp_path: Path) -> None:
     path = tmp_path / "alone" / "checkpoints" / "step-00000008"
     shutil.copytree(run / "pretrain" / "checkpoints" / "step-00000008", path)
     words = "step-00000008 has only the weights: .*alone has neither"
@@ -136,7 +136,7 @@ def test_a_checkpoint_without_its_stage_is_no_start(config: Path, run: Path, tmp
     )
 
 
-def test_a_full_disk_is_told_with_the_file(config: Path, run: Path) -> None:
+def test_a_full_disk_error_names_the_file(config: Path, run: Path) -> None:
     (run / "pretrain" / "events.jsonl").unlink()
     (run / "pretrain" / "events.jsonl").symlink_to("/dev/full")
     refused(pretrain(config, run, *STEPS, *RESUME).wait(), 1, r"No space left on device: .*events\.jsonl")
@@ -156,7 +156,7 @@ def small_disk(finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_disk_that_runs_full_is_told_by_the_checkpoint(config: Path, small_disk: Path, background: str) -> None:
+def test_a_disk_that_fills_up_is_a_checkpoint_error(config: Path, small_disk: Path, background: str) -> None:
     """Regardless of other failed writes; partial files are removed."""
     words = ("pretrain.save_every_steps=3", "pretrain.steps=1000", "pretrain.keep_checkpoints=9")
     words += ("debug.log_row_ids=true", f"engine.async_checkpoints={background}")
@@ -168,7 +168,7 @@ def test_a_disk_that_runs_full_is_told_by_the_checkpoint(config: Path, small_dis
 
 
 @pytest.mark.slow
-def test_an_average_that_goes_on_over_new_rows_is_measured_by_its_own_vectors(tmp_path: Path) -> None:
+def test_an_average_continued_over_new_rows_is_evaluated_by_its_own_vectors(tmp_path: Path) -> None:
     """Not with the weights that mined the negatives."""
     config, run = small_run.write_dataset(tmp_path), tmp_path / "run"
     common = ("--config", config, f"run.dir={run}")
@@ -196,7 +196,7 @@ def test_an_average_that_goes_on_over_new_rows_is_measured_by_its_own_vectors(tm
 
 
 @pytest.mark.slow
-def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -> None:
+def test_edited_hard_negatives_are_refused(config: Path, run: Path) -> None:
     arguments = ("--config", config, f"run.dir={run}", "sft.save_every_steps=2")
     assert Command("sft", *arguments).wait().code == 0
     shutil.rmtree(run / "sft" / "checkpoints" / "step-00000004")
@@ -209,7 +209,7 @@ def test_mined_negatives_that_were_edited_are_refused(config: Path, run: Path) -
     )
 
 
-def test_what_lies_beside_a_checkpoints_files_is_not_read(config: Path, run: Path) -> None:
+def test_extra_files_in_a_checkpoint_are_not_read(config: Path, run: Path) -> None:
     path = run / "pretrain" / "checkpoints" / "step-00000008"
     shutil.copy(path.with_name("step-00000004") / "tensors-00000.safetensors", path / "tensors-00009.safetensors")
     first = (run / "pretrain" / "best" / "model.safetensors").read_bytes()
@@ -218,7 +218,7 @@ def test_what_lies_beside_a_checkpoints_files_is_not_read(config: Path, run: Pat
     assert (run / "pretrain" / "best" / "model.safetensors").read_bytes() == first
 
 
-def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) -> None:
+def test_changes_allowed_on_resume(config: Path, run: Path, tmp_path: Path) -> None:
     """Another path of the dataset, other limits: the run is resumed."""
     data = yaml.safe_load(config.read_text())["data"]["dir"]
     moved = shutil.copytree(data, tmp_path / "moved")
@@ -243,7 +243,7 @@ def test_what_may_change_at_a_resume(config: Path, run: Path, tmp_path: Path) ->
         ("pretrain.steps=7", r"got 7 steps, needs at least the previous 8: a resumed stage may become longer"),
     ],
 )
-def test_what_may_not_change_at_a_resume(config: Path, run: Path, override: str, words: str) -> None:
+def test_changes_refused_on_resume(config: Path, run: Path, override: str, words: str) -> None:
     refused(pretrain(config, run, *STEPS, *RESUME, override).wait(), 2, words)
 
 
@@ -281,7 +281,7 @@ def test_checkpoints_of_another_run_are_refused(config: Path, run: Path, tmp_pat
     refused(done, 4, r"step-00000008 was written with another config: pretrain\.optimizer\.lr was 0\.01, is 0\.5")
 
 
-def test_a_run_that_was_moved_as_a_whole_goes_on(config: Path, run: Path, tmp_path: Path) -> None:
+def test_a_moved_run_resumes(config: Path, run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "pretrain" / "checkpoints" / "step-00000008")
     identity = (run / "pretrain" / "run_id").read_text()
     without_identity(run)  # the checkpoints contain it
@@ -339,7 +339,7 @@ def rows_by_step(folder: Path) -> dict[int, list[int]]:
     return {step: sorted(ids) for step, ids in steps.items()}
 
 
-def test_other_numbers_of_ranks_go_on_with_the_same_rows(config: Path, tmp_path: Path) -> None:
+def test_other_numbers_of_ranks_resume_with_the_same_rows(config: Path, tmp_path: Path) -> None:
     """Two ranks, three, one, each stopped in the middle of an epoch and of the loaders' prefetch."""
     arguments = ("pretrain.steps=14", "debug.log_row_ids=true", "data.num_workers=1")
     whole = pretrain(config, tmp_path / "whole", *arguments).wait()
@@ -376,7 +376,7 @@ def test_the_docs_have_the_rules_of_the_code(config: Path) -> None:
     assert told == RULES
 
 
-def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_ends_a_blocked_run(config: Path, tmp_path: Path) -> None:
     """The run waits for a second rank that never starts; no exception could interrupt the main thread."""
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -389,7 +389,7 @@ def test_a_signal_before_the_first_step_ends_a_run_whatever_it_does(config: Path
 
 
 @pytest.mark.slow
-def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step_ends_the_other_ranks(config: Path, tmp_path: Path) -> None:
     """During mining, when rank 0 has recorded only its start."""
     assert pretrain(config, tmp_path / "run", *STEPS).wait().code == 0
     arguments = ("--config", config, f"run.dir={tmp_path}/run", "sft.steps=1000000", "engine.peer_timeout_s=5")
@@ -402,7 +402,7 @@ def test_a_signal_before_the_first_step_is_told_to_the_other_ranks(config: Path,
 
 
 @pytest.mark.parametrize(("rows", "words"), [(10**12 + 2, r"at most 1,048,576"), (64 * 891 + 6, r"at most 57024 .*64")])
-def test_more_rows_a_step_than_there_are(config: Path, tmp_path: Path, rows: int, words: str) -> None:
+def test_more_rows_per_step_than_the_dataset_has(config: Path, tmp_path: Path, rows: int, words: str) -> None:
     done = pretrain(config, tmp_path / "run", f"pretrain.rows_global={rows}", "--validate").wait(20)
     refused(done, 2, rf"pretrain\.rows_global: got {rows}, needs .*{words}")
 
@@ -433,7 +433,7 @@ def test_relevances_of_zero_are_refused(config: Path, tmp_path: Path) -> None:
     refused(pretrain(config, tmp_path / "run", f"data.dir={data}").wait(), 3, "no train row has a relevance above 0")
 
 
-def test_without_a_validation_split_no_score_is_told(config: Path, tmp_path: Path) -> None:
+def test_no_score_is_logged_without_a_validation_split(config: Path, tmp_path: Path) -> None:
     data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
     path = data / "partitions" / "base" / "partition.json"
     content = json.loads(path.read_text())
@@ -462,13 +462,13 @@ def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: {dir: x}\nmodel: 3\n"])
-def test_a_damaged_config_in_a_run_folder_is_a_sentence(config: Path, run: Path, content: bytes) -> None:
+def test_a_damaged_config_in_a_run_folder_gives_a_one_line_error(config: Path, run: Path, content: bytes) -> None:
     (run / "pretrain" / "config.yaml").write_bytes(content)
     refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load, so that .* restore it")
 
 
 @pytest.mark.slow
-def test_damaged_files_of_records_keep_what_is_whole(config: Path, run: Path) -> None:
+def test_intact_lines_of_damaged_record_files_are_retained(config: Path, run: Path) -> None:
     names = ("metrics", "events", "row_ids-00000", "skipped_rows-00000", "alerts-00000")
     for name in names:
         path = run / "pretrain" / f"{name}.jsonl"
@@ -493,21 +493,21 @@ def test_a_finished_run_writes_its_best_again(config: Path, run: Path) -> None:
     assert weights.read_bytes() == before
 
 
-def test_validate_tells_of_the_config_before_it_tells_of_the_folder(config: Path, run: Path) -> None:
+def test_validate_checks_the_config_before_the_folder(config: Path, run: Path) -> None:
     refused(pretrain(config, run, "--validate", "pretrain.init=/nowhere").wait(), 2, "/nowhere, which does not exist")
     done = pretrain(config, run, "--validate").wait()
     refused(done, 4, r"is not empty; continue with --resume auto")
     assert "pretrain is valid" in done.log
 
 
-def test_overrides_stand_on_both_sides_of_an_option(config: Path, tmp_path: Path) -> None:
+def test_overrides_may_precede_and_follow_options(config: Path, tmp_path: Path) -> None:
     done = Command(
         "pretrain", "pretrain.steps=2", "--config", config, f"run.dir={tmp_path}/run", "--validate", "run.seed=5"
     )
     assert done.wait().code == 0 and "2 steps" in done.log, done.log
 
 
-def test_too_many_bad_rows_are_told_with_their_reasons(config: Path, tmp_path: Path) -> None:
+def test_too_many_bad_rows_are_reported_with_their_reasons(config: Path, tmp_path: Path) -> None:
     data = shutil.copytree(yaml.safe_load(config.read_text())["data"]["dir"], tmp_path / "data")
     (shard,) = (data / "partitions" / "base").glob("train-*.tar")
     content = bytearray(shard.read_bytes())

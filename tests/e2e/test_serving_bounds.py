@@ -68,7 +68,7 @@ def resident_mb(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def asked(address: str, query: str = "stone bridge", host: str = "localhost") -> tuple[int, dict[str, object]]:
+def send_query(address: str, query: str = "stone bridge", host: str = "localhost") -> tuple[int, dict[str, object]]:
     body = json.dumps({"features": {"query": query}}).encode()
     with connected(address) as connection:
         connection.sendall(head("POST", f"Content-Length: {len(body)}", "Connection: close", host=host) + body)
@@ -105,10 +105,10 @@ def test_a_body_that_is_not_announced_as_small_is_not_read(
         connection.sendall(head("POST", *headers))
         found = answer(connection)  # and the connection is closed
     assert found[0] == status and sentence in found[1]
-    assert asked(address)[0] == 200
+    assert send_query(address)[0] == 200
 
 
-def test_what_is_no_http_is_refused_in_one_sentence(served: tuple[str, int]) -> None:
+def test_invalid_http_gives_a_one_line_error(served: tuple[str, int]) -> None:
     for sent in (b"\x16\x03\x01 no hello\r\n\r\n", head("POST", "Content-Length: -5"), head().replace(b"Host", b"X")):
         with connected(served[0]) as connection:
             connection.sendall(sent)
@@ -155,18 +155,18 @@ def test_a_request_that_does_not_arrive_is_given_up(served: tuple[str, int], beg
 )  # fmt: skip
 def test_a_request_for_another_host_is_refused(served: tuple[str, int], host: str, ours: bool) -> None:
     """Otherwise any web page could send requests under a name that resolves to this machine (DNS rebinding)."""
-    status, content = asked(served[0], host=host)
+    status, content = send_query(served[0], host=host)
     assert status == (200 if ours else 400), content
     assert ours or "--allow-host" in str(content["error"])
 
 
 @pytest.mark.slow
-def test_a_stop_does_not_wait_for_those_who_have_not_asked(folder: Path) -> None:
+def test_a_stop_does_not_wait_for_incomplete_requests(folder: Path) -> None:
     with started(folder, "--timeout-s", "60") as (address, server), ExitStack() as stack:
         idle, half, slow = (stack.enter_context(connected(address)) for _ in range(3))
         half.sendall(head()[:-9])
         slow.sendall(head("POST", "Content-Length: 100") + b"{")
-        assert asked(address)[0] == 200  # the three before were accepted
+        assert send_query(address)[0] == 200  # the three before were accepted
         started_at = time.monotonic()
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) in (0, -signal.SIGTERM)

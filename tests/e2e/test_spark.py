@@ -266,7 +266,7 @@ def test_tables_and_queries_of_the_session(session: Any, tables: Path, tmp_path:
         make_interactions(config, InteractionTables(*given), IngestTarget(tmp_path / "local"))
 
 
-def test_bad_rows_and_damaged_tables_are_told_as_ever(
+def test_bad_rows_and_damaged_tables_are_reported_as_without_spark(
     session: Any, tables: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tables / "events", tmp_path / "events")
@@ -291,7 +291,7 @@ def test_bad_rows_and_damaged_tables_are_told_as_ever(
     assert "have no effect without engine='spark'" in capfd.readouterr().err
 
 
-def test_a_cluster_whose_driver_is_killed_goes_on(tables: Path, built_in: Any, tmp_path: Path) -> None:
+def test_a_cluster_resumes_after_its_driver_is_killed(tables: Path, built_in: Any, tmp_path: Path) -> None:
     """A standalone master and two workers on this machine: an ingestion on them is killed with SIGKILL and repeated."""
     with cluster(tmp_path) as master:
         settings = {**FAST, "spark.sql.shuffle.partitions": "2", "spark.executor.memory": "512m"}

@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ("--ranks", "kill-launcher@9:1", {-9}),
     ],
 )
-def test_whoever_is_told_to_stop_the_ranks_save_and_end_in_time(
+def test_a_stop_signal_to_any_process_saves_and_ends_all_ranks_in_time(
     config: Path, folder: Path, name: str, fault: str, codes: set[int]
 ) -> None:
     arguments = (*NEVER_ENDING, "data.num_workers=1", "engine.peer_timeout_s=60")
@@ -74,7 +74,7 @@ def test_whoever_is_told_to_stop_the_ranks_save_and_end_in_time(
     assert run.checkpoints() == ["latest", f"step-{step:08d}"]
 
 
-def test_one_rank_told_to_stop_gives_the_documented_code(config: Path, folder: Path) -> None:
+def test_a_stop_signal_to_one_rank_gives_the_documented_exit_code(config: Path, folder: Path) -> None:
     run = Run(folder, config, *NEVER_ENDING, variables=environment("term@9:1"))
     assert run.wait() == 75, run.log
     run.wait_for_orphans(1)
@@ -93,7 +93,7 @@ def test_a_stopped_rank_ends_the_run_within_its_timeout(config: Path, folder: Pa
     assert run.checkpoints() == []
 
 
-def test_torchrun_restarts_what_has_died(config: Path, folder: Path) -> None:
+def test_torchrun_restarts_dead_ranks(config: Path, folder: Path) -> None:
     arguments = ("pretrain.steps=200", "pretrain.save_every_steps=5", "--resume", "auto")
     endpoint = f"127.0.0.1:{free_port()}"
     command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -185,7 +185,7 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     third.wait_for_orphans(5)
 
 
-def test_a_busy_master_port_is_one_sentence(config: Path, folder: Path) -> None:
+def test_a_busy_master_port_gives_a_one_line_error(config: Path, folder: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("", 0))
         busy.listen()

@@ -37,7 +37,7 @@ for suffix, held in (("html", "<html"), ("css", "body {{"), ("js", "use strict")
 """
 
 
-def test_a_wheel_has_all_of_it(tmp_path: Path) -> None:
+def test_a_wheel_is_complete(tmp_path: Path) -> None:
     sources, elsewhere, environment = tmp_path / "sources", tmp_path / "elsewhere", tmp_path / "environment"
     elsewhere.mkdir()
     shutil.copytree(ROOT / "bigdssm", sources / "bigdssm", ignore=shutil.ignore_patterns("__pycache__"))

@@ -50,7 +50,7 @@ async def fetch(url):
 '''
 
 
-def test_what_a_function_becomes() -> None:
+def test_functions_become_pairs_of_docstring_and_source() -> None:
     found = list(functions_of(MODULE, "shop.basket"))
     assert [f.name for f in found] == ["shop.basket.Basket.weight", "shop.basket.fetch"]
     assert {f.package for f in found} == {"shop"}

@@ -61,7 +61,10 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ),
         ({"cells": {"a": {"after": "d"}}, "expect": []}, "cells.a.after: got d, needs a cell that pretrains"),
         ({"cells": {"a": {"make": "pairs", "without": ["doc.x"]}}, "expect": []}, "cells.a.make: got pairs, needs no"),
-        ({"cells": {"a": {"judge": ["--bm25"]}}, "expect": []}, r"cells.a.judge: got \['--bm25'\], needs after"),
+        (
+            {"cells": {"a": {"teacher_scores": ["--bm25"]}}, "expect": []},
+            r"cells.a.teacher_scores: got \['--bm25'\], needs after",
+        ),
         (
             {
                 "sets": {**CLAIM["sets"], "large": {"config": "config.yaml"}},
@@ -107,12 +110,12 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ({"expect": [{"better": "a", "no_better": "b", "than": "c"}]}, "got both or none, needs better or no_better"),
     ],
 )
-def test_what_a_file_refuses(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
+def test_invalid_claims_are_refused(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_claim(written(tmp_path, **changed))
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_claims(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("claim: [")
     (tmp_path / "list.yaml").write_text("- 1")
     for name, sentence in (("no", "cannot be read"), ("bad", "is not valid YAML"), ("list", "holds a list")):
@@ -120,7 +123,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             read_claim(tmp_path / f"{name}.yaml")
 
 
-def test_what_intervals_say() -> None:
+def test_verdicts_of_confidence_intervals() -> None:
     better, none = Expectation(better="a", than="b"), Expectation(no_better="a", than="b", margin=0.005)
     assert [better.verdict(*i) for i in ((0.1, 0.2), (-0.1, 0.2), (-0.2, -0.1))] == ["holds", "open", "does not hold"]
     assert [none.verdict(*i) for i in ((-0.1, 0.004), (-0.1, 0.006), (0.006, 0.1))] == [
@@ -178,7 +181,7 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
         ),
     ],
 )  # fmt: skip
-def test_what_no_trial_could_run_is_found_before_the_first(
+def test_infeasible_trials_are_refused_before_the_first(
     tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], sentence: str
 ) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
@@ -255,7 +258,7 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
     assert all(f">{cell.cell}</text>" in picture for one in results[least].sets.values() for cell in one.cells)
 
 
-def test_what_trials_measured_is_kept_apart_from_their_runs(tmp_path: Path, tiny_interactions: Any) -> None:
+def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_interactions: Any) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
     cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}, "c": {"after": "a"}}
     claim = read_claim(written(tmp_path, sets=sets, cells=cells, split="validation"))
@@ -331,7 +334,7 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
     assert f"years (x, y), test, {one.rows} rows of {one.query_ids} query ids, 2 seeds:" in as_markdown({"n": found})
 
 
-def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
+def test_stored_trials_are_not_rerun_unless_another_starts_from_them(
     tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
@@ -357,7 +360,7 @@ def test_what_is_kept_is_not_run_again_unless_another_starts_from_it(
     assert by_name["tuned"].folder == by_name["ranked"].folder and by_name["tuned"].report != by_name["ranked"].report
 
 
-def test_a_cell_is_trained_on_what_its_make_makes_and_measured_on_the_sets_own(
+def test_a_cell_trains_on_its_own_dataset_and_is_measured_on_the_set(
     tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
@@ -380,7 +383,7 @@ def test_a_cell_is_trained_on_what_its_make_makes_and_measured_on_the_sets_own(
     assert ran[2][ran[2].index("--data") + 1] == of_set
 
 
-def test_what_tools_measure_of_models_stands_on_the_page_and_is_not_measured_again(
+def test_measurements_of_tools_are_on_the_page_and_not_repeated(
     tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "count.py"

@@ -35,12 +35,12 @@ def X(dataset: Dataset) -> np.ndarray:
     return found
 
 
-def asked(dataset: Dataset) -> Any:
+def evaluated_rows(dataset: Dataset) -> Any:
     return next(iter(dataset.iterate("test", 1000)))
 
 
 def seen(dataset: Dataset) -> np.ndarray:
-    rows = asked(dataset)
+    rows = evaluated_rows(dataset)
     found = np.zeros((rows.num_queries, dataset.catalogue.num_docs))
     for query in range(rows.num_queries):
         found[query, rows.seen(query)] = 1
@@ -49,7 +49,7 @@ def seen(dataset: Dataset) -> np.ndarray:
 
 def test_positives_and_histories_are_those_of_the_rows(dataset: Dataset, X: np.ndarray) -> None:
     np.testing.assert_array_equal(positives(dataset).toarray(), X)
-    np.testing.assert_array_equal(history(asked(dataset), X.shape[1]).toarray(), seen(dataset))
+    np.testing.assert_array_equal(history(evaluated_rows(dataset), X.shape[1]).toarray(), seen(dataset))
 
 
 def test_ease_solves_its_problem(dataset: Dataset, X: np.ndarray) -> None:
@@ -58,7 +58,7 @@ def test_ease_solves_its_problem(dataset: Dataset, X: np.ndarray) -> None:
     gradient = X.T @ (X @ B - X) + 7.0 * B  # of (|X − XB|² + 7 |B|²) / 2
     np.fill_diagonal(gradient, 0)  # the diagonal is fixed
     assert np.abs(gradient).max() < 1e-9 and not np.diag(B).any() and np.abs(B).max() > 0.01
-    np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ B, atol=1e-12)
+    np.testing.assert_allclose(found(evaluated_rows(dataset)), seen(dataset) @ B, atol=1e-12)
 
 
 def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -> None:
@@ -73,7 +73,7 @@ def test_item_knn_keeps_the_nearest_by_cosine(dataset: Dataset, X: np.ndarray) -
         np.testing.assert_allclose(kept[item, own], cosine[item, own], atol=1e-6)
         others = np.delete(cosine[item], own)
         assert len(own) < 5 or kept[item, own].min() >= others.max() - 1e-6
-    np.testing.assert_allclose(found(asked(dataset)), seen(dataset) @ kept, atol=1e-5)
+    np.testing.assert_allclose(found(evaluated_rows(dataset)), seen(dataset) @ kept, atol=1e-5)
 
 
 def test_als_solves_for_the_history(dataset: Dataset) -> None:
@@ -84,17 +84,17 @@ def test_als_solves_for_the_history(dataset: Dataset) -> None:
     for x in seen(dataset):
         confidence = np.diag(1 + 4.0 * x)  # implicit's confidence: 1 + alpha for positives, 1 elsewhere
         expected.append(np.linalg.solve(V.T @ confidence @ V + 0.3 * np.eye(4), V.T @ (5.0 * x)) @ V.T)
-    np.testing.assert_allclose(found(asked(dataset)), np.array(expected), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found(evaluated_rows(dataset)), np.array(expected), rtol=1e-3, atol=1e-4)
 
 
-def test_they_learn_more_than_popularity(dataset: Dataset) -> None:
+def test_item_baselines_beat_popularity(dataset: Dataset) -> None:
     pytest.importorskip("implicit")
     popular = evaluate_scores(fit_baseline("popularity", dataset, {}), dataset, "test").metrics["mrr"]
     for name, options in (("item_knn", {"weights": "none"}), ("ease", {"regularisation": 20.0})):
         assert evaluate_scores(fit_baseline(name, dataset, options), dataset, "test").metrics["mrr"] > popular
 
 
-def test_what_they_refuse(dataset: Dataset) -> None:
+def test_invalid_item_baseline_options_are_refused(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match="the baseline ease has no option lambda; its options: regularisation"):
         fit_baseline("ease", dataset, {"lambda": 1})
     with pytest.raises(ConfigError, match="the baseline pretrained needs the option folder"):
@@ -104,7 +104,9 @@ def test_what_they_refuse(dataset: Dataset) -> None:
         fit_baseline("item_knn", dataset, {"weights": "bm26"})
 
 
-def test_each_asks_for_its_own_package(dataset: Dataset, tiny_pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_of_item_baselines_are_named(
+    dataset: Dataset, tiny_pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "implicit", None)
     fit_baseline("ease", dataset, {})
     with pytest.raises(DataError, match="contains pairs without histories"):

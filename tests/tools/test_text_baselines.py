@@ -35,7 +35,7 @@ def folder(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_learns_from_the_train_pairs(dataset: Dataset, folder: Path) -> None:
+def test_a_text_baseline_learns_from_the_train_pairs(dataset: Dataset, folder: Path) -> None:
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("datasets")
     options = {"folder": str(folder), "rows": 64, "lr": 3e-3}
@@ -52,7 +52,9 @@ def test_it_learns_from_the_train_pairs(dataset: Dataset, folder: Path) -> None:
     assert found[1](rows)[3, 7] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_what_it_asks_for(dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_text_baseline_options_are_refused(
+    dataset: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for wrong, said in (
         ({"folder": "nowhere", "steps": 1}, "nowhere has no tokenizer.json"),
         ({"folder": str(folder), "steps": 0}, "steps: got 0, needs at least 1"),

@@ -1,4 +1,4 @@
-"""What `import bigdssm` offers: cheap to import, the same as the commands, and the process left as it was."""
+"""The Python API: a cheap import, the commands' results, no side effects on the process."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_importing_brings_no_torch_and_takes_no_time() -> None:
     assert min(took) < 0.3
 
 
-def test_all_names_are_there() -> None:
+def test_all_public_names_exist() -> None:
     for name in bigdssm.__all__:
         assert getattr(bigdssm, name).__module__.startswith("bigdssm.")
     with pytest.raises(AttributeError, match="no attribute 'fsp_loss'"):
@@ -187,13 +187,13 @@ def test_a_second_stage_in_the_process_is_refused(
         except ConfigError as error:
             refusals.append(str(error))
 
-    def step_beside_another(*arguments: Any) -> Any:
+    def step_with_a_second_stage(*arguments: Any) -> Any:
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", step_beside_another)
+    monkeypatch.setattr(loop, "train_step", step_with_a_second_stage)
     best = bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}/first"]).best
     assert len(refusals) == 4 and all("a stage is training in this process, needs none" in words for words in refusals)
     assert not (tmp_path / "second").exists()
@@ -201,7 +201,7 @@ def test_a_second_stage_in_the_process_is_refused(
     assert (best / "model.safetensors").read_bytes() == weights
 
 
-def test_a_stage_in_the_process_can_be_asked_to_stop_by_file(
+def test_a_stage_in_the_process_stops_on_request_by_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bigdssm.training import loop
@@ -236,7 +236,7 @@ def rows_of(folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def own_logging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Take back what commands do to the logger and to the command line."""
+    """Restore the logger and the command line after each test."""
     logger = logging.getLogger("bigdssm")
     before = list(logger.handlers), logger.level, logger.propagate
     monkeypatch.setattr(sys, "argv", list(sys.argv))
@@ -278,7 +278,7 @@ def test_queries_get_the_vectors_of_training(folder: Path, trained: list[Any]) -
     assert np.abs(model.encode_queries(frame) - expected).max() <= 1e-5
 
 
-def test_what_is_not_given_is_missing_and_what_is_wrong_is_refused(folder: Path, trained: list[Any]) -> None:
+def test_absent_features_are_missing_and_invalid_ones_refused(folder: Path, trained: list[Any]) -> None:
     model = bigdssm.load_model(trained[1].best)
     same = model.encode_queries([{}, {"age": None}, {"history": [], "gender": ""}, {"history": None}])
     assert np.abs(same - same[0]).max() <= 1e-6
@@ -299,7 +299,7 @@ def test_what_is_not_given_is_missing_and_what_is_wrong_is_refused(folder: Path,
             getattr(model, f"encode_{side}")(rows)
 
 
-def test_an_index_finds_what_the_vectors_say(folder: Path, trained: list[Any]) -> None:
+def test_an_index_returns_the_exact_top_documents(folder: Path, trained: list[Any]) -> None:
     rows, vectors = rows_of(folder)
     model = bigdssm.load_model(str(trained[1].best))
     index = bigdssm.open_index(str(folder / "index"), model)
@@ -372,7 +372,7 @@ def test_every_option_has_a_help_text_and_its_default(tool: str, monkeypatch: py
     assert parsers
 
 
-def test_the_command_lists_its_tools_and_knows_the_nearest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_lists_its_tools_and_suggests_the_nearest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     tools = {line.split()[0] for line in lines if line.startswith("  ")}

@@ -53,7 +53,7 @@ def sequence_of(folder: Path, user: str) -> tuple[list[str], list[float]]:
     return dataset.catalogue.keys(items[0]), times[0].tolist()  # type: ignore[index]
 
 
-def test_sequences_go_on_by_time(tmp_path: Path) -> None:
+def test_sequences_are_extended_by_time(tmp_path: Path) -> None:
     make(tmp_path, FIRST)
     make(tmp_path, [("u", "i3", 30, 1), ("w", "i5", 1, 1), ("u", "i2", 20, 1), ("w", "i4", 2, 1)], "day2")
     make(tmp_path, [("u", "i0", 30.5, 1)], "day3")
@@ -85,7 +85,7 @@ def test_repeats_are_counted_and_left_out(tmp_path: Path, events: list[Event], l
     assert sum(lengths) - sum(before.get(key, 0) for key in keys) == left
 
 
-def test_nothing_is_appended_where_all_is_there(tmp_path: Path) -> None:
+def test_an_append_without_new_rows_is_refused(tmp_path: Path) -> None:
     make(tmp_path, FIRST)
     with pytest.raises(DataError, match=r"no interactions remain to train on; 5 interactions are in .*/out already"):
         make(tmp_path, FIRST, "day2")
@@ -105,7 +105,7 @@ def test_older_events_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"min_rating": 1.0}])
-def test_older_events_within_what_may_be_bad_are_left_out(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_older_events_within_the_bad_row_limit_are_left_out(tmp_path: Path, options: dict[str, Any]) -> None:
     make(tmp_path, FIRST)
     assert make(tmp_path, OLDER, "day2", LENIENT, **options).num_bad == 2
     assert sequence_of(tmp_path, "u") == (["i0", "i1", "i1", "i4"], [10, 20, 20, 30])
@@ -158,7 +158,7 @@ def test_events_are_split_as_the_datasets_were(
     assert report.rows == expected
 
 
-def test_an_append_that_holds_most_out_says_so(tmp_path: Path) -> None:
+def test_an_append_that_holds_most_out_is_reported(tmp_path: Path) -> None:
     make(tmp_path, [("u", f"i{n}", n, 1) for n in range(5)], split="leave-one-out")
     report = make(tmp_path, [("u", f"i{n}", 10 + n, 1) for n in range(3)], "day2", split=None)
     assert report.rows == {"train": 1, "validation": 1, "test": 1}
@@ -226,7 +226,7 @@ def test_pairs_are_split_as_the_datasets_were(tmp_path: Path, how: str) -> None:
         ({"times": 5}, "times is 5, needs an object"),
     ],
 )
-def test_an_append_names_what_is_damaged(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_an_append_names_damaged_fields(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     make(tmp_path, FIRST)
     path = tmp_path / "out" / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -235,7 +235,7 @@ def test_an_append_names_what_is_damaged(tmp_path: Path, changes: dict[str, Any]
 
 
 @pytest.mark.parametrize("split", [{"how": "leave-one-out"}, {"how": "time", "column": "time"}])
-def test_an_append_of_pairs_names_what_is_damaged(tmp_path: Path, split: dict[str, Any]) -> None:
+def test_an_append_of_pairs_names_damaged_fields(tmp_path: Path, split: dict[str, Any]) -> None:
     make_pairs_of(tmp_path, range(9), split="train")
     path = tmp_path / "out" / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"split": split}))

@@ -118,7 +118,7 @@ def test_arguments_of_the_other_functions(tmp_path: Path, call: Any, sentence: s
     ],
     ids=["columns", "dicts", "nullable", "reader", "scalars"],
 )
-def test_what_programs_pass_makes_the_same_dataset(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_python_argument_types_build_the_same_dataset(tmp_path: Path, arguments: dict[str, Any]) -> None:
     expected = bigdssm.Dataset.open(make(tmp_path, out=tmp_path / "first").out).fingerprint
     assert bigdssm.Dataset.open(make(tmp_path, out=str(tmp_path / "second"), **arguments).out).fingerprint == expected
 

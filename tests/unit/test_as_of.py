@@ -103,7 +103,7 @@ def test_every_row_sees_the_newest_of_its_users_rows_that_is_not_younger(split: 
         assert known_of(dataset, read_user(dataset, user)[0], 0) == as_of(users, user, np.inf)
 
 
-def test_a_search_and_an_evaluation_ask_with_what_each_may_know(tmp_path: Path) -> None:
+def test_search_and_evaluation_use_the_features_of_their_time(tmp_path: Path) -> None:
     tables = {
         "events": {"user_id": ["u"] * 4, "item_id": ["a", "b", "a", "b"], "timestamp": [1, 2, 3, 4]},
         "items": {"item_id": ["a", "b"]},
@@ -135,7 +135,7 @@ def test_a_dataset_grows_with_rows_of_both_days(tmp_path: Path) -> None:
         make(tmp_path / "2", tmp_path / "plain", partition="second")
 
 
-def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
+def test_invalid_time_columns_of_users_are_refused(tmp_path: Path) -> None:
     write_tables(tmp_path)
     with pytest.raises(ConfigError, match="--users-time-column since needs a --time-column of the events"):
         make(tmp_path, tmp_path / "out", time_column=None)

@@ -51,7 +51,7 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, synced: 
 
 
 @pytest.mark.parametrize("write", [atomic.new_file, atomic.new_folder])
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path, write: Callable[..., object]) -> None:
+def test_a_failed_write_leaves_the_existing_content(tmp_path: Path, write: Callable[..., object]) -> None:
     made = tmp_path / "made"
     made.write_text("old") if write is atomic.new_file else fill(made, "old")
     with pytest.raises(KeyboardInterrupt), write(made) as aside:  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def test_a_file_replaces_no_folder_or_pipe(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "pipe"]
 
 
-def test_what_a_killed_writer_left_is_removed_or_put_back(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_or_restored(tmp_path: Path) -> None:
     (tmp_path / ".made.unfinished").mkdir()
     (tmp_path / ".made.unfinished" / "stale").touch()
     fill(tmp_path / "made", "old")

@@ -16,7 +16,7 @@ def module(value: float) -> torch.nn.Linear:
     return layer
 
 
-def test_it_follows_the_weights_by_its_decay() -> None:
+def test_an_average_follows_the_weights_by_its_decay() -> None:
     layer = module(1.0)
     average, expected = WeightAverage(layer, 0.5), 1.0
     for step in range(12):
@@ -42,7 +42,7 @@ def test_the_weights_are_back_after_an_error() -> None:
     assert (layer.weight == 2.0).all()
 
 
-def test_it_goes_on_from_its_state_and_begins_anew_in_a_module_that_has_grown() -> None:
+def test_an_average_resumes_and_restarts_for_a_grown_module() -> None:
     layer = module(1.0)
     average = WeightAverage(layer, 0.9)
     with torch.no_grad():

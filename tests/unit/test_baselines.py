@@ -13,7 +13,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 
 
-def test_vectors_of_a_chain_are_the_nearest_there_are(tiny_interactions: Any) -> None:
+def test_vectors_of_a_chain_are_the_best_low_rank_approximation(tiny_interactions: Any) -> None:
     dataset = Dataset.open(tiny_interactions.dir)
     chain, rows = Transitions.of(dataset, 4), next(iter(dataset.iterate("test", 1000)))
     counts = np.zeros((chain.num_docs, chain.num_docs))

@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(["sampling.name=corrected", "negatives.uniform=8"], marks=pytest.mark.slow),
     ],
 )
-def test_each_document_is_found_once_as_it_is_now(folder: Path, changed: list[str], tmp_path: Path) -> None:
+def test_each_document_is_returned_once_in_its_newest_version(folder: Path, changed: list[str], tmp_path: Path) -> None:
     run = [f"run.dir={tmp_path / 'run'}", *(f"pretrain.{word}" for word in changed)]
     best = bigdssm.pretrain(folder / "config.yaml", run).best
     log = (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()

@@ -55,7 +55,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(content.replace(old, new, 1))
 
 
-def test_the_newest_two_are_kept_and_read_back(store: CheckpointStore) -> None:
+def test_the_newest_two_are_retained_and_read_back(store: CheckpointStore) -> None:
     names = sorted(path.name for path in store.folder.iterdir())
     assert names == ["latest", "step-00000010", "step-00000015"]
     assert (store.folder / "latest").read_text() == "step-00000015"
@@ -100,7 +100,7 @@ def test_damage_is_named_and_the_one_before_is_used(
     assert words in caplog.text
 
 
-def test_what_a_run_saves_behind_damaged_ones_is_kept(store: CheckpointStore) -> None:
+def test_checkpoints_saved_after_damaged_ones_are_retained(store: CheckpointStore) -> None:
     """By step they are the oldest: if damaged ones counted, each would be removed as soon as it was written."""
     for step in (10, 15):
         flip(store.folder / f"step-{step:08d}" / "tensors-00000.safetensors")
@@ -165,7 +165,7 @@ def full_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_failed_save_leaves_what_was_there(store: CheckpointStore) -> None:
+def test_a_failed_save_leaves_the_existing_checkpoints(store: CheckpointStore) -> None:
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(store, 20, between=full_disk)
     newest = store.newest_valid()
@@ -187,7 +187,7 @@ def test_a_full_disk_in_the_middle_of_a_file(store: CheckpointStore) -> None:
     assert newest is not None and newest.step == 15
 
 
-def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled(store: CheckpointStore) -> None:
+def test_a_background_save_holds_its_step_and_is_visible_when_complete(store: CheckpointStore) -> None:
     """Later changes by training are not in it, and it is not visible before all files are synced."""
     half, goes_on, tensor, state = threading.Event(), threading.Event(), torch.zeros(3), {"step": 20}
 
@@ -218,7 +218,7 @@ def test_what_is_written_in_the_background_is_of_its_step_and_there_when_settled
     assert not any(values.any() for values in read)
 
 
-def test_what_fails_in_the_background_is_known_and_raised_when_it_is_waited_for(store: CheckpointStore) -> None:
+def test_a_failed_background_save_raises_on_wait(store: CheckpointStore) -> None:
     save(store, 20, in_background=True, between=full_disk)
     threads = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     for thread in threads:
@@ -231,7 +231,7 @@ def test_what_fails_in_the_background_is_known_and_raised_when_it_is_waited_for(
     assert find_checkpoint(store.folder.parent, "latest").name == "step-00000025"
 
 
-def test_an_end_waits_for_what_is_written(store: CheckpointStore) -> None:
+def test_leaving_the_store_waits_for_background_saves(store: CheckpointStore) -> None:
     slow = threading.Event()
     with pytest.raises(ValueError), store:
         save(store, 20, in_background=True, between=lambda: slow.wait(0.3) and None)
@@ -239,7 +239,7 @@ def test_an_end_waits_for_what_is_written(store: CheckpointStore) -> None:
     assert find_checkpoint(store.folder.parent, "latest").name == "step-00000020"
 
 
-def test_a_flipped_byte_anywhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_byte_anywhere_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "BLOCK", 64)
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     save(store, 5)
@@ -277,7 +277,7 @@ def test_every_tensor_is_shared_out_evenly_and_every_block_read_once(
             assert blocks == [(share.file, number) for share in files for number in range(len(share.xxh3_128))]
 
 
-def test_find_names_what_there_is(store: CheckpointStore) -> None:
+def test_find_names_the_existing_checkpoints(store: CheckpointStore) -> None:
     assert find_checkpoint(store.folder.parent, "latest").name == "step-00000015"
     with pytest.raises(CheckpointError, match="step-00000010"):
         find_checkpoint(store.folder.parent, "step-3")

@@ -76,7 +76,7 @@ def test_the_text_of_a_value(column: Any, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(pa.float16(), 11), (pa.float32(), 24), (pa.float64(), 53)])
-def test_floats_that_stand_for_several_ids_are_bad_rows(kind: pa.DataType, bits: int) -> None:
+def test_floats_too_large_for_exact_ids_are_bad_rows(kind: pa.DataType, bits: int) -> None:
     values = np.array([1, 2.0**bits - 1, 2.0**bits, -(2.0**bits), np.inf, 1.5, np.nan], kind.to_pandas_dtype())
     check, said = check_of(pa.array(values))
     assert ids(check, "c").to_pylist()[:2] == ["1", str(2**bits - 1)]
@@ -140,7 +140,7 @@ def test_durations_and_times_of_day_are_numbers_and_no_times(column: Any, second
         times(check, "c")
 
 
-def test_truths_are_no_times() -> None:
+def test_booleans_are_not_times() -> None:
     with pytest.raises(DataError, match="'c' holds bool, needs dates, timestamps or numbers"):
         times(check_of([True])[0], "c")
 

@@ -312,7 +312,7 @@ def test_the_catalogue_as_columns_needs_documents_that_are_the_same_on_all_ranks
     load_config(path, [*texts, *overrides])
 
 
-def test_negatives_mined_before_are_of_the_whole_dataset(path: Path) -> None:
+def test_existing_hard_negatives_require_the_whole_dataset(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sft.negatives.mining.file: got x.npy"):
         load_config(path, ["sft.negatives.mining.file=x.npy", "data.from_partition=day2"])
 
@@ -328,7 +328,7 @@ def test_a_missing_file_a_missing_key_and_broken_yaml_are_named(path: Path, tmp_
         load_config(path)
 
 
-def test_a_stage_that_is_not_there_is_named(path: Path) -> None:
+def test_a_missing_stage_is_named(path: Path) -> None:
     with pytest.raises(ConfigError, match="`sft:`"):
         load_config(path).stage("sft")
 

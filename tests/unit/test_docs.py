@@ -1,4 +1,4 @@
-"""What the docs say of the source is so: code in them stands in a module that is tried, paths and rooms are there."""
+"""The docs match the source: their code is tested, and their links, files and options exist."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_menu_has_every_page_once() -> None:
     assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
 
 
-def test_the_changelog_knows_the_version_and_its_formats() -> None:
+def test_the_changelog_has_the_version_and_its_formats() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     newest = re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0]
     assert newest == bigdssm.__version__

@@ -26,7 +26,7 @@ def of(tiny: TinyDataset, *overrides: str, world_size: int = 1) -> Estimate:
     return estimate(config, "pretrain", open_dataset(config.data), world_size)
 
 
-def test_live_bytes_are_those_of_tensors_that_are_there() -> None:
+def test_live_bytes_are_those_of_existing_tensors() -> None:
     with FakeTensorMode(), LiveBytes() as live:
         layer = nn.Sequential(nn.Linear(100, 200, bias=False), nn.Tanh())
         weights = live.now
@@ -54,7 +54,7 @@ def test_weights_tables_checkpoint_and_time(tiny_pairs: TinyDataset) -> None:
     assert any(line.startswith("1,000 steps: 0.01 days at 500 rows") for line in found.lines(500.0))
 
 
-def test_what_ranks_share_and_send(tiny_pairs: TinyDataset) -> None:
+def test_shares_and_traffic_of_ranks(tiny_pairs: TinyDataset) -> None:
     one, four = of(tiny_pairs), of(tiny_pairs, world_size=4)
     whole = of(tiny_pairs, "engine.zero_stage=0", world_size=4)
     assert one.resident["optimizer's states"] == pytest.approx(4 * four.resident["optimizer's states"], rel=0.001)
@@ -91,7 +91,7 @@ def test_a_checkpoint_is_written_from_a_copy_of_a_ranks_share(tiny_pairs: TinyDa
     assert copy not in at_the_end.resident and copy not in waiting.resident
 
 
-def test_the_catalogue_as_columns_is_what_ranks_share_and_send(tiny_interactions: TinyDataset) -> None:
+def test_catalogue_columns_are_sharded_and_sent(tiny_interactions: TinyDataset) -> None:
     batch = "columns: batch, mask: past"
     columns = "columns: catalogue, mask: past"
     one, four, plain = (
@@ -139,7 +139,7 @@ def test_a_cross_encoders_pairs_are_counted_and_the_towers_gradients_are_not(tin
     assert "loss: documents' vectors" not in many.sent
 
 
-def test_the_command_line_says_what_more_ranks_and_rows_change(
+def test_the_command_line_shows_the_effect_of_ranks_and_rows(
     tiny_pairs: TinyDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tools = Tools(monkeypatch, capsys)

@@ -90,7 +90,7 @@ def test_a_full_disk_strikes_in_its_checkpoint_alone() -> None:
         faults.in_save(8)()
 
 
-def test_a_spike_is_told_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spike_is_logged_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alert = SpikeAlert(tmp_path, 3, 4)
     rows = torch.arange(20)
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_a_constant_loss_that_moves_a_little_is_no_spike(tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in (tmp_path / "alerts-00000.jsonl").read_text().splitlines()] == [51]
 
 
-def test_alerts_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
+def test_alerts_are_truncated_to_the_resumed_checkpoint(tmp_path: Path) -> None:
     """Including those of removed ranks: two ranks resume a run of three."""
     for rank in range(3):
         lines = [json.dumps({"step": step, "loss": 9.0}) for step in (7, 8, 9)]
@@ -143,7 +143,7 @@ def test_a_signal_between_steps_is_remembered() -> None:
 
 
 @pytest.mark.parametrize(("rank", "message"), [("0", f"{EARLY}\n"), ("1", "")])
-def test_a_signal_before_the_first_step_is_told_by_one_rank(rank: str, message: str) -> None:
+def test_a_signal_before_the_first_step_is_logged_by_one_rank(rank: str, message: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", EARLY_SIGNAL],
         env=os.environ | {"RANK": rank},
@@ -179,7 +179,7 @@ def test_a_rank_sees_launcher_and_runner_end(ends: str) -> None:
     runner.wait()
 
 
-def test_without_a_launcher_nobody_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_is_watched_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     launcher = Launcher()
     monkeypatch.setattr(os, "getppid", lambda: 1)

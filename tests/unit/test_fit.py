@@ -52,7 +52,7 @@ def fitted_to(
 
 
 @pytest.mark.parametrize("rows_per_fit", [1, 2, 100])
-def test_fit_counts_and_leaves_out_what_is_rare_or_missing(
+def test_fit_leaves_out_rare_and_missing_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_fit: int
 ) -> None:
     monkeypatch.setattr("bigdssm.ingest.fitting.ROWS_PER_FIT", rows_per_fit)

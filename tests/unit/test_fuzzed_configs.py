@@ -198,7 +198,7 @@ def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:
 
 
 @pytest.mark.slow
-def test_what_is_valid_trains_and_all_else_is_refused(datasets: dict[str, Path], tmp_path: Path) -> None:
+def test_valid_configs_train_and_others_are_refused(datasets: dict[str, Path], tmp_path: Path) -> None:
     answers: Counter[str] = Counter()
 
     @settings(

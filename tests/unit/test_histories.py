@@ -106,7 +106,7 @@ def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
 
 
 @every_many
-def test_a_query_knows_nothing_that_comes_later(block: str, positions: str) -> None:
+def test_a_query_does_not_depend_on_later_events(block: str, positions: str) -> None:
     made, query_positions = model(block, positions), all_query_positions()
     before = made(query(ROWS), query_positions=query_positions).U
     for j in range(LENGTHS[0]):
@@ -133,7 +133,7 @@ def test_padding_changes_nothing(block: str, positions: str) -> None:
 
 
 @every
-def test_positions_say_in_which_order_items_came(block: str, positions: str) -> None:
+def test_positions_encode_the_order_of_items(block: str, positions: str) -> None:
     """With one layer, which without positions would only distinguish the newest item."""
     rows = torch.tensor([[2, 3, 4, 5], [3, 2, 4, 5], [2, 4, 3, 5]])
     vectors = model(block, positions, layers=1)({"history": rows, "age": torch.full((3,), 30.0)}).U
@@ -141,7 +141,7 @@ def test_positions_say_in_which_order_items_came(block: str, positions: str) -> 
 
 
 @every_many
-def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: str) -> None:
+def test_query_positions_come_in_any_order_and_may_skip_rows(block: str, positions: str) -> None:
     made, query_positions = model(block, positions), all_query_positions()
     vectors = made(query(ROWS), query_positions=query_positions).U
     order = torch.randperm(len(vectors))
@@ -168,7 +168,7 @@ def test_places_come_in_any_order_and_rows_may_have_none(block: str, positions: 
     assert own <= found.keys() and all(gradient.count_nonzero() == 0 for gradient in found.values())
 
 
-def test_what_has_no_places_is_said_of_the_row() -> None:
+def test_features_without_positions_are_encoded_once_per_row() -> None:
     made, query_positions = model("sasrec", "relative"), all_query_positions()
     encoder = made.query_tower.encoders["age"]
     calls: list[int] = []

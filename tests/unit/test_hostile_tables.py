@@ -140,7 +140,7 @@ def test_ids_with_nul_characters_are_bad_rows(make: Maker) -> None:
         (None, "t.csv", "table {tmp}/t.csv is not a file"),
     ],
 )
-def test_files_that_are_no_table(make: Maker, content: str | None, table: str, words: str) -> None:
+def test_files_that_are_not_tables(make: Maker, content: str | None, table: str, words: str) -> None:
     path = make.folder / table
     path.mkdir() if content is None else path.write_text(content, newline="")
     make.refused(make.pairs(table=table), 3, words)
@@ -161,7 +161,7 @@ def test_nothing_to_learn_from_is_refused(make: Maker) -> None:
     make.refused(low, 3, "no interactions remain to train on; 200 are rated below 1.0")
 
 
-def test_what_left_no_row_is_told(make: Maker) -> None:
+def test_reasons_are_reported_when_no_row_remains(make: Maker) -> None:
     """The most frequent reasons with their counts, the first bad row, and the path of the quarantine."""
     us = [(user, item, "12/31/2024" if when % 2 else "") for user, item, when in EVENTS]
     reason = "200 × timestamp is …, needs a number or an ISO"
@@ -302,7 +302,7 @@ def test_a_link_stays_a_link(make: Maker) -> None:
     assert code == 2 and "is a link that cannot be resolved" in said
 
 
-def test_places_that_cannot_be_written(make: Maker) -> None:
+def test_output_paths_that_cannot_be_written(make: Maker) -> None:
     for place in (make.folder / "pairs.jsonl" / "below", make.folder / ("x" * 255), Path("/proc/dataset")):
         make.refused(make.records(RECORDS, "--out", place), 2, "cannot be written (", "; choose another --out")
 

@@ -34,7 +34,7 @@ def write_pairs(path: Path, rows: int) -> Path:
     return path
 
 
-def test_what_cannot_be_reached_costs_nothing_that_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_files_cost_no_finished_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, target = tuple(write_pairs(tmp_path / f"{n}.jsonl", 300) for n in range(3)), IngestTarget(tmp_path / "out")
     read, met = JsonLinesSource.read, list[str]()
 
@@ -52,9 +52,7 @@ def test_what_cannot_be_reached_costs_nothing_that_is_finished(tmp_path: Path, m
     assert Dataset.open(tmp_path / "out").catalogue.num_docs == 7
 
 
-def test_an_engine_that_cannot_be_had_costs_nothing_that_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unavailable_engine_costs_no_finished_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, target = (write_pairs(tmp_path / "pairs.jsonl", 300),), IngestTarget(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("bigdssm.ingest.job.write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -112,7 +110,7 @@ def test_a_bad_value_counts_as_a_bad_row_does(tmp_path: Path) -> None:
     quarantine.close()
 
 
-def test_all_rows_bad_is_one_sentence(tmp_path: Path) -> None:
+def test_a_table_of_bad_rows_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"q": "", "d": ""}\n' * 5)
     config = DataConfig(dir="", query=PAIRS.query, doc=PAIRS.doc, max_bad_fraction=1.0)
     with pytest.raises(DataError, match=r"pairs\.jsonl: no rows remain: 5 × no query"):
@@ -121,7 +119,7 @@ def test_all_rows_bad_is_one_sentence(tmp_path: Path) -> None:
         )
 
 
-def test_shards_are_those_that_webdataset_writes(tiny_pairs: TinyDataset, tmp_path: Path) -> None:
+def test_shards_equal_those_of_webdataset(tiny_pairs: TinyDataset, tmp_path: Path) -> None:
     for shard in sorted(tiny_pairs.dir.glob("partitions/*/*.tar")):
         with tarfile.open(shard) as tar, TarWriter(str(tmp_path / shard.name), encoder=False, mtime=0) as again:
             for member in tar:

@@ -157,7 +157,7 @@ def processes() -> set[int]:
 
 
 @pytest.mark.slow
-def test_a_makings_processes_end_with_it_and_others_stay(small_steps: None, tmp_path: Path) -> None:
+def test_an_ingestion_ends_its_own_processes_only(small_steps: None, tmp_path: Path) -> None:
     Parallel(2)(delayed(abs)(number) for number in range(4))
     others, met = processes(), set[int]()
     assert others

@@ -141,6 +141,6 @@ def test_damage_is_named(tiny_interactions: Any, tmp_path: Path, damage: str, ca
     assert re.search(named, capsys.readouterr().out)
 
 
-def test_no_dataset_is_one_sentence(tmp_path: Path, capsys: Any) -> None:
+def test_a_missing_dataset_gives_a_one_line_error(tmp_path: Path, capsys: Any) -> None:
     assert inspect_main([str(tmp_path)]) == 3 and inspect_main([str(tmp_path), "--verify"]) == 3
     assert "is not a dataset" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def held(versions: list[Version], time: float) -> Facts:
 
 
 @pytest.mark.parametrize("split", ["train", "time"])
-def test_days_of_a_dataset_see_what_was_known_when_each_was_made(split: str, tmp_path: Path) -> None:
+def test_partitions_use_the_versions_of_their_ingestion(split: str, tmp_path: Path) -> None:
     versions: dict[str, list[Version]] = {}
     expected: dict[str, list[Facts]] = {}
     for day, first_time in enumerate((0, 40, -30)):  # the last table's versions are older than others
@@ -197,7 +197,7 @@ def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
         assert facts_at(Dataset.open(out), np.zeros(1, np.int64)) == [newest], number
 
 
-def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
+def test_datasets_without_item_times_have_no_versions(tmp_path: Path) -> None:
     write(tmp_path, ITEMS[:2], [("u", "a", 1), ("u", "b", 2)])
     make(tmp_path, tmp_path / "out", updated=None)
     dataset = Dataset.open(tmp_path / "out")
@@ -216,7 +216,7 @@ def test_without_times_a_dataset_knows_of_none(tmp_path: Path) -> None:
         make(tmp_path, tmp_path / "dated", "more", updated=None)
 
 
-def test_feature_names_say_nothing_of_times(tmp_path: Path) -> None:
+def test_names_of_features_do_not_imply_times(tmp_path: Path) -> None:
     """A dataset without times may have features with the names of time columns."""
     config = replace(
         CONFIG, query={**CONFIG.query, "version": Categorical()}, doc={"kind": Categorical(), "since": Numeric()}
@@ -243,7 +243,7 @@ def test_feature_names_say_nothing_of_times(tmp_path: Path) -> None:
                 assert folder == "pairs" or set(np.asarray(rows.query["version"]).tolist()) == {2}
 
 
-def test_what_cannot_be_used_is_told(tmp_path: Path) -> None:
+def test_invalid_time_columns_of_items_are_refused(tmp_path: Path) -> None:
     events = [("u", "a", 1), ("u", "b", 2), ("u", "a", 3)]
     write(tmp_path, ITEMS, events)
     with pytest.raises(ConfigError, match="--items-time-column updated needs a --time-column of the events"):

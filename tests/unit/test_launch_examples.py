@@ -1,4 +1,4 @@
-"""The examples for clusters in launch/: linted, valid against the published models, their logic run with stand-ins."""
+"""Cluster examples in launch/: linted, valid against published models, run with stubs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def stand_ins(tmp_path: Path) -> Path:
 def sbatch(
     stand_ins: Path, codes: str, *arguments: str, restarts: int = 0
 ) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Return what the job script did, and what it asked of scontrol."""
+    """Return the finished job script and the calls of scontrol."""
     calls = stand_ins / "calls"
     environment = {
         "PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}", "CODES": codes, "CALLS": str(calls),
@@ -108,7 +108,7 @@ def test_a_dockerfile_is_clean(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: str(file.name))
-def test_a_dockerfile_copies_what_it_installs_and_runs(file: Path) -> None:
+def test_a_dockerfile_copies_installed_files(file: Path) -> None:
     copied = [name for line in re.findall(r"^COPY (.*) \S+$", file.read_text(), re.MULTILINE) for name in line.split()]
     sent = (ROOT / ".dockerignore").read_text().splitlines()
     for name in copied:
@@ -124,7 +124,7 @@ def test_a_dockerfile_copies_what_it_installs_and_runs(file: Path) -> None:
 
 
 def test_the_trainjob_is_valid() -> None:
-    """Against the models that Kubeflow publishes; they drop what they do not know, so it must come back whole."""
+    """Validated by the models of Kubeflow, which drop unknown fields: the round trip is complete."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs kubeflow-trainer-api")
     runtime, job = yaml.safe_load_all((ROOT / "launch" / "trainjob.yaml").read_text())
     assert without_quantities(runtime) == ["8Gi"]

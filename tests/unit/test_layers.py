@@ -175,7 +175,7 @@ def test_the_source_keeps_the_rules() -> None:
         ("bigdssm/plugins/app.py", "", "has no layer"),
     ],
 )
-def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
+def test_a_violated_rule_is_reported(path: str, source: str, expected: str) -> None:
     found = violations(path, source)
     assert len(found) == 1
     assert expected in found[0]
@@ -195,7 +195,7 @@ def test_a_broken_rule_is_found(path: str, source: str, expected: str) -> None:
         ("bigdssm/losses/masks.py", "import torch\nfrom bigdssm import distributed\nimport webdatasets_of_others"),
     ],
 )  # fmt: skip
-def test_what_the_rules_allow_passes(path: str, source: str) -> None:
+def test_allowed_imports_pass(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 

@@ -27,7 +27,7 @@ WIDE = torch.randint(-(2**63), 2**63 - 1, (4000,), generator=GENERATOR)
 @pytest.mark.parametrize(
     "ids", [WIDE, torch.arange(-2000, 2000), torch.arange(4000) << 40, torch.tensor([2**63 - 1]), WIDE[:0]]
 )
-def test_ids_are_found_where_they_are(ids: torch.Tensor) -> None:
+def test_ids_are_looked_up_at_their_rows(ids: torch.Tensor) -> None:
     """For ids that differ in any bits; among thousands, some share a bucket."""
     ids = torch.sort(torch.unique(ids))[0]
     wanted = torch.cat([ids, ids + 1, ids - 1, ids + (1 << 32), WIDE[:100] ^ 5, ids.flip(0)])
@@ -39,7 +39,7 @@ def test_ids_are_found_where_they_are(ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("chunk", [1 << 16, 7])
 @pytest.mark.parametrize("own", [True, False])
-def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch, own: bool, chunk: int) -> None:
+def test_a_byte_matrix_equals_a_mask_of_pairs(monkeypatch: pytest.MonkeyPatch, own: bool, chunk: int) -> None:
     """With documents in several columns, unused columns, duplicate pairs and several queries of one id."""
     monkeypatch.setattr(masks, "_CHUNK_PAIRS", chunk)
     m, N = 30, 50
@@ -78,7 +78,7 @@ def test_a_matrix_of_bytes_masks_what_pairs_mask(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_bytes_mask_is_minus_infinity_and_nothing_else_changes(dtype: torch.dtype) -> None:
+def test_masked_scores_are_minus_infinity_and_others_unchanged(dtype: torch.dtype) -> None:
     S = torch.randn(7, 40, generator=GENERATOR, dtype=dtype) * torch.tensor([1e-30, 1.0, 100.0, 1e30] * 10).to(dtype)
     dense = (torch.rand(7, 60, generator=GENERATOR) < 0.3).byte()
     right = S.masked_fill(dense[:, 15:55] > 0, -torch.inf)

@@ -20,7 +20,9 @@ DIRECTIONS = ("q2d", "d2q", "both")
 DOUBLE = torch.float64
 
 
-def found(U: Tensor, W: Tensor, alpha: float, direction: str, **arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fps_gradients(
+    U: Tensor, W: Tensor, alpha: float, direction: str, **arguments: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     U, W = (t.detach().clone().requires_grad_() for t in (U, W))
     loss = fps_loss(U, W, alpha=alpha, direction=direction, tile=16, **arguments).loss
     loss.backward()
@@ -99,13 +101,13 @@ def test_memory_layout_and_the_size_of_ids_do_not_matter(direction: str) -> None
 
 def test_nothing_anywhere() -> None:
     for direction in DIRECTIONS:
-        loss, dU, dW = found(torch.zeros(0, 4), torch.zeros(0, 4), 2.0, direction)
+        loss, dU, dW = fps_gradients(torch.zeros(0, 4), torch.zeros(0, 4), 2.0, direction)
         assert float(loss) == 0.0 and dU.shape == dW.shape == (0, 4)
 
 
 def test_float32_products_are_never_narrowed() -> None:
     with NarrowProducts() as products:
-        found(unit(30, 8, 1).float(), unit(30, 8, 2).float(), 20.0, "both")
+        fps_gradients(unit(30, 8, 1).float(), unit(30, 8, 2).float(), 20.0, "both")
     assert products.narrowed == 0
 
 
@@ -118,7 +120,7 @@ def test_all_columns_dropped_but_one(direction: str) -> None:
         ids = {"doc_ids": same} if query_ids is None else {"doc_ids": torch.arange(6), "query_ids": query_ids}
         if query_ids is None and direction != "q2d":
             ids["query_ids"] = same
-        loss, dU, dW = found(U, W, 20.0, direction, **ids)
+        loss, dU, dW = fps_gradients(U, W, 20.0, direction, **ids)
         assert float(loss) == 0.0
         assert not dU.any() and not dW.any()
 

@@ -54,7 +54,7 @@ def batch(m: int, D: int, known_each: int, num_docs: int, dtype: torch.dtype = B
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("world_size", "dtype", "tolerance"), [(1, BF16, 2**-7), (3, torch.float64, 1e-10)])
-def test_a_device_gives_what_a_cpu_gives(loss: str, world_size: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_device_results_equal_cpu_results(loss: str, world_size: int, dtype: torch.dtype, tolerance: float) -> None:
     """With every option, some queries of weight 0, and strips of few rows; gradients are rounded to their dtype."""
     options = OPTIONS if loss in ("softmax", "pair_ce") else OPTIONS - {"negatives"}
     for num_docs, query_ids in ((50, True), (300, True), (50, False)):
@@ -77,7 +77,9 @@ def test_a_device_gives_what_a_cpu_gives(loss: str, world_size: int, dtype: torc
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("known_each", "num_docs"), [(0, 10**6), (50, 10**6), (50, 400)])
 @pytest.mark.parametrize(("world_size", "m"), [(8, 128), (512, 4)])
-def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, direction: str, num_docs: int) -> None:
+def test_operations_of_a_pretraining_loss(
+    world_size: int, m: int, known_each: int, direction: str, num_docs: int
+) -> None:
     """Few pairs (sparse mask), or many (dense mask)."""
     D, N = 16, world_size * m
     shard = batch(m, D, known_each, num_docs)
@@ -102,7 +104,7 @@ def test_what_a_loss_asks_for(world_size: int, m: int, known_each: int, directio
 @pytest.mark.parametrize("biases", [("beta", "neg_bias"), ("beta",), ("neg_bias",), ()])
 @pytest.mark.parametrize("D", [64, 256])
 @pytest.mark.parametrize(("world_size", "m"), [(8, 64), (512, 2)])
-def test_what_is_sent_is_what_is_needed(world_size: int, m: int, D: int, biases: tuple[str, ...]) -> None:
+def test_only_required_tensors_are_sent(world_size: int, m: int, D: int, biases: tuple[str, ...]) -> None:
     """Per column its vector, id, biases and pair; the gradients of its vector and beta; and the sizes of ranks."""
     kept = ("U", "W", "positive", "weight", "query_ids", "doc_ids", *biases)
     given = batch(m, D, 0, 10**6)
@@ -137,7 +139,7 @@ def test_launches_of_large_batches() -> None:
 
 
 @pytest.mark.parametrize("name", ["softmax", "pair_ce"])
-def test_what_a_fine_tuning_loss_asks_for(name: str) -> None:
+def test_operations_of_a_fine_tuning_loss(name: str) -> None:
     """With candidates and in-batch negatives: the number of columns is one more synchronisation."""
     shard = replace(batch(128, 16, 3, 10**6), negatives=torch.arange(256).view(128, 2) % 128)
     with simgpu.ranks(8), simgpu.Device() as device:
@@ -155,7 +157,7 @@ def test_a_norm_penalty_has_no_wait() -> None:
     assert not device.waits and not device.uploads
 
 
-def test_what_a_device_is_asked_for_is_counted() -> None:
+def test_operations_of_a_device_are_counted() -> None:
     """The counter itself, on operations that it must count."""
     with simgpu.Device() as device:
         x = device.put(torch.arange(4.0))

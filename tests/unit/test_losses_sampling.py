@@ -58,7 +58,7 @@ def test_strength_zero_changes_nothing() -> None:
     assert apply_sampling(Classic(gamma=0.0), log_expected) == (None, None)
 
 
-def test_corrections_add_to_what_is_there() -> None:
+def test_corrections_add_to_existing_biases() -> None:
     log_expected, own = torch.tensor([-1.0, -2.0]), torch.tensor([5.0, 7.0])
     beta, neg_bias = apply_sampling(Classic(gamma=0.5), log_expected, beta=own)
     assert beta is not None and beta.tolist() == [5.5, 8.0] and neg_bias is None

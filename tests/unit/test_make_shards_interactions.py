@@ -49,7 +49,7 @@ def make(folder: Path, config: DataConfig = CONFIG, out: str = "out", **options:
     return Dataset.open(folder / out)
 
 
-def test_every_row_is_what_a_plain_reading_gives(tiny_interactions: Any) -> None:
+def test_rows_equal_a_brute_force_reading(tiny_interactions: Any) -> None:
     dataset = Dataset.open(tiny_interactions.dir)
     events: dict[str, list[tuple[float, str]]] = {}
     with (tiny_interactions.source / "interactions.csv").open() as stream:
@@ -79,7 +79,7 @@ def test_ties_in_time_stay_in_file_order(tmp_path: Path) -> None:
     assert rows_of(dataset, "validation") == [("u", ("i3", "i0", "i5"), "i1")]
 
 
-def test_short_users_give_what_they_can(tmp_path: Path) -> None:
+def test_short_users_give_as_many_rows_as_possible(tmp_path: Path) -> None:
     events = [("one", "i0", 1), *(("two", f"i{i}", i) for i in range(2)), *(("three", f"i{i}", i) for i in range(3))]
     write(tmp_path, [*events, *(("four", f"i{i}", i) for i in range(4))])
     dataset = make(tmp_path)
@@ -165,7 +165,7 @@ def test_users_missing_from_their_table_have_missing_features(tmp_path: Path) ->
     assert (dataset.schema.query["age"].mean, dataset.schema.query["age"].std) == (40, 10)
 
 
-def test_a_dataset_grows_without_touching_what_is_there(tmp_path: Path) -> None:
+def test_an_append_leaves_existing_files_unchanged(tmp_path: Path) -> None:
     write(tmp_path, [(f"u{u}", f"i{t}", t) for u in range(4) for t in range(5)])
     before = make(tmp_path, partition="day1")
     kept = {path: path.read_bytes() for path in (tmp_path / "out/partitions/day1").iterdir()}
@@ -219,7 +219,7 @@ def leaks(folder: Path, **options: Any) -> list[str]:
     return [note for note in report.notes if "leaks" in note]
 
 
-def test_how_much_leave_one_out_leaks_is_said(tmp_path: Path) -> None:
+def test_the_leak_of_leave_one_out_is_reported(tmp_path: Path) -> None:
     """Train targets at 11, 12, 14, 15; one of these is newer than the test target at 14, none than that at 17."""
     early = [("u", f"i{k}", 10 + k) for k in range(5)]
     late = [("v", f"i{k}", 13 + k) for k in range(5)]

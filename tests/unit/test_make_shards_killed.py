@@ -31,13 +31,13 @@ from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.utils.log import get_logger
 fitting.ROWS_PER_FIT = writing.DOCUMENTS_PER_FILE = 300
 cutting.SEQUENCES_PER_FILE, writing.BLOCKS_PER_SHARD = 50, 4
-places, checks = 0, 0
+kill_points, checks = 0, 0
 def deadly(owner, name):
     method = getattr(owner, name)
     def counted(*args, **kwargs):
-        global places
-        places += 1
-        if dies_at == places:
+        global kill_points
+        kill_points += 1
+        if dies_at == kill_points:
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*args, **kwargs)
     setattr(owner, name, counted)
@@ -73,7 +73,7 @@ def make(kind, source, out, append, told):
             items_time_column="updated" if kind.startswith("dated") else None,
         )
         report = interactions.make_interactions(config, tables, target)
-    Path(told).write_text(json.dumps([checks, places, f"{report.rows} {sorted(report.notes)}"]))
+    Path(told).write_text(json.dumps([checks, kill_points, f"{report.rows} {sorted(report.notes)}"]))
 for line in sys.stdin:
     *order, dies_at, told = json.loads(line)
     child = os.fork()
@@ -141,13 +141,13 @@ class Maker:
         self._process.stdin.write(json.dumps([kind, str(source), str(out), append, dies_at, str(told)]) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
-        assert code in (0, -signal.SIGKILL), "the making failed, see above"
-        checks, places, said = json.loads(told.read_text()) if told.exists() else (0, 0, "")
-        return code, checks, places, said
+        assert code in (0, -signal.SIGKILL), "the ingestion failed, see above"
+        checks, kill_points, report = json.loads(told.read_text()) if told.exists() else (0, 0, "")
+        return code, checks, kill_points, report
 
-    def with_kills(self, kind: str, source: Path, out: Path, places: int, *, append: bool = False) -> list[int]:
+    def with_kills(self, kind: str, source: Path, out: Path, kill_points: int, *, append: bool = False) -> list[int]:
         """Build `out`, killed while reading, halfway, and at up to two random points; return the points."""
-        kills = [places // 6, places // 2, *(random.randint(1, places // part) for part in (3, 4))]
+        kills = [kill_points // 6, kill_points // 2, *(random.randint(1, kill_points // part) for part in (3, 4))]
         for number, kill in enumerate(kills):
             if not self(kind, source, out, append=append, dies_at=kill)[0]:  # fewer kill points remained
                 return kills[:number]
@@ -188,8 +188,8 @@ class Reference:
     source: Path
     out: Path
     checks: int
-    places: int
-    said: str
+    kill_points: int
+    report: str
 
 
 @pytest.fixture(scope="module", params=["pairs", "interactions"])
@@ -199,8 +199,8 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Reference(request.param, source, folder / "whole", *maker(request.param, source, folder / "whole")[1:])
 
 
-def test_a_making_that_is_killed_goes_on_to_the_same_bytes(whole: Reference, maker: Maker, tmp_path: Path) -> None:
-    kills = maker.with_kills(whole.kind, whole.source, tmp_path / "killed", whole.places)
+def test_a_killed_ingestion_resumes_to_the_same_bytes(whole: Reference, maker: Maker, tmp_path: Path) -> None:
+    kills = maker.with_kills(whole.kind, whole.source, tmp_path / "killed", whole.kill_points)
     assert content(tmp_path / "killed") == content(whole.out), kills
     beside = ["killed.beir"] if whole.kind == "pairs" else []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", *beside, "killed.told"], kills
@@ -210,28 +210,28 @@ SLOWLY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pairs", "date
 
 
 @pytest.mark.parametrize("kind", ["interactions", *SLOWLY])
-def test_so_does_an_append(kind: str, maker: Maker, tmp_path: Path) -> None:
+def test_a_killed_append_resumes_to_the_same_bytes(kind: str, maker: Maker, tmp_path: Path) -> None:
     source, first, second = write_source(tmp_path / "source", 0), tmp_path / "first", tmp_path / "other"
     for out in (first, second):
         assert maker(kind, source, out)[0] == 0
     rows = Dataset.open(first).num_rows("train")
     write_source(source, 1)
-    places = maker(kind, source, first, append=True)[2]
-    kills = maker.with_kills(kind, source, second, places, append=True)
+    kill_points = maker(kind, source, first, append=True)[2]
+    kills = maker.with_kills(kind, source, second, kill_points, append=True)
     assert content(second) == content(first), kills
     assert Dataset.open(second).num_rows("train") > 1.8 * rows and not list(second.glob(".*")), kills
 
 
-def test_only_what_is_left_is_done(whole: Reference, maker: Maker, tmp_path: Path) -> None:
+def test_only_remaining_work_is_done_on_resume(whole: Reference, maker: Maker, tmp_path: Path) -> None:
     """Killed while reading: reads the rest; killed while writing: reads nothing; a changed source: reads everything."""
     early, late, other = (tmp_path / name for name in ("early", "late", "other"))
-    assert maker(whole.kind, whole.source, early, dies_at=whole.places // 12)[0]
+    assert maker(whole.kind, whole.source, early, dies_at=whole.kill_points // 12)[0]
     assert 0 < maker(whole.kind, whole.source, early)[1] < whole.checks
-    assert maker(whole.kind, whole.source, late, dies_at=whole.places - 20)[0]
+    assert maker(whole.kind, whole.source, late, dies_at=whole.kill_points - 20)[0]
     source = tmp_path / "source"
     shutil.copytree(whole.source, source)
-    assert maker(whole.kind, source, other, dies_at=whole.places - 20)[0]
-    code, checks, places, said = maker(whole.kind, whole.source, late)
-    assert (code, checks, said) == (0, 0, whole.said) and places < whole.places / 3
+    assert maker(whole.kind, source, other, dies_at=whole.kill_points - 20)[0]
+    code, checks, kill_points, report = maker(whole.kind, whole.source, late)
+    assert (code, checks, report) == (0, 0, whole.report) and kill_points < whole.kill_points / 3
     os.utime(source / ("pairs0.jsonl" if whole.kind == "pairs" else "items.csv"), (1, 1))
     assert maker(whole.kind, source, other)[1] == whole.checks

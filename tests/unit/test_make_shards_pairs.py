@@ -103,7 +103,7 @@ def test_time_and_column_splits(tmp_path: Path) -> None:
     assert dataset.catalogue.num_docs == len(rows), "rows of no split have their documents there, too"
 
 
-def test_the_fit_knows_nothing_of_held_out_rows(tmp_path: Path) -> None:
+def test_the_fit_excludes_held_out_rows(tmp_path: Path) -> None:
     rows = records(40)
     for i, row in enumerate(rows):
         row["group"] = "test" if i >= 30 else "train"
@@ -211,7 +211,7 @@ def test_whole_documents_stay_in_one_split_through_chains_of_groups(tmp_path: Pa
         make(tmp_path, rows, "never", split="train", whole_documents=True)
 
 
-def test_documents_in_several_splits_are_said(tmp_path: Path) -> None:
+def test_documents_in_several_splits_are_reported(tmp_path: Path) -> None:
     rows = [{"q": f"q {i}", "text": f"t {i % 40}", "kind": "k"} for i in range(400)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -240,7 +240,7 @@ def test_every_value_of_a_list_column_makes_a_row(tmp_path: Path) -> None:
         make(tmp_path, rows, "never", each_of="kind")
 
 
-def test_a_list_has_so_many_values_as_places_can_tell_apart(tmp_path: Path) -> None:
+def test_the_number_of_values_per_list_is_limited(tmp_path: Path) -> None:
     """More values would have the ordinals of the next row's values."""
     values = [[f"q{row} {i}" for i in range(length)] for row, length in enumerate((4096, 4097, 3))]
     dataset = make(

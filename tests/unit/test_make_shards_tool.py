@@ -84,7 +84,7 @@ def test_pairs_from_the_command_line(tiny_pairs: Any, tmp_path: Path, capsys: An
     assert caught.value.code == 2 and not (tmp_path / "o2").exists()
 
 
-def test_what_is_not_there_is_named(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
+def test_missing_input_files_are_named(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:
     main = tool("make_shards").main
     command = pairs_command(tiny_pairs, tmp_path / "out")
     assert main([*command, "--like", str(tmp_path / "no")]) == 3

@@ -122,7 +122,7 @@ def test_a_registered_metric_is_shown_with_the_others(monkeypatch: pytest.Monkey
     assert "hr_at_1" in {entry["metric"] for entry in differences_as_json([(a, b)])}
 
 
-def test_a_metric_that_nobody_registered() -> None:
+def test_an_unregistered_metric_is_refused() -> None:
     assert metrics.find_metric("mrr") == "mrr"
     with pytest.raises(ConfigError, match=r"pretrain\.validation_metric: got map"):
         metrics.find_metric("map", "pretrain.validation_metric")

@@ -99,7 +99,7 @@ def test_relevance_is_an_indicator_or_a_weight() -> None:
     assert loss(stage()) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
 
 
-def test_the_sampling_correction_goes_on_all_columns_or_on_negatives() -> None:
+def test_the_sampling_correction_applies_to_all_columns_or_to_negatives() -> None:
     expected = (20 * torch.tensor(COUNTS).double().clamp(min=1) / 101 + 6 / N).log()
     corrections = (Classic(gamma=0.5), Corrected(gamma=0.5))
     classic, corrected = (loss(stage(sampling=kind, negatives=NegativesConfig(uniform=6))) for kind in corrections)
@@ -114,7 +114,7 @@ def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents()
 
 
 @pytest.mark.parametrize("kind", [FPS, Softmax])
-def test_the_mask_says_which_queries_know_of_each_other(kind: type[LossConfig]) -> None:
+def test_masks_of_known_pairs(kind: type[LossConfig]) -> None:
     """Rows 0 and 3 have one query id; documents 101 and 102 precede row 2, 101 precedes row 3."""
     ids, by_id = torch.tensor([7, 8, 9, 7]), torch.tensor([[9, 101], [9, 102], [7, 101]])
     by_row = torch.tensor([[2, 101], [2, 102], [3, 101]])

@@ -248,7 +248,7 @@ def test_many_queries_of_packed_histories(block: str, positions: str, chunk_toke
     assert_packed_is_padded("query", chunk_tokens, QueryPositions(row, seen), block=block, positions=positions)
 
 
-def test_a_packed_list_is_what_is_filled() -> None:
+def test_packed_lists_contain_the_filled_cells() -> None:
     rows = torch.tensor([[4, 0, 5, 0], [0, 0, 0, 0], [0, 7, 8, 9]])
     packed = pack(rows, 0, 5, 3)
     assert packed.values.tolist() == [4, 5, 7, 8, 9]
@@ -261,7 +261,7 @@ def test_a_packed_list_is_what_is_filled() -> None:
     assert pack(rows[:0], 0, 0, 0).num_rows == 0
 
 
-def test_a_plan_counts_what_is_encoded() -> None:
+def test_a_plan_counts_encoded_tokens() -> None:
     """Packed lists have no padding, neither in the budget nor in a step's report."""
     given, every = lengths("query"), frozenset(LISTS["query"])
     whole = plan_side(given, 6, 0, packed=every)
@@ -277,7 +277,7 @@ def test_a_plan_counts_what_is_encoded() -> None:
     assert np.array_equal(np.sort(some.order), np.arange(6))
 
 
-def test_what_can_be_packed() -> None:
+def test_lists_that_can_be_packed() -> None:
     texts, histories = {"words", "more"}, {"history"}
 
     def packs(training: bool = True, **given: Any) -> set[str]:

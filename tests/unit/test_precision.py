@@ -117,7 +117,7 @@ def test_towers_are_encoded_in_the_requested_precision(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("instructions", ["none", "avx512_bf16"])
-def test_losses_narrow_where_there_are_instructions(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+def test_losses_narrow_on_cpus_with_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
     on(monkeypatch, instructions)
     inputs: Any = SimpleNamespace(U=torch.zeros(4, 32, dtype=torch.bfloat16))
     with product_precision(inputs):

@@ -76,7 +76,7 @@ def test_numbers_beyond_their_bounds(launch: Launch, tiny_pairs: Any, override: 
     assert_refused(launch("--config", tiny_pairs.config, "--validate", override), words)
 
 
-def test_every_number_has_its_bounds_beside_it() -> None:
+def test_every_number_has_declared_bounds() -> None:
     def numbers(cls: Any, key: str) -> Iterator[tuple[str, bool]]:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -111,7 +111,7 @@ def test_every_number_has_its_bounds_beside_it() -> None:
         (["run.dir={tmp}/sealed/run"], "since {tmp}/sealed is not writable"),
     ],
 )
-def test_what_cannot_be_built_or_written(
+def test_models_and_folders_that_cannot_be_created(
     launch: Launch, tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: str
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -139,7 +139,7 @@ def test_heads_that_do_not_divide_a_historys_items(launch: Launch, tiny_interact
         ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 beside"),
     ],
 )
-def test_launchers_that_do_not_say_who_meets_where(
+def test_launchers_without_a_rendezvous_are_refused(
     launch: Launch, tiny_pairs: Any, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str
 ) -> None:
     for name, value in environment.items():
@@ -161,7 +161,7 @@ def test_launchers_that_do_not_say_who_meets_where(
         (b"run: {dir: x}\ndata: {dir: x, query: {a: 1}}\n", "data.query.a: got 1"),
     ],
 )
-def test_files_that_are_no_config(launch: Launch, tmp_path: Path, content: bytes, words: str) -> None:
+def test_files_that_are_not_configs(launch: Launch, tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     assert_refused(launch("--config", tmp_path / "config.yaml"), words)
 
@@ -169,9 +169,9 @@ def test_files_that_are_no_config(launch: Launch, tmp_path: Path, content: bytes
 @pytest.mark.parametrize(
     "override", ["=1", ".=1", "a..b=1", "[=1", "data.query.=1", "run.dir.x=1", "pretrain=[", "sft=1", "run=null"]
 )
-def test_overrides_that_are_none(launch: Launch, tiny_pairs: Any, override: str) -> None:
+def test_invalid_overrides_are_refused(launch: Launch, tiny_pairs: Any, override: str) -> None:
     assert_refused(launch("--config", tiny_pairs.config, override), "")
 
 
-def test_an_override_that_is_no_yaml_is_named_and_not_the_file(launch: Launch, tiny_pairs: Any) -> None:
+def test_an_invalid_yaml_override_is_named_and_not_the_file(launch: Launch, tiny_pairs: Any) -> None:
     assert_refused(launch("--config", tiny_pairs.config, "run.seed=1", "pretrain=["), "override 'pretrain=[' has no")

@@ -87,8 +87,8 @@ def with_exclude_seen(folder: ModelFolder, exclude_seen: bool, out: Path) -> Mod
     return load_model_folder(out)
 
 
-def test_a_model_of_repeats_finds_what_is_played_again(trained: Any, tmp_path: Path) -> None:
-    """In evaluation, search and bulk; the same model with the other key finds only what nobody plays."""
+def test_a_model_of_repeats_returns_repeated_items(trained: Any, tmp_path: Path) -> None:
+    """In evaluation, search and bulk; with the other key the model returns only unplayed items."""
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
     encoders = tower_encoders(folder.model, dataset)
@@ -117,14 +117,14 @@ def test_a_model_of_repeats_finds_what_is_played_again(trained: Any, tmp_path: P
     assert (unseen.ranks <= every.ranks).all() and (unseen.ranks < every.ranks).any()
 
 
-def test_training_measures_as_the_key_says(trained: Any) -> None:
+def test_training_metrics_follow_the_key(trained: Any) -> None:
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
     found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "validation", exclude_seen=False).metrics
     assert trained.metrics["mrr"] == pytest.approx(found["mrr"], abs=1e-6)
 
 
-def test_figures_of_the_other_key_are_no_comparison(trained: Any, tmp_path: Path) -> None:
+def test_results_of_the_other_key_are_not_compared(trained: Any, tmp_path: Path) -> None:
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
     found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "test", exclude_seen=False)
@@ -135,7 +135,7 @@ def test_figures_of_the_other_key_are_no_comparison(trained: Any, tmp_path: Path
         load_system(tmp_path / "a.json", dataset, "test", True)
 
 
-def test_mined_negatives_may_be_what_was_played_but_not_now(trained: Any) -> None:
+def test_hard_negatives_may_be_past_items_but_not_the_positive(trained: Any) -> None:
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
     encoders, rows = tower_encoders(folder.model, dataset), next(dataset.iterate("train", 100_000))
@@ -161,6 +161,6 @@ def test_the_key_decides_the_losses_mask(listening: Path, exclude_seen: str, mas
 
 
 @pytest.mark.parametrize("mask", ["user", "past"])
-def test_a_mask_of_what_was_seen_is_refused_with_repeats(listening: Path, mask: str) -> None:
+def test_a_mask_of_seen_documents_is_refused_with_repeats(listening: Path, mask: str) -> None:
     with pytest.raises(ConfigError, match=f"negatives.mask: got {mask}"):
         load_config(listening, [f"pretrain.negatives.mask={mask}"])

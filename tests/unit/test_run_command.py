@@ -13,7 +13,7 @@ from bigdssm.cluster import launcher
 from bigdssm.cluster.launcher import run_command
 
 
-def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
+def test_output_and_time_of_a_command_are_recorded(tmp_path: Path) -> None:
     log = tmp_path / "made" / "log"
     ended = run_command(log, "inspect_shards", "--help")
     ended.check()
@@ -25,7 +25,7 @@ def test_what_it_said_and_took_is_kept(tmp_path: Path) -> None:
     assert log.read_text().startswith(once) and "are required: dataset" in log.read_text()
 
 
-def test_it_is_looked_at_and_ends_with_who_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watched_command_ends_with_its_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "POLL_S", 0.01)
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen

@@ -39,7 +39,7 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     process.stdout.close()
 
 
-def test_a_second_run_is_refused_and_told_who_has_the_folder(
+def test_a_second_run_is_refused_with_the_holder_of_the_folder(
     held: tuple[Path, subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, process = held
@@ -73,7 +73,7 @@ def test_the_end_is_noted_with_its_exit_code(tmp_path: Path) -> None:
     assert ends == [(0, "finished"), (75, "stopped on request"), (1, "ValueError")]
 
 
-def test_a_request_that_is_not_heeded_stands(held: tuple[Path, subprocess.Popen[str]]) -> None:
+def test_an_unanswered_stop_request_remains(held: tuple[Path, subprocess.Popen[str]]) -> None:
     folder, process = held
     with pytest.raises(CheckpointError, match=rf"pid {process.pid} .* has not stopped within 0 s"):
         request_stop(folder, saving=True, timeout_s=0.3)
@@ -89,7 +89,7 @@ def test_an_old_request_does_not_stop_the_next_run(tmp_path: Path) -> None:
         assert not (tmp_path / run_folder.STOP_FILE).exists()
 
 
-def test_a_record_behind_a_line_cut_off_by_a_kill_is_kept(tmp_path: Path) -> None:
+def test_a_record_after_a_truncated_line_is_retained(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "start", "st')
     writer = MetricsWriter(tmp_path / "events.jsonl")
     writer.write({"event": "end"})

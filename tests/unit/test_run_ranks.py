@@ -66,7 +66,7 @@ def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("gpus", "cores", "asked", "ranks", "accelerator", "threads"),
+    ("gpus", "cores", "requested", "ranks", "accelerator", "threads"),
     [
         (0, 2, None, 1, "cpu", None),
         (0, 16, None, 4, "cpu", "4"),
@@ -76,7 +76,7 @@ def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_the_number_of_ranks_and_their_threads(
-    tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch, gpus: int, cores: int, asked: int | None, ranks: int,
+    tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch, gpus: int, cores: int, requested: int | None, ranks: int,
     accelerator: str | None, threads: str | None,
 ) -> None:  # fmt: skip
     for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
@@ -85,7 +85,7 @@ def test_the_number_of_ranks_and_their_threads(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
     monkeypatch.setattr(joblib, "cpu_count", lambda: cores)
     arguments = argparse.Namespace(
-        config=tiny_interactions.config, overrides=["data.lanes=6", "pretrain.rows_global=60"], ranks=asked
+        config=tiny_interactions.config, overrides=["data.lanes=6", "pretrain.rows_global=60"], ranks=requested
     )
     assert _stage._prepare_ranks(arguments) == ranks
     assert (os.environ.get("DS_ACCELERATOR"), os.environ.get("OMP_NUM_THREADS")) == (accelerator, threads)

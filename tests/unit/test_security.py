@@ -52,7 +52,7 @@ def mark(tmp_path: Path) -> Iterator[Path]:
     assert not path.exists(), "a pickle was opened"
 
 
-def test_the_bomb_works(tmp_path: Path) -> None:
+def test_the_test_pickle_executes_code(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(tmp_path / "mark")))
     assert (tmp_path / "mark").exists()
     torch.save({"x": Bomb(tmp_path / "second")}, tmp_path / "file.pt")
@@ -89,10 +89,10 @@ def forge(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tensors-00000.safetensors", "rank-00000.safetensors"])
-def test_a_pickle_in_the_place_of_tensors_is_not_opened(
+def test_a_pickle_disguised_as_tensors_is_not_opened(
     tmp_path: Path, mark: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not even where the manifest was made to fit: its bytes are numbers, at places that the manifest tells."""
+    """Even if the manifest matches: the bytes are read as numbers at the offsets of the manifest."""
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     store.save(4, {"stream": {}}, {}, {"cpu": torch.zeros(3)}, [whole_tensor("weight", torch.ones(2))])
     path = tmp_path / "checkpoints" / "step-00000004"
@@ -148,7 +148,7 @@ def test_a_pretrained_encoder_is_read_from_safetensors_only(tmp_path: Path, mark
 
 
 def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not asked for either: an answer on the terminal would be enough."""
+    """Without a prompt either: an answer on the terminal would be enough."""
     folder = tmp_path / "bert"
     folder.mkdir()
     code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nfrom transformers import BertConfig, BertModel\n"
@@ -195,7 +195,7 @@ def test_no_source_file_opens_pickles_or_trusts_code() -> None:
         ("model.eval()\nrandom.load()\nsave_file(t, p)", []),
     ],
 )
-def test_unsafe_lines_are_found(source: str, lines: list[int]) -> None:
+def test_unsafe_lines_are_detected(source: str, lines: list[int]) -> None:
     assert list(unsafe_lines(source)) == lines
 
 

@@ -25,7 +25,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ["pretrain.steps=3", "--seeds", "0", "7", "run.dir=R", "--", "--beir", "a=b"],
     ],
 )
-def test_overrides_stand_anywhere(tiny_interactions: Any, started: list[str], order: list[str]) -> None:
+def test_overrides_are_accepted_anywhere(tiny_interactions: Any, started: list[str], order: list[str]) -> None:
     assert seeds.main(["--config", str(tiny_interactions.config), *order]) == 0
     *runs, report = started
     for line, seed in zip(runs, ("0", "7"), strict=True):
@@ -46,7 +46,7 @@ def test_overrides_stand_anywhere(tiny_interactions: Any, started: list[str], or
         (["--seeds", "0", "--unknown"], "unknown option --unknown"),
     ],
 )
-def test_what_cannot_be_is_refused_first(
+def test_invalid_arguments_are_refused_before_the_first_run(
     tiny_interactions: Any, started: list[str], capsys: Any, words: list[str], sentence: str
 ) -> None:
     try:

@@ -103,7 +103,7 @@ def test_a_queries_own_document_does_not_count(dataset: Dataset, model: DualEnco
     np.testing.assert_array_equal(by_any.ranks, expected)
 
 
-def test_neither_itself_nor_who_pairs_with_it_is_mined(dataset: Dataset, model: DualEncoder) -> None:
+def test_hard_negatives_exclude_the_query_and_its_partners(dataset: Dataset, model: DualEncoder) -> None:
     pairs = train_pairs(dataset)
     related = set(pairs) | {(b, a) for a, b in pairs} | {(a, a) for a, _ in pairs}
     windows = mine(tower_encoders(model, dataset), dataset, first=0, last=NUM_DOCS)["window"]
@@ -114,7 +114,9 @@ def test_neither_itself_nor_who_pairs_with_it_is_mined(dataset: Dataset, model: 
 
 
 @pytest.mark.parametrize("mask", ["batch", "none"])
-def test_neither_is_a_negative_of_the_loss(config_path: Path, dataset: Dataset, model: DualEncoder, mask: str) -> None:
+def test_paired_documents_are_not_negatives_of_each_other(
+    config_path: Path, dataset: Dataset, model: DualEncoder, mask: str
+) -> None:
     config = load_config(config_path, [f"pretrain.negatives.mask={mask}", "pretrain.loss.direction=q2d"])
     stream = row_stream(config, config.pretrain, dataset, 0, 1)
     batch = next(read_batches(stream, BatchBuilder(stream, config.pretrain), torch.device("cpu")))
@@ -140,7 +142,7 @@ def test_neither_is_a_negative_of_the_loss(config_path: Path, dataset: Dataset, 
     assert dropped > 48
 
 
-def test_a_search_for_a_document_finds_others(dataset: Dataset, model_dir: Path, tmp_path: Path) -> None:
+def test_a_search_for_a_document_returns_others(dataset: Dataset, model_dir: Path, tmp_path: Path) -> None:
     loaded = load_model_folder(model_dir)
     write_vectors(tmp_path / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
     build_index(tmp_path / "vectors", tmp_path / "index")
@@ -152,7 +154,7 @@ def test_a_search_for_a_document_finds_others(dataset: Dataset, model_dir: Path,
         searcher.search([Request(document="x")])
 
 
-def test_bulk_queries_know_their_own_documents(dataset: Dataset, tmp_path: Path) -> None:
+def test_bulk_queries_exclude_their_own_documents(dataset: Dataset, tmp_path: Path) -> None:
     asked = SplitRows(dataset, "test").read(0, 5)
     ids = next(dataset.iterate("test", 1000)).query_ids[:5]
     assert [asked.seen[i].tolist() for i in range(5)] == dataset.catalogue.rows_of(ids)[:, None].tolist()
@@ -197,7 +199,7 @@ def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> 
         ("data.exclude_seen=false", "data.exclude_seen: got False, needs true with data.siamese=true"),
     ],
 )  # fmt: skip
-def test_what_two_sides_of_one_tower_cannot_be_is_refused(config_path: Path, override: str, words: str) -> None:
+def test_invalid_options_of_a_shared_tower_are_refused(config_path: Path, override: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(config_path, [override])
     assert words in str(caught.value)

@@ -81,7 +81,7 @@ def test_rows_are_shuffled_by_their_hashes(
     assert rows.column("n").to_pylist() == np.argsort(hashes).tolist()
 
 
-def test_keys_are_found_where_they_stand_last(tmp_path: Path) -> None:
+def test_lookups_return_the_last_occurrence_of_a_key(tmp_path: Path) -> None:
     ends = [-(2**63), 2**63 - 1, 0, -1]
     known, files = dict[int, int](), list[Path]()
     for number in range(3):

@@ -100,7 +100,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], list[int]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_are_the_table_whatever_reads_them(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_make_the_whole_table_for_every_reader(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(columnar, "ROWS_PER_PART", 110)
     write, sizes = KINDS[kind]
     path = write(tmp_path)
@@ -220,7 +222,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_read_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+def test_unreadable_tables_give_a_one_line_error(case: str, tmp_path: Path) -> None:
     name, write, message = REFUSED[case]
     path = Path(name) if name.startswith("pipe:") else tmp_path / name
     write(path)
@@ -236,7 +238,7 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path: Path) -> None:
         list(read_table(folder, ["id"], no_bad))
 
 
-def test_a_dataset_is_made_of_a_folder_as_of_a_file(tmp_path: Path, capsys: Any) -> None:
+def test_folders_and_files_build_the_same_dataset(tmp_path: Path, capsys: Any) -> None:
     make = Maker(tmp_path, capsys)
     assert make.parquet()[0] == 0
     expected = Dataset.open(make.out).fingerprint

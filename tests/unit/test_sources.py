@@ -120,9 +120,7 @@ def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: p
         ("t.csv.xz", lzma.compress(b"items\n" + b"1\n" * 9999)[:-20], "is damaged or not of the format of its name"),
     ],
 )
-def test_structural_trouble_is_one_sentence_naming_the_file(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+def test_structural_errors_name_the_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path / name, "items")

@@ -35,7 +35,7 @@ def test_a_missing_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("given", "most"), [({}, 128 << 20), ({"spark.bigdssm.driverBytes": "0"}, 0)])
-def test_what_the_driver_answers_is_a_setting(given: dict[str, str], most: int) -> None:
+def test_the_size_limit_of_driver_results_is_a_setting(given: dict[str, str], most: int) -> None:
     engine = SparkEngine.__new__(SparkEngine)
     engine._steps = SimpleNamespace(conf=given)
     assert engine._read_max_driver_bytes() == most

@@ -109,7 +109,9 @@ def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: 
     assert (f"each epoch drops {rest} rows" in caplog.text) == (tail == "drop")
 
 
-def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_more_targets_per_row_than_the_dataset_has_are_reported(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     history = replace(config.model.query.history, positions="relative")
     query = replace(config.model.query, history=history)
     wanted = replace(config, data=replace(config.data, targets_per_row=4), model=replace(config.model, query=query))
@@ -119,12 +121,12 @@ def test_targets_that_rows_do_not_have_are_told(config: Config, caplog: pytest.L
     assert "data.targets_per_row=4 has no effect: every train row of" in caplog.text
 
 
-def mined_file(config: Config, dataset: Dataset) -> str:
+def hard_negative_file(config: Config, dataset: Dataset) -> str:
     mining = HardNegativeRefresh(config, "pretrain", None, dataset, no_progress)  # type: ignore[arg-type]
     return mining.path(10).name
 
 
-def test_mined_negatives_are_of_one_part(config: Config) -> None:
+def test_hard_negatives_belong_to_one_dataset_and_weight(config: Config) -> None:
     """Another dataset or weight has other rows, and its row numbers may refer to other documents."""
     dataset = Dataset.open(config.data.dir)
     grown = Dataset.open(config.data.dir)
@@ -134,16 +136,16 @@ def test_mined_negatives_are_of_one_part(config: Config) -> None:
     for some in mixed:
         for data in (dataset, grown):
             data.sources = (MixturePart("base", 0, 1, some.data.mixture[0].weight),)
-            named.append(mined_file(some, data))
+            named.append(hard_negative_file(some, data))
     assert len(set(named)) == 4 and all(name.startswith("mined_negatives.") for name in named)
-    assert mined_file(config, dataset) == "mined_negatives.npy"
+    assert hard_negative_file(config, dataset) == "mined_negatives.npy"
     negatives = config.pretrain.negatives
     negatives = replace(negatives, mining=replace(negatives.mining, every_steps=5))
     again = replace(config, pretrain=replace(config.pretrain, negatives=negatives))
-    assert mined_file(again, dataset) == "mined_negatives.step-00000010.npy"
+    assert hard_negative_file(again, dataset) == "mined_negatives.step-00000010.npy"
 
 
-def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path: Path) -> None:
+def test_existing_hard_negatives_are_validated(config: Config, tmp_path: Path) -> None:
     mining = MiningConfig(file=str(tmp_path / "mined.npy"))
     negatives = replace(config.pretrain.negatives, hard=2, mining=mining)
     config = replace(config, pretrain=replace(config.pretrain, negatives=negatives))
@@ -168,7 +170,9 @@ def test_negatives_that_were_mined_before_are_looked_at(config: Config, tmp_path
     check_stage(judged, "pretrain", 1)
 
 
-def test_a_full_disk_while_the_best_is_written_is_one_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_during_the_write_of_the_best_gives_a_one_line_error(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As for a checkpoint: code 4, and the previous folder is kept."""
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)

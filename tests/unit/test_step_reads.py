@@ -1,4 +1,4 @@
-"""Reads of tensors by the host in a step, which would synchronise with a device: they do not grow with chunks."""
+"""Host reads of tensors in a step, which synchronise with a device, do not grow with chunks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PlainEngine:
 
 
 @pytest.mark.parametrize("frequency", ["counts", "streaming"])
-def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
+def test_host_reads_of_a_step_do_not_grow_with_chunks(frequency: Any) -> None:
     engine, batch = PlainEngine(), share_of(0, 1, 0)
     objective = Objective(StageConfig(sampling=Corrected(frequency=frequency)), MODEL, None, np.arange(1.0, 40.0), 24.0)
     for chunk_tokens, fewest in ((0, 2), (40, 8), (12, 20)):
@@ -97,7 +97,7 @@ def test_a_step_reads_nothing_back_whatever_the_chunks(frequency: Any) -> None:
         assert reads.by == [], chunk_tokens  # the gather is read as a list, which is not recorded
 
 
-def test_a_step_is_the_same_work_whatever_the_catalogue() -> None:
+def test_the_work_of_a_step_does_not_depend_on_the_catalogue() -> None:
     """It looks up the counts of its columns; no other operation takes those of all documents."""
     work = []
     for num_documents in (CATALOGUE, 1000 * CATALOGUE):

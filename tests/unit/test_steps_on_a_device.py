@@ -125,7 +125,7 @@ def batch_of(case: Case) -> Batch:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_a_step_asks_for(case: Case) -> None:
+def test_operations_of_a_training_step(case: Case) -> None:
     """Without and with a gradient cache, with few and many chunks."""
     engine, host = new_engine(case), batch_of(case)
     objective = Objective(

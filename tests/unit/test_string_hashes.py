@@ -25,7 +25,7 @@ def test_a_column_has_the_hashes_of_its_strings(type_: pa.DataType) -> None:
         assert hash_strings(pa.array([value], type_)).tolist() == [hashed]
 
 
-def test_a_column_longer_than_what_is_hashed_at_once() -> None:
+def test_a_column_longer_than_one_hash_batch() -> None:
     values = [f"u{number}" for number in range(BATCH_SIZE + 5)]
     hashes = hash_strings(pa.array(values))
     assert hashes.dtype == np.int64 and len(hashes) == len(values)

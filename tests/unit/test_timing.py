@@ -23,7 +23,7 @@ from bigdssm.training.health import TimeTable
 from bigdssm.utils import timing
 
 
-def test_a_span_counts_what_the_spans_in_it_do_not() -> None:
+def test_nested_timings_are_exclusive() -> None:
     timing.pop_seconds()
     with pytest.raises(KeyError), timing.span("loss"):
         time.sleep(0.02)
@@ -93,7 +93,7 @@ def test_the_table_adds_up() -> None:
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("block", "positions"), [("sasrec", "absolute"), ("gated", "rotary"), ("hstu", "relative")])
-def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions: Any, many: bool) -> None:
+def test_operations_by_formula_equal_the_counts_of_torch(block: Any, positions: Any, many: bool) -> None:
     """Rows of one length, without padding; one query per row, or many."""
     schema = Schema(
         {"history": History(of="item", max_items=6).with_name("history")},
@@ -121,7 +121,7 @@ def test_operations_by_formula_are_those_that_torch_counts(block: Any, positions
     assert model.flops(of_queries, of_docs) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
-def test_operations_of_a_cross_encoder_are_what_torch_counts() -> None:
+def test_operations_of_a_cross_encoder_equal_the_counts_of_torch() -> None:
     architecture = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, pad_token_id=0
     )

@@ -98,11 +98,11 @@ def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
         (StageProgress(history=[{"step": 1}], part_step=1), "no validation split"),  # in a new segment
     ],
 )
-def test_the_best_is_told_where_there_is_one(progress: StageProgress, words: str) -> None:
+def test_the_best_metric_is_described_if_it_exists(progress: StageProgress, words: str) -> None:
     assert words in progress.describe_best("ndcg_at_10") and "inf" not in progress.describe_best("ndcg_at_10")
 
 
-def test_a_vector_of_a_row_is_no_list_however_many_zeros_it_ends_with() -> None:
+def test_trailing_zeros_of_a_vector_are_not_padding() -> None:
     features = {"items": torch.tensor([[1, 2, 3], [1, 0, 0], [0, 0, 0]]), "vector": torch.tensor([[1.0, 0.0, 0.0]] * 3)}
     pads = {"items": 0}
     plan = plan_side(lengths_of(features, pads), 3, 4)
@@ -140,7 +140,7 @@ def test_chunks_keep_the_budget_and_every_row_once(pad: int) -> None:
     assert StepPlan(whole, plan_side({}, 2, 0), whole=True).padding == pytest.approx(1 - plan.filled / (7 * 11))
 
 
-def test_what_looks_like_padding_within_a_row_is_not_cut_off() -> None:
+def test_padding_tokens_within_a_row_are_not_cut_off() -> None:
     """A tokenizer may return its padding token for a word of the text."""
     features = {"text": torch.tensor([[4, 0, 5, 0], [4, 5, 0, 0], [0, 0, 0, 0]])}
     lengths = lengths_of(features, {"text": 0})["text"]
@@ -163,7 +163,7 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     assert len(set(drawn.values())) == 8 and all(len(draws) == 5 for draws in drawn.values())
 
 
-def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interactions: TinyDataset) -> None:
+def test_negatives_that_the_teacher_scores_above_the_positive_are_not_drawn(tiny_interactions: TinyDataset) -> None:
     """Minus the margin; documents without a score may be drawn, and the scores of drawn ones are returned."""
     stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=24, lanes=4)
     rows = next(iter(stream))
@@ -187,7 +187,7 @@ def test_what_a_judge_puts_above_a_querys_own_document_is_not_drawn(tiny_interac
 
 
 @pytest.mark.parametrize("mask", ["user", "past"])
-def test_known_pairs_are_what_lies_before_each_query(tiny_interactions: TinyDataset, mask: str) -> None:
+def test_known_pairs_are_the_events_before_each_query(tiny_interactions: TinyDataset, mask: str) -> None:
     """By query index, the events before it; by query id, the events before the last of its rows."""
     dataset = Dataset.open(tiny_interactions.dir)
     rows = next(iter(PairStream(dataset, rows_global=160, lanes=4)))
@@ -309,7 +309,7 @@ def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
         assert zero == {"stage": stage, **(overlapping if device == "cuda" and stage else {})}
 
 
-def test_one_reduction_agrees_on_chunks_and_on_those_kept() -> None:
+def test_one_reduction_agrees_on_chunks_and_retained_graphs() -> None:
     """As many graphs are retained as fit on every rank; filler chunks count as nothing."""
     generator = np.random.default_rng(0)
     seen = set()
@@ -368,7 +368,7 @@ def test_the_next_item_is_made_while_one_is_used_and_errors_come_when_they_are_d
     assert threading.active_count() == threads
 
 
-def test_a_stream_that_reads_ahead_says_where_it_stands_before_any_step(tiny_interactions: TinyDataset) -> None:
+def test_a_stream_that_reads_ahead_has_a_state_before_any_step(tiny_interactions: TinyDataset) -> None:
     stream = PairStream(Dataset.open(tiny_interactions.dir), rows_global=16, lanes=4)
     before = stream.state()
     batches = read_batches(stream, BatchBuilder(stream, StageConfig()), torch.device("cpu"), 3)

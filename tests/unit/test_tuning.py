@@ -41,14 +41,14 @@ def space(tmp_path: Path, text: str) -> Space:
         ("a: {choices: [1], low: 1}", "needs only a list of choices"),
     ],
 )
-def test_what_a_space_refuses(tmp_path: Path, text: str, sentence: str) -> None:
+def test_invalid_search_spaces_are_refused(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence.replace("[", r"\[").replace("{choices: …}", "")):
         space(tmp_path, text)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_space(tmp_path / "none.yaml")
 
 
-def test_it_begins_with_what_the_config_has_and_finds_what_is_better(tmp_path: Path) -> None:
+def test_a_search_starts_from_the_config_and_improves_on_it(tmp_path: Path) -> None:
     where = space(tmp_path, "x: {low: -1.0, high: 1.0}\nn: {low: 1, high: 9}\nkind: {choices: [a, b]}\n")
     asked: list[dict[str, Any]] = []
 
@@ -66,7 +66,7 @@ def test_it_begins_with_what_the_config_has_and_finds_what_is_better(tmp_path: P
     assert len(asked) == 27
 
 
-def test_what_was_broken_off_is_tried_again(tmp_path: Path) -> None:
+def test_interrupted_trials_are_repeated(tmp_path: Path) -> None:
     where, asked = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float]()
 
     def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
@@ -81,7 +81,7 @@ def test_what_was_broken_off_is_tried_again(tmp_path: Path) -> None:
     assert asked[2] == asked[1] and len(asked) == 5 and len(found) == 4
 
 
-def test_those_below_the_median_are_pruned(tmp_path: Path) -> None:
+def test_trials_below_the_median_are_pruned(tmp_path: Path) -> None:
     where, started, ended = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float](), list[float]()
 
     def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
@@ -116,7 +116,7 @@ def test_those_below_the_median_are_pruned(tmp_path: Path) -> None:
         ("pretrain.loss.direction: {choices: [q2d, up]}", "pretrain.loss.direction"),
     ],
 )
-def test_a_space_that_a_trial_could_not_take_is_refused_first(
+def test_an_infeasible_search_space_is_refused_first(
     tiny_interactions: Any, tmp_path: Path, capsys: Any, text: str, sentence: str
 ) -> None:
     space(tmp_path, text)
@@ -134,7 +134,7 @@ def test_a_baselines_bounds_are_those_of_its_options(tiny_interactions: Any, tmp
     assert "the baseline markov: window: got -5, needs at least 1" in capsys.readouterr().err
 
 
-def test_a_torn_journal_goes_on_and_a_damaged_one_is_a_sentence(tmp_path: Path) -> None:
+def test_a_truncated_journal_is_resumed_and_a_damaged_one_refused(tmp_path: Path) -> None:
     where, asked = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float]()
 
     def value(trial: optuna.Trial, values: dict[str, Any]) -> float:

@@ -59,7 +59,7 @@ def test_codes_are_those_of_a_dictionary(
         known[1000]
 
 
-def test_it_is_its_values_and_not_how_they_are_cut(tmp_path: Path) -> None:
+def test_vocabularies_are_compared_by_values_and_not_by_parts(tmp_path: Path) -> None:
     known = Vocabulary.of(VALUES)
     others = [VALUES[::-1], VALUES[:-1], [*VALUES[:-1], "other"], [VALUES[1], VALUES[0], *VALUES[2:]]]
     for ends in ((300,), (1, 2, 999)):
@@ -81,7 +81,7 @@ def test_a_part_is_written_from_batches_to_the_same_bytes(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.000000.arrow", "a.000001.arrow", "b"]
 
 
-def test_what_grows_writes_the_new_values_alone(tmp_path: Path) -> None:
+def test_a_grown_vocabulary_writes_only_new_values(tmp_path: Path) -> None:
     first = schema_of(Vocabulary.of(VALUES)).save(tmp_path)
     before = os.stat(tmp_path / "vocabularies" / FILE)
     grown = first.doc["kind"].vocabulary.grown(pa.array(["new"], pa.large_string()))
@@ -146,7 +146,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", list(SPOILT))
-def test_what_does_not_belong_together_is_refused(case: str, tmp_path: Path) -> None:
+def test_mismatched_vocabulary_files_are_refused(case: str, tmp_path: Path) -> None:
     spoil, said = SPOILT[case]
     schema_of(in_parts([*VALUES, "new"], 1000)).save(tmp_path)
     spoil(tmp_path)

@@ -69,7 +69,7 @@ def test_products_are_the_nearest_to_the_roots_of_the_counts(dense: bool, monkey
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_items_of_a_new_model_begin_there(
+def test_item_embeddings_start_from_co_occurrence(
     dense: bool, config: Config, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warm_start, "DENSE_UP_TO", 512 if dense else 1)
@@ -86,9 +86,7 @@ def test_items_of_a_new_model_begin_there(
     np.testing.assert_array_equal(table[~known], before[NAME].numpy()[~known])
 
 
-def test_a_table_that_is_wider_than_the_items_are_many_keeps_its_other_columns(
-    config: Config, dataset: Dataset
-) -> None:
+def test_excess_columns_of_a_wide_table_are_unchanged(config: Config, dataset: Dataset) -> None:
     size = dataset.schema.doc["item_id"].num_codes
     model, before = (model_of(config, dataset, 2 * size) for _ in range(2))
     initialize_item_embeddings(model, dataset, WarmStartConfig(window=3))
@@ -96,7 +94,7 @@ def test_a_table_that_is_wider_than_the_items_are_many_keeps_its_other_columns(
     assert torch.equal(table[:, size:], old[:, size:]) and not torch.equal(table[:, :size], old[:, :size])
 
 
-def test_what_it_refuses(tiny_interactions: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+def test_invalid_warm_starts_are_refused(tiny_interactions: Any, tiny_pairs: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pretrain.warm_start.window: got 3, needs 0: rows of .* have no hist"):
         check_stage(load_config(tiny_pairs.config, ["pretrain.warm_start.window=3"]), "pretrain", 1)
     overrides = ["sft.loss.name=fps", "sft.warm_start.window=3", f"sft.init={tmp_path}"]
@@ -106,7 +104,7 @@ def test_what_it_refuses(tiny_interactions: Any, tiny_pairs: Any, tmp_path: Path
         check_stage(load_config(tiny_interactions.config, overrides), "sft", 1)
 
 
-def test_a_run_begins_there_and_goes_on_from_its_checkpoint(
+def test_a_warm_started_run_resumes_from_its_checkpoint(
     config: Config, dataset: Dataset, tiny_interactions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model_of(config, dataset, config.model.doc.embedding_dim)

@@ -28,7 +28,7 @@ def watchdog() -> Watchdog:
     return dog
 
 
-def test_a_silent_store_is_blamed_on_its_keeper_never_on_the_neighbour(watchdog: Watchdog) -> None:
+def test_a_silent_store_is_blamed_on_its_host_not_on_the_neighbour(watchdog: Watchdog) -> None:
     watchdog._heard_at = 99.0  # a heartbeat arrives shortly before the store's response
     assert watchdog._fault(109.9) is None, "10.9 s without a heartbeat, but also without a response of the store"
     fault = watchdog._fault(110.1)
@@ -37,20 +37,20 @@ def test_a_silent_store_is_blamed_on_its_keeper_never_on_the_neighbour(watchdog:
     assert "the launcher hosts it" in str(watchdog._fault(110.1))
 
 
-def test_a_neighbour_that_the_store_has_not_heard_of_is_blamed(watchdog: Watchdog) -> None:
+def test_a_neighbour_missing_from_the_store_is_blamed(watchdog: Watchdog) -> None:
     watchdog._exchanged_at = watchdog._moved_at = 109.9
     assert watchdog._fault(110.0) is None
     watchdog._exchanged_at = watchdog._moved_at = 110.1
     assert str(watchdog._fault(110.2)).startswith("rank 2 (pid 7 on node2) sent no heartbeat for 10 s")
 
 
-def test_a_broken_store_has_lost_its_keeper(watchdog: Watchdog) -> None:
+def test_rank_0_is_blamed_for_a_broken_store(watchdog: Watchdog) -> None:
     watchdog._broken_at = 100.0
     assert watchdog._fault(109.9) is None
     assert "rank 0 (pid 7 on node0) has ended" in str(watchdog._fault(110.01))
 
 
-def test_of_stuck_ranks_the_one_furthest_behind_is_blamed_that_waits_for_nobody(watchdog: Watchdog) -> None:
+def test_the_slowest_rank_outside_a_collective_is_blamed(watchdog: Watchdog) -> None:
     """All ranks wait in the collective of step 5 except rank 2, which never reached it."""
 
     def state(moves: int, waits: bool) -> dict[str, object]:
@@ -107,7 +107,7 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dogs[7]._survey is not None, "rank 1 wrote no verdict"
 
 
-def test_a_main_thread_that_waits_for_another_is_where_that_one_is(watchdog: Watchdog) -> None:
+def test_a_main_thread_that_joins_another_reports_its_location(watchdog: Watchdog) -> None:
     """Otherwise all ranks would report the same position when one cannot write its checkpoint shard."""
     done: list[bool] = []
 

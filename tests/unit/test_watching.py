@@ -137,9 +137,7 @@ def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.Mo
         check_trackers(["tensorboard", "wandb"])
 
 
-def test_metrics_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
-    tmp_path: Path, tiny_pairs: TinyDataset
-) -> None:
+def test_metrics_are_truncated_to_the_resumed_checkpoint(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
     """The checkpoint of step 3 contains one validation; a second one of that step was not saved."""
     config = load_config(tiny_pairs.config, ["run.trackers=[]"])
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in range(1, 6)]
@@ -159,7 +157,7 @@ def test_metrics_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
     assert (tmp_path / "metrics.jsonl").read_text() == "", "without a checkpoint the run begins anew"
 
 
-def test_tensorboard_shows_only_what_came_of_the_checkpoint(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
+def test_tensorboard_shows_the_steps_after_the_resumed_checkpoint_once(tmp_path: Path, tiny_pairs: TinyDataset) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = load_config(tiny_pairs.config, ["run.trackers=[tensorboard]"])

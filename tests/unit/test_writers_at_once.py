@@ -112,7 +112,7 @@ def within(monkeypatch: pytest.MonkeyPatch, name: str, then: Callable[[], None])
         ("replace_folder", "new", "overwrite"),
     ],
 )
-def test_what_is_decided_upon_is_read_under_the_lock(
+def test_the_state_for_decisions_is_read_under_the_lock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, kind: str, other: str
 ) -> None:
     """Another process starts right after the state is read, or before the last rename."""
@@ -130,9 +130,7 @@ def test_what_is_decided_upon_is_read_under_the_lock(
     assert [partition.name for partition in Dataset.open(out).partitions] == names
 
 
-def test_a_lock_on_a_removed_file_excludes_nobody_and_is_taken_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_lock_on_a_removed_file_is_taken_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The holder removes its file after another process opened it and before it is locked."""
     path = tmp_path / ".lock"
     first = WriterLock(path, tmp_path)

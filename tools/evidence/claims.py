@@ -56,7 +56,7 @@ class Cell:
     after: str | None = None  # cell whose pretrained model is fine-tuned
     sft: bool = False  # fine-tune after pretraining; implied by `after`
     # arguments of score_pairs: teachers that score the hard negatives; {start}: the model of `after`
-    judge: tuple[str, ...] = ()
+    teacher_scores: tuple[str, ...] = ()
     teacher: str | None = None  # cell whose pretrained model is the teacher (vectors) of fine-tuning
     rerank: int | None = None  # evaluate with the top documents of the towers re-ranked by the scorer
     baseline: str | None = None  # instead of a training
@@ -166,7 +166,12 @@ def _check(path: Path, claim: Claim) -> None:
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
         need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without`")
         need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
-        need(not cell.judge or cell.after is not None, f"{key}.judge", list(cell.judge), "after")
+        need(
+            not cell.teacher_scores or cell.after is not None,
+            f"{key}.teacher_scores",
+            list(cell.teacher_scores),
+            "after",
+        )
         need(cell.teacher is None or cell.after is not None, f"{key}.teacher", cell.teacher, "after")
         for role, named in (("per_set", list(cell.per_set)), ("only", list(cell.only))):
             known = {*claim.sets, *claim.pools}

@@ -196,7 +196,7 @@ def run_trial(trial: Trial) -> None:
     overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
     if trial.start is not None:
         overrides.append(f"sft.init={trial.start}")
-    if trial.cell.judge:
+    if trial.cell.teacher_scores:
         _score_negatives(trial, config)
     if trial.teacher is not None:
         with _building:
@@ -230,7 +230,7 @@ def write_config(trial: Trial) -> Config:
 def _config_content(trial: Trial) -> Any:
     """Return a trial's config as plain YAML, with the files of its teachers."""
     content = _content(trial.claim, trial.set_name, trial.cell_name)
-    if trial.cell.judge:
+    if trial.cell.teacher_scores:
         OmegaConf.update(content, "sft.negatives.mining.file", str(trial.folder / SCORED))
     if trial.teacher is not None:
         OmegaConf.update(content, "sft.distillation.teacher", str(trial.teacher.folder / TEACHER_VECTORS))
@@ -253,7 +253,7 @@ def _score_negatives(trial: Trial, config: Config) -> None:
             "--first", str(window.first), "--last", str(window.last),
         )  # fmt: skip
     if not scored.exists():
-        teachers = [word.format(start=trial.start) for word in trial.cell.judge]
+        teachers = [word.format(start=trial.start) for word in trial.cell.teacher_scores]
         files = ["--mined", str(mined), "--out", str(scored)]
         _command(trial, "score_pairs", "--data", config.data.dir, *files, *teachers)
 
@@ -305,7 +305,7 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
     after = None if cell.after is None else _name_of(claim, set_name, cell.after)
     content = OmegaConf.to_yaml(_content(claim, set_name, cell_name))
     made = _made(data, cell)
-    teachers: list[Any] = [cell.judge] if cell.judge else []
+    teachers: list[Any] = [cell.teacher_scores] if cell.teacher_scores else []
     teachers += [_name_of(claim, set_name, cell.teacher)] if cell.teacher is not None else []
     return hex64(json.dumps([content, made, cell.sft, after, cell.baseline, cell.options, *teachers]))
 

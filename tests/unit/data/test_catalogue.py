@@ -53,7 +53,7 @@ def test_parts_in_several_files_are_one_table(tmp_path: Path, tools) -> None:
     assert mapped.column("number").tolist() == list(range(50))
 
 
-def test_what_is_wrong_with_a_catalogue_is_named(tmp_path: Path, tools) -> None:
+def test_damage_of_a_catalogue_is_named(tmp_path: Path, tools) -> None:
     schema = tools.Writer(tmp_path / "data").schema
     path = tmp_path / "c.arrow"
     tools.write_arrow(path, pa.table({"doc_key": ["a"], "doc_id": [1], "doc_title": ["A"], "item": [2]}))

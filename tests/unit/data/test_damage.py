@@ -115,7 +115,7 @@ def test_damaged_files_cost_their_blocks_and_nothing_else(
     assert 64 * len(blocks) <= stream.rows_bad < 64 * len(blocks) + 64  # step 21 includes rows of the second epoch
 
 
-def test_a_run_that_goes_on_names_no_block_twice(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resumed_run_names_no_block_twice(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cut_in_data(copy)
     _, first, _ = read(copy, tmp_path)
     quarantine = tmp_path / "run" / "quarantine.jsonl"
@@ -215,7 +215,7 @@ BAD_BLOCKS: dict[str, tuple[Callable[..., bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", list(BAD_BLOCKS))
-def test_blocks_that_are_not_ours_are_left_out_whole(case: str, tools, tmp_path: Path) -> None:
+def test_foreign_blocks_are_skipped_entirely(case: str, tools, tmp_path: Path) -> None:
     writer = tools.Writer(tmp_path / "data")
     folder = writer.write()
     make, reason = BAD_BLOCKS[case]
@@ -314,7 +314,7 @@ def test_a_bad_row_early_in_a_good_dataset_does_not_stop_it(tools, tmp_path: Pat
     assert len(list(islice(stream, 300))) == 300  # 1 of 1,000, although temporarily 1 of fewer rows
 
 
-def test_iterate_warns_of_what_it_leaves_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_iterate_warns_of_skipped_rows(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = copy / "partitions/all/test-000000.tar"
     index = Dataset.open(copy).index("test")
     flip(path, int(index.offset[0]) + 100)
@@ -324,7 +324,7 @@ def test_iterate_warns_of_what_it_leaves_out(copy: Path, caplog: pytest.LogCaptu
     assert "test-000000.tar, block 0: the bytes are damaged" in caplog.text
 
 
-def test_decoded_size_is_what_decoding_takes(tools) -> None:
+def test_decoded_size_matches_decoded_memory(tools) -> None:
     columns = {"a": pa.array(np.zeros(10_000)), "b": pa.array([[1, 2]] * 10_000, pa.list_(pa.int32()))}
     for compression in (None, "zstd"):
         content = tools.block_bytes(columns, compression)

@@ -22,7 +22,7 @@ def copy(interactions: Path, tmp_path: Path) -> Path:
     return shutil.copytree(interactions, tmp_path / "copy")
 
 
-def test_what_a_dataset_says_of_itself(interactions: Path, texts: Path, tools) -> None:
+def test_properties_of_a_dataset(interactions: Path, texts: Path, tools) -> None:
     dataset = Dataset.open(interactions)
     assert (dataset.num_rows("train"), dataset.num_rows("test"), dataset.num_rows("validation")) == (1000, 100, 0)
     assert dataset.doc_counts().tolist() == [1] * tools.NUM_DOCS
@@ -44,7 +44,7 @@ def test_iterate_gives_a_split_in_order(interactions: Path, world_size: int, row
     assert all([rows.step for rows in batches] == list(range(len(batches))) for batches in ranks)
 
 
-def test_a_config_of_other_features_is_refused_by_name(interactions: Path) -> None:
+def test_a_config_with_other_features_is_refused_by_name(interactions: Path) -> None:
     history = History(of="item", max_items=5)
     query = {"age": Numeric(), "history": history}
     doc = {
@@ -90,7 +90,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_what_is_missing_is_named(copy: Path, case: str) -> None:
+def test_missing_parts_of_a_dataset_are_named(copy: Path, case: str) -> None:
     spoil, message = CASES[case]
     spoil(copy)
     with pytest.raises(DataError, match=message):
@@ -165,7 +165,7 @@ def test_a_text_dataset_without_its_tokenizer_is_refused(texts: Path, tmp_path: 
         Dataset.open(folder)
 
 
-def test_indexes_that_cannot_be_are_refused(copy: Path, tools) -> None:
+def test_invalid_indexes_are_refused(copy: Path, tools) -> None:
     path, partition = copy / PARTITION / "train.index.arrow", copy / PARTITION / "partition.json"
     splits = json.loads(partition.read_text())["splits"]
 

@@ -139,7 +139,7 @@ def test_a_vocabulary_that_has_not_only_grown_is_refused(
     assert "partition" not in str(caught.value)
 
 
-def test_a_refusal_says_how_to_go_on(grown: tuple[Path, dict[str, str]]) -> None:
+def test_a_refusal_names_the_ways_to_continue(grown: tuple[Path, dict[str, str]]) -> None:
     first, second = streams(grown[0])
     whole = PairStream(grown[0], rows_global=100, lanes=4)
     with pytest.raises(DataError, match=r"day2 is new.* on the new partitions with data\.from_partition=day2"):
@@ -148,7 +148,7 @@ def test_a_refusal_says_how_to_go_on(grown: tuple[Path, dict[str, str]]) -> None
         whole.check_state(second.state())
 
 
-def test_old_partitions_must_still_be_there_unchanged(grown: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_old_partitions_must_be_unchanged(grown: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     first, second = streams(grown[0])
     other = PairStream(second.dataset, rows_global=200, lanes=4)
     with pytest.raises(DataError, match="rows_global was 100, is 200"):

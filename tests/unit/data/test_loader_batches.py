@@ -107,7 +107,7 @@ def test_every_loader_process_makes_its_share_of_the_steps(pieces: Dataset, num_
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_no_batch_is_made_behind_the_last_that_is_asked_for(pieces: Dataset, num_workers: int) -> None:
+def test_no_batch_is_built_after_the_last_requested_step(pieces: Dataset, num_workers: int) -> None:
     """Later steps have other mining windows: their rows have no hard negatives yet."""
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     keys = np.unique(np.concatenate([rows.query_keys for rows in islice(stream, 5)]))
@@ -138,7 +138,7 @@ def failing_at_7(rows: Rows) -> int:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_what_cannot_be_made_stops_the_rank_at_its_step(pieces: Dataset, num_workers: int) -> None:
+def test_a_batch_that_cannot_be_built_stops_the_rank_at_its_step(pieces: Dataset, num_workers: int) -> None:
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     with closing(stream.map_steps(failing_at_7, 12)) as made:
         assert list(islice(made, 7)) == [ROWS_GLOBAL] * 7 and not stream.report().failed

@@ -76,7 +76,7 @@ def test_every_source_runs_through_its_own_epochs_and_has_its_share(make: Callab
 
 @settings(max_examples=40, deadline=None)
 @given(mixtures(), st.lists(st.integers(0, 10**7), min_size=1, max_size=4))
-def test_a_step_does_not_depend_on_those_before_nor_on_who_asks(
+def test_a_mixture_step_does_not_depend_on_previous_steps_or_instances(
     make: Callable[[], MixedOrder], steps: list[int]
 ) -> None:
     used = make()
@@ -157,7 +157,7 @@ def test_partitions_by_weight_on_any_ranks_and_workers(days: Path, batches: str)
     assert dataset.num_rows("train") == 900 and len(dataset.index("train").rows) == 15
 
 
-def test_a_mixture_goes_on_from_any_step_on_other_ranks_and_workers(days: Path) -> None:
+def test_a_mixture_resumes_from_any_step_on_other_ranks_and_workers(days: Path) -> None:
     dataset = open_dataset(config(days, *WEIGHTED))
     whole = [rows.row_ids for rows in islice(PairStream(dataset, **NUMBERS), 60)]
     stream = PairStream(dataset, **NUMBERS, rank=1, world_size=2, num_workers=2)
@@ -275,7 +275,7 @@ def test_datasets_with_catalogues_of_their_own(pairs: tuple[Path, Path]) -> None
     assert [p.name for p in one.partitions] == ["base", "small/base"]  # the same, whether data.dir is named or not
 
 
-def test_what_does_not_go_together_is_refused(pairs: tuple[Path, Path], days: Path, tmp_path: Path) -> None:
+def test_incompatible_sources_are_refused(pairs: tuple[Path, Path], days: Path, tmp_path: Path) -> None:
     big, _ = pairs
     other = write_pairs(tmp_path, "other", 7, 500)
     other_words = replace(WORDS, query={"words": Text(max_tokens=9)})

@@ -116,7 +116,7 @@ def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_source(f"{bucket.url}/tables/bad.parquet").parts()
 
 
-def test_a_dataset_is_made_of_tables_in_a_bucket_and_put_there(bucket: Store, tmp_path: Path) -> None:
+def test_a_dataset_is_built_from_and_written_to_a_bucket(bucket: Store, tmp_path: Path) -> None:
     pairs = pa.table({"q": [f"q{i}" for i in range(40)], "d": [f"d{i % 9}" for i in range(40)]})
     pq.write_table(pairs, tmp_path / "p.parquet")
     bucket.files.put_file(str(tmp_path / "p.parquet"), "bucket/tables/p.parquet")

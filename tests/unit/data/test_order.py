@@ -74,7 +74,7 @@ def test_drop_gives_whole_steps_and_leaves_out_the_reported_rest(order: Order, e
 
 @settings(max_examples=40, deadline=None)
 @given(orders("carry"), st.lists(st.integers(0, 200), min_size=1, max_size=5))
-def test_a_step_does_not_depend_on_the_steps_asked_for_before(order: Order, steps: list[int]) -> None:
+def test_a_step_does_not_depend_on_previous_steps(order: Order, steps: list[int]) -> None:
     fresh = Order(
         order.rows, rows_global=order.rows_global, lanes=order.lanes, seed=order.seed, window_blocks=order.window_blocks
     )
@@ -127,7 +127,7 @@ def written_order(num_rows: int, seed: int = 0) -> np.ndarray:
     return np.argsort(shuffle_keys(np.arange(num_rows), seed), kind="stable")
 
 
-def test_every_lane_meets_every_shard_over_time() -> None:
+def test_every_lane_reads_every_shard_over_time() -> None:
     order = Order(uniform(64 * 100, 100), rows_global=64, lanes=8)
     blocks_per_shard, met = 8, [set() for _ in range(8)]
     for epoch in range(12):
@@ -157,6 +157,6 @@ def test_block_keys_are_uniform() -> None:
         ({"rows_global": 200, "lanes": 4, "tail": "drop"}, DataError, "the split has 100 rows, at least 200"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_refused(arguments: dict, error: type[Exception], message: str) -> None:
+def test_inconsistent_sizes_are_refused(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Order(uniform(100, 10), **arguments)

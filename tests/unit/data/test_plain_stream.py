@@ -86,7 +86,7 @@ def test_rows_of_all_shards_with_their_own_values(plain: tuple[Dataset, Path], n
     assert np.abs(np.diff(ages)).mean() > 60  # and not in their order
 
 
-def test_resuming_is_warned_of_and_what_differs_refused(
+def test_resuming_logs_a_warning_and_other_shards_are_refused(
     plain: tuple[Dataset, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

@@ -94,7 +94,7 @@ def test_rows_are_taken_with_their_queries(folder: Path) -> None:
     assert both.doc_rows.tolist() == [events(int(both.row_ids[r]))[p] for r, p in zip(both.row, both.position)]  # type: ignore[arg-type]  # noqa: B905
 
 
-def test_a_batch_says_where_its_queries_stand(folder: Path) -> None:
+def test_a_batch_has_query_positions(folder: Path) -> None:
     dataset = Dataset.open(folder)
     rows = next(PairStream(dataset, rows_global=50, lanes=5))
     batch = Collator(dataset.schema, dataset.catalogue, 0)(rows)

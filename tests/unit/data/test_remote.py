@@ -294,18 +294,18 @@ def test_damage_on_the_server_is_damage(server: Server, store: FileCache, caplog
         (lambda d: (d / "partitions/all/train.index.arrow").write_bytes(b"x"), r"train.index.arrow is damaged"),
     ],
 )
-def test_what_is_said_of_a_damaged_dataset(server: Server, store: FileCache, spoil, message: str) -> None:
+def test_damage_of_a_remote_dataset_is_named(server: Server, store: FileCache, spoil, message: str) -> None:
     spoil(server.folder / "a/data")
     with pytest.raises(DataError, match=message):
         Dataset.open(f"{server.url}/a/data", cache=store)
     assert not entries(store, ".unfinished")
 
 
-@pytest.mark.parametrize("place", ["../../x", "/etc/x", "a/../../x", "a\\..\\x", "a//b"])
-def test_paths_out_of_the_dataset_are_refused(server: Server, store: FileCache, place: str) -> None:
+@pytest.mark.parametrize("relative", ["../../x", "/etc/x", "a/../../x", "a\\..\\x", "a//b"])
+def test_paths_out_of_the_dataset_are_refused(server: Server, store: FileCache, relative: str) -> None:
     path = server.folder / "a/data/dataset.json"
     content = json.loads(path.read_text())
-    content["catalogue"][0]["file"] = place
+    content["catalogue"][0]["file"] = relative
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="not a plain path inside it"):
         Dataset.open(f"{server.url}/a/data", cache=store)
@@ -347,7 +347,7 @@ def test_a_missing_extra_is_named(store: FileCache, monkeypatch: pytest.MonkeyPa
         Dataset.open("http://127.0.0.1:1/never", cache=store)
 
 
-def test_what_is_in_the_cache_is_not_fetched_again(server: Server, store: FileCache) -> None:
+def test_cached_files_are_not_fetched_again(server: Server, store: FileCache) -> None:
     steps(Dataset.open(f"{server.url}/a/data", cache=store))
     server.requests.clear()
     steps(Dataset.open(f"{server.url}/a/data", cache=store))
@@ -392,7 +392,7 @@ def test_a_torn_block_in_the_cache_is_fetched_again(server: Server, store: FileC
         assert path.read_bytes() == content
 
 
-def test_wrong_content_is_never_kept(server: Server, store: FileCache) -> None:
+def test_wrong_content_is_never_cached(server: Server, store: FileCache) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     shard, *block = blocks_of(dataset)[0]
     before = set(entries(store))
@@ -419,7 +419,7 @@ def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: 
     assert all(path.exists() for path in held.dir.rglob("*") if path.is_symlink())
 
 
-def test_a_dataset_that_nobody_holds_makes_room(server: Server, store: FileCache, tools) -> None:
+def test_a_closed_dataset_is_evicted(server: Server, store: FileCache, tools) -> None:
     tools.Writer(server.folder / "b/data").write()
     first = Dataset.open(f"{server.url}/a/data", cache=store)
     tree, size = first.dir, used(store)
@@ -503,7 +503,7 @@ def used_now(store: FileCache) -> int:
     return total
 
 
-def test_kill_in_a_fill_leaves_nothing_that_is_believed(server: Server, store: FileCache, interactions: Path) -> None:
+def test_a_fill_that_is_killed_leaves_no_valid_entry(server: Server, store: FileCache, interactions: Path) -> None:
     """A process is killed while fetching the catalogue and another one waits for it; the other one fetches it."""
     url, path = f"{server.url}/a/data", "/a/data/catalogue/000000.arrow"
     stuck = threading.Event()

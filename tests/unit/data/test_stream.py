@@ -109,7 +109,7 @@ def test_two_partitions_are_one_order_with_their_own_sequences(tmp_path: Path, t
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 1), (3, 0)])
-def test_a_stream_goes_on_from_any_step_on_other_ranks_and_workers(
+def test_a_stream_resumes_from_any_step_on_other_ranks_and_workers(
     interactions: Path, world_size: int, num_workers: int
 ) -> None:
     whole = steps(interactions, 40)

@@ -40,7 +40,7 @@ Facts = tuple[float, str]
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=12))
-def test_versions_are_what_a_plain_reading_gives(num_docs: int, changes: list[tuple[int, int]]) -> None:
+def test_versions_match_a_brute_force_search(num_docs: int, changes: list[tuple[int, int]]) -> None:
     changes = sorted({(doc % num_docs, since) for doc, since in changes}, key=lambda change: change[1])
     document, since = np.array(changes).T
     versions = Versions.of(num_docs, document, since)
@@ -107,7 +107,7 @@ def documents_of(dataset: Dataset, rows: np.ndarray) -> list[int]:
     return [int(key[1:]) for key in dataset.catalogue.keys(rows)]
 
 
-def test_rows_see_what_was_known_and_all_else_sees_what_is(grown: Path) -> None:
+def test_rows_use_past_versions_and_the_catalogue_uses_the_newest(grown: Path) -> None:
     dataset = Dataset.open(grown)
     everything = np.arange(dataset.catalogue.num_docs)
     docs = documents_of(dataset, everything)
@@ -138,7 +138,7 @@ def test_a_partition_alone_sees_the_same(grown: Path) -> None:
             assert known_facts(dataset, rows.doc_versions) == expected
 
 
-def test_only_what_changed_is_written_and_nothing_else_touched(tmp_path: Path) -> None:
+def test_an_append_writes_changed_documents_only(tmp_path: Path) -> None:
     reports = [make_day(tmp_path, 0)]
     before = content(tmp_path / "data")
     reports.append(make_day(tmp_path, 1))
@@ -241,7 +241,7 @@ def write_items(folder: Path, day: int) -> InteractionTables:
     return InteractionTables(folder / f"events{day}.parquet", folder / f"items{day}.parquet", split="train")
 
 
-def test_histories_tell_items_as_they_were_for_the_partitions_rows(tmp_path: Path) -> None:
+def test_histories_use_the_item_versions_of_their_partition(tmp_path: Path) -> None:
     for day in range(2):
         target = IngestTarget(tmp_path / "data", f"day{day}", append=day > 0, processes=1)
         report = make_interactions(SEQUENCES, write_items(tmp_path, day), target)

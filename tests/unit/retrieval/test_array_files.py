@@ -52,41 +52,41 @@ def twin(tiny_interactions: Any, tmp_path_factory: pytest.TempPathFactory) -> Da
 
 
 @pytest.fixture
-def mined(dataset: Dataset, tmp_path: Path) -> Path:
+def negatives(dataset: Dataset, tmp_path: Path) -> Path:
     keys = np.concatenate([rows.query_keys for rows in dataset.iterate("train", 999)])
     write_hard_negatives(tmp_path / "mined.npy", window_records(keys, np.zeros((len(keys), 3), np.int32)), dataset)
     return tmp_path / "mined.npy"
 
 
 def test_negatives_of_a_dataset_of_as_many_rows_are_refused(
-    mined: Path, dataset: Dataset, twin: Dataset, model_dir: Path, capsys: pytest.CaptureFixture[str]
+    negatives: Path, dataset: Dataset, twin: Dataset, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dataset.num_rows("train") == twin.num_rows("train")
-    HardNegatives.open(mined).check_against(dataset)
+    HardNegatives.open(negatives).check_against(dataset)
     with pytest.raises(DataError, match=r"mined\.npy belongs to another dataset"):
-        HardNegatives.open(mined).check_against(twin)
-    of_twin = ["--data", str(twin.dir), "--mined", str(mined)]
-    out = str(mined.parent / "judged.npy")
+        HardNegatives.open(negatives).check_against(twin)
+    of_twin = ["--data", str(twin.dir), "--mined", str(negatives)]
+    out = str(negatives.parent / "judged.npy")
     assert score_pairs.main([*of_twin, "--out", out, "--model", str(model_dir)]) == 3
     assert sample_negatives.main(of_twin) == 3
     assert capsys.readouterr().err.count("belongs to another dataset") == 2
 
 
 @pytest.mark.parametrize("at", [200, -300, -10])
-def test_a_flipped_bit_of_negatives_is_found(mined: Path, dataset: Dataset, at: int) -> None:
-    content = bytearray(mined.read_bytes())
+def test_a_flipped_bit_of_hard_negatives_is_detected(negatives: Path, dataset: Dataset, at: int) -> None:
+    content = bytearray(negatives.read_bytes())
     content[at] ^= 1
-    mined.write_bytes(content)
+    negatives.write_bytes(content)
     with pytest.raises(DataError, match=r"mined\.npy (is damaged|does not end in)"):
-        HardNegatives.open(mined).check_against(dataset)
+        HardNegatives.open(negatives).check_against(dataset)
 
 
-def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> None:
-    np.save(mined, np.load(mined))
+def test_negatives_without_a_seal_are_refused(negatives: Path, dataset: Dataset) -> None:
+    np.save(negatives, np.load(negatives))
     with pytest.raises(
         DataError, match=r"does not end in a dataset fingerprint .* make it with bigdssm mine_negatives"
     ):
-        HardNegatives.open(mined).check_against(dataset)
+        HardNegatives.open(negatives).check_against(dataset)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_negatives_without_a_seal_are_refused(mined: Path, dataset: Dataset) -> 
     [([0, 1], [[0], [-2]]), ([0, 1], [[-(2**31)], [-1]]), ([-1, 1], [[0], [1]]), ([1, 0], [[0], [1]]), ([1], [[]])],
     ids=["below -1", "far below", "negative query", "descending", "width 0"],
 )
-def test_negatives_that_nothing_writes_are_refused(
+def test_malformed_hard_negatives_are_refused(
     dataset: Dataset, tmp_path: Path, keys: list[int], windows: list[list[int]]
 ) -> None:
     """The seal is valid, the values are not."""
@@ -135,13 +135,13 @@ COMMANDS: dict[str, tuple[Callable[..., int], list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_full_disk_is_one_sentence_and_leaves_nothing_large(
-    name: str, mined: Path, dataset: Dataset, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+def test_a_full_disk_gives_a_one_line_error_and_leaves_no_large_file(
+    name: str, negatives: Path, dataset: Dataset, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("bigdssm.utils.array_file.os.posix_fallocate", no_space)
     main, words, file = COMMANDS[name]
-    given = {"MODEL": str(model_dir), "MINED": str(mined)}
+    given = {"MODEL": str(model_dir), "MINED": str(negatives)}
     out = tmp_path / "work" / "out.npy"
     out.parent.mkdir()
     code = main(["--data", str(dataset.dir), "--out", str(out), *(given.get(word, word) for word in words)])

@@ -67,7 +67,7 @@ def by_hand(vector: np.ndarray, dtype: Dtype) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 9, 12, 65])
-def test_a_vector_is_read_as_its_coding_says(dtype: Dtype, width: int) -> None:
+def test_vectors_are_decoded_by_their_coding(dtype: Dtype, width: int) -> None:
     vectors = np.random.RandomState(width).randn(30, width).astype(np.float32)
     vectors[3], vectors[5, 0] = 0, 0
     vectors[:, -1] *= 50
@@ -85,7 +85,7 @@ def test_a_vector_is_read_as_its_coding_says(dtype: Dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_reader_gets_what_is_stored(
+def test_every_reader_returns_the_stored_vectors(
     dtype: Dtype, folders: dict[Dtype, Path], whole: np.ndarray, model_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     folder, stored = folders[dtype], np.stack([by_hand(vector, dtype) for vector in whole])
@@ -111,7 +111,9 @@ def test_every_reader_gets_what_is_stored(
 
 
 @pytest.mark.parametrize("dtype", CODED)
-def test_an_index_may_cut_them(dtype: Dtype, folders: dict[Dtype, Path], whole: np.ndarray, tmp_path: Path) -> None:
+def test_an_index_may_cut_coded_vectors(
+    dtype: Dtype, folders: dict[Dtype, Path], whole: np.ndarray, tmp_path: Path
+) -> None:
     build_index(folders[dtype], tmp_path / "index", width=3, rescore=4)
     index = open_index(tmp_path / "index")
     stored = decode_rows(encode_rows(whole, dtype), dtype, 9)
@@ -121,7 +123,7 @@ def test_an_index_may_cut_them(dtype: Dtype, folders: dict[Dtype, Path], whole: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_files_hold_the_numbers_and_what_they_stand_for(
+def test_vector_files_contain_codes_and_scales(
     dtype: Dtype, folders: dict[Dtype, Path], model: DualEncoder, dataset: Dataset, config: Config, whole: np.ndarray
 ) -> None:
     folder, encoders = folders[dtype], tower_encoders(model, dataset)
@@ -158,7 +160,7 @@ def test_other_vectors_are_named_in_every_coding(
         difference_from_model(copied / "vectors.npy", tower_encoders(model, dataset))
 
 
-def test_unchanged_ones_are_copied_and_never_from_another_coding(
+def test_unchanged_vectors_are_copied_and_never_from_another_coding(
     folders: dict[Dtype, Path], model_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     folder = load_model_folder(model_dir)
@@ -172,7 +174,7 @@ def test_unchanged_ones_are_copied_and_never_from_another_coding(
         write_vectors(tmp_path / "w", encoders, dataset, folder.checksum, since=folders["int8"], dtype="float16")
 
 
-def test_what_a_coding_cannot_hold_is_refused(
+def test_vectors_out_of_range_of_a_coding_are_refused(
     folders: dict[Dtype, Path], model: DualEncoder, dataset: Dataset, tmp_path: Path
 ) -> None:
     encoders = tower_encoders(model, dataset)
@@ -183,7 +185,9 @@ def test_what_a_coding_cannot_hold_is_refused(
         write_file(folders["int8"], "fvecs")
 
 
-def test_the_command(model_dir: Path, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embed_command_writes_coded_vectors(
+    model_dir: Path, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "v"
     arguments = ["embed", "--model", model_dir, "--data", dataset.dir, "--out", out, "--dtype", "binary"]
     assert command.main([*map(str, arguments), "--format", "fvecs"]) == 2

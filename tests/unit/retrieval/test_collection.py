@@ -109,7 +109,7 @@ def test_bfloat16_changes_the_products_alone(made: tuple[Dataset, Path, Config],
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_mined_negatives_can_be_read(
+def test_hard_negatives_are_readable_as_text(
     made: tuple[Dataset, Path, Config], text_model: DualEncoder, monkeypatch: pytest.MonkeyPatch, capsys: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -137,7 +137,7 @@ def test_mined_negatives_can_be_read(
     assert "train rows" in message
 
 
-def test_known_positives_can_be_left_out(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
+def test_known_positives_can_be_excluded(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:
     dataset, folder, _ = made
     collection = read_collection(folder, "test")
     query = collection.queries[0].key
@@ -235,7 +235,7 @@ def test_damage_is_named(made: tuple[Dataset, Path, Config], tmp_path: Path) -> 
         read_collection(tmp_path, "test")
 
 
-def test_layers_of_a_pretrained_encoder_can_be_kept(tmp_path: Path) -> None:
+def test_a_pretrained_encoder_can_be_cut_to_its_first_layers(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
     BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
@@ -294,7 +294,7 @@ def test_the_tools_on_a_collection(
     assert len(seconds) == 3 and min(seconds) > 0.5, "the time of a system excludes encoding"
 
 
-def test_what_cannot_be_evaluated_is_refused(
+def test_invalid_evaluations_are_refused(
     made: tuple[Dataset, Path, Config], text_model: DualEncoder, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -321,7 +321,7 @@ def test_what_cannot_be_evaluated_is_refused(
     assert "--data would have no effect with --beir" in tools.refused(2, *out, *beir, *data)
 
 
-def test_names_tell_systems_apart(tmp_path: Path) -> None:
+def test_names_of_systems_are_distinct(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own.trec")]
     paths[-1].write_text("")
     assert distinct_names(paths) == ["pretrain/best", "a/sft/best", "b/sft/best", "v1.5", "own"]

@@ -65,7 +65,7 @@ def test_the_answer_in_a_batch_is_the_answer_alone(
 
 
 @pytest.mark.parametrize("tower", ["query.onnx", "query.int8.onnx"])
-def test_an_exported_tower_is_near_the_trainer_whatever_its_company(
+def test_an_exported_tower_is_near_the_trainer_in_any_batch(
     model_dir: Path, index_dir: Path, dataset: Dataset, exported: Path, tower: str
 ) -> None:
     folder, index = load_model_folder(model_dir), open_index(index_dir)
@@ -107,7 +107,7 @@ def test_a_tower_that_scales_a_batch_together_is_refused(
         query_tower(tmp_path / tower, checksum)
 
 
-def test_how_many_another_asks_for_does_not_widen_a_search(
+def test_a_search_is_not_widened_by_another_requests_top(
     model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_index(index_dir.with_name("vectors"), tmp_path / "index", "binary", rescore=2)
@@ -129,7 +129,7 @@ def test_how_many_another_asks_for_does_not_widen_a_search(
         np.testing.assert_allclose([d.score for d in documents], [d.score for d in own], rtol=1e-4, atol=1e-5)
 
 
-def test_a_number_is_clipped_to_what_was_fitted() -> None:
+def test_a_number_is_clipped_to_the_fitted_range() -> None:
     encoder = NumericEncoder(Numeric(mean=30.0, std=2.0).with_name("age"), 4)
     edge = 30 + 2 * MAX_DEVIATIONS
     values = torch.tensor([edge, edge + 1, 1e6, 3e38, float("inf")])

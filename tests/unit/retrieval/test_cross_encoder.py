@@ -71,7 +71,7 @@ def test_texts_are_joined_without_gaps() -> None:
     assert types.tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0]]
 
 
-def test_it_reads_a_pair_as_transformers_tokenise_it(cross_dir: Path, pairs: Dataset) -> None:
+def test_a_pair_is_tokenised_as_by_transformers(cross_dir: Path, pairs: Dataset) -> None:
     folder = load_model_folder(cross_dir)
     scorer = folder.model.scorer
     assert isinstance(scorer, CrossEncoder) and folder.tokenizer_dir is not None
@@ -93,7 +93,7 @@ def test_it_reads_a_pair_as_transformers_tokenise_it(cross_dir: Path, pairs: Dat
     np.testing.assert_allclose(PairScorer.of(folder, pairs).score(rows.query, docs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_new_one_begins_at_the_document_towers_weights(
+def test_a_new_cross_encoder_starts_from_the_document_tower(
     tiny_pairs: TinyDataset, pairs: Dataset, tmp_path: Path
 ) -> None:
     source = folder_of(tiny_pairs, pairs, tmp_path / "towers")
@@ -110,7 +110,7 @@ def test_a_new_one_begins_at_the_document_towers_weights(
 
 
 @pytest.mark.parametrize("which", ["cross", "mlp", "product"])
-def test_listed_documents_are_scored_alike_in_any_pieces(
+def test_candidates_are_scored_alike_in_any_chunks(
     which: str, tiny_pairs: TinyDataset, cross_dir: Path, mlp_dir: Path, pairs: Dataset, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -139,7 +139,7 @@ def test_listed_documents_are_scored_alike_in_any_pieces(
 
 
 @pytest.mark.parametrize("top", [2, 10, 1000])
-def test_the_best_of_a_split_are_ranked_anew(cross_dir: Path, pairs: Dataset, top: int) -> None:
+def test_the_top_documents_of_a_split_are_reranked(cross_dir: Path, pairs: Dataset, top: int) -> None:
     folder = load_model_folder(cross_dir)
     encoders, scorer = tower_encoders(folder.model, pairs), PairScorer.of(folder, pairs)
     rows = next(pairs.iterate("test", 1000))
@@ -173,7 +173,7 @@ def test_ties_of_a_scorer_count_half(cross_dir: Path, pairs: Dataset) -> None:
 
 
 @pytest.mark.parametrize("which", ["cross", "mlp"])
-def test_a_search_ranks_the_indexs_best_anew(
+def test_a_search_reranks_the_top_documents_of_the_index(
     which: str, cross_dir: Path, mlp_dir: Path, pairs: Dataset, tmp_path: Path
 ) -> None:
     folder = load_model_folder({"cross": cross_dir, "mlp": mlp_dir}[which])
@@ -196,7 +196,7 @@ def test_a_search_ranks_the_indexs_best_anew(
     assert reranked.answer([reranked.queries.of(requests[0])])[0].rerank_ms > 0
 
 
-def test_what_cannot_be_read_or_ranked_is_refused(
+def test_unsupported_datasets_and_scorers_are_refused(
     tiny_interactions: TinyDataset,
     tiny_pairs: TinyDataset,
     pairs: Dataset,
@@ -219,7 +219,7 @@ def test_what_cannot_be_read_or_ranked_is_refused(
     assert isinstance(load_model_folder(cross_dir).model, DualEncoder)
 
 
-def test_it_learns_which_document_is_whose(cross_dir: Path, pairs: Dataset) -> None:
+def test_a_cross_encoder_learns_the_pairs(cross_dir: Path, pairs: Dataset) -> None:
     model = load_model_folder(cross_dir).model.train()
     rows = next(pairs.iterate("train", 6))
     query = Collator(pairs.schema, pairs.catalogue, pairs.pad_token_id).query_features(rows.query)["query"]
@@ -238,7 +238,7 @@ def test_it_learns_which_document_is_whose(cross_dir: Path, pairs: Dataset) -> N
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_a_run_of_a_collection_is_ranked_anew(cross_dir: Path, pairs: Dataset) -> None:
+def test_a_run_of_a_collection_is_reranked(cross_dir: Path, pairs: Dataset) -> None:
     folder = load_model_folder(cross_dir)
     catalogue = pairs.catalogue
     rows, docs = next(pairs.iterate("test", 4)), np.arange(20)

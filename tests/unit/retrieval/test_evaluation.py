@@ -54,7 +54,7 @@ def test_ranks_are_those_of_the_training_score(model: DualEncoder, dataset: Data
     assert evaluation.metrics == mean_metrics(evaluation.ranks)
 
 
-def test_every_query_of_a_row_has_the_rank_it_has_in_a_row_of_its_own(
+def test_every_query_of_a_row_has_the_rank_of_a_single_query_row(
     tiny_interactions: Any, config: Config, model: DualEncoder, dataset: Dataset, tmp_path: Path
 ) -> None:
     source = tiny_interactions.source
@@ -68,7 +68,7 @@ def test_every_query_of_a_row_has_the_rank_it_has_in_a_row_of_its_own(
     assert len(evaluate_scores(Popularity.fit(pieces), pieces, "train").ranks) == pieces.num_queries("train")
 
 
-def test_what_is_seen_counts_only_where_it_is_not_filtered(model: DualEncoder, dataset: Dataset) -> None:
+def test_seen_documents_count_only_without_the_filter(model: DualEncoder, dataset: Dataset) -> None:
     encoders = tower_encoders(model, dataset)
     filtered = evaluate_split(encoders, dataset, "test")
     everything = evaluate_split(encoders, dataset, "test", exclude_seen=False)
@@ -100,7 +100,7 @@ def test_shares_of_ranks_make_the_whole_and_calls_are_equally_many(dataset: Data
     assert len(set(calls)) == 1
 
 
-def test_vectors_that_are_not_finite_are_no_good_rank(model: DualEncoder, dataset: Dataset) -> None:
+def test_non_finite_vectors_stop_an_evaluation(model: DualEncoder, dataset: Dataset) -> None:
     encoders = tower_encoders(model, dataset)
     spoiled = Encoders(lambda rows: encoders.queries(rows) * float("nan"), encoders.documents)
     with pytest.raises(DivergedError, match="NaN"):
@@ -185,7 +185,7 @@ def test_baselines_of_a_split(dataset: Dataset) -> None:
     assert distributed.world_size() == 1
 
 
-def test_rows_pair_whatever_their_features_are(tmp_path: Path) -> None:
+def test_rows_pair_for_any_features(tmp_path: Path) -> None:
     """Ranks are comparable across datasets of the same tables, not with other documents, users or histories."""
     events = [(user, f"i{k}", k) for user in ("u", "v") for k in range(4)]
 

@@ -212,7 +212,7 @@ def test_a_model_folder_is_the_model(make_source: Any, tmp_path: Path, monkeypat
     assert "None were recorded" in readme and "model-index" not in readme
 
 
-def test_the_card_says_what_is_known(make_source: Any, tmp_path: Path) -> None:
+def test_the_model_card_contains_the_metrics(make_source: Any, tmp_path: Path) -> None:
     source = make_source()
     export(source, tmp_path / "named", "hf")
     card = (tmp_path / "named" / "README.md").read_text()
@@ -251,7 +251,7 @@ def test_vectors_that_differ_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_probe_reaches_what_exports_get_wrong(make_source: Any) -> None:
+def test_the_probe_covers_hard_inputs_of_exports(make_source: Any) -> None:
     probe = Probe(make_source().model)
     texts = probe.only_text("query")
     tokens = probe.features["query"]["text"]
@@ -267,7 +267,7 @@ def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: str, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_ours_stays(make_source: Any, tmp_path: Path) -> None:
+def test_foreign_files_are_not_replaced(make_source: Any, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("do not touch")
     for target in ("hf", "model"):
         with pytest.raises(ConfigError, match="is not an export of the format"):
@@ -393,7 +393,7 @@ def test_onnx_holds_towers_of_all_features(
         (["tf"], "format: got tf, needs one of hf, model, onnx, sentence-transformers, or an export format whose"),
     ],
 )
-def test_formats_and_options_that_there_are_not(
+def test_unknown_formats_and_options_are_refused(
     model_dir: Path, tmp_path: Path, arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = ["--model", str(model_dir), "--out", str(tmp_path / "out")]

@@ -23,7 +23,7 @@ NUM_DOCS, WIDTH = 12_000, 9
 NAMES = pa.chunked_array([pa.nulls(0, pa.string())])
 
 
-def test_a_filter_is_read_as_its_grammar_says() -> None:
+def test_filters_are_parsed_by_their_grammar() -> None:
     text = 'genre = Drama AND year>=1990 and tag in ("two words", and, "say \\"in\\"")and "odd name"=="x"'
     with pytest.raises(ConfigError, match="got =, needs a value after odd name ="):
         parse_filter(text)
@@ -48,7 +48,7 @@ def test_a_filter_is_read_as_its_grammar_says() -> None:
         ("year > 3000", lambda i: False),
     ],
 )
-def test_a_filter_lets_through_what_it_says(dataset: Dataset, text: str, fits: Callable[[int], bool]) -> None:
+def test_a_filter_allows_the_matching_documents(dataset: Dataset, text: str, fits: Callable[[int], bool]) -> None:
     filters = Filters(dataset.schema, dataset.catalogue)
     keys = dataset.catalogue.keys(np.flatnonzero(filters.allowed(text).mask))
     assert keys == [f"i{i}" for i in range(40) if fits(i)]
@@ -77,7 +77,7 @@ def test_a_filter_lets_through_what_it_says(dataset: Dataset, text: str, fits: C
         (f"{'y' * 9000} = 3", f"'{'y' * 80}' is not a document feature"),
     ],
 )  # fmt: skip
-def test_what_is_no_filter_is_one_sentence(dataset: Dataset, text: str, sentence: str) -> None:
+def test_an_invalid_filter_gives_a_one_line_error(dataset: Dataset, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
         Filters(dataset.schema, dataset.catalogue).allowed(text)
     assert sentence in str(refused.value)
@@ -118,7 +118,7 @@ def test_a_mistyped_value_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
     assert compared == [(80, 4999, 4)]
 
 
-def test_hashed_values_cannot_be_told_apart() -> None:
+def test_hashed_features_cannot_be_filtered() -> None:
     with pytest.raises(ConfigError, match="shop is hashed"):
         Categorical(hash_buckets=7).with_name("shop").matches(np.arange(3), "=", ["a"])
 
@@ -143,7 +143,7 @@ def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
 
 @pytest.mark.parametrize("let_through", [0, 1, 7, 200, NUM_DOCS // 8, NUM_DOCS // 3, NUM_DOCS])
 @pytest.mark.parametrize("num_queries", [3, 30])
-def test_every_index_finds_as_many_as_a_filter_lets_through(
+def test_every_index_returns_all_documents_that_a_filter_allows(
     index: Index, vectors: np.ndarray, let_through: int, num_queries: int
 ) -> None:
     random = np.random.RandomState(let_through)
@@ -170,6 +170,6 @@ def test_every_index_finds_as_many_as_a_filter_lets_through(
     assert sum(found) >= least * len(found)
 
 
-def test_without_a_filter_an_index_of_lists_finds_as_many_as_are_asked_for(index: Index) -> None:
+def test_an_ivf_index_without_a_filter_returns_the_requested_number(index: Index) -> None:
     rows = index.nearest(np.ones((2, WIDTH), np.float32), NUM_DOCS, "m")[1]
     assert (np.sort(rows, axis=1) == np.arange(NUM_DOCS)).all()

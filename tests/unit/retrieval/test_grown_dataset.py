@@ -103,7 +103,7 @@ def test_unchanged_documents_are_not_encoded_again(grown: Grown, capsys: pytest.
     assert f"{NEW_ITEMS} encoded, 40 unchanged" in capsys.readouterr().out
 
 
-def test_a_view_knows_no_code_behind_the_models(grown: Grown) -> None:
+def test_a_view_has_no_code_beyond_the_models(grown: Grown) -> None:
     folder, whole = load_model_folder(grown.model), Dataset.open(grown.after)
     view = pickle.loads(pickle.dumps(folder.view(whole)))
     assert view.fingerprint == whole.fingerprint
@@ -118,7 +118,7 @@ def test_a_view_knows_no_code_behind_the_models(grown: Grown) -> None:
         assert any((value == OUT_OF_VOCABULARY).any() for value in values)
 
 
-def test_search_goes_on_for_users_events_and_filters(grown: Grown) -> None:
+def test_search_accepts_users_events_and_filters_of_a_grown_dataset(grown: Grown) -> None:
     answers = {}
     for state in (grown.before, grown.after):
         searcher = Searcher.open(grown.model, grown.work / f"index-{state.name}", str(state))
@@ -134,7 +134,7 @@ def test_search_goes_on_for_users_events_and_filters(grown: Grown) -> None:
     assert {found.key for found in musicals} == {f"new{i}" for i in range(NEW_ITEMS)}
 
 
-def test_commands_go_on(grown: Grown, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_accept_a_grown_dataset(grown: Grown, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for state in (grown.before, grown.after):
         run(recommend.main, *served(grown, state), "--users", "--seen", "allow", "--out", tmp_path / state.name)
     found = {}
@@ -158,7 +158,7 @@ def test_commands_go_on(grown: Grown, tmp_path: Path, capsys: pytest.CaptureFixt
     assert HardNegatives.open(tmp_path / "judged.npy").scored
 
 
-def test_another_dataset_is_refused_with_a_way_on(grown: Grown, tiny_interactions: Any, tmp_path: Path) -> None:
+def test_another_dataset_is_refused_with_a_suggestion(grown: Grown, tiny_interactions: Any, tmp_path: Path) -> None:
     source = shutil.copytree(tiny_interactions.source, tmp_path / "source")
     lines = (source / "users.csv").read_text().replace("artist", "sailor")
     (source / "users.csv").write_text(lines)

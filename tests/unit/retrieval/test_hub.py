@@ -129,14 +129,14 @@ def test_only_whole_model_folders_are_pushed(folder: Path, hub: Hub) -> None:
     assert not hub.made
 
 
-def test_what_came_damaged_is_refused(folder: Path, hub: Hub) -> None:
+def test_a_damaged_download_is_refused(folder: Path, hub: Hub) -> None:
     bigdssm.push_to_hub(folder, REPO)
     hub.files["model.safetensors"] += b"\0"
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         bigdssm.from_pretrained(REPO)
 
 
-def test_what_the_hub_refuses_is_one_sentence(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_hub_gives_a_one_line_error(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for repo_id in ("someone/nothing", "a/b/c"):
         with pytest.raises(CheckpointError, match=f"refused {repo_id}, or could not be reached: .+"):
             bigdssm.from_pretrained(repo_id)

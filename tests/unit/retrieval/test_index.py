@@ -128,7 +128,7 @@ def test_excluded_documents_do_not_come_back(model_dir: Path, index_dir: Path) -
     assert index.nearest(query, 100, checksum)[1].shape == (1, 100)
 
 
-def test_the_nearest_documents_are_near_whatever_their_beta() -> None:
+def test_nearest_documents_do_not_depend_on_beta() -> None:
     random = np.random.RandomState(0)
     vectors = random.randn(600, 5).astype(np.float32)
     vectors[:, :4] /= np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
@@ -252,7 +252,7 @@ def test_options_that_a_type_of_index_cannot_have(
         build_index(vectors_dir, tmp_path / "index", kind, options=options)
 
 
-def test_bits_alone_are_no_scores(vectors_dir: Path, tmp_path: Path) -> None:
+def test_binary_codes_require_candidates_to_rescore(vectors_dir: Path, tmp_path: Path) -> None:
     for rescore in (0, -1):
         with pytest.raises(ConfigError, match="needs candidates to rescore"):
             build_index(vectors_dir, tmp_path / "index", "binary", rescore=rescore)

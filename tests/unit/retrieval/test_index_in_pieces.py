@@ -21,7 +21,7 @@ def vectors() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((1000, WIDTH), dtype=np.float32)
 
 
-def test_every_round_and_every_piece_is_told(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_round_and_every_chunk_is_reported(vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work between two reports is bounded: one k-means round or one chunk of vectors."""
     monkeypatch.setattr(index_types, "ROWS_AT_ONCE", 300)
     done: list[tuple[str, int]] = []
@@ -42,7 +42,7 @@ def test_every_round_and_every_piece_is_told(vectors: np.ndarray, monkeypatch: p
     assert done[1::2] == [("told", 0)] * (IVF_ROUNDS + 4)
 
 
-def test_the_centres_are_those_that_faiss_finds_in_one_go(vectors: np.ndarray) -> None:
+def test_the_centres_equal_those_of_one_faiss_call(vectors: np.ndarray) -> None:
     index = index_type("ivf").build(CodedVectors(vectors, "float32", WIDTH))
     lists = index.nlist
     whole = faiss.index_factory(WIDTH, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
@@ -52,7 +52,7 @@ def test_the_centres_are_those_that_faiss_finds_in_one_go(vectors: np.ndarray) -
 
 
 @pytest.mark.parametrize(("num_docs", "most_pieces"), [(1, 1), (2, 1), (120, 2), (121, 3)])
-def test_all_ranks_tell_as_often_whatever_their_share(
+def test_all_ranks_report_equally_often_for_any_share(
     vectors: np.ndarray, num_docs: int, most_pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reporting is a collective: a rank with more chunks, or without documents, would hang the others."""

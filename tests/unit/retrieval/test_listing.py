@@ -53,7 +53,7 @@ def train_rows(dataset: Dataset) -> list[tuple[int, int, int, float]]:
     )
 
 
-def test_a_graded_window_is_what_the_query_rated(
+def test_a_graded_window_contains_the_rated_documents(
     tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     dataset, out = rated[0], tmp_path / "graded.npy"
@@ -88,7 +88,7 @@ def test_a_graded_window_is_what_the_query_rated(
 
 
 @pytest.mark.parametrize("own_column", [False, True])
-def test_a_given_window_is_what_the_table_lists(
+def test_a_given_window_contains_the_candidates_of_the_table(
     tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path, own_column: bool  # noqa: F811
 ) -> None:  # fmt: skip
     """Per query, or per row; without the query's other train positives."""
@@ -119,7 +119,7 @@ def test_a_given_window_is_what_the_table_lists(
     assert found > 100
 
 
-def test_each_query_of_a_sequence_has_what_its_user_met(dataset: Dataset, tmp_path: Path) -> None:
+def test_each_query_of_a_sequence_has_the_rated_documents_of_its_user(dataset: Dataset, tmp_path: Path) -> None:
     mined = write_rated(tmp_path / "graded.npy", dataset, 30, 0.0)
     rows = train_rows(dataset)
     met: dict[int, set[int]] = defaultdict(set)
@@ -130,7 +130,7 @@ def test_each_query_of_a_sequence_has_what_its_user_met(dataset: Dataset, tmp_pa
         assert {doc for doc in window if doc >= 0} == met[query] - {own}
 
 
-def test_what_does_not_fit_is_refused(
+def test_invalid_candidate_options_are_refused(
     tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     dataset, root = rated

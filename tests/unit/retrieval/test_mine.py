@@ -92,7 +92,7 @@ def test_held_out_items_are_not_avoided(model: DualEncoder, dataset: Dataset) ->
     assert held_out - known <= named
 
 
-def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
+def test_the_file_contains_all_rows_or_the_requested_ones(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
     encoders, path = tower_encoders(model, dataset), tmp_path / "mined.npy"
     own, everything = mine(encoders, dataset, first=1, last=4), np.arange(dataset.num_rows("train"))
     mined, windows = gather_hard_negatives(path, own, dataset), own["window"]
@@ -116,7 +116,7 @@ def test_the_file_holds_every_row_or_those_asked_for(model: DualEncoder, dataset
         HardNegatives.open(path)
 
 
-def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_file_may_contain_teacher_scores(dataset: Dataset, tmp_path: Path) -> None:
     path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << EVENT_BITS
     windows = np.array([[4, 2], [1, -1], [0, 7]])
     teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
@@ -136,7 +136,7 @@ def test_the_file_may_hold_a_judges_scores(dataset: Dataset, tmp_path: Path) -> 
             HardNegatives.open(path)
 
 
-def test_ranks_know_the_positives_of_their_rows_and_all_of_them_together(dataset: Dataset) -> None:
+def test_ranks_hold_the_positives_of_their_rows_and_together_all(dataset: Dataset) -> None:
     ids = np.unique(np.concatenate([rows.query_ids for rows in dataset.iterate("train", 1000)]))
     whole, shares = TrainPositives.of(dataset), [TrainPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
     assert max(len(share.doc_rows) for share in shares) < 0.4 * len(whole.doc_rows)
@@ -144,7 +144,7 @@ def test_ranks_know_the_positives_of_their_rows_and_all_of_them_together(dataset
     assert sorted(together.tolist()) == np.stack(whole.pairs(ids), 1).tolist()
 
 
-def test_known_positives_of_queries_that_have_none() -> None:
+def test_known_positives_of_queries_without_any() -> None:
     known = TrainPositives(np.array([3, 7]), np.array([0, 2, 3]), np.array([10, 11, 12]))
     rows, docs = known.pairs(np.array([7, 5, 3, 9, 1]))
     assert (rows.tolist(), docs.tolist()) == ([0, 2, 2], [12, 10, 11])
@@ -152,7 +152,7 @@ def test_known_positives_of_queries_that_have_none() -> None:
     assert [len(part) for part in nothing.pairs(np.array([7, 5]))] == [0, 0]
 
 
-def test_top_documents_leaves_out_what_it_is_told() -> None:
+def test_top_documents_leaves_out_excluded_pairs() -> None:
     queries, documents = torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0], [3.0, 2.0]])
     excluded = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
     scores, found = top_documents(queries, documents, 2, *excluded)
@@ -161,9 +161,9 @@ def test_top_documents_leaves_out_what_it_is_told() -> None:
     torch.testing.assert_close(scores, expected)
 
 
-def rows_of(row_ids: np.ndarray, row: np.ndarray | None = None, place: np.ndarray | None = None) -> Rows:
+def rows_of(row_ids: np.ndarray, row: np.ndarray | None = None, position: np.ndarray | None = None) -> Rows:
     nothing = np.zeros(len(row_ids) if row is None else len(row))
-    return Rows(0, row_ids, {}, nothing, nothing, nothing, row=row, position=place)
+    return Rows(0, row_ids, {}, nothing, nothing, nothing, row=row, position=position)
 
 
 def test_queries_of_one_row_have_draws_of_their_own() -> None:
@@ -194,7 +194,7 @@ def test_choice_is_a_function_of_the_row_and_the_epoch() -> None:
     assert sample_window(window, rows_of(row_ids), -1, -1, 1).shape == (50, 1)
 
 
-def test_what_stands_beside_a_window_is_chosen_with_it() -> None:
+def test_parallel_arrays_of_a_window_are_sampled_with_it() -> None:
     window = np.random.RandomState(0).permutation(400).reshape(20, 20).astype(np.int32)
     window[3, 2:] = -1
     rows = rows_of(np.arange(20) * 7)

@@ -57,7 +57,7 @@ def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
     assert len(set(expected)) > 10
 
 
-def test_a_folder_without_one_gets_a_new_one(mlp_dir: Path, model_dir: Path, model: DualEncoder) -> None:
+def test_a_folder_without_a_scorer_gets_a_new_one(mlp_dir: Path, model_dir: Path, model: DualEncoder) -> None:
     torch.manual_seed(4)
     loaded = load_model_folder(model_dir, scorer=MLP).model
     assert loaded.scorer is not None and loaded.scorer.widths == (8, (12, 5))
@@ -77,7 +77,9 @@ def test_a_folder_without_one_gets_a_new_one(mlp_dir: Path, model_dir: Path, mod
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_the_tool_evaluates_it(mlp_dir: Path, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_the_evaluate_tool_accepts_an_mlp_score(
+    mlp_dir: Path, model_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, f"tools/{name}.py", *map(str, arguments), "--data", str(dataset.dir)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

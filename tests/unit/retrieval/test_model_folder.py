@@ -125,7 +125,7 @@ def copied(model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_dir, tmp_path / "copied"))
 
 
-def test_a_flipped_bit_is_found(copied: Path) -> None:
+def test_a_flipped_bit_of_a_model_folder_is_detected(copied: Path) -> None:
     path = copied / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-100] ^= 1

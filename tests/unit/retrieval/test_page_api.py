@@ -55,7 +55,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-def test_the_nearest_of_the_history_say_why(
+def test_an_explanation_lists_the_nearest_history_items(
     kind: Any, model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     vectors_dir = index_dir.with_name("vectors")
@@ -77,7 +77,7 @@ def test_the_nearest_of_the_history_say_why(
 
 
 @pytest.mark.parametrize("width", [None, 4])
-def test_the_nearest_words_of_a_text_say_why(width: int | None, tiny_pairs: Any, tmp_path: Path) -> None:
+def test_an_explanation_lists_the_nearest_words(width: int | None, tiny_pairs: Any, tmp_path: Path) -> None:
     config, dataset = load_config(tiny_pairs.config, [f"model.{some}" for some in SMALL]), Dataset.open(tiny_pairs.dir)
     save_model_folder(
         tmp_path / "model", random_model(config, dataset, 1), config, dataset.schema, dataset.tokenizer_dir, {}
@@ -101,7 +101,7 @@ def test_the_nearest_words_of_a_text_say_why(width: int | None, tiny_pairs: Any,
     assert answer["history"] == [] and {word["feature"] for word in answer["words"]} == {"query"}
 
 
-def test_why_is_refused_as_a_search_is(client: TestClient) -> None:
+def test_invalid_explanation_requests_are_refused(client: TestClient) -> None:
     for body, status, sentence in (
         ({"user": "u7"}, 422, "answer: Field required"),
         ({"user": "u7", "answer": "i99"}, 404, "no document has the key 'i99'"),
@@ -113,7 +113,7 @@ def test_why_is_refused_as_a_search_is(client: TestClient) -> None:
         assert answer.status_code == status and sentence in answer.json()["error"]
 
 
-def test_a_second_model_answers_beside_the_first(client: TestClient, searcher: Searcher, other: Searcher) -> None:
+def test_a_second_model_is_served_next_to_the_first(client: TestClient, searcher: Searcher, other: Searcher) -> None:
     both = {"": searcher, "/beside": other}
     abouts = {side: client.get(f"{side}/api/about").json() for side in both}
     assert all(about["beside"] for about in abouts.values())
@@ -134,7 +134,7 @@ def test_a_second_model_answers_beside_the_first(client: TestClient, searcher: S
         assert not alone.get("/api/about").json()["beside"]
 
 
-def test_what_replaces_the_second_model_is_taken_up_beside_the_first(
+def test_a_new_second_model_is_loaded_next_to_the_first(
     model_dir: Path, index_dir: Path, dataset: Dataset, searcher: Searcher, other: Searcher, tmp_path: Path
 ) -> None:
     shutil.copytree(model_dir, tmp_path / "model")
@@ -150,7 +150,7 @@ def test_what_replaces_the_second_model_is_taken_up_beside_the_first(
         assert client.get("/api/about").json()["model"] == other.about()["model"]
 
 
-def test_what_filters_may_be_made_of(client: TestClient) -> None:
+def test_filter_fields_of_the_page(client: TestClient) -> None:
     filters = client.get("/api/about").json()["filters"]
     assert filters["year"] == {"type": "numeric", "least": 1961.0, "most": 1999.0}
     assert filters["genres"]["type"] == "categorical"
@@ -158,7 +158,7 @@ def test_what_filters_may_be_made_of(client: TestClient) -> None:
     assert set(filters) == {"year", "genres"}, "keys are unique, a title is a text"
 
 
-def test_choices_are_of_what_is_there_the_most_frequent_first() -> None:
+def test_choices_are_existing_values_by_frequency() -> None:
     feature = Categorical(vocabulary=Vocabulary.of(["a", "b", "c", "d"]), name="kind")
     column = Ragged.of_lists([[3], [4, 2], [0], [4, 1, 1, 1], [3, 4], []])
     assert feature.choices(column) == {"values": ["c", "b", "a"]}

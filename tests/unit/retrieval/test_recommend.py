@@ -68,19 +68,19 @@ def by_query(out: Path) -> dict[str, list[tuple[str, float]]]:
     return found
 
 
-def check_answers(found: dict[str, list[tuple[str, float]]], asked: dict[str, Request], searcher: Searcher) -> None:
-    assert list(found) == list(asked)
-    for key, documents in zip(asked, searcher.search(list(asked.values())), strict=True):
-        assert [document.key for document in documents] == [name for name, _ in found[key]]
-        np.testing.assert_allclose([d.score for d in documents], [s for _, s in found[key]], rtol=1e-4, atol=1e-5)
+def check_answers(actual: dict[str, list[tuple[str, float]]], requests: dict[str, Request], searcher: Searcher) -> None:
+    assert list(actual) == list(requests)
+    for key, documents in zip(requests, searcher.search(list(requests.values())), strict=True):
+        assert [document.key for document in documents] == [name for name, _ in actual[key]]
+        np.testing.assert_allclose([d.score for d in documents], [s for _, s in actual[key]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seen", [None, False])
-def test_users_get_what_they_are_answered(
+def test_bulk_results_equal_search_results(
     folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path, seen: bool | None
 ) -> None:
-    wanted = RecommendOptions(5, "year < 1990", seen)
-    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), wanted, ShardWork(rows_per_shard=SHARD))
+    options = RecommendOptions(5, "year < 1990", seen)
+    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), options, ShardWork(rows_per_shard=SHARD))
     assert dataset.sequences is not None
     users = dataset.sequences.strings("query_key", np.arange(NUM_USERS))
     requests = {user: Request(user, filter="year < 1990", exclude_seen=seen, top=5) for user in users}
@@ -91,7 +91,7 @@ def test_users_get_what_they_are_answered(
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["queries"] == NUM_USERS
 
 
-def test_rows_of_a_split_know_what_lies_before_them(
+def test_rows_of_a_split_use_their_preceding_events(
     folder: ModelFolder, index: Index, dataset: Dataset, tmp_path: Path
 ) -> None:
     recommend(
@@ -151,13 +151,13 @@ class Killed(QuerySource):
         return self._source.read(first, last)
 
 
-def test_a_killed_job_goes_on_and_another_does_not(
+def test_a_killed_job_resumes_and_another_does_not(
     folder: ModelFolder, index: Index, dataset: Dataset, tmp_path: Path
 ) -> None:
     def run(
-        out: str, source: QuerySource, wanted: RecommendOptions, rank: int = 0, world_size: int = 1
+        out: str, source: QuerySource, options: RecommendOptions, rank: int = 0, world_size: int = 1
     ) -> RecommendReport:
-        return recommend(tmp_path / out, folder, index, dataset, source, wanted, ShardWork(rank, world_size, SHARD))
+        return recommend(tmp_path / out, folder, index, dataset, source, options, ShardWork(rank, world_size, SHARD))
 
     users = Users(dataset)
     run("whole", users, RecommendOptions(3))
@@ -175,11 +175,11 @@ def test_a_killed_job_goes_on_and_another_does_not(
     assert len(other.read_rows) == 5, "results of another filter were reused"
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_mismatched_models_and_datasets_are_refused(
     folder: ModelFolder, index: Index, dataset: Dataset, other_model_dir: Path, tiny_pairs: TinyDataset, tmp_path: Path
 ) -> None:
-    def run(model: ModelFolder = folder, out: Path = tmp_path / "out", **wanted: object) -> None:
-        recommend(out, model, index, dataset, Users(dataset), RecommendOptions(**wanted), ShardWork())  # type: ignore[arg-type]
+    def run(model: ModelFolder = folder, out: Path = tmp_path / "out", **options: object) -> None:
+        recommend(out, model, index, dataset, Users(dataset), RecommendOptions(**options), ShardWork())  # type: ignore[arg-type]
 
     with pytest.raises(CheckpointError, match="holds vectors of model"):
         run(load_model_folder(other_model_dir))
@@ -196,7 +196,9 @@ def test_what_does_not_belong_together_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"precious"}
 
 
-def test_the_command(tools_: Tools, model_dir: Path, index_dir: Path, tmp_path: Path) -> None:
+def test_the_recommend_command_writes_its_results(
+    tools_: Tools, model_dir: Path, index_dir: Path, tmp_path: Path
+) -> None:
     command = ("recommend", "--model", model_dir, "--index", index_dir, "--out", tmp_path / "out")
     out = tools_.ran(*command, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
     assert f"{NUM_USERS} queries in" in out and " per second" in out and "out: done" in out
@@ -233,9 +235,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_what_kill_9_left_is_finished_by_the_ranks_of_torchrun(
-    model_dir: Path, index_dir: Path, tmp_path: Path
-) -> None:
+def test_a_killed_bulk_job_is_finished_under_torchrun(model_dir: Path, index_dir: Path, tmp_path: Path) -> None:
     arguments = ["--model", model_dir, "--index", index_dir, "--users", "--rows-per-shard", 1, "--top", 3, "--out"]
     ranks = [
         "-m",

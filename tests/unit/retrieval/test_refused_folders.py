@@ -52,13 +52,13 @@ def flip(path: Path) -> None:
         lambda config: config.pop("model"),
     ],
 )
-def test_a_config_that_would_score_otherwise_is_refused(tools: Tools, copies: Path, change: Any) -> None:  # noqa: F811
+def test_a_config_that_changes_scores_is_refused(tools: Tools, copies: Path, change: Any) -> None:  # noqa: F811
     edit(copies / "model" / "config.yaml", change)
     message = tools.refused(4, *search(copies))
     assert "the model section of config.yaml, or sft.scorer, differs from the model's training" in message
 
 
-def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_edits_that_change_no_score_are_allowed(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
     """A moved dataset, and reordered or commented YAML."""
     expected = tools.ran(*search(copies))
     shutil.copytree(dataset.dir, copies / "moved")
@@ -69,7 +69,7 @@ def test_what_changes_no_score_may_be_edited(tools: Tools, copies: Path, dataset
 
 
 @pytest.mark.parametrize("file", ["schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"])
-def test_an_index_is_of_all_that_scores(tools: Tools, copies: Path, file: str) -> None:  # noqa: F811
+def test_an_index_requires_the_same_schema_tokenizer_and_architecture(tools: Tools, copies: Path, file: str) -> None:  # noqa: F811
     """The same weights with another schema, tokenizer or architecture are another model."""
     from bigdssm.checkpoints.checkpoint import file_checksum
 
@@ -120,7 +120,7 @@ def test_damaged_vectors_are_named(
 
 
 @pytest.mark.parametrize("key", ["kind", "model_checksum", "dataset_fingerprint", "num_docs", "width", "files"])
-def test_an_edited_meta_is_not_believed(tools: Tools, copies: Path, key: str) -> None:  # noqa: F811
+def test_an_edited_meta_is_refused(tools: Tools, copies: Path, key: str) -> None:  # noqa: F811
     """For example the index of another model."""
     edit(copies / "index" / "meta.json", lambda meta: meta.update({key: "other"}))
     assert "meta.json is damaged: its checksum" in tools.refused(4, *search(copies))
@@ -151,7 +151,7 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
         (("--text", "age=3", "age=4"), "--text contains age twice"),
     ],
 )
-def test_a_query_that_is_no_text_or_number_is_refused(
+def test_queries_of_other_types_are_refused(
     tools: Tools, copies: Path, query: tuple[str, ...], sentence: str  # noqa: F811
 ) -> None:  # fmt: skip
     assert sentence in tools.refused(2, *search(copies, *query))
@@ -169,7 +169,7 @@ def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Pat
     tools.ran(*search(copies))
 
 
-def test_what_a_link_leads_to_is_written(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_targets_of_links_are_written(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
     """Twice, and the link is preserved."""
     for name in ("v", "i", "m"):
         (copies / f"disk-{name}").mkdir()
@@ -210,7 +210,7 @@ def test_an_embedding_that_would_do_nothing_is_refused(
     assert not (copies / "v").exists()
 
 
-def test_a_split_that_is_not_there_is_no_figure(tools: Tools, model_dir: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_an_unknown_split_is_refused(tools: Tools, model_dir: Path, dataset: Dataset) -> None:  # noqa: F811
     message = tools.refused(3, "evaluate", "--model", model_dir, "--data", dataset.dir, "--split", "nope")
     assert "has no rows in split 'nope'; its splits are ['test', 'train', 'validation']" in message
 
@@ -239,7 +239,7 @@ def test_a_damaged_export_is_named(
     assert sentence in tools.refused(4, "bench_onnx", "--onnx", export, *rest)
 
 
-def test_mining_beyond_the_catalogue_takes_what_there_is(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_mining_beyond_the_catalogue_uses_all_documents(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
     out, rest = copies / "mined.npy", ("--model", copies / "model", "--data", dataset.dir)
     tools.ran("mine_negatives", "--out", out, *rest, "--first", 3, "--last", 10**8)
     assert np.load(out)["window"].shape == (dataset.num_rows("train"), NUM_ITEMS - 3)
@@ -300,7 +300,7 @@ def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: P
     assert f"{run_dir} has the same seed as {run_dir}" in message
 
 
-def test_a_load_without_a_server_says_so(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+def test_a_load_test_without_a_server_is_refused(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "queries").write_text("stone\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     command = ("bench_serve", "--url", "http://127.0.0.1:9", "--queries")

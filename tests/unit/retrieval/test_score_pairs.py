@@ -32,7 +32,7 @@ from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 
 
 @pytest.fixture(scope="module")
-def mined(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def negatives(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Windows of all train queries, partly padded."""
     path = tmp_path_factory.mktemp("mined") / "mined.npy"
     own = mine(tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
@@ -52,11 +52,11 @@ def pairs(tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Da
     return dataset, path, load_config(tiny_pairs.config, [f"model.{override}" for override in SMALL])
 
 
-def rows_and_docs(dataset: Dataset, mined: HardNegatives) -> tuple[Rows, np.ndarray]:
+def rows_and_docs(dataset: Dataset, negatives: HardNegatives) -> tuple[Rows, np.ndarray]:
     """Return the queries as rows, and their documents, the target first."""
     rows = next(dataset.iterate("train", 10**6))
-    rows = rows.take(np.flatnonzero(np.isin(rows.query_keys, mined.queries)))
-    return rows, np.concatenate([rows.doc_rows[:, None], mined.windows(rows.query_keys)], 1)
+    rows = rows.take(np.flatnonzero(np.isin(rows.query_keys, negatives.queries)))
+    return rows, np.concatenate([rows.doc_rows[:, None], negatives.windows(rows.query_keys)], 1)
 
 
 def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -65,13 +65,13 @@ def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> 
 
 
 def test_a_models_scores_are_its_products(
-    tools: Tools, mined: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
+    tools: Tools, negatives: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     out = tools.ran(
-        "score_pairs", "--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy",
+        "score_pairs", "--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "judged.npy",
         "--model", other_model_dir, "--rows-per-shard", 100,
     )  # fmt: skip
-    given = HardNegatives.open(mined)
+    given = HardNegatives.open(negatives)
     assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents per query, 1 teachers" in out
     rows, docs = rows_and_docs(dataset, given)
     encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
@@ -82,16 +82,16 @@ def test_a_models_scores_are_its_products(
     assert [path.name for path in tmp_path.iterdir()] == ["judged.npy"]
 
 
-def test_an_mlp_may_judge(
-    tools: Tools, mined: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path  # noqa: F811
+def test_an_mlp_as_teacher(
+    tools: Tools, negatives: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     loss = "{loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2}, scorer: {name: mlp, hidden: [5]}}"
     config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), f"sft={loss}"])
     model = random_model(config, dataset, seed=4, scorer=MlpConfig(hidden=(5,)))
     save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
-    arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
+    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
-    rows, docs = rows_and_docs(dataset, HardNegatives.open(mined))
+    rows, docs = rows_and_docs(dataset, HardNegatives.open(negatives))
     encoders = tower_encoders(model, dataset)
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
     W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # cosine model
@@ -101,7 +101,7 @@ def test_an_mlp_may_judge(
     assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
 
-def test_a_cross_encoder_of_our_own_may_judge(
+def test_a_trained_cross_encoder_as_teacher(
     tools: Tools, pairs: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     dataset, path, _ = pairs
@@ -117,11 +117,11 @@ def test_a_cross_encoder_of_our_own_may_judge(
     assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
 
-def test_a_pretrained_encoder_may_judge_as_it_is(
+def test_a_pretrained_encoder_as_teacher(
     tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     """Compared with transformers on the same texts."""
-    dataset, mined, _ = pairs
+    dataset, negatives, _ = pairs
     assert dataset.tokenizer_dir is not None
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -129,9 +129,9 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
     bert.save_pretrained(tmp_path / "bert")
     tokenizer = AutoTokenizer.from_pretrained(str(dataset.tokenizer_dir))
     tokenizer.save_pretrained(str(tmp_path / "bert"))
-    arguments = ("--data", dataset.dir, "--mined", mined, "--out", tmp_path / "judged.npy")
+    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--pretrained", tmp_path / "bert")
-    rows, docs = rows_and_docs(dataset, HardNegatives.open(mined))
+    rows, docs = rows_and_docs(dataset, HardNegatives.open(negatives))
     texts = Texts(dataset)
 
     def vector(text: str) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_a_pretrained_encoder_may_judge_as_it_is(
     np.testing.assert_allclose(_of(everything, docs), scored, atol=1e-5)
 
 
-def test_several_judges_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
+def test_several_teachers_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, Config]) -> None:
     dataset, path, config = pairs
     rows, docs = rows_and_docs(dataset, HardNegatives.open(path))
     encoders = [tower_encoders(random_model(config, dataset, seed), dataset) for seed in (5, 6)]
@@ -170,12 +170,12 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     """Each teacher separately, compared with BM25 and transformers on the same texts."""
     for package in ("bm25s", "Stemmer", "sentence_transformers"):
         pytest.importorskip(package)
-    dataset, mined, _ = pairs
+    dataset, negatives, _ = pairs
     folder, tokenizer = _tiny_cross_encoder(tmp_path / "cross", dataset)
-    arguments = ("--data", dataset.dir, "--mined", mined, "--out")
+    arguments = ("--data", dataset.dir, "--mined", negatives, "--out")
     tools.ran("score_pairs", *arguments, tmp_path / "bm25.npy", "--bm25")
     tools.ran("score_pairs", *arguments, tmp_path / "cross.npy", "--cross-encoder", tmp_path / "cross")
-    given = HardNegatives.open(mined)
+    given = HardNegatives.open(negatives)
     rows, docs = rows_and_docs(dataset, given)
     texts = Texts(dataset)
     lexical, read = (
@@ -220,10 +220,10 @@ def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
-    model: DualEncoder, mined: Path, dataset: Dataset, tmp_path: Path
+def test_ranks_share_the_queries_and_resume_after_a_kill(
+    model: DualEncoder, negatives: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    given, out, asked_for = HardNegatives.open(mined), tmp_path / "judged.npy", []
+    given, out, asked_for = HardNegatives.open(negatives), tmp_path / "judged.npy", []
     teacher = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
 
     def killed(rows: Rows, docs: np.ndarray) -> np.ndarray:
@@ -263,20 +263,20 @@ def test_ranks_share_the_queries_and_go_on_where_they_were_killed(
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), given.queries)
 
 
-def test_scores_that_are_none_are_refused(mined: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_non_finite_scores_are_refused(negatives: Path, dataset: Dataset, tmp_path: Path) -> None:
     def nothing(rows: Rows, docs: np.ndarray) -> np.ndarray:
         return np.full(docs.shape, np.nan)
 
     with pytest.raises(DataError, match=r"teacher scores of rows 0 to \d+ hold NaN or inf"):
-        score_pairs(tmp_path / "judged.npy", HardNegatives.open(mined), dataset, [nothing], ["nobody"], ShardWork())
+        score_pairs(tmp_path / "judged.npy", HardNegatives.open(negatives), dataset, [nothing], ["nobody"], ShardWork())
     assert not (tmp_path / "judged.npy").exists()
 
 
-def test_what_cannot_judge_is_refused(
-    tools: Tools, mined: Path, dataset: Dataset, pairs: tuple[Dataset, Path, Config], tmp_path: Path,  # noqa: F811
+def test_invalid_teachers_are_refused(
+    tools: Tools, negatives: Path, dataset: Dataset, pairs: tuple[Dataset, Path, Config], tmp_path: Path,  # noqa: F811
 ) -> None:  # fmt: skip
     out = ("--out", tmp_path / "judged.npy")
-    arguments = ("--data", dataset.dir, "--mined", mined, *out)
+    arguments = ("--data", dataset.dir, "--mined", negatives, *out)
     assert "no teacher: needs --model" in tools.refused(2, "score_pairs", *arguments)
     assert "needs a text feature on both sides" in tools.refused(2, "score_pairs", *arguments, "--bm25")
     assert "is not a model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)

@@ -103,7 +103,7 @@ def test_unknown_documents_get_the_nearest_names() -> None:
     assert documents.nearest("Goldeneey") == ["GoldenEye"]
 
 
-def test_a_name_is_found_in_whatever_form_unicode_has_it() -> None:
+def test_names_match_in_any_unicode_normal_form() -> None:
     documents = DocumentNames(["1", "2"], ["Am\u00e9lie", "Le\u0301on"])
     names = ["Am\u00e9lie", "AME\u0301LIE", "l\u00e9on", "LE\u0301ON"]
     assert documents.rows(names).tolist() == [0, 0, 1, 1]
@@ -177,7 +177,7 @@ def test_typed_features(dataset: Dataset) -> None:
         ({"top": "many"}, "top"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_asked_is_one_sentence(queries: Queries, request_: dict[str, Any], sentence: str) -> None:
+def test_an_invalid_search_gives_a_one_line_error(queries: Queries, request_: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
         queries.of(parse_request(request_))
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
@@ -196,7 +196,7 @@ def test_a_request_takes_numbers_of_numpy() -> None:
     assert (made.now, made.top, made.exclude_seen) == (5, 3, False)
 
 
-def test_users_are_listed_once_however_many_partitions_know_them() -> None:
+def test_users_of_several_partitions_appear_once() -> None:
     keys = ["u1", "u2", "u1", "u3", "u2"]
 
     class Table:

@@ -114,7 +114,7 @@ def test_a_profile_with_live_events_and_a_filter(
     assert {entry["key"] for entry in with_seen} - {entry["key"] for entry in everything} == {"i2", "i9"}
 
 
-def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
+def test_repeated_requests_come_from_the_cache(searcher: Searcher) -> None:
     with TestClient(make_app(searcher, cache_size=1)) as client:
         first = client.post("/api/search", json={"user": "u7"}).json()
         again = client.post("/api/search", json={"user": "u7", "top": 10}).json()
@@ -128,7 +128,7 @@ def test_what_was_asked_before_comes_from_the_cache(searcher: Searcher) -> None:
         assert found["bigdssm_requests_total /api/search 200"] == 4
 
 
-def test_queries_asked_at_the_same_time_are_answered_together_and_each_its_own(searcher: Searcher) -> None:
+def test_concurrent_queries_are_batched_and_answered_individually(searcher: Searcher) -> None:
     users = searcher.users[:30]
     with TestClient(make_app(searcher, cache_size=0)) as client:
         bodies = {user: {"user": user, "top": 1 + number % 7} for number, user in enumerate(users)}
@@ -208,14 +208,14 @@ def test_the_nearest_documents_of_a_document(
         ([], 422, "the request: Input should be"),
     ],
 )  # fmt: skip
-def test_bad_queries_are_one_sentence(client: TestClient, body: object, status: int, sentence: str) -> None:
+def test_bad_queries_give_a_one_line_error(client: TestClient, body: object, status: int, sentence: str) -> None:
     answer = client.post("/api/search", json=body)
     assert answer.status_code == status
     assert sentence in answer.json()["error"]
     assert "\n" not in answer.json()["error"] and len(answer.json()["error"]) < 300
 
 
-def test_bad_requests_are_one_sentence(client: TestClient) -> None:
+def test_bad_requests_give_a_one_line_error(client: TestClient) -> None:
     as_json = {"Content-Type": "application/json"}
     half_a_key, half_a_name = b'{"features": {"\\ud800": "x"}}', b'{"user": "\\udfff"}'
     for answer, status, sentence in (
@@ -281,7 +281,7 @@ def test_requests_of_other_filters_share_a_batch(searcher: Searcher) -> None:
     assert list(map(len, together)) == [2, 6, 1, 19], "i1 to i19 are older"
 
 
-def test_what_replaces_model_and_index_is_taken_up_together(
+def test_a_new_model_and_index_are_loaded_together(
     model_dir: Path, other_model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     for source, name in ((model_dir, "model"), (index_dir, "index"), (other_model_dir, "new")):
@@ -322,7 +322,7 @@ class Unopened(Folders):
 @pytest.mark.parametrize(
     "error", [RecursionError("deep"), MemoryError(), RuntimeError("onnx"), KeyError("x"), OSError()]
 )
-def test_whatever_a_folder_raises_the_watcher_goes_on(
+def test_the_watcher_survives_any_error_of_a_folder(
     searcher: Searcher, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigdssm.serving.live.RETRY_S", 0.01)
@@ -411,7 +411,7 @@ def test_an_unknown_title_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
     assert compared == [(MOST_COMPARED, COMPARED_CHARACTERS, COMPARED_CHARACTERS)]
 
 
-def test_the_index_is_searched_with_the_threads_asked_for(
+def test_the_index_is_searched_with_the_requested_threads(
     model_dir: Path, index_dir: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In any thread: FAISS's setting is per thread."""
@@ -435,7 +435,7 @@ def test_the_index_is_searched_with_the_threads_asked_for(
     assert used == {"search": before + 3, "similar": before + 3}
 
 
-def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
+def test_the_server_listens_on_localhost_with_the_requested_threads(
     model_dir: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     addresses, threads = [], []
@@ -460,7 +460,7 @@ def test_it_listens_on_this_machine_alone_with_the_threads_asked_for(
     assert "--threads 0: needs at least 1" in tools.refused(2, *arguments, "--threads", 0)
 
 
-def test_options_that_cannot_work_are_one_sentence(
+def test_invalid_server_options_give_a_one_line_error(
     model_dir: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each error names its own requirement only."""
@@ -517,7 +517,7 @@ def test_a_full_queue_refuses_and_a_query_fails_alone() -> None:
     assert isinstance(bad, RuntimeError)
 
 
-def test_the_cache_forgets_what_was_asked_longest_ago() -> None:
+def test_the_cache_evicts_the_least_recently_used() -> None:
     cache: AnswerCache[int] = AnswerCache(2)
     cache.put("a", 1)
     cache.put("b", 2)

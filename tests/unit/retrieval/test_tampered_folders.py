@@ -111,7 +111,7 @@ def in_age(key: str, value: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "does not load"),
     ],
 )
-def test_a_tampered_folder_is_one_sentence(copied: Path, tamper: Callable[[Path], None], message: str) -> None:
+def test_a_tampered_folder_gives_a_one_line_error(copied: Path, tamper: Callable[[Path], None], message: str) -> None:
     tamper(copied)
     refused(copied, message)
 

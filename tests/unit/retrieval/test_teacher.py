@@ -47,9 +47,7 @@ def test_products_are_the_teachers_scores(
         found.queries(np.array([10**6 << EVENT_BITS]))
 
 
-def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
-    model: DualEncoder, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_ranks_share_the_rows_and_resume_after_a_kill(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
     encoders, calls = tower_encoders(model, dataset), []
 
     def documents(rows: np.ndarray) -> torch.Tensor:
@@ -76,7 +74,7 @@ def test_ranks_share_the_rows_and_go_on_where_they_were_killed(
     np.testing.assert_allclose(found.documents, expected[1], rtol=2e-3, atol=1e-3)
 
 
-def test_what_is_no_teacher_is_refused(
+def test_invalid_teacher_folders_are_refused(
     model: DualEncoder, dataset: Dataset, tiny_pairs: object, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"holds no teacher vectors: .*No such file"):

@@ -144,9 +144,7 @@ def test_embed_and_index(tools: Tools, model_dir: Path, index_dir: Path, dataset
     assert "is an index" in message
 
 
-def test_folders_behind_links_are_replaced_there(
-    tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_targets_of_folder_links_are_replaced(tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     for name in ("vectors", "index", "export"):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     (tmp_path / "disk" / "vectors").mkdir(parents=True)
@@ -220,7 +218,9 @@ def test_search_for_a_request_as_json_is_that_of_the_options(
     assert "is not JSON" in tools.refused(2, *command, "--request", tmp_path / "request.json")
 
 
-def test_search_refuses_with_a_sentence(tools: Tools, model_dir: Path, other_model_dir: Path, index_dir: Path) -> None:
+def test_an_invalid_search_command_gives_a_one_line_error(
+    tools: Tools, model_dir: Path, other_model_dir: Path, index_dir: Path
+) -> None:
     message = tools.refused(2, "search", "--model", model_dir, "--index", index_dir, "--request", "-", "--user", "u7")
     assert "--user would have no effect with --request" in message
     message = tools.refused(4, "search", "--model", other_model_dir, "--index", index_dir, "--user", "u7")
@@ -285,7 +285,7 @@ def test_kinds_of_index_are_measured(
     assert code == 2 and "--queries" in said and "at least 1" in said
 
 
-def test_what_a_query_costs_is_measured(tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_the_cost_of_a_query_is_measured(tools: Tools, model_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "measured.json"
     threads = torch.get_num_threads()
     try:

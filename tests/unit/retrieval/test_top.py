@@ -47,7 +47,7 @@ def test_a_product_has_the_same_bits_in_any_block(width: int) -> None:
             assert torch.equal(inner_products(queries[-m:], documents[-n:]), whole[-m:, -n:]), (m, n)
 
 
-def test_one_number_that_is_none_is_found() -> None:
+def test_one_non_finite_number_is_detected() -> None:
     assert all_finite(torch.randn(3, 4)) and all_finite(torch.zeros(0, 4))
     for bad in (INF, -INF, float("nan")):
         vectors = torch.randn(5, 6)

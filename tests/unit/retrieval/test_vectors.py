@@ -60,7 +60,7 @@ def expected(model: DualEncoder, dataset: Dataset) -> np.ndarray:
     return tower_encoders(model, dataset).documents(np.arange(NUM_ITEMS)).numpy()
 
 
-def test_a_killed_run_goes_on_from_its_finished_shards(
+def test_a_killed_run_resumes_from_its_finished_shards(
     model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -79,7 +79,9 @@ def test_a_killed_run_goes_on_from_its_finished_shards(
 
 
 @pytest.mark.parametrize("other", ["model", "shards"])
-def test_another_job_does_not_go_on_from_it(model: DualEncoder, dataset: Dataset, tmp_path: Path, other: str) -> None:
+def test_another_job_does_not_resume_from_unfinished_shards(
+    model: DualEncoder, dataset: Dataset, tmp_path: Path, other: str
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_vectors(
             tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", ShardWork(rows_per_shard=SHARD)
@@ -92,7 +94,7 @@ def test_another_job_does_not_go_on_from_it(model: DualEncoder, dataset: Dataset
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_ranks_share_the_shards_and_the_last_puts_the_folder_in_place(
+def test_ranks_share_the_shards_and_the_last_renames_the_folder(
     model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path, world_size: int
 ) -> None:
     encoders = [Counting(model, dataset) for _ in range(world_size)]
@@ -124,7 +126,7 @@ def test_ranks_at_the_same_time(model: DualEncoder, dataset: Dataset, expected: 
 
 
 @pytest.mark.parametrize("when", ["before it looks", "while it waits for the lock"])
-def test_one_rank_alone_is_told_to_go_on(
+def test_only_one_rank_finishes_the_folder(
     model: DualEncoder, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """Rank 1 finishes the folder after rank 0's last shard."""
@@ -151,7 +153,7 @@ def test_one_rank_alone_is_told_to_go_on(
     assert len(others) == 1 and others[0].meta is not None and own.meta is None
 
 
-def test_only_what_has_changed_is_encoded(tmp_path: Path) -> None:
+def test_only_changed_documents_are_encoded(tmp_path: Path) -> None:
     """An append adds documents; a rebuilt catalogue changes one."""
 
     def pairs(name: str, numbers: range, changed: int | None = None) -> Path:
