@@ -62,4 +62,4 @@ def _errors_of(repo_id: str) -> Iterator[None]:
         yield
     except (errors.HTTPError, OSError, errors.HFValidationError) as error:  # HTTPError: base class of the HTTP library
         first = next(iter(str(error).strip().splitlines()), repr(error))
-        raise CheckpointError(f"the Hub has refused {repo_id}, or could not be reached: {first}") from None
+        raise CheckpointError(f"the Hub rejected the request for {repo_id}, or cannot be reached: {first}") from None

@@ -91,8 +91,8 @@ def save_model_folder(
 ) -> None:
     """Write the model folder atomically, replacing an existing one.
 
-    `state` holds the full weights if the model's are sharded. Raises CheckpointError: `folder` exists and is something
-    else.
+    `state` holds the full weights if the model's are sharded. Raises CheckpointError: `folder` exists and is not a
+    model folder.
     """
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -190,7 +190,7 @@ def _identity(meta: Mapping[str, Any]) -> str:
 
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
-    """Return the checksum of the config keys that affect scores, as written: later versions may add keys."""
+    """Return the checksum of the config keys that affect scores, without keys that only later versions have."""
     return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 
 
@@ -248,7 +248,7 @@ def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | Non
 
 def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Mapping[str, str]) -> Any:
     name = f"{TEXT_DIR}/{key}/{ARCHITECTURE_FILE}"
-    if name not in checksums:  # an existing file was not written with the folder
+    if name not in checksums:  # a file without a checksum was added later
         raise CheckpointError(f"{META_FILE} does not list {name}, which the config requires")
     try:
         return text.read_architecture(folder / TEXT_DIR / key)

@@ -164,7 +164,7 @@ class CheckpointStore:
                     newest.append(checkpoint)
                     return
 
-        self._run_collectively(look, "look for")
+        self._run_collectively(look, "find")
         return distributed.broadcast_object(newest[0] if newest else None)
 
     def _read(self, checkpoint: Checkpoint) -> tuple[LoadedCheckpoint | None, str | None]:

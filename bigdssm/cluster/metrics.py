@@ -32,8 +32,8 @@ class Trackers:
         """Open `folder`/metrics.jsonl and the trackers of `config.run.trackers`.
 
         The file is truncated to the resumed checkpoint, after `step` steps and `num_validations` validations, because
-        later records are written again. TensorBoard ignores its later records (`purge_step`); other trackers keep
-        theirs. cpu: the ranks compute on the CPU.
+        later records are written again. TensorBoard also discards later records (`purge_step`); other trackers keep
+        them. cpu: the ranks compute on the CPU.
         """
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
@@ -96,7 +96,7 @@ def _open(name: str, folder: Path, step: int) -> Any:
 
 
 def flatten(values: dict[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts, joining keys with `separator`; other values than numbers, bools and strings become str."""
+    """Flatten nested dicts, joining keys with `separator`; values other than numbers, bools and strings become str."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -37,12 +37,12 @@ from bigdssm.errors import PeerError
 from bigdssm.utils.log import get_logger
 
 BEATS_PER_TIMEOUT, LONGEST_BEAT_S = 10, 5.0
-GONE_S = 3.0  # after a process ended: the errors of its peers' collectives, which come first, are more specific
+GONE_S = 3.0  # delay before a dead process is reported: its peers' failed collectives give a more specific error
 BROKEN_STORE_S = 10.0
 STARTING_S = 900.0  # limit before the first step: imports, opening a dataset, reading a checkpoint
 LEAVING_S = 15.0  # limit for the main thread to exit by itself
 VERDICT, SURVEYOR = "verdict", "surveyor"
-NOTING_S = 2.0  # limit for the end record: the file system may hang
+END_RECORD_S = 2.0  # limit for the end record: the file system may hang
 STOPPED_EXIT_CODE = 143  # the exit code of SIGTERM in shells
 STOPPED = "stopped on request, ended without saving; --resume auto continues from the last checkpoint"
 
@@ -218,7 +218,7 @@ class Watchdog:
     def _fault(self, now: float) -> str | None:
         """Return the fault of another rank as a sentence, or None."""
         timeout_s = self._timeout_s
-        # earlier than the heartbeat limit: with rank 0 stopped, that one would blame the store
+        # before the heartbeat limit, which would blame the store if rank 0 is stopped
         near = self._near_fault(now, stopped_s=timeout_s - 2 * self._interval_s, gone_s=GONE_S)
         if near:
             return near
@@ -234,7 +234,7 @@ class Watchdog:
             return (
                 f"{self._next} sent no heartbeat for {timeout_s:.0f} s: its process or host is stopped or disconnected"
             )
-        # later than the other checks: a dead rank blocks all main threads
+        # last, because a dead rank also blocks all main threads
         allowed_s = self._allowed_s()
         if now - self._moved_at > allowed_s + 3 * self._interval_s:
             if self._survey is None and now - self._moved_at < allowed_s + 5 * self._interval_s:
@@ -257,7 +257,7 @@ class Watchdog:
                     return f"{peer} has ended without an error message: killed, or out of memory"
                 if kind == "stopped" and now - since >= stopped_s:
                     self._to_kill = peer.pid if state == "T" else None
-                    return f"{peer} is stopped (SIGSTOP or a debugger), for {now - since:.0f} s by now"
+                    return f"{peer} has been stopped (SIGSTOP or a debugger) for {now - since:.0f} s"
         return None
 
     def _stuck_fault(self, survey: dict[int, dict[str, Any]]) -> str:
@@ -352,7 +352,7 @@ class Watchdog:
         if self._at_end is not None:
             thread = threading.Thread(target=self._at_end, args=(code, reason), daemon=True)
             thread.start()
-            thread.join(NOTING_S)
+            thread.join(END_RECORD_S)
 
     def _await_readers(self) -> None:
         """Keep the store, which ends with this process, long enough for all ranks to read the verdict."""

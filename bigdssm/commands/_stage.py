@@ -103,10 +103,12 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--ranks", type=at_least(1), metavar="N",
         help=f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; "
-        "at most data.lanes); under a launcher, its number",
+        "at most data.lanes); under a launcher, its number of ranks",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", choices=["auto"], help="continue from the newest valid checkpoint, if any (default: start anew)"
+        "--resume",
+        choices=["auto"],
+        help="continue from the newest valid checkpoint, if any (default: a new start)",
     )
     parser.add_argument("--validate", action="store_true", help="validate config and data, build one batch, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"A  {args.a}\nB  {args.b}\nstage {found.stage}\n")
     for title, rows in (("config", found.config), ("versions", found.versions), ("data", found.data)):
         _show(console, title, rows)
-    _show(console, "course", found.training)
+    _show(console, "training", found.training)
     if found.systems is None:
         print(f"results: not measured: {found.skip_reason}")
         return

@@ -207,7 +207,7 @@ def _on_collection(args: argparse.Namespace) -> None:
                 "filter_known": known,
                 "progress": progress,
             }
-            add(f"{args.pretrained.name} as it is", partial(pretrained_run, args.pretrained, collection, **options))
+            add(f"{args.pretrained.name}, unmodified", partial(pretrained_run, args.pretrained, collection, **options))
         for path in args.compare:
             of_model = partial(_run_of_model, path, collection, args.precision, known, progress)
             add(names[path], of_model if path.is_dir() else partial(read_run, path))

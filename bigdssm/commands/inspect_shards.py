@@ -78,7 +78,9 @@ def _print_description(console: Console, content: Description, split: str) -> No
     console.print(top)
     console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
     if content.num_versions:
-        console.print(f"{content.num_versions:,} further versions of documents, seen as of each {content.seen_as_of}")
+        console.print(
+            f"{content.num_versions:,} further versions of documents; a row uses those of its {content.seen_as_of}"
+        )
     console.print(
         f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"
     )

@@ -11,7 +11,8 @@ high as the row's positive is not its negative.
 
 --given reads lists of document ids from --column of TABLE (CSV, TSV, JSONL or Parquet), such as impressions without a
 click. --query-column contains ids of users or queries (in a dataset without ids, the text of single-text queries). With
---own-column, the id of the row's positive, a list applies to that row only. Train positives of the query are excluded.
+--positive-column, the id of the row's positive, a list applies to that row only. Train positives of the query are
+excluded.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--low", type=float, default=0.0, help="maximal relevance of explicit negatives (default: %(default)s)"
     )
     parser.add_argument("--query-column", metavar="NAME", help="column of TABLE with ids of users or queries")
-    parser.add_argument("--own-column", metavar="NAME", help="column of TABLE with the id of the row's positive")
+    parser.add_argument("--positive-column", metavar="NAME", help="column of TABLE with the id of the row's positive")
     parser.add_argument("--column", metavar="NAME", help="column of TABLE with lists of document ids")
     parser.add_argument(
         "--width", type=at_least(1), default=50, help="maximal number of documents per query (default: %(default)s)"
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if args.graded:
-        refuse_options(parser, args, ["--query-column", "--own-column", "--column"], "without --given")
+        refuse_options(parser, args, ["--query-column", "--positive-column", "--column"], "without --given")
     else:
         refuse_options(parser, args, ["--low"], "without --graded")
         if args.query_column is None or args.column is None:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.graded:
             hard = write_rated(args.out, dataset, args.width, args.low, share)
         else:
-            columns = args.query_column, args.own_column, args.column
+            columns = args.query_column, args.positive_column, args.column
             hard = write_candidates(args.out, dataset, args.given, columns, args.width, share)
     print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} documents per query")
 

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     name = "interactions"
-    sub = commands.add_parser(name, parents=[common], help="(history → next item) from user, item, time events")
+    sub = commands.add_parser(name, parents=[common], help="rows (history → next item) from tables of events")
     sub.set_defaults(run=_interactions)
     sub.add_argument(
         "--interactions", type=_table, required=True, help="table of events: .tsv .csv .jsonl .parquet, also .xz …"
@@ -220,7 +220,7 @@ def _interactions(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     deciding = {"random": args.group_column, "time": args.time_column, "column": args.split_column}
-    if args.split is None and args.append is not None:  # the dataset's own split, maybe of a column with another name
+    if args.split is None and args.append is not None:  # the split of the dataset, possibly by a column of another name
         decides = args.group_column or args.time_column or args.split_column
     else:
         decides = deciding[args.split or "random"] if args.split != "train" else None

@@ -133,7 +133,7 @@ def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
     for run, config in zip(runs, configs, strict=True):
         difference = first_difference(first, replace(config, run=RunConfig()).to_dict())
         if difference:
-            raise ConfigError(f"{run} is no other seed of {runs[0]}: {difference}; report it separately")
+            raise ConfigError(f"{run} is not another seed of {runs[0]}: {difference}; report it separately")
         if config.run.seed in seeds:
             raise ConfigError(f"{run} has the same seed as {seeds[config.run.seed]}; omit one of them")
         seeds[config.run.seed] = run
@@ -149,7 +149,7 @@ def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -
     if args.bm25:
         runs["BM25"] = partial(bm25_run, collection, filter_known=known)
     if args.pretrained is not None:
-        name = f"{args.pretrained.name} as it is"
+        name = f"{args.pretrained.name}, unmodified"
         runs[name] = partial(pretrained_run, args.pretrained, collection, precision=args.precision, filter_known=known)
     names = distinct_names(args.compare)
     runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}

@@ -3,7 +3,7 @@
     bigdssm search --model MODEL --index INDEX --user KEY
     bigdssm search --model MODEL --index INDEX --history "first title; second title" --text age=33
     bigdssm search --model MODEL --index INDEX --text "words=running shoes" --filter "section = sports and price < 50"
-    bigdssm search --model MODEL --index INDEX --request request.json --out found.csv
+    bigdssm search --model MODEL --index INDEX --request request.json --out results.csv
 
 --user loads features and events of a user from the dataset, --text sets feature values, --history adds later events
 (documents by key or title, oldest first); --document uses a document as the query. Seen documents are excluded unless

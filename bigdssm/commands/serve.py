@@ -6,7 +6,7 @@
 The page is at http://127.0.0.1:8000; docs/serving.md documents the API. Waiting queries are encoded and searched in one
 batch; the responses to the last --cache queries are cached. --workers N runs N processes, which share the memory of the
 index. --beside serves a second model for comparison, under /beside/api and on the page. If the model and index folders
-are replaced, the server loads the new ones within --look-s seconds without dropping a request. By default it accepts
+are replaced, the server loads the new ones within --poll-s seconds without dropping a request. By default it accepts
 connections from this machine only (--host), without authentication. Accepted host names are localhost, --host and those
 of --allow-host, such as a proxy's. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required if queries
 have users, histories or filters and the dataset is not at its path during training.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--cache", type=int, default=10_000, metavar="QUERIES", help="responses to cache (default: %(default)s)"
     )
     parser.add_argument(
-        "--at-once", type=int, default=32, metavar="QUERIES", help="maximal batch size (default: %(default)s)"
+        "--max-batch", type=int, default=32, metavar="QUERIES", help="maximal batch size (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="threads per worker (default: OMP_NUM_THREADS, or all cores)")
     parser.add_argument(
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
     parser.add_argument("--workers", type=int, default=1, help="number of processes (default: %(default)s)")
     parser.add_argument(
-        "--look-s", type=float, default=2.0, metavar="SECONDS",
+        "--poll-s", type=float, default=2.0, metavar="SECONDS",
         help="interval of checks for a replaced model or index (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--log-requests", action="store_true", help="write one JSON line per request to stderr")
@@ -71,21 +71,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="time limit for receiving a request, and for stopping (default: %(default)s)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    for option, least in (("cache", 0), ("at_once", 1), ("threads", 1), ("timeout_s", 1), ("workers", 1)):
+    for option, least in (("cache", 0), ("max_batch", 1), ("threads", 1), ("timeout_s", 1), ("workers", 1)):
         if (value := getattr(args, option)) is not None and value < least:
             raise ConfigError(f"--{option.replace('_', '-')} {value}: needs at least {least}")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port {args.port}: needs 0 to 65535")
-    if not 0.1 <= args.look_s < 1e6:
-        raise ConfigError(f"--look-s {args.look_s}: needs at least 0.1")
+    if not 0.1 <= args.poll_s < 1e6:
+        raise ConfigError(f"--poll-s {args.poll_s}: needs at least 0.1")
     needed = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
     second = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
     served = ServerSettings(
         Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), second, args.cache,
-        args.at_once,
-        (args.host, *args.allow_host), args.look_s, args.log_requests, args.timeout_s,
+        args.max_batch,
+        (args.host, *args.allow_host), args.poll_s, args.log_requests, args.timeout_s,
     )  # fmt: skip
     searchers = served.open()
     with _listen(args.host, args.port) as listening:
@@ -107,9 +107,9 @@ class ServerSettings:
     folders: Folders
     second: Folders | None
     cache: int
-    at_once: int
+    max_batch: int
     hosts: tuple[str, ...]
-    look_s: float
+    poll_s: float
     log_requests: bool
     timeout_s: int
 
@@ -133,8 +133,8 @@ class ServerSettings:
             log_requests()
         searcher, second = searchers or self.open()
         app = make_app(
-            searcher, cache_size=self.cache, max_batch=self.at_once, hosts=self.hosts, folders=self.folders,
-            poll_s=self.look_s, second=second, second_folders=self.second,
+            searcher, cache_size=self.cache, max_batch=self.max_batch, hosts=self.hosts, folders=self.folders,
+            poll_s=self.poll_s, second=second, second_folders=self.second,
         )  # fmt: skip
         ready()
         run(app, listening, self.timeout_s)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset, metric = Dataset.open(config.data.dir), find_metric(config.stage(args.stage).validation_metric)
         first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
     trials = search(value, space, args.out, args.trials, first=first, seed=args.seed)
-    table = Table("trial", "validation NDCG@10", "")
+    table = Table("trial", "validation metric", "")
     for key in space.keys:
         table.add_column(key, overflow="fold")
     for trial in trials:

@@ -52,7 +52,7 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
         return cast(Kind, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
-        reason = first_line(error).partition(". Did you mean")[0]  # omegaconf's hint has no sections
+        reason = first_line(error).partition(". Did you mean")[0]  # omegaconf's own hint omits the section
         hint = _similar_keys(str(error.full_key), kind)
         raise ConfigError(f"{path}: unknown key {error.full_key}: {reason}{hint}") from None
     except OmegaConfBaseException as error:
@@ -60,7 +60,7 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
 
 
 def _replace_components(kind: Any, given: Any, later: Any) -> None:
-    """Remove the keys of components in `given` that `later` replaces by components without these keys."""
+    """Remove keys of `given` that are invalid for the components which `later` selects by name."""
     if not isinstance(given, DictConfig) or not isinstance(later, DictConfig) or given._is_none() or later._is_none():
         return
     hints = get_type_hints(kind)

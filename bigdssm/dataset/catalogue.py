@@ -23,12 +23,12 @@ from bigdssm.utils.hashing import file_checksum, hash64
 
 
 class Catalogue:
-    """Documents 0 … num_docs - 1."""
+    """The documents 0 … num_docs - 1 and their earlier versions."""
 
     def __init__(
         self, paths: Sequence[Path], schema: Schema, pad_token_id: int, versions: Versions | None = None
     ) -> None:
-        """Map the catalogue's files, with the files of newer versions last.
+        """Map the catalogue's files; those of later partitions come last.
 
         Raises DataError: a file is missing or unreadable, or lacks a column of the schema.
         """
@@ -69,9 +69,10 @@ class Catalogue:
     def visible_rows(
         self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
     ) -> np.ndarray | None:
-        """Return the rows of the document versions visible to examples of partitions, int64.
+        """Return the rows of the document versions that rows of `partitions` use, int64.
 
-        `partitions` are numbers; `versions` are explicit, see `Versions.version_rows`. None if no document has changed.
+        `partitions` are partition numbers; `versions`, if given, takes precedence (`Versions.version_rows`). None if no
+        document has changed.
         """
         if self.versions is None:
             return None
@@ -107,7 +108,7 @@ class Catalogue:
         """Return the document keys (the ids in the source table) at `rows`."""
         return self._table.strings("doc_key", self._file_rows(rows))
 
-    def title(self, rows: np.ndarray) -> list[str]:
+    def titles(self, rows: np.ndarray) -> list[str]:
         """Return the titles at `rows`."""
         return self._table.strings("doc_title", self._file_rows(rows))
 

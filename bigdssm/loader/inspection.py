@@ -104,7 +104,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         docs_without_train_rows=int((counts == 0).sum()),
         num_versions=sum(file.rows for file in dataset.catalogue_files if file.since is not None),
         seen_as_of={"partitions": "partition", "events": "event"}[dataset.header.items],
-        top_docs=list(zip(dataset.catalogue.title(best), counts[best].tolist(), strict=True)),
+        top_docs=list(zip(dataset.catalogue.titles(best), counts[best].tolist(), strict=True)),
         lengths=[_lengths(name, np.concatenate(parts), caps[name]) for name, parts in lengths.items()],
         scanned_queries=len(hashes),
         unreadable_blocks=unreadable,
@@ -152,7 +152,7 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
         if of not in items:
             codes = dataset.catalogue.codes(of, dataset.catalogue.all_rows)
             known, first = np.unique(codes, return_index=True)
-            items[of] = dict(zip(known.tolist(), dataset.catalogue.title(first), strict=True))
+            items[of] = dict(zip(known.tolist(), dataset.catalogue.titles(first), strict=True))
         return items[of][code]
 
     decoder = Decoder(dataset.tokenizer, dataset.pad_token_id, item)

@@ -129,7 +129,7 @@ def _read(dataset: Dataset, table: Path, columns: tuple[str, str | None, str]) -
     query, target, candidates = columns
     queries, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     missing = 0
-    options = dict(zip(columns, ("--query-column", "--own-column", "--column"), strict=True))
+    options = dict(zip(columns, ("--query-column", "--positive-column", "--column"), strict=True))
     for batch in read_table(table, {column: option for column, option in options.items() if column}, _warn):
         check = RowCheck(batch, _warn)
         hashed, lists = hash_strings(strings(check, query)), value_lists(check, candidates, " ")

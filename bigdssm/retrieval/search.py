@@ -229,7 +229,7 @@ class DocumentNames:
     def of(cls, dataset: Dataset) -> DocumentNames:
         """Return the names of a dataset's catalogue."""
         rows = np.arange(dataset.catalogue.num_docs)
-        return cls(dataset.catalogue.keys(rows), dataset.catalogue.title(rows))
+        return cls(dataset.catalogue.keys(rows), dataset.catalogue.titles(rows))
 
     def rows(self, names: Sequence[str]) -> np.ndarray:
         """Return int64 catalogue rows, -1 for an unknown name."""

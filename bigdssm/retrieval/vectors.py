@@ -259,7 +259,7 @@ def _write_documents(path: Path, dataset: Dataset) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for first in range(0, dataset.catalogue.num_docs, ROWS_AT_ONCE):
             rows = np.arange(first, min(first + ROWS_AT_ONCE, dataset.catalogue.num_docs))
-            columns = [dataset.catalogue.keys(rows), dataset.catalogue.title(rows)]
+            columns = [dataset.catalogue.keys(rows), dataset.catalogue.titles(rows)]
             writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
 
 

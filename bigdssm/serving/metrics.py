@@ -44,7 +44,7 @@ class Metrics:
         )
         self.cache = Counter("bigdssm_cache", "Cache lookups", ["result"], registry=registry)
         self.unknown_events = Counter("bigdssm_unknown_events", "Events with an unknown item", registry=registry)
-        self.reloads = Counter("bigdssm_taken_up", "Models and indexes reloaded while serving", registry=registry)
+        self.reloads = Counter("bigdssm_model_loads", "Models and indexes reloaded while serving", registry=registry)
 
     def batch(self, result: SearchResult) -> None:
         """Count one batch; `result` is of any of its queries."""

@@ -81,11 +81,11 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     scored, anew = (read_ranks(ranked.with_name(name)).ranks for name in ("test-report.json", ranked.name))
     assert (scored != anew).any(), "the scorer sees all documents, or five"
     assert (ranked.parent / "commands.jsonl").read_text().count('"sft"') == 1, "both were trained once"
-    (judged,) = out.glob("tiny/*/seed-0/judged.npy")
-    scores = HardNegatives.open(judged)
+    (candidates,) = out.glob("tiny/*/seed-0/scored.npy")
+    scores = HardNegatives.open(candidates)
     assert (
         np.isfinite(scores.teacher_scores(scores.queries)[:, 0]).all()
-        and "distillation" in (judged.parent / "sft/metrics.jsonl").read_text()
+        and "distillation" in (candidates.parent / "sft/metrics.jsonl").read_text()
     )
     assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the work of the teacher counts"
     assert len(list(out.glob("tiny/*/seed-0/teacher"))) == 1

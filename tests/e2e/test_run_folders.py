@@ -452,7 +452,7 @@ def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: 
     arguments = ("pretrain.steps=100000", "pretrain.log_every_steps=100000", "engine.peer_timeout_s=5")
     for fault, words in (
         ("kill@9:1", "rank 1 .* has ended without an error message"),
-        ("stop@9:1", r"rank 1 .* is stopped"),
+        ("stop@9:1", r"rank 1 .* has been stopped"),
     ):
         folder = tmp_path / fault[:4]
         done = pretrain(config, folder, *arguments, ranks=2, env={"BIGDSSM_FAULT": fault}).wait(60)

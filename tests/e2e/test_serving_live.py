@@ -79,7 +79,7 @@ def until(what: str, holds: object, seconds: float = 60) -> None:
 def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
     make_served(tiny_interactions, tmp_path)
     checksum = make_served(tiny_interactions, tmp_path / "new", seed=2)
-    with started(tmp_path, "--workers", "2", "--look-s", "0.2", "--cache", "0", "--log-requests") as (address, server):
+    with started(tmp_path, "--workers", "2", "--poll-s", "0.2", "--cache", "0", "--log-requests") as (address, server):
         until("it is ready", lambda: _status(address, "/readyz") == 200)
         assert get(address, "/healthz") == (200, "ok")
         before = json.loads(get(address, "/api/about")[1])["model"]
@@ -91,13 +91,13 @@ def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDa
             assert {_model(address) for _ in range(10)} == {before}
             replace_folder(tmp_path / "new" / "index", tmp_path / "index")
             # a busy worker accepts few connections: responses do not show that both have loaded the model
-            until("both workers have taken it up", lambda: "taken_up_total 2.0" in get(address, "/metrics")[1])
+            until("both workers have taken it up", lambda: "model_loads_total 2.0" in get(address, "/metrics")[1])
             assert {_model(address) for _ in range(20)} == {checksum}
             answered = asking.answered
             until("they answer with it", lambda: asking.answered > answered + 50)
         assert not asking.failed, asking.failed[:3]
         counted = get(address, "/metrics")[1]
-        assert "bigdssm_taken_up_total 2.0" in counted and 'path="/api/search",status="200"' in counted
+        assert "bigdssm_model_loads_total 2.0" in counted and 'path="/api/search",status="200"' in counted
         workers = children(server.pid)
         os.kill(workers[0], signal.SIGKILL)
         until("another is started", lambda: len(set(children(server.pid)) - set(workers)) == 1)

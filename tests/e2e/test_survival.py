@@ -88,7 +88,7 @@ def test_a_stopped_rank_ends_the_run_within_its_timeout(config: Path, folder: Pa
     assert run.wait() in (6, 247), run.log  # the launcher returns the code of the first rank to end
     run.wait_for_orphans(5)
     assert time.monotonic() - struck < 10 + 15
-    assert re.search(r"rank 0 \(pid \d+ on \S+\) is stopped", run.errors[0])
+    assert re.search(r"rank 0 \(pid \d+ on \S+\) has been stopped", run.errors[0])
     assert "in all_gather" in run.log or "in all_reduce" in run.log  # the stacks
     assert run.checkpoints() == []
 

@@ -138,7 +138,7 @@ def test_docstrings_of_packages_from_the_command_line(tmp_path: Path, capsys: An
     packages = {}
     for split in ("train", "validation", "test"):
         docs = np.concatenate([rows.doc_rows for rows in dataset.iterate(split, 100)])
-        packages[split] = {name.split(".")[0] for name in dataset.catalogue.title(docs)}
+        packages[split] = {name.split(".")[0] for name in dataset.catalogue.titles(docs)}
     assert all(packages.values()) and sum(map(len, packages.values())) == len(names), "a package is in one split"
     assert set.union(*packages.values()) == set(names)
     assert len((tmp_path / "beir/corpus.jsonl").read_text().splitlines()) == 73

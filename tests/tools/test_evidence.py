@@ -70,7 +70,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
                 "sets": {**CLAIM["sets"], "large": {"config": "config.yaml"}},
                 "cells": {**CLAIM["cells"], "a": {"only": ["large"]}},
             },
-            "cells.c.after: got a, needs a cell that is tried on small, too",
+            "cells.c.after: got a, needs a cell that also runs on small",
         ),
         ({"cells": {"a": {"teacher": "a"}}, "expect": []}, "cells.a.teacher: got a, needs after"),
         (
@@ -94,7 +94,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
         ),
         (
             {"sets": {"x": {"config": "c", "pool": "y"}, "y": {"config": "c"}}},
-            "sets.y: got a set, needs another name than a pool's, y",
+            "sets.y: got a set, needs a name other than that of a pool, y",
         ),
         ({"expect": [{"better": "a", "than": "z"}]}, r"expect\[0\]: got z, needs one of the cells a, b, c"),
         ({"benches": [{"about": "x", "of": ["z"], "run": ["{out}"], "records": "y"}]}, r"benches\[0\].of: got \['z'\]"),

@@ -70,7 +70,7 @@ def test_the_pairs_of_another_library_become_a_dataset(tmp_path: Path, monkeypat
     _, make, _ = commands.splitlines()
     assert make_shards.main(shlex.split(make.removeprefix("bigdssm make_shards "))) == 0
     dataset = Dataset.open("datasets/mine")
-    assert dataset.catalogue.num_docs == 100 and dataset.catalogue.title(np.array([0]))[0].startswith("document ")
+    assert dataset.catalogue.num_docs == 100 and dataset.catalogue.titles(np.array([0]))[0].startswith("document ")
 
 
 def test_concepts_name_every_package() -> None:

@@ -35,12 +35,12 @@ def test_description_and_rows(tiny_interactions: Any, capsys: Any) -> None:
     dataset = Dataset.open(tiny_interactions.dir)
     found = describe(dataset)
     assert [size.rows for size in found.sizes if size.split == "train"] == [found.scanned_queries]
-    assert found.top_docs[0][0] == dataset.catalogue.title([int(dataset.doc_counts().argmax())])[0]
+    assert found.top_docs[0][0] == dataset.catalogue.titles([int(dataset.doc_counts().argmax())])[0]
     history = next(entry for entry in found.lengths if entry.feature == "query.history")
     assert history.percentiles[-1] == 10 and history.cut is not None and 0.3 < history.cut < 0.9
     row = sample_rows(dataset, "test", 3)[0]
     rows = next(dataset.iterate("test", 3))
-    assert row["query.history"] == dataset.catalogue.title(rows.seen(0)[-10:])
+    assert row["query.history"] == dataset.catalogue.titles(rows.seen(0)[-10:])
     assert row["doc.item_id"] == dataset.catalogue.keys(rows.doc_rows[:1])[0]
     assert row["doc.title"].startswith("[CLS] ") and row["query.occupation"] in ("artist", "doctor", "farmer")
     assert inspect_main([str(tiny_interactions.dir), "--rows", "2"]) == 0

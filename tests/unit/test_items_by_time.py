@@ -61,7 +61,7 @@ def make(
 def facts_at(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
     names, catalogue = ["", "", *dataset.schema.doc["kind"].vocabulary], dataset.catalogue
     columns = catalogue.codes("kind", rows).tolist(), np.asarray(catalogue.column("price", rows)).tolist()
-    return [(names[k], p, d) for k, p, d in zip(*columns, catalogue.title(rows), strict=True)]
+    return [(names[k], p, d) for k, p, d in zip(*columns, catalogue.titles(rows), strict=True)]
 
 
 def seen(dataset: Dataset, split: str = "train") -> dict[tuple[str, int], tuple[Any, list[str]]]:

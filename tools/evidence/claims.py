@@ -186,10 +186,13 @@ def _check(path: Path, claim: Claim) -> None:
                 same = role == "after" or cell.make == before.make  # its vectors are of one dataset
                 need(same, f"{key}.make", cell.make, f"that of {other}")
                 missing = [on for on in claim.sets if name in claim.cells_on(on) and other not in claim.cells_on(on)]
-                need(not missing, f"{key}.{role}", other, f"a cell that is tried on {', '.join(missing)}, too")
+                need(not missing, f"{key}.{role}", other, f"a cell that also runs on {', '.join(missing)}")
     for pool, members in claim.pools.items():
         need(
-            members == [pool] or pool not in claim.sets, f"sets.{pool}", "a set", f"another name than a pool's, {pool}"
+            members == [pool] or pool not in claim.sets,
+            f"sets.{pool}",
+            "a set",
+            f"a name other than that of a pool, {pool}",
         )
         for name in members[1:]:
             seeds, first = claim.sets[name].seeds, claim.sets[members[0]].seeds

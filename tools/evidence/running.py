@@ -35,7 +35,7 @@ from bigdssm.utils.hashing import code_checksum, hex64
 from bigdssm.utils.log import MetricsWriter, get_logger, read_records
 from tools.evidence.claims import Cell, Claim, DataSet
 
-REPORT, COMMANDS, SCORED, TEACHER_VECTORS = "report.json", "commands.jsonl", "judged.npy", "teacher"
+REPORT, COMMANDS, SCORED, TEACHER_VECTORS = "report.json", "commands.jsonl", "scored.npy", "teacher"
 logger = get_logger(__name__)
 PRECISION = {"engine": {"precision": "fp32"}}  # default of claims, so that all machines compute the same
 _building = Lock()  # datasets are built one at a time

@@ -22,7 +22,7 @@ def test_documents_by_row_and_key(interactions: Path, tools) -> None:
     assert catalogue.doc_ids.tolist() == [hash64(f"d{i}") for i in range(tools.NUM_DOCS)]
     rows = np.array([36, 0, 20, 19, 20])  # either side of the record batches' border, out of order, twice
     assert catalogue.keys(rows) == ["d36", "d0", "d20", "d19", "d20"]
-    assert catalogue.title(rows[:2]) == ["Document 36", "Document 0"]
+    assert catalogue.titles(rows[:2]) == ["Document 36", "Document 0"]
     assert catalogue.ids(rows).tolist() == catalogue.doc_ids[rows].tolist()
     features = catalogue.features(rows)
     assert features["item"].tolist() == (rows + 2).tolist()

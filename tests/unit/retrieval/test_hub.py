@@ -138,8 +138,8 @@ def test_a_damaged_download_is_refused(folder: Path, hub: Hub) -> None:
 
 def test_an_error_of_the_hub_gives_a_one_line_error(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for repo_id in ("someone/nothing", "a/b/c"):
-        with pytest.raises(CheckpointError, match=f"refused {repo_id}, or could not be reached: .+"):
+        with pytest.raises(CheckpointError, match=f"rejected the request for {repo_id}, or cannot be reached: .+"):
             bigdssm.from_pretrained(repo_id)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(CheckpointError, match=f"refused {REPO}, or could not be reached: .+"):
+    with pytest.raises(CheckpointError, match=f"rejected the request for {REPO}, or cannot be reached: .+"):
         bigdssm.push_to_hub(folder, REPO)

@@ -293,7 +293,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
 def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:
     index, rows = open_index(index_dir), np.arange(dataset.catalogue.num_docs)
     assert index.keys.to_pylist() == dataset.catalogue.keys(rows)
-    assert index.title.to_pylist() == dataset.catalogue.title(rows)
+    assert index.title.to_pylist() == dataset.catalogue.titles(rows)
     assert json.loads((vectors_dir / "meta.json").read_text())["dataset_fingerprint"] == dataset.fingerprint
 
 

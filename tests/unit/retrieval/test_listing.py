@@ -93,7 +93,7 @@ def test_a_given_window_contains_the_candidates_of_the_table(
 ) -> None:  # fmt: skip
     """Per query, or per row; without the query's other train positives."""
     (dataset, root), out = rated, tmp_path / "shown.npy"
-    columns = ("--query-column", "user", "--column", "beside", *(("--own-column", "doc") if own_column else ()))
+    columns = ("--query-column", "user", "--column", "beside", *(("--positive-column", "doc") if own_column else ()))
     tools.ran("list_candidates", "--data", dataset.dir, "--out", out, "--given", root / "shown.jsonl", *columns)
     key_of = dict(enumerate(dataset.catalogue.keys(np.arange(dataset.catalogue.num_docs))))
     row_of = {key: row for row, key in key_of.items()}

@@ -71,7 +71,7 @@ def test_an_explanation_lists_the_nearest_history_items(
     wanted = sorted(read, key=lambda item: -read[item])[:5]
     assert [item["key"] for item in answer["history"]] == wanted
     np.testing.assert_allclose([i["cosine"] for i in answer["history"]], [read[key] for key in wanted], atol=1e-5)
-    names = dataset.catalogue.title(np.array([int(key[1:]) for key in [*wanted, "i31"]]))
+    names = dataset.catalogue.titles(np.array([int(key[1:]) for key in [*wanted, "i31"]]))
     assert [item["title"] for item in answer["history"]] + [answer["of"]] == names
     assert answer["words"] == [] and answer["total_ms"] > 0
 

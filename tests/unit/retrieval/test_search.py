@@ -80,7 +80,7 @@ def test_a_user_has_the_dataset_s_features_which_given_ones_replace(dataset: Dat
 
 
 def test_events_are_documents_by_key_or_name(dataset: Dataset, queries: Queries) -> None:
-    title = dataset.catalogue.title(np.array([4]))[0].upper()
+    title = dataset.catalogue.titles(np.array([4]))[0].upper()
     query = queries.of(Request(events=[Event(f" {title} "), Event("nothing"), Event("i9"), Event("i4")]))
     assert query.seen.tolist() == query.excluded.tolist() == [4, 9, 4] and query.unknown == ("nothing",)
     assert as_list(query.columns["history"]) == [dataset.catalogue.codes("item_id", query.seen).tolist()]

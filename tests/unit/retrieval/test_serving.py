@@ -87,7 +87,7 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
     np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], rtol=1e-5)
     assert [entry["rank"] for entry in answer["documents"]] == list(range(1, len(wanted) + 1))
     newest = resolve(dataset, user="u7").seen[::-1][:5]
-    assert answer["history"] == dataset.catalogue.title(newest)
+    assert answer["history"] == dataset.catalogue.titles(newest)
     assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
 
 
@@ -107,7 +107,7 @@ def test_a_profile_with_live_events_and_a_filter(
     assert query.seen.tolist() == [2, 9] and query.allowed is not None
     wanted = expected(model_dir, index_dir, dataset, query, 10)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
-    assert answer["history"] == dataset.catalogue.title(np.array([9, 2])) and answer["unknown_events"] == 1
+    assert answer["history"] == dataset.catalogue.titles(np.array([9, 2])) and answer["unknown_events"] == 1
     everything = client.post("/api/search", json={**body, "top": 100}).json()["documents"]
     assert len(everything) == query.allowed.count - 2, "i2 and i9 match and were seen"
     with_seen = client.post("/api/search", json={**body, "top": 100, "exclude_seen": False}).json()["documents"]
@@ -168,7 +168,7 @@ def test_the_nearest_documents_of_a_document(
     if kind != "sq8":
         assert [entry["key"] for entry in answer["documents"]] == dataset.catalogue.keys(order)
     np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], cosines[order], atol=0.02)
-    assert answer["of"] == dataset.catalogue.title(np.array([3]))[0]
+    assert answer["of"] == dataset.catalogue.titles(np.array([3]))[0]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_new_model_and_index_are_loaded_together(
         found = client.post("/api/search", json={"user": "u7"}).json()
         assert not found["cached"] and found["documents"] != first["documents"]
         assert [entry["key"] for entry in found["documents"]] == [document.key for document in expected]
-        assert counted(client)["bigdssm_taken_up_total"] == 1
+        assert counted(client)["bigdssm_model_loads_total"] == 1
 
 
 class Unopened(Folders):
@@ -345,7 +345,7 @@ def test_the_watcher_survives_any_error_of_a_folder(
     Failing.opens = staticmethod(opens)  # type: ignore[assignment]
     with TestClient(make_app(searcher, folders=Failing(Path("m"), Path("i")), poll_s=0.01)) as client:
         until = time.monotonic() + 10
-        while not counted(client)["bigdssm_taken_up_total"]:
+        while not counted(client)["bigdssm_model_loads_total"]:
             assert time.monotonic() < until
         assert client.post("/api/search", json={"user": "u7"}).status_code == 200
     assert "cannot check m: " in caplog.text
@@ -470,7 +470,7 @@ def test_invalid_server_options_give_a_one_line_error(
             (("--port", taken.getsockname()[1]), "cannot listen: Address already in use; choose another"),
             (("--port", 65536), "--port 65536: needs 0 to 65535"),
             (("--port", -1), "--port -1: needs 0 to 65535"),
-            (("--at-once", 0), "--at-once 0: needs at least 1"),
+            (("--max-batch", 0), "--max-batch 0: needs at least 1"),
             (("--cache", -1), "--cache -1: needs at least 0"),
             (("--timeout-s", 0), "--timeout-s 0: needs at least 1"),
             (("--host", "203.0.113.7"), "--host 203.0.113.7 --port 8000: cannot listen: Cannot assign"),

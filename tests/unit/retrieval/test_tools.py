@@ -173,7 +173,7 @@ def test_search_for_a_user(
 def test_search_for_a_typed_history_and_features(
     tools: Tools, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    title = dataset.catalogue.title(np.array([3]))[0]
+    title = dataset.catalogue.titles(np.array([3]))[0]
     out = tools.ran("search", "--model", model_dir, "--index", index_dir, "--history", f"i9; {title}", "--top", 4)
     assert title in out.splitlines()[0]
     assert len([line for line in out.splitlines() if "." in line]) == 4
@@ -383,4 +383,4 @@ def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, 
     changed["pretrain"]["rows_global"] *= 2
     path.write_text(yaml.safe_dump(changed))
     message = tools.refused(2, "report", run_dir, other, "--out", tmp_path / "none.json")
-    assert "is no other seed of" in message
+    assert "is not another seed of" in message
