@@ -1,4 +1,4 @@
-"""Model folders on the Hugging Face Hub, or on another server of its API (HF_ENDPOINT).
+"""Model folders on the Hugging Face Hub, or on another server with its API (HF_ENDPOINT).
 
 Only the files of a model folder are transferred; its checksums are verified on both ends. HF_TOKEN authenticates;
 HF_HUB_OFFLINE=1 uses only the local cache.
@@ -39,7 +39,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None
     with _errors_of(repo_id):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        message = "A model folder of bigdssm"
+        message = "Upload a bigdssm model folder"
         done = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=FILES, commit_message=message
         )

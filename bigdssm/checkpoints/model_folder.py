@@ -275,7 +275,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     stage_dir = path.parent.parent
     state = consolidated_state_dict(path)
     own = bool(Scorer.weights_in(state))
-    if is_model_folder(stage_dir / BEST):  # has schema and architecture, even if the dataset was removed
+    if is_model_folder(stage_dir / BEST):  # contains schema and architecture: the dataset is not needed
         folder = load_model_folder(stage_dir / BEST, scorer=None if own else scorer)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
     elif not (stage_dir / CONFIG_FILE).is_file():

@@ -111,7 +111,7 @@ class CheckpointStore:
             raise error
 
     def has_failed(self) -> bool:
-        """Return True if the write in progress has already failed on this rank. No collective."""
+        """Return True if the write in progress has already failed on this rank. Not a collective."""
         return self._error is not None
 
     def __enter__(self) -> CheckpointStore:
@@ -147,7 +147,7 @@ class CheckpointStore:
         """Return the newest checkpoint with a valid manifest and complete files, as seen by rank 0."""
         newest: list[Checkpoint] = []
 
-        def look() -> None:
+        def find() -> None:
             if not distributed.is_main():
                 return
             for replaced in self.folder.glob(f".*{REPLACED}"):  # left by a run killed while replacing the same step
@@ -164,11 +164,11 @@ class CheckpointStore:
                     newest.append(checkpoint)
                     return
 
-        self._run_collectively(look, "find")
+        self._run_collectively(find, "find")
         return distributed.broadcast_object(newest[0] if newest else None)
 
     def _read(self, checkpoint: Checkpoint) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Return this rank's share, or a description of its damage. Raises CheckpointError: a rank has no such file."""
+        """Return this rank's share, or a description of its damage. Raises CheckpointError: unreadable on a rank."""
         read: list[LoadedCheckpoint] = []
         damages: list[str] = []
 
@@ -193,7 +193,7 @@ class CheckpointStore:
             self._write(job)
         except BaseException as error:  # raised by the main thread
             self._error = error
-            if distributed.is_main():  # frees disk space, at least for the report of the run's end
+            if distributed.is_main():  # frees disk space, which the end record of the run needs
                 shutil.rmtree(temporary_path(self.folder / checkpoint_name(job.step)), ignore_errors=True)
 
     def _write(self, job: _Job) -> None:

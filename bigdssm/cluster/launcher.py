@@ -1,4 +1,4 @@
-"""The launcher of this rank, ranks on this machine, and subprocesses that run commands."""
+"""Detect this rank's launcher, start ranks on this machine, and run commands in subprocesses."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def _fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state on; the command name before may contain spaces."""
+    """Return the fields of /proc/PID/stat after the command name, which may contain spaces; the first is the state."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -157,7 +157,7 @@ def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: L
             logger.error("rank %d was ended by %s", rank, Signals(-code).name)
     if reasons := [code for code in codes.values() if code > 0 and code != PeerError.exit_code]:
         return min(reasons)
-    if stopping and all(code < 0 for code in codes.values()):  # before their signal handlers were installed
+    if stopping and all(code < 0 for code in codes.values()):  # stopped before they installed signal handlers
         logger.info(EARLY)
         return Preempted.exit_code
     return PeerError.exit_code if any(codes.values()) else 0

@@ -37,10 +37,10 @@ class Trackers:
         """
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
-        if config.run.trackers:  # trackers read the main process from accelerate's state
+        if config.run.trackers:  # trackers determine the main process from accelerate's state
             PartialState(cpu=cpu)
         if distributed.is_main():
-            _cut_back(folder / METRICS_FILE, step, num_validations)
+            _truncate(folder / METRICS_FILE, step, num_validations)
             self._metrics = MetricsWriter(folder / METRICS_FILE)
             self._trackers = [_open(name, folder, step) for name in config.run.trackers]
             for tracker in self._trackers:
@@ -71,14 +71,14 @@ def check_trackers(names: Sequence[str]) -> None:
     supported = sorted(str(key) for key in LOGGER_TYPE_TO_CLASS)
     for name in names:
         if name not in supported:
-            raise ConfigError(f"run.trackers: got {name!r}, needs names out of {supported}")
+            raise ConfigError(f"run.trackers: got {name!r}, needs names from {supported}")
         if importlib.util.find_spec(name) is None:  # a tracker has the name of its package
             raise ConfigError(
                 f"run.trackers: {name} is not installed; pip install {name}, or remove it from run.trackers"
             )
 
 
-def _cut_back(path: Path, step: int, num_validations: int) -> None:
+def _truncate(path: Path, step: int, num_validations: int) -> None:
     validations = itertools.count()
 
     def keep(record: dict[str, Any]) -> bool:
@@ -150,7 +150,7 @@ def read_stage(folder: Path) -> StageCurve:
 
 
 def training_seconds(folder: Path) -> float:
-    """Estimate the seconds that a stage trained and validated, from its recorded speeds."""
+    """Estimate the duration of a stage's training and validation in seconds, from its recorded speeds."""
     stage: StageName = "sft" if folder.name == "sft" else "pretrain"
     rows_global = load_written_config(folder / CONFIG_FILE).stage(stage).rows_global
     seconds, before = 0.0, 0

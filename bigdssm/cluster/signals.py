@@ -25,7 +25,8 @@ class StopRequest:
     Therefore a separate thread receives early signals and ends the process.
     """
 
-    _write_end: ClassVar[int] = -1  # the pipe of the newest instance's thread; the system writes signal numbers to it
+    # Pipe to the thread of the newest instance; Python writes signal numbers to it (set_wakeup_fd).
+    _write_end: ClassVar[int] = -1
 
     def __init__(self, handle_signals: bool = True) -> None:
         """Install handlers for SIGTERM and SIGINT; without `handle_signals` only `request` has an effect."""

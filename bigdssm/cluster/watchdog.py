@@ -86,7 +86,7 @@ class Watchdog:
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._hosts_store = self._store_is_rank_0s and self._rank == 0 and self._world_size > 1  # for others
+        self._hosts_store = self._store_is_rank_0s and self._rank == 0 and self._world_size > 1
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
         self._heard_at = self._exchanged_at = time.monotonic()
         self._broken_at: float | None = None
@@ -124,7 +124,7 @@ class Watchdog:
         self._leaving_until = time.monotonic() + LEAVING_S
         if error is None:
             try:
-                distributed.barrier()  # a rank that exits early would look dead
+                distributed.barrier()  # other ranks would report a rank that exits early as dead
             except RuntimeError as late:
                 error = late
         if error is None:
@@ -213,7 +213,7 @@ class Watchdog:
             elif verdict:
                 self._end(verdict)
             elif fault := self._fault(now):
-                self._condemn(fault)
+                self._end_run(fault)
 
     def _fault(self, now: float) -> str | None:
         """Return the fault of another rank as a sentence, or None."""
@@ -229,7 +229,7 @@ class Watchdog:
             return (
                 f"the store of all ranks did not respond for {timeout_s:.0f} s; {host}, and is stopped or disconnected"
             )
-        # up to the last response of the store: without one, missing heartbeats do not implicate the next rank
+        # up to the last response of the store: later, missing heartbeats are no evidence against the next rank
         if self._exchanged_at - self._heard_at > timeout_s and self._world_size > 1:
             return (
                 f"{self._next} sent no heartbeat for {timeout_s:.0f} s: its process or host is stopped or disconnected"
@@ -283,7 +283,7 @@ class Watchdog:
             saving = self._stop_file.read_text(encoding="utf-8").strip() != STOP_NOW
             self._stop_file.unlink(missing_ok=True)
             if not saving:
-                self._condemn(STOPPED, STOPPED_EXIT_CODE)
+                self._end_run(STOPPED, STOPPED_EXIT_CODE)
             logger.warning("stop requested by %s; the run saves first", self._stop_file)
         else:
             return
@@ -311,7 +311,7 @@ class Watchdog:
         self._publish(cause, wait_for_main=True)
         return cause
 
-    def _condemn(self, sentence: str, code: int = PeerError.exit_code) -> None:
+    def _end_run(self, sentence: str, code: int = PeerError.exit_code) -> None:
         self._publish(sentence, wait_for_main=False, code=code)
         self._end(self._verdict or _verdict(sentence, code=code))
 

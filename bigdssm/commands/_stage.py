@@ -29,13 +29,11 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
         stop = StopRequest()
         if is_rank():
             if arguments.ranks not in (None, world_size):
-                raise ConfigError(
-                    f"--ranks {arguments.ranks}: the launcher has started {world_size}; leave --ranks out"
-                )
+                raise ConfigError(f"--ranks {arguments.ranks}: the launcher has started {world_size}; omit --ranks")
         elif (ranks := _prepare_ranks(arguments)) > 1:
             command = sys.orig_argv[1:] if argv is None else ["-m", "bigdssm.commands", stage, *argv]
             return run_ranks([sys.executable, *command], ranks, stop, launcher)
-        # these imports take seconds; the launcher is recorded and signal handlers are installed before
+        # imported late, because it takes seconds: the launcher is recorded and signal handlers are installed first
         from bigdssm import distributed
         from bigdssm.training.stages import run_stage, stage_lock
 
@@ -77,7 +75,7 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
     gpus = 0 if forced == "cpu" else torch.accelerator.device_count()
     if gpus and (arguments.ranks or 1) > gpus:
         raise ConfigError(
-            f"--ranks {arguments.ranks}: this machine has {gpus} GPUs; set DS_ACCELERATOR=cpu for its cores"
+            f"--ranks {arguments.ranks}: this machine has {gpus} GPUs; set DS_ACCELERATOR=cpu to train on its cores"
         )
     cores = cpu_count()
     ranks: int = arguments.ranks or max(1, min(gpus or cores // CORES_PER_RANK, lanes))

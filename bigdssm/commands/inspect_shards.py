@@ -39,7 +39,7 @@ def _verify(args: argparse.Namespace) -> None:
     for damage in damages:
         print(damage)
     if damages:
-        raise DataError(f"{args.dataset} is damaged in {len(damages)} places; the first: {damages[0]}")
+        raise DataError(f"{args.dataset} has {len(damages)} damaged parts; the first: {damages[0]}")
     print(f"{args.dataset}: all checksums match")
 
 

@@ -170,8 +170,8 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
 
 def _split_help(default: str) -> str:
     return (
-        f"split method (default: {default}; with --append that of the dataset, where rows newer than its test split "
-        "are train)"
+        f"split method (default: {default}; with --append, the method of the dataset: rows newer than its test split "
+        "are train rows)"
     )
 
 

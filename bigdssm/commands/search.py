@@ -88,7 +88,7 @@ def _read(file: str) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--request {file} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"--request {file} contains no JSON object")
+        raise ConfigError(f"--request {file} is not a JSON object")
     return content
 
 

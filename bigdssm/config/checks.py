@@ -24,11 +24,11 @@ def check_config(config: Config) -> None:
     _check_sources(data)
     if data.siamese:
         _check_siamese(data, model)
-    for key, needs_it in (
+    for key, is_set in (
         ("engine.offload_optimizer=true", engine.offload_optimizer),
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
     ):
-        require(engine.zero_stage > 0 or not needs_it, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
+        require(engine.zero_stage > 0 or not is_set, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
     # Stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
     require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
     for key, part in components_of(config):
@@ -86,24 +86,24 @@ def _check_sources(data: DataConfig) -> None:
 
 def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
     declared = [[(name, _without_column(f)) for name, f in side.items()] for side in (data.query, data.doc)]
-    given = "with data.siamese=true:"
+    siamese = "with data.siamese=true:"
     for key, got, fits, needed in (
         (
             "data.query",
             list(data.query),
             declared[0] == declared[1],
-            f"the features of data.doc, except their columns, {given} one tower",
+            f"the features of data.doc, except their columns, {siamese} one tower",
         ),
-        ("data.title", data.title, data.title is None, f"null {given} documents are displayed by id"),
-        ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {given} a query is never its own result"),
-        ("data.webdataset", data.webdataset, data.webdataset is None, f"null {given} documents need a catalogue"),
+        ("data.title", data.title, data.title is None, f"null {siamese} documents are displayed by id"),
+        ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {siamese} a query is never its own result"),
+        ("data.webdataset", data.webdataset, data.webdataset is None, f"null {siamese} documents need a catalogue"),
         (
             "model.query",
             "another tower",
             model.query in (TowerConfig(), model.doc),
-            f"none {given} model.doc is used for both",
+            f"none {siamese} model.doc is used for both",
         ),
-        ("model.share_text", True, not model.share_text, f"false {given} the whole tower is shared"),
+        ("model.share_text", True, not model.share_text, f"false {siamese} the whole tower is shared"),
     ):
         require(fits, key, got, needed)
 
@@ -175,7 +175,7 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
 
 
 def _check_catalogue_columns(name: StageName, stage: StageConfig, config: Config) -> None:
-    """Raise ConfigError unless each document is one column, with the same vector on all ranks."""
+    """Raise ConfigError unless each document is exactly one column, with the same vector on all ranks."""
     model, data, loss, negatives = config.model, config.data, stage.loss, stage.negatives
     key = f"{name}.negatives.columns"
     require(loss.all_columns, key, negatives.columns, f"batch with {loss.name}, which is not over all columns")

@@ -1,7 +1,7 @@
 """Base classes and registries of a stage's components; imports the standard library only.
 
-`config` is a `Config`, `stage` a `StageConfig`, `data` a `DataConfig`, `model` a `ModelConfig`, all of `keys`, which
-imports this module.
+The arguments `config`, `stage`, `data` and `model` are a `Config`, `StageConfig`, `DataConfig` and `ModelConfig`. They
+are annotated as Any, because their module, `keys`, imports this one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StageName = Literal["pretrain", "sft"]
-MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # of vectors, of a step's rows, of other counts
+MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # limits of vector widths, rows per step, and other counts
 
 
 class StageComponent(Component):
-    """The base of components of a stage."""
+    """Base class of the components of a stage."""
 
     def check_in_stage(self, name: StageName, config: Any) -> None:
         """Raise ConfigError: this component of the stage `name` conflicts with the rest of the config."""
@@ -45,11 +45,11 @@ class LossConfig(StageComponent):
 
     @property
     def direction(self) -> str:
-        """Return q2d (the documents of a query compete), d2q (the queries of a document), or both."""
+        """Return q2d (softmax over the documents of a query), d2q (over the queries of a document), or both."""
         return "q2d"
 
     def build(self) -> Any:
-        """Return the function of scores, a `losses.terms.Term`."""
+        """Return the loss as a function of the scores, a `losses.terms.Term`."""
         raise NotImplementedError
 
 

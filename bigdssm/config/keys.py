@@ -111,10 +111,10 @@ class TextEncoderConfig(Component):
     dropout: float = bounded(0.0, 0, below=1)  # inside the encoder; replaces that of a pretrained folder
 
     def architecture(self, inputs: TextInputs) -> Any:
-        """Return the values, in addition to these keys, that determine the shapes of the weights; by default `inputs`.
+        """Return the values that determine the shapes of the weights, besides these keys; by default `inputs`.
 
         It is saved in the model folder, so that the encoder can be rebuilt without the dataset or a pretrained folder.
-        Raises ConfigError: a pretrained folder that does not fit.
+        Raises ConfigError: a pretrained folder does not match the keys.
         """
         return inputs
 
@@ -366,7 +366,7 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, Number) and hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{value!r:.80} is not a text, number, list or mapping")
+    raise TypeError(f"{value!r:.80} is not a string, number, list or mapping")
 
 
 def _resolved(name: str, stage: StageConfig, data: DataConfig) -> StageConfig:

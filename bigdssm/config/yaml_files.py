@@ -28,7 +28,7 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
         content: DictConfig | ListConfig = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
-    except OSError as error:  # omegaconf also raises it for a single scalar
+    except OSError as error:  # omegaconf also raises OSError for a file with a single scalar
         raise ConfigError(f"{path} cannot be read, needs {needs}: {error.strerror or error}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or 'key'}: {first_line(error)}") from None
@@ -90,10 +90,10 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
             continue
         node = schema._get_node(f.name)
-        if isinstance(node, Sequence):  # omegaconf would raise TypeError without a key
+        if isinstance(node, Sequence):  # omegaconf raises a TypeError that does not name the key
             raise ConfigError(f"{path}: {key}: got a mapping, needs a list")
         if not isinstance(node, DictConfig):
-            continue  # keys below a value: the merge raises
+            continue  # a mapping in place of a value: the merge below raises
         if registry is None:
             section = _section(hints[f.name])
             if section is None:

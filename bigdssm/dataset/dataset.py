@@ -55,7 +55,7 @@ class DatasetHeader:
     schema: Schema
     text: str = "tokens"  # encoding of texts in blocks; "raw": untokenized
     users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
-    items: str = "partitions"  # reference of item versions; "events": the time of each event
+    items: str = "partitions"  # item versions are selected by partition; "events": by the time of each event
 
     @property
     def dated(self) -> bool:
@@ -69,7 +69,7 @@ class Dataset:
     def __init__(self, header: DatasetHeader, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
         """Called by `open` and `joined.join`.
 
-        `files` are the catalogue's, files of newer versions last.
+        `files` are the files of the catalogue; those with newer versions come last.
         """
         self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
         self.dir, self.name, self.schema = header.dir, header.name, header.schema
@@ -103,8 +103,8 @@ class Dataset:
         self._numbers = np.array([partition.number for partition in partitions])
         self._indexes: dict[str, SplitIndex] = {}
         self.sources: tuple[MixturePart, ...] = ()  # of a mixture; empty: a single source
-        self.batches: MixtureBatches = "mixed"  # of a mixture
-        self.siblings: tuple[Partition, ...] = ()  # of joined datasets: all partitions on disk
+        self.batches: MixtureBatches = "mixed"  # data.mixture_batches
+        self.siblings: tuple[Partition, ...] = ()  # for joined datasets: all their partitions on disk
         self.pickled: tuple[Any, ...] | None = None
         self._whole: Dataset | None = None
 
@@ -240,7 +240,7 @@ class Dataset:
             sequence, first, end = (np.asarray(columns[name], np.int64) for name in ("sequence", "first", "end"))
             sequence = sequence + self._sequence_base[partition]
             row_features = {name: columns[name] for name in self.layout.query}
-            return self._pieces(split, step, row_ids, self.sequences, sequence, first, end, row_features)
+            return self._segment_rows(split, step, row_ids, self.sequences, sequence, first, end, row_features)
         query = {name: columns[name] for name in self.schema.query}
         doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
         return Rows(
@@ -249,7 +249,7 @@ class Dataset:
             doc_versions=self.catalogue.visible_rows(doc_rows, self._numbers[partition]),
         )  # fmt: skip
 
-    def _pieces(
+    def _segment_rows(
         self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
         sequence: np.ndarray, first: np.ndarray, end: np.ndarray, row_features: dict[str, Column],
     ) -> Rows:  # fmt: skip
@@ -287,19 +287,19 @@ class Dataset:
                 query[name] = self._history(feature, self.sequences, sequence, rows.position)[0]
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
-        every = np.arange(rows.num_queries)  # not None: random draws stay per query
+        every = np.arange(rows.num_queries)  # not None, which would change the random draws of the queries
         return replace(
             rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=every, history_start=None
         )
 
     def _history(
-        self, feature: History, table: MappedTable, sequence: np.ndarray, seen: np.ndarray
+        self, feature: History, table: MappedTable, sequence: np.ndarray, end: np.ndarray
     ) -> tuple[Column, np.ndarray]:
-        """Return the codes of the newest items before position `seen`, and the first position."""
-        history_start = np.maximum(0, seen - feature.max_items)
-        items = table.take_slices("items", sequence, history_start, seen)
+        """Return the codes of the newest items before position `end`, and the position of the first of them."""
+        history_start = np.maximum(0, end - feature.max_items)
+        items = table.take_slices("items", sequence, history_start, end)
         partition = np.repeat(self._numbers_of(sequence), items.lengths)
-        version = versions_of(table, sequence, history_start, seen) if self.header.dated else None
+        version = versions_of(table, sequence, history_start, end) if self.header.dated else None
         return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), history_start
 
     def _numbers_of(self, sequence: np.ndarray) -> np.ndarray:
@@ -307,14 +307,14 @@ class Dataset:
         return self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
 
     def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray, version: np.ndarray | None) -> np.ndarray:
-        """Return the item codes of histories, in the visible versions.
+        """Return the codes of the items of histories, from their visible versions.
 
-        Invalid documents get the code for unknown.
+        Invalid documents get the code for values out of vocabulary.
         """
         known = (docs >= 0) & (docs < self.catalogue.num_docs)
         docs = docs if known.all() else np.where(known, docs, 0)
-        seen = self.catalogue.visible_rows(docs, partition, version)
-        codes = item_codes(self.catalogue.codes(feature, docs if seen is None else seen))
+        visible = self.catalogue.visible_rows(docs, partition, version)
+        codes = item_codes(self.catalogue.codes(feature, docs if visible is None else visible))
         return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
 
     def _column(self, name: str, array: pa.Array) -> Column:
@@ -356,7 +356,7 @@ class Dataset:
         yield from self.iterate_range(split, first, last, self.rows_for_queries(split, rows_per_batch))
 
     def iterate_range(self, split: str, first: int, last: int, rows_per_batch: int) -> Iterator[Rows]:
-        """Yield rows [first, last) of a split, `rows_per_batch` row ids per batch, as `iterate`."""
+        """Yield rows [first, last) of a split in batches of `rows_per_batch` row ids, otherwise like `iterate`."""
         index = self.index(split)
         pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
@@ -376,7 +376,7 @@ class Dataset:
         for fault in bad:
             where = "" if fault.row is None else f", row {fault.row}"
             where += "" if fault.position is None else f", position {fault.position}"
-            log.warning("left out: %s%s: %s", index.name(block), where, fault.reason)
+            log.warning("skipped: %s%s: %s", index.name(block), where, fault.reason)
         if batch is None:
             return np.empty(0, np.int64), empty_batch(self.layout)
         row_ids = np.arange(index.first_row[block], index.first_row[block + 1])

@@ -83,7 +83,7 @@ def read_index(folder: Path, split: str, expected: dict[str, object], partition:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; copy the dataset whole or rebuild it") from None
     if xxhash.xxh3_64_hexdigest(content) != expected["index_checksum"]:
-        raise DataError(f"{path} is damaged or of other shards: its checksum is not the one in partition.json")
+        raise DataError(f"{path} is damaged or belongs to other shards: its checksum is not the one in partition.json")
     try:
         table = pa.ipc.open_file(content).read_all().unify_dictionaries().combine_chunks()
         shard = table.column("shard").chunk(0) if table.num_rows else pa.array([], pa.string()).dictionary_encode()
@@ -91,7 +91,7 @@ def read_index(folder: Path, split: str, expected: dict[str, object], partition:
         code = shard.indices.to_numpy().astype(np.int32)
         arrays = {name: table.column(name).to_numpy().astype(dtype, copy=False) for name, dtype in COLUMNS.items()}
     except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise DataError(f"{path} is not an index of this project: {error}") from None
+        raise DataError(f"{path} is not an index of a split: {error}") from None
     for name in names:
         if "/" in name or "\\" in name or name.startswith(".") or not name.endswith(".tar"):
             raise DataError(f"{path}: shard name {name!r} is not a plain file name ending in .tar; refused")

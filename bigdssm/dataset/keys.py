@@ -27,7 +27,7 @@ class SortedKeys:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the row of each key, int64, −1 for an unknown key; later files take precedence."""
         rows = np.full(len(keys), -1, np.int64)
-        # Ordered by the top 16 bits for memory locality: three times as fast.
+        # Searching in the order of the top 16 bits is three times as fast, due to memory locality.
         order = np.argsort((keys >> 48).astype(np.int16), kind="stable")
         ordered = keys[order]
         for known, numbers in self._parts:

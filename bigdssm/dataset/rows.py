@@ -20,7 +20,7 @@ EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as columns; a history has the newest codes before the last query, oldest first."""
+    """Rows as columns. A history has the newest items before the row's last query, as codes, oldest first."""
 
     step: int
     row_ids: np.ndarray  # int64 [R]: row number within the split
@@ -42,7 +42,7 @@ class Rows:
         return len(self.row_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the sequences: the receiver maps them itself."""
+        """Pickle without the sequences, which the receiving process maps itself."""
         return {**self.__dict__, "sequences": None}
 
     @property
@@ -92,10 +92,10 @@ class Rows:
             edges = np.searchsorted(self.row, np.arange(len(self) + 1))
             selected = ragged.gather_ranges(np.arange(self.num_queries), edges[rows], edges[rows + 1])
             row, queries = np.repeat(np.arange(len(rows)), selected.lengths), selected.values
-        return replace(self._taken(rows, queries), row=row)
+        return replace(self._select(rows, queries), row=row)
 
-    def _taken(self, rows: np.ndarray, queries: np.ndarray) -> Rows:
-        def taken(names: Sequence[str], numbers: np.ndarray) -> dict[str, Any]:
+    def _select(self, rows: np.ndarray, queries: np.ndarray) -> Rows:
+        def selected(names: Sequence[str], numbers: np.ndarray) -> dict[str, Any]:
             present = [name for name in names if getattr(self, name) is not None]
             return {name: getattr(self, name)[numbers] for name in present}
 
@@ -104,8 +104,8 @@ class Rows:
             query={name: ragged.take(column, rows) for name, column in self.query.items()},
             doc={name: ragged.take(column, rows) for name, column in self.doc.items()},
             sequences=self.sequences,
-            **taken(_OF_ROWS, rows),
-            **taken(_OF_QUERIES, queries),
+            **selected(_OF_ROWS, rows),
+            **selected(_OF_QUERIES, queries),
         )
 
     @classmethod
@@ -114,7 +114,7 @@ class Rows:
         if len(parts) == 1:
             return parts[0]
 
-        def together(name: str) -> Any:
+        def concatenated(name: str) -> Any:
             return None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
 
         row = None
@@ -127,7 +127,7 @@ class Rows:
             doc={name: ragged.concat([part.doc[name] for part in parts]) for name in parts[0].doc},
             sequences=parts[0].sequences,
             row=row,
-            **{name: together(name) for name in _OF_ROWS + _OF_QUERIES},
+            **{name: concatenated(name) for name in _OF_ROWS + _OF_QUERIES},
         )
 
 

@@ -279,9 +279,8 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if (
-            isinstance(value, OSError) and value.errno in NO_ROOM and not value.filename
-        ):  # errors of write() have no filename
+        # Errors of write() have no filename.
+        if isinstance(value, OSError) and value.errno in NO_ROOM and not value.filename:
             value.filename = str(self.staging)
         self.quarantine.close()
         expected = kind is not None and issubclass(kind, (ConfigError, DataError))

@@ -41,9 +41,8 @@ def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: s
 
     own = scores.gather(1, positive[:, None])  # [m, 1]
     value = _value(loss, own, negative.masked_fill(~used, 0.0), used, batch.teacher)
-    if (
-        isinstance(loss, FPS) and loss.direction != "q2d"
-    ):  # the softmax over the queries in the positive's column, or the mean of both
+    # the softmax over the queries in the positive's column, or the mean of both
+    if isinstance(loss, FPS) and loss.direction != "q2d":
         others = scores.masked_fill(known, -torch.inf).T[positive]  # [m, m]
         over_queries = torch.cat([own, others], 1).logsumexp(1) - own[:, 0]
         value = over_queries if loss.direction == "d2q" else (value + over_queries) / 2

@@ -22,7 +22,7 @@ from tools.evidence.benches import read_figures, run_benches
 from tools.evidence.claims import Expectation, read_claim
 from tools.evidence.page import as_markdown, write_page
 from tools.evidence.results import Result, collect, together
-from tools.evidence.running import Trial, cpu_seconds, run_trial, run_trials, trials, write_config
+from tools.evidence.running import Trial, cpu_seconds, plan_trials, run_trial, run_trials, write_config
 from tools.evidence.stored import read_trials, store_trial, write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,19 +138,19 @@ def test_verdicts_of_confidence_intervals() -> None:
 def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: Any) -> None:
     one = {"small": {"config": str(tiny_interactions.config), "seeds": [0, 1]}}
     claim = read_claim(written(tmp_path, sets=one, cells={**CLAIM["cells"], "same": {"set": ["pretrain.epochs=2"]}}))
-    found = {(trial.cell_name, trial.seed): trial for trial in trials(claim, tmp_path)}
+    found = {(trial.cell_name, trial.seed): trial for trial in plan_trials(claim, tmp_path)}
     assert len(found) == 8 and found["same", 0].folder == found["b", 0].folder != found["a", 0].folder
     assert found["c", 1].after == found["a", 1] and found["c", 1].folder.name == "seed-1"
     two = {**one, "other": one["small"]}
     cells = {**CLAIM["cells"], "b": {"set": ["pretrain.epochs=5"], "per_set": {"small": ["pretrain.epochs=2"]}}}
     here = {
         (t.set_name, t.cell_name, t.seed): t
-        for t in trials(read_claim(written(tmp_path, sets=two, cells=cells)), tmp_path)
+        for t in plan_trials(read_claim(written(tmp_path, sets=two, cells=cells)), tmp_path)
     }
     assert here["small", "b", 0].folder == found["b", 0].folder, "what it changes there counts, whoever says it"
     assert here["other", "b", 0].folder.parent.name != found["b", 0].folder.parent.name
     later = read_claim(written(tmp_path, sets=one, cells={**CLAIM["cells"], "a": {"set": ["pretrain.epochs=3"]}}))
-    again = {(trial.cell_name, trial.seed): trial for trial in trials(later, tmp_path)}
+    again = {(trial.cell_name, trial.seed): trial for trial in plan_trials(later, tmp_path)}
     assert again["c", 1].folder != found["c", 1].folder, "what it starts from is another"
     with pytest.raises(DataError, match="not finished: small: a, seed 0; small: a, seed 1; "):
         collect(claim, list(found.values()), {})
@@ -159,7 +159,7 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
     changed.write_text(config.read_text().replace("max_items: 10", "max_items: 9"))
     assert "max_items: 9" in changed.read_text()
     other = read_claim(written(tmp_path, sets={"small": {"config": str(changed)}}))
-    assert trials(other, tmp_path)[0].folder != found["a", 0].folder, "the config's content counts, not its name"
+    assert plan_trials(other, tmp_path)[0].folder != found["a", 0].folder, "the config's content counts, not its name"
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_infeasible_trials_are_refused_before_the_first(
     monkeypatch.setattr("tools.evidence.running.run_trial", lambda trial: pytest.fail("it has begun"))
     claim = read_claim(written(tmp_path, sets=sets, **changed))
     with pytest.raises(ConfigError, match=sentence):
-        run_trials(trials(claim, tmp_path / "out"), 1)
+        run_trials(plan_trials(claim, tmp_path / "out"), 1)
 
 
 def test_a_record_that_a_kill_cut_off_does_not_take_the_next_with_it(tmp_path: Path, tiny_interactions: Any) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
     claim = read_claim(written(tmp_path, sets=sets, cells={"a": {"baseline": "popularity"}}, expect=[]))
-    (trial,) = trials(claim, tmp_path)
+    (trial,) = plan_trials(claim, tmp_path)
     trial.folder.mkdir(parents=True)
     (trial.folder / "commands.jsonl").write_text('{"command": "pre')
     run_trial(trial)
@@ -219,7 +219,7 @@ def test_baselines_are_fitted_one_at_a_time(
 
     monkeypatch.setattr("tools.evidence.running.fit_baseline", fit)
     with pytest.raises(ConfigError, match="enough"):
-        run_trials(trials(claim, tmp_path), 3)
+        run_trials(plan_trials(claim, tmp_path), 3)
     assert most == [1]
 
 
@@ -231,7 +231,7 @@ def test_a_baselines_options_may_differ_by_set(tmp_path: Path, tiny_interactions
     }
     claim = read_claim(written(tmp_path, sets=sets, cells=cells, expect=[], split="validation"))
     found = {}
-    for trial in trials(claim, tmp_path):
+    for trial in plan_trials(claim, tmp_path):
         run_trial(trial)
         found[trial.set_name, trial.cell_name] = trial.folder.parent.name, read_ranks(trial.report).ranks
     name, ranks = found["other", "Markov, window 1"]
@@ -263,7 +263,7 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
     cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}, "c": {"after": "a"}}
     claim = read_claim(written(tmp_path, sets=sets, cells=cells, split="validation"))
     dataset = Dataset.open(load_config(tiny_interactions.config).data.dir)
-    planned = trials(claim, tmp_path / "here")
+    planned = plan_trials(claim, tmp_path / "here")
     query_ids = MeasuredRows.of(dataset, "validation").query_ids
     rng = np.random.default_rng(0)
     for trial in planned:
@@ -274,7 +274,7 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
     file = tmp_path / "trials.jsonl"
     write_trials(file, store_trial({}, planned[:2]))
     write_trials(file, store_trial(read_trials(file), planned[2:]))
-    elsewhere = trials(claim, tmp_path / "there")
+    elsewhere = plan_trials(claim, tmp_path / "there")
     found = collect(claim, elsewhere, read_trials(file))
     assert found == collect(claim, planned, store_trial({}, planned))
     cell = found.sets["small"].cells[0]
@@ -309,7 +309,7 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
 
     dataset, rng = Dataset.open(load_config(tiny_interactions.config).data.dir), np.random.default_rng(0)
     query_ids = MeasuredRows.of(dataset, "test").query_ids
-    planned, ranks = trials(claim, tmp_path), dict[tuple[str, str, int], np.ndarray]()
+    planned, ranks = plan_trials(claim, tmp_path), dict[tuple[str, str, int], np.ndarray]()
     for trial in planned:
         own = rng.integers(1, 5 if trial.cell_name == "a" else 9, len(query_ids)).astype(np.float64)
         ranks[trial.set_name, trial.cell_name, trial.seed] = own
@@ -345,7 +345,7 @@ def test_stored_trials_are_not_rerun_unless_another_starts_from_them(
         "ranked": {"after": "a", "set": ["sft.steps=1"], "rerank": 5},
         "taught": {"after": "a", "teacher": "b", "set": ["sft.distillation.name=batch_kl"]},
     }
-    planned = trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
+    planned = plan_trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
     begun: list[str] = []
     monkeypatch.setattr("tools.evidence.running.run_trial", lambda trial: begun.append(trial.cell_name))
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name in ("a", "b")})
@@ -365,7 +365,7 @@ def test_a_cell_trains_on_its_own_dataset_and_is_measured_on_the_set(
 ) -> None:
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
     cells = {"all": {}, "bright": {"make": "interactions --positive-rating 4"}}
-    whole, bright = trials(read_claim(written(tmp_path, sets=sets, cells=cells, expect=[])), tmp_path)
+    whole, bright = plan_trials(read_claim(written(tmp_path, sets=sets, cells=cells, expect=[])), tmp_path)
     assert whole.folder != bright.folder
     ran: list[tuple[str, ...]] = []
 
@@ -402,7 +402,7 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
     claim = read_claim(
         written(tmp_path, sets=sets, cells={"a": {}, "b": {"set": ["pretrain.epochs=2"]}}, benches=[bench])
     )
-    planned = trials(claim, tmp_path / "runs")
+    planned = plan_trials(claim, tmp_path / "runs")
     with pytest.raises(DataError, match="not finished: small: b, seed 3: What it costs"):
         read_figures(claim, planned)
     trained: list[str] = []
@@ -442,7 +442,7 @@ def test_the_page_can_be_computed_from_the_stored_trials() -> None:
     used = set()
     for name, content in figures.items():
         claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
-        planned = trials(claim, Path("runs/evidence"))
+        planned = plan_trials(claim, Path("runs/evidence"))
         assert [str(trial) for trial in planned if trial.name not in stored] == [], name
         used |= {trial.name for trial in planned}
         values: dict[tuple[str, str], list[np.ndarray]] = {}

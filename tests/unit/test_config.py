@@ -45,7 +45,7 @@ def path(tmp_path: Path) -> Path:
         ({"steps": 2.5}, "Config: pretrain.steps: .*2.5"),
         ({"steps": -1}, "pretrain.steps: got -1, needs at least 0"),
         ({"steps": "two"}, "Config: pretrain.steps: .*two"),
-        ({"steps": object()}, "Config: .* is not a text, number, list or mapping"),
+        ({"steps": object()}, "Config: .* is not a string, number, list or mapping"),
         ({"optimizer": AdamW(lr=float("nan"))}, "pretrain.optimizer.lr: got nan, needs a finite number"),
     ],
 )

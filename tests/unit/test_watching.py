@@ -131,7 +131,7 @@ def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.Mo
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     check_trackers(["tensorboard"])
-    with pytest.raises(ConfigError, match=r"got 'wandbb', needs names out of .*'mlflow'.*'trackio'.*'wandb'"):
+    with pytest.raises(ConfigError, match=r"got 'wandbb', needs names from .*'mlflow'.*'trackio'.*'wandb'"):
         check_trackers(["wandbb"])
     with pytest.raises(ConfigError, match=r"run.trackers: wandb is not installed"):
         check_trackers(["tensorboard", "wandb"])

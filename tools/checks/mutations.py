@@ -63,7 +63,7 @@ def main() -> int:
         idle: SimpleQueue[Tree] = SimpleQueue()
         for copy in copies:
             idle.put(Tree(copy))
-        code, failed = _with(idle, None, sorted({str(found) for found in tests.values()}))
+        code, failed = _run_tests(idle, None, sorted({str(found) for found in tests.values()}))
         if code:
             print(f"exit code {code} without a bug: {', '.join(failed) or 'no test failed'}")
             return 2
@@ -71,7 +71,7 @@ def main() -> int:
         def caught(bug: Bug) -> bool:
             mutation, started = mutations[bug.name], time.perf_counter()
             assert isinstance(mutation, Mutation)
-            code, failed = _with(idle, mutation, [str(tests[bug.test])])
+            code, failed = _run_tests(idle, mutation, [str(tests[bug.test])])
             verdict = "SURVIVED" if code == 0 else f"caught by {failed[0]}" if failed else f"caught, exit code {code}"
             print(f"{bug.contract:14} {bug.name:34} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
             return code != 0
@@ -174,7 +174,7 @@ class Tree:
         return code, re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
 
 
-def _with(idle: SimpleQueue[Tree], mutation: Mutation | None, tests: Sequence[str]) -> tuple[int, list[str]]:
+def _run_tests(idle: SimpleQueue[Tree], mutation: Mutation | None, tests: Sequence[str]) -> tuple[int, list[str]]:
     """Run tests in an idle tree with a bug, or without one."""
     tree = idle.get()
     before = None if mutation is None else (tree.folder / mutation.file).read_bytes()

@@ -27,7 +27,7 @@ from tools.evidence.benches import Figures, read_figures, run_benches
 from tools.evidence.claims import Claim, read_claim
 from tools.evidence.page import write_page
 from tools.evidence.results import Result, collect
-from tools.evidence.running import Trial, run_trials, trials
+from tools.evidence.running import Trial, plan_trials, run_trials
 from tools.evidence.stored import read_trials, store_trial, write_trials
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     claims = {path.stem: read_claim(path) for path in args.claims}
     if len(claims) < len(args.claims):
         raise ConfigError("two files have the same name, which identifies the claim; rename one")
-    planned = {name: trials(claim, args.out) for name, claim in claims.items()}
+    planned = {name: plan_trials(claim, args.out) for name, claim in claims.items()}
     everything = [trial for of in planned.values() for trial in of]
     store = args.store if args.store is not None or args.page is None else args.page.parent
     for name in () if store is None else ("results.json", "trials.jsonl"):
@@ -83,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_page(results, args.page)
 
 
-def _figures(claim: Claim, which: Sequence[Trial], earlier: Result | None, *, run: bool) -> list[Figures]:
+def _figures(claim: Claim, trials: Sequence[Trial], earlier: Result | None, *, run: bool) -> list[Figures]:
     """Return the figures of a claim's benches from an earlier result if complete, otherwise measure them."""
     stored = [] if earlier is None else earlier.figures
     if [figures.about for figures in stored] == [bench.about for bench in claim.benches]:
         return stored
     if run:
-        run_benches(claim, which)
-    return read_figures(claim, which)
+        run_benches(claim, trials)
+    return read_figures(claim, trials)
 
 
 def _stored_results(file: Path) -> dict[str, Result]:

@@ -22,42 +22,42 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Figures:
-    """Results of a bench: records of one table."""
+    """The results of a benchmark: its title, and the records of a table."""
 
     about: str
     records: list[dict[str, Any]]
 
 
-def run_benches(claim: Claim, which: Sequence[Trial]) -> None:
+def run_benches(claim: Claim, trials: Sequence[Trial]) -> None:
     """Run all benches of a claim; existing results are reused.
 
     Missing models are trained again. Raises CalledProcessError: a command failed.
     """
     for bench in claim.benches:
-        for trial in _measured_by(bench, which):
+        for trial in _benched_trials(bench, trials):
             folder = _folder(bench, trial)
             if (folder / "figures.json").exists():
                 continue
             run_trials([trial], 1)
             logger.info("%s: %s", trial, bench.about)
-            places = {
+            paths = {
                 "model": trial.model, "data": load_config(trial.config_file).data.dir,
                 "folder": folder, "out": folder / "measured.json",
             }  # fmt: skip
             for line in bench.run:
-                command, *arguments = [word.format(**places) for word in shlex.split(line)]
+                command, *arguments = [word.format(**paths) for word in shlex.split(line)]
                 run_command(folder / "bench.log", command, *arguments).check()
             (folder / "measured.json").rename(folder / "figures.json")
 
 
-def read_figures(claim: Claim, which: Sequence[Trial]) -> list[Figures]:
+def read_figures(claim: Claim, trials: Sequence[Trial]) -> list[Figures]:
     """Read the results of a claim's benches. Raises DataError: one is not finished."""
-    return [_figures(bench, which) for bench in claim.benches]
+    return [_figures(bench, trials) for bench in claim.benches]
 
 
-def _figures(bench: Bench, which: Sequence[Trial]) -> Figures:
+def _figures(bench: Bench, trials: Sequence[Trial]) -> Figures:
     records = []
-    for trial in _measured_by(bench, which):
+    for trial in _benched_trials(bench, trials):
         file = _folder(bench, trial) / "figures.json"
         try:
             found = json.loads(file.read_text("utf-8"))[bench.records]
@@ -70,8 +70,8 @@ def _figures(bench: Bench, which: Sequence[Trial]) -> Figures:
     return Figures(bench.about, records)
 
 
-def _measured_by(bench: Bench, which: Sequence[Trial]) -> list[Trial]:
-    first_seed = {trial.cell_name: trial for trial in reversed(which)}
+def _benched_trials(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:
+    first_seed = {trial.cell_name: trial for trial in reversed(trials)}
     return [first_seed[name] for name in bench.of]
 
 

@@ -108,19 +108,21 @@ class Result:
 
 
 def collect(
-    claim: Claim, which: Sequence[Trial], stored: Mapping[str, StoredTrial], figures: Sequence[Figures] = ()
+    claim: Claim, trials: Sequence[Trial], stored: Mapping[str, StoredTrial], figures: Sequence[Figures] = ()
 ) -> Result:
     """Collect the `stored` results of a claim's trials, and the figures of its benches.
 
     Raises DataError: a trial is not finished.
     """
-    if unfinished := [str(trial) for trial in which if trial.name not in stored]:
+    if unfinished := [str(trial) for trial in trials if trial.name not in stored]:
         raise DataError(f"not finished: {'; '.join(unfinished)}")
-    finished = {name: [(trial, stored[trial.name]) for trial in which if trial.set_name == name] for name in claim.sets}
+    finished = {
+        name: [(trial, stored[trial.name]) for trial in trials if trial.set_name == name] for name in claim.sets
+    }
     sets = {pool: _of_sets(claim, {name: finished[name] for name in members}) for pool, members in claim.pools.items()}
     verdicts = [comparison.verdict for one in sets.values() for comparison in one.expected if comparison is not None]
-    seconds = {trial.name: stored[trial.name].cpu_seconds for trial in which}
-    own = {trial.folder: seconds[trial.name] - sum(seconds[needed.name] for needed in trial.needed) for trial in which}
+    seconds = {trial.name: stored[trial.name].cpu_seconds for trial in trials}
+    own = {trial.folder: seconds[trial.name] - sum(seconds[needed.name] for needed in trial.needed) for trial in trials}
     return Result(
         claim.claim, claim.why, claim.metric, claim.split, [_in_words(expected) for expected in claim.expect], sets,
         together(verdicts), list(figures), round(sum(own.values()) / 3600, 1),

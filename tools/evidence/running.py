@@ -105,7 +105,7 @@ class Trial:
         return f"{self.set_name}: {self.cell_name}, seed {self.seed}"
 
 
-def trials(claim: Claim, out: Path) -> list[Trial]:
+def plan_trials(claim: Claim, out: Path) -> list[Trial]:
     """Return all trials of a claim with their run folders in `out`, in order of their dependencies.
 
     Raises ConfigError: an invalid config of a set, or a cell compared with an equal one.
@@ -148,7 +148,7 @@ def _check(trial: Trial) -> None:
         raise ConfigError(f"sets.{trial.set_name}.make: missing; cells with `without` need it to build their dataset")
 
 
-def run_trials(which: Sequence[Trial], at_once: int, stored: Container[str] = ()) -> None:
+def run_trials(trials: Sequence[Trial], at_once: int, stored: Container[str] = ()) -> None:
     """Run unfinished trials, `at_once` concurrently; raises the first error after all have ended.
 
     Includes required trials. `stored` trials are skipped unless another one requires them. Raises ConfigError before
@@ -164,7 +164,7 @@ def run_trials(which: Sequence[Trial], at_once: int, stored: Container[str] = ()
                 logger.error("%s: %s", trial, error)
                 errors.append(error)
 
-    pending = [trial for trial in which if trial.name not in stored]
+    pending = [trial for trial in trials if trial.name not in stored]
     pending = [needed for trial in pending if not trial.report.exists() for needed in trial.needed] + pending
     unique = {trial.report: trial for trial in pending if not trial.report.exists()}
     for trial in {trial.folder.parent: trial for trial in unique.values()}.values():  # one per cell

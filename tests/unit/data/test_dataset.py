@@ -186,5 +186,5 @@ def test_invalid_indexes_are_refused(copy: Path, tools) -> None:
     ):
         attempt([("a.tar", 512, 10, 5, 5, 0)], 6).index("train")
     shutil.copy(copy / PARTITION / "test.index.arrow", path)
-    with pytest.raises(DataError, match="is damaged or of other shards"):
+    with pytest.raises(DataError, match="is damaged or belongs to other shards"):
         Dataset.open(copy).index("train")
