@@ -73,7 +73,7 @@ def main() -> int:
             assert isinstance(mutation, Mutation)
             code, failed = _run_tests(idle, mutation, [str(tests[bug.test])])
             verdict = "SURVIVED" if code == 0 else f"caught by {failed[0]}" if failed else f"caught, exit code {code}"
-            print(f"{bug.contract:14} {bug.name:34} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
+            print(f"{bug.contract:14} {bug.name:44} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
             return code != 0
 
         with ThreadPoolExecutor(args.jobs) as threads:
