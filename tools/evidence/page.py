@@ -19,18 +19,18 @@ METRICS = {"ndcg_at_10": "NDCG@10", "hr_at_10": "HR@10", "mrr": "MRR", "recall_a
 _COORDINATES = re.compile(r' (?:d|x|y|height|width|transform|points)="[^"]*"')
 HEAD = """# Experiments on the article's claims
 
-The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method and to measure the gain of every step. Each of
-its claims is a file in `configs/evidence/` with the cells to compare, their overrides of a shipped config, and the
-expected comparisons. `python -m tools.evidence` trains the cells, evaluates them on the test split over all documents,
-and writes this page:
+The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method, and to measure the gain of every step of it.
+Each of its claims is a file in `configs/evidence/` with the cells (configurations) to compare, their overrides of a
+shipped config, and the expected comparisons. `python -m tools.evidence` trains the cells, evaluates them on the test
+split over all documents, and writes this page:
 
     python -m tools.evidence configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md --store tools/evidence
 
 ± is a standard error over queries and seeds. Differences are paired by row, with 95 % bootstrap intervals over queries
 and seeds, clustered by query id (user or text). A claim **holds** if every interval is on the expected side of 0 (or of
-the margin of the claim), **does not hold** if one is on the other side, and is **open** otherwise. The closest call is
-the interval with that verdict whose end is nearest to 0 or the margin. CPU-seconds are of one training, including
-pretraining and teachers; CPU-hours are of all trainings of a claim, including those shared with other claims.
+the margin of the claim), **does not hold** if one is on the other side, and is **open** otherwise. The decisive
+comparison is the one with this verdict whose interval ends nearest to 0 or the margin. CPU-seconds are of one training,
+including pretraining and teachers; CPU-hours are of all trainings of a claim, including those shared with other claims.
 """
 
 
@@ -43,7 +43,7 @@ def write_page(results: Mapping[str, Result], page: Path) -> None:
 
 def as_markdown(results: Mapping[str, Result]) -> str:
     """Return the page as Markdown."""
-    summary = ["| claim | verdict | the closest call | CPU-hours |", "|---|---|---|---|"]
+    summary = ["| claim | verdict | decisive comparison | CPU-hours |", "|---|---|---|---|"]
     for name, result in results.items():
         link = f"[{_cell(result.claim)}](#{name.replace('_', '-')})"
         summary.append(f"| {link} | {result.verdict} | {_cell(result.decisive())} | {result.cpu_hours:.1f} |")
