@@ -73,11 +73,7 @@ def main() -> int:
             assert isinstance(mutation, Mutation)
             code, failed = _run_tests(idle, mutation, [str(tests[bug.test])])
             verdict = "SURVIVED" if code == 0 else f"caught by {failed[0]}" if failed else f"caught, exit code {code}"
-<<<<<<< HEAD
             print(f"{bug.contract:14} {bug.name:44} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
-=======
-            print(f"{bug.contract:18} {bug.name:37} {verdict}  ({time.perf_counter() - started:.0f} s)", flush=True)
->>>>>>> dc638b4 (Planted bugs are named for the fault, in the modules of today; three of them no longer fail by an undefined name)
             return code != 0
 
         with ThreadPoolExecutor(args.jobs) as threads:
