@@ -1,11 +1,11 @@
 """Serve a model and its index over HTTP: a JSON API and a demo page.
 
     bigdssm serve --model MODEL --index INDEX [--data DATASET] [--port 8000]
-    bigdssm serve --model MODEL --index INDEX --beside OTHER_MODEL OTHER_INDEX
+    bigdssm serve --model MODEL --index INDEX --second OTHER_MODEL OTHER_INDEX
 
 The page is at http://127.0.0.1:8000; docs/serving.md documents the API. Waiting queries are encoded and searched in one
 batch; the responses to the last --cache queries are cached. --workers N runs N processes, which share the memory of the
-index. --beside serves a second model for comparison, under /beside/api and on the page. If the model and index folders
+index. --second serves a second model for comparison, under /second/api and on the page. If the model and index folders
 are replaced, the server loads the new ones within --poll-s seconds without dropping a request. By default it accepts
 connections from this machine only (--host), without authentication. Accepted host names are localhost, --host and those
 of --allow-host, such as a proxy's. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required if queries
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_search_options(parser)
     parser.add_argument(
-        "--beside", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison"
+        "--second", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     needed = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
-    second = None if args.beside is None else Folders(args.beside[0], args.beside[1], args.data, args.threads)
+    second = None if args.second is None else Folders(args.second[0], args.second[1], args.data, args.threads)
     served = ServerSettings(
         Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), second, args.cache,
         args.max_batch,

@@ -112,7 +112,7 @@ def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: b
 
     @routes.get("/api/about")
     async def about() -> dict[str, Any]:
-        return {**await run_in_threadpool(active().searcher.about), "beside": has_second}
+        return {**await run_in_threadpool(active().searcher.about), "second": has_second}
 
     @routes.get("/api/users")
     async def users() -> list[str]:
@@ -164,7 +164,7 @@ def _ms_since(started: float) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-SECOND_PREFIX = "/beside"
+SECOND_PREFIX = "/second"
 PAGE = Path(__file__).with_name("page.html")
 OTHER_PATHS = ("/", "/page.css", "/page.js", "/metrics", "/healthz", "/readyz", "/openapi.json")
 COUNTED_PATHS = frozenset([*OTHER_PATHS, *PATHS, *(SECOND_PREFIX + path for path in PATHS)])

@@ -247,13 +247,13 @@ function answer(side, about) {
 
 async function begin() {
   const about = await call("/api/about");
-  if (about.beside) {
-    sides = ["", "/beside"];
+  if (about.second) {
+    sides = ["", "/second"];
     $("answers").className = "two";
     $("sides").hidden = false;
   } else $("about").textContent = described(about);
   answer("", about);
-  if (about.beside) answer("/beside", await call("/beside/api/about"));
+  if (about.second) answer("/second", await call("/second/api/about"));
   if (about.users) {
     field("user", "choose a user", "users");
     addDatalist("users", await call("/api/users"));

@@ -97,7 +97,7 @@ def two_url(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFac
     """The address of a server with two models."""
     folder = tmp_path_factory.mktemp("two")
     make_served(tiny_interactions, folder / "other", seed=2)
-    with serving(tiny_interactions, folder, "--beside", folder / "other/model", folder / "other/index") as address:
+    with serving(tiny_interactions, folder, "--second", folder / "other/model", folder / "other/index") as address:
         yield address
 
 
@@ -199,10 +199,10 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
 
 def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/?user=u7")
-    answers = [post(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/beside")]
+    answers = [post(two_url, f"{side}/api/search", {"user": "u7"})["documents"] for side in ("", "/second")]
     keys = [[entry["key"] for entry in answer] for answer in answers]
     assert keys[0] != keys[1] and 0 < len({*keys[0]} & {*keys[1]}) < 10
-    for side, own, other in (("", *keys), ("/beside", *keys[::-1])):
+    for side, own, other in (("", *keys), ("/second", *keys[::-1])):
         marks = []
         for rank, key in enumerate(own):
             up = other.index(key) - rank if key in other else None
@@ -212,7 +212,7 @@ def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
         assert page.js(f"{lines}.map(line => line.dataset.key)") == [key for key in own if key not in other]
     assert text(page, "#status") == f"{len({*keys[0]} & {*keys[1]})} of 10 in both"
     page.open(f"{two_url}/?similar=i3")
-    assert len(rows(page)) == len(rows(page, "/beside")) == 10 and text(page, "#title").startswith("Nearest to ")
+    assert len(rows(page)) == len(rows(page, "/second")) == 10 and text(page, "#title").startswith("Nearest to ")
     page.open(f"{two_url}/?user=nobody")
     assert page.js("document.querySelectorAll('.note.error').length") == 2 and rows(page) == []
 
@@ -230,15 +230,15 @@ def test_the_page_works_with_the_keyboard_alone(page: Page, two_url: str) -> Non
     page.press("ArrowUp")
     assert at() == ("", 1), "nothing is above"
     page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
-    assert at() == ("/beside", 2)
+    assert at() == ("/second", 2)
     page.press("Enter").answered()
-    near = post(two_url, "/beside/api/why", {"user": "u7", "answer": rows(page, "/beside")[1][4]})
+    near = post(two_url, "/second/api/why", {"user": "u7", "answer": rows(page, "/second")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
     assert text(page, "tr.why") == f"Similar documents of the history:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
     assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
     page.press("Enter").answered().press("Escape")
-    assert page.js("document.querySelector('tr.why')") is None and at() == ("/beside", 2)
+    assert page.js("document.querySelector('tr.why')") is None and at() == ("/second", 2)
     page.press("Escape")
     assert page.js("document.activeElement.name") == "user"
     page.press("ArrowDown", "Escape", "ArrowDown")

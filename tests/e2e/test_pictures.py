@@ -42,7 +42,7 @@ def address(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFac
         write_vectors(place / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum)
         build_index(place / "vectors", place / "index")
         (place / "model").symlink_to(trained.best)
-    with started(folder, "--beside", folder / "other/model", folder / "other/index") as (url, _):
+    with started(folder, "--second", folder / "other/model", folder / "other/index") as (url, _):
         yield url
 
 

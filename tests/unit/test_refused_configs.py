@@ -134,9 +134,9 @@ def test_heads_that_do_not_divide_a_historys_items(launch: Launch, tiny_interact
         ({"WORLD_SIZE": "0"}, "RANK= WORLD_SIZE=0: needs a rank"),
         ({"WORLD_SIZE": "2"}, "RANK= WORLD_SIZE=2: needs a rank"),  # both would train independently
         ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 WORLD_SIZE=2: needs a rank"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK= MASTER_ADDR= MASTER_PORT= beside RANK=1: needs this rank's"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK= MASTER_ADDR= MASTER_PORT= with RANK=1: needs the local rank"),
         ({"RANK": "0", "LOCAL_RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}, "LOCAL_RANK=x MASTER_ADDR=a"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 beside"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 with RANK=0"),
     ],
 )
 def test_launchers_without_a_rendezvous_are_refused(

@@ -114,10 +114,10 @@ def test_invalid_explanation_requests_are_refused(client: TestClient) -> None:
 
 
 def test_a_second_model_is_served_next_to_the_first(client: TestClient, searcher: Searcher, other: Searcher) -> None:
-    both = {"": searcher, "/beside": other}
+    both = {"": searcher, "/second": other}
     abouts = {side: client.get(f"{side}/api/about").json() for side in both}
-    assert all(about["beside"] for about in abouts.values())
-    assert abouts[""]["model"] != abouts["/beside"]["model"] == other.about()["model"]
+    assert all(about["second"] for about in abouts.values())
+    assert abouts[""]["model"] != abouts["/second"]["model"] == other.about()["model"]
     for side, one in both.items():
         found = client.post(f"{side}/api/search", json={"user": "u7"}).json()
         assert [document["score"] for document in found["documents"]] == pytest.approx(
@@ -127,11 +127,11 @@ def test_a_second_model_is_served_next_to_the_first(client: TestClient, searcher
         assert [document["key"] for document in near] == [document.key for document in one.similar("i3", 10)[1]]
     found = counted(client)
     assert (
-        found["bigdssm_requests_total /api/search 200"] == found["bigdssm_requests_total /beside/api/search 200"] == 1
+        found["bigdssm_requests_total /api/search 200"] == found["bigdssm_requests_total /second/api/search 200"] == 1
     )
     with TestClient(make_app(searcher)) as alone:
-        assert alone.get("/beside/api/about").status_code == 404
-        assert not alone.get("/api/about").json()["beside"]
+        assert alone.get("/second/api/about").status_code == 404
+        assert not alone.get("/api/about").json()["second"]
 
 
 def test_a_new_second_model_is_loaded_next_to_the_first(
@@ -142,10 +142,10 @@ def test_a_new_second_model_is_loaded_next_to_the_first(
     build_index(index_dir.with_name("vectors"), tmp_path / "new", "sq8")
     folders = Folders(tmp_path / "model", tmp_path / "index", str(dataset.dir))
     with TestClient(make_app(other, second=folders.open(), second_folders=folders, poll_s=0.02)) as client:
-        assert client.get("/beside/api/about").json()["index"] == "flat"
+        assert client.get("/second/api/about").json()["index"] == "flat"
         replace_folder(tmp_path / "new", tmp_path / "index")
         until = time.monotonic() + 20
-        while client.get("/beside/api/about").json()["index"] != "sq8":
+        while client.get("/second/api/about").json()["index"] != "sq8":
             assert time.monotonic() < until
         assert client.get("/api/about").json()["model"] == other.about()["model"]
 
