@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unmodified Hugging Face text encoder"
     )
     beir.add_argument(
-        "--max-tokens", type=int, default=256, help="maximal text length, with --pretrained (default: %(default)s)"
+        "--max-tokens", type=int, default=256, help="maximum text length, with --pretrained (default: %(default)s)"
     )
     beir.add_argument(
         "--filter-known", action="store_true",

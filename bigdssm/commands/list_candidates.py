@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind.add_argument("--graded", action="store_true", help="documents that the query rated in the train split")
     kind.add_argument("--given", type=Path, metavar="TABLE", help="documents listed in a table")
     parser.add_argument(
-        "--low", type=float, default=0.0, help="maximal relevance of explicit negatives (default: %(default)s)"
+        "--low", type=float, default=0.0, help="maximum relevance of explicit negatives (default: %(default)s)"
     )
     parser.add_argument("--query-column", metavar="NAME", help="column of TABLE with ids of users or queries")
     parser.add_argument("--positive-column", metavar="NAME", help="column of TABLE with the id of the row's positive")
     parser.add_argument("--column", metavar="NAME", help="column of TABLE with lists of document ids")
     parser.add_argument(
-        "--width", type=at_least(1), default=50, help="maximal number of documents per query (default: %(default)s)"
+        "--width", type=at_least(1), default=50, help="maximum number of documents per query (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)

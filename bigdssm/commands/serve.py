@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--cache", type=int, default=10_000, metavar="QUERIES", help="responses to cache (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-batch", type=int, default=32, metavar="QUERIES", help="maximal batch size (default: %(default)s)"
+        "--max-batch", type=int, default=32, metavar="QUERIES", help="maximum batch size (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="threads per worker (default: OMP_NUM_THREADS, or all cores)")
     parser.add_argument(

@@ -41,7 +41,7 @@ def main() -> None:
         help=f"position encoding {default}",
     )
     parser.add_argument("--rows", type=at_least(1), default=64, help=f"number of histories {default}")
-    parser.add_argument("--items", type=at_least(1), default=200, help=f"maximal history length {default}")
+    parser.add_argument("--items", type=at_least(1), default=200, help=f"maximum history length {default}")
     parser.add_argument("--median", type=at_least(1), default=60, help=f"median history length {default}")
     parser.add_argument("--chunk-tokens", type=at_least(0), default=4096, help=f"engine.chunk_tokens {default}")
     parser.add_argument("--width", type=at_least(1), default=64, help=f"model width {default}")

@@ -72,7 +72,7 @@ def main() -> None:
     data.add_argument("--movielens", type=Path, help="folder with ml-100k.inter and .item, from tools.public_data")
     parser.add_argument("--ranks", type=at_least(1), default=1, help=f"number of ranks {default}")
     parser.add_argument("--rows", type=at_least(1), default=2048, help=f"global batch size {default}")
-    parser.add_argument("--max-tokens", type=at_least(3), default=64, help=f"maximal length of texts {default}")
+    parser.add_argument("--max-tokens", type=at_least(3), default=64, help=f"maximum length of texts {default}")
     parser.add_argument("--layers", type=at_least(1), default=2, help=f"layers of the encoder {default}")
     parser.add_argument("--hidden", type=at_least(1), default=128, help=f"width of the encoder {default}")
     parser.add_argument("--chunk-tokens", type=at_least(0), default=4096, help=f"engine.chunk_tokens {default}")

@@ -19,7 +19,7 @@ METRICS = {"ndcg_at_10": "NDCG@10", "hr_at_10": "HR@10", "mrr": "MRR", "recall_a
 _COORDINATES = re.compile(r' (?:d|x|y|height|width|transform|points)="[^"]*"')
 HEAD = """# Experiments on the article's claims
 
-The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method, and to measure the gain of every step of it.
+The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method, and a measurement of the gain of every step.
 Each of its claims is a file in `configs/evidence/` with the cells (configurations) to compare, their overrides of a
 shipped config, and the expected comparisons. `python -m tools.evidence` trains the cells, evaluates them on the test
 split over all documents, and writes this page:
