@@ -109,7 +109,7 @@ def test_streaming_estimate_counts_copies() -> None:
 def test_streaming_estimate_is_as_good_as_the_counts(world: Any) -> None:
     """With Zipf popularity and batches of 256: the 100 most frequent documents, after 2,000 steps."""
     generator = torch.Generator().manual_seed(2)
-    share = world.drawn.mean(0)
+    share = world.probability.mean(0)
     estimate = StreamingFrequency(num_buckets=1 << 16, rate=0.01)
     for _ in range(2000):
         estimate.update(torch.multinomial(share, tool.BATCH, replacement=True, generator=generator))

@@ -267,7 +267,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
     for changed in (ranks * 0, -ranks, ranks.astype(str), np.array(3.0), ranks[:, None], ranks * np.inf, some):
         np.save(copies / "one.ranks-0.npy", changed)
         message = tools.refused(3, *command, "--compare", copies / "one.json")
-        assert "one.ranks-0.npy does not hold the ranks that were measured" in message
+        assert "one.ranks-0.npy does not match its checksum" in message
     (copies / "one.json").write_text("[" * 100_000)
     assert "is not a comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
 
