@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.comparison import MeasuredRows, System, read_ranks, save_comparison
 from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
+from tools.evidence.__main__ import main
 from tools.evidence.benches import read_figures, run_benches
 from tools.evidence.claims import Expectation, read_claim
-from tools.evidence.page import as_markdown, write_page
-from tools.evidence.results import Result, collect, together
+from tools.evidence.page import as_markdown, tables_as_markdown, write_page
+from tools.evidence.results import CellResult, Result, SetResult, collect, together
 from tools.evidence.running import Trial, cpu_seconds, plan_trials, run_trial, run_trials, write_config
 from tools.evidence.stored import read_trials, store_trial, write_trials
 
@@ -244,18 +246,62 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
     figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
     results = {name: Result.from_dict(content) for name, content in figures.items()}
     assert {name: json.loads(json.dumps(result.to_dict())) for name, result in results.items()} == figures
-    assert as_markdown(results) == (ROOT / "docs/evidence.md").read_text("utf-8")
+    pages = as_markdown(results, "evidence_tables.md"), tables_as_markdown(results, "evidence.md")
+    assert pages == tuple((ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("evidence", "evidence_tables"))
     assert {path.stem for path in (ROOT / "configs/evidence").glob("*.yaml")} == set(results)
     for name, result in results.items():
         claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
-        assert (result.claim, len(result.expect)) == (claim.claim, len(claim.expect)), "the file changed: try it again"
+        same = result.claim, result.why, len(result.expect)
+        assert same == (claim.claim, claim.why, len(claim.expect)), "the file changed: write the pages again"
         shipped = ROOT / f"docs/images/evidence_{name}.svg"
         assert 2000 < shipped.stat().st_size < 40_000
     least = min(results, key=lambda name: sum(len(one.cells) for one in results[name].sets.values()))
     write_page({least: results[least]}, tmp_path / "page.md")
+    assert f"page_tables.md#{least}" in (tmp_path / "page.md").read_text("utf-8")
+    assert f"page.md#{least}" in (tmp_path / "page_tables.md").read_text("utf-8")
     picture = (tmp_path / f"images/evidence_{least}.svg").read_text("utf-8")
     assert len(picture) < 40_000
     assert all(f">{cell.cell}</text>" in picture for one in results[least].sets.values() for cell in one.cells)
+
+
+def test_summaries_on_the_page_have_three_sentences_and_the_figures_of_the_results() -> None:
+    figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
+    for name, content in figures.items():
+        result = Result.from_dict(content)
+        summary = result.why.partition("\n")[0]
+        assert len(re.findall(r"\.(?= |$)", summary)) == 3, name
+        interval = r"[+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]"
+        (decisive,) = re.findall(interval, result.decisive())
+        assert decisive in summary, name
+        compared = {str(comparison) for one in result.sets.values() for comparison in one.expected if comparison}
+        assert compared.issuperset(re.findall(interval, summary)), name
+        tables = tables_as_markdown({name: result}, "evidence.md")
+        assert all(number in tables for number in re.findall(r"\d\.\d{4}", summary)), name
+
+
+def test_a_change_of_texts_is_written_to_the_pages_without_the_dataset(tmp_path: Path, tiny_interactions: Any) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(tiny_interactions.config.read_text())
+    sets = {"small": {"config": str(config), "seeds": [0], "set": [f"data.dir={tmp_path}/none"]}}
+    cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}}
+    cell = CellResult("a", 0.5, 0.1, 1, 9.0, None, [0.5])
+    earlier = Result(
+        "the earlier claim", "", "ndcg_at_10", "test", ["a beats b"],
+        {"small": SetResult(["small"], 5, 5, 0, [cell], [None])}, "open",
+    )  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps({"claim": earlier.to_dict()}))
+
+    def collected(**changed: Any) -> tuple[str, str]:
+        file = written(tmp_path, sets=sets, cells=cells, **changed)
+        page = tmp_path / "page.md"
+        assert main([str(file), "--out", str(tmp_path / "runs"), "--page", str(page), "--collect"]) == 0
+        return page.read_text("utf-8"), page.with_name("page_tables.md").read_text("utf-8")
+
+    page, tables = collected(claim="the claim", why="A summary.\nA setup.")
+    assert "*the claim* — **open**.\n\nA summary.\n" in page and "A setup." not in page
+    assert "\n\nA setup.\n" in tables and "A summary." not in tables
+    page, _ = collected(claim="another claim", expect=[{"better": "b", "than": "a"}])
+    assert "another claim" not in page, "its comparisons differ from those of the results"
 
 
 def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_interactions: Any) -> None:
@@ -331,7 +377,9 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
     assert (compared.mean, compared.low, compared.high) == tuple(
         round(value, 4) for value in (expected.mean, expected.low, expected.high)
     )
-    assert f"years (x, y), test, {one.rows} rows of {one.query_ids} query ids, 2 seeds:" in as_markdown({"n": found})
+    assert f"years (x, y), test, {one.rows} rows of {one.query_ids} query ids, 2 seeds:" in tables_as_markdown(
+        {"n": found}, "page.md"
+    )
 
 
 def test_stored_trials_are_not_rerun_unless_another_starts_from_them(
@@ -432,7 +480,7 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
             f"| b | {data} | 1,235 | 98,765 |",
         ]
     )
-    assert shown in as_markdown({"costs": result})
+    assert shown in tables_as_markdown({"costs": result}, "page.md")
 
 
 def test_the_page_can_be_computed_from_the_stored_trials() -> None:

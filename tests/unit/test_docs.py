@@ -97,7 +97,7 @@ def test_links_lead_somewhere(doc: Path) -> None:
         assert not heading or heading in anchors, f"{doc.name} links to {target}"
 
 
-WRITTEN = [doc for doc in DOCS if doc.name not in ("config_keys.md", "evidence.md")]  # by hand
+WRITTEN = [doc for doc in DOCS if doc.name not in ("config_keys.md", "evidence.md", "evidence_tables.md")]  # by hand
 SECTIONS = "run|data|model|engine|pretrain|sft|STAGE|SIDE|loss|negatives|mining|distillation|sampling|scorer|optimizer"
 SUFFIXES = ("py", "md", "sh", "json", "yaml")
 NO_KEYS = {  # attributes in code, and keys that the changelog renames

@@ -6,8 +6,10 @@
 A file contains a claim, its configs, its cells (overrides of the config, or a baseline) and the expected comparisons
 (tools/evidence/claims.py). Finished trials in --out are reused, interrupted ones resumed; cells shared by two claims
 are trained once. --only selects trials by a part of their name, such as `tldr: FPS, seed 0`. --page writes the page of
-all finished claims. --store (default: the folder of the page) contains their results, results.json, and the ranks of
-all trials, trials.jsonl, which are reused on any machine. Benchmarks of a claim run after all trainings, one at a time.
+all finished claims, and their tables to a second page, such as docs/evidence_tables.md. --store (default: the folder of
+the page) contains their results, results.json, and the ranks of all trials, trials.jsonl, which are reused on any
+machine. Benchmarks of a claim run after all trainings, one at a time. --collect runs nothing: it writes the pages again
+after a change of a claim's texts, without datasets, too.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.atomic import write_json
 from tools.evidence.benches import Figures, read_figures, run_benches
 from tools.evidence.claims import Claim, read_claim
-from tools.evidence.page import write_page
+from tools.evidence.page import tables_path, write_page
 from tools.evidence.results import Result, collect
 from tools.evidence.running import Trial, plan_trials, run_trials
 from tools.evidence.stored import read_trials, store_trial, write_trials
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.prog = "python -m tools.evidence"
     parser.add_argument("claims", type=Path, nargs="+", metavar="YAML", help="files with claims")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the runs")
-    parser.add_argument("--page", type=Path, metavar="MD", help="page to write, with figures in images/ next to it")
+    parser.add_argument("--page", type=Path, metavar="MD", help="page to write, with tables and images/ next to it")
     parser.add_argument(
         "--store", type=Path, metavar="DIR", help="folder of results.json and trials.jsonl (default: that of --page)"
     )
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--collect", action="store_true", help="run nothing, collect finished trials")
     args = parser.parse_args(argv)
-    check_file_to_write("--page", args.page)
+    for page in () if args.page is None else (args.page, tables_path(args.page)):
+        check_file_to_write("--page", page)
     claims = {path.stem: read_claim(path) for path in args.claims}
     if len(claims) < len(args.claims):
         raise ConfigError("two files have the same name, which identifies the claim; rename one")
@@ -74,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             results[name] = collect(claim, planned[name], stored, figures)
         except DataError as error:
             Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
+            if name in results:
+                results[name] = results[name].with_texts(claim)
             continue
         print(f"{name}: {results[name].verdict}")
     results = dict(sorted(results.items()))

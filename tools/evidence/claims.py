@@ -1,6 +1,10 @@
 """A claim as YAML: its datasets, the cells to compare, and the comparisons expected if it holds.
 
 claim: Many negatives are better than few.
+why: >-
+  The summary, a paragraph on the page of verdicts.
+
+  The setup, further paragraphs on the page of tables.
 sets:
   movielens_100k: {config: configs/movielens_100k.yaml, seeds: [0, 1, 2]}
 cells:
@@ -87,7 +91,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Bench:
-    """A further measurement of models, such as latency and size: a table of the page."""
+    """A further measurement of models, such as latency and size: a table on the page of tables."""
 
     about: str = MISSING
     of: tuple[str, ...] = MISSING  # cells whose models (first seed) are measured
@@ -100,7 +104,7 @@ class Claim:
     """A claim and its experiment."""
 
     claim: str = MISSING
-    why: str = ""  # explanation of the choices
+    why: str = ""  # first paragraph: the summary; further paragraphs: the setup
     metric: str = "ndcg_at_10"
     split: str = "test"
     sets: dict[str, DataSet] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The page of the claims, generated from their results: verdicts, tables, one figure per claim."""
+"""The pages of the claims, generated from their results: verdicts with one figure per claim, and all tables."""
 
 from __future__ import annotations
 
@@ -19,36 +19,70 @@ METRICS = {"ndcg_at_10": "NDCG@10", "hr_at_10": "HR@10", "mrr": "MRR", "recall_a
 _COORDINATES = re.compile(r' (?:d|x|y|height|width|transform|points)="[^"]*"')
 HEAD = """# Experiments on the article's claims
 
-The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method, and a measurement of the gain of every step.
-Each of its claims is a file in `configs/evidence/` with the cells (configurations) to compare, their overrides of a
-shipped config, and the expected comparisons. `python -m tools.evidence` trains the cells, evaluates them on the test
-split over all documents, and writes this page:
+The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method, and recommends measuring the gain of each
+step. Each of its claims is a file in `configs/evidence/` with the cells to compare (a cell is a trained model or a
+baseline), their overrides of a shipped config, and the expected comparisons. `python -m tools.evidence` trains the
+cells, evaluates them on the test split over all documents, and writes this page and [the page of all tables and
+comparisons]({tables}):
 
     python -m tools.evidence configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md --store tools/evidence
 
-± is a standard error over queries and seeds. Differences are paired by row, with 95 % bootstrap intervals over queries
-and seeds, clustered by query id (user or text). A claim **holds** if every interval is on the expected side of 0 (or of
-the margin of the claim), **does not hold** if one is on the other side, and is **open** otherwise. The decisive
-comparison is the one with this verdict whose interval ends nearest to 0 or the margin. CPU-seconds are of one training,
-including pretraining and teachers; CPU-hours are of all trainings of a claim, including those shared with other claims.
+**Method.** FPS is the Full Product Softmax loss, and NDCG@10 the normalized discounted cumulative gain of the first ten
+documents. Differences between cells are paired by row, with 95 % bootstrap intervals over queries and seeds, clustered
+by query id (user or text). A claim **holds** if every interval is on the expected side of 0 (or of the margin of the
+claim), **does not hold** if one is on the other side, and is **open** otherwise. The decisive comparison is the one
+with this verdict whose interval ends nearest to 0 or the margin. CPU-hours are of all trainings of a claim, including
+those shared with other claims.
+
+**Data.** movielens_100k (MovieLens-100K, the last rating of each user is test) and movielens_latest
+(MovieLens-latest-small, split by time) are films. movielens_by_year is MovieLens-latest-small evaluated walk-forward:
+2014, 2015 and 2016 are the test years, each with its own training and the year before as validation. tldr (tasks and
+shell commands), medquad (medical questions and answers), docstrings (descriptions and source of functions) and debian
+(summaries and descriptions of packages) are texts; their test documents have no queries in training.
+
+**Figures.** The left side has the metric of each cell with its standard error, the right side the metric by tenths of
+the test queries, sorted by the popularity of their document.
+"""
+TABLES_HEAD = """# Tables of the experiments
+
+The setup of each experiment, the results of all cells, and all comparisons; [the page of claims]({page}) has the
+verdicts and the method. Both pages are generated from the stored results by `python -m tools.evidence`.
+
+± is a standard error over queries and seeds. The rare and the popular half are the test rows whose documents have fewer
+or more positives in training. Cold rows, whose documents have none, are in neither half; their number is in
+parentheses. CPU-seconds are of one training, including pretraining and teachers. A comparison lists the expectation,
+the difference between its two cells with the 95 % interval, and the verdict.
 """
 
 
 def write_page(results: Mapping[str, Result], page: Path) -> None:
-    """Write the page, and its figures to `images/` next to it; `results` by the name of the claim's file."""
+    """Write the page, its page of tables and its figures (in `images/`); `results` by the name of the claim's file."""
     for name, result in results.items():
         _draw(result, page.parent / "images" / f"evidence_{name}.svg")
-    page.write_text(as_markdown(results), encoding="utf-8")
+    tables = tables_path(page)
+    page.write_text(as_markdown(results, tables.name), encoding="utf-8")
+    tables.write_text(tables_as_markdown(results, page.name), encoding="utf-8")
 
 
-def as_markdown(results: Mapping[str, Result]) -> str:
-    """Return the page as Markdown."""
-    summary = ["| claim | verdict | decisive comparison | CPU-hours |", "|---|---|---|---|"]
+def tables_path(page: Path) -> Path:
+    """Return the path of the page of tables of a page."""
+    return page.with_name(f"{page.stem}_tables.md")
+
+
+def as_markdown(results: Mapping[str, Result], tables: str) -> str:
+    """Return the page of verdicts as Markdown, with links to the page `tables`."""
+    overview = ["| claim | verdict | decisive comparison | CPU-hours |", "|---|---|---|---|"]
     for name, result in results.items():
-        link = f"[{_cell(result.claim)}](#{name.replace('_', '-')})"
-        summary.append(f"| {link} | {result.verdict} | {_cell(result.decisive())} | {result.cpu_hours:.1f} |")
-    sections = [_section(name, result) for name, result in results.items()]
-    return "\n".join([HEAD, *summary, "", *sections])
+        link = f"[{_cell(result.claim)}](#{_anchor(name)})"
+        overview.append(f"| {link} | {result.verdict} | {_cell(result.decisive())} | {result.cpu_hours:.1f} |")
+    sections = [_section(name, result, tables) for name, result in results.items()]
+    return "\n".join([HEAD.format(tables=tables), *overview, "", *sections])
+
+
+def tables_as_markdown(results: Mapping[str, Result], page: str) -> str:
+    """Return the page of tables and comparisons as Markdown, with links to the page of verdicts, `page`."""
+    sections = [_tables_section(name, result, page) for name, result in results.items()]
+    return "\n".join([TABLES_HEAD.format(page=page), *sections])
 
 
 def _cell(text: str) -> str:
@@ -56,21 +90,41 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _section(name: str, result: Result) -> str:
-    title = name.replace("_", " ")
-    lines = [f"## {title.capitalize()}", "", f"*{result.claim}* — **{result.verdict}**."]
-    if result.why:
-        lines += ["", " ".join(result.why.split())]
-    lines += ["", f"![{title}](images/evidence_{name}.svg)"]
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _anchor(name: str) -> str:
+    """Return the anchor of a claim's section on both pages."""
+    return name.replace("_", "-")
+
+
+def _paragraphs(why: str) -> tuple[str, list[str]]:
+    """Return the first paragraph of a claim's explanation, the summary, and the further ones, the setup."""
+    first, *further = [" ".join(paragraph.split()) for paragraph in why.split("\n") if paragraph.strip()] or [""]
+    return first, further
+
+
+def _section(name: str, result: Result, tables: str) -> str:
+    lines = [f"## {_title(name)}", "", f"*{result.claim}* — **{result.verdict}**."]
+    if summary := _paragraphs(result.why)[0]:
+        lines += ["", summary]
+    lines += ["", f"![{name.replace('_', ' ')}](images/evidence_{name}.svg)"]
+    return "\n".join([*lines, "", f"[Setup, tables and comparisons]({tables}#{_anchor(name)})", ""])
+
+
+def _tables_section(name: str, result: Result, page: str) -> str:
+    lines = [f"## {_title(name)}", "", f"[{result.claim}]({page}#{_anchor(name)}) — **{result.verdict}**."]
+    for paragraph in _paragraphs(result.why)[1]:
+        lines += ["", paragraph]
     label = METRICS.get(result.metric, result.metric)
     for set_name, one in result.sets.items():
         seeds = max(cell.seeds for cell in one.cells)
         of = f" ({', '.join(one.members)})" if one.members != [set_name] else ""
         lines += ["", f"{set_name}{of}, {result.split}, {_number(one)}, {seeds} seed{'s' * (seeds > 1)}:", ""]
         lines += _table(one, label)
-        for words, comparison in zip(result.expect, one.expected, strict=True):
-            if comparison is not None:
-                lines += ["", f"- {words}: {comparison}: {comparison.verdict}"]
+        compared = [(words, found) for words, found in zip(result.expect, one.expected, strict=True) if found]
+        lines += ["", *(f"- {words}: {comparison}: {comparison.verdict}" for words, comparison in compared)]
     for figures in result.figures:
         lines += ["", figures.about, "", *_records(figures.records)]
     return "\n".join([*lines, ""])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -89,6 +89,11 @@ class Result:
             if comparison is not None and comparison.verdict == self.verdict
         ]
         return min(calls)[1] if calls else ""
+
+    def with_texts(self, claim: Claim) -> Result:
+        """Return the result with the current texts of the claim; unchanged if its comparisons differ."""
+        same = self.expect == [_in_words(expected) for expected in claim.expect]
+        return replace(self, claim=claim.claim, why=claim.why) if same else self
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers."""
