@@ -61,7 +61,7 @@ class Angle(Feature):
     example: ClassVar[str] = "6.0"
     onnx_code: ClassVar = (angle_input,)
 
-    whole: float = 360.0  # what a whole turn is
+    whole: float = 360.0  # size of a full turn
 
     @property
     def canonical_type(self) -> pa.DataType:
@@ -190,7 +190,7 @@ class AdditiveMargin(LossConfig):
     """Softmax over all columns whose positive must lead by a margin (Wang et al. 2018, AM-Softmax)."""
 
     all_columns: ClassVar[bool] = True
-    softmax: ClassVar[bool] = True  # popular documents are corrected by default
+    softmax: ClassVar[bool] = True  # the logQ correction applies by default
 
     name: str = "additive_margin"
     lead: float = bounded(0.1, 0)
@@ -247,8 +247,8 @@ class HeavyBall(OptimizerConfig):
     """Stochastic gradient descent with momentum (Polyak 1964)."""
 
     name: str = "heavy_ball"
-    foreach: bool = bounded(False, resume_may_change=True)  # many parameters per kernel: the same result
-    friction: float = bounded(0.1, above=0, at_most=1)  # one less the momentum
+    foreach: bool = bounded(False, resume_may_change=True)  # one kernel for many parameters; does not change the result
+    friction: float = bounded(0.1, above=0, at_most=1)  # 1 - momentum
 
     def build(self, groups: list[dict[str, Any]]) -> optim.Optimizer:
         return optim.SGD(groups, momentum=1 - self.friction, foreach=self.foreach)
@@ -259,7 +259,7 @@ class HeavyBall(OptimizerConfig):
 
 @register_source
 class OrcSource(FileSource):
-    """An ORC file, a part for each stripe."""
+    """An ORC file, with one part per stripe."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".orc",)
 
@@ -280,11 +280,11 @@ class OrcSource(FileSource):
 @register_index
 @dataclass(frozen=True)
 class NumpyIndex(IndexBackend):
-    """Exact, of NumPy alone."""
+    """An exact index in plain NumPy."""
 
     type: ClassVar[str] = "numpy"
 
-    dtype: Literal["float32", "float16"] = "float32"  # of the file
+    dtype: Literal["float32", "float16"] = "float32"  # storage type in the file
 
     def build(self, vectors: CodedVectors, after_chunk: Any = None) -> np.ndarray:
         return vectors[:].astype(self.dtype)
@@ -315,7 +315,7 @@ class NumpyIndex(IndexBackend):
 @register_export
 @dataclass(frozen=True)
 class NumpyExport(ExportFormat):
-    """The weights as NumPy has them."""
+    """The weights as a NumPy archive."""
 
     format: ClassVar[str] = "npz"
     library: ClassVar[str] = "numpy"
