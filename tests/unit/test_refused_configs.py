@@ -34,7 +34,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Launch:
 
 def assert_refused(answer: tuple[int, str], *words: str) -> None:
     code, said = answer
-    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, answer
+    errors = [line for line in said.splitlines() if not line.startswith("[0] ranks: ")]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("error: "), answer
     for word in words:
         assert word in said
 

@@ -58,7 +58,7 @@ def test_more_ranks_than_lanes(config: Config) -> None:
 
 
 def test_a_missing_dataset(config: Config, tmp_path: Path) -> None:
-    refused(replace(config, data=replace(config.data, dir=str(tmp_path))), DataError, "no dataset")
+    refused(replace(config, data=replace(config.data, dir=str(tmp_path))), DataError, "is not a dataset")
 
 
 def test_a_dataset_of_another_schema(config: Config) -> None:
