@@ -104,7 +104,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     """Add the options --model, --index and --data."""
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--index", type=Path, required=True, help="index folder")
-    parser.add_argument("--data", help="dataset folder or URL (default: the training dataset of the model)")
+    parser.add_argument("--data", help="dataset folder or URL (default: that of the model, if it needs one)")
 
 
 def check_file_to_write(option: str, path: Path | None) -> None:

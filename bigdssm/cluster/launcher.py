@@ -122,7 +122,7 @@ def _command(pid: int) -> bytes:
 
 
 def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: Launcher) -> int:
-    """Run `command` on all ranks of a run on this machine; return the exit code of the rank that ended the run.
+    """Run `command` on all ranks of a run on this machine; return the smallest exit code that names a cause.
 
     A stop request, or the end of this process's launcher, is forwarded to all ranks as SIGTERM.
     """

@@ -268,8 +268,8 @@ class Watchdog:
             f"rank {rank}: {survey[rank]['phase']}" for rank in sorted(survey)[:8] if rank != behind
         )  # fmt: skip
         return (
-            f"{self._peers[behind]} is alive but its main thread is stuck: no progress for {self._timeout_s:.0f} s in "
-            f"{state['phase']}, at {state['where']}" + (f" ({others})" if others else "")
+            f"{self._peers[behind]} is alive but its main thread is stuck: no progress for "
+            f"{self._allowed_s():.0f} s in {state['phase']}, at {state['where']}" + (f" ({others})" if others else "")
         )
 
     def _watch_launcher(self) -> None:

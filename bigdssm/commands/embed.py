@@ -8,8 +8,8 @@ VECTORS/vectors.npy is float32 [documents, D+1]: [alpha * w, beta], whose inner 
 training score. --dtype float16 needs half the space, int8 about a quarter, binary (one sign bit per dimension) about
 1/32; all tools read all types. VECTORS/documents.arrow lists the documents, VECTORS/meta.json the model and dataset.
 
-An interrupted run continues from its finished shards when restarted, with any number of ranks; every rank needs only
-the dataset and --out. --since EARLIER reuses the vectors of unchanged documents.
+An interrupted run continues from its finished shards when restarted, with any number of ranks; every rank needs the
+model, the dataset and --out. --since EARLIER reuses the vectors of unchanged documents.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--filter-known", action="store_true",
         help="exclude documents that are relevant to the query in other splits from its ranking",
     )  # fmt: skip
-    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate instead of a model")
+    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate")
     beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
     beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the run of the first system in TREC format")
     beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC format")
@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args, [System(args.run.stem, run_metrics(qrels, read_run(args.run)), perf_counter() - started)], len(qrels)
         )
     elif args.model is not None and args.data is not None:
-        refuse_options(parser, args, ["--run", "--qrels", *OF_COLLECTIONS], "without --beir")
+        refuse_options(parser, args, ["--run"], "without --qrels")
+        refuse_options(parser, args, ["--qrels"], "without --run")
+        refuse_options(parser, args, OF_COLLECTIONS, "without --beir")
         _on_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
@@ -125,13 +127,16 @@ def _on_split(args: argparse.Namespace) -> None:
     folder = load_model_folder(args.model)
     how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     others = baseline_systems(**how) if args.baselines else []
-    model = _evaluated(name, folder, precision=args.precision, **how)
+    encode_in(folder.model, args.precision)
+    model = _evaluated(name, folder, **how)
     if args.rerank is not None:
         others.insert(0, model)
-        model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, precision="fp32", rerank=args.rerank, **how)
+        model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **how)
     for name, path in zip(names, args.compare, strict=True):
         if path.is_dir():
-            others.append(_evaluated(name, load_model_folder(path), precision=args.precision, **how))
+            other = load_model_folder(path)
+            encode_in(other.model, args.precision)
+            others.append(_evaluated(name, other, **how))
         else:
             others.append(load_system(path, **how))
     pairs = [(model, other) for other in others]
@@ -145,10 +150,8 @@ def _on_split(args: argparse.Namespace) -> None:
 
 
 def _evaluated(
-    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, precision: str,
-    rerank: int | None = None,
-) -> System:  # fmt: skip
-    encode_in(folder.model, precision)
+    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, rerank: int | None = None
+) -> System:
     dataset = folder.view(dataset)
     reranking = None
     if rerank is not None:

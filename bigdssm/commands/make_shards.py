@@ -113,11 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument(
         "--items-time-column",
-        help="column of items with the start of validity: events use the latest row before them",
+        help="column of items with the start of validity: an event uses the latest row at or before its time",
     )
     sub.add_argument(
         "--users-time-column",
-        help="column of users with the start of validity: events use the latest row before them",
+        help="column of users with the start of validity: a row uses the latest at or before its first target",
     )
     sub.add_argument("--rating-column", help="column of relevances (default: every relevance is 1)")
     sub.add_argument("--min-rating", type=float, help="drop events with a lower rating (default: keep all)")

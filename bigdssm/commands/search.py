@@ -8,8 +8,8 @@
 --user loads features and events of a user from the dataset, --text sets feature values, --history adds later events
 (documents by key or title, oldest first); --document uses a document as the query. Seen documents are excluded unless
 the model's data.exclude_seen is false; --seen overrides it. With --rerank K the model's scorer re-ranks the top K.
---request reads the JSON request of the server (docs/serving.md). --data is required if the dataset is not at its path
-during training. --out writes the documents as CSV: rank, score, key, title.
+--request reads the JSON request of the server (docs/serving.md). --data is required for a filter with a model without
+histories, and if the dataset was moved after training. --out writes the documents as CSV: rank, score, key, title.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bigdssm.utils.atomic import new_file
 SEEN = {"allow": False, "exclude": True}
 SEEN_HELP = "whether results may include seen documents (default: data.exclude_seen of the model)"
 FILTER_HELP = "conditions that results must satisfy, such as 'year >= 1990' (default: none)"
-RERANK_HELP = "re-rank the top K documents with the model's scorer; 0 for none (default: %(default)s)"
+RERANK_HELP = "re-rank the top K documents with the model's scorer (default: no re-ranking)"
 
 
 @command

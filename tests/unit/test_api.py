@@ -314,7 +314,10 @@ def test_an_index_returns_the_exact_top_documents(folder: Path, trained: list[An
         assert [document.score for document in documents] == pytest.approx(scores[best], abs=1e-5)
         assert all(document.title for document in documents)
     assert [d.key for d in index.search(queries, 48)[0]].count("i3") == 1
-    for wrong, sentence in (((queries[:, 1:], 5), r"got vectors \[2, 16\], needs \[queries, 17\]"), ((queries, 0), "top 0")):
+    for wrong, sentence in (
+        ((queries[:, 1:], 5), r"got vectors \[2, 16\], needs \[queries, 17\]"),
+        ((queries, 0), "top 0"),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             index.search(*wrong)
     with pytest.raises(ConfigError, match="keys of 1 queries, needs 2"):

@@ -310,7 +310,7 @@ def test_invalid_evaluations_are_refused(
     out = ("report", tmp_path, "--out", tmp_path / "out.json")
     for arguments, message in (
         ((*model, *data, "--bm25", "--widths", 4), "--widths, --bm25 would have no effect without --beir; leave them"),
-        ((*model, *data, *run), "--run would have no effect without --beir; leave it out"),
+        ((*model, *data, *run), "--run would have no effect without --qrels; leave it out"),
         ((*beir, *model, *data), "--data would have no effect with --beir, which has its own documents"),
         ((*beir, "--bm25", "--widths", 4), "--widths would have no effect without --model"),
         ((*beir, *model, "--max-tokens", 9), "--max-tokens would have no effect without --pretrained"),
