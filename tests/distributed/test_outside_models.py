@@ -134,7 +134,7 @@ def test_parts_of_the_towers_from_outside(config: Path, tmp_path: Path, outside_
 
 def test_bert_only_options_are_refused_for_other_encoders(outside_pools: dict[int, Pool]) -> None:
     ((of_export, of_scorer),) = outside_pools[1].run(refused)
-    assert of_export.startswith("--format hf: the query tower's text encoder is bag; this format holds those of ")
+    assert of_export.startswith("--format hf: the query tower's text encoder is bag, needs one of ")
     assert of_scorer == (
         "sft.scorer.name=cross_encoder: got a text encoder bag (TextInputs), needs a BERT with 2 token types"
     )
