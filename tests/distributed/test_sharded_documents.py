@@ -175,7 +175,7 @@ def test_an_approximate_index_excludes_the_same_and_reports_its_recall(
     windows, said = approximate_hard_negatives(0, 1, tiny_interactions.dir, DOCS)
     recall = np.mean([np.isin(*row).mean() for row in zip(*windows, strict=True)])
     assert 0.1 < recall < 0.95
-    stated = float(said[0].split("finds ")[1].split(" %")[0]) / 100
+    stated = float(said[0].split("recall ")[1].split(" %")[0]) / 100
     assert stated == pytest.approx(recall, abs=0.15)
 
 
