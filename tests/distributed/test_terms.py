@@ -282,7 +282,7 @@ PAIR_CE = {"loss": PairCE(), "columns": "in_batch"}
     ("calls", "what", "words"),
     [
         ([{"loss": Softmax()}, PAIR_CE], "the loss or its direction",
-         ["softmax over all columns, q2d", "pair_ce over in-batch and listed negatives, q2d"]),
+         ["softmax over all columns, q2d", "pair_ce over in-batch negatives and candidates, q2d"]),
         ([{"loss": FPS()}, {"loss": FPS(direction="both")}], "the loss or its direction",
          ["fps over all columns, q2d", "fps over all columns, both"]),
         ([PAIR_CE, {**PAIR_CE, "alpha": 3.0}], "alpha", ["2.0", "3.0"]),
