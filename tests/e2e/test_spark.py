@@ -284,7 +284,7 @@ def test_bad_rows_and_damaged_tables_are_reported_as_without_spark(
         assert main(command) == ConfigError.exit_code
         assert f"cannot access {tmp_path / '.out.unfinished' / 'spool'}" in capfd.readouterr().err
     assert main([*command, "--master", "spark://elsewhere:7077"]) == ConfigError.exit_code
-    assert "has a Spark session on local[2] already" in capfd.readouterr().err
+    assert "already has a Spark session on local[2], not on spark://elsewhere:7077" in capfd.readouterr().err
     assert main([*command, "--spark-conf", "spark.executor.memory=1g"]) == ConfigError.exit_code
     assert "spark.executor.memory cannot be set" in capfd.readouterr().err
     assert main([*command[:-2], "--master", "local[2]"]) == ConfigError.exit_code
