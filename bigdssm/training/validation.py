@@ -118,11 +118,10 @@ class BestSelection:
         if self._highest is None:
             self._highest = values
             return True, True
-        is_highest = bool(values.mean() > self._highest.mean())
+        gain, error = _paired(values, self._highest, query_ids)
+        is_highest, is_taken = gain > 0, gain >= -error
         if is_highest:
             self._highest = values
-        to_highest = _paired(values, self._highest, query_ids)
-        is_taken = to_highest[0] >= -to_highest[1]
         if self._start is not None:
             gain, error = _paired(values, self._start, query_ids)
             is_taken = is_taken and gain > error
@@ -142,8 +141,8 @@ class BestSelection:
 
 def _paired(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray) -> tuple[float, float]:
     """Return the mean of a − b and its standard error, 0 below two queries."""
-    difference = {"": a - b}
-    return means(difference)[""], float(np.nan_to_num(standard_errors(difference, query_ids)[""]))
+    difference = {"gain": a - b}
+    return means(difference)["gain"], float(np.nan_to_num(standard_errors(difference, query_ids)["gain"]))
 
 
 _SELECTION, _PREFIX = "selection.", "average."
