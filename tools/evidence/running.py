@@ -268,7 +268,8 @@ def _embed_teacher(teacher: Trial, config: Config) -> None:
 
 def _precision(config: Config) -> list[str]:
     """Return the option for encoding in the precision of training."""
-    return ["--precision", config.engine.precision]
+    precision = config.engine.precision
+    return ["--precision", "fp32" if precision == "bf16_pure" else precision]
 
 
 def cpu_seconds(trial: Trial) -> float:
