@@ -7,7 +7,7 @@ Both sides train one BERT with mean pooling for queries and documents, from the 
 the same SGD, in-batch softmax over the documents of all ranks (cosine, scale 20), on CPU ranks. `around`: the loss
 is called around the DeepSpeed engine, as SentenceTransformerTrainer calls it; `inside`: it is in the engine's module.
 `gradcache` is the package that tevatron uses, called as its GCTrainer calls it (and, `by chunks`, without no_sync).
-The plain loss of either side is the reference: a cached step has to give its curve. Each case has processes of its own.
+The plain loss of either side is the reference: a cached step has to give its curve. Each case has separate processes.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _peak_mb() -> float:
 
 
 def run_case(args: argparse.Namespace, case: str, stage: int, encoder: Path) -> dict[str, object]:
-    """Run one case in processes of its own; return its results, or the error that ended it."""
+    """Run one case in separate processes; return its results, or the error that ended it."""
     out = encoder / "result.json"
     out.unlink(missing_ok=True)
     command = [
