@@ -58,12 +58,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def shutdown() -> None:
-    """Destroy the process group; without it, the group's threads can crash the process at exit."""
-    if is_distributed():
-        dist.destroy_process_group()
-
-
 def free_port() -> str:
     """Return an unused TCP port of this machine."""
     with socket.socket() as probe:

@@ -35,6 +35,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
             return run_ranks([sys.executable, *command], ranks, stop, launcher)
         # imported late, because it takes seconds: the launcher is recorded and signal handlers are installed first
         from bigdssm import distributed
+        from bigdssm.training.engine import leave_process_group
         from bigdssm.training.stages import run_stage, stage_lock
 
         try:
@@ -55,7 +56,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
             raise
         finally:
             if not isinstance(sys.exc_info()[1], PeerError):
-                distributed.shutdown()
+                leave_process_group()
         return None
 
     code = run_main(train)

@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--exact-up-to {args.exact_up_to}: needs at least 0")
     if not 0 <= args.first < args.last:
         raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
-    if check_launch() > 1:
-        from bigdssm.training.engine import init_process_group  # only with several ranks: it takes seconds to import
+    ranks = check_launch()
+    if ranks > 1:
+        # imported only with several ranks: it takes seconds
+        from bigdssm.training.engine import init_process_group, leave_process_group
 
         init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
@@ -75,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hard = gather_hard_negatives(args.out, local, dataset)
     if distributed.is_main():
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
-    distributed.shutdown()
+    if ranks > 1:
+        leave_process_group()
 
 
 if __name__ == "__main__":

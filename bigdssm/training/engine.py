@@ -40,6 +40,7 @@ from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
+_SINGLE_RANK: dict[str, str] = {}  # the environment of a process group without a launcher
 DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
 
 # The shared-memory all-reduce is compiled on first use: it takes 45 s and a compiler, and ranks race for it. If one is
@@ -64,9 +65,10 @@ stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val
 def init_process_group() -> None:
     """Join the launcher's process group, or create one of a single rank without a launcher."""
     if "RANK" not in os.environ:
-        os.environ.update(
+        _SINGLE_RANK.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=distributed.free_port()
         )
+        os.environ.update(_SINGLE_RANK)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # caused by DeepSpeed
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -90,9 +92,15 @@ def init_process_group() -> None:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group, including DeepSpeed's state, so that this process may join another."""
+    """Destroy the process group, including DeepSpeed's state, so that this process may join or launch another.
+
+    Without it, the group's threads can crash the process at exit.
+    """
     if distributed.is_distributed():
         deepspeed.comm.destroy_process_group()
+    for name in _SINGLE_RANK:
+        os.environ.pop(name, None)
+    _SINGLE_RANK.clear()
 
 
 def device() -> torch.device:

@@ -29,6 +29,7 @@ import yaml
 import bigdssm
 from bigdssm import distributed
 from bigdssm.commands import __main__ as command
+from bigdssm.commands import _stage
 from bigdssm.errors import CheckpointError, ConfigError, DataError, Preempted
 from bigdssm.retrieval.embed import tower_encoders
 from tests.distributed import small_run
@@ -172,6 +173,15 @@ def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path:
     with pytest.raises(ConfigError, match="dataclasses"):
         bigdssm.pretrain(bigdssm.load_config(folder / "config.yaml"), SHORT)
     assert state_of_process() == before
+
+
+def test_a_process_trains_by_command_and_by_function(folder: Path, tmp_path: Path) -> None:
+    """In any order: neither leaves a process group, DeepSpeed's groups, or a launcher's variables."""
+    config, ranks = str(folder / "config.yaml"), {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    for name in ("first", "second"):
+        assert _stage.run("pretrain", None, ["--config", config, *SHORT, f"run.dir={tmp_path}/{name}"]) == 0
+        assert not distributed.is_distributed() and not ranks & set(os.environ)
+    bigdssm.pretrain(config, [*SHORT, f"run.dir={tmp_path}/third"])
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])

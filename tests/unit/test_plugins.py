@@ -55,8 +55,8 @@ def test_the_schema_of_configs_has_the_components_of_an_installed_package(instal
         if case["if"]["properties"]["type"]["const"] == "angle"
     ]  # fmt: skip
     assert angle["properties"]["whole"]["default"] == 360.0
-    assert angle["properties"]["whole"]["description"] == "what a whole turn is"
-    assert "one less the momentum" in printed, "the optimizer's comment"
+    assert angle["properties"]["whole"]["description"] == "size of a full turn"
+    assert "1 - momentum" in printed, "the optimizer's comment"
 
 
 def test_a_package_that_cannot_be_imported(installed: dict[str, str], tmp_path: Path) -> None:
