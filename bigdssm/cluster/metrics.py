@@ -11,11 +11,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageName, load_written_config
@@ -184,6 +179,11 @@ PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
 
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
     """Plot the curves of run folders (or stage folders) into the PNG `out`. Raises DataError."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     curves = {_label(run, runs): [read_stage(folder) for folder in stage_folders(run)] for run in runs}
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(11, 7), layout="constrained")
@@ -207,7 +207,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         figure.savefig(out, dpi=120)
 
 
-def _draw(axis: Axes, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
+def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
     """Plot the stages one after another, with a gap between them: their losses are not comparable."""
     offset = 0
     for number, stage in enumerate(stages):

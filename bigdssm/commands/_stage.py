@@ -68,12 +68,11 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
 
 def _prepare_ranks(arguments: argparse.Namespace) -> int:
     """Return the number of ranks to start, and set the environment that they inherit. Raises ConfigError."""
-    import torch
     from joblib import cpu_count
 
     lanes = load_config(arguments.config, arguments.overrides).data.lanes
     forced = os.environ.get("DS_ACCELERATOR")
-    gpus = 0 if forced == "cpu" else torch.accelerator.device_count()
+    gpus = 0 if forced == "cpu" else _count_gpus()
     if gpus and (arguments.ranks or 1) > gpus:
         raise ConfigError(
             f"--ranks {arguments.ranks}: this machine has {gpus} GPUs; set DS_ACCELERATOR=cpu to train on its cores"
@@ -91,6 +90,12 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
         ranks, where, threads, cores,
     )  # fmt: skip
     return ranks
+
+
+def _count_gpus() -> int:
+    import torch  # takes seconds
+
+    return torch.accelerator.device_count()
 
 
 def _parser(about: str | None) -> argparse.ArgumentParser:

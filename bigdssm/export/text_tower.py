@@ -15,7 +15,8 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models import ALPHA_MAX
-from bigdssm.models.encoders import BertEncoder, text_configs, text_keys
+from bigdssm.models.encoders import text_configs, text_keys
+from bigdssm.models.encoders.bert import BertEncoder
 from bigdssm.utils.atomic import write_json
 
 Side = Literal["query", "doc"]

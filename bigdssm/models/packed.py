@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 
 class QueryPositions(NamedTuple):
@@ -120,6 +119,8 @@ def flash_attention(
     causal: bool = False,
 ) -> Tensor:
     """Attend by FlashAttention's variable-length kernel: on CUDA, in half precision, without dropout."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler: 2 seconds
+
     window = (-1, 0) if causal else (-1, -1)
     attended = varlen_attn(
         q, k, v, query_bounds.offsets, key_bounds.offsets, query_bounds.longest, key_bounds.longest,
@@ -131,5 +132,8 @@ def flash_attention(
 
 def flash_runs_on(device: torch.device) -> bool:
     """Return whether the device and this version of torch have the kernel; torch 2.10's has no window."""
-    known = {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
-    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()

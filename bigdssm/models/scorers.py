@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
 from bigdssm.models.encoders.base import SideSize, linear_flops
-from bigdssm.models.encoders.bert import BertEncoder
 from bigdssm.models.encoders.text import text_configs, text_keys
 from bigdssm.models.packed import Values
+
+if TYPE_CHECKING:
+    from bigdssm.models.encoders.bert import BertEncoder
 
 PREFIX = "scorer."  # of its weights in a model's state
 
@@ -89,6 +90,10 @@ class CrossEncoder(Scorer):
     @classmethod
     def build(cls, config: ModelConfig, schema: Schema, texts: Mapping[str, Any]) -> CrossEncoder:
         """Return a new cross-encoder for a model. Raises ConfigError: a side without text, or no BERT."""
+        from transformers import BertConfig
+
+        from bigdssm.models.encoders.bert import BertEncoder
+
         read = {side: texts_of(features) for side, features in schema.sides.items()}
         for side, features in read.items():
             if not features:
@@ -108,8 +113,7 @@ class CrossEncoder(Scorer):
 
     def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
         """Load the weights of the text encoder `key`; positions beyond its last one repeat from the first."""
-        trained = text_encoders[self.key]
-        assert isinstance(trained, BertEncoder)
+        trained: Any = text_encoders[self.key]
         state = trained.bert.state_dict()
         known, needed = len(state[POSITIONS]), self.text.bert.config.max_position_embeddings
         state[POSITIONS] = state[POSITIONS][torch.arange(needed) % known]

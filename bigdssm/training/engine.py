@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 from torch import Tensor, nn
 
@@ -46,6 +48,11 @@ DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, 
 # The shared-memory all-reduce is compiled on first use: it takes 45 s and a compiler, and ranks race for it. If one is
 # killed meanwhile, all later runs wait for its lock.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# When DeepSpeed's Muon, which is not used here, is imported, its functions are compiled: 3 s at every start.
+_compile, compiler.compile = compiler.compile, lambda: lambda function: function
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+compiler.compile = _compile
 
 # At ZeRO stage 3 ranks compare the order of modules after every pass that differs from the previous one, by two
 # synchronising broadcasts. Chunks of alternating sides trigger most of them, but all ranks have the same chunks.

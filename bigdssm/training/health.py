@@ -27,6 +27,8 @@ from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 
+SLOW_PRODUCT_S = 0.02  # after it no larger product is timed: emulated bfloat16 would take half a minute
+
 
 class Health:
     """Measures throughput, data wait and time spans, per log interval and over the run."""
@@ -209,12 +211,17 @@ class TimeTable:
         return lines
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, turns: int = 5) -> float:
-    """Measure the FLOP/s of products of two `size` × `size` matrices, the best of `turns`."""
-    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(turns):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # synchronises with the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+def peak_flops(device: torch.device, dtype: torch.dtype, largest: int = 1024, turns: int = 5) -> float:
+    """Measure the FLOP/s of products of two square matrices, the best of sizes up to `largest`."""
+    best, size = 0.0, largest // 8
+    while size <= largest:
+        a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(turns):
+            started = time.perf_counter()
+            float((a @ b)[0, 0])  # synchronises with the device
+            seconds = time.perf_counter() - started
+            best = max(best, 2 * size**3 / seconds)
+        if seconds > SLOW_PRODUCT_S:
+            break
+        size *= 2
+    return best

@@ -31,7 +31,7 @@ MODEL: dict[str, Any] = {"dim": 16, "score": "cosine", "alpha_init": 10.0}
 # A word that a batch holds once may have a gradient that is all but zero: with the usual eps Adam's steps for it are of
 # the size of lr, in the direction of its rounding noise.
 OPTIMIZER = {"lr": 0.001, "eps": 1.0e-5, "warmup_steps": 5}
-PRETRAIN: dict[str, Any] = {"rows_global": 120, "steps": 50, "validate_every_steps": 0, "log_every_steps": 1}
+PRETRAIN: dict[str, Any] = {"rows_global": 120, "steps": 30, "validate_every_steps": 0, "log_every_steps": 1}
 
 
 def shared(folder: str) -> Path:

@@ -31,10 +31,13 @@ class Pool:
     def __init__(self, world_size: int, *, environment: dict[str, str] | None = None) -> None:
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = mp.get_context("spawn")
+        # libraries read the environment when they are imported: without a change of it they are imported already
+        context: Any = mp.get_context("spawn" if environment else "forkserver")
+        if not environment:
+            context.set_forkserver_preload(["tests.distributed.preload"])
         self._results = context.Queue()
         self._tasks = [context.Queue() for _ in range(world_size)]
-        extra = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
+        extra = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})}
         saved = {key: os.environ.get(key) for key in extra}
         os.environ.update(extra)  # libraries read it when the child starts
         try:

@@ -63,8 +63,8 @@ WIDE = (
         (
             "debian_packages",
             (
-                ("pretrain.rows_global=480", "engine.zero_stage=2"),
-                ("pretrain.rows_global=600", "engine.chunk_tokens=8000", "engine.keep_graph_tokens=0"),
+                ("pretrain.rows_global=240", "engine.zero_stage=2"),
+                ("pretrain.rows_global=300", "engine.chunk_tokens=8000", "engine.keep_graph_tokens=0"),
             ),
         ),
         ("movielens", (("pretrain.rows_global=600",), ("pretrain.rows_global=600", "engine.zero_stage=3"))),

@@ -38,7 +38,7 @@ SCHEMA = Schema(
 )
 TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=Bert(layers=1, hidden=16))
 MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
-LR, CLIPPING, STEPS = 0.5, 0.1, 5
+LR, CLIPPING, STEPS = 1.0, 0.1, 3
 SHARES = {1: (24,), 2: (24, 0), 3: (13, 0, 11)}  # queries per rank: with several, one rank has none
 
 
@@ -52,10 +52,9 @@ class Case:
     packed: bool = False  # texts
 
 
-CASES = [
-    Case(stage, *budget) for stage in (0, 1, 2, 3) for budget in ((0, None), (12, 0), (40, None), (40, 90), (40, 10**6))
-]
-CASES += [Case(*case, packed=True) for case in ((0, 40, 90), (1, 0), (1, 40, 90), (3, 12, 0))]
+CASES = [Case(stage, *budget) for stage in (0, 1, 2, 3) for budget in ((0, None), (40, None), (40, 90))]
+CASES += [Case(stage, *budget) for stage in (0, 3) for budget in ((12, 0), (40, 10**6))]
+CASES += [Case(*case, packed=True) for case in ((1, 0), (1, 40, 90), (3, 40, 0))]
 
 
 def global_batch(step: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -304,12 +303,11 @@ def test_chunks_and_retained_graphs_change_no_weight(pools: dict[int, Pool], wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int, Pool], world_size: int) -> None:
+def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int, Pool]) -> None:
     """A retained graph is that of the loss."""
     for stage in (0, 1, 2, 3):
         cases = [Case(stage, 40, keep) for keep in (10**6, 90, 0)]
-        for kept, some, none in pools[world_size].run(steps, cases, 0.1, timeout_s=300):
+        for kept, some, none in pools[3].run(steps, cases, 0.1, timeout_s=300):
             for name in kept:
                 torch.testing.assert_close(some[name], kept[name], rtol=1e-5, atol=1e-6, msg=f"{name} at stage {stage}")
                 torch.testing.assert_close(none[name], kept[name], rtol=1e-5, atol=1e-6, msg=f"{name} at stage {stage}")

@@ -12,8 +12,8 @@ from . import small_run
 from .spawn import Pool
 from .test_training import assert_same_weights, weights
 
-STEPS = ("pretrain.steps=50", "pretrain.optimizer.warmup_steps=5")
-FEW_STEPS = ("pretrain.steps=12", "pretrain.optimizer.warmup_steps=3")  # bfloat16 is emulated on many processors
+STEPS = ("pretrain.steps=30", "pretrain.optimizer.warmup_steps=5")
+FEW_STEPS = ("pretrain.steps=8", "pretrain.optimizer.warmup_steps=3")  # bfloat16 is emulated on many processors
 DROPOUT = (
     "pretrain.steps=8",
     "model.query.history.dropout=0.1",

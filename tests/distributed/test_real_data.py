@@ -1,4 +1,4 @@
-"""Fifty steps on real rows: one curve and the same weights at 1, 2 and 3 ranks, and in every mode of the engine."""
+"""Thirty steps on real rows: one curve and the same weights at 1, 2 and 3 ranks, and in every mode of the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .spawn import Pool
 from .test_training import assert_same_curve, assert_same_weights
 
 pytestmark = pytest.mark.slow
-STEPS = 50
+STEPS = 30
 SETS: dict[str, Callable[[Path], Path]] = {
     "debian_packages": real_data.debian_packages,
     "movielens_100k": real_data.movielens_100k,
@@ -73,7 +73,9 @@ def test_one_curve_at_any_world_size(
 def test_one_curve_in_bfloat16(real: Real, tmp_path: Path, pools: dict[int, Pool], mode: tuple[str, ...]) -> None:
     if real.name != "debian_packages":
         pytest.skip("the engine's modes are compared on one set")
-    pools[2].run(small_run.run, real.config, tmp_path, mode, timeout_s=300)
-    pairs = zip(small_run.records(tmp_path), small_run.records(real.reference), strict=True)
+    few, reference = ("pretrain.steps=10",), tmp_path / "reference"  # bfloat16 is emulated on many processors
+    pools[1].run(small_run.run, real.config, reference, few)
+    pools[2].run(small_run.run, real.config, tmp_path / "run", (*few, *mode), timeout_s=300)
+    pairs = zip(small_run.records(tmp_path / "run"), small_run.records(reference), strict=True)
     errors = [abs(mine["loss"] / theirs["loss"] - 1) for mine, theirs in pairs]
     assert 1e-6 < max(errors) < 2e-2

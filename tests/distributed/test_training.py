@@ -255,9 +255,9 @@ def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("stops", "mode"),
     [
-        ((3, 6, 9), ("engine.zero_stage=1", "engine.chunk_tokens=400")),
-        pytest.param((3, 6, 9), ("engine.zero_stage=0",), marks=slow),
-        pytest.param((3, 6, 9), ("engine.zero_stage=2", "engine.offload_optimizer=true"), marks=slow),
+        ((3, 6), ("engine.zero_stage=1", "engine.chunk_tokens=400")),
+        pytest.param((3, 6), ("engine.zero_stage=0",), marks=slow),
+        pytest.param((3, 6), ("engine.zero_stage=2", "engine.offload_optimizer=true"), marks=slow),
         pytest.param(
             (3,), ("engine.zero_stage=3", "engine.precision=bf16", "engine.checkpoint_activations=true"), marks=slow
         ),
@@ -436,20 +436,20 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     config: Path, tmp_path: Path, pools: dict[int, Pool], precision: str, zero_stage: int, more: tuple[str, ...]
 ) -> None:
     """If only a loss or only a gradient in the towers is NaN, the step changes nothing: weights are bit-identical."""
-    log = ("pretrain.steps=6", "debug.log_row_ids=true")
+    log = ("pretrain.steps=4", "debug.log_row_ids=true")
     mode = (*log, f"engine.precision={precision}", f"engine.zero_stage={zero_stage}", *more)
     finals = []
     for where in ("loss", "gradient"):
         run_dir = tmp_path / where
-        finals += pools[2].run(with_a_nan, config, run_dir, mode, 3, where)
-        records = [record for record in small_run.records(run_dir) if record["step"] != 4]
-        assert [(record["step"], record["skipped"]) for record in records] == [(1, 0), (2, 0), (3, 0), (5, 1), (6, 1)]
+        finals += pools[2].run(with_a_nan, config, run_dir, mode, 1, where)
+        records = [record for record in small_run.records(run_dir) if record["step"] != 2]
+        assert [(record["step"], record["skipped"]) for record in records] == [(1, 0), (3, 1), (4, 1)]
         for rank in (0, 1):
             consumed, skipped = (
                 (run_dir / "pretrain" / f"{name}-0000{rank}.jsonl").read_text().splitlines()
                 for name in ("row_ids", "skipped_rows")
             )
-            assert skipped == [consumed[3]]
+            assert skipped == [consumed[1]]
     for final in finals:
         assert all(tensor.isfinite().all() for tensor in final.values())
         assert all(torch.equal(final[name], finals[0][name]) for name in final)

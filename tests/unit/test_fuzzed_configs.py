@@ -42,7 +42,7 @@ from bigdssm.training.checks import check_stage
 from bigdssm.utils.bounds import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
 
-EXAMPLES, PARTS = 200, 4  # parts may run at the same time
+EXAMPLES, PARTS = 120, 4  # parts may run at the same time
 MOST_WEIGHTS, MOST_ROWS, MOST_BYTES = 300_000, 256, 1 << 24  # above these limits a config is only validated
 TEXT = {"type": "text", "max_tokens": 6}
 HISTORY = {"type": "history", "of": "item", "max_items": 5}
@@ -234,5 +234,5 @@ def test_valid_configs_train_and_others_are_refused(datasets: dict[str, Path], t
         return f"exit code {code}"
 
     check()
-    least = {"exit code 2": 25 / PARTS, "exit code 0": 50 / PARTS}
-    assert answers.total() >= 150 / PARTS and all(answers[name] >= count for name, count in least.items()), answers
+    least = {"exit code 2": 15 / PARTS, "exit code 0": 30 / PARTS}
+    assert answers.total() >= 90 / PARTS and all(answers[name] >= count for name, count in least.items()), answers

@@ -14,7 +14,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_eager_attention
 from bigdssm.models.declarations import Bert, Sasrec
-from bigdssm.models.encoders import BertEncoder
+from bigdssm.models.encoders.bert import BertEncoder
 
 QUERY = {
     "history": History(of="item", max_items=6).with_name("history"),

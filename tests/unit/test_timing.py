@@ -18,7 +18,8 @@ from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.loader.batch import lengths_of
 from bigdssm.models import CrossEncoder, QueryPositions, SideSize, new_model
 from bigdssm.models.declarations import Bert
-from bigdssm.models.encoders import BertEncoder
+from bigdssm.models.encoders.bert import BertEncoder
+from bigdssm.training import health
 from bigdssm.training.health import TimeTable
 from bigdssm.utils import timing
 
@@ -130,3 +131,21 @@ def test_operations_of_a_cross_encoder_equal_the_counts_of_torch() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         scorer({"a": torch.randint(1, 50, (7, 4))}, {"b": torch.randint(1, 50, (7, 9))})
     assert scorer.flops(np.full(7, 13)) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_a_peak_is_measured_without_products_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    rand = torch.rand
+
+    def noted(*size: int, **options: Any) -> torch.Tensor:
+        made.append(size[0])
+        return rand(*size, **options)
+
+    monkeypatch.setattr(health, "SLOW_PRODUCT_S", 100.0)
+    monkeypatch.setattr(torch, "rand", noted)
+    assert health.peak_flops(torch.device("cpu"), torch.float32, largest=64) > 0
+    assert made == [8, 8, 16, 16, 32, 32, 64, 64]
+    monkeypatch.setattr(health, "SLOW_PRODUCT_S", 0.0)
+    made.clear()
+    health.peak_flops(torch.device("cpu"), torch.float32, largest=64)
+    assert made == [8, 8]

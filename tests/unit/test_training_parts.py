@@ -261,13 +261,17 @@ def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_engine_without_a_launcher_compiles_nothing(tmp_path: Path) -> None:
-    """DeepSpeed joins a process group by itself if none exists."""
+    """DeepSpeed joins a process group by itself if none exists. Nothing that takes seconds is imported."""
     code = """
+import sys
 import torch
+import bigdssm.training.stages
+slow = {"transformers", "torch._dynamo", "matplotlib"} & set(sys.modules)
 from bigdssm.config import EngineConfig
 from bigdssm.training.engine import Engine
 from bigdssm.training.optimizers import AdamW
 Engine(torch.nn.Linear(2, 2), EngineConfig(), AdamW(), 1)
+assert not slow and "torch._inductor.lowering" not in sys.modules
 """
     variables = {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),

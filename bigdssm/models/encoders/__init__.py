@@ -1,4 +1,7 @@
-"""Encoders, one module per type of feature; importing this package registers them."""
+"""Encoders, one module per type of feature; importing this package registers them.
+
+Text encoders are imported when a config names them: transformers takes 5 seconds to import.
+"""
 
 from bigdssm.models.encoders.base import (
     BuildContext,
@@ -10,13 +13,11 @@ from bigdssm.models.encoders.base import (
     use_eager_attention,
     use_packing,
 )
-from bigdssm.models.encoders.bert import BertEncoder
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.encoders.scalar import CategoricalEncoder, NumericEncoder, VectorEncoder
 from bigdssm.models.encoders.text import TextEncoder, text_architectures, text_configs, text_keys
 
 __all__ = [
-    "BertEncoder",
     "BuildContext",
     "CategoricalEncoder",
     "Encoder",
