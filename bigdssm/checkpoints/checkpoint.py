@@ -18,8 +18,8 @@ from bigdssm.checkpoints.shares import (
     DTYPES,
     Block,
     FileShare,
-    TensorKind,
     TensorLocation,
+    TensorSpec,
     assign_blocks,
     read_blocks,
 )
@@ -42,7 +42,7 @@ class Checkpoint:
     step: int
     world_size: int
     state: dict[str, Any]  # equal on every rank
-    tensors: dict[str, TensorKind]  # by name: weights, optimizer states as STATE/NAME, and COMMON + NAME
+    tensors: dict[str, TensorSpec]  # by name: weights, optimizer states as STATE/NAME, and COMMON + NAME
     shares: tuple[FileShare, ...]
 
     def tensor_shares(self) -> list[FileShare]:
@@ -68,7 +68,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
 
 
 def write_manifest(
-    path: Path, step: int, world_size: int, state: dict[str, Any], tensors: dict[str, TensorKind],
+    path: Path, step: int, world_size: int, state: dict[str, Any], tensors: dict[str, TensorSpec],
     shares: Sequence[FileShare],
 ) -> None:  # fmt: skip
     """Write the manifest to the folder `path`."""
@@ -101,7 +101,7 @@ def read_manifest(path: Path) -> Checkpoint:
                 f"checkpoint {path} has format {content['format']}, this version reads {FORMAT}; continue with the "
                 "version that wrote it, or start again in another run.dir"
             )
-        tensors = {name: TensorKind(dtype, tuple(shape)) for name, dtype, shape in content["tensors"]}
+        tensors = {name: TensorSpec(dtype, tuple(shape)) for name, dtype, shape in content["tensors"]}
         names = list(tensors)
         shares = tuple(
             FileShare(

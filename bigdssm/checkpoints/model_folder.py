@@ -76,7 +76,7 @@ class ModelFolder:
                 f"the model's schema differs from that of the dataset {dataset.dir}: {difference}; use the model's "
                 f"dataset, build this one with bigdssm make_shards … --like {self.config.data.dir}, or train on it"
             )
-        return dataset.limited_to(self.schema)
+        return dataset.with_schema(self.schema)
 
 
 def save_model_folder(
@@ -284,7 +284,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         )
     else:
         config = load_written_config(stage_dir / CONFIG_FILE)
-        dataset = Dataset.open(config.data.dir, cache=FileCache.of(config.data))
+        dataset = Dataset.open(config.data.dir, cache=FileCache.from_config(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
         trained = config.stage(cast(StageName, stage_dir.name)).scorer if own else scorer
         model = new_model(config.model, schema, dataset.pad_token_id, dataset.vocab_size, trained)

@@ -73,7 +73,7 @@ class FileShare:
 
 
 @dataclass(frozen=True)
-class TensorKind:
+class TensorSpec:
     """Dtype and shape of a whole tensor."""
 
     dtype: str  # a key of DTYPES
@@ -119,7 +119,7 @@ def even_share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int
     return pieces
 
 
-def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[FileShare, dict[str, TensorKind]]:
+def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[FileShare, dict[str, TensorSpec]]:
     """Write pieces of different tensors, in host memory, to a file; return its manifest entries. Raises OSError.
 
     The file is synced to disk before the return.
@@ -147,7 +147,7 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
         for piece, begin in zip(pieces, ends, strict=False)
     ]
     share = FileShare(owner, path.name, (0, data + ends[-1]), BLOCK, tuple(checksummed.checksums()), tuple(locations))
-    return share, {piece.name: TensorKind(_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
+    return share, {piece.name: TensorSpec(_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
 
 
 def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> Iterator[tuple[FileShare, int, int]]:

@@ -36,7 +36,7 @@ from bigdssm.checkpoints.checkpoint import (
     tensors_file,
     write_manifest,
 )
-from bigdssm.checkpoints.shares import FileShare, TensorKind, TensorPiece, even_share, whole_tensor, write_share
+from bigdssm.checkpoints.shares import FileShare, TensorPiece, TensorSpec, even_share, whole_tensor, write_share
 from bigdssm.errors import BigDSSMError, CheckpointError, PeerError
 from bigdssm.utils.atomic import REPLACED, UNFINISHED, recover, remove, replace_folder, temporary_path, write_text
 from bigdssm.utils.log import get_logger
@@ -200,7 +200,7 @@ class CheckpointStore:
         path = self.folder / checkpoint_name(job.step)
         aside, rank = temporary_path(path), distributed.rank()
         self._run_collectively(lambda: self._prepare(aside), "prepare", job.group)
-        written: list[tuple[FileShare, dict[str, TensorKind]]] = []
+        written: list[tuple[FileShare, dict[str, TensorSpec]]] = []
 
         def write() -> None:
             written.append(write_share(aside / tensors_file(rank), rank, job.pieces))
@@ -219,7 +219,7 @@ class CheckpointStore:
             aside.mkdir(parents=True)
 
     def _publish(
-        self, aside: Path, path: Path, job: _Job, reports: list[list[tuple[FileShare, dict[str, TensorKind]]]]
+        self, aside: Path, path: Path, job: _Job, reports: list[list[tuple[FileShare, dict[str, TensorSpec]]]]
     ) -> None:
         if not distributed.is_main():
             return

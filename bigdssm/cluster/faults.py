@@ -61,12 +61,12 @@ class Faults:
         rank = int(os.environ.get("RANK", "0"))
         return cls(tuple(fault for fault in map(parse, filter(None, text.split(","))) if fault.rank == rank))
 
-    def in_step(self, step: int) -> None:
+    def trigger_step_faults(self, step: int) -> None:
         """Trigger the faults due before the step that consumes global batch `step`."""
         for kind in self._due(step, IN_STEP):
             _trigger(kind)
 
-    def in_loss(self, objective: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_objective(self, objective: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap the objective so that due faults corrupt its loss; return it unchanged without such faults."""
         if not any(fault.kind in IN_LOSS for fault in self.faults):
             return objective
@@ -80,7 +80,7 @@ class Faults:
 
         return corrupted
 
-    def in_save(self, step: int) -> Callable[[], None]:
+    def checkpoint_hook(self, step: int) -> Callable[[], None]:
         """Return the hook that the checkpoint of `step` calls between two files; it triggers the due faults."""
         due = self._due(step, IN_SAVE)
 

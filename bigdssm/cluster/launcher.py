@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
-from bigdssm.cluster.signals import EARLY, StopRequest
+from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE, StopRequest
 from bigdssm.errors import ConfigError, PeerError, Preempted
 from bigdssm.utils.log import get_logger
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, tools.evidence) that started this run
-FAILED_S = 30.0  # limit for the other ranks to end after a failure; then they are killed
+KILL_AFTER_FAILURE_S = 30.0  # limit for the other ranks to end after a failure; then they are killed
 RENDEZVOUS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # required in addition to RANK and WORLD_SIZE
 
 logger = get_logger(__name__)
@@ -39,7 +39,7 @@ class Launcher:
         starter = os.environ.get(STARTED_BY, "")
         self._starter = int(starter) if _is_number(starter) and not _has_ended(int(starter)) else None
 
-    def lost(self) -> str | None:
+    def exited_ancestor(self) -> str | None:
         """Return a description of the ancestor that has ended, or None."""
         if self._starter is not None and _has_ended(self._starter):
             return f"the command that started it (pid {self._starter})"
@@ -138,13 +138,13 @@ def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: L
             env = {**environment(), **{name: str(value) for name, value in variables.items()}}
             processes.append(subprocess.Popen(command, env=env))
         while None in [process.poll() for process in processes]:
-            if not stopping and (stop.requested or launcher.lost()):
+            if not stopping and (stop.requested or launcher.exited_ancestor()):
                 stopping = True
                 for process in processes:
                     process.terminate()
             if any(process.returncode not in (None, 0, Preempted.exit_code) for process in processes):
                 failed_at = min(failed_at, time.monotonic())
-                if time.monotonic() > failed_at + FAILED_S:
+                if time.monotonic() > failed_at + KILL_AFTER_FAILURE_S:
                     break
             time.sleep(0.1)
         codes = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode is not None}
@@ -158,7 +158,7 @@ def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: L
     if reasons := [code for code in codes.values() if code > 0 and code != PeerError.exit_code]:
         return min(reasons)
     if stopping and all(code < 0 for code in codes.values()):  # stopped before they installed signal handlers
-        logger.info(EARLY)
+        logger.info(STOPPED_EARLY_MESSAGE)
         return Preempted.exit_code
     return PeerError.exit_code if any(codes.values()) else 0
 

@@ -14,7 +14,7 @@ from bigdssm.errors import Preempted
 from bigdssm.utils.log import is_first_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EARLY = "stopped on request before the first step, with nothing to save; the same command starts again"
+STOPPED_EARLY_MESSAGE = "stopped on request before the first step, with nothing to save; the same command starts again"
 
 
 class StopRequest:
@@ -32,7 +32,7 @@ class StopRequest:
         """Install handlers for SIGTERM and SIGINT; without `handle_signals` only `request` has an effect."""
         self._requested = False
         self._has_state = False
-        self.at_end: Callable[[int, str], None] | None = None  # called with (code, reason) before the thread exits
+        self.on_early_exit: Callable[[int, str], None] | None = None  # called with (code, reason)
         self._handles_signals = handle_signals
         if handle_signals:
             self._install_handlers()
@@ -76,9 +76,9 @@ class StopRequest:
         while number := os.read(read_end, 1):
             if number[0] in SIGNALS and not self._has_state:
                 if is_first_rank():  # a launcher ends all ranks: print the message once
-                    sys.stderr.write(f"{EARLY}\n")
+                    sys.stderr.write(f"{STOPPED_EARLY_MESSAGE}\n")
                     sys.stderr.flush()
-                if self.at_end is not None:
-                    self.at_end(Preempted.exit_code, EARLY)
+                if self.on_early_exit is not None:
+                    self.on_early_exit(Preempted.exit_code, STOPPED_EARLY_MESSAGE)
                 os._exit(Preempted.exit_code)
         os.close(read_end)

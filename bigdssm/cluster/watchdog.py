@@ -70,7 +70,7 @@ class Watchdog:
     """
 
     def __init__(
-        self, timeout_s: float, launcher: Launcher, stop_file: Path, at_end: Callable[[int, str], None] | None = None,
+        self, timeout_s: float, launcher: Launcher, stop_file: Path, on_exit: Callable[[int, str], None] | None = None,
         request_stop: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """Configure the watchdog; `__enter__` starts it.
@@ -78,11 +78,11 @@ class Watchdog:
         Args:
             timeout_s: limit without a heartbeat, and without progress
             stop_file: its existence requests a stop of the run
-            at_end: called with exit code and reason before the watchdog ends the process
+            on_exit: called with exit code and reason before the watchdog ends the process
             request_stop: requests a stop of this rank, by default with SIGTERM
         """
         self._request_stop = request_stop or _send_sigterm
-        self._timeout_s, self._launcher, self._stop_file, self._at_end = timeout_s, launcher, stop_file, at_end
+        self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -276,7 +276,7 @@ class Watchdog:
         """Request a stop if the launcher ended or the stop file exists."""
         if self._stop_requested:
             return
-        reason = self._launcher.lost()
+        reason = self._launcher.exited_ancestor()
         if reason:
             logger.warning("%s of rank %d has ended; the run saves and stops", reason, self._rank)
         elif self._rank == 0 and self._stop_file.exists():
@@ -349,8 +349,8 @@ class Watchdog:
         os._exit(verdict["code"])
 
     def _record_end(self, code: int, reason: str) -> None:
-        if self._at_end is not None:
-            thread = threading.Thread(target=self._at_end, args=(code, reason), daemon=True)
+        if self._on_exit is not None:
+            thread = threading.Thread(target=self._on_exit, args=(code, reason), daemon=True)
             thread.start()
             thread.join(END_RECORD_S)
 

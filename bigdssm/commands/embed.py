@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_width("--width", args.width, model.dim)
         encoders = truncate_encoders(encoders, args.width, model.score == "cosine")
     with ProgressBar() as progress:
-        work = ShardWork.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.from_launcher(args.rows_per_shard, progress)
         whole = 0 if args.width in (None, model.dim) else model.dim + 1
         written = write_vectors(
             args.out,

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = Dataset.open(args.data)
     encoders, name = _encoders(args, dataset)
     with ProgressBar() as progress:
-        work = ShardWork.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.from_launcher(args.rows_per_shard, progress)
         vectors = write_teacher_vectors(args.out, encoders, dataset, name, work)
     if vectors is not None:
         documents, width = vectors.documents.shape

@@ -155,7 +155,7 @@ def _evaluated(
     dataset = folder.view(dataset)
     reranking = None
     if rerank is not None:
-        scorer = PairScorer.of(folder, dataset)
+        scorer = PairScorer.from_folder(folder, dataset)
         scorer.require_scorer()
         reranking = Reranking(scorer, rerank)
     with ProgressBar() as progress:
@@ -163,7 +163,7 @@ def _evaluated(
         evaluation = evaluate_split(
             encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, progress=progress
         )  # fmt: skip
-    return System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds)
+    return System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds)
 
 
 def _on_collection(args: argparse.Namespace) -> None:

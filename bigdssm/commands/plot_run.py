@@ -16,7 +16,7 @@ from bigdssm.cli import check_file_to_write, command
 from bigdssm.cluster.metrics import plot_runs
 from bigdssm.errors import ConfigError
 
-PICTURES = (".png", ".svg", ".pdf")
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @command
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="image file: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
-    if args.out.suffix.lower() not in PICTURES:
-        raise ConfigError(f"--out {args.out}: needs a name that ends in {' or '.join(PICTURES)}")
+    if args.out.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ConfigError(f"--out {args.out}: needs a name that ends in {' or '.join(IMAGE_SUFFIXES)}")
     plot_runs(args.runs, args.out)
     print(args.out)
 

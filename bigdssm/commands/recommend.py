@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
     with ProgressBar() as progress:
-        work = ShardWork.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.from_launcher(args.rows_per_shard, progress)
         folder, index = load_model_folder(args.model), open_index(args.index)
-        dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.of(folder.config.data))
+        dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
         as_csv = args.out.suffix == ".csv"
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
         done = recommend(parts, folder, index, dataset, _source(args, dataset), options, work)

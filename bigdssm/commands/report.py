@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = {stage: _stage_name(stage, folder.config) for stage, folder in runs[0].items()}
     if args.beir is None:
         data = next(iter(runs[0].values())).config.data
-        dataset = Dataset.open(args.data or data.dir, cache=FileCache.of(data))
+        dataset = Dataset.open(args.data or data.dir, cache=FileCache.from_config(data))
         others = baseline_systems(dataset, args.split, data.exclude_seen)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
         title, shown = f"{dataset.num_queries(args.split)} queries", table_metrics()
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure = partial(_on_collection, collection=collection, args=args)
         title, shown = f"{len(collection.qrels)} queries", RUN_METRICS
     models = [
-        System.of_seeds(
+        System.from_seeds(
             [measure(names[stage], stages[stage], run / stage) for run, stages in zip(args.runs, runs, strict=True)]
         )
         for stage in names
@@ -185,7 +185,7 @@ def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset
             encoders_of(folder.model, dataset), dataset, split, exclude_seen=folder.config.data.exclude_seen,
             progress=progress,
         )  # fmt: skip
-    return System.of_ranks(
+    return System.from_ranks(
         name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + training_seconds(stage_dir)
     )
 

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ProgressBar() as progress:
         teachers = _teachers(args, dataset, progress)
         names = [file_checksum(args.mined), *teachers]
-        work = ShardWork.of_launcher(args.rows_per_shard, progress)
+        work = ShardWork.from_launcher(args.rows_per_shard, progress)
         scored = score_pairs(args.out, hard, dataset, list(teachers.values()), names, work)
     if scored is not None:
         per_query = f"{scored.per_query():.1f} documents per query"

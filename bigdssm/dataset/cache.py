@@ -39,7 +39,7 @@ class FileCache:
     max_bytes: int
 
     @classmethod
-    def of(cls, config: DataConfig | None = None) -> FileCache:
+    def from_config(cls, config: DataConfig | None = None) -> FileCache:
         """Return the cache of a config (`data.cache_dir`, `data.cache_bytes`), or the user's."""
         named = config.cache_dir if config else None
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bigdssm"

@@ -34,13 +34,13 @@ class Catalogue:
         """
         self._table, self.versions = MappedTable(paths), versions
         self._schema, self._pad_token_id = schema, pad_token_id
-        self._encoded_by: dict[str, Feature] | None = None  # document features of an earlier schema, see `limited_to`
+        self._encoded_by: dict[str, Feature] | None = None  # document features of an earlier schema, see `with_schema`
         names = self._table.schema.names
         for name in ("doc_key", "doc_id", "doc_title", *schema.doc):
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
-    def limited_to(self, schema: Schema) -> Catalogue:
+    def with_schema(self, schema: Schema) -> Catalogue:
         """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
         limited = copy(self)
         limited._encoded_by = schema.doc
@@ -57,9 +57,9 @@ class Catalogue:
         return np.arange(self.num_docs if self.versions is None else self.num_docs + self._table.num_rows)
 
     @property
-    def file_rows(self) -> list[int]:
+    def rows_per_file(self) -> list[int]:
         """The number of rows per file."""
-        return self._table.file_rows
+        return self._table.rows_per_file
 
     @cached_property
     def doc_ids(self) -> np.ndarray:
@@ -80,12 +80,12 @@ class Catalogue:
             return self.versions.visible_rows(documents, partitions)
         return self.versions.version_rows(documents, versions)
 
-    def _file_rows(self, rows: np.ndarray) -> np.ndarray:
+    def _to_file_rows(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.versions is None else self.versions.file_rows(rows)
 
     def ids(self, rows: np.ndarray) -> np.ndarray:
         """Return the ids of the documents at `rows`, int64."""
-        return np.asarray(self._table.take("doc_id", self._file_rows(rows)))
+        return np.asarray(self._table.take("doc_id", self._to_file_rows(rows)))
 
     def columns(self, rows: np.ndarray) -> dict[str, Column]:
         """Return the features of the documents at `rows` (int64 [n]) as columns."""
@@ -93,7 +93,7 @@ class Catalogue:
 
     def column(self, feature: str, rows: np.ndarray) -> Column:
         """Return one feature of the documents at `rows` (int64 [n])."""
-        column = self._table.take(feature, self._file_rows(rows))
+        column = self._table.take(feature, self._to_file_rows(rows))
         return column if self._encoded_by is None else self._encoded_by[feature].without_unknown(column)
 
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
@@ -106,25 +106,25 @@ class Catalogue:
 
     def keys(self, rows: np.ndarray) -> list[str]:
         """Return the document keys (the ids in the source table) at `rows`."""
-        return self._table.strings("doc_key", self._file_rows(rows))
+        return self._table.strings("doc_key", self._to_file_rows(rows))
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Return the titles at `rows`."""
-        return self._table.strings("doc_title", self._file_rows(rows))
+        return self._table.strings("doc_title", self._to_file_rows(rows))
 
     @cached_property
     def _by_id(self) -> np.ndarray:
         return np.argsort(self.doc_ids, kind="stable")
 
-    def find(self, keys: Sequence[str]) -> np.ndarray:
+    def rows_by_key(self, keys: Sequence[str]) -> np.ndarray:
         """Return the rows of documents by key, int64, -1 for an unknown key."""
-        rows = self.rows_of(np.array([hash64(key) for key in keys], np.int64))
+        rows = self.rows_by_id(np.array([hash64(key) for key in keys], np.int64))
         known = np.flatnonzero(rows >= 0)
         same = [key == keys[at] for at, key in zip(known.tolist(), self.keys(rows[known]), strict=True)]
         rows[known[~np.array(same, bool)]] = -1  # a hash collision
         return rows
 
-    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+    def rows_by_id(self, ids: np.ndarray) -> np.ndarray:
         """Return the rows of documents by id, int64, -1 for an unknown id."""
         if not len(ids) or not self.num_docs:
             return np.full(len(ids), -1, np.int64)

@@ -78,7 +78,7 @@ class Dataset:
         paths = [file.path for file in self.catalogue_files]
         versions = Versions.read(self.catalogue_files, dated=header.dated)
         self.catalogue = Catalogue(paths, header.schema, self.pad_token_id, versions)
-        got, expected = self.catalogue.file_rows, [file.rows for file in self.catalogue_files]
+        got, expected = self.catalogue.rows_per_file, [file.rows for file in self.catalogue_files]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json has {expected}")
         sequences = [partition.sequence_files for partition in partitions]
@@ -87,9 +87,9 @@ class Dataset:
         tables = tuple(MappedTable(paths) for paths in sequences if paths)
         for partition, table in zip(partitions, tables, strict=False):
             expected_rows = [part["rows"] for part in partition.content["sequences"]]
-            if table.file_rows != expected_rows:
+            if table.rows_per_file != expected_rows:
                 raise DataError(
-                    f"{partition.folder}: the files of sequences have {table.file_rows} rows, partition.json has "
+                    f"{partition.folder}: the files of sequences have {table.rows_per_file} rows, partition.json has "
                     f"{expected_rows}; copy the partition whole"
                 )
         self.sequences = MappedTable([path for paths in sequences for path in paths]) if tables else None
@@ -121,7 +121,9 @@ class Dataset:
         Raises DataError: not a dataset, another format, damaged metadata, or a missing file (a missing shard does not
         raise: readers skip and count its rows).
         """
-        remote = RemoteFolder(str(folder), cache or FileCache.of(), partitions, first) if is_url(folder) else None
+        remote = (
+            RemoteFolder(str(folder), cache or FileCache.from_config(), partitions, first) if is_url(folder) else None
+        )
         folder = remote.dir if remote else Path(folder)
         content = read_dataset_json(folder)
         schema = Schema.load(folder)
@@ -154,18 +156,18 @@ class Dataset:
         """Pickle by path: each loader process maps the files itself."""
         return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
 
-    def limited_to(self, schema: Schema) -> Dataset:
+    def with_schema(self, schema: Schema) -> Dataset:
         """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
         if schema == self.whole.schema:
             return self.whole
         limited = copy(self)
-        limited.schema, limited.catalogue = schema, self.whole.catalogue.limited_to(schema)
-        limited._whole, limited.pickled = self.whole, (Dataset.limited_to, (self.whole, schema))
+        limited.schema, limited.catalogue = schema, self.whole.catalogue.with_schema(schema)
+        limited._whole, limited.pickled = self.whole, (Dataset.with_schema, (self.whole, schema))
         return limited
 
     @property
     def whole(self) -> Dataset:
-        """The dataset with its full schema, see `limited_to`."""
+        """The dataset with its full schema, see `with_schema`."""
         return self._whole or self
 
     @cached_property
@@ -329,7 +331,7 @@ class Dataset:
         return self.limited_query({name: table.take(name, rows)})[name]
 
     def limited_query(self, columns: dict[str, Column]) -> dict[str, Column]:
-        """Re-encode query columns of the full schema by this view's schema, see `limited_to`."""
+        """Re-encode query columns of the full schema by this view's schema, see `with_schema`."""
         if self._whole is None:
             return columns
         coded = {

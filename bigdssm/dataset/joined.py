@@ -25,7 +25,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
     Raises DataError; ConfigError: incompatible sources.
     """
-    cache = FileCache.of(config)
+    cache = FileCache.from_config(config)
     if not config.mixture:
         return Dataset.open(config.dir, first=config.from_partition, cache=cache)
     parts = [Dataset.open(s.dir or config.dir, s.partitions or None, cache=cache) for s in config.mixture]

@@ -24,7 +24,7 @@ class MappedTable:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
         self._batches: list[pa.RecordBatch] = []
-        self.file_rows: list[int] = []
+        self.rows_per_file: list[int] = []
         for path in self.paths:
             reader = open_arrow(path)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -32,7 +32,7 @@ class MappedTable:
             if not set(others) <= set(reader.schema.names):
                 raise DataError(f"{path} has columns {reader.schema.names}, {self.paths[0]} has {others}")
             self._batches += [batch for batch in batches if batch.num_rows]
-            self.file_rows.append(sum(batch.num_rows for batch in batches))
+            self.rows_per_file.append(sum(batch.num_rows for batch in batches))
             self.schema = reader.schema
         self._starts = ragged.offsets_of(np.array([batch.num_rows for batch in self._batches], np.int64))
         self._columns: dict[str, list[Column]] = {}

@@ -44,12 +44,12 @@ class System:
             raise DataError(f"{self.name} cannot be measured: no row has a relevant document")
 
     @classmethod
-    def of_ranks(cls, name: str, ranks: np.ndarray, query_ids: np.ndarray, seconds: float) -> System:
+    def from_ranks(cls, name: str, ranks: np.ndarray, query_ids: np.ndarray, seconds: float) -> System:
         """Return the system with these ranks on the rows of a split; `query_ids` are int64."""
         return cls(name, row_metrics(ranks), seconds, ranks, query_ids[~np.isnan(ranks)])
 
     @classmethod
-    def of_seeds(cls, systems: Sequence[System]) -> System:
+    def from_seeds(cls, systems: Sequence[System]) -> System:
         """Combine the systems of a model's seeds; a single one is returned as is."""
         first = systems[0]
         if len(systems) == 1:
@@ -235,7 +235,7 @@ class SavedRanks:
                 f"{where} was measured with data.exclude_seen={str(self.exclude_seen).lower()}, this model has "
                 f"{str(exclude_seen).lower()}; measure both with the same data.exclude_seen"
             )
-        return System.of_ranks(name, self.ranks, rows.query_ids, self.seconds)
+        return System.from_ranks(name, self.ranks, rows.query_ids, self.seconds)
 
 
 def read_ranks(path: Path) -> SavedRanks:
@@ -270,7 +270,7 @@ def _fitted(
 ) -> System:
     started = perf_counter()
     evaluation = evaluate_scores(kind.fit(dataset), dataset, split, exclude_seen=exclude_seen)
-    return System.of_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
+    return System.from_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

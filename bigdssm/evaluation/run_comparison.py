@@ -77,7 +77,7 @@ def _measured(
     systems = []
     try:
         models = [load_model_folder(folder / "best") for folder in pair]
-        dataset = Dataset.open(data or models[0].config.data.dir, cache=FileCache.of(models[0].config.data))
+        dataset = Dataset.open(data or models[0].config.data.dir, cache=FileCache.from_config(models[0].config.data))
         if dataset.num_rows(split) == 0:
             return None, f"{dataset.dir} has no rows in split {split}"
         for name, model in zip("AB", models, strict=True):
@@ -86,7 +86,7 @@ def _measured(
                 tower_encoders(model.model, view), view, split,
                 exclude_seen=models[0].config.data.exclude_seen, progress=progress,
             )  # fmt: skip
-            systems.append(System.of_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
+            systems.append(System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
     except BigDSSMError as error:
         return None, str(error)
     return (systems[0], systems[1]), ""

@@ -43,7 +43,7 @@ def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
     """
     view = folder.view(dataset)
     if isinstance(folder.model.scorer, CrossEncoder):
-        scorer = PairScorer.of(folder, view)
+        scorer = PairScorer.from_folder(folder, view)
         return lambda rows, docs: scorer.score(view.limited_query(rows.query), docs)
     teacher = VectorTeacher(encoders_of(folder.model, view), view.catalogue.num_docs)
     return lambda rows, docs: teacher(replace(rows, query=view.limited_query(rows.query)), docs)

@@ -134,8 +134,8 @@ def _read(dataset: Dataset, table: Path, columns: tuple[str, str | None, str]) -
         check = RowCheck(batch, _warn)
         hashed, lists = hash_strings(strings(check, query)), value_lists(check, candidates, " ")
         if target is not None:
-            hashed = pair_hash(hashed, dataset.catalogue.find(strings(check, target).to_pylist()))
-        rows = dataset.catalogue.find(lists.flatten().to_pylist())
+            hashed = pair_hash(hashed, dataset.catalogue.rows_by_key(strings(check, target).to_pylist()))
+        rows = dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
         queries.append(np.repeat(hashed, np.diff(np.asarray(lists.offsets)))[rows >= 0])
         docs.append(rows[rows >= 0])
         missing += int((rows < 0).sum())

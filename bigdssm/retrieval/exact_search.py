@@ -124,7 +124,7 @@ def excluded_documents(dataset: Dataset, exclude_seen: bool) -> Callable[[Rows],
 
 def query_documents(catalogue: Catalogue, rows: Rows) -> Pairs:
     """Return the catalogue rows of queries that are documents themselves."""
-    docs = catalogue.rows_of(rows.query_ids)
+    docs = catalogue.rows_by_id(rows.query_ids)
     return np.flatnonzero(docs >= 0), docs[docs >= 0]
 
 

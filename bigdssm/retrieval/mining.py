@@ -71,7 +71,7 @@ class TrainPositives:
                 queries, docs = rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]
                 parts.append((queries, docs))
                 if dataset.schema.siamese:  # pairs are symmetric
-                    query_docs = dataset.catalogue.rows_of(queries)
+                    query_docs = dataset.catalogue.rows_by_id(queries)
                     parts.append((dataset.catalogue.ids(docs[query_docs >= 0]), query_docs[query_docs >= 0]))
         ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
         order = np.lexsort((docs, ids))

@@ -1,6 +1,6 @@
 """Scores of candidate documents by the model's scorer, for re-ranking and as a teacher.
 
-    PairScorer.of(folder, dataset).score(rows.query, documents)
+    PairScorer.from_folder(folder, dataset).score(rows.query, documents)
 
 Shapes: m queries, k candidates per query, p pairs, n distinct documents, D vector width.
 """
@@ -44,7 +44,7 @@ class PairScorer:
     device: torch.device | str = "cpu"
 
     @classmethod
-    def of(cls, folder: ModelFolder, dataset: Dataset) -> PairScorer:
+    def from_folder(cls, folder: ModelFolder, dataset: Dataset) -> PairScorer:
         """Return the PairScorer of a model folder over a dataset's catalogue."""
         return cls(folder.model, folder.schema, folder.pad_token_id, dataset.catalogue.columns)
 

@@ -90,7 +90,7 @@ def recommend(
     invalid filter; DataError: no queries, or a vector is not finite.
     """
     index.check_model(folder.checksum)
-    source = source.limited_to(folder.view(dataset))
+    source = source.with_dataset(folder.view(dataset))
     index.check_dataset(dataset)
     out = real_path(out)
     _check_free(out)
@@ -187,8 +187,8 @@ class QuerySource(ABC):
     num_rows: int
     _dataset: Dataset
 
-    def limited_to(self, dataset: Dataset) -> QuerySource:
-        """Return the same queries with the features of `dataset`, see `Dataset.limited_to`."""
+    def with_dataset(self, dataset: Dataset) -> QuerySource:
+        """Return the same queries with the features of `dataset`, see `Dataset.with_schema`."""
         limited = copy(self)
         limited._dataset = dataset
         return limited
@@ -279,7 +279,7 @@ class TableRows(QuerySource):
         seen = Ragged(np.zeros(0, np.int64), np.zeros(len(rows) + 1, np.int64))
         if self._events_column is not None:
             lists = value_lists(check, self._events_column, " ")
-            docs = self._dataset.catalogue.find(lists.flatten().to_pylist())
+            docs = self._dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
             offsets = np.concatenate([[0], np.cumsum(docs >= 0)])
             seen = Ragged(docs[docs >= 0], offsets[np.asarray(lists.offsets)])
         if keys is not None and self._dataset.schema.siamese:
@@ -292,7 +292,7 @@ class TableRows(QuerySource):
 
 def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
     """Return int64 [0 or 1] per query: the catalogue row of the document with the query's id."""
-    return [row[row >= 0] for row in dataset.catalogue.rows_of(ids)[:, None]]
+    return [row[row >= 0] for row in dataset.catalogue.rows_by_id(ids)[:, None]]
 
 
 def _events(table: MappedTable, rows: np.ndarray) -> Ragged:

@@ -97,7 +97,7 @@ class Queries:
         """Return the features of a query document and its catalogue row, int64 [1]."""
         if not self._schema.siamese or self._dataset is None:
             raise ConfigError("queries of this model are not documents; describe the query by its features")
-        row = self._dataset.catalogue.find([key])
+        row = self._dataset.catalogue.rows_by_key([key])
         if row[0] < 0:
             raise DataError(f"no document has the key {key!r}")
         return self._dataset.catalogue.columns(row), row

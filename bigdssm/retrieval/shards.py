@@ -41,7 +41,7 @@ class ShardWork:
             raise ConfigError(f"--rows-per-shard {self.rows_per_shard}: needs at least 1")
 
     @classmethod
-    def of_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
+    def from_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
         """Read rank and world size from torchrun or deepspeed. Raises ConfigError: they are invalid."""
         rank, world_size = rank_and_world_size()
         return cls(rank, world_size, rows_per_shard, progress)

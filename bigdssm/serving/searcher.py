@@ -130,7 +130,7 @@ class Searcher:
         if rerank:
             if dataset is None:
                 raise DataError("a scorer needs the documents' features; give the dataset with --data")
-            self._scorer = PairScorer.of(folder, dataset)
+            self._scorer = PairScorer.from_folder(folder, dataset)
             self._scorer.require_scorer()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen)
@@ -149,7 +149,7 @@ class Searcher:
         folder, opened = load_model_folder(Path(model)), open_index(index)
         if data is None and not (histories_of(folder.schema.query) or folder.schema.siamese or rerank):
             return cls(folder, opened, None, threads, onnx)
-        dataset = Dataset.open(data or folder.config.data.dir, cache=FileCache.of(folder.config.data))
+        dataset = Dataset.open(data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
         return cls(folder, opened, dataset, threads, onnx, rerank)
 
     def about(self) -> dict[str, Any]:

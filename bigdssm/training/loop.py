@@ -69,7 +69,7 @@ def _validate_at_start(trainer: Trainer) -> None:
 def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
     """Take one step per batch, until the stage is over."""
     stage, progress, stop = trainer.stage, trainer.progress, trainer.stop
-    loss_function = trainer.faults.in_loss(trainer.objective)
+    loss_function = trainer.faults.wrap_objective(trainer.objective)
     coming = _fetch(trainer, batches) if not trainer.is_over() else None
     # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers of
     # chunks in the collective of step s.
@@ -80,7 +80,7 @@ def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
         plan = draft.resolve(requirements)
         coming = _fetch(trainer, batches)
         trainer.watchdog.beat(f"step {progress.step}")
-        trainer.faults.in_step(progress.step)
+        trainer.faults.trigger_step_faults(progress.step)
         if trainer.store.has_failed():
             stop.request()  # the ranks stop together; saving then raises the error
         extra_inputs = trainer.objective.model_inputs(batch)
@@ -160,7 +160,7 @@ def save(trainer: Trainer, in_background: bool) -> None:
     step = trainer.progress.step
     trainer.stream.check(trainer.stream_step)
     trainer.watchdog.beat(f"the checkpoint of step {step}")
-    between = trainer.faults.in_save(step)
+    between = trainer.faults.checkpoint_hook(step)
     with trainer.health.timed("checkpoint"):
         trainer.store.save(step, **trainer.state_dict(), in_background=in_background, between=between)
     trainer.saved_at = time.monotonic()

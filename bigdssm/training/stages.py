@@ -77,7 +77,7 @@ def run_stage(
             config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.request
         )
         with watchdog:
-            stop.at_end = watchdog.leave
+            stop.on_early_exit = watchdog.leave
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)

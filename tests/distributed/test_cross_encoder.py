@@ -78,7 +78,7 @@ def test_the_towers_are_unchanged_and_the_validated_scorer_is_saved(
     dataset = Dataset.open(load_config(siamese_config).data.dir)
     found = evaluate_split(
         tower_encoders(folder.model, dataset), dataset, "validation",
-        rerank=Reranking(PairScorer.of(folder, dataset), 10),
+        rerank=Reranking(PairScorer.from_folder(folder, dataset), 10),
     )  # fmt: skip
     best = max(metrics["ndcg_at_10"] for metrics in small_run.validations(reference, "sft"))
     assert found.metrics["ndcg_at_10"] == pytest.approx(best, abs=1e-6)

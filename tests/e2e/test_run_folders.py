@@ -22,7 +22,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from bigdssm.cluster.signals import EARLY
+from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE
 from bigdssm.commands import evaluate, make_shards
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
@@ -384,7 +384,7 @@ def test_a_signal_before_the_first_step_ends_a_blocked_run(config: Path, tmp_pat
         time.sleep(1.0)
         os.kill(waiting.pids[0], number)
         assert waiting.wait(10).code == 75, waiting.log
-        assert waiting.log == f"{EARLY}\n"
+        assert waiting.log == f"{STOPPED_EARLY_MESSAGE}\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -315,7 +315,7 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
     for trial in planned:
         better = 3 if trial.cell_name == "a" else 9
         ranks = rng.integers(1, better + trial.seed + 1, len(query_ids)).astype(np.float64)
-        save_comparison(trial.report, [System.of_ranks("x", ranks, query_ids, 1.0)], [], dataset, "validation")
+        save_comparison(trial.report, [System.from_ranks("x", ranks, query_ids, 1.0)], [], dataset, "validation")
         (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 9000.0}) + "\n")
     file = tmp_path / "trials.jsonl"
     write_trials(file, store_trial({}, planned[:2]))
@@ -359,7 +359,7 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
     for trial in planned:
         own = rng.integers(1, 5 if trial.cell_name == "a" else 9, len(query_ids)).astype(np.float64)
         ranks[trial.set_name, trial.cell_name, trial.seed] = own
-        save_comparison(trial.report, [System.of_ranks("x", own, query_ids, 1.0)], [], dataset, "test")
+        save_comparison(trial.report, [System.from_ranks("x", own, query_ids, 1.0)], [], dataset, "test")
         spent = {"command": "pretrain", "cpu_seconds": 10.0 if trial.set_name == "x" else 20.0}
         (trial.folder / "commands.jsonl").write_text(json.dumps(spent) + "\n")
     found = collect(claim, planned, store_trial({}, planned))

@@ -19,7 +19,7 @@ from bigdssm.cli import run_main
 from bigdssm.cluster.faults import VARIABLE, Fault, Faults, parse
 from bigdssm.cluster.launcher import Launcher, parent_of, state_of
 from bigdssm.cluster.monitor import SpikeAlert
-from bigdssm.cluster.signals import EARLY, StopRequest
+from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE, StopRequest
 from bigdssm.errors import ConfigError, Preempted
 from bigdssm.utils.log import default_logging
 
@@ -28,11 +28,11 @@ RANK = """
 import sys, time
 from bigdssm.cluster.launcher import Launcher
 launcher = Launcher()
-print(launcher.lost(), flush=True)
+print(launcher.exited_ancestor(), flush=True)
 until = time.monotonic() + 20
-while launcher.lost() is None and time.monotonic() < until:
+while launcher.exited_ancestor() is None and time.monotonic() < until:
     time.sleep(0.05)
-print(launcher.lost(), flush=True)
+print(launcher.exited_ancestor(), flush=True)
 """
 EARLY_SIGNAL = """
 import os, signal, time
@@ -67,27 +67,27 @@ def test_only_this_ranks_faults_strike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     faults = Faults.from_environment()
     assert faults.faults == (Fault("nan", 3, 1), Fault("spike", 5, 1))
-    objective = faults.in_loss(lambda encoded, batch: Output(torch.tensor(2.0)))
+    objective = faults.wrap_objective(lambda encoded, batch: Output(torch.tensor(2.0)))
     assert [objective(None, Step(step)).loss.item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
     assert objective(None, Step(3)).loss.isnan()
-    faults.in_step(4)
+    faults.trigger_step_faults(4)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="injected by"):
-        Faults.from_environment().in_step(4)
+        Faults.from_environment().trigger_step_faults(4)
 
 
 def test_without_faults_nothing_is_wrapped() -> None:
     def objective(encoded: object, batch: object) -> None: ...
 
-    assert Faults().in_loss(objective) is objective
-    Faults().in_save(0)()
+    assert Faults().wrap_objective(objective) is objective
+    Faults().checkpoint_hook(0)()
 
 
 def test_a_full_disk_strikes_in_its_checkpoint_alone() -> None:
     faults = Faults((Fault("disk-full", 8),))
-    faults.in_save(4)()
+    faults.checkpoint_hook(4)()
     with pytest.raises(OSError, match="No space left on device"):
-        faults.in_save(8)()
+        faults.checkpoint_hook(8)()
 
 
 def test_a_spike_is_logged_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +142,7 @@ def test_a_signal_between_steps_is_remembered() -> None:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("rank", "message"), [("0", f"{EARLY}\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "message"), [("0", f"{STOPPED_EARLY_MESSAGE}\n"), ("1", "")])
 def test_a_signal_before_the_first_step_is_logged_by_one_rank(rank: str, message: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", EARLY_SIGNAL],
@@ -183,12 +183,12 @@ def test_no_process_is_watched_without_a_launcher(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     launcher = Launcher()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert launcher.lost() is None
+    assert launcher.exited_ancestor() is None
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     launcher = Launcher()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert launcher.lost() is not None
+    assert launcher.exited_ancestor() is not None
 
 
 def test_states_of_processes() -> None:

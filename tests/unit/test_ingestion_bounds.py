@@ -93,7 +93,7 @@ def test_a_file_of_sequences_ends_with_as_many_events_as_memory_holds(
     monkeypatch.setattr("bigdssm.ingest.cutting.SEQUENCES_PER_FILE", 6)
     make_interactions(config, tables, IngestTarget(tmp_path / "cut"))
     whole, cut = (Dataset.open(tmp_path / name) for name in ("whole", "cut"))
-    assert cut.sequences is not None and cut.sequences.file_rows == [1, 1, 3, 1, 2]
+    assert cut.sequences is not None and cut.sequences.rows_per_file == [1, 1, 3, 1, 2]
 
     def rows(dataset: Dataset) -> list[Any]:
         return [(r.seen(i).tolist(), int(r.doc_rows[i])) for r in dataset.iterate("train", 9) for i in range(len(r))]

@@ -128,7 +128,7 @@ def test_results_of_the_other_key_are_not_compared(trained: Any, tmp_path: Path)
     folder = load_model_folder(trained.best)
     dataset = Dataset.open(folder.config.data.dir)
     found = evaluate_split(tower_encoders(folder.model, dataset), dataset, "test", exclude_seen=False)
-    systems = [System.of_ranks("a", found.ranks, found.query_ids, 1.0)]
+    systems = [System.from_ranks("a", found.ranks, found.query_ids, 1.0)]
     save_comparison(tmp_path / "a.json", systems, [], dataset, "test", False)
     assert load_system(tmp_path / "a.json", dataset, "test", False).name == "a (a)"
     with pytest.raises(DataError, match=r"was measured with data.exclude_seen=false, this model has true"):

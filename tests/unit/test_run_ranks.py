@@ -59,7 +59,7 @@ def test_a_request_to_stop_reaches_all_ranks(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "FAILED_S", 0.2)
+    monkeypatch.setattr(launcher, "KILL_AFTER_FAILURE_S", 0.2)
     began = time.monotonic()
     assert ran(CODES + "import time; sys.exit(code) if code else time.sleep(60)", 0, 3) == 3
     assert time.monotonic() - began < 30

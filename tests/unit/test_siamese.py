@@ -65,7 +65,7 @@ def model_dir(config: Config, dataset: Dataset, model: DualEncoder, tmp_path_fac
 
 def train_pairs(dataset: Dataset) -> list[tuple[int, int]]:
     """Return (query, document) of every train row, by catalogue rows."""
-    own = dataset.catalogue.rows_of
+    own = dataset.catalogue.rows_by_id
     return [
         pair
         for rows in dataset.iterate("train", 1000)
@@ -82,7 +82,7 @@ def test_a_document_is_the_same_on_both_sides(dataset: Dataset, model: DualEncod
     assert list(model.text) == ["shared"] and list(model.tables.tables) == ["doc_kind"]
     encoders = tower_encoders(model, dataset)
     rows = next(dataset.iterate("test", 1000))
-    own = catalogue.rows_of(rows.query_ids)
+    own = catalogue.rows_by_id(rows.query_ids)
     assert (own >= 0).all()
     np.testing.assert_allclose(
         encoders.queries(rows)[:, :-1] * 4.0, encoders.documents(own)[:, :-1], rtol=1e-5, atol=1e-6
@@ -94,7 +94,7 @@ def test_a_queries_own_document_does_not_count(dataset: Dataset, model: DualEnco
     rows = next(dataset.iterate("test", 1000))
     scores = encoders.queries(rows).numpy() @ encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy().T
     target, number = rows.doc_rows, np.arange(len(rows))
-    scores[number, dataset.catalogue.rows_of(rows.query_ids)] = -np.inf  # else first: its cosine is 1
+    scores[number, dataset.catalogue.rows_by_id(rows.query_ids)] = -np.inf  # else first: its cosine is 1
     expected = 1 + (scores > scores[number, target][:, None]).sum(axis=1)
     np.testing.assert_array_equal(evaluate_split(encoders, dataset, "test").ranks, expected)
     by_any = evaluate_scores(
@@ -157,11 +157,11 @@ def test_a_search_for_a_document_returns_others(dataset: Dataset, model_dir: Pat
 def test_bulk_queries_exclude_their_own_documents(dataset: Dataset, tmp_path: Path) -> None:
     asked = SplitRows(dataset, "test").read(0, 5)
     ids = next(dataset.iterate("test", 1000)).query_ids[:5]
-    assert [asked.seen[i].tolist() for i in range(5)] == dataset.catalogue.rows_of(ids)[:, None].tolist()
+    assert [asked.seen[i].tolist() for i in range(5)] == dataset.catalogue.rows_by_id(ids)[:, None].tolist()
     rows = [{"key": key, "a_text": "river stone", "a_kind": "k1", "a_size": 3} for key in ("d7", "new")]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = TableRows(dataset, tmp_path / "asked.jsonl", "key", None).read(0, 2)
-    assert asked.seen[0].tolist() == dataset.catalogue.find(["d7"]).tolist() and not len(asked.seen[1])
+    assert asked.seen[0].tolist() == dataset.catalogue.rows_by_key(["d7"]).tolist() and not len(asked.seen[1])
 
 
 def test_a_collection_names_queries_as_documents(config_path: Path, model: DualEncoder, dataset: Dataset) -> None:

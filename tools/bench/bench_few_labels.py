@@ -124,7 +124,7 @@ def measured(name: str, model: Path, data: Path) -> System:
     dataset = Dataset.open(data)
     encoders = tower_encoders(load_model_folder(model).model, dataset)
     result = evaluate_split(encoders, dataset, "test", exclude_seen=False)
-    return System.of_ranks(name, result.ranks, result.query_ids, 0.0)
+    return System.from_ranks(name, result.ranks, result.query_ids, 0.0)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

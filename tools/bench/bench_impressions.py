@@ -105,9 +105,9 @@ def bench(folder: Path, seed: int, out: Path) -> None:
             run(log, "sft", "--config", config, f"run.dir={where}", f"sft.init={start}", *given)
             best = where / "sft/best"
         result = evaluate_split(tower_encoders(load_model_folder(best).model, dataset), dataset, "test")
-        systems.append(System.of_ranks(name, result.ranks, result.query_ids, 0.0))
+        systems.append(System.from_ranks(name, result.ranks, result.query_ids, 0.0))
     result = evaluate_scores(by_taste(dataset, taste), dataset, "test")
-    systems.append(System.of_ranks("the truth", result.ranks, result.query_ids, 0.0))
+    systems.append(System.from_ranks("the truth", result.ranks, result.query_ids, 0.0))
     *_, control, tuned, _ = systems
     for system in systems:
         print(f"{system.name:30} NDCG@10 {means(system.values)['ndcg_at_10']:.4f}")

@@ -147,7 +147,7 @@ def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, StoredTr
     values = {}
     for cell in claim.cells_on(next(iter(finished))):
         by_seed = zip(*(part[cell] for part in parts), strict=True)
-        values[cell] = System.of_seeds([System.pooled(systems) for systems in by_seed])
+        values[cell] = System.from_seeds([System.pooled(systems) for systems in by_seed])
     popularity = np.concatenate(popularities)
     seconds: dict[str, list[float]] = {name: [] for name in values}
     for trial, stored in chain.from_iterable(finished.values()):

@@ -317,7 +317,7 @@ def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
     scores = fit_baseline(trial.cell.baseline, Dataset.open(config.data.dir), trial.cell.options)
     how: dict[str, Any] = {"split": trial.claim.split, "exclude_seen": config.data.exclude_seen}
     evaluation = evaluate_scores(scores, dataset, **how)
-    system = System.of_ranks(trial.cell_name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
+    system = System.from_ranks(trial.cell_name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
     spent = sum(os.times()[:2]) - sum(used[:2])
     _record(trial, "baseline", 0, spent, perf_counter() - started)
     save_comparison(trial.report, [system], [], dataset, **how)

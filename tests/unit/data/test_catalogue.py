@@ -27,8 +27,8 @@ def test_documents_by_row_and_key(interactions: Path, tools) -> None:
     features = catalogue.features(rows)
     assert features["item"].tolist() == (rows + 2).tolist()
     assert features["tags"].tolist() == [[0, 0], [0, 0], [4, 4], [3, 0], [4, 4]]
-    assert catalogue.find(["d20", "nobody", "d0", ""]).tolist() == [20, -1, 0, -1]
-    assert catalogue.find([]).tolist() == []
+    assert catalogue.rows_by_key(["d20", "nobody", "d0", ""]).tolist() == [20, -1, 0, -1]
+    assert catalogue.rows_by_key([]).tolist() == []
     assert catalogue.keys(np.empty(0, np.int64)) == []
     assert catalogue.features(np.empty(0, np.int64))["tags"].shape == (0, 1)
 
@@ -41,7 +41,7 @@ def test_parts_in_several_files_are_one_table(tmp_path: Path, tools) -> None:
         paths.append(tmp_path / f"{number}.arrow")
         tools.write_arrow(paths[-1], table.slice(first, last - first), rows_per_batch)
     mapped = MappedTable(paths)
-    assert (mapped.num_rows, mapped.file_rows) == (50, [17, 0, 33])
+    assert (mapped.num_rows, mapped.rows_per_file) == (50, [17, 0, 33])
     rows = np.array([49, 3, 3, 17, 16, 0])
     assert mapped.take("number", rows).tolist() == rows.tolist()
     lists = mapped.take("list", rows)

@@ -448,8 +448,8 @@ def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
 
 def test_the_config_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert FileCache.of(DataConfig(dir="", cache_bytes=7)) == FileCache(tmp_path / "bigdssm", 7)
-    assert FileCache.of(DataConfig(dir="", cache_dir=str(tmp_path / "x"))).dir == tmp_path / "x"
+    assert FileCache.from_config(DataConfig(dir="", cache_bytes=7)) == FileCache(tmp_path / "bigdssm", 7)
+    assert FileCache.from_config(DataConfig(dir="", cache_dir=str(tmp_path / "x"))).dir == tmp_path / "x"
 
 
 def reader(url: str, store: FileCache) -> subprocess.Popen[str]:

@@ -113,7 +113,7 @@ def test_rows_use_past_versions_and_the_catalogue_uses_the_newest(grown: Path) -
     docs = documents_of(dataset, everything)
     assert sorted(docs) == list(range(20 + 5 * (DAYS - 1))), "each document once"
     assert known_facts(dataset, everything) == [facts_of(doc, DAYS - 1) for doc in docs]
-    assert dataset.catalogue.titles(dataset.catalogue.find(["d0", "d1"])) == ["title 0", "renamed on day 2"]
+    assert dataset.catalogue.titles(dataset.catalogue.rows_by_key(["d0", "d1"])) == ["title 0", "renamed on day 2"]
     assert len(dataset.catalogue.doc_ids) == len(docs) == len(dataset.doc_counts())
     seen_before = 0
     for split in ("train", "validation", "test"):

@@ -90,7 +90,9 @@ def test_a_pair_is_tokenised_as_by_transformers(cross_dir: Path, pairs: Dataset)
     towers = tower_encoders(folder.model, pairs)
     vectors = towers.documents(docs.flatten()).view(5, 3, -1)
     expected += torch.einsum("md,mkd->mk", towers.queries(rows), vectors)  # the cross-encoder adds to the inner product
-    np.testing.assert_allclose(PairScorer.of(folder, pairs).score(rows.query, docs), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        PairScorer.from_folder(folder, pairs).score(rows.query, docs), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_new_cross_encoder_starts_from_the_document_tower(
@@ -116,7 +118,7 @@ def test_candidates_are_scored_alike_in_any_chunks(
 ) -> None:  # fmt: skip
     made = {"cross": cross_dir, "mlp": mlp_dir}
     folder = load_model_folder(made[which] if which in made else folder_of(tiny_pairs, pairs, tmp_path / "towers"))
-    scorer, rows = PairScorer.of(folder, pairs), next(pairs.iterate("test", 9))
+    scorer, rows = PairScorer.from_folder(folder, pairs), next(pairs.iterate("test", 9))
     docs = np.arange(9 * 4).reshape(9, 4) % pairs.catalogue.num_docs
     docs[2, 1:] = docs[5] = -1
     scores = scorer.score(rows.query, docs)
@@ -141,7 +143,7 @@ def test_candidates_are_scored_alike_in_any_chunks(
 @pytest.mark.parametrize("top", [2, 10, 1000])
 def test_the_top_documents_of_a_split_are_reranked(cross_dir: Path, pairs: Dataset, top: int) -> None:
     folder = load_model_folder(cross_dir)
-    encoders, scorer = tower_encoders(folder.model, pairs), PairScorer.of(folder, pairs)
+    encoders, scorer = tower_encoders(folder.model, pairs), PairScorer.from_folder(folder, pairs)
     rows = next(pairs.iterate("test", 1000))
     documents = np.arange(pairs.catalogue.num_docs)
     product = (encoders.queries(rows) @ encoders.documents(documents).T).numpy()
@@ -189,8 +191,8 @@ def test_a_search_reranks_the_top_documents_of_the_index(
     five = [plain.search([Request(features=request.features, top=5)])[0] for request in requests]
     for request, best in zip(requests, five, strict=True):
         query = reranked.queries.of(request)
-        rows = pairs.catalogue.find([document.key for document in best])
-        scores = PairScorer.of(folder, pairs).score(query.columns, rows[None])[0]
+        rows = pairs.catalogue.rows_by_key([document.key for document in best])
+        scores = PairScorer.from_folder(folder, pairs).score(query.columns, rows[None])[0]
         expected = [best[i].key for i in np.argsort(-scores)][: request.top]
         assert [document.key for document in reranked.search([request])[0]][:5] == expected
     assert reranked.answer([reranked.queries.of(requests[0])])[0].rerank_ms > 0
@@ -209,7 +211,7 @@ def test_unsupported_datasets_and_scorers_are_refused(
         new_model(config.model, dataset.schema, 0, dataset.vocab_size, CrossEncoderConfig())
     towers = load_model_folder(folder_of(tiny_pairs, pairs, tmp_path / "towers"))
     with pytest.raises(CheckpointError, match="--rerank needs a model with a scorer"):
-        PairScorer.of(towers, pairs).require_scorer()
+        PairScorer.from_folder(towers, pairs).require_scorer()
     with pytest.raises(CheckpointError, match="it has a scorer"):
         load_model_folder(cross_dir, scorer=CrossEncoderConfig())
     with pytest.raises(ConfigError, match=r"sft\.scorer\.name: got cross_encoder"):

@@ -116,7 +116,7 @@ def test_rows_without_relevance_have_no_rank(model: DualEncoder, dataset: Datase
     found = evaluate_split(tower_encoders(model, dataset), half, "test")
     ranks, query_ids = found.ranks, found.query_ids
     assert np.isnan(ranks).tolist() == [row % 2 == 0 for row in range(len(ranks))]
-    system = System.of_ranks("x", ranks, query_ids, 0.0)
+    system = System.from_ranks("x", ranks, query_ids, 0.0)
     assert system.query_ids.tolist() == query_ids[1::2].tolist()
 
 
@@ -127,11 +127,11 @@ def test_systems_are_compared_by_query(model: DualEncoder, dataset: Dataset) -> 
     theirs = evaluate_scores(Popularity.fit(dataset), dataset, "train")
     assert len(set(rows.query_ids)) < len(rows.query_ids) / 5
     assert rows.query_ids.tolist() == ours.query_ids.tolist() == theirs.query_ids.tolist()
-    systems = [System.of_ranks("x", found.ranks, found.query_ids, 0.0) for found in (ours, theirs)]
+    systems = [System.from_ranks("x", found.ranks, found.query_ids, 0.0) for found in (ours, theirs)]
     values = [system.values["mrr"] for system in systems]
     expected = paired_bootstrap(*values, query_ids=rows.query_ids)
     assert systems[0].difference(systems[1], "mrr") == expected != paired_bootstrap(*values)
-    seeds = System.of_seeds([systems[0], systems[0]])
+    seeds = System.from_seeds([systems[0], systems[0]])
     assert seeds.difference(systems[1], "mrr").mean == pytest.approx(expected.mean)
     assert seeds.errors()["mrr"] == standard_errors(systems[0].values, rows.query_ids)["mrr"]
 

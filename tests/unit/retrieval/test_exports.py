@@ -376,7 +376,7 @@ def test_onnx_holds_towers_of_all_features(
         {**item, "genres": item["genres"].split("|"), "year": float(item["year"]) if item["year"] else None}
         for item in items_read
     ]
-    rows = dataset.catalogue.find([item["item_id"] for item in items_read])
+    rows = dataset.catalogue.rows_by_key([item["item_id"] for item in items_read])
     expected_docs = document_vectors(model, dataset.catalogue.features(rows)).numpy()
     np.testing.assert_allclose(card["encode_document"](documents), expected_docs, rtol=1e-4, atol=1e-5)
     queries8 = card["load_tower"]("exported", "query", "query.int8.onnx")(queries)

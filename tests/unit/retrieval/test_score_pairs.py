@@ -113,7 +113,7 @@ def test_a_trained_cross_encoder_as_teacher(
     arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "judged.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")
     rows, docs = rows_and_docs(dataset, HardNegatives.open(path))
-    scores = PairScorer.of(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
+    scores = PairScorer.from_folder(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
     assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
 
