@@ -132,7 +132,7 @@ def any_rank(flag: bool) -> bool:
 def raise_together(error: BigDSSMError | None, group: Group | None = None) -> None:
     """Raise on every rank if any rank passes an error: its own, or a PeerError that quotes the other rank's.
 
-    A collective: every rank must call it, with None if it succeeded, so that no rank waits for one that stopped.
+    Every rank must call it, with None if it succeeded, so that no rank waits for one that stopped.
     """
     messages = all_gather_object(None if error is None else str(error), group)
     if error is not None:

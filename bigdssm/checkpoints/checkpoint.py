@@ -179,7 +179,10 @@ class LoadedCheckpoint:
         return TensorReader(self)
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors other than weights that are equal on every rank. A collective."""
+        """Return the tensors other than weights that are equal on every rank.
+
+        All ranks must call it.
+        """
         read = self.reader()
         return {name.removeprefix(COMMON): read(name) for name in self.checkpoint.tensors if name.startswith(COMMON)}
 

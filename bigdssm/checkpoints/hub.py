@@ -1,7 +1,7 @@
 """Model folders on the Hugging Face Hub, or on another server with its API (HF_ENDPOINT).
 
-Only the files of a model folder are transferred; its checksums are verified on both ends. HF_TOKEN authenticates;
-HF_HUB_OFFLINE=1 uses only the local cache.
+Only the files of a model folder are transferred; its checksums are verified before the upload and when the model is
+loaded. HF_TOKEN authenticates; HF_HUB_OFFLINE=1 uses only the local cache.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def fetch_from_hub(repo_id: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def _errors_of(repo_id: str) -> Iterator[None]:
-    """Convert errors of the Hub's client into a CheckpointError of one sentence."""
+    """Convert errors of the Hub client to a CheckpointError with a one-line message."""
     try:
         yield
     except (errors.HTTPError, OSError, errors.HFValidationError) as error:  # HTTPError: base class of the HTTP library

@@ -68,9 +68,9 @@ class ModelFolder:
         whole = dataset.whole.schema
         difference = self.schema.difference(whole)
         if difference is None and whole.cut(self.schema.vocabulary_sizes()) != self.schema:
-            difference = "another vocabulary or normalisation, which appended partitions do not explain"
+            difference = "the vocabulary or normalisation differs by more than appended partitions"
         if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
-            difference = "another tokenizer"
+            difference = "the tokenizer differs"
         if difference is not None:
             raise CheckpointError(
                 f"the model's schema differs from that of the dataset {dataset.dir}: {difference}; use the model's "
@@ -91,8 +91,8 @@ def save_model_folder(
 ) -> None:
     """Write the model folder atomically, replacing an existing one.
 
-    `state` holds the full weights if the model's are sharded. Raises CheckpointError: `folder` exists and is not a
-    model folder.
+    `state` contains the full weights; it is required if the model is sharded. Raises CheckpointError: `folder` exists
+    and is not a model folder.
     """
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -113,7 +113,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     """Load the model in `folder` and verify its checksums.
 
     scorer: a new scorer to train, for a model without one.
-    Raises CheckpointError: no such folder, a file missing or damaged, or weights that do not fit config and schema.
+    Raises CheckpointError: no such folder, a missing or damaged file, or weights that do not match config and schema.
     """
     meta = _read_meta(folder)
     for name, checksum in meta["checksums"].items():
@@ -190,7 +190,10 @@ def _identity(meta: Mapping[str, Any]) -> str:
 
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
-    """Return the checksum of the config keys that affect scores, without keys that only later versions have."""
+    """Return the checksum of the config keys that affect scores.
+
+    `written` is the content of the file: keys that later versions add do not change its checksum.
+    """
     return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 
 

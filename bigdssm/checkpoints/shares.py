@@ -57,7 +57,10 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class FileShare:
-    """The byte range [first, last) of a checkpoint file, written by one rank; the shares of a file cover it."""
+    """The byte range [first, last) of a checkpoint file, written by one rank.
+
+    The shares of a file together cover all of its bytes.
+    """
 
     owner: int  # rank
     file: str
@@ -105,7 +108,7 @@ def whole_tensor(name: str, tensor: Tensor) -> TensorPiece:
 
 
 def even_share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> list[TensorPiece]:
-    """Split tensors that every rank has, concatenated, into equal byte ranges; return the pieces of rank `rank`."""
+    """Split the concatenation of replicated tensors into equal byte ranges; return those of rank `rank` as pieces."""
     named = [(name, tensor.detach().reshape(-1), tuple(tensor.shape)) for name, tensor in tensors]
     total = sum(flat.nbytes for _, flat, _ in named)
     low, high = rank * total // world_size, (rank + 1) * total // world_size
@@ -122,7 +125,7 @@ def even_share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int
 def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[FileShare, dict[str, TensorSpec]]:
     """Write pieces of different tensors, in host memory, to a file; return its manifest entries. Raises OSError.
 
-    The file is synced to disk before the return.
+    The file is synced to disk before the function returns.
     """
     pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())  # keeps all of them aligned
     ends = list(accumulate((piece.values.nbytes for piece in pieces), initial=0))
@@ -151,7 +154,7 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
 
 
 def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> Iterator[tuple[FileShare, int, int]]:
-    """Yield (share, first block, last block) to be read by a rank: an equal range of the concatenated blocks."""
+    """Yield (share, first block, end block) for a rank: an equal range of the concatenated blocks, end exclusive."""
     shares = list(shares)
     total = sum(share.size for share in shares)
     low, high = rank * total // world_size, (rank + 1) * total // world_size

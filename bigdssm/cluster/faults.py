@@ -8,8 +8,8 @@ checkpoint written after `step` consumed batches.
     kill-launcher term-launcher kill-runner term-runner
                              SIGKILL or SIGTERM to the parent process (launcher) or to its parent (runner)
     kill-loader              SIGKILL to this rank's first loader process
-    nan spike                a NaN loss; a loss multiplied by 100 without its gradient
-    kill-save disk-full      in the checkpoint, between this rank's files: SIGKILL; ENOSPC
+    nan spike                a NaN loss; a loss value 100 times too large, with an unchanged gradient
+    kill-save disk-full      SIGKILL or ENOSPC during a checkpoint, between this rank's files
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from bigdssm.errors import ConfigError, PeerError, Preempted
 from bigdssm.utils.log import get_logger
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
-STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the command (seeds, tune, tools.evidence) that started this run
+STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the process (run_ranks, seeds, tune, tools.evidence) that started this one
 KILL_AFTER_FAILURE_S = 30.0  # limit for the other ranks to end after a failure; then they are killed
 RENDEZVOUS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # required in addition to RANK and WORLD_SIZE
 
@@ -24,10 +24,10 @@ logger = get_logger(__name__)
 
 
 class Launcher:
-    """The ancestor processes whose end must end the run; none if the run was started without a launcher.
+    """The ancestor processes of a rank: if one of them exits, the run must stop.
 
     torchrun: the parent. DeepSpeed: the runner and the launcher it starts, which outlives a runner that was killed or
-    received SIGTERM. Also the command that started the run (`STARTED_BY`).
+    received SIGTERM. Also the process that started the run (`STARTED_BY`). None if a single rank was started directly.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ def _command(pid: int) -> bytes:
 
 
 def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: Launcher) -> int:
-    """Run `command` on all ranks of a run on this machine; return the smallest exit code that names a cause.
+    """Run `command` on all ranks of a run on this machine; return the smallest exit code of a cause.
 
     A stop request, or the end of this process's launcher, is forwarded to all ranks as SIGTERM.
     """

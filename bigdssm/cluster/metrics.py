@@ -26,8 +26,8 @@ class Trackers:
     ) -> None:
         """Open `folder`/metrics.jsonl and the trackers of `config.run.trackers`.
 
-        The file is truncated to the resumed checkpoint, after `step` steps and `num_validations` validations, because
-        later records are written again. TensorBoard also discards later records (`purge_step`); other trackers keep
+        Records after the resumed checkpoint (`step` steps, `num_validations` validations) are removed from the file,
+        because the run writes them again. TensorBoard also discards later records (`purge_step`); other trackers keep
         them. cpu: the ranks compute on the CPU.
         """
         self._metrics: MetricsWriter | None = None
@@ -43,7 +43,7 @@ class Trackers:
                 tracker.store_init_configuration(flatten(config.to_dict()))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write one record to the file and its numbers, nested dicts flattened, to the trackers."""
+        """Append a record to the file, and send its numbers to the trackers, with nested keys joined by "/"."""
         if self._metrics is None:
             return
         self._metrics.write(record)
@@ -178,7 +178,7 @@ PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
-    """Plot the curves of run folders (or stage folders) into the PNG `out`. Raises DataError."""
+    """Plot the curves of run folders (or stage folders) into the image file `out`. Raises DataError."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -197,7 +197,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         axes[1, 1].set_ylim(bottom=0)
         axes[1, 1].yaxis.set_major_formatter(EngFormatter())
         for axis in axes[1]:
-            axis.set_xlabel("step (stages one after another)" if _several_stages(curves) else "step")
+            axis.set_xlabel("step (consecutive stages)" if _several_stages(curves) else "step")
         if len(curves) > 1:
             handles = [Line2D([], [], color=f"C{number}") for number in range(len(curves))]
             figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 4), frameon=False)
@@ -208,7 +208,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
 
 
 def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
-    """Plot the stages one after another, with a gap between them: their losses are not comparable."""
+    """Plot consecutive stages with a gap between them: their losses are not comparable."""
     offset = 0
     for number, stage in enumerate(stages):
         points = stage.points(value)

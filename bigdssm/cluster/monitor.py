@@ -68,7 +68,7 @@ class RunState:
     """The current state of a stage, read from its folder."""
 
     folder: Path
-    state: str  # one phrase: the host and pid that train, or how the run ended
+    state: str  # one phrase: host and pid of the running stage, or how the run ended
     ended: bool
     step: int
     total_steps: int  # 0: unknown

@@ -31,7 +31,7 @@ from bigdssm.utils.log import MetricsWriter, get_logger, read_records, truncate_
 RUNNING_FILE, EVENTS_FILE, STOP_FILE = "running.json", "events.jsonl", "stop"
 RUN_ID_FILE = "run_id"
 STOP_NOW = "now"  # content of the stop file: stop without saving
-LOCK_WAIT_S = 5.0  # a stopped run may be about to end
+LOCK_WAIT_S = 5.0  # time for a stopping run to release the lock
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
 
 logger = get_logger(__name__)
@@ -50,7 +50,10 @@ class FolderLock:
         self._open = False  # locked, and no end recorded yet
 
     def __enter__(self) -> FolderLock:
-        """Acquire the lock. A collective. Raises CheckpointError if another process holds it."""
+        """Acquire the lock.
+
+        All ranks must call it. Raises CheckpointError if another process holds it.
+        """
         error: BigDSSMError | None = None
         if distributed.is_main():
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ class FolderLock:
             except OSError as problem:
                 if problem.errno not in (errno.EACCES, errno.EAGAIN):
                     logger.warning(
-                        "%s: no locks here (%s); never start two runs in this folder",
+                        "%s: file locking is not supported (%s); do not start a second run in this folder",
                         self._path,
                         problem,
                     )
@@ -108,9 +111,10 @@ class FolderLock:
 
 
 def run_identity(folder: Path, saved: str | None) -> str:
-    """Return the run id of a stage folder, which every checkpoint stores. A collective.
+    """Return the run id of a stage folder, which every checkpoint stores.
 
-    A folder without an id takes `saved`, the id in its newest checkpoint, or a new one.
+    All ranks must call it. If the folder has no id, its id becomes `saved` (the id in its newest checkpoint) if given,
+    else a new one.
     """
     run_id = ""
     if distributed.is_main():
@@ -125,7 +129,7 @@ def run_identity(folder: Path, saved: str | None) -> str:
 def lock_holder(folder: Path) -> dict[str, Any] | None:
     """Return host, pid and start time of the process that holds a stage folder's lock, None without one.
 
-    The file outlives a killed run: only `is_locked` shows whether the process still trains.
+    The file outlives a killed run: only `is_locked` shows whether the process is still running.
     """
     try:
         content: dict[str, Any] = json.loads((folder / RUNNING_FILE).read_text(encoding="utf-8"))
@@ -151,13 +155,13 @@ def find_running(run: Path) -> Path:
     for folder in (run, run / "pretrain", run / "sft"):
         if is_locked(folder):
             return folder
-    raise CheckpointError(f"no run trains in {run}, according to its lock; is it a run folder?")
+    raise CheckpointError(f"{run} is not locked by a running stage; is it a run folder?")
 
 
 def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]:
     """Request a stop of the run in a stage folder, from any machine with the folder; return its end event.
 
-    Raises CheckpointError if it still trains after `timeout_s`; the request remains.
+    Raises CheckpointError if the run has not ended after `timeout_s`; the request remains.
     """
     ends = len(read_events(folder))
     (folder / STOP_FILE).write_text("save\n" if saving else f"{STOP_NOW}\n", encoding="utf-8")
@@ -176,7 +180,10 @@ def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]
 
 
 def record_start(folder: Path, step: int, total_steps: int) -> None:
-    """Append a start event to `events.jsonl`: time, hosts, number of ranks, step and versions. A collective."""
+    """Append a start event to `events.jsonl`: time, hosts, number of ranks, step and versions.
+
+    All ranks must call it.
+    """
     hosts = distributed.all_gather_object(socket.gethostname())
     if distributed.is_main():
         start = {

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM or SIGINT on any rank becomes one collective decision between two steps."""
+"""Stop requests: between two steps the ranks agree whether any of them has received SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bigdssm.errors import Preempted
 from bigdssm.utils.log import is_first_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STOPPED_EARLY_MESSAGE = "stopped on request before the first step, with nothing to save; the same command starts again"
+STOPPED_EARLY_MESSAGE = "stopped on request before the first step, nothing to save; run the same command again"
 
 
 class StopRequest:
@@ -25,7 +25,7 @@ class StopRequest:
     Therefore a separate thread receives early signals and ends the process.
     """
 
-    # Pipe to the thread of the newest instance; Python writes signal numbers to it (set_wakeup_fd).
+    # Write end of the pipe to the signal thread of the latest instance; Python writes signal numbers (set_wakeup_fd).
     _write_end: ClassVar[int] = -1
 
     def __init__(self, handle_signals: bool = True) -> None:
@@ -64,7 +64,7 @@ class StopRequest:
         return self._requested
 
     def any_rank_requested(self) -> bool:
-        """Return True on every rank if a stop of any rank was requested. A collective."""
+        """Return True on every rank if a stop of any rank was requested. All ranks must call it."""
         from bigdssm import distributed  # imports torch, which takes seconds; handlers must be installed before
 
         return distributed.any_rank(self._requested)

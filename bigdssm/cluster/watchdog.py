@@ -101,7 +101,7 @@ class Watchdog:
         self._main_thread = threading.main_thread().ident
 
     def __enter__(self) -> Watchdog:
-        """Start the threads. A collective."""
+        """Start the threads. All ranks must call it."""
         me = Peer(self._rank, socket.gethostname(), os.getpid(), _machine())
         self._peers: list[Peer] = distributed.all_gather_object(me)
         self._near = [

@@ -1,1 +1,1 @@
-"""Command lines: each module implements `bigdssm TOOL …`; its `main(argv)` returns the exit code."""
+"""Command lines: each module implements `bigdssm COMMAND …`; its `main(argv)` returns the exit code."""

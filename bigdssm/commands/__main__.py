@@ -1,4 +1,4 @@
-"""Entry point of the command line: `bigdssm TOOL …` calls `main` of the module with that name."""
+"""Entry point of the command line: `bigdssm COMMAND …` calls `main` of the module with that name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bigdssm import __version__, commands
 from bigdssm.cli import run_main
 from bigdssm.errors import ConfigError
 
-USAGE = """usage: bigdssm TOOL …
+USAGE = """usage: bigdssm COMMAND …
 
-Two-tower retrieval. `bigdssm TOOL --help` lists the options of a tool."""
+Two-tower retrieval. `bigdssm COMMAND --help` lists the options of a command."""
 GROUPS = {
     "Ingest": ("make_shards", "inspect_shards"),
     "Train": (
@@ -31,7 +31,7 @@ GROUPS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool that the command line names and return its exit code; without one, list the tools."""
+    """Run the command that the command line names and return its exit code; without one, list the commands."""
     tool, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
     if tool in ("-h", "--help"):
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if tool not in names:
         near = difflib.get_close_matches(tool, names, 1, cutoff=0.4)
         meant = f"did you mean {near[0]}?" if near else "`bigdssm --help` lists them"
-        sys.stderr.write(f"error: bigdssm has no tool {tool!r}; {meant}\n")
+        sys.stderr.write(f"error: bigdssm has no command {tool!r}; {meant}\n")
         return ConfigError.exit_code
     sys.argv[0] = f"bigdssm {tool}"  # the name in its --help
     if argv is None:
@@ -58,7 +58,7 @@ def _print_tools() -> None:
 
 
 def _about(name: str) -> str:
-    """Return the first line of a tool's help, read from its source: imports take seconds."""
+    """Return the first line of a command's help, read from its source: imports take seconds."""
     source = Path(str(getattr(find_spec(f"bigdssm.commands.{name}"), "origin", ""))).read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 

@@ -86,7 +86,7 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     threads = os.environ.get("OMP_NUM_THREADS", cores)
     logger.info(
-        "ranks: %d on %s, %s threads each of %d cores (--ranks, DS_ACCELERATOR, OMP_NUM_THREADS)",
+        "ranks: %d on %s, %s threads per rank, %d cores (set by --ranks, DS_ACCELERATOR, OMP_NUM_THREADS)",
         ranks, where, threads, cores,
     )  # fmt: skip
     return ranks
@@ -112,7 +112,7 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         choices=["auto"],
-        help="continue from the newest valid checkpoint, if any (default: a new start)",
+        help="continue from the newest valid checkpoint, if any (default: start from the beginning)",
     )
     parser.add_argument("--validate", action="store_true", help="validate config and data, build one batch, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it

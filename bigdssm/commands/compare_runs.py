@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _show(console: Console, title: str, rows: Sequence[RunDifference]) -> None:
     if not rows:
-        print(f"{title}: the same\n")
+        print(f"{title}: identical\n")
         return
     drawn = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
     for column in ("", "A", "B"):

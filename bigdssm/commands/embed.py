@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
     parser.add_argument(
-        "--since", type=Path, metavar="EARLIER", help="reuse unchanged vectors of the same model, may be --out"
-    )
+        "--since", type=Path, metavar="EARLIER",
+        help="folder with vectors of the same model, reused for unchanged documents (may be --out; default: none)",
+    )  # fmt: skip
     parser.add_argument("--width", type=int, help="number of leading dimensions, for loss.widths (default: all)")
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="float32", help="storage type of vectors (default: %(default)s)"
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             score=model.score,
             dtype=args.dtype,
         )
-    resumed = f", {written.resumed_shards} shards were finished before" if written.resumed_shards else ""
+    resumed = f", {written.resumed_shards} shards were already finished" if written.resumed_shards else ""
     print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
     if written.meta is None:
         return  # the last rank to finish writes the other files

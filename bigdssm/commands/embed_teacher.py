@@ -65,7 +65,9 @@ def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str
     folder = load_model_folder(args.model)
     dataset = folder.view(dataset)
     if folder.model.scorer is not None:
-        raise ConfigError(f"--model {args.model} scores with a scorer, not by vectors alone; use bigdssm score_pairs")
+        raise ConfigError(
+            f"--model {args.model} has a scorer: its scores are not inner products of vectors; use bigdssm score_pairs"
+        )
     precision = encode_in(folder.model, args.precision)
     return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, precision])
 

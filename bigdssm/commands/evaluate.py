@@ -4,11 +4,11 @@
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form excludes seen documents according to the model's data.exclude_seen; ties count half. OTHER is another
-model folder, or the JSON file of an earlier evaluation. The rank of every query is saved next to JSON as .npy. The
-second form reads a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an
-unmodified pretrained text encoder, and TREC runs (--compare). The third form evaluates a single TREC run. The metrics
-of runs equal those of trec_eval.
+The first form excludes seen documents according to the model's data.exclude_seen; another document with an equal score
+counts as half a rank. OTHER is another model folder, or the JSON file of an earlier evaluation. The rank of each
+query's document is saved as .npy next to the --out file. The second form reads a BEIR folder (corpus.jsonl,
+queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unmodified pretrained text encoder, and TREC runs
+(--compare). The third form evaluates a single TREC run. The metrics of runs equal those of trec_eval.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         nargs="+",
         default=[],
-        help="also evaluate vectors cut to these widths (default: none)",
+        help="also evaluate vectors truncated to these widths (default: none)",
     )
     beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
     beir.add_argument(
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     beir.add_argument(
         "--filter-known", action="store_true",
-        help="exclude documents that are relevant to the query in other splits from its ranking",
+        help="exclude from each ranking the documents that are relevant to the query in other splits",
     )  # fmt: skip
     beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate")
     beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
@@ -195,7 +195,7 @@ def _on_collection(args: argparse.Namespace) -> None:
             for width in dict.fromkeys(args.widths):
                 cut = partial(truncate_vectors, width=width, normalise=normalise)
                 add(
-                    f"{name} cut to {width}",
+                    f"{name} truncated to {width}",
                     partial(vectors_run, collection, cut(queries), cut(documents), known),
                     encoding_s,
                 )

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="dataset folder or URL")
-    parser.add_argument("--verify", action="store_true", help="validate all checksums and rows, print nothing else")
+    parser.add_argument("--verify", action="store_true", help="validate all checksums and rows; omit the summary")
     parser.add_argument(
         "--split", default="train", help="split for lengths, duplicates and rows (default: %(default)s)"
     )
@@ -40,7 +40,7 @@ def _verify(args: argparse.Namespace) -> None:
         print(damage)
     if damages:
         raise DataError(f"{args.dataset} has {len(damages)} damaged parts; the first: {damages[0]}")
-    print(f"{args.dataset}: all checksums match")
+    print(f"{args.dataset}: all checksums match, all rows are valid")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -79,7 +79,8 @@ def _print_description(console: Console, content: Description, split: str) -> No
     console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
     if content.num_versions:
         console.print(
-            f"{content.num_versions:,} further versions of documents; a row uses those of its {content.seen_as_of}"
+            f"{content.num_versions:,} additional versions of documents; a row uses those that are current at its "
+            f"{content.seen_as_of}"
         )
     console.print(
         f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"

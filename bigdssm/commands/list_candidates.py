@@ -1,4 +1,4 @@
-"""Write candidates per train query from ratings or from a table, as hard negatives without a model.
+"""Write hard-negative candidates per train query from ratings or a table; no model is needed.
 
     bigdssm list_candidates --data DATASET --out GRADED.npy --graded [--low 2]
     bigdssm list_candidates --data DATASET --out SHOWN.npy --given TABLE --query-column user --column shown
@@ -7,7 +7,7 @@ The file has the format of bigdssm mine_negatives, for sft.negatives.mining.file
 
 --graded lists the documents that each query id rated in the train split, those with a relevance of at most --low first.
 The relevances replace teacher scores in sft.distillation; with negatives.mining.teacher_margin, a document rated as
-high as the row's positive is not its negative.
+high as the row's positive is not used as its negative.
 
 --given reads lists of document ids from --column of TABLE (CSV, TSV, JSONL or Parquet), such as impressions without a
 click. --query-column contains ids of users or queries (in a dataset without ids, the text of single-text queries). With

@@ -5,7 +5,7 @@
     bigdssm make_shards webdataset --config F [key=value …] --shards F [F …]
 
 `--help` after a sub-command lists its options. The config's `data` section defines the schema. The dataset appears
-atomically at the end. A killed ingestion continues when the same command is repeated with the same files.
+atomically at the end. After a kill, run the same command with the same files to continue.
 """
 
 import argparse
@@ -113,17 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument(
         "--items-time-column",
-        help="column of items with the start of validity: an event uses the latest row at or before its time",
+        help="column of items with the time from which a row is valid: an event uses the latest row that is not newer",
     )
     sub.add_argument(
         "--users-time-column",
-        help="column of users with the start of validity: a row uses the latest at or before its first target",
+        help="column of users with the time from which a row is valid: a dataset row uses the latest one that is not "
+        "newer than its first target",
     )
     sub.add_argument("--rating-column", help="column of relevances (default: every relevance is 1)")
     sub.add_argument("--min-rating", type=float, help="drop events with a lower rating (default: keep all)")
     sub.add_argument(
         "--positive-rating", type=float, metavar="R",
-        help="relevance 1 from this rating on, else 0: part of the history, but no target",
+        help="events with at least this rating have relevance 1, others 0: these are in histories, but are not learned "
+        "or evaluated as targets",
     )  # fmt: skip
     sub.add_argument("--split", choices=("leave-one-out", "time", "train"), help=_split_help("leave-one-out"))
     _add_fractions(sub, "--split time")
@@ -155,8 +157,10 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--group-column", help="--split random: rows with an equal value share a split (default: rows of one query)"
     )
-    sub.add_argument("--time-column", help="--split time: the newest rows are test, the ones before validation")
-    sub.add_argument("--split-column", help="--split column: column with train, validation, test or none")
+    sub.add_argument("--time-column", help="column of times, for --split time (newest: test, before: validation)")
+    sub.add_argument(
+        "--split-column", help="column whose values are train, validation, test or none, for --split column"
+    )
     sub.add_argument(
         "--whole-documents", action="store_true", help="--split random: rows of one document also share a split"
     )
@@ -170,8 +174,8 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
 
 def _split_help(default: str) -> str:
     return (
-        f"split method (default: {default}; with --append, the method of the dataset: rows newer than its test split "
-        "are train rows)"
+        f"split method (default: {default}; with --append, the method of the dataset; rows newer than its test split "
+        "are then train rows)"
     )
 
 
@@ -190,8 +194,9 @@ def _add_split_times(sub: argparse.ArgumentParser) -> None:
     time = "a number as in the time column, or 2016-01-31"
     sub.add_argument("--validation-from", metavar="TIME", help=f"--split time: start, instead of fractions; {time}")
     sub.add_argument(
-        "--test-from", metavar="TIME", help="start of test, with --validation-from; equal to it: no validation split"
-    )
+        "--test-from", metavar="TIME",
+        help="start of test, with --validation-from; use the same time for both to omit the validation split",
+    )  # fmt: skip
     sub.add_argument("--until", metavar="TIME", help="drop rows from this time on, with --test-from")
 
 
@@ -220,7 +225,7 @@ def _interactions(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     deciding = {"random": args.group_column, "time": args.time_column, "column": args.split_column}
-    if args.split is None and args.append is not None:  # the split of the dataset, possibly by a column of another name
+    if args.split is None and args.append is not None:  # the dataset defines the method: any of the columns may apply
         decides = args.group_column or args.time_column or args.split_column
     else:
         decides = deciding[args.split or "random"] if args.split != "train" else None

@@ -37,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
-    parser.add_argument("--first", type=int, default=10, help="first rank, counted from 0 (default: %(default)s)")
-    parser.add_argument("--last", type=int, default=200, help="end of the ranks, exclusive (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=10, help="first position, counted from 0 (default: %(default)s)")
+    parser.add_argument("--last", type=int, default=200, help="last position, exclusive (default: %(default)s)")
     parser.add_argument(
-        "--margin", type=float, help="drop documents that score above the positive minus this (default: keep all)"
-    )
+        "--margin", type=float,
+        help="drop documents whose score exceeds the positive's score minus MARGIN (default: keep all)",
+    )  # fmt: skip
     parser.add_argument(
         "--exact-up-to", type=int, default=MiningConfig.exact_up_to, metavar="DOCS",
         help="use an approximate index for larger catalogues (default: %(default)s)",

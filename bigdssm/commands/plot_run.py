@@ -2,7 +2,7 @@
 
     bigdssm plot_run RUN [RUN …] --out CURVES.png
 
-RUN is a run folder, whose stages are plotted one after another, or a stage folder. Several runs are overlaid.
+RUN is a run folder, whose stages are plotted consecutively, or a stage folder. Several runs are overlaid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or stage folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="image file: .png, .svg or .pdf")
+    parser.add_argument("--out", type=Path, required=True, metavar="IMAGE", help="image file: .png, .svg or .pdf")
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:

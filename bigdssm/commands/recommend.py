@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = recommend(parts, folder, index, dataset, _source(args, dataset), options, work)
         if as_csv and done.finished:
             write_csv(parts, args.out)
-    resumed = f", {done.resumed_shards} shards were finished before" if done.resumed_shards else ""
+    resumed = f", {done.resumed_shards} shards were already finished" if done.resumed_shards else ""
     rate = f"{done.queries} queries in {done.seconds:.1f} s, {done.queries / max(done.seconds, 1e-9):.0f} per second"
     print(f"rank {work.rank} of {work.world_size}: {rate}{resumed}")
     if done.finished:

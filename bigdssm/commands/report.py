@@ -3,12 +3,13 @@
     bigdssm report RUN [RUN …] --out REPORT.json [--split test]
     bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …]
 
-Evaluates RUN/pretrain/best and, if it exists, RUN/sft/best over the full catalogue, with popularity and a Markov chain
-as baselines. With --beir the models are evaluated on a collection that bigdssm make_shards wrote, against BM25, an
-unmodified pretrained encoder, and runs saved by bigdssm evaluate. Several RUNs must be seeds of one config (bigdssm
-seeds): metrics are means ± standard error over queries and seeds; intervals resample both, clustered by user or text.
-REPORT.json is a list of {name, ndcg_at_10, …, seconds}; the seconds of a model are those of training and evaluation,
-`seeds` contains the metrics per seed.
+Evaluates RUN/pretrain/best and, if it exists, RUN/sft/best over the full catalogue, with popularity and, if rows have
+histories, a Markov chain as baselines; the models are compared with the last baseline. With --beir the models are
+evaluated on a collection that bigdssm make_shards wrote, against BM25 (--bm25), an unmodified pretrained encoder
+(--pretrained), and runs saved by bigdssm evaluate (--compare). Several RUNs must be seeds of one config (bigdssm
+seeds): metrics are means ± standard error over queries and seeds; intervals are from a bootstrap over both, clustered
+by user or text. REPORT.json is a list of {name, ndcg_at_10, …, seconds}; `seconds` of a model covers training and
+evaluation, `seeds` has the metrics per seed.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
     for run, config in zip(runs, configs, strict=True):
         difference = first_difference(first, replace(config, run=RunConfig()).to_dict())
         if difference:
-            raise ConfigError(f"{run} is not another seed of {runs[0]}: {difference}; report it separately")
+            raise ConfigError(f"{run} and {runs[0]} differ in more than the seed: {difference}; report them separately")
         if config.run.seed in seeds:
             raise ConfigError(f"{run} has the same seed as {seeds[config.run.seed]}; omit one of them")
         seeds[config.run.seed] = run

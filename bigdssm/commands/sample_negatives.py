@@ -24,11 +24,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--mined", type=Path, required=True, metavar="NPY", help="file of fine-tuning or bigdssm mine_negatives"
-    )
+        "--mined", type=Path, required=True, metavar="NPY",
+        help="file of hard negatives, written by fine-tuning or by bigdssm mine_negatives",
+    )  # fmt: skip
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--count", type=int, default=50, help="number of negatives (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampling, in training run.seed (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ConfigError(f"--count {args.count}: needs at least 1")

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
-        raise ConfigError("no teacher: needs --model, --cross-encoder, --pretrained, --bm25, or several of them")
+        raise ConfigError("no teacher: needs at least one of --model, --cross-encoder, --pretrained and --bm25")
     dataset, hard = Dataset.open(args.data), HardNegatives.open(args.mined)
     hard.check_against(dataset)
     with ProgressBar() as progress:

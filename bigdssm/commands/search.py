@@ -9,7 +9,7 @@
 (documents by key or title, oldest first); --document uses a document as the query. Seen documents are excluded unless
 the model's data.exclude_seen is false; --seen overrides it. With --rerank K the model's scorer re-ranks the top K.
 --request reads the JSON request of the server (docs/serving.md). --data is required for a filter with a model without
-histories, and if the dataset was moved after training. --out writes the documents as CSV: rank, score, key, title.
+histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score, key, title.
 """
 
 from __future__ import annotations

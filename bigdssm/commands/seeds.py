@@ -4,7 +4,7 @@
 
 Seeds are trained one after another, seed S in RUN/seed-S (RUN: run.dir of the config); interrupted runs are resumed.
 RUN/report.json contains means and intervals over the seeds; arguments after `--` are passed to `bigdssm report`, such
-as --beir DIR. Training runs on this machine; on several, run the stages under a launcher and then
+as --beir DIR. Training runs on this machine; to train on several, run the stages under a launcher, and then
 `bigdssm report RUN/seed-*`.
 """
 

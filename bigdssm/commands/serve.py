@@ -7,9 +7,9 @@ The page is at http://127.0.0.1:8000; docs/serving.md documents the API. Waiting
 batch; the responses to the last --cache queries are cached. --workers N runs N processes, which share the memory of the
 index. --second serves a second model for comparison, under /second/api and on the page. If the model and index folders
 are replaced, the server loads the new ones within --poll-s seconds without dropping a request. By default it accepts
-connections from this machine only (--host), without authentication. Accepted host names are localhost, --host and those
-of --allow-host, such as a proxy's. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required if queries
-have users, histories or filters and the dataset is not at its path during training.
+connections from this machine only (--host), without authentication. Accepted host names are localhost, --host and
+--allow-host, for example the name of a proxy. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required
+if queries have users, histories or filters and the dataset has been moved since training.
 """
 
 from __future__ import annotations

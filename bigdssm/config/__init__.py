@@ -96,7 +96,7 @@ __all__ = [
     "read_config",
 ]
 
-# Losses import the base classes of their keys without the libraries that read files.
+# Lazy: losses import the config base classes without importing omegaconf and yaml.
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {

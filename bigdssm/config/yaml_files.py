@@ -93,7 +93,7 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if isinstance(node, Sequence):  # omegaconf raises a TypeError that does not name the key
             raise ConfigError(f"{path}: {key}: got a mapping, needs a list")
         if not isinstance(node, DictConfig):
-            continue  # a mapping in place of a value: the merge below raises
+            continue  # a mapping in place of a value: OmegaConf.merge in to_dataclass raises
         if registry is None:
             section = _section(hints[f.name])
             if section is None:

@@ -1,7 +1,8 @@
 """The decoded size of an Arrow stream, computed from its metadata without decompression.
 
-A block of some kilobytes can claim terabytes of content. Arrow allocates the size in the first 8 bytes of each
-compressed buffer, and zstd never writes more than that, so the sum of these sizes bounds the memory of decoding.
+A block of a few kilobytes may decode to terabytes (a decompression bomb). Arrow allocates the size in the first 8 bytes
+of each compressed buffer, and zstd never writes more than that, so the sum of these sizes bounds the memory of
+decoding.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
 
 
 class _Table:
-    """A flatbuffer table: the minimum of the format that is needed to follow offsets."""
+    """A flatbuffer table; implements only the reading of offsets."""
 
     def __init__(self, data: memoryview, position: int) -> None:
         self.data, self.position = data, position

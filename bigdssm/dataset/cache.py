@@ -1,8 +1,8 @@
 """A size-limited folder of downloaded files, shared by the processes on a machine.
 
-An entry's name is a hash of its URL, path or byte range, and checksum, so entries cannot be confused. It is written
-under a temporary name, verified, and renamed: an entry with its final name is complete. Advisory locks mark entries in
-use; they end with their process, so `kill -9` leaves no stale locks.
+An entry's name is a hash of its URL, path or byte range, and checksum: different contents never share a name. An entry
+is written under a temporary name, verified, and renamed: with its final name it is complete. Advisory locks mark
+entries in use; the system releases them when the process exits, so `kill -9` leaves no stale locks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from bigdssm.errors import DataError
 from bigdssm.utils.atomic import UNFINISHED, new_folder, put_file, temporary_path
 from bigdssm.utils.log import get_logger
 
-KEEP_FRACTION = 0.9  # of the limit, after an eviction: makes evictions rare
-POLL_S = 0.05  # while another process fetches the same entry
+KEEP_FRACTION = 0.9  # fraction of the limit that an eviction keeps: evictions are rare
+POLL_S = 0.05  # polling interval while another process fetches the same entry
 log = get_logger(__name__)
 
 
@@ -40,7 +40,7 @@ class FileCache:
 
     @classmethod
     def from_config(cls, config: DataConfig | None = None) -> FileCache:
-        """Return the cache of a config (`data.cache_dir`, `data.cache_bytes`), or the user's."""
+        """Return the cache configured by `data.cache_dir` and `data.cache_bytes`, or the default cache of the user."""
         named = config.cache_dir if config else None
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bigdssm"
         folder = Path(named or default).expanduser().absolute()
@@ -134,11 +134,11 @@ class FileCache:
 
     def _allot(self, fd: int, size: int) -> None:
         with self._locked() as lock:
-            os.ftruncate(fd, 0)  # discard a killed process's part
+            os.ftruncate(fd, 0)  # discard bytes that a killed process has written
             if not self._reserve(lock, size):
                 raise DataError(
-                    f"data.cache_bytes={self.max_bytes} has no room for a file of {size} bytes next to those in use in "
-                    f"{self.dir}; allow more"
+                    f"data.cache_bytes={self.max_bytes} is too small for a file of {size} bytes in addition to the "
+                    f"files in use in {self.dir}; raise it"
                 )
             os.ftruncate(fd, size)  # reserve: other processes count the full size
 
@@ -156,7 +156,7 @@ class FileCache:
     def _reserve(self, lock: int, size: int) -> bool:
         """Evict least recently used entries until `size` more bytes fit; return whether they fit."""
         counted = os.pread(lock, 20, 0)
-        total = int(counted) if counted.isdigit() else self.max_bytes  # unknown: count
+        total = int(counted) if counted.isdigit() else self.max_bytes  # unknown: _evict counts
         if total + size > self.max_bytes:
             total = self._evict(min(int(self.max_bytes * KEEP_FRACTION), self.max_bytes - size))
         fits = total + size <= self.max_bytes

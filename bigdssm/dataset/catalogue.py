@@ -1,6 +1,7 @@
 """The catalogue (corpus): the features of all documents, memory-mapped, addressed by row.
 
-Row d < num_docs holds the newest features of document d; rows from num_docs on are earlier versions.
+Row d < num_docs holds the newest features of document d. If documents have changed, rows from num_docs on are all of
+their versions, in the order of the files.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Catalogue:
     def __init__(
         self, paths: Sequence[Path], schema: Schema, pad_token_id: int, versions: Versions | None = None
     ) -> None:
-        """Map the catalogue's files; those of later partitions come last.
+        """Memory-map the catalogue's files `paths`, ordered by partition.
 
         Raises DataError: a file is missing or unreadable, or lacks a column of the schema.
         """
@@ -53,7 +54,7 @@ class Catalogue:
 
     @property
     def all_rows(self) -> np.ndarray:
-        """The rows of all documents and of their earlier versions, int64."""
+        """The rows of all documents, and of all versions if documents have changed, int64."""
         return np.arange(self.num_docs if self.versions is None else self.num_docs + self._table.num_rows)
 
     @property
@@ -69,7 +70,7 @@ class Catalogue:
     def visible_rows(
         self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
     ) -> np.ndarray | None:
-        """Return the rows of the document versions that rows of `partitions` use, int64.
+        """Return the catalogue rows of the document versions that dataset rows of `partitions` use, int64.
 
         `partitions` are partition numbers; `versions`, if given, takes precedence (`Versions.version_rows`). None if no
         document has changed.
@@ -133,7 +134,7 @@ class Catalogue:
         return np.where(self.doc_ids[rows] == ids, rows, -1)
 
     def verify(self, checksums: Sequence[str]) -> None:
-        """Verify the xxh3_64 checksum of every file. Raises DataError with the first damaged file."""
+        """Verify the xxh3_64 checksum of every file. Raises DataError, which names the first damaged file."""
         for path, expected in zip(self._table.paths, checksums, strict=True):
             if file_checksum(path, bits=64) != expected:
                 raise DataError(f"{path} is damaged: its checksum is not the one in dataset.json; copy it again")

@@ -56,10 +56,10 @@ def evaluate_split(
 ) -> Evaluation:
     """Evaluate a two-tower model on `split` against all documents; the same result on every rank.
 
-    A collective: documents and queries are sharded over ranks and encoded in chunks of `rows_per_chunk`. `documents` is
-    the rank's share of the document vectors, if already encoded; ignored with an MLP scorer, which needs other vectors.
-    `rerank` re-ranks the best documents per query. Raises: DataError: no such split; DivergedError, on every rank: a
-    vector is not finite (comparisons with NaN would rank every target first).
+    All ranks must call it: documents and queries are sharded over ranks and encoded in chunks of `rows_per_chunk`.
+    `documents` is the rank's share of the document vectors, if already encoded; ignored with an MLP scorer, which needs
+    other vectors. `rerank` re-ranks the best documents per query. Raises: DataError: no such split; DivergedError, on
+    every rank: a vector is not finite (comparisons with NaN would rank every target first).
     """
     started = time.perf_counter()
     dataset.index(split)

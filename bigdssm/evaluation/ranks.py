@@ -72,7 +72,10 @@ def pair_scoring(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
 
 
 def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVectors) -> Tensor:
-    """Return the target ranks of this rank's queries in a round, float64 [m]. A collective."""
+    """Return the target ranks of this rank's queries in a round, float64 [m].
+
+    All ranks must call it.
+    """
     target = batch.of_targets(documents, scoring.target)
     return 1 + batch.reduce_local(_counts(scoring, batch.vectors, documents.vectors, target, batch.excluded))
 

@@ -35,7 +35,7 @@ class Reranking:
     def ranks(self, before: Tensor, batch: SearchRound, documents: DocumentVectors) -> Tensor:
         """Return the re-ranked target ranks of this rank's queries, float64 [m]; `before`: by inner product.
 
-        A collective.
+        All ranks must call it.
         """
         others = unpack_keys(top_of_round(exact_search(documents), batch, self.top - 1))[1].cpu().numpy()
         within = np.flatnonzero((before <= self.top).cpu().numpy())

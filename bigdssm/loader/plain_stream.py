@@ -44,8 +44,8 @@ from bigdssm.utils.urls import is_url
 
 T = TypeVar("T")
 SHUFFLED_SAMPLES = 5000  # shuffle buffer per loader process
-MIN_ROWS_FOR_LIMIT = 10_000  # so that a few bad rows at the beginning do not stop the run
-ATTEMPTS = 20  # to fill a step before an error; each reads the number of missing samples
+MIN_ROWS_FOR_LIMIT = 10_000  # minimum denominator of max_bad_fraction: a few early bad rows do not stop the run
+ATTEMPTS = 20  # maximum attempts to fill a step; each reads as many samples as are still missing
 log = get_logger(__name__)
 
 
@@ -56,8 +56,8 @@ def find_shards(pattern: str) -> list[Path]:
     """
     if pattern.startswith("pipe:") or is_url(pattern) or "::" in pattern:
         raise DataError(
-            f"data.webdataset={pattern}: only local shards are read directly, commands are not run; copy them, or "
-            f"repack them with bigdssm make_shards webdataset"
+            f"data.webdataset={pattern}: only local shards can be read directly, and commands are not executed; copy "
+            f"the shards, or repack them with bigdssm make_shards webdataset"
         )
     try:
         paths = [Path(name) for name in braceexpand(pattern)]
@@ -70,7 +70,7 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 class PlainStream(RowStream):
-    """Every step has rows_global / R rows of this rank, rounded up or down.
+    """Every step has rows_global / world_size rows of this rank, rounded up or down.
 
     An unusable sample is recorded, counted and replaced by another one. Row ids are hashes of shard and key; every
     relevance is 1; queries and documents are identified by the hash of their features.
@@ -175,7 +175,7 @@ class _Samples(WorkerSteps[T]):
 
 
 def _checked_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the shards, each checked by `check_shard` once per process and version."""
+    """Yield the shards; each process checks each by `check_shard`, again if its size or modification time changes."""
     for shard in shards:
         stat = os.stat(shard["url"])
         _check(shard["url"], stat.st_size, stat.st_mtime_ns)
@@ -195,7 +195,7 @@ class _SampleConverter:
         self._text = TextTokenizer(dataset.tokenizer_dir) if dataset.tokenizer_dir else None
         features = [*dataset.schema.query.values(), *dataset.schema.doc.values()]
         self._columns = list(dict.fromkeys(feature.source for feature in features))
-        self._has_columns = False  # whether a record had the columns
+        self._has_columns = False  # True after the first record: later records without the columns are bad rows
 
     def rows(self, step: int, samples: list[dict[str, Any]]) -> tuple[Rows, list[BadRow]]:
         """Return the usable samples as rows, and the unusable ones."""

@@ -144,10 +144,10 @@ class RowStream(ABC):
         return due and bad > self._max_bad_fraction * self._rows_for_limit(int(read), step)
 
     def check(self, step: int | None = None) -> None:
-        """Raise on all ranks if reading failed on one, or too many rows before `step` are bad. A collective.
+        """Raise on all ranks if reading failed on one, or too many rows before `step` are bad.
 
-        Also call it before writing a checkpoint. Raises DataError; PeerError if a loader process died, and on the
-        healthy ranks if another one failed.
+        All ranks must call it. Also call it before writing a checkpoint. Raises DataError; PeerError if a loader
+        process died, and on the healthy ranks if another one failed.
         """
         mine = (self.rows_bad, self.rows_read, self._failure is not None, dict(self._reasons))
         alone = self.world_size == 1 or self.world_size != distributed.world_size()

@@ -182,7 +182,7 @@ def group_by_length(length_R: np.ndarray) -> tuple[RowGroup, ...]:
 
 
 def synchronized_plan(plan: SidePlan) -> SidePlan:
-    """Return the plan with the maximum number of chunks over all ranks. A collective."""
+    """Return the plan with the maximum number of chunks over all ranks. All ranks must call it."""
     return plan.padded_to(int(distributed.all_reduce(torch.tensor([len(plan.chunks)]), "max")))
 
 
@@ -262,7 +262,7 @@ def draft_step(batch: Batch, budget: TokenBudget) -> StepDraft:
 
 
 def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
-    """Return the plan of a batch, synchronized over all ranks. A collective."""
+    """Return the plan of a batch, synchronized over all ranks. All ranks must call it."""
     draft = draft_step(batch, budget)
     if budget.chunk_tokens == 0:
         return draft.resolve(draft.requirements)
@@ -270,7 +270,7 @@ def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
 
 
 def max_requirements(requirements: StepRequirements) -> StepRequirements:
-    """Return the element-wise maximum over all ranks. A collective."""
+    """Return the element-wise maximum over all ranks. All ranks must call it."""
     return StepRequirements(*distributed.all_reduce(torch.tensor(requirements), "max").tolist())
 
 

@@ -159,7 +159,10 @@ class _Call(NamedTuple):
 def _validate(
     loss: LossConfig | ListDistillation, batch: LossBatch, columns: str, tile: int | None, group: Group | None
 ) -> _Call:
-    """Validate the arguments, which must agree across ranks except for the tensors. A collective."""
+    """Validate the arguments, which must agree across ranks except for the tensors.
+
+    All ranks must call it.
+    """
     x: LossInputs | LossInputError
     term, direction, shared, kept = None, "q2d", None, None
     try:

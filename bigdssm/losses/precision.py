@@ -71,7 +71,7 @@ def emulation_factor() -> float:
 
 
 def settle_precision(engine: EngineConfig, device: str, saved: dict[str, str] | None = None) -> EngineConfig:
-    """Return `engine` with the precision that all ranks compute in. A collective.
+    """Return `engine` with the precision that all ranks compute in. All ranks must call it.
 
     `auto` is bf16 if that is the faster one on every rank. A resumed run keeps the precision that it began with if the
     config still requests the same; `saved` comes from its checkpoint (`saved_precision`).

@@ -160,7 +160,7 @@ def all_finite(vectors: Tensor) -> bool:
 
 
 def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> DocumentVectors:
-    """Encode this rank's share of the catalogue. A collective."""
+    """Encode this rank's share of the catalogue. All ranks must call it."""
     share = share or Share()
     begin, end = share.of(num_docs)
     vectors: Tensor | None = None

@@ -75,7 +75,10 @@ class SearchRound:
         return values[first : first + len(self.rows)]
 
     def reduce_local(self, values: Tensor) -> Tensor:
-        """Sum values [B, …] over ranks and return those of this rank's queries [m, …]. A collective."""
+        """Sum values [B, …] over ranks and return those of this rank's queries [m, …].
+
+        All ranks must call it.
+        """
         return distributed.reduce_scatter_rows(values)[: len(self.rows)]
 
     def of_targets(self, documents: DocumentVectors, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -192,7 +195,10 @@ def top_documents(
 
 
 def top_of_round(search: Search, batch: SearchRound, top: int) -> Tensor:
-    """Return sort keys [m, top] of the best documents over all ranks for this rank's queries. A collective."""
+    """Return sort keys [m, top] of the best documents over all ranks for this rank's queries.
+
+    All ranks must call it.
+    """
     results = [batch.vectors.new_zeros(0, top, dtype=torch.int64)]
     for first in range(0, len(batch.vectors), TOP_QUERIES_AT_ONCE):
         queries = batch.vectors[first : first + TOP_QUERIES_AT_ONCE]
@@ -224,7 +230,7 @@ def exact_search(documents: DocumentVectors) -> Search:
 def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) -> Search:
     """Build an inverted-file index and return its Search, which scores about 1/8 of the documents.
 
-    `documents` are the rank's share of `num_docs`. A collective, since building reports progress.
+    `documents` are the rank's share of `num_docs`. All ranks must call it, since building reports progress.
     """
     # imported here: exact search does not need FAISS
     from bigdssm.retrieval.index_types import IVF_ROUNDS, ROWS_AT_ONCE, InvertedFile

@@ -108,8 +108,8 @@ def mine(
     it is a document) are removed before ranking. Windows are padded with -1 behind the last document and, with
     `margin`, for documents that score above the target's score minus the margin. In a catalogue of more than
     `exact_up_to` documents each rank searches an approximate index of its share, and the log reports its recall.
-    `documents` are the rank's share of the catalogue's index vectors, if already encoded. A collective. Raises
-    DivergedError: a vector is not finite.
+    `documents` are the rank's share of the catalogue's index vectors, if already encoded. All ranks must call it.
+    Raises DivergedError: a vector is not finite.
     """
     share = share or Share()
     if documents is None:
@@ -141,10 +141,10 @@ def mine(
 
 
 def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> HardNegatives:
-    """Merge the records of all ranks (`local` per rank) into the file `path` and memory-map it. A collective.
+    """Merge the records of all ranks (`local` per rank) into the file `path` and memory-map it.
 
-    Every rank writes its records, so `path` must be on shared storage, such as the run folder. The file appears under
-    its name when complete.
+    All ranks must call it. Every rank writes its records, so `path` must be on shared storage, such as the run folder.
+    The file appears under its name when complete.
     """
     path = real_path(path)
     everything = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
@@ -168,7 +168,7 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
 
 
 def _log_recall(documents: DocumentVectors, search: Search, batch: SearchRound, top: int) -> None:
-    """Log the recall of a search among the best `top` documents. A collective."""
+    """Log the recall of a search among the best `top` documents. All ranks must call it."""
     exact, approximate = (unpack_keys(top_of_round(one, batch, top))[1] for one in (exact_search(documents), search))
     relevant = exact >= 0
     query = torch.arange(len(exact), device=exact.device)[:, None] << 32

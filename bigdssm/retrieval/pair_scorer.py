@@ -63,7 +63,8 @@ class PairScorer:
     def score(self, queries: Columns, documents: np.ndarray) -> np.ndarray:
         """Score candidates int64 [m, k] (catalogue rows; -1: absent, scored -inf) as float32 [m, k].
 
-        `queries` are feature columns of m queries, as in Rows.query. A collective if an engine shards the model.
+        `queries` are feature columns of m queries, as in Rows.query. If an engine shards the model, all ranks must call
+        this method.
         """
         scores = torch.full(documents.shape, float("-inf"))
         row, column = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))

@@ -176,9 +176,10 @@ class EncodedPairChunk(EncodedChunk):
 def encode_pairs(
     engine: Engine, batch: Batch, plan: StepPlan, candidates: Tensor
 ) -> tuple[Encoded, Backward, StepPlan]:
-    """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`. A collective.
+    """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`.
 
-    The score is the sum of the cross-encoder's output and the towers' score, which has no gradient.
+    All ranks must call it. The score is the sum of the cross-encoder's output and the towers' score, which has no
+    gradient.
     """
     scorer = cast(DualEncoder, engine.module).scorer
     assert isinstance(scorer, CrossEncoder)
@@ -192,9 +193,9 @@ def encode_pairs(
 
 
 def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
-    """Return the pairs of each query with its candidates, columns int64 [m, l], in chunks. A collective.
+    """Return the pairs of each query with its candidates, columns int64 [m, l], in chunks.
 
-    The ranks agree on the number of chunks, and on the number of those that retain their graph.
+    All ranks must call it. The ranks agree on the number of chunks, and on the number of those that retain their graph.
     """
     row = (
         torch.arange(len(candidates), device=candidates.device)

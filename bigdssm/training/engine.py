@@ -229,7 +229,10 @@ class Engine:
         return portable.local_pieces(self.deepspeed, self.zero_stage, self._state_of)
 
     def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
-        """Set master weights and optimizer states from `read(name)`; the model has its weights. A collective."""
+        """Set master weights and optimizer states from `read(name)`; the model has its weights.
+
+        All ranks must call it.
+        """
         portable.set_tensors(self.deepspeed, self.zero_stage, self._state_of, read, applied_steps)
         optimizer = portable.base_optimizer(self.deepspeed, self.zero_stage)
         if any(group.get("fused") for group in optimizer.param_groups):
@@ -238,7 +241,7 @@ class Engine:
                     state["step"] = state["step"].to(tensor.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the full weights in float32 on the CPU, on every rank. A collective at ZeRO stage 3."""
+        """Return the full weights in float32 on the CPU, on every rank. At ZeRO stage 3 all ranks must call it."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
             gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()

@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 
 def train(trainer: Trainer) -> StageProgress:
-    """Run a stage to its end and return the final progress. A collective.
+    """Run a stage to its end and return the final progress. All ranks must call it.
 
     Raises DivergedError after too many non-finite steps in a row, Preempted after a requested stop, with a checkpoint.
     """
@@ -119,8 +119,8 @@ def _report(trainer: Trainer, batch: Batch, coming: StepDraft | None) -> StepRep
 def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None:
     """Evaluate on the validation split; write the weights, or their average, to best/ if they are selected.
 
-    A collective. documents: this rank's index vectors of the catalogue by the current weights, if already computed.
-    Raises Preempted on a requested stop.
+    All ranks must call it. documents: this rank's index vectors of the catalogue by the current weights, if already
+    computed. Raises Preempted on a requested stop.
     """
     progress = trainer.progress
     with nullcontext() if trainer.average is None else trainer.average.swapped_in():
@@ -144,7 +144,7 @@ def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None
 
 
 def replace_best(trainer: Trainer) -> None:
-    """Write the current weights to best/, which was lost. A collective."""
+    """Write the current weights to best/, which was lost. All ranks must call it."""
     progress, since = trainer.progress, trainer.progress.validations_since_best
     logger.warning(
         "%s: best/ of step %d is missing; the best from step %d on replaces it",
@@ -156,7 +156,10 @@ def replace_best(trainer: Trainer) -> None:
 
 
 def save(trainer: Trainer, in_background: bool) -> None:
-    """Write a checkpoint, optionally in the background. A collective; waits for the previous checkpoint."""
+    """Write a checkpoint, optionally in the background.
+
+    All ranks must call it. Waits for the previous one.
+    """
     step = trainer.progress.step
     trainer.stream.check(trainer.stream_step)
     trainer.watchdog.beat(f"the checkpoint of step {step}")

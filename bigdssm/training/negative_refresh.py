@@ -47,8 +47,8 @@ class HardNegativeRefresh:
     def load(self, step: int, resumed: bool) -> tuple[HardNegatives | UniformNegatives | None, DocumentVectors | None]:
         """Return the hard negatives of `step`, and this rank's index vectors if mining encoded them; or None.
 
-        A collective. A mined file is read only if the segment is `resumed`: an older one may be of another dataset.
-        Raises CheckpointError: the file of a resumed segment is missing.
+        All ranks must call it. A mined file is read only if the segment is `resumed`: an older one may be of another
+        dataset. Raises CheckpointError: the file of a resumed segment is missing.
         """
         stage = self.config.stage(self.name)
         if stage.negatives.hard == 0:
@@ -71,7 +71,7 @@ class HardNegativeRefresh:
         return self._mine(mined_at)
 
     def refresh(self, step: int, part_step: int) -> HardNegatives:
-        """Mine by the current weights for the steps from `step` on. A collective.
+        """Mine by the current weights for the steps from `step` on. All ranks must call it.
 
         Removes the files that no checkpoint needs. part_step: the run's step at the start of the segment.
         """

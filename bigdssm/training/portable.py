@@ -79,10 +79,10 @@ def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[
 def set_tensors(
     engine: Any, zero_stage: int, state_of: StateOf, read: Callable[[str], Tensor], applied_steps: int
 ) -> None:
-    """Set master weights and optimizer states to the tensors that `read` returns by name. A collective.
+    """Set master weights and optimizer states to the tensors that `read` returns by name.
 
-    Names are those of `local_pieces`. The model's weights must have been set before the engine was built.
-    `applied_steps` becomes the optimizer's step of every parameter.
+    All ranks must call it. Names are those of `local_pieces`. The model's weights must have been set before the engine
+    was built. `applied_steps` becomes the optimizer's step of every parameter.
     """
     if applied_steps > 0:
         _create_states(engine, zero_stage, state_of, applied_steps)

@@ -180,10 +180,10 @@ def check_folder(config: Config, name: StageName, resume: bool) -> None:
 
 
 def find_start(config: Config, name: StageName, store: CheckpointStore, stream: RowStream, resume: bool) -> StartPoint:
-    """Return the start point of the stage, with `resume` the newest valid checkpoint. A collective.
+    """Return the start point of the stage, with `resume` the newest valid checkpoint.
 
-    Raises CheckpointError: it is of another run or config; DataError: of another dataset; ConfigError: the stage
-    became shorter.
+    All ranks must call it. Raises CheckpointError: it is of another run or config; DataError: of another dataset;
+    ConfigError: the stage became shorter.
     """
     checkpoint = store.newest_valid() if resume else None
     run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state["run_id"])

@@ -58,7 +58,10 @@ class StepAgreement:
 
 
 def exchange_reports(loss: Tensor, alpha: Tensor, report: StepReport) -> Callable[[], StepAgreement]:
-    """Start an all-gather of loss, alpha and report; the returned function waits for it. A collective."""
+    """Start an all-gather of loss, alpha and report; the returned function waits for it.
+
+    All ranks must call it.
+    """
     numbers = [report.stop, report.save, report.queries, *report.rows, *report.requirements]
     of_device = torch.stack([loss.detach().double().view(()), alpha.detach().double().view(())])
     row = torch.cat([of_device, to_device(torch.tensor(numbers, dtype=torch.float64), loss.device)])
@@ -107,7 +110,7 @@ def train_step(
     extra_inputs: Features | None = None,
     make_report: Callable[[], StepReport] = StepReport,
 ) -> StepResult:
-    """Run one step on this rank's share of the global batch. A collective.
+    """Run one step on this rank's share of the global batch. All ranks must call it.
 
     extra_inputs: see `encode`. make_report: called after the backward, while gradients are being reduced.
     """

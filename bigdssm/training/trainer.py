@@ -55,7 +55,7 @@ class Trainer:
         self, config: Config, name: StageName, model: DualEncoder, stream: RowStream, start: StartPoint, *,
         store: CheckpointStore, trackers: Trackers, bar: ProgressBar, watchdog: Watchdog, stop: StopRequest,
     ) -> None:  # fmt: skip
-        """Build the stage and restore it to `start`. A collective.
+        """Build the stage and restore it to `start`. All ranks must call it.
 
         Raises CheckpointError: hard negatives of a resumed run are missing; Preempted: a stop is requested while they
         are mined.
@@ -137,10 +137,10 @@ class Trainer:
         }
 
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
-        """Restore the state of a checkpoint, read by `read`; the model's weights are set already. A collective.
+        """Restore the state of a checkpoint, read by `read`; the model's weights are set already.
 
-        In a new segment, the stream stays at its beginning. At another world size, random states are new, and with them
-        dropout masks.
+        All ranks must call it. In a new segment, the stream stays at its beginning. At another world size, random
+        states are new, and with them dropout masks.
         """
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
@@ -160,7 +160,7 @@ class Trainer:
         return read_batches(self.stream, self._make_batch, device(), num)
 
     def refresh_hard_negatives(self) -> None:
-        """Mine hard negatives for the next steps by the current weights. A collective."""
+        """Mine hard negatives for the next steps by the current weights. All ranks must call it."""
         self.store.wait()  # a checkpoint in progress needs the current file
         step, part_step = self.progress.step, self.progress.part_step
         with self.health.timed("mining"):
@@ -177,7 +177,7 @@ class Trainer:
         return schedule_factor(applied, self.total_steps - self.progress.part_step, self.stage.optimizer)
 
     def report_progress(self, task: str, done: int, total: int | None) -> None:
-        """Report progress of long work between steps to the watchdog. A collective.
+        """Report progress of long work between steps to the watchdog. All ranks must call it.
 
         Raises Preempted on a requested stop.
         """

@@ -40,7 +40,7 @@ class Validator:
     def evaluate(
         self, engine: Engine, progress: Progress, documents: DocumentVectors | None = None
     ) -> Evaluation | None:
-        """Evaluate; None if the dataset has no validation rows. A collective.
+        """Evaluate; None if the dataset has no validation rows. All ranks must call it.
 
         documents: this rank's share of the index vectors, if already computed.
         """
@@ -66,13 +66,16 @@ class Validator:
             )
 
     def is_best_missing(self) -> bool:
-        """Return True, on every rank, if best/ is missing and cannot be recovered. A collective."""
+        """Return True, on every rank, if best/ is missing and cannot be recovered.
+
+        All ranks must call it.
+        """
         if distributed.is_main():
             recover(self._best_dir)
         return distributed.broadcast_object(not is_model_folder(self._best_dir))
 
     def save_best(self, engine: Engine, provenance: dict[str, Any]) -> None:
-        """Write the current weights to the best/ folder. A collective.
+        """Write the current weights to the best/ folder. All ranks must call it.
 
         Raises CheckpointError: they cannot be written; the previous folder is kept.
         """

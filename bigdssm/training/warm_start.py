@@ -33,7 +33,7 @@ def check_warm_start(key: str, dataset: Dataset) -> None:
 
 
 def initialize_item_embeddings(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
-    """Initialize the item embeddings of a new model from histories. A collective; rank 0 computes them.
+    """Initialize the item embeddings of a new model from histories. All ranks must call it; rank 0 computes them.
 
     Items without co-occurrences keep their random vectors. Raises DataError, on every rank: no solution.
     """

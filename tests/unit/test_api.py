@@ -396,7 +396,7 @@ def test_the_command_lists_its_tools_and_suggests_the_nearest(capsys: Any, monke
     files = {path.stem for folder in ("tools", "launch") for path in (ROOT / folder).glob("[a-z]*.py")}
     assert files == tools, "each tool is a file, too"
     assert command.main(["mine_negative"]) == 2
-    assert capsys.readouterr().err == "error: bigdssm has no tool 'mine_negative'; did you mean mine_negatives?\n"
+    assert capsys.readouterr().err == "error: bigdssm has no command 'mine_negative'; did you mean mine_negatives?\n"
     assert command.main(["xyzzy"]) == 2
     assert "`bigdssm --help` lists them" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["bigdssm", "stop_run", "nowhere"])

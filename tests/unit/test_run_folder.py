@@ -58,7 +58,7 @@ def test_a_killed_run_leaves_the_folder_free(held: tuple[Path, subprocess.Popen[
     with FolderLock(folder):
         assert (lock_holder(folder) or {})["pid"] == os.getpid()
     assert lock_holder(folder) is None
-    with pytest.raises(CheckpointError, match="no run trains in"):
+    with pytest.raises(CheckpointError, match="is not locked by a running stage"):
         find_running(folder.parent)
 
 

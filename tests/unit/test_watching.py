@@ -107,7 +107,7 @@ def test_two_runs_are_compared_in_all_they_differ_in(
     assert found.systems[0].difference(found.systems[0], "mrr").mean == 0
     assert found.systems[0].difference(found.systems[1], "mrr").mean != 0
     shown = tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
-    for text in ("pretrain.rows_global", "2.14.0", "data: the same", "B − A: ", "finished"):
+    for text in ("pretrain.rows_global", "2.14.0", "data: identical", "B − A: ", "finished"):
         assert text in shown, shown
     with pytest.raises(DataError, match="no stage to compare"):
         compare(tmp_path / "first", tmp_path / "second", "sft", "validation", None)

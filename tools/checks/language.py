@@ -2,9 +2,8 @@
 
     python tools/checks/language.py [FOLDER …]
 
-Checks the public modules, classes, functions, arguments and fields against words that have a standard term, and the
-first lines of docstrings against clauses in place of nouns and verbs of people. It prints one line per finding; a
-reader decides.
+Checks the names of modules, public classes, functions, arguments and fields for words that have a standard term, and
+the first lines of docstrings for "what" clauses and personification. It prints one line per finding; a reader decides.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("bigdssm", "launch", "tools")
 
 WORDS = {  # in a name → the standard term
-    "anew": "a verb of its own (rebuild, rerank)", "asked": "requested", "beside": "the relation (sibling, extra)",
+    "anew": "a specific verb (rebuild, rerank)", "asked": "requested", "beside": "the relation (sibling, extra)",
     "found": "matched, result", "gate": "limits", "judge": "teacher", "judged": "scored", "judges": "teachers",
     "kept": "retained", "listed": "candidates", "making": "ingestion", "met": "matched", "mined": "hard (negatives)",
     "moment": "time", "moments": "times", "place": "position, row, offset, path", "places": "positions, rows, offsets",
@@ -69,7 +68,7 @@ def _public_names(node: ast.AST) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the number of findings, at most 1."""
+    """Run the command line; return 1 if there are findings, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "folders", nargs="*", type=Path, default=[ROOT / name for name in FOLDERS], help="folders of modules"

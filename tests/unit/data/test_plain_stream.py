@@ -160,7 +160,7 @@ def test_shards_that_are_not_safe_or_not_whole_are_refused(
 
 def test_commands_urls_and_missing_shards_are_refused(plain: tuple[Dataset, Path], tmp_path: Path) -> None:
     for pattern in (f"pipe:touch {tmp_path}/ran", "http://127.0.0.1/a.tar", f"{tmp_path}/a.tar::pipe:true"):
-        with pytest.raises(DataError, match="only local shards are read directly, commands are not run"):
+        with pytest.raises(DataError, match="only local shards can be read directly, and commands are not executed"):
             PlainStream(plain[0], pattern, rows_global=4)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(DataError, match=r"shard .*/b\.tar does not exist"):

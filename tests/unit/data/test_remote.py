@@ -424,7 +424,7 @@ def test_a_closed_dataset_is_evicted(server: Server, store: FileCache, tools) ->
     first = Dataset.open(f"{server.url}/a/data", cache=store)
     tree, size = first.dir, used(store)
     small = FileCache(store.dir, size + size // 2)
-    with pytest.raises(DataError, match=r"data.cache_bytes=\d+ has no room for a file of \d+ bytes"):
+    with pytest.raises(DataError, match=r"data.cache_bytes=\d+ is too small for a file of \d+ bytes"):
         Dataset.open(f"{server.url}/b/data", cache=small)
     del first
     assert steps(Dataset.open(f"{server.url}/b/data", cache=small))

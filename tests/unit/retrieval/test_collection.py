@@ -271,7 +271,8 @@ def test_the_tools_on_a_collection(
     out = tools.ran("evaluate", "--run", tmp_path / "own.trec", "--qrels", tmp_path / "qrels")
     assert f"{system['ndcg_at_10']:.4f} ± " in out
     out = tools.ran("evaluate", *beir, *split, "--model", best, "--widths", 4, 8)
-    assert "best cut to 4" in out and "best − best cut to 8: NDCG@10 +0.0000 [+0.0000, +0.0000]" in out
+    assert "best truncated to 4" in out
+    assert "best − best truncated to 8: NDCG@10 +0.0000 [+0.0000, +0.0000]" in out
     report = ("report", tmp_path / "run", "--out", tmp_path / "report.json", *beir, *split)
     out = tools.ran(*report, "--compare", tmp_path / "own.trec", "--save-runs", tmp_path / "runs")
     systems = json.loads((tmp_path / "report.json").read_text())

@@ -165,7 +165,7 @@ def test_another_dataset_is_refused_with_a_suggestion(grown: Grown, tiny_interac
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
     folder = load_model_folder(grown.model)
     make_interactions(folder.config.data, tables, IngestTarget(tmp_path / "other"))
-    with pytest.raises(CheckpointError, match=r"another vocabulary or normalisation.* make_shards .*--like"):
+    with pytest.raises(CheckpointError, match=r"the vocabulary or normalisation differs.* make_shards .*--like"):
         folder.view(Dataset.open(tmp_path / "other"))
 
 
@@ -173,5 +173,5 @@ def test_another_tokenizer_is_refused(grown: Grown, tmp_path: Path) -> None:
     other = Path(shutil.copytree(grown.before, tmp_path / "other"))
     path = other / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(CheckpointError, match="another tokenizer"):
+    with pytest.raises(CheckpointError, match="the tokenizer differs"):
         load_model_folder(grown.model).view(Dataset.open(other))

@@ -277,7 +277,7 @@ def test_invalid_teachers_are_refused(
 ) -> None:  # fmt: skip
     out = ("--out", tmp_path / "judged.npy")
     arguments = ("--data", dataset.dir, "--mined", negatives, *out)
-    assert "no teacher: needs --model" in tools.refused(2, "score_pairs", *arguments)
+    assert "no teacher: needs at least one of --model" in tools.refused(2, "score_pairs", *arguments)
     assert "needs a text feature on both sides" in tools.refused(2, "score_pairs", *arguments, "--bm25")
     assert "is not a model folder" in tools.refused(4, "score_pairs", *arguments, "--model", tmp_path)
     texts = ("--data", pairs[0].dir, "--mined", pairs[1], *out)

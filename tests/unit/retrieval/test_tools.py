@@ -383,4 +383,4 @@ def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, 
     changed["pretrain"]["rows_global"] *= 2
     path.write_text(yaml.safe_dump(changed))
     message = tools.refused(2, "report", run_dir, other, "--out", tmp_path / "none.json")
-    assert "is not another seed of" in message
+    assert "differ in more than the seed" in message
