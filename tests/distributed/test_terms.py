@@ -49,7 +49,7 @@ OVERRIDES = ["sft={}", "sft.loss.name=squared", f"sft.negatives.hard={LISTED}", 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, and the module that docs/loss.md prints."""
     folder = tmp_path_factory.mktemp("outside")
-    section = (ROOT / "docs/loss.md").read_text().split("## A loss of your own")[1].split("\n## ")[0]
+    section = (ROOT / "docs/loss.md").read_text().split("## Write your own loss")[1].split("\n## ")[0]
     code = "\n".join(line for line in section.splitlines() if not line or line.startswith("    "))
     (folder / "outside_terms.py").write_text(dedent(code))
     (folder / "config.yaml").write_text(yaml.safe_dump(MINIMAL))
