@@ -68,7 +68,7 @@ class ModelFolder:
         whole = dataset.whole.schema
         difference = self.schema.difference(whole)
         if difference is None and whole.cut(self.schema.vocabulary_sizes()) != self.schema:
-            difference = "the vocabulary or normalisation differs by more than appended partitions"
+            difference = "the vocabulary or normalization differs by more than appended partitions"
         if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
             difference = "the tokenizer differs"
         if difference is not None:

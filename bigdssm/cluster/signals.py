@@ -18,7 +18,7 @@ STOPPED_EARLY_MESSAGE = "stopped on request before the first step, nothing to sa
 
 
 class StopRequest:
-    """Stores a signal until the next step synchronisation; before the first step a signal ends the process at once.
+    """Stores a signal until the next step synchronization; before the first step a signal ends the process at once.
 
     Python runs signal handlers between two bytecode instructions of the main thread: a thread that sorts, or waits for
     other ranks or loader processes, delays them indefinitely, and an exception could be caught by other code.

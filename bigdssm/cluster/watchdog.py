@@ -9,7 +9,7 @@ the store may be on a host that hangs.
     store does not respond          rank 0 hosts it, unless the launcher does
 
 The first rank that detects a fault writes the verdict; every rank logs it with its stack traces and exits with
-PeerError's exit code. Nothing is saved: the ranks can no longer synchronise.
+PeerError's exit code. Nothing is saved: the ranks can no longer synchronize.
 """
 
 from __future__ import annotations

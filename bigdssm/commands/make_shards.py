@@ -166,7 +166,7 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--each-of", metavar="COLUMN", help="a list column to explode: one row per value")
     _add_beir(sub)
-    sub.add_argument("--raw-text", action="store_true", help="store raw query texts; loaders tokenise them")
+    sub.add_argument("--raw-text", action="store_true", help="store raw query texts; loaders tokenize them")
     sub.add_argument("--dedup", action="store_true", help="drop repeated (query, document) pairs")
     _add_fractions(sub, "--split random or time")
     _add_split_times(sub)

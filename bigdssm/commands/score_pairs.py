@@ -7,7 +7,7 @@
 NPY is a file of bigdssm mine_negatives; SCORED.npy adds teacher scores, for sft.negatives.mining.file with
 sft.distillation or mining.teacher_margin. Teachers are bigdssm model folders (including their scorers), cross-encoders
 of sentence-transformers (logits), unmodified Hugging Face text encoders (cosines), and BM25. The scores of several
-teachers are averaged after standardisation per query. All teachers except model folders read the dataset's texts as
+teachers are averaged after standardization per query. All teachers except model folders read the dataset's texts as
 decoded by its tokenizer, truncated to max_tokens.
 
 An interrupted run continues from its finished shards when restarted, with any number of ranks.

@@ -134,7 +134,7 @@ class Bm25Teacher:
 def ensemble(teachers: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> np.ndarray:
     """Return the mean of the teachers' scores, float32 [m, l], NaN for `docs` [m, l] of -1.
 
-    Scores of several teachers are standardised per query to a common scale; those of a single one are unchanged.
+    Scores of several teachers are standardized per query to a common scale; those of a single one are unchanged.
     """
     present = docs >= 0
     all_scores = [np.where(present, teacher(rows, np.where(present, docs, 0)), np.nan) for teacher in teachers]
@@ -145,7 +145,7 @@ def ensemble(teachers: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> n
 
 
 def _standardised(scores: np.ndarray) -> np.ndarray:
-    """Standardise scores [m, l] per row; 0 if all scores of a row are equal."""
+    """Standardize scores [m, l] per row; 0 if all scores of a row are equal."""
     centred = scores - np.nanmean(scores, axis=1, keepdims=True)
     spread = np.nanstd(scores, axis=1, keepdims=True)
     return centred / np.where(spread > 0, spread, 1)

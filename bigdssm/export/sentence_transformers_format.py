@@ -118,13 +118,13 @@ class SentenceTransformersExport(ExportFormat):
             """
         scores = (
             "The scores are the training scores: the vectors contain alpha and beta. Search by dot product and do not "
-            "normalise the vectors."
+            "normalize the vectors."
             if scores_by_dot(model)
             else "The scores are cosines, <u, w>, without alpha and beta, which do not affect the ranking."
         )
         if trusted:
             scores += (
-                f" `trust_remote_code` runs {CODE.name} of this folder, which appends beta to the normalised vector."
+                f" `trust_remote_code` runs {CODE.name} of this folder, which appends beta to the normalized vector."
             )
         routes = 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
         return f"{python_block(dedent(code))}\n\n{scores} {routes}"

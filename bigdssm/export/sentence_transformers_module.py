@@ -1,4 +1,4 @@
-"""Custom module of sentence-transformers exports: normalises all but the last number of a vector."""
+"""Custom module of sentence-transformers exports: normalizes all but the last number of a vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ except ImportError:  # before 6
 
 
 class NormalizeAllButLast(Module):
-    """Normalises all numbers but the last to the norm `scale`."""
+    """Normalizes all numbers but the last to the norm `scale`."""
 
     config_keys = ["scale"]  # noqa: RUF012
 

@@ -170,7 +170,7 @@ class Feature(ABC):
 
     @property
     def raw_type(self) -> pa.DataType:
-        """Return the Arrow type in shards with untokenised texts."""
+        """Return the Arrow type in shards with untokenized texts."""
         return self.arrow_type()
 
     def encode_raw(self, column: pa.Array) -> pa.Array:

@@ -1,4 +1,4 @@
-"""Numeric features, normalised by mean and standard deviation of the train rows."""
+"""Numeric features, normalized by mean and standard deviation of the train rows."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Numeric(Feature):
         return pa.float32()
 
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return the numbers as float32; models normalise them."""
+        """Return the numbers as float32; models normalize them."""
         return pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32))
 
     def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
@@ -154,5 +154,5 @@ class _RunningMeanStd:
         if grow:
             return feature
         deviation = (self._squares / self._count) ** 0.5 if self._count else 0.0
-        # a constant feature is normalised to 0, not divided by 0
+        # a constant feature is normalized to 0, not divided by 0
         return replace(feature, mean=self._mean, std=deviation if deviation > 0 else 1.0)

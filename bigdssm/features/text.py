@@ -1,4 +1,4 @@
-"""Text features: tokenised, truncated to their first tokens."""
+"""Text features: tokenized, truncated to their first tokens."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Text(Feature):
             yield wrong, lambda row: f"{self.name} has {lengths[row]} tokens, needs 1 to {self.max_tokens}"
 
     def raw_faults(self, column: pa.Array) -> Iterator[Fault]:
-        """Yield texts that are too long for tokenisation."""
+        """Yield texts that are too long for tokenization."""
         lengths = pc.binary_length(column).to_numpy()
         if outside(lengths, 0, MAX_FIELD_BYTES + 1):
             yield (

@@ -49,7 +49,7 @@ class TextTokenizer:
         return Ragged.of_lists(ids)
 
     def _tokenize_words(self, texts: pa.Array, max_tokens: int) -> Ragged:
-        """Same as `_tokenize`, but tokenise each distinct word once: at most a third of the time."""
+        """Same as `_tokenize`, but tokenize each distinct word once: at most a third of the time."""
         words = pc.split_pattern(pc.replace_substring(texts, "\n", " "), " ")
         distinct = words.flatten().dictionary_encode()
         tokens = self._tokenize(distinct.dictionary, None, special=False).take(distinct.indices.to_numpy())

@@ -132,7 +132,7 @@ class Vector(Feature):
         return pa.list_(pa.float16() if self.dtype == "float16" else pa.float32(), self.dim)
 
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return the vectors, normalised if `normalize` is set."""
+        """Return the vectors, normalized if `normalize` is set."""
         values = _matrix_of(column, self.dim)
         if self.normalize:
             values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)

@@ -1,7 +1,7 @@
 """PlainStream: train directly on plain WebDataset shards, through webdataset's pipeline.
 
 A dataset folder provides the fitted schema, the tokenizer, held-out rows and the catalogue for evaluation (built from
-some of the shards by `make_shards webdataset`). Texts are tokenised in the loader processes.
+some of the shards by `make_shards webdataset`). Texts are tokenized in the loader processes.
 
 Each rank and loader process draws shards with replacement, so that all ranks run the same number of steps over any
 number of shards. Without an index there is no epoch, no exact resume and no checksum. A shard with incomplete headers,

@@ -319,7 +319,7 @@ def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
     """Return the weights [m]: 1[r > 0], or r. Raises: LossInputError: negative or non-finite r."""
     good = relevance.isfinite() & (relevance >= 0)
-    if relevance.device.type == "cpu" and not bool(good.all()):  # on a GPU this check would synchronise
+    if relevance.device.type == "cpu" and not bool(good.all()):  # on a GPU this check would synchronize
         raise LossInputError("relevance holds NaN, infinite or negative values")
     if kind == "indicator":
         return (relevance > 0).to(relevance.dtype if relevance.is_floating_point() else torch.float32)
@@ -354,7 +354,7 @@ def matryoshka_loss(
 ) -> LossOutput:
     """Average `loss` over the full width and the truncated `widths`.
 
-    Every rank calls it with the same widths. Statistics are those of the full width. normalise: renormalise truncated
+    Every rank calls it with the same widths. Statistics are those of the full width. normalise: renormalize truncated
     vectors, for a cosine score. The scale of loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1
     with equal weights.
     """

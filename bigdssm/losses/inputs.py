@@ -57,7 +57,7 @@ def exchange(
 
 
 def _vector(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    """Return float64 [numbers]. On a device, host values are written by fill: an upload would synchronise."""
+    """Return float64 [numbers]. On a device, host values are written by fill: an upload would synchronize."""
     if device.type == "cpu":
         return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
     vector = torch.zeros(len(numbers), dtype=torch.float64, device=device)
@@ -205,7 +205,7 @@ def global_sizes(
     device: torch.device,
     group: Group | None,
 ) -> tuple[LossInputs, GlobalSizes]:
-    """Exchange sizes and value ranges of the input of all ranks; a collective that synchronises.
+    """Exchange sizes and value ranges of the input of all ranks; a collective that synchronizes.
 
     shared: the columns of x that are gathered. loss: a description that must be equal on all ranks. Raises:
     LossInputError on ranks with invalid input, or on all if ranks disagree; PeerError on the others.

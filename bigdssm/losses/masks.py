@@ -1,6 +1,6 @@
 """The false-negative mask: excluded entries of the score matrix, exact across ranks, by 64-bit ids.
 
-On a device, no function of this module synchronises with the host.
+On a device, no function of this module synchronizes with the host.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Groups:
 
 
 def occurrences(numbers: Tensor, limit: int) -> Tensor:
-    """Count each of 0 … limit − 1 in the int64 `numbers`, like bincount, which synchronises with a device."""
+    """Count each of 0 … limit − 1 in the int64 `numbers`, like bincount, which synchronizes with a device."""
     return numbers.new_zeros(limit).index_add_(0, numbers, torch.ones_like(numbers))
 
 
@@ -52,7 +52,7 @@ class FactorizedIds:
     """Ids [n] factorized into integer codes by value, from 0 (pandas.factorize); all codes are below `limit`."""
 
     def __init__(self, ids: Tensor) -> None:
-        """On a device, `limit` is n, an upper bound: reading the number of unique ids would synchronise."""
+        """On a device, `limit` is n, an upper bound: reading the number of unique ids would synchronize."""
         self._sorted, order = torch.sort(ids, stable=True)
         numbers = torch.zeros_like(ids)
         torch.cumsum(self._sorted[1:] != self._sorted[:-1], 0, out=numbers[1:])
@@ -159,7 +159,7 @@ class KnownPositives:
         """Return query code · docs.limit + document code of each pair, sorted.
 
         On a device there may be duplicates, and pairs with an absent document are `_NO_COLUMN`, at the end: removing
-        them would synchronise.
+        them would synchronize.
         """
         chunks = [self.row_query.new_zeros(0)]
         for query, doc, present in self.pairs_in(docs) if docs.limit else ():

@@ -29,7 +29,7 @@ def apply_sampling(
     sampling: FrequencyCorrection, log_expected: Tensor, *, beta: Tensor | None = None, neg_bias: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return beta and neg_bias [n] with a correction added; log_expected [n] is log c. Raises: LossInputError."""
-    if log_expected.device.type == "cpu" and bool(log_expected.isnan().any()):  # on a GPU this would synchronise
+    if log_expected.device.type == "cpu" and bool(log_expected.isnan().any()):  # on a GPU this would synchronize
         raise LossInputError("log_expected holds NaN")
     if sampling.gamma == 0:
         return beta, neg_bias
@@ -113,7 +113,7 @@ class StreamingFrequency:
         )
         sums.scatter_(0, bucket, 0)
         new_gap = (self.step - last).double()
-        # the first gap initialises the moving average (Algorithm 2 starts at 0, a bias that lasts for 1 / rate gaps)
+        # the first gap initializes the moving average (Algorithm 2 starts at 0, a bias that lasts for 1 / rate gaps)
         moved_gap = torch.where(before == 0, new_gap, torch.lerp(before, new_gap, self.rate))
         gap.scatter_(0, bucket, torch.where(last == 0, 0.0, moved_gap))
         moved = torch.lerp(old_count, new_count.double(), self.rate)

@@ -55,7 +55,7 @@ importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 compiler.compile = _compile
 
 # At ZeRO stage 3 ranks compare the order of modules after every pass that differs from the previous one, by two
-# synchronising broadcasts. Chunks of alternating sides trigger most of them, but all ranks have the same chunks.
+# synchronizing broadcasts. Chunks of alternating sides trigger most of them, but all ranks have the same chunks.
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
@@ -131,7 +131,7 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
         "zero_allow_untested_optimizer": True,  # checked by OptimizerConfig.whole_tensors
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled on first use
         "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # it synchronises with the device in every forward
+        "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device in every forward
     }
     if engine.precision == "bf16":
         # By itself DeepSpeed also communicates linear layers and their gradients in bfloat16: their mean over the ranks

@@ -218,7 +218,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, largest: int = 1024, tu
         a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
         for _ in range(turns):
             started = time.perf_counter()
-            float((a @ b)[0, 0])  # synchronises with the device
+            float((a @ b)[0, 0])  # synchronizes with the device
             seconds = time.perf_counter() - started
             best = max(best, 2 * size**3 / seconds)
         if seconds > SLOW_PRODUCT_S:

@@ -111,7 +111,7 @@ def _fetch(trainer: Trainer, batches: Iterator[Batch]) -> tuple[Batch, StepDraft
 
 
 def _report(trainer: Trainer, batch: Batch, coming: StepDraft | None) -> StepReport:
-    """Return this rank's report for the step synchronisation; `coming` is the draft of the next step's plan."""
+    """Return this rank's report for the step synchronization; `coming` is the draft of the next step's plan."""
     report = StepReport(trainer.stop.requested, trainer.is_save_due(), len(batch.query_ids), trainer.stream.report())
     return report if coming is None else report._replace(requirements=coming.requirements)
 

@@ -53,7 +53,7 @@ class Objective:
         """Build the loss.
 
         doc_counts: number of times that each catalogue row is a positive, required by a sampling correction by counts.
-        operand: dtype that normalised vectors are rounded to for products; None: no rounding.
+        operand: dtype that normalized vectors are rounded to for products; None: no rounding.
         """
         self._stage, self._loss = stage, stage.loss
         self._normalise = model.score == "cosine"

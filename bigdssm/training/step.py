@@ -1,4 +1,4 @@
-"""One training step: forward, one loss over the global batch, backward, and the synchronisation of ranks."""
+"""One training step: forward, one loss over the global batch, backward, and the synchronization of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectorised hash64 of string columns: XXH3 of strings up to 16 bytes (most ids) in NumPy.
+"""Vectorized hash64 of string columns: XXH3 of strings up to 16 bytes (most ids) in NumPy.
 
 Longer strings use the xxhash package one by one: NumPy is not faster for them. The plugin polars-hash is faster for all
 lengths, but hangs in a process forked from one that used Polars, which loader processes may be.

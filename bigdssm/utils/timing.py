@@ -2,7 +2,7 @@
 
 A span's seconds exclude those of nested spans; a nested span is named by its path, `loss/communication`. With CUDA, a
 span is measured between two events in the device's stream: its kernels count whenever they run, waits of the host only
-while the device is idle. Only `pop_seconds` synchronises with the device.
+while the device is idle. Only `pop_seconds` synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Clock:
             self.read()
 
     def read(self) -> None:
-        """Add up the assigned times; synchronises with the device."""
+        """Add up the assigned times; synchronizes with the device."""
         if self._since.event is not None:
             self._since.event.synchronize()
         for name, begin, end in self._unread:

@@ -31,6 +31,6 @@ def started(rank: int, world_size: int, config_file: Path) -> np.ndarray:
 
 def test_ranks_begin_with_one_table(tiny_interactions: Any, pools: dict[int, Pool]) -> None:
     alone = started(0, 1, tiny_interactions.config)
-    assert np.abs(alone).max() > 0.1, "as it is initialised, all are below"
+    assert np.abs(alone).max() > 0.1, "as it is initialized, all are below"
     for found in pools[2].run(started, tiny_interactions.config):
         np.testing.assert_array_equal(found, alone)

@@ -1,4 +1,4 @@
-"""Vocabularies, normalisation and the tokenizer are a function of the data; vocabularies are append-only."""
+"""Vocabularies, normalization and the tokenizer are a function of the data; vocabularies are append-only."""
 
 import sys
 import tracemalloc
@@ -72,7 +72,7 @@ def test_fit_leaves_out_rare_and_missing_values(
     more = canonical(["d", "b", "d"], [["x", "w"], [], []], [1e6, 1e6, 1e6])
     later: Any = fitted_to(tmp_path / "later", fitted, [more], grow=True)
     assert tuple(later["kind"].vocabulary) == ("b", "d") and tuple(later["tags"].vocabulary) == ("x", "y", "a", "w")
-    assert later["size"] == fitted["size"], "a model's inputs keep their normalisation"
+    assert later["size"] == fitted["size"], "a model's inputs keep their normalization"
 
 
 def test_encoded_columns_hold_codes_in_the_schema_s_sense() -> None:

@@ -140,7 +140,7 @@ def test_launches_of_large_batches() -> None:
 
 @pytest.mark.parametrize("name", ["softmax", "pair_ce"])
 def test_operations_of_a_fine_tuning_loss(name: str) -> None:
-    """With candidates and in-batch negatives: the number of columns is one more synchronisation."""
+    """With candidates and in-batch negatives: the number of columns is one more synchronization."""
     shard = replace(batch(128, 16, 3, 10**6), negatives=torch.arange(256).view(128, 2) % 128)
     with simgpu.ranks(8), simgpu.Device() as device:
         step(LOSSES[name], shard, device.put)

@@ -1,4 +1,4 @@
-"""Host reads of tensors in a step, which synchronise with a device, do not grow with chunks."""
+"""Host reads of tensors in a step, which synchronize with a device, do not grow with chunks."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
 
 
 def _begin() -> int:
-    """Reset the peak memory, synchronise the ranks, and return the current memory in bytes."""
+    """Reset the peak memory, synchronize the ranks, and return the current memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     distributed.barrier()
     return _status("VmRSS")

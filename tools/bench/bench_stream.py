@@ -8,7 +8,7 @@
 
 `speed` measures CPU seconds of one process: stock webdataset on shards with one pair per sample (query.txt, doc.txt,
 json) and `.decode()`, against PairStream on the same pairs, to columns and to tensors; and the bytes of both; then
-PairStream with tokenisation on the fly. `batches` measures the CPU seconds of the training process per pretraining
+PairStream with tokenization on the fly. `batches` measures the CPU seconds of the training process per pretraining
 batch, without and with loader processes.
 """
 
@@ -91,7 +91,7 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
-    """Measure a stream that tokenises queries on the fly, and the share of its time outside the tokenizer."""
+    """Measure a stream that tokenizes queries on the fly, and the share of its time outside the tokenizer."""
     make_pairs(config, PairTables(files=(args.pairs,), split="train", raw_text=True), IngestTarget(folder))
     dataset = Dataset.open(folder)
     collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
@@ -114,7 +114,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
             collate(step)
         passes.append((time.process_time() - begin, tokenizing_s))
     seconds, tokenizing_s = min(passes)
-    report("with live tokenising, to tensors", steps * ROWS_GLOBAL, seconds, size(folder / "partitions"))
+    report("with live tokenizing, to tensors", steps * ROWS_GLOBAL, seconds, size(folder / "partitions"))
     print(f"of that, {1 - tokenizing_s / seconds:.1%} is not the tokenizer")
 
 

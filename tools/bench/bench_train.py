@@ -162,7 +162,7 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
     report = make_pairs(config.data, tables, IngestTarget(folder / "dataset"))
     print(
         f"{report.rows['train']:,} pairs, {report.num_docs:,} documents; made into shards, tokenizer trained and texts "
-        f"tokenised once, in {time.process_time() - started:.0f} CPU-seconds"
+        f"tokenized once, in {time.process_time() - started:.0f} CPU-seconds"
     )
     dataset = Dataset.open(folder / "dataset")
     torch.manual_seed(0)
@@ -272,7 +272,7 @@ class Peer:
             return float(self.loss(features, None))
 
     def tokenised(self, texts: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
-        """Tokenise queries and documents with the peer's collator."""
+        """Tokenize queries and documents with the peer's collator."""
         return [self.model.preprocess(list(side)) for side in zip(*texts, strict=True)]
 
     def features(self, batch: Batch) -> list[dict[str, Tensor]]:

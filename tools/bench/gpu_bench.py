@@ -71,7 +71,7 @@ class Bench:
             self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def synchronise(self) -> None:
-        """Synchronise with the device."""
+        """Synchronize with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

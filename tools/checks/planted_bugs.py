@@ -180,7 +180,7 @@ BUGS = [
     Bug("hard negatives", "known_positives_of_held_out_splits", "retrieval.mining:TrainPositives.of",
         "iterate_share(dataset, \"train\"", "iterate_share(dataset, \"test\"",
         f"{UNIT}/retrieval/test_mine.py::test_held_out_items_are_not_avoided"),
-    # Synchronisation of a step on a device.
+    # Synchronization of a step on a device.
     Bug("device", "host_reads_a_value_in_the_loss", "training.objective:Objective._on_vectors",
         "        queries = self._queries(batch)\n",
         "        queries = self._queries(batch)\n        float(weight.sum())\n",

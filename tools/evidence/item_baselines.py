@@ -81,7 +81,7 @@ class Ease:
 
 @dataclass(frozen=True)
 class ImplicitALS:
-    """Matrix factorisation of implicit feedback; query vectors are computed from histories (fold-in)."""
+    """Matrix factorization of implicit feedback; query vectors are computed from histories (fold-in)."""
 
     model: Any
 

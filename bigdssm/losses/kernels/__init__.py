@@ -113,7 +113,7 @@ class ScorePasses:
     def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
         """Add weight · softmax to the gradients; return the log-sum-exps over columns and extra negatives.
 
-        A column is weighted by its count; the softmax is also normalised over the positive's score.
+        A column is weighted by its count; the softmax is also normalized over the positive's score.
         """
         columns = self.columns
         biases = columns.beta, columns.neg_bias, None if columns.counts is None else columns.counts.log()

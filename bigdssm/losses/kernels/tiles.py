@@ -60,7 +60,7 @@ class BlockMask:
     def drop(self, S: Tensor, tile: Tile) -> None:
         """Set the masked entries of a tile's scores [rows, width] to −inf, in place."""
         if self.dense is not None:
-            # twice the lowest number is −inf; 5 times as fast as masked_fill_, which is not vectorised
+            # twice the lowest number is −inf; 5 times as fast as masked_fill_, which is not vectorized
             lowest = torch.finfo(S.dtype).min
             S.add_(self.dense[:, tile.columns], alpha=lowest).add_(self.dense[:, tile.columns], alpha=lowest)
         elif self.rows is not None:

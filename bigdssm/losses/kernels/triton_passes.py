@@ -126,7 +126,7 @@ class FusedMatrix:
 
 
 def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Pack a mask into `slots` and `bits`; the host synchronises once, to read the number of entries."""
+    """Pack a mask into `slots` and `bits`; the host synchronizes once, to read the number of entries."""
     shape = math.ceil(num_rows / _MASK_TILE), math.ceil(num_columns / _MASK_TILE)
     tiles = shape[0] * shape[1]
     if isinstance(mask, MaskMatrix):

@@ -42,7 +42,7 @@ MAX_DEVIATIONS = 10.0
 
 @encodes(Numeric)
 class NumericEncoder(Encoder):
-    """One layer over the normalised value, clipped to ±MAX_DEVIATIONS, and an indicator of missing values."""
+    """One layer over the normalized value, clipped to ±MAX_DEVIATIONS, and an indicator of missing values."""
 
     def __init__(self, feature: Numeric, dim: int) -> None:
         super().__init__()

@@ -246,7 +246,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
 
 
 def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
-    """Texts that are tokenised while reading must be UTF-8; make_shards never writes others."""
+    """Texts that are tokenized while reading must be UTF-8; make_shards never writes others."""
     words = {"words": Text(max_tokens=6).with_name("words")}
     layout = BlockLayout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
     for text, good in ((b"na\xc3\xafve", True), (b"na\xefve", False)):

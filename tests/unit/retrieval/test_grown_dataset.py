@@ -165,7 +165,7 @@ def test_another_dataset_is_refused_with_a_suggestion(grown: Grown, tiny_interac
     tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
     folder = load_model_folder(grown.model)
     make_interactions(folder.config.data, tables, IngestTarget(tmp_path / "other"))
-    with pytest.raises(CheckpointError, match=r"the vocabulary or normalisation differs.* make_shards .*--like"):
+    with pytest.raises(CheckpointError, match=r"the vocabulary or normalization differs.* make_shards .*--like"):
         folder.view(Dataset.open(tmp_path / "other"))
 
 

@@ -63,7 +63,7 @@ def test_a_folder_without_a_scorer_gets_a_new_one(mlp_dir: Path, model_dir: Path
     assert loaded.scorer is not None and loaded.scorer.widths == (8, (12, 5))
     torch.manual_seed(4)
     load_model_folder(model_dir)
-    for name, tensor in MlpScorer(8, (12, 5)).state_dict().items():  # initialised after everything else
+    for name, tensor in MlpScorer(8, (12, 5)).state_dict().items():  # initialized after everything else
         assert torch.equal(loaded.scorer.state_dict()[name], tensor), name
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -188,7 +188,7 @@ def test_a_dataset_of_another_schema_is_refused(model_dir: Path, dataset: Datase
     folder = load_model_folder(model_dir)
     grown = replace(dataset.schema.doc["genres"], vocabulary=Vocabulary.of(("z",)))
     other = replace(folder, schema=Schema(dataset.schema.query, {**dataset.schema.doc, "genres": grown}))
-    with pytest.raises(CheckpointError, match="the vocabulary or normalisation differs"):
+    with pytest.raises(CheckpointError, match="the vocabulary or normalization differs"):
         other.view(dataset)
     other = replace(folder, schema=Schema({}, dataset.schema.doc))
     with pytest.raises(CheckpointError, match="query features"):
