@@ -16,10 +16,10 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.checkpoints.shares import (
     DTYPES,
-    Block,
     FileShare,
     TensorLocation,
     TensorSpec,
+    VerifiedRange,
     assign_blocks,
     read_blocks,
 )
@@ -155,7 +155,7 @@ class LoadedCheckpoint:
     """A verified checkpoint, with the blocks and the local state that this rank has read."""
 
     checkpoint: Checkpoint
-    blocks: tuple[Block, ...]
+    blocks: tuple[VerifiedRange, ...]
     rank_state: dict[str, Tensor] | None  # None if the checkpoint is of another world size
     collective: bool  # every rank has read a different part; otherwise this rank has read everything
 
@@ -192,7 +192,7 @@ class TensorReader:
 
     def __init__(self, read: LoadedCheckpoint) -> None:
         self._kinds, self._collective = read.checkpoint.tensors, read.collective
-        self._blocks: dict[str, list[Block]] = {}
+        self._blocks: dict[str, list[VerifiedRange]] = {}
         self._locations: dict[str, list[tuple[str, TensorLocation]]] = {}
         for block in read.blocks:
             self._blocks.setdefault(block.file, []).append(block)
@@ -265,7 +265,7 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
     return LoadedCheckpoint(checkpoint, blocks, rank_state, collective=True)
 
 
-def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> Block:
+def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
     try:
         return read_blocks(path, share, first, last)
     except FileNotFoundError:
@@ -283,7 +283,7 @@ def open_tensors(path: Path) -> TensorReader:
     """Verify the checkpoint folder `path` and return a reader for this rank only. Raises CheckpointError."""
     checkpoint = verify(path)
     blocks = tuple(
-        Block(share.file, 0, torch.from_file(str(path / share.file), size=share.size, dtype=torch.uint8))
+        VerifiedRange(share.file, 0, torch.from_file(str(path / share.file), size=share.size, dtype=torch.uint8))
         for share in checkpoint.tensor_shares()
     )
     return TensorReader(LoadedCheckpoint(checkpoint, blocks, None, collective=False))

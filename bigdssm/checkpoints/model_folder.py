@@ -1,4 +1,4 @@
-"""Model folders.
+"""Save, load and identify model folders.
 
 Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors and bigdssm.json.
 A folder is sufficient for encoding: it includes the architecture of a pretrained text encoder (text/<key>/config.json),
@@ -68,7 +68,7 @@ class ModelFolder:
         whole = dataset.whole.schema
         difference = self.schema.difference(whole)
         if difference is None and whole.cut(self.schema.vocabulary_sizes()) != self.schema:
-            difference = "the vocabulary or normalization differs by more than appended partitions"
+            difference = "the vocabulary or normalization differs in more than values added by appended partitions"
         if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
             difference = "the tokenizer differs"
         if difference is not None:
@@ -96,7 +96,7 @@ def save_model_folder(
     """
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written, choose another --out")
+        raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written; choose another folder")
     with new_folder(folder) as aside:
         _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
         (aside / WEIGHTS_FILE).write_bytes(_serialised(model.state_dict() if state is None else state))
@@ -241,7 +241,7 @@ def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) 
                 f"{list(expected.shape)}"
             )
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{WEIGHTS_FILE}: {name} holds NaN or inf; take an earlier checkpoint's model")
+            raise CheckpointError(f"{WEIGHTS_FILE}: {name} holds NaN or inf; use the model of an earlier checkpoint")
 
 
 def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:

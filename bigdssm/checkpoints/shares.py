@@ -1,7 +1,7 @@
 """A rank's share of a checkpoint: pieces of tensors in a safetensors file, with block checksums.
 
 ZeRO's partitioning determines the pieces that a rank writes. Reading is independent of it: files consist of blocks with
-separate checksums, and the ranks of a resumed run, of any number, together read every block once.
+separate checksums. On resume, any number of ranks reads every block exactly once in total.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class FileShare:
-    """The byte range [first, last) of a checkpoint file, written by one rank.
+    """The byte range [start, stop) of a checkpoint file, written by one rank.
 
     The shares of a file together cover all of its bytes.
     """
 
     owner: int  # rank
     file: str
-    range: tuple[int, int]  # first, last
+    range: tuple[int, int]  # start, stop
     block: int  # bytes per block
     xxh3_128: tuple[str, ...]  # one checksum per block
     locations: tuple[TensorLocation, ...] = ()
@@ -94,7 +94,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Block:
+class VerifiedRange:
     """Verified bytes of a file, from offset `first`."""
 
     file: str
@@ -167,7 +167,7 @@ def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> It
         begin += share.size
 
 
-def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> Block:
+def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
     """Read and verify the blocks [first, last) of a share. Raises OSError; CheckpointError: the file is damaged."""
     path, begin = folder / share.file, share.range[0] + first * share.block
     content = torch.empty(min(last * share.block, share.size) - first * share.block, dtype=torch.uint8)
@@ -177,8 +177,10 @@ def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> Block:
         for number in range(first, last):
             block = into[(number - first) * share.block :][: share.block]
             if file.readinto(block) != len(block) or xxhash.xxh3_128_hexdigest(block) != share.xxh3_128[number]:
-                raise CheckpointError(f"checkpoint file {path} is damaged: its checksum is not the manifest's")
-    return Block(share.file, begin, content)
+                raise CheckpointError(
+                    f"checkpoint file {path} is damaged: a block is truncated or does not match its checksum"
+                )
+    return VerifiedRange(share.file, begin, content)
 
 
 class _Checksummed:

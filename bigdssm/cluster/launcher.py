@@ -23,7 +23,7 @@ RENDEZVOUS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # required in additio
 logger = get_logger(__name__)
 
 
-class Launcher:
+class LauncherMonitor:
     """The ancestor processes of a rank: if one of them exits, the run must stop.
 
     torchrun: the parent. DeepSpeed: the runner and the launcher it starts, which outlives a runner that was killed or
@@ -31,7 +31,7 @@ class Launcher:
     """
 
     def __init__(self) -> None:
-        """Record the ancestors of this process; create it early, because only later changes are detected."""
+        """Record the ancestors of this process; create the instance early: only later changes are detected."""
         self._parent = os.getppid()
         self._deepspeed = DEEPSPEED_LAUNCHER in _command(self._parent)
         self._watched = self._deepspeed or "TORCHELASTIC_RUN_ID" in os.environ
@@ -42,7 +42,7 @@ class Launcher:
     def exited_ancestor(self) -> str | None:
         """Return a description of the ancestor that has ended, or None."""
         if self._starter is not None and _has_ended(self._starter):
-            return f"the command that started it (pid {self._starter})"
+            return f"the parent command (pid {self._starter})"
         if not self._watched:
             return None
         if os.getppid() != self._parent:
@@ -121,8 +121,8 @@ def _command(pid: int) -> bytes:
         return b""
 
 
-def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: Launcher) -> int:
-    """Run `command` on all ranks of a run on this machine; return the smallest exit code of a cause.
+def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: LauncherMonitor) -> int:
+    """Run `command` on all ranks of a run on this machine; return the smallest exit code other than PeerError's.
 
     A stop request, or the end of this process's launcher, is forwarded to all ranks as SIGTERM.
     """

@@ -19,7 +19,7 @@ from bigdssm.utils.log import MetricsWriter, read_records, truncate_records
 
 
 class Trackers:
-    """Writes records on rank 0; no-op on the other ranks."""
+    """Metric writers of rank 0; all methods do nothing on other ranks."""
 
     def __init__(
         self, folder: Path, config: Config, step: int = 0, num_validations: int = 0, *, cpu: bool = True
@@ -130,13 +130,13 @@ def stage_folders(run: Path) -> list[Path]:
     found = [run / stage for stage in STAGES if (run / stage / METRICS_FILE).is_file()]
     if not found:
         raise DataError(
-            f"{run} contains no {METRICS_FILE}, and neither do {' or '.join(STAGES)} in it; is it a run folder?"
+            f"{run} contains no {METRICS_FILE}, nor do its subfolders {' and '.join(STAGES)}; is it a run folder?"
         )
     return found
 
 
 def read_stage(folder: Path) -> StageCurve:
-    """Read the records of a stage folder: the last record per step, without lines truncated by a kill."""
+    """Read the last record per step of a stage folder; incomplete lines (of a killed process) are skipped."""
     train: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
     for record in read_records(folder / METRICS_FILE, "step"):
@@ -170,7 +170,7 @@ def selection_score(record: dict[str, Any]) -> float | None:
 
 
 PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
-    ("loss [nats]", lambda record: record.get("loss")),
+    ("loss", lambda record: record.get("loss")),
     ("validation, by the metric that selects best/", selection_score),
     ("alpha (scale of the score)", lambda record: record.get("alpha")),
     ("training speed [rows/s]", lambda record: record.get("rows_per_s")),

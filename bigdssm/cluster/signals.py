@@ -20,9 +20,9 @@ STOPPED_EARLY_MESSAGE = "stopped on request before the first step, nothing to sa
 class StopRequest:
     """Stores a signal until the next step synchronization; before the first step a signal ends the process at once.
 
-    Python runs signal handlers between two bytecode instructions of the main thread: a thread that sorts, or waits for
-    other ranks or loader processes, delays them indefinitely, and an exception could be caught by other code.
-    Therefore a separate thread receives early signals and ends the process.
+    Python runs signal handlers between two bytecode instructions of the main thread: they are delayed indefinitely
+    while the main thread sorts, or waits for other ranks or loader processes, and an exception could be caught by other
+    code. Therefore a separate thread receives early signals and ends the process.
     """
 
     # Write end of the pipe to the signal thread of the latest instance; Python writes signal numbers (set_wakeup_fd).
@@ -65,7 +65,7 @@ class StopRequest:
 
     def any_rank_requested(self) -> bool:
         """Return True on every rank if a stop of any rank was requested. All ranks must call it."""
-        from bigdssm import distributed  # imports torch, which takes seconds; handlers must be installed before
+        from bigdssm import distributed  # importing torch takes seconds; handlers must be installed first
 
         return distributed.any_rank(self._requested)
 

@@ -30,17 +30,18 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from bigdssm import distributed
-from bigdssm.cluster.launcher import Launcher, state_of
+from bigdssm.cluster.launcher import LauncherMonitor, state_of
 from bigdssm.cluster.run_folder import STOP_NOW
 from bigdssm.distributed import SharedStore
 from bigdssm.errors import PeerError
 from bigdssm.utils.log import get_logger
 
 BEATS_PER_TIMEOUT, LONGEST_BEAT_S = 10, 5.0
-GONE_S = 3.0  # delay before a dead process is reported: its peers' failed collectives give a more specific error
+# delay before a dead process is reported: its peers' failed collectives give a more specific error
+DEAD_PROCESS_DELAY_S = 3.0
 BROKEN_STORE_S = 10.0
-STARTING_S = 900.0  # limit before the first step: imports, opening a dataset, reading a checkpoint
-LEAVING_S = 15.0  # limit for the main thread to exit by itself
+STARTUP_TIMEOUT_S = 900.0  # limit before the first step: imports, opening a dataset, reading a checkpoint
+EXIT_TIMEOUT_S = 15.0  # limit for the main thread to exit by itself
 VERDICT, SURVEYOR = "verdict", "surveyor"
 END_RECORD_S = 2.0  # limit for the end record: the file system may hang
 STOPPED_EXIT_CODE = 143  # the exit code of SIGTERM in shells
@@ -64,14 +65,16 @@ class Peer:
 
 
 class Watchdog:
-    """Monitors the other ranks from `__enter__` to `__exit__`, both of them collectives without an error.
+    """Monitors the other ranks between `__enter__` and `__exit__`.
+
+    Both are collectives, `__exit__` only if the block raised no error.
 
     Within the block, the error of a collective that another rank has left becomes a PeerError that names that rank.
     """
 
     def __init__(
-        self, timeout_s: float, launcher: Launcher, stop_file: Path, on_exit: Callable[[int, str], None] | None = None,
-        request_stop: Callable[[], None] | None = None,
+        self, timeout_s: float, launcher: LauncherMonitor, stop_file: Path,
+        on_exit: Callable[[int, str], None] | None = None, request_stop: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """Configure the watchdog; `__enter__` starts it.
 
@@ -121,7 +124,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Stop the threads; send an error of this rank to the others. Raises PeerError: another rank caused it."""
-        self._leaving_until = time.monotonic() + LEAVING_S
+        self._leaving_until = time.monotonic() + EXIT_TIMEOUT_S
         if error is None:
             try:
                 distributed.barrier()  # other ranks would report a rank that exits early as dead
@@ -186,7 +189,7 @@ class Watchdog:
 
     def _allowed_s(self) -> float:
         """Return the time limit of the main thread without progress."""
-        return self._timeout_s if self._moves else max(self._timeout_s, STARTING_S)
+        return self._timeout_s if self._moves else max(self._timeout_s, STARTUP_TIMEOUT_S)
 
     def _own_state(self) -> dict[str, Any]:
         where, waits = _position(sys._current_frames().get(self._main_thread or 0))
@@ -206,7 +209,7 @@ class Watchdog:
             self._watch_launcher()
             verdict = self._verdict
             if verdict and verdict.get("wait_for_main") and self._leaving_until is None:
-                self._leaving_until = now + LEAVING_S
+                self._leaving_until = now + EXIT_TIMEOUT_S
             if self._leaving_until is not None:
                 if now > self._leaving_until:
                     self._end(verdict or _verdict("the main thread did not exit by itself"))
@@ -218,21 +221,23 @@ class Watchdog:
     def _fault(self, now: float) -> str | None:
         """Return the fault of another rank as a sentence, or None."""
         timeout_s = self._timeout_s
-        # before the heartbeat limit, which would blame the store if rank 0 is stopped
-        near = self._near_fault(now, stopped_s=timeout_s - 2 * self._interval_s, gone_s=GONE_S)
+        # checked before the heartbeat limit: otherwise a stopped rank 0 is reported as a failed store
+        near = self._near_fault(now, stopped_s=timeout_s - 2 * self._interval_s, gone_s=DEAD_PROCESS_DELAY_S)
         if near:
             return near
         if self._broken_at and now - self._broken_at > BROKEN_STORE_S and self._store_is_rank_0s and self._rank:
             return f"{self._peers[0]} has ended: the store that it hosted for all ranks is gone"
         if now - self._exchanged_at > timeout_s:
-            host = f"{self._peers[0]} hosts it" if self._store_is_rank_0s else "the launcher hosts it"
+            host = str(self._peers[0]) if self._store_is_rank_0s else "the launcher"
             return (
-                f"the store of all ranks did not respond for {timeout_s:.0f} s; {host}, and is stopped or disconnected"
+                f"the process group's store, on {host}, has not responded for {timeout_s:.0f} s: that process is "
+                "stopped or its host is unreachable"
             )
         # up to the last response of the store: later, missing heartbeats are no evidence against the next rank
         if self._exchanged_at - self._heard_at > timeout_s and self._world_size > 1:
             return (
-                f"{self._next} sent no heartbeat for {timeout_s:.0f} s: its process or host is stopped or disconnected"
+                f"{self._next} sent no heartbeat for {timeout_s:.0f} s: the process is stopped or its host is "
+                "unreachable"
             )
         # last, because a dead rank also blocks all main threads
         allowed_s = self._allowed_s()
@@ -278,13 +283,13 @@ class Watchdog:
             return
         reason = self._launcher.exited_ancestor()
         if reason:
-            logger.warning("%s of rank %d has ended; the run saves and stops", reason, self._rank)
+            logger.warning("rank %d: %s has ended; a checkpoint is saved before the run stops", self._rank, reason)
         elif self._rank == 0 and self._stop_file.exists():
             saving = self._stop_file.read_text(encoding="utf-8").strip() != STOP_NOW
             self._stop_file.unlink(missing_ok=True)
             if not saving:
                 self._end_run(STOPPED, STOPPED_EXIT_CODE)
-            logger.warning("stop requested by %s; the run saves first", self._stop_file)
+            logger.warning("stop requested by %s; a checkpoint is saved before the run stops", self._stop_file)
         else:
             return
         self._stop_requested = True
@@ -294,7 +299,7 @@ class Watchdog:
 
     def _find_cause(self) -> str:
         """Return a sentence about the rank that made a collective of this rank fail; takes a few seconds at most."""
-        until = time.monotonic() + min(LEAVING_S / 2, self._timeout_s)
+        until = time.monotonic() + min(EXIT_TIMEOUT_S / 2, self._timeout_s)
         cause = None
         while cause is None and self._verdict is None and time.monotonic() < until:
             self._wake.set()
@@ -307,7 +312,7 @@ class Watchdog:
                 cause = f"{self._peers[0]} has ended: the store that it hosted for all ranks is gone"
         if self._verdict is not None:
             return str(self._verdict["text"])
-        cause = cause or "another rank has left the run; see its message for the reason"
+        cause = cause or "another rank exited; see the log of that rank"
         self._publish(cause, wait_for_main=True)
         return cause
 

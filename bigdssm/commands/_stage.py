@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from bigdssm.cli import at_least, run_main
-from bigdssm.cluster.launcher import Launcher, check_launch, is_rank, run_ranks
+from bigdssm.cluster.launcher import LauncherMonitor, check_launch, is_rank, run_ranks
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, ConfigError, PeerError
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     """Run `stage` with the command line `argv` and return the exit code; `about` is the help text."""
-    launcher = Launcher()
+    launcher = LauncherMonitor()
     arguments = _parser(about).parse_intermixed_args(argv)  # key=value may be anywhere
 
     def train() -> int | None:

@@ -2,8 +2,8 @@
 
     bigdssm compare_runs A B [--stage sft] [--split test]
 
-A and B are run folders, compared by the last stage that both have, or stage folders. The best models of both are
-evaluated on the same rows of A's dataset.
+A and B are run folders or stage folders. Run folders are compared at the last stage that both contain. The best models
+of both are evaluated on the same rows: those of A's dataset, or of --data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("a", type=Path, metavar="A", help="run or stage folder")
     parser.add_argument("b", type=Path, metavar="B", help="run or stage folder to compare with")
     parser.add_argument(
-        "--stage", choices=["pretrain", "sft"], help="stage to compare (default: the last of both runs)"
+        "--stage", choices=["pretrain", "sft"], help="stage to compare (default: the last stage that both runs contain)"
     )
     parser.add_argument("--split", default="validation", help="split of the dataset (default: %(default)s)")
     parser.add_argument("--data", help="dataset folder or URL (default: the dataset of A)")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show(console, title, rows)
     _show(console, "training", found.training)
     if found.systems is None:
-        print(f"results: not measured: {found.skip_reason}")
+        print(f"results not measured: {found.skip_reason}")
         return
     a, b = found.systems
     console.print(table([a, b], f"{args.split}, {len(a.values['mrr'])} rows"))

@@ -6,7 +6,8 @@
 
 VECTORS/vectors.npy is float32 [documents, D+1]: [alpha * w, beta], whose inner product with a query's [u, 1] is the
 training score. --dtype float16 needs half the space, int8 about a quarter, binary (one sign bit per dimension) about
-1/32; all tools read all types. VECTORS/documents.arrow lists the documents, VECTORS/meta.json the model and dataset.
+1/32. All commands accept vectors of every type. VECTORS/documents.arrow lists the documents, VECTORS/meta.json the
+model and dataset.
 
 An interrupted run continues from its finished shards when restarted, with any number of ranks; every rank needs the
 model, the dataset and --out. --since EARLIER reuses the vectors of unchanged documents.

@@ -1,4 +1,4 @@
-"""Encode documents and train queries with a teacher, for distillation in fine-tuning.
+"""Encode documents and training queries with a teacher, for distillation in fine-tuning.
 
     bigdssm embed_teacher --data DATASET --out FOLDER --model MODEL
     bigdssm embed_teacher --data DATASET --out FOLDER --pretrained HF_FOLDER

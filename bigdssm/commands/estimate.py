@@ -1,11 +1,11 @@
-"""Estimate the cost of a stage before a run: memory, negatives, communication, checkpoints, days.
+"""Estimate memory, communication, checkpoints, duration and negatives per query of a stage.
 
     bigdssm estimate --config configs/debian_packages.yaml
     bigdssm estimate --config F --gpus 64 --rows 65536 --rows-per-s 40000 [key=value …]
 
-The dataset must exist: memory depends on its vocabularies and on the rows of one step. Without --rows-per-s the days
-are computed from the recorded speed of the run in run.dir, if there is one. The memory estimate excludes the base
-memory of a process after all imports, about 0.5 GB.
+The dataset must exist: memory depends on its vocabularies and on the rows of one step. Without --rows-per-s the
+duration is computed from the recorded speed of the run in run.dir, if there is one. The memory estimate excludes the
+base memory of a process after all imports, about 0.5 GB.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
-The first form excludes seen documents according to the model's data.exclude_seen; another document with an equal score
-counts as half a rank. OTHER is another model folder, or the JSON file of an earlier evaluation. The rank of each
-query's document is saved as .npy next to the --out file. The second form reads a BEIR folder (corpus.jsonl,
+The first form excludes seen documents according to the model's data.exclude_seen; documents with the same score as the
+positive count half in its rank. OTHER is another model folder, or the JSON file of an earlier evaluation. The rank of
+each query's document is saved as .npy next to the --out file. The second form reads a BEIR folder (corpus.jsonl,
 queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unmodified pretrained text encoder, and TREC runs
 (--compare). The third form evaluates a single TREC run. The metrics of runs equal those of trec_eval.
 """
@@ -48,7 +48,7 @@ from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.atomic import write_json
 
-OF_COLLECTIONS = (
+BEIR_OPTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",
 )  # fmt: skip
 
@@ -84,15 +84,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unmodified Hugging Face text encoder"
     )
     beir.add_argument(
-        "--max-tokens", type=int, default=256, help="maximum text length, with --pretrained (default: %(default)s)"
-    )
+        "--max-tokens", type=int, default=256,
+        help="maximum number of tokens per text, with --pretrained (default: %(default)s)",
+    )  # fmt: skip
     beir.add_argument(
         "--filter-known", action="store_true",
         help="exclude from each ranking the documents that are relevant to the query in other splits",
     )  # fmt: skip
     beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate")
     beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
-    beir.add_argument("--save-run", type=Path, metavar="FILE", help="write the run of the first system in TREC format")
+    beir.add_argument(
+        "--save-run", type=Path, metavar="FILE",
+        help="write the ranking of the first row of the table (re-ranked with --rerank) as a TREC run",
+    )  # fmt: skip
     beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC format")
     args = parser.parse_args(argv)
     for option, path in (("--out", args.out), ("--save-run", args.save_run), ("--save-qrels", args.save_qrels)):
@@ -105,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 refuse_options(parser, args, [option], f"without --{needed}")
         _on_collection(args)
     elif args.run is not None and args.qrels is not None:
-        ignored = ["--model", "--data", "--baselines", "--compare", "--precision", "--rerank", *OF_COLLECTIONS]
+        ignored = ["--model", "--data", "--baselines", "--compare", "--precision", "--rerank", *BEIR_OPTIONS]
         refuse_options(parser, args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
@@ -115,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.model is not None and args.data is not None:
         refuse_options(parser, args, ["--run"], "without --qrels")
         refuse_options(parser, args, ["--qrels"], "without --run")
-        refuse_options(parser, args, OF_COLLECTIONS, "without --beir")
+        refuse_options(parser, args, BEIR_OPTIONS, "without --beir")
         _on_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
@@ -215,7 +219,7 @@ def _on_collection(args: argparse.Namespace) -> None:
             of_model = partial(_run_of_model, path, collection, args.precision, known, progress)
             add(names[path], of_model if path.is_dir() else partial(read_run, path))
     if not runs:
-        raise ConfigError("--beir needs something to evaluate: --model, --run, --bm25, --pretrained or --compare")
+        raise ConfigError("--beir needs a system to evaluate: --model, --run, --bm25, --pretrained or --compare")
     if args.save_run is not None:
         write_run(args.save_run, runs[0][1], runs[0][0])
     if args.save_qrels is not None:

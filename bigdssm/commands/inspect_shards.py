@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verify(args: argparse.Namespace) -> None:
     with ProgressBar() as progress:
-        damages = verify_dataset(args.dataset, progress)
-    for damage in damages:
-        print(damage)
-    if damages:
-        raise DataError(f"{args.dataset} has {len(damages)} damaged parts; the first: {damages[0]}")
-    print(f"{args.dataset}: all checksums match, all rows are valid")
+        problems = verify_dataset(args.dataset, progress)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise DataError(f"{args.dataset} has {len(problems)} damaged files or blocks, first: {problems[0]}")
+    print(f"{args.dataset}: all checksums and rows are valid")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -63,11 +63,11 @@ def _print_description(console: Console, content: Description, split: str) -> No
             f"{s.num_bytes / max(1, s.rows):.1f}",
         )  # fmt: skip
     console.print(sizes)
-    schema = _table("feature", "type", "column", "fitted")
+    schema = _table("feature", "type", "column", "fitted parameters")
     for side, feature in content.features:
         schema.add_row(f"{side}.{feature.name}", feature.type, feature.source, feature.describe(content.vocab_size))
     console.print(schema)
-    lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "cut", "0 … longest")
+    lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "truncated", "histogram (0 to maximum length)")
     for entry in content.lengths:
         cut = "" if entry.cut is None else f"{entry.cut:.1%}"
         lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, _bars(entry.histogram))
@@ -79,8 +79,7 @@ def _print_description(console: Console, content: Description, split: str) -> No
     console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
     if content.num_versions:
         console.print(
-            f"{content.num_versions:,} additional versions of documents; a row uses those that are current at its "
-            f"{content.seen_as_of}"
+            f"{content.num_versions:,} further document versions; each row uses those as of its {content.seen_as_of}"
         )
     console.print(
         f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"

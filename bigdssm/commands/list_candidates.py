@@ -1,18 +1,19 @@
-"""Write hard-negative candidates per train query from ratings or a table; no model is needed.
+"""Write hard-negative candidates per training query from ratings or a table, without a model.
 
     bigdssm list_candidates --data DATASET --out GRADED.npy --graded [--low 2]
     bigdssm list_candidates --data DATASET --out SHOWN.npy --given TABLE --query-column user --column shown
 
 The file has the format of bigdssm mine_negatives, for sft.negatives.mining.file.
 
---graded lists the documents that each query id rated in the train split, those with a relevance of at most --low first.
-The relevances replace teacher scores in sft.distillation; with negatives.mining.teacher_margin, a document rated as
-high as the row's positive is not used as its negative.
+--graded lists, per query id, the documents with ratings by the same user (query id) in the train split, those with a
+relevance of at most --low first. The relevances replace teacher scores in sft.distillation. With
+negatives.mining.teacher_margin, documents rated at least as high as the row's positive (minus the margin) are not used
+as its negatives.
 
---given reads lists of document ids from --column of TABLE (CSV, TSV, JSONL or Parquet), such as impressions without a
-click. --query-column contains ids of users or queries (in a dataset without ids, the text of single-text queries). With
---positive-column, the id of the row's positive, a list applies to that row only. Train positives of the query are
-excluded.
+--given reads the column --column of TABLE (CSV, TSV, JSONL or Parquet), which contains lists of document ids, for
+example impressions without a click. --query-column contains ids of users or queries (in a dataset without ids, the text
+of single-text queries). With --positive-column, the id of the row's positive, a list applies to that row only. Train
+positives of the query are excluded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the candidates")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--graded", action="store_true", help="documents that the query rated in the train split")
+    kind.add_argument(
+        "--graded", action="store_true", help="documents with ratings by the same query id in the train split"
+    )
     kind.add_argument("--given", type=Path, metavar="TABLE", help="documents listed in a table")
     parser.add_argument(
         "--low", type=float, default=0.0, help="maximum relevance of explicit negatives (default: %(default)s)"

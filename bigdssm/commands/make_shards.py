@@ -91,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(name, parents=[common], help="rows (history → next item) from tables of events")
     sub.set_defaults(run=_interactions)
     sub.add_argument(
-        "--interactions", type=_table, required=True, help="table of events: .tsv .csv .jsonl .parquet, also .xz …"
-    )
+        "--interactions", type=_table, required=True,
+        help="table of events: .tsv .csv .jsonl .parquet; optionally compressed (.gz .xz .zst)",
+    )  # fmt: skip
     sub.add_argument(
         "--items",
         type=_table,
@@ -132,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_split_times(sub)
 
     sub = commands.add_parser("pairs", parents=[common], help="rows with query and document features")
-    sub.add_argument("--pairs", type=_table, nargs="+", required=True, help="tables: .tsv .csv .jsonl .parquet, .xz …")
+    sub.add_argument(
+        "--pairs", type=_table, nargs="+", required=True,
+        help="tables: .tsv .csv .jsonl .parquet; optionally compressed (.gz .xz .zst)",
+    )  # fmt: skip
     _add_pair_options(sub)
 
     sub = commands.add_parser(
@@ -141,8 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         help="pairs from WebDataset shards; columns from the .json of a sample, or from its .query.txt and .doc.txt",
     )
     sub.add_argument(
-        "--shards", dest="pairs", type=_table, nargs="+", required=True, help="WebDataset shards: .tar, also .tar.gz …"
-    )
+        "--shards", dest="pairs", type=_table, nargs="+", required=True,
+        help="WebDataset shards: .tar; optionally compressed, such as .tar.gz",
+    )  # fmt: skip
     _add_pair_options(sub)
 
     return parser
@@ -157,7 +162,10 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--group-column", help="--split random: rows with an equal value share a split (default: rows of one query)"
     )
-    sub.add_argument("--time-column", help="column of times, for --split time (newest: test, before: validation)")
+    sub.add_argument(
+        "--time-column",
+        help="--split time: column of times; the newest rows form the test split, the rows before them validation",
+    )
     sub.add_argument(
         "--split-column", help="column whose values are train, validation, test or none, for --split column"
     )
@@ -191,8 +199,11 @@ def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
 
 
 def _add_split_times(sub: argparse.ArgumentParser) -> None:
-    time = "a number as in the time column, or 2016-01-31"
-    sub.add_argument("--validation-from", metavar="TIME", help=f"--split time: start, instead of fractions; {time}")
+    time = "a number in the unit of the time column, or a date such as 2016-01-31"
+    sub.add_argument(
+        "--validation-from", metavar="TIME",
+        help=f"--split time: start time of the validation split, in place of fractions; {time}",
+    )  # fmt: skip
     sub.add_argument(
         "--test-from", metavar="TIME",
         help="start of test, with --validation-from; use the same time for both to omit the validation split",

@@ -1,15 +1,15 @@
-"""Report a run on a split: baselines, the pretrained model and the fine-tuned model.
+"""Report a run on a split: baselines, and the models after pretraining and fine-tuning.
 
     bigdssm report RUN [RUN …] --out REPORT.json [--split test]
     bigdssm report RUN [RUN …] --out JSON --beir DIR [--bm25] [--pretrained FOLDER] [--compare TREC …]
 
-Evaluates RUN/pretrain/best and, if it exists, RUN/sft/best over the full catalogue, with popularity and, if rows have
-histories, a Markov chain as baselines; the models are compared with the last baseline. With --beir the models are
-evaluated on a collection that bigdssm make_shards wrote, against BM25 (--bm25), an unmodified pretrained encoder
-(--pretrained), and runs saved by bigdssm evaluate (--compare). Several RUNs must be seeds of one config (bigdssm
-seeds): metrics are means ± standard error over queries and seeds; intervals are from a bootstrap over both, clustered
-by user or text. REPORT.json is a list of {name, ndcg_at_10, …, seconds}; `seconds` of a model covers training and
-evaluation, `seeds` has the metrics per seed.
+Evaluates the existing models among RUN/pretrain/best and RUN/sft/best over the full catalogue, with popularity and, if
+rows have histories, a Markov chain as baselines; the models are compared with the last baseline. With --beir the models
+are evaluated on a BEIR folder (such as that of make_shards --beir), against BM25 (--bm25), an unmodified pretrained
+encoder (--pretrained), and runs saved by bigdssm evaluate (--compare). Several RUNs must have the same config with
+different seeds (bigdssm seeds): metrics are means ± standard errors over queries and seeds; confidence intervals
+bootstrap over seeds and over clusters of queries (one per user or query text). REPORT.json is a list of {name,
+ndcg_at_10, …, seconds}; `seconds` includes training and evaluation; `seeds` contains the metrics per seed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ from bigdssm.utils.atomic import write_json
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: seeds of one config")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config with different seeds"
+    )
     parser.add_argument("--data", help="dataset folder or URL (default: the training dataset)")
     parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the report")
@@ -76,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if args.beir is None:
-        of_collections = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
-        refuse_options(parser, args, of_collections, "without --beir")
+        beir_options = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
+        refuse_options(parser, args, beir_options, "without --beir")
     else:
         refuse_options(parser, args, ["--data"], "with --beir, which has its own documents")
 

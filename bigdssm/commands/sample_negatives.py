@@ -2,8 +2,8 @@
 
     bigdssm sample_negatives --mined RUN/sft/mined_negatives.npy --data DATASET [--count 50]
 
-The rows are evenly spaced over the file, with one negative per row, sampled as in training. Texts are printed as the
-towers read them.
+The queries are evenly spaced over the file, with one negative per query, sampled as in training, but without
+negatives.mining.teacher_margin. Texts are printed after truncation by the tokenizer, as the towers receive them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Score the positive and the hard negatives of every train query with a teacher.
+"""Score the positive and the hard negatives of every training query, using a teacher.
 
     bigdssm score_pairs --data DATASET --mined NPY --out SCORED.npy --cross-encoder FOLDER
     bigdssm score_pairs --data DATASET --mined NPY --out SCORED.npy --model MODEL [MODEL …] --pretrained FOLDER --bm25

@@ -5,9 +5,9 @@
     bigdssm search --model MODEL --index INDEX --text "words=running shoes" --filter "section = sports and price < 50"
     bigdssm search --model MODEL --index INDEX --request request.json --out results.csv
 
---user loads features and events of a user from the dataset, --text sets feature values, --history adds later events
-(documents by key or title, oldest first); --document uses a document as the query. Seen documents are excluded unless
-the model's data.exclude_seen is false; --seen overrides it. With --rerank K the model's scorer re-ranks the top K.
+--user loads features and events of a user from the dataset, --text sets feature values, --history appends events
+(document keys or titles, oldest first); --document uses a document as the query. Seen documents are excluded unless the
+model's data.exclude_seen is false; --seen overrides it. With --rerank K the model's scorer re-ranks the top K.
 --request reads the JSON request of the server (docs/serving.md). --data is required for a filter with a model without
 histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score, key, title.
 """
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_search_options(parser)
     parser.add_argument("--user", metavar="KEY", help="key of a user in the dataset")
     parser.add_argument("--document", metavar="KEY", help="document to use as the query, for siamese models")
-    parser.add_argument("--history", metavar="TITLES", help="documents of the history, oldest first, separated by ;")
+    parser.add_argument(
+        "--history", metavar="ITEMS", help="events to append: document keys or titles, oldest first, separated by ;"
+    )
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features")
     parser.add_argument("--filter", metavar="CONDITIONS", help=FILTER_HELP)
     parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)

@@ -4,7 +4,7 @@
 
 Seeds are trained one after another, seed S in RUN/seed-S (RUN: run.dir of the config); interrupted runs are resumed.
 RUN/report.json contains means and intervals over the seeds; arguments after `--` are passed to `bigdssm report`, such
-as --beir DIR. Training runs on this machine; to train on several, run the stages under a launcher, and then
+as --beir DIR. Training runs on this machine; to train on several machines, run each stage under a launcher, and then
 `bigdssm report RUN/seed-*`.
 """
 
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in args.seeds if "=" not in word]
     overrides = [word for word in own if "=" in word and word in (*others, *args.seeds)]  # also those after --seeds
     if not words or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--seeds {' '.join(args.seeds)}: needs whole numbers, at least one")
+        raise ConfigError(f"--seeds {' '.join(args.seeds)}: needs at least one non-negative integer")
     seeds = [int(word) for word in words]
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {' '.join(words)}: needs each seed once")
+        raise ConfigError(f"--seeds {' '.join(words)}: contains a seed twice")
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks}: needs at least 1")
     config, *_ = (load_config(args.config, [*overrides, f"run.seed={seed}"]) for seed in seeds)

@@ -7,9 +7,9 @@ The page is at http://127.0.0.1:8000; docs/serving.md documents the API. Waiting
 batch; the responses to the last --cache queries are cached. --workers N runs N processes, which share the memory of the
 index. --second serves a second model for comparison, under /second/api and on the page. If the model and index folders
 are replaced, the server loads the new ones within --poll-s seconds without dropping a request. By default it accepts
-connections from this machine only (--host), without authentication. Accepted host names are localhost, --host and
---allow-host, for example the name of a proxy. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required
-if queries have users, histories or filters and the dataset has been moved since training.
+connections from this machine only (--host), without authentication. The Host header must be localhost, the value of
+--host, or a name in --allow-host, for example that of a proxy. SIGTERM and Ctrl-C stop it within --timeout-s seconds.
+--data is required if queries have users, histories or filters and the dataset has been moved since training.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port {args.port}: needs 0 to 65535")
     if not 0.1 <= args.poll_s < 1e6:
-        raise ConfigError(f"--poll-s {args.poll_s}: needs at least 0.1")
+        raise ConfigError(f"--poll-s {args.poll_s}: needs 0.1 to 1,000,000")
     needed = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
@@ -150,7 +150,8 @@ def _listen(host: str, port: int) -> socket.socket:
         if error.errno is not None and error.errno > 0:  # errors of name resolution are negative
             why = os.strerror(error.errno)
         at = f"--host {host} --port {port}"
-        raise ConfigError(f"{at}: cannot listen: {why}; choose another (--port 0 takes any free one)") from None
+        fix = "choose another port or address (--port 0 selects a free port)"
+        raise ConfigError(f"{at}: cannot listen: {why}; {fix}") from None
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     bigdssm tune --config CONFIG --space SPACE.yaml --out DIR [--trials 10] [--stage pretrain] [key=value …]
     bigdssm tune --config CONFIG --baseline markov --space SPACE.yaml --out DIR [--trials 10]
 
-SPACE.yaml lists the values per key (bigdssm/training/tuning.py). The first trial uses the values of the config. Every
-trial trains in a subprocess, in DIR; it is pruned if its first validation after a fifth of its steps is below the
-median of the earlier trials. The test split is not used. Repeating the command resumes an interrupted search, or adds
+SPACE.yaml maps each key to {low: …, high: …, log: true} or {choices: […]}. The first trial of a stage uses the values
+of the config that are in the space. Every trial of a stage trains in a subprocess, in DIR; it is pruned if its first
+validation after a fifth of its steps is below the median of the earlier trials. Trials of a baseline are fitted in this
+process and are not pruned. The test split is not used. Repeating the command resumes an interrupted search, or adds
 trials with a larger --trials. DIR/best.json contains the best values as key=value.
 """
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--baseline", choices=tuple(BASELINES), help="tune this baseline (default: train the stage)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides of all trials")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides for all trials")
     args = parser.parse_intermixed_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")

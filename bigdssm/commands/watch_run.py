@@ -2,7 +2,7 @@
 
     bigdssm watch_run RUN [--once]
 
-RUN is a run folder (the newest stage is displayed) or a stage folder, which may be on a shared disk.
+RUN is a run folder, whose newest stage is displayed, or a stage folder. It may be on a shared disk.
 """
 
 from __future__ import annotations

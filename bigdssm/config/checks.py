@@ -29,7 +29,7 @@ def check_config(config: Config) -> None:
         ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
     ):
         require(engine.zero_stage > 0 or not is_set, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
-    # Stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
+    # ZeRO stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
     require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
     for key, part in components_of(config):
         part.check(key)
@@ -38,25 +38,25 @@ def check_config(config: Config) -> None:
     for side, features in (("query", data.query), ("doc", data.doc)):
         for name, feature in features.items():
             key = f"data.{side}.{name}"
-            require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature's name without dots")
+            require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature name without dots")
             feature.check(key, side, data.doc)
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")
     for name in names:
         _check_stage(name, config)
     if model.beta == "scalar":
         fits = any(not config.stage(name).loss.relative for name in names)
-        require(fits, "model.beta", "scalar", "document or none without a sigmoid loss: in other losses it cancels")
+        require(fits, "model.beta", "scalar", "document or none: a scalar beta has an effect only in sigmoid losses")
 
 
 def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
-    """Raise ConfigError if one pass cannot encode several queries per row; `rows` names the setting in messages."""
+    """Raise ConfigError if one pass cannot encode several queries per row; `rows` is the setting in messages."""
     histories, history = histories_of(data.query), model.query.history
     if not histories:
         return
     if not history.allows_many_queries:
         raise ConfigError(
             f"model.query.history.positions={history.positions} has one position per item of a row, but with {rows} "
-            "an item's age differs between the row's queries; use relative"
+            "an item's age differs between the row's queries; use relative, rotary or absolute"
         )
     check_history_lengths(data)
     lengths = {name: feature.max_items for name, feature in histories.items()}
@@ -92,7 +92,7 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
             "data.query",
             list(data.query),
             declared[0] == declared[1],
-            f"the features of data.doc, except their columns, {siamese} one tower",
+            f"the same features as data.doc (columns may differ) {siamese} one tower encodes both",
         ),
         ("data.title", data.title, data.title is None, f"null {siamese} documents are displayed by id"),
         ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {siamese} a query is never its own result"),
@@ -146,7 +146,7 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
     has_negatives = negatives.in_batch or negatives.hard > 0
     require(has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false")
     uniform = negatives.uniform
-    require(over_all or uniform == 0, f"{key}.uniform", uniform, f"0: {loss.name} takes no extra columns")
+    require(over_all or uniform == 0, f"{key}.uniform", uniform, f"0: {loss.name} does not support uniform negatives")
     require(
         data.exclude_seen or negatives.mask not in ("user", "past"), f"{key}.mask", negatives.mask,
         "none or batch with data.exclude_seen=false: a user's earlier items may be negatives",
@@ -160,7 +160,7 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
     if mining.file is None:
         window = mining.last - mining.first
         fits = mining.uniform or negatives.hard <= window
-        require(fits, f"{key}.hard", negatives.hard, f"at most the mining window's {window}")
+        require(fits, f"{key}.hard", negatives.hard, f"at most {window}, the size of the mining window")
         margin = mining.teacher_margin
         require(margin is None, f"{key}.mining.teacher_margin", margin, f"{key}.mining.file, with a teacher's scores")
     else:
@@ -178,7 +178,12 @@ def _check_catalogue_columns(name: StageName, stage: StageConfig, config: Config
     """Raise ConfigError unless each document is exactly one column, with the same vector on all ranks."""
     model, data, loss, negatives = config.model, config.data, stage.loss, stage.negatives
     key = f"{name}.negatives.columns"
-    require(loss.all_columns, key, negatives.columns, f"batch with {loss.name}, which is not over all columns")
+    require(
+        loss.all_columns,
+        key,
+        negatives.columns,
+        f"batch with {loss.name}, which is not computed over the whole score matrix",
+    )
     texts = {side: any(f.type == "text" for f in getattr(data, side).values()) for side in ("query", "doc")}
     encoder = "query" if model.share_text and texts["query"] else "doc"
     text_dropout = getattr(model, encoder).text.dropout if texts["doc"] else 0.0

@@ -33,12 +33,12 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or 'key'}: {first_line(error)}") from None
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path} holds a list, needs {needs}")
+        raise ConfigError(f"{path} contains a list, needs {needs}")
     return content
 
 
 def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
-    """Merge `contents`, later ones over earlier, into the dataclass `kind`. Raises ConfigError with the wrong key."""
+    """Merge `contents`, later ones over earlier, into the dataclass `kind`. Raises ConfigError that names the key."""
     try:
         schema = OmegaConf.structured(kind)
         given: Any = OmegaConf.create({})

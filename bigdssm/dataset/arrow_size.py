@@ -1,4 +1,4 @@
-"""The decoded size of an Arrow stream, computed from its metadata without decompression.
+"""An upper bound on the decoded size of an Arrow stream, from its metadata without decompression.
 
 A block of a few kilobytes may decode to terabytes (a decompression bomb). Arrow allocates the size in the first 8 bytes
 of each compressed buffer, and zstd never writes more than that, so the sum of these sizes bounds the memory of

@@ -1,8 +1,8 @@
 """A size-limited folder of downloaded files, shared by the processes on a machine.
 
-An entry's name is a hash of its URL, path or byte range, and checksum: different contents never share a name. An entry
-is written under a temporary name, verified, and renamed: with its final name it is complete. Advisory locks mark
-entries in use; the system releases them when the process exits, so `kill -9` leaves no stale locks.
+The name of an entry is a hash of its URL, its path (or byte range) and its checksum: different contents never share a
+name. An entry is written under a temporary name, verified, and renamed: with its final name it is complete. Advisory
+locks mark entries in use; the system releases them when the process exits, so `kill -9` leaves no stale locks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FileCache:
         return content if xxhash.xxh3_64_intdigest(content) == checksum else None
 
     def put_block(self, key: str, content: bytes) -> None:
-        """Store a block, if it fits next to the entries in use."""
+        """Store a block if it fits in addition to the entries in use."""
         path = self.path(key)
         try:
             with self._locked() as lock:
@@ -75,7 +75,7 @@ class FileCache:
     def acquire(self, key: str) -> int | None:
         """Lock an entry against eviction until the returned descriptor is closed.
 
-        None if there is no such entry.
+        Returns None if the entry does not exist.
         """
         path = self.path(key)
         try:
@@ -90,9 +90,10 @@ class FileCache:
         return None
 
     def fill(self, key: str, size: int, write: Callable[[int], None]) -> int:
-        """Acquire an entry; if missing, `write` fetches its `size` bytes into a descriptor.
+        """Acquire an entry; if it is missing, call `write` to download `size` bytes.
 
-        One process fetches, the others wait for it. Raises DataError: the cache is full.
+        `write` gets the descriptor of the file. One process downloads, the others wait for it. Raises DataError: the
+        cache is full.
         """
         path = self.path(key)
         part = temporary_path(path)

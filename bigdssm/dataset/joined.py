@@ -33,7 +33,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
-    """Join datasets, one MixturePart each.
+    """Join datasets; each becomes one MixturePart.
 
     Partitions outside `main_dir` are prefixed by their dataset's name.
     """
@@ -53,7 +53,8 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     names = [partition.name for partition in partitions]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(
-            f"data.mixture has the partition {twice[0]} twice; name each partition once, in folders of different names"
+            f"data.mixture has the partition {twice[0]} twice; name each partition once; datasets must be in folders "
+            "with different names"
         )
     steps_per_round([source.name for source in mixture], [source.weight for source in mixture])
     joined = Dataset(parts[0].header, partitions, files)
@@ -80,7 +81,7 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
         ("items' features", first.header.items, other.header.items, "--items-time-column"),
     ):
         if difference is None and mine != its:
-            difference, fix = f"{name_of_part}: {mine} against {its}", f"build both with {needed}, or both without"
+            difference, fix = f"only one of them has {name_of_part}", f"build both with {needed}, or both without"
     if difference is not None:
         raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")
 
@@ -91,8 +92,8 @@ def _fitted_difference(first: Dataset, other: Dataset) -> str:
             its = getattr(other.schema, side)[name]
             if feature != its:
                 fitted = [one.describe(first.vocab_size) for one in (feature, its)]
-                return f"{side}.{name} was fitted to other data ({fitted[0]} against {fitted[1]})"
-    return f"title={first.schema.title!r} against {other.schema.title!r}"
+                return f"{side}.{name} was fitted to different data ({fitted[0]}, {fitted[1]})"
+    return f"data.title is {first.schema.title!r} and {other.schema.title!r}"
 
 
 def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], list[int]]:
@@ -105,8 +106,9 @@ def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], lis
         if key not in starts:
             if starts and part.sequences is not None:
                 raise ConfigError(
-                    f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, and "
-                    f"histories need one; put the interactions into one dataset, as partitions (make_shards --append)"
+                    f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, but "
+                    "datasets with histories must share one catalogue; put the interactions into one dataset, as "
+                    "partitions (make_shards --append)"
                 )
             starts[key] = sum(file.rows for file in files if file.since is None)
             files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]

@@ -19,7 +19,10 @@ from bigdssm.utils.arrow import open_arrow
 
 
 class MappedTable:
-    """Arrow files of one schema, as one table with rows 0 … num_rows - 1."""
+    """Arrow files as one table with rows 0 … num_rows - 1.
+
+    Each file must contain the columns of the first one; later files may have more.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -30,7 +33,8 @@ class MappedTable:
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             others = self._batches[0].schema.names if self._batches else []
             if not set(others) <= set(reader.schema.names):
-                raise DataError(f"{path} has columns {reader.schema.names}, {self.paths[0]} has {others}")
+                missing = sorted(set(others) - set(reader.schema.names))
+                raise DataError(f"{path} lacks the columns {missing} of {self.paths[0]}; rebuild the dataset")
             self._batches += [batch for batch in batches if batch.num_rows]
             self.rows_per_file.append(sum(batch.num_rows for batch in batches))
             self.schema = reader.schema

@@ -20,7 +20,10 @@ EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as columns. A history has the newest items before the row's last query, as codes, oldest first."""
+    """Rows as columns.
+
+    A history contains the codes of the most recent items before the row's last query, in chronological order.
+    """
 
     step: int
     row_ids: np.ndarray  # int64 [R]: row number within the split
@@ -57,9 +60,9 @@ class Rows:
 
     @property
     def query_keys(self) -> np.ndarray:
-        """Globally unique keys of the queries, int64 [m], ordered by (row id, position).
+        """Keys of the queries, int64 [m], ordered by (row id, position).
 
-        Position is 0 for pairs.
+        The position is 0 in datasets without sequences. Keys are unique for positions below 2^EVENT_BITS - 1.
         """
         position = 0 if self.position is None else np.minimum(self.position, (1 << EVENT_BITS) - 1)
         keys: np.ndarray = (self.row_ids[self.row_of_query] << EVENT_BITS) | position
@@ -68,9 +71,10 @@ class Rows:
     def seen_ragged(
         self, queries: np.ndarray | None = None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return catalogue rows of the events before queries' targets: values, offsets [m + 1].
+        """Return, per query, the catalogue rows of the events that precede its target.
 
-        queries: query numbers (default: all); newest: the maximum number per query. Empty without sequences.
+        queries: query numbers (default: all); newest: the maximum number per query. Returns values and offsets [m + 1],
+        without values if the dataset has no sequences.
         """
         queries = np.arange(self.num_queries) if queries is None else queries
         if self.sequences is None or self.sequence is None or self.position is None:

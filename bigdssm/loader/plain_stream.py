@@ -3,9 +3,9 @@
 A dataset folder provides the fitted schema, the tokenizer, held-out rows and the catalogue for evaluation (built from
 some of the shards by `make_shards webdataset`). Texts are tokenized in the loader processes.
 
-Each rank and loader process draws shards with replacement, so that all ranks run the same number of steps over any
-number of shards. Without an index there is no epoch, no exact resume and no checksum. A shard with incomplete headers,
-or with members that readers unpickle, is rejected.
+Each rank and loader process draws shards with replacement, so all ranks run the same number of steps even if the number
+of shards is not divisible by the number of readers. Without an index there is no epoch, no exact resume and no
+checksum. A shard with incomplete headers, or with members that readers unpickle, is rejected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class PlainStream(RowStream):
         if rank == 0:
             log.warning(
                 "%d plain shards without an index: a resumed run draws different rows than an uninterrupted one, and "
-                "damaged data is not detected; bigdssm make_shards webdataset repacks them", len(self._paths),
+                "damaged contents are not detected; bigdssm make_shards webdataset repacks them", len(self._paths),
             )  # fmt: skip
 
     def state(self, step: int | None = None) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class PlainStream(RowStream):
         differing = [key for key in {**current, **state} if key != "step" and current.get(key) != state.get(key)]
         if differing:
             reasons = "; ".join(f"{key} was {state.get(key)!r}, is {current.get(key)!r}" for key in differing)
-            raise DataError(f"the stream cannot resume, because {reasons}; restore that, or start a new run")
+            raise DataError(f"the stream cannot resume, because {reasons}; restore these values, or start a new run")
         return True
 
     def doc_weights(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from bigdssm.checkpoints.checkpoint import CHECKPOINTS, is_checkpoint_dir
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
-from bigdssm.cluster.launcher import Launcher
+from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
 from bigdssm.cluster.run_folder import STOP_FILE, FolderLock, record_start
 from bigdssm.cluster.signals import StopRequest
@@ -59,7 +59,7 @@ def stage_lock() -> Iterator[None]:
 
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
-    launcher: Launcher | None = None, stop: StopRequest | None = None,
+    launcher: LauncherMonitor | None = None, stop: StopRequest | None = None,
 ) -> StageProgress | None:  # fmt: skip
     """Check, build and train one stage on this rank, within `stage_lock`; return its final progress.
 
@@ -74,7 +74,7 @@ def run_stage(
     lock = FolderLock(folder)
     with ExitStack() as after:  # closed after the watchdog: trackers may take long to upload
         watchdog = Watchdog(
-            config.engine.peer_timeout_s, launcher or Launcher(), folder / STOP_FILE, lock.end, stop.request
+            config.engine.peer_timeout_s, launcher or LauncherMonitor(), folder / STOP_FILE, lock.end, stop.request
         )
         with watchdog:
             stop.on_early_exit = watchdog.leave

@@ -212,7 +212,7 @@ def _truncate_torn_record(journal: Path) -> None:
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(
                 f"{journal} is damaged in line {number}, which is not a record; remove it to start the search again: "
-                "finished trainings are not repeated"
+                "finished training runs are not repeated"
             ) from None
     if torn:
         logger.warning("%s: removed the last record, which was incomplete", journal)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from bigdssm import distributed
 from bigdssm.cli import run_main
 from bigdssm.cluster import watchdog as module
-from bigdssm.cluster.launcher import Launcher
+from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.errors import PeerError
 
@@ -31,7 +31,7 @@ def main() -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     print("started", flush=True)
-    with Watchdog(TIMEOUT_S, Launcher(), Path("no such file")) as watchdog:
+    with Watchdog(TIMEOUT_S, LauncherMonitor(), Path("no such file")) as watchdog:
         for step in range(NUM_STEPS):
             watchdog.beat(f"step {step}")
             if step == MISFORTUNE_AT and rank == victim:

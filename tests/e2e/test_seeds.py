@@ -39,7 +39,7 @@ def test_two_seeds_with_one_command(tmp_path: Path) -> None:
     )
     assert refused.returncode == 2 and "run.dri" in refused.stderr
     for words, sentence in (
-        (("--seeds", "3", "3"), "--seeds 3 3: needs each seed once"),
+        (("--seeds", "3", "3"), "--seeds 3 3: contains a seed twice"),
         (("--ranks", "0"), "--ranks 0"),
     ):
         refused = subprocess.run([*command, *words], cwd=ROOT, env=environment(), capture_output=True, text=True)

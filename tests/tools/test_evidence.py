@@ -120,7 +120,7 @@ def test_invalid_claims_are_refused(tmp_path: Path, changed: dict[str, Any], sen
 def test_files_that_are_not_claims(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("claim: [")
     (tmp_path / "list.yaml").write_text("- 1")
-    for name, sentence in (("no", "cannot be read"), ("bad", "is not valid YAML"), ("list", "holds a list")):
+    for name, sentence in (("no", "cannot be read"), ("bad", "is not valid YAML"), ("list", "contains a list")):
         with pytest.raises(ConfigError, match=sentence):
             read_claim(tmp_path / f"{name}.yaml")
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from bigdssm.checkpoints import shares
 from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors, verify
 from bigdssm.checkpoints.shares import (
-    Block,
     FileShare,
     TensorPiece,
+    VerifiedRange,
     assign_blocks,
     even_share,
     whole_tensor,
@@ -144,7 +144,7 @@ def test_killed_while_a_step_is_saved_again(
 def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     read = shares.read_blocks
 
-    def broken(folder: Path, share: FileShare, first: int, last: int) -> Block:
+    def broken(folder: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
         if folder.name == "step-00000015":
             raise OSError(5, "Input/output error")
         return read(folder, share, first, last)

@@ -17,7 +17,7 @@ import torch
 
 from bigdssm.cli import run_main
 from bigdssm.cluster.faults import VARIABLE, Fault, Faults, parse
-from bigdssm.cluster.launcher import Launcher, parent_of, state_of
+from bigdssm.cluster.launcher import LauncherMonitor, parent_of, state_of
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE, StopRequest
 from bigdssm.errors import ConfigError, Preempted
@@ -26,8 +26,8 @@ from bigdssm.utils.log import default_logging
 # a rank that prints its lost ancestor, started by a process named like DeepSpeed's launcher under a runner
 RANK = """
 import sys, time
-from bigdssm.cluster.launcher import Launcher
-launcher = Launcher()
+from bigdssm.cluster.launcher import LauncherMonitor
+launcher = LauncherMonitor()
 print(launcher.exited_ancestor(), flush=True)
 until = time.monotonic() + 20
 while launcher.exited_ancestor() is None and time.monotonic() < until:
@@ -181,12 +181,12 @@ def test_a_rank_sees_launcher_and_runner_end(ends: str) -> None:
 
 def test_no_process_is_watched_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    launcher = Launcher()
+    launcher = LauncherMonitor()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert launcher.exited_ancestor() is None
     monkeypatch.undo()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    launcher = Launcher()
+    launcher = LauncherMonitor()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert launcher.exited_ancestor() is not None
 

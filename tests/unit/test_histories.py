@@ -302,7 +302,9 @@ def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative"
         with pytest.raises(ConfigError, match=r"max_items \{'history': 9, 'kinds': 5\}"):
             check_many_queries("data.targets_per_row=4", replace(made.data, query=other), made.model)
     else:
-        sentence = r"model\.query\.history\.positions=age .* data\.targets_per_row=4 .*; use relative"
+        sentence = (
+            r"model\.query\.history\.positions=age .* data\.targets_per_row=4 .*; use relative, rotary or absolute"
+        )
         with pytest.raises(ConfigError, match=sentence):
             check_many_queries("data.targets_per_row=4", made.data, made.model)
 

@@ -151,7 +151,7 @@ def test_launchers_without_a_rendezvous_are_refused(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"- run: {dir: x}\n", "holds a list"),
+        (b"- run: {dir: x}\n", "contains a list"),
         (b"12\n", "cannot be read, needs the sections run, data, model"),
         (b"run: {dir: caf\xe9}\n", "is not valid YAML in UTF-8"),
         (b"run: " + b"[" * 5000, "is not valid YAML"),

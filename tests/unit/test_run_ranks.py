@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bigdssm.cluster import launcher
-from bigdssm.cluster.launcher import Launcher, run_ranks
+from bigdssm.cluster.launcher import LauncherMonitor, run_ranks
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.commands import _stage, pretrain
 from bigdssm.errors import ConfigError
@@ -33,7 +33,7 @@ time.sleep(60)
 
 def ran(script: str, *arguments: object, stop: StopRequest | None = None, ranks: int = 2) -> int:
     command = [sys.executable, "-S", "-c", script, *map(str, arguments)]
-    return run_ranks(command, ranks, stop or StopRequest(handle_signals=False), Launcher())
+    return run_ranks(command, ranks, stop or StopRequest(handle_signals=False), LauncherMonitor())
 
 
 @pytest.mark.parametrize(

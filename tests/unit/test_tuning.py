@@ -29,7 +29,7 @@ def space(tmp_path: Path, text: str) -> Space:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[1]", "holds a list, needs keys with their values"),
+        ("[1]", "contains a list, needs keys with their values"),
         ("", "is empty, needs keys with their values"),
         ("a: [", "is not valid YAML"),
         ("a: 1", "a: got 1, needs {low: …, high: …, log: true or false} or {choices: …}"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.cluster.launcher import Launcher
+from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.watchdog import Peer, Watchdog
 
 TIMEOUT_S = 10.0
@@ -20,7 +20,7 @@ TIMEOUT_S = 10.0
 @pytest.fixture
 def watchdog() -> Watchdog:
     """Rank 1 of 3 on separate machines; last progress, store response and neighbour's heartbeat at second 100."""
-    dog = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
+    dog = Watchdog(TIMEOUT_S, LauncherMonitor(), Path("no such file"))
     dog._rank, dog._world_size, dog._store_is_rank_0s = 1, 3, True
     dog._peers = [Peer(rank, f"node{rank}", 7, f"machine {rank}") for rank in range(3)]
     dog._near, dog._next = [], dog._peers[2]
@@ -32,9 +32,9 @@ def test_a_silent_store_is_blamed_on_its_host_not_on_the_neighbour(watchdog: Wat
     watchdog._heard_at = 99.0  # a heartbeat arrives shortly before the store's response
     assert watchdog._fault(109.9) is None, "10.9 s without a heartbeat, but also without a response of the store"
     fault = watchdog._fault(110.1)
-    assert fault is not None and fault.startswith("the store of all ranks did not respond for 10 s; rank 0 (pid 7")
+    assert fault is not None and fault.startswith("the process group's store, on rank 0 (pid 7")
     watchdog._store_is_rank_0s = False
-    assert "the launcher hosts it" in str(watchdog._fault(110.1))
+    assert "store, on the launcher, has not responded for 10 s" in str(watchdog._fault(110.1))
 
 
 def test_a_neighbour_missing_from_the_store_is_blamed(watchdog: Watchdog) -> None:
@@ -89,7 +89,7 @@ def test_one_rank_surveys_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Watchdog, "_own_state", lambda dog: {"waits": dog._rank != 0})  # rank 0 hangs
     num_ranks, dogs = 40, []
     for rank in range(num_ranks):
-        dog = Watchdog(TIMEOUT_S, Launcher(), Path("no such file"))
+        dog = Watchdog(TIMEOUT_S, LauncherMonitor(), Path("no such file"))
         dog._rank, dog._store = rank, OneStore()  # type: ignore[assignment]
         dog._peers = [Peer(other, f"node{other}", 7, f"machine {other}") for other in range(num_ranks)]
         dog._next = dog._peers[(rank + 1) % num_ranks]

@@ -3,7 +3,7 @@
     python tools/checks/language.py [FOLDER …]
 
 Checks the names of modules, public classes, functions, arguments and fields for words that have a standard term, and
-the first lines of docstrings for "what" clauses and personification. It prints one line per finding; a reader decides.
+the first lines of docstrings for "what" clauses and personification. Findings are suggestions; review each one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("bigdssm", "launch", "tools")
 
 WORDS = {  # in a name → the standard term
-    "anew": "a specific verb (rebuild, rerank)", "asked": "requested", "beside": "the relation (sibling, extra)",
+    "anew": "rebuild, re-rank", "asked": "requested", "beside": "sibling, extra",
     "found": "matched, result", "gate": "limits", "judge": "teacher", "judged": "scored", "judges": "teachers",
     "kept": "retained", "listed": "candidates", "making": "ingestion", "met": "matched", "mined": "hard (negatives)",
     "moment": "time", "moments": "times", "place": "position, row, offset, path", "places": "positions, rows, offsets",

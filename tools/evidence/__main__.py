@@ -1,4 +1,4 @@
-"""Test claims: train the cells of a YAML file, compare them, and determine which claims hold.
+"""Test claims: train the compared configurations (cells) of YAML files, and determine which claims hold.
 
     python -m tools.evidence configs/evidence/*.yaml --out runs/evidence [--at-once 2]
         [--page docs/evidence.md --store tools/evidence]
@@ -8,8 +8,8 @@ A file contains a claim, its configs, its cells (overrides of the config, or a b
 are trained once. --only selects trials by a part of their name, such as `tldr: FPS, seed 0`. --page writes the page of
 all finished claims, and their tables to a second page, such as docs/evidence_tables.md. --store (default: the folder of
 the page) contains results.json (their results) and trials.jsonl (the ranks of all trials), which are reused on any
-machine. Benchmarks of a claim run after all trainings, one at a time. --collect trains nothing and needs no datasets:
-it rewrites the pages from stored results, for example after a change of a claim's texts.
+machine. Benchmarks of a claim run after all training runs, one at a time. --collect trains nothing and needs no
+datasets: it rewrites the pages from stored results, for example after a change of a claim's texts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--store", type=Path, metavar="DIR", help="folder of results.json and trials.jsonl (default: that of --page)"
     )
-    parser.add_argument("--at-once", type=at_least(1), default=1, help="concurrent trainings (default: %(default)s)")
+    parser.add_argument(
+        "--at-once", type=at_least(1), default=1, help="concurrent training runs (default: %(default)s)"
+    )
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="run trials with TEXT in `SET: CELL, seed N` (default: all)"
     )
@@ -99,7 +101,7 @@ def _figures(claim: Claim, trials: Sequence[Trial], earlier: Result | None, *, r
 
 
 def _stored_results(file: Path) -> dict[str, Result]:
-    """Read the results of earlier calls. Raises DataError: damaged."""
+    """Read the results of earlier calls. Raises DataError: the file is damaged."""
     if not file.exists():
         return {}
     try:

@@ -32,7 +32,7 @@ documents. Differences between cells are paired by row, with 95 % bootstrap inte
 by query id (user or text). A claim **holds** if every interval is on the expected side of 0 (or of the margin of the
 claim), **does not hold** if one is on the other side, and is **open** otherwise. The decisive comparison is the
 closest one among those with the verdict of the claim: one end of its interval is nearest to 0 (or to the margin).
-CPU-hours are totals over all trainings of a claim, including those shared with other claims.
+CPU-hours are totals over all training runs of a claim, including those shared with other claims.
 
 **Data.** movielens_100k (MovieLens-100K, the last rating of each user is test) and movielens_latest
 (MovieLens-latest-small, split by time) are films. movielens_by_year is MovieLens-latest-small evaluated walk-forward:
@@ -50,7 +50,7 @@ verdicts and the method. Both pages are generated from the stored results by `py
 
 ± is a standard error over queries and seeds. The rare and the popular half are the test rows whose documents have fewer
 or more positives in training. Cold rows, whose documents have none, are in neither half; their number is in
-parentheses. CPU-seconds are per training, including pretraining and teachers. A comparison lists the expectation,
+parentheses. CPU-seconds are per training run, including pretraining and teachers. A comparison lists the expectation,
 the difference between its two cells with the 95 % interval, and the verdict.
 """
 

@@ -78,7 +78,7 @@ class Result:
     sets: dict[str, SetResult]
     verdict: Verdict
     figures: list[Figures] = field(default_factory=list)  # of the claim's benches
-    cpu_hours: float = 0.0  # of all its trainings, each counted once
+    cpu_hours: float = 0.0  # of all its training runs, each counted once
 
     def decisive(self) -> str:
         """Return the decisive comparison in words: the closest of those with the overall verdict."""

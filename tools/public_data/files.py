@@ -14,7 +14,7 @@ from bigdssm.ingest.sources.files import COMPRESSIONS, LocalFile
 
 
 def public_data_error(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:
-    """Return the error of a source that does not match its kind."""
+    """Return a DataError for a source file that does not have the expected format."""
     excerpt = got if len(got) <= 80 else got[:79] + "…"
     return DataError(f"{path}{where and ', '}{where}: got {excerpt}, needs {needed}; {fix}")
 
@@ -37,15 +37,18 @@ def find(folder: Path, name: str) -> Path:
     """Return the file `name` of `folder` or its compressed form. Raises DataError: neither exists."""
     if not folder.is_dir():
         got = "a file" if folder.exists() else "no such folder"
-        raise public_data_error(folder, "", got, f"a folder with {name}", "name it with --source")
+        raise public_data_error(folder, "", got, f"a folder with {name}", "pass it as --source")
     if (path := existing_file(folder / name)) is None:
-        needed = f"{name} or {name}.xz in it"
-        raise public_data_error(folder, "", f"no {name}", needed, "name the folder with this file with --source")
+        needed = f"{name} or a compressed form in it (.gz, .xz, .zst)"
+        raise public_data_error(folder, "", f"no {name}", needed, "pass the folder that contains this file as --source")
     return path
 
 
 class PublicFile:
-    """A file of a dataset of some kind, to be read once; errors refer to the current line."""
+    """A source file of a public dataset.
+
+    It can be read once; errors name the current line.
+    """
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self.kind, self.number = path, kind, 0
@@ -93,7 +96,7 @@ class PublicFile:
             raise self.error(str(error), "a row of CSV with closed quotes") from None
 
     def check(self, is_valid: bool, got: str, needed: str) -> None:
-        """Raise the error of the current line unless it `is_valid`."""
+        """Raise the error of the current line if `is_valid` is false."""
         if not is_valid:
             raise self.error(got, needed)
 

@@ -282,7 +282,7 @@ def test_incompatible_sources_are_refused(pairs: tuple[Path, Path], days: Path, 
     refused = [
         (
             SourceConfig(dir=str(other)),
-            r"doc\.kind was fitted to other data \(40 values against 40 .*; build it with .*--like",
+            r"doc\.kind was fitted to different data \(40 values, 40 .*; build it with .*--like",
         ),
         (SourceConfig(), "has the partition base twice"),
         (SourceConfig(dir=str(days)), "query features"),
@@ -308,5 +308,7 @@ def test_histories_need_one_catalogue(days: Path, tmp_path: Path, tools) -> None
     content = json.loads((other / "dataset.json").read_text())
     content["catalogue"][0]["checksum"] = "0"
     (other / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="their catalogues differ, and histories need one"):
+    with pytest.raises(
+        ConfigError, match="their catalogues differ, but datasets with histories must share one catalogue"
+    ):
         open_dataset(both)

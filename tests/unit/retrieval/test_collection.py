@@ -302,7 +302,7 @@ def test_invalid_evaluations_are_refused(
     dataset, folder, config = made
     save_model_folder(tmp_path / "model", text_model, config, dataset.schema, dataset.tokenizer_dir, {})
     tools, beir, model = Tools(monkeypatch, capsys), ("--beir", folder), ("--model", tmp_path / "model")
-    assert "needs something to evaluate" in tools.refused(2, "evaluate", *beir)
+    assert "needs a system to evaluate" in tools.refused(2, "evaluate", *beir)
     assert "needs --model and --data, or --beir" in tools.refused(2, "evaluate")
     for width in (config.model.dim + 1, 0, -1):
         message = tools.refused(2, "evaluate", *beir, *model, "--widths", 4, width)

@@ -294,7 +294,7 @@ def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: P
     assert "--rows -1: needs at least 0" in tools.refused(2, "inspect_shards", data, "--rows", -1)
     sample = ("sample_negatives", "--mined", copies / "none.npy", "--data", data)
     assert "--count 0: needs at least 1" in tools.refused(2, *sample, "--count", 0)
-    assert "needs a name that ends in .png" in tools.refused(2, "plot_run", run_dir, "--out", copies / "curves.txt")
+    assert "needs a file name ending in .png" in tools.refused(2, "plot_run", run_dir, "--out", copies / "curves.txt")
     assert "is a folder; name a file" in tools.refused(2, "plot_run", run_dir, "--out", copies)
     message = tools.refused(2, "report", run_dir, run_dir, "--out", copies / "twice.json")
     assert f"{run_dir} has the same seed as {run_dir}" in message
