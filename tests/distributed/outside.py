@@ -172,7 +172,7 @@ class BagEncoder(TextEncoder):
 @register_loss
 @dataclass(frozen=True)
 class Cubed(PairLoss):
-    """The cube of a negative's score above the positive less a margin."""
+    """Cubed hinge: max(0, S⁻ − S⁺ + margin)³."""
 
     name: str = "cubed"
     margin: float = bounded(0.2, 0)
@@ -187,7 +187,7 @@ class Cubed(PairLoss):
 @register_loss
 @dataclass(frozen=True)
 class AdditiveMargin(LossConfig):
-    """Softmax over all columns whose positive must lead by a margin (Wang et al. 2018, AM-Softmax)."""
+    """Softmax over all columns, with an additive margin on the positive (AM-Softmax, Wang et al. 2018)."""
 
     all_columns: ClassVar[bool] = True
     softmax: ClassVar[bool] = True  # the logQ correction applies by default
@@ -210,7 +210,7 @@ class AdditiveMarginTerm(SoftmaxTerm):
 @register_distillation
 @dataclass(frozen=True)
 class MarginHuber(ListDistillation):
-    """The Huber loss of the margins between a query's own document and its hard negatives."""
+    """Huber loss of the model's margin minus the teacher's, between the positive and each hard negative."""
 
     name: str = "margin_huber"
     delta: float = bounded(1.0, above=0)
