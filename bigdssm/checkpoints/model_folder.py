@@ -99,7 +99,7 @@ def save_model_folder(
         raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written; choose another folder")
     with new_folder(folder) as aside:
         _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
-        (aside / WEIGHTS_FILE).write_bytes(_serialised(model.state_dict() if state is None else state))
+        (aside / WEIGHTS_FILE).write_bytes(_serialized(model.state_dict() if state is None else state))
         meta = {
             "format": FORMAT,
             "provenance": dict(provenance),
@@ -165,7 +165,7 @@ def model_checksum(
 
 def weights_checksum(model: DualEncoder) -> str:
     """Compute the checksum of the weights file of a folder of this model."""
-    return xxhash.xxh3_128_hexdigest(_serialised(model.state_dict()))
+    return xxhash.xxh3_128_hexdigest(_serialized(model.state_dict()))
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -197,7 +197,7 @@ def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) ->
     return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 
 
-def _serialised(weights: Mapping[str, Tensor]) -> bytes:
+def _serialized(weights: Mapping[str, Tensor]) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     return save(tensors, metadata={"format": "pt"})
 

@@ -207,17 +207,17 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         figure.savefig(out, dpi=120)
 
 
-def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], colour: str) -> None:
+def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], color: str) -> None:
     """Plot consecutive stages with a gap between them: their losses are not comparable."""
     offset = 0
     for number, stage in enumerate(stages):
         points = stage.points(value)
         marker = "o" if len(points) < 40 else ""
-        axis.plot([offset + x for x, _ in points], [y for _, y in points], color=colour, marker=marker, ms=3, lw=1.5)
+        axis.plot([offset + x for x, _ in points], [y for _, y in points], color=color, marker=marker, ms=3, lw=1.5)
         if number:
-            axis.axvline(offset, color=colour, ls="--", lw=1, alpha=0.7)
+            axis.axvline(offset, color=color, ls="--", lw=1, alpha=0.7)
             transform = axis.get_xaxis_transform()
-            axis.text(offset, 1.0, f" {stage.name}", transform=transform, color=colour, va="top", fontsize=8)
+            axis.text(offset, 1.0, f" {stage.name}", transform=transform, color=color, va="top", fontsize=8)
         offset += stage.last_step
 
 

@@ -55,7 +55,7 @@ class StopRequest:
             self._requested = True
 
     def defer_signals(self) -> None:
-        """Defer signals to the next step synchronisation: from now on there is state to save."""
+        """Defer signals to the next step synchronization: from now on there is state to save."""
         self._has_state = True
 
     @property

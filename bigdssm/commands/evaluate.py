@@ -195,9 +195,9 @@ def _on_collection(args: argparse.Namespace) -> None:
                 reranked = f"{name}, top {args.rerank} re-ranked"
                 add(reranked, lambda: reranked_run(collection, search(), folder, args.rerank), encoding_s)
             add(name, search, encoding_s)
-            normalise = folder.config.model.score == "cosine"
+            normalize = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
-                cut = partial(truncate_vectors, width=width, normalise=normalise)
+                cut = partial(truncate_vectors, width=width, normalize=normalize)
                 add(
                     f"{name} truncated to {width}",
                     partial(vectors_run, collection, cut(queries), cut(documents), known),

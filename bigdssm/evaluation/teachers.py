@@ -139,16 +139,16 @@ def ensemble(teachers: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> n
     present = docs >= 0
     all_scores = [np.where(present, teacher(rows, np.where(present, docs, 0)), np.nan) for teacher in teachers]
     if len(all_scores) > 1:
-        all_scores = [_standardised(scores) for scores in all_scores]
+        all_scores = [_standardized(scores) for scores in all_scores]
     mean: np.ndarray = np.mean(all_scores, axis=0)
     return mean.astype(np.float32)
 
 
-def _standardised(scores: np.ndarray) -> np.ndarray:
+def _standardized(scores: np.ndarray) -> np.ndarray:
     """Standardize scores [m, l] per row; 0 if all scores of a row are equal."""
-    centred = scores - np.nanmean(scores, axis=1, keepdims=True)
+    centered = scores - np.nanmean(scores, axis=1, keepdims=True)
     spread = np.nanstd(scores, axis=1, keepdims=True)
-    return centred / np.where(spread > 0, spread, 1)
+    return centered / np.where(spread > 0, spread, 1)
 
 
 QUERIES_AT_ONCE = 256

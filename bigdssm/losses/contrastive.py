@@ -350,21 +350,21 @@ def global_mean(local_sum: Tensor, local_weight: Tensor, group: Group | None) ->
 
 
 def matryoshka_loss(
-    loss: Callable[[Tensor, Tensor], LossOutput], U: Tensor, W: Tensor, widths: Sequence[int], normalise: bool
+    loss: Callable[[Tensor, Tensor], LossOutput], U: Tensor, W: Tensor, widths: Sequence[int], normalize: bool
 ) -> LossOutput:
     """Average `loss` over the full width and the truncated `widths`.
 
-    Every rank calls it with the same widths. Statistics are those of the full width. normalise: renormalize truncated
+    Every rank calls it with the same widths. Statistics are those of the full width. normalize: renormalize truncated
     vectors, for a cosine score. The scale of loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1
     with equal weights.
     """
     whole = loss(U, W)
-    truncated = (loss(truncate(U, width, normalise), truncate(W, width, normalise)) for width in widths)
+    truncated = (loss(truncate(U, width, normalize), truncate(W, width, normalize)) for width in widths)
     losses = [whole.loss, *(output.loss for output in truncated)]
     return LossOutput(torch.stack(losses).mean(), whole.stats)
 
 
-def truncate(vectors: Tensor, width: int, normalise: bool) -> Tensor:
-    """Return the first `width` entries of each vector [rows, D], with `normalise` scaled to norm 1."""
+def truncate(vectors: Tensor, width: int, normalize: bool) -> Tensor:
+    """Return the first `width` entries of each vector [rows, D], with `normalize` scaled to norm 1."""
     first = vectors[:, :width]
-    return torch.nn.functional.normalize(first, dim=1) if normalise else first
+    return torch.nn.functional.normalize(first, dim=1) if normalize else first

@@ -103,22 +103,22 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     return Encoders(queries, documents)
 
 
-def truncate_vectors(vectors: Tensor, width: int, normalise: bool) -> Tensor:
-    """Truncate index vectors [n, D+1] to [n, width+1]; normalise: restore the norm (without beta).
+def truncate_vectors(vectors: Tensor, width: int, normalize: bool) -> Tensor:
+    """Truncate index vectors [n, D+1] to [n, width+1]; normalize: restore the norm (without beta).
 
-    For models trained with loss.widths (Matryoshka); set `normalise` for cosine models.
+    For models trained with loss.widths (Matryoshka); set `normalize` for cosine models.
     """
     whole, first = vectors[:, :-1], vectors[:, :width]
-    if normalise:
+    if normalize:
         first = nn.functional.normalize(first, dim=1) * whole.norm(dim=1, keepdim=True)
     return torch.cat([first, vectors[:, -1:]], dim=1)
 
 
-def truncate_encoders(encoders: Encoders, width: int, normalise: bool) -> Encoders:
+def truncate_encoders(encoders: Encoders, width: int, normalize: bool) -> Encoders:
     """Return Encoders whose vectors are truncated to [.., width+1]."""
     return Encoders(
-        lambda rows: truncate_vectors(encoders.queries(rows), width, normalise),
-        lambda doc_rows: truncate_vectors(encoders.documents(doc_rows), width, normalise),
+        lambda rows: truncate_vectors(encoders.queries(rows), width, normalize),
+        lambda doc_rows: truncate_vectors(encoders.documents(doc_rows), width, normalize),
     )
 
 

@@ -189,13 +189,13 @@ class Estimate:
         lines += [f"  {name:42s} {_size(size)}" for name, size in self.resident.items()]
         lines += [f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()]
         lines.append(f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}")
-        lines.append(f"{self.rows_global:,} rows a step; a query has {self.negatives:,} negatives")
+        lines.append(f"{self.rows_global:,} rows per step; a query has {self.negatives:,} negatives")
         lines += [f"  {name:42s} {_size(size)}" for name, size in self.sent.items()]
         lines.append(f"sent by a rank in a step: {_size(sum(self.sent.values()))}")
         lines.append(f"a checkpoint: {_size(self.checkpoint_bytes)}")
-        time = "unknown without rows a second (--rows-per-s, or the metrics of a run)"
+        time = "unknown without rows per second (--rows-per-s, or the metrics of a run)"
         if rows_per_s:
-            time = f"{self.days(rows_per_s):.2f} days at {rows_per_s:,.0f} rows a second"
+            time = f"{self.days(rows_per_s):.2f} days at {rows_per_s:,.0f} rows per second"
         lines.append(f"{self.steps:,} steps: {time}")
         return lines
 

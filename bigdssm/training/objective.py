@@ -56,7 +56,7 @@ class Objective:
         operand: dtype that normalized vectors are rounded to for products; None: no rounding.
         """
         self._stage, self._loss = stage, stage.loss
-        self._normalise = model.score == "cosine"
+        self._normalize = model.score == "cosine"
         # A relative loss cancels it: its gradient would be rounding noise, which Adam scales up to full steps.
         self._scalar_beta = model.beta == "scalar"
         self._without_beta = self._scalar_beta and stage.loss.relative
@@ -150,7 +150,7 @@ class Objective:
             )  # fmt: skip
             return self._added(output, contrastive_loss(distillation, inputs, columns="none").loss)
 
-        return matryoshka_loss(loss, encoded.U, encoded.W, self._loss.widths, self._normalise)
+        return matryoshka_loss(loss, encoded.U, encoded.W, self._loss.widths, self._normalize)
 
     def _of_teacher(
         self, temperature: float, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor

@@ -19,18 +19,18 @@ from .spawn import Pool
 WIDTHS = (5, 2)
 
 
-def at_widths(U: Tensor, W: Tensor, positive: Tensor, *, normalise: bool, **arguments: Any) -> LossOutput:
-    return matryoshka_loss(partial(fps_loss, positive=positive, **arguments), U, W, WIDTHS, normalise)
+def at_widths(U: Tensor, W: Tensor, positive: Tensor, *, normalize: bool, **arguments: Any) -> LossOutput:
+    return matryoshka_loss(partial(fps_loss, positive=positive, **arguments), U, W, WIDTHS, normalize)
 
 
-def dense(shards: list[Shard], alpha: float, direction: str, normalise: bool) -> tuple[Tensor, list[Tensor | None]]:
+def dense(shards: list[Shard], alpha: float, direction: str, normalize: bool) -> tuple[Tensor, list[Tensor | None]]:
     """Return the mean over the widths of the dense loss, and the gradients of the full vectors by autograd."""
     losses, totals = [], [torch.zeros(()), torch.zeros(()), torch.zeros(()), None]
     for width in (shards[0].U.shape[1], *WIDTHS):
         U = torch.cat([s.U for s in shards]).requires_grad_()
         W = torch.cat([s.W for s in shards]).requires_grad_()
         whole = width == U.shape[1]
-        cut_U, cut_W = (x[:, :width] / (x[:, :width].norm(dim=1, keepdim=True) if normalise and not whole else 1)
+        cut_U, cut_W = (x[:, :width] / (x[:, :width].norm(dim=1, keepdim=True) if normalize and not whole else 1)
                         for x in (U, W))  # fmt: skip
         sizes = [len(s.U) for s in shards], [len(s.W) for s in shards]
         parts = zip(shards, cut_U.detach().split(sizes[0]), cut_W.detach().split(sizes[1]), strict=True)
@@ -45,14 +45,14 @@ def dense(shards: list[Shard], alpha: float, direction: str, normalise: bool) ->
     return torch.stack(losses).mean(), totals
 
 
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("sizes", [[(5, 7)], [(4, 6), (3, 3)], [(4, 6), (0, 0), (5, 9)]])
-def test_is_the_mean_of_the_dense_losses(pools: dict[int, Pool], sizes: list[tuple[int, int]], normalise: bool) -> None:
+def test_is_the_mean_of_the_dense_losses(pools: dict[int, Pool], sizes: list[tuple[int, int]], normalize: bool) -> None:
     options = frozenset({"beta", "neg_bias", "weight", "query_ids", "doc_ids"})
     shards = make_shards(torch.Generator().manual_seed(7), sizes, 8, num_queries=4, num_docs=6, options=options)
     for direction in ("q2d", "both"):
-        expected = dense(shards, 5.0, direction, normalise)
-        found = run(pools, partial(at_widths, normalise=normalise), shards, 5.0, direction=direction)
+        expected = dense(shards, 5.0, direction, normalize)
+        found = run(pools, partial(at_widths, normalize=normalize), shards, 5.0, direction=direction)
         assert_parity(shards, 5.0, found, expected, 1e-9)
 
 

@@ -152,10 +152,10 @@ def test_the_command_line_shows_the_effect_of_ranks_and_rows(
     assert done.returncode == 0, done.stderr
     four = done.stdout
     assert "; 1 ranks" in one and "; 4 ranks" in four
-    assert "240 rows a step; a query has 239 negatives" in one
-    assert "480 rows a step; a query has 479 negatives" in four
-    assert "1,000 steps: unknown without rows a second" in one
-    assert "1,000 steps: 0.01 days at 500 rows a second" in four  # 480,000 rows
+    assert "240 rows per step; a query has 239 negatives" in one
+    assert "480 rows per step; a query has 479 negatives" in four
+    assert "1,000 steps: unknown without rows per second" in one
+    assert "1,000 steps: 0.01 days at 500 rows per second" in four  # 480,000 rows
     assert "sent by a rank in a step: 0 B" in one and size(four, "sent by a rank in a step:") > 1e6
     moments = "optimizer's states"
     assert size(one, moments) == pytest.approx(4 * size(four, moments), rel=0.02)  # ZeRO 1 shares them out

@@ -271,7 +271,7 @@ class Peer:
         with torch.no_grad():
             return float(self.loss(features, None))
 
-    def tokenised(self, texts: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
+    def tokenized(self, texts: Sequence[tuple[str, str]]) -> list[dict[str, Tensor]]:
         """Tokenize queries and documents with the peer's collator."""
         return [self.model.preprocess(list(side)) for side in zip(*texts, strict=True)]
 
@@ -310,7 +310,7 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
         "ours, one chunk's graphs kept": lambda n: ours.step(batches.ready[n], args.chunk_tokens),
         "peer": lambda n: peer.step(ready[n], best),
         "ours, from shards": lambda n: ours.step(next(fresh)),
-        "peer, from texts": lambda n: peer.step(peer.tokenised(next(more_texts)), best),
+        "peer, from texts": lambda n: peer.step(peer.tokenized(next(more_texts)), best),
     }
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
@@ -338,7 +338,7 @@ def check_sameness(
     ours: Ours, peer: Peer, batch: Batch, texts: list[tuple[str, str]], ready: list[dict[str, Tensor]]
 ) -> Iterator[str]:
     """Yield the results of the comparison. Raises AssertionError: different tokens or losses."""
-    for mine, theirs in zip(ready, peer.tokenised(texts), strict=True):
+    for mine, theirs in zip(ready, peer.tokenized(texts), strict=True):
         length = theirs["input_ids"].shape[1]
         assert torch.equal(mine["input_ids"][:, :length], theirs["input_ids"]), "the two sides use different tokens"
         assert not mine["attention_mask"][:, length:].any()

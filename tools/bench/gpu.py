@@ -202,10 +202,10 @@ def step_parts(bench: Bench, tower: nn.Module, batch: TwoInputs, precision: str,
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
-        bench.synchronise()
+        bench.synchronize()
         begun = time.perf_counter()
         yield
-        bench.synchronise()
+        bench.synchronize()
         taken.setdefault(name, []).append(time.perf_counter() - begun)
 
     turns = 2 if bench.small else 8

@@ -70,7 +70,7 @@ class Bench:
                 raise
             self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Synchronize with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -96,14 +96,14 @@ def timed(bench: Bench, run: Callable[[], Any], expected: float) -> tuple[float,
         torch.cuda.reset_peak_memory_stats()
         memory = torch.cuda.memory_allocated()
     run()  # compiles and warms up
-    bench.synchronise()
+    bench.synchronize()
     if bench.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() - memory
     seconds = []
     for _ in range(3 if expected > 1 or bench.small else 9):
         begun = time.perf_counter()
         run()
-        bench.synchronise()
+        bench.synchronize()
         seconds.append(time.perf_counter() - begun)
     return bench.of_first(statistics.median(seconds)), memory
 

@@ -147,7 +147,7 @@ BUGS = [
         "(x > -self.margin)", "(x > 0)",
         f"{RANKS}/test_ranking_parity.py::test_each_loss_and_source_of_negatives"),
     Bug("losses", "truncated_vectors_not_normalized", "losses.contrastive:truncate",
-        "if normalise else first", "if not normalise else first",
+        "if normalize else first", "if not normalize else first",
         f"{RANKS}/test_matryoshka.py::test_is_the_mean_of_the_dense_losses"),
     Bug("losses", "alpha_stuck_at_its_maximum", "models.dual_encoder:_ClampAbove.backward",
         "at_top & (gradient < 0)", "at_top",

@@ -60,8 +60,8 @@ class NumericEncoder(Encoder):
         value = values_R.masked_fill(missing, self.feature.mean)
         if self.feature.log:
             value = torch.where(missing, value, value.clamp(min=0).log1p())
-        normalised = ((value - self.feature.mean) / self.feature.std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-        inputs = torch.stack([normalised, missing.to(value.dtype)], dim=1)
+        normalized = ((value - self.feature.mean) / self.feature.std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
+        inputs = torch.stack([normalized, missing.to(value.dtype)], dim=1)
         return nn.functional.gelu(self.layer(inputs.to(self.layer.weight.dtype)))
 
 
