@@ -192,7 +192,8 @@ def _identity(meta: Mapping[str, Any]) -> str:
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
     """Return the checksum of the config keys that affect scores.
 
-    `written` is the content of the file: keys that later versions add do not change its checksum.
+    `written` is the content of the file: model keys that later versions add do not change its checksum. The scorer is
+    hashed with all fields of this version: a new field invalidates existing folders with a scorer.
     """
     return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 

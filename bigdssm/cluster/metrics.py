@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def selection_score(record: dict[str, Any]) -> float | None:
 
 PANELS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
     ("loss", lambda record: record.get("loss")),
-    ("validation, by the metric that selects best/", selection_score),
+    ("validation", selection_score),
     ("alpha (scale of the score)", lambda record: record.get("alpha")),
     ("training speed [rows/s]", lambda record: record.get("rows_per_s")),
 )
@@ -191,7 +191,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         for axis, (label, value) in zip(axes.flat, PANELS, strict=True):
             for number, stages in enumerate(curves.values()):
                 _draw(axis, stages, value, f"C{number}")
-            axis.set_ylabel(label)
+            axis.set_ylabel(_selection_label(curves) if value is selection_score else label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set_ylim(bottom=0)
         axes[1, 1].set_ylim(bottom=0)
@@ -205,6 +205,13 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
             figure.suptitle(next(iter(curves)))
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
+
+
+def _selection_label(curves: Mapping[str, Sequence[StageCurve]]) -> str:
+    """Return for example `validation NDCG@10`, with all metrics that select best/ in the curves."""
+    records = [record for stages in curves.values() for stage in stages for record in stage.records]
+    names = {metric_label(record["selected_by"]) for record in records if "validation" in record}
+    return " ".join(["validation", *sorted(names)])
 
 
 def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], color: str) -> None:

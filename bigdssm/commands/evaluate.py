@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 refuse_options(parser, args, [option], f"without --{needed}")
         _on_collection(args)
     elif args.run is not None and args.qrels is not None:
-        ignored = ["--model", "--data", "--baselines", "--compare", "--precision", "--rerank", *BEIR_OPTIONS]
+        ignored = ["--model", "--data", "--split", "--baselines", "--compare", "--precision", "--rerank", *BEIR_OPTIONS]
         refuse_options(parser, args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
@@ -239,11 +239,13 @@ def _run_of_model(path: Path, collection: Collection, precision: str, filter_kno
 def _show(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:
     pairs = [(systems[0], other) for other in systems[1:]]
     console = Console()
-    console.print(table(systems, f"{args.split}, {num_queries} queries", RUN_METRICS))
+    title = f"{num_queries} queries" if args.beir is None else f"{args.split}, {num_queries} queries"
+    console.print(table(systems, title, RUN_METRICS))
     for line in differences(pairs, RUN_METRICS):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
-        content = {"split": args.split, "queries": num_queries, "systems": as_json(systems)}
+        split = {} if args.beir is None else {"split": args.split}
+        content = {**split, "queries": num_queries, "systems": as_json(systems)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {**content, "differences": differences_as_json(pairs, RUN_METRICS)})
 

@@ -33,7 +33,7 @@ class _Table:
         return at + _uint32(self.data, at) if at else 0
 
 
-def decoded_size(stream: bytes) -> int:
+def max_decoded_size(stream: bytes) -> int:
     """Return an upper bound on the decoded bytes of an Arrow IPC stream's record batches.
 
     Raises ValueError: not an Arrow stream, or a stream with dictionaries (blocks have none).

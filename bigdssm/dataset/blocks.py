@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from bigdssm.dataset.arrow_size import decoded_size
+from bigdssm.dataset.arrow_size import max_decoded_size
 from bigdssm.dataset.index import SplitIndex
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.schema import Schema
@@ -138,7 +138,7 @@ def decode(content: bytes, layout: BlockLayout) -> pa.RecordBatch:
 
     Raises ValueError or an Arrow error.
     """
-    if (needed := decoded_size(content)) > MAX_DECODED_BYTES:
+    if (needed := max_decoded_size(content)) > MAX_DECODED_BYTES:
         raise ValueError(f"it would take {needed:,} bytes decoded, more than the {MAX_DECODED_BYTES:,} allowed")
     batch = pa.ipc.open_stream(pa.py_buffer(content), options=_IPC).read_next_batch()
     columns = []

@@ -125,8 +125,8 @@ def truncate_encoders(encoders: Encoders, width: int, normalize: bool) -> Encode
 def encode_in(model: nn.Module, precision: str) -> str:
     """Compute the products of `model` in fp32, bf16 or the faster one (auto); weights and vectors stay float32.
 
-    Returns the precision: fp32 or bf16. MiniLM on a Xeon with AMX encodes 16,700 tokens per CPU-second in bf16 and
-    5,900 in fp32.
+    Call it once per model: a later fp32 does not undo bf16. Returns the precision: fp32 or bf16. MiniLM on a Xeon with
+    AMX encodes 16,700 tokens per CPU-second in bf16 and 5,900 in fp32.
     """
     device_type = next(model.parameters()).device.type
     resolved = resolve_precision(precision, device_type)

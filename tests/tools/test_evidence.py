@@ -20,7 +20,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.comparison import MeasuredRows, System, read_ranks, save_comparison
 from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
 from tools.evidence.__main__ import main
-from tools.evidence.benches import read_figures, run_benches
+from tools.evidence.benches import read_benchmarks, run_benchmarks
 from tools.evidence.claims import Expectation, read_claim
 from tools.evidence.page import as_markdown, tables_as_markdown, write_page
 from tools.evidence.results import CellResult, Result, SetResult, collect, together
@@ -452,7 +452,7 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
     )
     planned = plan_trials(claim, tmp_path / "runs")
     with pytest.raises(DataError, match="not finished: small: b, seed 3: What it costs"):
-        read_figures(claim, planned)
+        read_benchmarks(claim, planned)
     trained: list[str] = []
 
     def train(which: list[Trial], at_once: int) -> None:
@@ -462,11 +462,11 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
             write_config(trial)
 
     monkeypatch.setattr("tools.evidence.benches.run_trials", train)
-    run_benches(claim, planned)
+    run_benchmarks(claim, planned)
     assert trained == ["small: b, seed 3", "small: a, seed 3"], "of the first seed"
-    run_benches(claim, planned)
+    run_benchmarks(claim, planned)
     assert len(trained) == 2
-    (figures,) = read_figures(claim, planned)
+    (figures,) = read_benchmarks(claim, planned)
     data = load_config(tiny_interactions.config).data.dir
     assert figures.records[1] == {"cell": "a", "what": data, "ms": 1234.567, "bytes": 98765}
     result = Result("more", "", "ndcg_at_10", "test", [], {}, "open", [figures])

@@ -272,7 +272,7 @@ BUGS = [
         "self.num_bad += 1", "self.num_bad += left_out",
         f"{UNIT}/test_making_bounds.py::test_a_bad_value_counts_as_a_bad_row_does"),
     Bug("bad data", "oversized_blocks_decoded", "dataset.blocks:decode",
-        "(needed := decoded_size(content)) > MAX_DECODED_BYTES", "(needed := decoded_size(content)) < 0",
+        "(needed := max_decoded_size(content)) > MAX_DECODED_BYTES", "(needed := max_decoded_size(content)) < 0",
         f"{UNIT}/data/test_damage.py::test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded"),
     # Ingestion.
     Bug("ingestion", "unstable_sort", "ingest.sorting:stable_order",

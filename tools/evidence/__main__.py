@@ -25,7 +25,7 @@ from rich.console import Console
 from bigdssm.cli import at_least, check_file_to_write, command
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.atomic import write_json
-from tools.evidence.benches import Figures, read_figures, run_benches
+from tools.evidence.benches import BenchmarkResult, read_benchmarks, run_benchmarks
 from tools.evidence.claims import Claim, read_claim
 from tools.evidence.page import tables_path, write_page
 from tools.evidence.results import Result, collect
@@ -90,14 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_page(results, args.page)
 
 
-def _figures(claim: Claim, trials: Sequence[Trial], earlier: Result | None, *, run: bool) -> list[Figures]:
-    """Return the figures of a claim's benches from an earlier result if complete, otherwise measure them."""
+def _figures(claim: Claim, trials: Sequence[Trial], earlier: Result | None, *, run: bool) -> list[BenchmarkResult]:
+    """Return the benchmark results of a claim from an earlier run if complete, otherwise measure them."""
     stored = [] if earlier is None else earlier.figures
     if [figures.about for figures in stored] == [bench.about for bench in claim.benches]:
         return stored
     if run:
-        run_benches(claim, trials)
-    return read_figures(claim, trials)
+        run_benchmarks(claim, trials)
+    return read_benchmarks(claim, trials)
 
 
 def _stored_results(file: Path) -> dict[str, Result]:

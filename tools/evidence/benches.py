@@ -21,15 +21,15 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Figures:
+class BenchmarkResult:
     """The results of a benchmark: its title, and the records of a table."""
 
     about: str
     records: list[dict[str, Any]]
 
 
-def run_benches(claim: Claim, trials: Sequence[Trial]) -> None:
-    """Run all benches of a claim; existing results are reused.
+def run_benchmarks(claim: Claim, trials: Sequence[Trial]) -> None:
+    """Run all benchmarks of a claim; existing results are reused.
 
     Missing models are trained again. Raises CalledProcessError: a command failed.
     """
@@ -50,12 +50,12 @@ def run_benches(claim: Claim, trials: Sequence[Trial]) -> None:
             (folder / "measured.json").rename(folder / "figures.json")
 
 
-def read_figures(claim: Claim, trials: Sequence[Trial]) -> list[Figures]:
-    """Read the results of a claim's benches. Raises DataError: one is not finished."""
+def read_benchmarks(claim: Claim, trials: Sequence[Trial]) -> list[BenchmarkResult]:
+    """Read the results of a claim's benchmarks. Raises DataError: one is not finished."""
     return [_figures(bench, trials) for bench in claim.benches]
 
 
-def _figures(bench: Bench, trials: Sequence[Trial]) -> Figures:
+def _figures(bench: Bench, trials: Sequence[Trial]) -> BenchmarkResult:
     records = []
     for trial in _benched_trials(bench, trials):
         file = _folder(bench, trial) / "figures.json"
@@ -67,7 +67,7 @@ def _figures(bench: Bench, trials: Sequence[Trial]) -> Figures:
             raise DataError(f"{file} contains no {bench.records}: {error!r}; remove it") from None
         of_cell = {"cell": trial.cell_name} if len(bench.of) > 1 else {}
         records += [of_cell | record for record in found]
-    return Figures(bench.about, records)
+    return BenchmarkResult(bench.about, records)
 
 
 def _benched_trials(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:

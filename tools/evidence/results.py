@@ -13,7 +13,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.comparison import MeasuredRows, System
-from tools.evidence.benches import Figures
+from tools.evidence.benches import BenchmarkResult
 from tools.evidence.claims import Claim, Expectation, Verdict
 from tools.evidence.running import Trial
 from tools.evidence.stored import StoredTrial
@@ -77,7 +77,7 @@ class Result:
     expect: list[str]  # in words
     sets: dict[str, SetResult]
     verdict: Verdict
-    figures: list[Figures] = field(default_factory=list)  # of the claim's benches
+    figures: list[BenchmarkResult] = field(default_factory=list)  # of the claim's benchmarks
     cpu_hours: float = 0.0  # of all its training runs, each counted once
 
     def decisive(self) -> str:
@@ -107,15 +107,15 @@ class Result:
             cells = [CellResult(**cell) for cell in one["cells"]]
             return SetResult(**{**one, "cells": cells, "expected": [c and Comparison(**c) for c in one["expected"]]})
 
-        figures = [Figures(**one) for one in content["figures"]]
+        figures = [BenchmarkResult(**one) for one in content["figures"]]
         sets = {name: of_set(one) for name, one in content["sets"].items()}
         return cls(**{**content, "sets": sets, "figures": figures})
 
 
 def collect(
-    claim: Claim, trials: Sequence[Trial], stored: Mapping[str, StoredTrial], figures: Sequence[Figures] = ()
+    claim: Claim, trials: Sequence[Trial], stored: Mapping[str, StoredTrial], figures: Sequence[BenchmarkResult] = ()
 ) -> Result:
-    """Collect the `stored` results of a claim's trials, and the figures of its benches.
+    """Collect the `stored` results of a claim's trials, and the results of its benchmarks.
 
     Raises DataError: a trial is not finished.
     """

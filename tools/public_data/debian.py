@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 from bigdssm.utils.hashing import hash64
-from tools.public_data.files import PublicFile, PublicTable, find
+from tools.public_data.files import PublicFile, PublicTable, find_source_file
 
 KIND = "debian-build-depends"
 COLUMNS = ("query_id", "query_description", "query_section", "doc_id", "doc_description", "doc_section")
@@ -44,7 +44,7 @@ def _row(packages: dict[str, tuple[str, str]], a: str, b: str) -> tuple[str, ...
 
 
 def _find(source: Path, folder: str, name: str) -> PublicFile:
-    return PublicFile(find(source / folder if (source / folder).is_dir() else source, name), KIND)
+    return PublicFile(find_source_file(source / folder if (source / folder).is_dir() else source, name), KIND)
 
 
 def _packages(file: PublicFile) -> dict[str, tuple[str, str]]:

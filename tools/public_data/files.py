@@ -33,7 +33,7 @@ def check_file(path: Path) -> None:
         )
 
 
-def find(folder: Path, name: str) -> Path:
+def find_source_file(folder: Path, name: str) -> Path:
     """Return the file `name` of `folder` or its compressed form. Raises DataError: neither exists."""
     if not folder.is_dir():
         got = "a file" if folder.exists() else "no such folder"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-from tools.public_data.files import PublicFile, PublicTable, find
+from tools.public_data.files import PublicFile, PublicTable, find_source_file
 from tools.public_data.movielens_100k import title_and_year
 
 EVENTS = ("user_id", "item_id", "rating", "timestamp")
@@ -26,10 +26,10 @@ def read_movielens_1m(source: Path) -> Iterator[PublicTable]:
 
     Raises DataError.
     """
-    movies = PublicFile(find(source, "movies.dat"), "movielens-1m")
+    movies = PublicFile(find_source_file(source, "movies.dat"), "movielens-1m")
     films = _films(movies, _fields(movies, "MovieID::Title::Genres"))
-    people = _people(PublicFile(find(source, "users.dat"), "movielens-1m"))
-    ratings = PublicFile(find(source, "ratings.dat"), "movielens-1m")
+    people = _people(PublicFile(find_source_file(source, "users.dat"), "movielens-1m"))
+    ratings = PublicFile(find_source_file(source, "ratings.dat"), "movielens-1m")
     rated: set[str] = set()
     yield PublicTable("interactions", EVENTS, _ratings_1m(ratings, films, people, rated))
     # the protocol of published results ranks only rated items
@@ -41,10 +41,10 @@ def read_movielens_1m(source: Path) -> Iterator[PublicTable]:
 
 def read_movielens_latest(source: Path) -> Iterator[PublicTable]:
     """Yield the ratings and all films of a folder with ratings.csv, movies.csv and tags.csv. Raises DataError."""
-    movies = PublicFile(find(source, "movies.csv"), "movielens-latest")
+    movies = PublicFile(find_source_file(source, "movies.csv"), "movielens-latest")
     films = _films(movies, movies.rows(("movieId", "title", "genres")))
-    tags = _tags(PublicFile(find(source, "tags.csv"), "movielens-latest"), films)
-    ratings = PublicFile(find(source, "ratings.csv"), "movielens-latest")
+    tags = _tags(PublicFile(find_source_file(source, "tags.csv"), "movielens-latest"), films)
+    ratings = PublicFile(find_source_file(source, "ratings.csv"), "movielens-latest")
     yield PublicTable("interactions", EVENTS, _ratings_latest(ratings, films))
     tagged = ((*film, "|".join(tags.get(item, ()))) for item, film in films.items())
     yield PublicTable("items", ("item_id", "title", "genres", "year", "tags"), tagged)

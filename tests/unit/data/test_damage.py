@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from bigdssm.dataset import blocks as blocks_module
-from bigdssm.dataset.arrow_size import decoded_size
+from bigdssm.dataset.arrow_size import max_decoded_size
 from bigdssm.dataset.blocks import BlockLayout, decode
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -236,7 +236,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
         {**writer.columns(0, 64, 0), "extra": pa.array([b"\0" * (1 << 20)] * 64, pa.large_binary())}
     )
     assert len(bomb) < 1 << 16
-    assert decoded_size(bomb) > 1 << 26
+    assert max_decoded_size(bomb) > 1 << 26
     put_block(folder, tools, bomb)
     before = pa.default_memory_pool().max_memory()
     rows, lines, _ = read(folder, tmp_path)
@@ -329,4 +329,4 @@ def test_decoded_size_matches_decoded_memory(tools) -> None:
     for compression in (None, "zstd"):
         content = tools.block_bytes(columns, compression)
         decoded = pa.ipc.open_stream(io.BytesIO(content)).read_all()
-        assert decoded.nbytes <= decoded_size(content) <= decoded.nbytes + 64
+        assert decoded.nbytes <= max_decoded_size(content) <= decoded.nbytes + 64
