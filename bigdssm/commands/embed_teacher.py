@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 -m bigdssm.commands.embed_teacher …     # distributes the rows over the ranks
 
 Use FOLDER in sft.distillation={name: batch_kl, teacher: FOLDER}. The teacher's scores are inner products of vectors:
-those of a bigdssm model, or the cosines of an unmodified Hugging Face text encoder, which reads the dataset's texts as
+those of a bigdssm model, or the cosines of an unchanged Hugging Face text encoder, which reads the dataset's texts as
 decoded by its tokenizer, truncated to max_tokens. An interrupted run continues from its finished shards.
 """
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors")
     teacher = parser.add_mutually_exclusive_group(required=True)
     teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder of the teacher")
-    teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="unmodified Hugging Face text encoder")
+    teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="unchanged Hugging Face text encoder")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     parser.add_argument(
         "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows per shard (default: %(default)s)"

@@ -7,7 +7,7 @@
 The first form excludes seen documents according to the model's data.exclude_seen; documents with the same score as the
 positive count half in its rank. OTHER is another model folder, or the JSON file of an earlier evaluation. The rank of
 each query's document is saved as .npy next to the --out file. The second form reads a BEIR folder (corpus.jsonl,
-queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unmodified pretrained text encoder, and TREC runs
+queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unchanged pretrained text encoder, and TREC runs
 (--compare). The third form evaluates a single TREC run. The metrics of runs equal those of trec_eval.
 """
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
     beir.add_argument(
-        "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unmodified Hugging Face text encoder"
+        "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unchanged Hugging Face text encoder"
     )
     beir.add_argument(
         "--max-tokens", type=int, default=256,
@@ -214,7 +214,7 @@ def _on_collection(args: argparse.Namespace) -> None:
                 "filter_known": known,
                 "progress": progress,
             }
-            add(f"{args.pretrained.name}, unmodified", partial(pretrained_run, args.pretrained, collection, **options))
+            add(f"{args.pretrained.name}, unchanged", partial(pretrained_run, args.pretrained, collection, **options))
         for path in args.compare:
             of_model = partial(_run_of_model, path, collection, args.precision, known, progress)
             add(names[path], of_model if path.is_dir() else partial(read_run, path))

@@ -5,7 +5,7 @@
 
 Evaluates the existing models among RUN/pretrain/best and RUN/sft/best over the full catalogue, with popularity and, if
 rows have histories, a Markov chain as baselines; the models are compared with the last baseline. With --beir the models
-are evaluated on a BEIR folder (such as that of make_shards --beir), against BM25 (--bm25), an unmodified pretrained
+are evaluated on a BEIR folder (such as that of make_shards --beir), against BM25 (--bm25), an unchanged pretrained
 encoder (--pretrained), and runs saved by bigdssm evaluate (--compare). Several RUNs must have the same config with
 different seeds (bigdssm seeds): metrics are means ± standard errors over queries and seeds; confidence intervals
 bootstrap over seeds and over clusters of queries (one per user or query text). REPORT.json is a list of {name,
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--beir", type=Path, metavar="DIR", help="evaluate on this BEIR folder")
     parser.add_argument("--bm25", action="store_true", help="with --beir: also evaluate BM25")
     parser.add_argument(
-        "--pretrained", type=Path, metavar="FOLDER", help="with --beir: also evaluate an unmodified text encoder"
+        "--pretrained", type=Path, metavar="FOLDER", help="with --beir: also evaluate an unchanged text encoder"
     )
     parser.add_argument(
         "--compare", type=Path, nargs="+", default=[], metavar="TREC", help="TREC runs of other systems (default: none)"
@@ -152,7 +152,7 @@ def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -
     if args.bm25:
         runs["BM25"] = partial(bm25_run, collection, filter_known=known)
     if args.pretrained is not None:
-        name = f"{args.pretrained.name}, unmodified"
+        name = f"{args.pretrained.name}, unchanged"
         runs[name] = partial(pretrained_run, args.pretrained, collection, precision=args.precision, filter_known=known)
     names = distinct_names(args.compare)
     runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}

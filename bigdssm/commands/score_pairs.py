@@ -6,7 +6,7 @@
 
 NPY is a file of bigdssm mine_negatives; SCORED.npy adds teacher scores, for sft.negatives.mining.file with
 sft.distillation or mining.teacher_margin. Teachers are bigdssm model folders (including their scorers), cross-encoders
-of sentence-transformers (logits), unmodified Hugging Face text encoders (cosines), and BM25. The scores of several
+of sentence-transformers (logits), unchanged Hugging Face text encoders (cosines), and BM25. The scores of several
 teachers are averaged after standardization per query. All teachers except model folders read the dataset's texts as
 decoded by its tokenizer, truncated to max_tokens.
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--pretrained", type=Path, nargs="+", default=[], metavar="FOLDER",
-        help="unmodified Hugging Face text encoders as teachers (default: none)",
+        help="unchanged Hugging Face text encoders as teachers (default: none)",
     )  # fmt: skip
     parser.add_argument("--bm25", action="store_true", help="BM25 as a teacher")
     parser.add_argument(

@@ -94,7 +94,7 @@ def read_index(folder: Path, split: str, expected: dict[str, object], partition:
         raise DataError(f"{path} is not an index of a split: {error}") from None
     for name in names:
         if "/" in name or "\\" in name or name.startswith(".") or not name.endswith(".tar"):
-            raise DataError(f"{path}: shard name {name!r} is not a plain file name ending in .tar; refused")
+            raise DataError(f"{path}: shard name {name!r} is not a plain file name ending in .tar; rejected")
     size, rows, queries, offset = (arrays[key] for key in ("size", "rows", "queries", "offset"))
     if len(rows) and (size.min() < 1 or rows.min() < 1 or offset.min() < 0 or (queries < rows).any()):
         raise DataError(f"{path} has blocks without bytes or rows; rebuild the dataset")

@@ -93,7 +93,7 @@ def read_partition(folder: Path, name: str) -> Partition:
     """
     where = folder / "partitions" / name
     if where.parent != folder / "partitions" or name.startswith("."):
-        raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; refused")
+        raise DataError(f"{folder}/dataset.json: partition name {name!r} is not a plain folder name; rejected")
     content = read_json(where / "partition.json", "copy the dataset whole")
     _check_shape(where / "partition.json", content, PARTITION_SHAPE)
     return Partition(name, where, content)
@@ -159,7 +159,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 def path_inside(folder: Path, path: str) -> Path:
     """Join a path from metadata to the folder. Raises DataError: it leads out of the folder."""
     if Path(path).is_absolute() or ".." in Path(path).parts:
-        raise DataError(f"{folder}: its metadata names a file {path!r}, not a plain path inside it; refused")
+        raise DataError(f"{folder}: its metadata names a file {path!r}, not a plain path inside it; rejected")
     return folder / path
 
 

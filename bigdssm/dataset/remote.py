@@ -155,7 +155,7 @@ class RemoteFolder:
 
 def _checked_join(url: str, path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path:
-        raise DataError(f"{redacted(url)}: its metadata names a file {path!r}, not a plain path inside it; refused")
+        raise DataError(f"{redacted(url)}: its metadata names a file {path!r}, not a plain path inside it; rejected")
     return join(url, path)
 
 

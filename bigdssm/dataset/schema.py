@@ -179,5 +179,5 @@ def vocabulary_checksums(content: Mapping[str, Any]) -> dict[str, str]:
 def _opened(folder: Path, files: list[dict[str, Any]]) -> Vocabulary:
     for path in (Path(part["file"]) for part in files):
         if path.parts != (VOCABULARIES, path.name) or path.name.startswith("."):
-            raise DataError(f"{folder}/{SCHEMA_FILE} names a file {str(path)!r}, not one in {VOCABULARIES}/; refused")
+            raise DataError(f"{folder}/{SCHEMA_FILE} names a file {str(path)!r}, not one in {VOCABULARIES}/; rejected")
     return Vocabulary.open([PartFile(folder / part["file"], part["rows"], part["checksum"]) for part in files])

@@ -52,7 +52,7 @@ def query_tower(path: Path, model_checksum: str, threads: int = 0) -> Any:
         )
     if b"DynamicQuantizeLinear" in path.read_bytes():
         raise CheckpointError(
-            f"{path} quantizes activations per batch, so that answers depend on the other requests in it; export the "
+            f"{path} quantizes activations per batch: answers depend on the other requests in it; export the "
             "model again with bigdssm convert_checkpoint --format onnx"
         )
     return onnx_session(path, threads)

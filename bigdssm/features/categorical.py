@@ -179,7 +179,7 @@ class Categorical(Feature):
         if operator not in ("=", "in"):
             raise ConfigError(f"filter: {self.name} {operator}: {self.name} is categorical, needs = or in")
         if self.hash_buckets:
-            raise ConfigError(f"filter: {self.name} is hashed, so that its values cannot be distinguished")
+            raise ConfigError(f"filter: {self.name} is hashed: its values cannot be distinguished")
         codes = self.codes(pa.array(values, pa.string()))
         if (unknown := codes == OUT_OF_VOCABULARY).any():
             value = values[int(np.argmax(unknown))]

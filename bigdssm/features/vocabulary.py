@@ -8,7 +8,8 @@ written once and memory-mapped by all processes that look up values:
     code    per hash: the index of its string in `value`
 
 Row i of `value` is unrelated to row i of `hash`. The metadata contain the number of values in earlier parts, and a
-digest of the values and their codes; the sum of the parts' digests identifies a vocabulary, whatever its parts.
+digest of the values and their codes; the sum of the parts' digests identifies a vocabulary, independent of the division
+into parts.
 
 Shapes: R strings to look up, V values of a part.
 """

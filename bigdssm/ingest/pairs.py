@@ -166,7 +166,7 @@ def make_pairs(
         )  # fmt: skip
         encode = partial(_encoded, documents.keys, schema.query, None if writer.content["text"] == "raw" else text)
         entries = run.write_splits(splits, encode)
-        if tables.beir:  # before the commit: a repeated command would refuse the existing dataset
+        if tables.beir:  # before the commit: a repeated command would reject the existing dataset
             write_collection(engine, documents, tables.beir, base)
         return run.finish(schema, text, documents, entries, _train_positives(engine, documents))
 

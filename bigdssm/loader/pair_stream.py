@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 class PairStream(RowStream):
     """Rank k of R reads the lanes k, k + R, ….
 
-    Bad rows are skipped, so that a rank's Rows may be empty. max_bad_fraction applies to the rows of all epochs started
+    Bad rows are skipped, so a rank's Rows may be empty. max_bad_fraction applies to the rows of all epochs started
     since the stream was opened: a few bad rows at the beginning do not stop it.
     """
 

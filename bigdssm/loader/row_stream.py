@@ -39,7 +39,7 @@ class RowReport(NamedTuple):
 class RowStream(ABC):
     """An endless iterator over this rank's rows of each step.
 
-    All ranks run the same number of steps, whatever is damaged. Every CHECK_EVERY_STEPS steps `next` is a collective
+    All ranks run the same number of steps, for any damage. Every CHECK_EVERY_STEPS steps `next` is a collective
     (see `check`) if world_size is the process group's; `map_steps` never is.
     """
 

@@ -7,7 +7,7 @@ With c_j the expected number of columns of the global batch that hold document j
     corrected   neg_bias_j −= γ log c_j on negatives only, since a positive is not sampled by chance
 
 The serving score is not corrected. c is computed from the catalogue's counts or from a streaming estimate. In `classic`
-a constant factor of c cancels; in `corrected` it does not, so that c must be a number of columns and not a share.
+a constant factor of c cancels; in `corrected` it does not, so c must be a number of columns and not a share.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class StreamingFrequency:
     Both are moving averages, stored in buckets of several hashes; the minimum over hashes has the least error from
     collisions. The state is the same on every rank, since all ids are gathered, and depends only on the batches.
     Source: Yi et al. 2019, Algorithm 2 and section 5, extended by the count per step: the original only records whether
-    a step holds a document, so that many occurrences per step look as frequent as one.
+    a step contains a document; many occurrences per step therefore look as frequent as one.
     """
 
     num_buckets: int

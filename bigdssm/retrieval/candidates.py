@@ -97,7 +97,7 @@ def write_rated(path: Path, dataset: Dataset, width: int, low: float, share: Sha
         windows, grades = rated.windows(rows.query_ids, targets, width)
         return windows, np.concatenate([rows.relevance[:, None], grades], 1)
 
-    empty = f"{dataset.dir}: no train query has rated a document besides its target, so there are no candidates"
+    empty = f"{dataset.dir}: no train query has a rated document other than its target, so there are no candidates"
     return _write(path, dataset, of, width, scored=True, empty=empty, share=share)
 
 

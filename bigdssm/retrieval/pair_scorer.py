@@ -54,7 +54,7 @@ class PairScorer:
         return cast(DualEncoder, getattr(self.model, "module", self.model)).scorer
 
     def require_scorer(self) -> None:
-        """Raise CheckpointError if the model has no scorer, so that re-ranking would change nothing."""
+        """Raise CheckpointError if the model has no scorer: re-ranking would have no effect."""
         if self.scorer is None:
             raise CheckpointError(
                 "--rerank needs a model with a scorer in addition to its vectors; fine-tune one with sft.scorer"

@@ -106,7 +106,7 @@ def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str
 (score: {score}).
 
 A document's vector is [alpha * w, beta] (width {meta.width}), a query's is [u, 1]: **search by inner product**,
-whatever the model's score, and append 1 to the output of the query tower. The inner product is the training score.
+for any score of the model, and append 1 to the output of the query tower. The inner product is the training score.
 {_HOW_CODED.get(meta.dtype, "")}
 | file | holds | largest difference from the model, relative |
 |---|---|---|

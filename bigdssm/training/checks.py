@@ -135,7 +135,7 @@ def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
         )
     if not dataset.has_positives():
         raise DataError(
-            f"{dataset.dir}: no train row has a relevance above 0, so that there is nothing to learn; correct the "
+            f"{dataset.dir}: no train row has a relevance above 0: there is nothing to learn; correct the "
             "relevances, and build the dataset again"
         )
 

@@ -209,7 +209,7 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
     except (ConfigError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").split())
         raise CheckpointError(
-            f"{path} does not load, so that this config cannot be compared with the run's: {reason}; restore it, or "
+            f"{path} does not load; this config cannot be compared with the run's: {reason}; restore it, or "
             "choose another run.dir"
         ) from None
     if difference := forbidden_change(before, config, name):

@@ -69,7 +69,7 @@ def _item_vectors(
     pairs = csr_matrix((docs.data, (codes[docs.row], codes[docs.col])), (num_codes, num_codes))
     selected = pairs.getnnz(axis=0) + pairs.getnnz(axis=1) > 0
     if not selected.any():
-        raise DataError(f"{dataset.dir}: no train row has a history, so that no {feature} values co-occur")
+        raise DataError(f"{dataset.dir}: no train row has a history, so no {feature} values co-occur")
     vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
     length = np.sqrt((vectors**2).sum(axis=1).mean())
     return selected, (vectors * (config.length / length)).astype(np.float32)

@@ -368,7 +368,7 @@ def test_the_docs_have_the_rules_of_the_code(config: Path) -> None:
         used |= {rule for rule in RULES if f"{key.replace('pretrain.', 'STAGE.')}.".startswith(f"{rule}.")}
     assert used | {"OTHER"} == set(RULES)
     text = (ROOT / "docs" / "faults.md").read_text()
-    table = text[text.index("## What may change at a resume") :]
+    table = text[text.index("## What may change on resume") :]
     table = table[: table.index("\n## ", 1)]
     told = {}
     for keys, rule in re.findall(r"^\| (`[^|]+) \| (\w+) \|", table, re.MULTILINE):
@@ -464,7 +464,7 @@ def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: {dir: x}\nmodel: 3\n"])
 def test_a_damaged_config_in_a_run_folder_gives_a_one_line_error(config: Path, run: Path, content: bytes) -> None:
     (run / "pretrain" / "config.yaml").write_bytes(content)
-    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load, so that .* restore it")
+    refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, r"config\.yaml does not load; .* restore it")
 
 
 @pytest.mark.slow

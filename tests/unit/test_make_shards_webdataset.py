@@ -105,7 +105,7 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["pyd", "pickle", "pkl", "pth", "query.PTH"])
 def test_members_that_others_unpickle_are_refused(tmp_path: Path, suffix: str) -> None:
     shard = members(tmp_path / "s.tar", {"0.json": json.dumps(record(0)).encode(), f"0.{suffix}": b"cos\nsystem\n"})
-    with pytest.raises(DataError, match=rf"member '0\.{suffix}' is a pickle, which can run code; refused"):
+    with pytest.raises(DataError, match=rf"member '0\.{suffix}' is a pickle, which can run code; rejected"):
         make(tmp_path / "out", shard)
     assert not (tmp_path / "out").exists()
 

@@ -91,7 +91,7 @@ def _cell(text: str) -> str:
 
 
 def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    return name.replace("_", "-").capitalize()
 
 
 def _anchor(name: str) -> str:

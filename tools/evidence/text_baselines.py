@@ -40,7 +40,7 @@ class VectorTexts:
 
 
 class PretrainedTexts(VectorTexts):
-    """An unmodified Hugging Face text encoder."""
+    """An unchanged Hugging Face text encoder."""
 
     @classmethod
     def fit(cls, dataset: Dataset, folder: str, precision: str = "fp32") -> PretrainedTexts:

@@ -246,7 +246,7 @@ def saved_dataset(folder: Path) -> ArrowSource:
         raise DataError(f"{folder / STATE_FILE} is of another format: {error!r}") from None
     for name in names:
         if Path(name).name != name:
-            raise DataError(f"{folder / STATE_FILE} names a file {name!r}, not one in its folder; refused")
+            raise DataError(f"{folder / STATE_FILE} names a file {name!r}, not one in its folder; rejected")
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} does not exist, but {STATE_FILE} names it; copy the dataset whole")
     if not names:

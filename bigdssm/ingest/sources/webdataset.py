@@ -5,7 +5,7 @@
                                                        __key__        the name up to the first dot
 
 Other members (images, …) are skipped unread. Nothing is unpickled, no command is run, no key becomes a path. Truncated
-shards and damaged headers are refused; webdataset's reader would silently stop there.
+shards and damaged headers are rejected; webdataset's reader would silently stop there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class WebDatasetSource(FileSource):
     compressible: ClassVar[bool] = True
 
     def split(self) -> Sequence[Part]:
-        """Return a single part. Raises DataError: truncated or refused, see `check_shard`."""
+        """Return a single part. Raises DataError: truncated or rejected, see `check_shard`."""
         check_shard(self.file)
         return super().split()
 
@@ -71,7 +71,7 @@ def check_shard(file: TableFile) -> None:
                     setattr(tar, "members", [])  # noqa: B010 (not in the stubs; bounds memory)
                     last = f"member {member.name!r}"
                     if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
-                        raise DataError(f"{file.name}: {last} is a pickle, which can run code; refused, leave it out")
+                        raise DataError(f"{file.name}: {last} is a pickle, which can run code; rejected, omit it")
                     if is_text(member.name) and member.size > MAX_RECORD_BYTES:
                         raise DataError(
                             f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"

@@ -1,6 +1,6 @@
 """Triton kernels over tiles of the score matrix: log-sum-exps of rows and columns, and sums over its gradient.
 
-Scores exist only in registers: S2 = alpha2 · U Wᵀ + offset, in base 2, so that alpha and offsets are scaled by log2 e.
+Scores exist only in registers: S2 = alpha2 · U Wᵀ + offset, in base 2; alpha and offsets are scaled by log2 e.
 One program computes a sum, over its tiles in order: results are deterministic. The row stride of W is
 W_units · ALIGNED numbers, which gives the compiler its alignment.
 

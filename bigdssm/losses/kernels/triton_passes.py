@@ -150,7 +150,7 @@ def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[T
         slots = torch.where(here, (order - 1).int(), slots)
         used = order[-1]
         word = (slots[tile] * 2 + column % _MASK_TILE // 64) * _MASK_TILE + row % _MASK_TILE
-        # entries are unique, so that the sum of bits is their union, in any order
+        # entries are unique: the sum of bits is their union, in any order
         bits.view(-1).index_add_(0, word, torch.ones_like(column) << column % 64)
     return slots.view(shape), bits
 

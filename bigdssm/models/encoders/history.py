@@ -23,7 +23,7 @@ class HistoryEncoder(Encoder):
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
     the newest item (`age`: the newest item has the same position in long and short histories), the distance from the
     start (`absolute`), or the distance of query and key, as a learned bias per head (`relative`) or as rotary
-    embeddings (`rotary`). All layers share the biases, so that neither the mask nor its gradient grows with the depth.
+    embeddings (`rotary`). All layers share the biases: neither the mask nor its gradient grows with the depth.
     Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; see `blocks` for the layers.
     """
 
@@ -209,7 +209,7 @@ class HistoryEncoder(Encoder):
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the learned bias per distance, [T, h], for positions=relative.
 
-        Called once per forward, whatever the groups: under ZeRO-3 each call of a module is a collective.
+        Called once per forward, independent of the groups: under ZeRO-3 each call of a module is a collective.
         """
         if self.config.positions != "relative":
             return None
