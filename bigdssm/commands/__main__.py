@@ -32,26 +32,26 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the command line names and return its exit code; without one, list the commands."""
-    tool, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    if tool in ("-h", "--help"):
-        return run_main(_print_tools)
-    if tool == "--version":
+    if command in ("-h", "--help"):
+        return run_main(_print_commands)
+    if command == "--version":
         print(__version__)
         return 0
-    if tool not in names:
-        near = difflib.get_close_matches(tool, names, 1, cutoff=0.4)
+    if command not in names:
+        near = difflib.get_close_matches(command, names, 1, cutoff=0.4)
         meant = f"did you mean {near[0]}?" if near else "`bigdssm --help` lists them"
-        sys.stderr.write(f"error: bigdssm has no command {tool!r}; {meant}\n")
+        sys.stderr.write(f"error: bigdssm has no command {command!r}; {meant}\n")
         return ConfigError.exit_code
-    sys.argv[0] = f"bigdssm {tool}"  # the name in its --help
+    sys.argv[0] = f"bigdssm {command}"  # the name in its --help
     if argv is None:
         sys.argv[1:] = arguments
-    code: int = importlib.import_module(f"bigdssm.commands.{tool}").main(None if argv is None else arguments)
+    code: int = importlib.import_module(f"bigdssm.commands.{command}").main(None if argv is None else arguments)
     return code
 
 
-def _print_tools() -> None:
+def _print_commands() -> None:
     print(USAGE)
     for group, names in GROUPS.items():
         print(f"\n{group}:", *(f"  {name:<20}{_about(name)}" for name in names), sep="\n")

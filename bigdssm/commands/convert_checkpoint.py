@@ -7,7 +7,7 @@
 best is the checkpoint with the best validation; latest and step-… are assembled from the shards of all ranks, for any
 ZeRO stage. Every format includes a model card (README.md):
 
-    model                  config, schema, tokenizer, safetensors: the --model of the other tools
+    model                  config, schema, tokenizer, safetensors: the --model of the other commands
     sentence-transformers  SentenceTransformer(FOLDER); towers with a single text feature
     hf                     AutoModel, AutoTokenizer and the projection per tower; towers with a single text feature
     onnx                   query.onnx, doc.onnx and query.int8.onnx for onnxruntime; any towers
