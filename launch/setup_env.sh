@@ -51,7 +51,7 @@ find_python() {
     if [ -n "$no_venv" ]; then
         die "$seen; install the venv module (Debian, Ubuntu: apt install python3-venv) or name another Python with BIGDSSM_PYTHON=/path/to/python"
     fi
-    die "Python 3.10 or newer is needed, but $seen; install one, or name it with BIGDSSM_PYTHON=/path/to/python"
+    die "Python 3.10 or newer is needed, but $seen; install one, or set BIGDSSM_PYTHON=/path/to/python"
 }
 
 # Identifies a valid .venv: package metadata, interpreter and path (a moved .venv does not work).

@@ -1,4 +1,4 @@
-"""Mine hard negatives: documents at positions [first, last) of each train query's ranking.
+"""Mine hard negatives: documents at positions [first, last) of each training query's ranking.
 
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
     torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # distributes the rows over the ranks

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out)
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ConfigError(f"--out {args.out}: needs a name that ends in {' or '.join(IMAGE_SUFFIXES)}")
+        raise ConfigError(f"--out {args.out}: needs a file name ending in {' or '.join(IMAGE_SUFFIXES)}")
     plot_runs(args.runs, args.out)
     print(args.out)
 

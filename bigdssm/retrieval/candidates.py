@@ -97,7 +97,7 @@ def write_rated(path: Path, dataset: Dataset, width: int, low: float, share: Sha
         windows, grades = rated.windows(rows.query_ids, targets, width)
         return windows, np.concatenate([rows.relevance[:, None], grades], 1)
 
-    empty = f"{dataset.dir}: no train query has a rated document other than its target, so there are no candidates"
+    empty = f"{dataset.dir}: no training query has a rated document other than its target, so there are no candidates"
     return _write(path, dataset, of, width, scored=True, empty=empty, share=share)
 
 
@@ -121,7 +121,7 @@ def write_candidates(
         excluded = np.append(number, np.arange(rows.num_queries)), np.append(docs, rows.doc_rows)
         return candidates.windows(queries, excluded, width)
 
-    empty = f"{table}: no train query of {dataset.dir} has a candidate in it; check the ids in its columns"
+    empty = f"{table}: no training query of {dataset.dir} has a candidate in it; check the ids in its columns"
     return _write(path, dataset, of, width, scored=False, empty=empty, share=share)
 
 

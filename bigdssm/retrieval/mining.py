@@ -1,4 +1,4 @@
-"""Hard-negative mining: a window of ranks of the documents that train queries retrieve.
+"""Hard-negative mining: a window of ranks of the documents that training queries retrieve.
 
 Ranks below `first` are skipped because they contain false negatives: relevant documents without an interaction. For the
 same reason `margin` drops documents that score close to the target. Only train positives are excluded: excluding
@@ -101,7 +101,7 @@ def mine(
     share: Share | None = None,
     exclude_seen: bool = True,
 ) -> np.ndarray:
-    """Mine this rank's `window_records`: documents at ranks [first, last) per train query.
+    """Mine this rank's `window_records`: documents at ranks [first, last) per training query.
 
     `rows` are the queries to mine for, in as many chunks on every rank; default: the rank's share of the split. Known
     positives (the target, and with `exclude_seen` the query's train documents and its history, or the query itself if

@@ -1,4 +1,4 @@
-"""Teacher vectors of documents and train queries; their inner products are teacher scores.
+"""Teacher vectors of documents and training queries; their inner products are teacher scores.
 
 FOLDER/documents.npy   float16 [N, E], by catalogue row
 FOLDER/queries.npy     records (query int64, vector float16 [E]), ascending by key (see `Rows.query_keys`)
@@ -74,7 +74,7 @@ class TeacherVectors:
 def write_teacher_vectors(
     out: Path, encoders: Encoders, dataset: Dataset, name: str, work: ShardWork
 ) -> TeacherVectors | None:
-    """Encode all documents and train queries; returned on the rank that finishes, else None.
+    """Encode all documents and training queries; returned on the rank that finishes, else None.
 
     `name` identifies the teacher: finished shards of an earlier run with the same name are reused. Raises DataError: a
     vector is not finite, or too large for float16.

@@ -46,7 +46,7 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
 
 
 def train_rows(dataset: Dataset) -> list[tuple[int, int, int, float]]:
-    """Return (key, query id, catalogue row, relevance) per train query."""
+    """Return (key, query id, catalogue row, relevance) per training query."""
     rows = next(dataset.iterate("train", 10**6))
     return list(
         zip(*(c.tolist() for c in (rows.query_keys, rows.query_ids, rows.doc_rows, rows.relevance)), strict=True)
@@ -146,5 +146,5 @@ def test_invalid_candidate_options_are_refused(
         assert words in tools.refused(code, "list_candidates", *command)
     (root / "other.jsonl").write_text('{"user": "nobody", "beside": ["d1"]}\n')
     other = (*arguments, "--given", root / "other.jsonl", "--query-column", "user", "--column", "beside")
-    assert "no train query of" in tools.refused(3, "list_candidates", *other)
+    assert "no training query of" in tools.refused(3, "list_candidates", *other)
     assert not list(tmp_path.iterdir())

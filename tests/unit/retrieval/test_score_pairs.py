@@ -33,7 +33,7 @@ from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 
 @pytest.fixture(scope="module")
 def negatives(model: DualEncoder, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Windows of all train queries, partly padded."""
+    """Windows of all training queries, partly padded."""
     path = tmp_path_factory.mktemp("mined") / "mined.npy"
     own = mine(tower_encoders(model, dataset), dataset, first=1, last=5, margin=-5.0)
     found = gather_hard_negatives(path, own, dataset)
