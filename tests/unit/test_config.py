@@ -272,7 +272,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             ["sft.scorer", "widths=[]"],
         ),
         ("sft.loss.name=sigmoid", ["model.beta", "got document", "needs scalar", "sft.loss.name"]),
-        ("model.beta=scalar", ["model.beta", "got scalar", "without a sigmoid loss"]),
+        ("model.beta=scalar", ["model.beta", "got scalar", "only in sigmoid losses"]),
         ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),
         ("pretrain.keep_checkpoints=0", ["pretrain.keep_checkpoints", "at least 1"]),
         ("nothing", ["nothing", "key=value"]),

@@ -36,9 +36,9 @@ def test_overrides_are_accepted_anywhere(tiny_interactions: Any, started: list[s
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--seeds", "0", "x"], "needs whole numbers"),
+        (["--seeds", "0", "x"], "needs at least one non-negative integer"),
         (["--seeds", "-1"], "--seeds"),
-        (["--seeds", "1.5"], "needs whole numbers"),
+        (["--seeds", "1.5"], "needs at least one non-negative integer"),
         (["--seeds", "run.dir=x"], "needs at least one non-negative integer"),
         (["--seeds", "3", "03"], "contains a seed twice"),
         (["--seeds", str(2**63)], "run.seed: got 9223372036854775808, needs at least 0 and at most"),

@@ -124,7 +124,7 @@ def test_a_missing_dataset_leaves_the_rest_of_the_comparison(
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
     assert found.systems is None and "is not a model folder" in found.skip_reason
-    assert "results: not measured:" in tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
+    assert "results not measured:" in tools.ran("compare_runs", tmp_path / "first", tmp_path / "second")
 
 
 def test_trackers_are_known_by_name_and_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
