@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from bigdssm.dataset.dataset import Dataset
     from bigdssm.ingest.api import make_dataset
     from bigdssm.losses import fps_loss
+    from bigdssm.models.two_towers import TwoTowers
     from bigdssm.retrieval.index import open_index
     from bigdssm.retrieval.model import from_pretrained, load_model
     from bigdssm.retrieval.request import Event, Request
     from bigdssm.serving.searcher import Searcher
     from bigdssm.training.api import pretrain, sft
+    from bigdssm.training.cached_step import cached_step, pair_batch
 
 
 __version__ = "0.1.0"
@@ -25,12 +27,15 @@ __all__ = [
     "Event",
     "Request",
     "Searcher",
+    "TwoTowers",
+    "cached_step",
     "fps_loss",
     "from_pretrained",
     "load_config",
     "load_model",
     "make_dataset",
     "open_index",
+    "pair_batch",
     "pretrain",
     "push_to_hub",
     "sft",
@@ -44,10 +49,12 @@ __getattr__, __dir__ = lazy_attributes(
         "bigdssm.dataset.dataset": ["Dataset"],
         "bigdssm.ingest.api": ["make_dataset"],
         "bigdssm.losses": ["fps_loss"],
+        "bigdssm.models.two_towers": ["TwoTowers"],
         "bigdssm.retrieval.index": ["open_index"],
         "bigdssm.retrieval.model": ["from_pretrained", "load_model"],
         "bigdssm.retrieval.request": ["Event", "Request"],
         "bigdssm.serving.searcher": ["Searcher"],
         "bigdssm.training.api": ["pretrain", "sft"],
+        "bigdssm.training.cached_step": ["cached_step", "pair_batch"],
     },
 )

@@ -10,30 +10,67 @@ Shapes: m queries, n documents, D vector width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.dataset.tensors import Features
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.chunks import Chunked, at_least_one, join_sides, split_sides
 from bigdssm.loader.step_plan import Chunk, SidePlan, StepPlan, TokenBudget, plan_side
+from bigdssm.losses import LossOutput
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
-from bigdssm.training.engine import Engine
 from bigdssm.utils import timing
 
 Backward = Callable[[Encoded], None]  # takes leaf tensors with gradients set by the loss
 Gradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 
-def encode(engine: Engine, batch: Batch, plan: StepPlan, extra_inputs: Features) -> tuple[Encoded, Backward, StepPlan]:
+class StepEngine(Protocol):
+    """A model with two towers, and the reduction of its gradients over the ranks."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+
+    def forward(self, query: Any = None, doc: Any = None, **extra_inputs: Any) -> Encoded:
+        """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
+
+    def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Back-propagate (output, gradient) pairs."""
+
+    def single_reduction(self) -> AbstractContextManager[None]:
+        """A context that accumulates the gradients of several backwards and reduces them once, at exit."""
+
+
+def back_propagate(encoded: Encoded, backward: Backward, loss_function: Callable[[Encoded], LossOutput]) -> LossOutput:
+    """Compute the loss of encoded vectors and accumulate the gradients of the towers' weights. A collective.
+
+    If this rank's loss is not finite, its gradients are NaN: after the reduction, all ranks can skip the step.
+    """
+    with timing.span("loss"):
+        leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
+        output = loss_function(leaves)
+        output.loss.backward()
+        zero_or_nan = output.loss.detach() * 0
+        for leaf in leaves:
+            if leaf is not None and leaf.grad is not None:
+                leaf.grad.add_(zero_or_nan)
+    with timing.span("backward"):
+        backward(leaves)
+    return output
+
+
+def encode(
+    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
+) -> tuple[Encoded, Backward, StepPlan]:
     """Encode a batch; return the embeddings U [m, D], W [n, D], the backward function and the executed plan.
 
     extra_inputs: inputs of the model's forward in addition to the features of both sides, by name; only if whole.
@@ -48,7 +85,7 @@ def encode(engine: Engine, batch: Batch, plan: StepPlan, extra_inputs: Features)
     return *encoded, plan
 
 
-def _whole(engine: Engine, batch: Batch, plan: StepPlan, features: Features) -> tuple[Encoded, Backward]:
+def _whole(engine: StepEngine, batch: Batch, plan: StepPlan, features: Features) -> tuple[Encoded, Backward]:
     """Encode in one forward, with one backward."""
     extra_inputs: dict[str, Any] = dict(at_least_one(features)) if features else {}
     if batch.query_positions is not None:
@@ -93,7 +130,7 @@ class EncodedChunk:
             **({} if query_positions is None else {"query_positions": query_positions}),
         }
 
-    def encode(self, engine: Engine) -> Encoded:
+    def encode(self, engine: StepEngine) -> Encoded:
         """Return the outputs of the chunk, detached."""
         if not self.retain_graph:
             self.state = RandomState.now()
@@ -103,7 +140,7 @@ class EncodedChunk:
             self.encoded = encoded
         return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
 
-    def with_graph(self, engine: Engine) -> Encoded:
+    def with_graph(self, engine: StepEngine) -> Encoded:
         """Return the outputs with their graph; may be called once."""
         if self.state is None:
             encoded, self.encoded = self.encoded, None
@@ -130,7 +167,7 @@ def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
     return [EncodedChunk(*item, retain_graph=i >= len(work) - plan.num_retained) for i, item in enumerate(work)]
 
 
-def _in_chunks(engine: Engine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
+def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
     """Encode chunk by chunk; backward takes all retained graphs together, then other chunks one by one."""
     outputs = [chunk.encode(engine) for chunk in chunks]
     query, doc = chunks[0].side, chunks[-1].side
@@ -144,7 +181,7 @@ def _in_chunks(engine: Engine, batch: Batch, chunks: list[EncodedChunk]) -> tupl
     return encoded, partial(_backward, engine, chunks)
 
 
-def _backward(engine: Engine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
+def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
     retained = [chunk for chunk in chunks if chunk.retain_graph]
     groups = ([retained] if retained else []) + [[chunk] for chunk in chunks if not chunk.retain_graph]
     with engine.single_reduction():
@@ -174,7 +211,7 @@ class EncodedPairChunk(EncodedChunk):
 
 
 def encode_pairs(
-    engine: Engine, batch: Batch, plan: StepPlan, candidates: Tensor
+    engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor
 ) -> tuple[Encoded, Backward, StepPlan]:
     """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`.
 
@@ -183,7 +220,7 @@ def encode_pairs(
     """
     scorer = cast(DualEncoder, engine.module).scorer
     assert isinstance(scorer, CrossEncoder)
-    chunks = pair_chunks(scorer, batch, candidates, engine.budget)
+    chunks = pair_chunks(scorer, batch, candidates, cast(Any, engine).budget)
     side = chunks[0].side
     outputs = [chunk.encode(engine) for chunk in chunks]
     scores = side.assemble([out.scores for out in outputs if out.scores is not None]).view(candidates.shape)
@@ -222,7 +259,7 @@ def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: 
     ]
 
 
-def _products(engine: Engine, batch: Batch, plan: StepPlan, candidates: Tensor) -> Tensor:
+def _products(engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor) -> Tensor:
     """Return the towers' scores float32 [m, l] of candidates, without a graph, in evaluation mode."""
     engine.module.eval()
     with torch.no_grad():

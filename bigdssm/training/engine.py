@@ -142,31 +142,19 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
     return config
 
 
-class Engine:
-    """A model under DeepSpeed: forward of one or both towers, backward from vector gradients, one step."""
+class DeepSpeedStepEngine:
+    """A model under any DeepSpeed engine: forward of one or both towers, backward from vector gradients."""
 
-    def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
-        self.zero_stage = config.zero_stage
-        self._state_of = optimizer.state_of
-        narrow = config.precision in ("bf16", "bf16_pure")  # `auto` is settled before
-        self.product_dtype = torch.bfloat16 if narrow else torch.float32
-        self._norm = float("nan")
-        if narrow and not _on_device():
-            use_eager_attention(model)
-        if narrow and flash_runs_on(device()):
-            use_packing(model)
-        packed = model.accepts_packed(training=True) if isinstance(model, DualEncoder) else NOTHING_PACKED
-        self.budget = TokenBudget.of(config, packed)
-        if config.compile:
-            compile_layers(model)
-        built = deepspeed.initialize(
-            model=model.to(device()),
-            optimizer=build_optimizer(model, optimizer),
-            config=deepspeed_config(config, optimizer, rows_per_rank),
-        )
-        self.deepspeed = built[0]
-        if self.zero_stage > 0:
-            self.deepspeed.optimizer.check_grad_overflow = True  # skip steps of non-finite gradients in fp32, too
+    def __init__(self, engine: Any, call: Callable[..., Encoded] | None = None) -> None:
+        """`call`: encodes by the engine, which by default returns Encoded. Raises ConfigError: accumulated steps."""
+        if engine.gradient_accumulation_steps() != 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps: got {engine.gradient_accumulation_steps()}, needs 1: a softmax over the "
+                "batch is no sum of those over its parts; make the batch larger, in chunks"
+            )
+        self.deepspeed = engine
+        self.zero_stage = int(engine.zero_optimization_stage())
+        self._call = call or engine
 
     def forward(
         self,
@@ -175,7 +163,7 @@ class Engine:
         **extra_inputs: Tensor | QueryPositions | bool,
     ) -> Encoded:
         """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
-        return cast(Encoded, self.deepspeed(query=query, doc=doc, **extra_inputs))
+        return cast(Encoded, self._call(query=query, doc=doc, **extra_inputs))
 
     def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Back-propagate (output, gradient) pairs, by a surrogate loss: DeepSpeed accepts only scalars."""
@@ -193,6 +181,37 @@ class Engine:
                 accumulation.close()
                 if self.zero_stage == 0:
                     engine.allreduce_gradients()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return cast(nn.Module, self.deepspeed.module)
+
+
+class Engine(DeepSpeedStepEngine):
+    """A model under DeepSpeed, configured by the config, and its optimizer step."""
+
+    def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
+        self._state_of = optimizer.state_of
+        narrow = config.precision in ("bf16", "bf16_pure")  # `auto` is settled before
+        self.product_dtype = torch.bfloat16 if narrow else torch.float32
+        self._norm = float("nan")
+        if narrow and not _on_device():
+            use_eager_attention(model)
+        if narrow and flash_runs_on(device()):
+            use_packing(model)
+        packed = model.accepts_packed(training=True) if isinstance(model, DualEncoder) else NOTHING_PACKED
+        self.budget = TokenBudget.of(config, packed)
+        if config.compile:
+            compile_layers(model)
+        built = deepspeed.initialize(
+            model=model.to(device()),
+            optimizer=build_optimizer(model, optimizer),
+            config=deepspeed_config(config, optimizer, rows_per_rank),
+        )
+        super().__init__(built[0])
+        if self.zero_stage > 0:
+            self.deepspeed.optimizer.check_grad_overflow = True  # skip steps of non-finite gradients in fp32, too
 
     def step(self, lr_factor: float) -> bool:
         """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.
@@ -218,11 +237,6 @@ class Engine:
     def learning_rate(self) -> float:
         """Return the current rate of the first group."""
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])
-
-    @property
-    def module(self) -> nn.Module:
-        """The model."""
-        return cast(nn.Module, self.deepspeed.module)
 
     def local_pieces(self) -> Iterator[TensorPiece]:
         """Yield this rank's pieces of weights and optimizer states, see portable.py."""

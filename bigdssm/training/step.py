@@ -17,7 +17,7 @@ from bigdssm.loader.step_plan import StepPlan, StepRequirements
 from bigdssm.loader.upload import to_device
 from bigdssm.losses import LossOutput
 from bigdssm.models import Encoded
-from bigdssm.training.encoding import encode
+from bigdssm.training.encoding import back_propagate, encode
 from bigdssm.training.engine import Engine
 from bigdssm.utils import timing
 
@@ -116,23 +116,9 @@ def train_step(
     """
     with timing.span("encode"):
         encoded, backward, plan = encode(engine, batch, plan, extra_inputs or {})
-    with timing.span("loss"):
-        leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
-        output = loss_function(leaves, batch)
-        output.loss.backward()
-        _invalidate_gradients(leaves, output.loss.detach())
-    with timing.span("backward"):
-        backward(leaves)
+    output = back_propagate(encoded, backward, lambda leaves: loss_function(leaves, batch))
     with timing.span("optimizer"):
-        agreement = exchange_reports(output.loss, leaves.alpha, make_report())
+        agreement = exchange_reports(output.loss, encoded.alpha, make_report())
         applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
     return StepResult(agreement(), applied, norm, output.stats, plan)
-
-
-def _invalidate_gradients(leaves: Encoded, loss: Tensor) -> None:
-    """Set all gradients to NaN if this rank's loss is not finite: after the reduction, all ranks skip the step."""
-    zero_or_nan = loss * 0
-    for leaf in leaves:
-        if leaf is not None and leaf.grad is not None:
-            leaf.grad.add_(zero_or_nan)

@@ -1,0 +1,65 @@
+"""Two ordinary encoders as one model of two towers, for `bigdssm.cached_step`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from bigdssm.models.dual_encoder import Encoded
+
+Pooling = Literal["mean", "cls", "last"]
+
+
+def pool(hidden_RTH: Tensor, mask_RT: Tensor, pooling: Pooling) -> Tensor:
+    """Return [R, H]: the mean over the tokens of a mask, or the first or last one of them."""
+    mask_RT = mask_RT.bool()
+    if pooling == "mean":
+        weight = mask_RT.unsqueeze(2).to(hidden_RTH.dtype)
+        return (hidden_RTH * weight).sum(1) / weight.sum(1).clamp(min=1)
+    position_T = torch.arange(mask_RT.shape[1], device=mask_RT.device)
+    # padding may be on either side
+    chosen_R = mask_RT.int().argmax(1) if pooling == "cls" else torch.where(mask_RT, position_T, 0).amax(1)
+    return hidden_RTH[torch.arange(len(hidden_RTH), device=hidden_RTH.device), chosen_R]
+
+
+class TwoTowers(nn.Module):
+    """A query encoder and a document encoder, which may be one module.
+
+    An encoder is called with a side's inputs as keyword arguments. It returns vectors [R, D], or, as the models of
+    transformers do, an output whose `last_hidden_state` [R, T, D] is pooled by `attention_mask`.
+    """
+
+    def __init__(
+        self,
+        query: nn.Module,
+        doc: nn.Module,
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        alpha: float = 20.0,
+        learn_alpha: bool = False,
+    ) -> None:
+        """normalize: scores are cosines; alpha: their scale, learned or constant."""
+        super().__init__()
+        self.query_encoder, self.doc_encoder = query, doc
+        self.pooling, self.normalize = pooling, normalize
+        self.log_alpha = nn.Parameter(torch.full((1,), math.log(alpha)), requires_grad=learn_alpha)
+
+    def forward(self, query: Mapping[str, Tensor] | None = None, doc: Mapping[str, Tensor] | None = None) -> Encoded:
+        """Encode queries, documents, or both."""
+        U = None if query is None else self._vectors(self.query_encoder, query)
+        W = None if doc is None else self._vectors(self.doc_encoder, doc)
+        return Encoded(U, W, None, self.log_alpha.float().exp())
+
+    def _vectors(self, encoder: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        output = encoder(**inputs)
+        vectors = (
+            output
+            if isinstance(output, Tensor)
+            else pool(output.last_hidden_state, inputs["attention_mask"], self.pooling)
+        )
+        return cast(Tensor, nn.functional.normalize(vectors, dim=1) if self.normalize else vectors)
