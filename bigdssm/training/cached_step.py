@@ -103,7 +103,7 @@ def cached_step(
 ) -> LossOutput:
     """Accumulate the gradients of a loss over all ranks' batches in the engine, and return the loss. A collective.
 
-    The caller then steps the optimizer. engine: returns `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk
+    The caller then steps the optimizer. Where gradients are disabled, only the loss is computed. engine: returns `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk
     with padding, plus one per row; 0: no chunks. retained_tokens: tokens of the chunks that are not encoded again, by
     default one chunk. encode_side: calls an engine that does not return `Encoded`; the score is then alpha times the
     product of its vectors. The loss is the same on every rank. Source: Gao et al. 2021.
@@ -112,6 +112,8 @@ def cached_step(
     function = loss_function(loss, batch) if isinstance(loss, LossConfig) else loss
     step_engine = _step_engine(engine, encode_side, alpha)
     encoded, backward, _ = encode(step_engine, batch, plan_step(batch, budget), {})
+    if not torch.is_grad_enabled():
+        return function(encoded, batch)
     output = back_propagate(encoded, backward, lambda leaves: function(leaves, batch))
     return LossOutput(output.loss.detach(), output.stats)
 

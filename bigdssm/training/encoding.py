@@ -134,7 +134,7 @@ class EncodedChunk:
         """Return the outputs of the chunk, detached."""
         if not self.retain_graph:
             self.state = RandomState.now()
-        with torch.set_grad_enabled(self.retain_graph):
+        with torch.set_grad_enabled(self.retain_graph and torch.is_grad_enabled()):
             encoded = engine.forward(**self.inputs)
         if self.retain_graph:
             self.encoded = encoded

@@ -103,7 +103,8 @@ def new_engine(case: Case) -> Engine:
     if case.kernel:
         use_packing(module, attend)
     engine = object.__new__(Engine)
-    engine.deepspeed, engine.zero_stage = DeepSpeed(module), 0
+    engine.deepspeed = engine._call = DeepSpeed(module)
+    engine.zero_stage = 0
     return engine
 
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,11 @@ Step = Callable[[], float]  # the loss: of this rank, or its mean over ranks
 
 def write_encoder(folder: Path, args: argparse.Namespace) -> None:
     """Write a random BERT and its tokenizer."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS))]
     (folder / "vocab.txt").write_text("\n".join(tokens))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     bert = BertModel(
         BertConfig(
@@ -136,9 +137,17 @@ class _Pooled(nn.Module):
         return nn.functional.normalize(self.bert(input_ids).last_hidden_state.mean(1), dim=1)
 
 
+def pooled_engine(args: argparse.Namespace, folder: Path) -> Any:
+    """Return a DeepSpeed engine of a BERT with mean pooling."""
+    import deepspeed
+
+    module = _Pooled(folder).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=args.lr)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(args))[0]
+
+
 def gradcache_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
     """Return a step of GradCache around a DeepSpeed engine."""
-    import deepspeed
     import gradcache.context_managers
     import torch.distributed as dist
 
@@ -147,9 +156,7 @@ def gradcache_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor,
     from gradcache.grad_cache import GradCache
     from gradcache.loss import DistributedContrastiveLoss
 
-    module = _Pooled(folder).train()
-    optimizer = torch.optim.SGD(module.parameters(), lr=args.lr)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(args))
+    engine = pooled_engine(args, folder)
     loss_of, ranks = DistributedContrastiveLoss(), dist.get_world_size()
     cache = GradCache([engine, engine], args.chunk, lambda x, y: ranks * loss_of(SCALE * x, y))
     no_sync = args.case == "gradcache"
@@ -163,50 +170,23 @@ def gradcache_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor,
 
 
 def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
-    """Return this project's training step."""
-    from bigdssm.config import EngineConfig, ModelConfig, TowerConfig
-    from bigdssm.dataset.schema import Schema
-    from bigdssm.features import Text
-    from bigdssm.loader.batch import Batch, lengths_of
-    from bigdssm.loader.step_plan import TokenBudget, plan_step
-    from bigdssm.losses import LossOutput, fps_loss
-    from bigdssm.models import Encoded, new_model
-    from bigdssm.models.declarations import Bert
-    from bigdssm.training import engine as engine_module
-    from bigdssm.training.optimizers import AdamW
-    from bigdssm.training.step import train_step
+    """Return a cached step of this project around a DeepSpeed engine."""
+    import bigdssm
 
-    text = Text(max_tokens=args.tokens).with_name("text")
-    tower = TowerConfig(residual="text", mlp=(), text=Bert(init=str(folder), dropout=0.0))
-    model = new_model(
-        ModelConfig(
-            dim=args.hidden, score="cosine", alpha_init=SCALE, alpha_learned=False, beta="none", share_text=True,
-            query=tower, doc=tower,
-        ),
-        Schema({"text": text}, {"text": text}), vocab_size=WORDS + 5,
-    ).train()  # fmt: skip
-    chunk_tokens = args.chunk * args.tokens if args.case == "ours, chunks" else 0
-    config = EngineConfig(precision="fp32", zero_stage=args.stage, chunk_tokens=chunk_tokens, keep_graph_tokens=0)
-    engine_module.build_optimizer = lambda model, _: torch.optim.SGD(  # type: ignore[assignment]
-        [{"params": list(model.parameters()), "lr": args.lr, "base_lr": args.lr}]
-    )
-    engine_module.deepspeed_config = lambda *_: deepspeed_config(args)  # type: ignore[assignment]
-    engine = engine_module.Engine(model, config, AdamW(gradient_clipping=0.0), args.rows)
-    rows = torch.arange(args.rows) + args.rank * args.rows
-    query, doc = ({"text": side} for side in tokens)
-    batch = Batch(
-        step=0, row_ids=rows, query=query, doc=doc, positive=torch.arange(args.rows),
-        relevance=torch.ones(args.rows), query_ids=rows, doc_ids=rows, doc_rows=rows,
-        counts=torch.ones(args.rows, dtype=torch.int64),
-        query_lengths=lengths_of(query, {"text": 0}), doc_lengths=lengths_of(doc, {"text": 0}),
-    )  # fmt: skip
+    engine = pooled_engine(args, folder)
+    query, doc = ({"input_ids": side, "attention_mask": torch.ones_like(side)} for side in tokens)
+    batch = bigdssm.pair_batch(query, doc)
+    chunk_tokens = args.chunk * (args.tokens + 1) if args.case == "ours, chunks" else 0
 
-    def loss(encoded: Encoded, batch: Batch) -> LossOutput:
-        assert encoded.U is not None and encoded.W is not None
-        return fps_loss(encoded.U, encoded.W, batch.positive, alpha=SCALE)
+    def step() -> float:
+        output = bigdssm.cached_step(
+            engine, batch, chunk_tokens=chunk_tokens, retained_tokens=0, alpha=SCALE,
+            encode_side=lambda engine, side, inputs: engine(inputs["input_ids"]),
+        )  # fmt: skip
+        engine.step()
+        return float(output.loss)
 
-    budget = TokenBudget.of(config, model.accepts_packed(training=True))
-    return lambda: train_step(engine, batch, plan_step(batch, budget), loss, 1.0).loss  # the mean over ranks
+    return step
 
 
 def one_case(args: argparse.Namespace) -> None:
