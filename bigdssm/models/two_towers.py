@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,4 +62,4 @@ class TwoTowers(nn.Module):
             if isinstance(output, Tensor)
             else pool(output.last_hidden_state, inputs["attention_mask"], self.pooling)
         )
-        return cast(Tensor, nn.functional.normalize(vectors, dim=1) if self.normalize else vectors)
+        return nn.functional.normalize(vectors, dim=1) if self.normalize else vectors

@@ -101,12 +101,13 @@ def cached_step(
     encode_side: EncodeSide | None = None,
     alpha: float = 20.0,
 ) -> LossOutput:
-    """Accumulate the gradients of a loss over all ranks' batches in the engine, and return the loss. A collective.
+    """Accumulate the gradients of a loss over all ranks' batches in the engine, and return the loss. All ranks must call it.
 
-    The caller then steps the optimizer. Where gradients are disabled, only the loss is computed. engine: returns `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk
-    with padding, plus one per row; 0: no chunks. retained_tokens: tokens of the chunks that are not encoded again, by
-    default one chunk. encode_side: calls an engine that does not return `Encoded`; the score is then alpha times the
-    product of its vectors. The loss is the same on every rank. Source: Gao et al. 2021.
+    The caller then steps the optimizer. Where gradients are disabled, only the loss is computed. engine: returns
+    `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk with padding, plus one per row; 0: no chunks.
+    retained_tokens: tokens of the chunks that are not encoded again, by default one chunk. encode_side: calls an engine
+    that does not return `Encoded`; the score is then alpha times the product of its vectors. The loss is the same on
+    every rank. Source: Gao et al. 2021.
     """
     budget = TokenBudget(chunk_tokens, chunk_tokens if retained_tokens is None else retained_tokens)
     function = loss_function(loss, batch) if isinstance(loss, LossConfig) else loss
@@ -139,7 +140,7 @@ class ModuleStepEngine:
     def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Back-propagate (output, gradient) pairs."""
         differentiable = [(output, gradient) for output, gradient in outputs if output.requires_grad]
-        torch.autograd.backward(*(list(part) for part in zip(*differentiable, strict=True)))
+        torch.autograd.backward([output for output, _ in differentiable], [gradient for _, gradient in differentiable])
         if not self._accumulates:
             self._average()
 

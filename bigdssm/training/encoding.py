@@ -51,7 +51,7 @@ class StepEngine(Protocol):
 
 
 def back_propagate(encoded: Encoded, backward: Backward, loss_function: Callable[[Encoded], LossOutput]) -> LossOutput:
-    """Compute the loss of encoded vectors and accumulate the gradients of the towers' weights. A collective.
+    """Compute the loss of encoded vectors and accumulate the gradients of the towers' weights. All ranks must call it.
 
     If this rank's loss is not finite, its gradients are NaN: after the reduction, all ranks can skip the step.
     """

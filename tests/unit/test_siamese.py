@@ -192,7 +192,7 @@ def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.query.size.log=true", "data.query: got ['text', 'kind', 'size'], needs the features of data.doc"),
+        ("data.query.size.log=true", "data.query: got ['text', 'kind', 'size'], needs the same features as data.doc"),
         ("model.query.mlp=[4]", "model.query: got another tower, needs none with data.siamese=true"),
         ("model.share_text=true", "model.share_text: got True, needs false with data.siamese=true"),
         ("data.title=b_text", "data.title: got b_text, needs null with data.siamese=true"),

@@ -139,7 +139,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "order": (lambda d: edit(d, lambda c: described(c)["files"].reverse()), "follows 1000 values, here are 0"),
     "less": (lambda d: edit(d, lambda c: described(c)["files"].pop()), "does not match"),
     "values": (lambda d: edit(d, lambda c: described(c).update(checksum="0")), "does not match"),
-    "outside": (lambda d: edit(d, lambda c: described(c)["files"][0].update(file="vocabularies/../x")), "refused"),
+    "outside": (lambda d: edit(d, lambda c: described(c)["files"][0].update(file="vocabularies/../x")), "rejected"),
     "format": (lambda d: edit(d, lambda c: c.update(format=2)), "has format 2, this version reads format 1; rebuild"),
     "nothing": (lambda d: edit(d, lambda c: c.pop("vocabularies")), "damaged or of another version"),
 }

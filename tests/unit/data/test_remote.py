@@ -576,7 +576,7 @@ def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: File
 
 
 def test_a_url_is_inspected_and_verified(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileCache, "of", lambda config=None: store)
+    monkeypatch.setattr(FileCache, "from_config", lambda config=None: store)
     url = f"{server.url}/a/data"
     found = describe(Dataset.open(url))
     assert next((size.split, size.rows, size.blocks, size.shards) for size in found.sizes) == ("train", 1000, 16, 4)
