@@ -101,7 +101,7 @@ def cached_step(
     encode_side: EncodeSide | None = None,
     alpha: float = 20.0,
 ) -> LossOutput:
-    """Accumulate the gradients of a loss over all ranks' batches in the engine, and return the loss. All ranks must call it.
+    """Accumulate the gradients of a loss over the batches of all ranks, and return it. All ranks must call it.
 
     The caller then steps the optimizer. Where gradients are disabled, only the loss is computed. engine: returns
     `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk with padding, plus one per row; 0: no chunks.
