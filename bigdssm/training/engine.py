@@ -42,6 +42,7 @@ from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
+_LINEAR = torch.nn.functional.linear
 _SINGLE_RANK: dict[str, str] = {}  # the environment of a process group without a launcher
 DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
 
@@ -105,6 +106,7 @@ def leave_process_group() -> None:
     """
     if distributed.is_distributed():
         deepspeed.comm.destroy_process_group()
+    torch.nn.functional.linear = _LINEAR  # DeepSpeed replaces it at ZeRO stage 3
     for name in _SINGLE_RANK:
         os.environ.pop(name, None)
     _SINGLE_RANK.clear()

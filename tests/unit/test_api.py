@@ -176,10 +176,17 @@ def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path:
 
 
 def test_a_process_trains_by_command_and_by_function(folder: Path, tmp_path: Path) -> None:
-    """In any order: neither leaves a process group, DeepSpeed's groups, or a launcher's variables."""
+    """In any order: neither leaves a process group, functions or groups of DeepSpeed, or a launcher's variables."""
+    linear = torch.nn.functional.linear
     config, ranks = str(folder / "config.yaml"), {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     for name in ("first", "second"):
-        assert _stage.run("pretrain", None, ["--config", config, *SHORT, f"run.dir={tmp_path}/{name}"]) == 0
+        assert (
+            _stage.run(
+                "pretrain", None, ["--config", config, *SHORT, f"run.dir={tmp_path}/{name}", "engine.zero_stage=3"]
+            )
+            == 0
+        )
+        assert torch.nn.functional.linear is linear
         assert not distributed.is_distributed() and not ranks & set(os.environ)
     bigdssm.pretrain(config, [*SHORT, f"run.dir={tmp_path}/third"])
 
