@@ -14,6 +14,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.losses import PairCE, contrastive_loss, fps_loss
 from bigdssm.losses.inputs import LossBatch
 from bigdssm.models import Encoded
+from bigdssm.models.two_towers import pool
 
 from .spawn import Pool
 
@@ -218,6 +219,29 @@ def test_a_loss_of_the_caller() -> None:
     output = bigdssm.cached_step(model, batch, loss=margin, chunk_tokens=2)
     encoded = model({"input": batch.query["input"]}, {"input": batch.doc["input"]})
     assert float(output.loss) == pytest.approx(float((encoded.U * encoded.W).sum(1).mean()), rel=1e-5)
+
+
+def test_documents_of_equal_ids_are_the_first_of_them() -> None:
+    doc = {"x": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    negatives = torch.tensor([[2, -1], [3, 0]])
+    batch = bigdssm.pair_batch(
+        {"x": torch.ones(2)},
+        doc,
+        doc_ids=torch.tensor([7, 5, 7, 9]),
+        negatives=negatives,
+        positive=torch.tensor([2, 1]),
+    )
+    assert batch.doc_ids.tolist() == [5, 7, 9] and batch.doc["x"].tolist() == [2.0, 1.0, 4.0]
+    assert batch.positive.tolist() == [1, 0] and batch.counts.tolist() == [1, 2, 1]
+    assert batch.negatives is not None and batch.negatives.tolist() == [[1, -1], [2, 1]]
+
+
+def test_pooling_by_the_mask() -> None:
+    hidden = torch.arange(12.0).view(2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])  # padding on the right and on the left
+    assert pool(hidden, mask, "mean").tolist() == [[1.0, 2.0], [9.0, 10.0]]
+    assert pool(hidden, mask, "cls").tolist() == [[0.0, 1.0], [8.0, 9.0]]
+    assert pool(hidden, mask, "last").tolist() == [[2.0, 3.0], [10.0, 11.0]]
 
 
 @pytest.mark.parametrize(
