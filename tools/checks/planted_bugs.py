@@ -244,7 +244,7 @@ BUGS = [
         f"{UNIT}/test_averaging.py::test_an_average_follows_the_weights_by_its_decay"),
     # Faults: all ranks agree on stops and skipped steps.
     Bug("faults", "non_finite_step_applied", "training.encoding:back_propagate",
-        "zero_or_nan = output.loss.detach() * 0", "zero_or_nan = torch.zeros_like(loss)",
+        "zero_or_nan = output.loss.detach() * 0", "zero_or_nan = torch.zeros_like(output.loss.detach())",
         f"{RANKS}/test_training.py::test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all"),
     Bug("faults", "stop_requires_requests_on_all_ranks", "training.step:StepAgreement.stop",
         "any(report.stop", "all(report.stop",
