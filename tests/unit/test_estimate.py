@@ -121,6 +121,7 @@ def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:
     assert both < 0.8 * whole
 
 
+@pytest.mark.slow
 def test_a_cross_encoders_pairs_are_counted_and_the_towers_gradients_are_not(tiny_pairs: TinyDataset) -> None:
     def of_pairs(negatives: int, *overrides: str) -> Estimate:
         loss = f"sft={{loss: {{name: softmax}}, negatives: {{hard: {negatives}, in_batch: false}}}}"
@@ -139,6 +140,7 @@ def test_a_cross_encoders_pairs_are_counted_and_the_towers_gradients_are_not(tin
     assert "loss: documents' vectors" not in many.sent
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_the_effect_of_ranks_and_rows(
     tiny_pairs: TinyDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

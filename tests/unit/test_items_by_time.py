@@ -171,6 +171,7 @@ def test_partitions_use_the_versions_of_their_ingestion(split: str, tmp_path: Pa
     assert verify_dataset(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_rows_that_change_nothing_cost_nothing(tmp_path: Path) -> None:
     """A row is a version if it differs from its preceding version, in the dataset or in its table."""
     events = [("u", "a", 1), ("u", "a", 4), ("v", "a", 3), ("v", "a", 4)]

@@ -101,6 +101,7 @@ def test_operations_of_a_pretraining_loss(
     assert sum(size for _, _, size in device.collectives) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [("beta", "neg_bias"), ("beta",), ("neg_bias",), ()])
 @pytest.mark.parametrize("D", [64, 256])
 @pytest.mark.parametrize(("world_size", "m"), [(8, 64), (512, 2)])

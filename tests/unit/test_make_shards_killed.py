@@ -209,6 +209,7 @@ def test_a_killed_ingestion_resumes_to_the_same_bytes(whole: Reference, maker: M
 SLOWLY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pairs", "dated interactions")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["interactions", *SLOWLY])
 def test_a_killed_append_resumes_to_the_same_bytes(kind: str, maker: Maker, tmp_path: Path) -> None:
     source, first, second = write_source(tmp_path / "source", 0), tmp_path / "first", tmp_path / "other"
@@ -222,6 +223,7 @@ def test_a_killed_append_resumes_to_the_same_bytes(kind: str, maker: Maker, tmp_
     assert Dataset.open(second).num_rows("train") > 1.8 * rows and not list(second.glob(".*")), kills
 
 
+@pytest.mark.slow
 def test_only_remaining_work_is_done_on_resume(whole: Reference, maker: Maker, tmp_path: Path) -> None:
     """Killed while reading: reads the rest; killed while writing: reads nothing; a changed source: reads everything."""
     early, late, other = (tmp_path / name for name in ("early", "late", "other"))

@@ -98,6 +98,7 @@ def settled_on(rank: int, world_size: int) -> str:
     return precision.settle_precision(EngineConfig(precision="auto"), "cpu").precision
 
 
+@pytest.mark.slow
 def test_all_ranks_compute_in_one_precision() -> None:
     assert run_ranks(settled_on, 2) == ["fp32", "fp32"]
 
@@ -124,6 +125,7 @@ def test_losses_narrow_on_cpus_with_bfloat16_instructions(monkeypatch: pytest.Mo
         assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") is (instructions != "none")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_precision_when_it_is_resumed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -251,6 +251,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return big, write_pairs(folder, "small", 1000, 400, like=big)
 
 
+@pytest.mark.slow
 def test_datasets_with_catalogues_of_their_own(pairs: tuple[Path, Path]) -> None:
     big, small = pairs
     mixed = config(big, SourceConfig(weight=1), SourceConfig(dir=str(small), weight=1))

@@ -475,6 +475,7 @@ def expected_of(folder: Path) -> list[list[list[int]]]:
     return [[row_ids, doc_rows] for row_ids, doc_rows, *_ in steps(Dataset.open(folder))]
 
 
+@pytest.mark.slow
 def test_processes_fill_one_cache_together(server: Server, store: FileCache, interactions: Path) -> None:
     """With a cap at which they evict each other's blocks; large files are fetched once."""
     fixed = sum(p.stat().st_size for p in interactions.rglob("*") if p.is_file() and p.suffix != ".tar")
@@ -503,6 +504,7 @@ def used_now(store: FileCache) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_a_fill_that_is_killed_leaves_no_valid_entry(server: Server, store: FileCache, interactions: Path) -> None:
     """A process is killed while fetching the catalogue and another one waits for it; the other one fetches it."""
     url, path = f"{server.url}/a/data", "/a/data/catalogue/000000.arrow"

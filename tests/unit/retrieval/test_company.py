@@ -44,6 +44,7 @@ def exported(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", [None, "query.onnx", "query.int8.onnx"])
 def test_the_answer_in_a_batch_is_the_answer_alone(
     model_dir: Path, index_dir: Path, dataset: Dataset, exported: Path, tower: str | None

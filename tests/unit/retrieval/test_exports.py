@@ -320,6 +320,7 @@ def test_onnx_scores_as_the_trainer(
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "positions"),
     [
