@@ -45,6 +45,7 @@ def reference(
     return run_dir
 
 
+@pytest.mark.slow
 def test_the_same_curve_sharded_in_chunks_and_resumed(
     siamese_config: Path, pretrained: str, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:

@@ -51,6 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(3, 1), (2, 3)])
 def test_a_checkpoint_of_any_ranks_and_stage_is_exported(
     config: Path, tmp_path: Path, pools: dict[int, Pool], world_size: int, zero_stage: int

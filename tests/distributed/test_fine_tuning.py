@@ -88,6 +88,7 @@ def refreshing_run(
     return run_dir
 
 
+@pytest.mark.slow
 def test_refreshed_negatives_use_the_weights_of_their_step(
     config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip
@@ -106,6 +107,7 @@ def test_refreshed_negatives_use_the_weights_of_their_step(
     assert len(small_run.records(refreshing_run, "sft")) == 8
 
 
+@pytest.mark.slow
 def test_a_run_that_refreshes_negatives_resumes_exactly(
     config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
 ) -> None:  # fmt: skip

@@ -249,6 +249,7 @@ def broadcasts(rank: int, world_size: int, case: Case) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_do_not_compare_the_order_of_modules(pools: dict[int, Pool]) -> None:
     """DeepSpeed would broadcast at ZeRO 3 after every pass that differs from the previous one."""
     assert pools[2].run(broadcasts, Case(3, 40, 0)) == [[0, 0, 0], [0, 0, 0]]
@@ -321,6 +322,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_dataset(tmp_path_factory.mktemp("small"))
 
 
+@pytest.mark.slow
 def test_validation_in_uneven_chunks_measures_the_same(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """At ZeRO 3 a forward is a collective: a rank with fewer chunks adds filler chunks."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -75,6 +75,7 @@ def row_ids(run_dir: Path, ranks: int) -> dict[int, list[int]]:
     return {step: sorted(ids) for step, ids in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "zero_stage", [0, 3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
@@ -137,6 +138,7 @@ MIXED = (
 )
 
 
+@pytest.mark.slow
 def test_old_rows_are_mixed_in_by_weight_and_a_resumed_mixture_is_exact(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
@@ -155,6 +157,7 @@ def test_old_rows_are_mixed_in_by_weight_and_a_resumed_mixture_is_exact(
     assert np.isfinite([record["loss"] for record in small_run.records(run_dir)]).all()
 
 
+@pytest.mark.slow
 def test_a_new_part_that_was_killed_ends_with_the_same_weights(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
 ) -> None:

@@ -99,6 +99,7 @@ def in_groups(rank: int, world_size: int, *given: Any) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_groups_of_like_length_change_no_loss_under_zero_3(
     config: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:

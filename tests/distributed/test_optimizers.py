@@ -27,6 +27,7 @@ def run(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tupl
     small_run.run(rank, world_size, config, run_dir, overrides, resume=resume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero_stage"), [("muon", 0), pytest.param("heavy_ball", 1, marks=pytest.mark.slow)])
 def test_a_stopped_run_is_the_one_that_was_not(
     name: str, zero_stage: int, config: Path, tmp_path: Path, outside_pools: dict[int, Pool]

@@ -22,6 +22,7 @@ from .test_training import stop_after
 STEPS = 6
 
 
+@pytest.mark.slow
 def test_plain_shards_train_evaluate_and_resume(tmp_path: Path, pools: dict[int, Pool]) -> None:
     for shard in range(3):
         with TarWriter(str(tmp_path / f"{shard}.tar")) as writer:

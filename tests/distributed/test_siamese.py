@@ -22,6 +22,7 @@ def reference(siamese_config: Path, tmp_path_factory: pytest.TempPathFactory, po
     return run_dir
 
 
+@pytest.mark.slow
 def test_the_same_curve_sharded_and_in_chunks(
     siamese_config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:

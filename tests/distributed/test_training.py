@@ -230,6 +230,7 @@ def test_existing_hard_negatives_are_used_and_missing_files_refused(
         pools[1].run(small_run.run, config, own, overrides, "sft", True)
 
 
+@pytest.mark.slow
 def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """It is constant in pretraining, whose softmax it cancels in; with a norm penalty throughout."""
     model = ("model.beta=scalar", "model.beta_init=-3.0", "model.score=dot", "model.alpha_init=1.0")
@@ -317,6 +318,7 @@ def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, override
     raise AssertionError(f"the run has no step {step + 2}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "stage_before", "stage_after"),
     [
