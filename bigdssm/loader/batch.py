@@ -91,11 +91,11 @@ Lengths = Mapping[str, ListLengths]
 
 def lengths_of(features: Features, pad_ids: PadIds) -> Lengths:
     """Return the lengths of one side's list features; the tensors are on the host."""
-    return {name: _lengths(features[name].numpy(), fill) for name, fill in pad_ids.items()}
+    return {name: lengths_of_mask(features[name].numpy() != fill, fill) for name, fill in pad_ids.items()}
 
 
-def _lengths(values: np.ndarray, fill: int) -> ListLengths:
-    filled = values != fill
+def lengths_of_mask(filled: np.ndarray, fill: int) -> ListLengths:
+    """Return the lengths of one list feature by its filled cells, bool [rows, width]."""
     num_rows, width = filled.shape
     from_end = filled[:, ::-1].argmax(axis=1) if width else np.zeros(num_rows, np.int64)
     count = filled.sum(axis=1, dtype=np.int64)

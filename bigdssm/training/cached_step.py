@@ -16,24 +16,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.config import LossConfig, ModelConfig, NegativesConfig, StageConfig
 from bigdssm.errors import ConfigError
-from bigdssm.loader.batch import Batch, Lengths, ListLengths
+from bigdssm.loader.batch import Batch, Lengths, lengths_of_mask
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import FPS, LossOutput
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded
-from bigdssm.training.encoding import StepEngine, back_propagate, encode
+from bigdssm.training.encoding import LossFunction, StepEngine, back_propagate, encode
 from bigdssm.training.objective import Objective
 
 Inputs = Mapping[str, Tensor]
 EncodeSide = Callable[[Any, str, Inputs], Tensor]  # (engine, "query" or "doc", inputs of R rows) → vectors [R, D]
-LossFunction = Callable[[Encoded, Batch], LossOutput]
 TOKENS, MASK = "input_ids", "attention_mask"
 DEFAULT_LOSS = FPS()
 
@@ -169,30 +167,23 @@ class ModuleStepEngine:
 
 
 def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> StepEngine:
-    module = engine
     if isinstance(engine, nn.parallel.DistributedDataParallel):
-        # called without its wrapper, whose reduction expects one backward per forward
-        engine = module = engine.module
-    scale = torch.full((1,), alpha, device=next(module.parameters()).device)
-
-    def by_side(query: Inputs | None = None, doc: Inputs | None = None) -> Encoded:
-        assert encode_side is not None
-        U, W = (
-            None if inputs is None else encode_side(engine, side, inputs)
-            for side, inputs in (("query", query), ("doc", doc))
-        )
-        return Encoded(U, W, None, scale)
+        engine = engine.module  # the wrapper's reduction expects one backward per forward
+    scale = torch.full((1,), alpha, device=next(engine.parameters()).device)
 
     def call(query: Inputs | None = None, doc: Inputs | None = None) -> Encoded:
-        sides = {"query": query, "doc": doc}
-        aligned = {side: _aligned(inputs) for side, inputs in sides.items() if inputs is not None}
-        return cast(Encoded, (engine if encode_side is None else by_side)(**aligned))
+        sides = (("query", query), ("doc", doc))
+        aligned = {side: _aligned(inputs) for side, inputs in sides if inputs is not None}
+        if encode_side is None:
+            return cast(Encoded, engine(**aligned))
+        vectors = {side: encode_side(engine, side, inputs) for side, inputs in aligned.items()}
+        return Encoded(vectors.get("query"), vectors.get("doc"), None, scale)
 
     if "deepspeed" in sys.modules and isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
         from bigdssm.training.engine import DeepSpeedStepEngine  # with DeepSpeed only
 
         return DeepSpeedStepEngine(engine, call)
-    return ModuleStepEngine(module, call)
+    return ModuleStepEngine(engine, call)
 
 
 def _aligned(inputs: Inputs) -> Inputs:
@@ -219,8 +210,4 @@ def _distinct_ids(rows: int, device: torch.device) -> Tensor:
 def _lengths(inputs: Inputs) -> Lengths:
     if TOKENS not in inputs:
         return {}
-    mask = inputs[MASK].bool().cpu().numpy()
-    width = mask.shape[1]
-    filled = mask.sum(1, dtype=np.int64)
-    last = np.where(filled > 0, width - mask[:, ::-1].argmax(1), 0) if width else np.zeros(len(mask), np.int64)
-    return {TOKENS: ListLengths(filled, last, width, 0)}
+    return {TOKENS: lengths_of_mask(inputs[MASK].bool().cpu().numpy(), 0)}

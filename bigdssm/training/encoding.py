@@ -30,6 +30,7 @@ from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils import timing
 
 Backward = Callable[[Encoded], None]  # takes leaf tensors with gradients set by the loss
+LossFunction = Callable[[Encoded, Batch], LossOutput]
 Gradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 

@@ -42,9 +42,9 @@ from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
+DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
 _LINEAR = torch.nn.functional.linear
 _SINGLE_RANK: dict[str, str] = {}  # the environment of a process group without a launcher
-DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
 
 # The shared-memory all-reduce is compiled on first use: it takes 45 s and a compiler, and ranks race for it. If one is
 # killed meanwhile, all later runs wait for its lock.

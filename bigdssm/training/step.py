@@ -15,9 +15,7 @@ from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowReport
 from bigdssm.loader.step_plan import StepPlan, StepRequirements
 from bigdssm.loader.upload import to_device
-from bigdssm.losses import LossOutput
-from bigdssm.models import Encoded
-from bigdssm.training.encoding import back_propagate, encode
+from bigdssm.training.encoding import LossFunction, back_propagate, encode
 from bigdssm.training.engine import Engine
 from bigdssm.utils import timing
 
@@ -80,9 +78,6 @@ def exchange_reports(loss: Tensor, alpha: Tensor, report: StepReport) -> Callabl
 def _parse_report(numbers: Sequence[float]) -> StepReport:
     stop, save, queries, *others = numbers
     return StepReport(stop, save, queries, RowReport(*others[:3]), StepRequirements(*map(int, others[3:])))
-
-
-LossFunction = Callable[[Encoded, Batch], LossOutput]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Pool:
             context.set_forkserver_preload(["tests.distributed.preload"])
         self._results = context.Queue()
         self._tasks = [context.Queue() for _ in range(world_size)]
-        extra = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(environment or {})}
+        extra = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
         saved = {key: os.environ.get(key) for key in extra}
         os.environ.update(extra)  # libraries read it when the child starts
         try:

@@ -128,9 +128,6 @@ def cached_steps(
     return found
 
 
-ENGINES = ["module", "ddp", "zero0", "zero1", "zero2", "zero3"]
-
-
 @pytest.mark.parametrize(
     ("kind", "world_size"),
     [("module", 1)]
@@ -190,7 +187,7 @@ def test_a_registered_loss_and_an_engine_of_one_encoder(loss: LossConfig) -> Non
         torch.testing.assert_close(gradient, leaf.grad.T, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_is_replayed(pools: dict[int, Pool]) -> None:
+def test_dropout_is_replayed() -> None:
     """A chunk that is encoded twice has one random state: the gradients are those of chunks that retain their graph."""
     found = []
     for retained in (0, 10**6):

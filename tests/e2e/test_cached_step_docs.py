@@ -25,9 +25,9 @@ def example(heading: str) -> str:
     return "\n".join(line[4:] for line in found[0].splitlines())
 
 
-def run(code: str, folder: Path, *arguments: object, ranks: int = 2, accelerator: str = "cpu") -> str:
+def run(code: str, folder: Path, *arguments: object) -> str:
     (folder / "example.py").write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     variables = environment(ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
     done = subprocess.run(
         [*launcher, "example.py", *map(str, arguments)], cwd=folder, env=variables, capture_output=True, text=True,

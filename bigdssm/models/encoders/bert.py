@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from bigdssm.config import TextInputs
 from bigdssm.errors import ConfigError
 from bigdssm.models.encoders.base import SideSize, linear_flops, supports_head_width
-from bigdssm.models.encoders.text import TextEncoder
+from bigdssm.models.encoders.text import TextEncoder, masked_mean
 from bigdssm.models.packed import Attention, Packed, SequenceBounds, Values
 
 NAME = "bigdssm_packed"  # registered attention of transformers; for padded texts it is the default one
@@ -138,8 +138,7 @@ class BertEncoder(TextEncoder):
         hidden: Tensor = self.bert(input_ids=tokens_RT, attention_mask=mask, **further).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
-        weight = mask_RT.unsqueeze(2).to(hidden.dtype)
-        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        return masked_mean(hidden, mask_RT)
 
     def _attention_mask(self, mask_RT: Tensor) -> Tensor:
         """Return the mask in the form of BERT's layers: a mask of two dimensions would be read from the device."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from bigdssm.config import ModelConfig, TextEncoderConfig, TextInputs
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Text, texts_of
@@ -31,6 +33,12 @@ class TextEncoder(Encoder):
         """Return the model's text encoder of the side."""
         assert isinstance(context.text, TextEncoder), "a schema with text has a text encoder"
         return context.text
+
+
+def masked_mean(hidden_RTH: Tensor, mask_RT: Tensor) -> Tensor:
+    """Return [R, H], the mean over the tokens of a mask; zeros for a row without any."""
+    weight = mask_RT.unsqueeze(2).to(hidden_RTH.dtype)
+    return (hidden_RTH * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def text_keys(config: ModelConfig, schema: Schema) -> dict[str, str]:
