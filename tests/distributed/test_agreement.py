@@ -63,9 +63,12 @@ def differing(rank: int, world_size: int, config: Path, run_dir: Path, setting: 
         checks.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
 
 
-def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
-    """Return whether the ranks agree to stop, before and after one of them received SIGTERM."""
+def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool, bool]:
+    """Return whether the ranks agree to stop, before and after one of them received SIGTERM, and by a step's report."""
+    import torch
+
     from bigdssm.cluster.signals import StopRequest
+    from bigdssm.training.step import StepReport, exchange_reports
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -74,11 +77,13 @@ def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool]:
         before = stop.any_rank_requested()
         if rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return before, stop.any_rank_requested()
+        report = StepReport(stop=float(stop.requested))
+        by_report = exchange_reports(torch.ones(1), torch.ones(1), report)().stop
+        return before, stop.any_rank_requested(), by_report
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def test_a_signal_to_one_rank_stops_all(pools: dict[int, Pool]) -> None:
-    assert pools[2].run(stop_on_the_last_rank) == [(False, True)] * 2
+    assert pools[2].run(stop_on_the_last_rank) == [(False, True, True)] * 2

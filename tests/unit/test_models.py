@@ -88,6 +88,13 @@ def test_the_newest_item_and_the_order_matter_and_later_rows_do_not() -> None:
     torch.testing.assert_close(dual(query([[2, 3, 4]])).U[0], vectors[0])
 
 
+def test_ages_count_from_the_newest_item() -> None:
+    encoder = model().query_tower.encoders["history"]
+    zeros, length = torch.zeros(2, 3, encoder.positions.embedding_dim), torch.tensor([[3], [1]])
+    added = encoder._add_positions(zeros, torch.arange(3), length)
+    torch.testing.assert_close(added, encoder.positions.weight[torch.tensor([[3, 2, 1], [1, 0, 0]])])
+
+
 def test_a_missing_number_is_not_the_mean() -> None:
     dual = model()
     features = query([[2], [2], [2]])
