@@ -15,7 +15,10 @@ from bigdssm.losses.inputs import LossBatch
 
 
 def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: str = "all") -> Tensor:
-    """Compute the weighted mean of a loss over the queries; arguments as in `contrastive_loss`."""
+    """Compute the weighted mean of a loss over the queries; arguments as in `contrastive_loss`.
+
+    columns: negatives common to all queries: "all" columns, "in_batch" (the queries' positives) or "none".
+    """
     m, n = len(batch.U), len(batch.W)
     positive = torch.arange(m) if batch.positive is None else batch.positive
     weight = torch.ones(m).double() if batch.weight is None else batch.weight.double()

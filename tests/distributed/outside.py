@@ -154,8 +154,8 @@ class Bag(TextEncoderConfig):
     type: str = "bag"
     width: int = bounded(64, 1, 4096)
 
-    def build(self, architecture: TextInputs) -> nn.Module:
-        return BagEncoder(architecture, self.width, self.dropout)
+    def build(self, inputs: TextInputs) -> nn.Module:
+        return BagEncoder(inputs, self.width, self.dropout)
 
 
 class BagEncoder(TextEncoder):
@@ -193,7 +193,7 @@ class AdditiveMargin(LossConfig):
     softmax: ClassVar[bool] = True  # the logQ correction applies by default
 
     name: str = "additive_margin"
-    lead: float = bounded(0.1, 0)
+    margin: float = bounded(0.1, 0)
 
     def build(self) -> Any:
         return AdditiveMarginTerm(self)
@@ -201,10 +201,10 @@ class AdditiveMargin(LossConfig):
 
 class AdditiveMarginTerm(SoftmaxTerm):
     def on_vectors(self, scores: Scores) -> TermResult:
-        return super().on_vectors(replace(scores, positive_m=scores.positive_m - self.loss.lead))
+        return super().on_vectors(replace(scores, positive_m=scores.positive_m - self.loss.margin))
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Any) -> Tensor:
-        return super().on_scores(positive_m - self.loss.lead, negative_mk, used_mk, teacher_ml)
+        return super().on_scores(positive_m - self.loss.margin, negative_mk, used_mk, teacher_ml)
 
 
 @register_distillation

@@ -247,8 +247,8 @@ def test_losses_over_all_columns_and_distillations_come_from_outside(
     S = ALPHA * q @ torch.cat([d, listed]).T
     shifted = S - 0.5 * torch.eye(ROWS, len(S[0]), dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(shifted, torch.arange(ROWS))
-    lead = ["pretrain={loss: {name: additive_margin, lead: 0.5}, sampling: {name: none}}"]
-    for found, _ in outside_pools[world_size].run(outside_loss, folder, lead):
+    overrides = ["pretrain={loss: {name: additive_margin, margin: 0.5}, sampling: {name: none}}"]
+    for found, _ in outside_pools[world_size].run(outside_loss, folder, overrides):
         assert found == pytest.approx(float(expected), rel=1e-12)
 
     own, hard = S.diagonal()[:, None], torch.stack([S[i, ROWS + LISTED * i :][:LISTED] for i in range(ROWS)])
