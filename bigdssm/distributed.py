@@ -21,7 +21,7 @@ from torch import Tensor
 from bigdssm.errors import BigDSSMError, PeerError
 from bigdssm.utils import timing
 
-# torch 2.13 renamed it to all_gather_single and warns; 2.10 has only the old name
+# torch 2.13 renamed all_gather_into_tensor to all_gather_single and warns; 2.10 has only the old name
 warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)
 # DeepSpeed warns on its import that it computes on the CPU
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -168,7 +168,7 @@ class SharedStore:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Return whether an error is that of a collective which another rank has left."""
+    """Return whether an error was raised because another rank left a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
@@ -252,8 +252,8 @@ class LocalRows:
 def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows | LocalRows:
     """Gather the rows [n_k ≤ longest, …] of several tensors of any dtypes in one asynchronous collective.
 
-    The values of a row are adjacent, in order of decreasing alignment (16 bytes for those wider than 8): matrix
-    products on CPU and GPU accept the resulting views without a copy. Padding rows are zero.
+    The values of a row are adjacent, in order of decreasing alignment (16 bytes if a value is wider than 8 bytes, else
+    its element size): matrix products on CPU and GPU accept the resulting views without a copy. Padding rows are zero.
     """
     if world_size(group) == 1:
         return LocalRows(list(values))

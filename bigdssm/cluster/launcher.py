@@ -26,8 +26,9 @@ logger = get_logger(__name__)
 class LauncherMonitor:
     """The ancestor processes of a rank: if one of them exits, the run must stop.
 
-    torchrun: the parent. DeepSpeed: the runner and the launcher it starts, which outlives a runner that was killed or
-    received SIGTERM. Also the process that started the run (`STARTED_BY`). None if a single rank was started directly.
+    torchrun: the parent. DeepSpeed: the runner and its child, the launcher, which survives if the runner is killed or
+    receives SIGTERM. Also the process that started the run (`STARTED_BY`). No process is monitored if a single rank was
+    started directly.
     """
 
     def __init__(self) -> None:
@@ -122,9 +123,11 @@ def _command(pid: int) -> bytes:
 
 
 def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: LauncherMonitor) -> int:
-    """Run `command` on all ranks of a run on this machine; return the smallest exit code other than PeerError's.
+    """Run `command` on all ranks of a run on this machine; return the exit code of the run.
 
-    A stop request, or the end of this process's launcher, is forwarded to all ranks as SIGTERM.
+    This is the smallest positive exit code other than PeerError's. Without one: Preempted's if a stop killed all ranks
+    before they installed signal handlers, PeerError's if a rank failed or was killed, else 0. A stop request, or the
+    end of this process's launcher, is forwarded to all ranks as SIGTERM.
     """
     from bigdssm.distributed import free_port  # imports torch, which takes seconds
 

@@ -63,7 +63,7 @@ def _print_description(console: Console, content: Description, split: str) -> No
             f"{s.num_bytes / max(1, s.rows):.1f}",
         )  # fmt: skip
     console.print(sizes)
-    schema = _table("feature", "type", "column", "fitted parameters")
+    schema = _table("feature", "type", "column", "parameters")
     for side, feature in content.features:
         schema.add_row(f"{side}.{feature.name}", feature.type, feature.source, feature.describe(content.vocab_size))
     console.print(schema)
@@ -79,7 +79,8 @@ def _print_description(console: Console, content: Description, split: str) -> No
     console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
     if content.num_versions:
         console.print(
-            f"{content.num_versions:,} further document versions; each row uses those as of its {content.seen_as_of}"
+            f"{content.num_versions:,} further document versions; each row uses those that were current at the time of "
+            f"its {content.seen_as_of}"
         )
     console.print(
         f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"

@@ -26,7 +26,7 @@ from bigdssm.errors import DataError
 from bigdssm.utils.atomic import UNFINISHED, new_folder, put_file, temporary_path
 from bigdssm.utils.log import get_logger
 
-KEEP_FRACTION = 0.9  # fraction of the limit that an eviction keeps: evictions are rare
+KEEP_FRACTION = 0.9  # an eviction frees down to this fraction of the limit, so that evictions are rare
 POLL_S = 0.05  # polling interval while another process fetches the same entry
 log = get_logger(__name__)
 
@@ -119,9 +119,9 @@ class FileCache:
         return held
 
     def link(self, name: str, url: str, entries: dict[str, str]) -> Path:
-        """Return a folder of symbolic links, path → cache entry.
+        """Return a folder `name` of symbolic links to cache entries.
 
-        The caller must have acquired all entries.
+        `entries`: relative path → entry key. The caller must have acquired all entries.
         """
         folder = self.dir / "trees" / cache_key(url, json.dumps(entries, sort_keys=True)) / name
         with self._locked():
@@ -157,7 +157,8 @@ class FileCache:
     def _reserve(self, lock: int, size: int) -> bool:
         """Evict least recently used entries until `size` more bytes fit; return whether they fit."""
         counted = os.pread(lock, 20, 0)
-        total = int(counted) if counted.isdigit() else self.max_bytes  # unknown: _evict counts
+        # an unreadable count forces an eviction, which counts the bytes
+        total = int(counted) if counted.isdigit() else self.max_bytes
         if total + size > self.max_bytes:
             total = self._evict(min(int(self.max_bytes * KEEP_FRACTION), self.max_bytes - size))
         fits = total + size <= self.max_bytes

@@ -71,7 +71,7 @@ class Schema:
         return [file for _, _, feature in self._vocabularies() for file in feature.vocabulary.files]
 
     def cut(self, sizes: dict[str, dict[str, int]]) -> Schema:
-        """Truncate every vocabulary to its entry in `sizes` (default 0)."""
+        """Truncate every vocabulary to its size in `sizes`; one without a size becomes empty."""
 
         return self._with_vocabularies(lambda side, name, known: known.cut(sizes.get(side, {}).get(name, 0)))
 
@@ -91,7 +91,7 @@ class Schema:
         return None
 
     def save(self, folder: Path) -> Schema:
-        """Write schema.json and the vocabulary files; return the schema that maps them.
+        """Write schema.json and the vocabulary files; return the schema with memory-mapped vocabularies.
 
         Vocabulary files in other folders are linked or copied. Raises OSError.
         """

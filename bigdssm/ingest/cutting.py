@@ -24,7 +24,7 @@ from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ra
 from bigdssm.ingest.existing_events import EarlierEvents
 from bigdssm.ingest.job import Ingestion
 from bigdssm.ingest.row_keys import shuffle_keys, uniform
-from bigdssm.ingest.sorting import deal, read_bucket, stable_order
+from bigdssm.ingest.sorting import read_bucket, stable_order, write_buckets
 from bigdssm.ingest.splits import SPLITS
 from bigdssm.ingest.writing import move_files, write_arrow
 
@@ -106,7 +106,7 @@ ROW = pa.schema(
         ("time", pa.float64()),  # of the first target
     ]
 )
-DEALT = pa.schema(
+BUCKET = pa.schema(
     [
         ("place", pa.int64()),
         ("item", pa.int32()),
@@ -133,7 +133,7 @@ class Events:
 
     @classmethod
     def of(cls, rows: pa.Table, lengths: np.ndarray) -> Events:
-        """Group rows of DEALT, in table order, into the events of sequences with these lengths."""
+        """Group rows of BUCKET, in table order, into the events of sequences with these lengths."""
         by_time = stable_order(rows.column("time").to_numpy())
         order = by_time[np.argsort(rows.column("sequence").to_numpy()[by_time], kind="stable")]
         item, time, relevance, ordinal = (
@@ -162,11 +162,11 @@ class SequenceCutter:
     has_times: bool
     versions: ItemVersions | None = None  # if items have times
 
-    def __call__(self, dealt: Sequence[Path], job: tuple[int, tuple[int, int]], folder: Path) -> None:
+    def __call__(self, buckets: Sequence[Path], job: tuple[int, tuple[int, int]], folder: Path) -> None:
         """Cut a range of sequences, with its bucket of events, into a sequence file and rows."""
         number, (first, last) = job
         sequences = self.sequences.read(first, last)
-        events = Events.of(read_bucket(dealt, number), sequences.column("length").to_numpy())
+        events = Events.of(read_bucket(buckets, number), sequences.column("length").to_numpy())
         user_ids = sequences.column("user_id").to_numpy()
         before = self.earlier.take(user_ids, self._event_columns)
         path = folder / f"sequences-{number:06d}.arrow"
@@ -273,9 +273,9 @@ def cut_sequences(
     """
     engine = run.engine
     jobs = list(enumerate(_ranges(cutting.sequences)))
-    deal_out = partial(_by_range, cutting.keys, np.array([first for _, (first, _) in jobs]))
-    dealt = deal(engine, "dealt_events", cutting.events, deal_out, len(jobs))
-    folders = engine.map("cut", jobs, partial(cutting, dealt), rows=cutting.events.num_rows)
+    assign = partial(_by_range, cutting.keys, np.array([first for _, (first, _) in jobs]))
+    buckets = write_buckets(engine, "dealt_events", cutting.events, assign, len(jobs))
+    folders = engine.map("cut", jobs, partial(cutting, buckets), rows=cutting.events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
     if cutting.split == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
         times = RowTable.of(folder / "times.parquet" for folder in folders).read()
@@ -293,7 +293,7 @@ def _by_range(keys: SortedKeys, firsts: np.ndarray, events: pa.Table) -> tuple[p
     sequence = keys.find(events.column("user_id").to_numpy())
     file = np.searchsorted(firsts, sequence, "right") - 1
     columns = [events.column(name) for name in ("place", "item", "time", "relevance")]
-    return pa.table([*columns, sequence - firsts[file]], names=DEALT.names).cast(DEALT), file
+    return pa.table([*columns, sequence - firsts[file]], names=BUCKET.names).cast(BUCKET), file
 
 
 def _ranges(sequences: RowTable) -> Iterator[tuple[int, int]]:

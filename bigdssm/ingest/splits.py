@@ -18,7 +18,7 @@ from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges, read_facts
 from bigdssm.ingest.row_keys import uniform
-from bigdssm.ingest.sorting import float_ordinals, ordinal_to_float
+from bigdssm.ingest.sorting import float_sort_keys, sort_key_to_float
 from bigdssm.utils.string_hashing import hash_strings
 
 DEFAULT_FRACTIONS = (0.05, 0.05)  # validation, test
@@ -283,14 +283,14 @@ def _sort_times(table: RowTable, job: tuple[int, int], folder: Path) -> None:
 
 def _time_at(runs: Sequence[np.ndarray], rank: int) -> float:
     """Return the time of this rank over all sorted runs, by bisection over float64 values."""
-    low, high = float_ordinals(np.array([min(run[0] for run in runs), max(run[-1] for run in runs)])).tolist()
+    low, high = float_sort_keys(np.array([min(run[0] for run in runs), max(run[-1] for run in runs)])).tolist()
     while low < high:
         middle = (low + high) // 2
-        if sum(int(np.searchsorted(run, ordinal_to_float(middle), "right")) for run in runs) > rank:
+        if sum(int(np.searchsorted(run, sort_key_to_float(middle), "right")) for run in runs) > rank:
             high = middle
         else:
             low = middle + 1
-    return ordinal_to_float(low)
+    return sort_key_to_float(low)
 
 
 def as_sql(number: float) -> str:

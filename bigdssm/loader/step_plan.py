@@ -19,10 +19,8 @@ from bigdssm.loader.batch import Batch, Lengths, ListLengths
 from bigdssm.models import PackedLists, RowGroup
 
 NOTHING_PACKED = PackedLists()
-SIMILAR_RATIO, SIMILAR_CELLS = (
-    3 / 4,
-    8,
-)  # rows are similar to the longest one above this ratio, or within this many cells
+# A row joins a group if its length is at least this ratio of the longest, or at most this many cells shorter.
+SIMILAR_RATIO, SIMILAR_CELLS = 3 / 4, 8
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,8 @@ def plan_side(
 ) -> SidePlan:
     """Split rows, longest first, into chunks of at most `chunk_tokens` tokens (and at least one row).
 
-    Rows are sorted by their length in the widest list, then the next one: padding costs most there. With a budget of 0
-    all rows are one chunk, unsorted. outputs_of_row: number of vectors per row, by default 1. packed: names of packed
-    lists.
+    Rows are sorted by length in the widest list first, where padding costs most. With a budget of 0 all rows are one
+    chunk, unsorted. outputs_of_row: number of vectors per row, by default 1. packed: names of packed lists.
     """
     per_row = np.ones(num_rows, np.int64) if outputs_of_row is None else outputs_of_row
     length = sum((list_.filled for list_ in lengths.values()), np.zeros(num_rows, np.int64))
@@ -193,7 +190,7 @@ class StepPlan:
     query: SidePlan
     doc: SidePlan
     whole: bool  # both sides in one forward
-    num_retained: int = 0  # chunks with a retained graph: the last ones, queries before documents
+    num_retained: int = 0  # chunks with a retained graph: the last ones, in the order queries, documents
     pairs: SidePlan | None = None  # of a cross-encoder
 
     @property
@@ -220,7 +217,7 @@ class StepPlan:
 class StepRequirements(NamedTuple):
     """Requirements of a rank's plan; the ranks take the element-wise maximum.
 
-    Graphs of the last chunks are retained, documents after queries: query chunks only if all document chunks are.
+    Chunk order: queries, then documents. Graphs are retained from the end, so documents first.
     """
 
     queries: int  # number of chunks
@@ -235,7 +232,7 @@ class StepDraft:
 
     query: SidePlan
     doc: SidePlan
-    whole: StepPlan | None  # used if one chunk per side is enough on all ranks; None: it is not on this rank
+    whole: StepPlan | None  # for one chunk per side on all ranks; None if this rank needs more
     requirements: StepRequirements
 
     def resolve(self, requirements: StepRequirements) -> StepPlan:

@@ -125,7 +125,7 @@ class Index:
         if not available:
             return scores, rows
         exclusions = Ragged.of_lists(excluded or [NO_ROWS] * len(queries), np.int64)
-        # Search deeper by the number of exclusions so that `top` remain. Grouped by power of two: long lists are rare.
+        # Request `top` plus the number of exclusions. It is rounded up to a power of two, so that there are few depths.
         extra = np.where(exclusions.lengths, 2 ** np.ceil(np.log2(np.maximum(exclusions.lengths, 1))), 0)
         extra = extra.astype(np.int64)
         for number in np.unique(extra).tolist():
@@ -147,7 +147,10 @@ class Index:
     def check_dataset(self, dataset: Dataset) -> None:
         """Raise CheckpointError if the index is of another dataset, or of an earlier version of it."""
         if self.meta.dataset_fingerprint != dataset.fingerprint:
-            raise CheckpointError(f"the index was made of another dataset than {dataset.dir}; embed and index again")
+            raise CheckpointError(
+                f"the index was built from another dataset or an earlier version of {dataset.dir}; "
+                "embed and index again"
+            )
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32, catalogue rows int64), [top], of the nearest documents, ignoring beta.
@@ -270,7 +273,10 @@ def index_meta(meta: VectorsMeta, backend: IndexBackend, width: int | None, resc
 
 @checked
 def open_index(folder: str | Path, model: Model | None = None) -> Index:
-    """Open the Index in `folder`. Raises CheckpointError: missing, damaged, no index, or not of `model`."""
+    """Open the Index in `folder`.
+
+    Raises CheckpointError: the folder is missing, damaged, a vectors folder, or of another model than `model`.
+    """
     folder = Path(folder)
     meta = read_meta(folder)
     if meta.kind == VECTORS:

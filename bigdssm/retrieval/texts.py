@@ -1,4 +1,4 @@
-"""Texts of queries and documents as the towers read them: truncated, in the tokenizer's case."""
+"""Texts of queries and documents as the towers read them: truncated, and lowercased if the tokenizer does so."""
 
 from __future__ import annotations
 

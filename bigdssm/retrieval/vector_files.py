@@ -35,8 +35,8 @@ from bigdssm.utils.atomic import new_file
 FileFormat = Literal["npy", "fvecs", "parquet"]
 CARD_FILE = "README.md"
 CHECKED_ROWS = 256
-# Largest difference relative to the vector's largest entry. int8 rounds to 1/254; binary keeps no magnitudes, so its
-# error is bounded by the largest entry, unless the sign of that entry is wrong.
+# Largest difference relative to the vector's largest entry. int8 rounds to 1/254. binary stores signs and a scale: the
+# relative error is at most 1, unless the sign of the largest entry is wrong.
 PARITY_LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 1e-3, "int8": 5e-3, "binary": 1 + 1e-5}
 
 
@@ -106,7 +106,8 @@ def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str
 (score: {score}).
 
 A document's vector is [alpha * w, beta] (width {meta.width}), a query's is [u, 1]: **search by inner product**,
-for any score of the model, and append 1 to the output of the query tower. The inner product is the training score.
+for any score of the model. `encode_queries` and the exported towers return [u, 1]; append 1 only to a bare u. The inner
+product is the training score.
 {_HOW_CODED.get(meta.dtype, "")}
 | file | holds | largest difference from the model, relative |
 |---|---|---|

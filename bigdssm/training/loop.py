@@ -61,7 +61,7 @@ def _validate_at_start(trainer: Trainer) -> None:
         if trainer.starts_trained:
             validate(trainer, documents)  # so that best/ is never worse than the initial model
     elif _due(progress.step, stage.validate_every_steps) and progress.validated_at != progress.step:
-        validate(trainer)  # a requested stop had interrupted it
+        validate(trainer)  # the run was stopped during this validation
     elif progress.validated_at >= 0 and trainer.validator.is_best_missing():
         replace_best(trainer)
 
@@ -147,7 +147,7 @@ def replace_best(trainer: Trainer) -> None:
     """Write the current weights to best/, which was lost. All ranks must call it."""
     progress, since = trainer.progress, trainer.progress.validations_since_best
     logger.warning(
-        "%s: best/ of step %d is missing; the best from step %d on replaces it",
+        "%s: best/ of step %d is missing; the weights of step %d replace it, and the selection starts again",
         trainer.name, progress.best_step, progress.step,
     )  # fmt: skip
     progress.best, trainer.selection = float("-inf"), BestSelection()

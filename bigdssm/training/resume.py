@@ -113,7 +113,8 @@ class StageProgress:
     validations_since_best: int = 0  # since the highest mean, which patience counts
     validated_at: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # every validation
-    # Values of `step` and `applied` at the start of the current segment; its steps and schedule count from there.
+    # Values of `step` and `applied` at the start of the current segment ("part" in the checkpoint's field names); its
+    # steps and schedule count from there.
     part_step: int = 0
     part_applied: int = 0
 

@@ -139,8 +139,8 @@ class Trainer:
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
         """Restore the state of a checkpoint, read by `read`; the model's weights are set already.
 
-        All ranks must call it. In a new segment, the stream stays at its beginning. At another world size, random
-        states are new, and with them dropout masks.
+        All ranks must call it. Not restored: the stream's position in a new segment; random states (dropout) at another
+        world size.
         """
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)

@@ -54,7 +54,7 @@ def check_seal(path: Path, dataset: str, fix: str) -> None:
             content = json.loads(file.read())
             made_of, checksum = str(content["dataset"]), content["xxh3_128"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"{path} does not end in a dataset fingerprint and a checksum; {fix}") from None
+            raise DataError(f"{path} has no seal (dataset fingerprint and checksum at its end); {fix}") from None
     if made_of != dataset:
         raise DataError(f"{path} belongs to another dataset, {made_of}, needs {dataset}; {fix}")
     if file_checksum(path, 0, end) != checksum:

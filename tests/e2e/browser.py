@@ -39,9 +39,9 @@ class Page:
         """Open an address, and wait until the page has loaded its data."""
         answer = self._call("Page.navigate", url=url)
         assert "errorText" not in answer, answer
-        return self.answered()
+        return self.wait_until_idle()
 
-    def answered(self) -> Page:
+    def wait_until_idle(self) -> Page:
         """Wait until the page has no pending requests."""
         until = time.monotonic() + 20
         while not self.js("document.readyState === 'complete' && !document.querySelector('[aria-busy=true]')"):

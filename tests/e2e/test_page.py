@@ -184,7 +184,7 @@ def test_filters_are_ticked_and_stay_in_the_address(page: Page, url: str) -> Non
     page.js("document.querySelector('[value=Comedy]').click(), document.querySelector('[value=Western]').click()")
     page.js("document.querySelector('[name=\"least:year\"]').value = '1970'")
     page.js("document.querySelector('#ask > button').click()")
-    page.answered()
+    page.wait_until_idle()
     wanted = "genres in (Comedy, Western) and year >= 1970 and year < 1999"
     documents = post(url, "/api/search", {"user": "u7", "filter": wanted})["documents"]
     assert [cells[3] for cells in rows(page)] == [entry["key"] for entry in documents] != []
@@ -219,7 +219,7 @@ def test_two_models_answer_side_by_side(page: Page, two_url: str) -> None:
 
 def test_the_page_works_with_the_keyboard_alone(page: Page, two_url: str) -> None:
     page.open(f"{two_url}/")
-    page.press("/", *"u7", "Enter").answered()
+    page.press("/", *"u7", "Enter").wait_until_idle()
     assert page.js("document.querySelector('[name=user]').value") == "u7", "/ itself is not typed"
 
     def at() -> tuple[str, int]:
@@ -231,13 +231,13 @@ def test_the_page_works_with_the_keyboard_alone(page: Page, two_url: str) -> Non
     assert at() == ("", 1), "nothing is above"
     page.press("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp")
     assert at() == ("/second", 2)
-    page.press("Enter").answered()
+    page.press("Enter").wait_until_idle()
     near = post(two_url, "/second/api/why", {"user": "u7", "answer": rows(page, "/second")[1][4]})
     shown = "\n".join(f"{item['cosine']:.2f} {item['title']}" for item in near["history"])
     assert text(page, "tr.why") == f"Similar documents of the history:\n{shown}" and len(near["history"]) == 5
     page.press("Enter")
     assert page.js("document.querySelector('tr.why')") is None, "what is open closes"
-    page.press("Enter").answered().press("Escape")
+    page.press("Enter").wait_until_idle().press("Escape")
     assert page.js("document.querySelector('tr.why')") is None and at() == ("/second", 2)
     page.press("Escape")
     assert page.js("document.activeElement.name") == "user"
@@ -248,7 +248,7 @@ def test_the_page_works_with_the_keyboard_alone(page: Page, two_url: str) -> Non
 def test_an_explanation_shows_the_nearest_words_of_a_text(page: Page, texts_url: str) -> None:
     page.open(f"{texts_url}/?query=stone+bridge+river")
     page.js("document.querySelector('td.do button').click()")
-    page.answered()
+    page.wait_until_idle()
     body = {"features": {"query": "stone bridge river"}, "answer": rows(page)[0][3]}
     near = post(texts_url, "/api/why", body)["words"]
     assert {word["word"] for word in near} == {"stone", "bridge", "river"}
@@ -260,7 +260,7 @@ def test_it_fits_a_phone_and_the_dark(page: Page, two_url: str) -> None:
     try:
         page.screen(375, 700, dark=True).open(f"{two_url}/?user=u7&one:genres=Comedy")
         page.js("document.querySelector('td.do button').click()")
-        page.answered()
+        page.wait_until_idle()
         assert page.js("document.documentElement.scrollWidth") == 375
         boxes = "[...document.querySelectorAll('section')].map(section => section.getBoundingClientRect().left)"
         assert len(set(page.js(boxes))) == 1, "the models stand below each other"

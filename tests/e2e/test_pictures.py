@@ -59,11 +59,11 @@ def test_pictures_of_the_page_are_taken_as_a_user_sees_it(address: str, page: Pa
     folder = Path(os.environ.get("BIGDSSM_PICTURES", tmp_path))
     asked = f"{address}/?user=u7&one:genres=Comedy&one:genres=Drama&least:year=1965"
     page.screen(1100, 820).open(asked)
-    page.press("ArrowDown", "ArrowDown", "Enter").answered()
+    page.press("ArrowDown", "ArrowDown", "Enter").wait_until_idle()
     page.picture(folder / "serving_page.png")
     page.screen(390, 780, dark=True, scale=1.5).open(f"{address}/?user=u7")
     page.js("document.querySelector('td.do button').click()")
-    page.answered()
+    page.wait_until_idle()
     page.js("document.getElementById('history').scrollIntoView()")
     page.picture(folder / "serving_page_phone.png")
     for name in ("serving_page.png", "serving_page_phone.png"):
@@ -76,5 +76,5 @@ def test_picture_of_a_search_of_texts(page: Page, tmp_path: Path) -> None:
     folder = Path(os.environ.get("BIGDSSM_PICTURES", tmp_path))
     with started(Path(os.environ["BIGDSSM_TEXTS"])) as (url, _):
         page.screen(1100, 620).open(f"{url}/?intent=which process listens on a port")
-        page.press("ArrowDown", "Enter").answered()
+        page.press("ArrowDown", "Enter").wait_until_idle()
         page.picture(folder / "search_page.png")

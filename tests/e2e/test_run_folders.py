@@ -203,7 +203,7 @@ def test_edited_hard_negatives_are_refused(config: Path, run: Path) -> None:
     mined = np.load(run / "sft" / "mined_negatives.npy")
     mined["window"] += 100_000
     np.save(run / "sft" / "mined_negatives.npy", mined)
-    refused(Command("sft", *arguments, *RESUME).wait(), 3, "does not end in a dataset fingerprint")
+    refused(Command("sft", *arguments, *RESUME).wait(), 3, "has no seal")
     refused(
         Command("sft", *arguments, *RESUME, "sft.steps=8").wait(), 2, "negatives were mined only for the rows of these"
     )

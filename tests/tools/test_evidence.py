@@ -25,7 +25,7 @@ from tools.evidence.claims import Expectation, read_claim
 from tools.evidence.page import as_markdown, tables_as_markdown, write_page
 from tools.evidence.results import CellResult, Result, SetResult, collect, together
 from tools.evidence.running import Trial, cpu_seconds, plan_trials, run_trial, run_trials, write_config
-from tools.evidence.stored import read_trials, store_trial, write_trials
+from tools.evidence.stored import read_trials, with_finished, write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM: dict[str, Any] = {
@@ -318,11 +318,11 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
         save_comparison(trial.report, [System.from_ranks("x", ranks, query_ids, 1.0)], [], dataset, "validation")
         (trial.folder / "commands.jsonl").write_text(json.dumps({"command": "pretrain", "cpu_seconds": 9000.0}) + "\n")
     file = tmp_path / "trials.jsonl"
-    write_trials(file, store_trial({}, planned[:2]))
-    write_trials(file, store_trial(read_trials(file), planned[2:]))
+    write_trials(file, with_finished({}, planned[:2]))
+    write_trials(file, with_finished(read_trials(file), planned[2:]))
     elsewhere = plan_trials(claim, tmp_path / "there")
     found = collect(claim, elsewhere, read_trials(file))
-    assert found == collect(claim, planned, store_trial({}, planned))
+    assert found == collect(claim, planned, with_finished({}, planned))
     cell = found.sets["small"].cells[0]
     assert (cell.cell, cell.seeds, cell.cpu_seconds) == ("a", 2, 9000.0)
     assert found.sets["small"].cells[2].cpu_seconds == 18000.0, "the pretraining counts"
@@ -362,7 +362,7 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
         save_comparison(trial.report, [System.from_ranks("x", own, query_ids, 1.0)], [], dataset, "test")
         spent = {"command": "pretrain", "cpu_seconds": 10.0 if trial.set_name == "x" else 20.0}
         (trial.folder / "commands.jsonl").write_text(json.dumps(spent) + "\n")
-    found = collect(claim, planned, store_trial({}, planned))
+    found = collect(claim, planned, with_finished({}, planned))
     one = found.sets["years"]
     assert (one.members, one.rows, one.query_ids) == (["x", "y"], 2 * len(query_ids), len(query_ids))
     assert found.sets["z"].expected == [None] and [cell.cpu_seconds for cell in one.cells] == [15.0, 15.0]

@@ -31,7 +31,7 @@ SIZES = {
     "writing.BLOCKS_PER_SHARD": 2,
     "cutting.SEQUENCES_PER_FILE": 30,
     "sorting.ROWS_PER_BUCKET": 500,
-    "sorting.ROWS_PER_DEAL": 700,
+    "sorting.ROWS_PER_BUCKET_JOB": 700,
     "splits.ROWS_PER_RUN": 600,
 }
 

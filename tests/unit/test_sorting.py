@@ -14,7 +14,14 @@ import pytest
 from bigdssm.dataset.keys import SortedKeys, write_keys
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
-from bigdssm.ingest.sorting import deal, float_ordinals, ordinal_to_float, read_bucket, shuffled, stable_order
+from bigdssm.ingest.sorting import (
+    float_sort_keys,
+    read_bucket,
+    shuffled,
+    sort_key_to_float,
+    stable_order,
+    write_buckets,
+)
 
 RANDOM = np.random.RandomState(0)
 NUMBERS = {
@@ -30,8 +37,8 @@ NUMBERS = {
 def test_an_order_by_radix_is_that_of_a_stable_sort(name: str) -> None:
     numbers = NUMBERS[name]
     assert stable_order(numbers).tolist() == np.argsort(numbers, kind="stable").tolist()
-    ordinals = float_ordinals(numbers)
-    assert [ordinal_to_float(ordinal) for ordinal in ordinals.tolist()] == numbers.tolist()
+    keys = float_sort_keys(numbers)
+    assert [sort_key_to_float(key) for key in keys.tolist()] == numbers.tolist()
 
 
 def table_of(folder: Path, columns: dict[str, np.ndarray]) -> RowTable:
@@ -51,7 +58,7 @@ def to_buckets(rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
 def test_a_bucket_has_its_rows_in_their_order(
     num_buckets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 150)
+    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_BUCKET_JOB", 150)
     some = [
         0,
         3,
@@ -62,17 +69,17 @@ def test_a_bucket_has_its_rows_in_their_order(
     bucket = RANDOM.choice(some, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "bucket": bucket})
     if num_buckets > 302:
-        monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 1_000)
-    dealt = deal(LocalEngine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
+        monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_BUCKET_JOB", 1_000)
+    buckets = write_buckets(LocalEngine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
     for number in (1, *some):
-        assert read_bucket(dealt, number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
+        assert read_bucket(buckets, number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
 
 
 @pytest.mark.parametrize("rows_per_bucket", [7, 400, 10_000])
 def test_rows_are_shuffled_by_their_hashes(
     rows_per_bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_DEAL", 150)
+    monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_BUCKET_JOB", 150)
     monkeypatch.setattr("bigdssm.ingest.sorting.ROWS_PER_BUCKET", rows_per_bucket)
     hashes = RANDOM.randint(-(2**63), 2**63 - 1, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "more": np.zeros(1_000), "shuffle": hashes})

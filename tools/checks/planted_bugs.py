@@ -292,7 +292,7 @@ BUGS = [
     Bug("ingestion", "rare_values_kept", "ingest.fitting:_frequent",
         "WHERE n >= {vocabulary_min_count}", "WHERE n >= 1",
         f"{UNIT}/test_fit.py::test_fit_leaves_out_rare_and_missing_values"),
-    Bug("ingestion", "rows_of_a_bucket_reversed", "ingest.sorting:_deal",
+    Bug("ingestion", "rows_of_a_bucket_reversed", "ingest.sorting:_write_buckets",
         "rows.take(pa.array(order))", "rows.take(pa.array(order[::-1]))",
         f"{UNIT}/test_sorting.py::test_a_bucket_has_its_rows_in_their_order"),
     Bug("hashing", "hash_of_long_strings", "utils.string_hashing:_up_to_16",

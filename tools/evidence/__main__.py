@@ -30,7 +30,7 @@ from tools.evidence.claims import Claim, read_claim
 from tools.evidence.page import tables_path, write_page
 from tools.evidence.results import Result, collect
 from tools.evidence.running import Trial, plan_trials, run_trials
-from tools.evidence.stored import read_trials, store_trial, write_trials
+from tools.evidence.stored import read_trials, with_finished, write_trials
 
 
 @command
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.collect:
             run_trials([trial for trial in everything if args.only in str(trial)], args.at_once, stored)
     finally:
-        stored = store_trial(stored, everything)
+        stored = with_finished(stored, everything)
         if store is not None and stored:
             write_trials(store / "trials.jsonl", stored)
     results = {} if store is None else _stored_results(store / "results.json")

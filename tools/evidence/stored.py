@@ -62,7 +62,7 @@ def read_trials(path: Path) -> dict[str, StoredTrial]:
     return {stored.trial: stored for stored in lines}
 
 
-def store_trial(stored: Mapping[str, StoredTrial], trials: Iterable[Trial]) -> dict[str, StoredTrial]:
+def with_finished(stored: Mapping[str, StoredTrial], trials: Iterable[Trial]) -> dict[str, StoredTrial]:
     """Return the stored trials, updated with the finished runs among `trials`."""
     return {**stored, **{trial.name: StoredTrial.of(trial) for trial in trials if trial.report.exists()}}
 

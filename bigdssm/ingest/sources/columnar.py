@@ -145,7 +145,7 @@ FILE_MAGIC = b"ARROW1"
 class ArrowSource(ChunkedSource):
     """Arrow IPC files or streams, read by record batches.
 
-    In a stream, earlier batches are skipped.
+    A stream has no index: reading a part decodes and discards the batches before it.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".feather")
@@ -167,7 +167,7 @@ class ArrowSource(ChunkedSource):
             names = stored_names(part.file, stored, columns)
             fields = sorted({stored.index(name) for name in names})
             batches = _batches(opened, fields, part.chunks.start, part.chunks.stop)
-            for table in _even(map(_sound, batches)):
+            for table in _even(map(_validated, batches)):
                 yield table.select(names)
 
 
@@ -193,7 +193,7 @@ def _batches(
         yield from islice(pa.ipc.open_stream(opened, options=options), first, end)
 
 
-def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _validated(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Validate a batch, and view its strings as bytes. Raises ArrowInvalid: invalid offsets."""
     plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     columns = [column.view(plain[column.type]) if column.type in plain else column for column in batch.columns]
