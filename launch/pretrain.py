@@ -1,4 +1,4 @@
-"""`bigdssm pretrain` as a file."""
+"""Script version of `bigdssm pretrain`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm seeds` as a file."""
+"""Script version of `bigdssm seeds`."""
 
 import sys
 

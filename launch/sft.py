@@ -1,4 +1,4 @@
-"""`bigdssm sft` as a file."""
+"""Script version of `bigdssm sft`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm tune` as a file."""
+"""Script version of `bigdssm tune`."""
 
 import sys
 

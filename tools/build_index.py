@@ -1,4 +1,4 @@
-"""`bigdssm build_index` as a file."""
+"""Script version of `bigdssm build_index`."""
 
 import sys
 

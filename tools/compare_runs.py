@@ -1,4 +1,4 @@
-"""`bigdssm compare_runs` as a file."""
+"""Script version of `bigdssm compare_runs`."""
 
 import sys
 

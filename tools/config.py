@@ -1,4 +1,4 @@
-"""`bigdssm config` as a file."""
+"""Script version of `bigdssm config`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm convert_checkpoint` as a file."""
+"""Script version of `bigdssm convert_checkpoint`."""
 
 import sys
 

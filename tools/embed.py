@@ -1,4 +1,4 @@
-"""`bigdssm embed` as a file."""
+"""Script version of `bigdssm embed`."""
 
 import sys
 

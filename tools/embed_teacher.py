@@ -1,4 +1,4 @@
-"""`bigdssm embed_teacher` as a file."""
+"""Script version of `bigdssm embed_teacher`."""
 
 import sys
 

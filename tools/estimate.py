@@ -1,4 +1,4 @@
-"""`bigdssm estimate` as a file."""
+"""Script version of `bigdssm estimate`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm evaluate` as a file."""
+"""Script version of `bigdssm evaluate`."""
 
 import sys
 

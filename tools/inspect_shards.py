@@ -1,4 +1,4 @@
-"""`bigdssm inspect_shards` as a file."""
+"""Script version of `bigdssm inspect_shards`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm list_candidates` as a file."""
+"""Script version of `bigdssm list_candidates`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm make_shards` as a file."""
+"""Script version of `bigdssm make_shards`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm mine_negatives` as a file."""
+"""Script version of `bigdssm mine_negatives`."""
 
 import sys
 

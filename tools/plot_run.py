@@ -1,4 +1,4 @@
-"""`bigdssm plot_run` as a file."""
+"""Script version of `bigdssm plot_run`."""
 
 import sys
 

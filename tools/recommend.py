@@ -1,4 +1,4 @@
-"""`bigdssm recommend` as a file."""
+"""Script version of `bigdssm recommend`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm report` as a file."""
+"""Script version of `bigdssm report`."""
 
 import sys
 

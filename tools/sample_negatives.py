@@ -1,4 +1,4 @@
-"""`bigdssm sample_negatives` as a file."""
+"""Script version of `bigdssm sample_negatives`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm score_pairs` as a file."""
+"""Script version of `bigdssm score_pairs`."""
 
 import sys
 

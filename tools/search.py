@@ -1,4 +1,4 @@
-"""`bigdssm search` as a file."""
+"""Script version of `bigdssm search`."""
 
 import sys
 

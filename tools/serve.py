@@ -1,4 +1,4 @@
-"""`bigdssm serve` as a file."""
+"""Script version of `bigdssm serve`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`bigdssm stop_run` as a file."""
+"""Script version of `bigdssm stop_run`."""
 
 import sys
 

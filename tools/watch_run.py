@@ -1,4 +1,4 @@
-"""`bigdssm watch_run` as a file."""
+"""Script version of `bigdssm watch_run`."""
 
 import sys
 

@@ -141,7 +141,9 @@ def _notes_of_versions(tables: InteractionTables, documents: DistinctDocuments, 
     if documents.changed is not None and documents.changed.num_rows:
         yield f"new versions of items in {tables.items}: {documents.changed.num_rows}"
     if num_early:
-        yield f"{num_early} events are older than all rows of their items in {tables.items}: they see the oldest"
+        yield (
+            f"{num_early} events are older than all rows of their items in {tables.items}: they use the oldest version"
+        )
 
 
 def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> None:

@@ -48,7 +48,7 @@ def run(
 ) -> tuple[Tensor, list[Any], Any]:
     """Return the loss and the gradients, averaged over ranks.
 
-    `beta` is one for all documents, in place of the shards' own.
+    `beta`: a single bias for all documents, in place of the shards' biases.
     """
     R = len(shards)
     call = (loss, shards, alpha, beta, arguments)
@@ -81,7 +81,10 @@ def with_dense_mask(loss: Loss, *tensors: Any, **arguments: Any) -> Any:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, term: float = 1.0) -> None:
-    """Compare relative to the largest entry, or to a hundredth of `term`, the size of terms that cancel in the sum."""
+    """Compare relative to max(largest entry, term / 100).
+
+    `term` is the magnitude of summands that cancel.
+    """
     if expected.numel():
         scale = max(float(expected.abs().max()), 0.01 * term)
         error = float((actual.double() - expected).abs().max()) / scale
@@ -107,6 +110,6 @@ def assert_parity(
 def check_fps(
     pools: dict[int, Pool], loss: Loss, shards: list[Shard], alpha: float, tolerance: float = 1e-10, **arguments: Any
 ) -> None:
-    """Compare a loss with the interface of fps_loss with the reference."""
+    """Compare a loss that has the signature of fps_loss to the reference."""
     expected = reference.fps(shards, alpha, arguments.get("direction", "q2d"))
     assert_parity(shards, alpha, run(pools, loss, shards, alpha, **arguments), expected, tolerance)

@@ -188,6 +188,6 @@ def test_teacher_scores_are_learned_on_any_number_of_ranks(
     mined = mine(tower_encoders(model, dataset), dataset, first=1, last=20)
     own = np.concatenate([rows.doc_rows for rows in dataset.iterate("train", 999)])
     scores = np.concatenate([own[:, None], mined["window"]], 1) / 10.0
-    write_hard_negatives(tmp_path / "judged.npy", window_records(mined["query"], mined["window"], scores), dataset)
-    given = (start(reference), f"sft.negatives.mining.file={tmp_path / 'judged.npy'}", f"sft={loss}")
+    write_hard_negatives(tmp_path / "scored.npy", window_records(mined["query"], mined["window"], scores), dataset)
+    given = (start(reference), f"sft.negatives.mining.file={tmp_path / 'scored.npy'}", f"sft={loss}")
     assert_is_followed(config, tmp_path, pools, given)

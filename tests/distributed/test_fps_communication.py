@@ -112,7 +112,7 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
 
 @pytest.mark.parametrize("direction", ["q2d", "both"])
 def test_the_gather_of_W_overlaps_the_positives(pools: dict[int, Pool], direction: str) -> None:
-    """The preceding gather, of sizes, is complete when it starts."""
+    """The gather of sizes completes before the gather of W starts."""
     for events in pools[3].run(trace, direction):
         assert events[:5] == ["gather", "start gather", "positives", "wait", "tile"]
 
@@ -140,7 +140,10 @@ def status_mb(field: str) -> float:
 @pytest.mark.parametrize("popular", [False, True])
 @pytest.mark.parametrize("direction", ["q2d", "both"])
 def test_memory_does_not_grow_with_the_score_matrix(pools: dict[int, Pool], direction: str, popular: bool) -> None:
-    """Of 4,096 x 8,192 scores a rank (134 MB in float32, 34 MB as one byte) only a few tiles or strips exist."""
+    """Only a few tiles or strips of a rank's scores exist at once.
+
+    A rank has 4,096 x 8,192 scores: 134 MB in float32, 34 MB as one byte.
+    """
     pools[2].run(peak_growth_mb, 1024, direction, popular)  # one-time allocations
     for growth in pools[2].run(peak_growth_mb, 4096, direction, popular):
         assert growth < 45
@@ -163,5 +166,6 @@ def reduced(rank: int, world_size: int, bytes_at_once: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bytes_at_once", [1, 100, 10_000])
 def test_a_sum_over_ranks_made_in_slices_is_that_of_the_whole(pools: dict[int, Pool], bytes_at_once: int) -> None:
+    """A reduce-scatter in chunks equals the one of the whole."""
     whole = 6 * torch.arange(3 * 7 * 3.0).view(-1, 3)
     assert torch.equal(torch.cat(pools[3].run(reduced, bytes_at_once)), whole)

@@ -16,7 +16,8 @@ from .spawn import Pool
 
 ROWS, D, STEPS = 24, 6, 5
 LR = 0.5
-CLIPS = (0.05, 0.0)  # every step clipped, which shows a wrong ratio of gradients; none, which shows a wrong size
+# 0.05 clips every step and exposes wrong ratios between gradients; 0 never clips and exposes a wrong scale.
+CLIPS = (0.05, 0.0)
 
 
 class Towers(nn.Module):
@@ -27,7 +28,8 @@ class Towers(nn.Module):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         self.log_alpha = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.bias = nn.Linear(8, 1, bias=False, dtype=torch.float64)  # a constant's true gradient is zero
+        # beta per document: a constant bias has zero gradient under a softmax and would test nothing
+        self.bias = nn.Linear(8, 1, bias=False, dtype=torch.float64)
         self.bias.weight.data = torch.ones(1, 8, dtype=torch.float64) * 0.1
         self.to(dtype)
 

@@ -149,11 +149,15 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
         (t.set_name, t.cell_name, t.seed): t
         for t in plan_trials(read_claim(written(tmp_path, sets=two, cells=cells)), tmp_path)
     }
-    assert here["small", "b", 0].folder == found["b", 0].folder, "what it changes there counts, whoever says it"
+    assert here["small", "b", 0].folder == found["b", 0].folder, (
+        "equal overrides share a folder, whether from `set` or `per_set`"
+    )
     assert here["other", "b", 0].folder.parent.name != found["b", 0].folder.parent.name
     later = read_claim(written(tmp_path, sets=one, cells={**CLAIM["cells"], "a": {"set": ["pretrain.epochs=3"]}}))
     again = {(trial.cell_name, trial.seed): trial for trial in plan_trials(later, tmp_path)}
-    assert again["c", 1].folder != found["c", 1].folder, "what it starts from is another"
+    assert again["c", 1].folder != found["c", 1].folder, (
+        "a changed pretraining cell changes the folder of cells after it"
+    )
     with pytest.raises(DataError, match="not finished: small: a, seed 0; small: a, seed 1; "):
         collect(claim, list(found.values()), {})
     config = Path(tiny_interactions.config)
@@ -194,6 +198,7 @@ def test_infeasible_trials_are_refused_before_the_first(
 
 
 def test_a_record_that_a_kill_cut_off_does_not_take_the_next_with_it(tmp_path: Path, tiny_interactions: Any) -> None:
+    """A truncated record does not corrupt the next one."""
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [0]}}
     claim = read_claim(written(tmp_path, sets=sets, cells={"a": {"baseline": "popularity"}}, expect=[]))
     (trial,) = plan_trials(claim, tmp_path)
@@ -243,6 +248,7 @@ def test_a_baselines_options_may_differ_by_set(tmp_path: Path, tiny_interactions
 
 
 def test_the_page_is_its_figures(tmp_path: Path) -> None:
+    """The pages are generated from results.json."""
     figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
     results = {name: Result.from_dict(content) for name, content in figures.items()}
     assert {name: json.loads(json.dumps(result.to_dict())) for name, result in results.items()} == figures
@@ -280,6 +286,7 @@ def test_summaries_on_the_page_have_three_sentences_and_the_figures_of_the_resul
 
 
 def test_a_change_of_texts_is_written_to_the_pages_without_the_dataset(tmp_path: Path, tiny_interactions: Any) -> None:
+    """Changed texts of a claim update the pages if the dataset does not exist."""
     config = tmp_path / "config.yaml"
     config.write_text(tiny_interactions.config.read_text())
     sets = {"small": {"config": str(config), "seeds": [0], "set": [f"data.dir={tmp_path}/none"]}}
@@ -325,12 +332,12 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
     assert found == collect(claim, planned, with_finished({}, planned))
     cell = found.sets["small"].cells[0]
     assert (cell.cell, cell.seeds, cell.cpu_seconds) == ("a", 2, 9000.0)
-    assert found.sets["small"].cells[2].cpu_seconds == 18000.0, "the pretraining counts"
-    assert found.cpu_hours == 15.0, "once"
+    assert found.sets["small"].cells[2].cpu_seconds == 18000.0, "a cell's cpu_seconds include its pretraining"
+    assert found.cpu_hours == 15.0, "cpu_hours counts shared pretraining once"
     (compared,) = found.sets["small"].expected
     assert found.decisive() == f"a beats b: {compared} on small"
     near = replace(compared, margin=compared.high + 0.001)
-    assert near.distance == pytest.approx(0.001), "the margin is what the interval is held against"
+    assert near.distance == pytest.approx(0.001), "distance is measured from the margin"
     both = np.stack([read_ranks(trial.report).ranks for trial in planned[:2]])
     assert cell.mean == pytest.approx(row_metrics(both.ravel())["ndcg_at_10"].mean(), abs=5e-5)
     lines = file.read_text().splitlines()
@@ -338,7 +345,7 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
     with pytest.raises(DataError, match="are damaged"):
         collect(claim, elsewhere, read_trials(file))
     file.write_text("{}")
-    with pytest.raises(DataError, match="contains no trials"):
+    with pytest.raises(DataError, match="is damaged"):
         read_trials(file)
 
 
@@ -400,7 +407,7 @@ def test_stored_trials_are_not_rerun_unless_another_starts_from_them(
     assert sorted(begun[:2]) == ["a", "b"] and sorted(begun[2:]) == ["ranked", "taught", "tuned"]
     begun.clear()
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "tuned"})
-    assert begun == ["a", "tuned"], "its teacher is none"
+    assert begun == ["a", "tuned"], "b is not rerun: it is the teacher of another cell"
     begun.clear()
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "b"})
     assert begun == ["b"]

@@ -1,4 +1,4 @@
-"""Configs: invalid ones and their messages."""
+"""Config loading: defaults, overrides, shipped configs, and error messages."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: 
 def test_popular_documents_of_a_batch_are_corrected_where_queries_have_histories(
     path: Path, override: str, sampling: str
 ) -> None:
+    """The default `sampling` corrects in-batch negatives if queries have histories."""
     stages = [f"pretrain={{{override}}}", f"sft={{{override}}}"]
     config = load_config(path, stages)
     assert [stage.sampling.name for stage in (config.pretrain, config.sft) if stage] == [sampling] * 2

@@ -1,4 +1,4 @@
-"""Rows from programs: pandas, NumPy, Arrow, polars and Python values are read exactly or rejected with a message."""
+"""Accepted row types: pandas, NumPy, Arrow, polars and Python values are read exactly or rejected with a message."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
     report = make(tmp_path, tmp_path / "out")
     assert (report.num_docs, report.new_docs, report.changed_docs, report.new_versions) == (2, 2, 0, 1)
     told = ["new versions of items in {}: 1",
-            "2 events are older than all rows of their items in {}: they see the oldest"]  # fmt: skip
+            "2 events are older than all rows of their items in {}: they use the oldest version"]  # fmt: skip
     assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
     dataset = Dataset.open(tmp_path / "out")
     first, later = ("first", 1.0, "a"), ("later", 5.0, "a, renamed")
@@ -96,8 +96,8 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
         ("u", 4): (later, ["kind 2", "first", "first", "first"]),
         ("u", 5): (later, ["first", "first", "first", "later"]),
     }
-    assert dataset.catalogue.keys(np.arange(2)) == ["b", "a"], "numbered by the first place of each"
-    assert facts_at(dataset, np.arange(2)) == [("kind 2", 2.0, "b"), later], "who goes over all sees what is now"
+    assert dataset.catalogue.keys(np.arange(2)) == ["b", "a"], "documents are numbered by their first row"
+    assert facts_at(dataset, np.arange(2)) == [("kind 2", 2.0, "b"), later], "the catalogue has the newest features"
     _, events = read_user(dataset, "u")
     (newest,) = histories(dataset, Ragged(events, np.array([0, len(events)]))).values()
     assert isinstance(newest, Ragged) and len(set(newest.values.tolist())) == 1, "as of now, too"
@@ -114,24 +114,25 @@ def random_tables(seed: int, first_time: int) -> tuple[list[Item], list[Event]]:
     for _ in range(150):
         item, since, state = random.randint(20), first_time + random.randint(60), random.randint(3)
         items.append((f"i{item}", since, f"kind {state}", float(item), f"i{item}, {random.randint(2)}"))
-    held = {item[0] for item in items}
+    keys = {item[0] for item in items}
     events = []
     for user in random.randint(0, 40, 700):  # half of the users are known and get later events
         own, late = (f"u{user}", 200 * seed) if user % 2 else (f"day{seed}-{user}", 0)
         events.append((own, f"i{random.randint(20)}", first_time + late + random.randint(-5, 70)))
-    return items, [event for event in events if event[1] in held]
+    return items, [event for event in events if event[1] in keys]
 
 
 def grown(known: list[Version], rows: list[Version]) -> list[Version]:
     """Add a table's rows that differ from their preceding version to an item's versions, oldest first."""
-    come = sorted(dict(rows).items())  # of equal times the last
-    every = sorted([*((since, 0, facts) for since, facts in known), *((since, 1, facts) for since, facts in come)])
+    new = sorted(dict(rows).items())  # the last row of equal times
+    every = sorted([*((since, 0, facts) for since, facts in known), *((since, 1, facts) for since, facts in new)])
     befores = [None, *(facts for *_, facts in every)]
     pairs = zip(every, befores, strict=False)
     return [(since, facts) for (since, is_new, facts), before in pairs if not is_new or facts != before]
 
 
 def held(versions: list[Version], time: float) -> Facts:
+    """Return the facts at a time; before the first version, those of the first."""
     return [facts for since, facts in versions if since <= time or since == versions[0][0]][-1]
 
 
@@ -208,7 +209,9 @@ def test_datasets_without_item_times_have_no_versions(tmp_path: Path) -> None:
         make(tmp_path, tmp_path / "out", "more")
     make(tmp_path, tmp_path / "empty", updated="", users_time_column="")
     for file in (tmp_path / "out").rglob("*.arrow"):
-        assert file.read_bytes() == (tmp_path / "empty" / file.relative_to(tmp_path / "out")).read_bytes(), "'' is none"
+        assert file.read_bytes() == (tmp_path / "empty" / file.relative_to(tmp_path / "out")).read_bytes(), (
+            "an empty column name means no column"
+        )
     make(tmp_path, tmp_path / "dated")
     sources = [SourceConfig(dir=str(tmp_path / name)) for name in ("out", "dated")]
     with pytest.raises(ConfigError, match=r"dated cannot be.* build both with --items-time-column, or both without"):

@@ -104,6 +104,7 @@ def test_all_ranks_compute_in_one_precision() -> None:
 
 
 def test_towers_are_encoded_in_the_requested_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers compute in the requested precision."""
     inputs = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     for requested, instructions, resolved in (
         ("bf16", "none", "bf16"),

@@ -174,7 +174,7 @@ def held(work: Callable[[], Any]) -> Iterator[None]:
 
 
 def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
-    """Ranks of one job share the folder; another job must not use its finished shards."""
+    """A folder is locked by one job, whose ranks share it; another job must not use its finished shards."""
     out = tmp_path / "vectors"
 
     def begin(model: str) -> ShardedFolder:
@@ -192,7 +192,7 @@ def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_search_for_values_is_of_one_process(tmp_path: Path) -> None:
-    """Another process would treat the running trial as interrupted."""
+    """Tuning is locked by one process; another would treat the running trial as interrupted."""
     (tmp_path / "space.yaml").write_text("x: {low: 0.0, high: 1.0}\n")
     space = read_space(tmp_path / "space.yaml")
     others: list[str] = []

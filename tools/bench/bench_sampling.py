@@ -3,9 +3,9 @@
     python tools/bench/bench_sampling.py
     python tools/bench/bench_sampling.py --catalogues 100000 100000000   # time of the correction per step instead
 
-10,000 items with Zipf popularity; positives sampled from p(d|q), which the scores fit only in part; batches of 256. The
-bias is |g - f| / |f| of the mean gradient g of a linear document tower and that of the full softmax f, over the same
-batches.
+10,000 items with Zipf popularity; positives sampled from p(d|q), which the scores fit only in part; batches of 256. g:
+mean gradient of a linear document tower with in-batch negatives; f: the same with the full softmax, over the same
+batches. The bias is |g - f| / |f|.
 """
 
 from __future__ import annotations

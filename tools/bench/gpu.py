@@ -9,7 +9,7 @@ docs/gpu.md:
 
 tests   tests with the mark `gpu`
 loss    forward and backward for M rows of the global batch, by direction: time, share of the measured bf16 matmul
-        peak, memory; for comparison the dense matrix of open_clip, Liger and CCE if they are installed
+        peak, memory; for comparison the dense formula of open_clip; Liger and CCE if installed
 step    forward, loss, backward and optimizer of a MiniLM, a BERT-base and a history tower, fp32, bf16, with and
         without torch.compile: milliseconds per part, pairs/s, share of peak
 histories   packed and padded, with tools/bench/bench_histories.py
@@ -108,7 +108,7 @@ def tests(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def loss(bench: Bench, args: argparse.Namespace) -> None:
-    """Time the loss by size and direction, and other implementations."""
+    """Time this loss and other implementations, by size and direction."""
     peak = product_peak(bench)
     bench.report["peak"] = {"dtype": "bfloat16", "tflops": round(peak / 1e12, 3)}
     bench.log(f"bf16 product peak {peak / 1e12:.1f} TFLOP/s, measured")

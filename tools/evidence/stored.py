@@ -58,12 +58,12 @@ def read_trials(path: Path) -> dict[str, StoredTrial]:
     try:
         lines = [StoredTrial(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} contains no trials: {error!r}; remove it") from None
+        raise DataError(f"{path} is damaged: {error!r}; restore it, or remove it to train again") from None
     return {stored.trial: stored for stored in lines}
 
 
 def with_finished(stored: Mapping[str, StoredTrial], trials: Iterable[Trial]) -> dict[str, StoredTrial]:
-    """Return the stored trials, updated with the finished runs among `trials`."""
+    """Return the stored trials updated with the finished runs among `trials`; writes no file."""
     return {**stored, **{trial.name: StoredTrial.of(trial) for trial in trials if trial.report.exists()}}
 
 

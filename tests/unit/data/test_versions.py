@@ -60,7 +60,9 @@ def test_versions_match_a_brute_force_search(num_docs: int, changes: list[tuple[
         every = np.arange(num_docs)
         own = [0 <= number < len(changes) and changes[number][0] == doc for doc in every]
         places = versions.file_rows(versions.version_rows(every, np.full(num_docs, number)))
-        assert places.tolist() == np.where(own, num_docs + number, every).tolist(), "of another document: its first"
+        assert places.tolist() == np.where(own, num_docs + number, every).tolist(), (
+            "a version number of another document falls back to the document's first version"
+        )
 
 
 def facts_of(doc: int, day: int) -> Facts:
@@ -69,7 +71,10 @@ def facts_of(doc: int, day: int) -> Facts:
 
 
 def make_day(folder: Path, day: int, count: int = 300) -> IngestReport:
-    """Append a day of pairs with new documents, and with later features of some that are ignored."""
+    """Append a day of pairs with new documents.
+
+    Repeated documents get different features in later rows, which ingestion must ignore.
+    """
     random = np.random.RandomState(day)
     docs = random.randint(0, 20 + 5 * day, count)
     facts = [facts_of(doc, day) for doc in docs]
@@ -203,6 +208,7 @@ def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -
 
 
 def test_a_feature_of_the_name_of_their_column_is_refused_before_anything_is_damaged(tmp_path: Path) -> None:
+    """A feature must not have the name of the version column."""
     config = DataConfig(dir="", query={"q": Numeric()}, doc={"document": Categorical()})
     for day, kinds in enumerate((["x", "y"], ["x", "y"], ["x", "z"])):
         table = pa.table({"q": [1.0, 2.0] * 20, "id": ["a", "b"] * 20, "document": kinds * 20})

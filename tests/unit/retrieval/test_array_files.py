@@ -61,12 +61,13 @@ def negatives(dataset: Dataset, tmp_path: Path) -> Path:
 def test_negatives_of_a_dataset_of_as_many_rows_are_refused(
     negatives: Path, dataset: Dataset, twin: Dataset, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Hard negatives of another dataset of equal size are rejected."""
     assert dataset.num_rows("train") == twin.num_rows("train")
     HardNegatives.open(negatives).check_against(dataset)
     with pytest.raises(DataError, match=r"mined\.npy belongs to another dataset"):
         HardNegatives.open(negatives).check_against(twin)
     of_twin = ["--data", str(twin.dir), "--mined", str(negatives)]
-    out = str(negatives.parent / "judged.npy")
+    out = str(negatives.parent / "scored.npy")
     assert score_pairs.main([*of_twin, "--out", out, "--model", str(model_dir)]) == 3
     assert sample_negatives.main(of_twin) == 3
     assert capsys.readouterr().err.count("belongs to another dataset") == 2
@@ -127,7 +128,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], list[str], str]] = {
     "embed": (embed.main, ["--model", "MODEL"], "vectors.npy"),
     "embed_teacher": (embed_teacher.main, ["--model", "MODEL"], "documents.npy"),
     "mine_negatives": (mine_negatives.main, ["--model", "MODEL"], ".out.npy.unfinished"),
-    "score_pairs": (score_pairs.main, ["--model", "MODEL", "--mined", "MINED"], "judged.npy"),
+    "score_pairs": (score_pairs.main, ["--model", "MODEL", "--mined", "MINED"], "scored.npy"),
     "list_candidates": (list_candidates.main, ["--graded"], ".out.npy.unfinished"),
 }
 

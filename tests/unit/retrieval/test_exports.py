@@ -1,4 +1,7 @@
-"""Exports reproduce the trainer's vectors and load with their card's code; a format that cannot leaves no output."""
+"""Exports reproduce the trainer's vectors and load with their card's code.
+
+A format that cannot reproduce them writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -151,9 +154,9 @@ def test_sentence_transformers_scores_as_the_trainer(
     assert max(parity.query, parity.doc) <= PARITY_LIMIT
     model = run_card(tmp_path / "exported", monkeypatch)["model"]
     scores = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS))
-    ours = settings == MODELS["cosine with beta"]  # with the custom module
-    assert ours == (tmp_path / "exported" / "sentence_transformers_module.py").exists()
-    scale = source.model.model.log_alpha.exp() if settings["score"] == "cosine" and not ours else 1.0
+    has_custom_module = settings == MODELS["cosine with beta"]
+    assert has_custom_module == (tmp_path / "exported" / "sentence_transformers_module.py").exists()
+    scale = source.model.model.log_alpha.exp() if settings["score"] == "cosine" and not has_custom_module else 1.0
     beta = source.model.model.beta if settings["score"] == "cosine" else None
     scores = scale * scores + (0.0 if beta is None else beta)
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
@@ -288,6 +291,7 @@ def test_an_export_is_replaced_by_one_of_its_format_alone(make_source: Any, tmp_
 
 
 def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> None:
+    """The export of a stage's best/ includes its validation metrics."""
     model = make_source().model
     for step, recorded in ((3, {"ndcg_at_10": 0.25}), (4, None)):
         provenance = {"stage": "pretrain", "step": step}
@@ -325,8 +329,8 @@ def test_onnx_scores_as_the_trainer(
     ("block", "positions"),
     [
         ("hstu", "relative"),
-        pytest.param("gated", "rotary", marks=pytest.mark.slow),
-        pytest.param("sasrec", "absolute", marks=pytest.mark.slow),
+        ("gated", "rotary"),
+        ("sasrec", "absolute"),
     ],
 )
 def test_onnx_holds_histories_of_every_kind(

@@ -153,9 +153,9 @@ def test_commands_accept_a_grown_dataset(grown: Grown, tmp_path: Path, capsys: p
     run(mine_negatives.main, "--model", grown.model, "--data", grown.after, "--out", tmp_path / "mined.npy")
     run(
         score_pairs.main, "--model", grown.model, "--data", grown.after, "--mined", tmp_path / "mined.npy",
-        "--out", tmp_path / "judged.npy",
+        "--out", tmp_path / "scored.npy",
     )  # fmt: skip
-    assert HardNegatives.open(tmp_path / "judged.npy").scored
+    assert HardNegatives.open(tmp_path / "scored.npy").scored
 
 
 def test_another_dataset_is_refused_with_a_suggestion(grown: Grown, tiny_interactions: Any, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_file_contains_all_rows_or_the_requested_ones(model: DualEncoder, da
 
 
 def test_the_file_may_contain_teacher_scores(dataset: Dataset, tmp_path: Path) -> None:
-    path, keys = tmp_path / "judged.npy", np.array([3, 5, 9]) << EVENT_BITS
+    path, keys = tmp_path / "scored.npy", np.array([3, 5, 9]) << EVENT_BITS
     windows = np.array([[4, 2], [1, -1], [0, 7]])
     teacher = np.array([[1, 0.5, np.nan], [2, -1, np.nan], [np.nan, 4, 3]], np.float32)
     write_hard_negatives(path, window_records(keys, windows, teacher), dataset)
@@ -126,7 +126,7 @@ def test_the_file_may_contain_teacher_scores(dataset: Dataset, tmp_path: Path) -
     assert mined.scored and (len(mined), mined.width, mined.per_query()) == (3, 2, 5 / 3)
     np.testing.assert_array_equal(mined.windows(keys[[2, 0, 0]]), windows[[2, 0, 0]])
     np.testing.assert_array_equal(mined.teacher_scores(keys[[2, 0, 0]]), teacher[[2, 0, 0]])
-    with pytest.raises(DataError, match=r"judged.npy has no negatives for row 4 "):
+    with pytest.raises(DataError, match=r"scored.npy has no negatives for row 4 "):
         mined.teacher_scores(keys[:1] + (1 << EVENT_BITS))
     assert not HardNegatives(window_records(keys, windows)).scored
     narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)

@@ -68,18 +68,18 @@ def test_a_models_scores_are_its_products(
     tools: Tools, negatives: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     out = tools.ran(
-        "score_pairs", "--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "judged.npy",
+        "score_pairs", "--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "scored.npy",
         "--model", other_model_dir, "--rows-per-shard", 100,
     )  # fmt: skip
     given = HardNegatives.open(negatives)
-    assert f"judged.npy: {len(given)} queries, {given.per_query():.1f} documents per query, 1 teachers" in out
+    assert f"scored.npy: {len(given)} queries, {given.per_query():.1f} documents per query, 1 teachers" in out
     rows, docs = rows_and_docs(dataset, given)
     encoders = tower_encoders(random_model(config, dataset, seed=2), dataset)
     scores = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
     expected = np.where(docs < 0, np.nan, np.take_along_axis(scores, np.maximum(docs, 0), 1))
-    assert_scores(tmp_path / "judged.npy", expected)
-    np.testing.assert_array_equal(HardNegatives.open(tmp_path / "judged.npy").windows(given.queries), docs[:, 1:])
-    assert [path.name for path in tmp_path.iterdir()] == ["judged.npy"]
+    assert_scores(tmp_path / "scored.npy", expected)
+    np.testing.assert_array_equal(HardNegatives.open(tmp_path / "scored.npy").windows(given.queries), docs[:, 1:])
+    assert [path.name for path in tmp_path.iterdir()] == ["scored.npy"]
 
 
 def test_an_mlp_as_teacher(
@@ -89,7 +89,7 @@ def test_an_mlp_as_teacher(
     config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), f"sft={loss}"])
     model = random_model(config, dataset, seed=4, scorer=MlpConfig(hidden=(5,)))
     save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
-    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "judged.npy")
+    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "scored.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
     rows, docs = rows_and_docs(dataset, HardNegatives.open(negatives))
     encoders = tower_encoders(model, dataset)
@@ -98,7 +98,7 @@ def test_an_mlp_as_teacher(
     assert model.scorer is not None and model.config.score == "cosine"
     with torch.no_grad():
         scores = model.scorer(encoders.queries(rows)[:, None, :-1], W[np.maximum(docs, 0)]).numpy()
-    assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
+    assert_scores(tmp_path / "scored.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
 
 def test_a_trained_cross_encoder_as_teacher(
@@ -110,11 +110,11 @@ def test_a_trained_cross_encoder_as_teacher(
     config = load_config(tiny_pairs.config, [*(f"model.{override}" for override in small), loss])
     model = random_model(config, dataset, seed=3, scorer=CrossEncoderConfig())
     save_model_folder(tmp_path / "cross", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
-    arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "judged.npy")
+    arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "scored.npy")
     tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")
     rows, docs = rows_and_docs(dataset, HardNegatives.open(path))
     scores = PairScorer.from_folder(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
-    assert_scores(tmp_path / "judged.npy", np.where(docs < 0, np.nan, scores), 1e-4)
+    assert_scores(tmp_path / "scored.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
 
 def test_a_pretrained_encoder_as_teacher(
@@ -129,7 +129,7 @@ def test_a_pretrained_encoder_as_teacher(
     bert.save_pretrained(tmp_path / "bert")
     tokenizer = AutoTokenizer.from_pretrained(str(dataset.tokenizer_dir))
     tokenizer.save_pretrained(str(tmp_path / "bert"))
-    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "judged.npy")
+    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "scored.npy")
     tools.ran("score_pairs", *arguments, "--pretrained", tmp_path / "bert")
     rows, docs = rows_and_docs(dataset, HardNegatives.open(negatives))
     texts = Texts(dataset)
@@ -138,7 +138,7 @@ def test_a_pretrained_encoder_as_teacher(
         with torch.no_grad():
             return bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
 
-    scored = HardNegatives.open(tmp_path / "judged.npy").teacher_scores(rows.query_keys)
+    scored = HardNegatives.open(tmp_path / "scored.npy").teacher_scores(rows.query_keys)
     for i in (0, 7, len(rows) - 1):
         query = vector(texts.queries(rows)[i])
         for at, text in zip(np.flatnonzero(docs[i] >= 0), texts.documents(docs[i][docs[i] >= 0]), strict=True):
@@ -223,7 +223,7 @@ def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
 def test_ranks_share_the_queries_and_resume_after_a_kill(
     model: DualEncoder, negatives: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    given, out, asked_for = HardNegatives.open(negatives), tmp_path / "judged.npy", []
+    given, out, asked_for = HardNegatives.open(negatives), tmp_path / "scored.npy", []
     teacher = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
 
     def killed(rows: Rows, docs: np.ndarray) -> np.ndarray:
@@ -268,14 +268,14 @@ def test_non_finite_scores_are_refused(negatives: Path, dataset: Dataset, tmp_pa
         return np.full(docs.shape, np.nan)
 
     with pytest.raises(DataError, match=r"teacher scores of rows 0 to \d+ hold NaN or inf"):
-        score_pairs(tmp_path / "judged.npy", HardNegatives.open(negatives), dataset, [nothing], ["nobody"], ShardWork())
-    assert not (tmp_path / "judged.npy").exists()
+        score_pairs(tmp_path / "scored.npy", HardNegatives.open(negatives), dataset, [nothing], ["nobody"], ShardWork())
+    assert not (tmp_path / "scored.npy").exists()
 
 
 def test_invalid_teachers_are_refused(
     tools: Tools, negatives: Path, dataset: Dataset, pairs: tuple[Dataset, Path, Config], tmp_path: Path,  # noqa: F811
 ) -> None:  # fmt: skip
-    out = ("--out", tmp_path / "judged.npy")
+    out = ("--out", tmp_path / "scored.npy")
     arguments = ("--data", dataset.dir, "--mined", negatives, *out)
     assert "no teacher: needs at least one of --model" in tools.refused(2, "score_pairs", *arguments)
     assert "needs a text feature on both sides" in tools.refused(2, "score_pairs", *arguments, "--bm25")

@@ -1,4 +1,4 @@
-"""Worker processes: failing to start stops the server, an end after the start is followed by a restart."""
+"""Worker processes: one that fails to start stops the server; one that ends later is restarted."""
 
 from __future__ import annotations
 
