@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], list[str], str]] = {
     "embed": (embed.main, ["--model", "MODEL"], "vectors.npy"),
     "embed_teacher": (embed_teacher.main, ["--model", "MODEL"], "documents.npy"),
     "mine_negatives": (mine_negatives.main, ["--model", "MODEL"], ".out.npy.unfinished"),
-    "score_pairs": (score_pairs.main, ["--model", "MODEL", "--mined", "MINED"], "scored.npy"),
+    "score_pairs": (score_pairs.main, ["--model", "MODEL", "--mined", "MINED"], "judged.npy"),
     "list_candidates": (list_candidates.main, ["--graded"], ".out.npy.unfinished"),
 }
 
