@@ -96,7 +96,6 @@ run bigdssm search --model "$out/model" --index "$out/index" --user 1
 run bigdssm search --model "$out/model" --index "$out/index" --history "Alien; Blade Runner; Aliens"
 
 say "5/5  evaluation on the test split, over all films"
-run bigdssm evaluate --model "$out/model" --data "$dataset" --split test --out "$out/evaluation.json"
 run bigdssm plot_run "$out" --out "$out/curves.png"
 run bigdssm report "$out" --out "$out/report.json"
 
