@@ -16,6 +16,7 @@ def within_rows(
     key_bounds: SequenceBounds,
     scale: float,
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Same as flash_attention, row by row."""
     assert (
@@ -29,7 +30,11 @@ def within_rows(
             slice(*query_bounds.offsets[row : row + 2].tolist()),
             slice(*key_bounds.offsets[row : row + 2].tolist()),
         )
-        own = (part.transpose(0, 1) for part in (q[ask], k[asked], v[asked]))
-        attended = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=causal, scale=scale)
+        own = [part.transpose(0, 1) for part in (q[ask], k[asked], v[asked])]
+        distance = torch.arange(own[0].shape[1])[:, None] - torch.arange(own[1].shape[1])
+        mask = (distance >= 0) | torch.tensor(not causal)
+        if window is not None:
+            mask &= distance.abs() < window
+        attended = torch.nn.functional.scaled_dot_product_attention(*own, attn_mask=mask, scale=scale)
         parts.append(attended.transpose(0, 1))
     return torch.cat(parts)

@@ -54,12 +54,6 @@ class ModelFolder:
     provenance: dict[str, Any]
     checksum: str  # covers everything that affects scores; identifies the model in indexes and reports
 
-    @property
-    def pad_token_id(self) -> int:
-        """Return the padding token of texts, 0 without text features."""
-        ids = [cast(TextEncoder, encoder).pad_token_id for encoder in self.model.text.values()]
-        return ids[0] if ids else 0
-
     def view(self, dataset: Dataset) -> Dataset:
         """Return a view of `dataset` in which values added after the model's training are out of vocabulary.
 
@@ -291,7 +285,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         dataset = Dataset.open(config.data.dir, cache=FileCache.from_config(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
         trained = config.stage(cast(StageName, stage_dir.name)).scorer if own else scorer
-        model = new_model(config.model, schema, dataset.pad_token_id, dataset.vocab_size, trained)
+        model = new_model(config.model, schema, dataset.vocab_size, trained)
     try:
         (model.load_state_dict if own and scorer is None else model.load_towers)(state)
     except RuntimeError as error:

@@ -96,7 +96,6 @@ class TextInputs:
     """The properties of token ids that a text encoder is built for."""
 
     vocab_size: int
-    pad_token_id: int
     max_tokens: int  # of the longest text
 
 
@@ -107,7 +106,7 @@ class TextEncoderConfig(Component):
     A type of text encoder is a subclass with additional keys, registered in TEXT_ENCODERS.
     """
 
-    type: str = MISSING  # bert, of transformers; or a registered one
+    type: str = MISSING  # transformer, of Hugging Face; or a registered one
     dropout: float = bounded(0.0, 0, below=1)  # inside the encoder; replaces that of a pretrained folder
 
     def architecture(self, inputs: TextInputs) -> Any:
@@ -188,7 +187,7 @@ class TowerConfig:
     embedding_dim: int = bounded(32, 1, MAX_WIDTH)  # of every categorical feature
     numeric_dim: int = bounded(16, 1, MAX_WIDTH)
     vector_dim: int = bounded(64, 1, MAX_WIDTH)  # of every vector feature
-    text: TextEncoderConfig = component(TEXT_ENCODERS, "bert")
+    text: TextEncoderConfig = component(TEXT_ENCODERS, "transformer")
     history: HistoryEncoderConfig = component(HISTORY_BLOCKS, "sasrec")
 
 

@@ -26,15 +26,13 @@ from bigdssm.utils.hashing import file_checksum, hash64
 class Catalogue:
     """The documents 0 … num_docs - 1 and their earlier versions."""
 
-    def __init__(
-        self, paths: Sequence[Path], schema: Schema, pad_token_id: int, versions: Versions | None = None
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], schema: Schema, versions: Versions | None = None) -> None:
         """Memory-map the catalogue's files `paths`, ordered by partition.
 
         Raises DataError: a file is missing or unreadable, or lacks a column of the schema.
         """
         self._table, self.versions = MappedTable(paths), versions
-        self._schema, self._pad_token_id = schema, pad_token_id
+        self._schema = schema
         self._encoded_by: dict[str, Feature] | None = None  # document features of an earlier schema, see `with_schema`
         names = self._table.schema.names
         for name in ("doc_key", "doc_id", "doc_title", *schema.doc):
@@ -103,7 +101,7 @@ class Catalogue:
 
     def features(self, rows: np.ndarray) -> Features:
         """Return the features of the documents at `rows` (int64 [n]) as tensors of n rows."""
-        return to_features(self._schema.doc, self.columns(rows), self._pad_token_id)
+        return to_features(self._schema.doc, self.columns(rows))
 
     def keys(self, rows: np.ndarray) -> list[str]:
         """Return the document keys (the ids in the source table) at `rows`."""

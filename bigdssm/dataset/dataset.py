@@ -24,7 +24,6 @@ from bigdssm.dataset.partition import (
     MixturePart,
     Partition,
     read_dataset_json,
-    read_json,
     read_partition,
     short_hash,
 )
@@ -74,10 +73,10 @@ class Dataset:
         self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
         self.dir, self.name, self.schema = header.dir, header.name, header.schema
         self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
-        self.pad_token_id, self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
+        self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
         paths = [file.path for file in self.catalogue_files]
         versions = Versions.read(self.catalogue_files, dated=header.dated)
-        self.catalogue = Catalogue(paths, header.schema, self.pad_token_id, versions)
+        self.catalogue = Catalogue(paths, header.schema, versions)
         got, expected = self.catalogue.rows_per_file, [file.rows for file in self.catalogue_files]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json has {expected}")
@@ -415,10 +414,10 @@ def tokenizer_hash(folder: Path) -> str:
     return short_hash((folder / TOKENIZER_FILE).read_bytes())
 
 
-def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
-    """Return the padding token id, vocabulary size and hash of the tokenizer."""
+def _read_tokenizer(folder: Path | None) -> tuple[int, str]:
+    """Return the vocabulary size and hash of the tokenizer."""
     if folder is None:
-        return 0, 0, ""
+        return 0, ""
     path = folder / TOKENIZER_FILE
     try:
         content = path.read_bytes()
@@ -427,9 +426,4 @@ def _read_tokenizer(folder: Path | None) -> tuple[int, int, str]:
         raise DataError(
             f"{path} is not a readable tokenizer ({error}); a dataset with text features needs one"
         ) from None
-    declared = read_json(folder / "tokenizer_config.json", "copy the dataset whole").get("pad_token")
-    name = declared.get("content") if isinstance(declared, dict) else declared
-    pad = tokenizer.token_to_id(name) if name else None
-    if pad is None:
-        raise DataError(f"{folder}: the tokenizer has no padding token ({name!r}); add one and rebuild the dataset")
-    return pad, tokenizer.get_vocab_size(), short_hash(content)
+    return tokenizer.get_vocab_size(), short_hash(content)

@@ -16,19 +16,18 @@ Features = dict[str, torch.Tensor]
 Lists (texts, histories, several categories) are int64 [rows, T], right-padded.
 """
 
-PadIds = dict[str, int]
+Paddings = dict[str, int]
 """The padding value of each list feature of one side; other features have no entry."""
 
 
-def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column], pad_token_id: int) -> Features:
+def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column]) -> Features:
     """Convert columns (one per declared feature) to tensors by name."""
-    return {name: as_tensor(feature.array(columns[name], pad_token_id)) for name, feature in declared.items()}
+    return {name: as_tensor(feature.array(columns[name])) for name, feature in declared.items()}
 
 
-def pad_ids(declared: Mapping[str, Feature], pad_token_id: int) -> PadIds:
+def paddings(declared: Mapping[str, Feature]) -> Paddings:
     """Return the padding values of the list features."""
-    padding = {name: feature.padding(pad_token_id) for name, feature in declared.items()}
-    return {name: fill for name, fill in padding.items() if fill is not None}
+    return {name: feature.padding for name, feature in declared.items() if feature.padding is not None}
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:

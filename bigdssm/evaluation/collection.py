@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ from bigdssm.features.columns import SourceBatch
 from bigdssm.features.ragged import Column
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.models import DualEncoder
-from bigdssm.models.encoders import TextEncoder
 from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.pair_scorer import PairScorer
@@ -59,13 +57,12 @@ def model_vectors(
     if histories := list(histories_of(schema.query)):
         raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection does not have")
     tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
-    pad = _pad_token(model)
 
     def encoded(side: str, entries: Sequence[CollectionEntry], encode: Callable[..., Tensor]) -> Tensor:
         features: Mapping[str, Feature] = getattr(schema, side)
         columns = entry_columns(features, entries, tokenizer)
         what = "queries encoded" if side == "query" else "documents encoded"
-        return encode_columns(features, columns, pad, partial(encode, model), what, progress)
+        return encode_columns(features, columns, partial(encode, model), what, progress)
 
     queries = encoded("query", collection.queries, query_vectors)
     return queries, encoded("doc", collection.corpus, document_vectors)
@@ -103,7 +100,7 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
     def documents(rows: np.ndarray) -> Mapping[str, Column]:
         return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], tokenizer)
 
-    scorer = PairScorer(folder.model, folder.schema, folder.pad_token_id, documents)
+    scorer = PairScorer(folder.model, folder.schema, documents)
     scorer.require_scorer()
     ranked: dict[str, dict[str, float]] = {}
     for first in range(0, len(collection.queries), RERANKED_AT_ONCE):
@@ -160,12 +157,6 @@ def entry_columns(
     """Encode `entries` as feature columns, as in shards and catalogue."""
     batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))
     return columns_of(batch, features, tokenizer, _ignore)
-
-
-def _pad_token(model: DualEncoder) -> int:
-    """Return the padding id of the model's text encoders, 0 without one."""
-    ids = [cast(TextEncoder, encoder).pad_token_id for encoder in model.text.values()]
-    return ids[0] if ids else 0
 
 
 def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:

@@ -12,7 +12,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Text, TextTokenizer
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.models import Values
-from bigdssm.models.encoders.bert import pretrained_encoder
+from bigdssm.models.encoders.pretrained import pretrained_encoder
 from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.log import Progress, no_progress
@@ -39,7 +39,7 @@ class PretrainedEncoder:
     def __call__(self, texts: Sequence[str], what: str = "texts encoded", progress: Progress = no_progress) -> Tensor:
         """Return float32 [n, H] for n texts, at least one."""
         columns, _ = columns_of_values(texts, self._features, {}, self._tokenizer)
-        return encode_columns(self._features, columns, self._encoder.pad_token_id, self._encode, what, progress)
+        return encode_columns(self._features, columns, self._encode, what, progress)
 
     def _encode(self, values: dict[str, Values]) -> Tensor:
         with torch.no_grad():

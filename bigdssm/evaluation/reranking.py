@@ -72,7 +72,7 @@ def encoders_of(
     if not isinstance(scorer, MlpScorer):  # a cross-encoder cannot score the catalogue; it re-ranks these candidates
         return tower_encoders(model, dataset, device)
     scorer = scorer if whole is None else scorer.copy(whole()).to(device)
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
 
     def queries(rows: Rows) -> Tensor:
         U = encode(model, query=to_device(collator.query_features(rows.query), device)).U

@@ -76,7 +76,6 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
                 "format": target,
                 "model_checksum": source.model.checksum,
                 "provenance": source.model.provenance,
-                "pad_token_id": source.model.pad_token_id,
                 "parity": asdict(parity),
                 "checksums": folder_checksums(aside),
             }

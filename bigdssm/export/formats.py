@@ -84,7 +84,7 @@ class Probe:
                 columns[name] = encode_values(feature, self.texts[side][name], self._tokenizer)
             else:
                 columns[name] = feature.probe(self._random, self._rows, schema.doc)
-        return to_features(schema.sides[side], columns, self._folder.pad_token_id)
+        return to_features(schema.sides[side], columns)
 
 
 def largest_difference(ours: Tensor, trainers: Tensor) -> float:

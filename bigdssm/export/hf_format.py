@@ -1,4 +1,4 @@
-"""`--format hf`: BERT and tokenizer per tower for AutoModel and AutoTokenizer, and its projection.
+"""`--format hf`: transformer and tokenizer per tower for AutoModel and AutoTokenizer, and its projection.
 
 OUT/query/, OUT/document/   config.json, model.safetensors, tokenizer files; projection.safetensors, projection.json
 """
@@ -73,16 +73,20 @@ def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> Non
     weights: dict[str, Tensor] = {}
     for number, layer in enumerate(tower.layers):
         weights[f"layers.{number}.weight"] = layer.linear.weight.detach().contiguous()
-        weights[f"layers.{number}.bias"] = layer.linear.bias.detach().contiguous()
+        if layer.linear.bias is not None:
+            weights[f"layers.{number}.bias"] = layer.linear.bias.detach().contiguous()
     beta = beta_weight(model)
     if tower.side == "doc" and beta is not None:
         weights["beta"] = beta.contiguous()
     save_file(weights, folder / "projection.safetensors", metadata={"format": "pt"})
     head = {
         "side": tower.side,
-        "max_tokens": tower.max_tokens,
+        "max_tokens": tower.feature.max_tokens,
+        "prompt": tower.feature.prompt,
+        "prompt_tokens": tower.feature.prompt_tokens,  # that are not pooled
         "pooling": tower.encoder.pooling,
-        "gelu_after_layer": [layer.gelu for layer in tower.layers],
+        "activations": [layer.activation for layer in tower.layers],
+        "normalized_after": tower.normalized_after,
         "score": model.config.model.score,
         "alpha": alpha(model),
         "beta": shared_beta(model),  # unless beta is per document

@@ -17,20 +17,27 @@ def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
     head = json.loads((Path(folder) / "projection.json").read_text(encoding="utf-8"))
     weights = load_file(Path(folder) / "projection.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    bert = AutoModel.from_pretrained(folder, trust_remote_code=False, **head["loading_arguments"]).eval()
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False, **head["loading_arguments"]).eval()
 
     @torch.no_grad()
     def encode(texts: list[str]) -> torch.Tensor:
         tokens = tokenizer(
-            texts, padding=True, truncation=True, max_length=head["max_tokens"], return_tensors="pt"
+            [head["prompt"] + text for text in texts], padding=True, truncation=True, max_length=head["max_tokens"],
+            return_tensors="pt",
         )  # fmt: skip
         mask = tokens["attention_mask"]
-        x = bert(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-        weight = mask.unsqueeze(2).to(x.dtype)
-        x = x[:, 0] if head["pooling"] == "cls" else (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-        for number, gelu in enumerate(head["gelu_after_layer"]):
-            x = F.linear(x, weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"])
-            x = F.gelu(x) if gelu else x
+        x = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
+        mask = mask * (mask.cumsum(1) > head["prompt_tokens"])
+        if head["pooling"] == "mean":
+            x = (x * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        else:  # padding may be on either side
+            x = x[torch.arange(len(x)), (mask if head["pooling"] == "cls" else mask.cumsum(1)).argmax(1)]
+        for number, activation in enumerate([*head["activations"], None]):
+            if number == head["normalized_after"]:
+                x = F.normalize(x, dim=1)
+            if activation:
+                x = F.linear(x, weights[f"layers.{number}.weight"], weights.get(f"layers.{number}.bias"))
+                x = getattr(torch.nn, activation)()(x)
         vector = F.normalize(x, dim=1) if head["score"] == "cosine" else x
         if head["side"] == "query":
             return torch.cat([vector, torch.ones(len(x), 1)], dim=1)

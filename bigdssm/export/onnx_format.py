@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bigdssm.checkpoints.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.dataset.schema import SCHEMA_FILE
-from bigdssm.dataset.tensors import Features, pad_ids
+from bigdssm.dataset.tensors import Features, paddings
 from bigdssm.errors import ConfigError
 from bigdssm.export.formats import (
     ExportFormat,
@@ -71,7 +71,7 @@ class OnnxExport(ExportFormat):
             features, path = probe.features[side], out / f"{side}.onnx"
             declared: dict[str, Feature] = getattr(model.schema, side)
             _export(_Tower(model, side), features, declared, path)
-            padding = pad_ids(declared, model.pad_token_id)
+            padding = paddings(declared)
             differences[side] = _difference(path, features, padding, probe.vectors[side])
         if self.int8:
             quantize(out / "query.onnx", out / "query.int8.onnx")
@@ -132,7 +132,7 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
     for number, name in enumerate(features):
         # Numbered: dimension names must be Python identifiers, feature names need not be.
         feature = declared[name]
-        is_list = feature.padding(0) is not None
+        is_list = feature.padding is not None
         lengths = {1: torch.export.Dim(f"length_{number}", max=feature.max_length)} if is_list else {}
         shapes.append({0: rows, **lengths})
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]

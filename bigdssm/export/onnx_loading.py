@@ -28,7 +28,6 @@ def load_tower(folder: str | Path, side: str, file: str = "") -> Callable[[list[
     exported = SimpleNamespace(
         schema=schema,
         tokenizer=Tokenizer.from_file(str(path)) if path.exists() else None,
-        pad_token_id=json.loads((folder / "bigdssm_export.json").read_text(encoding="utf-8"))["pad_token_id"],
     )
 
     def encode(rows: list[dict[str, Any]]) -> np.ndarray:

@@ -35,13 +35,13 @@ from bigdssm.export.text_tower import (
     shared_beta,
     text_towers,
 )
+from bigdssm.models.encoders.transformer import ACTIVATIONS
 from bigdssm.utils.atomic import write_json
 
 ROUTES: dict[Side, str] = {"query": "query", "doc": "document"}
 # Class names that all releases since 5.0 resolve
 MODULE = "sentence_transformers.models"
 CODE = Path(__file__).with_name("sentence_transformers_module.py")
-IDENTITY, GELU = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU"
 
 
 @register_export
@@ -65,21 +65,25 @@ class SentenceTransformersExport(ExportFormat):
         assert model.tokenizer_dir is not None
         router = _RouterFolder(out)
         # Shared by both routes if weights and max_tokens are equal: truncation is a setting of the encoder.
-        shared = query.encoder is doc.encoder and query.max_tokens == doc.max_tokens
+        shared = query.encoder is doc.encoder and query.feature.max_tokens == doc.feature.max_tokens
         encoder = ""
         for tower in (query, doc):
             if not (shared and encoder):
                 encoder = router.add(tower.side, "Transformer")
                 save_encoder(tower, model.tokenizer_dir, out / encoder)
-                settings = {"max_seq_length": tower.max_tokens, "do_lower_case": False}
+                settings = {"max_seq_length": tower.feature.max_tokens, "do_lower_case": False}
                 arguments = loading_arguments(tower)
                 write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
             else:
                 router.reuse(tower.side, encoder)
             pooling = router.add(tower.side, "Pooling")
             write_json(out / pooling / "config.json", _pooling(tower))
-            for weight, bias, activation in _dense_layers(model, tower):
-                _write_dense(out / router.add(tower.side, "Dense"), weight, bias, activation)
+            layers = _dense_layers(model, tower)
+            for number in range(len(layers) + 1):
+                if number == tower.normalized_after:
+                    router.add(tower.side, "Normalize")
+                if number < len(layers):
+                    _write_dense(out / router.add(tower.side, "Dense"), *layers[number])
         router.write()
         modules = [("", f"{MODULE}.Router")]
         if needs_custom_code(model):
@@ -98,7 +102,7 @@ class SentenceTransformersExport(ExportFormat):
             out / "config_sentence_transformers.json",
             {
                 "model_type": "SentenceTransformer",
-                "prompts": {"query": "", "document": ""},
+                "prompts": {ROUTES[tower.side]: tower.feature.prompt for tower in (query, doc)},
                 "default_prompt_name": None,
                 "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
             },
@@ -168,15 +172,23 @@ class _RouterFolder:
 
 
 def _pooling(tower: TextTower) -> dict[str, object]:
-    modes = {"cls_token": tower.encoder.pooling == "cls", "mean_tokens": tower.encoder.pooling == "mean"}
-    others = dict.fromkeys(("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"), False)
-    chosen = {f"pooling_mode_{name}": value for name, value in {**modes, **others}.items()}
-    return {"word_embedding_dimension": tower.encoder.dim, **chosen, "include_prompt": True}
+    names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+    modes = {f"pooling_mode_{name}": mode == tower.encoder.pooling for name, mode in names.items()}
+    others = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+    width = tower.encoder.transformer.config.hidden_size
+    return {
+        "word_embedding_dimension": width,
+        **modes,
+        **{f"pooling_mode_{name}": False for name in others},
+        "include_prompt": not tower.feature.prompt_tokens,
+    }
 
 
-def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor, str]]:
+def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor | None, str]]:
     """Return (weight, bias, activation) per layer; dot products need a last one for alpha and beta."""
-    layers = [(layer.linear.weight, layer.linear.bias, GELU if layer.gelu else IDENTITY) for layer in tower.layers]
+    layers: list[tuple[Tensor, Tensor | None, str]] = [
+        (layer.linear.weight, layer.linear.bias, _dotted(layer.activation)) for layer in tower.layers
+    ]
     if scores_by_dot(model):
         dim = model.config.model.dim
         beta = beta_weight(model)
@@ -185,15 +197,21 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
         scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, shared_beta(model))
         scale = 1.0 if needs_custom_code(model) else scale  # the custom module applies its square root on both sides
         weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
-        layers.append((weight, bias, IDENTITY))  # type: ignore[arg-type]
-    return [(weight.detach(), bias.detach(), activation) for weight, bias, activation in layers]
+        layers.append((weight, bias, _dotted("Identity")))
+    return layers
 
 
-def _write_dense(folder: Path, weight: Tensor, bias: Tensor, activation: str) -> None:
+def _dotted(activation: str) -> str:
+    cls = ACTIVATIONS[activation]
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def _write_dense(folder: Path, weight: Tensor, bias: Tensor | None, activation: str) -> None:
     out_features, in_features = weight.shape
-    config = {"in_features": in_features, "out_features": out_features, "bias": True}
+    config = {"in_features": in_features, "out_features": out_features, "bias": bias is not None}
     write_json(folder / "config.json", {**config, "activation_function": activation})
-    tensors = {"linear.weight": weight.contiguous(), "linear.bias": bias.contiguous()}
+    tensors = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
-from bigdssm.features import texts_of
+from bigdssm.features import Text, texts_of
 from bigdssm.models import ALPHA_MAX
 from bigdssm.models.encoders import text_configs, text_keys
-from bigdssm.models.encoders.bert import BertEncoder
+from bigdssm.models.encoders.transformer import ACTIVATIONS, TransformerEncoder
 from bigdssm.utils.atomic import write_json
 
 Side = Literal["query", "doc"]
@@ -25,10 +26,10 @@ SIDES: tuple[Side, Side] = ("query", "doc")
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a tower's MLP, and whether GELU follows."""
+    """A linear layer of a text encoder or a tower's MLP, and the name of the activation that follows."""
 
     linear: nn.Linear
-    gelu: bool
+    activation: str
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class TextTower:
     """Text encoder → layers → vector."""
 
     side: Side
-    feature: str
-    max_tokens: int
-    encoder: BertEncoder
+    feature: Text
+    encoder: TransformerEncoder
     layers: list[Layer]
+    normalized_after: int | None  # number of layers whose output is normalized
 
 
 def text_towers(folder: ModelFolder, target: str) -> tuple[TextTower, TextTower]:
@@ -66,19 +67,20 @@ def shared_beta(folder: ModelFolder) -> float:
 
 
 def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:
-    """Write the tower's BERT and tokenizer to a folder for AutoModel and AutoTokenizer."""
-    bert: Any = tower.encoder.bert
-    bert.save_pretrained(folder)
+    """Write the tower's transformer and tokenizer to a folder for AutoModel and AutoTokenizer."""
+    model: Any = tower.encoder.transformer
+    model.save_pretrained(folder)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["model_max_length"] = tower.max_tokens
+    settings["model_max_length"] = tower.feature.max_tokens
+    settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token")  # masked: any token will do
     write_json(path, settings)
 
 
 def loading_arguments(tower: TextTower) -> dict[str, bool]:
     """Return arguments of `from_pretrained` that avoid an untrained pooler."""
-    parameters = inspect.signature(type(tower.encoder.bert)).parameters
+    parameters = inspect.signature(type(tower.encoder.transformer)).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
@@ -94,22 +96,23 @@ def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
     tower = getattr(folder.model, f"{side}_tower")
     key = text_keys(folder.config.model, folder.schema)[side]
     encoder = folder.model.text[key]
-    if not isinstance(encoder, BertEncoder):
+    if not isinstance(encoder, TransformerEncoder):
         kind = text_configs(folder.config.model, folder.schema)[key].type
         raise ConfigError(
-            f"--format {target}: the {side} tower's text encoder is {kind}, needs one of transformers (bert); use "
+            f"--format {target}: the {side} tower's text encoder is {kind}, needs one of type transformer; use "
             "--format onnx, which supports any towers"
         )
-    return TextTower(side, feature.name, feature.max_tokens, encoder, _layers(tower.mlp))
+    added = _layers(encoder.layers)
+    return TextTower(side, feature, encoder, added + _layers(tower.mlp), len(added) if encoder.normalize else None)
 
 
 def _layers(mlp: nn.Sequential | None) -> list[Layer]:
     modules = [module for module in mlp or () if not isinstance(module, nn.Dropout)]
     layers = []
-    for i, module in enumerate(modules):
-        following = modules[i + 1] if i + 1 < len(modules) else None
+    for module, following in zip_longest(modules, modules[1:]):
+        name = type(following).__name__
         if isinstance(module, nn.Linear):
-            layers.append(Layer(module, isinstance(following, nn.GELU)))
+            layers.append(Layer(module, name if name in ACTIVATIONS else "Identity"))
         else:
-            assert isinstance(module, nn.GELU), f"no export of {type(module).__name__}"
+            assert type(module).__name__ in ACTIVATIONS, f"no export of {type(module).__name__}"
     return layers

@@ -65,7 +65,6 @@ class Decoder:
     """Context for decoding encoded values to readable ones."""
 
     tokenizer: TextTokenizer | None
-    pad_token_id: int
     item: Callable[[str, int], str]  # (feature, code) → title of the document
 
 
@@ -208,13 +207,14 @@ class Feature(ABC):
 
     # ----- encoded → array
 
-    def padding(self, pad_token_id: int) -> int | None:
+    @property
+    def padding(self) -> int | None:
         """Return the padding value of lists, None if every row is one value or vector."""
         return None
 
-    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+    def array(self, column: Column) -> np.ndarray:
         """Return the array of a tensor: int64 [R, T] for lists, else int64 [R] unless overridden."""
-        fill = self.padding(pad_token_id)
+        fill = self.padding
         if isinstance(column, Ragged):
             assert fill is not None
             return column.padded(fill)

@@ -206,7 +206,8 @@ class Categorical(Feature):
         """Return the number of rows of the embedding table."""
         return FIRST_CODE + (self.hash_buckets or len(self.vocabulary))
 
-    def padding(self, pad_token_id: int) -> int | None:
+    @property
+    def padding(self) -> int | None:
         """Return 0 for lists of values."""
         return PADDING if self.multi else None
 

@@ -75,7 +75,8 @@ class History(Feature):
         """Return `max_items`."""
         return self.max_items
 
-    def padding(self, pad_token_id: int) -> int:
+    @property
+    def padding(self) -> int:
         """Return 0."""
         return PADDING
 

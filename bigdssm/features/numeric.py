@@ -104,7 +104,7 @@ class Numeric(Feature):
         least, most = (float(str(bound)) for bound in (present.min(), present.max()))  # 12.34, not 12.340000152587891
         return {"least": least, "most": most}
 
-    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+    def array(self, column: Column) -> np.ndarray:
         """Return float32 [R]."""
         return np.asarray(column, np.float32)
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.features.base import Decoder, Fault, Feature, code_faults, outside, pad_lists, register
+from bigdssm.features.base import FITTED, Decoder, Fault, Feature, code_faults, outside, pad_lists, register
 from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.bounds import bounded
+
+NO_TOKEN = -1  # fills the cells after the end of a text
 
 
 def text_input(feature, values, exported):  # type: ignore[no-untyped-def]
     """Return token ids, int64 [rows, T]."""
     exported.tokenizer.no_padding()
     exported.tokenizer.enable_truncation(feature["max_tokens"])
-    texts = exported.tokenizer.encode_batch([value or "" for value in values])
-    return pad_lists([text.ids for text in texts], exported.pad_token_id)
+    texts = exported.tokenizer.encode_batch([feature["prompt"] + (value or "") for value in values])
+    return pad_lists([text.ids for text in texts], -1)
 
 
 @register
@@ -34,7 +36,10 @@ class Text(Feature):
     example: ClassVar[str] = '"a text"'
     onnx_code: ClassVar = (pad_lists, text_input)
 
-    max_tokens: int = bounded(64, 3, 65_536)  # longer texts are truncated to their first tokens
+    max_tokens: int = bounded(64, 3, 65_536)  # longer texts, with their prompt, are truncated to their first tokens
+    prompt: str = ""  # precedes every text, for example "query: "
+    pool_prompt: bool = True  # whether the prompt's tokens are pooled; they are always attended to
+    prompt_tokens: int = field(default=0, metadata=FITTED)  # first tokens that are not pooled
 
     @property
     def canonical_type(self) -> pa.DataType:
@@ -61,10 +66,21 @@ class Text(Feature):
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
         """Return the token ids of texts, special tokens included."""
         assert tokenizer is not None, "a schema with text has a tokenizer"
-        ids, offsets = tokenizer.encode(column, self.max_tokens)
+        ids, offsets = tokenizer.encode(self._with_prompt(column), self.max_tokens)
         if large:
             return pa.LargeListArray.from_arrays(pa.array(offsets), ids)
         return pa.ListArray.from_arrays(offsets.astype(np.int32), ids)
+
+    def _with_prompt(self, column: pa.Array) -> pa.Array:
+        if not self.prompt:
+            return column
+        return pc.binary_join_element_wise(pa.scalar(self.prompt, column.type), column, pa.scalar("", column.type))
+
+    def with_prompt_tokens(self, tokenizer: TextTokenizer) -> Text:
+        """Return the feature with the number of first tokens that are not pooled: the prompt's, and those before it."""
+        if self.pool_prompt or not self.prompt:
+            return self
+        return replace(self, prompt_tokens=min(tokenizer.prompt_tokens(self.prompt), self.max_tokens - 1))
 
     @property
     def raw_type(self) -> pa.DataType:
@@ -98,9 +114,10 @@ class Text(Feature):
         """Return `max_tokens`."""
         return self.max_tokens
 
-    def padding(self, pad_token_id: int) -> int:
-        """Return the tokenizer's padding token."""
-        return pad_token_id
+    @property
+    def padding(self) -> int:
+        """Return -1, which is no token: a tokenizer's padding token may also end a text."""
+        return NO_TOKEN
 
     def texts(self, random: np.random.RandomState, rows: int, words: list[str]) -> list[str]:
         """Return random texts of these words, from empty to longer than `max_tokens`, to test a model with."""
@@ -119,7 +136,7 @@ class Text(Feature):
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the text, special tokens included."""
         assert decoder.tokenizer is not None
-        ids = values[values != decoder.pad_token_id]
+        ids = values[values != NO_TOKEN]
         return decoder.tokenizer.decode(Ragged.of_lists([ids]), special=True)[0]
 
 

@@ -79,6 +79,10 @@ class TextTokenizer:
         at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
         return whole[:at], whole[at + len(alone) :]
 
+    def prompt_tokens(self, prompt: str) -> int:
+        """Return the number of tokens of a prompt, with the special tokens before it."""
+        return len(self._tokenize(pa.array([prompt]), None).values) - len(self._special_tokens[1])
+
     def decode(self, tokens: Ragged, *, special: bool = False) -> list[str]:
         """Decode token ids to texts."""
         rows = [tokens[row].tolist() for row in range(len(tokens))]

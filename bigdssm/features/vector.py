@@ -145,7 +145,7 @@ class Vector(Feature):
         if wrong.any():
             yield wrong, lambda row: f"{self.name} has a number that is not finite"
 
-    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+    def array(self, column: Column) -> np.ndarray:
         """Return float32 [R, dim]."""
         return np.asarray(column, np.float32)
 

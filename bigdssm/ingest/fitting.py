@@ -109,8 +109,6 @@ def _copy(source: Path, folder: Path) -> None:
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"data.tokenizer.path={source} is not a fast tokenizer; save it with tokenizer.json first")
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"data.tokenizer.path={source} has no pad token; set one and save it again")
     tokenizer.save_pretrained(str(folder))
 
 
@@ -184,7 +182,14 @@ def fit(
             else:
                 make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
         os.replace(engine.spool / TOKENIZER, folder)
-    return schema, TextTokenizer(folder)
+    tokenizer = TextTokenizer(folder)
+    query, doc = (_with_prompt_tokens(features, tokenizer) for features in (schema.query, schema.doc))
+    return replace(schema, query=query, doc=doc), tokenizer
+
+
+def _with_prompt_tokens(features: Mapping[str, Feature], tokenizer: TextTokenizer) -> dict[str, Feature]:
+    texts = {name: text.with_prompt_tokens(tokenizer) for name, text in texts_of(features).items()}
+    return {**features, **texts}
 
 
 def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, Feature]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.dataset.tensors import Features, PadIds
+from bigdssm.dataset.tensors import Features, Paddings
 from bigdssm.models import QueryPositions, SideSize
 
 ALIGNMENT = 64  # bytes: a cache line
@@ -89,9 +89,9 @@ Lengths = Mapping[str, ListLengths]
 """Lengths by list feature."""
 
 
-def lengths_of(features: Features, pad_ids: PadIds) -> Lengths:
+def lengths_of(features: Features, paddings: Paddings) -> Lengths:
     """Return the lengths of one side's list features; the tensors are on the host."""
-    return {name: lengths_of_mask(features[name].numpy() != fill, fill) for name, fill in pad_ids.items()}
+    return {name: lengths_of_mask(features[name].numpy() != fill, fill) for name, fill in paddings.items()}
 
 
 def lengths_of_mask(filled: np.ndarray, fill: int) -> ListLengths:

@@ -10,7 +10,7 @@ import numpy as np
 from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.tensors import Features, as_tensor, pad_ids, to_features
+from bigdssm.dataset.tensors import Features, as_tensor, paddings, to_features
 from bigdssm.errors import ConfigError
 from bigdssm.features import ragged
 from bigdssm.features.ragged import Column
@@ -21,9 +21,9 @@ from bigdssm.models.packed import QueryPositions
 class Collator:
     """Builds batches: one column per distinct document, positives first."""
 
-    def __init__(self, schema: Schema, catalogue: Catalogue | None, pad_token_id: int) -> None:
+    def __init__(self, schema: Schema, catalogue: Catalogue | None) -> None:
         """`catalogue`: None if the rows contain their documents."""
-        self._schema, self._catalogue, self._pad_token_id = schema, catalogue, pad_token_id
+        self._schema, self._catalogue = schema, catalogue
 
     def __call__(
         self, rows: Rows, *, negatives: np.ndarray | None = None, extra_docs: np.ndarray | None = None
@@ -55,7 +55,7 @@ class Collator:
 
     def query_features(self, columns: Mapping[str, Column]) -> Features:
         """Return the query columns of `Rows.query` as tensors."""
-        return to_features(self._schema.query, columns, self._pad_token_id)
+        return to_features(self._schema.query, columns)
 
     def _query_positions(self, rows: Rows) -> tuple[QueryPositions | None, np.ndarray | None]:
         """Return the queries' positions in their rows' histories, and the number of queries per row."""
@@ -70,7 +70,7 @@ class Collator:
         first = np.empty(len(distinct), np.int64)
         first[column_of[::-1]] = np.arange(len(ids))[::-1]  # written last, the first row of each document stays
         columns = {name: ragged.take(column, first) for name, column in rows.doc.items()}
-        doc = to_features(self._schema.doc, columns, self._pad_token_id)
+        doc = to_features(self._schema.doc, columns)
         return doc, column_of, distinct, np.full(len(distinct), -1, np.int64)
 
     def _batch(
@@ -92,8 +92,8 @@ class Collator:
             doc_rows=as_tensor(doc_rows),
             counts=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
             negatives=None if negatives is None else as_tensor(negatives),
-            query_lengths=lengths_of(query, pad_ids(self._schema.query, self._pad_token_id)),
-            doc_lengths=lengths_of(doc, pad_ids(self._schema.doc, self._pad_token_id)),
+            query_lengths=lengths_of(query, paddings(self._schema.query)),
+            doc_lengths=lengths_of(doc, paddings(self._schema.doc)),
             query_positions=query_positions,
             queries_of_row=queries_of_row,
         )

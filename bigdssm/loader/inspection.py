@@ -141,7 +141,7 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
 
     Texts are their tokens, categories their values, histories the titles of their items, oldest first.
     """
-    collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collate = Collator(dataset.schema, dataset.catalogue)
     rows = next(dataset.iterate(split, count), None)
     if rows is None:
         raise DataError(f"{dataset.dir}: no row of the split {split} can be read; use --verify")
@@ -155,7 +155,7 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
             items[of] = dict(zip(known.tolist(), dataset.catalogue.titles(first), strict=True))
         return items[of][code]
 
-    decoder = Decoder(dataset.tokenizer, dataset.pad_token_id, item)
+    decoder = Decoder(dataset.tokenizer, item)
     return [_decoded_row(dataset.schema, batch, i, decoder) for i in range(len(rows))]
 
 

@@ -78,16 +78,19 @@ class Hstu(HistoryEncoderConfig):
 
 @register_text_encoder
 @dataclass(frozen=True)
-class Bert(TextEncoderConfig):
-    """A BERT: from a pretrained folder, or small and from scratch."""
+class Transformer(TextEncoderConfig):
+    """A transformer of Hugging Face: pretrained, of any family, or a small BERT from scratch."""
 
-    type: str = "bert"
-    init: str | None = None  # folder of a Hugging Face model; layers, hidden and heads are then the folder's
+    type: str = "transformer"
+    # folder, or name on the Hugging Face Hub, of a model of transformers or sentence-transformers; layers, hidden and
+    # heads are then the model's
+    init: str | None = None
     keep_layers: int = bounded(0, 0, 1024)  # with init: number of its first layers to keep, for a lighter tower; 0: all
     layers: int = bounded(2, 1, 1024)
     hidden: int = bounded(128, 1, MAX_WIDTH)
     heads: int = bounded(2, 1, 1024)
-    pooling: Literal["mean", "cls"] = "mean"
+    # of the token vectors; auto: that of a sentence-transformers folder, else last for decoders and mean for encoders
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
 
     def check(self, key: str) -> None:
         """Raise ConfigError: keep_layers without init, or heads that do not divide the width."""
@@ -97,27 +100,33 @@ class Bert(TextEncoderConfig):
             raise ConfigError(f"{key}.hidden: got {self.hidden}, needs a multiple of {key}.heads={self.heads}")
 
     def architecture(self, inputs: TextInputs) -> Any:
-        """Return a PretrainedConfig: the folder's, or that of a small BERT."""
-        from bigdssm.models.encoders import bert
-
+        """Return a PretrainedConfig: the pretrained model's, or that of a small BERT."""
         if self.init is None:
-            return bert.new_architecture(inputs, self.layers, self.hidden, self.heads, self.dropout)
-        pad, vocab_size = inputs.pad_token_id, inputs.vocab_size
-        return bert.pretrained_architecture(self.init, vocab_size, pad, self.keep_layers, self.dropout)
+            from bigdssm.models.encoders.transformer import new_architecture
+
+            pooling = "mean" if self.pooling == "auto" else self.pooling
+            return new_architecture(inputs, self.layers, self.hidden, self.heads, self.dropout, pooling)
+        from bigdssm.models.encoders.pretrained import pretrained_architecture
+
+        return pretrained_architecture(
+            self.init, inputs, keep_layers=self.keep_layers, dropout=self.dropout, pooling=self.pooling
+        )
 
     def build(self, architecture: Any) -> nn.Module:
         """Return an encoder with new weights."""
-        from bigdssm.models.encoders.bert import BertEncoder
+        from bigdssm.models.encoders.transformer import TransformerEncoder
 
-        return BertEncoder(architecture, self.pooling)
+        return TransformerEncoder(architecture)
 
     def load_pretrained(self, encoder: nn.Module) -> None:
-        """Load the weights of the `init` folder, if there is one."""
-        from bigdssm.models.encoders.bert import BertEncoder, load_pretrained
+        """Load the weights of the pretrained model `init`, if there is one."""
+        if self.init is None:
+            return
+        from bigdssm.models.encoders.pretrained import load_pretrained
+        from bigdssm.models.encoders.transformer import TransformerEncoder
 
-        assert isinstance(encoder, BertEncoder)
-        if self.init is not None:
-            load_pretrained(encoder, self.init)
+        assert isinstance(encoder, TransformerEncoder)
+        load_pretrained(encoder, self.init)
 
     def write_architecture(self, architecture: Any, folder: Path) -> None:
         """Write the config file of transformers."""

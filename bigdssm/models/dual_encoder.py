@@ -243,13 +243,13 @@ class DualEncoder(nn.Module):
 
 
 def new_model(
-    config: ModelConfig, schema: Schema, pad_token_id: int = 0, vocab_size: int = 0, scorer: ScorerConfig | None = None
+    config: ModelConfig, schema: Schema, vocab_size: int = 0, scorer: ScorerConfig | None = None
 ) -> DualEncoder:
     """Return a model to train, with new weights and those of the pretrained folders in `config`.
 
     `vocab_size` is the tokenizer's (0 without text features). Raises ConfigError: a folder that does not fit.
     """
-    texts = text_architectures(config, schema, pad_token_id, vocab_size)
+    texts = text_architectures(config, schema, vocab_size)
     model = DualEncoder(config, schema, texts, scorer)
     for key, text in text_configs(config, schema).items():
         text.load_pretrained(model.text[key])

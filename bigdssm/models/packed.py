@@ -80,7 +80,10 @@ class PackedLists(NamedTuple):
 
 
 class Attention(Protocol):
-    """softmax(q kᵀ · scale) v within each row; causal: position i attends over positions 0 to i of its row."""
+    """softmax(q kᵀ · scale) v within each row; causal: position i attends over positions 0 to i of its row.
+
+    window: position i attends over positions nearer than this to i.
+    """
 
     def __call__(
         self,
@@ -91,6 +94,7 @@ class Attention(Protocol):
         key_bounds: SequenceBounds,
         scale: float,
         causal: bool = False,
+        window: int | None = None,
     ) -> Tensor:
         """Return [A, h, W] for q [A, h, W] and k, v [B, h, W]."""
 
@@ -117,14 +121,15 @@ def flash_attention(
     key_bounds: SequenceBounds,
     scale: float,
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Attend by FlashAttention's variable-length kernel: on CUDA, in half precision, without dropout."""
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler: 2 seconds
 
-    window = (-1, 0) if causal else (-1, -1)
+    reach = -1 if window is None else window - 1
     attended = varlen_attn(
         q, k, v, query_bounds.offsets, key_bounds.offsets, query_bounds.longest, key_bounds.longest,
-        scale=scale, window_size=window,
+        scale=scale, window_size=(reach, 0 if causal else reach),
     )  # fmt: skip
     assert isinstance(attended, Tensor)
     return attended

@@ -15,12 +15,13 @@ from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import texts_of
+from bigdssm.features.text import NO_TOKEN
 from bigdssm.models.encoders.base import SideSize, linear_flops
 from bigdssm.models.encoders.text import text_configs, text_keys
 from bigdssm.models.packed import Values
 
 if TYPE_CHECKING:
-    from bigdssm.models.encoders.bert import BertEncoder
+    from bigdssm.models.encoders.transformer import TransformerEncoder
 
 PREFIX = "scorer."  # of its weights in a model's state
 
@@ -80,7 +81,7 @@ class CrossEncoder(Scorer):
 
     takes_vectors = False
 
-    def __init__(self, text: BertEncoder, key: str, query: list[str], doc: list[str]) -> None:
+    def __init__(self, text: TransformerEncoder, key: str, query: list[str], doc: list[str]) -> None:
         """`key`: the model's text encoder to start from; `query`, `doc`: the text features of the sides."""
         super().__init__()
         self.text, self.key, self.texts = text, key, {"query": query, "doc": doc}
@@ -92,7 +93,7 @@ class CrossEncoder(Scorer):
         """Return a new cross-encoder for a model. Raises ConfigError: a side without text, or no BERT."""
         from transformers import BertConfig
 
-        from bigdssm.models.encoders.bert import BertEncoder
+        from bigdssm.models.encoders.transformer import TransformerEncoder
 
         read = {side: texts_of(features) for side, features in schema.sides.items()}
         for side, features in read.items():
@@ -108,21 +109,21 @@ class CrossEncoder(Scorer):
         longest = sum(feature.max_tokens for features in read.values() for feature in features.values())
         architecture.max_position_embeddings = max(architecture.max_position_embeddings, longest)
         text = text_config.build(architecture)
-        assert isinstance(text, BertEncoder)
+        assert isinstance(text, TransformerEncoder)
         return cls(text, key, list(read["query"]), list(read["doc"]))
 
     def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
         """Load the weights of the text encoder `key`; positions beyond its last one repeat from the first."""
         trained: Any = text_encoders[self.key]
-        state = trained.bert.state_dict()
-        known, needed = len(state[POSITIONS]), self.text.bert.config.max_position_embeddings
+        state = trained.transformer.state_dict()
+        known, needed = len(state[POSITIONS]), self.text.transformer.config.max_position_embeddings
         state[POSITIONS] = state[POSITIONS][torch.arange(needed) % known]
-        self.text.bert.load_state_dict(state)
+        self.text.transformer.load_state_dict(state)
 
     def forward(self, query: Mapping[str, Values], doc: Mapping[str, Values]) -> Tensor:
         """Return the term [p] to add to the products of pairs (row i of both sides); texts are [p, T]."""
         parts = [(query[name], 0) for name in self.texts["query"]] + [(doc[name], 1) for name in self.texts["doc"]]
-        tokens, types = join_texts(parts, self.text.pad_token_id)
+        tokens, types = join_texts(parts)
         scores: Tensor = self.head(self.text.pooled(tokens, types))
         return scores.squeeze(1)
 
@@ -132,18 +133,18 @@ class CrossEncoder(Scorer):
         return self.text.flops("pair", size) + size.vectors * linear_flops(self.head)
 
 
-def join_texts(parts: list[tuple[Values, int]], pad: int) -> tuple[Tensor, Tensor]:
+def join_texts(parts: list[tuple[Values, int]]) -> tuple[Tensor, Tensor]:
     """Return token ids and types, int64 [p, T], of (text [p, T_i], type) parts; only the first keeps its [CLS]."""
     first = parts[0][0]
     assert isinstance(first, Tensor)
     num_pairs, width = first.shape[0], sum(int(text.shape[1]) for text, _ in parts if isinstance(text, Tensor))
-    tokens, types = first.new_full((num_pairs, width), pad), first.new_zeros((num_pairs, width))
+    tokens, types = first.new_full((num_pairs, width), NO_TOKEN), first.new_zeros((num_pairs, width))
     begin = first.new_zeros((num_pairs, 1))
     for number, (text, kind) in enumerate(parts):
         assert isinstance(text, Tensor)
         text = text[:, 1:] if number else text
         at = begin + torch.arange(text.shape[1], device=text.device)
         tokens.scatter_(1, at, text)
-        types.scatter_(1, at, (text != pad).long() * kind)
-        begin = begin + (text != pad).sum(1, keepdim=True)
+        types.scatter_(1, at, (text != NO_TOKEN).long() * kind)
+        begin = begin + (text != NO_TOKEN).sum(1, keepdim=True)
     return tokens, types

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bigdssm.models.dual_encoder import Encoded
-from bigdssm.models.encoders.text import masked_mean
-
-Pooling = Literal["mean", "cls", "last"]
-
-
-def pool(hidden_RTH: Tensor, mask_RT: Tensor, pooling: Pooling) -> Tensor:
-    """Return [R, H]: the mean over the tokens of a mask, or the first or last one of them."""
-    mask_RT = mask_RT.bool()
-    if pooling == "mean":
-        return masked_mean(hidden_RTH, mask_RT)
-    position_T = torch.arange(mask_RT.shape[1], device=mask_RT.device)
-    # padding may be on either side
-    chosen_R = mask_RT.int().argmax(1) if pooling == "cls" else torch.where(mask_RT, position_T, 0).amax(1)
-    return hidden_RTH[torch.arange(len(hidden_RTH), device=hidden_RTH.device), chosen_R]
+from bigdssm.models.encoders.text import Pooling, pool
 
 
 class TwoTowers(nn.Module):

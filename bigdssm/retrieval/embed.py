@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import Features, PadIds, pad_ids, to_features
+from bigdssm.dataset.tensors import Features, Paddings, paddings, to_features
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
 from bigdssm.loader.batch import lengths_of
@@ -88,16 +88,16 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     Calls use the model's own forward in evaluation mode, so engines that shard parameters work, too. With a process
     group a call is a collective. Rows are encoded in chunks of similar length.
     """
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
 
     packed = cast(DualEncoder, getattr(model, "module", model)).accepts_packed(training=False)
 
     def queries(rows: Rows) -> Tensor:
-        pads, features = pad_ids(dataset.schema.query, dataset.pad_token_id), collator.query_features(rows.query)
+        pads, features = paddings(dataset.schema.query), collator.query_features(rows.query)
         return encode_features(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
-        pads, features = pad_ids(dataset.schema.doc, dataset.pad_token_id), dataset.catalogue.features(doc_rows)
+        pads, features = paddings(dataset.schema.doc), dataset.catalogue.features(doc_rows)
         return encode_features(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
     return Encoders(queries, documents)
@@ -212,7 +212,7 @@ def iterate_share(dataset: Dataset, split: str, share: Share, what: str) -> Iter
 
 
 def encode_features(
-    features: Features, pads: PadIds, num_rows: int, encode: Callable[[dict[str, Values]], Tensor],
+    features: Features, pads: Paddings, num_rows: int, encode: Callable[[dict[str, Values]], Tensor],
     device: torch.device | str = "cpu", packed: frozenset[str] = NOTHING_PACKED.query,
 ) -> Tensor:  # fmt: skip
     """Apply `encode` to chunks of rows of similar length on `device`; outputs in row order.
@@ -227,15 +227,15 @@ def encode_features(
 
 
 def encode_columns(
-    features: Mapping[str, Feature], columns: Mapping[str, Column], pad: int,
+    features: Mapping[str, Feature], columns: Mapping[str, Column],
     encode: Callable[[dict[str, Values]], Tensor], what: str = "rows encoded", progress: Progress = no_progress,
 ) -> Tensor:  # fmt: skip
     """Apply `encode` to columns (at least one row), ROWS_AT_ONCE rows as padded tensors at a time."""
     num_rows, parts = len(next(iter(columns.values()))), []
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
-        piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()}, pad)
-        parts.append(encode_features(piece, pad_ids(features, pad), len(rows), encode))
+        piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()})
+        parts.append(encode_features(piece, paddings(features), len(rows), encode))
         progress(what, first + len(rows), num_rows)
     return torch.cat(parts)
 

@@ -49,9 +49,7 @@ class Model:
         columns, num_rows = columns_of_values(rows, features, self.folder.schema.doc, self._tokenizer)
         if num_rows == 0:
             return np.zeros((0, self.folder.config.model.dim + 1), np.float32)
-        vectors: np.ndarray = encode_columns(
-            features, columns, self.folder.pad_token_id, partial(encode, self.folder.model)
-        ).numpy()
+        vectors: np.ndarray = encode_columns(features, columns, partial(encode, self.folder.model)).numpy()
         return vectors
 
     @cached_property

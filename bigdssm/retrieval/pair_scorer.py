@@ -20,7 +20,7 @@ from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.tensors import pad_ids, to_features
+from bigdssm.dataset.tensors import paddings, to_features
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
@@ -39,14 +39,13 @@ class PairScorer:
 
     model: nn.Module  # a DualEncoder, or an engine around one
     schema: Schema
-    pad_token_id: int
     documents: Callable[[np.ndarray], Columns]  # features of documents by row, int64 [n]
     device: torch.device | str = "cpu"
 
     @classmethod
     def from_folder(cls, folder: ModelFolder, dataset: Dataset) -> PairScorer:
         """Return the PairScorer of a model folder over a dataset's catalogue."""
-        return cls(folder.model, folder.schema, folder.pad_token_id, dataset.catalogue.columns)
+        return cls(folder.model, folder.schema, dataset.catalogue.columns)
 
     @property
     def scorer(self) -> Scorer | None:
@@ -83,14 +82,14 @@ class PairScorer:
             side: {name: self.schema.sides[side][name] for name in names} for side, names in self.scorer.texts.items()
         }
         declared: dict[str, Feature] = join_sides(read["query"], read["doc"])
-        pads, parts = pad_ids(declared, self.pad_token_id), [torch.zeros(0)]
+        pads, parts = paddings(declared), [torch.zeros(0)]
         pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
         for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
             some = slice(first, first + PAIRS_AT_ONCE)
             of_docs = self.documents(docs[some])
             of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
             columns = join_sides(of_queries, {name: of_docs[name] for name in read["doc"]})
-            features = to_features(declared, columns, self.pad_token_id)
+            features = to_features(declared, columns)
             parts.append(encode_features(features, pads, len(row[some]), self._read, self.device).cpu())
         return torch.cat(parts)
 
@@ -113,11 +112,9 @@ class PairScorer:
     def _encoded(
         self, declared: Mapping[str, Feature], columns: Columns, by: Callable[[nn.Module, Mapping[str, Values]], Tensor]
     ) -> Tensor:
-        features = to_features(declared, columns, self.pad_token_id)
+        features = to_features(declared, columns)
         num_rows = len(next(iter(features.values())))
-        return encode_features(
-            features, pad_ids(declared, self.pad_token_id), num_rows, partial(by, self.model), self.device
-        )
+        return encode_features(features, paddings(declared), num_rows, partial(by, self.model), self.device)
 
 
 def _query_output(model: nn.Module, query: Mapping[str, Values]) -> Tensor:

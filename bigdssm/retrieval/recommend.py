@@ -137,7 +137,7 @@ def _best(
     if not len(batch.rows):
         return np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
     encode = partial(query_vectors, folder.model)
-    vectors = encode_columns(folder.schema.query, batch.columns, folder.pad_token_id, encode).numpy()
+    vectors = encode_columns(folder.schema.query, batch.columns, encode).numpy()
     if not np.isfinite(vectors).all():
         raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
     excluded = [batch.seen[i] for i in range(len(batch.seen))] if exclude_seen else None

@@ -234,7 +234,7 @@ class Searcher:
 
     def encode(self, queries: Sequence[Query]) -> np.ndarray:
         """Encode queries to index vectors, float32 [m, D+1]."""
-        features = to_features(self._folder.schema.query, self._columns(queries), self._folder.pad_token_id)
+        features = to_features(self._folder.schema.query, self._columns(queries))
         vectors = (
             query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
         )

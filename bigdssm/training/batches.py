@@ -55,7 +55,7 @@ class BatchBuilder:
         teacher = stage.distillation.teacher if isinstance(stage.distillation, BatchKL) else None
         self._teacher = None if teacher is None else TeacherVectors(Path(teacher))
         self._rank, self._world_size = stream.rank, stream.world_size
-        self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue, dataset.pad_token_id)
+        self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue)
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 

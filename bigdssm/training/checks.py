@@ -92,7 +92,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
         check_warm_start(key, dataset)
     if source is None:
         with torch.device("meta"):  # detects an invalid model without allocating its memory
-            texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+            texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
             DualEncoder(config.model, dataset.schema, texts)
     elif not source.is_dir():
         fix = "run bigdssm pretrain with this config first" if name == "sft" else "correct the path"

@@ -209,7 +209,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
     negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
     batch = next(read_batches(stream, BatchBuilder(stream, share, config.run.seed, negatives), torch.device("cpu")))
-    texts = text_architectures(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
     mode = FakeTensorMode()
     with mode:
         model = DualEncoder(config.model, dataset.schema, texts, stage.scorer)

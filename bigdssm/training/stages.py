@@ -124,7 +124,7 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     source, scorer = initial_model(config, name), config.stage(name).scorer
     if source is None:
         # .train(), since transformers returns pretrained encoders in evaluation mode
-        return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer).train()
+        return new_model(config.model, dataset.schema, dataset.vocab_size, scorer).train()
     if is_checkpoint_dir(source):
         loaded = load_checkpoint_model(source, scorer)
     else:

@@ -49,7 +49,7 @@ class Validator:
         rerank = None
         if isinstance(self._stage.scorer, CrossEncoderConfig):
             dataset, catalogue = self._dataset, self._dataset.catalogue
-            scorer = PairScorer(engine.deepspeed, dataset.schema, dataset.pad_token_id, catalogue.columns, device())
+            scorer = PairScorer(engine.deepspeed, dataset.schema, catalogue.columns, device())
             rerank = Reranking(scorer, self._stage.rerank)
         with timing.span("validation"):
             return evaluate_split(

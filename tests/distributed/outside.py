@@ -91,7 +91,7 @@ class Angle(Feature):
         both = np.stack([np.sin(turns), np.cos(turns)], axis=1).astype(np.float32)
         return pa.FixedSizeListArray.from_arrays(pa.array(both.ravel()), 2)
 
-    def array(self, column: Column, pad_token_id: int) -> np.ndarray:
+    def array(self, column: Column) -> np.ndarray:
         return np.asarray(column, np.float32)
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
@@ -160,13 +160,13 @@ class Bag(TextEncoderConfig):
 
 class BagEncoder(TextEncoder):
     def __init__(self, inputs: TextInputs, width: int, dropout: float) -> None:
-        super().__init__(inputs, width, inputs.pad_token_id)
+        super().__init__(inputs, width)
         self.words = nn.Embedding(inputs.vocab_size, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weight = (tokens != self.pad_token_id).unsqueeze(2).to(self.words.weight.dtype)
-        return self.dropout((self.words(tokens) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
+        weight = (tokens >= 0).unsqueeze(2).to(self.words.weight.dtype)
+        return self.dropout((self.words(tokens.clamp(min=0)) * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1))
 
 
 @register_loss

@@ -202,9 +202,9 @@ def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
     config = load_config(path, overrides)
     dataset = open_dataset(config.data)
     torch.manual_seed(config.run.seed)
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
     rows = next(iter(row_stream(config, config.pretrain, dataset, 0, 1)))
-    batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(rows)
+    batch = Collator(dataset.schema, dataset.catalogue)(rows)
     with torch.no_grad():
         found = model(query=batch.query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))
         scores = (found.alpha * found.U @ found.W.T + found.beta).double()

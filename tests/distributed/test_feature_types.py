@@ -104,7 +104,7 @@ def go_all_the_way(
     assert model.tokenizer_dir is not None
     queries = Queries(model.schema, TextTokenizer(model.tokenizer_dir), None, exclude_seen=True)
     typed = queries.of(Request(features={"asked": str(value), "word": "w1"}))
-    vector = query_vectors(model.model, to_features(model.schema.query, typed.columns, model.pad_token_id)).numpy()
+    vector = query_vectors(model.model, to_features(model.schema.query, typed.columns)).numpy()
     scores, rows = open_index(folder / "index").nearest(vector, 3, model.checksum, [typed.seen])
     every = document_vectors(model.model, dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
@@ -117,7 +117,7 @@ def go_all_the_way(
     names = run_card(folder / "exported")
     from_card = names["encode_query"]([{"asked": value, "word": "w1"}, {"word": "w1"}])
     unknown = queries.of(Request(features={"word": "w1"}))
-    nothing = query_vectors(model.model, to_features(model.schema.query, unknown.columns, model.pad_token_id)).numpy()
+    nothing = query_vectors(model.model, to_features(model.schema.query, unknown.columns)).numpy()
     bad = (folder / "dataset" / "quarantine.jsonl").read_text().splitlines()
     return {
         "bad": report.num_bad,

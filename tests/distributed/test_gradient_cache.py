@@ -23,7 +23,7 @@ from bigdssm.loader.batch import Batch, lengths_of
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
-from bigdssm.models.declarations import Bert
+from bigdssm.models.declarations import Transformer
 from bigdssm.retrieval import embed
 from bigdssm.training.optimizers import AdamW
 from tests.packing import within_rows
@@ -36,7 +36,7 @@ SCHEMA = Schema(
     {"words": TEXT, "history": History(of="item", max_items=6).with_name("history")},
     {"words": TEXT, "item": Categorical(vocabulary=Vocabulary.of("abcdefghijklmnopqrstuvwx")).with_name("item")},
 )
-TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=Bert(layers=1, hidden=16))
+TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=Transformer(layers=1, hidden=16))
 MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
 LR, CLIPPING, STEPS = 1.0, 0.1, 3
 SHARES = {1: (24,), 2: (24, 0), 3: (13, 0, 11)}  # queries per rank: with several, one rank has none
@@ -313,7 +313,7 @@ def test_chunks_encoded_again_have_the_dropout_of_the_first_time(pools: dict[int
                 torch.testing.assert_close(some[name], kept[name], rtol=1e-5, atol=1e-6, msg=f"{name} at stage {stage}")
                 torch.testing.assert_close(none[name], kept[name], rtol=1e-5, atol=1e-6, msg=f"{name} at stage {stage}")
     (without,) = pools[1].run(plain_steps)
-    word = "text.shared.bert.embeddings.word_embeddings.weight"
+    word = "text.shared.transformer.embeddings.word_embeddings.weight"
     assert (without[word] - kept[word]).abs().max() > 1e-3
 
 

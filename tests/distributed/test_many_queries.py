@@ -37,10 +37,8 @@ def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Pat
     loaded = load_config(config)
     dataset = Dataset.open(loaded.data.dir)
     torch.manual_seed(0)
-    model = new_model(loaded.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
-    batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(
-        next(PairStream(dataset, rows_global=60, lanes=6))
-    )
+    model = new_model(loaded.model, dataset.schema, dataset.vocab_size).eval()
+    batch = Collator(dataset.schema, dataset.catalogue)(next(PairStream(dataset, rows_global=60, lanes=6)))
     assert batch.query_positions is not None and len(batch.query_positions.row) > 1.5 * len(batch.row_ids)
     with torch.no_grad():
         together = model(query=batch.query, query_positions=batch.query_positions).U

@@ -22,7 +22,7 @@ def started(rank: int, world_size: int, config_file: Path) -> np.ndarray:
     config = load_config(config_file)
     dataset = Dataset.open(config.data.dir)
     torch.manual_seed(0)
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
     if not distributed.is_main():
         warm_start._item_vectors = None  # type: ignore[assignment]  # rank 0 alone finds them
     initialize_item_embeddings(model, dataset, WarmStartConfig(window=3))

@@ -183,7 +183,6 @@ def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:
         model = new_model(
             config.model,
             dataset.schema,
-            dataset.pad_token_id,
             dataset.vocab_size,
             stage.scorer or MLP,
         )

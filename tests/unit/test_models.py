@@ -13,8 +13,8 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_eager_attention
-from bigdssm.models.declarations import Bert, Sasrec
-from bigdssm.models.encoders.bert import BertEncoder
+from bigdssm.models.declarations import Sasrec, Transformer
+from bigdssm.models.encoders.transformer import TransformerEncoder
 
 QUERY = {
     "history": History(of="item", max_items=6).with_name("history"),
@@ -29,7 +29,7 @@ DOC = {
 CONFIG = ModelConfig(
     dim=32,
     query=TowerConfig(history=Sasrec(layers=2)),
-    doc=TowerConfig(text=Bert(layers=1, hidden=32)),
+    doc=TowerConfig(text=Transformer(layers=1, hidden=32)),
 )
 
 
@@ -56,7 +56,7 @@ def doc(titles: list[list[int]], genres: list[list[int]]) -> dict[str, torch.Ten
 
 
 def test_shapes_and_norms() -> None:
-    encoded = model()(query([[2, 3, 0], [0, 0, 0]]), doc([[1, 2], [3, 0]], [[2, 3], [0, 0]]))
+    encoded = model()(query([[2, 3, 0], [0, 0, 0]]), doc([[1, 2], [3, -1]], [[2, 3], [0, 0]]))
     assert encoded.U is not None and encoded.W is not None and encoded.beta is not None
     assert encoded.U.shape == (2, 32) and encoded.W.shape == (2, 32)
     assert encoded.beta.shape == (2,) and encoded.alpha.shape == (1,)
@@ -75,7 +75,7 @@ def test_norms_are_1_in_float32_under_autocast() -> None:
 def test_padding_changes_nothing() -> None:
     dual = model()
     short = dual(query([[2, 3]]), doc([[1, 2]], [[2]]))
-    long = dual(query([[2, 3, 0, 0]]), doc([[1, 2, 0, 0, 0]], [[2, 0, 0]]))
+    long = dual(query([[2, 3, 0, 0]]), doc([[1, 2, -1, -1, -1]], [[2, 0, 0]]))
     torch.testing.assert_close(short.U, long.U)
     torch.testing.assert_close(short.W, long.W)
 
@@ -162,22 +162,23 @@ def test_shared_text_is_one_encoder() -> None:
 def test_plain_attention_is_for_training_alone() -> None:
     fused, plain = model(), model()
     use_eager_attention(plain)
-    (encoder,) = (part for part in plain.modules() if isinstance(part, BertEncoder))
+    (encoder,) = (part for part in plain.modules() if isinstance(part, TransformerEncoder))
     batch = doc([[1, 2, 0], [3, 0, 0]], [[2, 3], [0, 0]])
     for mode, attention in ((True, "eager"), (False, "sdpa"), (True, "eager")):
         plain.train(mode)
-        assert encoder.bert.config._attn_implementation == attention
+        assert encoder.transformer.config._attn_implementation == attention
     torch.testing.assert_close(plain.eval()(doc=batch).W, fused(doc=batch).W)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_text_is_encoded_as_with_the_mask_that_transformers_makes(attention: str) -> None:
-    encoder = BertEncoder(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), "mean")
-    encoder.bert.set_attn_implementation(attention)
-    tokens = torch.tensor([[7, 3, 9, 4], [5, 6, 0, 0], [0, 0, 0, 0]])
+    encoder = TransformerEncoder(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    encoder.transformer.set_attn_implementation(attention)
+    tokens = torch.tensor([[7, 3, 9, 4], [5, 6, -1, -1], [-1, -1, -1, -1]])
     for some in (tokens, tokens[:1]):  # with padding, and without any
-        expected = encoder.eval().bert(input_ids=some, attention_mask=(some != 0).long()).last_hidden_state
-        hidden = encoder.bert(input_ids=some, attention_mask=encoder._attention_mask(some != 0)).last_hidden_state
-        torch.testing.assert_close(hidden[some != 0], expected[some != 0], rtol=1e-6, atol=1e-6)
+        ids, mask = some.clamp(min=0), some >= 0
+        expected = encoder.eval().transformer(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        hidden = encoder.transformer(input_ids=ids, attention_mask=encoder._attention_mask(mask)).last_hidden_state
+        torch.testing.assert_close(hidden[some >= 0], expected[some >= 0], rtol=1e-6, atol=1e-6)
     shorter = encoder(tokens[1:2, :2])
     torch.testing.assert_close(encoder(tokens)[1:2], shorter, rtol=1e-6, atol=1e-6)

@@ -21,7 +21,7 @@ from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.models import new_model
-from bigdssm.models.encoders.bert import pretrained_encoder
+from bigdssm.models.encoders.pretrained import pretrained_encoder
 from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def model_folder(tmp_path: Path, tiny_pairs: TinyDataset) -> Path:
     from bigdssm.dataset.dataset import Dataset
 
     config, dataset = load_config(tiny_pairs.config), Dataset.open(tiny_pairs.dir)
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
     save_model_folder(tmp_path / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
     return tmp_path / "model"
 

@@ -53,7 +53,7 @@ def dataset(config: Config) -> Dataset:
 @pytest.fixture(scope="module")
 def model(config: Config, dataset: Dataset) -> DualEncoder:
     torch.manual_seed(0)
-    return new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
+    return new_model(config.model, dataset.schema, dataset.vocab_size).eval()
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> 
     tables = PairTables((tmp_path / "pairs.jsonl",), doc_id_column="b_key", query_id_column="a_key")
     make_pairs(config.data, tables, IngestTarget(tmp_path / "texts"))
     dataset = Dataset.open(tmp_path / "texts")
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
+    model = new_model(config.model, dataset.schema, dataset.vocab_size).eval()
     save_model_folder(tmp_path / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
     parity = export(folder_source(tmp_path / "model"), tmp_path / "exported", target)
     assert max(parity.query, parity.doc) <= PARITY_LIMIT

@@ -79,6 +79,7 @@ def attend(
     key_bounds: SequenceBounds,
     scale: float,
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Same as the kernel for packed rows, without reading the device."""
     (row_A, position_A), (row_B, position_B) = _rows(query_bounds, len(q)), _rows(key_bounds, len(k))

@@ -17,8 +17,8 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.loader.batch import lengths_of
 from bigdssm.models import CrossEncoder, QueryPositions, SideSize, new_model
-from bigdssm.models.declarations import Bert
-from bigdssm.models.encoders.bert import BertEncoder
+from bigdssm.models.declarations import Transformer
+from bigdssm.models.encoders.transformer import TransformerEncoder
 from bigdssm.training import health
 from bigdssm.training.health import TimeTable
 from bigdssm.utils import timing
@@ -108,7 +108,7 @@ def test_operations_by_formula_equal_the_counts_of_torch(block: Any, positions: 
         dim=24,
         beta="none",
         query=TowerConfig(mlp=(20,), history=HISTORY_BLOCKS.find(block, "")(positions=positions, layers=2)),
-        doc=TowerConfig(text=Bert(layers=2, hidden=16)),
+        doc=TowerConfig(text=Transformer(layers=2, hidden=16)),
     )
     query_positions = QueryPositions(torch.tensor([0, 2, 0, 2, 1]), torch.tensor([0, 5, 3, 1, 2])) if many else None
     model = new_model(config, schema, vocab_size=50).eval()
@@ -126,7 +126,7 @@ def test_operations_of_a_cross_encoder_equal_the_counts_of_torch() -> None:
     architecture = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, pad_token_id=0
     )
-    text = BertEncoder(architecture, "mean")
+    text = TransformerEncoder(architecture)
     scorer = CrossEncoder(text, "shared", ["a"], ["b"]).eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         scorer({"a": torch.randint(1, 50, (7, 4))}, {"b": torch.randint(1, 50, (7, 9))})

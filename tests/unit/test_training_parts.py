@@ -152,7 +152,7 @@ def test_padding_tokens_within_a_row_are_not_cut_off() -> None:
 
 def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     catalogue = SimpleNamespace(num_docs=10**6)
-    dataset = SimpleNamespace(schema=None, catalogue=catalogue, pad_token_id=0)
+    dataset = SimpleNamespace(schema=None, catalogue=catalogue)
     stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
     stage = StageConfig(negatives=NegativesConfig(uniform=5))
     drawn = {

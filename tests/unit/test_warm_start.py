@@ -38,7 +38,7 @@ def config(tiny_interactions: Any) -> Config:
 def model_of(config: Config, dataset: Dataset, dim: int) -> DualEncoder:
     torch.manual_seed(0)
     doc = replace(config.model.doc, embedding_dim=dim)
-    return new_model(replace(config.model, doc=doc), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    return new_model(replace(config.model, doc=doc), dataset.schema, dataset.vocab_size)
 
 
 def cooccurrence_counts(dataset: Dataset, window: int) -> np.ndarray:

@@ -92,7 +92,7 @@ def test_two_runs_are_compared_in_all_they_differ_in(
         config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}", f"pretrain.rows_global={256 << seed}"])
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
         torch.manual_seed(seed)
-        model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+        model = new_model(config.model, dataset.schema, dataset.vocab_size)
         provenance = {"dataset": dataset.fingerprint}
         save_model_folder(folder / "best", model, config, dataset.schema, dataset.tokenizer_dir, provenance)
     events = (tmp_path / "second" / "pretrain" / "events.jsonl").read_text()

@@ -81,7 +81,7 @@ def main() -> None:
 def queries_of(dataset: Dataset, split: str, number: int) -> tuple[list[Features], Tensor, SeenDocuments, np.ndarray]:
     """Return features, target documents, seen documents and query ids of `number` rows of a split."""
     selected = np.linspace(0, dataset.num_rows(split) - 1, min(number, dataset.num_rows(split))).astype(np.int64)
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
     queries, target, seen, query_ids = [], [], [], []
     for rows in dataset.iterate(split, ROWS_PER_BATCH):
         for i in np.flatnonzero(np.isin(rows.row_ids, selected) & (rows.relevance > 0)):

@@ -97,7 +97,7 @@ def prepare(out: Path, num_users: int, num_docs: int) -> None:
         rating_column=None, overwrite=True,
     )  # fmt: skip
     config, dataset = load_config(path), Dataset.open(out / "dataset")
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
     save_model_folder(out / "model", model, config, dataset.schema, dataset.tokenizer_dir, {})
     folder = load_model_folder(out / "model")
     write_vectors(out / "vectors", tower_encoders(folder.model, dataset), dataset, folder.checksum)

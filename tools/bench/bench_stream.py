@@ -80,7 +80,7 @@ def speed(args: argparse.Namespace) -> None:
 
         given = rows // ROWS_GLOBAL * ROWS_GLOBAL
         ours = size(dataset.dir / "partitions") + size(dataset.dir / "catalogue")
-        collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+        collate = Collator(dataset.schema, dataset.catalogue)
         columns_s, _ = cpu_seconds(lambda: ((step, dataset.catalogue.columns(step.doc_rows)) for step in stream()))
         report("PairStream, to columns", given, columns_s, ours)
         tensors_s, _ = cpu_seconds(lambda: map(collate, stream()))
@@ -94,7 +94,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
     """Measure a stream that tokenizes queries on the fly, and the share of its time outside the tokenizer."""
     make_pairs(config, PairTables(files=(args.pairs,), split="train", raw_text=True), IngestTarget(folder))
     dataset = Dataset.open(folder)
-    collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collate = Collator(dataset.schema, dataset.catalogue)
     steps = dataset.num_rows("train") // ROWS_GLOBAL
     tokenizing_s, encode = 0.0, TextTokenizer.encode
 

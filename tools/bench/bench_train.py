@@ -169,7 +169,7 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
     bert = BertConfig(
         vocab_size=dataset.vocab_size, hidden_size=args.hidden, num_hidden_layers=args.layers,
         num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
-        max_position_embeddings=args.max_tokens, pad_token_id=dataset.pad_token_id,
+        max_position_embeddings=args.max_tokens,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     BertModel(bert, add_pooling_layer=False).save_pretrained(folder / "encoder")
@@ -210,7 +210,7 @@ class Ours:
         from bigdssm.training.engine import Engine
         from bigdssm.training.objective import Objective
 
-        self.model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).train()
+        self.model = new_model(config.model, dataset.schema, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
         self.objective = Objective(StageConfig(sampling=NoCorrection()), config.model, None, None, rows_global)
         self.budget = TokenBudget.of(engine, self.model.accepts_packed(training=True))
@@ -256,7 +256,6 @@ class Peer:
             self.loss.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         if args.precision == "bf16":
             self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)  # type: ignore[method-assign]
-        self.pad_token_id = dataset.pad_token_id
 
     def step(self, features: list[dict[str, Tensor]], mini_batch: int) -> float:
         self.loss.mini_batch_size = mini_batch
@@ -278,7 +277,7 @@ class Peer:
     def features(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Return the tokens of a batch, one document per row including duplicates."""
         sides = (batch.query["query"], batch.doc["doc"][batch.positive])
-        return [{"input_ids": side, "attention_mask": (side != self.pad_token_id).long()} for side in sides]
+        return [{"input_ids": side.clamp(min=0), "attention_mask": (side >= 0).long()} for side in sides]
 
 
 # --- the tasks ---
@@ -396,7 +395,7 @@ def graphs(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]])
     engine = EngineConfig(zero_stage=args.zero_stage, precision=args.precision, chunk_tokens=args.chunk_tokens)
     ours = Ours(load_config(folder / "config.yaml"), batches.dataset, engine, args.rows)
     batch = batches.ready[0]
-    tokens = sum(int((side != batches.dataset.pad_token_id).sum()) for side in (batch.query["query"], batch.doc["doc"]))
+    tokens = sum(int((side >= 0).sum()) for side in (batch.query["query"], batch.doc["doc"]))
     budgets = {"none": 0, "one chunk": args.chunk_tokens, "half": tokens // 2, "all": 2 * tokens}
     times: dict[str, list[float]] = {name: [] for name in budgets}
     peaks = dict.fromkeys(budgets, 0.0)

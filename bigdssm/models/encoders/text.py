@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from bigdssm.config import ModelConfig, TextEncoderConfig, TextInputs
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Text, texts_of
-from bigdssm.models.encoders.base import BuildContext, Encoder, encodes
+from bigdssm.models.encoders.base import BuildContext, Encoder, SideSize, encodes
+from bigdssm.models.packed import Values
+
+Pooling = Literal["mean", "cls", "last"]
 
 
 @encodes(Text)
 class TextEncoder(Encoder):
-    """Token ids [R, T], padded at the end with `pad_token_id`, → [R, dim]; built by a `TextEncoderConfig`.
+    """Token ids [R, T], padded at the end with -1, → [R, dim]; built by a `TextEncoderConfig`.
 
     A subclass implements `forward`, and overrides `flops` if it does more than linear layers per row. It returns its
     transformer layers from `transformer_layers` and calls them through `run_layer`. It overrides `accepts_packed` if it
@@ -23,22 +27,53 @@ class TextEncoder(Encoder):
 
     is_shared = True
 
-    def __init__(self, architecture: Any, dim: int, pad_token_id: int) -> None:
+    def __init__(self, architecture: Any, dim: int) -> None:
         super().__init__()
         self.architecture = architecture  # saved with the model
-        self.dim, self.pad_token_id = dim, pad_token_id
+        self.dim = dim
 
     @classmethod
-    def build(cls, feature: Text, context: BuildContext) -> TextEncoder:
+    def build(cls, feature: Text, context: BuildContext) -> Encoder:
         """Return the model's text encoder of the side."""
         assert isinstance(context.text, TextEncoder), "a schema with text has a text encoder"
-        return context.text
+        return _AfterPrompt(context.text, feature.prompt_tokens) if feature.prompt_tokens else context.text
+
+
+class _AfterPrompt(Encoder):
+    """A text encoder that does not pool the first `skip` tokens, those of a prompt."""
+
+    is_shared = True
+
+    def __init__(self, text: TextEncoder, skip: int) -> None:
+        super().__init__()
+        self.dim, self.skip, self._text = text.dim, skip, (text,)  # not a module of this one
+
+    def forward(self, tokens: Values) -> Tensor:
+        vectors: Tensor = self._text[0](tokens, skip=self.skip)
+        return vectors
+
+    def accepts_packed(self, training: bool) -> bool:
+        return self._text[0].accepts_packed(training)
+
+    def flops(self, name: str, size: SideSize) -> float:
+        return self._text[0].flops(name, size)
 
 
 def masked_mean(hidden_RTH: Tensor, mask_RT: Tensor) -> Tensor:
     """Return [R, H], the mean over the tokens of a mask; zeros for a row without any."""
     weight = mask_RT.unsqueeze(2).to(hidden_RTH.dtype)
     return (hidden_RTH * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def pool(hidden_RTH: Tensor, mask_RT: Tensor, pooling: Pooling) -> Tensor:
+    """Return [R, H]: the mean over the tokens of a mask, or the first or last one of them."""
+    mask_RT = mask_RT.bool()
+    if pooling == "mean":
+        return masked_mean(hidden_RTH, mask_RT)
+    position_T = torch.arange(mask_RT.shape[1], device=mask_RT.device)
+    # padding may be on either side
+    chosen_R = mask_RT.int().argmax(1) if pooling == "cls" else torch.where(mask_RT, position_T, 0).amax(1)
+    return hidden_RTH[torch.arange(hidden_RTH.shape[0], device=hidden_RTH.device), chosen_R]
 
 
 def text_keys(config: ModelConfig, schema: Schema) -> dict[str, str]:
@@ -55,7 +90,7 @@ def text_configs(config: ModelConfig, schema: Schema) -> dict[str, TextEncoderCo
     return configs
 
 
-def text_architectures(config: ModelConfig, schema: Schema, pad_token_id: int, vocab_size: int) -> dict[str, Any]:
+def text_architectures(config: ModelConfig, schema: Schema, vocab_size: int) -> dict[str, Any]:
     """Return the architecture by text encoder of the model.
 
     `vocab_size` is the tokenizer's. Raises ConfigError: an `init` folder that does not fit.
@@ -64,5 +99,5 @@ def text_architectures(config: ModelConfig, schema: Schema, pad_token_id: int, v
     for key, text in text_configs(config, schema).items():
         read = [feature for side in keys if keys[side] == key for feature in texts_of(schema.sides[side]).values()]
         longest = max(feature.max_tokens for feature in read)
-        architectures[key] = text.architecture(TextInputs(vocab_size, pad_token_id, longest))
+        architectures[key] = text.architecture(TextInputs(vocab_size, longest))
     return architectures

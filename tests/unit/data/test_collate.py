@@ -23,7 +23,7 @@ from bigdssm.utils.hashing import hash64
 def first_rows(folder: Path, count: int = 1) -> tuple[Dataset, Collator, Rows]:
     dataset = Dataset.open(folder)
     *_, rows = islice(PairStream(dataset, rows_global=64, lanes=4), count)
-    return dataset, Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id), rows
+    return dataset, Collator(dataset.schema, dataset.catalogue), rows
 
 
 def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
@@ -67,7 +67,7 @@ def test_rows_that_bring_their_documents_give_the_same_features(texts: Path) -> 
         rows, doc=dataset.catalogue.columns(rows.doc_rows), doc_ids=dataset.catalogue.ids(rows.doc_rows),
         doc_rows=np.full(len(rows), -1, np.int64),
     )  # fmt: skip
-    plain = Collator(dataset.schema, None, dataset.pad_token_id)
+    plain = Collator(dataset.schema, None)
     mine, its = plain(brought), collate(rows)
     assert torch.equal(its.positive, mine.positive) and torch.equal(its.doc_ids, mine.doc_ids)
     assert all(torch.equal(its.doc[name], mine.doc[name]) for name in its.doc)

@@ -26,7 +26,7 @@ def test_properties_of_a_dataset(interactions: Path, texts: Path, tools) -> None
     dataset = Dataset.open(interactions)
     assert (dataset.num_rows("train"), dataset.num_rows("test"), dataset.num_rows("validation")) == (1000, 100, 0)
     assert dataset.doc_counts().tolist() == [1] * tools.NUM_DOCS
-    assert (dataset.tokenizer_dir, dataset.pad_token_id) == (None, 0)
+    assert (dataset.tokenizer_dir) == (None, 0)
     text = Dataset.open(texts)
     assert (text.tokenizer_dir, text.vocab_size) == (texts / "tokenizer", 53)
     assert text.fingerprint != dataset.fingerprint == Dataset.open(interactions).fingerprint

@@ -73,7 +73,7 @@ def test_every_row_of_both_days_arrives_with_its_own_document(grown: tuple[Path,
     dataset.check_against(CONFIG)
     assert sorted(epoch(dataset).tolist()) == list(range(ROWS + 500))
     stream = PairStream(dataset, rows_global=100, lanes=4)
-    collate = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collate = Collator(dataset.schema, dataset.catalogue)
     vocabulary = dataset.schema.doc["kind"].vocabulary
     for _ in range(stream.steps_per_epoch):
         batch = collate(next(stream))

@@ -69,7 +69,7 @@ def test_rows_of_all_shards_with_their_own_values(plain: tuple[Dataset, Path], n
         parts = [next(rank) for rank in ranks]
         assert [len(rows) for rows in parts] == [20, 21] and {rows.step for rows in parts} == {step}
         for k, rows in enumerate(parts):
-            batch = Collator(dataset.schema, None, dataset.pad_token_id)(rows)
+            batch = Collator(dataset.schema, None)(rows)
             age = batch.query["age"].int().tolist()
             same = expected.take(np.array([of_age[a] for a in age]))
             assert np.array_equal(rows.query_ids, same.query_ids)

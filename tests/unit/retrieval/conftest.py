@@ -22,7 +22,7 @@ SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.te
 def random_model(config: Config, dataset: Dataset, seed: int, scorer: ScorerConfig | None = None) -> DualEncoder:
     """Return a model whose parameters all affect the scores, beta included."""
     torch.manual_seed(seed)
-    model = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size, scorer)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

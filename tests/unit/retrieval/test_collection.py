@@ -29,7 +29,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder
-from bigdssm.models.encoders.bert import pretrained_encoder
+from bigdssm.models.encoders.pretrained import pretrained_encoder
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_hard_negatives
 from bigdssm.retrieval.mining import mine

@@ -85,7 +85,7 @@ def test_a_pair_is_tokenised_as_by_transformers(cross_dir: Path, pairs: Dataset)
             ids = torch.tensor([encoded.ids])
             types = torch.tensor([[int("[SEP]" in encoded.tokens[:at]) for at in range(len(encoded.tokens))]])
             with torch.no_grad():
-                hidden = scorer.text.bert(input_ids=ids, token_type_ids=types).last_hidden_state
+                hidden = scorer.text.transformer(input_ids=ids, token_type_ids=types).last_hidden_state
                 expected[i, j] = scorer.head(hidden.mean(1))
     towers = tower_encoders(folder.model, pairs)
     vectors = towers.documents(docs.flatten()).view(5, 3, -1)
@@ -134,7 +134,7 @@ def test_candidates_are_scored_alike_in_any_chunks(
         expected = encoders.queries(rows) @ encoders.documents(docs[0]).T
         np.testing.assert_allclose(scores[0], expected[0], rtol=1e-4, atol=1e-5)
     elif which == "mlp":
-        query = Collator(pairs.schema, pairs.catalogue, pairs.pad_token_id).query_features(rows.query)
+        query = Collator(pairs.schema, pairs.catalogue).query_features(rows.query)
         with torch.no_grad():
             expected = model(query, pairs.catalogue.features(docs[0]), torch.arange(4).expand(9, 4)).scores
         np.testing.assert_allclose(scores[0], expected[0], rtol=1e-4, atol=1e-5)
@@ -167,7 +167,7 @@ def test_ties_of_a_scorer_count_half(cross_dir: Path, pairs: Dataset) -> None:
             return np.zeros(documents.shape, np.float32)
 
     folder = load_model_folder(cross_dir)
-    scorer = Indifferent(folder.model, folder.schema, folder.pad_token_id, pairs.catalogue.columns)
+    scorer = Indifferent(folder.model, folder.schema, pairs.catalogue.columns)
     encoders = tower_encoders(folder.model, pairs)
     before = evaluate_split(encoders, pairs, "test").ranks
     found = evaluate_split(encoders, pairs, "test", rerank=Reranking(scorer, 10)).ranks
@@ -224,7 +224,7 @@ def test_unsupported_datasets_and_scorers_are_refused(
 def test_a_cross_encoder_learns_the_pairs(cross_dir: Path, pairs: Dataset) -> None:
     model = load_model_folder(cross_dir).model.train()
     rows = next(pairs.iterate("train", 6))
-    query = Collator(pairs.schema, pairs.catalogue, pairs.pad_token_id).query_features(rows.query)["query"]
+    query = Collator(pairs.schema, pairs.catalogue).query_features(rows.query)["query"]
     docs = pairs.catalogue.features(rows.doc_rows)["text"]
     every = {"query": query.repeat_interleave(6, 0)}, {"text": docs.repeat(6, 1)}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)

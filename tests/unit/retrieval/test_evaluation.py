@@ -30,7 +30,7 @@ from bigdssm.retrieval.embed import Encoders, Share, encode_queries, tower_encod
 
 def model_scores(model: DualEncoder, dataset: Dataset, rows: Rows) -> np.ndarray:
     """Return S = alpha * U @ W.T + beta, [m, N], as the training loss computes it."""
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
     with torch.no_grad():
         query = collator.query_features(rows.query)
         encoded = model(query=query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))

@@ -119,7 +119,7 @@ def trainers_scores(
         assert model.tokenizer_dir is not None
         ids = TextTokenizer(model.tokenizer_dir).encode(pa.array(texts, pa.large_string()), feature.max_tokens)
         columns = {feature.name: Ragged(*ids)}
-        vectors.append(encode(model.model, to_features({feature.name: feature}, columns, 0)))
+        vectors.append(encode(model.model, to_features({feature.name: feature}, columns)))
     return vectors[0] @ vectors[1].T
 
 
@@ -366,7 +366,7 @@ def test_onnx_holds_towers_of_all_features(
     items = [f"i{number}" for number in range(14)]  # more than max_items
     assert dataset.tokenizer_dir is not None
     lookup = Queries(dataset.schema, dataset.tokenizer, dataset, exclude_seen=True)
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
     queries = [{"history": items}, {"history": [], "age": 33.0, "occupation": "farmer"}, {"occupation": "unknown"}]
     vectors = card["encode_query"](queries)
     for given, vector in zip(queries, vectors, strict=True):

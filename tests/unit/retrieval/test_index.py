@@ -46,7 +46,7 @@ def index_dir(vectors_dir: Path) -> Path:
 def test_top_k_of_the_index_is_the_scorers(
     model: DualEncoder, model_dir: Path, dataset: Dataset, index_dir: Path
 ) -> None:
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
     rows = next(dataset.iterate("test", 40))
     with torch.no_grad():
         docs = dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))
@@ -308,7 +308,7 @@ def test_vectors_that_are_not_finite_are_not_written(model: DualEncoder, dataset
 def test_a_model_without_beta_scores_without(config: Config, dataset: Dataset) -> None:
     from dataclasses import replace
 
-    plain = new_model(replace(config.model, beta="none"), dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    plain = new_model(replace(config.model, beta="none"), dataset.schema, dataset.vocab_size)
     vectors = tower_encoders(plain, dataset).documents(np.arange(5))
     assert vectors.shape == (5, config.model.dim + 1)
     assert vectors[:, -1].tolist() == [0.0] * 5

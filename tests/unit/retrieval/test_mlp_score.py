@@ -42,7 +42,7 @@ def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
     model = load_model_folder(mlp_dir).model
     assert model.scorer is not None
     found = evaluate_split(encoders_of(model, dataset), dataset, "test", rows_per_chunk=7)
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
     rows = next(dataset.iterate("test", 1000))
     num_docs = dataset.catalogue.num_docs
     with torch.no_grad():

@@ -25,7 +25,7 @@ from tests.unit.retrieval.conftest import random_model
 
 def outputs(model: DualEncoder, dataset: Dataset) -> list[torch.Tensor]:
     rows = next(dataset.iterate("test", 9))
-    batch = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)(rows)
+    batch = Collator(dataset.schema, dataset.catalogue)(rows)
     with torch.no_grad():
         encoded = model(query=batch.query, doc=batch.doc)
     return [encoded.U, encoded.W, encoded.beta, encoded.alpha]
@@ -58,7 +58,7 @@ def test_weights_of_a_sharded_model_come_from_state(
     model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hollow = new_model(config.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size)
+    hollow = new_model(config.model, dataset.schema, dataset.vocab_size)
     save_model_folder(tmp_path / "m", hollow, config, dataset.schema, dataset.tokenizer_dir, {}, state=state)
     assert torch.equal(outputs(load_model_folder(tmp_path / "m").model, dataset)[0], outputs(model, dataset)[0])
 
@@ -75,7 +75,7 @@ def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset:
     pretrained = small_bert(tmp_path / "bert", layers=2)
     doc = replace(config.model.doc, text=replace(config.model.doc.text, init=str(pretrained)))
     started = replace(config, model=replace(config.model, doc=doc))
-    model = new_model(started.model, dataset.schema, dataset.pad_token_id, dataset.vocab_size).eval()
+    model = new_model(started.model, dataset.schema, dataset.vocab_size).eval()
     save_model_folder(tmp_path / "m", model, started, dataset.schema, dataset.tokenizer_dir, {})
     shutil.rmtree(pretrained)
     loaded = load_model_folder(tmp_path / "m")
@@ -96,7 +96,10 @@ def test_a_light_query_tower_comes_back_light(tiny_pairs: Any, tmp_path: Path) -
     loaded = load_model_folder(tmp_path / "m").model
     for ours, theirs in zip(outputs(loaded, dataset), outputs(model, dataset), strict=True):
         assert torch.equal(ours, theirs)
-    assert {side: len(encoder.bert.encoder.layer) for side, encoder in loaded.text.items()} == {"query": 2, "doc": 3}
+    assert {side: len(encoder.transformer.encoder.layer) for side, encoder in loaded.text.items()} == {
+        "query": 2,
+        "doc": 3,
+    }
 
 
 @pytest.mark.parametrize("text", ["${oc.env:HOME}", "\\${run.seed}", "a ${b} c"])

@@ -34,7 +34,7 @@ def vector(model: DualEncoder, dataset: Dataset, queries: Queries, request: Requ
     from bigdssm.dataset.tensors import to_features
 
     columns = queries.of(request).columns
-    found: np.ndarray = query_vectors(model, to_features(dataset.schema.query, columns, dataset.pad_token_id)).numpy()
+    found: np.ndarray = query_vectors(model, to_features(dataset.schema.query, columns)).numpy()
     return found[0]
 
 

@@ -61,7 +61,7 @@ def client(searcher: Searcher) -> Iterator[TestClient]:
 
 def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, top: int) -> list[tuple[str, float]]:
     folder = load_model_folder(model_dir)
-    collator = Collator(dataset.schema, dataset.catalogue, dataset.pad_token_id)
+    collator = Collator(dataset.schema, dataset.catalogue)
     vector = query_vectors(folder.model, collator.query_features(query.columns)).numpy()
     scores, rows = open_index(index_dir).nearest(vector, top, folder.checksum, [query.excluded], query.allowed)
     return list(zip(dataset.catalogue.keys(rows[0][rows[0] >= 0]), scores[0].tolist(), strict=False))

@@ -1,0 +1,233 @@
+"""Pretrained text encoders: folders of transformers and sentence-transformers, by path or by name on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from bigdssm.config import TextInputs
+from bigdssm.errors import ConfigError
+from bigdssm.models.encoders.transformer import (
+    ACTIVATIONS,
+    TransformerEncoder,
+    first_position,
+    head_of,
+    new_transformer,
+)
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickled weights or code
+POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+LEGACY = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
+    "mlp_dropout",
+)  # fmt: skip
+
+
+def locate(name: str, key: str = "text.init") -> Path:
+    """Return the folder of a model, downloaded from the Hugging Face Hub if `name` is not a local folder.
+
+    Raises ConfigError: neither a folder nor a model of the Hub that is cached or can be downloaded.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}={name} is not a folder, and not a model of the Hugging Face Hub that is cached here or can be "
+            f"downloaded: {reason}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class AddedLayer:
+    """A Dense module of a sentence-transformers folder."""
+
+    width: int  # of its output
+    bias: bool
+    activation: str
+
+
+class PretrainedFolder:
+    """A folder of a Hugging Face model, with the modules of sentence-transformers if it has any."""
+
+    def __init__(self, name: str) -> None:
+        """Raises ConfigError: no such model, or a module that is not supported."""
+        self.name, self.path = name, locate(name)
+        self._modules = self._read_modules()
+
+    def _read_modules(self) -> list[tuple[str, Path]]:
+        """Return (class name, folder) of the modules: Transformer, Pooling, then Dense and Normalize."""
+        if not (self.path / "modules.json").is_file():
+            return [("Transformer", self.path)]
+        listed = [(str(m["type"]).rpartition(".")[2], self.path / m["path"]) for m in self._json("modules.json")]
+        kinds = [kind for kind, _ in listed]
+        rest = kinds[2:-1] if kinds[-1] == "Normalize" else kinds[2:]
+        if kinds[:2] != ["Transformer", "Pooling"] or set(rest) - {"Dense"}:
+            raise ConfigError(
+                f"text.init={self.name} has the modules {', '.join(kinds)}, needs Transformer, Pooling, any number of "
+                "Dense, and Normalize or nothing"
+            )
+        return listed
+
+    @property
+    def transformer(self) -> Path:
+        """Return the folder of the transformer's config and weights."""
+        return self._modules[0][1]
+
+    @property
+    def dense(self) -> list[Path]:
+        """Return the folders of its Dense modules."""
+        return [folder for kind, folder in self._modules if kind == "Dense"]
+
+    @property
+    def normalize(self) -> bool:
+        """Return whether its vectors are normalized."""
+        return self._modules[-1][0] == "Normalize"
+
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """Return the prompts of both sides, `query` and `doc`, that are not empty."""
+        if not (self.path / "config_sentence_transformers.json").is_file():
+            return {}
+        prompts = self._json("config_sentence_transformers.json").get("prompts") or {}
+        of_doc = prompts.get("document") or prompts.get("passage")
+        return {side: text for side, text in (("query", prompts.get("query")), ("doc", of_doc)) if text}
+
+    def pooling(self, architecture: PretrainedConfig) -> str:
+        """Return the folder's pooling; without one, `last` for a decoder and `mean` for an encoder."""
+        if len(self._modules) > 1:
+            return self._own_pooling()
+        family = architecture.model_type
+        is_decoder = (
+            family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        ) or family.endswith("_text")
+        return "last" if is_decoder else "mean"
+
+    def _own_pooling(self) -> str:
+        content = self._json(self._modules[1][1].relative_to(self.path) / "config.json")
+        mode = content.get("pooling_mode")
+        modes = [mode] if isinstance(mode, str) else list(mode or [])
+        modes = modes or [LEGACY.get(key, key) for key, on in content.items() if key.startswith("pooling_mode") and on]
+        if len(modes) != 1 or modes[0] not in POOLINGS:
+            raise ConfigError(f"text.init={self.name} pools by {modes}, needs one of {sorted(POOLINGS)}")
+        return POOLINGS[modes[0]]
+
+    def layers(self) -> list[AddedLayer]:
+        """Return its Dense modules. Raises ConfigError: an activation that is not supported."""
+        layers = []
+        for folder in self.dense:
+            content = self._json(folder.relative_to(self.path) / "config.json")
+            activation = str(content.get("activation_function", "Tanh")).rpartition(".")[2]
+            if activation not in ACTIVATIONS:
+                raise ConfigError(
+                    f"text.init={self.name} has a Dense module with {activation}, needs one of {sorted(ACTIVATIONS)}"
+                )
+            layers.append(AddedLayer(int(content["out_features"]), bool(content.get("bias", True)), activation))
+        return layers
+
+    def architecture(self) -> PretrainedConfig:
+        """Return the transformer's config. Raises ConfigError: not a supported model."""
+        try:
+            if not list(self.transformer.glob("*.safetensors")):
+                raise OSError("it has no *.safetensors, the only supported format of weights")
+            architecture = AutoConfig.from_pretrained(self.transformer, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            carries_code = "auto_map" in self._json(self.transformer.relative_to(self.path) / "config.json", {})
+            reason = "it needs the code that it carries, which is never run" if carries_code else str(error)
+            raise ConfigError(f"text.init={self.name} does not load as a Hugging Face model: {reason}") from None
+        if getattr(architecture, "is_encoder_decoder", False) or not hasattr(architecture, "hidden_size"):
+            raise ConfigError(
+                f"text.init={self.name} is of the family {architecture.model_type}, needs an encoder or a decoder of "
+                "texts alone"
+            )
+        return architecture
+
+    def _json(self, file: str | Path, otherwise: Any = None) -> Any:
+        try:
+            return json.loads((self.path / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            if otherwise is not None:
+                return otherwise
+            raise ConfigError(f"text.init={self.name}: {file} is not readable: {error}") from None
+
+
+def pretrained_encoder(folder: str) -> TransformerEncoder:
+    """Return the encoder of a folder. Raises ConfigError: see `pretrained_architecture`."""
+    encoder = TransformerEncoder(pretrained_architecture(folder))
+    load_pretrained(encoder, folder)
+    return encoder
+
+
+def pretrained_architecture(
+    name: str, inputs: TextInputs | None = None, *, keep_layers: int = 0, dropout: float = 0.0, pooling: str = "auto"
+) -> PretrainedConfig:
+    """Return the architecture of a pretrained model, with `keep_layers` layers (0: all), `dropout` and `pooling`.
+
+    Raises ConfigError: not a supported model, or too few layers, word vectors or positions.
+    """
+    folder = PretrainedFolder(name)
+    architecture = folder.architecture()
+    has = int(getattr(architecture, "num_hidden_layers", 0))
+    if keep_layers > has:
+        raise ConfigError(f"text.keep_layers={keep_layers}, but text.init={name} has {has} layers")
+    if inputs is not None and architecture.vocab_size < inputs.vocab_size:
+        raise ConfigError(
+            f"text.init={name} has {architecture.vocab_size} word vectors, but the dataset's tokenizer "
+            f"has {inputs.vocab_size} tokens; make the shards with data.tokenizer.path={name}"
+        )
+    positions = _num_positions(architecture)
+    if inputs is not None and positions is not None and positions < inputs.max_tokens:
+        raise ConfigError(
+            f"text.init={name} has {positions} positions, but the longest text feature has max_tokens: "
+            f"{inputs.max_tokens}; lower it and make the shards again"
+        )
+    architecture.num_hidden_layers = keep_layers or has
+    if getattr(architecture, "layer_types", None):
+        architecture.layer_types = architecture.layer_types[: architecture.num_hidden_layers]
+    for key in DROPOUTS:
+        if hasattr(architecture, key):
+            setattr(architecture, key, dropout)
+    pooling = folder.pooling(architecture) if pooling == "auto" else pooling
+    architecture.bigdssm = head_of(pooling, [asdict(layer) for layer in folder.layers()], folder.normalize)
+    return architecture
+
+
+def _num_positions(architecture: PretrainedConfig) -> int | None:
+    """Return the maximum number of tokens, None if the positions are not learned vectors."""
+    with torch.device("meta"):
+        model = new_transformer(architecture)
+    learned = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    return None if learned is None else learned.num_embeddings - first_position(model)
+
+
+def load_pretrained(encoder: TransformerEncoder, name: str) -> None:
+    """Load the weights of a pretrained model into an encoder. Raises ConfigError: they do not load."""
+    folder = PretrainedFolder(name)
+    try:
+        model = AutoModel.from_pretrained(
+            folder.transformer, config=encoder.transformer.config, local_files_only=True, use_safetensors=True,
+            trust_remote_code=False, dtype=torch.float32,
+        )  # fmt: skip
+        if hasattr(model, "pooler"):
+            model.pooler = None
+        encoder.transformer.load_state_dict(model.state_dict())
+        linear = [layer for layer in encoder.layers if isinstance(layer, torch.nn.Linear)]
+        for layer, path in zip(linear, folder.dense, strict=True):
+            state = load_file(path / "model.safetensors")
+            layer.load_state_dict({key.removeprefix("linear."): tensor for key, tensor in state.items()})
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"text.init={name} does not load as a Hugging Face model: {error}") from None
