@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel
 
@@ -54,3 +56,46 @@ def write_family(family: str, folder: Path) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **padding, **side}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_pairs(folder: Path, family: str, *, pairs: int = 240) -> Path:
+    """Write a model, pairs of texts with prompts, their config and dataset in `folder`; return the config's path."""
+    from bigdssm.config import load_config
+    from bigdssm.ingest.job import IngestTarget
+    from bigdssm.ingest.pairs import PairTables, make_pairs
+    from bigdssm.utils.log import no_progress
+
+    encoder = write_family(family, folder / family)
+    random = np.random.RandomState(0)
+    with (folder / "pairs.jsonl").open("w") as file:
+        for number in range(pairs):
+            words = random.choice(WORDS, 3 + number % 5).tolist()
+            text = {"query": " ".join(words[:2]), "doc_key": f"d{number}", "text": " ".join(words)}
+            file.write(json.dumps(text) + "\n")
+    text = {"type": "text", "max_tokens": 10}
+    towers = {side: {"residual": name, "mlp": []} for side, name in (("query", "query"), ("doc", "text"))}
+    content = {
+        "run": {"dir": str(folder / "run"), "trackers": []},
+        "engine": {"precision": "fp32"},
+        "data": {
+            "dir": str(folder / "dataset"), "lanes": 6, "num_workers": 0, "tokenizer": {"path": str(encoder)},
+            "query": {"query": {**text, "prompt": "red : ", "pool_prompt": False}},
+            "doc": {"text": {**text, "prompt": "wine . "}},
+        },
+        "model": {"dim": 32, "score": "cosine", "share_text": True, **towers},
+        "pretrain": {
+            "rows_global": 24, "steps": 4, "optimizer": {"lr": 1.0e-3, "warmup_steps": 1}, "log_every_steps": 1,
+            "save_every_steps": 0,
+        },
+        "sft": {
+            "rows_global": 12, "steps": 2, "loss": {"name": "pair_ce"}, "log_every_steps": 1,
+            "negatives": {"hard": 2, "in_batch": False, "mining": {"first": 1, "last": 20}},
+        },
+    }  # fmt: skip
+    for tower in ("query", "doc"):
+        content["model"][tower]["text"] = {"init": str(encoder)}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    tables = PairTables((folder / "pairs.jsonl",), validation_fraction=0.1, test_fraction=0.1)
+    make_pairs(load_config(path).data, tables, IngestTarget(folder / "dataset"), no_progress)
+    return path

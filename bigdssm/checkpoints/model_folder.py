@@ -98,7 +98,7 @@ def save_model_folder(
             "format": FORMAT,
             "provenance": dict(provenance),
             "checksums": _checksums(aside),
-            "config_checksum": _config_checksum(config.to_dict(), _scorer(config, provenance)),
+            "config_checksum": _config_checksum(config.to_dict(), trained_scorer(config, provenance)),
         }
         write_json(aside / META_FILE, meta)
 
@@ -114,7 +114,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         check_file(folder / name, checksum, META_FILE)
     try:
         config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
-        own = _scorer(config, meta["provenance"])
+        own = trained_scorer(config, meta["provenance"])
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if _config_checksum(written, own) != meta["config_checksum"]:
             raise CheckpointError(
@@ -153,7 +153,7 @@ def model_checksum(
         _write_all_but_weights(Path(folder), model, config, schema, tokenizer_dir)
         checksums = _checksums(Path(folder))
     checksums[WEIGHTS_FILE] = weights_checksum(model)
-    config_checksum = _config_checksum(config.to_dict(), _scorer(config, provenance))
+    config_checksum = _config_checksum(config.to_dict(), trained_scorer(config, provenance))
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
@@ -239,7 +239,7 @@ def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) 
             raise CheckpointError(f"{WEIGHTS_FILE}: {name} holds NaN or inf; use the model of an earlier checkpoint")
 
 
-def _scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
+def trained_scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
     """Return the scorer that the stage trained, if any."""
     return config.sft.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
 

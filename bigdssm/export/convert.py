@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from bigdssm.checkpoints.model_folder import (
 )
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.export import hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
+from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
+from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.card import CARD_FILE, ReportedMetrics, model_card
 from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
@@ -62,6 +63,8 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
     CheckpointError: the vectors differ by more than `formats.PARITY_LIMIT`.
     """
     kind = export_format(kind)
+    if not kind.keeps_adapters:
+        source = replace(source, model=without_adapters(source.model))
     target = kind.format
     out = real_path(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):

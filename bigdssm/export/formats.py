@@ -102,6 +102,7 @@ class ExportFormat(ABC):
 
     format: ClassVar[str]
     library: ClassVar[str]  # the Hub's name of the library that loads the format
+    keeps_adapters: ClassVar[bool] = False  # else they are merged into the weights before `write`
 
     @abstractmethod
     def write(self, model: ModelFolder, out: Path) -> Parity:

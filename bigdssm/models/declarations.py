@@ -91,9 +91,15 @@ class Transformer(TextEncoderConfig):
     heads: int = bounded(2, 1, 1024)
     # of the token vectors; auto: that of a sentence-transformers folder, else last for decoders and mean for encoders
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    lora_rank: int = bounded(0, 0, 4096)  # of LoRA adapters on a frozen `init`, 0 to train all weights; needs peft
+    lora_alpha: float = bounded(16.0, at_most=10_000, above=0)  # updates are scaled by lora_alpha / lora_rank
+    lora_dropout: float = bounded(0.0, 0, below=1)  # on the adapters' inputs
+    lora_modules: tuple[str, ...] = ()  # ends of the names of adapted layers, such as q_proj; empty: all linear layers
 
     def check(self, key: str) -> None:
-        """Raise ConfigError: keep_layers without init, or heads that do not divide the width."""
+        """Raise ConfigError: keep_layers or lora_rank without init, or heads that do not divide the width."""
+        if self.init is None and self.lora_rank:
+            raise ConfigError(f"{key}.lora_rank: got {self.lora_rank}, needs {key}.init, the model that is frozen")
         if self.init is None and self.keep_layers:
             raise ConfigError(f"{key}.keep_layers: got {self.keep_layers}, needs {key}.init; without it, set `layers`")
         if self.init is None and self.hidden % self.heads:
@@ -108,9 +114,20 @@ class Transformer(TextEncoderConfig):
             return new_architecture(inputs, self.layers, self.hidden, self.heads, self.dropout, pooling)
         from bigdssm.models.encoders.pretrained import pretrained_architecture
 
-        return pretrained_architecture(
+        architecture = pretrained_architecture(
             self.init, inputs, keep_layers=self.keep_layers, dropout=self.dropout, pooling=self.pooling
         )
+        architecture.bigdssm["lora"] = self._lora
+        return architecture
+
+    @property
+    def _lora(self) -> dict[str, Any] | None:
+        if not self.lora_rank:
+            return None
+        return {
+            "rank": self.lora_rank, "alpha": self.lora_alpha, "dropout": self.lora_dropout,
+            "modules": list(self.lora_modules),
+        }  # fmt: skip
 
     def build(self, architecture: Any) -> nn.Module:
         """Return an encoder with new weights."""

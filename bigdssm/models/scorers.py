@@ -106,6 +106,7 @@ class CrossEncoder(Scorer):
             raise ConfigError(
                 f"sft.scorer.name=cross_encoder: got a text encoder {kind}, needs a BERT with 2 token types"
             )
+        architecture.bigdssm["lora"] = None  # all its weights are trained
         longest = sum(feature.max_tokens for features in read.values() for feature in features.values())
         architecture.max_position_embeddings = max(architecture.max_position_embeddings, longest)
         text = text_config.build(architecture)
@@ -114,8 +115,10 @@ class CrossEncoder(Scorer):
 
     def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
         """Load the weights of the text encoder `key`; positions beyond its last one repeat from the first."""
+        from bigdssm.models.encoders.lora import merged_state
+
         trained: Any = text_encoders[self.key]
-        state = trained.transformer.state_dict()
+        state = merged_state(trained.transformer)
         known, needed = len(state[POSITIONS]), self.text.transformer.config.max_position_embeddings
         state[POSITIONS] = state[POSITIONS][torch.arange(needed) % known]
         self.text.transformer.load_state_dict(state)

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bigdssm.config import TextInputs
 from bigdssm.errors import ConfigError
+from bigdssm.models.encoders.lora import base_name, is_adapter
 from bigdssm.models.encoders.transformer import (
     ACTIVATIONS,
     TransformerEncoder,
@@ -224,10 +225,14 @@ def load_pretrained(encoder: TransformerEncoder, name: str) -> None:
         )  # fmt: skip
         if hasattr(model, "pooler"):
             model.pooler = None
-        encoder.transformer.load_state_dict(model.state_dict())
+        pretrained = model.state_dict()
+        adapted = encoder.transformer.state_dict()
+        encoder.transformer.load_state_dict(
+            {name: value if is_adapter(name) else pretrained.pop(base_name(name)) for name, value in adapted.items()}
+        )
         linear = [layer for layer in encoder.layers if isinstance(layer, torch.nn.Linear)]
         for layer, path in zip(linear, folder.dense, strict=True):
             state = load_file(path / "model.safetensors")
             layer.load_state_dict({key.removeprefix("linear."): tensor for key, tensor in state.items()})
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"text.init={name} does not load as a Hugging Face model: {error}") from None

@@ -25,6 +25,7 @@ from bigdssm.config import TextInputs
 from bigdssm.errors import ConfigError
 from bigdssm.features.text import NO_TOKEN
 from bigdssm.models.encoders.base import SideSize, linear_flops, supports_head_width
+from bigdssm.models.encoders.lora import add_adapters
 from bigdssm.models.encoders.text import TextEncoder, pool
 from bigdssm.models.packed import Attention, Packed, SequenceBounds, Values
 
@@ -73,8 +74,8 @@ AttentionMaskInterface.register(NAME, _mask)
 class TransformerEncoder(TextEncoder):
     """A transformer of Hugging Face, its pooling, and the layers that a sentence-transformers folder adds.
 
-    Its weights are new; see `pretrained.load_pretrained`. `architecture.bigdssm` holds pooling, added layers and
-    normalization.
+    Its weights are new; see `pretrained.load_pretrained`. `architecture.bigdssm` holds pooling, added layers,
+    normalization and adapters.
     """
 
     def __init__(self, architecture: PretrainedConfig) -> None:
@@ -84,6 +85,8 @@ class TransformerEncoder(TextEncoder):
         self.default_attention: str | None = None  # set if attention is eager in training
         self.transformer = new_transformer(architecture)
         self.architecture = self.transformer.config  # may be a copy
+        if head["lora"]:
+            add_adapters(self.transformer, head["lora"])
         self.layers = _added_layers(architecture.hidden_size, head["layers"])
         self.first_position = first_position(self.transformer)
 
@@ -251,4 +254,4 @@ def new_architecture(
 
 def head_of(pooling: str, layers: Sequence[Mapping[str, Any]] = (), normalize: bool = False) -> dict[str, Any]:
     """Return the content of `architecture.bigdssm`; `layers` have a width, `bias` and the name of an activation."""
-    return {"pooling": pooling, "layers": [dict(layer) for layer in layers], "normalize": normalize}
+    return {"pooling": pooling, "layers": [dict(layer) for layer in layers], "normalize": normalize, "lora": None}

@@ -1,0 +1,107 @@
+"""`--format adapter`: the LoRA adapters of the text encoders alone, for peft; and models with their adapters merged.
+
+OUT/NAME/   adapter_config.json, adapter_model.safetensors of the text encoder NAME (shared, query or doc)
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import dedent
+from typing import Any, ClassVar, cast
+
+from bigdssm.checkpoints.model_folder import ModelFolder, model_checksum, trained_scorer
+from bigdssm.config import ModelConfig, TowerConfig
+from bigdssm.errors import ConfigError
+from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
+from bigdssm.models import DualEncoder
+from bigdssm.models.declarations import Transformer
+from bigdssm.models.encoders import text_configs
+
+
+@register_export
+@dataclass(frozen=True)
+class AdapterExport(ExportFormat):
+    """The adapters of the text encoders alone, in megabytes; for peft."""
+
+    format: ClassVar[str] = "adapter"
+    library: ClassVar[str] = "peft"
+    keeps_adapters: ClassVar[bool] = True
+
+    def write(self, model: ModelFolder, out: Path) -> Parity:
+        """Write the adapters, load them on their base models, and compare. Raises ConfigError: the model has none."""
+        from peft import PeftModel
+        from transformers import AutoModel
+
+        from bigdssm.models.encoders.lora import save_adapter
+        from bigdssm.models.encoders.pretrained import PretrainedFolder
+        from bigdssm.models.encoders.transformer import TransformerEncoder
+
+        adapted = adapted_texts(model)
+        if not adapted:
+            raise ConfigError(f"--format {self.format}: the model has no adapters; train one with text.lora_rank")
+        probed, probe = copy.deepcopy(model.model), Probe(model)
+        for key, config in adapted.items():
+            encoder = cast(TransformerEncoder, model.model.text[key])
+            base, lora = str(config.init), encoder.architecture.bigdssm["lora"]
+            save_adapter(encoder.transformer, lora, base, out / key)
+            reloaded = AutoModel.from_pretrained(
+                PretrainedFolder(base).transformer, config=encoder.transformer.config, local_files_only=True,
+                use_safetensors=True,
+            )  # fmt: skip
+            cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
+        loaded = Probe(replace(model, model=probed))
+        return Parity(
+            largest_difference(loaded.vectors["query"], probe.vectors["query"]),
+            largest_difference(loaded.vectors["doc"], probe.vectors["doc"]),
+        )
+
+    def loading(self, model: ModelFolder, name: str) -> str:
+        """Return the loading code, and what the folder lacks."""
+        (key, config), *_ = adapted_texts(model).items()
+        code = f"""
+            from peft import PeftModel
+            from transformers import AutoModel
+
+            encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("{config.init}"), "{name}/{key}")
+            """
+        lacks = "The folder has the adapters of the text encoders alone, without pooling and the towers' MLPs."
+        return f"{python_block(dedent(code))}\n\n{lacks}"
+
+
+def adapted_texts(folder: ModelFolder) -> dict[str, Transformer]:
+    """Return the configs of the text encoders with adapters, by name."""
+    configs = text_configs(folder.config.model, folder.schema)
+    return {name: text for name, text in configs.items() if isinstance(text, Transformer) and text.lora_rank}
+
+
+def without_adapters(folder: ModelFolder) -> ModelFolder:
+    """Return the model with the updates of its adapters added to the weights; itself if it has none."""
+    adapted = adapted_texts(folder)
+    if not adapted:
+        return folder
+    from bigdssm.models.encoders.lora import merged_state
+
+    architectures, state = {}, folder.model.state_dict()
+    for name, encoder in folder.model.text.items():
+        architectures[name] = copy.deepcopy(cast(Any, encoder).architecture)
+        if name in adapted:
+            prefix = f"text.{name}.transformer."
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
+            state |= {prefix + key: tensor for key, tensor in merged_state(cast(Any, encoder).transformer).items()}
+            architectures[name].bigdssm["lora"] = None
+    config = replace(folder.config, model=_without_adapters(folder.config.model))
+    scorer = trained_scorer(config, folder.provenance)
+    model = DualEncoder(config.model, folder.schema, architectures, scorer)
+    model.load_state_dict(state)
+    checksum = model_checksum(model, config, folder.schema, folder.tokenizer_dir, folder.provenance)
+    return replace(folder, model=model.eval(), config=config, checksum=checksum)
+
+
+def _without_adapters(config: ModelConfig) -> ModelConfig:
+    def without(tower: TowerConfig) -> TowerConfig:
+        text = tower.text
+        return replace(tower, text=replace(text, lora_rank=0) if isinstance(text, Transformer) else text)
+
+    return replace(config, query=without(config.query), doc=without(config.doc))
