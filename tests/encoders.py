@@ -96,6 +96,6 @@ def write_pairs(folder: Path, family: str, *, pairs: int = 240) -> Path:
         content["model"][tower]["text"] = {"init": str(encoder)}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    tables = PairTables((folder / "pairs.jsonl",), validation_fraction=0.1, test_fraction=0.1)
+    tables = PairTables((folder / "pairs.jsonl",), doc_id_column="doc_key", validation_fraction=0.1, test_fraction=0.1)
     make_pairs(load_config(path).data, tables, IngestTarget(folder / "dataset"), no_progress)
     return path

@@ -41,7 +41,7 @@ class AdapterExport(ExportFormat):
         adapted = adapted_texts(model)
         if not adapted:
             raise ConfigError(f"--format {self.format}: the model has no adapters; train one with text.lora_rank")
-        probed, probe = copy.deepcopy(model.model), Probe(model)
+        probed = copy.deepcopy(model.model)
         for key, config in adapted.items():
             encoder = cast(TransformerEncoder, model.model.text[key])
             base, lora = str(config.init), encoder.architecture.bigdssm["lora"]
@@ -51,11 +51,7 @@ class AdapterExport(ExportFormat):
                 use_safetensors=True,
             )  # fmt: skip
             cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
-        loaded = Probe(replace(model, model=probed))
-        return Parity(
-            largest_difference(loaded.vectors["query"], probe.vectors["query"]),
-            largest_difference(loaded.vectors["doc"], probe.vectors["doc"]),
-        )
+        return _parity(replace(model, model=probed), model)
 
     def loading(self, model: ModelFolder, name: str) -> str:
         """Return the loading code, and what the folder lacks."""
@@ -77,7 +73,10 @@ def adapted_texts(folder: ModelFolder) -> dict[str, Transformer]:
 
 
 def without_adapters(folder: ModelFolder) -> ModelFolder:
-    """Return the model with the updates of its adapters added to the weights; itself if it has none."""
+    """Return the model with the updates of its adapters added to the weights; itself if it has none.
+
+    Raises CheckpointError: its vectors differ from those with adapters.
+    """
     adapted = adapted_texts(folder)
     if not adapted:
         return folder
@@ -96,7 +95,16 @@ def without_adapters(folder: ModelFolder) -> ModelFolder:
     model = DualEncoder(config.model, folder.schema, architectures, scorer)
     model.load_state_dict(state)
     checksum = model_checksum(model, config, folder.schema, folder.tokenizer_dir, folder.provenance)
-    return replace(folder, model=model.eval(), config=config, checksum=checksum)
+    merged = replace(folder, model=model.eval(), config=config, checksum=checksum)
+    _parity(merged, folder).check("the model with merged adapters")
+    return merged
+
+
+def _parity(ours: ModelFolder, trainers: ModelFolder) -> Parity:
+    found, expected = Probe(ours).vectors, Probe(trainers).vectors
+    return Parity(
+        largest_difference(found["query"], expected["query"]), largest_difference(found["doc"], expected["doc"])
+    )
 
 
 def _without_adapters(config: ModelConfig) -> ModelConfig:

@@ -27,11 +27,11 @@ def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
         )  # fmt: skip
         mask = tokens["attention_mask"]
         x = model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
-        mask = mask * (mask.cumsum(1) > head["prompt_tokens"])
+        after_prompt = mask * (mask.cumsum(1) > head["prompt_tokens"])
         if head["pooling"] == "mean":
-            x = (x * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            x = (x * after_prompt.unsqueeze(2)).sum(1) / after_prompt.sum(1, keepdim=True).clamp(min=1)
         else:  # padding may be on either side
-            x = x[torch.arange(len(x)), (mask if head["pooling"] == "cls" else mask.cumsum(1)).argmax(1)]
+            x = x[torch.arange(len(x)), (after_prompt if head["pooling"] == "cls" else mask.cumsum(1)).argmax(1)]
         for number, activation in enumerate([*head["activations"], None]):
             if number == head["normalized_after"]:
                 x = F.normalize(x, dim=1)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from bigdssm.features.base import FITTED, Decoder, Fault, Feature, code_faults, outside, pad_lists, register
 from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
-from bigdssm.features.ragged import Column, Ragged
+from bigdssm.features.ragged import Column, Ragged, gather_ranges
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.bounds import bounded
 
@@ -81,6 +81,13 @@ class Text(Feature):
         if self.pool_prompt or not self.prompt:
             return self
         return replace(self, prompt_tokens=min(tokenizer.prompt_tokens(self.prompt), self.max_tokens - 1))
+
+    def decode(self, column: Ragged, tokenizer: TextTokenizer) -> list[str]:
+        """Return the texts of token ids, without prompt and special tokens."""
+        if self.prompt:
+            starts = np.minimum(column.offsets[:-1] + tokenizer.prompt_tokens(self.prompt), column.offsets[1:])
+            column = gather_ranges(column.values, starts, column.offsets[1:])
+        return tokenizer.decode(column)
 
     @property
     def raw_type(self) -> pa.DataType:

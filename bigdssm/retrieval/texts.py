@@ -1,4 +1,4 @@
-"""Texts of queries and documents as the towers read them: truncated, and lowercased if the tokenizer does so."""
+"""Texts of queries and documents without prompts: truncated, and lowercased if the tokenizer does so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
-from bigdssm.features import Column, Ragged, TextTokenizer, texts_of
+from bigdssm.features import Column, Ragged, Text, TextTokenizer, texts_of
 
 
 class Texts:
@@ -18,7 +18,7 @@ class Texts:
 
     def __init__(self, dataset: Dataset) -> None:
         """Raises ConfigError: a side has no text feature."""
-        self._query, self._doc = list(texts_of(dataset.schema.query)), list(texts_of(dataset.schema.doc))
+        self._query, self._doc = texts_of(dataset.schema.query), texts_of(dataset.schema.doc)
         if not (self._query and self._doc) or dataset.tokenizer is None:
             raise ConfigError(f"{dataset.dir}: needs a text feature on both sides")
         self._catalogue, self._tokenizer = dataset.catalogue, dataset.tokenizer
@@ -32,6 +32,6 @@ class Texts:
         return _read(self._catalogue.columns(doc_rows), self._doc, self._tokenizer)
 
 
-def _read(columns: Mapping[str, Column], names: list[str], tokenizer: TextTokenizer) -> list[str]:
-    parts = [tokenizer.decode(cast(Ragged, columns[name])) for name in names]
+def _read(columns: Mapping[str, Column], features: Mapping[str, Text], tokenizer: TextTokenizer) -> list[str]:
+    parts = [feature.decode(cast(Ragged, columns[name]), tokenizer) for name, feature in features.items()]
     return [" | ".join(row) for row in zip(*parts, strict=True)]

@@ -18,7 +18,7 @@ class Bug(NamedTuple):
     test: str
 
 
-UNIT, RANKS = "tests/unit", "tests/distributed"
+UNIT, RANKS, E2E = "tests/unit", "tests/distributed", "tests/e2e"
 
 BUGS = [
     # Scale: the mean over ranks of loss and gradients is the global value.
@@ -596,8 +596,8 @@ BUGS = [
         "TypeError, RecursionError)", "TypeError)",
         f"{UNIT}/retrieval/test_tampered_folders.py::test_json_that_is_too_deep_is_damage"),
     Bug("tampering", "built_before_comparison", "checkpoints.model_folder:load_model_folder",
-        "own = _scorer(config, meta[\"provenance\"])",
-        "own = _scorer(config, meta[\"provenance\"]); DualEncoder(config.model, schema, {}, own)",
+        "own = trained_scorer(config, meta[\"provenance\"])",
+        "own = trained_scorer(config, meta[\"provenance\"]); DualEncoder(config.model, schema, {}, own)",
         f"{UNIT}/retrieval/test_tampered_folders.py::test_a_changed_config_is_refused_before_a_model_is_built"),
     Bug("tampering", "memory_allocated_before_weights_are_compared", "checkpoints.model_folder:load_model_folder",
         "torch.device(\"meta\")", "torch.device(\"cpu\")",
@@ -628,4 +628,31 @@ BUGS = [
     Bug("process", "linear_of_deepspeed_stays", "training.engine:leave_process_group",
         "torch.nn.functional.linear = _LINEAR", "_LINEAR",
         f"{UNIT}/test_api.py::test_a_process_trains_by_command_and_by_function"),
+    Bug("text encoders", "positions_shifted_by_one", "models.encoders.transformer:first_position",
+        "int(padding) + 1", "int(padding)",
+        f"{UNIT}/test_text_encoders.py::test_a_padded_batch_equals_the_texts_alone"),
+    Bug("text encoders", "packed_positions_begin_at_0", "models.encoders.transformer:TransformerEncoder._packed",
+        "(tokens.position + self.first_position)", "tokens.position",
+        f"{UNIT}/test_text_encoders.py::test_packed_texts_equal_padded_ones"),
+    Bug("text encoders", "window_too_wide_when_packed", "models.encoders.transformer:_attend",
+        "window=sliding_window", "window=None",
+        f"{UNIT}/test_text_encoders.py::test_packed_texts_equal_padded_ones"),
+    Bug("text encoders", "a_token_taken_for_padding", "models.encoders.transformer:TransformerEncoder.pooled",
+        "mask_RT = tokens_RT != NO_TOKEN", "mask_RT = (tokens_RT != NO_TOKEN) & (tokens_RT != 3)",
+        f"{UNIT}/test_text_encoders.py::test_a_padded_batch_equals_the_texts_alone"),
+    Bug("text encoders", "truncation_loses_the_end", "features.tokenizer:TextTokenizer._tokenize",
+        "ids += [encoding.ids for encoding in encodings]",
+        "ids += [[*encoding.ids[:max_tokens - 1], 5] if max_tokens == len(encoding.ids) else encoding.ids "
+        "for encoding in encodings]",
+        f"{UNIT}/test_text_encoders.py::test_truncation_keeps_the_end"),
+    Bug("text encoders", "prompt_pooled", "models.encoders.text:TextEncoder.build",
+        "if feature.prompt_tokens else", "if False else",
+        f"{E2E}/test_encoder_families.py::test_a_family_from_pairs_to_search[bert]"),
+    Bug("adapters", "merged_twice", "models.encoders.lora:merged_state",
+        "+ update", "+ 2 * update",
+        f"{UNIT}/test_lora.py::test_new_adapters_change_nothing_and_trained_ones_are_merged_once"),
+    Bug("adapters", "base_is_trained", "models.encoders.lora:add_adapters",
+        "inject_adapter_in_model(config, model, ADAPTER)",
+        "inject_adapter_in_model(config, model, ADAPTER); model.requires_grad_(True)",
+        f"{UNIT}/test_lora.py::test_the_adapters_alone_are_trained"),
 ]  # fmt: skip

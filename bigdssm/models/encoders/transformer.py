@@ -152,7 +152,8 @@ class TransformerEncoder(TextEncoder):
         hidden: Tensor = self.transformer(
             input_ids=tokens_RT.clamp(min=0), attention_mask=self._attention_mask(mask_RT), **further
         ).last_hidden_state
-        return self._output(pool(hidden, mask_RT & (position_T >= skip) if skip else mask_RT, self.pooling))
+        pooled_RT = mask_RT & (position_T >= skip) if skip and self.pooling != "last" else mask_RT
+        return self._output(pool(hidden, pooled_RT, self.pooling))
 
     def _attention_mask(self, mask_RT: Tensor) -> Tensor:
         """Return the mask in the form of the layers if it is the same in all: one of [R, T] is read from the device."""
