@@ -36,6 +36,7 @@ from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
 
 BUCKET = 500_000_000  # elements of a reduction bucket of DeepSpeed
+MAX_LIVE = 10**9  # weights that ZeRO 3 keeps gathered at a time: `stage3_max_live_parameters`, by default
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def resident_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> 
     if engine.offload_optimizer:
         resident["gradients on the host"] = FP32 * share
     if stage == 3:
-        resident["gathered weights"] = weights
+        resident["gathered weights"] = _weight(engine) * min(sizes.weights, MAX_LIVE)
         resident["this rank's gradients"] = _weight(engine) * share
     return resident
 
@@ -211,8 +212,10 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     batch = next(read_batches(stream, BatchBuilder(stream, share, config.run.seed, negatives), torch.device("cpu")))
     texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
     mode = FakeTensorMode()
-    with mode:
+    with torch.device("meta"):  # peft cannot build its layers of fake tensors
         model = DualEncoder(config.model, dataset.schema, texts, stage.scorer)
+    with mode:
+        _materialize(model)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()
@@ -270,6 +273,21 @@ def recorded_rows_per_s(folder: Path) -> float | None:
         return None
     speeds = [record["rows_per_s"] for record in read_stage(folder).records if record.get("rows_per_s")]
     return median(speeds) if speeds else None
+
+
+def _materialize(model: nn.Module) -> None:
+    """Replace the meta tensors of a model by tensors of the current mode, on the CPU."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    made[id(tensor)] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+                if tensor is not None:
+                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:
