@@ -9,7 +9,7 @@ The pairs are synopsis → description of packages or, for MovieLens-100K, the t
 title, with repeated documents. `speed` needs sentence-transformers (`pip install bigdssm[bench]`). Both sides train one
 shared BERT with mean pooling from the same weights on the same batches, with the same AdamW and clipping, one thread
 per rank; `speed` first verifies that both use the same tokens and compute the same loss. The peer's mini-batch is the
-fastest of 16 to 256. The variants alternate; ratios are medians over the turns.
+fastest of 16 to 256 rows and of 1,024 to 8,192 tokens. The variants alternate; ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,21 @@ from bigdssm.training.optimizers import AdamW
 from bigdssm.utils import timing
 from bigdssm.utils.hashing import hash64
 
-MINI_BATCHES = (16, 32, 64, 128, 256)
+
+class MiniBatch(NamedTuple):
+    """The peer's unit of encoding: rows, or tokens without padding."""
+
+    rows: int = 64
+    tokens: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows" if self.tokens is None else f"{self.tokens} tokens"
+
+
+MINI_BATCHES = (
+    *(MiniBatch(rows) for rows in (16, 32, 64, 128, 256)),
+    *(MiniBatch(tokens=tokens) for tokens in (1024, 2048, 4096, 8192)),
+)
 SCALE = 20.0  # alpha, fixed on both sides
 HISTORY = 5  # titles in a query
 OPTIMIZER = AdamW(lr=1e-4, weight_decay=0.01)
@@ -257,8 +271,8 @@ class Peer:
         if args.precision == "bf16":
             self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)  # type: ignore[method-assign]
 
-    def step(self, features: list[dict[str, Tensor]], mini_batch: int) -> float:
-        self.loss.mini_batch_size = mini_batch
+    def step(self, features: list[dict[str, Tensor]], mini_batch: MiniBatch) -> float:
+        self.loss.mini_batch_size, self.loss.mini_batch_num_tokens = mini_batch
         loss = self.loss(features, None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.gradient_clipping)
@@ -345,12 +359,12 @@ def check_sameness(
     assert abs(plain - theirs) < 1e-4, f"the two sides compute different losses: {plain} and {theirs}"
     yield f"same tokens; same loss on the first batch: {plain:.6f} and the peer's {theirs:.6f}"
     yield f"our training loss with masked known positives, which the peer does not support: {ours.step(batch):.6f}"
-    peer.step(ready, 64)
+    peer.step(ready, MiniBatch())
 
 
-def tuned(peer: Peer, features: list[dict[str, Tensor]]) -> tuple[int, dict[int, float]]:
+def tuned(peer: Peer, features: list[dict[str, Tensor]]) -> tuple[MiniBatch, dict[MiniBatch, float]]:
     """Return the peer's fastest mini-batch by CPU time, and this rank's CPU seconds per step (best of two)."""
-    times: dict[int, list[float]] = {size: [] for size in MINI_BATCHES}
+    times: dict[MiniBatch, list[float]] = {size: [] for size in MINI_BATCHES}
     for turn in range(3):
         for size in MINI_BATCHES:
             _, cpu_seconds = timed(lambda size=size: peer.step(features, size))  # type: ignore[misc]
@@ -362,7 +376,7 @@ def tuned(peer: Peer, features: list[dict[str, Tensor]]) -> tuple[int, dict[int,
 
 def speed_table(
     args: argparse.Namespace,
-    mini_batch: int,
+    mini_batch: MiniBatch,
     wall: dict[str, list[float]],
     cpu: dict[str, list[float]],
     peaks: dict[str, float],
