@@ -48,7 +48,7 @@ class AdapterExport(ExportFormat):
             save_adapter(encoder.transformer, lora, base, out / key)
             reloaded = AutoModel.from_pretrained(
                 PretrainedFolder(base).transformer, config=encoder.transformer.config, local_files_only=True,
-                use_safetensors=True,
+                use_safetensors=True, trust_remote_code=False,
             )  # fmt: skip
             cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
         return _parity(replace(model, model=probed), model)

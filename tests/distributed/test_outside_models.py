@@ -88,7 +88,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     sentences = []
     for attempt in (
         lambda: text_towers(folder, "hf"),
-        lambda: new_model(config, schema, 0, 50, CrossEncoderConfig()),
+        lambda: new_model(config, schema, 50, CrossEncoderConfig()),
     ):
         with pytest.raises(ConfigError) as error:
             attempt()

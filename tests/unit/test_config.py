@@ -365,8 +365,11 @@ def test_an_optimizer_has_keys_of_its_own(path: Path, override: str, reason: str
         ("model.query.history={block: hstu, feedforward: 2}", "unknown key model.query.history.feedforward: hstu has "),
         ("model.query.history={block: hstu, positions: age}", "model.query.history.positions: Invalid value 'age'"),
         ("model.query.history.block=lstm", "model.query.history.block: got lstm, needs one of sasrec, gated, hstu, or"),
-        ("model.doc.text.type=bag", "model.doc.text.type: got bag, needs one of bert, or a text encoder whose module"),
-        ("model.doc.text.width=8", "unknown key model.doc.text.width: bert has type, dropout, init"),
+        (
+            "model.doc.text.type=bag",
+            "model.doc.text.type: got bag, needs one of transformer, or a text encoder whose module",
+        ),
+        ("model.doc.text.width=8", "unknown key model.doc.text.width: transformer has type, dropout, init"),
         (
             "model.doc.text.keep_layers=2",
             "model.doc.text.keep_layers: got 2, needs model.doc.text.init; without it, set `layers`",

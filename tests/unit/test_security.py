@@ -139,12 +139,12 @@ def test_a_pretrained_encoder_is_read_from_safetensors_only(tmp_path: Path, mark
     )
     bert.save_pretrained(tmp_path / "bert")
     folder = str(tmp_path / "bert")
-    pretrained_encoder(folder, 30, 0)
+    pretrained_encoder(folder)
     plant(tmp_path / "bert", mark, "pytorch_model.bin")
-    pretrained_encoder(folder, 30, 0)
+    pretrained_encoder(folder)
     (tmp_path / "bert" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="does not load"):
-        pretrained_encoder(folder, 30, 0)
+        pretrained_encoder(folder)
 
 
 def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_code_in_a_pretrained_folder_is_not_run(tmp_path: Path, mark: Path, monk
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ConfigError, match="does not load"):
-        pretrained_encoder(str(folder), 30, 0)
+        pretrained_encoder(str(folder))
 
 
 def test_code_in_a_model_folder_is_not_run(model_folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:

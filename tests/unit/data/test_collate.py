@@ -47,16 +47,16 @@ def test_tensors_of_a_batch_with_histories(interactions: Path) -> None:
     assert batch.relevance.dtype == batch.query["age"].dtype == batch.doc["year"].dtype == torch.float32
 
 
-def test_text_is_padded_with_the_pad_token(texts: Path) -> None:
+def test_text_is_padded_with_no_token(texts: Path) -> None:
     _, collate, rows = first_rows(texts)
     batch = collate(rows)
     assert batch.query["words"].dtype == torch.int64
     for row, tokens in zip(batch.row_ids.tolist(), batch.query["words"].tolist(), strict=True):
-        assert tokens == ([1, *range(3, 3 + row % 4), 2] + [0] * 5)[: len(tokens)]
+        assert tokens == ([1, *range(3, 3 + row % 4), 2] + [-1] * 5)[: len(tokens)]
     docs = (batch.doc["item"] - 2).tolist()
     assert docs == list(dict.fromkeys(docs))
     for doc, tokens in zip(docs, batch.doc["title"].tolist(), strict=True):
-        assert tokens == ([1, *range(3, 3 + doc % 5), 2] + [0] * 8)[: len(tokens)]
+        assert tokens == ([1, *range(3, 3 + doc % 5), 2] + [-1] * 8)[: len(tokens)]
     assert batch.doc_ids.tolist() == [hash64(f"d{doc}") for doc in docs]
     assert [docs[c] for c in batch.positive.tolist()] == [row * 7 % 37 for row in batch.row_ids.tolist()]
 

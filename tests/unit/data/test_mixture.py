@@ -258,7 +258,7 @@ def test_datasets_with_catalogues_of_their_own(pairs: tuple[Path, Path]) -> None
     dataset = open_dataset(mixed)
     assert [p.name for p in dataset.partitions] == ["base", "small/base"]
     assert dataset.catalogue.num_docs == 80 and dataset.num_rows("train") == 3400
-    stream, collate = PairStream(dataset, num_workers=1, **NUMBERS), Collator(dataset.schema, dataset.catalogue, 0)
+    stream, collate = PairStream(dataset, num_workers=1, **NUMBERS), Collator(dataset.schema, dataset.catalogue)
     met = np.zeros(80)
     for rows in islice(stream, 400):
         batch = collate(rows)

@@ -97,7 +97,7 @@ def test_rows_are_taken_with_their_queries(folder: Path) -> None:
 def test_a_batch_has_query_positions(folder: Path) -> None:
     dataset = Dataset.open(folder)
     rows = next(PairStream(dataset, rows_global=50, lanes=5))
-    batch = Collator(dataset.schema, dataset.catalogue, 0)(rows)
+    batch = Collator(dataset.schema, dataset.catalogue)(rows)
     assert batch.query_positions is not None and batch.queries_of_row is not None
     assert batch.queries_of_row.tolist() == [1 + row % TARGETS for row in rows.row_ids.tolist()]
     assert len(batch.row_ids) == 50 and len(batch.query_ids) == len(batch.positive) == rows.num_queries

@@ -65,9 +65,9 @@ def mlp_dir(tiny_pairs: TinyDataset, pairs: Dataset, tmp_path_factory: pytest.Te
 
 
 def test_texts_are_joined_without_gaps() -> None:
-    query, doc = torch.tensor([[2, 5, 3, 0], [2, 5, 6, 3]]), torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
-    tokens, types = join_texts([(query, 0), (doc, 1)], 0)
-    assert tokens.tolist() == [[2, 5, 3, 7, 8, 3, 0, 0], [2, 5, 6, 3, 9, 3, 0, 0]]
+    query, doc = torch.tensor([[2, 5, 3, -1], [2, 5, 6, 3]]), torch.tensor([[2, 7, 8, 3], [2, 9, 3, -1]])
+    tokens, types = join_texts([(query, 0), (doc, 1)])
+    assert tokens.tolist() == [[2, 5, 3, 7, 8, 3, -1, -1], [2, 5, 6, 3, 9, 3, -1, -1]]
     assert types.tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0]]
 
 
@@ -102,7 +102,7 @@ def test_a_new_cross_encoder_starts_from_the_document_tower(
     model = load_model_folder(source, scorer=CrossEncoderConfig()).model
     assert isinstance(model.scorer, CrossEncoder) and model.scorer.key == "doc"
     tower, own = model.text["doc"].state_dict(), model.scorer.text.state_dict()
-    name = "bert.embeddings.position_embeddings.weight"
+    name = "transformer.embeddings.position_embeddings.weight"
     assert len(tower[name]) == 24 and len(own[name]) == 36  # 24 tokens of a text, plus 12 of a query
     assert torch.equal(own[name], tower[name][torch.arange(36) % 24])
     assert all(torch.equal(own[key], tensor) for key, tensor in tower.items() if key != name)
@@ -208,7 +208,7 @@ def test_unsupported_datasets_and_scorers_are_refused(
 ) -> None:
     config = load_config(tiny_interactions.config, ["model.dim=8"])
     with pytest.raises(ConfigError, match=r"cross_encoder: data\.query has no text"):
-        new_model(config.model, dataset.schema, 0, dataset.vocab_size, CrossEncoderConfig())
+        new_model(config.model, dataset.schema, dataset.vocab_size, CrossEncoderConfig())
     towers = load_model_folder(folder_of(tiny_pairs, pairs, tmp_path / "towers"))
     with pytest.raises(CheckpointError, match="--rerank needs a model with a scorer"):
         PairScorer.from_folder(towers, pairs).require_scorer()
@@ -251,7 +251,7 @@ def test_a_run_of_a_collection_is_reranked(cross_dir: Path, pairs: Dataset) -> N
     run = {query.key: {f"d{(i * 3 + n) % 20}": 1.0 - n for n in range(9)} for i, query in enumerate(queries)}
     found = reranked_run(Collection(corpus, queries, {}, {}), run, folder, 5)
     scorer = PairScorer(
-        folder.model, folder.schema, folder.pad_token_id,
+        folder.model, folder.schema,
         lambda rows: entry_columns(pairs.schema.doc, [corpus[row] for row in rows], tokenizer),
     )  # fmt: skip
     best = np.array([[(i * 3 + n) % 20 for n in range(5)] for i in range(4)])
