@@ -61,9 +61,9 @@ def global_batch(step: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]
     """Return words and histories of 24 queries, words and items of 12 documents, and the document of each query."""
     torch.manual_seed(100 + step)
     length, history_length = torch.randint(1, 10, (24, 1)), torch.randint(0, 7, (24, 1))
-    words = torch.randint(1, 30, (24, 9)) * (torch.arange(9) < length)
+    words = torch.where(torch.arange(9) < length, torch.randint(1, 30, (24, 9)), -1)
     history = torch.randint(2, 26, (24, 6)) * (torch.arange(6) < history_length)
-    doc_words = torch.randint(1, 30, (12, 9)) * (torch.arange(9) < torch.randint(1, 10, (12, 1)))
+    doc_words = torch.where(torch.arange(9) < torch.randint(1, 10, (12, 1)), torch.randint(1, 30, (12, 9)), -1)
     positive = torch.cat([torch.arange(12), torch.randint(0, 12, (12,))])[torch.randperm(24)]
     return [words, history], [doc_words, torch.arange(2, 14)], positive, torch.arange(12) + 1000
 
@@ -87,8 +87,8 @@ def share_of(rank: int, world_size: int, step: int) -> Batch:
         doc_ids=doc_ids[columns],
         doc_rows=columns,
         counts=torch.bincount(column, minlength=len(columns)),
-        query_lengths=lengths_of(query, {"words": 0, "history": 0}),
-        doc_lengths=lengths_of(doc, {"words": 0}),
+        query_lengths=lengths_of(query, {"words": -1, "history": 0}),
+        doc_lengths=lengths_of(doc, {"words": -1}),
     )
 
 
