@@ -91,9 +91,8 @@ run bigdssm convert_checkpoint --run "$out/sft" --out "$out/model"
 run bigdssm embed --model "$out/model" --data "$dataset" --out "$out/vectors"
 run bigdssm build_index --vectors "$out/vectors" --out "$out/index"
 
-say "4/5  search: ten films for a user of the dataset, and for a typed history"
+say "4/5  search: ten films for a user of the dataset"
 run bigdssm search --model "$out/model" --index "$out/index" --user 1
-run bigdssm search --model "$out/model" --index "$out/index" --history "Alien; Blade Runner; Aliens"
 
 say "5/5  evaluation on the test split, over all films"
 run bigdssm plot_run "$out" --out "$out/curves.png"
