@@ -200,7 +200,7 @@ class Batches:
 
     def __init__(self, folder: Path, rows_global: int, num: int) -> None:
         self.dataset = Dataset.open(folder / "dataset")
-        self._collator = Collator(self.dataset.schema, self.dataset.catalogue, self.dataset.pad_token_id)
+        self._collator = Collator(self.dataset.schema, self.dataset.catalogue)
         self._stream = PairStream(
             self.dataset, rows_global=rows_global, lanes=LANES, seed=0, rank=dist.get_rank(),
             world_size=dist.get_world_size(), num_workers=0,
