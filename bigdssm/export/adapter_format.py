@@ -54,7 +54,7 @@ class AdapterExport(ExportFormat):
         return _parity(replace(model, model=probed), model)
 
     def loading(self, model: ModelFolder, name: str) -> str:
-        """Return the loading code, and what the folder lacks."""
+        """Return the loading code and the limits of the folder."""
         (key, config), *_ = adapted_texts(model).items()
         code = f"""
             from peft import PeftModel
