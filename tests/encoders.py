@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**DECODER, "sliding_window": 4, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
                     "query_pre_attn_scalar": 16},
 }  # fmt: skip
+LORA = ["model.query.text.lora_rank=4", "model.doc.text.lora_rank=4"]
 DECODERS = {"qwen3", "llama", "gemma3_text"}
 
 

@@ -27,7 +27,7 @@ def check_encoder(folder: Path) -> None:
 
 
 class PretrainedEncoder:
-    """Encodes texts to mean-pooled vectors of norm 1."""
+    """Encodes texts to vectors of norm 1, with the pooling of the folder; without prompts."""
 
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
         """Raises ConfigError: `folder` holds no such encoder and tokenizer."""

@@ -281,13 +281,14 @@ def _materialize(model: nn.Module) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     made[id(tensor)] = (
                         nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                     )
-                if tensor is not None:
-                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:

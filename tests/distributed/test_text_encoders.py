@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from bigdssm.cluster.metrics import read_stage
-from tests.encoders import FAMILIES, write_pairs
+from tests.encoders import FAMILIES, LORA, write_pairs
 
 from . import small_run
 from .spawn import Pool
 from .test_training import stop_after, weights
 
-LORA = ("model.query.text.lora_rank=4", "model.doc.text.lora_rank=4")
 CHUNKS, AGAIN, BF16 = "engine.chunk_tokens=60", "engine.checkpoint_activations=true", "engine.precision=bf16"
 
 # A pairwise design: each two of family, ranks, ZeRO stage, LoRA, precision and recomputation meet in some run.
@@ -24,7 +23,7 @@ DESIGN = [
     ("xlm-roberta", 2, 2, (*LORA, CHUNKS)),
     ("xlm-roberta", 3, 3, (AGAIN,)),
     ("mpnet", 2, 3, (CHUNKS,)),
-    ("mpnet", 3, 0, LORA),
+    ("mpnet", 3, 0, (*LORA,)),
     ("modernbert", 2, 0, (CHUNKS, AGAIN)),
     ("modernbert", 3, 3, (*LORA, CHUNKS, BF16)),
     ("qwen3", 2, 1, (*LORA, CHUNKS, AGAIN)),

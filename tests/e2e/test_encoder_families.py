@@ -12,9 +12,7 @@ import bigdssm
 from bigdssm.commands import __main__ as command
 from bigdssm.export.convert import export, folder_source
 from bigdssm.export.formats import PARITY_LIMIT
-from tests.encoders import FAMILIES, write_pairs
-
-LORA = [f"model.{side}.text.lora_rank=4" for side in ("query", "doc")]
+from tests.encoders import FAMILIES, LORA, write_pairs
 
 
 @pytest.mark.slow

@@ -15,9 +15,7 @@ from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.export.formats import Probe, largest_difference
 from bigdssm.models import new_model
-from tests.encoders import write_pairs
-
-LORA = [f"model.{side}.text.lora_rank=4" for side in ("query", "doc")]
+from tests.encoders import LORA, write_pairs
 
 
 @pytest.fixture(scope="module")

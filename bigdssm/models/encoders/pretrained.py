@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,6 @@ def locate(name: str, key: str = "text.init") -> Path:
             f"{key}={name} is not a folder, and not a model of the Hugging Face Hub that is cached here or can be "
             f"downloaded: {reason}"
         ) from None
-
-
-@dataclass(frozen=True)
-class AddedLayer:
-    """A Dense module of a sentence-transformers folder."""
-
-    width: int  # of its output
-    bias: bool
-    activation: str
 
 
 class PretrainedFolder:
@@ -127,8 +118,8 @@ class PretrainedFolder:
             raise ConfigError(f"text.init={self.name} pools by {modes}, needs one of {sorted(POOLINGS)}")
         return POOLINGS[modes[0]]
 
-    def layers(self) -> list[AddedLayer]:
-        """Return its Dense modules. Raises ConfigError: an activation that is not supported."""
+    def layers(self) -> list[dict[str, Any]]:
+        """Return its Dense modules, as for `head_of`. Raises ConfigError: an activation that is not supported."""
         layers = []
         for folder in self.dense:
             content = self._json(folder.relative_to(self.path) / "config.json")
@@ -137,7 +128,8 @@ class PretrainedFolder:
                 raise ConfigError(
                     f"text.init={self.name} has a Dense module with {activation}, needs one of {sorted(ACTIVATIONS)}"
                 )
-            layers.append(AddedLayer(int(content["out_features"]), bool(content.get("bias", True)), activation))
+            bias = bool(content.get("bias", True))
+            layers.append({"width": int(content["out_features"]), "bias": bias, "activation": activation})
         return layers
 
     def architecture(self) -> PretrainedConfig:
@@ -190,8 +182,7 @@ def pretrained_architecture(
             f"text.init={name} has {architecture.vocab_size} word vectors, but the dataset's tokenizer "
             f"has {inputs.vocab_size} tokens; make the shards with data.tokenizer.path={name}"
         )
-    positions = _num_positions(architecture)
-    if inputs is not None and positions is not None and positions < inputs.max_tokens:
+    if inputs is not None and (positions := _num_positions(architecture)) < inputs.max_tokens:
         raise ConfigError(
             f"text.init={name} has {positions} positions, but the longest text feature has max_tokens: "
             f"{inputs.max_tokens}; lower it and make the shards again"
@@ -203,16 +194,16 @@ def pretrained_architecture(
         if hasattr(architecture, key):
             setattr(architecture, key, dropout)
     pooling = folder.pooling(architecture) if pooling == "auto" else pooling
-    architecture.bigdssm = head_of(pooling, [asdict(layer) for layer in folder.layers()], folder.normalize)
+    architecture.bigdssm = head_of(pooling, folder.layers(), folder.normalize)
     return architecture
 
 
-def _num_positions(architecture: PretrainedConfig) -> int | None:
-    """Return the maximum number of tokens, None if the positions are not learned vectors."""
+def _num_positions(architecture: PretrainedConfig) -> float:
+    """Return the maximum number of tokens, infinite if the positions are not learned vectors."""
     with torch.device("meta"):
         model = new_transformer(architecture)
     learned = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    return None if learned is None else learned.num_embeddings - first_position(model)
+    return math.inf if learned is None else learned.num_embeddings - first_position(model)
 
 
 def load_pretrained(encoder: TransformerEncoder, name: str) -> None:

@@ -98,7 +98,7 @@ class TransformerEncoder(TextEncoder):
         """Keep only the layers' inputs for the backward, which recomputes the rest. Raises ConfigError: unsupported."""
         if not self.transformer.supports_gradient_checkpointing:
             family = self.transformer.config.model_type
-            raise ConfigError(f"engine.activation_checkpointing=true: transformers has none for the family {family}")
+            raise ConfigError(f"engine.checkpoint_activations=true: transformers has none for the family {family}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every transformers 5
             self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
@@ -178,7 +178,8 @@ class TransformerEncoder(TextEncoder):
                 hidden, lengths = hidden * (tokens.position >= skip).unsqueeze(1), lengths - skip
             sums = torch.segment_reduce(hidden, "sum", offsets=offsets, unsafe=True, initial=0)
             return self._output(sums / lengths.clamp(min=1).to(hidden.dtype).unsqueeze(1))
-        chosen = offsets[:-1] + skip if self.pooling == "cls" else offsets[1:] - 1
+        # a text of a prompt alone has no token after it: as in a padded batch, its first one is pooled
+        chosen = offsets[:-1] + skip * (lengths > skip) if self.pooling == "cls" else offsets[1:] - 1
         vectors = hidden[chosen.clamp(min=0, max=len(hidden) - 1)]
         return self._output(vectors.masked_fill((lengths == 0).unsqueeze(1), 0))
 
@@ -255,4 +256,4 @@ def new_architecture(
 
 def head_of(pooling: str, layers: Sequence[Mapping[str, Any]] = (), normalize: bool = False) -> dict[str, Any]:
     """Return the content of `architecture.bigdssm`; `layers` have a width, `bias` and the name of an activation."""
-    return {"pooling": pooling, "layers": [dict(layer) for layer in layers], "normalize": normalize, "lora": None}
+    return {"pooling": pooling, "layers": list(layers), "normalize": normalize, "lora": None}
