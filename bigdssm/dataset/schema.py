@@ -86,7 +86,7 @@ class Schema:
             for name in mine:
                 a, b = mine[name].declaration(), theirs[name].declaration()
                 for key in a:
-                    if a[key] != b.get(key):
+                    if a[key] is not None and a[key] != b.get(key):  # None: chosen at ingestion
                         return f"{side}.{name}.{key}={a[key]!r} against {b[key]!r}"
         return None
 

@@ -119,17 +119,18 @@ def pretrained_run(
     folder: Path, collection: Collection, *, max_tokens: int = MAX_TOKENS, precision: str = "fp32",
     filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
 ) -> Run:  # fmt: skip
-    """Return the run of a pretrained Hugging Face text encoder: cosine of mean-pooled vectors.
+    """Return the run of a pretrained Hugging Face text encoder: cosine of its vectors, with the folder's prompts.
 
     Raises ConfigError: `folder` holds no such encoder and tokenizer.
     """
     encoder = PretrainedEncoder(folder, max_tokens, precision)
 
-    def encoded(entries: Sequence[CollectionEntry], what: str) -> Tensor:
-        return encoder([entry.text for entry in entries], what, progress)
+    def encoded(entries: Sequence[CollectionEntry], prompt: str, what: str) -> Tensor:
+        return encoder([entry.text for entry in entries], prompt, what, progress)
 
-    queries = encoded(collection.queries, "queries encoded")
-    return vectors_run(collection, queries, encoded(collection.corpus, "documents encoded"), filter_known, top)
+    queries = encoded(collection.queries, encoder.prompts.query, "queries encoded")
+    documents = encoded(collection.corpus, encoder.prompts.doc, "documents encoded")
+    return vectors_run(collection, queries, documents, filter_known, top)
 
 
 def bm25_run(collection: Collection, *, filter_known: bool = False, top: int = TOP) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, TextTokenizer
 from bigdssm.features.canonical import columns_of_values
+from bigdssm.features.tokenizer import prompts_in
 from bigdssm.models import Values
 from bigdssm.models.encoders.pretrained import pretrained_encoder
 from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
@@ -27,27 +29,40 @@ def check_encoder(folder: Path) -> None:
 
 
 class PretrainedEncoder:
-    """Encodes texts to vectors of norm 1, with the pooling of the folder; without prompts."""
+    """Encodes texts to vectors of norm 1, with the pooling of the folder."""
 
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
-        """Raises ConfigError: `folder` holds no such encoder and tokenizer."""
+        """`prompts`: those of the folder. Raises ConfigError: `folder` holds no such encoder and tokenizer."""
         check_encoder(folder)
         self._encoder = pretrained_encoder(str(folder)).eval()
         encode_in(self._encoder, precision)
-        self._tokenizer, self._features = TextTokenizer(folder), {"text": Text(max_tokens=max_tokens).with_name("text")}
+        self.prompts = prompts_in(folder)
+        self._tokenizer, self._max_tokens = TextTokenizer(folder), max_tokens
 
-    def __call__(self, texts: Sequence[str], what: str = "texts encoded", progress: Progress = no_progress) -> Tensor:
-        """Return float32 [n, H] for n texts, at least one."""
-        columns, _ = columns_of_values(texts, self._features, {}, self._tokenizer)
-        return encode_columns(self._features, columns, self._encode, what, progress)
+    def __call__(
+        self, texts: Sequence[str], prompt: str = "", what: str = "texts encoded", progress: Progress = no_progress
+    ) -> Tensor:
+        """Return float32 [n, H] for n texts, at least one, after `prompt`."""
+        feature = Text(max_tokens=self._max_tokens, prompt=prompt).with_name("text")
+        feature = feature.with_prompt("", self.prompts.pooled, self._tokenizer)
+        columns, _ = columns_of_values(texts, {"text": feature}, {}, self._tokenizer)
+        encode = partial(self._encode, feature.prompt_tokens)
+        return encode_columns({"text": feature}, columns, encode, what, progress)
 
-    def _encode(self, values: dict[str, Values]) -> Tensor:
+    def _encode(self, skip: int, values: dict[str, Values]) -> Tensor:
         with torch.no_grad():
-            vectors = self._encoder(values["text"])
+            vectors = self._encoder(values["text"], skip=skip)
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
 def text_encoders(folder: Path, texts: Texts, precision: str = "fp32") -> Encoders:
-    """Return the Encoders of a pretrained encoder for a dataset's texts. Raises ConfigError: none in `folder`."""
+    """Return the Encoders of a pretrained encoder for a dataset's texts, with the prompts of the folder.
+
+    Raises ConfigError: `folder` holds none.
+    """
     encoder = PretrainedEncoder(folder, precision=precision)
-    return Encoders(lambda rows: encoder(texts.queries(rows)), lambda docs: encoder(texts.documents(docs)))
+    prompts = encoder.prompts
+    return Encoders(
+        lambda rows: encoder(texts.queries(rows), prompts.query),
+        lambda doc_rows: encoder(texts.documents(doc_rows), prompts.doc),
+    )

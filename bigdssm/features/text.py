@@ -37,8 +37,10 @@ class Text(Feature):
     onnx_code: ClassVar = (pad_lists, text_input)
 
     max_tokens: int = bounded(64, 3, 65_536)  # longer texts, with their prompt, are truncated to their first tokens
-    prompt: str = ""  # precedes every text, for example "query: "
-    pool_prompt: bool = True  # whether the prompt's tokens are pooled; they are always attended to
+    # Precedes every text, for example "query: "; none: that of its side in data.tokenizer.path, if it has one.
+    prompt: str | None = None
+    # Whether the prompt's tokens, which are always attended to, are pooled; none: as in that folder, else true.
+    pool_prompt: bool | None = None
     prompt_tokens: int = field(default=0, metadata=FITTED)  # first tokens that are not pooled
 
     @property
@@ -76,11 +78,16 @@ class Text(Feature):
             return column
         return pc.binary_join_element_wise(pa.scalar(self.prompt, column.type), column, pa.scalar("", column.type))
 
-    def with_prompt_tokens(self, tokenizer: TextTokenizer) -> Text:
-        """Return the feature with the number of first tokens that are not pooled: the prompt's, and those before it."""
-        if self.pool_prompt or not self.prompt:
-            return self
-        return replace(self, prompt_tokens=min(tokenizer.prompt_tokens(self.prompt), self.max_tokens - 1))
+    def with_prompt(self, default: str, pooled: bool, tokenizer: TextTokenizer) -> Text:
+        """Return the feature with its prompt, and the number of first tokens that are not pooled.
+
+        These are the prompt's, and those before it. `default` and `pooled` replace values that are not declared.
+        """
+        prompt, skipped = default if self.prompt is None else self.prompt, 0
+        pooled = pooled if self.pool_prompt is None else self.pool_prompt
+        if prompt and not pooled:
+            skipped = min(tokenizer.prompt_tokens(prompt), self.max_tokens - 1)
+        return replace(self, prompt=prompt, pool_prompt=pooled, prompt_tokens=skipped)
 
     def decode(self, column: Ragged, tokenizer: TextTokenizer) -> list[str]:
         """Return the texts of token ids, without prompt and special tokens."""

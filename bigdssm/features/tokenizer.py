@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
+from bigdssm.errors import ConfigError
 from bigdssm.features.ragged import Ragged, concat, gather_ranges
 
 TEXTS_PER_CALL = 4096  # encodings take about 100 bytes per token until they are arrays
@@ -100,6 +103,30 @@ class TextTokenizer:
     @cached_property
     def _whole(self) -> Tokenizer:
         return Tokenizer.from_file(self._file)
+
+
+@dataclass(frozen=True)
+class FolderPrompts:
+    """The prompts of a sentence-transformers folder by side, '' for none, and whether their tokens are pooled."""
+
+    query: str = ""
+    doc: str = ""
+    pooled: bool = True
+
+
+def prompts_in(folder: Path) -> FolderPrompts:
+    """Return the prompts of a folder with a tokenizer. Raises ConfigError: a file is damaged."""
+    try:
+        prompts = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        of_doc = prompts.get("document") or prompts.get("passage") or ""
+        pooled = all(_json(file).get("include_prompt", True) for file in folder.glob("*_Pooling/config.json"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder} has a damaged file of sentence-transformers: {error}; copy it again") from None
+    return FolderPrompts(prompts.get("query") or "", of_doc, pooled)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _pieces(texts: pa.Array) -> Iterator[pa.Array]:

@@ -19,6 +19,7 @@ from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
+from bigdssm.features.tokenizer import FolderPrompts, prompts_in
 from bigdssm.ingest.documents import canonical_columns
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
@@ -183,13 +184,22 @@ def fit(
                 make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
         os.replace(engine.spool / TOKENIZER, folder)
     tokenizer = TextTokenizer(folder)
-    query, doc = (_with_prompt_tokens(features, tokenizer) for features in (schema.query, schema.doc))
-    return replace(schema, query=query, doc=doc), tokenizer
+    return with_prompts(schema, config.tokenizer.path, tokenizer), tokenizer
 
 
-def _with_prompt_tokens(features: Mapping[str, Feature], tokenizer: TextTokenizer) -> dict[str, Feature]:
-    texts = {name: text.with_prompt_tokens(tokenizer) for name, text in texts_of(features).items()}
-    return {**features, **texts}
+def with_prompts(schema: Schema, pretrained: str | None, tokenizer: TextTokenizer) -> Schema:
+    """Return the schema with the prompts of its texts, by default those of the folder `pretrained`."""
+    prompts = FolderPrompts() if pretrained is None else prompts_in(Path(pretrained))
+
+    def on_side(features: Mapping[str, Feature], prompt: str) -> dict[str, Feature]:
+        texts = texts_of(features)
+        return {
+            **features,
+            **{name: text.with_prompt(prompt, prompts.pooled, tokenizer) for name, text in texts.items()},
+        }
+
+    query = prompts.doc if schema.siamese else prompts.query
+    return replace(schema, query=on_side(schema.query, query), doc=on_side(schema.doc, prompts.doc))
 
 
 def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, Feature]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from transformers import AutoModel
 
 from bigdssm.config import TextInputs
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
+from bigdssm.evaluation.pretrained import PretrainedEncoder
 from bigdssm.features import Ragged, Text, TextTokenizer
 from bigdssm.features.text import NO_TOKEN
+from bigdssm.features.tokenizer import FolderPrompts, prompts_in
+from bigdssm.ingest.fitting import with_prompts
 from bigdssm.models.encoders.pretrained import (
-    PretrainedFolder,
     load_pretrained,
     pretrained_architecture,
     pretrained_encoder,
@@ -118,7 +122,7 @@ SENTENCES = ["red wine", "old", "blue sea stone light small river paper green tr
 
 def tokens_of(folder: Path, sentences: list[str], **text: Any) -> tuple[Tensor, Text]:
     tokenizer = TextTokenizer(folder)
-    feature = Text(**text).with_name("text").with_prompt_tokens(tokenizer)
+    feature = Text(**text).with_name("text").with_prompt("", True, tokenizer)
     column = feature.encode(pa.array(sentences, pa.large_string()), tokenizer, large=True)
     return torch.from_numpy(feature.array(Ragged(column.values.to_numpy(), column.offsets.to_numpy()))), feature
 
@@ -154,13 +158,29 @@ def sentence_transformer(folder: Path, tmp_path: Path) -> Any:
 
 
 def test_a_sentence_transformers_folder_is_loaded_whole(sentence_transformer: Any, tmp_path: Path) -> None:
-    encoder, found = pretrained_encoder(str(tmp_path / "st")).eval(), PretrainedFolder(str(tmp_path / "st"))
-    assert found.prompts == {"query": "red : ", "doc": "wine . "}
+    encoder = pretrained_encoder(str(tmp_path / "st")).eval()
+    assert prompts_in(tmp_path / "st") == FolderPrompts("red : ", "wine . ", pooled=False)
     for prompt in ("", "red : "):
         tokens, feature = tokens_of(tmp_path / "st", SENTENCES, max_tokens=16, prompt=prompt, pool_prompt=not prompt)
         vectors = encoder(tokens, skip=feature.prompt_tokens)
         theirs = torch.as_tensor(sentence_transformer.encode(SENTENCES, prompt=prompt or None))
         torch.testing.assert_close(vectors, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_prompts_of_a_folder_are_the_default(folder: Path, sentence_transformer: Any, tmp_path: Path) -> None:
+    saved = tmp_path / "st"
+    encoder = PretrainedEncoder(saved, max_tokens=16)
+    for prompt, name in ((encoder.prompts.query, "query"), (encoder.prompts.doc, "passage")):
+        theirs = torch.as_tensor(sentence_transformer.encode(SENTENCES, prompt_name=name))
+        torch.testing.assert_close(encoder(SENTENCES, prompt), theirs, rtol=1e-5, atol=1e-5)
+    declared = Schema({"q": Text().with_name("q")}, {"d": Text(prompt="", pool_prompt=True).with_name("d")})
+    fitted = with_prompts(declared, str(saved), TextTokenizer(saved))
+    assert fitted.query["q"] == replace(
+        declared.query["q"], prompt="red : ", pool_prompt=False, prompt_tokens=2 + (family(folder) != "qwen3")
+    )
+    assert fitted.doc == declared.doc and declared.difference(fitted) is None
+    other = Schema({"q": Text(prompt="wine").with_name("q")}, declared.doc)
+    assert other.difference(fitted) == "query.q.prompt='wine' against 'red : '"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +88,6 @@ class PretrainedFolder:
     def normalize(self) -> bool:
         """Return whether its vectors are normalized."""
         return self._modules[-1][0] == "Normalize"
-
-    @cached_property
-    def prompts(self) -> dict[str, str]:
-        """Return the prompts of both sides, `query` and `doc`, that are not empty."""
-        if not (self.path / "config_sentence_transformers.json").is_file():
-            return {}
-        prompts = self._json("config_sentence_transformers.json").get("prompts") or {}
-        of_doc = prompts.get("document") or prompts.get("passage")
-        return {side: text for side, text in (("query", prompts.get("query")), ("doc", of_doc)) if text}
 
     def pooling(self, architecture: PretrainedConfig) -> str:
         """Return the folder's pooling; without one, `last` for a decoder and `mean` for an encoder."""
