@@ -40,7 +40,7 @@ def write_family(family: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")  # several files
     special = ["<unk>", "<pad>", "<s>", "</s>"]
     vocabulary = {word: number for number, word in enumerate([*special, ".", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, errors, snapshot_download
 
 from bigdssm.checkpoints.model_folder import (
     CONFIG_FILE,
+    FROZEN_FILE,
     META_FILE,
     TEXT_DIR,
     TOKENIZER_DIR,
@@ -25,7 +26,8 @@ from bigdssm.errors import CheckpointError
 from bigdssm.utils.arguments import checked
 
 FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR)
-FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, SCHEMA_FILE, *(f"{folder}/*" for folder in FOLDERS), "README.md"]
+FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, FROZEN_FILE, SCHEMA_FILE, "README.md"]
+PATTERNS = [*FILES, *(f"{folder}/*" for folder in FOLDERS)]
 
 
 @checked
@@ -41,7 +43,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None
         api.create_repo(repo_id, private=private, exist_ok=True)
         message = "Upload a bigdssm model folder"
         done = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=FILES, commit_message=message
+            repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=PATTERNS, commit_message=message
         )
     return done.commit_url
 
@@ -52,7 +54,7 @@ def fetch_from_hub(repo_id: str, revision: str | None = None) -> Path:
     Raises CheckpointError: unknown repository or revision, no read permission, no network and not cached.
     """
     with _errors_of(repo_id):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=PATTERNS))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Save, load and identify model folders.
 
-Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors and bigdssm.json.
+Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors, bigdssm.json; frozen.safetensors
+with the weights that were not trained, if there are any, which successive folders of a stage share by a hard link.
 A folder is sufficient for encoding: it includes the architecture of a pretrained text encoder (text/<key>/config.json),
 so that the pretrained folder may be removed. Nothing in it is unpickled or executed.
 
@@ -12,6 +13,7 @@ data.dir after a dataset was moved.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,11 +24,16 @@ from typing import Any, cast
 import torch
 import xxhash
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from bigdssm.checkpoints.checkpoint import check_file, consolidated_state_dict, folder_checksums
+from bigdssm.checkpoints.checkpoint import (
+    check_file,
+    consolidated_state_dict,
+    folder_checksums,
+    is_checkpoint_dir,
+)
 from bigdssm.config import ARCHITECTURE_FILE, Config, ScorerConfig, StageName, TextEncoderConfig, load_written_config
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
@@ -38,7 +45,8 @@ from bigdssm.utils.atomic import new_folder, real_path, write_json
 from bigdssm.utils.hashing import json_checksum
 
 FORMAT = 1
-META_FILE, CONFIG_FILE, WEIGHTS_FILE = "bigdssm.json", "config.yaml", "model.safetensors"
+META_FILE, CONFIG_FILE = "bigdssm.json", "config.yaml"
+WEIGHTS_FILE, FROZEN_FILE = "model.safetensors", "frozen.safetensors"
 TOKENIZER_DIR, TEXT_DIR = "tokenizer", "text"
 RUN_MODEL_DIRS = ("sft/best", "pretrain/best", "best")  # suggested if the path is a run or a stage
 
@@ -82,18 +90,22 @@ def save_model_folder(
     provenance: Mapping[str, Any],
     *,
     state: Mapping[str, Tensor] | None = None,
+    frozen: Path | None = None,
 ) -> None:
     """Write the model folder atomically, replacing an existing one.
 
-    `state` contains the full weights; it is required if the model is sharded. Raises CheckpointError: `folder` exists
-    and is not a model folder.
+    `state` contains the full weights; it is required if the model is sharded. It may lack those that are not trained
+    if `frozen` is a file of them, which is linked. Raises CheckpointError: `folder` exists and is not a model folder.
     """
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written; choose another folder")
     with new_folder(folder) as aside:
         _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
-        (aside / WEIGHTS_FILE).write_bytes(_serialized(model.state_dict() if state is None else state))
+        for name, content in _weights_files(model, model.state_dict() if state is None else state).items():
+            (aside / name).write_bytes(content)
+        if frozen is not None:
+            os.link(frozen, aside / FROZEN_FILE)
         meta = {
             "format": FORMAT,
             "provenance": dict(provenance),
@@ -126,6 +138,8 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
             for key, text in text_configs(config.model, schema).items()
         }
         weights = load_file(folder / WEIGHTS_FILE)
+        if FROZEN_FILE in meta["checksums"]:
+            weights |= load_file(folder / FROZEN_FILE)
         with torch.device("meta"):  # reject a model larger than the file before its memory is allocated
             _check_weights(weights, DualEncoder(config.model, schema, texts, own).state_dict())
         model = DualEncoder(config.model, schema, texts, own or scorer)
@@ -152,14 +166,19 @@ def model_checksum(
     with tempfile.TemporaryDirectory() as folder:
         _write_all_but_weights(Path(folder), model, config, schema, tokenizer_dir)
         checksums = _checksums(Path(folder))
-    checksums[WEIGHTS_FILE] = weights_checksum(model)
+    files = _weights_files(model, model.state_dict())
+    checksums |= {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
     config_checksum = _config_checksum(config.to_dict(), trained_scorer(config, provenance))
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
-def weights_checksum(model: DualEncoder) -> str:
-    """Compute the checksum of the weights file of a folder of this model."""
-    return xxhash.xxh3_128_hexdigest(_serialized(model.state_dict()))
+def holds_weights(file: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Return True if `file` has exactly the names and shapes of `weights`, which are not empty."""
+    if not weights or not file.is_file():
+        return False
+    with safe_open(file, "pt") as content:
+        shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118, no mapping
+    return shapes == {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -192,9 +211,15 @@ def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) ->
     return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
 
 
-def _serialized(weights: Mapping[str, Tensor]) -> bytes:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return save(tensors, metadata={"format": "pt"})
+def _weights_files(model: DualEncoder, state: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return the contents of the files of a state, by name: trained weights, and those that are not, if any."""
+    names = model.frozen_weights().keys() & state.keys()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    parts = {
+        WEIGHTS_FILE: {name: tensor for name, tensor in tensors.items() if name not in names},
+        FROZEN_FILE: {name: tensors[name] for name in names},
+    }
+    return {file: save(part, metadata={"format": "pt"}) for file, part in parts.items() if part or file == WEIGHTS_FILE}
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -265,10 +290,19 @@ def _checksums(folder: Path) -> dict[str, str]:
 BEST = "best"
 
 
+def load_initial_model(path: Path, scorer: ScorerConfig | None = None) -> ModelFolder:
+    """Load the model that a stage starts from, a model folder or a checkpoint, with a new `scorer` if given.
+
+    Raises CheckpointError.
+    """
+    return load_checkpoint_model(path, scorer) if is_checkpoint_dir(path) else load_model_folder(path, scorer=scorer)
+
+
 def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> ModelFolder:
     """Load the model of the checkpoint `path` in a stage's folder, with a new `scorer` if given.
 
-    Raises CheckpointError: it is damaged, or has a scorer although a new one is given.
+    It has the trained weights; the others are those of best/, or of the model that the stage starts from. Raises
+    CheckpointError: it is damaged, or has a scorer although a new one is given.
     """
     stage_dir = path.parent.parent
     state = consolidated_state_dict(path)
@@ -284,9 +318,14 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         config = load_written_config(stage_dir / CONFIG_FILE)
         dataset = Dataset.open(config.data.dir, cache=FileCache.from_config(config.data))
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
-        trained = config.stage(cast(StageName, stage_dir.name)).scorer if own else scorer
+        stage = cast(StageName, stage_dir.name)
+        trained, source = config.stage(stage).scorer if own else scorer, config.initial_model(stage)
         model = new_model(config.model, schema, dataset.vocab_size, trained)
+        if source is not None and (missing := model.frozen_weights().keys() - state.keys()):
+            start = load_initial_model(source).model.state_dict()
+            state |= {name: start[name] for name in missing}
     try:
+        state = {name: weight for name, weight in model.state_dict().items() if name not in state} | state
         (model.load_state_dict if own and scorer is None else model.load_towers)(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())

@@ -121,8 +121,9 @@ class TextEncoderConfig(Component):
         """Return an encoder with new weights, a `models.encoders.TextEncoder`."""
         raise NotImplementedError
 
-    def load_pretrained(self, encoder: nn.Module) -> None:
-        """Load pretrained weights, if there are any. Raises ConfigError: they do not load."""
+    def build_pretrained(self, architecture: Any) -> nn.Module:
+        """Return an encoder with pretrained weights, by default new ones. Raises ConfigError: they do not load."""
+        return self.build(architecture)
 
     def write_architecture(self, architecture: Any, folder: Path) -> None:
         """Write an architecture to ARCHITECTURE_FILE in a new folder."""
@@ -349,6 +350,13 @@ class Config:
     def stage_dir(self, name: StageName) -> Path:
         """Return the folder of the stage `name`."""
         return Path(self.run.dir) / name
+
+    def initial_model(self, name: StageName) -> Path | None:
+        """Return the folder that a stage starts from: its `init`; for SFT, by default, the best of pretraining."""
+        init = self.stage(name).init
+        if init is not None:
+            return Path(init)
+        return self.stage_dir("pretrain") / "best" if name == "sft" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved config as plain containers, for a YAML or JSON file."""

@@ -135,15 +135,13 @@ class Transformer(TextEncoderConfig):
 
         return TransformerEncoder(architecture)
 
-    def load_pretrained(self, encoder: nn.Module) -> None:
-        """Load the weights of the pretrained model `init`, if there is one."""
+    def build_pretrained(self, architecture: Any) -> nn.Module:
+        """Return an encoder with the weights of `init`, or new ones without it."""
         if self.init is None:
-            return
-        from bigdssm.models.encoders.pretrained import load_pretrained
-        from bigdssm.models.encoders.transformer import TransformerEncoder
+            return self.build(architecture)
+        from bigdssm.models.encoders.pretrained import build_pretrained
 
-        assert isinstance(encoder, TransformerEncoder)
-        load_pretrained(encoder, self.init)
+        return build_pretrained(architecture, self.init)
 
     def write_architecture(self, architecture: Any, folder: Path) -> None:
         """Write the config file of transformers."""

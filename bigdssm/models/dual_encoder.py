@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -132,9 +133,9 @@ class Encoded(NamedTuple):
 class DualEncoder(nn.Module):
     """Query tower, document tower (one tower for a siamese schema), alpha, and beta per document or as a scalar.
 
-    Weights are new; `texts` are the architectures of the text encoders, by `text_keys`. `scorer` replaces or extends
-    the product; if it does not take the towers' vectors, the towers are frozen. Source: Huang et al. 2013 (DSSM);
-    Radford et al. 2021 (CLIP) for the learned scale.
+    Weights are new, with `pretrained` except those of pretrained folders in `config`; `texts` are the architectures of
+    the text encoders, by `text_keys`. `scorer` replaces or extends the product; if it does not take the towers'
+    vectors, the towers are frozen. Source: Huang et al. 2013 (DSSM); Radford et al. 2021 (CLIP) for the learned scale.
     """
 
     def __init__(
@@ -143,13 +144,20 @@ class DualEncoder(nn.Module):
         schema: Schema,
         texts: Mapping[str, Any],
         scorer: ScorerConfig | None = None,
+        *,
+        pretrained: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.schema = schema
         self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
         keys, configs = text_keys(config, schema), text_configs(config, schema)
-        self.text = nn.ModuleDict({key: text.build(texts[key]) for key, text in configs.items()})
+        self.text = nn.ModuleDict(
+            {
+                key: text.build_pretrained(texts[key]) if pretrained else text.build(texts[key])
+                for key, text in configs.items()
+            }
+        )
         if not schema.siamese:
             self.query_tower = Tower(schema.query, self._build_context("query", keys.get("query")), config.dim)
         self.doc_tower = Tower(schema.doc, self._build_context("doc", keys.get("doc")), config.dim)
@@ -210,6 +218,10 @@ class DualEncoder(nn.Module):
             scores = self.scorer(U[:, None], W[candidates])
         return Encoded(U, W, beta, alpha, scores)
 
+    def frozen_weights(self) -> dict[str, nn.Parameter]:
+        """Return the weights that are not trained: those under adapters, or the towers under a scorer."""
+        return {name: p for name, p in self.named_parameters() if not p.requires_grad and p is not self.log_alpha}
+
     def checkpoint_activations(self) -> None:
         """Recompute the activations of the transformers in the backward."""
         for module in self.modules():
@@ -243,17 +255,17 @@ class DualEncoder(nn.Module):
 
 
 def new_model(
-    config: ModelConfig, schema: Schema, vocab_size: int = 0, scorer: ScorerConfig | None = None
-) -> DualEncoder:
+    config: ModelConfig, schema: Schema, vocab_size: int = 0, scorer: ScorerConfig | None = None, *,
+    loading: AbstractContextManager[None] | None = None,
+) -> DualEncoder:  # fmt: skip
     """Return a model to train, with new weights and those of the pretrained folders in `config`.
 
-    `vocab_size` is the tokenizer's (0 without text features). Raises ConfigError: a folder that does not fit.
+    `vocab_size` is the tokenizer's (0 without text features). loading: a context to read pretrained weights in. Raises
+    ConfigError: a folder that does not fit.
     """
     texts = text_architectures(config, schema, vocab_size)
-    model = DualEncoder(config, schema, texts, scorer)
-    for key, text in text_configs(config, schema).items():
-        text.load_pretrained(model.text[key])
-    return model
+    with loading or nullcontext():
+        return DualEncoder(config, schema, texts, scorer, pretrained=True)
 
 
 def _beta_head(dim: int) -> nn.Linear:

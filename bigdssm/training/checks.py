@@ -84,7 +84,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     if isinstance(stage.distillation, BatchKL):
         TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
-    source = initial_model(config, name)
+    source = config.initial_model(name)
     if stage.warm_start.window:
         key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
         if source is not None:
@@ -138,14 +138,6 @@ def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
             f"{dataset.dir}: no train row has a relevance above 0: there is nothing to learn; correct the "
             "relevances, and build the dataset again"
         )
-
-
-def initial_model(config: Config, name: StageName) -> Path | None:
-    """Return the folder that the stage starts from: its `init`; for SFT, by default, the best of pretraining."""
-    init = config.stage(name).init
-    if init is not None:
-        return Path(init)
-    return config.stage_dir("pretrain") / "best" if name == "sft" else None
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:

@@ -9,7 +9,7 @@ import importlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
@@ -144,6 +144,25 @@ def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_
     return config
 
 
+@contextmanager
+def partitioned_loading(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterator[None]:
+    """A context in which transformers partitions pretrained weights over the ranks as it reads them, at ZeRO stage 3.
+
+    Rank 0 reads the files; no rank has all weights in memory.
+    """
+    if engine.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # transformers has a weak reference to it
+    config = HfDeepSpeedConfig(deepspeed_config(engine, optimizer, 1))
+    try:
+        yield
+    finally:
+        del config
+
+
 class DeepSpeedStepEngine:
     """A model under any DeepSpeed engine: forward of one or both towers, backward from vector gradients."""
 
@@ -256,13 +275,19 @@ class Engine(DeepSpeedStepEngine):
                 if "step" in state:  # a fused optimizer counts steps on the parameter's device
                     state["step"] = state["step"].to(tensor.device)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the full weights in float32 on the CPU, on every rank. At ZeRO stage 3 all ranks must call it."""
+    def state_dict(self, names: Collection[str] | None = None, *, on_main: bool = False) -> dict[str, Tensor]:
+        """Return the full weights, or those of `names`, in float32 on the CPU. At ZeRO stage 3 all ranks must call it.
+
+        on_main: only rank 0 needs them; the others return an empty dict.
+        """
         state: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
+            if names is not None and name not in names:
+                continue
             gathered = deepspeed.zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
             with gathered:
-                state[name] = parameter.detach().float().cpu().clone()
+                if not on_main or distributed.is_main():
+                    state[name] = parameter.detach().float().cpu().clone()
         return state
 
     def _whole_norm(self) -> float:

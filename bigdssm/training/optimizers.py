@@ -70,7 +70,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            name = "tables" if id(parameter) in tables else "matrices" if parameter.dim() >= 2 else "rest"
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # of a parameter partitioned by ZeRO 3
+            name = "tables" if id(parameter) in tables else "matrices" if len(shape) >= 2 else "rest"
             groups[name].append(parameter)
     return [
         {

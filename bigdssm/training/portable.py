@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.checkpoints.shares import TensorPiece, even_share
+from bigdssm.utils.hashing import hash64
 
 StateOf = Callable[[str], tuple[str, ...]]
 """The names of the optimizer states of a parameter in a group, see `OptimizerConfig.state_of`."""
 
 
 def local_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[TensorPiece]:
-    """Yield this rank's float32 pieces of every weight NAME and every optimizer state STATE/NAME.
+    """Yield this rank's float32 pieces of every trained weight NAME and every optimizer state STATE/NAME.
 
     They are the partitions that ZeRO assigns to the rank, and an even share of replicated tensors. No collective. The
     pieces are views of tensors in training. Before the first step there are no states.
@@ -40,10 +41,10 @@ def local_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[Te
     if has_states:
         _link_states(engine, zero_stage)
     replicated: list[tuple[str, Tensor]] = []
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_weights(engine.module):
         if zero_stage == 3:
             yield from _partitions(name, parameter, states.get(parameter, ()))
-        elif zero_stage > 0 and parameter.requires_grad:
+        elif zero_stage > 0:
             yield from _fragments(name, parameter, states.get(parameter, ()))
         else:
             replicated.append((name, parameter))
@@ -70,10 +71,42 @@ def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[
     count = min(size, prod(shape) - first)
     if count <= 0:
         return
-    values = safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor.float()
-    yield TensorPiece(name, shape, first, values.flatten()[:count])
+    yield TensorPiece(name, shape, first, safe_get_local_fp32_param(parameter).flatten()[:count])
     for state in states:
         yield TensorPiece(f"{state}/{name}", shape, first, safe_get_local_optimizer_state(parameter, state)[:count])
+
+
+def trained_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights of a checkpoint; the others are those that the stage starts from."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def set_weights(module: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Set the trained weights of a model without an engine, possibly partitioned, to `read(name)`.
+
+    All ranks must call it.
+    """
+    for name, parameter in trained_weights(module):
+        partition: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if partition is None:
+            parameter.copy_(read(name))
+        else:
+            partition.copy_(_partition(parameter, read(name)))
+
+
+def frozen_checksum(module: nn.Module) -> int:
+    """Return a checksum of all weights that are not trained, the same at any ZeRO stage. All ranks must call it."""
+    total, of_rank = 0, 0
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        partition: Tensor | None = getattr(parameter, "ds_tensor", None)
+        values = parameter if partition is None else partition  # its padding is 0
+        bits = values.detach().contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32)
+        number = int(bits.sum(dtype=torch.int64)) * (hash64(name) | 1)
+        total, of_rank = (total + number, of_rank) if partition is None else (total, of_rank + number)
+    return (total + sum(distributed.all_gather_object(of_rank))) % 2**63
 
 
 def set_tensors(
@@ -87,9 +120,7 @@ def set_tensors(
     if applied_steps > 0:
         _create_states(engine, zero_stage, state_of, applied_steps)
     states = _states(engine, zero_stage, state_of) if applied_steps > 0 else {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained_weights(engine.module):
         if zero_stage > 0:
             _set_master(zero_stage, parameter, read(name))
         for state in states.get(parameter, ()):

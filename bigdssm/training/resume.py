@@ -149,6 +149,15 @@ class StartPoint:
         """The precision at the start of the run (see losses/precision.py)."""
         return None if self.checkpoint is None else self.checkpoint.state["precision"]
 
+    def check_frozen(self, checksum: int) -> int:
+        """Return the checksum of the weights that are not trained. Raises CheckpointError: not that of the run."""
+        if self.checkpoint is not None and self.same_segment and checksum != self.checkpoint.state["frozen"]:
+            raise CheckpointError(
+                f"checkpoint {self.checkpoint.path} was written with other frozen weights; restore the model that the "
+                "stage starts from (STAGE.init, text.init), or choose another run.dir"
+            )
+        return checksum
+
     def reader(self, model: DualEncoder) -> TensorReader | None:
         """Return a reader of the checkpoint's tensors; in a new segment, with rows added for a larger `model`."""
         if self.checkpoint is None:
@@ -304,6 +313,8 @@ class GrownReader(TensorReader):
         super().__init__(checkpoint)
         self._new_rows: dict[str, Tensor] = {}
         for name, parameter in model.tables.named_parameters("tables"):
+            if not parameter.requires_grad:
+                continue
             old_rows, new_rows = self.shape(name)[0], len(parameter)
             if old_rows < new_rows:
                 _log_growth(name, old_rows, new_rows)

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import CHECKPOINTS, is_checkpoint_dir
-from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS
+from bigdssm.checkpoints.model_folder import load_initial_model
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.cluster.launcher import LauncherMonitor
@@ -27,8 +27,8 @@ from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, initial_model
-from bigdssm.training.engine import device, init_process_group
+from bigdssm.training.checks import check_agreement, check_stage
+from bigdssm.training.engine import device, init_process_group, partitioned_loading
 from bigdssm.training.health import describe_ranks
 from bigdssm.training.loop import train
 from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, segment_steps
@@ -121,14 +121,12 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
     from the checkpoint.
     """
-    source, scorer = initial_model(config, name), config.stage(name).scorer
+    source, scorer = config.initial_model(name), config.stage(name).scorer
     if source is None:
         # .train(), since transformers returns pretrained encoders in evaluation mode
-        return new_model(config.model, dataset.schema, dataset.vocab_size, scorer).train()
-    if is_checkpoint_dir(source):
-        loaded = load_checkpoint_model(source, scorer)
-    else:
-        loaded = load_model_folder(source, scorer=scorer)
+        loading = partitioned_loading(config.engine, config.stage(name).optimizer)
+        return new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading).train()
+    loaded = load_initial_model(source, scorer)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
     loaded.view(dataset)
@@ -164,7 +162,8 @@ def _write_config(folder: Path, config: Config) -> None:
 def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: RowStream) -> None:
     stage = config.stage(name)
     batch = next(read_batches(stream, BatchBuilder(stream, stage, config.run.seed), device()))
-    parameters, steps = sum(p.numel() for p in model.parameters()), segment_steps(stage, stream.steps_per_epoch)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    steps = segment_steps(stage, stream.steps_per_epoch)
     logger.info(
         "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",
         name, f"{parameters:,}", steps, len(batch.query_ids), len(batch.doc_ids),

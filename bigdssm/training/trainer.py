@@ -28,13 +28,13 @@ from bigdssm.loader.row_stream import RowStream
 from bigdssm.losses.precision import saved_precision, settle_precision
 from bigdssm.models import DualEncoder
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.checks import initial_model
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.health import Health
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor, warmup_steps
+from bigdssm.training.portable import frozen_checksum, set_weights
 from bigdssm.training.resume import StartPoint, segment_steps
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.training.warm_start import initialize_item_embeddings
@@ -69,18 +69,19 @@ class Trainer:
 
         how = settle_precision(config.engine, device().type, start.precision)
         self.async_checkpoints = how.async_checkpoints
-        self._origin = {
+        self._origin: dict[str, Any] = {
             "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
             "precision": saved_precision(config.engine, how),
         }  # fmt: skip
         read = start.reader(model)
         if read is not None:
-            model.load_state_dict(read.weights())
+            set_weights(model, read)
         elif stage.warm_start.window:
             initialize_item_embeddings(model, dataset, stage.warm_start)
         if how.checkpoint_activations:
             model.checkpoint_activations()
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size))
+        self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
         self.objective = Objective(
             stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
@@ -106,7 +107,7 @@ class Trainer:
             )  # fmt: skip
 
         self.validator = Validator(dataset, config, name, rows_per_chunk=1024)
-        self.starts_trained = initial_model(config, name) is not None or progress.part_step > 0
+        self.starts_trained = config.initial_model(name) is not None or progress.part_step > 0
         # this rank's index vectors, if mining has encoded them; not valid for a restored weight average
         self.initial_documents = None if self.average is not None and read is not None else documents
         metric = stage.validation_metric

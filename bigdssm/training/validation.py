@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.checkpoints.model_folder import is_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import FROZEN_FILE, holds_weights, is_model_folder, save_model_folder
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
 from bigdssm.evaluation.metrics import means, row_metrics, standard_errors
 from bigdssm.evaluation.reranking import Reranking, encoders_of
-from bigdssm.models import DualEncoder
+from bigdssm.models import DualEncoder, Scorer
 from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
@@ -53,7 +54,7 @@ class Validator:
             rerank = Reranking(scorer, self._stage.rerank)
         with timing.span("validation"):
             return evaluate_split(
-                encoders_of(engine.deepspeed, self._dataset, device(), engine.state_dict),
+                encoders_of(engine.deepspeed, self._dataset, device(), partial(_scorer_state, engine)),
                 self._dataset,
                 SPLIT,
                 documents=documents,
@@ -80,24 +81,28 @@ class Validator:
         Raises CheckpointError: they cannot be written; the previous folder is kept.
         """
         with timing.span("model folder"):
-            state = engine.state_dict()
+            model, frozen = cast(DualEncoder, engine.module), self._best_dir / FROZEN_FILE
+            kept = model.frozen_weights()
+            is_written = distributed.broadcast_object(holds_weights(frozen, kept))
+            names = {name for name, _ in model.named_parameters() if not (is_written and name in kept)}
+            state = engine.state_dict(names, on_main=True)
             error: BigDSSMError | None = None
             if distributed.is_main():
                 try:
                     save_model_folder(
-                        self._best_dir,
-                        cast(DualEncoder, engine.module),
-                        self._config,
-                        self._dataset.schema,
-                        self._dataset.tokenizer_dir,
+                        self._best_dir, model, self._config, self._dataset.schema, self._dataset.tokenizer_dir,
                         {**provenance, "dataset": self._dataset.fingerprint},
-                        state=state,
-                    )
+                        state=state, frozen=frozen if is_written else None,
+                    )  # fmt: skip
                 except BigDSSMError as problem:
                     error = problem
                 except OSError as problem:
                     error = CheckpointError(f"could not write {self._best_dir}: {problem}; the previous one is kept")
             distributed.raise_together(error)
+
+
+def _scorer_state(engine: Engine) -> dict[str, Tensor]:
+    return engine.state_dict(Scorer.weights_in(dict(engine.module.named_parameters())))
 
 
 class BestSelection:

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
+from bigdssm.checkpoints.checkpoint import find_checkpoint, read_manifest
+from bigdssm.checkpoints.model_folder import FROZEN_FILE, load_checkpoint_model
 from bigdssm.cluster.metrics import read_stage
+from bigdssm.config import load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.models import new_model
+from bigdssm.training.engine import init_process_group, partitioned_loading
 from tests.encoders import FAMILIES, LORA, write_pairs
 
 from . import small_run
-from .spawn import Pool
+from .spawn import Pool, RankFailed
 from .test_training import stop_after, weights
 
 CHUNKS, AGAIN, BF16 = "engine.chunk_tokens=60", "engine.checkpoint_activations=true", "engine.precision=bf16"
@@ -61,6 +69,52 @@ def test_all_modes_give_the_curve_of_one_rank(config: Path, tmp_path: Path, pool
         assert losses(one)[-1] != losses(one)[0]
 
 
+def assert_frozen_weights_are_saved_once(stage: Path) -> None:
+    """They are in best/ alone; without it a checkpoint takes them from the pretrained model."""
+    path = find_checkpoint(stage, "latest")
+    saved, whole = set(read_manifest(path).tensors), load_checkpoint_model(path).model
+    assert whole.frozen_weights() and not saved & whole.frozen_weights().keys()
+    (stage / "best").rename(stage / "aside")
+    without = load_checkpoint_model(path).model.state_dict()
+    (stage / "aside").rename(stage / "best")
+    assert all(torch.equal(without[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.slow
+def test_best_folders_share_the_frozen_weights(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config, folder = write_pairs(tmp_path, "llama"), tmp_path / "run"
+    modes = ("engine.zero_stage=3", *LORA, "pretrain.save_every_steps=1", "pretrain.optimizer.lr=1e-12")
+    pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=2"))
+    frozen = folder / "pretrain" / "best" / FROZEN_FILE
+    before = frozen.stat().st_ino, (frozen.with_name("model.safetensors")).stat().st_ino
+    pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=3"), "pretrain", True)
+    after = frozen.stat().st_ino, (frozen.with_name("model.safetensors")).stat().st_ino
+    assert after[0] == before[0] and after[1] != before[1]
+    for file in (tmp_path / "llama").glob("*.safetensors"):
+        save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(RankFailed, match="was written with other frozen weights"):
+        pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=4"), "pretrain", True)
+
+
+def loaded_sizes(rank: int, world_size: int, path: Path) -> dict[str, tuple[int, int]]:
+    """Return (whole, local) numbers of elements per weight of a new model at ZeRO stage 3."""
+    config = load_config(path)
+    dataset = Dataset.open(config.data.dir)
+    init_process_group()
+    loading = partitioned_loading(config.engine, config.pretrain.optimizer)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size, loading=loading)
+    return {name: (p.ds_numel, p.ds_tensor.numel()) for name, p in model.named_parameters() if hasattr(p, "ds_tensor")}
+
+
+def test_pretrained_weights_are_partitioned_as_they_are_read(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config = write_pairs(tmp_path, "modernbert", pairs=60)
+    overridden = tmp_path / "zero3.yaml"
+    overridden.write_text(yaml.safe_dump(load_config(config, ["engine.zero_stage=3"]).to_dict()))
+    for sizes in pools[2].run(loaded_sizes, overridden):
+        assert len(sizes) > 10 and all(name.startswith("text.shared.transformer.") for name in sizes)
+        assert all(local == -(-whole // 2) for whole, local in sizes.values())
+
+
 @pytest.mark.slow
 def test_lora_trains_the_adapters_alone_and_resumes_on_other_ranks(tmp_path: Path, pools: dict[int, Pool]) -> None:
     config = write_pairs(tmp_path, "qwen3")
@@ -70,6 +124,7 @@ def test_lora_trains_the_adapters_alone_and_resumes_on_other_ranks(tmp_path: Pat
     pools[3].run(small_run.run, config, tmp_path / "half", ("engine.zero_stage=1", *modes), "pretrain", True)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "half")
     assert whole.keys() == resumed.keys()
+    assert_frozen_weights_are_saved_once(tmp_path / "half" / "pretrain")
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     pools[1].run(small_run.run, config, tmp_path / "none", ("pretrain.optimizer.lr=1e-12", "pretrain.steps=1", *LORA))

@@ -43,7 +43,8 @@ def reference(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dic
 
 
 def weights(run_dir: Path, stage: str = "pretrain") -> dict[str, torch.Tensor]:
-    return load_file(run_dir / stage / "best" / "model.safetensors")
+    best = run_dir / stage / "best"
+    return {name: tensor for file in best.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_same_curve(run_dir: Path, reference: Path, tolerance: float = 1e-5, stage: str = "pretrain") -> None:

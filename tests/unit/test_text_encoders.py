@@ -23,7 +23,7 @@ from bigdssm.features.text import NO_TOKEN
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in
 from bigdssm.ingest.fitting import with_prompts
 from bigdssm.models.encoders.pretrained import (
-    load_pretrained,
+    build_pretrained,
     pretrained_architecture,
     pretrained_encoder,
 )
@@ -100,9 +100,7 @@ def test_packed_texts_equal_padded_ones(folder: Path, pooling: str, skip: int) -
 
 
 def encoder_of(folder: Path, pooling: str) -> TransformerEncoder:
-    encoder = TransformerEncoder(pretrained_architecture(str(folder), pooling=pooling))
-    load_pretrained(encoder, str(folder))
-    return encoder.eval()
+    return build_pretrained(pretrained_architecture(str(folder), pooling=pooling), str(folder)).eval()
 
 
 def test_the_pooling_of_a_family(folder: Path) -> None:

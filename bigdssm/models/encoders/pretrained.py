@@ -15,13 +15,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bigdssm.config import TextInputs
 from bigdssm.errors import ConfigError
-from bigdssm.models.encoders.lora import base_name, is_adapter
 from bigdssm.models.encoders.transformer import (
     ACTIVATIONS,
     TransformerEncoder,
     first_position,
     head_of,
     new_transformer,
+    without_pooler,
 )
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickled weights or code
@@ -150,9 +150,7 @@ class PretrainedFolder:
 
 def pretrained_encoder(folder: str) -> TransformerEncoder:
     """Return the encoder of a folder. Raises ConfigError: see `pretrained_architecture`."""
-    encoder = TransformerEncoder(pretrained_architecture(folder))
-    load_pretrained(encoder, folder)
-    return encoder
+    return build_pretrained(pretrained_architecture(folder), folder)
 
 
 def pretrained_architecture(
@@ -196,24 +194,19 @@ def _num_positions(architecture: PretrainedConfig) -> float:
     return math.inf if learned is None else learned.num_embeddings - first_position(model)
 
 
-def load_pretrained(encoder: TransformerEncoder, name: str) -> None:
-    """Load the weights of a pretrained model into an encoder. Raises ConfigError: they do not load."""
+def build_pretrained(architecture: PretrainedConfig, name: str) -> TransformerEncoder:
+    """Return an encoder with the weights of a pretrained model. Raises ConfigError: they do not load."""
     folder = PretrainedFolder(name)
     try:
         model = AutoModel.from_pretrained(
-            folder.transformer, config=encoder.transformer.config, local_files_only=True, use_safetensors=True,
+            folder.transformer, config=architecture, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, dtype=torch.float32,
         )  # fmt: skip
-        if hasattr(model, "pooler"):
-            model.pooler = None
-        pretrained = model.state_dict()
-        adapted = encoder.transformer.state_dict()
-        encoder.transformer.load_state_dict(
-            {name: value if is_adapter(name) else pretrained.pop(base_name(name)) for name, value in adapted.items()}
-        )
+        encoder = TransformerEncoder(architecture, without_pooler(model))
         linear = [layer for layer in encoder.layers if isinstance(layer, torch.nn.Linear)]
         for layer, path in zip(linear, folder.dense, strict=True):
             state = load_file(path / "model.safetensors")
             layer.load_state_dict({key.removeprefix("linear."): tensor for key, tensor in state.items()})
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"text.init={name} does not load as a Hugging Face model: {error}") from None
+    return encoder

@@ -74,16 +74,16 @@ AttentionMaskInterface.register(NAME, _mask)
 class TransformerEncoder(TextEncoder):
     """A transformer of Hugging Face, its pooling, and the layers that a sentence-transformers folder adds.
 
-    Its weights are new; see `pretrained.load_pretrained`. `architecture.bigdssm` holds pooling, added layers,
-    normalization and adapters.
+    `architecture.bigdssm` holds pooling, added layers, normalization and adapters.
     """
 
-    def __init__(self, architecture: PretrainedConfig) -> None:
+    def __init__(self, architecture: PretrainedConfig, transformer: PreTrainedModel | None = None) -> None:
+        """`transformer`: without adapters; by default one with new weights. See also `pretrained.build_pretrained`."""
         head: Mapping[str, Any] = getattr(architecture, "bigdssm", None) or head_of("mean")
         super().__init__(architecture, head["layers"][-1]["width"] if head["layers"] else architecture.hidden_size)
         self.pooling, self.normalize = head["pooling"], head["normalize"]
         self.default_attention: str | None = None  # set if attention is eager in training
-        self.transformer = new_transformer(architecture)
+        self.transformer = new_transformer(architecture) if transformer is None else transformer
         self.architecture = self.transformer.config  # may be a copy
         if head["lora"]:
             add_adapters(self.transformer, head["lora"])
@@ -225,14 +225,16 @@ def first_position(model: PreTrainedModel) -> int:
 
 
 def new_transformer(architecture: PretrainedConfig) -> PreTrainedModel:
-    """Return a model with new weights, without the unused pooler: ZeRO requires a gradient for each parameter."""
-    model: PreTrainedModel
+    """Return a model with new weights."""
     if isinstance(architecture, BertConfig):
-        model = BertModel(architecture, add_pooling_layer=False)
-    else:
-        model = AutoModel.from_config(architecture, trust_remote_code=False)
-        model.pooler = None
-    model.config.use_cache = False  # of keys and values, for generation
+        return without_pooler(BertModel(architecture, add_pooling_layer=False))
+    return without_pooler(AutoModel.from_config(architecture, trust_remote_code=False))
+
+
+def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove the unused pooler, since ZeRO requires a gradient for each parameter, and the cache of generation."""
+    model.pooler = None
+    model.config.use_cache = False
     return model
 
 

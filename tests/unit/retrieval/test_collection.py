@@ -29,8 +29,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder
-from bigdssm.models.encoders.pretrained import load_pretrained, pretrained_architecture, pretrained_encoder
-from bigdssm.models.encoders.transformer import TransformerEncoder
+from bigdssm.models.encoders.pretrained import build_pretrained, pretrained_architecture, pretrained_encoder
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_hard_negatives
 from bigdssm.retrieval.mining import mine
@@ -242,8 +241,7 @@ def test_a_pretrained_encoder_can_be_cut_to_its_first_layers(tmp_path: Path) -> 
     BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
                          intermediate_size=32, max_position_embeddings=16)).save_pretrained(tmp_path)  # fmt: skip
     whole = pretrained_encoder(str(tmp_path))
-    light = TransformerEncoder(pretrained_architecture(str(tmp_path), keep_layers=2))
-    load_pretrained(light, str(tmp_path))
+    light = build_pretrained(pretrained_architecture(str(tmp_path), keep_layers=2), str(tmp_path))
     for name, weight in light.state_dict().items():
         torch.testing.assert_close(weight, whole.state_dict()[name])
     layers = [sum(".attention.output.dense.weight" in n for n in e.state_dict()) for e in (whole, light)]
