@@ -62,6 +62,11 @@ class ModelFolder:
     provenance: dict[str, Any]
     checksum: str  # covers everything that affects scores; identifies the model in indexes and reports
 
+    @property
+    def doc_checksum(self) -> str:
+        """Identifies the document vectors: those of another model if it was trained against them."""
+        return str(self.provenance.get("documents") or self.checksum)
+
     def view(self, dataset: Dataset) -> Dataset:
         """Return a view of `dataset` in which values added after the model's training are out of vocabulary.
 

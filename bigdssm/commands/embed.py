@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.out,
             encoders,
             dataset,
-            folder.checksum,
+            folder.doc_checksum,
             work,
             args.since,
             whole=whole,

@@ -122,11 +122,28 @@ def _check_stage(name: StageName, config: Config) -> None:
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0")
     require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
+    _check_documents(name, stage, config)
     _check_loss(name, stage, config.model)
     _check_negatives(name, stage, config)
     for component in (stage.loss, stage.sampling, stage.distillation, stage.scorer):
         if component is not None:
             component.check_in_stage(name, config)
+
+
+def _check_documents(name: StageName, stage: StageConfig, config: Config) -> None:
+    """Raise ConfigError for a key that does not go with document vectors of another model."""
+    model, vectors = stage.documents.model, stage.documents.vectors
+    both = (model is None) == (vectors is None)
+    require(both, f"{name}.documents", f"model={model}, vectors={vectors}", "both, or neither")
+    if model is None:
+        return
+    for key, got, fits, needed in (
+        ("data.siamese", config.data.siamese, not config.data.siamese, "false"),
+        ("data.webdataset", config.data.webdataset, config.data.webdataset is None, "null"),
+        ("model.share_text", config.model.share_text, not config.model.share_text, "false"),
+        (f"{name}.scorer", stage.scorer, stage.scorer is None, "null"),
+    ):
+        require(fits, key, got, f"{needed} with {name}.documents.model, whose document tower is not trained")
 
 
 def _check_loss(name: StageName, stage: StageConfig, model: ModelConfig) -> None:

@@ -275,6 +275,14 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True)
+class DocumentsConfig:
+    """Document vectors of a trained model, against which the query tower is trained alone."""
+
+    model: str | None = None  # model folder whose document tower and alpha are taken, and not trained; none: train both
+    vectors: str | None = None  # vectors of all documents by this model, of bigdssm embed
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of training."""
 
@@ -290,6 +298,7 @@ class StageConfig:
     steps: int = bounded(0, 0, MAX_COUNT)  # 0: from `epochs`
     # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default best/ of its pretraining.
     init: str | None = None
+    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
     # The registered validation metric, larger is better: best/ is the latest validation within a standard error of the

@@ -125,6 +125,7 @@ class Batch:
     teacher: Tensor | None = None  # float32 [m, 1 + k]: teacher scores of the positive and the negatives, NaN for none
     teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores
     teacher_doc: Tensor | None = None  # float16 [n, E]
+    doc_vectors: Tensor | None = None  # float32 [n, D+1]: fixed index vectors; `doc` is then empty
     # int64 [p, 2]: further masked pairs (query id or, depending on negatives.mask, query index; doc id)
     known_positives: Tensor | None = None
 

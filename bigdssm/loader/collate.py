@@ -21,9 +21,9 @@ from bigdssm.models.packed import QueryPositions
 class Collator:
     """Builds batches: one column per distinct document, positives first."""
 
-    def __init__(self, schema: Schema, catalogue: Catalogue | None) -> None:
-        """`catalogue`: None if the rows contain their documents."""
-        self._schema, self._catalogue = schema, catalogue
+    def __init__(self, schema: Schema, catalogue: Catalogue | None, *, reads_documents: bool = True) -> None:
+        """`catalogue`: None if the rows contain their documents. reads_documents: else `Batch.doc` is empty."""
+        self._schema, self._catalogue, self._reads_documents = schema, catalogue, reads_documents
 
     def __call__(
         self, rows: Rows, *, negatives: np.ndarray | None = None, extra_docs: np.ndarray | None = None
@@ -46,7 +46,7 @@ class Collator:
         if negatives is not None:
             mapped = np.full(negatives.shape, -1, np.int64)
             mapped[negatives >= 0] = column_of[m : m + len(given)]
-        doc = self._catalogue.features(distinct)
+        doc = self._catalogue.features(distinct) if self._reads_documents else {}
         batch = self._batch(rows, doc, column_of, self._catalogue.ids(distinct), distinct, mapped)
         if (versions := self._catalogue.versions) is None:
             return batch
@@ -93,7 +93,7 @@ class Collator:
             counts=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
             negatives=None if negatives is None else as_tensor(negatives),
             query_lengths=lengths_of(query, paddings(self._schema.query)),
-            doc_lengths=lengths_of(doc, paddings(self._schema.doc)),
+            doc_lengths=lengths_of(doc, paddings(self._schema.doc)) if doc else {},
             query_positions=query_positions,
             queries_of_row=queries_of_row,
         )

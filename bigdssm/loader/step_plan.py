@@ -275,7 +275,7 @@ def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePl
     query, doc = budget.packed
     return (
         plan_side(batch.query_lengths, len(batch.row_ids), chunk_tokens, batch.queries_of_row, query),
-        plan_side(batch.doc_lengths, len(batch.doc_ids), chunk_tokens, packed=doc),
+        plan_side(batch.doc_lengths, len(batch.doc_ids) if batch.doc else 0, chunk_tokens, packed=doc),
     )
 
 

@@ -118,6 +118,7 @@ def _mlp(width: int, config: TowerConfig, dim: int) -> nn.Sequential:
 
 
 ALPHA_MAX = 100.0
+DOCUMENT_WEIGHTS = ("doc_tower.", "text.doc.", "tables.tables.doc_", "beta", "log_alpha")  # beginnings of their names
 
 
 class Encoded(NamedTuple):
@@ -218,8 +219,18 @@ class DualEncoder(nn.Module):
             scores = self.scorer(U[:, None], W[candidates])
         return Encoded(U, W, beta, alpha, scores)
 
+    @torch.no_grad()
+    def freeze_documents(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Exclude document tower, alpha and beta from training, with the weights in a model's `state` if given."""
+        names = {} if state is None else {name.replace("text.shared.", "text.doc.", 1): name for name in state}
+        for name, parameter in self.named_parameters():
+            if name.startswith(DOCUMENT_WEIGHTS):
+                parameter.requires_grad_(False)
+                if state is not None:
+                    parameter.copy_(state[names[name]])
+
     def frozen_weights(self) -> dict[str, nn.Parameter]:
-        """Return the weights that are not trained: those under adapters, or the towers under a scorer."""
+        """Return the weights that are not trained: those under adapters, towers under a scorer, fixed documents'."""
         return {name: p for name, p in self.named_parameters() if not p.requires_grad and p is not self.log_alpha}
 
     def checkpoint_activations(self) -> None:

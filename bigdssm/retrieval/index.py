@@ -304,5 +304,5 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
         vectors = load_vectors(folder, replace(meta, width=meta.whole or meta.width))
     opened = Index(index, meta, documents["doc_key"], documents["doc_title"], vectors)
     if model is not None:
-        opened.check_model(model.checksum)
+        opened.check_model(model.folder.doc_checksum)
     return opened

@@ -89,7 +89,7 @@ def recommend(
     Raises: CheckpointError: model, index and dataset do not match; ConfigError: `out` holds something else, or an
     invalid filter; DataError: no queries, or a vector is not finite.
     """
-    index.check_model(folder.checksum)
+    index.check_model(folder.doc_checksum)
     source = source.with_dataset(folder.view(dataset))
     index.check_dataset(dataset)
     out = real_path(out)
@@ -141,7 +141,7 @@ def _best(
     if not np.isfinite(vectors).all():
         raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
     excluded = [batch.seen[i] for i in range(len(batch.seen))] if exclude_seen else None
-    return index.nearest(vectors, top, folder.checksum, excluded, allowed)
+    return index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
 
 
 def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, documents: pa.StringArray) -> pa.Table:

@@ -172,6 +172,11 @@ def read_vectors(
 
     Raises CheckpointError: vectors of another model or dataset.
     """
+    return np.array(open_vectors(folder, model_checksum, dataset)[first:last])
+
+
+def open_vectors(folder: Path, model_checksum: str, dataset: Dataset) -> CodedVectors:
+    """Memory-map the vectors of a model and dataset. Raises CheckpointError: they are of another one."""
     meta = read_meta(folder)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{folder} is an index; give the folder of the vectors it was built from")
@@ -183,7 +188,7 @@ def read_vectors(
             raise CheckpointError(
                 f"{folder} holds vectors of {what} {theirs[:12]}, needs those of {ours[:12]}; embed it again"
             )
-    return np.array(load_vectors(folder, meta)[first:last])
+    return load_vectors(folder, meta)
 
 
 def load_vectors(folder: Path, meta: VectorsMeta) -> CodedVectors:

@@ -116,10 +116,10 @@ class Searcher:
             raise ConfigError(f"rerank={rerank}: needs at least 2 documents, or 0 for none")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads={threads}: needs at least 1")
-        if index.meta.model_checksum != folder.checksum:
+        if index.meta.model_checksum != folder.doc_checksum:
             raise CheckpointError(
                 f"the index holds vectors of model {index.meta.model_checksum[:12]}, --model is "
-                f"{folder.checksum[:12]}; embed and index with the served model"
+                f"{folder.doc_checksum[:12]}; embed and index with the served model"
             )
         if dataset is not None:
             dataset = folder.view(dataset)
@@ -197,7 +197,7 @@ class Searcher:
             some = [queries[i] for i in members]
             top = min(max(self._rerank, requested), self._index.meta.num_docs)
             scores, rows = self._index.nearest(
-                vectors[members], top, self._folder.checksum, [query.excluded for query in some], allowed,
+                vectors[members], top, self._folder.doc_checksum, [query.excluded for query in some], allowed,
             )  # fmt: skip
             for i, *both in zip(members, scores, rows, strict=True):
                 results[i] = both[0], both[1]

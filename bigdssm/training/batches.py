@@ -27,6 +27,7 @@ from bigdssm.losses import sample_uniform
 from bigdssm.losses.declarations import BatchKL, ListDistillation
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
+from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.objective import catalogue_share
 from bigdssm.utils.hashing import derive_key
 
@@ -45,17 +46,22 @@ class BatchBuilder:
         stage: StageConfig,
         seed: int = 0,
         hard_negatives: HardNegatives | UniformNegatives | None = None,
+        documents: FixedDocuments | None = None,
     ) -> None:
-        """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`."""
+        """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`.
+
+        documents: vectors that take the place of documents' features.
+        """
         dataset = stream.dataset
-        self.hard_negatives = hard_negatives
+        self.hard_negatives, self._documents = hard_negatives, documents
         self._dataset, self._config, self._seed = dataset, stage.negatives, seed
         self._distils = isinstance(stage.distillation, ListDistillation)
         self._teacher_margin, self._steps_per_epoch = stage.negatives.mining.teacher_margin, stream.steps_per_epoch
         teacher = stage.distillation.teacher if isinstance(stage.distillation, BatchKL) else None
         self._teacher = None if teacher is None else TeacherVectors(Path(teacher))
         self._rank, self._world_size = stream.rank, stream.world_size
-        self._collator = Collator(dataset.schema, None if stream.inline else dataset.catalogue)
+        catalogue = None if stream.inline else dataset.catalogue
+        self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
@@ -65,6 +71,8 @@ class BatchBuilder:
         batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
         if scores is not None:
             batch = replace(batch, teacher=torch.from_numpy(scores))
+        if self._documents is not None:
+            batch = replace(batch, doc_vectors=as_tensor(self._documents.vectors[batch.doc_rows.numpy()]))
         if self._teacher is not None:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
             batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))

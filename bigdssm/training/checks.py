@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +86,10 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
         TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
     source = config.initial_model(name)
+    for key in ("model", "vectors"):
+        path = getattr(stage.documents, key)
+        if path is not None and not Path(path).is_dir():
+            raise ConfigError(f"{name}.documents.{key}: {path} is not a folder; bigdssm embed writes one of vectors")
     if stage.warm_start.window:
         key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
         if source is not None:
@@ -138,6 +143,20 @@ def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
             f"{dataset.dir}: no train row has a relevance above 0: there is nothing to learn; correct the "
             "relevances, and build the dataset again"
         )
+
+
+def model_difference(theirs: Config, mine: Config, omitted: tuple[str, ...] = ()) -> str | None:
+    """Return the first key in which two model sections differ, except `omitted` ones and those of training alone."""
+    omitted += ("alpha_init", "alpha_learned", "beta_init")
+
+    def shape(config: Config) -> dict[str, Any]:
+        model = config.to_dict()["model"]
+        for side in ("query", "doc"):
+            for section in (model[side], model[side]["history"], model[side]["text"]):
+                section.pop("dropout"), section.pop("item_dropout", None)
+        return {key: value for key, value in model.items() if key not in omitted}
+
+    return first_difference(shape(theirs), shape(mine), "model")
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:

@@ -91,19 +91,29 @@ def _whole(engine: StepEngine, batch: Batch, plan: StepPlan, features: Features)
     extra_inputs: dict[str, Any] = dict(at_least_one(features)) if features else {}
     if batch.query_positions is not None:
         extra_inputs["query_positions"] = batch.query_positions
-    query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
+    query = whole_features(batch.query, plan.query)
+    doc = None if batch.doc_vectors is not None else whole_features(batch.doc, plan.doc)
     full = engine.forward(query, doc, **extra_inputs)
-    assert full.U is not None and full.W is not None
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
-    beta = None if full.beta is None else full.beta[:num_docs]
+    W, beta = (full.W, full.beta) if batch.doc_vectors is None else _fixed_columns(engine, batch, full.alpha)
+    assert full.U is not None and W is not None
+    beta = None if beta is None else beta[:num_docs]
     scores = None if full.scores is None else full.scores[:num_queries]
-    encoded = Encoded(full.U[:num_queries], full.W[:num_docs], beta, full.alpha, scores)
+    encoded = Encoded(full.U[:num_queries], W[:num_docs], beta, full.alpha, scores)
 
     def backward(leaves: Encoded) -> None:
         sides = zip(encoded, leaves, strict=True)
-        engine.backward([(out, _gradient(leaf)) for out, leaf in sides if out is not None and leaf is not None])
+        differentiable = ((out, leaf) for out, leaf in sides if out is not None and out.requires_grad)
+        engine.backward([(out, _gradient(leaf)) for out, leaf in differentiable if leaf is not None])
 
     return encoded, backward
+
+
+def _fixed_columns(engine: StepEngine, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return W [n, D] and beta [n], if the model has one, of fixed document vectors [alpha * w, beta]."""
+    assert batch.doc_vectors is not None
+    has_beta = cast(DualEncoder, engine.module).config.beta != "none"
+    return batch.doc_vectors[:, :-1] / alpha.detach(), batch.doc_vectors[:, -1] if has_beta else None
 
 
 def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
@@ -162,24 +172,29 @@ class EncodedChunk:
 
 
 def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
-    """Return the chunks of a plan that is not whole, first those of queries, then those of documents."""
-    query, doc = Chunked(batch.query, plan.query, batch.query_positions), Chunked(batch.doc, plan.doc)
-    work = [("query", query, chunk) for chunk in plan.query.chunks] + [("doc", doc, chunk) for chunk in plan.doc.chunks]
-    return [EncodedChunk(*item, retain_graph=i >= len(work) - plan.num_retained) for i, item in enumerate(work)]
+    """Return the chunks of a plan that is not whole, first those of queries, then those of documents, unless fixed."""
+    sides = {"query": Chunked(batch.query, plan.query, batch.query_positions)}
+    if batch.doc_vectors is None:
+        sides["doc"] = Chunked(batch.doc, plan.doc)
+    work = [("query", chunk) for chunk in plan.query.chunks] + [("doc", chunk) for chunk in plan.doc.chunks]
+    return [
+        EncodedChunk(name, sides[name], chunk, retain_graph=i >= len(work) - plan.num_retained)
+        for i, (name, chunk) in enumerate(work)
+        if name in sides
+    ]
 
 
 def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
     """Encode chunk by chunk; backward takes all retained graphs together, then other chunks one by one."""
     outputs = [chunk.encode(engine) for chunk in chunks]
-    query, doc = chunks[0].side, chunks[-1].side
-    of_docs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
-    encoded = Encoded(
-        _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query]),
-        _assembled(doc, [output.W for output in of_docs]),
-        _assembled(doc, [output.beta for output in of_docs]),
-        outputs[-1].alpha,
-    )
-    return encoded, partial(_backward, engine, chunks)
+    query, doc, alpha = chunks[0].side, chunks[-1].side, outputs[-1].alpha
+    U = _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query])
+    if batch.doc_vectors is None:
+        of_docs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
+        W, beta = (_assembled(doc, [output[part] for output in of_docs]) for part in (1, 2))
+    else:
+        W, beta = _fixed_columns(engine, batch, alpha)
+    return Encoded(U, W, beta, alpha), partial(_backward, engine, chunks)
 
 
 def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:

@@ -32,6 +32,7 @@ from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
+from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
 
@@ -209,7 +210,9 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     uniform = -(-stage.negatives.uniform // world_size)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
     negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
-    batch = next(read_batches(stream, BatchBuilder(stream, share, config.run.seed, negatives), torch.device("cpu")))
+    documents = FixedDocuments.unchecked(Path(stage.documents.vectors)) if stage.documents.vectors else None
+    builder = BatchBuilder(stream, share, config.run.seed, negatives, documents)
+    batch = next(read_batches(stream, builder, torch.device("cpu")))
     texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
     mode = FakeTensorMode()
     with torch.device("meta"):  # peft cannot build its layers of fake tensors
@@ -219,6 +222,8 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
     model.train()
+    if documents is not None:
+        model.freeze_documents()
     if engine.precision != "fp32" and not torch.cuda.is_available():
         use_eager_attention(model)  # as in the engine
     if engine.checkpoint_activations:
@@ -227,7 +232,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     resident, in_step = resident_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
     # the average, and a copy of the weights while the average replaces them
     averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
-    saved = sizes.weights + sizes.states + (sizes.weights if stage.weight_average else 0)
+    saved = sizes.trained + sizes.states + (sizes.weights if stage.weight_average else 0)
     graphs, towers = _towers(model, mode, batch, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known_positives
@@ -301,7 +306,8 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
     chunks = [] if plan.whole else encoded_chunks(batch, plan)
     query_positions = {} if batch.query_positions is None else {"query_positions": batch.query_positions}
     candidates = {} if model.scorer is None else {"candidates": candidate_columns(batch)}
-    query, doc = whole_features(batch.query, plan.query), whole_features(batch.doc, plan.doc)
+    query = whole_features(batch.query, plan.query)
+    doc = whole_features(batch.doc, plan.doc) if batch.doc_vectors is None else None
     whole: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
     fixed: list[dict[str, Any]] = []  # inputs of frozen towers
     if isinstance(model.scorer, CrossEncoder):
@@ -331,7 +337,9 @@ def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: Engi
 
 
 def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
-    """Return the bytes of encoding the catalogue's documents without a graph."""
+    """Return the bytes of encoding the catalogue's documents without a graph; 0 if their vectors are fixed."""
+    if batch.doc_vectors is not None:
+        return 0
     plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
     chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
     features = cast(Features, side.features(chunk))  # the plan packs nothing

@@ -155,7 +155,8 @@ class Health:
 
 def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
     """Return the FLOPs of this rank's forward and backward (twice the forward); see `DualEncoder.flops`."""
-    towers = model.flops(*batch.sizes)
+    query, doc = batch.sizes
+    towers = model.query_tower.flops(query) if batch.doc_vectors is not None else model.flops(query, doc)
     if plan.pairs is None:
         return 3 * towers
     assert isinstance(model.scorer, CrossEncoder)

@@ -27,6 +27,7 @@ from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.training.batches import row_stream
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
+from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.resume import segment_steps
 from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, get_logger
@@ -43,6 +44,7 @@ class HardNegativeRefresh:
     engine: Engine
     dataset: Dataset
     progress: Progress
+    documents: FixedDocuments | None = None
 
     def load(self, step: int, resumed: bool) -> tuple[HardNegatives | UniformNegatives | None, DocumentVectors | None]:
         """Return the hard negatives of `step`, and this rank's index vectors if mining encoded them; or None.
@@ -111,7 +113,10 @@ class HardNegativeRefresh:
         config, stage, mining = self.config, self.config.stage(self.name), self.config.stage(self.name).negatives.mining
         share = Share(distributed.rank(), distributed.world_size(), progress=self.progress)
         encoders = tower_encoders(self.engine.deepspeed, self.dataset, device())
-        documents = encode_catalogue(encoders, self.dataset.catalogue.num_docs, share)
+        if self.documents is None:
+            documents = encode_catalogue(encoders, self.dataset.catalogue.num_docs, share)
+        else:
+            documents = self.documents.share(device())
         with closing(row_stream(config, stage, self.dataset, share.rank, share.world_size)) as stream:
             # no fewer at the end of the stage: a resumed one may be longer
             steps = self._every_steps or segment_steps(stage, stream.steps_per_epoch)

@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = {
     "STAGE.epochs": "longer",
     "STAGE.steps": "longer",
     "STAGE.init": "never",
+    "STAGE.documents": "never",
     "STAGE.warm_start": "never",
     "STAGE.negatives": "never",
     "STAGE.sampling": "never",

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -21,14 +20,15 @@ from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
 from bigdssm.cluster.run_folder import STOP_FILE, FolderLock, record_start
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, StageName, first_difference
+from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage
+from bigdssm.training.checks import check_agreement, check_stage, model_difference
 from bigdssm.training.engine import device, init_process_group, partitioned_loading
+from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
 from bigdssm.training.loop import train
 from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, segment_steps
@@ -81,12 +81,13 @@ def run_stage(
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
+            documents = fix_documents(model, config, name, dataset)
             stream = row_stream(
                 config, stage_config, dataset, distributed.rank(), world_size, config.data.num_workers,
                 quarantine=Path(config.run.dir) / f"quarantine-{distributed.rank():05d}.jsonl",
             )  # fmt: skip
             if validate_only:
-                _report_valid(config, name, model, stream)
+                _report_valid(config, name, model, stream, documents)
                 check_folder(config, name, resume)  # last, so that errors of the config are reported first
                 return None
             after.enter_context(lock)
@@ -98,7 +99,7 @@ def run_stage(
             after.enter_context(closing(trackers))
             with ProgressBar(delay_s=0.0) as bar, closing(stream):
                 trainer = Trainer(
-                    config, name, model, stream, start,
+                    config, name, model, stream, start, documents,
                     store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,
                 )  # fmt: skip
                 del start  # frees the checkpoint in memory
@@ -124,32 +125,21 @@ def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
     source, scorer = config.initial_model(name), config.stage(name).scorer
     if source is None:
         # .train(), since transformers returns pretrained encoders in evaluation mode
-        loading = partitioned_loading(config.engine, config.stage(name).optimizer)
+        loading = None  # a document tower that is copied is whole
+        if config.stage(name).documents.model is None:
+            loading = partitioned_loading(config.engine, config.stage(name).optimizer)
         return new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading).train()
     loaded = load_initial_model(source, scorer)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
     loaded.view(dataset)
     grow_model(loaded.model, dataset.schema)
-    difference = _model_difference(loaded.config, config)
+    difference = model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
     loaded.model.train()
     logger.info("%s starts from %s", name, source)
     return loaded.model
-
-
-def _model_difference(theirs: Config, mine: Config) -> str | None:
-    """Return the first key in which two model sections differ, except keys used only in training."""
-
-    def shape(config: Config) -> dict[str, Any]:
-        model = config.to_dict()["model"]
-        for side in ("query", "doc"):
-            for section in (model[side], model[side]["history"], model[side]["text"]):
-                section.pop("dropout"), section.pop("item_dropout", None)
-        return {key: value for key, value in model.items() if key not in ("alpha_init", "alpha_learned", "beta_init")}
-
-    return first_difference(shape(theirs), shape(mine), "model")
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -159,9 +149,11 @@ def _write_config(folder: Path, config: Config) -> None:
     distributed.barrier()
 
 
-def _report_valid(config: Config, name: StageName, model: DualEncoder, stream: RowStream) -> None:
+def _report_valid(
+    config: Config, name: StageName, model: DualEncoder, stream: RowStream, documents: FixedDocuments | None
+) -> None:
     stage = config.stage(name)
-    batch = next(read_batches(stream, BatchBuilder(stream, stage, config.run.seed), device()))
+    batch = next(read_batches(stream, BatchBuilder(stream, stage, config.run.seed, documents=documents), device()))
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     steps = segment_steps(stage, stream.steps_per_epoch)
     logger.info(

@@ -30,6 +30,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
+from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.health import Health
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
@@ -52,7 +53,8 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, name: StageName, model: DualEncoder, stream: RowStream, start: StartPoint, *,
+        self, config: Config, name: StageName, model: DualEncoder, stream: RowStream, start: StartPoint,
+        documents: FixedDocuments | None = None, *,
         store: CheckpointStore, trackers: Trackers, bar: ProgressBar, watchdog: Watchdog, stop: StopRequest,
     ) -> None:  # fmt: skip
         """Build the stage and restore it to `start`. All ranks must call it.
@@ -90,9 +92,9 @@ class Trainer:
         self.selection = BestSelection()
         self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None
 
-        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_progress)
-        hard_negatives, documents = self.mining.load(progress.step - progress.part_step, start.same_segment)
-        self._make_batch = BatchBuilder(stream, stage, config.run.seed, hard_negatives)
+        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_progress, documents)
+        hard_negatives, initial_documents = self.mining.load(progress.step - progress.part_step, start.same_segment)
+        self._make_batch = BatchBuilder(stream, stage, config.run.seed, hard_negatives, documents)
 
         torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
         if read is not None:
@@ -106,10 +108,10 @@ class Trainer:
                 name, stage.optimizer.warmup_steps, steps, warmup,
             )  # fmt: skip
 
-        self.validator = Validator(dataset, config, name, rows_per_chunk=1024)
+        self.validator = Validator(dataset, config, name, rows_per_chunk=1024, fixed=documents)
         self.starts_trained = config.initial_model(name) is not None or progress.part_step > 0
         # this rank's index vectors, if mining has encoded them; not valid for a restored weight average
-        self.initial_documents = None if self.average is not None and read is not None else documents
+        self.initial_documents = None if self.average is not None and read is not None else initial_documents
         metric = stage.validation_metric
         self.health = Health(
             name, self.engine, trackers, bar, self.total_steps, stage.rows_global, stage.log_every_steps,

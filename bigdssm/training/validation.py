@@ -24,6 +24,7 @@ from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
+from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover
 from bigdssm.utils.log import Progress
@@ -34,8 +35,11 @@ SPLIT = "validation"
 class Validator:
     """Evaluates an engine's model on the validation split, and writes the best/ model folder."""
 
-    def __init__(self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int) -> None:
-        self._dataset, self._config, self._rows_per_chunk = dataset, config, rows_per_chunk
+    def __init__(
+        self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int,
+        fixed: FixedDocuments | None = None,
+    ) -> None:  # fmt: skip
+        self._dataset, self._config, self._rows_per_chunk, self._fixed = dataset, config, rows_per_chunk, fixed
         self._best_dir, self._stage = config.stage_dir(stage) / "best", config.stage(stage)
 
     def evaluate(
@@ -52,6 +56,8 @@ class Validator:
             dataset, catalogue = self._dataset, self._dataset.catalogue
             scorer = PairScorer(engine.deepspeed, dataset.schema, catalogue.columns, device())
             rerank = Reranking(scorer, self._stage.rerank)
+        if self._fixed is not None:
+            documents = self._fixed.share(device())
         with timing.span("validation"):
             return evaluate_split(
                 encoders_of(engine.deepspeed, self._dataset, device(), partial(_scorer_state, engine)),
@@ -86,12 +92,13 @@ class Validator:
             is_written = distributed.broadcast_object(holds_weights(frozen, kept))
             names = {name for name, _ in model.named_parameters() if not (is_written and name in kept)}
             state = engine.state_dict(names, on_main=True)
+            fixed = {} if self._fixed is None else {"documents": self._fixed.checksum}
             error: BigDSSMError | None = None
             if distributed.is_main():
                 try:
                     save_model_folder(
                         self._best_dir, model, self._config, self._dataset.schema, self._dataset.tokenizer_dir,
-                        {**provenance, "dataset": self._dataset.fingerprint},
+                        {**provenance, "dataset": self._dataset.fingerprint, **fixed},
                         state=state, frozen=frozen if is_written else None,
                     )  # fmt: skip
                 except BigDSSMError as problem:

@@ -107,7 +107,7 @@ def main() -> None:
     dataset = folder.view(dataset)
     if meta.dtype != "float32":
         raise ConfigError(f"--vectors {args.vectors} are {meta.dtype}, needs those that embed writes without --dtype")
-    vectors = read_vectors(args.vectors, folder.checksum, dataset)
+    vectors = read_vectors(args.vectors, folder.doc_checksum, dataset)
     queries = queries_of(tower_encoders(folder.model, dataset), dataset, args.split, args.queries)
     build_threads = faiss.omp_get_max_threads()
     results, exact = [], None

@@ -56,7 +56,7 @@ def main() -> None:
         raise CheckpointError(f"{args.onnx} is an export of another model than {args.model}; export this one")
 
     torch.set_num_threads(1)
-    documents = torch.from_numpy(read_vectors(args.vectors, folder.checksum, dataset))
+    documents = torch.from_numpy(read_vectors(args.vectors, folder.doc_checksum, dataset))
     queries, target, seen, query_ids = queries_of(dataset, args.split, args.queries)
     systems: dict[str, Callable[[Features], Tensor]] = {"torch": partial(query_vectors, folder.model)}
     for file in ("query.onnx", "query.int8.onnx"):

@@ -1,0 +1,64 @@
+"""Document vectors of a trained model, against which a stage trains the query tower alone.
+
+The trained model has that model's document tower, so its queries can be searched in existing indexes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bigdssm import distributed
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.config import Config, StageName
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import DocumentVectors, Share
+from bigdssm.retrieval.vectors import CodedVectors, load_vectors, open_vectors, read_meta
+from bigdssm.training.checks import model_difference
+
+
+@dataclass(frozen=True)
+class FixedDocuments:
+    """The index vectors of all documents, by catalogue row, and the checksum of their model."""
+
+    vectors: CodedVectors
+    checksum: str
+
+    @classmethod
+    def unchecked(cls, folder: Path) -> FixedDocuments:
+        """Return the vectors of a folder without their model, for estimates."""
+        meta = read_meta(folder)
+        return cls(load_vectors(folder, meta), meta.model_checksum)
+
+    def share(self, device: torch.device) -> DocumentVectors:
+        """Return this rank's share of the vectors, as `encode_catalogue` does."""
+        first, last = Share(distributed.rank(), distributed.world_size()).of(len(self.vectors))
+        return DocumentVectors(torch.from_numpy(np.array(self.vectors[first:last])).to(device), first)
+
+
+def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: Dataset) -> FixedDocuments | None:
+    """Give `model` the document tower that a stage does not train, and open its vectors; None if it trains both.
+
+    Raises CheckpointError: `documents.model` is no model of this dataset, or the vectors are of another model or
+    dataset; ConfigError: its document tower differs from the one in `config`.
+    """
+    documents = config.stage(name).documents
+    if documents.model is None or documents.vectors is None:
+        return None
+    source = load_model_folder(Path(documents.model))
+    source.view(dataset)
+    if difference := model_difference(source.config, config, omitted=("query", "share_text")):
+        raise ConfigError(f"{documents.model} was trained with another model section: {difference}; use the same here")
+    model.freeze_documents(source.model.state_dict())
+    vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole)
+    if vectors.width != config.model.dim + 1:
+        raise ConfigError(
+            f"{documents.vectors} holds vectors of {vectors.width - 1} numbers, needs all {config.model.dim} of the "
+            "model; embed without --width"
+        )
+    return FixedDocuments(vectors, source.doc_checksum)
