@@ -153,7 +153,6 @@ def run_card(folder: Path) -> dict[str, Any]:
 
 NEAR = {"type": "vector", "column": "near", "dim": DIM}
 CASES = {
-    "lists": (NEAR, [0.5] * DIM),
     "lists of halves, normalized": ({**NEAR, "dtype": "float16", "normalize": True}, [0.5, -1.0] * (DIM // 2)),
     "matrix": ({"type": "vector", "matrix": "near.npy", "dim": DIM}, [0.5] * DIM),
     "from outside": ({"type": "angle", "column": "hour", "whole": 24.0}, 6.0),

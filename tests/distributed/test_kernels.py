@@ -64,7 +64,9 @@ def test_equals_the_dense_reference(
     )  # fmt: skip
     found = check(ranks, shards, 20.0, direction, tolerance, loss)
     plain = run_rank(0, 1, fps_loss, shards, 20.0, None, {"direction": direction})[2]
-    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in plain.items()}, rel=1e-4)
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(
+        {k: float(v) for k, v in plain.items()}, rel=max(1e-4, tolerance / 10)
+    )  # oneDNN rounds products of bfloat16 otherwise than Triton's interpreter
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

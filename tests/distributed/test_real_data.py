@@ -46,7 +46,6 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(
     ("world_size", "mode"),
     [
-        (2, ("engine.zero_stage=1",)),
         (3, ("engine.zero_stage=1", CHUNKS)),
         (2, ("engine.zero_stage=0", CHUNKS)),
         (1, ("engine.zero_stage=2", "engine.offload_optimizer=true", CHUNKS)),

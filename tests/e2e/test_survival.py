@@ -111,9 +111,10 @@ def test_torchrun_restarts_dead_ranks(config: Path, folder: Path) -> None:
 
 def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, folder: Path) -> None:
     """Killed in a step or a save, disk full; then a flipped byte, truncated and lost files, no `latest`."""
-    whole = Run(folder.with_name("whole"), config, *STEADY, "pretrain.steps=20")
+    command, steady = launcher("--ranks"), (*STEADY, "pretrain.steps=20", "--ranks", "2")
+    whole = Run(folder.with_name("whole"), config, *steady, command=command)
     assert whole.wait() == 0, whole.log
-    arguments = (*STEADY, "pretrain.steps=20", "--resume", "auto")
+    arguments = (*steady, "--resume", "auto")
     expected = [
         ("kill@6:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
         ("kill-save@8:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
@@ -126,7 +127,7 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
         ("term@17", {75}, "stopped on request after step 18, saved", 18),
     ]
     for fault, codes, sentence, step in expected:
-        run = Run(folder, config, *arguments, variables=environment(fault))
+        run = Run(folder, config, *arguments, command=command, variables=environment(fault))
         assert run.wait() in codes, run.log
         assert re.search(sentence, run.log), run.log
         assert max(run.checkpoints()) == f"step-{step:08d}"
@@ -139,7 +140,7 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
     tensors.write_bytes(content)
     (short / "tensors-00000.safetensors").write_bytes(b"short")
     (checkpoints / "latest").unlink()
-    run = Run(folder, config, *arguments, variables=environment("raise@14"))
+    run = Run(folder, config, *arguments, command=command, variables=environment("raise@14"))
     assert run.wait() in (1, 6), run.log
     assert "a block is truncated or does not match its checksum; trying the previous checkpoint" in run.log
     assert re.search(r"tensors-00000.safetensors has 5 bytes, was \d+; trying the previous checkpoint", run.log)
@@ -147,7 +148,7 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
     (checkpoints / "step-00000012" / "rank-00000.safetensors").unlink()
     (checkpoints / "latest").write_text("")
     (checkpoints / "step-00000099").mkdir()
-    run = Run(folder, config, *arguments)
+    run = Run(folder, config, *arguments, command=command)
     assert run.wait() == 0, run.log
     assert "step-00000099 has no manifest.json" in run.log and "rank-00000.safetensors is missing" in run.log
     assert "continues from" not in run.log  # no valid checkpoint: a new start

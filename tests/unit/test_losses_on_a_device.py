@@ -102,9 +102,16 @@ def test_operations_of_a_pretraining_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("biases", [("beta", "neg_bias"), ("beta",), ("neg_bias",), ()])
-@pytest.mark.parametrize("D", [64, 256])
-@pytest.mark.parametrize(("world_size", "m"), [(8, 64), (512, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "m", "D", "biases"),
+    [
+        (8, 64, 256, ("beta", "neg_bias")),
+        (8, 64, 64, ("neg_bias",)),
+        (512, 2, 256, ("beta",)),
+        (512, 2, 64, ("beta", "neg_bias")),
+        (512, 2, 64, ()),
+    ],
+)
 def test_only_required_tensors_are_sent(world_size: int, m: int, D: int, biases: tuple[str, ...]) -> None:
     """Per column its vector, id, biases and pair; the gradients of its vector and beta; and the sizes of ranks."""
     kept = ("U", "W", "positive", "weight", "query_ids", "doc_ids", *biases)

@@ -255,7 +255,7 @@ def test_a_killed_bulk_job_is_finished_under_torchrun(model_dir: Path, index_dir
 
     assert run(["-c", KILLED], "out").returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    finished, whole = run(ranks, "out"), run(ranks, "whole")
+    finished, whole = run(ranks, "out"), run(ranks[-2:], "whole")
     assert finished.returncode == whole.returncode == 0, finished.stderr + whole.stderr
     assert "16 shards were already finished" in finished.stdout and "already finished" not in whole.stdout
     assert rows_of(tmp_path / "out").equals(rows_of(tmp_path / "whole"))

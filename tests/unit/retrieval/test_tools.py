@@ -106,7 +106,6 @@ def test_every_tool_as_a_user_runs_it(model_dir: Path, run_dir: Path, dataset: D
         [
             ["convert_checkpoint", "--run", str(run_dir / "sft"), "--out", "model"],
             ["evaluate", "--model", "model", *data, "--out", "evaluation.json"],
-            ["mine_negatives", "--model", "model", *data, "--out", "mined.npy"],
             ["report", str(run_dir), "--out", "report.json"],
             ["plot_run", str(run_dir), "--out", "curves.png"],
         ],
@@ -124,7 +123,6 @@ def test_every_tool_as_a_user_runs_it(model_dir: Path, run_dir: Path, dataset: D
         "index/index.faiss",
         "model/bigdssm.json",
         "evaluation.json",
-        "mined.npy",
         "report.json",
         "curves.png",
     ):
