@@ -23,7 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.tensors import Features
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.step_plan import TokenBudget, plan_side, plan_step
+from bigdssm.loader.step_plan import StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.losses.precision import settle_precision
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
@@ -94,13 +94,16 @@ def step_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> int:
     return gradients + 4 * FP32 * sizes.share(world_size)
 
 
-def sent_bytes(engine: EngineConfig, sizes: ModelSizes) -> dict[str, int]:
-    """Return the bytes reduced and gathered in a step, by purpose; an all-reduce counts twice."""
+def sent_bytes(engine: EngineConfig, sizes: ModelSizes, gathered: int) -> dict[str, int]:
+    """Return the bytes reduced and gathered in a step, by purpose; an all-reduce counts twice.
+
+    gathered: the weights that all forwards and backwards of a step gather at ZeRO stage 3.
+    """
     sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * sizes.trained}
     if engine.zero_stage in (1, 2):
         sent["updated weights"] = _weight(engine) * sizes.trained
     elif engine.zero_stage == 3:
-        sent["weights, for forward and backward"] = 2 * _weight(engine) * sizes.weights
+        sent["weights, for forwards and backwards"] = _weight(engine) * gathered
     return sent
 
 
@@ -233,11 +236,12 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     # the average, and a copy of the weights while the average replaces them
     averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
     saved = sizes.trained + sizes.states + (sizes.weights if stage.weight_average else 0)
-    graphs, towers = _towers(model, mode, batch, engine)
+    plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
+    graphs, towers = _towers(model, mode, batch, plan, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known_positives
     vectors = vector_bytes(*rows, width)
-    loss, sent = 0, sent_bytes(engine, sizes)
+    loss, sent = 0, sent_bytes(engine, sizes, _gathered_weights(model, plan))
     if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(
             *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
@@ -296,13 +300,30 @@ def _materialize(model: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
-def _towers(model: DualEncoder, mode: FakeTensorMode, batch: Batch, engine: EngineConfig) -> tuple[int, int]:
+def _gathered_weights(model: DualEncoder, plan: StepPlan) -> int:
+    """Return the weights that are gathered in a step: by each forward and backward, those of its side."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if plan.whole:
+        return 2 * sum(sizes.values())
+    other = {"query": ("doc_tower.", "text.doc.", "beta"), "doc": ("query_tower.", "text.query.")}
+    sides = ["query"] * len(plan.query.chunks) + ["doc"] * len(plan.doc.chunks)
+    passes = dict.fromkeys(other, 0)
+    for number, side in enumerate(sides):
+        passes[side] += 2 if number >= len(sides) - plan.num_retained else 3
+    return sum(
+        number * sum(size for name, size in sizes.items() if not name.startswith(other[side]))
+        for side, number in passes.items()
+    )
+
+
+def _towers(
+    model: DualEncoder, mode: FakeTensorMode, batch: Batch, plan: StepPlan, engine: EngineConfig
+) -> tuple[int, int]:
     """Return the bytes of graphs retained until the loss, and the peak of forward and backward.
 
     The peak includes gradients of the weights and heap fragmentation.
     """
     budget = TokenBudget.of(engine, model.accepts_packed(training=True))
-    plan = plan_step(batch, budget)
     chunks = [] if plan.whole else encoded_chunks(batch, plan)
     query_positions = {} if batch.query_positions is None else {"query_positions": batch.query_positions}
     candidates = {} if model.scorer is None else {"candidates": candidate_columns(batch)}

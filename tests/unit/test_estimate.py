@@ -65,6 +65,11 @@ def test_shares_and_traffic_of_ranks(tiny_pairs: TinyDataset) -> None:
     assert one.negatives == 239 and four.negatives == pytest.approx(239, abs=8)  # a rank's copies, for all ranks
     parts = of(tiny_pairs, "engine.zero_stage=3", world_size=4)
     assert parts.resident["weights"] < 1.01 * whole.resident["weights"] / 4
+    weights = "weights, for forwards and backwards"
+    assert parts.sent[weights] == 2 * 4 * parts.num_weights * 3 // 4
+    chunks = of(tiny_pairs, "engine.zero_stage=3", "engine.chunk_tokens=400", world_size=4).sent[weights]
+    again = of(tiny_pairs, "engine.zero_stage=3", "engine.chunk_tokens=400", "engine.keep_graph_tokens=0", world_size=4)
+    assert 2 * parts.sent[weights] < chunks < again.sent[weights] <= 1.5 * chunks
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
