@@ -23,14 +23,15 @@ from .spawn import Pool, RankFailed
 from .test_training import stop_after, weights
 
 CHUNKS, AGAIN, BF16 = "engine.chunk_tokens=60", "engine.checkpoint_activations=true", "engine.precision=bf16"
+OFFLOAD = "engine.offload_optimizer=true"
 
 # A pairwise design: each two of family, ranks, ZeRO stage, LoRA, precision and recomputation meet in some run.
 DESIGN = [
     ("bert", 2, 3, (*LORA, CHUNKS, AGAIN)),
     ("bert", 3, 1, (CHUNKS,)),
-    ("xlm-roberta", 2, 2, (*LORA, CHUNKS)),
+    ("xlm-roberta", 2, 2, (*LORA, CHUNKS, OFFLOAD)),
     ("xlm-roberta", 3, 3, (AGAIN,)),
-    ("mpnet", 2, 3, (CHUNKS,)),
+    ("mpnet", 2, 3, (CHUNKS, OFFLOAD)),
     ("mpnet", 3, 0, (*LORA,)),
     ("modernbert", 2, 0, (CHUNKS, AGAIN)),
     ("modernbert", 3, 3, (*LORA, CHUNKS, BF16)),

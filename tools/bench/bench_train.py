@@ -7,7 +7,7 @@
 
 The pairs are synopsis → description of packages or, for MovieLens-100K, the titles of the last five films → the next
 title, with repeated documents. `speed` needs sentence-transformers (`pip install bigdssm[bench]`). Both sides train one
-shared BERT with mean pooling from the same weights on the same batches, with the same AdamW and clipping, one thread
+shared encoder with mean pooling from the same weights on the same batches, with the same AdamW and clipping, one thread
 per rank; `speed` first verifies that both use the same tokens and compute the same loss. The peer's mini-batch is the
 fastest of 16 to 256 rows and of 1,024 to 8,192 tokens. The variants alternate; ratios are medians over the turns.
 """
@@ -37,7 +37,7 @@ import torch.multiprocessing as mp
 import transformers
 import yaml
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel
 
 from bigdssm.cli import at_least
 from bigdssm.config import Config, EngineConfig, StageConfig, load_config
@@ -52,6 +52,7 @@ from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import fps_loss
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
+from bigdssm.models.encoders.pretrained import DROPOUTS
 from bigdssm.training.optimizers import AdamW
 from bigdssm.utils import timing
 from bigdssm.utils.hashing import hash64
@@ -71,6 +72,8 @@ MINI_BATCHES = (
     *(MiniBatch(rows) for rows in (16, 32, 64, 128, 256)),
     *(MiniBatch(tokens=tokens) for tokens in (1024, 2048, 4096, 8192)),
 )
+FAMILIES = ("bert", "modernbert")
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 SCALE = 20.0  # alpha, fixed on both sides
 HISTORY = 5  # titles in a query
 OPTIMIZER = AdamW(lr=1e-4, weight_decay=0.01)
@@ -87,6 +90,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=at_least(1), default=1, help=f"number of ranks {default}")
     parser.add_argument("--rows", type=at_least(1), default=2048, help=f"global batch size {default}")
     parser.add_argument("--max-tokens", type=at_least(3), default=64, help=f"maximum length of texts {default}")
+    encoder = parser.add_mutually_exclusive_group()
+    encoder.add_argument("--encoder", type=Path, help="folder of a pretrained encoder with its tokenizer")
+    encoder.add_argument(
+        "--family", choices=FAMILIES, default="bert", help=f"of an encoder with random weights {default}"
+    )
     parser.add_argument("--layers", type=at_least(1), default=2, help=f"layers of the encoder {default}")
     parser.add_argument("--hidden", type=at_least(1), default=128, help=f"width of the encoder {default}")
     parser.add_argument("--chunk-tokens", type=at_least(0), default=4096, help=f"engine.chunk_tokens {default}")
@@ -103,6 +111,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
     with tempfile.TemporaryDirectory() as folder:
+        if args.encoder:
+            args.hidden = json.loads((args.encoder / "config.json").read_text())["hidden_size"]
         texts = debian_texts(args.pairs) if args.pairs else movielens_texts(args.movielens)
         prepare(Path(folder), texts, args)
         mp.spawn(_rank, (args, Path(folder), texts), nprocs=args.ranks)
@@ -160,7 +170,7 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
         "run": {"dir": str(folder / "run")},
         "data": {
             "dir": str(folder / "dataset"), "query": {"query": text}, "doc": {"doc": text}, "lanes": LANES,
-            "tokenizer": {"vocab_size": 8000},
+            "tokenizer": {"path": str(args.encoder)} if args.encoder else {"vocab_size": 8000},
         },
         "model": {
             "dim": args.hidden, "score": "cosine", "alpha_init": SCALE, "alpha_learned": False, "beta": "none",
@@ -178,21 +188,33 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
         f"{report.rows['train']:,} pairs, {report.num_docs:,} documents; made into shards, tokenizer trained and texts "
         f"tokenized once, in {time.process_time() - started:.0f} CPU-seconds"
     )
-    dataset = Dataset.open(folder / "dataset")
-    torch.manual_seed(0)
-    bert = BertConfig(
-        vocab_size=dataset.vocab_size, hidden_size=args.hidden, num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
-        max_position_embeddings=args.max_tokens,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    BertModel(bert, add_pooling_layer=False).save_pretrained(folder / "encoder")
-    assert dataset.tokenizer_dir is not None
-    for file in dataset.tokenizer_dir.iterdir():
-        (folder / "encoder" / file.name).write_bytes(file.read_bytes())
+    write_encoder(folder / "encoder", Dataset.open(folder / "dataset"), args)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(probe.getsockname()[1]))
+
+
+def write_encoder(folder: Path, dataset: Dataset, args: argparse.Namespace) -> None:
+    """Write the encoder that both sides start from, without dropout, and the dataset's tokenizer."""
+    if args.encoder:
+        model = AutoModel.from_pretrained(args.encoder)
+        for key in DROPOUTS:
+            if hasattr(model.config, key):
+                setattr(model.config, key, 0.0)
+    else:
+        torch.manual_seed(0)
+        feedforward = {"bert": 4 * args.hidden, "modernbert": 3 * args.hidden // 2}[args.family]  # of BERT, ModernBERT
+        special = {} if args.family == "bert" else dict.fromkeys(SPECIAL_TOKENS, 0)
+        config = AutoConfig.for_model(
+            args.family, vocab_size=dataset.vocab_size, hidden_size=args.hidden, num_hidden_layers=args.layers,
+            num_attention_heads=max(1, args.hidden // 64), intermediate_size=feedforward,
+            max_position_embeddings=args.max_tokens, **dict.fromkeys(DROPOUTS, 0.0), **special,
+        )  # fmt: skip
+        model = AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    assert dataset.tokenizer_dir is not None
+    for file in dataset.tokenizer_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 class Batches:
@@ -312,7 +334,9 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
     yield from check_sameness(ours, peer, batches.ready[0], rows_texts[0], ready[0])
     distinct = statistics.mean(len(batch.doc_ids) / len(batch.row_ids) for batch in batches.ready)
     yield f"{args.ranks} rank(s), {args.rows} rows per step, {distinct:.0%} of a rank's documents distinct"
-    yield f"BERT of {args.layers} layers, width {args.hidden}, at most {args.max_tokens} tokens, {args.precision}"
+    config = ours.model.text["shared"].architecture
+    shape = f"{config.num_hidden_layers} layers, width {config.hidden_size}"
+    yield f"{config.model_type} of {shape}, at most {args.max_tokens} tokens, {args.precision}"
 
     best, tuning = tuned(peer, ready[0])
     rates = (f"{size}: {args.rows / args.ranks / seconds:.0f}" for size, seconds in tuning.items())
