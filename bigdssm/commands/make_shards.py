@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("pairs", parents=[common], help="rows with query and document features")
     sub.add_argument(
         "--pairs", type=_table, nargs="+", required=True,
-        help="tables: .tsv .csv .jsonl .parquet; optionally compressed (.gz .xz .zst)",
+        help="tables, or folders of them: .tsv .csv .jsonl .parquet; optionally compressed (.gz .xz .zst)",
     )  # fmt: skip
     _add_pair_options(sub)
 
@@ -192,10 +192,9 @@ def _add_beir(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
-    for split in ("validation", "test"):
-        sub.add_argument(
-            f"--{split}-fraction", type=float, default=0.05, help=f"{split} fraction, {when} (default: %(default)s)"
-        )
+    for option in ("--validation-fraction", "--test-fraction"):
+        help_text = f"fraction of the rows, {when} (default: %(default)s)"
+        sub.add_argument(option, type=float, default=0.05, help=help_text)
 
 
 def _add_split_times(sub: argparse.ArgumentParser) -> None:

@@ -306,6 +306,7 @@ class StageConfig:
     validation_metric: str = "ndcg_at_10"
     rerank: int = bounded(50, 2, MAX_COUNT)  # number of the towers' best documents that a cross_encoder re-ranks
     # Decay of an exponential moving average of the weights, used for validation and best/; 0: the weights themselves.
+    # Not with zero_stage=3.
     weight_average: float = bounded(0.0, 0, below=1)
     patience: int = bounded(0, 0, MAX_COUNT)  # stop after this many validations without improvement; 0: never
     save_every_steps: int = bounded(500, 0, MAX_COUNT)  # 0: not by steps

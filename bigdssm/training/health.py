@@ -93,6 +93,7 @@ class Health:
             "distinct_fraction": len(batch.doc_ids) / max(1.0, columns),
             "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            **({"gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
         self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN

@@ -133,6 +133,7 @@ NESTED = (
     "distillation",
     "scorer",
     "optimizer",
+    "documents",
     "warm_start",
 )  # sections of their own on the page
 

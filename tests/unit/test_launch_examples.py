@@ -152,3 +152,37 @@ def without_quantities(content: Any) -> list[str]:
             found += without_quantities(content[key])
     assert all(re.fullmatch(r"\d+(\.\d+)?([KMGT]i?)?", quantity) for quantity in found)
     return found
+
+
+LAUNCHER = """#!/bin/bash
+events=$1/events.jsonl
+code=$(sed -n "$(($(grep -c start "$events" 2>/dev/null || true) + 1))p" "$2")
+[ "$code" = unstarted ] && exit 1
+echo '{"event": "start"}' >> "$events"
+[ "$code" = killed ] || echo "{\\"event\\": \\"end\\", \\"exit_code\\": $code, \\"reason\\": \\"\\"}" >> "$events"
+exit 9
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts", "code"),
+    [
+        (["6", "killed", "0"], 3, 9),  # the launcher's code, whatever it is
+        (["75"], 1, 9),
+        (["2"], 1, 9),
+        (["6", "6", "6"], 3, 6),
+        (["unstarted"], 0, 1),
+    ],
+)
+def test_a_launcher_is_started_again_after_faults_alone(
+    ends: list[str], starts: int, code: int, tmp_path: Path
+) -> None:
+    launcher, plan = tmp_path / "launcher", tmp_path / "plan"
+    launcher.write_text(LAUNCHER)
+    plan.write_text("\n".join(ends))
+    command = ["bash", str(ROOT / "launch" / "restart_loop.sh"), str(tmp_path), "bash", str(launcher), str(tmp_path)]
+    environment = {**os.environ, "BIGDSSM_MAX_RESTARTS": "2"}
+    done = subprocess.run([*command, str(plan)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    events = tmp_path / "events.jsonl"
+    assert (events.read_text().count("start") if events.exists() else 0) == starts

@@ -1,0 +1,173 @@
+"""Rows of a table on this rank: their division over ranks, initial values, and storage.
+
+A row belongs to one of SHARDS virtual shards, and a rank owns a range of shards, so that a table saved by any number of
+ranks can be read by any other. A row that was never updated is not stored: its value is a function of (seed, table,
+row). Shapes: n rows, d width of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.utils.hashing import derive_key, hash64, mix64
+
+SHARDS = 4096  # virtual shards, a power of 2: the maximum number of ranks
+_SPREAD = 2_654_435_761  # odd: neighbouring rows, often of similar frequency, are in distant shards
+_GATHER = pow(_SPREAD, -1, SHARDS)
+_BITS = 16  # of each of the four numbers in a hash
+_UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of their sum
+
+Memory = Literal["device", "host", "file"]
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table: its name, number of rows and width."""
+
+    name: str
+    rows: int
+    dim: int
+    std: float = 0.02  # of initial values
+    dtype: torch.dtype = torch.float32  # of stored rows; states and updates are float32
+
+
+@dataclass(frozen=True)
+class RowPartition:
+    """The rows of a rank: those of its range of virtual shards. All arguments and results are int64 arrays."""
+
+    rank: int
+    world_size: int
+
+    def owner(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rank of each row."""
+        owner: np.ndarray = shard_of(rows) * self.world_size // SHARDS
+        return owner
+
+    @property
+    def shards(self) -> tuple[int, int]:
+        """The range [first, end) of this rank's shards."""
+        return -(-self.rank * SHARDS // self.world_size), -(-(self.rank + 1) * SHARDS // self.world_size)
+
+    def local(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions of this rank's rows in its storage; rows that are added later follow."""
+        first, end = self.shards
+        position: np.ndarray = rows // SHARDS * (end - first) + shard_of(rows) - first
+        return position
+
+    def rows(self, local: np.ndarray) -> np.ndarray:
+        """Return the rows at positions of the storage; the inverse of `local`."""
+        first, end = self.shards
+        rows: np.ndarray = local // (end - first) * SHARDS + (local % (end - first) + first) * _GATHER % SHARDS
+        return rows
+
+    def capacity(self, rows: int) -> int:
+        """Return the size of the storage for a table of `rows` rows."""
+        first, end = self.shards
+        return -(-rows // SHARDS) * (end - first)
+
+
+def shard_of(rows: np.ndarray) -> np.ndarray:
+    """Return the virtual shard of each row."""
+    return rows % SHARDS * _SPREAD % SHARDS
+
+
+def table_key(seed: int, name: str) -> int:
+    """Return the key of a table's initial values."""
+    return derive_key(seed, hash64(name))
+
+
+def initial_rows(rows: np.ndarray, dim: int, key: int, std: float) -> np.ndarray:
+    """Return the initial values float32 [n, d] of rows int64 [n].
+
+    Sums of four uniform integers, nearly normal: their bits are the same on any processor.
+    """
+    bits = mix64(rows.astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64), key)
+    total = sum((bits >> np.uint64(shift)).astype(np.int64) & 0xFFFF for shift in range(0, 64, _BITS))
+    return (total - 2 * 0xFFFF).astype(np.float32) * np.float32(std / _UNIT)
+
+
+class RowStore:
+    """The rows of one table on this rank, with their optimizer states; memory is allocated as rows are written."""
+
+    def __init__(
+        self, spec: TableSpec, key: int, partition: RowPartition, optimizer: TableOptimizerConfig,
+        device: torch.device, folder: Path | None = None,
+    ) -> None:  # fmt: skip
+        """`device`: of the storage; `folder`: of the files that hold it instead of memory."""
+        self.spec, self.partition, self._key, self._optimizer = spec, partition, key, optimizer
+        size = partition.capacity(spec.rows)
+
+        def allocate(name: str, width: int, dtype: torch.dtype) -> Tensor:
+            if folder is None:
+                return torch.zeros(size, width, dtype=dtype, device=device)
+            path = folder / f"{spec.name}.{name}.{partition.rank:05d}"
+            return torch.from_file(str(path), shared=True, size=max(1, size * width), dtype=dtype)[
+                : size * width
+            ].view(size, width)
+
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(f"{spec.name}.*.{partition.rank:05d}"):
+                path.unlink()  # of an earlier run: a new file is sparse and zero
+        self.values = allocate("values", spec.dim, spec.dtype)
+        widths = optimizer.state_widths(spec.dim)
+        self.states = {name: allocate(name, width, torch.float32) for name, width in widths.items()}
+        # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none.
+        self.updated: np.ndarray = np.zeros(size, np.int32)
+
+    def read(self, local: np.ndarray) -> Tensor:
+        """Return rows at positions of the storage, float32 [n, d] on its device."""
+        values = self.values[self._index(local)].float()
+        new = np.flatnonzero(self.updated[local] == 0)
+        if len(new):
+            rows = self.partition.rows(local[new])
+            initial = torch.from_numpy(initial_rows(rows, self.spec.dim, self._key, self.spec.std))
+            values.index_copy_(0, self._index(new), initial.to(values.device, non_blocking=True))
+        return values
+
+    def update(self, local: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
+        """Apply gradients float32 [n, d] to distinct rows."""
+        index, rows = self._index(local), self.read(local)
+        states = {name: state[index] for name, state in self.states.items()}
+        self._optimizer.update(rows, gradients.to(rows.device), states, lr, step)
+        self._write(local, rows, states)
+        self.updated[local] = step + 1
+
+    def assign(self, local: np.ndarray, values: Tensor) -> None:
+        """Set rows to values [n, d], as if updated before the first step."""
+        self._write(local, values.to(self.values.device), {})
+        self.updated[local] = np.maximum(self.updated[local], 1)
+
+    def content(self) -> dict[str, Tensor]:
+        """Return the updated rows by virtual shard, then row: `rows`, `updated`, `values` and states, on the host."""
+        rows = self.partition.rows(np.flatnonzero(self.updated))
+        rows = rows[np.lexsort((rows, shard_of(rows)))]
+        local = self.partition.local(rows)
+        stored = {"values": self.values, **self.states}
+        return {
+            "rows": torch.from_numpy(rows),
+            "updated": torch.from_numpy(self.updated[local]),
+            **{name: tensor[self._index(local)].cpu() for name, tensor in stored.items()},
+        }
+
+    def load(self, content: dict[str, Tensor]) -> None:
+        """Set rows of this rank to saved ones."""
+        local = self.partition.local(content["rows"].numpy())
+        self._write(local, content["values"], {name: content[name] for name in self.states})
+        self.updated[local] = content["updated"].numpy()
+
+    def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
+        index = self._index(local)
+        self.values.index_copy_(0, index, values.to(self.values))
+        for name, state in states.items():
+            self.states[name].index_copy_(0, index, state.to(self.states[name].device))
+
+    def _index(self, local: np.ndarray) -> Tensor:
+        return torch.from_numpy(local).to(self.values.device, non_blocking=True)
