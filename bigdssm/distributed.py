@@ -296,6 +296,19 @@ def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
     return local
 
 
+def all_to_all_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group | None = None) -> Tensor:
+    """Send the first `sent[0]` rows to rank 0, the next `sent[1]` to rank 1, …; return those received, in rank order.
+
+    received: the number of rows from each rank.
+    """
+    if world_size(group) == 1:
+        return rows
+    buffer = rows.new_empty((sum(received), *rows.shape[1:]))
+    with timing.span("communication"):
+        dist.all_to_all_single(buffer, rows.contiguous(), list(received), list(sent), group=group)
+    return buffer
+
+
 def exchange_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
     """Exchange rows between all ranks (all-to-all); return those sent to this rank, in rank order.
 

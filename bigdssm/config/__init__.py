@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         OPTIMIZERS,
         SAMPLINGS,
         SCORERS,
+        TABLE_OPTIMIZERS,
         DistillationConfig,
         FrequencyCorrection,
         LossConfig,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         SamplingConfig,
         ScorerConfig,
         StageName,
+        TableOptimizerConfig,
     )
     from bigdssm.config.keys import (
         ARCHITECTURE_FILE,
@@ -61,6 +63,7 @@ __all__ = [
     "OPTIMIZERS",
     "SAMPLINGS",
     "SCORERS",
+    "TABLE_OPTIMIZERS",
     "TEXT_ENCODERS",
     "Config",
     "DataConfig",
@@ -81,6 +84,7 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "StageName",
+    "TableOptimizerConfig",
     "TextEncoderConfig",
     "TextInputs",
     "TokenizerConfig",
@@ -109,6 +113,7 @@ __getattr__, __dir__ = lazy_attributes(
             "OPTIMIZERS",
             "SAMPLINGS",
             "SCORERS",
+            "TABLE_OPTIMIZERS",
             "DistillationConfig",
             "FrequencyCorrection",
             "LossConfig",
@@ -116,6 +121,7 @@ __getattr__, __dir__ = lazy_attributes(
             "SamplingConfig",
             "ScorerConfig",
             "StageName",
+            "TableOptimizerConfig",
         ],
         "bigdssm.config.keys": [
             "ARCHITECTURE_FILE",

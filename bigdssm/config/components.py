@@ -132,8 +132,31 @@ class OptimizerConfig(Component):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class TableOptimizerConfig(Component):
+    """The keys of every optimizer of tables that are sharded by rows; the rate follows the stage's schedule.
+
+    Gradients are clipped together with those of the other weights. A type of optimizer is a subclass with additional
+    keys, registered in TABLE_OPTIMIZERS.
+    """
+
+    name: str = MISSING  # rowwise_adagrad, adagrad, sgd, lazy_adam, or a registered one
+    lr: float = bounded(0.05, 0, 1000)
+
+    def state_widths(self, dim: int) -> dict[str, int]:
+        """Return the float32 numbers per row of width `dim`, by name of a state."""
+        raise NotImplementedError
+
+    def update(self, rows: Tensor, gradients: Tensor, states: dict[str, Tensor], lr: float, step: int) -> None:
+        """Update float32 rows [n, dim] and their states [n, width] in place; `step` counts the applied steps from 0."""
+        raise NotImplementedError
+
+
 LOSSES: Registry[LossConfig] = Registry("a loss", "name", home="bigdssm.losses.declarations")
 SAMPLINGS: Registry[SamplingConfig] = Registry("a sampling correction", "name", home="bigdssm.losses.declarations")
 DISTILLATIONS: Registry[DistillationConfig] = Registry("a distillation", "name", home="bigdssm.losses.declarations")
 SCORERS: Registry[ScorerConfig] = Registry("a scorer", "name", home="bigdssm.models.declarations")
 OPTIMIZERS: Registry[OptimizerConfig] = Registry("an optimizer", "name", home="bigdssm.training.optimizers")
+TABLE_OPTIMIZERS: Registry[TableOptimizerConfig] = Registry(
+    "a table optimizer", "name", home="bigdssm.tables.optimizers"
+)

@@ -108,9 +108,10 @@ class RowStore:
             if folder is None:
                 return torch.zeros(size, width, dtype=dtype, device=device)
             path = folder / f"{spec.name}.{name}.{partition.rank:05d}"
-            return torch.from_file(str(path), shared=True, size=max(1, size * width), dtype=dtype)[
-                : size * width
-            ].view(size, width)
+            numbers = size * width
+            return torch.from_file(str(path), shared=True, size=max(1, numbers), dtype=dtype)[:numbers].view(
+                size, width
+            )
 
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ LAYERS = (
     ("cli", "features"),  # features: torch-free; configs declare them
     ("config", "distributed"),
     ("dataset",),
-    ("losses", "models"),
+    ("losses", "models", "tables"),
     ("cluster", "checkpoints", "ingest"),
     ("loader",),
     ("retrieval",),

@@ -1,0 +1,195 @@
+"""Tables that are sharded by rows: fetch the rows of a batch, look them up, return their gradients, and update them.
+
+    working = tables.fetch({"doc_item_id": rows})      # distinct rows of this rank's batch; collective
+    vectors = working.look_up("doc_item_id", positions)   # an ordinary differentiable look-up
+    square = tables.reduce(working)                    # after the last backward; collective
+    tables.commit(coefficient, lr_factor, step)        # or tables.discard()
+
+A step takes four all-to-alls per width: counts, rows, values, gradients; their sizes follow the distinct rows of the
+batches, and not the tables. Every rank calls `fetch` and `reduce` in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigdssm import distributed
+from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.tables.rows import RowPartition, RowStore, TableSpec, table_key
+
+PADDING_POSITION = 0  # its vector is zero; the rows of a working set follow
+
+
+@dataclass(frozen=True)
+class Route:
+    """The exchange of rows of all tables of one width between this rank and their owners."""
+
+    names: tuple[str, ...]
+    dim: int
+    order: np.ndarray  # int64 [sent]: this rank's rows of all tables, by owner, then table
+    sent: list[int]  # rows to each owner
+    received: list[int]  # rows that each rank requests from this one
+    requested: np.ndarray  # int64 [received]: rows, by rank, then table
+    table_of: np.ndarray  # int64 [received]: number of the table
+
+
+@dataclass
+class WorkingSet:
+    """The rows of a step on this rank: per table a leaf tensor, row 0 for padding, then the fetched rows in order."""
+
+    leaves: dict[str, Tensor]  # float32 [1 + rows, d]
+    routes: list[Route]
+    dtype: torch.dtype = torch.float32  # of looked-up vectors
+
+    def look_up(self, name: str, positions: Tensor) -> Tensor:
+        """Return vectors [*positions.shape, d]: position k > 0 is the k-th fetched row, 0 is zeros."""
+        vectors = nn.functional.embedding(positions, self.leaves[name], padding_idx=PADDING_POSITION)
+        return vectors.to(self.dtype)
+
+
+@dataclass
+class PendingUpdate:
+    """The mean gradient of this rank's rows of one table in a step."""
+
+    name: str
+    local: np.ndarray  # int64 [n], distinct
+    gradients: Tensor  # float32 [n, d]
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent to other ranks, and all-to-alls, since the start."""
+
+    sent: int = 0
+    exchanges: int = 0
+
+
+class ShardedTables:
+    """Tables whose rows are divided over the ranks of a group. `fetch`, `look_up` and `reduce` are collectives."""
+
+    def __init__(
+        self, specs: Sequence[TableSpec], optimizer: TableOptimizerConfig, seed: int, *,
+        device: torch.device | None = None, storage: torch.device | None = None, folder: Path | None = None,
+        dtype: torch.dtype = torch.float32, group: distributed.Group | None = None,
+    ) -> None:  # fmt: skip
+        """device: of working sets and gradients; storage: of rows and states, by default the same.
+
+        folder: files that hold rows and states instead of memory. dtype: of looked-up vectors.
+        """
+        self.specs = {spec.name: spec for spec in specs}
+        self.optimizer, self.traffic = optimizer, Traffic()
+        self._device, self._dtype, self._group = device or torch.device("cpu"), dtype, group
+        self.partition = RowPartition(distributed.rank(group), distributed.world_size(group))
+        self.stores = {
+            spec.name: RowStore(
+                spec, table_key(seed, spec.name), self.partition, optimizer, storage or self._device, folder
+            )
+            for spec in specs
+        }
+        self._pending: list[PendingUpdate] = []
+
+    def fetch(self, rows: Mapping[str, np.ndarray]) -> WorkingSet:
+        """Return the working set of distinct rows int64 [n] of each table, without row 0, on the host."""
+        leaves, routes = {}, []
+        for dim, names in self._by_width().items():
+            route = self._route(names, dim, [rows.get(name, np.zeros(0, np.int64)) for name in names])
+            values = self._exchange(self._owned_values(route), route.received, route.sent)
+            index = torch.from_numpy(route.order).to(self._device, non_blocking=True)
+            in_order = torch.empty_like(values).index_copy_(0, index, values)
+            counts = [len(rows.get(name, ())) for name in names]
+            for name, part in zip(names, in_order.split(counts), strict=True):
+                leaves[name] = torch.cat([part.new_zeros(1, dim), part]).requires_grad_()
+            routes.append(route)
+        return WorkingSet(leaves, routes, self._dtype)
+
+    @torch.no_grad()
+    def look_up(self, name: str, rows: Tensor) -> Tensor:
+        """Return vectors [*rows.shape, d] of any rows int64 of a table, zeros for row 0."""
+        distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
+        first = int(len(distinct) > 0 and distinct[0] == 0)
+        positions = torch.from_numpy(inverse.reshape(rows.shape) + 1 - first)
+        return self.fetch({name: distinct[first:]}).look_up(name, positions.to(self._device)).detach()
+
+    def reduce(self, working: WorkingSet) -> Tensor:
+        """Send the gradients of a working set to the owners of its rows; return the sum of squares over all tables.
+
+        Gradients are those of the mean over ranks of the ranks' losses; the result is float64 [], equal on every rank.
+        """
+        square, self._pending = torch.zeros((), dtype=torch.float64, device=self._device), []
+        for route in working.routes:
+            leaves = [working.leaves[name] for name in route.names]
+            gradients = torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+            skipped = np.repeat(np.arange(1, len(leaves) + 1), [len(leaf) - 1 for leaf in leaves])  # padding rows
+            index = torch.from_numpy((np.arange(len(skipped)) + skipped)[route.order]).to(self._device)
+            received = self._exchange(gradients[index], route.sent, route.received)
+            for number, name in enumerate(route.names):
+                update = self._summed(route, number, name, received)
+                square += update.gradients.double().square().sum()
+                self._pending.append(update)
+        return distributed.all_reduce(square, group=self._group)
+
+    def commit(self, coefficient: float | Tensor, lr_factor: float, step: int) -> None:
+        """Update the rows of the last `reduce`, their gradients times `coefficient`."""
+        for update in self._pending:
+            if len(update.local):
+                gradients = update.gradients * coefficient
+                self.stores[update.name].update(update.local, gradients, self.optimizer.lr * lr_factor, step)
+        self._pending = []
+
+    def discard(self) -> None:
+        """Leave the rows of the last `reduce` as they are."""
+        self._pending = []
+
+    def _by_width(self) -> dict[int, tuple[str, ...]]:
+        widths: dict[int, tuple[str, ...]] = {}
+        for spec in self.specs.values():
+            widths[spec.dim] = (*widths.get(spec.dim, ()), spec.name)
+        return widths
+
+    def _route(self, names: tuple[str, ...], dim: int, rows: Sequence[np.ndarray]) -> Route:
+        """Exchange the numbers of rows, and the rows, with their owners."""
+        world, tables = self.partition.world_size, len(names)
+        table_of = np.repeat(np.arange(tables), [len(of_table) for of_table in rows])
+        everything = np.concatenate(rows).astype(np.int64)
+        owner = self.partition.owner(everything)
+        order = np.lexsort((table_of, owner))
+        counts = np.bincount(owner * tables + table_of, minlength=world * tables).reshape(world, tables)
+        requested = self._exchange(torch.from_numpy(counts), [1] * world, [1] * world).numpy()
+        sent, received = counts.sum(1).tolist(), requested.sum(1).tolist()
+        wanted = self._exchange(torch.from_numpy(everything[order]), sent, received).numpy()
+        return Route(
+            names, dim, order, sent, received, wanted, np.repeat(np.tile(np.arange(tables), world), requested.ravel())
+        )
+
+    def _owned_values(self, route: Route) -> Tensor:
+        """Return the requested rows of this rank, float32 [received, d]."""
+        values = torch.empty(len(route.requested), route.dim, device=self._device)
+        for number, name in enumerate(route.names):
+            at = np.flatnonzero(route.table_of == number)
+            read = self.stores[name].read(self.partition.local(route.requested[at]))
+            values.index_copy_(0, torch.from_numpy(at).to(self._device), read.to(self._device))
+        return values
+
+    def _summed(self, route: Route, number: int, name: str, received: Tensor) -> PendingUpdate:
+        """Return the mean gradients of a table, summed in the order of ranks: the same bits in every run."""
+        at = np.flatnonzero(route.table_of == number)
+        local, inverse = np.unique(self.partition.local(route.requested[at]), return_inverse=True)
+        total = torch.zeros(len(local), route.dim, device=self._device)
+        rank_of = np.searchsorted(np.cumsum(route.received), at, side="right")
+        for rank in range(self.partition.world_size):
+            mine = rank_of == rank  # its rows are distinct
+            index, source = (torch.from_numpy(part[mine]).to(self._device) for part in (inverse, at))
+            total.index_copy_(0, index, total[index] + received[source])
+        return PendingUpdate(name, local, total / self.partition.world_size)
+
+    def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        others = len(rows) - sent[self.partition.rank]
+        self.traffic.sent += others * rows[:1].nbytes if len(rows) else 0
+        self.traffic.exchanges += 1
+        return distributed.all_to_all_rows(rows, sent, received, self._group)

@@ -1,0 +1,208 @@
+"""Tables sharded by rows against dense ones: values, gradients, optimizers, traffic, and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bigdssm.tables.optimizers  # noqa: F401, registers them
+from bigdssm.config import TABLE_OPTIMIZERS
+from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
+from bigdssm.tables.sharded import ShardedTables
+
+from .spawn import Pool
+
+SPECS = (TableSpec("items", 5000, 8, std=0.1), TableSpec("users", 300, 8), TableSpec("tags", 70, 3, std=1.0))
+SEED, STEPS, ALL_RANKS = 3, 5, 3
+
+
+def batch(step: int, rank: int, name: str) -> tuple[np.ndarray, Tensor]:
+    """Return codes int64 [n, 4] of a rank, with padding and repetitions, and the weights [n, 4, d] of the loss."""
+    random = np.random.RandomState([step, rank, len(name)])
+    spec = next(spec for spec in SPECS if spec.name == name)
+    n = 0 if (step, rank) == (1, 1) else 6 + rank
+    codes = (spec.rows * random.rand(n, 4) ** 3).astype(np.int64)
+    return codes, torch.from_numpy(random.randn(n, 4, spec.dim).astype(np.float32))
+
+
+def loss_of(vectors: Tensor, weights: Tensor) -> Tensor:
+    return (vectors * weights).sum() + vectors.sin().sum()
+
+
+def optimizer_of(name: str) -> TableOptimizerConfig:
+    return TABLE_OPTIMIZERS.classes[name](lr=0.1)  # type: ignore[call-arg]
+
+
+def train(
+    rank: int, world_size: int, optimizer: str, coefficient: float, chunks: int, folder: Path | None, steps: range,
+    saved: Any = None,
+) -> tuple[dict[str, Tensor], list[float], dict[str, Any], int]:  # fmt: skip
+    """Train on this rank's part of ALL_RANKS shares; return the whole tables, squared norms, content and bytes."""
+    tables = ShardedTables(SPECS, optimizer_of(optimizer), SEED, folder=folder)
+    for name, contents in (saved or {}).items():
+        for content in contents:
+            owned = tables.partition.owner(content["rows"].numpy()) == rank
+            tables.stores[name].load({key: value[torch.from_numpy(owned)] for key, value in content.items()})
+    norms = []
+    for step in steps:
+        shares = range(rank, ALL_RANKS, world_size)
+        batches = {spec.name: [batch(step, share, spec.name) for share in shares] for spec in SPECS}
+        rows = {
+            name: np.unique(np.concatenate([codes.ravel() for codes, _ in parts])) for name, parts in batches.items()
+        }
+        rows = {name: found[found > 0] for name, found in rows.items()}
+        working = tables.fetch(rows)
+        for name, parts in batches.items():
+            for codes, weights in parts:
+                positions = torch.from_numpy(np.where(codes > 0, np.searchsorted(rows[name], codes) + 1, 0))
+                for some, w in zip(positions.chunk(chunks), weights.chunk(chunks), strict=True):
+                    # the mean over ranks is the mean over the shares
+                    (loss_of(working.look_up(name, some), w) * world_size / ALL_RANKS).backward()
+        norms.append(float(tables.reduce(working)))
+        tables.commit(coefficient, 1.0, step)
+    whole = {spec.name: tables.look_up(spec.name, torch.arange(spec.rows)) for spec in SPECS}
+    content = {name: store.content() for name, store in tables.stores.items()}
+    return whole, norms, content, tables.traffic.sent
+
+
+class Dense:
+    """The same tables as dense weights, with the gradient of the mean over the shares."""
+
+    def __init__(self, optimizer: str) -> None:
+        self.weights = {
+            spec.name: torch.from_numpy(
+                initial_rows(np.arange(spec.rows), spec.dim, table_key(SEED, spec.name), spec.std)
+            )
+            for spec in SPECS
+        }
+        for weight in self.weights.values():
+            weight[0] = 0
+        self.name, self.norms = optimizer, []
+        self.squares = {spec.name: torch.zeros(spec.rows, spec.dim) for spec in SPECS}
+        self.adam: Any = None
+
+    def run(self, coefficient: float, steps: range) -> None:
+        parameters = {name: torch.nn.Parameter(weight) for name, weight in self.weights.items()}
+        if self.name == "lazy_adam":
+            self.adam = self.adam or torch.optim.SparseAdam(parameters.values(), lr=0.1, betas=(0.9, 0.98))
+        for step in steps:
+            total = 0.0
+            for name, parameter in parameters.items():
+                parameter.grad = None
+                seen: set[int] = set()
+                for share in range(ALL_RANKS):
+                    codes, weights = batch(step, share, name)
+                    seen |= set(codes[codes > 0].tolist())
+                    vectors = torch.nn.functional.embedding(torch.from_numpy(codes), parameter, padding_idx=0)
+                    (loss_of(vectors, weights) / ALL_RANKS).backward()
+                assert parameter.grad is not None
+                total += float(parameter.grad.double().square().sum())
+                rows = torch.tensor(sorted(seen))
+                gradient = coefficient * parameter.grad[rows]
+                self.update(name, parameter, rows, gradient)
+            if self.adam is not None:
+                self.adam.step()
+            self.norms.append(total)
+
+    @torch.no_grad()
+    def update(self, name: str, parameter: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        if self.name == "lazy_adam":
+            parameter.grad = torch.sparse_coo_tensor(rows[None], gradient, parameter.shape)
+            return
+        if self.name == "sgd":
+            parameter[rows] -= 0.1 * gradient
+            return
+        square = gradient.square()
+        self.squares[name][rows] += square.mean(1, keepdim=True) if self.name == "rowwise_adagrad" else square
+        parameter[rows] -= 0.1 * gradient / (self.squares[name][rows].sqrt() + 1e-8)
+
+
+LIMITS = {"sgd": 1e-6, "rowwise_adagrad": 1e-5, "adagrad": 5e-5, "lazy_adam": 2e-5}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "chunks", "coefficient", "in_files"), [(1, 1, 1.0, True), (2, 4, 0.3, False), (3, 1, 1.0, True)]
+)
+@pytest.mark.parametrize("optimizer", LIMITS)
+def test_a_sharded_table_is_the_dense_one(
+    pools: dict[int, Pool], tmp_path: Path, optimizer: str, world_size: int, chunks: int, coefficient: float,
+    in_files: bool,
+) -> None:  # fmt: skip
+    dense = Dense(optimizer)
+    start = {name: weight.clone() for name, weight in dense.weights.items()}
+    dense.run(coefficient, range(STEPS))
+    folder = tmp_path / "tables" if in_files else None
+    for whole, norms, _, _ in pools[world_size].run(train, optimizer, coefficient, chunks, folder, range(STEPS)):
+        assert norms == pytest.approx(dense.norms, rel=1e-5)
+        for name, expected in dense.weights.items():
+            limit = LIMITS[optimizer] * float(expected.abs().max())
+            torch.testing.assert_close(whole[name], expected, rtol=0, atol=limit)
+            assert (expected - start[name]).abs().max() > 0.01
+
+
+def test_saved_rows_resume_on_any_number_of_ranks_and_repeat_bit_by_bit(pools: dict[int, Pool]) -> None:
+    arguments = ("rowwise_adagrad", 1.0, 1, None)
+    whole = pools[3].run(train, *arguments, range(STEPS))
+    again = pools[3].run(train, *arguments, range(STEPS))
+    half = pools[3].run(train, *arguments, range(2))
+    assert all(torch.equal(whole[0][0][name], again[0][0][name]) for name in whole[0][0])
+    saved = {spec.name: [content[spec.name] for _, _, content, _ in half] for spec in SPECS}
+    for world_size in (1, 2, 3):
+        resumed = pools[world_size].run(train, *arguments, range(2, STEPS), saved)
+        for name, expected in whole[0][0].items():
+            exact = {"rtol": 0, "atol": 0} if world_size == 3 else {"rtol": 0, "atol": 2e-6}
+            torch.testing.assert_close(resumed[0][0][name], expected, **exact)
+
+
+def test_traffic_follows_the_distinct_rows(pools: dict[int, Pool]) -> None:
+    for rank, (_, _, _, sent) in enumerate(pools[3].run(train, "sgd", 1.0, 1, None, range(1))):
+        least = 0
+        for spec in SPECS:
+            requested = [np.unique(batch(0, other, spec.name)[0]) for other in range(3)]
+            owners = [RowPartition(0, 3).owner(rows[rows > 0]) for rows in requested]
+            out = int((owners[rank] != rank).sum())  # rows and their gradients are sent
+            back = sum(int((owner == rank).sum()) for other, owner in enumerate(owners) if other != rank)
+            least += out * (8 + 4 * spec.dim) + back * 4 * spec.dim
+        in_look_up = sum(8 * int((RowPartition(0, 3).owner(np.arange(1, s.rows)) != rank).sum()) for s in SPECS)
+        values = sum(2 * 4 * s.dim * int((RowPartition(0, 3).owner(np.arange(1, s.rows)) == rank).sum()) for s in SPECS)
+        assert least < sent < 1.05 * (least + in_look_up + values) + 2000
+
+
+def test_the_division_of_rows() -> None:
+    rows = np.arange(1, 100_000)
+    for world_size in (1, 2, 3, 7, 64):
+        parts = [RowPartition(rank, world_size) for rank in range(world_size)]
+        owner = parts[0].owner(rows)
+        for rank, part in enumerate(parts):
+            mine = rows[owner == rank]
+            first, end = part.shards
+            assert ((shard_of(mine) >= first) & (shard_of(mine) < end)).all()
+            local = part.local(mine)
+            assert len(np.unique(local)) == len(local) and local.max() < part.capacity(100_000)
+            np.testing.assert_array_equal(part.rows(local), mine)
+            assert part.local(mine[mine < 50_000]).tolist() == local[mine < 50_000].tolist()
+            assert part.capacity(50_000) <= part.capacity(100_000)
+    weight = 1 / np.arange(1, 100_000) ** 1.05  # Zipf: frequent rows are neighbours
+    for world_size in (2, 8, 64):
+        random = np.random.RandomState(0)
+        drawn = np.unique(random.choice(rows, 20_000, p=weight / weight.sum()))
+        load = np.bincount(RowPartition(0, world_size).owner(drawn), minlength=world_size)
+        assert load.max() / load.mean() <= 1.5
+    assert SHARDS % 2 == 0
+
+
+def test_initial_values_are_those_of_their_rows() -> None:
+    rows = np.arange(1, 20_001)
+    values = initial_rows(rows, 16, table_key(0, "items"), 0.02)
+    np.testing.assert_array_equal(initial_rows(rows[::-7], 16, table_key(0, "items"), 0.02), values[::-7])
+    assert values.std() == pytest.approx(0.02, rel=0.01) and abs(values.mean()) < 1e-4
+    for other in (table_key(1, "items"), table_key(0, "users")):
+        assert abs(np.corrcoef(initial_rows(rows, 16, other, 0.02).ravel(), values.ravel())[0, 1]) < 0.01
+    assert abs(np.corrcoef(values[:-1].ravel(), values[1:].ravel())[0, 1]) < 0.01
+    assert values.view(np.int32).sum() == initial_rows(rows, 16, table_key(0, "items"), 0.02).view(np.int32).sum()
