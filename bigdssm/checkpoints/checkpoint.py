@@ -49,6 +49,15 @@ class Checkpoint:
         """Return the shares that hold tensors, in the order of their ranks."""
         return [share for share in self.shares if share.file == tensors_file(share.owner)]
 
+    def tables_share(self, rank: int) -> FileShare | None:
+        """Return the share with the rows of sharded tables of rank `rank`, None without any."""
+        return next((share for share in self.shares if share.file == tables_file(rank)), None)
+
+    def table_files(self) -> list[Path]:
+        """Return the files with the rows of sharded tables, by rank."""
+        shares = (self.tables_share(rank) for rank in range(self.world_size))
+        return [self.path / share.file for share in shares if share is not None]
+
     def rank_share(self, rank: int) -> FileShare:
         """Return the share with the local state of rank `rank`."""
         return next(share for share in self.shares if share.file == rank_file(rank))
@@ -138,6 +147,11 @@ def checkpoint_name(step: int) -> str:
 def tensors_file(rank: int) -> str:
     """Return the file name of a rank's share of all tensors."""
     return f"tensors-{rank:05d}.safetensors"
+
+
+def tables_file(rank: int) -> str:
+    """Return the file name of a rank's rows of sharded tables (see tables/files.py)."""
+    return f"tables-{rank:05d}.safetensors"
 
 
 def rank_file(rank: int) -> str:
@@ -255,6 +269,9 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
     blocks = tuple(_read_blocks(path, *part) for part in assigned)
     rank_state = None
     for owner in range(rank, checkpoint.world_size, world_size):
+        if (rows := checkpoint.tables_share(owner)) is not None:
+            for number in range(len(rows.xxh3_128)):  # verified here, and read by the ranks that own the rows
+                _read_blocks(path, rows, number, number + 1)
         share = checkpoint.rank_share(owner)
         block = _read_blocks(path, share, 0, len(share.xxh3_128))
         if owner == rank and checkpoint.world_size == world_size:

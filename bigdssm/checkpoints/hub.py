@@ -16,6 +16,7 @@ from bigdssm.checkpoints.model_folder import (
     CONFIG_FILE,
     FROZEN_FILE,
     META_FILE,
+    TABLES_DIR,
     TEXT_DIR,
     TOKENIZER_DIR,
     WEIGHTS_FILE,
@@ -25,7 +26,7 @@ from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES
 from bigdssm.errors import CheckpointError
 from bigdssm.utils.arguments import checked
 
-FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR)
+FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR, TABLES_DIR)
 FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, FROZEN_FILE, SCHEMA_FILE, "README.md"]
 PATTERNS = [*FILES, *(f"{folder}/*" for folder in FOLDERS)]
 

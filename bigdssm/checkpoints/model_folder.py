@@ -1,7 +1,8 @@
 """Save, load and identify model folders.
 
 Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors, bigdssm.json; frozen.safetensors
-with the weights that were not trained, if there are any, which successive folders of a stage share by a hard link.
+with the weights that were not trained, if there are any, which successive folders of a stage share by a hard link;
+tables/ with the rows of sharded tables (see tables/files.py), which are memory-mapped.
 A folder is sufficient for encoding: it includes the architecture of a pretrained text encoder (text/<key>/config.json),
 so that the pretrained folder may be removed. Nothing in it is unpickled or executed.
 
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from bigdssm.checkpoints.checkpoint import (
     consolidated_state_dict,
     folder_checksums,
     is_checkpoint_dir,
+    read_manifest,
 )
 from bigdssm.config import ARCHITECTURE_FILE, Config, ScorerConfig, StageName, TextEncoderConfig, load_written_config
 from bigdssm.dataset.cache import FileCache
@@ -41,13 +43,14 @@ from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
 from bigdssm.models.encoders import TextEncoder, text_configs
+from bigdssm.tables.files import MappedTables, row_file, write_rows
 from bigdssm.utils.atomic import new_folder, real_path, write_json
 from bigdssm.utils.hashing import json_checksum
 
 FORMAT = 1
 META_FILE, CONFIG_FILE = "bigdssm.json", "config.yaml"
 WEIGHTS_FILE, FROZEN_FILE = "model.safetensors", "frozen.safetensors"
-TOKENIZER_DIR, TEXT_DIR = "tokenizer", "text"
+TOKENIZER_DIR, TEXT_DIR, TABLES_DIR = "tokenizer", "text", "tables"
 RUN_MODEL_DIRS = ("sft/best", "pretrain/best", "best")  # suggested if the path is a run or a stage
 
 
@@ -96,11 +99,13 @@ def save_model_folder(
     *,
     state: Mapping[str, Tensor] | None = None,
     frozen: Path | None = None,
+    tables: Path | None = None,
 ) -> None:
     """Write the model folder atomically, replacing an existing one.
 
     `state` contains the full weights; it is required if the model is sharded. It may lack those that are not trained
-    if `frozen` is a file of them, which is linked. Raises CheckpointError: `folder` exists and is not a model folder.
+    if `frozen` is a file of them, which is linked. tables: a folder of the row files of sharded tables, which is moved;
+    by default those of the model are copied. Raises CheckpointError: `folder` exists and is not a model folder.
     """
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -111,6 +116,10 @@ def save_model_folder(
             (aside / name).write_bytes(content)
         if frozen is not None:
             os.link(frozen, aside / FROZEN_FILE)
+        if tables is not None:
+            os.replace(tables, aside / TABLES_DIR)
+        elif model.tables.sharded:
+            _copy_tables(model, aside)
         meta = {
             "format": FORMAT,
             "provenance": dict(provenance),
@@ -150,6 +159,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         model = DualEncoder(config.model, schema, texts, own or scorer)
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights)
+        open_tables(model, sorted((folder / TABLES_DIR).glob("*.safetensors")))
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
         ArithmeticError, AttributeError, LookupError, TypeError,  # raised by transformers for a damaged architecture
@@ -171,10 +181,28 @@ def model_checksum(
     with tempfile.TemporaryDirectory() as folder:
         _write_all_but_weights(Path(folder), model, config, schema, tokenizer_dir)
         checksums = _checksums(Path(folder))
+        if model.tables.sharded:
+            _copy_tables(model, Path(folder))
+            checksums = _checksums(Path(folder))
     files = _weights_files(model, model.state_dict())
     checksums |= {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
     config_checksum = _config_checksum(config.to_dict(), trained_scorer(config, provenance))
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
+
+
+def open_tables(model: DualEncoder, files: Sequence[Path]) -> None:
+    """Let a model read its sharded tables, if any, from row files. Raises CheckpointError: they do not match."""
+    if model.tables.sharded:
+        model.tables.source = MappedTables(files, model.tables.sharded)
+
+
+def _copy_tables(model: DualEncoder, folder: Path) -> None:
+    """Link or copy the row files of a model's tables into its folder."""
+    source = model.tables.source
+    assert isinstance(source, MappedTables)
+    (folder / TABLES_DIR).mkdir()
+    for rank, path in enumerate(source.paths):
+        write_rows(folder / TABLES_DIR / row_file(rank), path)
 
 
 def holds_weights(file: Path, weights: Mapping[str, Tensor]) -> bool:
@@ -329,6 +357,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         if source is not None and (missing := model.frozen_weights().keys() - state.keys()):
             start = load_initial_model(source).model.state_dict()
             state |= {name: start[name] for name in missing}
+    open_tables(model, read_manifest(path).table_files())
     try:
         state = {name: weight for name, weight in model.state_dict().items() if name not in state} | state
         (model.load_state_dict if own and scorer is None else model.load_towers)(state)

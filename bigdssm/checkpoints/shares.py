@@ -141,7 +141,8 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
         checksummed = _Checksummed(file)
         checksummed.write(memoryview(len(text).to_bytes(8, "little") + text))
         for piece in pieces:
-            checksummed.write(piece.values.contiguous().view(torch.uint8).numpy().data)
+            if len(piece.values):  # the strides of an empty tensor may not allow a view
+                checksummed.write(piece.values.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     data = 8 + len(text)

@@ -33,6 +33,7 @@ from bigdssm.checkpoints.checkpoint import (
     load_checkpoint,
     rank_file,
     read_manifest,
+    tables_file,
     tensors_file,
     write_manifest,
 )
@@ -54,6 +55,7 @@ class _Job:
     state: dict[str, Any]
     pieces: list[TensorPiece]
     rank_state: list[TensorPiece]
+    table_rows: list[TensorPiece]
     between: Callable[[], None]  # called between this rank's files
     group: distributed.Group | None
 
@@ -77,23 +79,26 @@ class CheckpointStore:
         common: dict[str, Tensor],
         rank_state: dict[str, Tensor],
         pieces: Iterable[TensorPiece],
+        table_rows: dict[str, Tensor] | None = None,
         *,
         in_background: bool = False,
         between: Callable[[], None] = lambda: None,
     ) -> Path:
         """Write the checkpoint of `step` and remove the oldest ones.
 
-        pieces: this rank's pieces of weights and optimizer states. `state` and `common` are equal on every rank,
-        `rank_state` is local. in_background: copy the tensors and write them in a thread; `wait` and the next save wait
-        for it. Raises CheckpointError on every rank if any rank cannot write; earlier checkpoints are untouched.
+        pieces: this rank's pieces of weights and optimizer states. `state` and `common` are equal on every rank;
+        `rank_state` and `table_rows`, the rank's rows of sharded tables, are local. in_background: copy the tensors and
+        write them in a thread; `wait` and the next save wait for it. Raises CheckpointError on every rank if any rank
+        cannot write; earlier checkpoints are untouched.
         """
         self.wait()
         named = [(COMMON + name, tensor) for name, tensor in common.items()]
         shared = even_share(named, distributed.rank(), distributed.world_size())
         parts = [piece.on_host(copy=in_background) for some in (pieces, shared) for piece in some]
         local = [whole_tensor(name, tensor).on_host(copy=in_background) for name, tensor in rank_state.items()]
+        rows = [whole_tensor(name, tensor) for name, tensor in (table_rows or {}).items()]  # copies
         state = json.loads(json.dumps(state))  # a deep copy
-        job = _Job(step, state, parts, local, between, distributed.background_group())
+        job = _Job(step, state, parts, local, rows, between, distributed.background_group())
         self._error = None
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -205,8 +210,10 @@ class CheckpointStore:
         def write() -> None:
             written.append(write_share(aside / tensors_file(rank), rank, job.pieces))
             job.between()
-            share, _ = write_share(aside / rank_file(rank), rank, job.rank_state)
-            written.append((replace(share, locations=()), {}))
+            for name, tensors in ((rank_file(rank), job.rank_state), (tables_file(rank), job.table_rows)):
+                if tensors or name == rank_file(rank):
+                    share, _ = write_share(aside / name, rank, tensors)
+                    written.append((replace(share, locations=()), {}))
 
         self._run_collectively(write, "write", job.group)
         reports = distributed.gather_objects(written, job.group)

@@ -18,12 +18,14 @@ from bigdssm.config.components import (
     OPTIMIZERS,
     SAMPLINGS,
     SCORERS,
+    TABLE_OPTIMIZERS,
     DistillationConfig,
     LossConfig,
     OptimizerConfig,
     SamplingConfig,
     ScorerConfig,
     StageName,
+    TableOptimizerConfig,
 )
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
@@ -193,6 +195,23 @@ class TowerConfig:
 
 
 @dataclass(frozen=True)
+class TablesConfig:
+    """Division of embedding tables: replicated on every rank, or sharded by rows over the ranks."""
+
+    sharding: Literal["auto", "replicated", "rows"] = "auto"  # auto: rows for tables with at least `rows_from` rows
+    rows_from: int = bounded(1_000_000, 1, 2**40)
+    rows: tuple[str, ...] = ()  # features, such as doc.item_id, that are sharded whatever `sharding` is
+    replicated: tuple[str, ...] = ()  # features that are replicated whatever `sharding` is
+
+    def is_sharded(self, side: str, feature: str, num_codes: int) -> bool:
+        """Return whether the table of a feature is sharded."""
+        name = f"{side}.{feature}"
+        if name in self.rows or name in self.replicated:
+            return name in self.rows
+        return self.sharding == "rows" or (self.sharding == "auto" and num_codes >= self.rows_from)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Two towers and the scorer S = alpha * <u, w> + beta."""
 
@@ -204,6 +223,7 @@ class ModelConfig:
     beta: Literal["document", "scalar", "none"] = "document"
     beta_init: float = bounded(-10.0, -10_000, 10_000)  # of a scalar beta (as in SigLIP)
     share_text: bool = False  # one text encoder for both towers
+    tables: TablesConfig = field(default_factory=TablesConfig)
     query: TowerConfig = field(default_factory=TowerConfig)
     doc: TowerConfig = field(default_factory=TowerConfig)
 
@@ -226,6 +246,9 @@ class EngineConfig:
     peer_timeout_s: float = bounded(300.0, 5, 1_000_000)
     # Write a checkpoint from a copy while the next steps run; false: the steps wait for it.
     async_checkpoints: bool = True
+    # Tables that are sharded by rows, and their optimizer states: in the memory of the device or the host, or in files.
+    table_memory: Literal["device", "host", "file"] = "device"
+    table_dir: str | None = None  # local folder of these files; none: a folder of the run
     # Columns of the score matrix per tile; none: chosen by the loss.
     loss_tile: int | None = bounded(None, 1, 2**31)
 
@@ -293,6 +316,7 @@ class StageConfig:
     distillation: DistillationConfig | None = component(DISTILLATIONS, None)
     scorer: ScorerConfig | None = component(SCORERS, None)
     optimizer: OptimizerConfig = component(OPTIMIZERS, "adamw")
+    table_optimizer: TableOptimizerConfig = component(TABLE_OPTIMIZERS, "rowwise_adagrad")  # of tables sharded by rows
     rows_global: int = bounded(1024, 1, MAX_ROWS)
     epochs: float = bounded(1.0, 0, 100_000)
     steps: int = bounded(0, 0, MAX_COUNT)  # 0: from `epochs`

@@ -126,6 +126,8 @@ class Batch:
     teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores
     teacher_doc: Tensor | None = None  # float16 [n, E]
     doc_vectors: Tensor | None = None  # float32 [n, D+1]: fixed index vectors; `doc` is then empty
+    # By sharded table: distinct rows int64, on the host. Its features then hold positions: k > 0 is the k-th row.
+    table_rows: Mapping[str, np.ndarray] | None = None
     # int64 [p, 2]: further masked pairs (query id or, depending on negatives.mask, query index; doc id)
     known_positives: Tensor | None = None
 

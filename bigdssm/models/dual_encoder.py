@@ -151,7 +151,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.schema = schema
-        self.tables = EmbeddingTables(schema, config.query.embedding_dim, config.doc.embedding_dim)
+        self.tables = EmbeddingTables(schema, config)
         keys, configs = text_keys(config, schema), text_configs(config, schema)
         self.text = nn.ModuleDict(
             {

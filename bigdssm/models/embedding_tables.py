@@ -1,17 +1,30 @@
-"""Embedding tables of all categorical features, looked up by name."""
+"""Embedding tables of all categorical features, looked up by name.
+
+A replicated table is a weight of the model. The rows of a sharded one are outside of it: look-ups go to `source`, which
+is a step's working set in training (the batch then has positions in it for codes), else the tables themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Collection, Iterator
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
-from bigdssm.features import PADDING, Feature
+from bigdssm.features import PADDING, Feature, History
+from bigdssm.tables.rows import TableSpec
 
 INIT_STD = 0.02  # BERT's
+
+
+class RowSource(Protocol):
+    """The rows of sharded tables."""
+
+    def look_up(self, name: str, rows: Tensor) -> Tensor:
+        """Return vectors [*rows.shape, E] of rows int64, zeros for row 0."""
 
 
 class EmbeddingTables(nn.Module):
@@ -20,18 +33,27 @@ class EmbeddingTables(nn.Module):
     Shapes: R rows, K values or items, E table width.
     """
 
-    def __init__(self, schema: Schema, query_dim: int, doc_dim: int) -> None:
+    source: RowSource | None = None
+
+    def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__()
-        widths = {"query": query_dim, "doc": doc_dim}
+        self._config, self.sharded = config, sharded_tables(schema, config)
         self.tables = nn.ModuleDict()
         for side, feature in _tabled(schema):
-            self.tables[table_name(side, feature.name)] = _table(feature.num_codes, widths[side])
+            if (name := table_name(side, feature.name)) not in self.sharded:
+                self.tables[name] = _table(feature.num_codes, getattr(config, side).embedding_dim)
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
         """Extend the tables to the vocabularies of `schema`; return (rows before, now) by extended table."""
         grown = {}
+        larger = sharded_tables(schema, self._config, already=self.sharded)
+        for name, spec in self.sharded.items():
+            if spec.rows < larger[name].rows:
+                grown[name] = (spec.rows, larger[name].rows)
+        self.sharded = {name: larger[name] for name in self.sharded}
         for side, feature in _tabled(schema):
-            name = table_name(side, feature.name)
+            if (name := table_name(side, feature.name)) in self.sharded:
+                continue
             old = cast(nn.Embedding, self.tables[name])
             if old.num_embeddings < feature.num_codes:
                 table = self.tables[name] = _table(feature.num_codes, old.embedding_dim)
@@ -43,6 +65,9 @@ class EmbeddingTables(nn.Module):
 
     def look_up(self, name: str, codes: Tensor) -> Tensor:
         """Return the vectors [*codes.shape, E] of int64 `codes` in table `name`; zeros for padding."""
+        if name in self.sharded:
+            assert self.source is not None, "sharded tables have no rows yet"
+            return self.source.look_up(name, codes)
         vectors: Tensor = self.tables[name](codes)
         return vectors
 
@@ -50,6 +75,29 @@ class EmbeddingTables(nn.Module):
 def table_name(side: str, name: str) -> str:
     """Return the name of the table of a feature; `side` is query or doc."""
     return f"{side}_{name}"
+
+
+def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str] = ()) -> dict[str, TableSpec]:
+    """Return the tables that are sharded by rows, by name; `already`: those that are, whatever their size."""
+    specs = {}
+    for side, feature in _tabled(schema):
+        name = table_name(side, feature.name)
+        if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
+            specs[name] = TableSpec(name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD)
+    return specs
+
+
+def tables_of_features(schema: Schema, tables: Collection[str]) -> list[tuple[str, str, str]]:
+    """Return (side, feature, table) of the features that read one of `tables`; histories read that of their items."""
+    read = []
+    for side, features in schema.sides.items():
+        for name, feature in features.items():
+            table = table_name("doc", str(feature.of)) if isinstance(feature, History) else table_name(side, name)
+            if side == "query" and schema.siamese and not isinstance(feature, History):
+                table = table_name("doc", name)
+            if table in tables:
+                read.append((side, name, table))
+    return read
 
 
 def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:

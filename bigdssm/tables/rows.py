@@ -101,7 +101,7 @@ class RowStore:
         device: torch.device, folder: Path | None = None,
     ) -> None:  # fmt: skip
         """`device`: of the storage; `folder`: of the files that hold it instead of memory."""
-        self.spec, self.partition, self._key, self._optimizer = spec, partition, key, optimizer
+        self.spec, self.partition, self.key, self._optimizer = spec, partition, key, optimizer
         size = partition.capacity(spec.rows)
 
         def allocate(name: str, width: int, dtype: torch.dtype) -> Tensor:
@@ -129,7 +129,7 @@ class RowStore:
         new = np.flatnonzero(self.updated[local] == 0)
         if len(new):
             rows = self.partition.rows(local[new])
-            initial = torch.from_numpy(initial_rows(rows, self.spec.dim, self._key, self.spec.std))
+            initial = torch.from_numpy(initial_rows(rows, self.spec.dim, self.key, self.spec.std))
             values.index_copy_(0, self._index(new), initial.to(values.device, non_blocking=True))
         return values
 
@@ -147,9 +147,8 @@ class RowStore:
         self.updated[local] = np.maximum(self.updated[local], 1)
 
     def content(self) -> dict[str, Tensor]:
-        """Return the updated rows by virtual shard, then row: `rows`, `updated`, `values` and states, on the host."""
-        rows = self.partition.rows(np.flatnonzero(self.updated))
-        rows = rows[np.lexsort((rows, shard_of(rows)))]
+        """Return the updated rows, ascending: `rows`, `updated`, `values` and states, on the host."""
+        rows = np.sort(self.partition.rows(np.flatnonzero(self.updated)))
         local = self.partition.local(rows)
         stored = {"values": self.values, **self.states}
         return {
@@ -159,10 +158,10 @@ class RowStore:
         }
 
     def load(self, content: dict[str, Tensor]) -> None:
-        """Set rows of this rank to saved ones."""
+        """Set rows of this rank to saved ones, with their states if they were saved."""
         local = self.partition.local(content["rows"].numpy())
-        self._write(local, content["values"], {name: content[name] for name in self.states})
-        self.updated[local] = content["updated"].numpy()
+        self._write(local, content["values"], {name: content[name] for name in self.states if name in content})
+        self.updated[local] = content["updated"].numpy() if "updated" in content else 1
 
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         index = self._index(local)

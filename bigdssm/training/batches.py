@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from bigdssm.config import Config, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
+from bigdssm.features import PADDING
 from bigdssm.features.ragged import Ragged
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.collate import Collator
@@ -25,6 +26,7 @@ from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.upload import uploaded_batches
 from bigdssm.losses import sample_uniform
 from bigdssm.losses.declarations import BatchKL, ListDistillation
+from bigdssm.models.embedding_tables import tables_of_features
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.fixed_documents import FixedDocuments
@@ -47,10 +49,11 @@ class BatchBuilder:
         seed: int = 0,
         hard_negatives: HardNegatives | UniformNegatives | None = None,
         documents: FixedDocuments | None = None,
+        tables: Collection[str] = (),
     ) -> None:
         """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`.
 
-        documents: vectors that take the place of documents' features.
+        documents: vectors that take the place of documents' features. tables: names of tables sharded by rows.
         """
         dataset = stream.dataset
         self.hard_negatives, self._documents = hard_negatives, documents
@@ -62,6 +65,7 @@ class BatchBuilder:
         self._rank, self._world_size = stream.rank, stream.world_size
         catalogue = None if stream.inline else dataset.catalogue
         self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
+        self._tabled = tables_of_features(dataset.schema, tables)
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
@@ -73,6 +77,8 @@ class BatchBuilder:
             batch = replace(batch, teacher=torch.from_numpy(scores))
         if self._documents is not None:
             batch = replace(batch, doc_vectors=as_tensor(self._documents.vectors[batch.doc_rows.numpy()]))
+        if self._tabled:
+            batch = with_positions(batch, self._tabled)
         if self._teacher is not None:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
             batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))
@@ -106,6 +112,25 @@ class BatchBuilder:
         if self._config.columns == "catalogue":
             return catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
         return self.uniform(step)
+
+
+def with_positions(batch: Batch, tabled: Iterable[tuple[str, str, str]]) -> Batch:
+    """Return a batch whose features of sharded tables hold positions among the table's distinct rows, 0 for padding.
+
+    tabled: (side, feature, table).
+    """
+    sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
+    read = [(side, name, table) for side, name, table in tabled if name in sides[side]]
+    rows: dict[str, np.ndarray] = {}
+    for table in dict.fromkeys(table for _, _, table in read):
+        of_features = [sides[side][name].numpy().ravel() for side, name, of in read if of == table]
+        distinct = np.unique(np.concatenate(of_features))
+        rows[table] = distinct[distinct != PADDING]
+    for side, name, table in read:
+        codes = sides[side][name].numpy()
+        positions = np.where(codes == PADDING, PADDING, np.searchsorted(rows[table], codes) + 1)
+        sides[side][name] = torch.from_numpy(positions)
+    return replace(batch, query=sides["query"], doc=sides["doc"], table_rows=rows)
 
 
 def read_batches(

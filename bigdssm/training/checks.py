@@ -106,6 +106,24 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     return dataset
 
 
+def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
+    """Raise ConfigError if a stage cannot train a model with sharded tables."""
+    sharded, stage = sorted(model.tables.sharded), config.stage(name)
+    if not sharded:
+        return
+    for key, got, needed, reason in (
+        ("weight_average", stage.weight_average, 0.0, "the average would hold every row"),
+        ("negatives.columns", stage.negatives.columns, "batch", "all rows would be fetched in every step"),
+        ("warm_start.window", stage.warm_start.window, 0, "rank 0 computes the vectors of all items"),
+        ("scorer", stage.scorer, None, "its towers are not trained"),
+    ):
+        if got != needed:
+            raise ConfigError(
+                f"{name}.{key}: got {got}, needs {needed} with sharded tables ({', '.join(sharded)}): {reason}; "
+                "or set model.tables.replicated"
+            )
+
+
 def _check_writable(folder: Path) -> None:
     """Raise ConfigError unless the run's `folder` is writable, or can be created."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())

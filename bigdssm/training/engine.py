@@ -16,9 +16,11 @@ from functools import lru_cache
 from typing import Any, cast
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 from torch import Tensor, nn
 
@@ -37,11 +39,13 @@ from bigdssm.models import (
     use_eager_attention,
     use_packing,
 )
+from bigdssm.tables.sharded import ShardedTables, WorkingSet
 from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
+CLIP_EPS = 1e-6  # that DeepSpeed adds to the norm
 DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
 _LINEAR = torch.nn.functional.linear
 _SINGLE_RANK: dict[str, str] = {}  # the environment of a process group without a launcher
@@ -212,8 +216,15 @@ class DeepSpeedStepEngine:
 class Engine(DeepSpeedStepEngine):
     """A model under DeepSpeed, configured by the config, and its optimizer step."""
 
-    def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> None:
-        self._state_of = optimizer.state_of
+    def __init__(
+        self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int,
+        tables: ShardedTables | None = None,
+    ) -> None:  # fmt: skip
+        """tables: those of the model that are sharded by rows."""
+        self._state_of, self._clipping = optimizer.state_of, optimizer.gradient_clipping
+        self.tables = tables
+        self._working: WorkingSet | None = None  # of the step
+        self._square: Tensor | None = None  # of the norm of its gradients
         narrow = config.precision in ("bf16", "bf16_pure")  # `auto` is settled before
         self.product_dtype = torch.bfloat16 if narrow else torch.float32
         self._norm = float("nan")
@@ -233,22 +244,75 @@ class Engine(DeepSpeedStepEngine):
         super().__init__(built[0])
         if self.zero_stage > 0:
             self.deepspeed.optimizer.check_grad_overflow = True  # skip steps of non-finite gradients in fp32, too
+        if tables is not None:
+            cast(DualEncoder, self.module).tables.source = tables
+            self._include_tables_in_norm()
 
-    def step(self, lr_factor: float) -> bool:
+    def fetch(self, table_rows: Mapping[str, np.ndarray] | None) -> None:
+        """Fetch the rows of a step's batch from the sharded tables, if the model has any. All ranks must call it."""
+        if self.tables is not None:
+            self._working = self.tables.fetch(table_rows or {})
+            cast(DualEncoder, self.module).tables.source = self._working
+
+    def step(self, lr_factor: float, applied_steps: int = 0) -> bool:
         """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.
 
-        It is skipped on all ranks if any gradient is not finite.
+        It is skipped on all ranks if any gradient is not finite. Rows of sharded tables count in the norm, and are
+        clipped, updated or left with the other weights. applied_steps: number of steps applied before.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
+        if self.tables is not None and self._working is not None:
+            self._square = self.tables.reduce(self._working)
+            cast(DualEncoder, self.module).tables.source, self._working = self.tables, None
+        applied = self._step_weights()
+        if self.tables is not None:
+            if applied:
+                self.tables.commit(self._clip_coefficient(), lr_factor, applied_steps)
+            else:
+                self.tables.discard()
+            self._square = None
+        return applied
+
+    def _step_weights(self) -> bool:
         if self.zero_stage == 0:
             # DeepSpeed does not check the norm at stage 0. Gradients are reduced: every rank computes the same norm.
             self._norm = self._whole_norm()
             if not math.isfinite(self._norm):
                 self.deepspeed.optimizer.zero_grad()
                 return False
+            if self._square is not None:  # DeepSpeed clips by the norm of its own weights, which is then small enough
+                for parameter in self.module.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self._clip_coefficient())
         self.deepspeed.step()
         return not getattr(self.deepspeed.optimizer, "overflow", False)
+
+    def _clip_coefficient(self) -> float | Tensor:
+        """Return the factor by which DeepSpeed clips the gradients of the step."""
+        norm = self.gradient_norm()
+        if not self._clipping:
+            return 1.0
+        if isinstance(norm, Tensor):
+            return ((norm + CLIP_EPS) / self._clipping).clamp(min=1.0).reciprocal()
+        return 1.0 / max(1.0, (norm + CLIP_EPS) / self._clipping)
+
+    def _with_tables(self, norm: Tensor) -> Tensor:
+        """Return the norm of gradients with those of the sharded tables, infinity if it is not finite."""
+        if self._square is None:
+            return norm
+        whole = (norm.double().square() + self._square.to(norm.device)).sqrt()
+        return torch.where((norm < 0) | ~whole.isfinite(), torch.inf, whole).to(norm.dtype)
+
+    def _include_tables_in_norm(self) -> None:
+        """Make DeepSpeed clip, and skip steps, by the norm of all gradients, sharded tables included."""
+        optimizer = self.deepspeed.optimizer
+        if self.zero_stage == 3:
+            of_groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: [self._with_tables(combine_grad_norm_groups(of_groups()))]
+        elif self.zero_stage > 0:
+            of_weights = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = lambda *args, **options: self._with_tables(of_weights(*args, **options))
 
     def gradient_norm(self) -> float | Tensor:
         """Return the global gradient norm of the last step, before clipping; a tensor if it is still on the device."""
@@ -292,7 +356,8 @@ class Engine(DeepSpeedStepEngine):
 
     def _whole_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return float(norm if self._square is None else (norm.double().square() + self._square).sqrt())
 
 
 def _backend() -> str:

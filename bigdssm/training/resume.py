@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "engine": "may",
     "STAGE.loss": "never",
     "STAGE.optimizer": "never",
+    "STAGE.table_optimizer": "never",
     "STAGE.rows_global": "never",
     "STAGE.epochs": "longer",
     "STAGE.steps": "longer",

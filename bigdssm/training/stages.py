@@ -26,7 +26,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, model_difference
+from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference
 from bigdssm.training.engine import device, init_process_group, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
@@ -81,6 +81,7 @@ def run_stage(
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
             model = _model(config, name, dataset)
+            check_tables(config, name, model)
             documents = fix_documents(model, config, name, dataset)
             stream = row_stream(
                 config, stage_config, dataset, distributed.rank(), world_size, config.data.num_workers,
@@ -153,7 +154,8 @@ def _report_valid(
     config: Config, name: StageName, model: DualEncoder, stream: RowStream, documents: FixedDocuments | None
 ) -> None:
     stage = config.stage(name)
-    batch = next(read_batches(stream, BatchBuilder(stream, stage, config.run.seed, documents=documents), device()))
+    builder = BatchBuilder(stream, stage, config.run.seed, documents=documents, tables=model.tables.sharded)
+    batch = next(read_batches(stream, builder, device()))
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     steps = segment_steps(stage, stream.steps_per_epoch)
     logger.info(

@@ -27,6 +27,7 @@ from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.losses.precision import saved_precision, settle_precision
 from bigdssm.models import DualEncoder
+from bigdssm.tables.files import MappedTables, load_tables, table_tensors
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
@@ -37,6 +38,7 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor, warmup_steps
 from bigdssm.training.portable import frozen_checksum, set_weights
 from bigdssm.training.resume import StartPoint, segment_steps
+from bigdssm.training.table_rows import build_tables
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.training.warm_start import initialize_item_embeddings
 from bigdssm.utils.log import get_logger
@@ -82,7 +84,8 @@ class Trainer:
             initialize_item_embeddings(model, dataset, stage.warm_start)
         if how.checkpoint_activations:
             model.checkpoint_activations()
-        self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size))
+        tables = build_tables(model, config, name, how.table_memory)
+        self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size), tables)
         self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
         self.objective = Objective(
@@ -94,7 +97,8 @@ class Trainer:
 
         self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_progress, documents)
         hard_negatives, initial_documents = self.mining.load(progress.step - progress.part_step, start.same_segment)
-        self._make_batch = BatchBuilder(stream, stage, config.run.seed, hard_negatives, documents)
+        sharded = model.tables.sharded
+        self._make_batch = BatchBuilder(stream, stage, config.run.seed, hard_negatives, documents, sharded)
 
         torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
         if read is not None:
@@ -137,6 +141,7 @@ class Trainer:
             | self.selection.state_dict(),
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
             "pieces": self.engine.local_pieces(),
+            "table_rows": None if (tables := self.engine.tables) is None else table_tensors(tables, states=True),
         }
 
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
@@ -147,6 +152,8 @@ class Trainer:
         """
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
+        if (tables := self.engine.tables) is not None:
+            load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs))
         common = start.checkpoint.common_tensors()
         self.objective.load_state_dict(common)
         if self.average is not None:

@@ -25,6 +25,7 @@ from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments
+from bigdssm.training.table_rows import write_tables
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover
 from bigdssm.utils.log import Progress
@@ -93,13 +94,14 @@ class Validator:
             names = {name for name, _ in model.named_parameters() if not (is_written and name in kept)}
             state = engine.state_dict(names, on_main=True)
             fixed = {} if self._fixed is None else {"documents": self._fixed.checksum}
+            tables = write_tables(engine.tables, self._best_dir.with_name(".tables.unfinished"))
             error: BigDSSMError | None = None
             if distributed.is_main():
                 try:
                     save_model_folder(
                         self._best_dir, model, self._config, self._dataset.schema, self._dataset.tokenizer_dir,
                         {**provenance, "dataset": self._dataset.fingerprint, **fixed},
-                        state=state, frozen=frozen if is_written else None,
+                        state=state, frozen=frozen if is_written else None, tables=tables,
                     )  # fmt: skip
                 except BigDSSMError as problem:
                     error = problem

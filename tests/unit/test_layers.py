@@ -20,8 +20,8 @@ LAYERS = (
     ("utils",),
     ("cli", "features"),  # features: torch-free; configs declare them
     ("config", "distributed"),
-    ("dataset",),
-    ("losses", "models", "tables"),
+    ("dataset", "tables"),
+    ("losses", "models"),
     ("cluster", "checkpoints", "ingest"),
     ("loader",),
     ("retrieval",),

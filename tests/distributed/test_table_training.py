@@ -1,0 +1,160 @@
+"""Runs whose tables are sharded by rows: one curve on any number of ranks, clipping, skipped steps, resumes, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.checkpoints.checkpoint import find_checkpoint
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.retrieval.embed import tower_encoders
+
+from . import small_run
+from .spawn import Pool, RankFailed
+from .test_training import assert_same_curve, stop_after
+
+SHARDED = ("model.tables.sharding=rows", "pretrain.table_optimizer={name: sgd, lr: 0.5}")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_dataset(tmp_path_factory.mktemp("table_training"))
+
+
+@pytest.fixture(scope="module")
+def one(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
+    """Return the run of one rank at ZeRO 0, without chunks."""
+    folder = tmp_path_factory.mktemp("one")
+    pools[1].run(small_run.run, config, folder, (*SHARDED, "engine.zero_stage=0"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "modes"),
+    [
+        (1, ("engine.zero_stage=1", "engine.table_memory=file")),
+        (2, ("engine.zero_stage=2", "engine.chunk_tokens=150", "engine.keep_graph_tokens=0")),
+        (3, ("engine.zero_stage=3", "engine.table_memory=host")),
+        (2, ("engine.zero_stage=0", "engine.chunk_tokens=400")),
+    ],
+)
+def test_one_curve_in_all_modes(
+    config: Path, one: Path, tmp_path: Path, pools: dict[int, Pool], ranks: int, modes: tuple[str, ...]
+) -> None:
+    pools[ranks].run(small_run.run, config, tmp_path, (*SHARDED, *modes))
+    assert_same_curve(tmp_path, one)
+
+
+def vectors(folder: Any, dataset: Path) -> torch.Tensor:
+    opened = folder.view(Dataset.open(dataset))
+    return tower_encoders(folder.model, opened).documents(np.arange(opened.catalogue.num_docs))
+
+
+def test_model_folders_and_checkpoints_hold_the_rows(
+    config: Path, one: Path, tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    pools[3].run(small_run.run, config, tmp_path, (*SHARDED, "pretrain.save_every_steps=6"))
+    dataset = config.parent / "dataset"
+    best = load_model_folder(tmp_path / "pretrain" / "best")
+    assert len(list((tmp_path / "pretrain" / "best" / "tables").iterdir())) == 3
+    saved = load_checkpoint_model(find_checkpoint(tmp_path / "pretrain", "latest"))
+    theirs = load_checkpoint_model(find_checkpoint(one / "pretrain", "latest"))
+    torch.testing.assert_close(vectors(saved, dataset), vectors(theirs, dataset), rtol=1e-4, atol=1e-5)
+    save_model_folder(tmp_path / "copy", best.model, best.config, best.schema, best.tokenizer_dir, best.provenance)
+    copied = load_model_folder(tmp_path / "copy")
+    assert torch.equal(vectors(copied, dataset), vectors(best, dataset))
+
+
+def test_a_run_resumes_on_other_ranks_and_is_fine_tuned(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    options = (*SHARDED, "pretrain.table_optimizer={name: lazy_adam, lr: 0.01}", "pretrain.save_every_steps=6")
+    pools[2].run(small_run.run, config, tmp_path / "whole", options)
+    pools[2].run(stop_after, config, tmp_path / "half", options, 6)
+    pools[3].run(small_run.run, config, tmp_path / "half", (*options, "engine.zero_stage=3"), "pretrain", True)
+    assert_same_curve(tmp_path / "half", tmp_path / "whole")
+    pools[2].run(small_run.run, config, tmp_path / "whole", (*options, "sft.table_optimizer.lr=0.01"), "sft")
+    pools[1].run(small_run.run, config, tmp_path / "half", (*options, "sft.table_optimizer.lr=0.01"), "sft")
+    assert_same_curve(tmp_path / "half", tmp_path / "whole", tolerance=1e-4, stage="sft")
+
+
+def test_the_same_ranks_repeat_the_same_bits(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    options = (*SHARDED, "pretrain.save_every_steps=6")
+    for name in ("first", "second"):
+        pools[2].run(small_run.run, config, tmp_path / name, options)
+    pools[2].run(stop_after, config, tmp_path / "third", options, 6)
+    pools[2].run(small_run.run, config, tmp_path / "third", options, "pretrain", True)
+    files = [sorted((tmp_path / name / "pretrain/best/tables").iterdir()) for name in ("first", "second", "third")]
+    for first, *others in zip(*files, strict=True):
+        assert all(other.read_bytes() == first.read_bytes() for other in others)
+
+
+def clipped(
+    rank: int, world_size: int, config: Path, folder: Path, overrides: tuple[str, ...]
+) -> tuple[list[float], bool]:
+    """Run, with NaN in this rank's gradients of the third step; return the norms, and if rows stayed as they were."""
+    from bigdssm.tables.sharded import ShardedTables
+    from bigdssm.training import step
+
+    encode, unchanged = step.encode, []
+
+    def spoiled(engine: Any, batch: Any, *rest: Any) -> Any:
+        encoded = encode(engine, batch, *rest)
+        if batch.step == 2 and rank == world_size - 1:
+            leaf = next(iter(engine._working.leaves.values()))
+            leaf.register_hook(lambda gradient: gradient * torch.nan)
+        return encoded
+
+    discard = ShardedTables.discard
+
+    def noted(tables: ShardedTables) -> None:
+        before = {name: store.values.clone() for name, store in tables.stores.items()}
+        discard(tables)
+        unchanged.append(all(torch.equal(store.values, before[name]) for name, store in tables.stores.items()))
+
+    step.encode, ShardedTables.discard = spoiled, noted  # type: ignore[assignment, method-assign]
+    try:
+        small_run.run(rank, world_size, config, folder, overrides)
+    finally:
+        step.encode, ShardedTables.discard = encode, discard  # type: ignore[method-assign]
+    return [record["grad_norm"] for record in small_run.records(folder) if "grad_norm" in record], unchanged == [True]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_rows_are_skipped_with_the_weights(config: Path, tmp_path: Path, pools: dict[int, Pool], stage: int) -> None:
+    options = (*SHARDED, f"engine.zero_stage={stage}", "pretrain.optimizer.gradient_clipping=0.05")
+    for _, unchanged in pools[2].run(clipped, config, tmp_path, options):
+        assert unchanged
+    records = small_run.records(tmp_path)
+    assert [record["skipped"] for record in records][-1] == 1 and records[-1]["loss"] < records[0]["loss"]
+
+
+def test_clipping_is_by_the_norm_of_all_gradients(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """A run with replicated tables and SGD has the same norms in its first step."""
+    clip = ("pretrain.optimizer.gradient_clipping=0.05", "pretrain.steps=4")
+    found = []
+    for number, modes in enumerate([("engine.zero_stage=0",), ("engine.zero_stage=2",), ("engine.zero_stage=3",)]):
+        run = tmp_path / str(number)
+        pools[2].run(small_run.run, config, run, (*SHARDED, *clip, *modes))
+        found.append([(record["loss"], record["grad_norm"]) for record in small_run.records(run)])
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.weight_average=0.9", "weight_average: got 0.9, needs 0.0"),
+        ("pretrain.negatives={columns: catalogue, mask: user}", "negatives.columns: got catalogue, needs batch"),
+        ("pretrain.warm_start.window=2", "warm_start.window: got 2, needs 0"),
+    ],
+)
+def test_what_sharded_tables_do_not_support_is_refused(
+    config: Path, tmp_path: Path, pools: dict[int, Pool], override: str, message: str
+) -> None:
+    with pytest.raises(RankFailed, match=message):
+        plain = ("pretrain.sampling.name=none", "pretrain.negatives.uniform=0")
+        pools[1].run(small_run.run, config, tmp_path, (*SHARDED, *plain, override))
