@@ -28,6 +28,7 @@ class AdapterExport(ExportFormat):
     format: ClassVar[str] = "adapter"
     library: ClassVar[str] = "peft"
     keeps_adapters: ClassVar[bool] = True
+    keeps_tables: ClassVar[bool] = True
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
         """Write the adapters, load them on their base models, and compare. Raises ConfigError: the model has none."""
@@ -94,6 +95,7 @@ def without_adapters(folder: ModelFolder) -> ModelFolder:
     scorer = trained_scorer(config, folder.provenance)
     model = DualEncoder(config.model, folder.schema, architectures, scorer)
     model.load_state_dict(state)
+    model.tables.source = folder.model.tables.source
     checksum = model_checksum(model, config, folder.schema, folder.tokenizer_dir, folder.provenance)
     merged = replace(folder, model=model.eval(), config=config, checksum=checksum)
     _parity(merged, folder).check("the model with merged adapters")

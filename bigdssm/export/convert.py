@@ -21,6 +21,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.card import CARD_FILE, ReportedMetrics, model_card
+from bigdssm.export.dense_tables import with_dense_tables
 from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
 from bigdssm.utils.atomic import new_folder, real_path, write_json
@@ -66,6 +67,8 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
     if not kind.keeps_adapters:
         source = replace(source, model=without_adapters(source.model))
     target = kind.format
+    if not kind.keeps_tables:
+        source = replace(source, model=with_dense_tables(source.model, target))
     out = real_path(out)
     if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an export of the format {target}; choose another --out")

@@ -103,6 +103,7 @@ class ExportFormat(ABC):
     format: ClassVar[str]
     library: ClassVar[str]  # the Hub's name of the library that loads the format
     keeps_adapters: ClassVar[bool] = False  # else they are merged into the weights before `write`
+    keeps_tables: ClassVar[bool] = False  # else the rows of sharded tables become dense weights
 
     @abstractmethod
     def write(self, model: ModelFolder, out: Path) -> Parity:

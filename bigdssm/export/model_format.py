@@ -18,6 +18,7 @@ class ModelExport(ExportFormat):
 
     format: ClassVar[str] = "model"
     library: ClassVar[str] = "bigdssm"
+    keeps_tables: ClassVar[bool] = True
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
         """Write a model folder and load it again."""

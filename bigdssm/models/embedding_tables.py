@@ -83,7 +83,10 @@ def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str]
     for side, feature in _tabled(schema):
         name = table_name(side, feature.name)
         if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
-            specs[name] = TableSpec(name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD)
+            specs[name] = TableSpec(
+                name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD, config.tables.admit_after,
+                config.tables.evict_after,
+            )  # fmt: skip
     return specs
 
 

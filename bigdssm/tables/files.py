@@ -1,7 +1,8 @@
 """Row files: the updated rows of all tables that one rank has saved, in a checkpoint or a model folder.
 
 A file has the safetensors layout; per table NAME it has the flat tensors NAME/rows int64 [n] (ascending), NAME/values
-[n · d], NAME/key int64 [1] of its initial values and, in checkpoints, NAME/updated int32 [n] and the optimizer states.
+[n · d], NAME/key int64 [1] of its initial values and, in checkpoints, NAME/updated int32 [n], NAME/sightings int32 [n]
+and the optimizer states.
 The files of all ranks together hold a table; they are memory-mapped, and only the rows that are looked up are read.
 """
 
@@ -18,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bigdssm.errors import CheckpointError
-from bigdssm.tables.rows import TableSpec, initial_rows
+from bigdssm.tables.rows import OUT_OF_VOCABULARY, TableSpec, initial_rows
 from bigdssm.tables.sharded import ShardedTables
 
-ROWS, VALUES, KEY, UPDATED = "rows", "values", "key", "updated"
+ROWS, VALUES, KEY, COUNTS = "rows", "values", "key", ("updated", "sightings")
 _NUMPY = {"F32": np.float32, "I64": np.int64, "I32": np.int32, "BF16": np.uint16}
 
 
@@ -29,7 +30,10 @@ def table_tensors(tables: ShardedTables, *, states: bool) -> dict[str, Tensor]:
     """Return this rank's rows of all tables as the tensors of a row file; `states`: of a checkpoint."""
     tensors: dict[str, Tensor] = {}
     for name, store in tables.stores.items():
-        content = store.content()
+        content = store.content(tables.steps)
+        if not states and store.sightings is not None:  # other rows are out of vocabulary
+            admitted = content["sightings"] >= store.spec.admit_after
+            content = {key: tensor[admitted] for key, tensor in content.items()}
         kept = content if states else {key: content[key] for key in (ROWS, VALUES)}
         tensors |= {f"{name}/{key}": tensor.reshape(-1).contiguous() for key, tensor in kept.items()}
         tensors[f"{name}/{KEY}"] = torch.from_numpy(np.array([store.key], np.uint64).view(np.int64))
@@ -71,6 +75,9 @@ class MappedTables:
         """Return vectors float32 [*rows.shape, d] of rows int64, zeros for row 0, on the rows' device."""
         spec = self.specs[name]
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
+        if spec.admit_after > 1:
+            known = self._is_saved(name, distinct)
+            distinct = np.where(known | (distinct == 0), distinct, OUT_OF_VOCABULARY)
         values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
         values[distinct == 0] = 0
         for file in self._files:
@@ -81,6 +88,12 @@ class MappedTables:
                 values[found] = _float32(file[f"{name}/{VALUES}"].reshape(-1, spec.dim)[at[found]])
         vectors = torch.from_numpy(values[inverse.reshape(-1)]).view(*rows.shape, spec.dim)
         return vectors.to(rows.device)
+
+    def _is_saved(self, name: str, rows: np.ndarray) -> np.ndarray:
+        saved = np.zeros(len(rows), bool)
+        for file in self._files:
+            saved |= np.isin(rows, file[f"{name}/{ROWS}"])
+        return saved
 
     def key(self, name: str) -> int:
         """Return the key of a table's initial values."""
@@ -98,7 +111,7 @@ class MappedTables:
             for key in (key.removeprefix(prefix) for key in file if key.startswith(prefix)):
                 if key not in (ROWS, KEY):
                     values = file[prefix + key].reshape(len(rows), -1)[at]
-                    values = values[:, 0] if key == UPDATED else values
+                    values = values[:, 0] if key in COUNTS else values
                     content[key] = _tensor(values)
             yield content
 

@@ -24,6 +24,7 @@ _GATHER = pow(_SPREAD, -1, SHARDS)
 _BITS = 16  # of each of the four numbers in a hash
 _UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of their sum
 
+OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
 Memory = Literal["device", "host", "file"]
 
 
@@ -35,6 +36,8 @@ class TableSpec:
     rows: int
     dim: int
     std: float = 0.02  # of initial values
+    admit_after: int = 1  # steps with a row until it is used
+    evict_after: int = 0  # steps without a row until it is forgotten; 0: never
     dtype: torch.dtype = torch.float32  # of stored rows; states and updates are float32
 
 
@@ -120,13 +123,27 @@ class RowStore:
         self.values = allocate("values", spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
         self.states = {name: allocate(name, width, torch.float32) for name, width in widths.items()}
-        # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none.
+        # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
+        # the number of steps with the row, up to `admit_after`.
         self.updated: np.ndarray = np.zeros(size, np.int32)
+        self.sightings: np.ndarray | None = np.zeros(size, np.int16) if spec.admit_after > 1 else None
 
-    def read(self, local: np.ndarray) -> Tensor:
-        """Return rows at positions of the storage, float32 [n, d] on its device."""
+    def is_admitted(self, local: np.ndarray, step: int) -> np.ndarray:
+        """Return whether rows have occurred often enough before `step`, or are the one out of vocabulary: bool [n]."""
+        if self.sightings is None:
+            return np.ones(len(local), bool)
+        admitted: np.ndarray = (self.sightings[local] >= self.spec.admit_after) & ~self._expired(local, step)
+        return admitted | (self.partition.rows(local) == OUT_OF_VOCABULARY)
+
+    def _expired(self, local: np.ndarray, step: int) -> np.ndarray:
+        last, limit = self.updated[local].astype(np.int64) - 1, self.spec.evict_after
+        expired: np.ndarray = (last >= 0) & (step - last > limit) if limit else np.zeros(len(local), bool)
+        return expired
+
+    def read(self, local: np.ndarray, step: int) -> Tensor:
+        """Return rows at positions of the storage before `step`, float32 [n, d] on its device."""
         values = self.values[self._index(local)].float()
-        new = np.flatnonzero(self.updated[local] == 0)
+        new = np.flatnonzero((self.updated[local] == 0) | self._expired(local, step))
         if len(new):
             rows = self.partition.rows(local[new])
             initial = torch.from_numpy(initial_rows(rows, self.spec.dim, self.key, self.spec.std))
@@ -135,25 +152,37 @@ class RowStore:
 
     def update(self, local: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
         """Apply gradients float32 [n, d] to distinct rows."""
-        index, rows = self._index(local), self.read(local)
+        index, rows = self._index(local), self.read(local, step)
         states = {name: state[index] for name, state in self.states.items()}
+        if len(expired := np.flatnonzero(self._expired(local, step))):
+            for state in states.values():
+                state.index_fill_(0, self._index(expired), 0)
+            if self.sightings is not None:
+                self.sightings[local[expired]] = 0
         self._optimizer.update(rows, gradients.to(rows.device), states, lr, step)
         self._write(local, rows, states)
+        if self.sightings is not None:
+            self.sightings[local] = np.minimum(self.sightings[local] + 1, self.spec.admit_after)
         self.updated[local] = step + 1
 
-    def assign(self, local: np.ndarray, values: Tensor) -> None:
-        """Set rows to values [n, d], as if updated before the first step."""
-        self._write(local, values.to(self.values.device), {})
-        self.updated[local] = np.maximum(self.updated[local], 1)
+    def content(self, step: int) -> dict[str, Tensor]:
+        """Return the updated rows that are not forgotten before `step`, ascending, on the host.
 
-    def content(self) -> dict[str, Tensor]:
-        """Return the updated rows, ascending: `rows`, `updated`, `values` and states, on the host."""
-        rows = np.sort(self.partition.rows(np.flatnonzero(self.updated)))
-        local = self.partition.local(rows)
+        They are `rows`, `updated`, `values`, `sightings` if rows are admitted by them, and the optimizer states.
+        """
+        local = np.flatnonzero(self.updated)
+        local = local[~self._expired(local, step)]
+        rows = self.partition.rows(local)
+        order = np.argsort(rows)
+        rows, local = rows[order], local[order]
         stored = {"values": self.values, **self.states}
+        counted = (
+            {} if self.sightings is None else {"sightings": torch.from_numpy(self.sightings[local].astype(np.int32))}
+        )
         return {
             "rows": torch.from_numpy(rows),
             "updated": torch.from_numpy(self.updated[local]),
+            **counted,
             **{name: tensor[self._index(local)].cpu() for name, tensor in stored.items()},
         }
 
@@ -162,6 +191,8 @@ class RowStore:
         local = self.partition.local(content["rows"].numpy())
         self._write(local, content["values"], {name: content[name] for name in self.states if name in content})
         self.updated[local] = content["updated"].numpy() if "updated" in content else 1
+        if self.sightings is not None:
+            self.sightings[local] = content["sightings"].numpy() if "sightings" in content else self.spec.admit_after
 
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         index = self._index(local)

@@ -3,7 +3,7 @@
     working = tables.fetch({"doc_item_id": rows})      # distinct rows of this rank's batch; collective
     vectors = working.look_up("doc_item_id", positions)   # an ordinary differentiable look-up
     square = tables.reduce(working)                    # after the last backward; collective
-    tables.commit(coefficient, lr_factor, step)        # or tables.discard()
+    tables.commit(coefficient, lr_factor)              # or tables.discard()
 
 A step takes four all-to-alls per width: counts, rows, values, gradients; their sizes follow the distinct rows of the
 batches, and not the tables. Every rank calls `fetch` and `reduce` in every step.
@@ -12,7 +12,7 @@ batches, and not the tables. Every rank calls `fetch` and `reduce` in every step
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.config.components import TableOptimizerConfig
-from bigdssm.tables.rows import RowPartition, RowStore, TableSpec, table_key
+from bigdssm.tables.rows import OUT_OF_VOCABULARY, RowPartition, RowStore, TableSpec, table_key
 
 PADDING_POSITION = 0  # its vector is zero; the rows of a working set follow
 
@@ -46,9 +46,14 @@ class WorkingSet:
     leaves: dict[str, Tensor]  # float32 [1 + rows, d]
     routes: list[Route]
     dtype: torch.dtype = torch.float32  # of looked-up vectors
+    # int64 [1 + rows]: the position that is looked up for each one, that of the row out of vocabulary for rows that are
+    # not admitted; absent if all are
+    instead: dict[str, Tensor] = field(default_factory=dict)
 
     def look_up(self, name: str, positions: Tensor) -> Tensor:
         """Return vectors [*positions.shape, d]: position k > 0 is the k-th fetched row, 0 is zeros."""
+        if name in self.instead:
+            positions = self.instead[name][positions]
         vectors = nn.functional.embedding(positions, self.leaves[name], padding_idx=PADDING_POSITION)
         return vectors.to(self.dtype)
 
@@ -93,20 +98,51 @@ class ShardedTables:
             for spec in specs
         }
         self._pending: list[PendingUpdate] = []
+        self.steps = 0  # that have been applied
 
     def fetch(self, rows: Mapping[str, np.ndarray]) -> WorkingSet:
-        """Return the working set of distinct rows int64 [n] of each table, without row 0, on the host."""
-        leaves, routes = {}, []
+        """Return the working set of distinct rows int64 [n] of each table, without row 0, on the host.
+
+        A table whose rows are admitted by sightings also fetches the row out of vocabulary.
+        """
+        requested = {name: self._with_unknown(spec, rows.get(name)) for name, spec in self.specs.items()}
+        working = WorkingSet({}, [], self._dtype)
         for dim, names in self._by_width().items():
-            route = self._route(names, dim, [rows.get(name, np.zeros(0, np.int64)) for name in names])
+            route = self._route(names, dim, [requested[name] for name in names])
             values = self._exchange(self._owned_values(route), route.received, route.sent)
             index = torch.from_numpy(route.order).to(self._device, non_blocking=True)
             in_order = torch.empty_like(values).index_copy_(0, index, values)
-            counts = [len(rows.get(name, ())) for name in names]
-            for name, part in zip(names, in_order.split(counts), strict=True):
-                leaves[name] = torch.cat([part.new_zeros(1, dim), part]).requires_grad_()
-            routes.append(route)
-        return WorkingSet(leaves, routes, self._dtype)
+            parts = in_order.split([len(requested[name]) for name in names])
+            for name, part in zip(names, parts, strict=True):
+                working.leaves[name] = torch.cat([part.new_zeros(1, dim), part]).requires_grad_()
+            working.routes.append(route)
+            if any(self.specs[name].admit_after > 1 for name in names):
+                self._redirect(working, route, [requested[name] for name in names])
+        return working
+
+    def _with_unknown(self, spec: TableSpec, rows: np.ndarray | None) -> np.ndarray:
+        """Return distinct rows; with the row out of vocabulary, at the end, if they do not have it and may need it."""
+        rows = np.zeros(0, np.int64) if rows is None else rows
+        if spec.admit_after == 1 or OUT_OF_VOCABULARY in rows[:1]:
+            return rows
+        return np.append(rows, OUT_OF_VOCABULARY)
+
+    def _redirect(self, working: WorkingSet, route: Route, rows: Sequence[np.ndarray]) -> None:
+        """Let rows that are not admitted be looked up as the one out of vocabulary."""
+        admitted = np.zeros(len(route.requested), np.int64)
+        for number, name in enumerate(route.names):
+            at = np.flatnonzero(route.table_of == number)
+            local = self.partition.local(route.requested[at])
+            admitted[at] = self.stores[name].is_admitted(local, self.steps)
+        answers = self._exchange(torch.from_numpy(admitted), route.received, route.sent)
+        in_order = torch.empty_like(answers).index_copy_(0, torch.from_numpy(route.order), answers).numpy()
+        for name, of_table, used in zip(
+            route.names, rows, np.split(in_order, np.cumsum([len(r) for r in rows])[:-1]), strict=True
+        ):
+            if self.specs[name].admit_after > 1:
+                unknown = int(np.flatnonzero(of_table == OUT_OF_VOCABULARY)[0]) + 1
+                instead = np.where(used, np.arange(1, len(used) + 1), unknown)
+                working.instead[name] = torch.from_numpy(np.append(PADDING_POSITION, instead)).to(self._device)
 
     @torch.no_grad()
     def look_up(self, name: str, rows: Tensor) -> Tensor:
@@ -134,13 +170,14 @@ class ShardedTables:
                 self._pending.append(update)
         return distributed.all_reduce(square, group=self._group)
 
-    def commit(self, coefficient: float | Tensor, lr_factor: float, step: int) -> None:
+    def commit(self, coefficient: float | Tensor, lr_factor: float) -> None:
         """Update the rows of the last `reduce`, their gradients times `coefficient`."""
         for update in self._pending:
             if len(update.local):
                 gradients = update.gradients * coefficient
-                self.stores[update.name].update(update.local, gradients, self.optimizer.lr * lr_factor, step)
+                self.stores[update.name].update(update.local, gradients, self.optimizer.lr * lr_factor, self.steps)
         self._pending = []
+        self.steps += 1
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""
@@ -172,7 +209,7 @@ class ShardedTables:
         values = torch.empty(len(route.requested), route.dim, device=self._device)
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)
-            read = self.stores[name].read(self.partition.local(route.requested[at]))
+            read = self.stores[name].read(self.partition.local(route.requested[at]), self.steps)
             values.index_copy_(0, torch.from_numpy(at).to(self._device), read.to(self._device))
         return values
 

@@ -17,6 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
 from bigdssm.features import PADDING
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Ragged
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.collate import Collator
@@ -31,9 +32,9 @@ from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, Un
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.objective import catalogue_share
-from bigdssm.utils.hashing import derive_key
+from bigdssm.utils.hashing import derive_key, hash64, mix64
 
-_UNIFORM = 0x756E69666F726D  # key that separates these random draws from the stream's
+_UNIFORM, _DROPPED = 0x756E69666F726D, 0x64726F70706564  # keys that separate these random draws from the stream's
 
 
 class BatchBuilder:
@@ -50,10 +51,12 @@ class BatchBuilder:
         hard_negatives: HardNegatives | UniformNegatives | None = None,
         documents: FixedDocuments | None = None,
         tables: Collection[str] = (),
+        id_dropout: float = 0.0,
     ) -> None:
         """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`.
 
-        documents: vectors that take the place of documents' features. tables: names of tables sharded by rows.
+        documents: vectors that take the place of documents' features. tables: names of tables sharded by rows, of whose
+        ids the share `id_dropout` is out of vocabulary in each step.
         """
         dataset = stream.dataset
         self.hard_negatives, self._documents = hard_negatives, documents
@@ -65,7 +68,7 @@ class BatchBuilder:
         self._rank, self._world_size = stream.rank, stream.world_size
         catalogue = None if stream.inline else dataset.catalogue
         self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
-        self._tabled = tables_of_features(dataset.schema, tables)
+        self._tabled, self._id_dropout = tables_of_features(dataset.schema, tables), id_dropout
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
@@ -78,6 +81,8 @@ class BatchBuilder:
         if self._documents is not None:
             batch = replace(batch, doc_vectors=as_tensor(self._documents.vectors[batch.doc_rows.numpy()]))
         if self._tabled:
+            if self._id_dropout:
+                batch = drop_ids(batch, self._tabled, derive_key(self._seed, _DROPPED, rows.step), self._id_dropout)
             batch = with_positions(batch, self._tabled)
         if self._teacher is not None:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
@@ -112,6 +117,21 @@ class BatchBuilder:
         if self._config.columns == "catalogue":
             return catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
         return self.uniform(step)
+
+
+def drop_ids(batch: Batch, tabled: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
+    """Return a batch in which a share of the ids is out of vocabulary: a function of key, row and place in the row."""
+    sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
+    of_side = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
+    for side, name, _ in tabled:
+        if name in sides[side]:
+            codes = sides[side][name].numpy()
+            rows = mix64(of_side[side].astype(np.uint64), key ^ hash64(f"{side}.{name}"))
+            cells = rows.reshape(-1, *[1] * (codes.ndim - 1)) + np.arange(codes[:1].size, dtype=np.uint64)
+            dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
+            kept = np.where(dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes)
+            sides[side][name] = torch.from_numpy(kept)
+    return replace(batch, query=sides["query"], doc=sides["doc"])
 
 
 def with_positions(batch: Batch, tabled: Iterable[tuple[str, str, str]]) -> Batch:

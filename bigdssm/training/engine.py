@@ -254,11 +254,11 @@ class Engine(DeepSpeedStepEngine):
             self._working = self.tables.fetch(table_rows or {})
             cast(DualEncoder, self.module).tables.source = self._working
 
-    def step(self, lr_factor: float, applied_steps: int = 0) -> bool:
+    def step(self, lr_factor: float) -> bool:
         """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.
 
         It is skipped on all ranks if any gradient is not finite. Rows of sharded tables count in the norm, and are
-        clipped, updated or left with the other weights. applied_steps: number of steps applied before.
+        clipped, updated or left with the other weights.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
@@ -268,7 +268,7 @@ class Engine(DeepSpeedStepEngine):
         applied = self._step_weights()
         if self.tables is not None:
             if applied:
-                self.tables.commit(self._clip_coefficient(), lr_factor, applied_steps)
+                self.tables.commit(self._clip_coefficient(), lr_factor)
             else:
                 self.tables.discard()
             self._square = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,9 +27,11 @@ from bigdssm.loader.step_plan import StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.losses.precision import settle_precision
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
+from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
+from bigdssm.tables.rows import RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.fixed_documents import FixedDocuments
@@ -214,7 +216,8 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
     negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
     documents = FixedDocuments.unchecked(Path(stage.documents.vectors)) if stage.documents.vectors else None
-    builder = BatchBuilder(stream, share, config.run.seed, negatives, documents)
+    specs = sharded_tables(dataset.schema, config.model)
+    builder = BatchBuilder(stream, share, config.run.seed, negatives, documents, specs)
     batch = next(read_batches(stream, builder, torch.device("cpu")))
     texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
     mode = FakeTensorMode()
@@ -224,6 +227,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         _materialize(model)
         if engine.precision == "bf16_pure":
             _to_bfloat16(model)
+    model.tables.source = FakeRows(specs)
     model.train()
     if documents is not None:
         model.freeze_documents()
@@ -234,14 +238,23 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     sizes = ModelSizes.of(model, stage.optimizer)
     resident, in_step = resident_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
     # the average, and a copy of the weights while the average replaces them
+    widths = {name: sum(stage.table_optimizer.state_widths(spec.dim).values()) for name, spec in specs.items()}
+    if specs and config.engine.table_memory != "file":
+        rows_of = {name: RowPartition(0, world_size).capacity(spec.rows) for name, spec in specs.items()}
+        numbers = sum(rows_of[name] * (spec.dim + widths[name] + 1) for name, spec in specs.items())
+        resident["rows of sharded tables, and their states"] = FP32 * numbers
     averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
-    saved = sizes.trained + sizes.states + (sizes.weights if stage.weight_average else 0)
+    in_tables = sum(spec.rows * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
+    saved = in_tables + sizes.trained + sizes.states + (sizes.weights if stage.weight_average else 0)
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known_positives
     vectors = vector_bytes(*rows, width)
     loss, sent = 0, sent_bytes(engine, sizes, _gathered_weights(model, plan))
+    if specs:  # each row, its values and their gradients
+        fetched = {name: len(found) for name, found in (batch.table_rows or {}).items()}
+        sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
     if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(
             *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
@@ -266,7 +279,8 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             "validation, mining": _encoding(model, mode, batch) + _documents(stage, width, dataset, world_size),
         },
         num_weights=sizes.weights,
-        table_weights=sum(parameter.numel() for parameter in model.tables.parameters()),
+        table_weights=sum(parameter.numel() for parameter in model.tables.parameters())
+        + sum(spec.rows * spec.dim for spec in specs.values()),
         negatives=num_negatives(stage, batch, world_size, dataset.catalogue.num_docs),
         sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
         checkpoint_bytes=checkpoint_bytes(saved),
@@ -274,6 +288,18 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         rows_global=stage.rows_global,
         world_size=world_size,
     )
+
+
+@dataclass(frozen=True)
+class FakeRows:
+    """Zeros in place of the rows of sharded tables."""
+
+    specs: Mapping[str, TableSpec]
+
+    def look_up(self, name: str, rows: Tensor) -> Tensor:
+        """Return zeros [*rows.shape, d] with a gradient, as of a working set."""
+        leaf = torch.zeros(int(rows.numel()) + 1, self.specs[name].dim, requires_grad=True)
+        return nn.functional.embedding(rows, leaf)
 
 
 def recorded_rows_per_s(folder: Path) -> float | None:

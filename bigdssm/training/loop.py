@@ -85,9 +85,7 @@ def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:
             stop.request()  # the ranks stop together; saving then raises the error
         extra_inputs = trainer.objective.model_inputs(batch)
         make_report = partial(_report, trainer, batch, None if coming is None else coming[1])
-        result = train_step(
-            trainer.engine, batch, plan, loss_function, trainer.lr_factor(), extra_inputs, make_report, progress.applied
-        )  # fmt: skip
+        result = train_step(trainer.engine, batch, plan, loss_function, trainer.lr_factor(), extra_inputs, make_report)
         requirements = result.agreement.requirements
         _count(trainer, batch, result)
         if result.applied:

@@ -104,12 +104,10 @@ def train_step(
     lr_factor: float,
     extra_inputs: Features | None = None,
     make_report: Callable[[], StepReport] = StepReport,
-    applied_steps: int = 0,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch. All ranks must call it.
 
     extra_inputs: see `encode`. make_report: called after the backward, while gradients are being reduced.
-    applied_steps: number of steps applied before.
     """
     with timing.span("tables"):
         engine.fetch(batch.table_rows)
@@ -118,6 +116,6 @@ def train_step(
     output = back_propagate(encoded, backward, lambda leaves: loss_function(leaves, batch))
     with timing.span("optimizer"):
         agreement = exchange_reports(output.loss, encoded.alpha, make_report())
-        applied = engine.step(lr_factor, applied_steps)
+        applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
     return StepResult(agreement(), applied, norm, output.stats, plan)

@@ -98,7 +98,9 @@ class Trainer:
         self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_progress, documents)
         hard_negatives, initial_documents = self.mining.load(progress.step - progress.part_step, start.same_segment)
         sharded = model.tables.sharded
-        self._make_batch = BatchBuilder(stream, stage, config.run.seed, hard_negatives, documents, sharded)
+        self._make_batch = BatchBuilder(
+            stream, stage, config.run.seed, hard_negatives, documents, sharded, config.model.tables.id_dropout
+        )
 
         torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
         if read is not None:
@@ -154,6 +156,7 @@ class Trainer:
         self.engine.restore(read, start.progress.applied)
         if (tables := self.engine.tables) is not None:
             load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs))
+            tables.steps = start.progress.applied
         common = start.checkpoint.common_tensors()
         self.objective.load_state_dict(common)
         if self.average is not None:

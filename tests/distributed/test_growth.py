@@ -47,6 +47,13 @@ def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> t
     folder = tmp_path_factory.mktemp("grown")
     config, run_dir = small_run.write_dataset(folder), folder / "run"
     pools[2].run(small_run.run, config, run_dir, (*ALWAYS, "pretrain.save_every_steps=8"))
+    append_day2(config)
+    return config, run_dir
+
+
+def append_day2(config: Path) -> None:
+    """Append the partition `day2`, with new users, items and genres, to the dataset of a config."""
+    folder = config.parent
     items = ["item_id\ttitle\tgenre"] + [f"new{i}\tword{i} number {i}\tg9 all" for i in range(7)]
     users = ["user_id\tage\tgender"] + [f"v{u}\t{30 + u}\t{'MX'[u % 2]}" for u in range(30)]
     events = ["user_id\titem_id\ttimestamp"]
@@ -58,7 +65,6 @@ def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> t
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     tables = InteractionTables(folder / "events2.tsv", folder / "items2.tsv", folder / "users2.tsv")
     make_interactions(load_config(config).data, tables, IngestTarget(folder / "dataset", "day2", append=True))
-    return config, run_dir
 
 
 def copy(run_dir: Path, folder: Path) -> Path:

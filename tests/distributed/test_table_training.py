@@ -11,11 +11,16 @@ import torch
 
 from bigdssm.checkpoints.checkpoint import find_checkpoint
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
+from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.training.estimate import estimate
 
 from . import small_run
 from .spawn import Pool, RankFailed
+from .test_growth import append_day2
 from .test_training import assert_same_curve, stop_after
 
 SHARDED = ("model.tables.sharding=rows", "pretrain.table_optimizer={name: sgd, lr: 0.5}")
@@ -158,3 +163,40 @@ def test_what_sharded_tables_do_not_support_is_refused(
     with pytest.raises(RankFailed, match=message):
         plain = ("pretrain.sampling.name=none", "pretrain.negatives.uniform=0")
         pools[1].run(small_run.run, config, tmp_path, (*SHARDED, *plain, override))
+
+
+def test_exports_hold_dense_tables_and_an_estimate_counts_them(
+    config: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_source(one / "pretrain" / "best")
+    for kind in ("model", "onnx"):
+        parity = export(source, tmp_path / kind, kind)
+        assert max(parity.query, parity.doc) <= 1e-5
+    monkeypatch.setattr("bigdssm.export.dense_tables.DENSE_BYTES", 100)
+    with pytest.raises(ConfigError, match=r"--format onnx: the table doc_\w+ has .* use --format model"):
+        export(source, tmp_path / "large", "onnx")
+    dataset = Dataset.open(config.parent / "dataset")
+    replicated, sharded = (
+        estimate(load_config(config, [f"run.dir={tmp_path}", *modes]), "pretrain", dataset, 2)
+        for modes in ((), SHARDED[:1])
+    )
+    assert sharded.table_weights == replicated.table_weights > 0
+    assert sharded.num_weights == replicated.num_weights - replicated.table_weights
+    assert sharded.resident["rows of sharded tables, and their states"] > 0 and sharded.sent["sharded tables"] > 0
+
+
+def test_a_new_partition_appends_rows(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Rows that were trained keep their values, on another number of ranks, too."""
+    config = small_run.write_dataset(tmp_path)
+    options = (*SHARDED, "pretrain.steps=4", "pretrain.save_every_steps=4", "pretrain.validate_every_steps=4")
+    pools[2].run(small_run.run, config, tmp_path / "run", options)
+    append_day2(config)
+    frozen = ("pretrain.table_optimizer={name: sgd, lr: 0.0}", "data.from_partition=day2")
+    with pytest.raises(RankFailed, match=r"table_optimizer\.lr was 0.5, is 0.0"):
+        pools[3].run(small_run.run, config, tmp_path / "run", (*options, *frozen), "pretrain", True)
+    pools[3].run(small_run.run, config, tmp_path / "run", (*options, frozen[1]), "pretrain", True)
+    after = load_checkpoint_model(find_checkpoint(tmp_path / "run" / "pretrain", "latest")).model.tables
+    assert after.sharded["doc_item_id"].rows == 2 + small_run.NUM_ITEMS + 7
+    assert after.source is not None
+    added = torch.arange(2 + small_run.NUM_ITEMS, 9 + small_run.NUM_ITEMS)
+    assert (after.source.look_up("doc_item_id", added).abs().sum(1) > 0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 import bigdssm.tables.optimizers  # noqa: F401, registers them
 from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.errors import CheckpointError
+from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
 
@@ -50,6 +53,7 @@ def train(
             owned = tables.partition.owner(content["rows"].numpy()) == rank
             tables.stores[name].load({key: value[torch.from_numpy(owned)] for key, value in content.items()})
     norms = []
+    tables.steps = steps.start
     for step in steps:
         shares = range(rank, ALL_RANKS, world_size)
         batches = {spec.name: [batch(step, share, spec.name) for share in shares] for spec in SPECS}
@@ -65,9 +69,9 @@ def train(
                     # the mean over ranks is the mean over the shares
                     (loss_of(working.look_up(name, some), w) * world_size / ALL_RANKS).backward()
         norms.append(float(tables.reduce(working)))
-        tables.commit(coefficient, 1.0, step)
+        tables.commit(coefficient, 1.0)
     whole = {spec.name: tables.look_up(spec.name, torch.arange(spec.rows)) for spec in SPECS}
-    content = {name: store.content() for name, store in tables.stores.items()}
+    content = {name: store.content(tables.steps) for name, store in tables.stores.items()}
     return whole, norms, content, tables.traffic.sent
 
 
@@ -160,6 +164,41 @@ def test_saved_rows_resume_on_any_number_of_ranks_and_repeat_bit_by_bit(pools: d
             torch.testing.assert_close(resumed[0][0][name], expected, **exact)
 
 
+def saved_and_grown(rank: int, world_size: int, folder: Path, grown: bool) -> dict[str, Tensor]:
+    """Train two steps and write row files, or read them into tables of half as many rows more; return all rows."""
+    specs = [replace(spec, rows=spec.rows * 3 // 2) for spec in SPECS] if grown else SPECS
+    tables = ShardedTables(specs, optimizer_of("rowwise_adagrad"), SEED + grown)
+    if grown:
+        load_tables(tables, MappedTables(sorted(folder.glob("*.safetensors")), tables.specs))
+    else:
+        for step in range(2):
+            rows = {spec.name: np.unique(batch(step, rank, spec.name)[0]) for spec in SPECS}
+            working = tables.fetch({name: found[found > 0] for name, found in rows.items()})
+            sum(leaf.sum() for leaf in working.leaves.values()).backward()  # type: ignore[union-attr]
+            tables.reduce(working)
+            tables.commit(1.0, 1.0)
+        write_row_file(folder / row_file(rank), tables)
+    return {spec.name: tables.look_up(spec.name, torch.arange(spec.rows)) for spec in specs}
+
+
+def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Pool], tmp_path: Path) -> None:
+    saved = pools[2].run(saved_and_grown, tmp_path, False)[0]
+    mapped = MappedTables(sorted(tmp_path.glob("*.safetensors")), {spec.name: spec for spec in SPECS})
+    for grown in pools[3].run(saved_and_grown, tmp_path, True):
+        for spec in SPECS:
+            assert torch.equal(grown[spec.name][: spec.rows], saved[spec.name])
+            new = np.arange(spec.rows, spec.rows * 3 // 2)
+            initial = initial_rows(new, spec.dim, table_key(SEED, spec.name), spec.std)
+            np.testing.assert_array_equal(grown[spec.name][spec.rows :], initial)
+    for spec in SPECS:
+        rows = torch.arange(spec.rows).view(-1, 10 if spec.rows % 10 == 0 else 1)
+        assert torch.equal(mapped.look_up(spec.name, rows).view(-1, spec.dim), saved[spec.name])
+    content = bytearray((tmp_path / row_file(1)).read_bytes())
+    (tmp_path / row_file(1)).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="is not a row file|does not hold the table"):
+        MappedTables([tmp_path / row_file(1)], {spec.name: spec for spec in SPECS})
+
+
 def test_traffic_follows_the_distinct_rows(pools: dict[int, Pool]) -> None:
     for rank, (_, _, _, sent) in enumerate(pools[3].run(train, "sgd", 1.0, 1, None, range(1))):
         least = 0
@@ -206,3 +245,41 @@ def test_initial_values_are_those_of_their_rows() -> None:
         assert abs(np.corrcoef(initial_rows(rows, 16, other, 0.02).ravel(), values.ravel())[0, 1]) < 0.01
     assert abs(np.corrcoef(values[:-1].ravel(), values[1:].ravel())[0, 1]) < 0.01
     assert values.view(np.int32).sum() == initial_rows(rows, 16, table_key(0, "items"), 0.02).view(np.int32).sum()
+
+
+LIVES = TableSpec("lives", 100, 4, std=0.1, admit_after=2, evict_after=3)
+
+
+def live(rank: int, world_size: int, occurrences: list[list[int]]) -> list[list[list[float]]]:
+    """Train on the rows of each step, which this rank has every `world_size`-th of; return the vectors of rows 1 to 4.
+
+    They are as looked up before each step, and after the last one.
+    """
+    tables = ShardedTables([LIVES], optimizer_of("rowwise_adagrad"), SEED)
+    found = []
+    for step in [*occurrences, []]:
+        found.append(tables.look_up("lives", torch.arange(1, 5)).tolist())
+        rows = np.array(step[rank::world_size], np.int64)
+        working = tables.fetch({"lives": rows})
+        positions = torch.arange(1, len(rows) + 1)
+        (working.look_up("lives", positions).sum() * world_size).backward()
+        tables.reduce(working)
+        tables.commit(1.0, 1.0)
+    return found
+
+
+def test_rows_are_admitted_and_forgotten(pools: dict[int, Pool]) -> None:
+    occurrences = [[2, 3], [2, 4], [2], [2], [2, 4], [2, 3, 4], [4]]
+    one, two = pools[1].run(live, occurrences)[0], pools[2].run(live, occurrences)[0]
+    np.testing.assert_allclose(two, one, atol=1e-6)
+    unknown, frequent, rare, late = (np.array([step[row] for step in one]) for row in range(4))
+
+    def is_unknown(vectors: np.ndarray) -> list[bool]:
+        return [bool(np.array_equal(*pair)) for pair in zip(vectors, unknown, strict=True)]
+
+    assert is_unknown(frequent) == [True, True, *[False] * 6]  # admitted after its second step
+    assert is_unknown(rare) == [True] * 8  # steps 0 and 5: the first is forgotten before the second
+    assert is_unknown(late) == [True] * 5 + [False] * 3  # steps 1, 4, 5, 6
+    initial = initial_rows(np.array([2]), 4, table_key(SEED, "lives"), 0.1)[0]
+    np.testing.assert_array_equal(frequent[2], initial.astype(np.float32))  # not trained while it was unknown
+    assert (frequent[3] != frequent[2]).all() and (unknown[1] != unknown[0]).all()
