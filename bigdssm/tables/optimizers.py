@@ -15,8 +15,10 @@ from bigdssm.utils.bounds import bounded
 if TYPE_CHECKING:
     from torch import Tensor
 
+register_table_optimizer = TABLE_OPTIMIZERS.register
 
-@TABLE_OPTIMIZERS.register
+
+@register_table_optimizer
 @dataclass(frozen=True)
 class RowwiseAdagrad(TableOptimizerConfig):
     """Adagrad with one number of state per row, the sum of mean squared gradients (as in FBGEMM)."""
@@ -34,7 +36,7 @@ class RowwiseAdagrad(TableOptimizerConfig):
         rows.addcdiv_(gradients, square.sqrt().add_(self.eps), value=-lr)
 
 
-@TABLE_OPTIMIZERS.register
+@register_table_optimizer
 @dataclass(frozen=True)
 class Adagrad(TableOptimizerConfig):
     """Adagrad with a state per number (Duchi et al. 2011)."""
@@ -52,7 +54,7 @@ class Adagrad(TableOptimizerConfig):
         rows.addcdiv_(gradients, square.sqrt().add_(self.eps), value=-lr)
 
 
-@TABLE_OPTIMIZERS.register
+@register_table_optimizer
 @dataclass(frozen=True)
 class Sgd(TableOptimizerConfig):
     """Gradient descent without state."""
@@ -68,7 +70,7 @@ class Sgd(TableOptimizerConfig):
         rows.add_(gradients, alpha=-lr)
 
 
-@TABLE_OPTIMIZERS.register
+@register_table_optimizer
 @dataclass(frozen=True)
 class LazyAdam(TableOptimizerConfig):
     """Adam whose moments change only with their row, as torch.optim.SparseAdam."""

@@ -107,26 +107,29 @@ class RowStore:
         self.spec, self.partition, self.key, self._optimizer = spec, partition, key, optimizer
         size = partition.capacity(spec.rows)
 
+        def on_host(name: str, width: int, dtype: type) -> np.ndarray:
+            if folder is None or not size:
+                return np.zeros((size, width), dtype)
+            path = folder / f"{spec.name}.{name}.{partition.rank:05d}"
+            return np.memmap(path, dtype, "w+", shape=(size, width))  # sparse, and zero
+
         def allocate(name: str, width: int, dtype: torch.dtype) -> Tensor:
             if folder is None:
                 return torch.zeros(size, width, dtype=dtype, device=device)
-            path = folder / f"{spec.name}.{name}.{partition.rank:05d}"
-            numbers = size * width
-            return torch.from_file(str(path), shared=True, size=max(1, numbers), dtype=dtype)[:numbers].view(
-                size, width
-            )
+            narrow = dtype == torch.bfloat16
+            stored = torch.from_numpy(on_host(name, width, np.uint16 if narrow else np.float32))
+            return stored.view(torch.bfloat16) if narrow else stored
 
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob(f"{spec.name}.*.{partition.rank:05d}"):
-                path.unlink()  # of an earlier run: a new file is sparse and zero
         self.values = allocate("values", spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
         self.states = {name: allocate(name, width, torch.float32) for name, width in widths.items()}
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
-        self.updated: np.ndarray = np.zeros(size, np.int32)
-        self.sightings: np.ndarray | None = np.zeros(size, np.int16) if spec.admit_after > 1 else None
+        self.updated: np.ndarray = on_host("updated", 1, np.int32).reshape(-1)
+        counted = spec.admit_after > 1
+        self.sightings: np.ndarray | None = on_host("sightings", 1, np.int16).reshape(-1) if counted else None
 
     def is_admitted(self, local: np.ndarray, step: int) -> np.ndarray:
         """Return whether rows have occurred often enough before `step`, or are the one out of vocabulary: bool [n]."""

@@ -24,6 +24,7 @@ from bigdssm.config.keys import (
     OPTIMIZERS,
     SAMPLINGS,
     SCORERS,
+    TABLE_OPTIMIZERS,
     TEXT_ENCODERS,
     Config,
     DistillationConfig,
@@ -32,6 +33,7 @@ from bigdssm.config.keys import (
     OptimizerConfig,
     SamplingConfig,
     ScorerConfig,
+    TableOptimizerConfig,
     TextEncoderConfig,
 )
 from bigdssm.config.schema import all_comments, default_of
@@ -98,6 +100,10 @@ SCORER_KINDS = """\
 ## Scorers
 
 `STAGE.scorer` has the keys of the scorer `name`:"""
+TABLE_OPTIMIZER_KINDS = """\
+## Optimizers of sharded tables
+
+In addition to the keys of every table optimizer, `STAGE.table_optimizer` has those of the optimizer `name`:"""
 BLOCKS = """\
 ## Sequence blocks
 
@@ -111,6 +117,7 @@ COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (DISTILLATION_KINDS, DISTILLATIONS, DistillationConfig),
     (SCORER_KINDS, SCORERS, ScorerConfig),
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
+    (TABLE_OPTIMIZER_KINDS, TABLE_OPTIMIZERS, TableOptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
     (EXPORTS, EXPORT_FORMATS, None),
 )
