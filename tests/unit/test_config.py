@@ -66,7 +66,7 @@ def test_a_config_of_python_callers_may_hold_paths_and_numpys_numbers(path: Path
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("pretrain.lr", "Did you mean pretrain.optimizer.lr?"),
+        ("pretrain.lr", "Did you mean pretrain.optimizer.lr or pretrain.table_optimizer.lr?"),
         ("sft.hard", "Did you mean sft.negatives.hard?"),
         ("sft.file", "Did you mean sft.negatives.mining.file?"),
         ("model.embedding_dim", "Did you mean model.query.embedding_dim or model.doc.embedding_dim?"),

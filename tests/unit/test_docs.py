@@ -134,6 +134,7 @@ NESTED = (
     "scorer",
     "optimizer",
     "documents",
+    "table_optimizer",
     "warm_start",
 )  # sections of their own on the page
 

@@ -1,9 +1,9 @@
 """Train each family of text encoders in every combination of modes, and compare the loss with one rank at ZeRO stage 0.
 
-    python tools/checks/encoder_matrix.py [--family NAME …] [--ranks N …]
+    python -m tests.distributed.encoder_matrix [--family NAME …] [--ranks N …]
 
 The modes are ranks, ZeRO stage, chunks, LoRA, precision and recomputed activations: 192 runs per family.
-tests/distributed/test_text_encoders.py runs a pairwise design of them. Exit code 1: a curve differs.
+test_text_encoders.py runs a pairwise design of them. Exit code 1: a curve differs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tests.encoders import FAMILIES, LORA, write_pairs
 
-from tests.distributed import small_run  # noqa: E402
-from tests.distributed.conftest import Pools  # noqa: E402
-from tests.distributed.test_text_encoders import AGAIN, BF16, CHUNKS, losses  # noqa: E402
-from tests.encoders import FAMILIES, LORA, write_pairs  # noqa: E402
+from . import small_run
+from .conftest import Pools
+from .test_text_encoders import AGAIN, BF16, CHUNKS, losses
 
 LIMITS = {"fp32": 1e-5, "bf16": 0.02}  # relative difference of a step's loss
 
