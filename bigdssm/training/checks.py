@@ -116,6 +116,7 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
         ("negatives.columns", stage.negatives.columns, "batch", "all rows would be fetched in every step"),
         ("warm_start.window", stage.warm_start.window, 0, "rank 0 computes the vectors of all items"),
         ("scorer", stage.scorer, None, "its towers are not trained"),
+        ("documents.model", stage.documents.model, None, "the rows of the document tower would be trained"),
     ):
         if got != needed:
             raise ConfigError(

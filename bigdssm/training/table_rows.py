@@ -22,11 +22,12 @@ logger = get_logger(__name__)
 
 
 def build_tables(
-    model: DualEncoder, config: Config, name: StageName, memory: Literal["device", "host", "file"]
+    model: DualEncoder, config: Config, name: StageName, memory: Literal["device", "host", "file"], *, resumed: bool
 ) -> ShardedTables | None:
     """Return the sharded tables of a stage on this rank, None without any.
 
-    They have the rows of the model that the stage starts from, or initial values.
+    They have the rows of the model that the stage starts from, or initial values; those of a `resumed` stage, from
+    which rows may have been evicted, are in its checkpoint.
     """
     specs = model.tables.sharded
     if not specs:
@@ -39,7 +40,7 @@ def build_tables(
         storage=device() if memory == "device" else torch.device("cpu"), folder=folder,
         dtype=torch.bfloat16 if config.engine.precision == "bf16_pure" else torch.float32,
     )  # fmt: skip
-    if isinstance(model.tables.source, MappedTables):
+    if isinstance(model.tables.source, MappedTables) and not resumed:
         load_tables(tables, model.tables.source)
     for spec in specs.values():
         share = tables.stores[spec.name].partition.capacity(spec.rows)

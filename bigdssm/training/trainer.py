@@ -84,7 +84,7 @@ class Trainer:
             initialize_item_embeddings(model, dataset, stage.warm_start)
         if how.checkpoint_activations:
             model.checkpoint_activations()
-        tables = build_tables(model, config, name, how.table_memory)
+        tables = build_tables(model, config, name, how.table_memory, resumed=read is not None)
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size), tables)
         self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"

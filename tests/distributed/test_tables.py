@@ -15,9 +15,11 @@ import bigdssm.tables.optimizers  # noqa: F401, registers them
 from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
+from bigdssm.loader.batch import Batch
 from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
+from bigdssm.training.batches import drop_ids
 
 from .spawn import Pool
 
@@ -195,7 +197,7 @@ def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Po
         assert torch.equal(mapped.look_up(spec.name, rows).view(-1, spec.dim), saved[spec.name])
     content = bytearray((tmp_path / row_file(1)).read_bytes())
     (tmp_path / row_file(1)).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="is not a row file|does not hold the table"):
+    with pytest.raises(CheckpointError, match=r"is not a row file|does not hold the table"):
         MappedTables([tmp_path / row_file(1)], {spec.name: spec for spec in SPECS})
 
 
@@ -283,3 +285,26 @@ def test_rows_are_admitted_and_forgotten(pools: dict[int, Pool]) -> None:
     initial = initial_rows(np.array([2]), 4, table_key(SEED, "lives"), 0.1)[0]
     np.testing.assert_array_equal(frequent[2], initial.astype(np.float32))  # not trained while it was unknown
     assert (frequent[3] != frequent[2]).all() and (unknown[1] != unknown[0]).all()
+
+
+def test_dropped_ids_are_a_function_of_step_and_row() -> None:
+    random = np.random.RandomState(0)
+    codes = {"item": random.randint(0, 50, (400, 6)), "kind": random.randint(0, 50, 400)}
+
+    def dropped(rows: np.ndarray, key: int) -> dict[str, np.ndarray]:
+        side = {name: torch.from_numpy(values[rows]) for name, values in codes.items()}
+        none = torch.zeros(0)
+        made = Batch(
+            0, torch.from_numpy(rows), side, side, none, none, none, torch.from_numpy(-rows), none, none, {}, {}
+        )
+        kept = drop_ids(made, [("query", "item", "t"), ("doc", "kind", "t")], key, 0.3)
+        return {"item": kept.query["item"].numpy(), "kind": kept.doc["kind"].numpy()}
+
+    whole, other = dropped(np.arange(400), 1), dropped(np.arange(400), 2)
+    for name, values in codes.items():
+        changed = (whole[name] != values) & (values > 1)
+        assert changed.sum() / (values > 1).sum() == pytest.approx(0.3, abs=0.05)
+        assert (whole[name][changed] == 1).all() and (whole[name][values == 0] == 0).all()
+        assert (whole[name] != other[name]).any()
+        part = dropped(np.arange(399, 0, -3), 1)[name]
+        np.testing.assert_array_equal(part, whole[name][np.arange(399, 0, -3)])
