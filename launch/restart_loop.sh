@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a launcher, and start it again after faults that a restart mends: a rank or a machine died or hung.
+# Restart a launcher after a transient fault: a rank or a machine died or hung.
 #
 #   bash launch/restart_loop.sh RUN/STAGE deepspeed --hostfile hosts launch/pretrain.py --config my.yaml --resume auto
 #
@@ -14,7 +14,11 @@ for ((restart = 0; restart <= ${BIGDSSM_MAX_RESTARTS:-10}; restart++)); do
     lines=$(cat "$events" 2>/dev/null | wc -l)
     "$@"
     code=$?
-    [ "$(cat "$events" 2>/dev/null | wc -l)" -gt "$lines" ] || exit $code # it did not start
+    if [ "$(cat "$events" 2>/dev/null | wc -l)" -eq "$lines" ]; then # it did not start
+        [ "$restart" -gt 0 ] || exit $code
+        sleep "${BIGDSSM_RESTART_WAIT_S:-30}" # a machine may still be down
+        continue
+    fi
     last=$(tail -n 1 "$events")
     case $last in
     *'"exit_code": 6,'*) ;;

@@ -327,6 +327,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of the tensors of the checkpoint folder `path`; none if its manifest is damaged."""
+    try:
+        return list(read_manifest(path).tensors)
+    except UnsupportedFormatError:
+        raise
+    except CheckpointError:
+        return []
+
+
 def folder_checksums(folder: Path) -> dict[str, str]:
     """Return the xxh3_128 of every file in a folder, in hex, by its relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

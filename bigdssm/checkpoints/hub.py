@@ -44,8 +44,9 @@ def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None
         api.create_repo(repo_id, private=private, exist_ok=True)
         message = "Upload a bigdssm model folder"
         done = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=PATTERNS, commit_message=message
-        )
+            repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=PATTERNS,
+            delete_patterns=[f"{TABLES_DIR}/*"], commit_message=message,
+        )  # fmt: skip
     return done.commit_url
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -43,8 +43,8 @@ from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.tables.files import MappedTables, row_file, write_rows
-from bigdssm.utils.atomic import new_folder, real_path, write_json
+from bigdssm.tables.files import MappedTables
+from bigdssm.utils.atomic import link_or_copy, new_folder, real_path, write_json
 from bigdssm.utils.hashing import json_checksum
 
 FORMAT = 1
@@ -115,7 +115,7 @@ def save_model_folder(
         for name, content in _weights_files(model, model.state_dict() if state is None else state).items():
             (aside / name).write_bytes(content)
         if frozen is not None:
-            os.link(frozen, aside / FROZEN_FILE)
+            link_or_copy(frozen, aside / FROZEN_FILE)
         if tables is not None:
             os.replace(tables, aside / TABLES_DIR)
         elif model.tables.sharded:
@@ -154,12 +154,14 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         weights = load_file(folder / WEIGHTS_FILE)
         if FROZEN_FILE in meta["checksums"]:
             weights |= load_file(folder / FROZEN_FILE)
+        dense = dense_tables(weights)
         with torch.device("meta"):  # reject a model larger than the file before its memory is allocated
-            _check_weights(weights, DualEncoder(config.model, schema, texts, own).state_dict())
-        model = DualEncoder(config.model, schema, texts, own or scorer)
+            _check_weights(weights, DualEncoder(config.model, schema, texts, own, dense=dense).state_dict())
+        model = DualEncoder(config.model, schema, texts, own or scorer, dense=dense)
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights)
-        open_tables(model, sorted((folder / TABLES_DIR).glob("*.safetensors")))
+        row_files = sorted(name for name in meta["checksums"] if name.startswith(f"{TABLES_DIR}/"))
+        open_tables(model, [folder / name for name in row_files])
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
         ArithmeticError, AttributeError, LookupError, TypeError,  # raised by transformers for a damaged architecture
@@ -191,18 +193,21 @@ def model_checksum(
 
 
 def open_tables(model: DualEncoder, files: Sequence[Path]) -> None:
-    """Let a model read its sharded tables, if any, from row files. Raises CheckpointError: they do not match."""
+    """Open row files as the source of a model's sharded tables, if any. Raises CheckpointError: they do not match."""
     if model.tables.sharded:
         model.tables.source = MappedTables(files, model.tables.sharded)
 
 
+def dense_tables(names: Iterable[str]) -> frozenset[str]:
+    """Return the embedding tables among weights, by the names of the weights."""
+    return frozenset(name.split(".")[2] for name in names if name.startswith("tables.tables."))
+
+
 def _copy_tables(model: DualEncoder, folder: Path) -> None:
-    """Link or copy the row files of a model's tables into its folder."""
+    """Copy the row files of a model's tables into its folder."""
     source = model.tables.source
     assert isinstance(source, MappedTables)
-    (folder / TABLES_DIR).mkdir()
-    for rank, path in enumerate(source.paths):
-        write_rows(folder / TABLES_DIR / row_file(rank), path)
+    source.write(folder / TABLES_DIR)
 
 
 def holds_weights(file: Path, weights: Mapping[str, Tensor]) -> bool:
@@ -340,9 +345,11 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     stage_dir = path.parent.parent
     state = consolidated_state_dict(path)
     own = bool(Scorer.weights_in(state))
+    documents: dict[str, Any] = {}  # in the provenance
     if is_model_folder(stage_dir / BEST):  # contains schema and architecture: the dataset is not needed
         folder = load_model_folder(stage_dir / BEST, scorer=None if own else scorer)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
+        documents = {key: value for key, value in folder.provenance.items() if key == "documents"}
     elif not (stage_dir / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{path} has only the weights: {stage_dir} has neither {BEST}/ nor {CONFIG_FILE}; copy one of them too"
@@ -353,10 +360,14 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
         stage = cast(StageName, stage_dir.name)
         trained, source = config.stage(stage).scorer if own else scorer, config.initial_model(stage)
-        model = new_model(config.model, schema, dataset.vocab_size, trained)
-        if source is not None and (missing := model.frozen_weights().keys() - state.keys()):
+        model = new_model(config.model, schema, dataset.vocab_size, trained, dense=dense_tables(state))
+        if source is not None and (missing := model.state_dict().keys() - state.keys()):
             start = load_initial_model(source).model.state_dict()
-            state |= {name: start[name] for name in missing}
+            state |= {name: start[name] for name in missing & start.keys()}
+        if (fixed := config.stage(stage).documents.model) is not None:
+            of_documents = load_model_folder(Path(fixed))
+            model.freeze_documents(of_documents.model.state_dict())
+            documents = {"documents": of_documents.doc_checksum}
     open_tables(model, read_manifest(path).table_files())
     try:
         state = {name: weight for name, weight in model.state_dict().items() if name not in state} | state
@@ -364,6 +375,6 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the weights in {path} do not fit the stage's config and schema: {reason}") from None
-    provenance = {"stage": stage_dir.name, "checkpoint": path.name}
+    provenance = {"stage": stage_dir.name, "checkpoint": path.name, **documents}
     checksum = model_checksum(model, config, schema, tokenizer_dir, provenance)
     return ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, checksum)

@@ -7,6 +7,7 @@ from typing import Any
 from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
+from bigdssm.features.categorical import categorical_of
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
 from bigdssm.utils.components import components_of
@@ -40,6 +41,7 @@ def check_config(config: Config) -> None:
             key = f"data.{side}.{name}"
             require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature name without dots")
             feature.check(key, side, data.doc)
+    _check_tables(config)
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")
     for name in names:
         _check_stage(name, config)
@@ -128,6 +130,18 @@ def _check_stage(name: StageName, config: Config) -> None:
     for component in (stage.loss, stage.sampling, stage.distillation, stage.scorer):
         if component is not None:
             component.check_in_stage(name, config)
+
+
+def _check_tables(config: Config) -> None:
+    """Raise ConfigError for a name in `model.tables` that is no categorical feature."""
+    tables = config.model.tables
+    sides = {"query": config.data.query, "doc": config.data.doc}
+    named = {f"{side}.{name}" for side, features in sides.items() for name in categorical_of(features)}
+    for key, names in (("rows", tables.rows), ("replicated", tables.replicated)):
+        wrong = sorted(set(names) - named)
+        require(not wrong, f"model.tables.{key}", ", ".join(wrong), f"categorical features, of {sorted(named)}")
+    both = sorted(set(tables.rows) & set(tables.replicated))
+    require(not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated")
 
 
 def _check_documents(name: StageName, stage: StageConfig, config: Config) -> None:

@@ -42,7 +42,9 @@ class AdapterExport(ExportFormat):
         adapted = adapted_texts(model)
         if not adapted:
             raise ConfigError(f"--format {self.format}: the model has no adapters; train one with text.lora_rank")
+        tables, model.model.tables.source = model.model.tables.source, None  # files are not copied
         probed = copy.deepcopy(model.model)
+        model.model.tables.source = probed.tables.source = tables
         for key, config in adapted.items():
             encoder = cast(TransformerEncoder, model.model.text[key])
             base, lora = str(config.init), encoder.architecture.bigdssm["lora"]

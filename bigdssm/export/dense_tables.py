@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from bigdssm.checkpoints.model_folder import ModelFolder, model_checksum, trained_scorer
+from bigdssm.checkpoints.model_folder import ModelFolder, trained_scorer
 from bigdssm.config import TablesConfig
 from bigdssm.errors import ConfigError
 from bigdssm.models import DualEncoder
@@ -36,5 +36,4 @@ def with_dense_tables(folder: ModelFolder, target: str) -> ModelFolder:
     texts = {name: cast(Any, encoder).architecture for name, encoder in model.text.items()}
     dense = DualEncoder(config.model, folder.schema, texts, trained_scorer(config, folder.provenance))
     dense.load_state_dict(state)
-    checksum = model_checksum(dense, config, folder.schema, folder.tokenizer_dir, folder.provenance)
-    return replace(folder, model=dense.eval(), config=config, checksum=checksum)
+    return replace(folder, model=dense.eval(), config=config)  # the scores, and thus the checksum, stay

@@ -17,7 +17,6 @@ Shapes: R strings to look up, V values of a part.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
 from bigdssm.utils.arrow import open_arrow
-from bigdssm.utils.atomic import new_file, remove
+from bigdssm.utils.atomic import link_or_copy, new_file
 from bigdssm.utils.hashing import file_checksum, mix64
 from bigdssm.utils.string_hashing import flat_strings, hash_strings
 
@@ -187,7 +186,7 @@ class _Part:
             return _Part.open(write_part(path, [self.values], self.first))
         if not (path.exists() and os.path.samefile(self.file.path, path)):
             with new_file(path) as aside:
-                _link_or_copy(self.file.path, aside)
+                link_or_copy(self.file.path.resolve(), aside)
         return _Part.open(replace(self.file, path=path))
 
     def cut(self, size: int) -> _Part:
@@ -252,13 +251,3 @@ def _digest(hashes: np.ndarray, codes: np.ndarray) -> int:
 def _mapped(file: IO[bytes]) -> pa.Buffer:
     file.flush()
     return pa.py_buffer(np.memmap(file, mode="r")) if file.tell() else pa.py_buffer(b"")
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it to another file system; parts are immutable."""
-    remove(target)  # left by a killed run
-    source = source.resolve()  # the file, not a symbolic link, for example into a cache
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

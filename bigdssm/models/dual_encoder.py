@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from bigdssm.config import ModelConfig, ScorerConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
 from bigdssm.models.encoders import (
     BuildContext,
@@ -135,8 +136,9 @@ class DualEncoder(nn.Module):
     """Query tower, document tower (one tower for a siamese schema), alpha, and beta per document or as a scalar.
 
     Weights are new, with `pretrained` except those of pretrained folders in `config`; `texts` are the architectures of
-    the text encoders, by `text_keys`. `scorer` replaces or extends the product; if it does not take the towers'
-    vectors, the towers are frozen. Source: Huang et al. 2013 (DSSM); Radford et al. 2021 (CLIP) for the learned scale.
+    the text encoders, by `text_keys`; `dense` are embedding tables that are not sharded. `scorer` replaces or extends
+    the product; if it does not take the towers' vectors, the towers are frozen. Source: Huang et al. 2013 (DSSM);
+    Radford et al. 2021 (CLIP) for the learned scale.
     """
 
     def __init__(
@@ -147,11 +149,12 @@ class DualEncoder(nn.Module):
         scorer: ScorerConfig | None = None,
         *,
         pretrained: bool = False,
+        dense: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.config = config
         self.schema = schema
-        self.tables = EmbeddingTables(schema, config)
+        self.tables = EmbeddingTables(schema, config, dense)
         keys, configs = text_keys(config, schema), text_configs(config, schema)
         self.text = nn.ModuleDict(
             {
@@ -227,7 +230,10 @@ class DualEncoder(nn.Module):
             if name.startswith(DOCUMENT_WEIGHTS):
                 parameter.requires_grad_(False)
                 if state is not None:
-                    parameter.copy_(state[names[name]])
+                    value = state[names[name]]
+                    parameter[: len(value)] = value
+                    if len(parameter) > len(value):  # ids that the model did not have
+                        parameter[len(value) :] = value[OUT_OF_VOCABULARY]
 
     def frozen_weights(self) -> dict[str, nn.Parameter]:
         """Return the weights that are not trained: those under adapters, towers under a scorer, fixed documents'."""
@@ -267,7 +273,7 @@ class DualEncoder(nn.Module):
 
 def new_model(
     config: ModelConfig, schema: Schema, vocab_size: int = 0, scorer: ScorerConfig | None = None, *,
-    loading: AbstractContextManager[None] | None = None,
+    loading: AbstractContextManager[None] | None = None, dense: Collection[str] = (),
 ) -> DualEncoder:  # fmt: skip
     """Return a model to train, with new weights and those of the pretrained folders in `config`.
 
@@ -276,7 +282,7 @@ def new_model(
     """
     texts = text_architectures(config, schema, vocab_size)
     with loading or nullcontext():
-        return DualEncoder(config, schema, texts, scorer, pretrained=True)
+        return DualEncoder(config, schema, texts, scorer, pretrained=True, dense=dense)
 
 
 def _beta_head(dim: int) -> nn.Linear:

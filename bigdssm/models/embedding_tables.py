@@ -35,9 +35,11 @@ class EmbeddingTables(nn.Module):
 
     source: RowSource | None = None
 
-    def __init__(self, schema: Schema, config: ModelConfig) -> None:
+    def __init__(self, schema: Schema, config: ModelConfig, dense: Collection[str] = ()) -> None:
+        """dense: names of tables that are weights whatever their size, since they have been trained so."""
         super().__init__()
-        self._config, self.sharded = config, sharded_tables(schema, config)
+        sharded = sharded_tables(schema, config)
+        self._config, self.sharded = config, {name: spec for name, spec in sharded.items() if name not in dense}
         self.tables = nn.ModuleDict()
         for side, feature in _tabled(schema):
             if (name := table_name(side, feature.name)) not in self.sharded:
@@ -85,7 +87,7 @@ def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str]
         if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
             specs[name] = TableSpec(
                 name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD, config.tables.admit_after,
-                config.tables.evict_after,
+                config.tables.evict_after, getattr(torch, config.tables.dtype),
             )  # fmt: skip
     return specs
 

@@ -1,1 +1,1 @@
-"""Embedding tables whose rows are divided over the ranks, beside the weights that ZeRO shards."""
+"""Embedding tables whose rows are divided over the ranks, in addition to the weights that ZeRO shards."""

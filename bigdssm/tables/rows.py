@@ -7,6 +7,7 @@ row). Shapes: n rows, d width of a row.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ _GATHER = pow(_SPREAD, -1, SHARDS)
 _BITS = 16  # of each of the four numbers in a hash
 _UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of their sum
 
+ROWS_AT_ONCE = 1 << 16  # copied to the host
 OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
 Memory = Literal["device", "host", "file"]
 
@@ -37,7 +39,7 @@ class TableSpec:
     dim: int
     std: float = 0.02  # of initial values
     admit_after: int = 1  # steps with a row until it is used
-    evict_after: int = 0  # steps without a row until it is forgotten; 0: never
+    evict_after: int = 0  # steps without a row until it is evicted; 0: never
     dtype: torch.dtype = torch.float32  # of stored rows; states and updates are float32
 
 
@@ -52,6 +54,11 @@ class RowPartition:
         """Return the rank of each row."""
         owner: np.ndarray = shard_of(rows) * self.world_size // SHARDS
         return owner
+
+    def owns(self, rows: np.ndarray) -> np.ndarray:
+        """Return whether rows are this rank's, bool [n]."""
+        owned: np.ndarray = self.owner(rows) == self.rank
+        return owned
 
     @property
     def shards(self) -> tuple[int, int]:
@@ -103,39 +110,39 @@ class RowStore:
         self, spec: TableSpec, key: int, partition: RowPartition, optimizer: TableOptimizerConfig,
         device: torch.device, folder: Path | None = None,
     ) -> None:  # fmt: skip
-        """`device`: of the storage; `folder`: of the files that hold it instead of memory."""
+        """`device`: of the storage; `folder`: of temporary files that hold it instead of memory."""
         self.spec, self.partition, self.key, self._optimizer = spec, partition, key, optimizer
         size = partition.capacity(spec.rows)
 
-        def on_host(name: str, width: int, dtype: type) -> np.ndarray:
+        def on_host(width: int, dtype: type) -> np.ndarray:
             if folder is None or not size:
                 return np.zeros((size, width), dtype)
-            path = folder / f"{spec.name}.{name}.{partition.rank:05d}"
-            return np.memmap(path, dtype, "w+", shape=(size, width))  # sparse, and zero
+            with tempfile.TemporaryFile(dir=folder) as file:  # sparse, zero, without a name: removed with the process
+                return np.memmap(file, dtype, "w+", shape=(size, width))
 
-        def allocate(name: str, width: int, dtype: torch.dtype) -> Tensor:
+        def allocate(width: int, dtype: torch.dtype) -> Tensor:
             if folder is None:
                 return torch.zeros(size, width, dtype=dtype, device=device)
             narrow = dtype == torch.bfloat16
-            stored = torch.from_numpy(on_host(name, width, np.uint16 if narrow else np.float32))
+            stored = torch.from_numpy(on_host(width, np.uint16 if narrow else np.float32))
             return stored.view(torch.bfloat16) if narrow else stored
 
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self.values = allocate("values", spec.dim, spec.dtype)
+        self.values = allocate(spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
-        self.states = {name: allocate(name, width, torch.float32) for name, width in widths.items()}
+        self.states = {name: allocate(width, torch.float32) for name, width in widths.items()}
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
-        self.updated: np.ndarray = on_host("updated", 1, np.int32).reshape(-1)
+        self.updated: np.ndarray = on_host(1, np.int32).reshape(-1)
         counted = spec.admit_after > 1
-        self.sightings: np.ndarray | None = on_host("sightings", 1, np.int16).reshape(-1) if counted else None
+        self.occurrences: np.ndarray | None = on_host(1, np.int16).reshape(-1) if counted else None
 
     def is_admitted(self, local: np.ndarray, step: int) -> np.ndarray:
-        """Return whether rows have occurred often enough before `step`, or are the one out of vocabulary: bool [n]."""
-        if self.sightings is None:
+        """Return whether rows are used before `step`, bool [n]; the out-of-vocabulary row always is."""
+        if self.occurrences is None:
             return np.ones(len(local), bool)
-        admitted: np.ndarray = (self.sightings[local] >= self.spec.admit_after) & ~self._expired(local, step)
+        admitted: np.ndarray = (self.occurrences[local] >= self.spec.admit_after) & ~self._expired(local, step)
         return admitted | (self.partition.rows(local) == OUT_OF_VOCABULARY)
 
     def _expired(self, local: np.ndarray, step: int) -> np.ndarray:
@@ -160,42 +167,50 @@ class RowStore:
         if len(expired := np.flatnonzero(self._expired(local, step))):
             for state in states.values():
                 state.index_fill_(0, self._index(expired), 0)
-            if self.sightings is not None:
-                self.sightings[local[expired]] = 0
+            if self.occurrences is not None:
+                self.occurrences[local[expired]] = 0
         self._optimizer.update(rows, gradients.to(rows.device), states, lr, step)
         self._write(local, rows, states)
-        if self.sightings is not None:
-            self.sightings[local] = np.minimum(self.sightings[local] + 1, self.spec.admit_after)
+        if self.occurrences is not None:
+            self.occurrences[local] = np.minimum(self.occurrences[local] + 1, self.spec.admit_after)
         self.updated[local] = step + 1
 
-    def content(self, step: int) -> dict[str, Tensor]:
-        """Return the updated rows that are not forgotten before `step`, ascending, on the host.
+    def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
+        """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
 
-        They are `rows`, `updated`, `values`, `sightings` if rows are admitted by them, and the optimizer states.
+        states: also `updated`, `occurrences` and the optimizer states, of all rows; else only the admitted rows.
         """
         local = np.flatnonzero(self.updated)
         local = local[~self._expired(local, step)]
+        if not states:
+            local = local[self.is_admitted(local, step)]
         rows = self.partition.rows(local)
         order = np.argsort(rows)
         rows, local = rows[order], local[order]
-        stored = {"values": self.values, **self.states}
-        counted = (
-            {} if self.sightings is None else {"sightings": torch.from_numpy(self.sightings[local].astype(np.int32))}
-        )
-        return {
-            "rows": torch.from_numpy(rows),
-            "updated": torch.from_numpy(self.updated[local]),
-            **counted,
-            **{name: tensor[self._index(local)].cpu() for name, tensor in stored.items()},
-        }
+        content = {"rows": torch.from_numpy(rows), "values": self._copied(self.values, local)}
+        if states:
+            content["updated"] = torch.from_numpy(self.updated[local])
+            if self.occurrences is not None:
+                content["occurrences"] = torch.from_numpy(self.occurrences[local].astype(np.int32))
+            content |= {name: self._copied(state, local) for name, state in self.states.items()}
+        return content
+
+    def _copied(self, stored: Tensor, local: np.ndarray) -> Tensor:
+        """Return rows on the host, copied in parts: the device has no memory for another table."""
+        copied = torch.empty(len(local), stored.shape[1], dtype=stored.dtype)
+        for first in range(0, len(local), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            copied[some] = stored[self._index(local[some])].cpu()
+        return copied
 
     def load(self, content: dict[str, Tensor]) -> None:
         """Set rows of this rank to saved ones, with their states if they were saved."""
         local = self.partition.local(content["rows"].numpy())
         self._write(local, content["values"], {name: content[name] for name in self.states if name in content})
         self.updated[local] = content["updated"].numpy() if "updated" in content else 1
-        if self.sightings is not None:
-            self.sightings[local] = content["sightings"].numpy() if "sightings" in content else self.spec.admit_after
+        if self.occurrences is not None:
+            saved = content.get("occurrences")
+            self.occurrences[local] = self.spec.admit_after if saved is None else saved.numpy()
 
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         index = self._index(local)

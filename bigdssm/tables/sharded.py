@@ -5,7 +5,8 @@
     square = tables.reduce(working)                    # after the last backward; collective
     tables.commit(coefficient, lr_factor)              # or tables.discard()
 
-A step takes four all-to-alls per width: counts, rows, values, gradients; their sizes follow the distinct rows of the
+A step takes four all-to-alls per width: counts, rows, values, gradients, and one more where rows are admitted by
+occurrences; their sizes follow the distinct rows of the
 batches, and not the tables. Every rank calls `fetch` and `reduce` in every step.
 """
 
@@ -103,7 +104,7 @@ class ShardedTables:
     def fetch(self, rows: Mapping[str, np.ndarray]) -> WorkingSet:
         """Return the working set of distinct rows int64 [n] of each table, without row 0, on the host.
 
-        A table whose rows are admitted by sightings also fetches the row out of vocabulary.
+        A table whose rows are admitted by occurrences also fetches the row out of vocabulary.
         """
         requested = {name: self._with_unknown(spec, rows.get(name)) for name, spec in self.specs.items()}
         working = WorkingSet({}, [], self._dtype)
@@ -128,7 +129,7 @@ class ShardedTables:
         return np.append(rows, OUT_OF_VOCABULARY)
 
     def _redirect(self, working: WorkingSet, route: Route, rows: Sequence[np.ndarray]) -> None:
-        """Let rows that are not admitted be looked up as the one out of vocabulary."""
+        """Map rows that are not admitted to the out-of-vocabulary row."""
         admitted = np.zeros(len(route.requested), np.int64)
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)

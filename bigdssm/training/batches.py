@@ -120,7 +120,7 @@ class BatchBuilder:
 
 
 def drop_ids(batch: Batch, tabled: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
-    """Return a batch in which a share of the ids is out of vocabulary: a function of key, row and place in the row."""
+    """Return a batch with a share of the ids out of vocabulary, a function of key, row and position in the row."""
     sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
     of_side = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
     for side, name, _ in tabled:

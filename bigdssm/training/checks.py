@@ -115,13 +115,14 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
         ("weight_average", stage.weight_average, 0.0, "the average would hold every row"),
         ("negatives.columns", stage.negatives.columns, "batch", "all rows would be fetched in every step"),
         ("warm_start.window", stage.warm_start.window, 0, "rank 0 computes the vectors of all items"),
-        ("scorer", stage.scorer, None, "its towers are not trained"),
+        ("scorer", stage.scorer, None, "scorers would read rows outside of a step"),
         ("documents.model", stage.documents.model, None, "the rows of the document tower would be trained"),
     ):
         if got != needed:
+            value = "null" if needed is None else needed
             raise ConfigError(
-                f"{name}.{key}: got {got}, needs {needed} with sharded tables ({', '.join(sharded)}): {reason}; "
-                "or set model.tables.replicated"
+                f"{name}.{key}: got {got}, needs {value} with sharded tables ({', '.join(sharded)}): {reason}; or set "
+                "model.tables.replicated"
             )
 
 

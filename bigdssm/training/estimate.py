@@ -243,9 +243,9 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         rows_of = {name: RowPartition(0, world_size).capacity(spec.rows) for name, spec in specs.items()}
         numbers = sum(rows_of[name] * (spec.dim + widths[name] + 1) for name, spec in specs.items())
         resident["rows of sharded tables, and their states"] = FP32 * numbers
-    averaged = {"moving average of the weights": 2 * FP32 * sizes.weights} if stage.weight_average else {}
+    averaged = {"moving average of the weights": 2 * FP32 * sizes.trained} if stage.weight_average else {}
     in_tables = sum(spec.rows * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
-    saved = in_tables + sizes.trained + sizes.states + (sizes.weights if stage.weight_average else 0)
+    saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
     rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim

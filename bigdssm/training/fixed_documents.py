@@ -42,7 +42,7 @@ class FixedDocuments:
 
 
 def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: Dataset) -> FixedDocuments | None:
-    """Give `model` the document tower that a stage does not train, and open its vectors; None if it trains both.
+    """Copy and freeze the document tower of a stage that does not train it, and open its vectors; else return None.
 
     Raises CheckpointError: `documents.model` is no model of this dataset, or the vectors are of another model or
     dataset; ConfigError: its document tower differs from the one in `config`.

@@ -98,11 +98,16 @@ def set_weights(module: nn.Module, read: Callable[[str], Tensor]) -> None:
 def frozen_checksum(module: nn.Module) -> int:
     """Return a checksum of all weights that are not trained, the same at any ZeRO stage. All ranks must call it."""
     total, of_rank = 0, 0
-    for name, parameter in module.named_parameters():
+    parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+    for name, parameter in parameters:
         if parameter.requires_grad:
             continue
-        partition: Tensor | None = getattr(parameter, "ds_tensor", None)
-        values = parameter if partition is None else partition  # its padding is 0
+        partition: Any = getattr(parameter, "ds_tensor", None)
+        if partition is not None:  # its padding is not initialized
+            size = partition.numel()
+            first = size * distributed.rank()
+            partition = partition.flatten()[: max(0, min(size, parameter.ds_numel - first))]
+        values = parameter if partition is None else partition
         bits = values.detach().contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32)
         number = int(bits.sum(dtype=torch.int64)) * (hash64(name) | 1)
         total, of_rank = (total + number, of_rank) if partition is None else (total, of_rank + number)

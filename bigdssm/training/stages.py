@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import CHECKPOINTS
-from bigdssm.checkpoints.model_folder import load_initial_model
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
+from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.cluster.launcher import LauncherMonitor
@@ -80,7 +80,7 @@ def run_stage(
             stop.on_early_exit = watchdog.leave
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
-            model = _model(config, name, dataset)
+            model = _model(config, name, dataset, resume)
             check_tables(config, name, model)
             documents = fix_documents(model, config, name, dataset)
             stream = row_stream(
@@ -117,19 +117,21 @@ def run_stage(
     return progress
 
 
-def _model(config: Config, name: StageName, dataset: Dataset) -> DualEncoder:
+def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> DualEncoder:
     """Build a new model, or load the initial model and check it against dataset and config.
 
     A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
-    from the checkpoint.
+    from the checkpoint; tables that were weights in it are not sharded if they have grown.
     """
     source, scorer = config.initial_model(name), config.stage(name).scorer
     if source is None:
         # .train(), since transformers returns pretrained encoders in evaluation mode
+        saved = checkpoints_in(config.stage_dir(name) / CHECKPOINTS)[-1:] if resume else []
+        dense = dense_tables(name for path in saved for name in tensor_names(path))
         loading = None  # a document tower that is copied is whole
         if config.stage(name).documents.model is None:
             loading = partitioned_loading(config.engine, config.stage(name).optimizer)
-        return new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading).train()
+        return new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense).train()
     loaded = load_initial_model(source, scorer)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageName
@@ -41,7 +41,7 @@ def build_tables(
         dtype=torch.bfloat16 if config.engine.precision == "bf16_pure" else torch.float32,
     )  # fmt: skip
     if isinstance(model.tables.source, MappedTables) and not resumed:
-        load_tables(tables, model.tables.source)
+        load_tables(tables, model.tables.source, states=False)
     for spec in specs.values():
         share = tables.stores[spec.name].partition.capacity(spec.rows)
         logger.info("table %s: %d rows of width %d sharded over the ranks, up to %d here, in %s memory",
@@ -56,14 +56,17 @@ def write_tables(tables: ShardedTables | None, folder: Path) -> Path | None:
     """
     if tables is None:
         return None
-    if distributed.is_main():
-        remove(folder)
-        folder.mkdir(parents=True)
-    distributed.barrier()
-    error: BigDSSMError | None = None
-    try:
-        write_row_file(folder / row_file(distributed.rank()), tables)
-    except OSError as problem:
-        error = CheckpointError(f"could not write {folder}: {os.strerror(problem.errno or 0)}")
-    distributed.raise_together(error)
+
+    def prepare() -> None:
+        if distributed.is_main():
+            remove(folder)
+            folder.mkdir(parents=True)
+
+    for action in (prepare, lambda: write_row_file(folder / row_file(distributed.rank()), tables)):
+        error: BigDSSMError | None = None
+        try:
+            action()
+        except (OSError, SafetensorError) as problem:
+            error = CheckpointError(f"could not write {folder}: {problem}; the previous model is kept")
+        distributed.raise_together(error)
     return folder

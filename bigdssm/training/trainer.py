@@ -114,7 +114,9 @@ class Trainer:
                 name, stage.optimizer.warmup_steps, steps, warmup,
             )  # fmt: skip
 
-        self.validator = Validator(dataset, config, name, rows_per_chunk=1024, fixed=documents)
+        self.validator = Validator(
+            dataset, config, name, rows_per_chunk=1024, fixed=documents, keeps_frozen=start.same_segment
+        )
         self.starts_trained = config.initial_model(name) is not None or progress.part_step > 0
         # this rank's index vectors, if mining has encoded them; not valid for a restored weight average
         self.initial_documents = None if self.average is not None and read is not None else initial_documents
@@ -155,7 +157,8 @@ class Trainer:
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
         if (tables := self.engine.tables) is not None:
-            load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs))
+            saved = MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs)
+            load_tables(tables, saved, states=True)
             tables.steps = start.progress.applied
         common = start.checkpoint.common_tensors()
         self.objective.load_state_dict(common)

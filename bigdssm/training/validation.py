@@ -25,6 +25,7 @@ from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments
+from bigdssm.training.portable import trained_weights
 from bigdssm.training.table_rows import write_tables
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover
@@ -38,9 +39,11 @@ class Validator:
 
     def __init__(
         self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int,
-        fixed: FixedDocuments | None = None,
+        fixed: FixedDocuments | None = None, keeps_frozen: bool = False,
     ) -> None:  # fmt: skip
+        """keeps_frozen: the file of frozen weights in best/ is of this segment."""
         self._dataset, self._config, self._rows_per_chunk, self._fixed = dataset, config, rows_per_chunk, fixed
+        self._keeps_frozen = keeps_frozen
         self._best_dir, self._stage = config.stage_dir(stage) / "best", config.stage(stage)
 
     def evaluate(
@@ -90,7 +93,7 @@ class Validator:
         with timing.span("model folder"):
             model, frozen = cast(DualEncoder, engine.module), self._best_dir / FROZEN_FILE
             kept = model.frozen_weights()
-            is_written = distributed.broadcast_object(holds_weights(frozen, kept))
+            is_written = distributed.broadcast_object(self._keeps_frozen and holds_weights(frozen, kept))
             names = {name for name, _ in model.named_parameters() if not (is_written and name in kept)}
             state = engine.state_dict(names, on_main=True)
             fixed = {} if self._fixed is None else {"documents": self._fixed.checksum}
@@ -108,6 +111,7 @@ class Validator:
                 except OSError as problem:
                     error = CheckpointError(f"could not write {self._best_dir}: {problem}; the previous one is kept")
             distributed.raise_together(error)
+            self._keeps_frozen = True
 
 
 def _scorer_state(engine: Engine) -> dict[str, Tensor]:
@@ -166,7 +170,7 @@ _SELECTION, _PREFIX = "selection.", "average."
 
 
 class WeightAverage:
-    """The exponential moving average of a module's weights, in float32, complete on every rank.
+    """The exponential moving average of a module's trained weights, in float32, complete on every rank.
 
     The decay increases from 0.1 to the configured one, so that initial weights decay fast. Source: Polyak and Juditsky
     1992; Tarvainen and Valpola 2017 for the exponential average.
@@ -174,27 +178,27 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._module, self._decay, self.num_updates = module, decay, 0
-        self._average = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
+        self._average = {name: weight.detach().float().clone() for name, weight in trained_weights(module)}
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the current weights."""
         decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        for name, weight in self._module.named_parameters():
+        for name, weight in trained_weights(self._module):
             self._average[name].lerp_(weight.float(), 1 - decay)
 
     @contextmanager
     @torch.no_grad()
     def swapped_in(self) -> Iterator[None]:
         """A context in which the average replaces the module's weights."""
-        weights = {name: weight.detach().clone() for name, weight in self._module.named_parameters()}
+        weights = {name: weight.detach().clone() for name, weight in trained_weights(self._module)}
         try:
-            for name, weight in self._module.named_parameters():
+            for name, weight in trained_weights(self._module):
                 weight.copy_(self._average[name])
             yield
         finally:
-            for name, weight in self._module.named_parameters():
+            for name, weight in trained_weights(self._module):
                 weight.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -113,6 +113,15 @@ def replace_folder(new: Path, folder: Path) -> None:
     remove(replaced)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link an immutable file, or copy it where links are not possible, in place of `target`."""
+    remove(target)  # left by a killed run
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def recover(folder: Path) -> None:
     """Complete or undo a `replace_folder` that was killed between its two renames."""
     replaced = _replaced(folder)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.checkpoints.checkpoint import find_checkpoint
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
@@ -95,7 +96,16 @@ def test_hard_negatives_resume_and_estimate(trained: Path, tmp_path: Path, pools
     pools[1].run(small_run.run, fixed, tmp_path / "whole", hard)
     hard += ("pretrain.save_every_steps=6",)
     pools[1].run(stop_after, fixed, tmp_path / "run", hard, 6)
-    pools[2].run(small_run.run, fixed, tmp_path / "run", hard, "pretrain", True)
+    # frozen weights of odd sizes are partitioned with padding
+    pools[2].run(small_run.run, fixed, tmp_path / "run", (*hard, "engine.zero_stage=3"), "pretrain", True)
+    stage = tmp_path / "run" / "pretrain"
+    saved = load_checkpoint_model(find_checkpoint(stage, "latest"))
+    (stage / "best").rename(stage / "aside")
+    without = load_checkpoint_model(find_checkpoint(stage, "latest"))
+    old = load_model_folder(trained / "old" / "pretrain" / "best")
+    assert saved.doc_checksum == without.doc_checksum == old.doc_checksum
+    weights_of = saved.model.state_dict()
+    assert all(torch.equal(weight, weights_of[name]) for name, weight in without.model.state_dict().items())
     assert_same_curve(tmp_path / "run", tmp_path / "whole", tolerance=1e-4)
     config = load_config(fixed, [f"run.dir={tmp_path}", *LIGHTER])
     both = load_config(trained / "config.yaml", [f"run.dir={tmp_path}", *LIGHTER])

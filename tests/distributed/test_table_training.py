@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.tables.files import MappedTables
 from bigdssm.training.estimate import estimate
 
 from . import small_run
@@ -155,7 +157,7 @@ def test_clipping_is_by_the_norm_of_all_gradients(config: Path, tmp_path: Path, 
         ("pretrain.weight_average=0.9", "weight_average: got 0.9, needs 0.0"),
         ("pretrain.negatives={columns: catalogue, mask: user}", "negatives.columns: got catalogue, needs batch"),
         ("pretrain.warm_start.window=2", "warm_start.window: got 2, needs 0"),
-        ("pretrain.documents={model: ., vectors: .}", "documents.model: got ., needs None"),
+        ("pretrain.documents={model: ., vectors: .}", "documents.model: got ., needs null"),
     ],
 )
 def test_what_sharded_tables_do_not_support_is_refused(
@@ -201,3 +203,46 @@ def test_a_new_partition_appends_rows(tmp_path: Path, pools: dict[int, Pool]) ->
     assert after.source is not None
     added = torch.arange(2 + small_run.NUM_ITEMS, 9 + small_run.NUM_ITEMS)
     assert (after.source.look_up("doc_item_id", added).abs().sum(1) > 0).all()
+
+
+def test_a_checkpoint_has_the_admitted_rows_alone(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Of a model folder, a checkpoint and a folder with another file."""
+    rare = ("model.tables.admit_after=3", "pretrain.rows_global=12", "pretrain.negatives.uniform=0", "pretrain.steps=5")
+    pools[2].run(small_run.run, config, tmp_path, (*SHARDED, *rare, "pretrain.save_every_steps=5"))
+    stage, dataset = tmp_path / "pretrain", config.parent / "dataset"
+    best, saved = load_model_folder(stage / "best"), load_checkpoint_model(find_checkpoint(stage, "latest"))
+    expected = vectors(best, dataset)
+    assert torch.equal(vectors(saved, dataset), expected)
+    assert 1 < len(expected.unique(dim=0)) < len(expected)
+    files = (stage / "best" / "tables").iterdir()
+    shutil.copy(max(files), stage / "best" / "tables" / "rows-00009.safetensors")
+    listed = load_model_folder(stage / "best").model.tables.source
+    assert isinstance(listed, MappedTables) and len(listed.paths) == 2
+
+
+def test_a_table_that_grows_beyond_the_limit_stays_as_it_is(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config = small_run.write_dataset(tmp_path)
+    limit = 2 + small_run.NUM_ITEMS + 3
+    options = (f"model.tables.rows_from={limit}", "pretrain.steps=4", "pretrain.save_every_steps=4", "sft.steps=2")
+    pools[1].run(small_run.run, config, tmp_path / "run", options)
+    append_day2(config)
+    pools[1].run(small_run.run, config, tmp_path / "run", (*options, "data.from_partition=day2"), "pretrain", True)
+    pools[1].run(small_run.run, config, tmp_path / "run", options, "sft")
+    for stage in ("pretrain", "sft"):
+        for folder in (
+            load_model_folder(tmp_path / "run" / stage / "best"),
+            load_checkpoint_model(find_checkpoint(tmp_path / "run" / stage, "latest")),
+        ):
+            assert not folder.model.tables.sharded
+            assert len(folder.model.state_dict()["tables.tables.doc_item_id.weight"]) > limit
+
+
+def test_a_stage_from_a_checkpoint_has_states_of_its_own(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    options = (*SHARDED, "pretrain.table_optimizer={name: adagrad, lr: 0.1}", "pretrain.save_every_steps=12")
+    pools[1].run(small_run.run, config, tmp_path / "run", options)
+    start = find_checkpoint(tmp_path / "run" / "pretrain", "latest")
+    for name, folder in (("checkpoint", start), ("best", tmp_path / "run" / "pretrain" / "best")):
+        again = (*SHARDED, f"pretrain.init={folder}", "pretrain.table_optimizer.name=rowwise_adagrad")
+        pools[2].run(small_run.run, config, tmp_path / name, again)
+    if load_model_folder(tmp_path / "run" / "pretrain" / "best").provenance["step"] == 12:
+        assert_same_curve(tmp_path / "checkpoint", tmp_path / "best")

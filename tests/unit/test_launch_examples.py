@@ -172,6 +172,7 @@ exit 9
         (["2"], 1, 9),
         (["6", "6", "6"], 3, 6),
         (["unstarted"], 0, 1),
+        (["killed", "unstarted", "unstarted"], 1, 6),
     ],
 )
 def test_a_launcher_is_started_again_after_faults_alone(
@@ -181,7 +182,7 @@ def test_a_launcher_is_started_again_after_faults_alone(
     launcher.write_text(LAUNCHER)
     plan.write_text("\n".join(ends))
     command = ["bash", str(ROOT / "launch" / "restart_loop.sh"), str(tmp_path), "bash", str(launcher), str(tmp_path)]
-    environment = {**os.environ, "BIGDSSM_MAX_RESTARTS": "2"}
+    environment = {**os.environ, "BIGDSSM_MAX_RESTARTS": "2", "BIGDSSM_RESTART_WAIT_S": "0"}
     done = subprocess.run([*command, str(plan)], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     events = tmp_path / "events.jsonl"
