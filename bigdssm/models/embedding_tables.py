@@ -36,7 +36,7 @@ class EmbeddingTables(nn.Module):
     source: RowSource | None = None
 
     def __init__(self, schema: Schema, config: ModelConfig, dense: Collection[str] = ()) -> None:
-        """dense: names of tables that are weights whatever their size, since they have been trained so."""
+        """dense: names of tables of any size that are weights, since they have been trained as weights."""
         super().__init__()
         sharded = sharded_tables(schema, config)
         self._config, self.sharded = config, {name: spec for name, spec in sharded.items() if name not in dense}
@@ -80,7 +80,7 @@ def table_name(side: str, name: str) -> str:
 
 
 def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str] = ()) -> dict[str, TableSpec]:
-    """Return the tables that are sharded by rows, by name; `already`: those that are, whatever their size."""
+    """Return the tables that are sharded by rows, by name; `already`: those sharded before, of any size."""
     specs = {}
     for side, feature in _tabled(schema):
         name = table_name(side, feature.name)
