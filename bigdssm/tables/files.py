@@ -9,6 +9,7 @@ The files of all ranks together hold a table; they are memory-mapped, and only t
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,10 @@ def load_tables(tables: ShardedTables, saved: MappedTables, *, states: bool) -> 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
     """Memory-map the tensors of a safetensors file, bfloat16 as uint16. Raises CheckpointError."""
     try:
-        content = np.memmap(path, np.uint8, "r")
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
+        content = np.frombuffer(mapped, np.uint8)
         size = int(content[:8].view(np.uint64)[0])
         header: dict[str, Any] = json.loads(bytes(content[8 : 8 + size]))
         arrays = {}

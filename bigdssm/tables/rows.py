@@ -7,6 +7,7 @@ row). Shapes: n rows, d width of a row.
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,10 @@ class RowStore:
             if folder is None or not size:
                 return np.zeros((size, width), dtype)
             with tempfile.TemporaryFile(dir=folder) as file:  # sparse, zero, without a name: removed with the process
-                return np.memmap(file, dtype, "w+", shape=(size, width))
+                file.truncate(size * width * np.dtype(dtype).itemsize)
+                mapped = mmap.mmap(file.fileno(), 0)
+            mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
+            return np.frombuffer(mapped, dtype).reshape(size, width)
 
         def allocate(width: int, dtype: torch.dtype) -> Tensor:
             if folder is None:
