@@ -82,7 +82,7 @@ def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> Non
     head = {
         "side": tower.side,
         "max_tokens": tower.feature.max_tokens,
-        "prompt": tower.feature.prompt,
+        "prompt": tower.feature.prompt or "",
         "prompt_tokens": tower.feature.prompt_tokens,  # that are not pooled
         "pooling": tower.encoder.pooling,
         "activations": [layer.activation for layer in tower.layers],

@@ -102,7 +102,7 @@ class SentenceTransformersExport(ExportFormat):
             out / "config_sentence_transformers.json",
             {
                 "model_type": "SentenceTransformer",
-                "prompts": {ROUTES[tower.side]: tower.feature.prompt for tower in (query, doc)},
+                "prompts": {ROUTES[tower.side]: tower.feature.prompt or "" for tower in (query, doc)},
                 "default_prompt_name": None,
                 "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
             },

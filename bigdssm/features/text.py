@@ -43,6 +43,10 @@ class Text(Feature):
     pool_prompt: bool | None = None
     prompt_tokens: int = field(default=0, metadata=FITTED)  # first tokens that are not pooled
 
+    def exported(self) -> dict[str, Any]:
+        """Return all fields; without a prompt it is ''."""
+        return {**self.to_dict(), "prompt": self.prompt or ""}
+
     @property
     def canonical_type(self) -> pa.DataType:
         """Return large_string."""

@@ -68,7 +68,8 @@ class BatchBuilder:
         self._rank, self._world_size = stream.rank, stream.world_size
         catalogue = None if stream.inline else dataset.catalogue
         self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
-        self._tabled, self._id_dropout = tables_of_features(dataset.schema, tables), id_dropout
+        self._tabled = tables_of_features(dataset.schema, tables) if tables else []
+        self._id_dropout = id_dropout
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 

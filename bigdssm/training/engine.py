@@ -216,15 +216,15 @@ class DeepSpeedStepEngine:
 class Engine(DeepSpeedStepEngine):
     """A model under DeepSpeed, configured by the config, and its optimizer step."""
 
+    tables: ShardedTables | None = None  # of the model, sharded by rows
+    _working: WorkingSet | None = None  # of the step
+    _square: Tensor | None = None  # of the norm of its gradients
+
     def __init__(
         self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int,
         tables: ShardedTables | None = None,
     ) -> None:  # fmt: skip
-        """tables: those of the model that are sharded by rows."""
-        self._state_of, self._clipping = optimizer.state_of, optimizer.gradient_clipping
-        self.tables = tables
-        self._working: WorkingSet | None = None  # of the step
-        self._square: Tensor | None = None  # of the norm of its gradients
+        self._state_of, self._clipping, self.tables = optimizer.state_of, optimizer.gradient_clipping, tables
         narrow = config.precision in ("bf16", "bf16_pure")  # `auto` is settled before
         self.product_dtype = torch.bfloat16 if narrow else torch.float32
         self._norm = float("nan")
@@ -248,11 +248,11 @@ class Engine(DeepSpeedStepEngine):
             cast(DualEncoder, self.module).tables.source = tables
             self._include_tables_in_norm()
 
-    def fetch(self, table_rows: Mapping[str, np.ndarray] | None) -> None:
-        """Fetch the rows of a step's batch from the sharded tables, if the model has any. All ranks must call it."""
-        if self.tables is not None:
-            self._working = self.tables.fetch(table_rows or {})
-            cast(DualEncoder, self.module).tables.source = self._working
+    def fetch(self, table_rows: Mapping[str, np.ndarray]) -> None:
+        """Fetch the rows of a step's batch from the sharded tables. All ranks must call it."""
+        assert self.tables is not None
+        self._working = self.tables.fetch(table_rows)
+        cast(DualEncoder, self.module).tables.source = self._working
 
     def step(self, lr_factor: float) -> bool:
         """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.

@@ -109,8 +109,9 @@ def train_step(
 
     extra_inputs: see `encode`. make_report: called after the backward, while gradients are being reduced.
     """
-    with timing.span("tables"):
-        engine.fetch(batch.table_rows)
+    if batch.table_rows is not None:
+        with timing.span("tables"):
+            engine.fetch(batch.table_rows)
     with timing.span("encode"):
         encoded, backward, plan = encode(engine, batch, plan, extra_inputs or {})
     output = back_propagate(encoded, backward, lambda leaves: loss_function(leaves, batch))

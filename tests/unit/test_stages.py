@@ -176,7 +176,7 @@ def test_a_full_disk_during_the_write_of_the_best_gives_a_one_line_error(
     """As for a checkpoint: code 4, and the previous folder is kept."""
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
-    engine = SimpleNamespace(module=model, state_dict=model.state_dict)
+    engine = SimpleNamespace(module=model, state_dict=lambda names, on_main: model.state_dict(), tables=None)
     validator, best = Validator(dataset, config, "pretrain", 64), config.stage_dir("pretrain") / "best"
     validator.save_best(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
 
@@ -192,7 +192,7 @@ def test_a_full_disk_during_the_write_of_the_best_gives_a_one_line_error(
 def test_a_best_that_a_kill_left_between_two_renames_is_not_lost(config: Config) -> None:
     dataset = Dataset.open(config.data.dir)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
-    engine = SimpleNamespace(module=model, state_dict=model.state_dict)
+    engine = SimpleNamespace(module=model, state_dict=lambda names, on_main: model.state_dict(), tables=None)
     validator, best = Validator(dataset, config, "pretrain", 64), config.stage_dir("pretrain") / "best"
     validator.save_best(engine, {"stage": "pretrain", "step": 1})  # type: ignore[arg-type]
     best.rename(best.with_name(".best.replaced"))

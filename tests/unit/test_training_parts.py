@@ -324,7 +324,7 @@ def test_one_reduction_agrees_on_chunks_and_retained_graphs() -> None:
             sides = [{"text": ragged_lengths(generator.integers(0, 9, generator.integers(0, 12)))} for _ in range(2)]
             batch = SimpleNamespace(
                 query_lengths=sides[0], doc_lengths=sides[1], queries_of_row=None,
-                row_ids=sides[0]["text"].filled, doc_ids=sides[1]["text"].filled,
+                row_ids=sides[0]["text"].filled, doc_ids=sides[1]["text"].filled, doc=sides[1],
             )  # fmt: skip
             drafts.append(draft_step(batch, budget))  # type: ignore[arg-type]
         most = StepRequirements(

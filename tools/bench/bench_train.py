@@ -197,7 +197,7 @@ def prepare(folder: Path, texts: list[tuple[str, str]], args: argparse.Namespace
 def write_encoder(folder: Path, dataset: Dataset, args: argparse.Namespace) -> None:
     """Write the encoder that both sides start from, without dropout, and the dataset's tokenizer."""
     if args.encoder:
-        model = AutoModel.from_pretrained(args.encoder)
+        model = AutoModel.from_pretrained(args.encoder, use_safetensors=True, trust_remote_code=False)
         for key in DROPOUTS:
             if hasattr(model.config, key):
                 setattr(model.config, key, 0.0)
@@ -210,7 +210,7 @@ def write_encoder(folder: Path, dataset: Dataset, args: argparse.Namespace) -> N
             num_attention_heads=max(1, args.hidden // 64), intermediate_size=feedforward,
             max_position_embeddings=args.max_tokens, **dict.fromkeys(DROPOUTS, 0.0), **special,
         )  # fmt: skip
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
     model.save_pretrained(folder)
     assert dataset.tokenizer_dir is not None
     for file in dataset.tokenizer_dir.iterdir():

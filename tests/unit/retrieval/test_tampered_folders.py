@@ -134,7 +134,7 @@ def test_a_model_larger_than_its_weights_takes_no_memory(copied: Path, monkeypat
     real = model_folder.DualEncoder
     monkeypatch.setattr(
         model_folder, "DualEncoder",
-        lambda *given: built.append(torch.get_default_device().type) or real(*given),
+        lambda *given, **named: built.append(torch.get_default_device().type) or real(*given, **named),
     )  # fmt: skip
     refused(copied, r"model\.safetensors")
     assert built == ["meta"]
