@@ -17,6 +17,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_dataset(tmp_path_factory.mktemp("agreement"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

@@ -155,6 +155,7 @@ def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given
     assert left[-1] < 0.9 * left[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fps, direction: both", "softmax"])
 def test_teacher_vectors_are_learned_on_any_number_of_ranks(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str  # noqa: F811

@@ -76,6 +76,7 @@ def compiled(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, list[int]]:
     return binary, [int(number) for pair in spilled for number in pair]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("D", "direction"), [(256, "q2d"), (256, "both"), (64, "both")], ids=lambda value: str(value))
 def test_compiles_for_an_h100(D: int, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = launches(direction, D, torch.bfloat16, monkeypatch)

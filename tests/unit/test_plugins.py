@@ -38,6 +38,7 @@ def make(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_a_type_of_an_installed_package(installed: dict[str, str], tmp_path: Path) -> None:
     without = make(tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
     assert without.returncode == 2 and "data.query.hour.type: got angle, needs one of categorical" in without.stderr
@@ -46,6 +47,7 @@ def test_a_type_of_an_installed_package(installed: dict[str, str], tmp_path: Pat
     assert (tmp_path / "dataset" / "dataset.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_schema_of_configs_has_the_components_of_an_installed_package(installed: dict[str, str]) -> None:
     command = [sys.executable, "-m", "bigdssm.commands", "config", "--schema"]
     printed = subprocess.run(command, env=installed, capture_output=True, text=True, check=True).stdout

@@ -205,6 +205,7 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", ["mixed", "one_source"])
 def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, tools, batches: str) -> None:
     """One window per lane and source, and one more during loading; independent of partitions and duration."""

@@ -307,6 +307,7 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
         stage_source(tmp_path, "latest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "feature"), [("dot with beta, one encoder", "embedding"), ("cosine with one beta", 'any "text" of it')]
 )
@@ -350,6 +351,7 @@ def test_onnx_holds_histories_of_every_kind(
     assert max(parity.query, parity.doc) <= PARITY_LIMIT
 
 
+@pytest.mark.slow
 def test_onnx_holds_towers_of_all_features(
     tiny_interactions: Any,
     model_dir: Path,
@@ -409,6 +411,7 @@ def test_unknown_formats_and_options_are_refused(
     assert capsys.readouterr().err.startswith(f"error: {error}") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_onnx_without_the_tower_in_int8(make_source: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ONNX:
         pytest.importorskip(package)
