@@ -233,5 +233,6 @@ def test_valid_configs_train_and_others_are_refused(datasets: dict[str, Path], t
         return f"exit code {code}"
 
     check()
-    least = {"exit code 2": 12 / PARTS, "exit code 0": 16 / PARTS}
-    assert answers.total() >= 90 / PARTS and all(answers[name] >= count for name, count in least.items()), answers
+    tried = EXAMPLES / PARTS
+    least = {"exit code 2": 0.1 * tried, "exit code 0": 0.13 * tried}
+    assert answers.total() >= 0.75 * tried and all(answers[name] >= count for name, count in least.items()), answers
