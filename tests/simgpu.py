@@ -233,6 +233,17 @@ def ranks(world_size: int, rank: int = 0) -> Iterator[None]:
             _host(out).view(world_size, *tensor.shape).copy_(_host(tensor).expand(world_size, *tensor.shape))
             return SimpleNamespace(wait=lambda: None)
 
+        def all_to_all_single(
+            self, out: torch.Tensor, tensor: torch.Tensor, received: list[int], sent: list[int], group: Any = None
+        ) -> None:
+            """Receive the rows for this rank from every rank, repeated where it expects more."""
+            note("all_to_all", out)
+            first = sum(sent[:rank])
+            mine = _host(tensor)[first : first + sent[rank]]
+            _host(out).zero_()
+            for part in _host(out).split(received) if len(mine) else ():
+                part.copy_(mine[torch.arange(len(part)) % len(mine)])
+
         def all_gather_object(self, values: list[Any], value: Any, group: Any = None) -> None:
             note("all_gather_object", torch.empty(0))
             values[:] = [value] * world_size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigdssm.dataset.tensors import Features
 from bigdssm.loader.step_plan import Chunk, SidePlan
-from bigdssm.loader.upload import to_device
+from bigdssm.utils.transfer import to_device
 from bigdssm.models import Packed, QueryPositions, Values, pack
 
 T = TypeVar("T")

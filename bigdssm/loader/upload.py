@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from bigdssm.loader.batch import Batch
+from bigdssm.utils.transfer import to_device
 
 T = TypeVar("T")
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to `device`, through pinned memory, without blocking the host."""
-    return (tensor if device.type == "cpu" else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

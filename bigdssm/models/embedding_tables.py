@@ -65,6 +65,13 @@ class EmbeddingTables(nn.Module):
                 grown[name] = (old.num_embeddings, feature.num_codes)
         return grown
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return the number of rows and the width of table `name`."""
+        if (spec := self.sharded.get(name)) is not None:
+            return spec.rows, spec.dim
+        table = cast(nn.Embedding, self.tables[name])
+        return table.num_embeddings, table.embedding_dim
+
     def look_up(self, name: str, codes: Tensor) -> Tensor:
         """Return the vectors [*codes.shape, E] of int64 `codes` in table `name`; zeros for padding."""
         if name in self.sharded:

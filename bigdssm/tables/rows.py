@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.utils.hashing import derive_key, hash64, mix64
+from bigdssm.utils.transfer import to_device
 
 SHARDS = 4096  # virtual shards, a power of 2: the maximum number of ranks
 _SPREAD = 2_654_435_761  # odd: neighbouring rows, often of similar frequency, are in distant shards
@@ -161,7 +162,7 @@ class RowStore:
         if len(new):
             rows = self.partition.rows(local[new])
             initial = torch.from_numpy(initial_rows(rows, self.spec.dim, self.key, self.spec.std))
-            values.index_copy_(0, self._index(new), initial.to(values.device, non_blocking=True))
+            values.index_copy_(0, self._index(new), to_device(initial, values.device))
         return values
 
     def update(self, local: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
@@ -216,6 +217,13 @@ class RowStore:
             saved = content.get("occurrences")
             self.occurrences[local] = self.spec.admit_after if saved is None else saved.numpy()
 
+    def initialize(self, rows: np.ndarray, vectors: Tensor) -> None:
+        """Set the first columns of this rank's rows among `rows` int64 [n], before a run, to vectors float32 [n, ≤ d]."""
+        owned = np.flatnonzero(self.partition.owns(rows))
+        values = self.read(self.partition.local(rows[owned]), 0)
+        values[:, : vectors.shape[1]] = vectors[torch.from_numpy(owned)].to(values)
+        self.load({"rows": torch.from_numpy(rows[owned]), "values": values})
+
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         index = self._index(local)
         self.values.index_copy_(0, index, values.to(self.values))
@@ -223,4 +231,4 @@ class RowStore:
             self.states[name].index_copy_(0, index, state.to(self.states[name].device))
 
     def _index(self, local: np.ndarray) -> Tensor:
-        return torch.from_numpy(local).to(self.values.device, non_blocking=True)
+        return to_device(torch.from_numpy(local), self.values.device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bigdssm import distributed
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.tables.rows import OUT_OF_VOCABULARY, RowPartition, RowStore, TableSpec, table_key
+from bigdssm.utils.transfer import to_device
 
 PADDING_POSITION = 0  # its vector is zero; the rows of a working set follow
 
@@ -111,7 +112,7 @@ class ShardedTables:
         for dim, names in self._by_width().items():
             route = self._route(names, dim, [requested[name] for name in names])
             values = self._exchange(self._owned_values(route), route.received, route.sent)
-            index = torch.from_numpy(route.order).to(self._device, non_blocking=True)
+            index = to_device(torch.from_numpy(route.order), self._device)
             in_order = torch.empty_like(values).index_copy_(0, index, values)
             parts = in_order.split([len(requested[name]) for name in names])
             for name, part in zip(names, parts, strict=True):
@@ -143,7 +144,8 @@ class ShardedTables:
             if self.specs[name].admit_after > 1:
                 unknown = int(np.flatnonzero(of_table == OUT_OF_VOCABULARY)[0]) + 1
                 instead = np.where(used, np.arange(1, len(used) + 1), unknown)
-                working.instead[name] = torch.from_numpy(np.append(PADDING_POSITION, instead)).to(self._device)
+                positions = torch.from_numpy(np.append(PADDING_POSITION, instead))
+                working.instead[name] = to_device(positions, self._device)
 
     @torch.no_grad()
     def look_up(self, name: str, rows: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ class ShardedTables:
             leaves = [working.leaves[name] for name in route.names]
             gradients = torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
             skipped = np.repeat(np.arange(1, len(leaves) + 1), [len(leaf) - 1 for leaf in leaves])  # padding rows
-            index = torch.from_numpy((np.arange(len(skipped)) + skipped)[route.order]).to(self._device)
+            index = to_device(torch.from_numpy((np.arange(len(skipped)) + skipped)[route.order]), self._device)
             received = self._exchange(gradients[index], route.sent, route.received)
             for number, name in enumerate(route.names):
                 update = self._summed(route, number, name, received)
@@ -211,19 +213,18 @@ class ShardedTables:
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)
             read = self.stores[name].read(self.partition.local(route.requested[at]), self.steps)
-            values.index_copy_(0, torch.from_numpy(at).to(self._device), read.to(self._device))
+            values.index_copy_(0, to_device(torch.from_numpy(at), self._device), to_device(read, self._device))
         return values
 
     def _summed(self, route: Route, number: int, name: str, received: Tensor) -> PendingUpdate:
         """Return the mean gradients of a table, summed in the order of ranks: the same bits in every run."""
         at = np.flatnonzero(route.table_of == number)
-        local, inverse = np.unique(self.partition.local(route.requested[at]), return_inverse=True)
-        total = torch.zeros(len(local), route.dim, device=self._device)
-        rank_of = np.searchsorted(np.cumsum(route.received), at, side="right")
-        for rank in range(self.partition.world_size):
-            mine = rank_of == rank  # its rows are distinct
-            index, source = (torch.from_numpy(part[mine]).to(self._device) for part in (inverse, at))
-            total.index_copy_(0, index, total[index] + received[source])
+        positions = self.partition.local(route.requested[at])
+        order = np.argsort(positions, kind="stable")  # of a row, in the order of ranks
+        local, lengths = np.unique(positions, return_counts=True)
+        of_row, counts = (to_device(torch.from_numpy(part), self._device) for part in (at[order], lengths))
+        # one thread adds the gradients of a number; unsafe: without reading the lengths on the device
+        total = torch.segment_reduce(received[of_row], "sum", lengths=counts, axis=0, unsafe=True)
         return PendingUpdate(name, local, total / self.partition.world_size)
 
     def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:

@@ -114,7 +114,6 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
     for key, got, needed, reason in (
         ("weight_average", stage.weight_average, 0.0, "the average would hold every row"),
         ("negatives.columns", stage.negatives.columns, "batch", "all rows would be fetched in every step"),
-        ("warm_start.window", stage.warm_start.window, 0, "rank 0 computes the vectors of all items"),
         ("scorer", stage.scorer, None, "scorers would read rows outside of a step"),
         ("documents.model", stage.documents.model, None, "the rows of the document tower would be trained"),
     ):

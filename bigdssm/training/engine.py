@@ -282,9 +282,8 @@ class Engine(DeepSpeedStepEngine):
                 self.deepspeed.optimizer.zero_grad()
                 return False
             if self._square is not None:  # DeepSpeed clips by the norm of its own weights, which is then small enough
-                for parameter in self.module.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(self._clip_coefficient())
+                gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+                torch._foreach_mul_(gradients, self._clip_coefficient())
         self.deepspeed.step()
         return not getattr(self.deepspeed.optimizer, "overflow", False)
 

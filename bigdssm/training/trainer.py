@@ -80,11 +80,11 @@ class Trainer:
         read = start.reader(model)
         if read is not None:
             set_weights(model, read)
-        elif stage.warm_start.window:
-            initialize_item_embeddings(model, dataset, stage.warm_start)
         if how.checkpoint_activations:
             model.checkpoint_activations()
         tables = build_tables(model, config, name, how.table_memory, resumed=read is not None)
+        if read is None and stage.warm_start.window:
+            initialize_item_embeddings(model, dataset, stage.warm_start, tables)
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size), tables)
         self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"

@@ -7,6 +7,8 @@ of PPMI, Lebret and Collobert 2014, "Word Embeddings through Hellinger PCA".
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
@@ -20,6 +22,7 @@ from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.features.history import histories_of, item_codes
 from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
+from bigdssm.tables.sharded import ShardedTables
 from bigdssm.utils.log import get_logger
 
 DENSE_UP_TO = 512  # items up to which a dense eigendecomposition is cheap
@@ -32,19 +35,21 @@ def check_warm_start(key: str, dataset: Dataset) -> None:
         raise ConfigError(f"{key}: rows of {dataset.dir} have no histories")
 
 
-def initialize_item_embeddings(model: DualEncoder, dataset: Dataset, config: WarmStartConfig) -> None:
+def initialize_item_embeddings(
+    model: DualEncoder, dataset: Dataset, config: WarmStartConfig, tables: ShardedTables | None = None
+) -> None:
     """Initialize the item embeddings of a new model from histories. All ranks must call it; rank 0 computes them.
 
-    Items without co-occurrences keep their random vectors. Raises DataError, on every rank: no solution.
+    tables: the model's sharded tables, if any. Items without co-occurrences keep their random vectors. Raises
+    DataError, on every rank: no solution.
     """
     for feature in sorted({str(history.of) for history in histories_of(dataset.schema.query).values()}):
-        weight = model.tables.tables[table_name("doc", feature)].weight
-        assert isinstance(weight, torch.Tensor)
+        name = table_name("doc", feature)
         result: tuple[np.ndarray, np.ndarray] | None = None
         error: BigDSSMError | None = None
         if distributed.is_main():
             try:
-                result = _item_vectors(dataset, feature, weight.shape, config)
+                result = _item_vectors(dataset, feature, model.tables.shape(name), config)
             except ArpackError as failed:
                 error = DataError(f"{dataset.dir}: no warm start for {feature}: {failed}; set warm_start.window to 0")
             except BigDSSMError as failed:
@@ -52,27 +57,35 @@ def initialize_item_embeddings(model: DualEncoder, dataset: Dataset, config: War
         distributed.raise_together(error)
         result = distributed.broadcast_object(result)
         assert result is not None
-        selected, vectors = map(torch.from_numpy, result)
-        with torch.no_grad():
-            weight[selected, : vectors.shape[1]] = vectors.to(weight)
-        logger.info("%s: initialized %d of %d items from histories", feature, len(vectors), len(weight))
+        codes, vectors = map(torch.from_numpy, result)
+        if tables is not None and name in tables.stores:
+            tables.stores[name].initialize(codes.numpy(), vectors)
+        else:
+            weight = cast(torch.Tensor, model.tables.tables[name].weight)
+            with torch.no_grad():
+                weight[codes, : vectors.shape[1]] = vectors.to(weight)
+        logger.info("%s: initialized %d items from histories", feature, len(vectors))
 
 
 def _item_vectors(
-    dataset: Dataset, feature: str, shape: torch.Size, config: WarmStartConfig
+    dataset: Dataset, feature: str, shape: tuple[int, int], config: WarmStartConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes with co-occurrences, bool [codes], and their vectors float32 [rows, ≤ E]."""
+    """Return the codes with co-occurrences, int64 ascending, and their vectors float32 [codes, ≤ E]."""
     num_codes, dim = shape
     transitions = Transitions.of(dataset, config.window)
     codes = item_codes(dataset.catalogue.codes(feature, np.arange(transitions.num_docs)))
     docs = transitions.matrix().tocoo()
+    of_index = None
+    if num_codes > np.iinfo(np.int32).max:  # hashed ids are few of many codes
+        of_index, codes = np.unique(codes, return_inverse=True)
+        num_codes = len(of_index)
     pairs = csr_matrix((docs.data, (codes[docs.row], codes[docs.col])), (num_codes, num_codes))
-    selected = pairs.getnnz(axis=0) + pairs.getnnz(axis=1) > 0
-    if not selected.any():
+    selected = np.flatnonzero(pairs.getnnz(axis=0) + pairs.getnnz(axis=1))
+    if not len(selected):
         raise DataError(f"{dataset.dir}: no train row has a history, so no {feature} values co-occur")
     vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
     length = np.sqrt((vectors**2).sum(axis=1).mean())
-    return selected, (vectors * (config.length / length)).astype(np.float32)
+    return selected if of_index is None else of_index[selected], (vectors * (config.length / length)).astype(np.float32)
 
 
 def spectral_vectors(counts: csr_matrix, dim: int) -> np.ndarray:

@@ -156,7 +156,6 @@ def test_clipping_is_by_the_norm_of_all_gradients(config: Path, tmp_path: Path, 
     [
         ("pretrain.weight_average=0.9", "weight_average: got 0.9, needs 0.0"),
         ("pretrain.negatives={columns: catalogue, mask: user}", "negatives.columns: got catalogue, needs batch"),
-        ("pretrain.warm_start.window=2", "warm_start.window: got 2, needs 0"),
         ("pretrain.documents={model: ., vectors: .}", "documents.model: got ., needs null"),
     ],
 )

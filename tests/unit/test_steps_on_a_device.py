@@ -6,18 +6,23 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HISTORY_BLOCKS, StageConfig
+from bigdssm.config import HISTORY_BLOCKS, StageConfig, TablesConfig
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.step_plan import TokenBudget, draft_step
 from bigdssm.loader.upload import on_device
-from bigdssm.losses.declarations import Corrected
+from bigdssm.losses.declarations import Corrected, NoCorrection
 from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
+from bigdssm.models.embedding_tables import tables_of_features
+from bigdssm.tables.optimizers import LazyAdam
+from bigdssm.tables.sharded import ShardedTables
+from bigdssm.training.batches import with_positions
 from bigdssm.training.engine import Engine
 from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
@@ -96,16 +101,16 @@ def _rows(bounds: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
     return row, cell - bounds.offsets[row]
 
 
-def new_engine(case: Case) -> Engine:
+def new_engine(case: Case, sharding: Literal["replicated", "rows"] = "replicated") -> Engine:
     history = HISTORY_BLOCKS.read("", {"block": case.block, "positions": case.positions})
-    model = replace(MODEL, query=replace(MODEL.query, history=history))
+    model = replace(MODEL, query=replace(MODEL.query, history=history), tables=TablesConfig(sharding=sharding))
     torch.manual_seed(0)
     module = new_model(model, SCHEMA, vocab_size=30).train()
     if case.kernel:
         use_packing(module, attend)
     engine = object.__new__(Engine)
     engine.deepspeed = engine._call = DeepSpeed(module)
-    engine.zero_stage = 0
+    engine.zero_stage, engine._clipping = 0, 1.0
     return engine
 
 
@@ -160,3 +165,29 @@ def test_operations_of_a_training_step(case: Case) -> None:
             names = Counter(name for name, _, _ in device.collectives)
             assert names == {"all_gather": 2 + 1 + 2 * streaming, "all_reduce": 2, "reduce_scatter": 2}
     assert all(other == waits[0] for other in waits)
+
+
+def test_operations_of_sharded_tables() -> None:
+    """No operation waits for the device, and their number depends neither on ranks nor on chunks."""
+    case = Case()
+    launches = []
+    for ranks, chunk_tokens in ((4, 0), (12, 90)):
+        engine = new_engine(case, "rows")
+        specs = engine.module.tables.sharded  # type: ignore[union-attr]
+        host = with_positions(batch_of(case), tables_of_features(SCHEMA, specs))  # type: ignore[arg-type]
+        plan = (draft := draft_step(host, TokenBudget(chunk_tokens, 0))).resolve(draft.requirements)
+        objective = Objective(StageConfig(sampling=NoCorrection()), MODEL, None, None, 24.0)
+        with simgpu.ranks(ranks), simgpu.Device() as device:
+            device.put_module(engine.module)
+            engine.tables = ShardedTables(list(specs.values()), LazyAdam(), 0, device=simgpu.PLACE)  # type: ignore[arg-type]
+            for _ in range(2):
+                device.reset()
+                assert train_step(engine, on_device(host, simgpu.PLACE), plan, objective, 1.0).applied
+            of_tables = {name: number for name, number in device.operations.items() if " tables/" in name}
+            assert not device.mixed and not device.uploads and not any(" tables/" in name for name in device.waits)
+            exchanges = Counter(backend for name, backend, _ in device.collectives if name == "all_to_all")
+            assert exchanges == {"gloo": 2, "nccl": 2}  # numbers and rows on the host; values and gradients
+            assert engine.tables.steps == 2 and "lerp_" in str(of_tables)  # rows of this rank were updated
+            look_ups = sum(number for name, number in of_tables.items() if name.startswith("embedding "))
+            launches.append(sum(of_tables.values()) - look_ups)
+    assert launches[0] == launches[1] <= 30 * len(specs), of_tables
