@@ -218,7 +218,7 @@ class RowStore:
             self.occurrences[local] = self.spec.admit_after if saved is None else saved.numpy()
 
     def initialize(self, rows: np.ndarray, vectors: Tensor) -> None:
-        """Set the first columns of this rank's rows among `rows` int64 [n], before a run, to vectors float32 [n, ≤ d]."""
+        """Set the first columns of this rank's rows among `rows` int64 [n] of a new table, to vectors [n, ≤ d]."""
         owned = np.flatnonzero(self.partition.owns(rows))
         values = self.read(self.partition.local(rows[owned]), 0)
         values[:, : vectors.shape[1]] = vectors[torch.from_numpy(owned)].to(values)

@@ -14,10 +14,10 @@ from bigdssm.dataset.tensors import Features
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowReport
 from bigdssm.loader.step_plan import StepPlan, StepRequirements
-from bigdssm.utils.transfer import to_device
 from bigdssm.training.encoding import LossFunction, back_propagate, encode
 from bigdssm.training.engine import Engine
 from bigdssm.utils import timing
+from bigdssm.utils.transfer import to_device
 
 
 class StepReport(NamedTuple):
