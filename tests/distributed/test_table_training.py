@@ -22,6 +22,7 @@ from bigdssm.training.estimate import estimate
 
 from . import small_run
 from .spawn import Pool, RankFailed
+from .table_matrix import LIMIT, NUMBERS, modes_of, run
 from .test_growth import append_day2
 from .test_training import assert_same_curve, stop_after
 
@@ -55,6 +56,40 @@ def test_one_curve_in_all_modes(
 ) -> None:
     pools[ranks].run(small_run.run, config, tmp_path, (*SHARDED, *modes))
     assert_same_curve(tmp_path, one)
+
+
+# A pairwise design: each two of optimizer, numbers, clipping, ranks, ZeRO stage, chunk tokens and memory meet.
+DESIGN = [
+    ("sgd", "bf16", "clipped", 2, 3, 60, "file"),
+    ("sgd", "bf16", "unclipped", 2, 0, 0, "host"),
+    ("sgd", "bf16 rows", "unclipped", 1, 2, 60, "device"),
+    ("sgd", "fp32", "clipped", 3, 1, 400, "file"),
+    ("rowwise_adagrad", "bf16", "clipped", 3, 2, 400, "host"),
+    ("rowwise_adagrad", "bf16", "unclipped", 1, 3, 400, "device"),
+    ("rowwise_adagrad", "bf16 rows", "clipped", 2, 1, 0, "host"),
+    ("rowwise_adagrad", "fp32", "clipped", 1, 0, 60, "file"),
+    ("adagrad", "bf16", "clipped", 3, 0, 60, "device"),
+    ("adagrad", "bf16", "unclipped", 2, 1, 400, "file"),
+    ("adagrad", "bf16 rows", "clipped", 3, 3, 0, "device"),
+    ("adagrad", "bf16 rows", "unclipped", 1, 1, 60, "host"),
+    ("adagrad", "fp32", "unclipped", 3, 2, 60, "file"),
+    ("lazy_adam", "bf16", "clipped", 2, 2, 0, "file"),
+    ("lazy_adam", "bf16 rows", "unclipped", 3, 0, 400, "file"),
+    ("lazy_adam", "fp32", "unclipped", 2, 1, 60, "device"),
+    ("lazy_adam", "fp32", "unclipped", 1, 3, 0, "host"),
+]
+
+
+@pytest.mark.slow
+def test_all_modes_give_the_curve_of_one_rank(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    references = {key: run(pools[1], config, tmp_path / "-".join(key), key, ("engine.zero_stage=0",))
+                  for key in dict.fromkeys(entry[:3] for entry in DESIGN)}  # fmt: skip
+    for number, (optimizer, numbers, clipping, ranks, *modes) in enumerate(DESIGN):
+        key = optimizer, numbers, clipping
+        found = run(pools[ranks], config, tmp_path / str(number), key, modes_of(*modes))
+        limit = NUMBERS[numbers][1]
+        torch.testing.assert_close(found, references[key], rtol=limit, atol=limit)
+        assert found[-1, 0] < found[0, 0] and (found[:, 1] > LIMIT).all()  # it trains, and the limit clips
 
 
 def vectors(folder: Any, dataset: Path) -> torch.Tensor:
