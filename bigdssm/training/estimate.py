@@ -38,6 +38,8 @@ from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
 
+MASTER_WEIGHTS, OPTIMIZER_STATES = "float32 copy of the weights", "optimizer's states"
+GRADIENTS_ON_HOST, TABLE_ROWS = "gradients on the host", "rows of sharded tables, and their states"
 BUCKET = 500_000_000  # elements of a reduction bucket of DeepSpeed
 MAX_LIVE = 10**9  # weights that ZeRO 3 keeps gathered at a time: `stage3_max_live_parameters`, by default
 
@@ -70,14 +72,14 @@ def resident_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> 
     """
     stage, share, weights = engine.zero_stage, sizes.share(world_size), _weight(engine) * sizes.weights
     if stage == 0:
-        return {"weights": weights, "optimizer's states": FP32 * sizes.states}
+        return {"weights": weights, OPTIMIZER_STATES: FP32 * sizes.states}
     resident = {
         "weights": weights if stage < 3 else -(-weights // world_size),
-        "float32 copy of the weights": FP32 * share,
-        "optimizer's states": FP32 * -(-sizes.states // world_size),
+        MASTER_WEIGHTS: FP32 * share,
+        OPTIMIZER_STATES: FP32 * -(-sizes.states // world_size),
     }
     if engine.offload_optimizer:
-        resident["gradients on the host"] = FP32 * share
+        resident[GRADIENTS_ON_HOST] = FP32 * share
     if stage == 3:
         resident["gathered weights"] = _weight(engine) * min(sizes.weights, MAX_LIVE)
         resident["this rank's gradients"] = _weight(engine) * share
@@ -168,6 +170,7 @@ class Estimate:
     """Memory of a rank in bytes, communication and duration; see `lines`."""
 
     resident: dict[str, int]  # always allocated, by purpose
+    host_bytes: int  # of these, in the memory of the host if the ranks have GPUs
     phases: dict[str, int]  # additional peaks of consecutive phases
     num_weights: int
     table_weights: int  # weights of embedding tables
@@ -196,6 +199,7 @@ class Estimate:
         lines += [f"  {name:42s} {_size(size)}" for name, size in self.resident.items()]
         lines += [f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()]
         lines.append(f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}")
+        lines.append(f"  {'in it, of the host if the ranks have GPUs':42s} {_size(self.host_bytes)}")
         lines.append(f"{self.rows_global:,} rows per step; a query has {self.negatives:,} negatives")
         lines += [f"  {name:42s} {_size(size)}" for name, size in self.sent.items()]
         lines.append(f"sent by a rank in a step: {_size(sum(self.sent.values()))}")
@@ -242,7 +246,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     if specs and config.engine.table_memory != "file":
         rows_of = {name: RowPartition(0, world_size).capacity(spec.rows) for name, spec in specs.items()}
         numbers = sum(rows_of[name] * (spec.dim + widths[name] + 1) for name, spec in specs.items())
-        resident["rows of sharded tables, and their states"] = FP32 * numbers
+        resident[TABLE_ROWS] = FP32 * numbers
     averaged = {"moving average of the weights": 2 * FP32 * sizes.trained} if stage.weight_average else {}
     in_tables = sum(spec.rows * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
     saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
@@ -264,14 +268,14 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
+    resident |= averaged | copied
+    resident |= {"batch": 2 * batch.nbytes, "libraries at first use": RUNTIME_BYTES}  # the current batch and the next
+    on_host = [GRADIENTS_ON_HOST, *copied, *([TABLE_ROWS] if engine.table_memory == "host" else [])]
+    if engine.offload_optimizer:
+        on_host += [MASTER_WEIGHTS, OPTIMIZER_STATES]
     return Estimate(
-        resident={
-            **resident,
-            **averaged,
-            **copied,
-            "batch": 2 * batch.nbytes,  # the current and the next one
-            "libraries at first use": RUNTIME_BYTES,
-        },
+        resident=resident,
+        host_bytes=sum(resident.get(name, 0) for name in on_host),
         phases={
             "loss, with retained graphs": graphs + vectors + loss,
             "towers' activations and gradients": towers + vectors,

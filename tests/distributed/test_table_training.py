@@ -87,8 +87,11 @@ def test_all_modes_give_the_curve_of_one_rank(config: Path, tmp_path: Path, pool
     for number, (optimizer, numbers, clipping, ranks, *modes) in enumerate(DESIGN):
         key = optimizer, numbers, clipping
         found = run(pools[ranks], config, tmp_path / str(number), key, modes_of(*modes))
-        limit = NUMBERS[numbers][1]
-        torch.testing.assert_close(found, references[key], rtol=limit, atol=limit)
+        expected, limit = references[key], NUMBERS[numbers][1]
+        torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=limit, atol=0)
+        # in bfloat16 the differences of the weights, and of later gradients, grow with each step
+        compared = len(found) if numbers == "fp32" else 3
+        torch.testing.assert_close(found[:compared, 1], expected[:compared, 1], rtol=limit, atol=0)
         assert found[-1, 0] < found[0, 0] and (found[:, 1] > LIMIT).all()  # it trains, and the limit clips
 
 

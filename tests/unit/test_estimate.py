@@ -96,6 +96,21 @@ def test_a_checkpoint_is_written_from_a_copy_of_a_ranks_share(tiny_pairs: TinyDa
     assert copy not in at_the_end.resident and copy not in waiting.resident
 
 
+def test_memory_of_the_host_is_counted_apart(tiny_pairs: TinyDataset) -> None:
+    saving = ("pretrain.steps=10", "pretrain.save_every_steps=5")
+    copy = of(tiny_pairs, *saving)
+    assert copy.host_bytes == copy.resident["copy that a checkpoint is written from"] > 0
+    offloaded = of(tiny_pairs, "engine.zero_stage=2", "engine.offload_optimizer=true", world_size=2)
+    assert offloaded.host_bytes == sum(
+        offloaded.resident[name]
+        for name in ("float32 copy of the weights", "optimizer's states", "gradients on the host")
+    )
+    sharded = ("model.tables.sharding=rows", "pretrain.table_optimizer.name=sgd")
+    assert of(tiny_pairs, *sharded).host_bytes == 0
+    on_host = of(tiny_pairs, *sharded, "engine.table_memory=host")
+    assert on_host.host_bytes == on_host.resident["rows of sharded tables, and their states"] > 0
+
+
 def test_catalogue_columns_are_sharded_and_sent(tiny_interactions: TinyDataset) -> None:
     batch = "columns: batch, mask: past"
     columns = "columns: catalogue, mask: past"
