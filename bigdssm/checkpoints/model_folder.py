@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -157,9 +158,14 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         dense = dense_tables(weights)
         with torch.device("meta"):  # reject a model larger than the file before its memory is allocated
             _check_weights(weights, DualEncoder(config.model, schema, texts, own, dense=dense).state_dict())
-        model = DualEncoder(config.model, schema, texts, own or scorer, dense=dense)
+        # Frozen weights, such as those under adapters, stay in the file, which is mapped: ranks share its pages.
+        mapped = FROZEN_FILE in meta["checksums"]
+        with _empty_weights() if mapped else nullcontext():
+            model = DualEncoder(config.model, schema, texts, own or scorer, dense=dense)
+        if mapped and scorer and not own:
+            model.scorer = scorer.build(config.model, schema, texts)
         load = model.load_state_dict if own and not scorer else model.load_towers
-        load(weights)
+        load(weights, assign=mapped)
         row_files = sorted(name for name in meta["checksums"] if name.startswith(f"{TABLES_DIR}/"))
         open_tables(model, [folder / name for name in row_files])
     except (
@@ -174,6 +180,13 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     return ModelFolder(
         model, config, schema, folder / TOKENIZER_DIR if listed else None, meta["provenance"], _identity(meta)
     )
+
+
+def _empty_weights() -> AbstractContextManager[Any]:
+    """Return a context in which parameters of new modules take no memory."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
 
 
 def model_checksum(

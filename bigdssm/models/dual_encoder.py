@@ -176,14 +176,15 @@ class DualEncoder(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name.startswith(PREFIX))
 
-    def load_towers(self, state: Mapping[str, Tensor]) -> None:
+    def load_towers(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
         """Load all weights of a model without a scorer, and initialize this model's scorer, if any.
 
-        Raises RuntimeError: `state` does not belong to such a model.
+        assign: the tensors of `state` become the weights, and are not copied. Raises RuntimeError: `state` does not
+        belong to such a model.
         """
         if scored := Scorer.weights_in(state):
             raise RuntimeError(f"it has a scorer, with {', '.join(scored)}")
-        self.load_state_dict({**state, **Scorer.weights_in(self.state_dict())})
+        self.load_state_dict({**state, **Scorer.weights_in(self.state_dict())}, assign=assign)
         if self.scorer is not None:
             self.scorer.initialize(dict(self.text.items()))
 

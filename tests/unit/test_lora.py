@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
@@ -15,6 +15,7 @@ from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.export.formats import Probe, largest_difference
 from bigdssm.models import new_model
+from bigdssm.models.declarations import MlpConfig
 from tests.encoders import LORA, write_pairs
 
 
@@ -63,6 +64,22 @@ def test_an_adapter_is_saved_alone(pairs: Path, tmp_path: Path) -> None:
     assert sizes[0] < sizes[1] / 2
     with pytest.raises(ConfigError, match="has no adapters"):
         export(ExportSource(folder_of(pairs, [], 0.0), "plain"), tmp_path / "none", "adapter")
+
+
+def test_frozen_weights_of_a_loaded_model_stay_in_its_file(pairs: Path, tmp_path: Path) -> None:
+    source = folder_of(pairs, LORA, 0.3)
+    save_model_folder(tmp_path / "model", source.model, source.config, source.schema, source.tokenizer_dir, {})
+    loaded = load_model_folder(tmp_path / "model")
+    assert loaded.checksum == model_checksum(loaded.model, loaded.config, loaded.schema, loaded.tokenizer_dir, {})
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model/frozen" in line]
+    parts = [[int(end, 16) for end in line[0].split("-")] for line in mapped]
+    frozen = loaded.model.frozen_weights()
+    assert len(frozen) > 20
+    for name, weight in frozen.items():
+        assert any(first <= weight.data_ptr() < end for first, end in parts), name
+    assert torch.equal(Probe(loaded).vectors["query"], Probe(source).vectors["query"])  # with its buffers
+    scored = load_model_folder(tmp_path / "model", scorer=MlpConfig(hidden=(4,))).model
+    assert scored.scorer is not None and all(p.isfinite().all() for p in scored.scorer.parameters())
 
 
 @pytest.mark.parametrize(
