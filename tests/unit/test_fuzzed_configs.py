@@ -42,7 +42,7 @@ from bigdssm.training.checks import check_stage
 from bigdssm.utils.bounds import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
 
-EXAMPLES, PARTS = 60, 4  # parts may run at the same time
+EXAMPLES, PARTS = 32, 2  # parts may run at the same time
 MOST_WEIGHTS, MOST_ROWS, MOST_BYTES = 300_000, 256, 1 << 24  # above these limits a config is only validated
 TEXT = {"type": "text", "max_tokens": 6}
 HISTORY = {"type": "history", "of": "item", "max_items": 5}
