@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ class Trackers:
         self._metrics: MetricsWriter | None = None
         self._trackers: list[Any] = []
         if config.run.trackers:  # trackers determine the main process from accelerate's state
-            PartialState(cpu=cpu)
+            with warnings.catch_warnings():  # accelerate's advice on OMP_NUM_THREADS
+                warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)
+                PartialState(cpu=cpu)
         if distributed.is_main():
             _truncate(folder / METRICS_FILE, step, num_validations)
             self._metrics = MetricsWriter(folder / METRICS_FILE)

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +92,7 @@ def _print_description(console: Console, content: Description, split: str) -> No
 
 
 def _table(*headers: str) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # the numbers fit into 80 columns
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "default", overflow="fold")
     return table

@@ -213,7 +213,8 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
 def relevances(check: RowCheck, name: str) -> np.ndarray:
     """Return a relevance column as float64; rows with a missing, infinite, negative or non-numeric value fail."""
     values, unreadable = numbers(check, name)
-    check.fail(unreadable | ~(values >= 0), f"{name} is {{}}, needs a finite number ≥ 0", check.column(name))
+    needed = "a finite number ≥ 0, the weight of the row"
+    check.fail(unreadable | ~(values >= 0), f"{name} is {{}}, needs {needed}", check.column(name))
     return values
 
 

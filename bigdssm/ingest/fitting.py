@@ -101,7 +101,9 @@ def _copy(source: Path, folder: Path) -> None:
     from transformers import AutoTokenizer  # a slow import
 
     if not source.is_dir():
-        raise ConfigError(f"data.tokenizer.path={source} is not a folder; give one with a Hugging Face tokenizer")
+        raise ConfigError(
+            f"data.tokenizer.path={source} is not a folder in {Path.cwd()}; give one with a Hugging Face tokenizer"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -254,7 +254,6 @@ class PairReader:
         """
         tables, schema = self.tables, self.schema
         query, doc = canonical(check, schema.query), canonical(check, schema.doc)
-        check.fail(missing(query, schema.query), "no query: its features are empty")
         check.fail(missing(doc, schema.doc), "no document: its features are empty")
         if tables.query_id_column is None:
             query_ids = hash_rows(query)
@@ -271,6 +270,11 @@ class PairReader:
         if tables.relevance_column:
             relevance = relevances(check, tables.relevance_column)
         split_columns = self.splitter.assign(check, query_ids)
+        # Rows of split `none` add documents alone; in siamese datasets their queries are documents, too.
+        no_query = missing(query, schema.query)
+        if not schema.siamese:
+            no_query &= split_columns[0] < len(SPLITS)
+        check.fail(no_query, "no query: its features are empty")
         ordinals = row_ordinals(part, check.batch, several=tables.each_of is not None)
         shuffle = shuffle_keys(ordinals, self.seed)
         numbers = (ordinals, shuffle, query_ids, doc_ids, content_hash, relevance, *split_columns)
@@ -320,7 +324,8 @@ def _notes(engine: LocalEngine, tables: PairTables) -> Iterator[str]:
     several = "SELECT doc_id FROM divided GROUP BY doc_id HAVING min(split) < max(split)"
     ((apart,),) = engine.fetch(f"SELECT count(*) FROM ({several})")
     if apart:
-        yield f"{apart} documents have rows in several splits; --whole-documents keeps each in one"
+        have = "1 document has" if apart == 1 else f"{apart} documents have"
+        yield f"{have} rows in several splits; --whole-documents keeps each in one"
     if tables.doc_id_column:
         other = "found.doc_id = kept.doc_id AND found.content <> kept.content AND kept.nth = 1"
         ((rows,),) = engine.fetch(f"SELECT count(*) FROM found JOIN first_documents kept ON {other}")
