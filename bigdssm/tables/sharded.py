@@ -65,7 +65,7 @@ class PendingUpdate:
     """The mean gradient of this rank's rows of one table in a step."""
 
     name: str
-    local: np.ndarray  # int64 [n], distinct
+    rows: np.ndarray  # int64 [n], distinct
     gradients: Tensor  # float32 [n, d]
 
 
@@ -134,8 +134,7 @@ class ShardedTables:
         admitted = np.zeros(len(route.requested), np.int64)
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)
-            local = self.partition.local(route.requested[at])
-            admitted[at] = self.stores[name].is_admitted(local, self.steps)
+            admitted[at] = self.stores[name].is_admitted(route.requested[at], self.steps)
         answers = self._exchange(torch.from_numpy(admitted), route.received, route.sent)
         in_order = torch.empty_like(answers).index_copy_(0, torch.from_numpy(route.order), answers).numpy()
         for name, of_table, used in zip(
@@ -176,9 +175,9 @@ class ShardedTables:
     def commit(self, coefficient: float | Tensor, lr_factor: float) -> None:
         """Update the rows of the last `reduce`, their gradients times `coefficient`."""
         for update in self._pending:
-            if len(update.local):
+            if len(update.rows):
                 gradients = update.gradients * coefficient
-                self.stores[update.name].update(update.local, gradients, self.optimizer.lr * lr_factor, self.steps)
+                self.stores[update.name].update(update.rows, gradients, self.optimizer.lr * lr_factor, self.steps)
         self._pending = []
         self.steps += 1
 
@@ -212,20 +211,19 @@ class ShardedTables:
         values = torch.empty(len(route.requested), route.dim, device=self._device)
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)
-            read = self.stores[name].read(self.partition.local(route.requested[at]), self.steps)
+            read = self.stores[name].read(route.requested[at], self.steps)
             values.index_copy_(0, to_device(torch.from_numpy(at), self._device), to_device(read, self._device))
         return values
 
     def _summed(self, route: Route, number: int, name: str, received: Tensor) -> PendingUpdate:
         """Return the mean gradients of a table, summed in the order of ranks: the same bits in every run."""
         at = np.flatnonzero(route.table_of == number)
-        positions = self.partition.local(route.requested[at])
-        order = np.argsort(positions, kind="stable")  # of a row, in the order of ranks
-        local, lengths = np.unique(positions, return_counts=True)
+        order = np.argsort(route.requested[at], kind="stable")  # of a row, in the order of ranks
+        rows, lengths = np.unique(route.requested[at], return_counts=True)
         of_row, counts = (to_device(torch.from_numpy(part), self._device) for part in (at[order], lengths))
         # one thread adds the gradients of a number; unsafe: without reading the lengths on the device
         total = torch.segment_reduce(received[of_row], "sum", lengths=counts, axis=0, unsafe=True)
-        return PendingUpdate(name, local, total / self.partition.world_size)
+        return PendingUpdate(name, rows, total / self.partition.world_size)
 
     def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         others = len(rows) - sent[self.partition.rank]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import bigdssm.tables.optimizers  # noqa: F401, registers them
+import bigdssm.tables.rows as rows_module
 from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
+from bigdssm.tables import row_index
 from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
@@ -285,6 +287,76 @@ def test_rows_are_admitted_and_evicted(pools: dict[int, Pool]) -> None:
     initial = initial_rows(np.array([2]), 4, table_key(SEED, "lives"), 0.1)[0]
     np.testing.assert_array_equal(frequent[2], initial.astype(np.float32))  # not trained while it was unknown
     assert (frequent[3] != frequent[2]).all() and (unknown[1] != unknown[0]).all()
+
+
+CODES = TableSpec("codes", 8000, 3, std=0.1, admit_after=2, evict_after=4)
+
+
+def train_codes(
+    rank: int, world_size: int, keyed: bool, spec: TableSpec, folder: Path | None, steps: int = 24
+) -> list[dict[str, Tensor]]:
+    """Train on codes that drift, with keyed or direct storage; return vectors and content of each step."""
+    direct, first = rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS
+    rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS = (0, 16) if keyed else (2**31, first)
+    try:
+        tables, found = ShardedTables([spec], optimizer_of("adagrad"), SEED, folder=folder), []
+        for step in range(steps):
+            if step == steps // 2:  # as a resumed run
+                content = tables.stores[spec.name].content(tables.steps, states=True)
+                tables = ShardedTables([spec], optimizer_of("adagrad"), SEED, folder=folder)
+                tables.stores[spec.name].load(content)
+                tables.steps = step
+            random = np.random.RandomState([step, rank])
+            codes = np.unique(1 + (step * 150 + random.randint(0, 600, 300)) % (spec.rows - 1))
+            working = tables.fetch({spec.name: codes})
+            vectors = working.look_up(spec.name, torch.arange(1, len(codes) + 1))
+            vectors.sin().sum().backward()
+            tables.reduce(working)
+            tables.commit(1.0, 1.0)
+            store = tables.stores[spec.name]
+            kept = {f"kept_{key}": value for key, value in store.content(tables.steps, states=False).items()}
+            found.append({"vectors": vectors.detach(), **kept, **store.content(tables.steps, states=True)})
+        assert (store._slots is not None) == keyed
+        assert not keyed or not spec.evict_after or len(store.updated) <= 2048  # slots are used again
+        return found
+    finally:
+        rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS = direct, first
+
+
+@pytest.mark.parametrize(
+    ("world_size", "in_files", "changes"),
+    [
+        (1, False, {"dtype": torch.bfloat16}),
+        (2, True, {}),
+        (3, False, {"admit_after": 1}),
+        (1, True, {"evict_after": 0}),
+    ],
+)
+def test_keyed_storage_is_direct_storage(
+    pools: dict[int, Pool], tmp_path: Path, world_size: int, in_files: bool, changes: dict[str, Any]
+) -> None:
+    """Bit for bit, with growth, eviction and slots that are used again."""
+    arguments = replace(CODES, **changes), tmp_path / "rows" if in_files else None
+    for direct, keyed in zip(
+        *(pools[world_size].run(train_codes, is_keyed, *arguments) for is_keyed in (False, True)), strict=True
+    ):
+        for step, other in zip(direct, keyed, strict=True):
+            assert step.keys() == other.keys()
+            assert all(torch.equal(step[key], other[key]) for key in step)
+
+
+def test_slots_of_rows() -> None:
+    random, index, slots = np.random.RandomState(0), row_index.RowIndex(), {}
+    for _ in range(20):
+        rows = np.unique(random.randint(0, 2**62, 400))
+        while index.num_free < len(rows):
+            index.grow()
+        slots |= dict(zip(rows.tolist(), index.add(rows).tolist(), strict=True))
+        removed = random.permutation(list(slots))[:150]
+        index.remove(np.array([slots.pop(row) for row in removed.tolist()]))
+        assert not index.find(np.append(removed, 7)).any()
+        assert index.find(np.array(list(slots))).tolist() == list(slots.values())
+    assert len(set(slots.values())) == 20 * 250 and 0 not in slots.values()
 
 
 def test_dropped_ids_are_a_function_of_step_and_row() -> None:

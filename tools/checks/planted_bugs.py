@@ -721,4 +721,7 @@ BUGS = [
     Bug("tables", "evicted_rows_keep_their_occurrences", "tables.rows:RowStore.update",
         "self.occurrences[local[expired]] = 0", "pass",
         f"{RANKS}/test_tables.py::test_rows_are_admitted_and_evicted"),
+    Bug("tables", "states_of_another_row_in_a_slot", "tables.rows:RowStore._release",
+        "state.index_fill_(0, self._index(local), 0)", "pass",
+        f"{RANKS}/test_tables.py::test_keyed_storage_is_direct_storage"),
 ]  # fmt: skip
