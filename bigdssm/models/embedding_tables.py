@@ -94,7 +94,7 @@ def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str]
         if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
             specs[name] = TableSpec(
                 name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD, config.tables.admit_after,
-                config.tables.evict_after, getattr(torch, config.tables.dtype),
+                config.tables.evict_after, getattr(torch, config.tables.dtype), config.tables.capacity,
             )  # fmt: skip
     return specs
 

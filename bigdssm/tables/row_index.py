@@ -20,6 +20,7 @@ class RowIndex:
     def __init__(self) -> None:
         self.rows = np.full(FIRST_SLOTS, FREE, np.int64)  # [S]: the row in each slot
         self._free: np.ndarray
+        self._filled: int  # entries with a slot
         self._build()
 
     def find(self, rows: np.ndarray) -> np.ndarray:
@@ -40,15 +41,17 @@ class RowIndex:
 
     def add(self, rows: np.ndarray) -> np.ndarray:
         """Assign free slots to distinct absent rows, at most `num_free`; return them, int64 [n]."""
+        if self._filled + len(rows) > len(self._entries) * 3 // 4:
+            self._build()
         slots, self._free = self._free[: len(rows)], self._free[len(rows) :]
         self.rows[slots] = rows
         self._place(slots)
         return slots
 
     def remove(self, slots: np.ndarray) -> None:
-        """Free slots."""
+        """Free slots; searches pass their entries until the table is built again."""
         self.rows[slots] = FREE
-        self._build()
+        self._free = np.append(self._free, slots)
 
     def grow(self) -> None:
         """Double the number of slots."""
@@ -56,12 +59,12 @@ class RowIndex:
         self._build()
 
     def _build(self) -> None:
-        self._entries = np.zeros(_TABLE * len(self.rows), np.int32)
+        self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0
         self._free = np.flatnonzero(self.rows[1:] == FREE) + 1
         self._place(np.flatnonzero(self.rows != FREE))
 
     def _place(self, slots: np.ndarray) -> None:
-        at = self._first(self.rows[slots])
+        at, self._filled = self._first(self.rows[slots]), self._filled + len(slots)
         while len(slots):
             empty = self._entries[at] == 0
             self._entries[at[empty]] = slots[empty]  # of several slots at one entry, one is placed

@@ -45,11 +45,17 @@ class TableSpec:
     admit_after: int = 1  # steps with a row until it is used
     evict_after: int = 0  # steps without a row until it is evicted; 0: never
     dtype: torch.dtype = torch.float32  # of stored rows; states and updates are float32
+    capacity: int = 0  # stored rows above which the least recently updated ones are evicted; 0: all are stored
 
     @property
     def is_keyed(self) -> bool:
         """Whether updated rows alone take a place in the storage."""
-        return self.rows > DIRECT_ROWS
+        return self.rows > DIRECT_ROWS or 0 < self.capacity < self.rows
+
+    @property
+    def share(self) -> int:
+        """The capacity of a virtual shard."""
+        return -(-self.capacity // SHARDS)
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,23 @@ class RowStore:
         if self.occurrences is not None:
             self.occurrences[local] = np.minimum(self.occurrences[local] + 1, self.spec.admit_after)
         self.updated[local] = step + 1
+
+    def trim(self) -> None:
+        """Reduce each virtual shard with more rows than its share to 7/8 of it: the last updated rows, then the lowest.
+
+        A rank owns whole shards: the evicted rows do not depend on the number of ranks, and ranks need not communicate.
+        """
+        local = np.flatnonzero(self.updated)
+        shards = shard_of(self._rows(local))
+        counts = np.bincount(shards, minlength=SHARDS)
+        full = np.flatnonzero(counts[shards] > self.spec.share)
+        if not self.spec.capacity or not len(full):
+            return
+        local, shards = local[full], shards[full]
+        order = np.lexsort((self._rows(local), -self.updated[local], shards))
+        firsts = np.searchsorted(shards[order], shards[order])  # of the shard
+        kept = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
+        self._release(local[order[np.arange(len(order)) - firsts >= kept]])
 
     def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
         """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.

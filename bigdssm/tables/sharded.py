@@ -25,6 +25,7 @@ from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.tables.rows import OUT_OF_VOCABULARY, RowPartition, RowStore, TableSpec, table_key
 from bigdssm.utils.transfer import to_device
 
+TRIM_STEPS = 64  # steps between two evictions above a capacity, which read the steps of all rows
 PADDING_POSITION = 0  # its vector is zero; the rows of a working set follow
 
 
@@ -180,6 +181,9 @@ class ShardedTables:
                 self.stores[update.name].update(update.rows, gradients, self.optimizer.lr * lr_factor, self.steps)
         self._pending = []
         self.steps += 1
+        if self.steps % TRIM_STEPS == 0:
+            for store in self.stores.values():
+                store.trim()
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""

@@ -31,7 +31,7 @@ from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
-from bigdssm.tables.rows import RowPartition, TableSpec
+from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.fixed_documents import FixedDocuments
@@ -241,7 +241,10 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     widths = {name: sum(stage.table_optimizer.state_widths(spec.dim).values()) for name, spec in specs.items()}
     # keyed: at most an id per document, or per row
     distinct = {"doc": dataset.catalogue.num_docs, "query": stream.steps_per_epoch * stage.rows_global}
-    stored = {name: distinct[name.partition("_")[0]] if spec.is_keyed else spec.rows for name, spec in specs.items()}
+    stored = {}
+    for table, spec in specs.items():
+        most = distinct[table.partition("_")[0]] if spec.is_keyed else spec.rows
+        stored[table] = min(most, spec.share * SHARDS or most)
     if specs and config.engine.table_memory != "file":
         numbers = 0
         for table, spec in specs.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import bigdssm.tables.optimizers  # noqa: F401, registers them
 import bigdssm.tables.rows as rows_module
+import bigdssm.tables.sharded as sharded_module
 from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
@@ -343,6 +344,63 @@ def test_keyed_storage_is_direct_storage(
         for step, other in zip(direct, keyed, strict=True):
             assert step.keys() == other.keys()
             assert all(torch.equal(step[key], other[key]) for key in step)
+
+
+CAPPED = TableSpec("capped", 10**6, 2, admit_after=2, capacity=8 * SHARDS)
+SOME_SHARDS = np.arange(2, 10**6)[shard_of(np.arange(2, 10**6)) % 512 == 0]
+
+
+def capped_rows(step: int) -> np.ndarray:
+    return np.unique(np.random.RandomState(step).permutation(SOME_SHARDS)[:60])
+
+
+def train_capped(rank: int, world_size: int, steps: range, saved: Any = ()) -> tuple[dict[str, Tensor], Tensor]:
+    """Train on this rank's part of the rows of some shards; return its content, and vectors of all rows."""
+    every, sharded_module.TRIM_STEPS = sharded_module.TRIM_STEPS, 4
+    try:
+        tables = ShardedTables([CAPPED], optimizer_of("rowwise_adagrad"), SEED)
+        store, tables.steps = tables.stores["capped"], steps.start
+        for content in saved:
+            owned = torch.from_numpy(tables.partition.owns(content["rows"].numpy()))
+            store.load({key: value[owned] for key, value in content.items()})
+        for step in steps:
+            rows = capped_rows(step)[rank::world_size]
+            working = tables.fetch({"capped": rows})
+            (working.leaves["capped"][: 1 + len(rows)].sum() * world_size).backward()
+            tables.reduce(working)
+            tables.commit(1.0, 1.0)
+        return store.content(tables.steps, states=True), tables.look_up("capped", torch.from_numpy(SOME_SHARDS))
+    finally:
+        sharded_module.TRIM_STEPS = every
+
+
+def test_the_least_recently_updated_rows_above_a_capacity_are_evicted(pools: dict[int, Pool]) -> None:
+    """The same rows on any number of ranks, and after a resume."""
+    updated: dict[int, int] = {}
+    occurrences: dict[int, int] = {}
+    for step in range(12):
+        for row in [1, *capped_rows(step).tolist()]:  # admission reads the row out of vocabulary in each step
+            updated[row], occurrences[row] = step + 1, min(2, occurrences.get(row, 0) + 1)
+        if step % 4 == 3:
+            of_shard: dict[int, list[int]] = {}
+            for row in updated:
+                of_shard.setdefault(int(shard_of(np.array(row))), []).append(row)
+            for rows in of_shard.values():
+                if len(rows) > 8:
+                    for row in sorted(rows, key=lambda row: (-updated[row], row))[7:]:
+                        del updated[row], occurrences[row]
+    assert 40 < len(updated) < 70  # of 8 shards
+    half = [content for content, _ in pools[2].run(train_capped, range(6))]
+    whole = pools[1].run(train_capped, range(12))[0][1].numpy()
+    for world_size, first, saved in ((1, 0, ()), (2, 0, ()), (3, 0, ()), (3, 6, half)):
+        ranks = pools[world_size].run(train_capped, range(first, 12), saved)
+        found = {key: torch.cat([content[key] for content, _ in ranks]).tolist() for key in ranks[0][0]}
+        assert dict(zip(found["rows"], found["updated"], strict=True)) == updated
+        assert dict(zip(found["rows"], found["occurrences"], strict=True)) == occurrences
+        evicted = ~np.isin(SOME_SHARDS, [row for row, number in occurrences.items() if number == 2])
+        vectors = ranks[0][1].numpy()
+        assert len(np.unique(vectors[evicted], axis=0)) == 1 < len(np.unique(vectors, axis=0))
+        np.testing.assert_allclose(vectors, whole, atol=1e-6)
 
 
 def test_slots_of_rows() -> None:

@@ -724,4 +724,7 @@ BUGS = [
     Bug("tables", "states_of_another_row_in_a_slot", "tables.rows:RowStore._release",
         "state.index_fill_(0, self._index(local), 0)", "pass",
         f"{RANKS}/test_tables.py::test_keyed_storage_is_direct_storage"),
+    Bug("tables", "most_recently_updated_rows_evicted", "tables.rows:RowStore.trim",
+        "-self.updated[local]", "self.updated[local]",
+        f"{RANKS}/test_tables.py::test_the_least_recently_updated_rows_above_a_capacity_are_evicted"),
 ]  # fmt: skip
