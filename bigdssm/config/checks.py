@@ -150,6 +150,9 @@ def _check_tables(config: Config) -> None:
                 f"at most {np.iinfo(np.int32).max - FIRST_CODE:,} with a replicated table; shard it by "
                 f"model.tables.rows=[{side}.{name}]",
             )  # fmt: skip
+    require(
+        tables.hashes == 1 or tables.hash_rows > 0, "model.tables.hash_rows", 0, f"above 0 with hashes={tables.hashes}"
+    )
     both = sorted(set(tables.rows) & set(tables.replicated))
     require(not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated")
 

@@ -31,12 +31,13 @@ _UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of
 ROWS_AT_ONCE = 1 << 16  # copied to the host
 DIRECT_ROWS = 1 << 31  # of a table whose storage has a position for each row; larger ones have keyed storage
 OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
+FIRST_CODE = 2  # of an id
 Memory = Literal["device", "host", "file"]
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table: its name, number of rows and width."""
+    """A table: its name, number of rows (with `hash_rows` of codes, whose vectors are sums of rows) and width."""
 
     name: str
     rows: int
@@ -47,10 +48,28 @@ class TableSpec:
     dtype: torch.dtype = torch.float32  # of stored rows; states and updates are float32
     capacity: int = 0  # stored rows above which the least recently updated ones are evicted; 0: all are stored
 
+    hashes: int = 1  # rows of a code, with `hash_rows`
+    hash_rows: int = 0  # rows that the codes from 2 on share; 0: each has a row
+
+    @property
+    def stored_rows(self) -> int:
+        """The number of rows of the storage."""
+        return FIRST_CODE + self.hash_rows if self.hash_rows else self.rows
+
     @property
     def is_keyed(self) -> bool:
         """Whether updated rows alone take a place in the storage."""
-        return self.rows > DIRECT_ROWS or 0 < self.capacity < self.rows
+        return self.stored_rows > DIRECT_ROWS or 0 < self.capacity < self.stored_rows
+
+    def hashed(self, codes: np.ndarray) -> np.ndarray:
+        """Return the rows of codes int64 [...], int64 [..., hashes]; padding and out of vocabulary have one each."""
+        keys = (derive_key(hash64(self.name), number) for number in range(self.hashes))
+        rows = np.stack(
+            [FIRST_CODE + (mix64(codes, key) % np.uint64(self.hash_rows)).astype(np.int64) for key in keys], -1
+        )
+        first = np.where(np.arange(self.hashes) == 0, codes[..., None], 0)
+        shared: np.ndarray = np.where(codes[..., None] < FIRST_CODE, first, rows)
+        return shared
 
     @property
     def share(self) -> int:
@@ -134,7 +153,7 @@ class RowStore:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._slots = RowIndex() if spec.is_keyed else None
-        size = partition.capacity(spec.rows) if self._slots is None else len(self._slots.rows)
+        size = partition.capacity(spec.stored_rows) if self._slots is None else len(self._slots.rows)
         self.values = self._allocate(size, spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
         self.states = {name: self._allocate(size, width, torch.float32) for name, width in widths.items()}

@@ -52,13 +52,17 @@ class WorkingSet:
     # int64 [1 + rows]: the position that is looked up for each one, that of the row out of vocabulary for rows that are
     # not admitted; absent if all are
     instead: dict[str, Tensor] = field(default_factory=dict)
+    # int64 [1 + codes, hashes]: the positions of the rows of each fetched code, whose vector is their sum
+    hashed: dict[str, Tensor] = field(default_factory=dict)
 
     def look_up(self, name: str, positions: Tensor) -> Tensor:
-        """Return vectors [*positions.shape, d]: position k > 0 is the k-th fetched row, 0 is zeros."""
+        """Return vectors [*positions.shape, d]: position k > 0 is the k-th fetched row or code, 0 is zeros."""
+        if name in self.hashed:
+            positions = self.hashed[name][positions]
         if name in self.instead:
             positions = self.instead[name][positions]
         vectors = nn.functional.embedding(positions, self.leaves[name], padding_idx=PADDING_POSITION)
-        return vectors.to(self.dtype)
+        return (vectors.sum(-2) if name in self.hashed else vectors).to(self.dtype)
 
 
 @dataclass
@@ -104,12 +108,17 @@ class ShardedTables:
         self.steps = 0  # that have been applied
 
     def fetch(self, rows: Mapping[str, np.ndarray]) -> WorkingSet:
-        """Return the working set of distinct rows int64 [n] of each table, without row 0, on the host.
+        """Return the working set of distinct rows, or codes, int64 [n] of each table, without row 0, on the host.
 
         A table whose rows are admitted by occurrences also fetches the row out of vocabulary.
         """
-        requested = {name: self._with_unknown(spec, rows.get(name)) for name, spec in self.specs.items()}
         working = WorkingSet({}, [], self._dtype)
+        shared = {
+            name: self._hashed(working, spec, rows.get(name)) for name, spec in self.specs.items() if spec.hash_rows
+        }
+        requested = {
+            name: self._with_unknown(spec, shared.get(name, rows.get(name))) for name, spec in self.specs.items()
+        }
         for dim, names in self._by_width().items():
             route = self._route(names, dim, [requested[name] for name in names])
             values = self._exchange(self._owned_values(route), route.received, route.sent)
@@ -122,6 +131,13 @@ class ShardedTables:
             if any(self.specs[name].admit_after > 1 for name in names):
                 self._redirect(working, route, [requested[name] for name in names])
         return working
+
+    def _hashed(self, working: WorkingSet, spec: TableSpec, codes: np.ndarray | None) -> np.ndarray:
+        """Return the distinct rows of codes, ascending, without row 0; set the positions of the rows of each code."""
+        padded = spec.hashed(np.zeros(1, np.int64) if codes is None else np.append(PADDING_POSITION, codes))
+        rows, positions = np.unique(padded, return_inverse=True)  # 0 is the first
+        working.hashed[spec.name] = to_device(torch.from_numpy(positions.reshape(padded.shape)), self._device)
+        return rows[1:]
 
     def _with_unknown(self, spec: TableSpec, rows: np.ndarray | None) -> np.ndarray:
         """Return distinct rows; with the row out of vocabulary, at the end, if they do not have it and may need it."""

@@ -243,7 +243,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     distinct = {"doc": dataset.catalogue.num_docs, "query": stream.steps_per_epoch * stage.rows_global}
     stored = {}
     for table, spec in specs.items():
-        most = distinct[table.partition("_")[0]] if spec.is_keyed else spec.rows
+        most = distinct[table.partition("_")[0]] if spec.is_keyed else spec.stored_rows
         stored[table] = min(most, spec.share * SHARDS or most)
     if specs and config.engine.table_memory != "file":
         numbers = 0
@@ -262,7 +262,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     vectors = vector_bytes(*rows, width)
     loss, sent = 0, sent_bytes(engine, sizes, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
-        fetched = {name: len(found) for name, found in (batch.table_rows or {}).items()}
+        fetched = {name: len(found) * specs[name].hashes for name, found in (batch.table_rows or {}).items()}
         sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
     if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(

@@ -403,6 +403,61 @@ def test_the_least_recently_updated_rows_above_a_capacity_are_evicted(pools: dic
         np.testing.assert_allclose(vectors, whole, atol=1e-6)
 
 
+SHARED = TableSpec("shared", 2**62, 4, std=0.1, hashes=3, hash_rows=50)
+
+
+def shared_codes(step: int, share: int) -> np.ndarray:
+    """Return codes int64 [5, 6] with padding, out of vocabulary, repetitions and few common ones."""
+    random = np.random.RandomState([step, share])
+    return np.array([0, 1, 2, 3, *random.randint(2, 2**62, 8)])[random.randint(0, 12, (5, 6))]
+
+
+def train_shared(rank: int, world_size: int, folder: Path) -> tuple[Tensor, list[float]]:
+    """Train on this rank's part of ALL_RANKS shares; return the vectors of all codes, and the squared norms."""
+    tables, norms = ShardedTables([SHARED], optimizer_of("sgd"), SEED), []
+    for step in range(STEPS):
+        shares = [shared_codes(step, share) for share in range(rank, ALL_RANKS, world_size)]
+        codes = np.unique(np.concatenate(shares))
+        working = tables.fetch({"shared": codes[codes > 0]})
+        assert len(working.leaves["shared"]) <= 1 + 1 + SHARED.hash_rows
+        for share in shares:
+            positions = torch.from_numpy(np.where(share > 0, np.searchsorted(codes[codes > 0], share) + 1, 0))
+            (working.look_up("shared", positions).sin().sum() * world_size / ALL_RANKS).backward()
+        norms.append(float(tables.reduce(working)))
+        tables.commit(1.0, 1.0)
+    write_row_file(folder / row_file(rank), tables)
+    return tables.look_up("shared", torch.from_numpy(shared_codes(0, 0))), norms
+
+
+def test_vectors_of_hashed_ids_are_sums_of_shared_rows(pools: dict[int, Pool], tmp_path: Path) -> None:
+    """Against torch.nn.functional.embedding of a dense table; each hash is uniform and independent of the others."""
+    initial = initial_rows(np.arange(52), 4, table_key(SEED, "shared"), 0.1)
+    dense = torch.nn.Parameter(torch.from_numpy(initial))
+
+    def vectors(codes: np.ndarray) -> Tensor:
+        return torch.nn.functional.embedding(torch.from_numpy(SHARED.hashed(codes)), dense, padding_idx=0).sum(-2)
+
+    dense.data[0], norms = 0, []
+    for step in range(STEPS):
+        dense.grad = None
+        for share in range(ALL_RANKS):
+            (vectors(shared_codes(step, share)).sin().sum() / ALL_RANKS).backward()
+        norms.append(float(dense.grad.double().square().sum()))
+        dense.data -= 0.1 * dense.grad
+    expected = vectors(shared_codes(0, 0)).detach()
+    for world_size in (1, 2, 3):
+        (folder := tmp_path / str(world_size)).mkdir()
+        for found, of_steps in pools[world_size].run(train_shared, folder):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            assert of_steps == pytest.approx(norms, rel=1e-5)
+        mapped = MappedTables(sorted(folder.iterdir()), {"shared": SHARED})
+        assert torch.equal(mapped.look_up("shared", torch.from_numpy(shared_codes(0, 0))), found)
+    rows = SHARED.hashed(np.arange(2, 100_000))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        pairs = np.bincount((rows[:, one] - 2) * 50 + rows[:, other] - 2, minlength=2500)
+        assert ((pairs - 40) ** 2 / 40).sum() == pytest.approx(2500, abs=6 * 5000**0.5)  # chi-squared
+
+
 def test_slots_of_rows() -> None:
     random, index, slots = np.random.RandomState(0), row_index.RowIndex(), {}
     for _ in range(20):
