@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature
+from bigdssm.features import FIRST_CODE, Feature
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
@@ -133,13 +135,24 @@ def _check_stage(name: StageName, config: Config) -> None:
 
 
 def _check_tables(config: Config) -> None:
-    """Raise ConfigError for a name in `model.tables` that is no categorical feature."""
-    tables = config.model.tables
-    sides = {"query": config.data.query, "doc": config.data.doc}
+    """Raise ConfigError: `model.tables` has a name of no categorical feature, or a table is too large to replicate."""
+    tables, data = config.model.tables, config.data
+    sides = {"query": data.query, "doc": data.doc}
     named = {f"{side}.{name}" for side, features in sides.items() for name in categorical_of(features)}
     for key, names in (("rows", tables.rows), ("replicated", tables.replicated)):
         wrong = sorted(set(names) - named)
         require(not wrong, f"model.tables.{key}", ", ".join(wrong), f"categorical features, of {sorted(named)}")
+    for side, features in sides.items():
+        for name, feature in categorical_of(features).items():
+            fits = feature.num_codes <= np.iinfo(np.int32).max or tables.is_sharded(side, name, feature.num_codes)
+            require(
+                fits or (data.siamese and side == "query"), f"data.{side}.{name}.hash_buckets", feature.hash_buckets,
+                f"at most {np.iinfo(np.int32).max - FIRST_CODE:,} with a replicated table; shard it by "
+                f"model.tables.rows=[{side}.{name}]",
+            )  # fmt: skip
+    require(
+        tables.hashes == 1 or tables.hash_rows > 0, "model.tables.hash_rows", 0, f"above 0 with hashes={tables.hashes}"
+    )
     both = sorted(set(tables.rows) & set(tables.replicated))
     require(not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated")
 

@@ -205,6 +205,12 @@ class TablesConfig:
     # Of sharded tables: a row is used after this many steps with it; before, it counts as out of vocabulary.
     admit_after: int = bounded(1, 1, 32_767)
     evict_after: int = bounded(0, 0, 2**30)  # a row that occurred in none of so many steps is evicted; 0: none is
+    # Rows of a table above which the least recently updated ones are evicted; 0: all updated rows are stored.
+    capacity: int = bounded(0, 0, 2**40)
+    # Of sharded tables of features with hash_buckets: an id's vector is the sum of `hashes` of `hash_rows` shared rows,
+    # which hashes of the id select; 0: each id has a row.
+    hashes: int = bounded(1, 1, 16)
+    hash_rows: int = bounded(0, 0, 2**40)
     id_dropout: float = bounded(0.0, 0, below=1)  # share of ids that count as out of vocabulary in training
     dtype: Literal["float32", "bfloat16"] = "float32"  # of stored rows; states and updates are float32
 

@@ -96,7 +96,7 @@ class Catalogue:
         return column if self._encoded_by is None else self._encoded_by[feature].without_unknown(column)
 
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
-        """Return the int32 codes of one categorical feature at `rows`."""
+        """Return the codes of one categorical feature at `rows`."""
         return np.asarray(self.column(feature, rows))
 
     def features(self, rows: np.ndarray) -> Features:

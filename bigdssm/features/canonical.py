@@ -175,7 +175,7 @@ def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Col
     batch = SourceBatch(name, items, np.repeat(np.arange(len(lengths)), lengths))
     codes = item_codes(np.asarray(columns_of(batch, {name: replace(item, column=name)}, None, _refuse)[name]))
     rows = np.split(codes, np.cumsum(lengths)[:-1])
-    return Ragged.of_lists([row[-feature.max_items :] for row in rows])
+    return Ragged.of_lists([row[-feature.max_items :] for row in rows], codes.dtype.type)
 
 
 def _refuse(file: str, row: int, reason: str, left_out: bool = True) -> None:

@@ -70,7 +70,8 @@ class Categorical(Feature):
     multi: bool = False  # several values in one cell, or a list
     separator: str = " "  # multi: separator of the values in a cell
     min_count: int = bounded(1, 1, 10**9)  # rarer values are out of vocabulary
-    hash_buckets: int = bounded(0, 0, 2**30)  # number of hash buckets; 0: an exact vocabulary
+    # Number of hash buckets; 0: an exact vocabulary. 2**62 buckets are ids without a vocabulary, in a sharded table.
+    hash_buckets: int = bounded(0, 0, 2**62)
     vocabulary: Vocabulary = field(default=Vocabulary(), metadata=FITTED)
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
@@ -140,8 +141,9 @@ class Categorical(Feature):
         return [part for part in parts if part]
 
     def arrow_type(self, *, large: bool = False) -> pa.DataType:
-        """Return int32 codes."""
-        return pa.list_(pa.int32()) if self.multi else pa.int32()
+        """Return int32 codes; int64 if there are more than int32 can hold."""
+        codes = pa.from_numpy_dtype(code_type(self.num_codes))
+        return pa.list_(codes) if self.multi else codes
 
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
         """Return the codes of values."""
@@ -152,10 +154,12 @@ class Categorical(Feature):
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes))
 
     def codes(self, values: pa.Array) -> np.ndarray:
-        """Return the int32 codes of single values (strings; null or '' is missing)."""
+        """Return the codes of single values (strings; null or '' is missing), see `code_type`."""
         values = pc.fill_null(values, "")
         if self.hash_buckets:
-            codes = (FIRST_CODE + hash_strings(values) % self.hash_buckets).astype(np.int32)
+            codes: np.ndarray = (FIRST_CODE + hash_strings(values) % self.hash_buckets).astype(
+                code_type(self.num_codes)
+            )
         else:
             indices = self.vocabulary.codes(values)
             codes = np.where(indices < 0, np.int32(OUT_OF_VOCABULARY), indices + np.int32(FIRST_CODE))
@@ -195,8 +199,10 @@ class Categorical(Feature):
 
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the existing values, most frequent first; None if each occurs once, as keys do."""
+        if self.hash_buckets:
+            return None
         counts = np.bincount(column.values if isinstance(column, Ragged) else np.asarray(column))[FIRST_CODE:]
-        if self.hash_buckets or counts.max(initial=0) < 2:
+        if counts.max(initial=0) < 2:
             return None
         most = np.argsort(-counts, kind="stable")[:MAX_CHOICES]
         return {"values": [self.vocabulary[code] for code in most[counts[most] > 0].tolist()]}
@@ -214,7 +220,7 @@ class Categorical(Feature):
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
         """Return random codes."""
         if not self.multi:
-            return random.randint(0, self.num_codes, rows).astype(np.int32)
+            return random.randint(0, self.num_codes, rows).astype(code_type(self.num_codes))
         return lists_of_codes(random, rows, 4, self.num_codes)
 
     def describe(self, vocab_size: int) -> str:
@@ -245,4 +251,9 @@ def categorical_of(features: Mapping[str, Feature]) -> dict[str, Categorical]:
 def lists_of_codes(random: np.random.RandomState, rows: int, longest: int, num_codes: int) -> Ragged:
     """Return rows of 0 to `longest` random codes."""
     lengths = np.linspace(0, longest, rows).astype(int)
-    return Ragged.of_lists([random.randint(1, num_codes, length).tolist() for length in lengths])
+    return Ragged.of_lists([random.randint(1, num_codes, length) for length in lengths], code_type(num_codes))
+
+
+def code_type(num_codes: int) -> type:
+    """Return the NumPy type of the codes of a feature: int32, and int64 for more codes than it holds."""
+    return np.int32 if num_codes <= np.iinfo(np.int32).max else np.int64

@@ -50,8 +50,8 @@ class History(Feature):
 
     @property
     def canonical_type(self) -> pa.DataType:
-        """Return a list of int32: the canonical form is the codes."""
-        return pa.list_(pa.int32())
+        """Return a list of int64: the canonical form is the codes."""
+        return pa.list_(pa.int64())
 
     @property
     def missing(self) -> list[int]:
@@ -63,8 +63,8 @@ class History(Feature):
         raise NotImplementedError
 
     def arrow_type(self, *, large: bool = False) -> pa.DataType:
-        """Return a list of int32 codes."""
-        return pa.list_(pa.int32())
+        """Return a list of int64 codes."""
+        return pa.list_(pa.int64())
 
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
         """Return the codes unchanged."""

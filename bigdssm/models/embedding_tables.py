@@ -7,6 +7,7 @@ is a step's working set in training (the batch then has positions in it for code
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Protocol, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
-from bigdssm.features import PADDING, Feature, History
+from bigdssm.features import PADDING, Categorical, Feature, History
 from bigdssm.tables.rows import TableSpec
 
 INIT_STD = 0.02  # BERT's
@@ -94,8 +95,11 @@ def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str]
         if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
             specs[name] = TableSpec(
                 name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD, config.tables.admit_after,
-                config.tables.evict_after, getattr(torch, config.tables.dtype),
+                config.tables.evict_after, getattr(torch, config.tables.dtype), config.tables.capacity,
             )  # fmt: skip
+            if config.tables.hash_rows and isinstance(feature, Categorical) and feature.hash_buckets:
+                k = config.tables.hashes  # the sum of k rows has the standard deviation of one row
+                specs[name] = replace(specs[name], std=INIT_STD / k**0.5, hashes=k, hash_rows=config.tables.hash_rows)
     return specs
 
 

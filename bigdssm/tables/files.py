@@ -69,6 +69,11 @@ class MappedTables:
 
     def look_up(self, name: str, rows: Tensor) -> Tensor:
         """Return vectors float32 [*rows.shape, d] of rows int64, zeros for row 0, on the rows' device."""
+        if not (spec := self.specs[name]).hash_rows:
+            return self._vectors(name, rows)
+        return self._vectors(name, torch.from_numpy(spec.hashed(rows.cpu().numpy()))).sum(-2).to(rows.device)
+
+    def _vectors(self, name: str, rows: Tensor) -> Tensor:
         spec = self.specs[name]
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
         found = [_find(file, name, distinct, spec) for file in self._files]
@@ -76,7 +81,7 @@ class MappedTables:
         if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
             admitted = np.isin(np.arange(len(distinct)), np.concatenate([index for index, _ in found]))
             if not admitted.all() and OUT_OF_VOCABULARY not in distinct:
-                one = self.look_up(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
+                one = self._vectors(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
             else:
                 one = values[distinct == OUT_OF_VOCABULARY]
             values[~admitted & (distinct != OUT_OF_VOCABULARY)] = one if len(one) else 0

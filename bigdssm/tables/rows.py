@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.tables.row_index import RowIndex
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 from bigdssm.utils.transfer import to_device
 
@@ -28,13 +29,15 @@ _BITS = 16  # of each of the four numbers in a hash
 _UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of their sum
 
 ROWS_AT_ONCE = 1 << 16  # copied to the host
+DIRECT_ROWS = 1 << 31  # of a table whose storage has a position for each row; larger ones have keyed storage
 OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
+FIRST_CODE = 2  # of an id
 Memory = Literal["device", "host", "file"]
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table: its name, number of rows and width."""
+    """A table: its name, number of rows (with `hash_rows` of codes, whose vectors are sums of rows) and width."""
 
     name: str
     rows: int
@@ -43,6 +46,35 @@ class TableSpec:
     admit_after: int = 1  # steps with a row until it is used
     evict_after: int = 0  # steps without a row until it is evicted; 0: never
     dtype: torch.dtype = torch.float32  # of stored rows; states and updates are float32
+    capacity: int = 0  # stored rows above which the least recently updated ones are evicted; 0: all are stored
+
+    hashes: int = 1  # rows of a code, with `hash_rows`
+    hash_rows: int = 0  # rows that the codes from 2 on share; 0: each has a row
+
+    @property
+    def stored_rows(self) -> int:
+        """The number of rows of the storage."""
+        return FIRST_CODE + self.hash_rows if self.hash_rows else self.rows
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether updated rows alone take a place in the storage."""
+        return self.stored_rows > DIRECT_ROWS or 0 < self.capacity < self.stored_rows
+
+    def hashed(self, codes: np.ndarray) -> np.ndarray:
+        """Return the rows of codes int64 [...], int64 [..., hashes]; padding and out of vocabulary have one each."""
+        keys = (derive_key(hash64(self.name), number) for number in range(self.hashes))
+        rows = np.stack(
+            [FIRST_CODE + (mix64(codes, key) % np.uint64(self.hash_rows)).astype(np.int64) for key in keys], -1
+        )
+        first = np.where(np.arange(self.hashes) == 0, codes[..., None], 0)
+        shared: np.ndarray = np.where(codes[..., None] < FIRST_CODE, first, rows)
+        return shared
+
+    @property
+    def share(self) -> int:
+        """The capacity of a virtual shard."""
+        return -(-self.capacity // SHARDS)
 
 
 @dataclass(frozen=True)
@@ -106,7 +138,10 @@ def initial_rows(rows: np.ndarray, dim: int, key: int, std: float) -> np.ndarray
 
 
 class RowStore:
-    """The rows of one table on this rank, with their optimizer states; memory is allocated as rows are written."""
+    """The rows of one table on this rank, with their optimizer states; memory is allocated as rows are written.
+
+    Storage is direct, with a position for each row of this rank, or keyed, with a slot for each updated row alone.
+    """
 
     def __init__(
         self, spec: TableSpec, key: int, partition: RowPartition, optimizer: TableOptimizerConfig,
@@ -114,71 +149,147 @@ class RowStore:
     ) -> None:  # fmt: skip
         """`device`: of the storage; `folder`: of temporary files that hold it instead of memory."""
         self.spec, self.partition, self.key, self._optimizer = spec, partition, key, optimizer
-        size = partition.capacity(spec.rows)
-
-        def on_host(width: int, dtype: type) -> np.ndarray:
-            if folder is None or not size:
-                return np.zeros((size, width), dtype)
-            with tempfile.TemporaryFile(dir=folder) as file:  # sparse, zero, without a name: removed with the process
-                file.truncate(size * width * np.dtype(dtype).itemsize)
-                mapped = mmap.mmap(file.fileno(), 0)
-            mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
-            return np.frombuffer(mapped, dtype).reshape(size, width)
-
-        def allocate(width: int, dtype: torch.dtype) -> Tensor:
-            if folder is None:
-                return torch.zeros(size, width, dtype=dtype, device=device)
-            narrow = dtype == torch.bfloat16
-            stored = torch.from_numpy(on_host(width, np.uint16 if narrow else np.float32))
-            return stored.view(torch.bfloat16) if narrow else stored
-
+        self._device, self._folder = device, folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self.values = allocate(spec.dim, spec.dtype)
+        self._slots = RowIndex() if spec.is_keyed else None
+        size = partition.capacity(spec.stored_rows) if self._slots is None else len(self._slots.rows)
+        self.values = self._allocate(size, spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
-        self.states = {name: allocate(width, torch.float32) for name, width in widths.items()}
+        self.states = {name: self._allocate(size, width, torch.float32) for name, width in widths.items()}
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
-        self.updated: np.ndarray = on_host(1, np.int32).reshape(-1)
+        self.updated: np.ndarray = self._on_host(size, 1, np.int32).reshape(-1)
         counted = spec.admit_after > 1
-        self.occurrences: np.ndarray | None = on_host(1, np.int16).reshape(-1) if counted else None
+        self.occurrences: np.ndarray | None = self._on_host(size, 1, np.int16).reshape(-1) if counted else None
 
-    def is_admitted(self, local: np.ndarray, step: int) -> np.ndarray:
+    def _on_host(self, size: int, width: int, dtype: type) -> np.ndarray:
+        if self._folder is None or not size:
+            return np.zeros((size, width), dtype)
+        with tempfile.TemporaryFile(dir=self._folder) as file:  # sparse, zero, without a name: removed with the process
+            file.truncate(size * width * np.dtype(dtype).itemsize)
+            mapped = mmap.mmap(file.fileno(), 0)
+        mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
+        return np.frombuffer(mapped, dtype).reshape(size, width)
+
+    def _allocate(self, size: int, width: int, dtype: torch.dtype) -> Tensor:
+        if self._folder is None:
+            return torch.zeros(size, width, dtype=dtype, device=self._device)
+        narrow = dtype == torch.bfloat16
+        stored = torch.from_numpy(self._on_host(size, width, np.uint16 if narrow else np.float32))
+        return stored.view(torch.bfloat16) if narrow else stored
+
+    def _local(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions of rows in the storage, 0 for rows without a slot."""
+        return self.partition.local(rows) if self._slots is None else self._slots.find(rows)
+
+    def _rows(self, local: np.ndarray) -> np.ndarray:
+        return self.partition.rows(local) if self._slots is None else self._slots.rows[local]
+
+    def _assign(self, rows: np.ndarray, step: int) -> np.ndarray:
+        """Return the positions of distinct rows in the storage; rows without a slot get one."""
+        local = self._local(rows)
+        if self._slots is None:
+            return local
+        if len(absent := np.flatnonzero(local == 0)) > self._slots.num_free:
+            self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)))
+            while self._slots.num_free < len(rows) + len(self.updated) // 4:
+                self._grow()
+            local = self._local(rows)
+            absent = np.flatnonzero(local == 0)
+        local[absent] = self._slots.add(rows[absent])
+        return local
+
+    def _release(self, local: np.ndarray) -> None:
+        """Return rows to their initial values, and free their slots."""
+        self.updated[local] = 0
+        if self.occurrences is not None:
+            self.occurrences[local] = 0
+        for state in self.states.values():
+            state.index_fill_(0, self._index(local), 0)
+        if self._slots is not None:
+            self._slots.remove(local)
+
+    def _grow(self) -> None:
+        """Double the number of slots, and the arrays one by one."""
+        assert self._slots is not None
+        self._slots.grow()
+        size = len(self._slots.rows)
+
+        def extended(stored: Tensor) -> Tensor:
+            larger = self._allocate(size, stored.shape[1], stored.dtype)
+            larger[: len(stored)] = stored
+            return larger
+
+        def extended_on_host(counts: np.ndarray) -> np.ndarray:
+            larger = self._on_host(size, 1, counts.dtype.type).reshape(-1)
+            larger[: len(counts)] = counts
+            return larger
+
+        self.values = extended(self.values)
+        for name in self.states:
+            self.states[name] = extended(self.states[name])
+        self.updated = extended_on_host(self.updated)
+        if self.occurrences is not None:
+            self.occurrences = extended_on_host(self.occurrences)
+
+    def is_admitted(self, rows: np.ndarray, step: int) -> np.ndarray:
         """Return whether rows are used before `step`, bool [n]; the out-of-vocabulary row always is."""
         if self.occurrences is None:
-            return np.ones(len(local), bool)
+            return np.ones(len(rows), bool)
+        local = self._local(rows)
         admitted: np.ndarray = (self.occurrences[local] >= self.spec.admit_after) & ~self._expired(local, step)
-        return admitted | (self.partition.rows(local) == OUT_OF_VOCABULARY)
+        return admitted | (rows == OUT_OF_VOCABULARY)
 
     def _expired(self, local: np.ndarray, step: int) -> np.ndarray:
         last, limit = self.updated[local].astype(np.int64) - 1, self.spec.evict_after
         expired: np.ndarray = (last >= 0) & (step - last > limit) if limit else np.zeros(len(local), bool)
         return expired
 
-    def read(self, local: np.ndarray, step: int) -> Tensor:
-        """Return rows at positions of the storage before `step`, float32 [n, d] on its device."""
+    def read(self, rows: np.ndarray, step: int) -> Tensor:
+        """Return this rank's rows before `step`, float32 [n, d] on the device of the storage."""
+        return self._read(rows, self._local(rows), step)
+
+    def _read(self, rows: np.ndarray, local: np.ndarray, step: int) -> Tensor:
         values = self.values[self._index(local)].float()
         new = np.flatnonzero((self.updated[local] == 0) | self._expired(local, step))
         if len(new):
-            rows = self.partition.rows(local[new])
-            initial = torch.from_numpy(initial_rows(rows, self.spec.dim, self.key, self.spec.std))
+            initial = torch.from_numpy(initial_rows(rows[new], self.spec.dim, self.key, self.spec.std))
             values.index_copy_(0, self._index(new), to_device(initial, values.device))
         return values
 
-    def update(self, local: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
+    def update(self, rows: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
         """Apply gradients float32 [n, d] to distinct rows."""
-        index, rows = self._index(local), self.read(local, step)
+        local = self._assign(rows, step)
+        index, values = self._index(local), self._read(rows, local, step)
         states = {name: state[index] for name, state in self.states.items()}
         if len(expired := np.flatnonzero(self._expired(local, step))):
             for state in states.values():
                 state.index_fill_(0, self._index(expired), 0)
             if self.occurrences is not None:
                 self.occurrences[local[expired]] = 0
-        self._optimizer.update(rows, gradients.to(rows.device), states, lr, step)
-        self._write(local, rows, states)
+        self._optimizer.update(values, gradients.to(values.device), states, lr, step)
+        self._write(local, values, states)
         if self.occurrences is not None:
             self.occurrences[local] = np.minimum(self.occurrences[local] + 1, self.spec.admit_after)
         self.updated[local] = step + 1
+
+    def trim(self) -> None:
+        """Reduce each virtual shard with more rows than its share to 7/8 of it: the last updated rows, then the lowest.
+
+        A rank owns whole shards: the evicted rows do not depend on the number of ranks, and ranks need not communicate.
+        """
+        local = np.flatnonzero(self.updated)
+        shards = shard_of(self._rows(local))
+        counts = np.bincount(shards, minlength=SHARDS)
+        full = np.flatnonzero(counts[shards] > self.spec.share)
+        if not self.spec.capacity or not len(full):
+            return
+        local, shards = local[full], shards[full]
+        order = np.lexsort((self._rows(local), -self.updated[local], shards))
+        firsts = np.searchsorted(shards[order], shards[order])  # of the shard
+        kept = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
+        self._release(local[order[np.arange(len(order)) - firsts >= kept]])
 
     def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
         """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
@@ -187,10 +298,10 @@ class RowStore:
         """
         local = np.flatnonzero(self.updated)
         local = local[~self._expired(local, step)]
-        if not states:
-            local = local[self.is_admitted(local, step)]
-        rows = self.partition.rows(local)
+        rows = self._rows(local)
         order = np.argsort(rows)
+        if not states:
+            order = order[self.is_admitted(rows[order], step)]
         rows, local = rows[order], local[order]
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.values, local)}
         if states:
@@ -210,7 +321,7 @@ class RowStore:
 
     def load(self, content: dict[str, Tensor]) -> None:
         """Set rows of this rank to saved ones, with their states if they were saved."""
-        local = self.partition.local(content["rows"].numpy())
+        local = self._assign(content["rows"].numpy(), 0)
         self._write(local, content["values"], {name: content[name] for name in self.states if name in content})
         self.updated[local] = content["updated"].numpy() if "updated" in content else 1
         if self.occurrences is not None:
@@ -220,7 +331,7 @@ class RowStore:
     def initialize(self, rows: np.ndarray, vectors: Tensor) -> None:
         """Set the first columns of this rank's rows among `rows` int64 [n] of a new table, to vectors [n, ≤ d]."""
         owned = np.flatnonzero(self.partition.owns(rows))
-        values = self.read(self.partition.local(rows[owned]), 0)
+        values = self.read(rows[owned], 0)
         values[:, : vectors.shape[1]] = vectors[torch.from_numpy(owned)].to(values)
         self.load({"rows": torch.from_numpy(rows[owned]), "values": values})
 

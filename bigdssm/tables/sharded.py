@@ -25,6 +25,7 @@ from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.tables.rows import OUT_OF_VOCABULARY, RowPartition, RowStore, TableSpec, table_key
 from bigdssm.utils.transfer import to_device
 
+TRIM_STEPS = 64  # steps between two evictions above a capacity, which read the steps of all rows
 PADDING_POSITION = 0  # its vector is zero; the rows of a working set follow
 
 
@@ -51,13 +52,17 @@ class WorkingSet:
     # int64 [1 + rows]: the position that is looked up for each one, that of the row out of vocabulary for rows that are
     # not admitted; absent if all are
     instead: dict[str, Tensor] = field(default_factory=dict)
+    # int64 [1 + codes, hashes]: the positions of the rows of each fetched code, whose vector is their sum
+    hashed: dict[str, Tensor] = field(default_factory=dict)
 
     def look_up(self, name: str, positions: Tensor) -> Tensor:
-        """Return vectors [*positions.shape, d]: position k > 0 is the k-th fetched row, 0 is zeros."""
+        """Return vectors [*positions.shape, d]: position k > 0 is the k-th fetched row or code, 0 is zeros."""
+        if name in self.hashed:
+            positions = self.hashed[name][positions]
         if name in self.instead:
             positions = self.instead[name][positions]
         vectors = nn.functional.embedding(positions, self.leaves[name], padding_idx=PADDING_POSITION)
-        return vectors.to(self.dtype)
+        return (vectors.sum(-2) if name in self.hashed else vectors).to(self.dtype)
 
 
 @dataclass
@@ -65,7 +70,7 @@ class PendingUpdate:
     """The mean gradient of this rank's rows of one table in a step."""
 
     name: str
-    local: np.ndarray  # int64 [n], distinct
+    rows: np.ndarray  # int64 [n], distinct
     gradients: Tensor  # float32 [n, d]
 
 
@@ -103,12 +108,17 @@ class ShardedTables:
         self.steps = 0  # that have been applied
 
     def fetch(self, rows: Mapping[str, np.ndarray]) -> WorkingSet:
-        """Return the working set of distinct rows int64 [n] of each table, without row 0, on the host.
+        """Return the working set of distinct rows, or codes, int64 [n] of each table, without row 0, on the host.
 
         A table whose rows are admitted by occurrences also fetches the row out of vocabulary.
         """
-        requested = {name: self._with_unknown(spec, rows.get(name)) for name, spec in self.specs.items()}
         working = WorkingSet({}, [], self._dtype)
+        shared = {
+            name: self._hashed(working, spec, rows.get(name)) for name, spec in self.specs.items() if spec.hash_rows
+        }
+        requested = {
+            name: self._with_unknown(spec, shared.get(name, rows.get(name))) for name, spec in self.specs.items()
+        }
         for dim, names in self._by_width().items():
             route = self._route(names, dim, [requested[name] for name in names])
             values = self._exchange(self._owned_values(route), route.received, route.sent)
@@ -122,6 +132,13 @@ class ShardedTables:
                 self._redirect(working, route, [requested[name] for name in names])
         return working
 
+    def _hashed(self, working: WorkingSet, spec: TableSpec, codes: np.ndarray | None) -> np.ndarray:
+        """Return the distinct rows of codes, ascending, without row 0; set the positions of the rows of each code."""
+        padded = spec.hashed(np.zeros(1, np.int64) if codes is None else np.append(PADDING_POSITION, codes))
+        rows, positions = np.unique(padded, return_inverse=True)  # 0 is the first
+        working.hashed[spec.name] = to_device(torch.from_numpy(positions.reshape(padded.shape)), self._device)
+        return rows[1:]
+
     def _with_unknown(self, spec: TableSpec, rows: np.ndarray | None) -> np.ndarray:
         """Return distinct rows; with the row out of vocabulary, at the end, if they do not have it and may need it."""
         rows = np.zeros(0, np.int64) if rows is None else rows
@@ -134,8 +151,7 @@ class ShardedTables:
         admitted = np.zeros(len(route.requested), np.int64)
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)
-            local = self.partition.local(route.requested[at])
-            admitted[at] = self.stores[name].is_admitted(local, self.steps)
+            admitted[at] = self.stores[name].is_admitted(route.requested[at], self.steps)
         answers = self._exchange(torch.from_numpy(admitted), route.received, route.sent)
         in_order = torch.empty_like(answers).index_copy_(0, torch.from_numpy(route.order), answers).numpy()
         for name, of_table, used in zip(
@@ -176,11 +192,14 @@ class ShardedTables:
     def commit(self, coefficient: float | Tensor, lr_factor: float) -> None:
         """Update the rows of the last `reduce`, their gradients times `coefficient`."""
         for update in self._pending:
-            if len(update.local):
+            if len(update.rows):
                 gradients = update.gradients * coefficient
-                self.stores[update.name].update(update.local, gradients, self.optimizer.lr * lr_factor, self.steps)
+                self.stores[update.name].update(update.rows, gradients, self.optimizer.lr * lr_factor, self.steps)
         self._pending = []
         self.steps += 1
+        if self.steps % TRIM_STEPS == 0:
+            for store in self.stores.values():
+                store.trim()
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""
@@ -212,20 +231,19 @@ class ShardedTables:
         values = torch.empty(len(route.requested), route.dim, device=self._device)
         for number, name in enumerate(route.names):
             at = np.flatnonzero(route.table_of == number)
-            read = self.stores[name].read(self.partition.local(route.requested[at]), self.steps)
+            read = self.stores[name].read(route.requested[at], self.steps)
             values.index_copy_(0, to_device(torch.from_numpy(at), self._device), to_device(read, self._device))
         return values
 
     def _summed(self, route: Route, number: int, name: str, received: Tensor) -> PendingUpdate:
         """Return the mean gradients of a table, summed in the order of ranks: the same bits in every run."""
         at = np.flatnonzero(route.table_of == number)
-        positions = self.partition.local(route.requested[at])
-        order = np.argsort(positions, kind="stable")  # of a row, in the order of ranks
-        local, lengths = np.unique(positions, return_counts=True)
+        order = np.argsort(route.requested[at], kind="stable")  # of a row, in the order of ranks
+        rows, lengths = np.unique(route.requested[at], return_counts=True)
         of_row, counts = (to_device(torch.from_numpy(part), self._device) for part in (at[order], lengths))
         # one thread adds the gradients of a number; unsafe: without reading the lengths on the device
         total = torch.segment_reduce(received[of_row], "sum", lengths=counts, axis=0, unsafe=True)
-        return PendingUpdate(name, local, total / self.partition.world_size)
+        return PendingUpdate(name, rows, total / self.partition.world_size)
 
     def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         others = len(rows) - sent[self.partition.rank]

@@ -31,7 +31,7 @@ from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
-from bigdssm.tables.rows import RowPartition, TableSpec
+from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.fixed_documents import FixedDocuments
@@ -243,12 +243,21 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     resident, in_step = resident_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
     # the average, and a copy of the weights while the average replaces them
     widths = {name: sum(stage.table_optimizer.state_widths(spec.dim).values()) for name, spec in specs.items()}
+    # keyed: at most an id per document, or per row
+    distinct = {"doc": dataset.catalogue.num_docs, "query": stream.steps_per_epoch * stage.rows_global}
+    stored = {}
+    for table, spec in specs.items():
+        most = distinct[table.partition("_")[0]] if spec.is_keyed else spec.stored_rows
+        stored[table] = min(most, spec.share * SHARDS or most)
     if specs and config.engine.table_memory != "file":
-        rows_of = {name: RowPartition(0, world_size).capacity(spec.rows) for name, spec in specs.items()}
-        numbers = sum(rows_of[name] * (spec.dim + widths[name] + 1) for name, spec in specs.items())
+        numbers = 0
+        for table, spec in specs.items():
+            rows_of_rank = RowPartition(0, world_size).capacity(stored[table])
+            # keyed: up to twice as many slots as rows, with their rows and entries on the host
+            numbers += rows_of_rank * (1 + spec.is_keyed) * (spec.dim + widths[table] + 1 + 4 * spec.is_keyed)
         resident[TABLE_ROWS] = FP32 * numbers
     averaged = {"moving average of the weights": 2 * FP32 * sizes.trained} if stage.weight_average else {}
-    in_tables = sum(spec.rows * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
+    in_tables = sum(stored[name] * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
     saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
@@ -257,7 +266,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     vectors = vector_bytes(*rows, width)
     loss, sent = 0, sent_bytes(engine, sizes, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
-        fetched = {name: len(found) for name, found in (batch.table_rows or {}).items()}
+        fetched = {name: len(found) * specs[name].hashes for name, found in (batch.table_rows or {}).items()}
         sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
     if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(
@@ -284,7 +293,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
         },
         num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters())
-        + sum(spec.rows * spec.dim for spec in specs.values()),
+        + sum(stored[name] * spec.dim for name, spec in specs.items()),
         negatives=num_negatives(stage, batch, world_size, dataset.catalogue.num_docs),
         sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
         checkpoint_bytes=checkpoint_bytes(saved),

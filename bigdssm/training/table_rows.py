@@ -43,9 +43,10 @@ def build_tables(
     if isinstance(model.tables.source, MappedTables) and not resumed:
         load_tables(tables, model.tables.source, states=False)
     for spec in specs.values():
-        share = tables.stores[spec.name].partition.capacity(spec.rows)
-        logger.info("table %s: %d rows of width %d sharded over the ranks, up to %d here, in %s memory",
-                    spec.name, spec.rows, spec.dim, share, memory)  # fmt: skip
+        share = tables.partition.capacity(spec.stored_rows)
+        here = "stored as they are trained" if spec.is_keyed else f"up to {share} here"
+        logger.info("table %s: %d rows of width %d sharded over the ranks, %s, in %s memory",
+                    spec.name, spec.stored_rows, spec.dim, here, memory)  # fmt: skip
     return tables
 
 

@@ -242,6 +242,62 @@ def test_a_new_partition_appends_rows(tmp_path: Path, pools: dict[int, Pool]) ->
     assert (after.source.look_up("doc_item_id", added).abs().sum(1) > 0).all()
 
 
+EXACT = "data.doc.item_id.hash_buckets=4611686018427387904"  # 2**62
+
+
+def test_ids_without_a_vocabulary(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """From ingestion to vectors: codes of 62 bits, a resume on other ranks, a model folder."""
+    config = small_run.write_dataset(tmp_path, [EXACT])
+    dataset = Dataset.open(tmp_path / "dataset")
+    codes = dataset.catalogue.codes("item_id", np.arange(dataset.catalogue.num_docs))
+    assert codes.dtype == np.int64 and len(np.unique(codes)) == small_run.NUM_ITEMS and codes.max() > 2**60
+    options = ("pretrain.table_optimizer={name: lazy_adam, lr: 0.01}", "pretrain.save_every_steps=6")
+    options = (*options, "model.tables={admit_after: 2, evict_after: 9}", "pretrain.warm_start.window=2")
+    pools[2].run(small_run.run, config, tmp_path / "whole", options)
+    pools[2].run(stop_after, config, tmp_path / "half", options, 6)
+    pools[3].run(small_run.run, config, tmp_path / "half", (*options, "engine.table_memory=file"), "pretrain", True)
+    assert_same_curve(tmp_path / "half", tmp_path / "whole")
+    best, saved, whole = (
+        vectors(folder, tmp_path / "dataset")
+        for folder in (
+            load_model_folder(tmp_path / "half" / "pretrain" / "best"),
+            load_checkpoint_model(find_checkpoint(tmp_path / "half" / "pretrain", "latest")),
+            load_checkpoint_model(find_checkpoint(tmp_path / "whole" / "pretrain", "latest")),
+        )
+    )
+    assert torch.equal(best, saved) and len(best.unique(dim=0)) > small_run.NUM_ITEMS // 2
+    torch.testing.assert_close(saved, whole, rtol=1e-4, atol=1e-5)
+    size = estimate(load_config(config, [f"run.dir={tmp_path}"]), "pretrain", dataset, 2).table_weights
+    assert size < 10_000
+
+
+def test_ids_that_share_rows(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """One curve on any number of ranks; the model folder has the vectors of the last step."""
+    config = small_run.write_dataset(tmp_path, [EXACT])
+    options = ("model.tables={hashes: 2, hash_rows: 20}", "pretrain.table_optimizer={name: sgd, lr: 0.5}")
+    for ranks in (1, 3):
+        pools[ranks].run(small_run.run, config, tmp_path / str(ranks), (*options, "engine.chunk_tokens=150"))
+    assert_same_curve(tmp_path / "3", tmp_path / "1")
+    dataset = Dataset.open(tmp_path / "dataset")
+    codes = torch.from_numpy(dataset.catalogue.codes("item_id", np.arange(dataset.catalogue.num_docs)))
+    found = [load_model_folder(tmp_path / name / "pretrain" / "best").model.tables.source for name in ("1", "3")]
+    one, three = (source.look_up("doc_item_id", codes) for source in found)
+    torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-5)
+    assert len(one.unique(dim=0)) > 40 and torch.linalg.matrix_rank(one) <= 16
+    assert sum(len(file["doc_item_id/rows"]) for file in found[1]._files) <= 20
+    with pytest.raises(RankFailed, match=r"warm_start\.window: got 2, needs 0 with sharded tables"):
+        pools[1].run(small_run.run, config, tmp_path / "warm", (*options, "pretrain.warm_start.window=2"))
+    with pytest.raises(ConfigError, match=r"model\.tables\.hash_rows: got 0, needs above 0 with hashes=2"):
+        load_config(config, ["model.tables.hashes=2"])
+
+
+def test_ids_without_a_vocabulary_need_a_sharded_table(config: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.doc\.item_id\.hash_buckets: got 4611686018427387904, needs at most 2,147"
+    ):
+        load_config(config, [EXACT, "model.tables.sharding=replicated"])
+
+
 def test_a_checkpoint_has_the_admitted_rows_alone(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """Of a model folder, a checkpoint and a folder with another file."""
     rare = ("model.tables.admit_after=3", "pretrain.rows_global=12", "pretrain.negatives.uniform=0", "pretrain.steps=5")

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 import bigdssm.tables.optimizers  # noqa: F401, registers them
+import bigdssm.tables.rows as rows_module
+import bigdssm.tables.sharded as sharded_module
 from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
+from bigdssm.tables import row_index
 from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
@@ -285,6 +288,188 @@ def test_rows_are_admitted_and_evicted(pools: dict[int, Pool]) -> None:
     initial = initial_rows(np.array([2]), 4, table_key(SEED, "lives"), 0.1)[0]
     np.testing.assert_array_equal(frequent[2], initial.astype(np.float32))  # not trained while it was unknown
     assert (frequent[3] != frequent[2]).all() and (unknown[1] != unknown[0]).all()
+
+
+CODES = TableSpec("codes", 8000, 3, std=0.1, admit_after=2, evict_after=4)
+
+
+def train_codes(
+    rank: int, world_size: int, keyed: bool, spec: TableSpec, folder: Path | None, steps: int = 24
+) -> list[dict[str, Tensor]]:
+    """Train on codes that drift, with keyed or direct storage; return vectors and content of each step."""
+    direct, first = rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS
+    rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS = (0, 16) if keyed else (2**31, first)
+    try:
+        tables, found = ShardedTables([spec], optimizer_of("adagrad"), SEED, folder=folder), []
+        for step in range(steps):
+            if step == steps // 2:  # as a resumed run
+                content = tables.stores[spec.name].content(tables.steps, states=True)
+                tables = ShardedTables([spec], optimizer_of("adagrad"), SEED, folder=folder)
+                tables.stores[spec.name].load(content)
+                tables.steps = step
+            random = np.random.RandomState([step, rank])
+            codes = np.unique(1 + (step * 150 + random.randint(0, 600, 300)) % (spec.rows - 1))
+            working = tables.fetch({spec.name: codes})
+            vectors = working.look_up(spec.name, torch.arange(1, len(codes) + 1))
+            vectors.sin().sum().backward()
+            tables.reduce(working)
+            tables.commit(1.0, 1.0)
+            store = tables.stores[spec.name]
+            kept = {f"kept_{key}": value for key, value in store.content(tables.steps, states=False).items()}
+            found.append({"vectors": vectors.detach(), **kept, **store.content(tables.steps, states=True)})
+        assert (store._slots is not None) == keyed
+        assert not keyed or not spec.evict_after or len(store.updated) <= 2048  # slots are used again
+        return found
+    finally:
+        rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS = direct, first
+
+
+@pytest.mark.parametrize(
+    ("world_size", "in_files", "changes"),
+    [
+        (1, False, {"dtype": torch.bfloat16}),
+        (2, True, {}),
+        (3, False, {"admit_after": 1}),
+        (1, True, {"evict_after": 0}),
+    ],
+)
+def test_keyed_storage_is_direct_storage(
+    pools: dict[int, Pool], tmp_path: Path, world_size: int, in_files: bool, changes: dict[str, Any]
+) -> None:
+    """Bit for bit, with growth, eviction and slots that are used again."""
+    arguments = replace(CODES, **changes), tmp_path / "rows" if in_files else None
+    for direct, keyed in zip(
+        *(pools[world_size].run(train_codes, is_keyed, *arguments) for is_keyed in (False, True)), strict=True
+    ):
+        for step, other in zip(direct, keyed, strict=True):
+            assert step.keys() == other.keys()
+            assert all(torch.equal(step[key], other[key]) for key in step)
+
+
+CAPPED = TableSpec("capped", 10**6, 2, admit_after=2, capacity=8 * SHARDS)
+SOME_SHARDS = np.arange(2, 10**6)[shard_of(np.arange(2, 10**6)) % 512 == 0]
+
+
+def capped_rows(step: int) -> np.ndarray:
+    return np.unique(np.random.RandomState(step).permutation(SOME_SHARDS)[:60])
+
+
+def train_capped(rank: int, world_size: int, steps: range, saved: Any = ()) -> tuple[dict[str, Tensor], Tensor]:
+    """Train on this rank's part of the rows of some shards; return its content, and vectors of all rows."""
+    every, sharded_module.TRIM_STEPS = sharded_module.TRIM_STEPS, 4
+    try:
+        tables = ShardedTables([CAPPED], optimizer_of("rowwise_adagrad"), SEED)
+        store, tables.steps = tables.stores["capped"], steps.start
+        for content in saved:
+            owned = torch.from_numpy(tables.partition.owns(content["rows"].numpy()))
+            store.load({key: value[owned] for key, value in content.items()})
+        for step in steps:
+            rows = capped_rows(step)[rank::world_size]
+            working = tables.fetch({"capped": rows})
+            (working.leaves["capped"][: 1 + len(rows)].sum() * world_size).backward()
+            tables.reduce(working)
+            tables.commit(1.0, 1.0)
+        return store.content(tables.steps, states=True), tables.look_up("capped", torch.from_numpy(SOME_SHARDS))
+    finally:
+        sharded_module.TRIM_STEPS = every
+
+
+def test_the_least_recently_updated_rows_above_a_capacity_are_evicted(pools: dict[int, Pool]) -> None:
+    """The same rows on any number of ranks, and after a resume."""
+    updated: dict[int, int] = {}
+    occurrences: dict[int, int] = {}
+    for step in range(12):
+        for row in [1, *capped_rows(step).tolist()]:  # admission reads the row out of vocabulary in each step
+            updated[row], occurrences[row] = step + 1, min(2, occurrences.get(row, 0) + 1)
+        if step % 4 == 3:
+            of_shard: dict[int, list[int]] = {}
+            for row in updated:
+                of_shard.setdefault(int(shard_of(np.array(row))), []).append(row)
+            for rows in of_shard.values():
+                if len(rows) > 8:
+                    for row in sorted(rows, key=lambda row: (-updated[row], row))[7:]:
+                        del updated[row], occurrences[row]
+    assert 40 < len(updated) < 70  # of 8 shards
+    half = [content for content, _ in pools[2].run(train_capped, range(6))]
+    whole = pools[1].run(train_capped, range(12))[0][1].numpy()
+    for world_size, first, saved in ((1, 0, ()), (2, 0, ()), (3, 0, ()), (3, 6, half)):
+        ranks = pools[world_size].run(train_capped, range(first, 12), saved)
+        found = {key: torch.cat([content[key] for content, _ in ranks]).tolist() for key in ranks[0][0]}
+        assert dict(zip(found["rows"], found["updated"], strict=True)) == updated
+        assert dict(zip(found["rows"], found["occurrences"], strict=True)) == occurrences
+        evicted = ~np.isin(SOME_SHARDS, [row for row, number in occurrences.items() if number == 2])
+        vectors = ranks[0][1].numpy()
+        assert len(np.unique(vectors[evicted], axis=0)) == 1 < len(np.unique(vectors, axis=0))
+        np.testing.assert_allclose(vectors, whole, atol=1e-6)
+
+
+SHARED = TableSpec("shared", 2**62, 4, std=0.1, hashes=3, hash_rows=50)
+
+
+def shared_codes(step: int, share: int) -> np.ndarray:
+    """Return codes int64 [5, 6] with padding, out of vocabulary, repetitions and few common ones."""
+    random = np.random.RandomState([step, share])
+    return np.array([0, 1, 2, 3, *random.randint(2, 2**62, 8)])[random.randint(0, 12, (5, 6))]
+
+
+def train_shared(rank: int, world_size: int, folder: Path) -> tuple[Tensor, list[float]]:
+    """Train on this rank's part of ALL_RANKS shares; return the vectors of all codes, and the squared norms."""
+    tables, norms = ShardedTables([SHARED], optimizer_of("sgd"), SEED), []
+    for step in range(STEPS):
+        shares = [shared_codes(step, share) for share in range(rank, ALL_RANKS, world_size)]
+        codes = np.unique(np.concatenate(shares))
+        working = tables.fetch({"shared": codes[codes > 0]})
+        assert len(working.leaves["shared"]) <= 1 + 1 + SHARED.hash_rows
+        for share in shares:
+            positions = torch.from_numpy(np.where(share > 0, np.searchsorted(codes[codes > 0], share) + 1, 0))
+            (working.look_up("shared", positions).sin().sum() * world_size / ALL_RANKS).backward()
+        norms.append(float(tables.reduce(working)))
+        tables.commit(1.0, 1.0)
+    write_row_file(folder / row_file(rank), tables)
+    return tables.look_up("shared", torch.from_numpy(shared_codes(0, 0))), norms
+
+
+def test_vectors_of_hashed_ids_are_sums_of_shared_rows(pools: dict[int, Pool], tmp_path: Path) -> None:
+    """Against torch.nn.functional.embedding of a dense table; each hash is uniform and independent of the others."""
+    initial = initial_rows(np.arange(52), 4, table_key(SEED, "shared"), 0.1)
+    dense = torch.nn.Parameter(torch.from_numpy(initial))
+
+    def vectors(codes: np.ndarray) -> Tensor:
+        return torch.nn.functional.embedding(torch.from_numpy(SHARED.hashed(codes)), dense, padding_idx=0).sum(-2)
+
+    dense.data[0], norms = 0, []
+    for step in range(STEPS):
+        dense.grad = None
+        for share in range(ALL_RANKS):
+            (vectors(shared_codes(step, share)).sin().sum() / ALL_RANKS).backward()
+        norms.append(float(dense.grad.double().square().sum()))
+        dense.data -= 0.1 * dense.grad
+    expected = vectors(shared_codes(0, 0)).detach()
+    for world_size in (1, 2, 3):
+        (folder := tmp_path / str(world_size)).mkdir()
+        for found, of_steps in pools[world_size].run(train_shared, folder):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            assert of_steps == pytest.approx(norms, rel=1e-5)
+        mapped = MappedTables(sorted(folder.iterdir()), {"shared": SHARED})
+        assert torch.equal(mapped.look_up("shared", torch.from_numpy(shared_codes(0, 0))), found)
+    rows = SHARED.hashed(np.arange(2, 100_000))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        pairs = np.bincount((rows[:, one] - 2) * 50 + rows[:, other] - 2, minlength=2500)
+        assert ((pairs - 40) ** 2 / 40).sum() == pytest.approx(2500, abs=6 * 5000**0.5)  # chi-squared
+
+
+def test_slots_of_rows() -> None:
+    random, index, slots = np.random.RandomState(0), row_index.RowIndex(), {}
+    for _ in range(20):
+        rows = np.unique(random.randint(0, 2**62, 400))
+        while index.num_free < len(rows):
+            index.grow()
+        slots |= dict(zip(rows.tolist(), index.add(rows).tolist(), strict=True))
+        removed = random.permutation(list(slots))[:150]
+        index.remove(np.array([slots.pop(row) for row in removed.tolist()]))
+        assert not index.find(np.append(removed, 7)).any()
+        assert index.find(np.array(list(slots))).tolist() == list(slots.values())
+    assert len(set(slots.values())) == 20 * 250 and 0 not in slots.values()
 
 
 def test_dropped_ids_are_a_function_of_step_and_row() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bigdssm.errors import DataError
-from bigdssm.features import Categorical, Numeric, Ragged, Vector
+from bigdssm.features import Categorical, History, Numeric, Ragged, Vector
 from bigdssm.features.canonical import columns_of_values
 
 FEATURES = {
@@ -85,3 +85,21 @@ def test_rows_that_programs_give(rows: Any, same: list[dict[str, Any]]) -> None:
 def test_rows_that_are_refused(rows: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=re.escape(sentence)):
         read(rows)
+
+
+@pytest.mark.parametrize(("buckets", "code_type"), [(2**31 - 3, np.int32), (2**31 - 2, np.int64), (2**62, np.int64)])
+def test_codes_are_as_wide_as_their_number(buckets: int, code_type: type) -> None:
+    """Of a value, of several, of a history, and of a probe; datasets of up to 2**31 - 3 buckets keep their bytes."""
+    one, many = (Categorical(name=name, multi=name == "m", hash_buckets=buckets) for name in "cm")
+    features: dict[str, Any] = {"c": one, "m": many, "h": History(name="h", of="c")}
+    given = [{"c": "a", "m": "a b", "h": ["a", "b"]}, {"c": "b", "m": "", "h": []}]
+    found, _ = columns_of_values(given, features, features, None)
+    a, b = np.asarray(found["c"]).tolist()
+    assert np.asarray(found["c"]).dtype == code_type and min(a, b) > 2**16
+    for column in (found["m"], found["h"]):
+        assert isinstance(column, Ragged) and column.values.dtype == code_type and column.values.tolist() == [a, b]
+    for feature in features.values():
+        probe = feature.probe(np.random.RandomState(0), 9, features)
+        assert (probe.values if isinstance(probe, Ragged) else probe).dtype == code_type
+    width = 8 * np.dtype(code_type).itemsize
+    assert [str(feature.arrow_type()) for feature in (one, many)] == [f"int{width}", f"list<item: int{width}>"]

@@ -1,0 +1,75 @@
+"""Slots of rows in keyed storage: a hash table with open addressing on the host, vectorised over rows.
+
+Shapes: n rows, S slots. A slot is a position in the arrays of a RowStore; slot 0 is that of absent rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bigdssm.utils.hashing import mix64
+
+FIRST_SLOTS = 1024  # a power of 2
+FREE = -1
+_TABLE = 2  # entries per slot, a power of 2: a search ends after about 1.5 of them
+
+
+class RowIndex:
+    """Maps rows to slots."""
+
+    def __init__(self) -> None:
+        self.rows = np.full(FIRST_SLOTS, FREE, np.int64)  # [S]: the row in each slot
+        self._free: np.ndarray
+        self._filled: int  # entries with a slot
+        self._build()
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """Return the slot of each row, int64 [n], 0 for absent rows."""
+        slots, at, pending = np.zeros(len(rows), np.int64), self._first(rows), np.arange(len(rows))
+        while len(pending):
+            entries = self._entries[at[pending]]
+            hit = self.rows[entries] == rows[pending]
+            slots[pending[hit]] = entries[hit]
+            pending = pending[(entries != 0) & ~hit]
+            at[pending] = (at[pending] + 1) % len(self._entries)
+        return slots
+
+    @property
+    def num_free(self) -> int:
+        """The number of slots without a row."""
+        return len(self._free)
+
+    def add(self, rows: np.ndarray) -> np.ndarray:
+        """Assign free slots to distinct absent rows, at most `num_free`; return them, int64 [n]."""
+        if self._filled + len(rows) > len(self._entries) * 3 // 4:
+            self._build()
+        slots, self._free = self._free[: len(rows)], self._free[len(rows) :]
+        self.rows[slots] = rows
+        self._place(slots)
+        return slots
+
+    def remove(self, slots: np.ndarray) -> None:
+        """Free slots; searches pass their entries until the table is built again."""
+        self.rows[slots] = FREE
+        self._free = np.append(self._free, slots)
+
+    def grow(self) -> None:
+        """Double the number of slots."""
+        self.rows = np.concatenate([self.rows, np.full(len(self.rows), FREE, np.int64)])
+        self._build()
+
+    def _build(self) -> None:
+        self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0
+        self._free = np.flatnonzero(self.rows[1:] == FREE) + 1
+        self._place(np.flatnonzero(self.rows != FREE))
+
+    def _place(self, slots: np.ndarray) -> None:
+        at, self._filled = self._first(self.rows[slots]), self._filled + len(slots)
+        while len(slots):
+            empty = self._entries[at] == 0
+            self._entries[at[empty]] = slots[empty]  # of several slots at one entry, one is placed
+            left = self._entries[at] != slots
+            slots, at = slots[left], (at[left] + 1) % len(self._entries)
+
+    def _first(self, rows: np.ndarray) -> np.ndarray:
+        return (mix64(rows, 0) % np.uint64(len(self._entries))).astype(np.int64)
