@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -343,11 +343,11 @@ def folder_checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
 
 
-def check_file(path: Path, checksum: str | None, manifest: str) -> None:
+def check_file(path: Path, checksum: str | None, manifest: str, compute: Callable[[Path], str] = file_checksum) -> None:
     """Raise CheckpointError if the file is missing, or its checksum is not the one in `manifest`."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the folder is incomplete, copy it or create it again")
-    if file_checksum(path) != checksum:
+    if compute(path) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum is not that in {manifest}; copy it or create it again")
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,6 @@ from torch import Tensor
 from bigdssm.checkpoints.checkpoint import (
     check_file,
     consolidated_state_dict,
-    folder_checksums,
     is_checkpoint_dir,
     read_manifest,
 )
@@ -43,9 +42,9 @@ from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.tables.files import MappedTables
+from bigdssm.tables.files import MappedTables, row_file_checksum
 from bigdssm.utils.atomic import link_or_copy, new_folder, real_path, write_json
-from bigdssm.utils.hashing import json_checksum
+from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
 META_FILE, CONFIG_FILE = "bigdssm.json", "config.yaml"
@@ -137,7 +136,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     """
     meta = _read_meta(folder)
     for name, checksum in meta["checksums"].items():
-        check_file(folder / name, checksum, META_FILE)
+        check_file(folder / name, checksum, META_FILE, _checksum_function(name))
     try:
         config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
         own = trained_scorer(config, meta["provenance"])
@@ -160,7 +159,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         model = DualEncoder(config.model, schema, texts, own or scorer, dense=dense)
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights)
-        row_files = sorted(name for name in meta["checksums"] if name.startswith(f"{TABLES_DIR}/"))
+        row_files = sorted(filter(_is_row_file, meta["checksums"]))
         open_tables(model, [folder / name for name in row_files])
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
@@ -319,10 +318,20 @@ def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Ma
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores."""
-    checksums = folder_checksums(folder)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    checksums = {name: _checksum_function(name)(folder / name) for name in files}
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
     return checksums
+
+
+def _is_row_file(name: str) -> bool:
+    return name.startswith(f"{TABLES_DIR}/")
+
+
+def _checksum_function(name: str) -> Callable[[Path], str]:
+    """Return the function that computes the checksum of a file; rows are verified when they are read."""
+    return row_file_checksum if _is_row_file(name) else file_checksum
 
 
 BEST = "best"

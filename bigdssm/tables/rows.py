@@ -185,13 +185,20 @@ class RowStore:
 
         states: also `updated`, `occurrences` and the optimizer states, of all rows; else only the admitted rows.
         """
+        return self.content_of(*self.saved(step, states=states), states=states)
+
+    def saved(self, step: int, *, states: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of `content`, and their positions in the storage."""
         local = np.flatnonzero(self.updated)
         local = local[~self._expired(local, step)]
         if not states:
             local = local[self.is_admitted(local, step)]
         rows = self.partition.rows(local)
         order = np.argsort(rows)
-        rows, local = rows[order], local[order]
+        return rows[order], local[order]
+
+    def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
+        """Return the `content` of rows at positions of the storage."""
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.values, local)}
         if states:
             content["updated"] = torch.from_numpy(self.updated[local])

@@ -145,7 +145,7 @@ class Trainer:
             | self.selection.state_dict(),
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
             "pieces": self.engine.local_pieces(),
-            "table_rows": None if (tables := self.engine.tables) is None else table_tensors(tables, states=True),
+            "table_rows": None if (tables := self.engine.tables) is None else table_tensors(tables),
         }
 
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:

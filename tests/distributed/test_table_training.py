@@ -14,7 +14,7 @@ from bigdssm.checkpoints.checkpoint import find_checkpoint
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.tables.files import MappedTables
@@ -110,6 +110,21 @@ def test_model_folders_and_checkpoints_hold_the_rows(
     save_model_folder(tmp_path / "copy", best.model, best.config, best.schema, best.tokenizer_dir, best.provenance)
     copied = load_model_folder(tmp_path / "copy")
     assert torch.equal(vectors(copied, dataset), vectors(best, dataset))
+
+
+def test_a_damaged_row_of_a_model_folder_is_refused(config: Path, one: Path, tmp_path: Path) -> None:
+    shutil.copytree(one / "pretrain" / "best", tmp_path / "best")
+    file = tmp_path / "best" / "tables" / "rows-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"rows-00000\.safetensors is damaged: block 0 of doc_item_id/values, .* ag"
+    ):
+        vectors(load_model_folder(tmp_path / "best"), config.parent / "dataset")
+    shutil.copy(next((one / "pretrain" / "checkpoints").glob("*/tables-*")), file)
+    with pytest.raises(CheckpointError, match=r"damaged: its checksum is not that in bigdssm\.json"):
+        load_model_folder(tmp_path / "best")
 
 
 def test_a_run_resumes_on_other_ranks_and_is_fine_tuned(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:

@@ -16,7 +16,7 @@ from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
-from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
+from bigdssm.tables.files import MappedTables, load_tables, row_file, store_sources, write_row_file
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import drop_ids
@@ -179,7 +179,7 @@ def saved_and_grown(rank: int, world_size: int, folder: Path, grown: bool) -> di
             sum(leaf.sum() for leaf in working.leaves.values()).backward()  # type: ignore[union-attr]
             tables.reduce(working)
             tables.commit(1.0, 1.0)
-        write_row_file(folder / row_file(rank), tables)
+        write_row_file(folder / row_file(rank), store_sources(tables))
     return {spec.name: tables.look_up(spec.name, torch.arange(spec.rows)) for spec in specs}
 
 
