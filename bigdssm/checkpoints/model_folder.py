@@ -160,7 +160,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights)
         row_files = sorted(filter(_is_row_file, meta["checksums"]))
-        open_tables(model, [folder / name for name in row_files])
+        open_tables(model, [[folder / name] for name in row_files])
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
         ArithmeticError, AttributeError, LookupError, TypeError,  # raised by transformers for a damaged architecture
@@ -191,8 +191,11 @@ def model_checksum(
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
-def open_tables(model: DualEncoder, files: Sequence[Path]) -> None:
-    """Open row files as the source of a model's sharded tables, if any. Raises CheckpointError: they do not match."""
+def open_tables(model: DualEncoder, files: Sequence[Sequence[Path]]) -> None:
+    """Open row files, a chain per rank, as the source of a model's sharded tables, if any.
+
+    Raises CheckpointError: they do not match.
+    """
     if model.tables.sharded:
         model.tables.source = MappedTables(files, model.tables.sharded)
 

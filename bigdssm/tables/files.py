@@ -4,10 +4,12 @@ A file has the safetensors layout; per table NAME it has the flat tensors NAME/r
 [n · d], NAME/key int64 [1] of its initial values and, in checkpoints, NAME/updated and NAME/occurrences int32 [n] and
 the optimizer states.
 The files of all ranks together hold a table; they are memory-mapped, and only the rows that are looked up are read.
+In a checkpoint a rank has a chain of files: the first has all rows, a further one those that changed since the file
+before it, and the rows NAME/evicted int64 that were evicted since; later files precede earlier ones.
 
 Rows are verified in blocks of BLOCK_ROWS. TENSOR/digests int64 [2 · blocks] has the xxh3_128 of the blocks of a tensor,
-NAME/rows/first int64 [blocks] the first row of each block, and `digest` int64 [2] the xxh3_128 of this index. A file
-is opened by its header and index; a block is verified when it is first read.
+NAME/rows/first and NAME/evicted/first int64 [blocks] the first row of each block, and `digest` int64 [2] the xxh3_128
+of this index. A file is opened by its header and index; a block is verified when it is first read.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from bigdssm.tables.rows import OUT_OF_VOCABULARY, ROWS_AT_ONCE, TableSpec, init
 from bigdssm.tables.sharded import ShardedTables
 
 ROWS, VALUES, KEY, UPDATED, OCCURRENCES = "rows", "values", "key", "updated", "occurrences"
+EVICTED = "evicted"
 COUNTS = (UPDATED, OCCURRENCES)
 BLOCK_ROWS = 4096  # a power of 2
 DIGEST, DIGESTS, FIRST = "digest", "/digests", "/first"
@@ -37,19 +40,30 @@ Content = dict[str, Tensor]
 _NUMPY = {"F32": np.float32, "I64": np.int64, "I32": np.int32, "BF16": np.uint16}
 
 
-def table_tensors(tables: ShardedTables) -> dict[str, Tensor]:
-    """Return this rank's rows of all tables, with optimizer states, step numbers and occurrences, as a row file."""
+def table_tensors(tables: ShardedTables, since: int | None = None) -> dict[str, Tensor]:
+    """Return this rank's rows of all tables, with optimizer states, step numbers and occurrences, as a row file.
+
+    since: only rows that changed in step `since` or later, and those that were evicted since then.
+    """
     tensors: dict[str, Tensor] = {}
     for name, store in tables.stores.items():
-        content = store.content(tables.steps, states=True)
+        content = store.content_of(*store.saved(tables.steps, states=True, since=since or 0), states=True)
+        if since is not None:
+            content[EVICTED] = torch.from_numpy(store.evicted(tables.steps, since))
         for key, tensor in content.items():
             tensors[f"{name}/{key}"] = tensor.reshape(-1).contiguous()
             tensors[f"{name}/{key}{DIGESTS}"] = torch.from_numpy(_digests(tensor))
-        tensors[f"{name}/{ROWS}{FIRST}"] = torch.from_numpy(content[ROWS].numpy()[::BLOCK_ROWS].copy())
+            if key in (ROWS, EVICTED):
+                tensors[f"{name}/{key}{FIRST}"] = torch.from_numpy(tensor.numpy()[::BLOCK_ROWS].copy())
         tensors[f"{name}/{KEY}"] = _key_tensor(store.key)
-    tensors[DIGEST] = torch.from_numpy(_index_digest({name: tensor.numpy() for name, tensor in tensors.items()
-                                                      if tensor.dtype != torch.bfloat16}))  # fmt: skip
+    index = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.int64}
+    tensors[DIGEST] = torch.from_numpy(_index_digest(index))
     return tensors
+
+
+def row_count(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of rows in the tensors of a row file, evicted ones included."""
+    return sum(len(tensor) for name, tensor in tensors.items() if name.endswith((f"/{ROWS}", f"/{EVICTED}")))
 
 
 @dataclass(frozen=True)
@@ -135,16 +149,18 @@ class RowFile:
         rows, values = (self._arrays.get(f"{name}/{key}") for key in (ROWS, VALUES))
         if rows is None or values is None or len(rows) * dim != len(values) or f"{name}/{KEY}" not in self._arrays:
             return False
-        blocks = -(-len(rows) // BLOCK_ROWS)
-        tensors = [f"{name}/{key}" for key in self.keys(name)]
-        return len(self._arrays.get(f"{name}/{ROWS}{FIRST}", ())) == blocks and all(
-            len(self._arrays.get(tensor + DIGESTS, ())) == 2 * blocks for tensor in tensors
-        )
+        index = {f"{name}/{key}{DIGESTS}": (2, rows) for key in self.keys(name)} | {f"{name}/{ROWS}{FIRST}": (1, rows)}
+        if (evicted := self._arrays.get(f"{name}/{EVICTED}")) is not None:
+            index |= {f"{name}/{EVICTED}{DIGESTS}": (2, evicted), f"{name}/{EVICTED}{FIRST}": (1, evicted)}
+        return all(
+            len(self._arrays.get(tensor, ())) == width * -(-len(of) // BLOCK_ROWS)
+            for tensor, (width, of) in index.items()
+        ) and all(tensor in self._arrays for tensor in index)
 
     def keys(self, name: str) -> list[str]:
         """Return the keys of a table's tensors with a value or more per row."""
         names = [tensor.removeprefix(f"{name}/") for tensor in self._arrays if tensor.startswith(f"{name}/")]
-        return [key for key in names if "/" not in key and key != KEY]
+        return [key for key in names if "/" not in key and key not in (KEY, EVICTED)]
 
     def count(self, name: str) -> int:
         """Return the number of rows of a table."""
@@ -162,12 +178,18 @@ class RowFile:
         found: np.ndarray = values[at]
         return found
 
-    def find(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the indices of saved rows: in `rows`, and in the file. Raises CheckpointError: damaged."""
-        saved, block = self._arrays[f"{name}/{ROWS}"], self._block_of(name, rows)
+    def find(self, name: str, rows: np.ndarray, key: str = ROWS) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of saved rows: in `rows`, and in the file. Raises CheckpointError: damaged.
+
+        key: `evicted` instead of `rows` finds rows that are evicted in this file.
+        """
+        saved = self._arrays.get(f"{name}/{key}")
+        if saved is None:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        block = np.searchsorted(self._arrays[f"{name}/{key}{FIRST}"], rows, "right") - 1
         inside = np.flatnonzero(block >= 0)
         wanted, at = rows[inside], block[inside] * BLOCK_ROWS
-        self._verify(f"{name}/{ROWS}", saved[:, None], np.unique(block[inside]))
+        self._verify(f"{name}/{key}", saved[:, None], np.unique(block[inside]))
         step = BLOCK_ROWS // 2
         while step and len(at):  # a binary search within verified blocks
             further = np.minimum(at + step, len(saved) - 1)
@@ -175,11 +197,6 @@ class RowFile:
             step //= 2
         hit = np.flatnonzero(saved[at] == wanted)
         return inside[hit], at[hit]
-
-    def _block_of(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Return the block that may have each row, -1 for none."""
-        block: np.ndarray = np.searchsorted(self._arrays[f"{name}/{ROWS}{FIRST}"], rows, "right") - 1
-        return block
 
     def _verify(self, tensor: str, values: np.ndarray, blocks: np.ndarray) -> None:
         """Verify blocks of values [n, w] that have not been verified yet."""
@@ -203,20 +220,31 @@ class RowFile:
         self._map.madvise(mmap.MADV_WILLNEED, page, first + part.nbytes - page)
 
 
+class _Found(NamedTuple):
+    """Saved rows of a chain of files."""
+
+    requested: np.ndarray  # positions among the requested rows
+    number: np.ndarray  # of the file in the chain
+    at: np.ndarray  # position in the file
+
+
 class MappedTables:
     """The tables in row files, for inference; rows that were never updated have their initial values."""
 
-    def __init__(self, paths: Sequence[Path], specs: Mapping[str, TableSpec]) -> None:
-        """Raises CheckpointError: a file is missing or damaged, or lacks a table."""
-        self.paths, self.specs = list(paths), dict(specs)
-        self._files = [RowFile(path) for path in paths]
-        for file in self._files:
+    def __init__(self, chains: Sequence[Sequence[Path]], specs: Mapping[str, TableSpec]) -> None:
+        """chains: the files of each rank, later ones first to hold a row that several have.
+
+        Raises CheckpointError: a file is missing or damaged, or lacks a table.
+        """
+        self.specs = dict(specs)
+        self.chains = [[RowFile(path) for path in chain] for chain in chains]
+        for file in (file for chain in self.chains for file in chain):
             for name, spec in specs.items():
                 if not file.holds(name, spec.dim):
                     raise CheckpointError(
                         f"{file.path} does not hold the table {name} of width {spec.dim} with digests; copy it again"
                     )
-        if specs and not paths:
+        if specs and not chains:
             raise CheckpointError(f"no file holds the rows of the tables {', '.join(specs)}; copy the folder again")
 
     def look_up(self, name: str, rows: Tensor) -> Tensor:
@@ -226,70 +254,91 @@ class MappedTables:
         """
         spec = self.specs[name]
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
-        found = [self._find_admitted(file, name, distinct) for file in self._files]
+        found = [self._find(chain, name, distinct) for chain in self.chains]
         values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
         if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
-            admitted = np.isin(np.arange(len(distinct)), np.concatenate([index for index, _ in found]))
+            admitted = np.isin(np.arange(len(distinct)), np.concatenate([some.requested for some in found]))
             if not admitted.all() and OUT_OF_VOCABULARY not in distinct:
                 one = self.look_up(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
             else:
                 one = values[distinct == OUT_OF_VOCABULARY]
             values[~admitted & (distinct != OUT_OF_VOCABULARY)] = one if len(one) else 0
-        for file, (index, at) in zip(self._files, found, strict=True):
-            values[index] = _float32(file.read(name, VALUES, at))
+        for chain, some in zip(self.chains, found, strict=True):
+            values[some.requested] = _float32(_gather(chain, name, VALUES, some.number, some.at))
         values[distinct == 0] = 0
         vectors = torch.from_numpy(values[inverse.reshape(-1)]).view(*rows.shape, spec.dim)
         return vectors.to(rows.device)
 
     def write(self, folder: Path) -> None:
-        """Write the admitted rows, without states, to row files in a new folder. Raises OSError."""
+        """Write the admitted rows, without states, to a row file per rank in a new folder. Raises OSError."""
         folder.mkdir()
 
-        def source(file: RowFile, name: str) -> RowSource:
-            at = self._admitted(file, name)
-            rows = file.read(name, ROWS, at)[:, 0]
+        def source(chain: Sequence[RowFile], name: str) -> RowSource:
+            rows = _all_rows(chain, name)
+            index, number, at = self._find(chain, name, rows)
+            rows = rows[index]
 
             def read(some: slice) -> Content:
-                return {ROWS: _tensor(rows[some]), VALUES: _tensor(file.read(name, VALUES, at[some]))}
+                return {
+                    ROWS: _tensor(rows[some]), VALUES: _tensor(_gather(chain, name, VALUES, number[some], at[some]))
+                }  # fmt: skip
 
-            return RowSource(file.key(name), rows, read)
+            return RowSource(chain[0].key(name), rows, read)
 
-        for rank, file in enumerate(self._files):
-            write_row_file(folder / row_file(rank), {name: source(file, name) for name in self.specs})
+        for rank, chain in enumerate(self.chains):
+            write_row_file(folder / row_file(rank), {name: source(chain, name) for name in self.specs})
 
     def key(self, name: str) -> int:
         """Return the key of a table's initial values."""
-        return self._files[0].key(name)
+        return self.chains[0][0].key(name)
 
     def contents(self, name: str, owned: Callable[[np.ndarray], np.ndarray], *, states: bool) -> Iterator[Content]:
         """Yield the saved rows for which `owned(rows)` is true, as `RowStore.load` takes them, some at once.
 
         states: all rows with their states, step numbers and occurrences; else the admitted rows alone.
         """
-        for file in self._files:
-            every = np.arange(file.count(name)) if states else self._admitted(file, name)
-            every = every[owned(file.read(name, ROWS, every)[:, 0])]
-            keys = [key for key in file.keys(name) if states or key in (ROWS, VALUES)]
-            for first in range(0, len(every), ROWS_AT_ONCE):
-                at = every[first : first + ROWS_AT_ONCE]
-                content = {key: _tensor(file.read(name, key, at)) for key in keys}
-                yield {key: tensor[:, 0] if key in (ROWS, *COUNTS) else tensor for key, tensor in content.items()}
+        for chain in self.chains:
+            rows = _all_rows(chain, name)
+            rows = rows[owned(rows)]
+            index, number, at = self._find(chain, name, rows, admitted=not states)
+            rows, keys = rows[index], [key for key in chain[0].keys(name) if states or key == VALUES]
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                some = slice(first, first + ROWS_AT_ONCE)
+                content = {key: _tensor(_gather(chain, name, key, number[some], at[some])) for key in keys}
+                content[ROWS] = torch.from_numpy(rows[some])
+                yield {key: tensor[:, 0] if key in COUNTS else tensor for key, tensor in content.items()}
 
-    def _admitted(self, file: RowFile, name: str) -> np.ndarray:
-        """Return the positions of admitted rows in a file."""
-        at = np.arange(file.count(name))
-        return at[self._is_admitted(file, name, at)]
+    def _find(self, chain: Sequence[RowFile], name: str, rows: np.ndarray, *, admitted: bool = True) -> _Found:
+        """Return the saved, by default admitted, rows among ascending ones; the last file with a row holds it."""
+        number, at = np.full(len(rows), -1), np.zeros(len(rows), np.int64)
+        for position, file in enumerate(chain):
+            evicted, _ = file.find(name, rows, EVICTED)
+            number[evicted] = -1
+            index, found = file.find(name, rows)
+            number[index], at[index] = position, found
+        stored = number >= 0
+        if admitted and OCCURRENCES in chain[0].keys(name):
+            index = np.flatnonzero(stored)
+            occurrences = _gather(chain, name, OCCURRENCES, number[index], at[index])[:, 0]
+            stored[index] = (occurrences >= self.specs[name].admit_after) | (rows[index] == OUT_OF_VOCABULARY)
+        return _Found(np.flatnonzero(stored), number[stored], at[stored])
 
-    def _find_admitted(self, file: RowFile, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        index, at = file.find(name, rows)
-        admitted = self._is_admitted(file, name, at)
-        return index[admitted], at[admitted]
 
-    def _is_admitted(self, file: RowFile, name: str, at: np.ndarray) -> np.ndarray:
-        if OCCURRENCES not in file.keys(name):
-            return np.ones(len(at), bool)
-        admitted: np.ndarray = file.read(name, OCCURRENCES, at)[:, 0] >= self.specs[name].admit_after
-        return admitted | (file.read(name, ROWS, at)[:, 0] == OUT_OF_VOCABULARY)
+def _all_rows(chain: Sequence[RowFile], name: str) -> np.ndarray:
+    """Return the rows of all files of a chain, ascending, evicted ones included."""
+    rows = [file.read(name, ROWS, np.arange(file.count(name)))[:, 0] for file in chain]
+    return rows[0] if len(rows) == 1 else np.unique(np.concatenate(rows))
+
+
+def _gather(chain: Sequence[RowFile], name: str, key: str, number: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Return the values [n, w] of rows at positions of files of a chain."""
+    largest = max(chain, key=lambda file: file.count(name))  # an empty file does not have the width
+    empty = largest.read(name, key, at[:0])
+    values = np.empty((len(at), empty.shape[1]), empty.dtype)
+    for position in np.unique(number):
+        of_file = number == position
+        values[of_file] = chain[position].read(name, key, at[of_file])
+    return values
 
 
 def load_tables(tables: ShardedTables, saved: MappedTables, *, states: bool) -> None:

@@ -187,15 +187,21 @@ class RowStore:
         """
         return self.content_of(*self.saved(step, states=states), states=states)
 
-    def saved(self, step: int, *, states: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of `content`, and their positions in the storage."""
-        local = np.flatnonzero(self.updated)
+    def saved(self, step: int, *, states: bool, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of `content` that step `since` or a later one updated, and their positions in the storage."""
+        local = np.flatnonzero(self.updated > since)
         local = local[~self._expired(local, step)]
         if not states:
             local = local[self.is_admitted(local, step)]
         rows = self.partition.rows(local)
         order = np.argsort(rows)
         return rows[order], local[order]
+
+    def evicted(self, step: int, since: int) -> np.ndarray:
+        """Return the rows that are evicted before `step` and were not before step `since`, ascending."""
+        local = np.flatnonzero(self.updated)
+        local = local[self._expired(local, step) & ~self._expired(local, since)]
+        return np.sort(self.partition.rows(local))
 
     def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
         """Return the `content` of rows at positions of the storage."""

@@ -171,7 +171,8 @@ def saved_and_grown(rank: int, world_size: int, folder: Path, grown: bool) -> di
     specs = [replace(spec, rows=spec.rows * 3 // 2) for spec in SPECS] if grown else SPECS
     tables = ShardedTables(specs, optimizer_of("rowwise_adagrad"), SEED + grown)
     if grown:
-        load_tables(tables, MappedTables(sorted(folder.glob("*.safetensors")), tables.specs), states=False)
+        files = [[path] for path in sorted(folder.glob("*.safetensors"))]
+        load_tables(tables, MappedTables(files, tables.specs), states=False)
     else:
         for step in range(2):
             rows = {spec.name: np.unique(batch(step, rank, spec.name)[0]) for spec in SPECS}
@@ -185,7 +186,8 @@ def saved_and_grown(rank: int, world_size: int, folder: Path, grown: bool) -> di
 
 def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Pool], tmp_path: Path) -> None:
     saved = pools[2].run(saved_and_grown, tmp_path, False)[0]
-    mapped = MappedTables(sorted(tmp_path.glob("*.safetensors")), {spec.name: spec for spec in SPECS})
+    files = [[path] for path in sorted(tmp_path.glob("*.safetensors"))]
+    mapped = MappedTables(files, {spec.name: spec for spec in SPECS})
     for grown in pools[3].run(saved_and_grown, tmp_path, True):
         for spec in SPECS:
             assert torch.equal(grown[spec.name][: spec.rows], saved[spec.name])
@@ -198,7 +200,7 @@ def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Po
     content = bytearray((tmp_path / row_file(1)).read_bytes())
     (tmp_path / row_file(1)).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"is not a row file|does not hold the table"):
-        MappedTables([tmp_path / row_file(1)], {spec.name: spec for spec in SPECS})
+        MappedTables([[tmp_path / row_file(1)]], {spec.name: spec for spec in SPECS})
 
 
 def test_traffic_follows_the_distinct_rows(pools: dict[int, Pool]) -> None:

@@ -52,7 +52,7 @@ def flip(path: Path, tensor: str, byte: int) -> None:
 
 
 def test_a_row_file_has_the_updated_rows(path: Path) -> None:
-    tables, mapped = trained(), MappedTables([path], SPECS)
+    tables, mapped = trained(), MappedTables([[path]], SPECS)
     rows = torch.arange(3 * ROWS).view(3, -1).flip(0)
     assert torch.equal(mapped.look_up("items", rows), tables.look_up("items", rows))
     every = torch.arange(10)
@@ -70,7 +70,7 @@ def test_a_damaged_block_is_refused_when_it_is_read(path: Path, tensor: str, byt
     tables, checksum = trained(), row_file_checksum(path)
     flip(path, f"items/{tensor}", (BLOCK_ROWS + 7) * bytes_per_row)
     assert row_file_checksum(path) == checksum  # rows are not read
-    mapped = MappedTables([path], SPECS)
+    mapped = MappedTables([[path]], SPECS)
     blocks = torch.arange(1, 3 * ROWS, 3).split(BLOCK_ROWS)
     message = rf"rows\.safetensors is damaged: block 1 of items/{tensor}, rows 4096 to 8191 of 12188 in the file, has "
     for _ in range(2):
@@ -86,7 +86,7 @@ def test_a_damaged_block_is_refused_when_it_is_read(path: Path, tensor: str, byt
 def test_a_damaged_index_is_refused_at_once(path: Path, tensor: str) -> None:
     flip(path, tensor, 3)
     with pytest.raises(CheckpointError, match="is damaged: its index does not match its digest; copy the folder again"):
-        MappedTables([path], SPECS)
+        MappedTables([[path]], SPECS)
 
 
 def test_incomplete_files_are_refused(path: Path) -> None:
@@ -95,7 +95,7 @@ def test_incomplete_files_are_refused(path: Path) -> None:
         RowFile(path)
     write_row_file(path, {"items": RowSource(1, np.arange(3), lambda some: {"rows": torch.arange(3)[some]})})
     with pytest.raises(CheckpointError, match="does not hold the table items of width 4 with digests; copy it again"):
-        MappedTables([path], {"items": SPECS["items"]})
+        MappedTables([[path]], {"items": SPECS["items"]})
 
 
 def test_a_file_is_written_in_blocks(path: Path) -> None:
