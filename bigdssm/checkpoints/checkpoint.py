@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,15 @@ class Checkpoint:
         """Return the shares that hold tensors, in the order of their ranks."""
         return [share for share in self.shares if share.file == tensors_file(share.owner)]
 
-    def tables_share(self, rank: int) -> FileShare | None:
-        """Return the share with the rows of sharded tables of rank `rank`, None without any."""
-        return next((share for share in self.shares if share.file == tables_file(rank)), None)
+    def table_shares(self, rank: int) -> list[FileShare]:
+        """Return the shares with the rows of sharded tables of rank `rank`; later ones precede earlier ones."""
+        shares = [share for share in self.shares if share.owner == rank and share.file.startswith(TABLES)]
+        return sorted(shares, key=lambda share: share.file)
 
-    def table_files(self) -> list[Path]:
-        """Return the files with the rows of sharded tables, by rank."""
-        shares = (self.tables_share(rank) for rank in range(self.world_size))
-        return [self.path / share.file for share in shares if share is not None]
+    def table_files(self) -> list[list[Path]]:
+        """Return the files with the rows of sharded tables of each rank, in their order."""
+        files = [[self.path / share.file for share in self.table_shares(rank)] for rank in range(self.world_size)]
+        return [of_rank for of_rank in files if of_rank]
 
     def rank_share(self, rank: int) -> FileShare:
         """Return the share with the local state of rank `rank`."""
@@ -149,9 +150,12 @@ def tensors_file(rank: int) -> str:
     return f"tensors-{rank:05d}.safetensors"
 
 
-def tables_file(rank: int) -> str:
-    """Return the file name of a rank's rows of sharded tables (see tables/files.py)."""
-    return f"tables-{rank:05d}.safetensors"
+TABLES = "tables-"  # prefix of the names of row files
+
+
+def tables_file(rank: int, number: int) -> str:
+    """Return the name of a file with rows of sharded tables of a rank (see tables/files.py)."""
+    return f"{TABLES}{rank:05d}-{number:02d}.safetensors"
 
 
 def rank_file(rank: int) -> str:
@@ -269,7 +273,7 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
     blocks = tuple(_read_blocks(path, *part) for part in assigned)
     rank_state = None
     for owner in range(rank, checkpoint.world_size, world_size):
-        if (rows := checkpoint.tables_share(owner)) is not None:
+        for rows in checkpoint.table_shares(owner):
             for number in range(len(rows.xxh3_128)):  # verified here, and read by the ranks that own the rows
                 _read_blocks(path, rows, number, number + 1)
         share = checkpoint.rank_share(owner)
@@ -343,11 +347,11 @@ def folder_checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
 
 
-def check_file(path: Path, checksum: str | None, manifest: str) -> None:
+def check_file(path: Path, checksum: str | None, manifest: str, compute: Callable[[Path], str] = file_checksum) -> None:
     """Raise CheckpointError if the file is missing, or its checksum is not the one in `manifest`."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the folder is incomplete, copy it or create it again")
-    if file_checksum(path) != checksum:
+    if compute(path) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum is not that in {manifest}; copy it or create it again")
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,6 @@ from torch import Tensor
 from bigdssm.checkpoints.checkpoint import (
     check_file,
     consolidated_state_dict,
-    folder_checksums,
     is_checkpoint_dir,
     read_manifest,
 )
@@ -44,9 +43,9 @@ from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.tables.files import MappedTables
+from bigdssm.tables.files import MappedTables, row_file_checksum
 from bigdssm.utils.atomic import link_or_copy, new_folder, real_path, write_json
-from bigdssm.utils.hashing import json_checksum
+from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
 META_FILE, CONFIG_FILE = "bigdssm.json", "config.yaml"
@@ -138,7 +137,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     """
     meta = _read_meta(folder)
     for name, checksum in meta["checksums"].items():
-        check_file(folder / name, checksum, META_FILE)
+        check_file(folder / name, checksum, META_FILE, _checksum_function(name))
     try:
         config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
         own = trained_scorer(config, meta["provenance"])
@@ -166,8 +165,8 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
             model.scorer = scorer.build(config.model, schema, texts)
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights, assign=mapped)
-        row_files = sorted(name for name in meta["checksums"] if name.startswith(f"{TABLES_DIR}/"))
-        open_tables(model, [folder / name for name in row_files])
+        row_files = sorted(filter(_is_row_file, meta["checksums"]))
+        open_tables(model, [[folder / name] for name in row_files])
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
         ArithmeticError, AttributeError, LookupError, TypeError,  # raised by transformers for a damaged architecture
@@ -205,8 +204,11 @@ def model_checksum(
     return _identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
-def open_tables(model: DualEncoder, files: Sequence[Path]) -> None:
-    """Open row files as the source of a model's sharded tables, if any. Raises CheckpointError: they do not match."""
+def open_tables(model: DualEncoder, files: Sequence[Sequence[Path]]) -> None:
+    """Open row files, a chain per rank, as the source of a model's sharded tables, if any.
+
+    Raises CheckpointError: they do not match.
+    """
     if model.tables.sharded:
         model.tables.source = MappedTables(files, model.tables.sharded)
 
@@ -332,10 +334,20 @@ def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Ma
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores."""
-    checksums = folder_checksums(folder)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    checksums = {name: _checksum_function(name)(folder / name) for name in files}
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
     return checksums
+
+
+def _is_row_file(name: str) -> bool:
+    return name.startswith(f"{TABLES_DIR}/")
+
+
+def _checksum_function(name: str) -> Callable[[Path], str]:
+    """Return the function that computes the checksum of a file; rows are verified when they are read."""
+    return row_file_checksum if _is_row_file(name) else file_checksum
 
 
 BEST = "best"

@@ -128,30 +128,33 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
     The file is synced to disk before the function returns.
     """
     pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())  # keeps all of them aligned
-    ends = list(accumulate((piece.values.nbytes for piece in pieces), initial=0))
-    header = {
-        piece.name: {
-            "dtype": _NAMES[piece.values.dtype], "shape": [piece.values.numel()], "data_offsets": [first, last]
-        }
-        for piece, first, last in zip(pieces, ends, ends[1:], strict=False)
-    }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    header, offsets = safetensors_header([(piece.name, piece.values.dtype, piece.values.numel()) for piece in pieces])
     with path.open("wb") as file:
         checksummed = _Checksummed(file)
-        checksummed.write(memoryview(len(text).to_bytes(8, "little") + text))
+        checksummed.write(memoryview(header))
         for piece in pieces:
             if len(piece.values):  # the strides of an empty tensor may not allow a view
                 checksummed.write(piece.values.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    data = 8 + len(text)
     locations = [
-        TensorLocation(piece.name, piece.first, piece.values.numel(), data + begin)
-        for piece, begin in zip(pieces, ends, strict=False)
+        TensorLocation(piece.name, piece.first, piece.values.numel(), begin)
+        for piece, begin in zip(pieces, offsets, strict=False)
     ]
-    share = FileShare(owner, path.name, (0, data + ends[-1]), BLOCK, tuple(checksummed.checksums()), tuple(locations))
+    share = FileShare(owner, path.name, (0, offsets[-1]), BLOCK, tuple(checksummed.checksums()), tuple(locations))
     return share, {piece.name: TensorSpec(_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
+
+
+def safetensors_header(tensors: Sequence[tuple[str, torch.dtype, int]]) -> tuple[bytes, list[int]]:
+    """Return the header of a file of flat tensors (name, dtype, count), and their offsets, with the end of the file."""
+    ends = list(accumulate((count * dtype.itemsize for _, dtype, count in tensors), initial=0))
+    header = {
+        name: {"dtype": _NAMES[dtype], "shape": [count], "data_offsets": [first, last]}
+        for (name, dtype, count), first, last in zip(tensors, ends, ends[1:], strict=False)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends]
 
 
 def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> Iterator[tuple[FileShare, int, int]]:

@@ -1,6 +1,7 @@
 """The checkpoints of a stage: each rank writes its share, then rank 0 writes the manifest.
 
 Writing runs in a thread with a separate process group, concurrently with training. See checkpoint.py for the format.
+Rows of sharded tables that are unchanged since the checkpoint before are not written again: its row files are linked.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -24,6 +25,7 @@ from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import (
     COMMON,
     LATEST,
+    TABLES,
     Checkpoint,
     LoadedCheckpoint,
     UnsupportedFormatError,
@@ -39,12 +41,54 @@ from bigdssm.checkpoints.checkpoint import (
 )
 from bigdssm.checkpoints.shares import FileShare, TensorPiece, TensorSpec, even_share, whole_tensor, write_share
 from bigdssm.errors import BigDSSMError, CheckpointError, PeerError
-from bigdssm.utils.atomic import REPLACED, UNFINISHED, recover, remove, replace_folder, temporary_path, write_text
+from bigdssm.tables.files import row_count, table_tensors
+from bigdssm.tables.sharded import ShardedTables
+from bigdssm.utils.atomic import (
+    REPLACED,
+    UNFINISHED,
+    link_or_copy,
+    recover,
+    remove,
+    replace_folder,
+    temporary_path,
+    write_text,
+)  # fmt: skip
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 
 EXIT_TIMEOUT_S = 60.0  # how long a rank that exits with an error waits for a checkpoint in progress
+
+
+MAX_ROW_FILES = 16  # of a rank in a checkpoint; the next one has all rows in one file
+
+
+@dataclass(frozen=True)
+class _RowFiles:
+    """This rank's row files of a checkpoint, in their order."""
+
+    folder: Path
+    steps: int  # applied before it was saved
+    shares: tuple[FileShare, ...] = ()
+    rows: tuple[int, ...] = ()  # of each file
+
+    def extended(self, share: FileShare, rows: int) -> _RowFiles:
+        return replace(self, shares=(*self.shares, share), rows=(*self.rows, rows))
+
+    def is_complete(self) -> bool:
+        """Return True if the files exist with their sizes."""
+        files = ((self.folder / share.file, share.size) for share in self.shares)
+        return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+
+@dataclass(frozen=True)
+class _TableRows:
+    """Rows of sharded tables to be written, in addition to those of `parent`."""
+
+    tensors: list[TensorPiece]
+    rows: int
+    parent: _RowFiles
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +99,7 @@ class _Job:
     state: dict[str, Any]
     pieces: list[TensorPiece]
     rank_state: list[TensorPiece]
-    table_rows: list[TensorPiece]
+    table_rows: _TableRows | None
     between: Callable[[], None]  # called between this rank's files
     group: distributed.Group | None
 
@@ -71,6 +115,7 @@ class CheckpointStore:
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._row_files: _RowFiles | None = None  # of the last checkpoint that this object has written
 
     def save(
         self,
@@ -79,7 +124,7 @@ class CheckpointStore:
         common: dict[str, Tensor],
         rank_state: dict[str, Tensor],
         pieces: Iterable[TensorPiece],
-        table_rows: dict[str, Tensor] | None = None,
+        tables: ShardedTables | None = None,
         *,
         in_background: bool = False,
         between: Callable[[], None] = lambda: None,
@@ -87,16 +132,15 @@ class CheckpointStore:
         """Write the checkpoint of `step` and remove the oldest ones.
 
         pieces: this rank's pieces of weights and optimizer states. `state` and `common` are equal on every rank;
-        `rank_state` and `table_rows`, the rank's rows of sharded tables, are local. in_background: copy the tensors and
-        write them in a thread; `wait` and the next save wait for it. Raises CheckpointError on every rank if any rank
-        cannot write; earlier checkpoints are untouched.
+        `rank_state` is local. in_background: copy the tensors and write them in a thread; `wait` and the next save
+        wait for it. Raises CheckpointError on every rank if any rank cannot write; earlier checkpoints are untouched.
         """
         self.wait()
         named = [(COMMON + name, tensor) for name, tensor in common.items()]
         shared = even_share(named, distributed.rank(), distributed.world_size())
         parts = [piece.on_host(copy=in_background) for some in (pieces, shared) for piece in some]
         local = [whole_tensor(name, tensor).on_host(copy=in_background) for name, tensor in rank_state.items()]
-        rows = [whole_tensor(name, tensor) for name, tensor in (table_rows or {}).items()]  # copies
+        rows = None if tables is None else self._table_rows(tables)
         state = json.loads(json.dumps(state))  # a deep copy
         job = _Job(step, state, parts, local, rows, between, distributed.background_group())
         self._error = None
@@ -105,6 +149,18 @@ class CheckpointStore:
         if not in_background:
             self.wait()
         return self.folder / checkpoint_name(step)
+
+    def _table_rows(self, tables: ShardedTables) -> _TableRows:
+        """Return a copy of the rows to be written: those that changed since the last checkpoint, or all of them."""
+        parent = self._row_files
+        known = max(store.evictions_known_from for store in tables.stores.values())
+        if parent and known <= parent.steps and len(parent.shares) < MAX_ROW_FILES and parent.is_complete():
+            tensors = table_tensors(tables, parent.steps)
+            if sum(parent.rows[1:]) + (rows := row_count(tensors)) <= parent.rows[0]:
+                return _TableRows(_whole(tensors), rows, parent, tables.steps)
+            del tensors  # before all rows are copied
+        tensors = table_tensors(tables)
+        return _TableRows(_whole(tensors), row_count(tensors), _RowFiles(self.folder, 0), tables.steps)
 
     def wait(self) -> None:
         """Wait for a checkpoint in progress. Raises the error of a failed write, on every rank."""
@@ -140,6 +196,7 @@ class CheckpointStore:
         Damaged checkpoints are renamed: otherwise a resumed run, whose steps are lower, would remove its own
         checkpoints as the oldest. Raises UnsupportedFormatError; CheckpointError: the folder cannot be read or written.
         """
+        self._row_files = None
         while (checkpoint := self._newest()) is not None:
             read, damage = self._read(checkpoint)
             damages = [reported for reported in distributed.all_gather_object(damage) if reported is not None]
@@ -206,18 +263,22 @@ class CheckpointStore:
         aside, rank = temporary_path(path), distributed.rank()
         self._run_collectively(lambda: self._prepare(aside), "prepare", job.group)
         written: list[tuple[FileShare, dict[str, TensorSpec]]] = []
+        row_files: list[_RowFiles] = []
 
         def write() -> None:
             written.append(write_share(aside / tensors_file(rank), rank, job.pieces))
             job.between()
-            for name, tensors in ((rank_file(rank), job.rank_state), (tables_file(rank), job.table_rows)):
-                if tensors or name == rank_file(rank):
-                    share, _ = write_share(aside / name, rank, tensors)
-                    written.append((replace(share, locations=()), {}))
+            share, _ = write_share(aside / rank_file(rank), rank, job.rank_state)
+            written.append((replace(share, locations=()), {}))
+            if job.table_rows is not None:
+                row_files.append(_write_rows(aside, rank, job.table_rows))
 
         self._run_collectively(write, "write", job.group)
+        files = row_files[0] if row_files else None
+        written += [(share, {}) for share in (files.shares if files else ())]
         reports = distributed.gather_objects(written, job.group)
         self._run_collectively(lambda: self._publish(aside, path, job, reports), "publish", job.group)
+        self._row_files = None if files is None else replace(files, folder=path)
 
     def _prepare(self, aside: Path) -> None:
         if distributed.is_main():
@@ -241,7 +302,7 @@ class CheckpointStore:
         write_manifest(aside, job.step, len(reports), job.state, tensors, shares)
         replace_folder(aside, path)
         write_text(self.folder / LATEST, path.name)
-        logger.info("wrote the checkpoint of step %d", job.step)
+        logger.info("wrote the checkpoint of step %d%s", job.step, _described(shares))
         for old in checkpoints_in(self.folder)[: -self._keep]:
             shutil.rmtree(old)
 
@@ -257,3 +318,28 @@ class CheckpointStore:
                 f"could not {verb} a checkpoint in {self.folder}: {reason}; the last valid one is kept"
             )
         distributed.raise_together(error, group)
+
+
+def _whole(tensors: dict[str, Tensor]) -> list[TensorPiece]:
+    return [whole_tensor(name, tensor) for name, tensor in tensors.items()]
+
+
+def _write_rows(folder: Path, rank: int, rows: _TableRows) -> _RowFiles:
+    """Link the row files of the parent, and write a further one. Raises OSError."""
+    for share in rows.parent.shares:
+        link_or_copy(rows.parent.folder / share.file, folder / share.file)
+    file = folder / tables_file(rank, len(rows.parent.shares))
+    share, _ = write_share(file, rank, rows.tensors)
+    return replace(rows.parent, steps=rows.steps).extended(replace(share, locations=()), rows.rows)
+
+
+def _described(shares: Sequence[FileShare]) -> str:
+    """Return the bytes of table rows that were written, and those of linked files, for the log."""
+    of_rank: dict[int, list[FileShare]] = {}
+    for share in sorted((share for share in shares if share.file.startswith(TABLES)), key=lambda share: share.file):
+        of_rank.setdefault(share.owner, []).append(share)
+    if not of_rank:
+        return ""
+    written = sum(files[-1].size for files in of_rank.values())
+    linked = sum(share.size for files in of_rank.values() for share in files[:-1])
+    return f"; rows of sharded tables: {written:,} bytes written, {linked:,} in linked files"

@@ -162,6 +162,8 @@ class RowStore:
         self.updated: np.ndarray = self._on_host(size, 1, np.int32).reshape(-1)
         counted = spec.admit_after > 1
         self.occurrences: np.ndarray | None = self._on_host(size, 1, np.int16).reshape(-1) if counted else None
+        self._released: list[tuple[int, np.ndarray]] = []  # a step, and rows that it evicted before they were replaced
+        self.evictions_known_from = 0  # the first step from which all of them are listed
 
     def _on_host(self, size: int, width: int, dtype: type) -> np.ndarray:
         if self._folder is None or not size:
@@ -192,7 +194,7 @@ class RowStore:
         if self._slots is None:
             return local
         if len(absent := np.flatnonzero(local == 0)) > self._slots.num_free:
-            self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)))
+            self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)), step)
             while self._slots.num_free < len(rows) + len(self.updated) // 4:
                 self._grow()
             local = self._local(rows)
@@ -200,8 +202,11 @@ class RowStore:
         local[absent] = self._slots.add(rows[absent])
         return local
 
-    def _release(self, local: np.ndarray) -> None:
+    def _release(self, local: np.ndarray, step: int) -> None:
         """Return rows to their initial values, and free their slots."""
+        self._released.append((step, self._rows(local)))
+        if sum(len(rows) for _, rows in self._released) > len(self.updated):  # no more than the table itself
+            self._released, self.evictions_known_from = [], step + 1
         self.updated[local] = 0
         if self.occurrences is not None:
             self.occurrences[local] = 0
@@ -274,7 +279,7 @@ class RowStore:
             self.occurrences[local] = np.minimum(self.occurrences[local] + 1, self.spec.admit_after)
         self.updated[local] = step + 1
 
-    def trim(self) -> None:
+    def trim(self, step: int) -> None:
         """Reduce each virtual shard with more rows than its share to 7/8 of it: the last updated rows, then the lowest.
 
         A rank owns whole shards: the evicted rows do not depend on the number of ranks, and ranks need not communicate.
@@ -289,20 +294,38 @@ class RowStore:
         order = np.lexsort((self._rows(local), -self.updated[local], shards))
         firsts = np.searchsorted(shards[order], shards[order])  # of the shard
         kept = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
-        self._release(local[order[np.arange(len(order)) - firsts >= kept]])
+        self._release(local[order[np.arange(len(order)) - firsts >= kept]], step)
 
     def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
         """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
 
         states: also `updated`, `occurrences` and the optimizer states, of all rows; else only the admitted rows.
         """
-        local = np.flatnonzero(self.updated)
+        return self.content_of(*self.saved(step, states=states), states=states)
+
+    def saved(self, step: int, *, states: bool, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of `content` that step `since` or a later one updated, and their positions in the storage."""
+        local = np.flatnonzero(self.updated > since)
         local = local[~self._expired(local, step)]
         rows = self._rows(local)
         order = np.argsort(rows)
         if not states:
             order = order[self.is_admitted(rows[order], step)]
-        rows, local = rows[order], local[order]
+        return rows[order], local[order]
+
+    def evicted(self, step: int, since: int) -> np.ndarray:
+        """Return the rows that are evicted before `step` and were not before step `since`, ascending.
+
+        Known for `since` from `evictions_known_from` on; those of earlier steps are forgotten.
+        """
+        self._released = [(at, rows) for at, rows in self._released if at >= since]
+        local = np.flatnonzero(self.updated)
+        local = local[self._expired(local, step) & ~self._expired(local, since)]
+        released = (rows[self.updated[self._local(rows)] == 0] for _, rows in self._released)
+        return np.unique(np.concatenate([self._rows(local), *released]))
+
+    def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
+        """Return the `content` of rows at positions of the storage."""
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.values, local)}
         if states:
             content["updated"] = torch.from_numpy(self.updated[local])

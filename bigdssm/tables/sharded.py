@@ -199,7 +199,7 @@ class ShardedTables:
         self.steps += 1
         if self.steps % TRIM_STEPS == 0:
             for store in self.stores.values():
-                store.trim()
+                store.trim(self.steps)
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""

@@ -12,7 +12,7 @@ from bigdssm import distributed
 from bigdssm.config import Config, StageName
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder
-from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
+from bigdssm.tables.files import MappedTables, load_tables, row_file, store_sources, write_row_file
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.engine import device
 from bigdssm.utils.atomic import remove
@@ -63,7 +63,7 @@ def write_tables(tables: ShardedTables | None, folder: Path) -> Path | None:
             remove(folder)
             folder.mkdir(parents=True)
 
-    for action in (prepare, lambda: write_row_file(folder / row_file(distributed.rank()), tables)):
+    for action in (prepare, lambda: write_row_file(folder / row_file(distributed.rank()), store_sources(tables))):
         error: BigDSSMError | None = None
         try:
             action()

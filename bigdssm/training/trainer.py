@@ -27,7 +27,7 @@ from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.losses.precision import saved_precision, settle_precision
 from bigdssm.models import DualEncoder
-from bigdssm.tables.files import MappedTables, load_tables, table_tensors
+from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
@@ -145,7 +145,7 @@ class Trainer:
             | self.selection.state_dict(),
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
             "pieces": self.engine.local_pieces(),
-            "table_rows": None if (tables := self.engine.tables) is None else table_tensors(tables, states=True),
+            "tables": self.engine.tables,
         }
 
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.checkpoints.checkpoint import find_checkpoint
+from bigdssm.checkpoints.checkpoint import find_checkpoint, read_manifest
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.tables.files import MappedTables
@@ -115,6 +115,21 @@ def test_model_folders_and_checkpoints_hold_the_rows(
     assert torch.equal(vectors(copied, dataset), vectors(best, dataset))
 
 
+def test_a_damaged_row_of_a_model_folder_is_refused(config: Path, one: Path, tmp_path: Path) -> None:
+    shutil.copytree(one / "pretrain" / "best", tmp_path / "best")
+    file = tmp_path / "best" / "tables" / "rows-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"rows-00000\.safetensors is damaged: block 0 of doc_item_id/values, .* ag"
+    ):
+        vectors(load_model_folder(tmp_path / "best"), config.parent / "dataset")
+    shutil.copy(next((one / "pretrain" / "checkpoints").glob("*/tables-*")), file)
+    with pytest.raises(CheckpointError, match=r"damaged: its checksum is not that in bigdssm\.json"):
+        load_model_folder(tmp_path / "best")
+
+
 def test_a_run_resumes_on_other_ranks_and_is_fine_tuned(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     options = (*SHARDED, "pretrain.table_optimizer={name: lazy_adam, lr: 0.01}", "pretrain.save_every_steps=6")
     pools[2].run(small_run.run, config, tmp_path / "whole", options)
@@ -127,10 +142,15 @@ def test_a_run_resumes_on_other_ranks_and_is_fine_tuned(config: Path, tmp_path: 
 
 
 def test_the_same_ranks_repeat_the_same_bits(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    options = (*SHARDED, "pretrain.save_every_steps=6")
+    """A run that resumes from a checkpoint with two row files per rank, too."""
+    options = (*SHARDED, "pretrain.save_every_steps=3")
     for name in ("first", "second"):
         pools[2].run(small_run.run, config, tmp_path / name, options)
     pools[2].run(stop_after, config, tmp_path / "third", options, 6)
+    newest = find_checkpoint(tmp_path / "third" / "pretrain", "step-00000006")
+    assert max(len(files) for files in read_manifest(newest).table_files()) == 2
+    of_checkpoint = load_checkpoint_model(newest).model.tables.source
+    assert isinstance(of_checkpoint, MappedTables) and len(of_checkpoint.chains) == 2
     pools[2].run(small_run.run, config, tmp_path / "third", options, "pretrain", True)
     files = [sorted((tmp_path / name / "pretrain/best/tables").iterdir()) for name in ("first", "second", "third")]
     for first, *others in zip(*files, strict=True):
@@ -312,7 +332,7 @@ def test_a_checkpoint_has_the_admitted_rows_alone(config: Path, tmp_path: Path, 
     files = (stage / "best" / "tables").iterdir()
     shutil.copy(max(files), stage / "best" / "tables" / "rows-00009.safetensors")
     listed = load_model_folder(stage / "best").model.tables.source
-    assert isinstance(listed, MappedTables) and len(listed.paths) == 2
+    assert isinstance(listed, MappedTables) and len(listed.chains) == 2
 
 
 def test_a_table_that_grows_beyond_the_limit_stays_as_it_is(tmp_path: Path, pools: dict[int, Pool]) -> None:

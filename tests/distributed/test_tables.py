@@ -19,7 +19,7 @@ from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
 from bigdssm.tables import row_index
-from bigdssm.tables.files import MappedTables, load_tables, row_file, write_row_file
+from bigdssm.tables.files import MappedTables, load_tables, row_file, store_sources, write_row_file
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import drop_ids
@@ -174,7 +174,8 @@ def saved_and_grown(rank: int, world_size: int, folder: Path, grown: bool) -> di
     specs = [replace(spec, rows=spec.rows * 3 // 2) for spec in SPECS] if grown else SPECS
     tables = ShardedTables(specs, optimizer_of("rowwise_adagrad"), SEED + grown)
     if grown:
-        load_tables(tables, MappedTables(sorted(folder.glob("*.safetensors")), tables.specs), states=False)
+        files = [[path] for path in sorted(folder.glob("*.safetensors"))]
+        load_tables(tables, MappedTables(files, tables.specs), states=False)
     else:
         for step in range(2):
             rows = {spec.name: np.unique(batch(step, rank, spec.name)[0]) for spec in SPECS}
@@ -182,13 +183,14 @@ def saved_and_grown(rank: int, world_size: int, folder: Path, grown: bool) -> di
             sum(leaf.sum() for leaf in working.leaves.values()).backward()  # type: ignore[union-attr]
             tables.reduce(working)
             tables.commit(1.0, 1.0)
-        write_row_file(folder / row_file(rank), tables)
+        write_row_file(folder / row_file(rank), store_sources(tables))
     return {spec.name: tables.look_up(spec.name, torch.arange(spec.rows)) for spec in specs}
 
 
 def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Pool], tmp_path: Path) -> None:
     saved = pools[2].run(saved_and_grown, tmp_path, False)[0]
-    mapped = MappedTables(sorted(tmp_path.glob("*.safetensors")), {spec.name: spec for spec in SPECS})
+    files = [[path] for path in sorted(tmp_path.glob("*.safetensors"))]
+    mapped = MappedTables(files, {spec.name: spec for spec in SPECS})
     for grown in pools[3].run(saved_and_grown, tmp_path, True):
         for spec in SPECS:
             assert torch.equal(grown[spec.name][: spec.rows], saved[spec.name])
@@ -201,7 +203,7 @@ def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Po
     content = bytearray((tmp_path / row_file(1)).read_bytes())
     (tmp_path / row_file(1)).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"is not a row file|does not hold the table"):
-        MappedTables([tmp_path / row_file(1)], {spec.name: spec for spec in SPECS})
+        MappedTables([[tmp_path / row_file(1)]], {spec.name: spec for spec in SPECS})
 
 
 def test_traffic_follows_the_distinct_rows(pools: dict[int, Pool]) -> None:

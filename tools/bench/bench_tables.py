@@ -2,11 +2,12 @@
 
     python tools/bench/bench_tables.py dense --rows 1000000     # DeepSpeed ZeRO 1 with nn.Embedding, and sharded
     python tools/bench/bench_tables.py sizes                    # the same batch, tables of 1M and 8M rows
+    python tools/bench/bench_tables.py checkpoints --steps 100    # bytes of table rows in successive checkpoints
     python tools/bench/bench_tables.py files --rows 1000000000 --folder /tmp/tables [--uniform]
 
 A step fetches the rows of a batch, looks them up, returns the gradients of a linear loss, and updates. Ids are drawn
 by Zipf's law (exponent 1.05) or uniformly, `--ids` of them per rank; two CPU ranks with gloo and one thread each. Times
-are medians over the steps after the first two; bytes are those that a rank sends.
+are medians over the steps after the first two; bytes are those that a rank sends. `checkpoints` saves every `--steps`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from bigdssm import distributed
+from bigdssm.checkpoints.checkpoint import read_manifest
+from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import at_least
+from bigdssm.tables.files import table_tensors
 from bigdssm.tables.optimizers import RowwiseAdagrad
 from bigdssm.tables.rows import TableSpec
 from bigdssm.tables.sharded import ShardedTables
 
+CHECKPOINTS = 5
 WARM_UP = 2
 ZIPF = 1.05
 
@@ -44,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(3), default=12, help=f"steps {default}")
     parser.add_argument("--ranks", type=at_least(1), default=2, help=f"number of ranks {default}")
     parser.add_argument("--uniform", action="store_true", help="ids are uniform instead of Zipf's")
-    parser.add_argument("--folder", type=Path, help="folder of the files of the task `files`")
+    parser.add_argument("--folder", type=Path, help="folder of the files of `files` and `checkpoints`")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -150,6 +156,40 @@ def files(args: argparse.Namespace, random: np.random.RandomState) -> Iterator[s
     yield sharded_steps(args, random, args.rows, args.folder)[0]
 
 
+def checkpoints(args: argparse.Namespace, random: np.random.RandomState) -> Iterator[str]:
+    """Yield the bytes of table rows that successive checkpoints write, and those of all rows."""
+    tables = ShardedTables([TableSpec("table", args.rows, args.dim)], RowwiseAdagrad(lr=0.05), 0)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(distributed.broadcast_object(name))
+        store = CheckpointStore(folder, keep=2)
+        for number in range(1, CHECKPOINTS + 1):
+            saved = tables.steps
+            for _ in range(args.steps):
+                found, positions = np.unique(ids_of(args, random, args.rows), return_inverse=True)
+                working = tables.fetch({"table": found})
+                working.look_up("table", torch.from_numpy(positions + 1)).sum().backward()
+                tables.reduce(working)
+                tables.commit(1.0, 1.0)
+            updated = tables.stores["table"].updated
+            of_rank = [(updated > 0).sum(), (updated > saved).sum(), nbytes(table_tensors(tables))]
+            trained, changed, whole = distributed.all_reduce(torch.tensor(of_rank, dtype=torch.int64)).tolist()
+            started = time.perf_counter()
+            path = store.save(tables.steps, {}, {}, {}, [], tables)
+            seconds = time.perf_counter() - started
+            shares = [read_manifest(path).table_shares(rank) for rank in range(args.ranks)]
+            yield (
+                f"checkpoint {number}, {args.rows:,} rows x {args.dim}, {args.steps} steps: {changed:,} of "
+                f"{trained:,} trained rows changed; {sum(files[-1].size for files in shares) / 1e6:,.1f} MB of table "
+                f"rows written in {seconds:.2f} s, all rows {whole / 1e6:,.1f} MB; {len(shares[0])} row files"
+            )
+        dist.barrier()
+
+
+def nbytes(tensors: dict[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def status_mb(field: str) -> float:
     """Return a field of this process's memory in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -157,7 +197,7 @@ def status_mb(field: str) -> float:
 
 
 TASKS: dict[str, Callable[[argparse.Namespace, np.random.RandomState], Iterator[str]]] = {
-    "dense": dense, "sizes": sizes, "files": files,
+    "checkpoints": checkpoints, "dense": dense, "sizes": sizes, "files": files,
 }  # fmt: skip
 
 if __name__ == "__main__":
