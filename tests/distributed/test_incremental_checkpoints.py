@@ -17,6 +17,7 @@ from bigdssm.checkpoints.checkpoint import read_manifest, verify
 from bigdssm.checkpoints.shares import even_share
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.errors import BigDSSMError, CheckpointError
+from bigdssm.tables import sharded
 from bigdssm.tables.files import MappedTables, RowFile, load_tables
 from bigdssm.tables.optimizers import LazyAdam
 from bigdssm.tables.rows import TableSpec
@@ -260,3 +261,47 @@ def lost_parent(rank: int, world_size: int, folder: Path) -> list[int]:
             assert (found := store.newest_valid()) is not None and found.step == 1
         save(store, tables, step + 1)
     return [len(list(folder.glob(f"*step-0000000{step}/tables-*"))) for step in (1, 2, 3)]
+
+
+REPLACED = (TableSpec("keys", 2**40, 3, evict_after=5), TableSpec("few", 5000, 3, capacity=4096))
+
+
+def replacing(rank: int, world_size: int, folder: Path, log: bool) -> dict[str, dict[str, Tensor]]:
+    """Train with rows that lose their slot or exceed a capacity between two saves; return the content."""
+    keys = [1000, 10, 2000, 350, 350, 350, 350]
+    trim_steps, sharded.TRIM_STEPS = sharded.TRIM_STEPS, 2
+    tables = ShardedTables(REPLACED, LazyAdam(lr=0.1), 0)
+    store = CheckpointStore(folder, keep=9)
+    for step, number in enumerate(keys):
+        few = np.arange(1, 601) if step == 0 else np.arange(4096 + 20 * step, 4116 + 20 * step)
+        rows = {"keys": 10**9 + sum(keys[:step]) + np.arange(number), "few": few}
+        working = tables.fetch({name: found[rank::world_size] for name, found in rows.items()})
+        sum(leaf.sin().sum() for leaf in working.leaves.values()).backward()  # type: ignore[union-attr]
+        tables.reduce(working)
+        tables.commit(1.0, 1.0)
+        if step in (2, 6):
+            if step == 6:
+                assert all(store.evictions_known_from <= 3 and store._released for store in tables.stores.values())
+                if not log:
+                    tables.stores["keys"].evictions_known_from = 5
+            save(store, tables, step + 1)
+    sharded.TRIM_STEPS = trim_steps
+    return content(tables)
+
+
+def replaced(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Tensor]]:
+    newest = CheckpointStore(folder, keep=9).newest_valid()
+    assert newest is not None
+    tables = ShardedTables(REPLACED, LazyAdam(lr=0.1), 0)
+    tables.steps = newest.step
+    load_tables(tables, MappedTables(newest.checkpoint.table_files(), tables.specs), states=True)
+    return content(tables)
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_rows_that_are_replaced_are_evicted(tmp_path: Path, pools: dict[int, Pool], log: bool) -> None:
+    """Also if more of them were replaced than are listed: then all rows are written."""
+    trained = by_row(pools[2].run(replacing, tmp_path, log))
+    assert len(row_files(tmp_path, 7)) == 1 + log
+    assert len(trained["keys"]["rows"]) == 3400 and 500 < len(trained["few"]["rows"]) < 600
+    assert_equal(by_row(pools[3].run(replaced, tmp_path)), trained)

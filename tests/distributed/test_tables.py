@@ -427,7 +427,7 @@ def train_shared(rank: int, world_size: int, folder: Path) -> tuple[Tensor, list
             (working.look_up("shared", positions).sin().sum() * world_size / ALL_RANKS).backward()
         norms.append(float(tables.reduce(working)))
         tables.commit(1.0, 1.0)
-    write_row_file(folder / row_file(rank), tables)
+    write_row_file(folder / row_file(rank), store_sources(tables))
     return tables.look_up("shared", torch.from_numpy(shared_codes(0, 0))), norms
 
 
@@ -452,7 +452,7 @@ def test_vectors_of_hashed_ids_are_sums_of_shared_rows(pools: dict[int, Pool], t
         for found, of_steps in pools[world_size].run(train_shared, folder):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             assert of_steps == pytest.approx(norms, rel=1e-5)
-        mapped = MappedTables(sorted(folder.iterdir()), {"shared": SHARED})
+        mapped = MappedTables([[file] for file in sorted(folder.iterdir())], {"shared": SHARED})
         assert torch.equal(mapped.look_up("shared", torch.from_numpy(shared_codes(0, 0))), found)
     rows = SHARED.hashed(np.arange(2, 100_000))
     for one, other in ((0, 1), (0, 2), (1, 2)):
