@@ -2,12 +2,13 @@
 
     python tools/bench/bench_tables.py dense --rows 1000000     # DeepSpeed ZeRO 1 with nn.Embedding, and sharded
     python tools/bench/bench_tables.py sizes                    # the same batch, tables of 1M and 8M rows
-    python tools/bench/bench_tables.py checkpoints --steps 100    # bytes of table rows in successive checkpoints
+    python tools/bench/bench_tables.py checkpoints --steps 10     # bytes of table rows in successive checkpoints
     python tools/bench/bench_tables.py files --rows 1000000000 --folder /tmp/tables [--uniform]
 
 A step fetches the rows of a batch, looks them up, returns the gradients of a linear loss, and updates. Ids are drawn
 by Zipf's law (exponent 1.05) or uniformly, `--ids` of them per rank; two CPU ranks with gloo and one thread each. Times
-are medians over the steps after the first two; bytes are those that a rank sends. `checkpoints` saves every `--steps`.
+are medians over the steps after the first two; bytes are those that a rank sends. `checkpoints` saves every `--steps`,
+after ten times as many the first time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bigdssm.tables.optimizers import RowwiseAdagrad
 from bigdssm.tables.rows import TableSpec
 from bigdssm.tables.sharded import ShardedTables
 
-CHECKPOINTS = 5
+CHECKPOINTS, FIRST_INTERVALS = 6, 10
 WARM_UP = 2
 ZIPF = 1.05
 
@@ -164,7 +165,8 @@ def checkpoints(args: argparse.Namespace, random: np.random.RandomState) -> Iter
         store = CheckpointStore(folder, keep=2)
         for number in range(1, CHECKPOINTS + 1):
             saved = tables.steps
-            for _ in range(args.steps):
+            intervals = FIRST_INTERVALS if number == 1 else 1
+            for _ in range(intervals * args.steps):
                 found, positions = np.unique(ids_of(args, random, args.rows), return_inverse=True)
                 working = tables.fetch({"table": found})
                 working.look_up("table", torch.from_numpy(positions + 1)).sum().backward()
@@ -178,7 +180,7 @@ def checkpoints(args: argparse.Namespace, random: np.random.RandomState) -> Iter
             seconds = time.perf_counter() - started
             shares = [read_manifest(path).table_shares(rank) for rank in range(args.ranks)]
             yield (
-                f"checkpoint {number}, {args.rows:,} rows x {args.dim}, {args.steps} steps: {changed:,} of "
+                f"checkpoint {number}, {args.rows:,} rows x {args.dim}, {intervals * args.steps} steps: {changed:,} of "
                 f"{trained:,} trained rows changed; {sum(files[-1].size for files in shares) / 1e6:,.1f} MB of table "
                 f"rows written in {seconds:.2f} s, all rows {whole / 1e6:,.1f} MB; {len(shares[0])} row files"
             )
