@@ -37,11 +37,13 @@ def instruction_set(device: str = "cpu") -> str:
     if device == "cuda":
         return "sm_80" if torch.cuda.get_device_capability() >= (8, 0) else "none"
     cpu: Any = torch.cpu
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # also where ONEDNN_MAX_CPU_ISA excludes the instructions
+        return "none"
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "arm_bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "none"
+        return "arm_bf16"
     if cpu._is_amx_tile_supported():
         return "amx"
-    # mkldnn's own test is also true of AVX-512 without bfloat16 instructions.
+    # mkldnn's test is also true of AVX-512 without bfloat16 instructions.
     return "avx512_bf16" if cpu._is_avx512_bf16_supported() else "none"
 
 

@@ -122,10 +122,9 @@ class Health:
             "queries_per_s": total / seconds,
             "queries_max_over_mean": max(self._queries) / max(1.0, total / len(self._queries)),
         }
-        logger.info(
-            "%s: %s queries/s, the rank with most has %.2f times the mean",
-            self._name, f"{rates['queries_per_s']:,.0f}", rates["queries_max_over_mean"],
-        )  # fmt: skip
+        share = f", the rank with most has {rates['queries_max_over_mean']:.2f} times the mean"
+        share = share if len(self._queries) > 1 else ""
+        logger.info("%s: %s queries/s%s", self._name, f"{rates['queries_per_s']:,.0f}", share)
         return rates
 
     def after_run(self) -> None:

@@ -108,7 +108,7 @@ class Trainer:
         steps = segment_steps(stage, stream.steps_per_epoch)
         self.total_steps = progress.part_step + steps
         warmup = warmup_steps(steps, stage.optimizer)
-        if warmup < stage.optimizer.warmup_steps:
+        if warmup < stage.optimizer.warmup_steps and distributed.is_main():
             logger.warning(
                 "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
                 name, stage.optimizer.warmup_steps, steps, warmup,

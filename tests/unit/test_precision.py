@@ -32,6 +32,7 @@ def on(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
         ("x86_64", False, False, True, "none"),  # AVX-512 alone, where mkldnn emulates
         ("x86_64", True, False, True, "avx512_bf16"),
         ("AMD64", True, True, True, "amx"),
+        ("x86_64", True, True, False, "none"),  # ONEDNN_MAX_CPU_ISA=AVX2
         ("aarch64", False, False, True, "arm_bf16"),
         ("aarch64", False, False, False, "none"),
     ],
