@@ -153,6 +153,10 @@ def _check_tables(config: Config) -> None:
     require(
         tables.hashes == 1 or tables.hash_rows > 0, "model.tables.hash_rows", 0, f"above 0 with hashes={tables.hashes}"
     )
+    cached, memory = config.engine.table_cache_rows, config.engine.table_memory
+    require(
+        not cached or memory != "device", "engine.table_memory", memory, f"host or file with table_cache_rows={cached}"
+    )
     both = sorted(set(tables.rows) & set(tables.replicated))
     require(not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated")
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.tables.cache import RowCache
 from bigdssm.tables.row_index import RowIndex
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 from bigdssm.utils.transfer import to_device
@@ -145,9 +146,12 @@ class RowStore:
 
     def __init__(
         self, spec: TableSpec, key: int, partition: RowPartition, optimizer: TableOptimizerConfig,
-        device: torch.device, folder: Path | None = None,
+        device: torch.device, folder: Path | None = None, cache_rows: int = 0, cache_device: torch.device | None = None,
     ) -> None:  # fmt: skip
-        """`device`: of the storage; `folder`: of temporary files that hold it instead of memory."""
+        """`device`: of the storage; `folder`: of temporary files that hold it instead of memory.
+
+        cache_rows: rows of it that are kept on `cache_device`, too; 0: none.
+        """
         self.spec, self.partition, self.key, self._optimizer = spec, partition, key, optimizer
         self._device, self._folder = device, folder
         if folder is not None:
@@ -157,6 +161,8 @@ class RowStore:
         self.values = self._allocate(size, spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
         self.states = {name: self._allocate(size, width, torch.float32) for name, width in widths.items()}
+        self._cache = RowCache(self._stored, cache_rows, cache_device or device) if cache_rows and size else None
+        self.num_read = self.num_hits = 0  # stored rows that were read, and those of them that were in the cache
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
         self.updated: np.ndarray = self._on_host(size, 1, np.int32).reshape(-1)
@@ -204,6 +210,8 @@ class RowStore:
 
     def _release(self, local: np.ndarray, step: int) -> None:
         """Return rows to their initial values, and free their slots."""
+        if self._cache is not None:
+            self._cache.clear()
         self._released.append((step, self._rows(local)))
         if sum(len(rows) for _, rows in self._released) > len(self.updated):  # no more than the table itself
             self._released, self.evictions_known_from = [], step + 1
@@ -219,6 +227,8 @@ class RowStore:
         """Double the number of slots, and the arrays one by one."""
         assert self._slots is not None
         self._slots.grow()
+        if self._cache is not None:
+            self._cache.clear()
         size = len(self._slots.rows)
 
         def extended(stored: Tensor) -> Tensor:
@@ -234,6 +244,8 @@ class RowStore:
         self.values = extended(self.values)
         for name in self.states:
             self.states[name] = extended(self.states[name])
+        if self._cache is not None:
+            self._cache.use(self._stored)
         self.updated = extended_on_host(self.updated)
         if self.occurrences is not None:
             self.occurrences = extended_on_host(self.occurrences)
@@ -252,25 +264,40 @@ class RowStore:
         return expired
 
     def read(self, rows: np.ndarray, step: int) -> Tensor:
-        """Return this rank's rows before `step`, float32 [n, d] on the device of the storage."""
-        return self._read(rows, self._local(rows), step)
+        """Return this rank's rows before `step`, float32 [n, d] on the device of the storage, or of its cache."""
+        local = self._local(rows)
+        known = np.flatnonzero(self.updated[local])
+        if self._cache is None or not len(known):
+            return self._with_initial(self.values[self._index(local)].float(), rows, local, step)
+        distinct, inverse = np.unique(local[known], return_inverse=True)  # several ranks may request a row
+        self.num_read, self.num_hits = self.num_read + len(distinct), self.num_hits + self._cache.hits(distinct)
+        found = self._cache.read(distinct)["values"].float()
+        values = found.new_empty(len(rows), self.spec.dim)
+        at, of = (to_device(torch.from_numpy(numbers), values.device) for numbers in (known, inverse))
+        values.index_copy_(0, at, found[of])
+        return self._with_initial(values, rows, local, step)
 
-    def _read(self, rows: np.ndarray, local: np.ndarray, step: int) -> Tensor:
-        values = self.values[self._index(local)].float()
+    def _with_initial(self, values: Tensor, rows: np.ndarray, local: np.ndarray, step: int) -> Tensor:
+        """Set rows that were never updated, or are evicted before `step`, to their initial values."""
         new = np.flatnonzero((self.updated[local] == 0) | self._expired(local, step))
         if len(new):
             initial = torch.from_numpy(initial_rows(rows[new], self.spec.dim, self.key, self.spec.std))
-            values.index_copy_(0, self._index(new), to_device(initial, values.device))
+            index = to_device(torch.from_numpy(new), values.device)
+            values.index_copy_(0, index, to_device(initial, values.device))
         return values
 
     def update(self, rows: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
         """Apply gradients float32 [n, d] to distinct rows."""
         local = self._assign(rows, step)
-        index, values = self._index(local), self._read(rows, local, step)
-        states = {name: state[index] for name, state in self.states.items()}
+        if self._cache is None:
+            index = self._index(local)
+            states = {name: stored[index] for name, stored in self._stored.items()}
+        else:
+            states = self._cache.read(local)
+        values = self._with_initial(states.pop("values").float(), rows, local, step)
         if len(expired := np.flatnonzero(self._expired(local, step))):
             for state in states.values():
-                state.index_fill_(0, self._index(expired), 0)
+                state.index_fill_(0, to_device(torch.from_numpy(expired), state.device), 0)
             if self.occurrences is not None:
                 self.occurrences[local[expired]] = 0
         self._optimizer.update(values, gradients.to(values.device), states, lr, step)
@@ -326,6 +353,8 @@ class RowStore:
 
     def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
         """Return the `content` of rows at positions of the storage."""
+        if self._cache is not None:
+            self._cache.flush()
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.values, local)}
         if states:
             content["updated"] = torch.from_numpy(self.updated[local])
@@ -359,10 +388,16 @@ class RowStore:
         self.load({"rows": torch.from_numpy(rows[owned]), "values": values})
 
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
-        index = self._index(local)
-        self.values.index_copy_(0, index, values.to(self.values))
-        for name, state in states.items():
-            self.states[name].index_copy_(0, index, state.to(self.states[name].device))
+        written = {"values": values, **states}
+        if self._cache is not None:
+            self._cache.write(local, written)
+            return
+        for name, rows in written.items():
+            self._stored[name].index_copy_(0, self._index(local), rows.to(self._stored[name]))
+
+    @property
+    def _stored(self) -> dict[str, Tensor]:
+        return {"values": self.values, **self.states}
 
     def _index(self, local: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(local), self.values.device)

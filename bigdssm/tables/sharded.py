@@ -88,21 +88,20 @@ class ShardedTables:
     def __init__(
         self, specs: Sequence[TableSpec], optimizer: TableOptimizerConfig, seed: int, *,
         device: torch.device | None = None, storage: torch.device | None = None, folder: Path | None = None,
-        dtype: torch.dtype = torch.float32, group: distributed.Group | None = None,
+        cache_rows: int = 0, dtype: torch.dtype = torch.float32, group: distributed.Group | None = None,
     ) -> None:  # fmt: skip
         """device: of working sets and gradients; storage: of rows and states, by default the same.
 
-        folder: files that hold rows and states instead of memory. dtype: of looked-up vectors.
+        folder: files that hold rows and states instead of memory. cache_rows: rows of each table that are kept on
+        `device`, too. dtype: of looked-up vectors.
         """
         self.specs = {spec.name: spec for spec in specs}
-        self.optimizer, self.traffic = optimizer, Traffic()
+        self.optimizer, self.traffic, self.cache_rows = optimizer, Traffic(), cache_rows
         self._device, self._dtype, self._group = device or torch.device("cpu"), dtype, group
         self.partition = RowPartition(distributed.rank(group), distributed.world_size(group))
+        where = storage or self._device, folder, cache_rows, self._device
         self.stores = {
-            spec.name: RowStore(
-                spec, table_key(seed, spec.name), self.partition, optimizer, storage or self._device, folder
-            )
-            for spec in specs
+            spec.name: RowStore(spec, table_key(seed, spec.name), self.partition, optimizer, *where) for spec in specs
         }
         self._pending: list[PendingUpdate] = []
         self.steps = 0  # that have been applied
@@ -200,6 +199,13 @@ class ShardedTables:
         if self.steps % TRIM_STEPS == 0:
             for store in self.stores.values():
                 store.trim(self.steps)
+
+    def cache_hits(self) -> float:
+        """Return the share of stored rows that this rank read from the cache since the last call."""
+        read, hits = (sum(getattr(store, name) for store in self.stores.values()) for name in ("num_read", "num_hits"))
+        for store in self.stores.values():
+            store.num_read = store.num_hits = 0
+        return hits / max(1, read)
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""

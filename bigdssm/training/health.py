@@ -94,6 +94,11 @@ class Health:
             "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **({"gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
+            **(
+                {"table_cache_hits": tables.cache_hits()}
+                if (tables := self._engine.tables) and tables.cache_rows
+                else {}
+            ),
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
         self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN

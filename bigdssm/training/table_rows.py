@@ -38,6 +38,7 @@ def build_tables(
     tables = ShardedTables(
         list(specs.values()), config.stage(name).table_optimizer, config.run.seed, device=device(),
         storage=device() if memory == "device" else torch.device("cpu"), folder=folder,
+        cache_rows=config.engine.table_cache_rows,
         dtype=torch.bfloat16 if config.engine.precision == "bf16_pure" else torch.float32,
     )  # fmt: skip
     if isinstance(model.tables.source, MappedTables) and not resumed:

@@ -47,7 +47,7 @@ def one(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int,
     [
         (1, ("engine.zero_stage=1", "engine.table_memory=file")),
         (2, ("engine.zero_stage=2", "engine.chunk_tokens=150", "engine.keep_graph_tokens=0")),
-        (3, ("engine.zero_stage=3", "engine.table_memory=host")),
+        (3, ("engine.zero_stage=3", "engine.table_memory=host", "engine.table_cache_rows=9")),
         (2, ("engine.zero_stage=0", "engine.chunk_tokens=400")),
     ],
 )
