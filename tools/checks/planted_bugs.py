@@ -729,7 +729,7 @@ BUGS = [
         f"{RANKS}/test_incremental_checkpoints.py::test_resumed_runs_equal_those_of_whole_checkpoints"),
     Bug("tables", "evicted_rows_return", "tables.files:MappedTables._find",
         "number[evicted] = -1", "pass",
-        f"{RANKS}/test_incremental_checkpoints.py::test_resumed_runs_equal_those_of_whole_checkpoints"),
+        f"{RANKS}/test_incremental_checkpoints.py::test_evicted_rows_have_their_initial_values"),
     Bug("tables", "an_earlier_row_file_wins", "tables.files:MappedTables._find",
         "in enumerate(chain):", "in reversed(list(enumerate(chain))):",
         f"{RANKS}/test_incremental_checkpoints.py::test_resumed_runs_equal_those_of_whole_checkpoints"),
