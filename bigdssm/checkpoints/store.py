@@ -58,8 +58,6 @@ from bigdssm.utils.log import get_logger
 logger = get_logger(__name__)
 
 EXIT_TIMEOUT_S = 60.0  # how long a rank that exits with an error waits for a checkpoint in progress
-
-
 MAX_ROW_FILES = 16  # of a rank in a checkpoint; the next one has all rows in one file
 
 

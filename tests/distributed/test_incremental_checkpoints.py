@@ -20,7 +20,7 @@ from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.tables import sharded
 from bigdssm.tables.files import MappedTables, RowFile, load_tables
 from bigdssm.tables.optimizers import LazyAdam
-from bigdssm.tables.rows import TableSpec
+from bigdssm.tables.rows import TableSpec, initial_rows, table_key
 from bigdssm.tables.sharded import ShardedTables
 
 from .spawn import Pool
@@ -178,6 +178,17 @@ def test_resumed_runs_equal_those_of_whole_checkpoints(
         assert step == SAVES[-1]
         assert_equal(one, other)
         assert all(torch.equal(rows[name], others[name]) for name in rows)
+
+
+def test_evicted_rows_have_their_initial_values(two: tuple[Path, Any]) -> None:
+    specs = {spec.name: spec for spec in SPECS}
+    before, after = (
+        MappedTables(read_manifest(two[0] / f"step-0000000{step}").table_files(), specs) for step in (5, 9)
+    )
+    evicted = np.arange(7001, 12_001)
+    initial = torch.from_numpy(initial_rows(evicted, 4, table_key(0, "items"), 0.02))
+    assert torch.equal(after.look_up("items", torch.from_numpy(evicted)), initial)
+    assert (before.look_up("items", torch.from_numpy(evicted)) != initial).any(1).all()
 
 
 def test_model_folders_have_one_file_per_rank(two: tuple[Path, Any], tmp_path: Path) -> None:
