@@ -31,7 +31,6 @@ from bigdssm.cli import add_search_options, at_least, command
 from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
-from bigdssm.serving.server import METRICS_DIR, run_workers
 from bigdssm.utils.log import setup_logging
 
 
@@ -81,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     needed = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
+    from bigdssm.serving.server import METRICS_DIR, run_workers  # imports the packages above
+
     second = None if args.second is None else Folders(args.second[0], args.second[1], args.data, args.threads)
     served = ServerSettings(
         Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), second, args.cache,
