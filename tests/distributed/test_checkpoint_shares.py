@@ -243,6 +243,7 @@ def unseen(rank: int, world_size: int, folder: Path) -> str:
     raise AssertionError("nothing was missed")
 
 
+@pytest.mark.slow
 def test_a_run_stops_soon_after_the_writing_behind_it_has_failed(tmp_path: Path, pools: dict[int, Pool]) -> None:
     """Not only at the next save, since there is none before the end."""
     done = pools[2].run(with_a_full_disk, small_run.write_dataset(tmp_path), tmp_path / "run", 2, 40)

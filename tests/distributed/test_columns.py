@@ -215,6 +215,7 @@ def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
     return float(cross_entropy(scores, torch.tensor(rows.doc_rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "modes"),
     [("none", {1: (), 2: ("engine.chunk_tokens=100",), 3: ("engine.zero_stage=3",)}), ("past", {2: ()})],

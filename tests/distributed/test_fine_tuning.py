@@ -174,6 +174,7 @@ def test_teacher_vectors_are_learned_on_any_number_of_ranks(
     assert_is_followed(config, tmp_path, pools, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     ["{loss: {name: fps}, negatives: {in_batch: true, hard: 3}, distillation: {name: kl, temperature: 0.5}}",

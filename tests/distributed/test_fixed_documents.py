@@ -88,6 +88,7 @@ def test_a_new_query_tower_searches_the_old_index(trained: Path, pools: dict[int
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_hard_negatives_resume_and_estimate(trained: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     hard = ("pretrain.loss.name=pair_ce", "pretrain.sampling.name=none", "pretrain.negatives.uniform=0")
     hard += ("pretrain.negatives.hard=3", "pretrain.negatives.in_batch=false", "pretrain.negatives.mining.first=1")

@@ -136,6 +136,7 @@ def status_mb(field: str) -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
 @pytest.mark.parametrize("popular", [False, True])
 @pytest.mark.parametrize("direction", ["q2d", "both"])

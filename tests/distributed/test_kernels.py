@@ -184,6 +184,7 @@ def test_non_finite_vectors_give_a_non_finite_loss(backend: Backend, direction: 
     assert not backend(shard, 20.0, direction)[0].isfinite()
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:
     """Their sums are reduced by other collectives than on the plain path."""
     shards = [Shard(unit(6, 4, k).float(), unit(6, 4, 9 + k).float(), torch.arange(6)) for k in range(2)]

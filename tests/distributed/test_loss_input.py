@@ -72,6 +72,7 @@ def call_fps(rank: int, world_size: int, bad: dict[str, Any]) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_stops_every_rank(pools: dict[int, Pool], case: str) -> None:
     bad, expected = BAD[case]

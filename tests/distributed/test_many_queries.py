@@ -68,6 +68,7 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in small_run.records(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case == "catalogue" else pytest.mark.slow) for case in LOSSES]
 )

@@ -72,6 +72,7 @@ def relative_errors(run_dir: Path, reference: Path, key: str) -> list[float]:
     return [abs(mine[key] / theirs[key] - 1) for mine, theirs in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero_stage", "more"),
     [
@@ -122,6 +123,7 @@ def test_the_same_curve_in_bfloat16_to_two_percent(
     assert max(errors) > 1e-5  # it is bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [("engine.zero_stage=1",), pytest.param(("engine.zero_stage=3", CHUNKS), marks=slow)])
 def test_recomputed_activations_have_the_same_dropout(
     config: Path, tmp_path: Path, pools: dict[int, Pool], mode: tuple[str, ...]

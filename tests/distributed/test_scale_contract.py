@@ -129,6 +129,7 @@ ENGINES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "loss", "stage"), ENGINES)
 def test_deepspeed(pools: dict[int, Pool], world_size: int, loss: str, stage: int) -> None:
     for clip in CLIPS:

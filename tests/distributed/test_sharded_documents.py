@@ -94,6 +94,7 @@ def ranks_and_hard_negatives(rank: int, world_size: int, folder: Path, out: Path
     return [*(evaluation.ranks for evaluation in found), everything.queries, windows, some["query"], some["window"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "whole"])
 def test_ranks_and_hard_negatives_equal_those_of_one_rank(
     kind: str, tiny_interactions: Any, pools: dict[int, Pool], tmp_path: Path

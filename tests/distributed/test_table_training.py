@@ -141,6 +141,7 @@ def test_a_run_resumes_on_other_ranks_and_is_fine_tuned(config: Path, tmp_path: 
     assert_same_curve(tmp_path / "half", tmp_path / "whole", tolerance=1e-4, stage="sft")
 
 
+@pytest.mark.slow
 def test_the_same_ranks_repeat_the_same_bits(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """A run that resumes from a checkpoint with two row files per rank, too."""
     options = (*SHARDED, "pretrain.save_every_steps=3")
@@ -225,6 +226,7 @@ def test_what_sharded_tables_do_not_support_is_refused(
         pools[1].run(small_run.run, config, tmp_path, (*SHARDED, *plain, override))
 
 
+@pytest.mark.slow
 def test_exports_hold_dense_tables_and_an_estimate_counts_them(
     config: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +247,7 @@ def test_exports_hold_dense_tables_and_an_estimate_counts_them(
     assert sharded.resident["rows of sharded tables, and their states"] > 0 and sharded.sent["sharded tables"] > 0
 
 
+@pytest.mark.slow
 def test_a_new_partition_appends_rows(tmp_path: Path, pools: dict[int, Pool]) -> None:
     """Rows that were trained keep their values, on another number of ranks, too."""
     config = small_run.write_dataset(tmp_path)

@@ -193,6 +193,7 @@ FINE_TUNING = {
 QUICK = ("pair_ce, mined", "fps, mined columns")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [pytest.param(loss, marks=() if loss in QUICK else slow) for loss in FINE_TUNING])
 def test_fine_tuning_has_one_curve_at_any_world_size(
     config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], loss: str

@@ -55,6 +55,7 @@ def sentences(text: str) -> list[str]:
 NO_SIGN = rf"rank 1 \(pid \d+ on \S+\) sent no heartbeat for {watched.TIMEOUT_S:.0f} s"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "victim", "victims_code", "expected"),
     [

@@ -343,6 +343,7 @@ def test_an_index_returns_the_exact_top_documents(folder: Path, trained: list[An
         bigdssm.open_index(folder / "index", bigdssm.load_model(trained[0].best))
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page = (ROOT / "docs/python.md").read_text().split("\n## ")[0]
     make, shell, encode = [

@@ -107,6 +107,7 @@ def test_arguments_of_the_other_functions(tmp_path: Path, call: Any, sentence: s
         call(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -340,6 +340,7 @@ def test_first_difference_names_the_deepest_key() -> None:
     assert first_difference(a, a) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
@@ -359,6 +360,7 @@ def test_an_optimizer_has_keys_of_its_own(path: Path, override: str, reason: str
         load_config(path, [override])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "reason"),
     [

@@ -72,6 +72,7 @@ def test_shares_and_traffic_of_ranks(tiny_pairs: TinyDataset) -> None:
     assert 2 * parts.sent[weights] < chunks < again.sent[weights] <= 1.5 * chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_an_index_takes_the_share_of_the_documents_vectors_again(
     tiny_interactions: TinyDataset, world_size: int
@@ -85,6 +86,7 @@ def test_an_index_takes_the_share_of_the_documents_vectors_again(
     assert highest(NUM_ITEMS - 1) - highest(NUM_ITEMS) == share
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_from_a_copy_of_a_ranks_share(tiny_pairs: TinyDataset) -> None:
     copy, saving = "copy that a checkpoint is written from", ("pretrain.steps=10", "pretrain.save_every_steps=5")
     four = of(tiny_pairs, *saving, world_size=4)
@@ -111,6 +113,7 @@ def test_memory_of_the_host_is_counted_apart(tiny_pairs: TinyDataset) -> None:
     assert on_host.host_bytes == on_host.resident["rows of sharded tables, and their states"] > 0
 
 
+@pytest.mark.slow
 def test_catalogue_columns_are_sharded_and_sent(tiny_interactions: TinyDataset) -> None:
     batch = "columns: batch, mask: past"
     columns = "columns: catalogue, mask: past"

@@ -200,6 +200,7 @@ def test_gradients_are_those_of_finite_differences(block: str, positions: str) -
     assert torch.autograd.gradcheck(vectors, tuple(encoder.parameters()), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "positions"), [("sasrec", "rotary"), ("gated", "relative"), ("hstu", "relative")])
 def test_eight_layers_train(block: str, positions: str) -> None:
     """The next item equals the second newest one, so that the task requires positions."""

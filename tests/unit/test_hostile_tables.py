@@ -146,6 +146,7 @@ def test_files_that_are_not_tables(make: Maker, content: str | None, table: str,
     make.refused(make.pairs(table=table), 3, words)
 
 
+@pytest.mark.slow
 def test_nothing_to_learn_from_is_refused(make: Maker) -> None:
     zero = "every relevance in the train split is 0"
     make.refused(make.records(changed(r=lambda i: 0), "--relevance-column=r"), 3, zero)
@@ -205,6 +206,7 @@ def test_fractions_that_leave_nothing(make: Maker, fractions: tuple[str, str], c
     make.refused(answer, 2, "must be at least 0 and sum to less than 1")
 
 
+@pytest.mark.slow
 def test_time_splits_of_odd_times(make: Maker) -> None:
     def split(*words: object, **columns: Any) -> tuple[int, str]:
         return make.parquet("--split=time", "--time-column=t", "--overwrite", *words, **columns)

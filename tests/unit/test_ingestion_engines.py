@@ -129,6 +129,7 @@ def test_any_number_of_processes_makes_the_same_bytes(make, small_steps: None, t
         assert make(tmp_path, tmp_path / f"made{processes}", processes) == alone
 
 
+@pytest.mark.slow
 def test_where_parts_are_cut_changes_nothing(small_steps: None, tmp_path: Path) -> None:
     for seed in range(2):
         write_tables(tmp_path / "cut" / str(seed), seed)

@@ -136,6 +136,7 @@ def held(versions: list[Version], time: float) -> Facts:
     return [facts for since, facts in versions if since <= time or since == versions[0][0]][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "time"])
 def test_partitions_use_the_versions_of_their_ingestion(split: str, tmp_path: Path) -> None:
     versions: dict[str, list[Version]] = {}

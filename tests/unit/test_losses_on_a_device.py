@@ -74,6 +74,7 @@ def test_device_results_equal_cpu_results(loss: str, world_size: int, dtype: tor
             assert float((a.double() - b.double()).abs().max()) <= tolerance * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("known_each", "num_docs"), [(0, 10**6), (50, 10**6), (50, 400)])
 @pytest.mark.parametrize(("world_size", "m"), [(8, 128), (512, 4)])

@@ -42,6 +42,7 @@ def world() -> Any:
     return tool.make_world()
 
 
+@pytest.mark.slow
 def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: Any) -> None:
     none, classic, corrected = (gradient_bias(world, sampling) for sampling in (None, Classic(), Corrected()))
     half = gradient_bias(world, Corrected(gamma=0.5))
@@ -49,6 +50,7 @@ def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: A
     assert corrected < half < none
 
 
+@pytest.mark.slow
 def test_uniform_negatives_with_the_mixtures_counts_are_nearer_still(world: Any) -> None:
     assert gradient_bias(world, Corrected(), num_uniform=2048) < gradient_bias(world, Corrected())
 

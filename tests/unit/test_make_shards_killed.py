@@ -199,6 +199,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Reference(request.param, source, folder / "whole", *maker(request.param, source, folder / "whole")[1:])
 
 
+@pytest.mark.slow
 def test_a_killed_ingestion_resumes_to_the_same_bytes(whole: Reference, maker: Maker, tmp_path: Path) -> None:
     kills = maker.with_kills(whole.kind, whole.source, tmp_path / "killed", whole.kill_points)
     assert content(tmp_path / "killed") == content(whole.out), kills

@@ -187,6 +187,7 @@ def many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SIMILAR_CELLS", 0)
 
 
+@pytest.mark.slow
 @SIZES
 @GROUPED
 @pytest.mark.parametrize("layers", [1, 2])

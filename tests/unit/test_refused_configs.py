@@ -93,6 +93,7 @@ def test_every_number_has_declared_bounds() -> None:
     assert len(found) > 200 and all(found.values()), [key for key, bound in found.items() if not bound]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -171,6 +171,7 @@ def test_a_collection_names_queries_as_documents(config_path: Path, model: DualE
     assert all(query not in found and len(found) == NUM_DOCS - 1 for query, found in run.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["hf", "model"])
 def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> None:
     path = write_dataset(tmp_path)

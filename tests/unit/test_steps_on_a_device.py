@@ -131,6 +131,7 @@ def batch_of(case: Case) -> Batch:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_operations_of_a_training_step(case: Case) -> None:
     """Without and with a gradient cache, with few and many chunks."""

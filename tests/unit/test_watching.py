@@ -79,6 +79,7 @@ def test_sparklines() -> None:
     assert sparkline(list(map(float, range(800))), 8) == "▁▂▃▄▅▆▇█"
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_in_all_they_differ_in(
     tools: Tools,  # noqa: F811
     tmp_path: Path,

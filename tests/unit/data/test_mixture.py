@@ -74,6 +74,7 @@ def test_every_source_runs_through_its_own_epochs_and_has_its_share(make: Callab
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(mixtures(), st.lists(st.integers(0, 10**7), min_size=1, max_size=4))
 def test_a_mixture_step_does_not_depend_on_previous_steps_or_instances(
@@ -129,6 +130,7 @@ def day_and_row(row_ids: np.ndarray) -> np.ndarray:
     return local * 10 + np.array([2, 0, 1])[place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", ["mixed", "one_source"])
 def test_partitions_by_weight_on_any_ranks_and_workers(days: Path, batches: str) -> None:
     dataset = open_dataset(config(days, *WEIGHTED, mixture_batches=batches))

@@ -54,6 +54,7 @@ def stream(plain: tuple[Dataset, Path], pattern: str = "{000..003}.tar", **numbe
     return PlainStream(plain[0], str(plain[1] / pattern), **{"rows_global": 40, **numbers})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_rows_of_all_shards_with_their_own_values(plain: tuple[Dataset, Path], num_workers: int) -> None:
     dataset, folder = plain

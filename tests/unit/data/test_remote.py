@@ -219,6 +219,7 @@ def test_an_object_store(interactions: Path, store: FileCache) -> None:
     assert again.num_rows("train") == 1000
 
 
+@pytest.mark.slow
 def test_local_folders_do_without_fsspec(interactions: Path) -> None:
     code = f"""
 import sys
@@ -231,6 +232,7 @@ assert next(iter(Dataset.open({str(interactions)!r}).iterate("train", 100))).row
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [failing, resetting, cut_off, short])
 def test_faults_that_pass_change_nothing(server: Server, store: FileCache, interactions: Path, fault) -> None:
     """Most responses are wrong, during opening and reading."""

@@ -47,6 +47,7 @@ def same(a: Rows, b: Rows) -> bool:
     return a.step == b.step and all(np.array_equal(x, y) for x, y in zip(columns(a), columns(b), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3, 4])
 def test_any_world_size_and_workers_give_the_same_global_batches(interactions: Path, num_workers: int) -> None:
     dataset = Dataset.open(interactions)
@@ -239,6 +240,7 @@ def test_memory_is_bounded_by_lanes_and_window_not_by_the_dataset(tmp_path: Path
     assert most < 0.05 * 40_000 * bytes_per_row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_texts_tokenised_while_reading_are_those_tokenised_before(
     tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch

@@ -84,6 +84,7 @@ def test_vectors_are_decoded_by_their_coding(dtype: Dtype, width: int) -> None:
     assert bytes_per_vector(dtype, width) == sizes[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_reader_returns_the_stored_vectors(
     dtype: Dtype, folders: dict[Dtype, Path], whole: np.ndarray, model_dir: Path, dataset: Dataset, tmp_path: Path

@@ -140,6 +140,7 @@ def test_candidates_are_scored_alike_in_any_chunks(
         np.testing.assert_allclose(scores[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [2, 10, 1000])
 def test_the_top_documents_of_a_split_are_reranked(cross_dir: Path, pairs: Dataset, top: int) -> None:
     folder = load_model_folder(cross_dir)

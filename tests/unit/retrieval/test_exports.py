@@ -132,6 +132,7 @@ def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_hf_scores_as_the_trainer(
     make_source: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +145,7 @@ def test_hf_scores_as_the_trainer(
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_sentence_transformers_scores_as_the_trainer(
     make_source: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +168,7 @@ def test_sentence_transformers_scores_as_the_trainer(
         model.encode(QUERIES)
 
 
+@pytest.mark.slow
 def test_mteb_measures_an_exported_model_as_trec_eval_does(make_source: Any, tmp_path: Path) -> None:
     mteb, abstasks = pytest.importorskip("mteb"), pytest.importorskip("mteb.abstasks")
     sentence_transformers = pytest.importorskip("sentence_transformers")

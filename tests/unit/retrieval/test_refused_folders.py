@@ -104,6 +104,7 @@ def test_a_damaged_index_is_named(tools: Tools, copies: Path, damage: Any, file:
     assert file in tools.refused(4, *search(copies))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])
 @pytest.mark.parametrize("file", ["vectors.npy", "documents.arrow", "contents.npy", "meta.json"])
 def test_damaged_vectors_are_named(
@@ -169,6 +170,7 @@ def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Pat
     tools.ran(*search(copies))
 
 
+@pytest.mark.slow
 def test_targets_of_links_are_written(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
     """Twice, and the link is preserved."""
     for name in ("v", "i", "m"):
@@ -215,6 +217,7 @@ def test_an_unknown_split_is_refused(tools: Tools, model_dir: Path, dataset: Dat
     assert "has no rows in split 'nope'; its splits are ['test', 'train', 'validation']" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("marker", "sentence"),
     [
@@ -255,6 +258,7 @@ def test_mining_beyond_the_catalogue_uses_all_documents(tools: Tools, copies: Pa
     assert "is not a hard-negatives file; make it with" in message and "pickle" not in message
 
 
+@pytest.mark.slow
 def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
     """Ranks below 1 would give metrics above 1; ranks of other shapes or rows do not pair."""
     command = ("evaluate", "--model", copies / "model", "--data", dataset.dir)
@@ -272,6 +276,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
     assert "is not a comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
 
 
+@pytest.mark.slow
 def test_files_are_written_where_a_link_leads_and_over_no_device(
     tools: Tools, copies: Path, dataset: Dataset, run_dir: Path  # noqa: F811
 ) -> None:  # fmt: skip

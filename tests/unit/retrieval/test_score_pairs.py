@@ -64,6 +64,7 @@ def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> 
     np.testing.assert_allclose(scored.teacher_scores(scored.queries), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_models_scores_are_its_products(
     tools: Tools, negatives: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip

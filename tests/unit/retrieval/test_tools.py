@@ -355,6 +355,7 @@ def test_report(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -
     assert "train first" in tools.refused(4, "report", tmp_path, "--out", tmp_path / "none.json")
 
 
+@pytest.mark.slow
 def test_report_of_several_seeds(tools: Tools, run_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
     """Means over runs, per seed under `seeds`; runs of another config are rejected."""
     other = tmp_path / "seed-1"
