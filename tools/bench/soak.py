@@ -1,10 +1,11 @@
 """Soak test: inject random faults into a run and verify bit-identical results, rows and metrics.
 
-    python tools/bench/soak.py --out FOLDER [--faults 20] [--seed 0]
+    python tools/bench/soak.py --out FOLDER [--faults 20] [--seed 0] [--tables]
 
 Builds a small dataset in FOLDER and trains on two CPU ranks: once undisturbed (FOLDER/whole), and once with random
 faults at random steps and ranks, under deepspeed or torchrun, resumed with --resume auto (FOLDER/hurt). Checkpoints may
-also be damaged between two starts. The exit code is 0 if the results are identical. 20 faults took 15 minutes on 2 busy
+also be damaged between two starts. With --tables the model has tables that are sharded by rows, which are admitted and
+evicted. The exit code is 0 if the results are identical. 20 faults took 15 minutes on 2 busy
 cores.
 """
 
@@ -32,12 +33,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from bigdssm.checkpoints.checkpoint import read_manifest
+from bigdssm.checkpoints.model_folder import load_checkpoint_model
 from bigdssm.cli import at_least, run_main
 from bigdssm.cluster.metrics import METRICS_FILE
 from bigdssm.config import load_config
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.tables.files import MappedTables
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PAIRS, NUM_WORDS = 3000, 200
@@ -87,13 +91,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for all files")
     parser.add_argument("--faults", type=at_least(1), default=20, help="number of faults (default: %(default)s)")
+    parser.add_argument("--tables", action="store_true", help="shard embedding tables by rows")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: %(default)s)")
     args = parser.parse_args()
     if args.out.exists():
         raise ConfigError(f"{args.out} exists; --out takes a new folder")
     started = time.monotonic()
     steps = args.faults * MAX_STEPS + LAST_STEPS
-    config = make_dataset(args.out, steps)
+    config = make_dataset(args.out, steps, args.tables)
     chance = random.Random(args.seed)
     nan = f"nan@{steps // 3}:1"  # a skipped step, in both runs
     start(config, args.out / "whole", "deepspeed", nan).finish(0)
@@ -113,17 +118,22 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def make_dataset(out: Path, steps: int) -> Path:
+def make_dataset(out: Path, steps: int, tables: bool) -> Path:
     """Build the dataset and return the path of the config."""
     out.mkdir(parents=True)
     chance = random.Random(0)
     with (out / "pairs.jsonl").open("w") as file:
         for _ in range(NUM_PAIRS):
             words = [f"word{chance.randrange(NUM_WORDS)}" for _ in range(8)]
-            record = {"query": " ".join(words[:3]), "text": " ".join(words), "section": words[0][-1]}
+            record = {"query": " ".join(words[:3]), "text": " ".join(words), "section": words[0][-1], "word": words[1]}
             file.write(json.dumps(record) + "\n")
     content = {**CONFIG, "data": {**CONFIG["data"], "dir": str(out / "dataset")}}
     content["pretrain"] = {**CONFIG["pretrain"], "steps": steps}
+    if tables:
+        word = {"type": "categorical", "hash_buckets": 2**40}  # without a vocabulary
+        content["data"]["doc"] = {**content["data"]["doc"], "word": word}
+        content["model"] = {**CONFIG["model"], "tables": {"sharding": "rows", "admit_after": 2, "evict_after": 12}}
+        content["pretrain"]["table_optimizer"] = {"name": "adagrad", "lr": 0.05}
     path = out / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     tables = PairTables((out / "pairs.jsonl",), validation_fraction=0.05, test_fraction=0.05)
@@ -247,9 +257,11 @@ def newest_step(run: Path) -> int:
 def differences(whole: Path, hurt: Path) -> Iterator[str]:
     """Yield the differences between two stages: best weights, last checkpoint, rows, metrics."""
     last = f"checkpoints/step-{newest_step(whole.parent):08d}"
-    tensors = [f"{last}/{file.name}" for file in sorted((whole / last).glob("*.safetensors"))]
-    for name in ("best/model.safetensors", *tensors):
-        first, second = (load_file(stage / name) if (stage / name).is_file() else {} for stage in (whole, hurt))
+    tensors = [file for pattern in (f"{last}/[!t]*", f"{last}/tensors-*", "best/**/*") for file in whole.glob(pattern)]
+    names = [file.relative_to(whole) for file in sorted(tensors) if file.suffix == ".safetensors"]
+    for name in (*names, Path(last)):
+        read = table_rows if str(name) == last else load_file
+        first, second = (read(stage / name) if (stage / name).exists() else {} for stage in (whole, hurt))
         for key in {**first, **second}:
             if key not in first or key not in second or not torch.equal(first[key], second[key]):
                 yield f"{name}: {key} differs"
@@ -259,6 +271,19 @@ def differences(whole: Path, hurt: Path) -> Iterator[str]:
     first, second = (metrics(stage / METRICS_FILE) for stage in (whole, hurt))
     if first != second:
         yield f"{METRICS_FILE} differs: other losses, or a repeated step"
+
+
+def table_rows(path: Path) -> dict[str, torch.Tensor]:
+    """Return the rows of sharded tables in a checkpoint, whose files depend on the checkpoints before it."""
+    specs, found = load_checkpoint_model(path).model.tables.sharded, dict[str, torch.Tensor]()
+    if not specs:
+        return found
+    saved = MappedTables(read_manifest(path).table_files(), specs)
+    for name in specs:
+        parts = list(saved.contents(name, lambda rows: rows >= 0, states=True))
+        order = torch.cat([part["rows"] for part in parts]).argsort()
+        found |= {f"{name}/{key}": torch.cat([part[key] for part in parts])[order] for key in parts[0]}
+    return found
 
 
 def metrics(path: Path) -> list[tuple[int, object]]:
