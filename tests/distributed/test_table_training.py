@@ -307,7 +307,7 @@ def test_ids_that_share_rows(tmp_path: Path, pools: dict[int, Pool]) -> None:
     one, three = (source.look_up("doc_item_id", codes) for source in found)
     torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-5)
     assert len(one.unique(dim=0)) > 40 and torch.linalg.matrix_rank(one) <= 16
-    assert sum(len(file["doc_item_id/rows"]) for file in found[1]._files) <= 20
+    assert sum(chain[0].count("doc_item_id") for chain in found[1].chains) <= 20
     with pytest.raises(RankFailed, match=r"warm_start\.window: got 2, needs 0 with sharded tables"):
         pools[1].run(small_run.run, config, tmp_path / "warm", (*options, "pretrain.warm_start.window=2"))
     with pytest.raises(ConfigError, match=r"model\.tables\.hash_rows: got 0, needs above 0 with hashes=2"):
