@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.errors import BigDSSMError, CheckpointError, DataError
 from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.serving.batching import Overloaded
@@ -258,6 +258,8 @@ def make_app(
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(BigDSSMError)
     async def invalid(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
+        if isinstance(error, CheckpointError):  # a row file of the model is damaged
+            return error_response(500, str(error))
         return error_response(404 if isinstance(error, DataError) else 400, str(error))
 
     @app.exception_handler(RequestValidationError)

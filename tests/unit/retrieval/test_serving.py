@@ -251,6 +251,17 @@ def test_bad_requests_give_a_one_line_error(client: TestClient) -> None:
     assert client.post("/api/search", json={"user": "u7"}).status_code == 200
 
 
+def test_a_damaged_model_is_an_error_of_the_server(
+    client: TestClient, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*arguments: Any) -> None:
+        raise CheckpointError("rows-00000.safetensors is damaged: block 3; copy the folder again")
+
+    monkeypatch.setattr(searcher.queries, "of", damaged)
+    response = client.post("/api/search", json={"user": "u1"})
+    assert response.status_code == 500 and "copy the folder again" in response.text
+
+
 def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, others_answered, waited = threading.Event(), threading.Event(), []
     of = searcher.queries.of
