@@ -56,6 +56,9 @@ def test_one_curve_in_all_modes(
 ) -> None:
     pools[ranks].run(small_run.run, config, tmp_path, (*SHARDED, *modes))
     assert_same_curve(tmp_path, one)
+    hits = [record["table_cache_hits"] for record in small_run.records(tmp_path) if "table_cache_hits" in record]
+    assert bool(hits) == ("engine.table_cache_rows=9" in modes) and all(0 <= share < 1 for share in hits)
+    assert not hits or max(hits) > 0
 
 
 # A pairwise design: each two of optimizer, numbers, clipping, ranks, ZeRO stage, chunk tokens and memory meet.
