@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.checkpoints.shares import (
-    DTYPES,
     FileShare,
     TensorLocation,
     TensorSpec,
@@ -25,6 +24,7 @@ from bigdssm.checkpoints.shares import (
 )
 from bigdssm.errors import CheckpointError
 from bigdssm.utils.hashing import file_checksum, json_checksum
+from bigdssm.utils.safetensors_header import DTYPES
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -6,11 +6,9 @@ separate checksums. On resume, any number of ranks reads every block exactly onc
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -20,15 +18,9 @@ import xxhash
 from torch import Tensor
 
 from bigdssm.errors import CheckpointError
+from bigdssm.utils.safetensors_header import DTYPE_NAMES, DTYPES, safetensors_header
 
 BLOCK = 1 << 20  # bytes of a block, the unit of reading and verification
-_ALIGNMENT = 8  # bytes, of the data in a safetensors file
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -142,19 +134,7 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
         for piece, begin in zip(pieces, offsets, strict=False)
     ]
     share = FileShare(owner, path.name, (0, offsets[-1]), BLOCK, tuple(checksummed.checksums()), tuple(locations))
-    return share, {piece.name: TensorSpec(_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
-
-
-def safetensors_header(tensors: Sequence[tuple[str, torch.dtype, int]]) -> tuple[bytes, list[int]]:
-    """Return the header of a file of flat tensors (name, dtype, count), and their offsets, with the end of the file."""
-    ends = list(accumulate((count * dtype.itemsize for _, dtype, count in tensors), initial=0))
-    header = {
-        name: {"dtype": _NAMES[dtype], "shape": [count], "data_offsets": [first, last]}
-        for (name, dtype, count), first, last in zip(tensors, ends, ends[1:], strict=False)
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends]
+    return share, {piece.name: TensorSpec(DTYPE_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
 
 
 def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> Iterator[tuple[FileShare, int, int]]:

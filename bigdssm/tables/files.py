@@ -26,10 +26,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from bigdssm.checkpoints.shares import safetensors_header
 from bigdssm.errors import CheckpointError
 from bigdssm.tables.rows import OUT_OF_VOCABULARY, ROWS_AT_ONCE, TableSpec, initial_rows
 from bigdssm.tables.sharded import ShardedTables
+from bigdssm.utils.safetensors_header import safetensors_header
 
 ROWS, VALUES, KEY, UPDATED, OCCURRENCES = "rows", "values", "key", "updated", "occurrences"
 EVICTED = "evicted"

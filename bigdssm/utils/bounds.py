@@ -63,6 +63,9 @@ def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iter
             yield from out_of_bounds(inner, f"{key}.{name}")
     elif isinstance(value, tuple | list):
         for number, inner in enumerate(value):
+            if bound is not None and isinstance(inner, tuple | list):  # a list of lists has no type in OmegaConf
+                yield f"{key}[{number}]", inner, "a number"
+                continue
             yield from out_of_bounds(inner, f"{key}[{number}]", bound)
     elif isinstance(value, str):
         if "\0" in value:

@@ -246,6 +246,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ),
         ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),
         ("run.seed=-1", ["run.seed", "got -1"]),
+        ("model.doc.mlp=[[1]]", ["model.doc.mlp[0]", "got [1]", "needs a number"]),
         ("data.num_workers=-1", ["data.num_workers", "at least 0"]),
         ("pretrain.log_every_steps=0", ["pretrain.log_every_steps", "at least 1"]),
         ("sft.max_skipped_steps=0", ["sft.max_skipped_steps", "at least 1"]),

@@ -113,7 +113,7 @@ def test_a_bad_value_counts_as_a_bad_row_does(tmp_path: Path) -> None:
 def test_a_table_of_bad_rows_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"q": "", "d": ""}\n' * 5)
     config = DataConfig(dir="", query=PAIRS.query, doc=PAIRS.doc, max_bad_fraction=1.0)
-    with pytest.raises(DataError, match=r"pairs\.jsonl: no rows remain: 5 × no query"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no rows remain: 5 × no document"):
         make_pairs(
             config, PairTables((tmp_path / "pairs.jsonl",), whole_documents=True), IngestTarget(tmp_path / "out")
         )
