@@ -117,18 +117,18 @@ def row_files(folder: Path, step: int, rank: int = 0) -> list[Path]:
     return sorted((folder / f"step-{step:08d}").glob(f"tables-{rank:05d}-*"))
 
 
-def damage(path: Path, *, in_place: bool) -> None:
+def damage(path: Path, *, all_links: bool) -> None:
     """Change the last byte of a file, or of its name in this folder alone."""
     changed = bytearray(path.read_bytes())
     changed[-1] ^= 1
-    if not in_place:
+    if not all_links:
         path.unlink()
     path.write_bytes(changed)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> tuple[Path, Any]:
-    """Return the checkpoints of two ranks, and what `run` returned."""
+    """Return the checkpoints of two ranks, and the result of `run`."""
     folder = tmp_path_factory.mktemp("incremental")
     return folder, pools[2].run(run, folder)
 
@@ -228,7 +228,7 @@ def test_older_checkpoints_are_removed(tmp_path: Path, pools: dict[int, Pool]) -
 
 
 def test_a_damaged_link_is_damage_of_the_checkpoint(copied: Path, pools: dict[int, Pool]) -> None:
-    damage(row_files(copied, 9, 1)[0], in_place=False)
+    damage(row_files(copied, 9, 1)[0], all_links=False)
     with pytest.raises(CheckpointError, match=r"tables-00001-00\.safetensors is damaged"):
         verify(copied / "step-00000009")
     assert [step for step, *_ in pools[3].run(resumed, copied)] == [5] * 3
@@ -238,7 +238,7 @@ def test_a_damaged_link_is_damage_of_the_checkpoint(copied: Path, pools: dict[in
         "damaged-step-00000005",
         "damaged-step-00000009",
     ]
-    damage(row_files(copied, 3, 0)[0], in_place=True)  # of all checkpoints
+    damage(row_files(copied, 3, 0)[0], all_links=True)  # of all checkpoints
     assert pools[2].run(newest, copied) == [None] * 2
 
 
@@ -268,7 +268,7 @@ def lost_parent(rank: int, world_size: int, folder: Path) -> list[int]:
     for step in range(3):
         train(tables, rank, world_size, step)
         if step == 2:
-            damage(row_files(folder, 2)[1], in_place=False)
+            damage(row_files(folder, 2)[1], all_links=False)
             assert (found := store.newest_valid()) is not None and found.step == 1
         save(store, tables, step + 1)
     return [len(list(folder.glob(f"*step-0000000{step}/tables-*"))) for step in (1, 2, 3)]
