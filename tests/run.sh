@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and tests. Makes .venv if it is missing.
 #
-#   bash tests/run.sh            everything that takes seconds (about 15 minutes on 2 cores)
-#   bash tests/run.sh --full     the slow tests too (about an hour); needs Java 17 or newer
+#   bash tests/run.sh            everything that takes seconds (about 12 minutes on 2 cores)
+#   bash tests/run.sh --full     the slow tests too (about 50 minutes); needs Java 17 or newer
 #
 # Real data for some tests is looked for in $BIGDSSM_SHARED, then in ../shared; without it they are skipped.
 set -euo pipefail
