@@ -311,11 +311,13 @@ class RowStore:
 
         A rank owns whole shards: the evicted rows do not depend on the number of ranks, and ranks need not communicate.
         """
+        if not self.spec.capacity:
+            return
         local = np.flatnonzero(self.updated)
         shards = shard_of(self._rows(local))
         counts = np.bincount(shards, minlength=SHARDS)
         full = np.flatnonzero(counts[shards] > self.spec.share)
-        if not self.spec.capacity or not len(full):
+        if not len(full):
             return
         local, shards = local[full], shards[full]
         order = np.lexsort((self._rows(local), -self.updated[local], shards))
