@@ -341,10 +341,10 @@ def tensor_names(path: Path) -> list[str]:
         return []
 
 
-def folder_checksums(folder: Path) -> dict[str, str]:
-    """Return the xxh3_128 of every file in a folder, in hex, by its relative path."""
+def folder_checksums(folder: Path, compute: Callable[[Path], str] = file_checksum) -> dict[str, str]:
+    """Return the checksum, by default xxh3_128 in hex, of every file in a folder, by its relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
+    return {path.relative_to(folder).as_posix(): compute(path) for path in files}
 
 
 def check_file(path: Path, checksum: str | None, manifest: str, compute: Callable[[Path], str] = file_checksum) -> None:

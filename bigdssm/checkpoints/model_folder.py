@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch import Tensor
 from bigdssm.checkpoints.checkpoint import (
     check_file,
     consolidated_state_dict,
+    folder_checksums,
     is_checkpoint_dir,
     read_manifest,
 )
@@ -137,7 +138,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     """
     meta = _read_meta(folder)
     for name, checksum in meta["checksums"].items():
-        check_file(folder / name, checksum, META_FILE, _checksum_function(name))
+        check_file(folder / name, checksum, META_FILE, _checksum)
     try:
         config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
         own = trained_scorer(config, meta["provenance"])
@@ -165,7 +166,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
             model.scorer = scorer.build(config.model, schema, texts)
         load = model.load_state_dict if own and not scorer else model.load_towers
         load(weights, assign=mapped)
-        row_files = sorted(filter(_is_row_file, meta["checksums"]))
+        row_files = sorted(name for name in meta["checksums"] if name.startswith(f"{TABLES_DIR}/"))
         open_tables(model, [[folder / name] for name in row_files])
     except (
         RuntimeError, SafetensorError, OSError, ValueError, BigDSSMError,
@@ -334,20 +335,15 @@ def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Ma
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    checksums = {name: _checksum_function(name)(folder / name) for name in files}
+    checksums = folder_checksums(folder, _checksum)
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
     return checksums
 
 
-def _is_row_file(name: str) -> bool:
-    return name.startswith(f"{TABLES_DIR}/")
-
-
-def _checksum_function(name: str) -> Callable[[Path], str]:
-    """Return the function that computes the checksum of a file; rows are verified when they are read."""
-    return row_file_checksum if _is_row_file(name) else file_checksum
+def _checksum(path: Path) -> str:
+    """Return the checksum of a file; rows of tables are left out, as they are verified when they are read."""
+    return row_file_checksum(path) if path.parent.name == TABLES_DIR else file_checksum(path)
 
 
 BEST = "best"
