@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -36,6 +35,7 @@ from bigdssm.losses import (
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 from bigdssm.training.resume import forbidden_change
+from tools.checks.pages import code_of
 
 from ..unit.test_config import MINIMAL
 from .spawn import Pool
@@ -50,8 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, and the module that docs/loss.md prints."""
     folder = tmp_path_factory.mktemp("outside")
     section = (ROOT / "docs/loss.md").read_text().split("## Write your own loss")[1].split("\n## ")[0]
-    code = "\n".join(line for line in section.splitlines() if not line or line.startswith("    "))
-    (folder / "outside_terms.py").write_text(dedent(code))
+    (folder / "outside_terms.py").write_text(code_of(section)[0])
     (folder / "config.yaml").write_text(yaml.safe_dump(MINIMAL))
     return folder
 

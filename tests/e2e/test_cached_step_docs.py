@@ -13,16 +13,15 @@ import pytest
 
 from tests.e2e.runs import ROOT, environment
 from tools.bench.bench_cached_step import write_encoder
+from tools.checks.pages import code_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def example(heading: str) -> str:
-    """Return the first indented block after a heading."""
+    """Return the first block after a heading."""
     page = (ROOT / "docs" / "cached_step.md").read_text(encoding="utf-8")
-    found = re.search(r"^    .*(?:\n(?:    .*|[ ]*))*", page[page.index(heading) :], re.M)
-    assert found is not None
-    return "\n".join(line[4:] for line in found[0].splitlines())
+    return code_of(page[page.index(heading) :])[0]
 
 
 def run(code: str, folder: Path, *arguments: object) -> str:

@@ -33,6 +33,7 @@ from bigdssm.commands import _stage
 from bigdssm.errors import CheckpointError, ConfigError, DataError, Preempted
 from bigdssm.retrieval.embed import tower_encoders
 from tests.distributed import small_run
+from tools.checks.pages import code_of
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["pretrain.steps=4", "sft.steps=2", "data.lanes=6"]
@@ -346,9 +347,7 @@ def test_an_index_returns_the_exact_top_documents(folder: Path, trained: list[An
 @pytest.mark.slow
 def test_the_example_of_the_docs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page = (ROOT / "docs/python.md").read_text().split("\n## ")[0]
-    make, shell, encode = [
-        re.sub(r"(?m)^    ", "", block) for block in re.findall(r"(?:^(?:    .*|)\n)+", page, re.M) if block.strip()
-    ]
+    make, shell, encode = code_of(page)
     tables = tables_of(folder)
     pq.write_table(tables["events"], tmp_path / "events.parquet")
     config = yaml.safe_load((folder / "config.yaml").read_text())

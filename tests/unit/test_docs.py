@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -24,20 +23,15 @@ from bigdssm.config.keys import SourceConfig, StageConfig
 from bigdssm.dataset import partition
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
+from tools.checks.pages import code_of
 
 from .test_layers import LAYER_OF
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def code_of(path: Path) -> list[str]:
-    """Return the indented blocks of a Markdown file, paragraphs of one block together."""
-    blocks = re.findall(r"(?:^    .*\n(?:\n+(?=    ))?)+", path.read_text("utf-8"), re.MULTILINE)
-    return [dedent(block).strip() for block in blocks]
-
-
 def test_the_code_of_extending_is_the_module_that_is_tried() -> None:
-    entry, script, *blocks = code_of(ROOT / "docs/extending.md")
+    entry, script, *blocks = code_of((ROOT / "docs/extending.md").read_text("utf-8"))
     assert f'entry-points."{PLUGINS}"' in entry and "bigdssm.commands.pretrain import main" in script
     tried = (ROOT / "tests/distributed/outside.py").read_text("utf-8")
     _, _, module = tried.partition("from __future__ import annotations\n")
@@ -45,7 +39,7 @@ def test_the_code_of_extending_is_the_module_that_is_tried() -> None:
 
 
 def test_the_tables_of_the_tutorial_become_its_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, config, make, *_ = code_of(ROOT / "docs/tutorials/tables.md")
+    script, config, make, *_ = code_of((ROOT / "docs/tutorials/tables.md").read_text("utf-8"))
     (tmp_path / "my.yaml").write_text(config)
     monkeypatch.chdir(tmp_path)
     exec(script, {})
@@ -57,7 +51,7 @@ def test_the_tables_of_the_tutorial_become_its_dataset(tmp_path: Path, monkeypat
 
 
 def test_the_pairs_of_another_library_become_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, commands, *_ = code_of(ROOT / "docs/tutorials/coming_from.md")
+    block, commands, *_ = code_of((ROOT / "docs/tutorials/coming_from.md").read_text("utf-8"))
     config, own = yaml.safe_load((ROOT / "configs/docstrings.yaml").read_text("utf-8")), yaml.safe_load(block)
     config["run"] |= own["run"]
     config["data"] |= {**own["data"], "tokenizer": {"vocab_size": 80}}  # in the place of MiniLM's
@@ -83,6 +77,16 @@ DOCS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
 ]
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_code_is_in_blocks_of_a_language(doc: Path) -> None:
+    """tools/checks/pages.py runs these blocks: bash, python and files with a title."""
+    text = doc.read_text("utf-8")
+    fences = re.findall(r"(?m)^ *```(.*)$", text)
+    assert all(fences[::2]) and not any(fences[1::2]), "a block without a language, or one that does not end"
+    outside = re.sub(r"(?ms)^```.*?^```$", "", text)
+    assert not re.findall(r"(?m)^\n {4,}.*$", outside), "an indented block"
 
 
 @pytest.mark.parametrize("doc", DOCS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
 from bigdssm.losses.reference import dense_loss
+from tools.checks.pages import code_of
 
 DIRECTIONS = ("q2d", "d2q", "both")
 DOUBLE = torch.float64
@@ -167,4 +167,4 @@ def test_excluded_negatives() -> None:
 
 def test_the_page_shows_the_dense_definition() -> None:
     page = (Path(__file__).parents[2] / "docs/loss.md").read_text(encoding="utf-8")
-    assert textwrap.indent(inspect.getsource(dense_loss), "    ") in page
+    assert inspect.getsource(dense_loss) in code_of(page)

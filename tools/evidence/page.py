@@ -25,7 +25,10 @@ baseline), their overrides of a shipped config, and the expected comparisons. `p
 cells, evaluates them on the test split over all documents, and writes this page and [the page of all tables and
 comparisons]({tables}):
 
-    python -m tools.evidence configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md --store tools/evidence
+<!-- not run: days of computing; tests/tools/test_evidence.py compares the stored results with the pages -->
+```bash
+python -m tools.evidence configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md --store tools/evidence
+```
 
 **Method.** FPS is the Full Product Softmax loss, and NDCG@10 the normalized discounted cumulative gain of the first ten
 documents. Differences between cells are paired by row, with 95 % bootstrap intervals over queries and seeds, clustered

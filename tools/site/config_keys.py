@@ -57,7 +57,9 @@ exit code 2 before anything is written. `bigdssm config --config my.yaml` prints
 Editors complete and validate keys with a JSON Schema, which includes the components of installed plugins. Write it with
 `bigdssm config --schema > config.schema.json`, and name it in the first line of a config:
 
-    # yaml-language-server: $schema=config.schema.json
+```yaml
+# yaml-language-server: $schema=config.schema.json
+```
 
 ## Sections"""
 FEATURE_TYPES = """\
@@ -65,9 +67,11 @@ FEATURE_TYPES = """\
 
 `data.query` and `data.doc` map names of features to a type and its options:
 
-    data:
-      query:
-        age: {type: numeric}"""
+```yaml
+data:
+  query:
+    age: {type: numeric}
+```"""
 INDEXES = """\
 ## Index types
 

@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+r"""Run the commands and the code of pages as written.
+
+    python tools/checks/pages.py README.md docs/tutorials/shop.md
+    python tools/checks/pages.py README.md $(find docs -name '*.md')      # all pages: about 6 hours on 2 cores
+
+Each page is run in a new folder, build/pages/PAGE, with links to the files of the repository, block by block:
+
+    ```bash                     commands; exported variables and a server remain until the end of the page
+    ```python                   statements; names remain until the end of the page
+    ```yaml title="my.yaml"     a file of this name, in any language
+    <!-- given                  commands (`given python`: statements) that are not displayed: what the page presupposes
+    <!-- not run: REASON -->    the next block is not run
+
+Other blocks are not run. The first failure ends a page. At the end, the tool prints the result and the seconds of each
+block; it exits with 1 if one failed. Data sets are read from ../shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ROOT / "build/pages"
+BLOCK = re.compile(
+    r"""^<!--\ not\ run:\ (?P<reason>.*)\ -->\n
+    |^(?:```|<!--\ given)\ *(?P<language>\w*)(?:\ title="(?P<title>.*)")?\n(?P<code>(?s:.*?))^(?:```|-->)$""",
+    re.MULTILINE | re.VERBOSE,
+)
+SHELL = r"""
+set -eo pipefail
+[ ! -e .exported ] || . ./.exported
+trap 'export -p > .exported' EXIT
+titled() { # FILE PAGE: the block of another page with this title
+    sed -n "/^\`\`\`.* title=\"$1\"/,/^\`\`\`\$/p" "$2" | sed '1d;$d' > "$1"
+}
+curl() { command curl --fail-with-body "$@"; }
+pip() { # an editable installation is that of the repository
+    case " $* " in *' -e '*) (cd -P bigdssm/.. && command pip "$@") ;; *) command pip "$@" ;; esac
+}
+bigdssm() {
+    if [ "$1" = serve ]; then # in the background, in place of the server before
+        [ ! -e .server ] || { kill "$(cat .server)"; tail --pid "$(cat .server)" -f /dev/null; }
+        command bigdssm "$@" &
+        echo $! > .server
+        until command curl -sf localhost:8000/readyz; do kill -0 $!; sleep 1; done
+    elif [ -n "$BIGDSSM_FAULT" ]; then # ends with the exit code of the fault
+        command bigdssm "$@" || true
+    else
+        command bigdssm "$@"
+    fi
+}
+"""
+
+
+def code_of(text: str) -> list[str]:
+    """Return the blocks of a page that are displayed."""
+    return [block["code"] for block in BLOCK.finditer(text) if block[0].startswith("```")]
+
+
+def run_page(page: Path) -> Iterator[str]:
+    """Run the blocks of a page in a new folder; yield a line per block."""
+    name = page.relative_to(ROOT)
+    folder = FOLDERS / "-".join(name.with_suffix("").parts)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for entry in {".venv", *(path.split("/")[0] for path in tracked.splitlines())}:
+        (folder / entry).symlink_to(ROOT / entry)
+    os.chdir(folder)
+    text, reason = page.read_text("utf-8"), ""
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        at = f"{name}:{text.count(chr(10), 0, block.start()) + 1}"
+        skipped, reason = reason, block["reason"] or ""
+        language = block["language"] or ("bash" if block[0].startswith("<") else "text")
+        if reason or not (block["title"] or language in ("bash", "python")):
+            continue
+        if skipped:
+            yield f"not run         {at}  {skipped}"
+            continue
+        print(f"\n\033[1m{at}\033[0m\n{block['code']}", flush=True)
+        started = time.monotonic()
+        try:
+            _run_block(language, block["title"], block["code"], names)
+        except BaseException:
+            traceback.print_exc()
+            yield f"failed {time.monotonic() - started:6.0f} s  {at}"
+            break
+        yield f"passed {time.monotonic() - started:6.0f} s  {at}"
+    with suppress(FileNotFoundError, ProcessLookupError):
+        os.kill(int(Path(".server").read_text()), signal.SIGTERM)
+
+
+def _run_block(language: str, title: str | None, code: str, names: dict[str, object]) -> None:
+    if title:
+        Path(title).write_text(code, "utf-8")
+    elif language == "python":
+        exec(compile(code, "<page>", "exec"), names)
+    else:
+        subprocess.run(["bash", "-c", SHELL + code], check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the commands and the code of pages as written.")
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE", help="a Markdown file of the repository")
+    pages = [page.resolve() for page in parser.parse_args().pages]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    FOLDERS.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (FOLDERS / "shared").symlink_to(ROOT.parent / "shared")
+    lines = [line for page in pages for line in run_page(page)]
+    print("", *lines, sep="\n")
+    return int(any(line.startswith("failed") for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
