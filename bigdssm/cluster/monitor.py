@@ -52,7 +52,7 @@ class SpikeAlert:
 
     def _alert(self, step: int, loss: float, usual: float, row_ids: list[int]) -> None:
         logger.warning(
-            "step %d: the loss is %.4f, %.1f times the usual %.4f; this rank's first row ids: %s; all are in %s",
+            "step %d: the loss is %.4f, %.1f times the usual %.3g; this rank's first row ids: %s; all are in %s",
             step, loss, loss / usual, usual, row_ids[:MAX_LOGGED_ROWS], self._path,
         )  # fmt: skip
         with self._path.open("a", encoding="utf-8") as file:

@@ -152,10 +152,13 @@ def is_locked(folder: Path) -> bool:
 
 def find_running(run: Path) -> Path:
     """Return the locked stage folder: `run` or a stage in it. Raises CheckpointError: none is locked."""
-    for folder in (run, run / "pretrain", run / "sft"):
+    folders = (run, run / "pretrain", run / "sft")
+    for folder in folders:
         if is_locked(folder):
             return folder
-    raise CheckpointError(f"{run} is not locked by a running stage; is it a run folder?")
+    if any((folder / EVENTS_FILE).exists() for folder in folders):
+        raise CheckpointError(f"no stage of {run} is running; bigdssm watch_run {run} prints how the last one ended")
+    raise CheckpointError(f"{run} is not a run folder; it needs a stage folder, pretrain or sft")
 
 
 def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]:

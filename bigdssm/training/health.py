@@ -104,14 +104,15 @@ class Health:
         self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN
         eta_s = (self._total_steps - step) * seconds / interval.steps
         self._speed = f"  {rows_per_s:,.0f} rows/s"
+        queries = f"{record['queries_per_s']:,.0f} queries/s  " if "queries_per_s" in record else ""
         accuracy = f"accuracy {stats['in_batch_accuracy']:.1%}  " if "in_batch_accuracy" in stats else ""
         logger.log(
             logging.DEBUG if self._bar.is_live else logging.INFO,  # the bar shows the newest; metrics.jsonl has all
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  %sdropped %.2f%%  %s rows/s  "
-            "%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
+            "%s%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
             self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreement.alpha,
             accuracy, 100 * stats.get("dropped_fraction", 0.0),
-            f"{rows_per_s:,.0f}", f"{record['tokens_per_s']:,.0f}",
+            f"{rows_per_s:,.0f}", queries, f"{record['tokens_per_s']:,.0f}",
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
             100 * record["distinct_fraction"], record["skipped"], record["memory_gb"], eta_s // 60, eta_s % 60,
         )  # fmt: skip
@@ -123,14 +124,10 @@ class Health:
         if batch.query_positions is None:
             return {}
         total = sum(self._queries)
-        rates = {
+        return {
             "queries_per_s": total / seconds,
             "queries_max_over_mean": max(self._queries) / max(1.0, total / len(self._queries)),
         }
-        share = f", the rank with most has {rates['queries_max_over_mean']:.2f} times the mean"
-        share = share if len(self._queries) > 1 else ""
-        logger.info("%s: %s queries/s%s", self._name, f"{rates['queries_per_s']:,.0f}", share)
-        return rates
 
     def after_run(self) -> None:
         """Log the time table of the run."""

@@ -176,7 +176,7 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     assert done.returncode == 0 and "saved; continue with --resume auto" in done.stdout, done.stderr
     assert first.wait(30) == 75, first.log
     again = subprocess.run(stop, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 4 and "is not locked by a running stage" in again.stderr
+    assert again.returncode == 4 and "is running; bigdssm watch_run" in again.stderr
     third = Run(folder, config, *NEVER_ENDING, "--resume", "auto")
     third.wait_for("continues from")
     third.wait_for("steps of 96 rows on")

@@ -58,8 +58,10 @@ def test_a_killed_run_leaves_the_folder_free(held: tuple[Path, subprocess.Popen[
     with FolderLock(folder):
         assert (lock_holder(folder) or {})["pid"] == os.getpid()
     assert lock_holder(folder) is None
-    with pytest.raises(CheckpointError, match="is not locked by a running stage"):
+    with pytest.raises(CheckpointError, match="no stage of .* is running; bigdssm watch_run"):
         find_running(folder.parent)
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        find_running(folder.parent / "none")
 
 
 def test_the_end_is_noted_with_its_exit_code(tmp_path: Path) -> None:

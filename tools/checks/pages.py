@@ -12,7 +12,8 @@ Each page is run in a new folder, build/pages/PAGE, with links to the files of t
     <!-- given                  commands (`given python`: statements) that are not displayed: what the page presupposes
     <!-- not run: REASON -->    the next block is not run
 
-Other blocks are not run. The first failure ends a page. At the end, the tool prints the result and the seconds of each
+Other blocks are not run. Commands find the environment of this Python, or one that the page makes in its folder. The
+first failure ends a page. At the end, the tool prints the result and the seconds of each
 block; it exits with 1 if one failed. Data sets are read from ../shared.
 """
 
@@ -76,7 +77,7 @@ def run_page(page: Path) -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for entry in {".venv", *(path.split("/")[0] for path in tracked.splitlines())}:
+    for entry in {path.split("/")[0] for path in tracked.splitlines()}:
         (folder / entry).symlink_to(ROOT / entry)
     os.chdir(folder)
     text, reason = page.read_text("utf-8"), ""
@@ -109,7 +110,9 @@ def _run_block(language: str, title: str | None, code: str, names: dict[str, obj
     elif language == "python":
         exec(compile(code, "<page>", "exec"), names)
     else:
-        subprocess.run(["bash", "-c", SHELL + code], check=True)
+        done = subprocess.run(["bash", "-c", SHELL + code])
+        if done.returncode:
+            raise RuntimeError(f"exit code {done.returncode}")
 
 
 def main() -> int:

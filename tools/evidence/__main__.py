@@ -73,12 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if store is not None and stored:
             write_trials(store / "trials.jsonl", stored)
     results = {} if store is None else _stored_results(store / "results.json")
+    without_result = []
     for name, claim in claims.items():
         try:
             figures = _figures(claim, planned[name], results.get(name), run=not (args.collect or args.only))
             results[name] = collect(claim, planned[name], stored, figures)
         except DataError as error:
             Console(stderr=True).print(f"{name}: {error}", highlight=False, markup=False, soft_wrap=True)
+            without_result.append(name)
             if name in results:
                 results[name] = results[name].with_texts(claim)
             continue
@@ -88,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(store / "results.json", {name: result.to_dict() for name, result in results.items()})
     if args.page is not None and results:
         write_page(results, args.page)
+    if without_result and not (args.collect or args.only):
+        raise DataError(f"no new result of {', '.join(without_result)}; the sentences above name the causes")
 
 
 def _figures(claim: Claim, trials: Sequence[Trial], earlier: Result | None, *, run: bool) -> list[BenchmarkResult]:
