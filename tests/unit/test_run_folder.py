@@ -58,7 +58,7 @@ def test_a_killed_run_leaves_the_folder_free(held: tuple[Path, subprocess.Popen[
     with FolderLock(folder):
         assert (lock_holder(folder) or {})["pid"] == os.getpid()
     assert lock_holder(folder) is None
-    with pytest.raises(CheckpointError, match="no stage of .* is running; bigdssm watch_run"):
+    with pytest.raises(CheckpointError, match=r"no stage of .* is running; bigdssm watch_run"):
         find_running(folder.parent)
     with pytest.raises(CheckpointError, match="is not a run folder"):
         find_running(folder.parent / "none")
