@@ -79,7 +79,8 @@ setup_env() {
     fi
 
     # A .venv that does not run or was moved is created again; any other is updated in place.
-    if [ "$(cat "$venv/.bigdssm-place" 2>/dev/null)" != "$PWD" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    if ! grep -qF "$(pwd -P)/$venv" "$venv/bin/activate" 2>/dev/null || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        [ ! -L "$venv" ] || die "$PWD/.venv is a link to $(readlink "$venv"), which would be emptied; remove the link"
         say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
         mkdir -p "$venv" 2>/dev/null || die "cannot make $PWD/.venv; clone the repository into a folder that you can write to"
         "$PYTHON" -m venv --clear "$venv" >"${TMPDIR:-/tmp}/bigdssm-venv.$$" 2>&1 || {
@@ -88,7 +89,6 @@ setup_env() {
             die "$PYTHON could not make .venv (its last lines are above); name another Python with BIGDSSM_PYTHON=/path/to/python"
         }
         rm -f "${TMPDIR:-/tmp}/bigdssm-venv.$$"
-        echo "$PWD" >"$venv/.bigdssm-place"
     fi
 
     say "environment: installing $target and what it needs into .venv (some minutes; log: $log)"

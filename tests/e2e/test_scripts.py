@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,22 @@ def test_a_folder_that_cannot_be_written(checkout: Path) -> None:
     assert "cannot make" in error
 
 
+def test_a_linked_environment_is_not_emptied(checkout: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "file").touch()
+    (checkout / ".venv").symlink_to(own)
+    error = the_error(run_script(checkout, "tests/run.sh", BIGDSSM_PYTHON=sys.executable))
+    assert f"is a link to {own}" in error and (own / "file").exists()
+
+
 @pytest.mark.slow
 def test_no_registry(checkout: Path) -> None:
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0"}
+    venv.create(checkout / ".venv", with_pip=True)
+    (checkout / ".venv/mine").touch()
     error = the_error(run_script(checkout, "tests/run.sh", BIGDSSM_PYTHON=sys.executable, **nowhere))
-    assert "registry" in error
+    assert "registry" in error and (checkout / ".venv/mine").exists(), "an environment that works is updated in place"
     assert str(checkout / ".venv/pip.log") in error
     assert not (checkout / ".venv/.bigdssm-test").exists()
 

@@ -3,6 +3,7 @@ r"""Run the commands and the code of pages as written.
 
     python tools/checks/pages.py README.md docs/tutorials/shop.md
     python tools/checks/pages.py README.md $(find docs -name '*.md')      # all pages: about 6 hours on 2 cores
+    python tools/checks/pages.py --steps 8 docs/fine_tuning.md            # a stage ends after 8 steps
 
 Each page is run in a new folder, build/pages/PAGE, with links to the files of the repository, block by block:
 
@@ -58,6 +59,8 @@ bigdssm() {
         until command curl -sf localhost:8000/readyz; do kill -0 $!; sleep 1; done
     elif [ -n "$BIGDSSM_FAULT" ]; then # ends with the exit code of the fault
         command bigdssm "$@" || true
+    elif [ -n "$PAGE_STEPS" ] && [[ $1 =~ ^(pretrain|sft)$ ]]; then
+        command bigdssm "$@" "$1.steps=$PAGE_STEPS" "$1.optimizer.warmup_steps=0"
     else
         command bigdssm "$@"
     fi
@@ -118,7 +121,10 @@ def _run_block(language: str, title: str | None, code: str, names: dict[str, obj
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the commands and the code of pages as written.")
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE", help="a Markdown file of the repository")
-    pages = [page.resolve() for page in parser.parse_args().pages]
+    parser.add_argument("--steps", default="", metavar="N", help="steps of a stage (default: those of the page)")
+    args = parser.parse_args()
+    pages = [page.resolve() for page in args.pages]
+    os.environ["PAGE_STEPS"] = args.steps
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     FOLDERS.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
