@@ -60,6 +60,11 @@ env_fingerprint() {
 print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + repr((sys.version, sys.argv[1])).encode()).hexdigest())' "$PWD"
 }
 
+# Prints the path for which the environment $1 was made.
+env_places() {
+    sed -n 's/.*VIRTUAL_ENV=//p' "$1/bin/activate" 2>/dev/null | tr -d "\"'"
+}
+
 setup_env() {
     local kind=$1 target="." free_kb need_gb=${BIGDSSM_MIN_FREE_GB:-4} venv=.venv log=.venv/pip.log quiet=() stamp
     [ "$kind" = base ] || target=".[$kind]"
@@ -78,11 +83,14 @@ setup_env() {
         die "$PWD has $((free_kb / 1024)) MB of free disk and .venv needs about $need_gb GB; free some, or clone to a larger disk"
     fi
 
-    # A .venv that does not run or was moved is created again; any other is updated in place.
-    if ! grep -qF "$(pwd -P)/$venv" "$venv/bin/activate" 2>/dev/null || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-        [ ! -L "$venv" ] || die "$PWD/.venv is a link to $(readlink "$venv"), which would be emptied; remove the link"
+    # An environment that works here is updated in place; one that these scripts have made and that was moved, or does
+    # not run, is made again.
+    if ! env_places "$venv" | grep -qxF "$(pwd -P)/$venv" || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
         mkdir -p "$venv" 2>/dev/null || die "cannot make $PWD/.venv; clone the repository into a folder that you can write to"
+        if [ -L "$venv" ] || { [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/.bigdssm-base" ]; }; then
+            die "$PWD/.venv is a link, was moved or has no pip, and is not from this script; remove it"
+        fi
         "$PYTHON" -m venv --clear "$venv" >"${TMPDIR:-/tmp}/bigdssm-venv.$$" 2>&1 || {
             tail -n 3 "${TMPDIR:-/tmp}/bigdssm-venv.$$" >&2
             rm -f "${TMPDIR:-/tmp}/bigdssm-venv.$$"

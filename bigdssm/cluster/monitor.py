@@ -52,8 +52,8 @@ class SpikeAlert:
 
     def _alert(self, step: int, loss: float, usual: float, row_ids: list[int]) -> None:
         logger.warning(
-            "step %d: the loss is %.4f, %.1f times the usual %.3g; this rank's first row ids: %s; all are in %s",
-            step, loss, loss / usual, usual, row_ids[:MAX_LOGGED_ROWS], self._path,
+            "step %d: the loss is %.4g, usually %.4g; this rank's first row ids: %s; all are in %s",
+            step, loss, usual, row_ids[:MAX_LOGGED_ROWS], self._path,
         )  # fmt: skip
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "loss": loss, "usual": usual, "row_ids": row_ids}) + "\n")

@@ -158,7 +158,7 @@ def find_running(run: Path) -> Path:
             return folder
     if any((folder / EVENTS_FILE).exists() for folder in folders):
         raise CheckpointError(f"no stage of {run} is running; bigdssm watch_run {run} prints how the last one ended")
-    raise CheckpointError(f"{run} is not a run folder; it needs a stage folder, pretrain or sft")
+    raise CheckpointError(f"{run} is neither a run folder nor a stage folder: it has no {EVENTS_FILE}")
 
 
 def request_stop(folder: Path, saving: bool, timeout_s: float) -> dict[str, Any]:

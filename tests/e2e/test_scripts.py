@@ -127,13 +127,17 @@ def test_a_folder_that_cannot_be_written(checkout: Path) -> None:
     assert "cannot make" in error
 
 
-def test_a_linked_environment_is_not_emptied(checkout: Path, tmp_path: Path) -> None:
+def test_another_environment_is_not_emptied(checkout: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "file").touch()
     (checkout / ".venv").symlink_to(own)
     error = the_error(run_script(checkout, "tests/run.sh", BIGDSSM_PYTHON=sys.executable))
-    assert f"is a link to {own}" in error and (own / "file").exists()
+    assert ".venv is a link" in error and (own / "file").exists()
+    (checkout / ".venv").unlink()
+    own.rename(checkout / ".venv")
+    error = the_error(run_script(checkout, "tests/run.sh", BIGDSSM_PYTHON=sys.executable))
+    assert "has no pip" in error and (checkout / ".venv/file").exists(), "one of another tool"
 
 
 @pytest.mark.slow

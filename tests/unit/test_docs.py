@@ -34,7 +34,7 @@ def test_the_code_of_extending_is_the_module_that_is_tried() -> None:
     entry, script, *blocks = code_of((ROOT / "docs/extending.md").read_text("utf-8"))
     assert f'entry-points."{PLUGINS}"' in entry and "bigdssm.commands.pretrain import main" in script
     tried = (ROOT / "tests/distributed/outside.py").read_text("utf-8")
-    _, _, module = tried.partition("from __future__ import annotations\n")
+    module = tried[tried.index("from __future__ import annotations\n") :]
     assert "".join("\n".join(blocks).split()) == "".join(module.split())
 
 
@@ -84,7 +84,9 @@ def test_code_is_in_blocks_of_a_language(doc: Path) -> None:
     """tools/checks/pages.py runs these blocks: bash, python and files with a title."""
     text = doc.read_text("utf-8")
     fences = re.findall(r"(?m)^ *```(.*)$", text)
-    assert all(fences[::2]) and not any(fences[1::2]), "a block without a language, or one that does not end"
+    assert all(re.fullmatch(r'\w+( title="[^"]+")?', fence) for fence in fences[::2]), "a block without a language"
+    assert not any(fences[1::2]), "a block that does not end"
+    assert text.count("<!-- not run") == len(re.findall(r"(?m)^<!-- not run: .+ -->\n```", text))
     outside = re.sub(r"(?ms)^```.*?^```$", "", text)
     assert not re.findall(r"(?m)^\n {4,}.*$", outside), "an indented block"
 

@@ -106,6 +106,15 @@ def test_a_spike_is_logged_with_its_rows_and_noise_is_not(tmp_path: Path, caplog
     assert record["usual"] == pytest.approx(4.0, abs=0.1)
 
 
+def test_a_loss_after_losses_of_zero_is_a_spike(tmp_path: Path) -> None:
+    alert = SpikeAlert(tmp_path, 0, 1)
+    for step in range(500):
+        alert.after_step(step, 0.0, torch.arange(2))
+    alert.after_step(500, 0.5, torch.arange(2))
+    (record,) = [json.loads(line) for line in (tmp_path / "alerts-00000.jsonl").read_text().splitlines()]
+    assert (record["loss"], record["usual"]) == (0.5, 0.0)
+
+
 def test_a_constant_loss_that_moves_a_little_is_no_spike(tmp_path: Path) -> None:
     alert = SpikeAlert(tmp_path, 0, 1)
     for step in range(50):

@@ -60,7 +60,7 @@ def test_a_killed_run_leaves_the_folder_free(held: tuple[Path, subprocess.Popen[
     assert lock_holder(folder) is None
     with pytest.raises(CheckpointError, match=r"no stage of .* is running; bigdssm watch_run"):
         find_running(folder.parent)
-    with pytest.raises(CheckpointError, match="is not a run folder"):
+    with pytest.raises(CheckpointError, match="is neither a run folder nor a stage folder"):
         find_running(folder.parent / "none")
 
 

@@ -11,11 +11,13 @@ Each page is run in a new folder, build/pages/PAGE, with links to the files of t
     ```python                   statements; names remain until the end of the page
     ```yaml title="my.yaml"     a file of this name, in any language
     <!-- given                  commands (`given python`: statements) that are not displayed: what the page presupposes
-    <!-- not run: REASON -->    the next block is not run
+    <!-- not run: REASON -->    the next displayed block is not run
 
-Other blocks are not run. Commands find the environment of this Python, or one that the page makes in its folder. The
-first failure ends a page. At the end, the tool prints the result and the seconds of each
-block; it exits with 1 if one failed. Data sets are read from ../shared.
+Other blocks are not run. The first failure ends a page. `bigdssm serve` runs in the background, and curl fails if the
+status is an error. Packages are installed into the environment of this Python, or into one that the page makes in its
+folder; a page that writes to a tracked folder changes the repository. Data sets are read from ../shared. --steps
+applies to `bigdssm pretrain` and `bigdssm sft`, except on pages that inject faults. At the end, the tool prints the result and
+the seconds of each block; it exits with 1 if one failed.
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ROOT / "build/pages"
 BLOCK = re.compile(
     r"""^<!--\ not\ run:\ (?P<reason>.*)\ -->\n
-    |^(?:```|<!--\ given)\ *(?P<language>\w*)(?:\ title="(?P<title>.*)")?\n(?P<code>(?s:.*?))^(?:```|-->)$""",
+    |^(?P<open>```|<!--\ given)\ *(?P<language>\w*)(?:\ title="(?P<title>.*)")?\n(?P<code>(?s:.*?))^(?:```|-->)$""",
     re.MULTILINE | re.VERBOSE,
 )
 SHELL = r"""
@@ -46,6 +49,7 @@ set -eo pipefail
 trap 'export -p > .exported' EXIT
 titled() { # FILE PAGE: the block of another page with this title
     sed -n "/^\`\`\`.* title=\"$1\"/,/^\`\`\`\$/p" "$2" | sed '1d;$d' > "$1"
+    [ -s "$1" ]
 }
 curl() { command curl --fail-with-body "$@"; }
 pip() { # an editable installation is that of the repository
@@ -57,8 +61,8 @@ bigdssm() {
         command bigdssm "$@" &
         echo $! > .server
         until command curl -sf localhost:8000/readyz; do kill -0 $!; sleep 1; done
-    elif [ -n "$BIGDSSM_FAULT" ]; then # ends with the exit code of the fault
-        command bigdssm "$@" || true
+    elif [ -n "$BIGDSSM_FAULT" ]; then
+        command bigdssm "$@" || case $? in 6 | 75 | 137) ;; *) return 1 ;; esac
     elif [ -n "$PAGE_STEPS" ] && [[ $1 =~ ^(pretrain|sft)$ ]]; then
         command bigdssm "$@" "$1.steps=$PAGE_STEPS" "$1.optimizer.warmup_steps=0"
     else
@@ -69,11 +73,11 @@ bigdssm() {
 
 
 def code_of(text: str) -> list[str]:
-    """Return the blocks of a page that are displayed."""
-    return [block["code"] for block in BLOCK.finditer(text) if block[0].startswith("```")]
+    """Return the code of the displayed blocks of a page."""
+    return [block["code"] for block in BLOCK.finditer(text) if block["open"] == "```"]
 
 
-def run_page(page: Path) -> Iterator[str]:
+def run_page(page: Path, steps: int | None) -> Iterator[str]:
     """Run the blocks of a page in a new folder; yield a line per block."""
     name = page.relative_to(ROOT)
     folder = FOLDERS / "-".join(name.with_suffix("").parts)
@@ -84,52 +88,57 @@ def run_page(page: Path) -> Iterator[str]:
         (folder / entry).symlink_to(ROOT / entry)
     os.chdir(folder)
     text, reason = page.read_text("utf-8"), ""
-    names: dict[str, object] = {"__name__": "__main__"}
-    for block in BLOCK.finditer(text):
-        at = f"{name}:{text.count(chr(10), 0, block.start()) + 1}"
-        skipped, reason = reason, block["reason"] or ""
-        language = block["language"] or ("bash" if block[0].startswith("<") else "text")
-        if reason or not (block["title"] or language in ("bash", "python")):
-            continue
-        if skipped:
-            yield f"not run         {at}  {skipped}"
-            continue
-        print(f"\n\033[1m{at}\033[0m\n{block['code']}", flush=True)
-        started = time.monotonic()
-        try:
-            _run_block(language, block["title"], block["code"], names)
-        except BaseException:
-            traceback.print_exc()
-            yield f"failed {time.monotonic() - started:6.0f} s  {at}"
-            break
-        yield f"passed {time.monotonic() - started:6.0f} s  {at}"
-    with suppress(FileNotFoundError, ProcessLookupError):
-        os.kill(int(Path(".server").read_text()), signal.SIGTERM)
-
-
-def _run_block(language: str, title: str | None, code: str, names: dict[str, object]) -> None:
-    if title:
-        Path(title).write_text(code, "utf-8")
-    elif language == "python":
-        exec(compile(code, "<page>", "exec"), names)
-    else:
-        done = subprocess.run(["bash", "-c", SHELL + code])
-        if done.returncode:
-            raise RuntimeError(f"exit code {done.returncode}")
+    os.environ["PAGE_STEPS"] = str(steps or "") if "BIGDSSM_FAULT" not in text else ""
+    module, shells = ModuleType("page"), list[subprocess.Popen[bytes]]()
+    sys.modules["page"] = module  # where dataclasses look names up
+    try:
+        for block in BLOCK.finditer(text):
+            if block["reason"]:
+                reason = block["reason"]
+                continue
+            at = f"{name}:{text.count(chr(10), 0, block.start()) + 1}"
+            displayed, language, title = block["open"] == "```", block["language"], block["title"]
+            if displayed and reason:
+                yield f"not run         {at}  {reason}"
+                reason = ""
+                continue
+            if displayed and not title and language not in ("bash", "python"):
+                continue
+            print(f"\n\033[1m{at}\033[0m\n{block['code']}", flush=True)
+            started = time.monotonic()
+            try:
+                if title:
+                    Path(title).write_text(block["code"], "utf-8")
+                elif language == "python":
+                    exec(compile(block["code"], at, "exec", dont_inherit=True), module.__dict__)
+                else:
+                    shells.append(subprocess.Popen(["bash", "-c", SHELL + block["code"]], start_new_session=True))
+                    if shells[-1].wait():
+                        raise RuntimeError(f"exit code {shells[-1].returncode}")
+            except (Exception, SystemExit):
+                traceback.print_exc()
+                yield f"failed {time.monotonic() - started:6.0f} s  {at}"
+                break
+            yield f"passed {time.monotonic() - started:6.0f} s  {at}"
+    finally:
+        for shell in shells:  # end what runs in the background
+            with suppress(ProcessLookupError):
+                while True:
+                    os.killpg(shell.pid, signal.SIGTERM)
+                    time.sleep(1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the commands and the code of pages as written.")
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE", help="a Markdown file of the repository")
-    parser.add_argument("--steps", default="", metavar="N", help="steps of a stage (default: those of the page)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of a stage (default: those of the page)")
     args = parser.parse_args()
     pages = [page.resolve() for page in args.pages]
-    os.environ["PAGE_STEPS"] = args.steps
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     FOLDERS.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         (FOLDERS / "shared").symlink_to(ROOT.parent / "shared")
-    lines = [line for page in pages for line in run_page(page)]
+    lines = [line for page in pages for line in run_page(page, args.steps)]
     print("", *lines, sep="\n")
     return int(any(line.startswith("failed") for line in lines))
 
