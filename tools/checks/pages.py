@@ -16,8 +16,8 @@ Each page is run in a new folder, build/pages/PAGE, with links to the files of t
 Other blocks are not run. The first failure ends a page. `bigdssm serve` runs in the background, and curl fails if the
 status is an error. Packages are installed into the environment of this Python, or into one that the page makes in its
 folder; a page that writes to a tracked folder changes the repository. Data sets are read from ../shared. --steps
-applies to `bigdssm pretrain` and `bigdssm sft`, except on pages that inject faults. At the end, the tool prints the result and
-the seconds of each block; it exits with 1 if one failed.
+applies to `bigdssm pretrain` and `bigdssm sft`, except on pages that inject faults. At the end, the tool prints the
+result and the seconds of each block; it exits with 1 if one failed.
 """
 
 from __future__ import annotations
