@@ -55,4 +55,5 @@ cd "$bare"
 cd - >/dev/null
 ls -l dist
 
+say "not checked here, some hours: python tools/checks/pages.py --steps 8 README.md \$(find docs -name '*.md')"
 say "to release: git tag v$version && git push origin v$version && twine upload dist/*"
