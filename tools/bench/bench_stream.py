@@ -212,13 +212,15 @@ def write_index(folder: Path, rows: int) -> None:
             "offset": np.arange(blocks) % blocks_per_shard * 400_000 + 512,
             "size": np.full(blocks, 399_000),
             "rows": counts,
+            "queries": counts,
             "checksum": np.zeros(blocks, np.uint64),
         }
     )
     path = partition / "train.index.arrow"
     write_table(path, table)
-    facts = {"rows": rows, "blocks": blocks, "index_checksum": xxhash.xxh3_64_hexdigest(path.read_bytes())}
-    content = {"name": "base", "splits": {"train": facts}, "num_docs": 1, "fingerprint": "synthetic"}
+    facts = {"rows": rows, "queries": rows, "blocks": blocks, "shards": names.to_pylist()}
+    facts["index_checksum"] = xxhash.xxh3_64_hexdigest(path.read_bytes())
+    content = {"splits": {"train": facts}, "counts_checksum": ""}
     (partition / "partition.json").write_text(json.dumps(content))
     (folder / "catalogue").mkdir()
     one = {"doc_key": ["0"], "doc_id": [0], "doc_title": ["0"], "year": pa.array([0.0], pa.float32())}
@@ -240,7 +242,7 @@ def catalogue(args: argparse.Namespace) -> None:
         write_table(path, pa.table({"doc_key": keys, "doc_id": np.arange(docs), "doc_title": keys, "title": title}))
         del keys, offsets, values, title
         base_mb, begin = private_mb(), time.perf_counter()
-        opened = Catalogue([path], schema, 0)
+        opened = Catalogue([path], schema)
         rows = np.arange(0, docs, docs // 8192)[:8192]
         features = opened.features(rows)
         seconds = time.perf_counter() - begin

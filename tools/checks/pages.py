@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ROOT / "build/pages"
@@ -89,8 +89,7 @@ def run_page(page: Path, steps: int | None) -> Iterator[str]:
     os.chdir(folder)
     text, reason = page.read_text("utf-8"), ""
     os.environ["PAGE_STEPS"] = str(steps or "") if "BIGDSSM_FAULT" not in text else ""
-    module, shells = ModuleType("page"), list[subprocess.Popen[bytes]]()
-    sys.modules["page"] = module  # where dataclasses look names up
+    names, shells = dict[str, object](), list[subprocess.Popen[bytes]]()
     try:
         for block in BLOCK.finditer(text):
             if block["reason"]:
@@ -110,7 +109,8 @@ def run_page(page: Path, steps: int | None) -> Iterator[str]:
                 if title:
                     Path(title).write_text(block["code"], "utf-8")
                 elif language == "python":
-                    exec(compile(block["code"], at, "exec", dont_inherit=True), module.__dict__)
+                    Path(".block.py").write_text(block["code"], "utf-8")
+                    names = runpy.run_path(".block.py", names, "page")
                 else:
                     shells.append(subprocess.Popen(["bash", "-c", SHELL + block["code"]], start_new_session=True))
                     if shells[-1].wait():
