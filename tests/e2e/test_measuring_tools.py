@@ -41,6 +41,13 @@ def test_the_benchmark_of_the_loss_runs() -> None:
     assert re.search(r"masked .*, \d+\.\d+ of it", output("tools/bench/bench_loss.py", "mask", "--rows", "256"))
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_the_stream_writes_datasets_of_the_present_format() -> None:
+    stream = "tools/bench/bench_stream.py"
+    assert output(stream, "scale", "--rows", "1e6").startswith("1,000,000 rows in 489 blocks: opened")
+    assert output(stream, "catalogue", "--docs", "1e5").startswith("100,000 documents × 32 tokens")
+
+
 @pytest.mark.parametrize(
     ("command", "code", "sentence"),
     [

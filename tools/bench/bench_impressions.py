@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,12 @@ def bench(folder: Path, seed: int, out: Path) -> None:
     pairs, taste = generate(folder, seed)
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, seed=seed))
-    options = {"split": "column", "split_column": "split", "query_id_column": "user", "doc_id_column": "document"}
+    options: dict[str, Any] = {
+        "split": "column",
+        "split_column": "split",
+        "query_id_column": "user",
+        "doc_id_column": "document",
+    }
     bigdssm.make_dataset(config, pairs=pairs, **options)
     dataset, log = Dataset.open(folder / "dataset"), folder / "log.txt"
     shown = ["--given", folder / "shown.parquet", "--query-column", "user", "--column", "shown", "--width", SHOWN]
@@ -126,7 +132,10 @@ def generate(folder: Path, seed: int) -> tuple[pa.Table, np.ndarray]:
     chosen = top(unseen + random.gumbel(size=taste.shape), CHOSEN)
     user, position = np.nonzero(clicks)
     chooser, halves = np.repeat(np.arange(USERS), CHOSEN), np.array(["validation", "test"])
-    pairs = [(user, shown[user, position], ["train"]), (chooser, chosen.ravel(), halves[np.arange(len(chooser)) % 2])]
+    pairs: list[tuple[np.ndarray, np.ndarray, Any]] = [
+        (user, shown[user, position], ["train"]),
+        (chooser, chosen.ravel(), halves[np.arange(len(chooser)) % 2]),
+    ]
     columns = [
         {"user": names("u", u), "document": names("d", d), "split": np.broadcast_to(s, len(u))} for u, d, s in pairs
     ]

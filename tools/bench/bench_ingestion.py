@@ -84,8 +84,8 @@ def main() -> None:
         for number, events in enumerate(parts):
             tables = write_events(folder / str(number), events, parts[0], number, args.versions)
             how["items_time_column"] = "since" if args.versions else None
-            partition = {"append": number > 0, "partition": f"part{number}"}
-            measured(folder, folder / "config.yaml", split="time", **tables, **partition, **how)
+            part: dict[str, Any] = {"append": number > 0, "partition": f"part{number}", **tables}
+            measured(folder, folder / "config.yaml", split="time", **part, **how)
 
 
 def write_events(folder: Path, number: int, scale: int, seed: int, versions: int | None) -> dict[str, Path]:

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,7 @@ def speed(args: argparse.Namespace) -> list[str]:
     variants: dict[str, Step] = {"both": _ours("both"), "q2d": _ours("q2d")}
     if (open_clip := _open_clip()) is not None:
         variants["open_clip"] = open_clip
-    runs: dict[str, Callable[[], None]] = {
-        name: lambda step=step: _step(step, U, W, alpha) for name, step in variants.items()
-    }
+    runs: dict[str, Callable[[], object]] = {name: partial(_step, step, U, W, alpha) for name, step in variants.items()}
     runs["product"] = lambda: _one_product(m, args.ranks * m, D, U.dtype)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(args.turns + 1):
@@ -145,10 +144,9 @@ def precision(args: argparse.Namespace) -> list[str]:
             U, W, alpha = _inputs(m, D, args)
             results = []
             for dtype in (torch.bfloat16, torch.float64):
-                leaves = [t.detach().to(dtype).requires_grad_() for t in (U, W)]
-                loss = _ours(direction)(*leaves, alpha)
-                loss.backward()
-                results.append([loss.detach().double(), *(t.grad.double() for t in leaves)])
+                u, w = (t.detach().to(dtype).requires_grad_() for t in (U, W))
+                loss = _ours(direction)(u, w, alpha)
+                results.append([t.detach().double() for t in (loss, *torch.autograd.grad(loss, (u, w)))])
             errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
             named = ", ".join(f"{name} {error:.1e}" for name, error in zip(("loss", "dU", "dW"), errors, strict=True))
             lines.append(f"alpha {alpha_value:g} {direction:5s} relative error: {named}")
@@ -173,7 +171,7 @@ def mask(args: argparse.Namespace) -> list[str]:
     times: list[list[tuple[float, float]]] = [[], []]
     for turn in range(args.turns + 1):
         for durations, pairs in zip(times, (None, known), strict=True):
-            seconds = _timed(lambda pairs=pairs: _step(step(pairs), U, W, alpha))
+            seconds = _timed(partial(_step, step(pairs), U, W, alpha))
             if turn:  # the first warms up
                 durations.append(seconds)
     without, with_known = (_medians(durations)[1] for durations in times)

@@ -71,7 +71,7 @@ def main() -> None:
 def load(address: str, bodies: list[str], clients: int, duration_s: float) -> tuple[np.ndarray, float]:
     """Send requests and return the seconds of every query and in total."""
     requests = itertools.cycle(bodies)
-    lock, seconds, errors = threading.Lock(), [], []
+    lock, seconds, errors = threading.Lock(), list[float](), list[Exception]()
     end = time.perf_counter() + duration_s
 
     def client() -> None:

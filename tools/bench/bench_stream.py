@@ -105,7 +105,7 @@ def live(args: argparse.Namespace, folder: Path, config: DataConfig) -> None:
         tokenizing_s += time.process_time() - begin
         return tokens
 
-    TextTokenizer.encode = timed  # type: ignore[method-assign]
+    TextTokenizer.encode = timed  # type: ignore[method-assign, assignment]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a loader process
     passes = []
     for _ in range(3):

@@ -291,7 +291,7 @@ class Peer:
         if args.ranks > 1:
             self.loss.model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         if args.precision == "bf16":
-            self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)  # type: ignore[method-assign]
+            self.model.forward = torch.autocast("cpu", torch.bfloat16)(self.model.forward)
 
     def step(self, features: list[dict[str, Tensor]], mini_batch: MiniBatch) -> float:
         self.loss.mini_batch_size, self.loss.mini_batch_num_tokens = mini_batch
@@ -334,9 +334,9 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
     yield from check_sameness(ours, peer, batches.ready[0], rows_texts[0], ready[0])
     distinct = statistics.mean(len(batch.doc_ids) / len(batch.row_ids) for batch in batches.ready)
     yield f"{args.ranks} rank(s), {args.rows} rows per step, {distinct:.0%} of a rank's documents distinct"
-    config = ours.model.text["shared"].architecture
-    shape = f"{config.num_hidden_layers} layers, width {config.hidden_size}"
-    yield f"{config.model_type} of {shape}, at most {args.max_tokens} tokens, {args.precision}"
+    bert: Any = ours.model.text["shared"].architecture
+    shape = f"{bert.num_hidden_layers} layers, width {bert.hidden_size}"
+    yield f"{bert.model_type} of {shape}, at most {args.max_tokens} tokens, {args.precision}"
 
     best, tuning = tuned(peer, ready[0])
     rates = (f"{size}: {args.rows / args.ranks / seconds:.0f}" for size, seconds in tuning.items())
@@ -356,12 +356,13 @@ def speed(args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) 
         base = reset_peak()
         timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
         peaks[name] = status_mb("VmHWM") - base
-    flops, spans, products = 0.0, defaultdict(float), []
+    flops, spans, products = 0.0, defaultdict[str, float](float), list[float]()
     for _ in range(args.turns):
         for name, step in variants.items():
             timing.pop_seconds()
             seconds, cpu_seconds = timed(lambda step=step: [step(n) for n in range(args.steps)])  # type: ignore[misc]
-            wall[name].append(seconds), cpu[name].append(cpu_seconds)
+            wall[name].append(seconds)
+            cpu[name].append(cpu_seconds)
             if name == "ours":
                 flops += sum(3 * ours.model.flops(*batch.sizes) for batch in batches.ready)
                 for span, spent in timing.pop_seconds().items():
@@ -379,9 +380,9 @@ def check_sameness(
         length = theirs["input_ids"].shape[1]
         assert torch.equal(mine["input_ids"][:, :length], theirs["input_ids"]), "the two sides use different tokens"
         assert not mine["attention_mask"][:, length:].any()
-    plain, theirs = (mean_over_ranks(side) for side in (ours.plain_loss(batch), peer.plain_loss(ready)))
-    assert abs(plain - theirs) < 1e-4, f"the two sides compute different losses: {plain} and {theirs}"
-    yield f"same tokens; same loss on the first batch: {plain:.6f} and the peer's {theirs:.6f}"
+    own, other = (mean_over_ranks(side) for side in (ours.plain_loss(batch), peer.plain_loss(ready)))
+    assert abs(own - other) < 1e-4, f"the two sides compute different losses: {own} and {other}"
+    yield f"same tokens; same loss on the first batch: {own:.6f} and the peer's {other:.6f}"
     yield f"our training loss with masked known positives, which the peer does not support: {ours.step(batch):.6f}"
     peer.step(ready, MiniBatch())
 

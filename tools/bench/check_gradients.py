@@ -121,7 +121,7 @@ def _sentence_transformers() -> dict[str, Callable[..., Loss]]:
             plain = MultipleNegativesRankingLoss(
                 model=nn.Identity(),
                 scale=ALPHA,
-                gather_across_devices=ranks > 1,  # type: ignore[arg-type]
+                gather_across_devices=ranks > 1,
             )
             plain.scale = alpha  # a parameter instead of a number, to obtain its gradient
             return plain.compute_loss_from_embeddings([U, W], None)

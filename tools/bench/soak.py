@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -52,7 +53,7 @@ DAMAGE = ("flip-byte", "cut-file", "lose-file", "lose-latest")
 IN_SAVE = ("kill-save", "disk-full")
 ANYWHERE = ("kill", "stop", "hang", "raise", "term", "int", "kill-launcher", "term-launcher", "kill-loader")
 DEEPSPEED_ONLY = ("kill-runner", "term-runner")  # torchrun's parent is this program
-CONFIG = {
+CONFIG: dict[str, dict[str, Any]] = {
     "run": {"dir": "given", "trackers": []},
     "data": {
         "lanes": 4,
@@ -136,8 +137,8 @@ def make_dataset(out: Path, steps: int, tables: bool) -> Path:
         content["pretrain"]["table_optimizer"] = {"name": "adagrad", "lr": 0.05}
     path = out / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    tables = PairTables((out / "pairs.jsonl",), validation_fraction=0.05, test_fraction=0.05)
-    make_pairs(load_config(path).data, tables, IngestTarget(out / "dataset"))
+    pairs = PairTables((out / "pairs.jsonl",), validation_fraction=0.05, test_fraction=0.05)
+    make_pairs(load_config(path).data, pairs, IngestTarget(out / "dataset"))
     return path
 
 
@@ -268,8 +269,7 @@ def differences(whole: Path, hurt: Path) -> Iterator[str]:
     for file in sorted(whole.glob("row_ids-*.jsonl")):
         if file.read_text() != (hurt / file.name).read_text():
             yield f"{file.name} differs"
-    first, second = (metrics(stage / METRICS_FILE) for stage in (whole, hurt))
-    if first != second:
+    if metrics(whole / METRICS_FILE) != metrics(hurt / METRICS_FILE):
         yield f"{METRICS_FILE} differs: other losses, or a repeated step"
 
 
