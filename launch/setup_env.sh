@@ -61,7 +61,7 @@ print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + repr((sys.ver
 }
 
 # Prints the path for which the environment $1 was made.
-env_places() {
+env_path() {
     sed -n 's/.*VIRTUAL_ENV=//p' "$1/bin/activate" 2>/dev/null | tr -d "\"'"
 }
 
@@ -85,12 +85,12 @@ setup_env() {
 
     # An environment that works here is updated in place; one that these scripts have made and that was moved, or does
     # not run, is made again.
-    if ! env_places "$venv" | grep -qxF "$(pwd -P)/$venv" || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-        say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
+    if ! env_path "$venv" | grep -qxF "$(pwd -P)/$venv" || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         mkdir -p "$venv" 2>/dev/null || die "cannot make $PWD/.venv; clone the repository into a folder that you can write to"
         if [ -L "$venv" ] || { [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/.bigdssm-base" ]; }; then
             die "$PWD/.venv is a link, was moved or has no pip, and is not from this script; remove it"
         fi
+        say "environment: making .venv with $PYTHON ($("$PYTHON" --version 2>&1))"
         "$PYTHON" -m venv --clear "$venv" >"${TMPDIR:-/tmp}/bigdssm-venv.$$" 2>&1 || {
             tail -n 3 "${TMPDIR:-/tmp}/bigdssm-venv.$$" >&2
             rm -f "${TMPDIR:-/tmp}/bigdssm-venv.$$"
