@@ -9,14 +9,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from scipy.sparse.linalg import svds
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.transitions import Transitions, last_items
+from bigdssm.dataset.transitions import MAX_WINDOW, Transitions, last_items
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.teachers import Bm25Teacher
 from bigdssm.retrieval.texts import Texts
@@ -117,8 +117,17 @@ BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options) and m
     "bm25": Bm25Texts,
 }
 
-# The lower bound of an option in all baselines, and whether it is exclusive.
-LOWER_BOUNDS: dict[str, tuple[float, bool]] = {"window": (1, False), "dim": (1, False)}
+
+class Bounds(NamedTuple):
+    """The values of a numeric option: at least `low`, or above it if `exclusive`, and at most `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    exclusive: bool = False
+
+
+BOUNDS = {"window": Bounds(1, MAX_WINDOW), "dim": Bounds(1)}
+"""The bounds of an option in all baselines."""
 
 
 def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = True) -> None:
@@ -129,10 +138,11 @@ def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = 
         if option not in known:
             raise ConfigError(f"the baseline {name} has no option {option}; its options: {', '.join(known) or 'none'}")
         value = argument(f"the baseline {name}: {option}", given, hints[option])
-        bound, exclusive = LOWER_BOUNDS.get(option, (-math.inf, False))
-        within = hints[option] not in (int, float) or (value > bound if exclusive else value >= bound)
+        low, high, exclusive = BOUNDS.get(option, Bounds())
+        within = hints[option] not in (int, float) or ((low < value if exclusive else low <= value) and value <= high)
         if not within or value == math.inf:
-            needed = f"{'above' if exclusive else 'at least'} {bound}" if math.isfinite(bound) else "a finite number"
+            needed = f"{'above' if exclusive else 'at least'} {low}" if math.isfinite(low) else "a finite number"
+            needed += f" and at most {high}" if math.isfinite(high) else ""
             raise ConfigError(f"the baseline {name}: {option}: got {given}, needs {needed}")
     for option, parameter in known.items():
         if require_all and parameter.default is inspect.Parameter.empty and option not in options:

@@ -186,7 +186,7 @@ def _search(
         study.enqueue_trial(allowed_values)
     for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(interrupted.number, state=TrialState.FAIL)
-        study.enqueue_trial(interrupted.params)
+        study.enqueue_trial(space.allowed_values(interrupted.params))  # the space may have changed
 
     done = (TrialState.COMPLETE, TrialState.PRUNED)
     while len(study.get_trials(states=done)) < trials:

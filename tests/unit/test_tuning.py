@@ -81,6 +81,18 @@ def test_interrupted_trials_are_repeated(tmp_path: Path) -> None:
     assert asked[2] == asked[1] and len(asked) == 5 and len(found) == 4
 
 
+def test_an_interrupted_trial_outside_a_corrected_space_is_not_repeated(tmp_path: Path) -> None:
+    def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
+        if values["x"] > 1:
+            raise ConfigError("x is above 1")
+        return float(values["x"])
+
+    with pytest.raises(ConfigError, match="x is above 1"):
+        search(value, space(tmp_path, "x: {low: 0.0, high: 9.0}"), tmp_path / "out", 2, first={"x": 8.0})
+    found = search(value, space(tmp_path, "x: {low: 0.0, high: 1.0}"), tmp_path / "out", 2, first={})
+    assert len(found) == 2
+
+
 def test_trials_below_the_median_are_pruned(tmp_path: Path) -> None:
     where, started, ended = space(tmp_path, "x: {low: 0.0, high: 1.0}"), list[float](), list[float]()
 
@@ -127,11 +139,14 @@ def test_an_infeasible_search_space_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_baselines_bounds_are_those_of_its_options(tiny_interactions: Any, tmp_path: Path, capsys: Any) -> None:
-    space(tmp_path, "window: {low: -5, high: 10}")
+@pytest.mark.parametrize(("low", "high", "wrong"), [(-5, 10, -5), (1, 20, 20)])
+def test_a_baselines_bounds_are_those_of_its_options(
+    tiny_interactions: Any, tmp_path: Path, capsys: Any, low: int, high: int, wrong: int
+) -> None:
+    space(tmp_path, f"window: {{low: {low}, high: {high}}}")
     command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml")]
     assert main([*command, "--baseline", "markov", "--out", str(tmp_path / "out")]) == 2
-    assert "the baseline markov: window: got -5, needs at least 1" in capsys.readouterr().err
+    assert f"the baseline markov: window: got {wrong}, needs at least 1 and at most 16" in capsys.readouterr().err
 
 
 def test_a_truncated_journal_is_resumed_and_a_damaged_one_refused(tmp_path: Path) -> None:

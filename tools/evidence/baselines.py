@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigdssm.evaluation.baselines import BASELINES, LOWER_BOUNDS
+from bigdssm.evaluation.baselines import BASELINES, BOUNDS, Bounds
 from tools.evidence.item_baselines import Ease, ImplicitALS, ItemKNN
 from tools.evidence.text_baselines import PretrainedTexts, SentenceTransformerTexts
 
@@ -13,10 +13,10 @@ BASELINES.update(
     pretrained=PretrainedTexts,
     sentence_transformers=SentenceTransformerTexts,
 )
-LOWER_BOUNDS.update(
+BOUNDS.update(
     {
-        **dict.fromkeys(("neighbours", "factors", "iterations", "steps", "rows"), (1, False)),
-        **dict.fromkeys(("regularisation", "weight", "lr"), (0, True)),
-        **dict.fromkeys(("warmup_steps", "seed"), (0, False)),
+        **dict.fromkeys(("neighbours", "factors", "iterations", "steps", "rows"), Bounds(1)),
+        **dict.fromkeys(("regularisation", "weight", "lr"), Bounds(0, exclusive=True)),
+        **dict.fromkeys(("warmup_steps", "seed"), Bounds(0)),
     }
 )
