@@ -22,7 +22,7 @@ from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
 from tools.evidence.__main__ import main
 from tools.evidence.benches import read_benchmarks, run_benchmarks
 from tools.evidence.claims import Expectation, read_claim
-from tools.evidence.page import as_markdown, tables_as_markdown, write_page
+from tools.evidence.page import OVERVIEW, as_markdown, tables_as_markdown, write_page
 from tools.evidence.results import CellResult, Result, SetResult, collect, together
 from tools.evidence.running import Trial, cpu_seconds, plan_trials, run_trial, run_trials, write_config
 from tools.evidence.stored import read_trials, with_finished, write_trials
@@ -252,8 +252,9 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
     figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
     results = {name: Result.from_dict(content) for name, content in figures.items()}
     assert {name: json.loads(json.dumps(result.to_dict())) for name, result in results.items()} == figures
-    pages = as_markdown(results, "evidence_tables.md"), tables_as_markdown(results, "evidence.md")
-    assert pages == tuple((ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("evidence", "evidence_tables"))
+    page = (ROOT / "docs/evidence.md").read_text("utf-8")
+    assert page[page.index(OVERVIEW) :] == as_markdown(results, "evidence_tables.md")
+    assert (ROOT / "docs/evidence_tables.md").read_text("utf-8") == tables_as_markdown(results, "evidence.md")
     assert {path.stem for path in (ROOT / "configs/evidence").glob("*.yaml")} == set(results)
     for name, result in results.items():
         claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
@@ -263,7 +264,11 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
         assert 2000 < shipped.stat().st_size < 40_000
     least = min(results, key=lambda name: sum(len(one.cells) for one in results[name].sets.values()))
     write_page({least: results[least]}, tmp_path / "page.md")
-    assert f"page_tables.md#{least}" in (tmp_path / "page.md").read_text("utf-8")
+    written_page = (tmp_path / "page.md").read_text("utf-8")
+    assert f"page_tables.md#{least}" in written_page and written_page.startswith("# Claims\n")
+    (tmp_path / "page.md").write_text(f"A head.\n\n{written_page[written_page.index(OVERVIEW) :]}", "utf-8")
+    write_page({least: results[least]}, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text("utf-8").startswith(f"A head.\n\n{OVERVIEW}")
     assert f"page.md#{least}" in (tmp_path / "page_tables.md").read_text("utf-8")
     picture = (tmp_path / f"images/evidence_{least}.svg").read_text("utf-8")
     assert len(picture) < 40_000

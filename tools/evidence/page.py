@@ -17,34 +17,16 @@ from tools.evidence.results import CellResult, Result, SetResult
 
 METRICS = {"ndcg_at_10": "NDCG@10", "hr_at_10": "HR@10", "mrr": "MRR", "recall_at_100": "Recall@100"}
 _COORDINATES = re.compile(r' (?:d|x|y|height|width|transform|points)="[^"]*"')
-HEAD = """# Experiments on the article's claims
+OVERVIEW = "| claim | verdict | decisive comparison | CPU-hours |\n|---|---|---|---|\n"
+HEAD = """# Claims
 
-The article 'RecSys + DSSM + FPSLoss is all you need' recommends a method, and recommends measuring the gain of each
-step. Each of its claims is a file in `configs/evidence/` with the cells to compare (a cell is a trained model or a
-baseline), their overrides of a shipped config, and the expected comparisons. `python -m tools.evidence` trains the
-cells, evaluates them on the test split over all documents, and writes this page and [the page of all tables and
-comparisons]({tables}):
+[The page of all tables and comparisons]({tables}) has the setup. Differences between cells (trained models or
+baselines) are paired by row, with 95 % bootstrap intervals over queries and seeds, clustered by query id. A claim
+**holds** if every interval is on the expected side of 0 (or of the margin of the claim), **does not hold** if one is on
+the other side, and is **open** otherwise. The decisive comparison is the closest one among those with the verdict of
+the claim. CPU-hours are totals over all training runs of a claim. The left side of a figure has the metric of each cell
+with its standard error, the right side the metric by tenths of the queries, sorted by the popularity of their document.
 
-<!-- not run: days of computing; tests/tools/test_evidence.py compares the stored results with the pages -->
-```bash
-python -m tools.evidence configs/evidence/*.yaml --out runs/evidence --page docs/evidence.md --store tools/evidence
-```
-
-**Method.** FPS is the Full Product Softmax loss, and NDCG@10 the normalized discounted cumulative gain of the first ten
-documents. Differences between cells are paired by row, with 95 % bootstrap intervals over queries and seeds, clustered
-by query id (user or text). A claim **holds** if every interval is on the expected side of 0 (or of the margin of the
-claim), **does not hold** if one is on the other side, and is **open** otherwise. The decisive comparison is the
-closest one among those with the verdict of the claim: one end of its interval is nearest to 0 (or to the margin).
-CPU-hours are totals over all training runs of a claim, including those shared with other claims.
-
-**Data.** movielens_100k (MovieLens-100K, the last rating of each user is test) and movielens_latest
-(MovieLens-latest-small, split by time) are films. movielens_by_year is MovieLens-latest-small evaluated walk-forward:
-2014, 2015 and 2016 are the test years, each with its own training and the year before as validation. tldr (tasks and
-shell commands), medquad (medical questions and answers), docstrings (descriptions and source of functions) and debian
-(summaries and descriptions of packages) are texts; their test documents have no queries in training.
-
-**Figures.** The left side has the metric of each cell with its standard error, the right side the metric by tenths of
-the test queries, sorted by the popularity of their document.
 """
 TABLES_HEAD = """# Tables of the experiments
 
@@ -59,11 +41,15 @@ the difference between its two cells with the 95 % interval, and the verdict.
 
 
 def write_page(results: Mapping[str, Result], page: Path) -> None:
-    """Write the page, its page of tables and its figures (in `images/`); `results` by the name of the claim's file."""
+    """Write the page, its page of tables and its figures (in `images/`); `results` by the name of the claim's file.
+
+    The text above the table of claims of an existing page is kept.
+    """
     for name, result in results.items():
         _draw(result, page.parent / "images" / f"evidence_{name}.svg")
     tables = tables_path(page)
-    page.write_text(as_markdown(results, tables.name), encoding="utf-8")
+    head = page.read_text("utf-8").partition(OVERVIEW)[0] if page.exists() else HEAD.format(tables=tables.name)
+    page.write_text(head + as_markdown(results, tables.name), encoding="utf-8")
     tables.write_text(tables_as_markdown(results, page.name), encoding="utf-8")
 
 
@@ -73,13 +59,13 @@ def tables_path(page: Path) -> Path:
 
 
 def as_markdown(results: Mapping[str, Result], tables: str) -> str:
-    """Return the page of verdicts as Markdown, with links to the page `tables`."""
-    overview = ["| claim | verdict | decisive comparison | CPU-hours |", "|---|---|---|---|"]
+    """Return the page of verdicts below its head as Markdown, with links to the page `tables`."""
+    overview = ""
     for name, result in results.items():
         link = f"[{_cell(result.claim)}](#{_anchor(name)})"
-        overview.append(f"| {link} | {result.verdict} | {_cell(result.decisive())} | {result.cpu_hours:.1f} |")
+        overview += f"| {link} | {result.verdict} | {_cell(result.decisive())} | {result.cpu_hours:.1f} |\n"
     sections = [_section(name, result, tables) for name, result in results.items()]
-    return "\n".join([HEAD.format(tables=tables), *overview, "", *sections])
+    return OVERVIEW + "\n".join([overview, *sections])
 
 
 def tables_as_markdown(results: Mapping[str, Result], page: str) -> str:
