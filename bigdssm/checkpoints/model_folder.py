@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,12 +37,21 @@ from bigdssm.checkpoints.checkpoint import (
     is_checkpoint_dir,
     read_manifest,
 )
-from bigdssm.config import ARCHITECTURE_FILE, Config, ScorerConfig, StageName, TextEncoderConfig, load_written_config
+from bigdssm.config import (
+    ARCHITECTURE_FILE,
+    Config,
+    ModelConfig,
+    ScorerConfig,
+    StageName,
+    TextEncoderConfig,
+    load_written_config,
+)
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
+from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.tables.files import MappedTables, row_file_checksum
 from bigdssm.utils.atomic import link_or_copy, new_folder, real_path, write_json
@@ -349,12 +358,32 @@ def _checksum(path: Path) -> str:
 BEST = "best"
 
 
-def load_initial_model(path: Path, scorer: ScorerConfig | None = None) -> ModelFolder:
+def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | None = None) -> ModelFolder:
     """Load the model that a stage starts from, a model folder or a checkpoint, with a new `scorer` if given.
 
-    Raises CheckpointError.
+    Text encoders that were trained without adapters get those of `config`, which change nothing yet. Raises
+    CheckpointError.
     """
-    return load_checkpoint_model(path, scorer) if is_checkpoint_dir(path) else load_model_folder(path, scorer=scorer)
+    load = load_checkpoint_model if is_checkpoint_dir(path) else load_model_folder
+    folder = load(path, scorer=scorer)
+    frozen = folder.model.scorer is not None and not folder.model.scorer.takes_vectors
+    return folder if frozen else _with_adapters(folder, config)
+
+
+def _with_adapters(folder: ModelFolder, config: ModelConfig) -> ModelFolder:
+    """Add the adapters of `config` to the text encoders without any."""
+    model, towers = folder.config.model, {}
+    for side in ("query", "doc"):
+        text, wanted = getattr(model, side).text, getattr(config, side).text
+        if isinstance(text, Transformer) and isinstance(wanted, Transformer) and not text.lora_rank:
+            text = replace(text, **{key: value for key, value in vars(wanted).items() if key.startswith("lora_")})
+        towers[side] = replace(getattr(model, side), text=text)
+    adapted = replace(model, **towers)
+    before = text_configs(model, folder.schema)
+    for key, text in text_configs(adapted, folder.schema).items():
+        if isinstance(text, Transformer) and text.lora != cast(Transformer, before[key]).lora:
+            cast(Any, folder.model.text[key]).add_adapters(text.lora)
+    return replace(folder, config=replace(folder.config, model=adapted))
 
 
 def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> ModelFolder:
@@ -383,7 +412,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         trained, source = config.stage(stage).scorer if own else scorer, config.initial_model(stage)
         model = new_model(config.model, schema, dataset.vocab_size, trained, dense=dense_tables(state))
         if source is not None and (missing := model.state_dict().keys() - state.keys()):
-            start = load_initial_model(source).model.state_dict()
+            start = load_initial_model(source, config.model).model.state_dict()
             state |= {name: start[name] for name in missing & start.keys()}
         if (fixed := config.stage(stage).documents.model) is not None:
             of_documents = load_model_folder(Path(fixed))

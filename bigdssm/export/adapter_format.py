@@ -11,6 +11,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, ClassVar, cast
 
+import torch
+
 from bigdssm.checkpoints.model_folder import ModelFolder, model_checksum, trained_scorer
 from bigdssm.config import ModelConfig, TowerConfig
 from bigdssm.errors import ConfigError
@@ -35,9 +37,9 @@ class AdapterExport(ExportFormat):
         from peft import PeftModel
         from transformers import AutoModel
 
-        from bigdssm.models.encoders.lora import save_adapter
+        from bigdssm.models.encoders.lora import base_name, save_adapter
         from bigdssm.models.encoders.pretrained import PretrainedFolder
-        from bigdssm.models.encoders.transformer import TransformerEncoder
+        from bigdssm.models.encoders.transformer import TransformerEncoder, without_pooler
 
         adapted = adapted_texts(model)
         if not adapted:
@@ -53,6 +55,13 @@ class AdapterExport(ExportFormat):
                 PretrainedFolder(base).transformer, config=encoder.transformer.config, local_files_only=True,
                 use_safetensors=True, trust_remote_code=False,
             )  # fmt: skip
+            frozen = {base_name(name): weight for name, weight in encoder.transformer.state_dict().items()}
+            theirs = without_pooler(reloaded).state_dict().items()
+            if not all(torch.equal(weight.float(), frozen[name].float()) for name, weight in theirs):
+                raise ConfigError(
+                    f"--format {self.format}: the encoder was trained before it got adapters, so that they do not fit "
+                    f"text.init={base}; --format model and sentence-transformers merge them"
+                )
             cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
         return _parity(replace(model, model=probed), model)
 

@@ -117,11 +117,12 @@ class Transformer(TextEncoderConfig):
         architecture = pretrained_architecture(
             self.init, inputs, keep_layers=self.keep_layers, dropout=self.dropout, pooling=self.pooling
         )
-        architecture.bigdssm["lora"] = self._lora
+        architecture.bigdssm["lora"] = self.lora
         return architecture
 
     @property
-    def _lora(self) -> dict[str, Any] | None:
+    def lora(self) -> dict[str, Any] | None:
+        """Return the keys of the adapters, as `architecture.bigdssm` holds them, or None."""
         if not self.lora_rank:
             return None
         return {

@@ -132,7 +132,7 @@ def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> D
         if config.stage(name).documents.model is None:
             loading = partitioned_loading(config.engine, config.stage(name).optimizer)
         return new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense).train()
-    loaded = load_initial_model(source, scorer)
+    loaded = load_initial_model(source, config.model, scorer)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
     loaded.view(dataset)

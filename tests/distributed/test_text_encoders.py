@@ -10,11 +10,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from bigdssm.checkpoints.checkpoint import find_checkpoint, read_manifest
-from bigdssm.checkpoints.model_folder import FROZEN_FILE, load_checkpoint_model
+from bigdssm.checkpoints.model_folder import FROZEN_FILE, load_checkpoint_model, load_model_folder
 from bigdssm.cluster.metrics import read_stage
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.export.convert import ExportSource, export
 from bigdssm.models import new_model
+from bigdssm.models.encoders.lora import base_name
 from bigdssm.training.engine import init_process_group, partitioned_loading
 from tests.encoders import FAMILIES, LORA, write_pairs
 
@@ -95,6 +98,33 @@ def test_best_folders_share_the_frozen_weights(tmp_path: Path, pools: dict[int, 
         save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(RankFailed, match="was written with other frozen weights"):
         pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=4"), "pretrain", True)
+
+
+@pytest.mark.slow
+def test_a_stage_adds_adapters_to_a_trained_encoder(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Its frozen weights are those of the stage before, also after a resume and in a checkpoint without best/."""
+    config, before = write_pairs(tmp_path, "qwen3"), tmp_path / "before"
+    pools[2].run(small_run.run, config, before, ("pretrain.steps=2", "pretrain.optimizer.lr=0.01"))
+    modes = (
+        "engine.zero_stage=3", *LORA, f"pretrain.init={before / 'pretrain/best'}", "pretrain.save_every_steps=2",
+        "pretrain.optimizer.lr=0.01", "pretrain.steps=6",
+    )  # fmt: skip
+    pools[2].run(small_run.run, config, tmp_path / "whole", modes)
+    pools[2].run(stop_after, config, tmp_path / "half", modes, 2)
+    assert_frozen_weights_are_saved_once(tmp_path / "half" / "pretrain")
+    pools[2].run(small_run.run, config, tmp_path / "half", modes, "pretrain", True)
+    one, two = (
+        load_checkpoint_model(find_checkpoint(tmp_path / run / "pretrain", "latest")) for run in ("whole", "half")
+    )
+    assert all(torch.equal(two.model.state_dict()[name], t) for name, t in one.model.state_dict().items())
+    trained = load_model_folder(before / "pretrain/best").model.state_dict()
+    for name, weight in one.model.frozen_weights().items():
+        assert torch.equal(weight, trained[base_name(name)])
+    assert all(t.any() for name, t in one.model.state_dict().items() if ".lora_B." in name)
+    source = ExportSource(one, "trained")
+    export(source, tmp_path / "merged", "model")
+    with pytest.raises(ConfigError, match="the encoder was trained before it got adapters"):
+        export(source, tmp_path / "adapter", "adapter")
 
 
 def loaded_sizes(rank: int, world_size: int, path: Path) -> dict[str, tuple[int, int]]:

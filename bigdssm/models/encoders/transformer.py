@@ -86,13 +86,18 @@ class TransformerEncoder(TextEncoder):
         self.transformer = new_transformer(architecture) if transformer is None else transformer
         self.architecture = self.transformer.config  # may be a copy
         if head["lora"]:
-            add_adapters(self.transformer, head["lora"])
+            self.add_adapters(head["lora"])
         self.layers = _added_layers(architecture.hidden_size, head["layers"])
         self.first_position = first_position(self.transformer)
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the layers that transformers can checkpoint, for any architecture."""
         return [part for part in self.transformer.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+    def add_adapters(self, lora: Mapping[str, Any]) -> None:
+        """Freeze the transformer and add new adapters, which change nothing yet. Raises ConfigError."""
+        self.architecture.bigdssm["lora"] = dict(lora)
+        add_adapters(self.transformer, lora)
 
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward, which recomputes the rest. Raises ConfigError: unsupported."""
