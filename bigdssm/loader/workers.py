@@ -104,6 +104,9 @@ def until_an_error(items: Iterator[T]) -> Iterator[T | str]:
         yield f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+PARENT_CHECK_S = 2.0
+
+
 def _reset_sigchld() -> None:
     """Remove torch's SIGCHLD handler: it raises anywhere in the main thread, even within a collective."""
     if threading.current_thread() is threading.main_thread():
@@ -117,12 +120,15 @@ def _obey_parent_only(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_sigterm, daemon=True).start()
+    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _wait_for_sigterm() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _wait_for_parent(parent: int) -> None:
+    """End this process if its parent sends SIGTERM or has ended, after which torch may wait for a reader forever."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_S)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)
 
 
