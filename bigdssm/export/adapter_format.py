@@ -59,8 +59,9 @@ class AdapterExport(ExportFormat):
             theirs = without_pooler(reloaded).state_dict().items()
             if not all(torch.equal(weight.float(), frozen[name].float()) for name, weight in theirs):
                 raise ConfigError(
-                    f"--format {self.format}: the encoder was trained before it got adapters, so that they do not fit "
-                    f"text.init={base}; --format model and sentence-transformers merge them"
+                    f"--format {self.format}: the weights under the adapters are not those of text.init={base}, but "
+                    "trained before, or rounded by engine.precision=bf16_pure; --format model and "
+                    "sentence-transformers merge the adapters"
                 )
             cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
         return _parity(replace(model, model=probed), model)

@@ -262,7 +262,7 @@ class _Peers:
     """The exchange of parts with the other loader processes."""
 
     def __init__(self, inboxes: Sequence[Queue[Any]], process: int, has_ended: Callable[[], bool]) -> None:
-        self._inboxes, self._process, self._parent, self._has_ended = inboxes, process, os.getppid(), has_ended
+        self._inboxes, self._process, self._has_ended = inboxes, process, has_ended
         self._pending: list[deque[LaneRows | str]] = [deque() for _ in inboxes]  # received parts, by sender
 
     def send(self, receiver: int, part: LaneRows | str) -> None:
@@ -294,8 +294,8 @@ class _Peers:
         return part
 
     def _receive(self) -> tuple[int, LaneRows | str]:
-        """Return the next (sender, part); exit the process if the stream was closed or the parent has died."""
-        while not self._has_ended() and os.getppid() == self._parent:
+        """Return the next (sender, part); exit the process if the stream was closed."""
+        while not self._has_ended():
             with suppress(Empty):
                 message: tuple[int, LaneRows | str] = self._inboxes[self._process].get(timeout=POLL_INTERVAL_S)
                 return message

@@ -25,6 +25,7 @@ from bigdssm.utils.log import get_logger
 
 T = TypeVar("T")
 STEPS_AHEAD = 4  # prefetched steps, at least; two per process
+PARENT_CHECK_S = 1.0
 log = get_logger(__name__)
 
 
@@ -104,9 +105,6 @@ def until_an_error(items: Iterator[T]) -> Iterator[T | str]:
         yield f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-PARENT_CHECK_S = 2.0
-
-
 def _reset_sigchld() -> None:
     """Remove torch's SIGCHLD handler: it raises anywhere in the main thread, even within a collective."""
     if threading.current_thread() is threading.main_thread():
@@ -114,7 +112,7 @@ def _reset_sigchld() -> None:
 
 
 def _obey_parent_only(worker: int) -> None:
-    """Ignore SIGINT, and SIGTERM unless the parent sends it.
+    """Ignore SIGINT, and SIGTERM unless the parent sends it; end when the parent has ended.
 
     Launchers and terminals signal the whole process group, but a rank needs its loaders until all ranks have saved.
     """
@@ -124,7 +122,7 @@ def _obey_parent_only(worker: int) -> None:
 
 
 def _wait_for_parent(parent: int) -> None:
-    """End this process if its parent sends SIGTERM or has ended, after which torch may wait for a reader forever."""
+    """End this process if its parent sends SIGTERM or has ended; torch's exit waits until a full queue is read."""
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_S)
         if received is not None and received.si_pid == parent:

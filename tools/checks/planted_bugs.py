@@ -258,6 +258,9 @@ BUGS = [
     Bug("faults", "folder_not_locked", "cluster.run_folder:FolderLock._acquire",
         "fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
         f"{UNIT}/test_run_folder.py::test_a_second_run_is_refused_with_the_holder_of_the_folder"),
+    Bug("faults", "loader_outlives_its_rank", "loader.workers:_wait_for_parent",
+        "while os.getppid() == parent:", "while True:",
+        f"{UNIT}/data/test_stream.py::test_a_loader_process_ends_with_its_rank"),
     # Bad data is counted and reported.
     Bug("bad data", "checksums_of_blocks_not_compared", "dataset.blocks:read_block",
         "if xxhash.xxh3_64_intdigest(content) != int(index.checksum[block]):", "if False:",

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from bigdssm.cluster.launcher import state_of
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -19,8 +26,10 @@ from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.features import Numeric, Ragged, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.lanes import LaneRows
 from bigdssm.loader.order import Order
 from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.workers import WorkerSteps, load
 from bigdssm.utils.hashing import hash64
 
 ROWS_GLOBAL, LANES = 48, 8
@@ -211,10 +220,6 @@ def test_a_dataset_pickles_as_its_path(interactions: Path) -> None:
 
 
 def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
-    import multiprocessing
-    import os
-    import signal
-
     others = multiprocessing.active_children()
     stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
     next(stream)
@@ -224,6 +229,36 @@ def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
         for _ in range(100):
             next(stream)
     stream.close()
+
+
+class Large(WorkerSteps[bytes]):
+    """Steps that are larger than a pipe, so that a loader process waits for its reader."""
+
+    def read(self, process: int, processes: int) -> Iterator[LaneRows]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield bytes(1_000_000)
+
+
+def load_and_die(file: Path) -> None:
+    steps = load(Large(bytes), 1)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(1)  # until the process waits
+    file.write_text(str(worker.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_ends_with_its_rank(tmp_path: Path) -> None:
+    rank = multiprocessing.get_context("spawn").Process(target=load_and_die, args=(tmp_path / "pid",))
+    rank.start()
+    rank.join()
+    worker, latest = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    while state_of(worker) not in (None, "Z"):
+        assert time.monotonic() < latest, os.kill(worker, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def test_memory_is_bounded_by_lanes_and_window_not_by_the_dataset(tmp_path: Path, tools) -> None:
