@@ -361,8 +361,8 @@ BEST = "best"
 def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | None = None) -> ModelFolder:
     """Load the model that a stage starts from, a model folder or a checkpoint, with a new `scorer` if given.
 
-    Text encoders that were trained without adapters get those of `config`, which change nothing yet. Raises
-    CheckpointError.
+    Text encoders that were trained without adapters get those of `config`, whose update is zero. Raises
+    CheckpointError; ConfigError: the adapters cannot be added.
     """
     load = load_checkpoint_model if is_checkpoint_dir(path) else load_model_folder
     folder = load(path, scorer=scorer)
@@ -383,6 +383,7 @@ def _with_adapters(folder: ModelFolder, config: ModelConfig) -> ModelFolder:
     for key, text in text_configs(adapted, folder.schema).items():
         if isinstance(text, Transformer) and text.lora != cast(Transformer, before[key]).lora:
             cast(Any, folder.model.text[key]).add_adapters(text.lora)
+    folder.model.eval()
     return replace(folder, config=replace(folder.config, model=adapted))
 
 
@@ -413,7 +414,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         model = new_model(config.model, schema, dataset.vocab_size, trained, dense=dense_tables(state))
         if source is not None and (missing := model.state_dict().keys() - state.keys()):
             start = load_initial_model(source, config.model).model.state_dict()
-            state |= {name: start[name] for name in missing & start.keys()}
+            model.load_state_dict({name: start[name] for name in missing & start.keys()}, strict=False)
         if (fixed := config.stage(stage).documents.model) is not None:
             of_documents = load_model_folder(Path(fixed))
             model.freeze_documents(of_documents.model.state_dict())

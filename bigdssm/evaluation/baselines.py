@@ -6,10 +6,9 @@ All are fitted on the train split and evaluated as a model is: same rows, exclus
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import numpy as np
 from scipy.sparse.linalg import svds
@@ -21,6 +20,10 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.teachers import Bm25Teacher
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.arguments import argument
+from bigdssm.utils.bounds import Bound, out_of_bounds
+
+Count = Annotated[int, Bound(1)]  # types of options
+Window = Annotated[int, Bound(1, at_most=MAX_WINDOW)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Markov:
     transitions: Transitions
 
     @classmethod
-    def fit(cls, dataset: Dataset, window: int = 3) -> Markov:
+    def fit(cls, dataset: Dataset, window: Window = 3) -> Markov:
         """Fit on `dataset`. Raises DataError: its rows have no history."""
         return cls(Transitions.of(dataset, window))
 
@@ -76,7 +79,7 @@ class MarkovVectors:
     documents: np.ndarray  # float64 [N, dim]
 
     @classmethod
-    def fit(cls, dataset: Dataset, dim: int, window: int = 3) -> MarkovVectors:
+    def fit(cls, dataset: Dataset, dim: Count, window: Window = 3) -> MarkovVectors:
         """Fit on `dataset`. Raises: ConfigError: `dim` out of range; DataError: no histories."""
         chain = Transitions.of(dataset, window)
         if not 0 < dim < chain.num_docs:
@@ -118,32 +121,17 @@ BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options) and m
 }
 
 
-class Bounds(NamedTuple):
-    """The values of a numeric option: at least `low`, or above it if `exclusive`, and at most `high`."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    exclusive: bool = False
-
-
-BOUNDS = {"window": Bounds(1, MAX_WINDOW), "dim": Bounds(1)}
-"""The bounds of an option in all baselines."""
-
-
 def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = True) -> None:
     """Raise ConfigError if the options are invalid for the baseline `name`; `require_all`: or incomplete."""
     fit = BASELINES[name].fit
-    known, hints = dict(list(inspect.signature(fit).parameters.items())[1:]), get_type_hints(fit)
+    known, hints = dict(list(inspect.signature(fit).parameters.items())[1:]), get_type_hints(fit, include_extras=True)
     for option, given in options.items():
         if option not in known:
             raise ConfigError(f"the baseline {name} has no option {option}; its options: {', '.join(known) or 'none'}")
-        value = argument(f"the baseline {name}: {option}", given, hints[option])
-        low, high, exclusive = BOUNDS.get(option, Bounds())
-        within = hints[option] not in (int, float) or ((low < value if exclusive else low <= value) and value <= high)
-        if not within or value == math.inf:
-            needed = f"{'above' if exclusive else 'at least'} {low}" if math.isfinite(low) else "a finite number"
-            needed += f" and at most {high}" if math.isfinite(high) else ""
-            raise ConfigError(f"the baseline {name}: {option}: got {given}, needs {needed}")
+        key, hint = f"the baseline {name}: {option}", hints[option]
+        kind, bound = (hint.__origin__, hint.__metadata__[0]) if get_origin(hint) is Annotated else (hint, None)
+        for _, _, needed in out_of_bounds(argument(key, given, kind), key, bound):
+            raise ConfigError(f"{key}: got {given}, needs {needed}")
     for option, parameter in known.items():
         if require_all and parameter.default is inspect.Parameter.empty and option not in options:
             raise ConfigError(f"the baseline {name} needs the option {option}")

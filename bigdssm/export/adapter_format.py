@@ -33,7 +33,10 @@ class AdapterExport(ExportFormat):
     keeps_tables: ClassVar[bool] = True
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
-        """Write the adapters, load them on their base models, and compare. Raises ConfigError: the model has none."""
+        """Write the adapters, load them on their base models, and compare.
+
+        Raises ConfigError: the model has no adapters, or frozen weights that differ from those of `text.init`.
+        """
         from peft import PeftModel
         from transformers import AutoModel
 
@@ -59,9 +62,9 @@ class AdapterExport(ExportFormat):
             theirs = without_pooler(reloaded).state_dict().items()
             if not all(torch.equal(weight.float(), frozen[name].float()) for name, weight in theirs):
                 raise ConfigError(
-                    f"--format {self.format}: the weights under the adapters are not those of text.init={base}, but "
-                    "trained before, or rounded by engine.precision=bf16_pure; --format model and "
-                    "sentence-transformers merge the adapters"
+                    f"--format {self.format}: the frozen weights differ from text.init={base}: an earlier stage has "
+                    "trained them, or engine.precision=bf16_pure has rounded them; use another --format, which merges "
+                    "the adapters"
                 )
             cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
         return _parity(replace(model, model=probed), model)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -25,7 +24,7 @@ from bigdssm.loader.lanes import LaneReader, LaneRows
 from bigdssm.loader.mixed_order import MixedOrder
 from bigdssm.loader.order import WINDOW_BLOCKS, Order, Tail
 from bigdssm.loader.row_stream import RowStream
-from bigdssm.loader.workers import WorkerSteps, until_an_error
+from bigdssm.loader.workers import CONTEXT, WorkerSteps, until_an_error
 from bigdssm.utils.hashing import derive_key
 from bigdssm.utils.log import get_logger
 
@@ -217,7 +216,7 @@ def _resume_hint(before: list[str], now: list[str]) -> str:
     return f", or resume with data.from_partition={before[0]}"
 
 
-POLL_INTERVAL_S = 0.1  # between checks whether the stream was closed or the parent has died
+POLL_INTERVAL_S = 0.1  # between checks whether the stream was closed
 
 
 class LaneSteps(WorkerSteps[T]):
@@ -231,8 +230,8 @@ class LaneSteps(WorkerSteps[T]):
         self._args, self._dataset, self._steps = (dataset, split, order), dataset, steps
         # contiguous shares keep the parts in lane order
         self._shares = [share.tolist() for share in np.array_split(np.array(lanes), max(1, num_workers))]
-        self._inboxes: list[Queue[Any]] = [get_context().Queue() for _ in self._shares] if num_workers > 1 else []
-        self._ended = get_context().RawValue("b", 0)  # without a lock: a killed process may hold it
+        self._inboxes: list[Queue[Any]] = [CONTEXT.Queue() for _ in self._shares] if num_workers > 1 else []
+        self._ended = CONTEXT.RawValue("b", 0)  # without a lock: a killed process may hold it
 
     def read(self, process: int, processes: int) -> Iterator[LaneRows]:
         """Yield the steps at the indices `process`, `process` + `processes`, …."""

@@ -11,6 +11,8 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -25,7 +27,8 @@ from bigdssm.utils.log import get_logger
 
 T = TypeVar("T")
 STEPS_AHEAD = 4  # prefetched steps, at least; two per process
-PARENT_CHECK_S = 1.0
+PARENT_CHECK_S = 1.0  # between checks whether the parent has ended
+CONTEXT = get_context("fork")  # of the processes: their parent is the rank, not a fork server
 log = get_logger(__name__)
 
 
@@ -76,7 +79,9 @@ def load(steps: WorkerSteps[T], num_workers: int) -> Generator[WorkerStep[T]]:
     Raises DataError: reading failed; PeerError: a process died.
     """
     loader = DataLoader(
-        steps, batch_size=None, num_workers=num_workers, collate_fn=_identity, worker_init_fn=_obey_parent_only,
+        steps, batch_size=None, num_workers=num_workers, collate_fn=_identity,
+        worker_init_fn=partial(_obey_parent_only, os.getpid()),
+        multiprocessing_context=CONTEXT if num_workers else None,
         prefetch_factor=max(2, -(-STEPS_AHEAD // num_workers)) if num_workers else None,
         generator=torch.Generator(),  # else it draws a seed from dropout's generator, once more at each resume
     )  # fmt: skip
@@ -111,18 +116,18 @@ def _reset_sigchld() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _obey_parent_only(worker: int) -> None:
-    """Ignore SIGINT, and SIGTERM unless the parent sends it; end when the parent has ended.
+def _obey_parent_only(parent: int, worker: int) -> None:
+    """Ignore SIGINT, and SIGTERM unless `parent` sends it; end when `parent` has ended.
 
     Launchers and terminals signal the whole process group, but a rank needs its loaders until all ranks have saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_wait_for_parent, args=(parent,), daemon=True).start()
 
 
 def _wait_for_parent(parent: int) -> None:
-    """End this process if its parent sends SIGTERM or has ended; torch's exit waits until a full queue is read."""
+    """End this process if `parent` sends SIGTERM or has ended; torch's exit waits until a full queue is read."""
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_S)
         if received is not None and received.si_pid == parent:

@@ -122,7 +122,7 @@ class Transformer(TextEncoderConfig):
 
     @property
     def lora(self) -> dict[str, Any] | None:
-        """Return the keys of the adapters, as `architecture.bigdssm` holds them, or None."""
+        """Return the options of the adapters in the form of `architecture.bigdssm["lora"]`; None without adapters."""
         if not self.lora_rank:
             return None
         return {

@@ -11,7 +11,13 @@ from typing import Any, TypeGuard, cast
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -42,6 +48,10 @@ class Space:
     def allowed_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of `values` that are in the space."""
         return {key: value for key, value in values.items() if key in self.keys and _allows(self.keys[key], value)}
+
+    def contains(self, values: Mapping[str, Any]) -> bool:
+        """Return True if `values` has a value of the space for every key, and nothing else."""
+        return values.keys() == self.keys.keys() and self.allowed_values(values) == values
 
     def bounds(self) -> Iterator[tuple[str, Any]]:
         """Yield (key, value) for the lowest and highest value of each range, and for every choice."""
@@ -163,8 +173,9 @@ def search(
 ) -> list[FrozenTrial]:
     """Start or continue the search in `out` until `trials` are finished; return all trials, the best first.
 
-    The first trial has the values `first` that are in the space. Raises the error of a failed trial; DataError: another
-    search is running in `out`; CheckpointError: its journal is damaged.
+    The first trial has the values `first` that are in the space. Trials of an earlier search with values outside the
+    space do not count. Raises the error of a failed trial; ConfigError: the kind of values of a key has changed;
+    DataError: another search is running in `out`; CheckpointError: its journal is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
     with WriterLock(out / "search.lock", out):
@@ -182,21 +193,40 @@ def _search(
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
     )  # fmt: skip
+    _check_kinds(study.trials, space, out)
     if not study.trials and (allowed_values := space.allowed_values(first)):
         study.enqueue_trial(allowed_values)
     for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(interrupted.number, state=TrialState.FAIL)
-        study.enqueue_trial(space.allowed_values(interrupted.params))  # the space may have changed
+        study.enqueue_trial(space.allowed_values(interrupted.params))
 
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    while len(study.get_trials(states=done)) < trials:
+    def finished() -> list[FrozenTrial]:
+        done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        return [trial for trial in done if space.contains(trial.params)]
+
+    while len(finished()) < trials:
         trial = study.ask(space.keys)  # an interrupted trial is enqueued again by the next run
+        if not space.contains(trial.params):  # enqueued before the space was changed
+            study.tell(trial, state=TrialState.FAIL)
+            continue
         try:
             study.tell(trial, value(trial, trial.params))
         except optuna.TrialPruned:
             study.tell(trial, state=TrialState.PRUNED)
-    finished = study.get_trials(states=done)
-    return sorted(finished, key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+    return sorted(finished(), key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+
+
+def _check_kinds(trials: Sequence[FrozenTrial], space: Space, out: Path) -> None:
+    """Raise ConfigError if the choices, the type or the scale of a key have changed, which Optuna does not support."""
+    for trial in trials:
+        for key in trial.distributions.keys() & space.keys.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], space.keys[key])
+            except ValueError:
+                raise ConfigError(
+                    f"the space's {key}: got {space.keys[key]}, was {trial.distributions[key]} in {out}: the choices, "
+                    "the type and the scale of a key cannot change during a search; choose another --out"
+                ) from None
 
 
 def _truncate_torn_record(journal: Path) -> None:

@@ -93,6 +93,9 @@ def test_hard_negatives_resume_and_estimate(trained: Path, tmp_path: Path, pools
     hard = ("pretrain.loss.name=pair_ce", "pretrain.sampling.name=none", "pretrain.negatives.uniform=0")
     hard += ("pretrain.negatives.hard=3", "pretrain.negatives.in_batch=false", "pretrain.negatives.mining.first=1")
     hard += ("pretrain.negatives.mining.last=20", "pretrain.negatives.mining.every_steps=4", *LIGHTER)
+    other = tmp_path / "other"  # its document tower is replaced
+    pools[1].run(small_run.run, trained / "config.yaml", other, (*LIGHTER, "pretrain.steps=1"))
+    hard += (f"pretrain.init={other / 'pretrain' / 'best'}",)
     fixed = trained / "fixed.yaml"
     pools[1].run(small_run.run, fixed, tmp_path / "whole", hard)
     hard += ("pretrain.save_every_steps=6",)

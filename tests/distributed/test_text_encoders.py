@@ -74,7 +74,7 @@ def test_all_modes_give_the_curve_of_one_rank(config: Path, tmp_path: Path, pool
 
 
 def assert_frozen_weights_are_saved_once(stage: Path) -> None:
-    """They are in best/ alone; without it a checkpoint takes them from the pretrained model."""
+    """They are in best/ alone; without it a checkpoint takes them from the model that the stage starts from."""
     path = find_checkpoint(stage, "latest")
     saved, whole = set(read_manifest(path).tensors), load_checkpoint_model(path).model
     assert whole.frozen_weights() and not saved & whole.frozen_weights().keys()
@@ -123,7 +123,7 @@ def test_a_stage_adds_adapters_to_a_trained_encoder(tmp_path: Path, pools: dict[
     assert all(t.any() for name, t in one.model.state_dict().items() if ".lora_B." in name)
     source = ExportSource(one, "trained")
     export(source, tmp_path / "merged", "model")
-    with pytest.raises(ConfigError, match=r"the weights under the adapters are not those of text\.init="):
+    with pytest.raises(ConfigError, match=r"the frozen weights differ from text\.init="):
         export(source, tmp_path / "adapter", "adapter")
 
 

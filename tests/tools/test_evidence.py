@@ -248,7 +248,7 @@ def test_a_baselines_options_may_differ_by_set(tmp_path: Path, tiny_interactions
 
 
 def test_the_page_is_its_figures(tmp_path: Path) -> None:
-    """The pages are generated from results.json."""
+    """The pages are generated from results.json, except the head of the page of claims."""
     figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
     results = {name: Result.from_dict(content) for name, content in figures.items()}
     assert {name: json.loads(json.dumps(result.to_dict())) for name, result in results.items()} == figures
@@ -269,6 +269,10 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"A head.\n\n{written_page[written_page.index(OVERVIEW) :]}", "utf-8")
     write_page({least: results[least]}, tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text("utf-8").startswith(f"A head.\n\n{OVERVIEW}")
+    (tmp_path / "other.md").write_text("A page of mine.\n")
+    with pytest.raises(ConfigError, match=r"other\.md has no line `\| claim \| verdict \|"):
+        write_page({least: results[least]}, tmp_path / "other.md")
+    assert (tmp_path / "other.md").read_text() == "A page of mine.\n"
     assert f"page.md#{least}" in (tmp_path / "page_tables.md").read_text("utf-8")
     picture = (tmp_path / f"images/evidence_{least}.svg").read_text("utf-8")
     assert len(picture) < 40_000

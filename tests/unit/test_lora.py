@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
+from bigdssm.checkpoints.model_folder import (
+    ModelFolder,
+    load_initial_model,
+    load_model_folder,
+    model_checksum,
+    save_model_folder,
+)
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
@@ -15,7 +22,8 @@ from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.export.formats import Probe, largest_difference
 from bigdssm.models import new_model
-from bigdssm.models.declarations import MlpConfig
+from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
+from bigdssm.training.checks import model_difference
 from tests.encoders import LORA, write_pairs
 
 
@@ -80,6 +88,44 @@ def test_frozen_weights_of_a_loaded_model_stay_in_its_file(pairs: Path, tmp_path
     assert torch.equal(Probe(loaded).vectors["query"], Probe(source).vectors["query"])  # with its buffers
     scored = load_model_folder(tmp_path / "model", scorer=MlpConfig(hidden=(4,))).model
     assert scored.scorer is not None and all(p.isfinite().all() for p in scored.scorer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shared", "adapters", "adapted"),
+    [
+        (True, LORA[:1], {"shared"}),
+        (False, LORA[:1], {"query"}),
+        (False, LORA[1:], {"doc"}),
+        (False, LORA, {"query", "doc"}),
+    ],
+)
+def test_a_model_trained_without_adapters_gets_them(
+    pairs: Path, tmp_path: Path, shared: bool, adapters: list[str], adapted: set[str]
+) -> None:
+    overrides = [f"model.share_text={str(shared).lower()}"]
+    source = folder_of(pairs, overrides, 0.0)
+    save_model_folder(tmp_path / "model", source.model, source.config, source.schema, source.tokenizer_dir, {})
+    config = load_config(pairs, [*overrides, *adapters, "model.query.text.lora_dropout=0.5"]).model
+    started = load_initial_model(tmp_path / "model", config)
+    assert model_difference(started.config, replace(started.config, model=config)) is None
+    trained = {name for name, parameter in started.model.named_parameters() if parameter.requires_grad}
+    for key in started.model.text:
+        of_key = {name for name in trained if name.startswith(f"text.{key}.")}
+        assert all((".lora_" in name) == (key in adapted) for name in of_key) and of_key
+    assert not any(module.training for module in started.model.modules())
+    for side in ("query", "doc"):
+        assert largest_difference(Probe(started).vectors[side], Probe(source).vectors[side]) < 1e-6
+
+
+def test_frozen_towers_get_no_adapters(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path, "bert")
+    source = folder_of(pairs, [], 0.0)
+    save_model_folder(tmp_path / "model", source.model, source.config, source.schema, source.tokenizer_dir, {})
+    config = load_config(pairs, LORA).model
+    cross = load_initial_model(tmp_path / "model", config, CrossEncoderConfig()).model
+    assert not any(".lora_" in name for name in cross.state_dict())
+    towers = load_initial_model(tmp_path / "model", config).model
+    assert any(".lora_" in name for name in towers.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The planted bugs of mutations.py: at least one per contract of the package.
 
-`symbol` is module:qualified name; `old` occurs in its source exactly once and is replaced by `new`; `test` is a fast
-test that must fail.
+`symbol` is module:qualified name; `old` occurs in its source exactly once and is replaced by `new`; `test` must fail.
 """
 
 from typing import NamedTuple
@@ -664,6 +663,12 @@ BUGS = [
     Bug("adapters", "base_of_another_stage", "checkpoints.model_folder:load_checkpoint_model",
         "load_initial_model(source, config.model)", "load_model_folder(source)",
         f"{RANKS}/test_text_encoders.py::test_a_stage_adds_adapters_to_a_trained_encoder"),
+    Bug("adapters", "adapters_of_frozen_towers", "checkpoints.model_folder:load_initial_model",
+        "return folder if frozen else", "return",
+        f"{UNIT}/test_lora.py::test_frozen_towers_get_no_adapters"),
+    Bug("adapters", "adapters_of_the_other_tower", "checkpoints.model_folder:_with_adapters",
+        "getattr(config, side).text", "config.query.text",
+        f"{UNIT}/test_lora.py::test_a_model_trained_without_adapters_gets_them"),
     Bug("adapters", "another_base_at_a_resume", "training.resume:StartPoint.check_frozen",
         "checksum != self.checkpoint.state[\"frozen\"]", "False",
         f"{RANKS}/test_text_encoders.py::test_best_folders_share_the_frozen_weights"),
@@ -685,6 +690,9 @@ BUGS = [
     Bug("fixed documents", "document_tower_is_trained", "models.dual_encoder:DualEncoder.freeze_documents",
         "parameter.requires_grad_(False)", "pass",
         f"{RANKS}/test_fixed_documents.py::test_any_ranks_and_chunks_train_the_query_tower_alone"),
+    Bug("fixed documents", "documents_of_the_initial_model", "checkpoints.model_folder:load_checkpoint_model",
+        "model.freeze_documents(of_documents.model.state_dict())", "pass",
+        f"{RANKS}/test_fixed_documents.py::test_hard_negatives_resume_and_estimate"),
     Bug("fixed documents", "an_index_of_its_own", "checkpoints.model_folder:ModelFolder.doc_checksum",
         "self.provenance.get(\"documents\") or self.checksum", "self.checksum",
         f"{RANKS}/test_fixed_documents.py::test_a_new_query_tower_searches_the_old_index"),

@@ -27,7 +27,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.atomic import write_json
 from tools.evidence.benches import BenchmarkResult, read_benchmarks, run_benchmarks
 from tools.evidence.claims import Claim, read_claim
-from tools.evidence.page import tables_path, write_page
+from tools.evidence.page import head_of, tables_path, write_page
 from tools.evidence.results import Result, collect
 from tools.evidence.running import Trial, plan_trials, run_trials
 from tools.evidence.stored import read_trials, with_finished, write_trials
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for page in () if args.page is None else (args.page, tables_path(args.page)):
         check_file_to_write("--page", page)
+    if args.page is not None:
+        head_of(args.page)
     claims = {path.stem: read_claim(path) for path in args.claims}
     if len(claims) < len(args.claims):
         raise ConfigError("two files have the same name, which identifies the claim; rename one")

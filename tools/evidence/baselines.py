@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bigdssm.evaluation.baselines import BASELINES, BOUNDS, Bounds
+from bigdssm.evaluation.baselines import BASELINES
 from tools.evidence.item_baselines import Ease, ImplicitALS, ItemKNN
 from tools.evidence.text_baselines import PretrainedTexts, SentenceTransformerTexts
 
@@ -12,11 +12,4 @@ BASELINES.update(
     ials=ImplicitALS,
     pretrained=PretrainedTexts,
     sentence_transformers=SentenceTransformerTexts,
-)
-BOUNDS.update(
-    {
-        **dict.fromkeys(("neighbours", "factors", "iterations", "steps", "rows"), Bounds(1)),
-        **dict.fromkeys(("regularisation", "weight", "lr"), Bounds(0, exclusive=True)),
-        **dict.fromkeys(("warmup_steps", "seed"), Bounds(0)),
-    }
 )

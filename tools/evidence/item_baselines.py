@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -20,7 +20,11 @@ from scipy.sparse import csr_matrix
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.evaluation.baselines import Count
+from bigdssm.utils.bounds import Bound
 
+Positive = Annotated[float, Bound(above=0)]  # types of options
+Seed = Annotated[int, Bound(0)]
 FIT_ROWS = 65_536
 MAX_EASE_DOCS = 30_000  # EASE's matrix [N, N] is dense: 7 GB
 
@@ -32,7 +36,7 @@ class ItemKNN:
     similarity: Any  # CSR [N, N]
 
     @classmethod
-    def fit(cls, dataset: Dataset, neighbours: int = 100, weights: str = "bm25") -> ItemKNN:
+    def fit(cls, dataset: Dataset, neighbours: Count = 100, weights: str = "bm25") -> ItemKNN:
         """Fit the baseline; `weights` of the matrix before the cosines: bm25, tfidf or none."""
         _need("implicit")
         from implicit import nearest_neighbours
@@ -59,7 +63,7 @@ class Ease:
     weights: np.ndarray  # float64 [N, N], diagonal 0
 
     @classmethod
-    def fit(cls, dataset: Dataset, regularisation: float = 300.0) -> Ease:
+    def fit(cls, dataset: Dataset, regularisation: Positive = 300.0) -> Ease:
         """Fit the baseline. Raises DataError: N is too large for a dense matrix."""
         if dataset.catalogue.num_docs > MAX_EASE_DOCS:
             raise DataError(
@@ -87,8 +91,8 @@ class ImplicitALS:
 
     @classmethod
     def fit(
-        cls, dataset: Dataset, factors: int = 64, regularisation: float = 0.05, weight: float = 10.0,
-        iterations: int = 15, seed: int = 0,
+        cls, dataset: Dataset, factors: Count = 64, regularisation: Positive = 0.05, weight: Positive = 10.0,
+        iterations: Count = 15, seed: Seed = 0,
     ) -> ImplicitALS:  # fmt: skip
         """Fit the baseline; `weight` is the confidence of positives relative to zeros."""
         _need("implicit")

@@ -1,4 +1,4 @@
-"""The pages of the claims, generated from their results: verdicts with one figure per claim, and all tables."""
+"""The pages of the claims: verdicts with one figure per claim, below a head that is kept, and all tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from bigdssm.errors import ConfigError
 from bigdssm.utils.atomic import write_text
 from tools.evidence.results import CellResult, Result, SetResult
 
@@ -23,15 +24,16 @@ HEAD = """# Claims
 [The page of all tables and comparisons]({tables}) has the setup. Differences between cells (trained models or
 baselines) are paired by row, with 95 % bootstrap intervals over queries and seeds, clustered by query id. A claim
 **holds** if every interval is on the expected side of 0 (or of the margin of the claim), **does not hold** if one is on
-the other side, and is **open** otherwise. The decisive comparison is the closest one among those with the verdict of
-the claim. CPU-hours are totals over all training runs of a claim. The left side of a figure has the metric of each cell
-with its standard error, the right side the metric by tenths of the queries, sorted by the popularity of their document.
+the other side, and is **open** otherwise. Of the comparisons with this verdict, the decisive one has the interval
+whose end is nearest to 0 or the margin. CPU-hours are totals over all training runs of a claim. The left side of a
+figure has the metric of each cell with its standard error, the right side the metric by tenths of the queries, sorted
+by the popularity of their document.
 
 """
 TABLES_HEAD = """# Tables of the experiments
 
 The setup of each experiment, the results of all cells, and all comparisons; [the page of claims]({page}) has the
-verdicts and the method. Both pages are generated from the stored results by `python -m tools.evidence`.
+verdicts and the method. `python -m tools.evidence` generates this page from the stored results.
 
 ± is a standard error over queries and seeds. The rare and the popular half are the test rows whose documents have fewer
 or more positives in training. Cold rows, whose documents have none, are in neither half; their number is in
@@ -43,14 +45,26 @@ the difference between its two cells with the 95 % interval, and the verdict.
 def write_page(results: Mapping[str, Result], page: Path) -> None:
     """Write the page, its page of tables and its figures (in `images/`); `results` by the name of the claim's file.
 
-    The text above the table of claims of an existing page is kept.
+    The head of an existing page is kept. Raises ConfigError: the page has no table of claims.
     """
+    tables = tables_path(page)
+    head = head_of(page) or HEAD.format(tables=tables.name)
     for name, result in results.items():
         _draw(result, page.parent / "images" / f"evidence_{name}.svg")
-    tables = tables_path(page)
-    head = page.read_text("utf-8").partition(OVERVIEW)[0] if page.exists() else HEAD.format(tables=tables.name)
-    page.write_text(head + as_markdown(results, tables.name), encoding="utf-8")
-    tables.write_text(tables_as_markdown(results, page.name), encoding="utf-8")
+    write_text(page, head + as_markdown(results, tables.name))
+    write_text(tables, tables_as_markdown(results, page.name))
+
+
+def head_of(page: Path) -> str:
+    """Return the text above the table of claims; "" without a page. Raises ConfigError: it has no such table."""
+    head, table, _ = (page.read_text("utf-8") if page.exists() else OVERVIEW).partition(OVERVIEW)
+    if not table:
+        header, rule = OVERVIEW.splitlines()
+        raise ConfigError(
+            f"{page} has no line `{header}` with `{rule}` below it, above which the text is kept; add both lines, or "
+            "choose another --page"
+        )
+    return head
 
 
 def tables_path(page: Path) -> Path:

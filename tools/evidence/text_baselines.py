@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
@@ -19,10 +19,13 @@ from torch import Tensor
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
+from bigdssm.evaluation.baselines import Count
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
 from bigdssm.losses.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
+from bigdssm.utils.bounds import Bound
+from tools.evidence.item_baselines import Positive, Seed
 
 ROWS_PER_BATCH = 16_384
 
@@ -57,8 +60,8 @@ class SentenceTransformerTexts(VectorTexts):
 
     @classmethod
     def fit(
-        cls, dataset: Dataset, folder: str, steps: int, rows: int = 512, lr: float = 5e-5, warmup_steps: int = 0,
-        precision: str = "fp32", seed: int = 0,
+        cls, dataset: Dataset, folder: str, steps: Count, rows: Count = 512, lr: Positive = 5e-5,
+        warmup_steps: Annotated[int, Bound(0)] = 0, precision: str = "fp32", seed: Seed = 0,
     ) -> SentenceTransformerTexts:  # fmt: skip
         """Train a mean-pooled Hugging Face text encoder as recommended by the sentence-transformers documentation.
 

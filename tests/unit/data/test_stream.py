@@ -232,27 +232,34 @@ def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
 
 
 class Large(WorkerSteps[bytes]):
-    """Steps that are larger than a pipe, so that a loader process waits for its reader."""
+    """Steps that are larger than a pipe, so that a loader process waits for its reader; `made` has a byte for each."""
+
+    def __init__(self, made: Path) -> None:
+        super().__init__(bytes)
+        self._made = made
 
     def read(self, process: int, processes: int) -> Iterator[LaneRows]:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
-            yield bytes(1_000_000)
+        with self._made.open("wb", buffering=0) as made:
+            while True:
+                made.write(b".")
+                yield bytes(1_000_000)
 
 
-def load_and_die(file: Path) -> None:
-    steps = load(Large(bytes), 1)
+def load_and_die(folder: Path) -> None:
+    steps = load(Large(folder / "made"), 1)
     next(steps)
     (worker,) = multiprocessing.active_children()
-    time.sleep(1)  # until the process waits
-    file.write_text(str(worker.pid))
+    (folder / "pid").write_text(str(worker.pid))
+    while (folder / "made").stat().st_size < 3:  # the second waits in the queue, which torch's exit flushes
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_loader_process_ends_with_its_rank(tmp_path: Path) -> None:
-    rank = multiprocessing.get_context("spawn").Process(target=load_and_die, args=(tmp_path / "pid",))
+    rank = multiprocessing.get_context("spawn").Process(target=load_and_die, args=(tmp_path,))
     rank.start()
     rank.join()
     worker, latest = int((tmp_path / "pid").read_text()), time.monotonic() + 30
