@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _teachers(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> dict[str, PairTeacher]:
-    """Return the teachers by checksum."""
+    """Return the teachers by kind and checksum."""
     teachers: dict[str, PairTeacher] = {}
     for path in args.model:
         folder = load_model_folder(path)
@@ -89,9 +89,9 @@ def _teachers(args: argparse.Namespace, dataset: Dataset, progress: Progress) ->
     if args.cross_encoder or args.pretrained or args.bm25:
         texts = Texts(dataset)
     for path in args.cross_encoder:
-        teachers[json_checksum(folder_checksums(path))] = CrossEncoderTeacher(path, texts)
+        teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = CrossEncoderTeacher(path, texts)
     for path in args.pretrained:
-        teachers[json_checksum(folder_checksums(path))] = pretrained_teacher(path, dataset, texts)
+        teachers[f"encoder {json_checksum(folder_checksums(path))}"] = pretrained_teacher(path, dataset, texts)
     if args.bm25:
         teachers["BM25"] = Bm25Teacher(dataset, texts, progress)
     return teachers

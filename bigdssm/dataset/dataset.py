@@ -171,7 +171,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the schema, the tokenizer and the partitions' rows."""
+        """A hash of the schema, the tokenizer, and the partitions' rows and documents."""
         known = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
         return short_hash("\n".join(known).encode())
 

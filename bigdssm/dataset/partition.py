@@ -81,7 +81,7 @@ class Partition:
 
     @property
     def identity(self) -> str:
-        """A hash of the partition's rows, through the block checksums in its indexes."""
+        """A hash of the partition's rows and documents, through the checksums of its files."""
         known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
         return short_hash(json.dumps(known, sort_keys=True).encode())
 

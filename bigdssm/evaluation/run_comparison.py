@@ -15,7 +15,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.comparison import System
 from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.utils.log import Progress, no_progress
 
 ABSENT = "—"
@@ -83,7 +83,7 @@ def _measured(
         for name, model in zip("AB", models, strict=True):
             view = model.view(dataset)
             evaluation = evaluate_split(
-                tower_encoders(model.model, view), view, split,
+                encoders_of(model.model, view), view, split,
                 exclude_seen=models[0].config.data.exclude_seen, progress=progress,
             )  # fmt: skip
             systems.append(System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))

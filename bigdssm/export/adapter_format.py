@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 
-from bigdssm.checkpoints.model_folder import ModelFolder, model_checksum, trained_scorer
+from bigdssm.checkpoints.model_folder import ModelFolder, dense_tables, model_checksum, trained_scorer
 from bigdssm.config import ModelConfig, TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
@@ -72,11 +72,13 @@ class AdapterExport(ExportFormat):
     def loading(self, model: ModelFolder, name: str) -> str:
         """Return the loading code and the limits of the folder."""
         (key, config), *_ = adapted_texts(model).items()
+        layers = f", num_hidden_layers={config.keep_layers}" if config.keep_layers else ""
         code = f"""
             from peft import PeftModel
             from transformers import AutoModel
 
-            encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("{config.init}"), "{name}/{key}")
+            encoder = AutoModel.from_pretrained("{config.init}"{layers})
+            encoder = PeftModel.from_pretrained(encoder, "{name}/{key}")
             """
         lacks = "The folder has the adapters of the text encoders alone, without pooling and the towers' MLPs."
         return f"{python_block(dedent(code))}\n\n{lacks}"
@@ -108,7 +110,7 @@ def without_adapters(folder: ModelFolder) -> ModelFolder:
             architectures[name].bigdssm["lora"] = None
     config = replace(folder.config, model=_without_adapters(folder.config.model))
     scorer = trained_scorer(config, folder.provenance)
-    model = DualEncoder(config.model, folder.schema, architectures, scorer)
+    model = DualEncoder(config.model, folder.schema, architectures, scorer, dense=dense_tables(state))
     model.load_state_dict(state)
     model.tables.source = folder.model.tables.source
     checksum = model_checksum(model, config, folder.schema, folder.tokenizer_dir, folder.provenance)

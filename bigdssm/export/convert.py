@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bigdssm.checkpoints.checkpoint import find_checkpoint, folder_checksums
 from bigdssm.checkpoints.model_folder import (
@@ -17,6 +17,7 @@ from bigdssm.checkpoints.model_folder import (
     load_model_folder,
 )
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
+from bigdssm.config import StageName
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
@@ -49,6 +50,8 @@ def stage_source(stage_dir: Path, which: str) -> ExportSource:
         return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find_checkpoint(stage_dir, which)
     model = load_checkpoint_model(path)
+    if model.config.stage(cast(StageName, stage_dir.name)).weight_average:  # validation used the averaged weights
+        return ExportSource(model, path.name)
     return ExportSource(model, path.name, _validation(stage_dir, int(path.name.removeprefix("step-"))))
 
 
@@ -75,7 +78,9 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
     with new_folder(out) as aside:
         parity = kind.write(source.model, aside)
         parity.check(f"the {target} export")
-        card = model_card(source.model, out.name, kind, parity, source.metrics)
+        whole = kind.format == model_format.ModelExport.format or source.model.model.scorer is None
+        metrics = source.metrics if whole else None  # validation used the scorer, which other formats leave out
+        card = model_card(source.model, out.name, kind, parity, metrics)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
         if target != model_format.ModelExport.format:
             marker = {

@@ -208,7 +208,8 @@ class DatasetWriter:
         described: dict[str, Any] = {"name": self.partition, "splits": splits, "counts_checksum": counts_checksum}
         if sequences:
             described["sequences"] = list(sequences)
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        documents = [part["checksum"] for part in [*catalogue, *versions]]  # rows have only their numbers
+        digest = hashlib.sha256(json.dumps({**described, "documents": documents}, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
         new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]
         newer = [{**part, "file": f"{CATALOGUE}/{part['file']}", "since": self.partition} for part in versions]

@@ -12,8 +12,9 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Ragged, histories_of, stored_features
+from bigdssm.features import Column, Feature, Ragged, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
+from bigdssm.features.vector import Vector
 from bigdssm.ingest.sources.registry import read_table
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
@@ -167,6 +169,11 @@ def _check_free(out: Path) -> None:
     raise ConfigError(f"{out} exists and does not hold recommendations; choose another --out")
 
 
+def _of_columns(features: Mapping[str, Feature]) -> dict[str, Feature]:
+    """Return the features as read from their columns; the rows of a matrix are those of the training table."""
+    return {name: replace(f, matrix=None) if isinstance(f, Vector) else f for name, f in features.items()}
+
+
 logger = get_logger(__name__)
 
 
@@ -259,21 +266,26 @@ class TableRows(QuerySource):
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
             needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
-        self._dataset, features = dataset, stored_features(dataset.schema.query)
+        self._dataset, self._features = dataset, _of_columns(stored_features(dataset.schema.query))
         self._key_column, self._events_column = key_column, events_column
-        required = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
+        required = {column: f"the feature {name}" for name, f in self._features.items() for column in f.source_columns}
         options = {"--key-column": key_column, "--events-column": events_column}
         required |= {column: option for option, column in options.items() if column is not None}
-        tables = [batch.table for batch in read_table(path, required, _warn)]
-        self._table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+        batches = list(read_table(path, required, _warn))
+        try:
+            tables = pa.concat_tables([batch.table for batch in batches], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: the types of a column differ between its parts: {error}; use one type") from None
+        self._table = tables.combine_chunks()
+        self._rows = np.concatenate([batch.rows for batch in batches])  # from 1, without unusable ones
         self._path, self.num_rows = path, self._table.num_rows
         content = json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
         self.identity = f"table {content} {key_column} {events_column}"
 
     def read(self, first: int, last: int) -> QueryBatch:
         """Read the queries of the rows [first, last)."""
-        rows = np.arange(first, last)
-        batch = SourceBatch(str(self._path), self._table.slice(first, last - first), rows + 1)
+        rows = self._rows[first:last]
+        batch = SourceBatch(str(self._path), self._table.slice(first, last - first), rows)
         check = RowCheck(batch, _warn)
         keys = None if self._key_column is None else strings(check, self._key_column).to_pylist()
         seen = Ragged(np.zeros(0, np.int64), np.zeros(len(rows) + 1, np.int64))
@@ -285,9 +297,9 @@ class TableRows(QuerySource):
         if keys is not None and self._dataset.schema.siamese:
             ids = np.array([hash64(key) for key in keys], np.int64)
             seen = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
-        features = stored_features(self._dataset.schema.query)
+        features = _of_columns(stored_features(self._dataset.schema.query))
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
-        return QueryBatch(rows, keys, columns | histories(self._dataset, seen), seen)
+        return QueryBatch(rows - 1, keys, columns | histories(self._dataset, seen), seen)
 
 
 def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:

@@ -188,6 +188,11 @@ def open_vectors(folder: Path, model_checksum: str, dataset: Dataset) -> CodedVe
             raise CheckpointError(
                 f"{folder} holds vectors of {what} {theirs[:12]}, needs those of {ours[:12]}; embed it again"
             )
+    if meta.whole and meta.whole != meta.width:
+        raise CheckpointError(
+            f"{folder} holds the first {meta.width - 1} of {meta.whole - 1} numbers of each vector, needs all; embed "
+            "without --width"
+        )
     return load_vectors(folder, meta)
 
 
@@ -226,10 +231,18 @@ def read_meta(folder: Path) -> VectorsMeta:
 
 def check_output_folder(folder: Path, other_file: str) -> None:
     """Raise ConfigError if writing to `folder` would replace foreign content, or the file `other_file`."""
-    if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _has_meta(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
     if (folder / other_file).exists():
         raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another --out")
+
+
+def _has_meta(folder: Path) -> bool:
+    """Return whether the folder's meta is one of vectors or an index, perhaps of another version."""
+    try:
+        return "dataset_fingerprint" in json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def write_meta(folder: Path, meta: VectorsMeta) -> None:

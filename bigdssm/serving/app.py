@@ -32,6 +32,7 @@ from bigdssm.serving.searcher import Folders, Searcher
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES = 100, 10_000, 1000
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]  # no numeric strings
+Whole = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]  # ids, which a float would round
 VALUE = (
     f"needs a text of at most {MOST_CHARACTERS} characters, a finite number, a list of at most {MOST_VALUES} of these, "
     "or null"
@@ -52,7 +53,7 @@ def _integer(value: Any) -> Any:
 
 
 Value = Annotated[
-    ShortText | Number | Annotated[list[ShortText | Number], Field(max_length=MOST_VALUES)] | None,
+    ShortText | Whole | Number | Annotated[list[ShortText | Whole | Number], Field(max_length=MOST_VALUES)] | None,
     WrapValidator(_value),
 ]  # of a feature
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, TypeVar
 
-from bigdssm.errors import BigDSSMError
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.batching import AnswerCache, Batcher
 from bigdssm.serving.metrics import Metrics
 from bigdssm.serving.searcher import Folders, Searcher, SearchResult
 from bigdssm.utils.log import get_logger
 
-RETRY_S = 30.0  # before a folder is opened again after an error that may not be caused by its files
+RETRY_S = 30.0  # before a folder that failed to open is opened again: the dataset or the network may be the cause
 T = TypeVar("T")
 logger = get_logger(__name__)
 
@@ -68,7 +66,7 @@ class LiveSearcher:
     ) -> None:  # fmt: skip
         self._metrics, self._options = metrics, (metrics, max_batch, cache_size)
         self._folders, self._poll_s, self._state = folders, poll_s, searcher.state
-        self._failed = b"", 0.0  # the last state that failed to open, and when to retry it
+        self._failed, self._reason = (b"", 0.0), ""  # the last state that failed to open, when to retry it, and why
         self.active = ActiveSearcher(searcher, *self._options)
 
     async def watch(self) -> None:
@@ -88,8 +86,9 @@ class LiveSearcher:
             searcher = await _in_thread(folders.open)
         except Exception as error:  # of any library that reads the folder, MemoryError and RecursionError included
             # Expected between the replacement of a model and of its index, which do not match yet.
-            logger.warning("cannot reload %s: %s", folders.model, error or repr(error))
-            self._failed = state, time.monotonic() + (math.inf if isinstance(error, BigDSSMError) else RETRY_S)
+            if (reason := str(error) or repr(error)) != self._reason or state != failed:
+                logger.warning("cannot reload %s: %s; it is tried again every %.0f s", folders.model, reason, RETRY_S)
+            self._failed, self._reason = (state, time.monotonic() + RETRY_S), reason
             return
         if await _in_thread(folders.state) != state:
             return  # replaced while it was read

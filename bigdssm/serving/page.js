@@ -33,6 +33,10 @@ function input(name, placeholder, list, type = "text") {
   return element;
 }
 
+// The name of a feature's input, which is also its parameter in the address.
+const RESERVED = ["user", "history", "filter", "similar"];
+const inputName = feature => RESERVED.includes(feature) ? `feature:${feature}` : feature;
+
 function field(name, placeholder, list) {
   $("fields").append(make("label", {}, name, input(name, placeholder, list)));
 }
@@ -76,7 +80,8 @@ function currentRequest() {
   const form = new FormData($("ask"));
   const filter = filterOf(form);
   const entries = [...form].filter(([name, value]) => value.trim() && name !== "filter" && !/^(one|least|most):/.test(name));
-  const { user, history, ...features } = Object.fromEntries(entries);
+  const { user, history, ...given } = Object.fromEntries(entries);
+  const features = Object.fromEntries(Object.entries(given).map(([name, value]) => [name.replace(/^feature:/, ""), value]));
   const body = {};
   if (user) body.user = user;
   if (Object.keys(features).length) body.features = features;
@@ -259,7 +264,7 @@ async function begin() {
     addDatalist("users", await call("/api/users"));
   }
   if (about.history) field("history", "titles, separated by semicolons");
-  for (const [name, type] of Object.entries(about.features)) field(name, type);
+  for (const [name, type] of Object.entries(about.features)) field(inputName(name), type);
   const filters = Object.entries(about.filters);
   if (filters.length) {
     const example = filters.map(([name, { type }]) => `${name} ${type === "numeric" ? ">= …" : "= …"}`).join(" and ");

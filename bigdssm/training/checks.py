@@ -12,7 +12,15 @@ import torch
 from bigdssm import distributed
 from bigdssm.cluster.metrics import check_trackers
 from bigdssm.cluster.run_folder import versions
-from bigdssm.config import Config, FrequencyCorrection, StageConfig, StageName, check_many_queries, first_difference
+from bigdssm.config import (
+    Config,
+    FrequencyCorrection,
+    StageConfig,
+    StageName,
+    check_many_queries,
+    differences,
+    first_difference,
+)
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
@@ -178,6 +186,13 @@ def model_difference(theirs: Config, mine: Config, omitted: tuple[str, ...] = ()
         return {key: value for key, value in model.items() if key not in omitted}
 
     return first_difference(shape(theirs), shape(mine), "model")
+
+
+def kept_settings(theirs: Config, mine: Config) -> str:
+    """Describe the settings of training in which two model sections differ: a loaded model keeps its own."""
+    found = differences(theirs.to_dict()["model"], mine.to_dict()["model"], "model")
+    kept = ("dropout", "item_dropout", "alpha_learned")
+    return ", ".join(f"{key}={was} (not {value})" for key, was, value in found if key.rpartition(".")[2] in kept)
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:

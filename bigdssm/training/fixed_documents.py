@@ -56,9 +56,4 @@ def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: 
         raise ConfigError(f"{documents.model} was trained with another model section: {difference}; use the same here")
     model.freeze_documents(source.model.state_dict())
     vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole)
-    if vectors.width != config.model.dim + 1:
-        raise ConfigError(
-            f"{documents.vectors} holds vectors of {vectors.width - 1} numbers, needs all {config.model.dim} of the "
-            "model; embed without --width"
-        )
     return FixedDocuments(vectors, source.doc_checksum)

@@ -60,10 +60,10 @@ def _validate_at_start(trainer: Trainer) -> None:
     if progress.step == progress.part_step:
         if trainer.starts_trained:
             validate(trainer, documents)  # so that best/ is never worse than the initial model
-    elif _due(progress.step, stage.validate_every_steps) and progress.validated_at != progress.step:
-        validate(trainer)  # the run was stopped during this validation
     elif progress.validated_at >= 0 and trainer.validator.is_best_missing():
         replace_best(trainer)
+    elif _due(progress.step, stage.validate_every_steps) and progress.validated_at != progress.step:
+        validate(trainer)  # the run was stopped during this validation
 
 
 def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> None:

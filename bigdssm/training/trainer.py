@@ -87,6 +87,10 @@ class Trainer:
             initialize_item_embeddings(model, dataset, stage.warm_start, tables)
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size), tables)
         self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
+        if read is not None and tables is not None:  # before negatives are mined
+            assert start.checkpoint is not None
+            load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs), states=True)
+            tables.steps = progress.applied
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
         self.objective = Objective(
             stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
@@ -149,17 +153,13 @@ class Trainer:
         }
 
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
-        """Restore the state of a checkpoint, read by `read`; the model's weights are set already.
+        """Restore the state of a checkpoint, read by `read`; the model's weights and tables are set already.
 
         All ranks must call it. Not restored: the stream's position in a new segment; random states (dropout) at another
         world size.
         """
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
-        if (tables := self.engine.tables) is not None:
-            saved = MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs)
-            load_tables(tables, saved, states=True)
-            tables.steps = start.progress.applied
         common = start.checkpoint.common_tensors()
         self.objective.load_state_dict(common)
         if self.average is not None:

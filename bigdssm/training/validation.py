@@ -29,8 +29,9 @@ from bigdssm.training.portable import trained_weights
 from bigdssm.training.table_rows import write_tables
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover
-from bigdssm.utils.log import Progress
+from bigdssm.utils.log import Progress, get_logger
 
+logger = get_logger(__name__)
 SPLIT = "validation"
 
 
@@ -134,6 +135,10 @@ class BestSelection:
         """Add the next validation; return whether best/ takes its weights, and whether its mean is the highest."""
         values = row_metrics(evaluation.ranks)[metric]
         query_ids = evaluation.query_ids[~np.isnan(evaluation.ranks)]
+        if self._highest is not None and len(self._highest) != len(values):
+            logger.warning("validation has %d rows, and had %d; the selection of best/ starts again",
+                           len(values), len(self._highest))  # fmt: skip
+            self._start = self._highest = None
         if of_start:
             self._start = values
         if self._highest is None:

@@ -268,6 +268,18 @@ def test_a_new_partition_appends_rows(tmp_path: Path, pools: dict[int, Pool]) ->
     assert (after.source.look_up("doc_item_id", added).abs().sum(1) > 0).all()
 
 
+def test_a_resume_mines_with_the_trained_rows(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    hard = (
+        *SHARDED, "pretrain.loss.name=pair_ce", "pretrain.sampling.name=none", "pretrain.save_every_steps=4",
+        "pretrain.negatives={uniform: 0, hard: 3, in_batch: false, mining: {first: 1, last: 20, every_steps: 4}}",
+    )  # fmt: skip
+    pools[1].run(small_run.run, config, tmp_path / "whole", hard)
+    pools[1].run(stop_after, config, tmp_path / "half", hard, 4)
+    (tmp_path / "half" / "pretrain" / "mined_negatives.step-00000004.npy").unlink(missing_ok=True)
+    pools[2].run(small_run.run, config, tmp_path / "half", hard, "pretrain", True)
+    assert_same_curve(tmp_path / "half", tmp_path / "whole")
+
+
 EXACT = "data.doc.item_id.hash_buckets=4611686018427387904"  # 2**62
 
 

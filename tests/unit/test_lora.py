@@ -18,7 +18,7 @@ from bigdssm.checkpoints.model_folder import (
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.export.adapter_format import without_adapters
+from bigdssm.export.adapter_format import AdapterExport, without_adapters
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.export.formats import Probe, largest_difference
 from bigdssm.models import new_model
@@ -70,6 +70,8 @@ def test_an_adapter_is_saved_alone(pairs: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "model", "model")
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).rglob("*.safetensors")) for n in ("adapter", "model")]
     assert sizes[0] < sizes[1] / 2
+    kept = [*LORA, *(f"model.{side}.text.keep_layers=2" for side in ("query", "doc"))]
+    assert "num_hidden_layers=2" in AdapterExport().loading(folder_of(pairs, kept, 0.0), "adapter")
     with pytest.raises(ConfigError, match="has no adapters"):
         export(ExportSource(folder_of(pairs, [], 0.0), "plain"), tmp_path / "none", "adapter")
 

@@ -245,3 +245,10 @@ def test_rows_of_one_query_are_one_observation() -> None:
         assert selection.add(evaluation(gains, query_ids), "mrr", of_start=False)[0] is leaves
     rows_without_rank = evaluation([np.nan, 1.0, 2.0], [0, 1, 2])
     assert BestSelection().add(rows_without_rank, "mrr", of_start=False) == (True, True)
+
+
+def test_the_selection_starts_again_with_another_number_of_rows() -> None:
+    """A block of validation rows is damaged, or repaired."""
+    selection = BestSelection()
+    for rows, of_start in ((40, True), (39, False)):
+        assert selection.add(evaluation([2.0] * rows), "mrr", of_start=of_start) == (True, True)

@@ -18,6 +18,7 @@ from pyarrow import parquet
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import Index, open_index
 from bigdssm.retrieval.recommend import (
@@ -28,6 +29,7 @@ from bigdssm.retrieval.recommend import (
     SplitRows,
     TableRows,
     Users,
+    _of_columns,
     recommend,
 )
 from bigdssm.retrieval.request import Event, Request
@@ -135,6 +137,20 @@ def test_a_table_of_new_users(
         TableRows(dataset, path, "who", None)
     with pytest.raises(DataError, match="has no column 'whom', which --key-column names; did you mean 'who'"):
         TableRows(dataset, path, "whom", "did")
+
+
+def test_rows_of_a_table_have_their_numbers_in_it(dataset: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "asked.csv"
+    path.write_text("age,occupation,did\n31,artist,i3\n1,2,3,4,5\n25,doctor,i9\n26,doctor,i5\n")
+    source = TableRows(dataset, path, None, "did")
+    assert source.num_rows == 3
+    assert [source.read(*part).rows.tolist() for part in ((0, 2), (2, 3))] == [[0, 2], [3]]
+
+
+def test_a_matrix_is_of_the_training_table_alone() -> None:
+    feature = Vector(dim=2, column="v", matrix="of_the_training_table.npy")
+    assert not feature.source_columns
+    assert _of_columns({"taste": feature})["taste"].source_columns == ["v"]
 
 
 class Killed(QuerySource):

@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.dataset import Dataset
@@ -34,6 +35,7 @@ from bigdssm.retrieval.search import (
     Query,
 )
 from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.serving.app import Value
 from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
@@ -330,8 +332,26 @@ class Unopened(Folders):
         return b"new"
 
 
+def test_whole_numbers_are_not_rounded() -> None:
+    values = TypeAdapter(Value)
+    assert [values.validate_python(value) for value in (2**53 + 1, [2**62 + 1, -3], 2.5)] == [
+        2**53 + 1,
+        [2**62 + 1, -3],
+        2.5,
+    ]
+    assert type(values.validate_json("3")) is int and type(values.validate_json(str(2**70))) is float
+
+
 @pytest.mark.parametrize(
-    "error", [RecursionError("deep"), MemoryError(), RuntimeError("onnx"), KeyError("x"), OSError()]
+    "error",
+    [
+        RecursionError("deep"),
+        MemoryError(),
+        RuntimeError("onnx"),
+        KeyError("x"),
+        OSError(),
+        DataError("the dataset is not there yet"),
+    ],
 )
 def test_the_watcher_survives_any_error_of_a_folder(
     searcher: Searcher, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import CheckpointError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
@@ -153,6 +153,13 @@ def test_only_one_rank_finishes_the_folder(
     assert len(others) == 1 and others[0].meta is not None and own.meta is None
 
 
+def test_folders_of_others_are_not_replaced(model: DualEncoder, dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text('{"kind": "recommendations"}')
+    with pytest.raises(ConfigError, match="holds neither vectors nor an index"):
+        write_vectors(tmp_path, tower_encoders(model, dataset), dataset, "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
+
+
 def test_only_changed_documents_are_encoded(tmp_path: Path) -> None:
     """An append adds documents; a rebuilt catalogue changes one."""
 
@@ -188,6 +195,8 @@ def test_only_changed_documents_are_encoded(tmp_path: Path) -> None:
         assert dataset.catalogue.keys(np.array(counting.rows)) == changed
         whole = tower_encoders(model, dataset).documents(np.arange(37)).numpy()
         np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), whole, rtol=1e-5, atol=1e-5)
+    same = [make(pairs(name, range(36, -1, -1)), IngestTarget(tmp_path / name, like=tmp_path / "d")) for name in "ab"]
+    assert same[0].fingerprint == same[1].fingerprint != other.fingerprint, "a document differs"
     with pytest.raises(CheckpointError, match="--since needs vectors of the model in use"):
         write_vectors(tmp_path / "w", counting.encoders, other, "another", since=tmp_path / "v")
 
