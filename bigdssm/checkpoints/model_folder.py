@@ -124,8 +124,10 @@ def save_model_folder(
         _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
         for name, content in _weights_files(model, model.state_dict() if state is None else state).items():
             (aside / name).write_bytes(content)
+        known = {}
         if frozen is not None:
             link_or_copy(frozen, aside / FROZEN_FILE)
+            known = {FROZEN_FILE: _read_meta(frozen.parent)["checksums"][FROZEN_FILE]}  # as written, before any damage
         if tables is not None:
             os.replace(tables, aside / TABLES_DIR)
         elif model.tables.sharded:
@@ -133,7 +135,7 @@ def save_model_folder(
         meta = {
             "format": FORMAT,
             "provenance": dict(provenance),
-            "checksums": _checksums(aside),
+            "checksums": _checksums(aside, known),
             "config_checksum": _config_checksum(config.to_dict(), trained_scorer(config, provenance)),
         }
         write_json(aside / META_FILE, meta)
@@ -342,9 +344,9 @@ def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Ma
         raise CheckpointError(f"{name} is not an architecture: {error}") from None
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Return the checksum of every file except the config, of which only some keys affect scores."""
-    checksums = folder_checksums(folder, _checksum)
+def _checksums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the checksum of every file except the config, of which only some keys affect scores; `known` by name."""
+    checksums = folder_checksums(folder, lambda path: known.get(path.name) or _checksum(path))
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
     return checksums

@@ -14,7 +14,7 @@ from bigdssm.checkpoints.model_folder import FROZEN_FILE, load_checkpoint_model,
 from bigdssm.cluster.metrics import read_stage
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.models import new_model
 from bigdssm.models.encoders.lora import base_name
@@ -94,10 +94,16 @@ def test_best_folders_share_the_frozen_weights(tmp_path: Path, pools: dict[int, 
     pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=3"), "pretrain", True)
     after = frozen.stat().st_ino, (frozen.with_name("model.safetensors")).stat().st_ino
     assert after[0] == before[0] and after[1] != before[1]
+    content = bytearray(frozen.read_bytes())
+    content[-1] ^= 1
+    frozen.write_bytes(content)
+    pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=4"), "pretrain", True)
+    with pytest.raises(CheckpointError, match=r"frozen\.safetensors"):
+        load_model_folder(frozen.parent)
     for file in (tmp_path / "llama").glob("*.safetensors"):
         save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(RankFailed, match="was written with other frozen weights"):
-        pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=4"), "pretrain", True)
+        pools[2].run(small_run.run, config, folder, (*modes, "pretrain.steps=5"), "pretrain", True)
 
 
 @pytest.mark.slow
