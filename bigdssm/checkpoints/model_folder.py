@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -344,7 +345,7 @@ def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Ma
         raise CheckpointError(f"{name} is not an architecture: {error}") from None
 
 
-def _checksums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+def _checksums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores; `known` by name."""
     checksums = folder_checksums(folder, lambda path: known.get(path.name) or _checksum(path))
     checksums.pop(CONFIG_FILE)

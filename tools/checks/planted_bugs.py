@@ -495,7 +495,7 @@ BUGS = [
         "[part[\"checksum\"] for part in [*catalogue, *versions]]", "[]",
         f"{UNIT}/test_vectors.py::test_only_changed_documents_are_encoded"),
     Bug("index", "a_foreign_folder_is_replaced", "retrieval.vectors:_has_meta",
-        "\"dataset_fingerprint\" in", "bool",
+        "\"dataset_fingerprint\" in", "{} !=",
         f"{UNIT}/test_vectors.py::test_folders_of_others_are_not_replaced"),
     Bug("queries", "rows_of_a_table_counted_without_bad_ones", "retrieval.recommend:TableRows.read",
         "rows = self._rows[first:last]", "rows = np.arange(first, last) + 1",
