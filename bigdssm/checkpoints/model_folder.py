@@ -47,8 +47,8 @@ from bigdssm.config import (
     TextEncoderConfig,
     load_written_config,
 )
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
+from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, Scorer, new_model
@@ -410,8 +410,15 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
         )
     else:
         config = load_written_config(stage_dir / CONFIG_FILE)
-        dataset = Dataset.open(config.data.dir, cache=FileCache.from_config(config.data))
+        dataset, stream = open_dataset(config.data), read_manifest(path).state["stream"]
         schema, tokenizer_dir = dataset.schema, dataset.tokenizer_dir
+        if "vocabularies" in stream:  # they may have grown since
+            schema = schema.cut(stream["vocabularies"])
+        if (schema.fingerprint(), dataset.tokenizer_hash) != (stream["schema"], stream["tokenizer"]):
+            raise CheckpointError(
+                f"{path} was trained with another vocabulary, normalization or tokenizer than {config.data.dir} has "
+                f"now; restore the dataset, or copy {BEST}/ of the stage too"
+            )
         stage = cast(StageName, stage_dir.name)
         trained, source = config.stage(stage).scorer if own else scorer, config.initial_model(stage)
         model = new_model(config.model, schema, dataset.vocab_size, trained, dense=dense_tables(state))

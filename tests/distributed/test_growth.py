@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.checkpoints.checkpoint import verify
+from bigdssm.checkpoints.checkpoint import find_checkpoint, verify
+from bigdssm.checkpoints.model_folder import load_checkpoint_model
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
+from bigdssm.errors import CheckpointError
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.loader.pair_stream import PairStream
@@ -216,3 +218,20 @@ def yaml_with(path: Path, folder: Path, dataset: str) -> Path:
     target = folder / f"{path.parent.name}.yaml"
     target.write_text(yaml.safe_dump(content))
     return target
+
+
+def test_a_checkpoint_alone_needs_the_dataset_of_its_training(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config, stage = small_run.write_dataset(tmp_path), tmp_path / "run" / "pretrain"
+    pools[1].run(stop_after, config, tmp_path / "run", ("pretrain.save_every_steps=2",), 2)
+    assert not (stage / "best").exists()
+    path = find_checkpoint(stage, "latest")
+    before = load_checkpoint_model(path).model.state_dict()
+    append_day2(config)
+    assert_same_tensors(load_checkpoint_model(path).model.state_dict(), before)
+    shutil.rmtree(tmp_path / "dataset")
+    users = (tmp_path / "users.tsv").read_text().splitlines()
+    (tmp_path / "users.tsv").write_text("\n".join([users[0], *(line.replace("\t2", "\t7", 1) for line in users[1:])]))
+    tables = InteractionTables(*(tmp_path / f"{name}.tsv" for name in ("events", "items", "users")))
+    make_interactions(load_config(config).data, tables, IngestTarget(tmp_path / "dataset"))
+    with pytest.raises(CheckpointError, match="was trained with another vocabulary, normalization or tokenizer"):
+        load_checkpoint_model(path)
