@@ -188,8 +188,8 @@ def model_difference(theirs: Config, mine: Config, omitted: tuple[str, ...] = ()
     return first_difference(shape(theirs), shape(mine), "model")
 
 
-def kept_settings(theirs: Config, mine: Config) -> str:
-    """Describe the settings of training in which two model sections differ: a loaded model keeps its own."""
+def retained_settings(theirs: Config, mine: Config) -> str:
+    """Describe the settings of training in which two model sections differ: a loaded model retains its own."""
     found = differences(theirs.to_dict()["model"], mine.to_dict()["model"], "model")
     kept = ("dropout", "item_dropout", "alpha_learned")
     return ", ".join(f"{key}={was} (not {value})" for key, was, value in found if key.rpartition(".")[2] in kept)

@@ -26,7 +26,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, check_tables, kept_settings, model_difference
+from bigdssm.training.checks import check_agreement, check_stage, check_tables, retained_settings, model_difference
 from bigdssm.training.engine import device, init_process_group, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
@@ -140,7 +140,7 @@ def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> D
     difference = model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
-    if kept := kept_settings(loaded.config, config):
+    if kept := retained_settings(loaded.config, config):
         logger.warning("%s keeps the settings of %s: %s", name, source, kept)
     loaded.model.train()
     logger.info("%s starts from %s", name, source)
