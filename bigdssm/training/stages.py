@@ -26,7 +26,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, check_tables, retained_settings, model_difference
+from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference, retained_settings
 from bigdssm.training.engine import device, init_process_group, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
