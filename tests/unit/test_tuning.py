@@ -99,19 +99,19 @@ def test_trials_outside_a_changed_space_do_not_count(tmp_path: Path) -> None:
     def value(trial: optuna.Trial, values: dict[str, Any]) -> float:
         return float(values["x"])
 
-    def found(text: str) -> list[dict[str, Any]]:
+    def values_with(text: str) -> list[dict[str, Any]]:
         return [trial.params for trial in search(value, space(tmp_path, text), tmp_path / "out", 3, first={"x": 9})]
 
-    assert found("x: {low: 1, high: 9}")[0] == {"x": 9}
+    assert values_with("x: {low: 1, high: 9}")[0] == {"x": 9}
     journal = JournalStorage(JournalFileBackend(str(tmp_path / "out" / "study.log")))
     optuna.load_study(study_name="search", storage=journal).enqueue_trial({"x": 8})  # as a killed search leaves it
-    narrower = found("x: {low: 1, high: 5}")
+    narrower = values_with("x: {low: 1, high: 5}")
     assert len(narrower) == 3 and max(params["x"] for params in narrower) <= 5
-    wider = found("x: {low: 1, high: 5}\ny: {low: 0.0, high: 1.0}")
+    wider = values_with("x: {low: 1, high: 5}\ny: {low: 0.0, high: 1.0}")
     assert len(wider) == 3 and all(params.keys() == {"x", "y"} for params in wider)
     for other in ("x: {low: 1, high: 5, log: true}", "x: {low: 1.0, high: 5.0}", "x: {choices: [1, 2]}"):
         with pytest.raises(ConfigError, match=r"the space's x: got .*, was IntDistribution.* choose another --out"):
-            found(other)
+            values_with(other)
 
 
 def test_trials_below_the_median_are_pruned(tmp_path: Path) -> None:
