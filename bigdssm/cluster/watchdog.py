@@ -24,6 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -284,16 +285,24 @@ class Watchdog:
         reason = self._launcher.exited_ancestor()
         if reason:
             logger.warning("rank %d: %s has ended; a checkpoint is saved before the run stops", self._rank, reason)
-        elif self._rank == 0 and self._stop_file.exists():
-            saving = self._stop_file.read_text(encoding="utf-8").strip() != STOP_NOW
-            self._stop_file.unlink(missing_ok=True)
-            if not saving:
+        elif self._rank == 0 and (request := self._take_stop_file()) is not None:
+            if request == STOP_NOW:
                 self._end_run(STOPPED, STOPPED_EXIT_CODE)
             logger.warning("stop requested by %s; a checkpoint is saved before the run stops", self._stop_file)
         else:
             return
         self._stop_requested = True
         self._request_stop()
+
+    def _take_stop_file(self) -> str | None:
+        """Return the content of the stop file and remove it; None without one, or if the folder cannot be read now."""
+        try:
+            content = self._stop_file.read_text(encoding="utf-8").strip()
+        except OSError:  # no such file, or a stale network folder: this thread must go on
+            return None
+        with suppress(OSError):
+            self._stop_file.unlink()
+        return content
 
     # --- ending ---
 

@@ -263,12 +263,13 @@ def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
     draft = draft_step(batch, budget)
     if budget.chunk_tokens == 0:
         return draft.resolve(draft.requirements)
-    return draft.resolve(max_requirements(draft.requirements))
+    # on the batch's device, which the process group of a caller of `cached_step` supports
+    return draft.resolve(max_requirements(draft.requirements, batch.positive.device))
 
 
-def max_requirements(requirements: StepRequirements) -> StepRequirements:
+def max_requirements(requirements: StepRequirements, device: torch.device | str = "cpu") -> StepRequirements:
     """Return the element-wise maximum over all ranks. All ranks must call it."""
-    return StepRequirements(*distributed.all_reduce(torch.tensor(requirements), "max").tolist())
+    return StepRequirements(*distributed.all_reduce(torch.tensor(requirements, device=device), "max").tolist())
 
 
 def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:

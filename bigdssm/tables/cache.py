@@ -59,9 +59,9 @@ class RowCache:
         inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
         self._changed[slots[inside]] = True
         for name, tensor in tensors.items():
-            kept = tensor[self._index(inside)].to(self._cached[name])
+            kept = tensor[torch.from_numpy(inside).to(tensor.device)].to(self._cached[name])
             self._cached[name].index_copy_(0, self._index(slots[inside]), kept)
-            rest = tensor[self._index(outside)].to(self._stored[name])
+            rest = tensor[torch.from_numpy(outside).to(tensor.device)].to(self._stored[name])
             self._stored[name].index_copy_(0, torch.from_numpy(local[outside]), rest)
 
     def flush(self) -> None:

@@ -261,15 +261,13 @@ class MappedTables:
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
         found = [self._find(chain, name, distinct) for chain in self.chains]
         values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
-        if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
-            admitted = np.isin(np.arange(len(distinct)), np.concatenate([some.requested for some in found]))
-            if not admitted.all() and OUT_OF_VOCABULARY not in distinct:
-                one = self._vectors(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
-            else:
-                one = values[distinct == OUT_OF_VOCABULARY]
-            values[~admitted & (distinct != OUT_OF_VOCABULARY)] = one if len(one) else 0
         for chain, some in zip(self.chains, found, strict=True):
             values[some.requested] = _float32(_gather(chain, name, VALUES, some.number, some.at))
+        if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
+            admitted = np.isin(np.arange(len(distinct)), np.concatenate([some.requested for some in found]))
+            missing = ~admitted & (distinct != OUT_OF_VOCABULARY)
+            if missing.any():
+                values[missing] = self._vectors(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
         values[distinct == 0] = 0
         vectors = torch.from_numpy(values[inverse.reshape(-1)]).view(*rows.shape, spec.dim)
         return vectors.to(rows.device)

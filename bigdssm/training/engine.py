@@ -192,8 +192,9 @@ class DeepSpeedStepEngine:
 
     def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Back-propagate (output, gradient) pairs, by a surrogate loss: DeepSpeed accepts only scalars."""
-        products = [(output.float() * gradient.float()).sum() for output, gradient in outputs]
-        self.deepspeed.backward(torch.stack(products).sum())
+        products = [(output.float() * gradient.float()).sum() for output, gradient in outputs if output.requires_grad]
+        if products:  # none for a chunk of a frozen tower, on any rank
+            self.deepspeed.backward(torch.stack(products).sum())
 
     @contextmanager
     def single_reduction(self) -> Iterator[None]:

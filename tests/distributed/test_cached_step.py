@@ -38,8 +38,10 @@ def encoder(seed: int) -> nn.Module:
     return model
 
 
-def towers() -> bigdssm.TwoTowers:
-    return bigdssm.TwoTowers(encoder(0), encoder(1), alpha=5.0, learn_alpha=True).train()
+def towers(kind: str = "") -> bigdssm.TwoTowers:
+    model = bigdssm.TwoTowers(encoder(0), encoder(1), alpha=5.0, learn_alpha=True).train()
+    model.doc_encoder.requires_grad_("frozen" not in kind)
+    return model
 
 
 def tokens(seed: int, left: bool = False) -> dict[str, Tensor]:
@@ -63,9 +65,9 @@ def share(rank: int, world_size: int, step: int, left: bool = False) -> Any:
     return bigdssm.pair_batch(*sides, query_ids=(torch.arange(ROWS) % 9)[its], doc_ids=doc_ids[its])
 
 
-def plain_steps(rank: int, world_size: int, left: bool = False) -> dict[str, Tensor]:
+def plain_steps(rank: int, world_size: int, left: bool = False, kind: str = "") -> dict[str, Tensor]:
     """Return the weights after two steps on the whole batch, by one backward each."""
-    model = towers()
+    model = towers(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for step in (0, 1):
         batch = share(0, 1, step, left)
@@ -82,8 +84,8 @@ def plain_steps(rank: int, world_size: int, left: bool = False) -> dict[str, Ten
 
 def engine_of(kind: str) -> tuple[Any, Any]:
     """Return an engine and the function that steps its optimizer."""
-    model = towers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    model = towers(kind)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     if not kind.startswith("zero"):
         engine = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
 
@@ -97,7 +99,7 @@ def engine_of(kind: str) -> tuple[Any, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
-        "zero_optimization": {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": int(kind[4]), "stage3_param_persistence_threshold": 0},
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, engine.step
@@ -117,7 +119,7 @@ def cached_steps(
         module = getattr(engine, "module", engine)
         weights = {}
         for parameter_name, parameter in module.named_parameters():
-            if kind == "zero3":
+            if kind.startswith("zero3"):
                 import deepspeed
 
                 with deepspeed.zero.GatheredParameters([parameter]):
@@ -149,6 +151,15 @@ def test_gradients_are_those_of_one_plain_backward(pools: dict[int, Pool], kind:
                 assert moved > 1e-6 or "key.bias" in name, name
                 error = (weights[name] - expected).abs().max()
                 assert error <= 1e-5 * max(1.0, expected.abs().max()), f"{name} of rank {rank}, {kind}, {plan}"
+
+
+@pytest.mark.parametrize("kind", ["module", "zero1", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_one_tower_is_frozen(pools: dict[int, Pool], kind: str) -> None:
+    (plain,) = pools[1].run(plain_steps, False, "frozen")
+    for by_plan in pools[1 if kind == "module" else 2].run(cached_steps, f"{kind} frozen", PLANS):
+        for weights in by_plan.values():
+            for name, expected in plain.items():
+                torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_on_the_left_is_encoded_as_it_is(pools: dict[int, Pool]) -> None:

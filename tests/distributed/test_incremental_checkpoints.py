@@ -191,6 +191,17 @@ def test_evicted_rows_have_their_initial_values(two: tuple[Path, Any]) -> None:
     assert (before.look_up("items", torch.from_numpy(evicted)) != initial).any(1).all()
 
 
+def test_a_row_that_was_not_admitted_has_the_vector_out_of_vocabulary(two: tuple[Path, Any]) -> None:
+    specs = {spec.name: spec for spec in SPECS}
+    chains = MappedTables(read_manifest(two[0] / "step-00000009").table_files(), specs)
+    rows = torch.arange(500)
+    together = chains.look_up("tags", rows)
+    assert torch.equal(together, torch.stack([chains.look_up("tags", row[None])[0] for row in rows]))
+    assert torch.equal(together[499], together[1]) and not torch.equal(together[50], together[1])
+    initial = initial_rows(np.array([1]), 3, table_key(0, "tags"), 0.02)
+    assert not torch.equal(together[1], torch.from_numpy(initial[0])), "it is trained"
+
+
 def test_model_folders_have_one_file_per_rank(two: tuple[Path, Any], tmp_path: Path) -> None:
     specs = {spec.name: spec for spec in SPECS}
     chains = MappedTables(read_manifest(two[0] / "step-00000009").table_files(), specs)

@@ -147,3 +147,7 @@ def test_a_request_by_file_becomes_the_signal_that_stops_a_run(
     watchdog._stop_file.write_text("save\n")
     watchdog._watch_launcher()
     assert len(sent) == 1, "once is enough"
+    watchdog._stop_requested = False
+    watchdog._stop_file = tmp_path  # cannot be read
+    watchdog._watch_launcher()
+    assert len(sent) == 1
