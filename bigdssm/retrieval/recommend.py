@@ -266,9 +266,9 @@ class TableRows(QuerySource):
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
             needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
-        self._dataset, self._features = dataset, _of_columns(stored_features(dataset.schema.query))
+        self._dataset, features = dataset, _of_columns(stored_features(dataset.schema.query))
         self._key_column, self._events_column = key_column, events_column
-        required = {column: f"the feature {name}" for name, f in self._features.items() for column in f.source_columns}
+        required = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
         options = {"--key-column": key_column, "--events-column": events_column}
         required |= {column: option for option, column in options.items() if column is not None}
         batches = list(read_table(path, required, _warn))
