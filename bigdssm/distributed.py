@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ _reduce_scatter = dist.reduce_scatter_single if _GLOO_REDUCE_SCATTER else dist.r
 
 _GLOO_BYTES = 4 << 20  # per reduce-scatter: gloo allocates two copies of its input
 
-_background: tuple[Group | None, Group] | None = None  # the default group, and its group for background threads
+_background: WeakKeyDictionary[Group, Group] = WeakKeyDictionary()  # of a default group, for background threads
 
 
 def is_distributed() -> bool:
@@ -104,13 +105,13 @@ def background_group() -> Group | None:
 
     A separate group, so that collectives of a background thread do not block those of the main thread.
     """
-    global _background
     if world_size() == 1:
         return None
     whole = dist.group.WORLD
-    if _background is None or _background[0] is not whole:
-        _background = whole, dist.new_group(backend="gloo")
-    return _background[1]
+    assert whole is not None
+    if whole not in _background:
+        _background[whole] = dist.new_group(backend="gloo")
+    return _background[whole]
 
 
 def broadcast_object(value: T, src: int = 0) -> T:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import inspect
 import math
 import os
 import warnings
@@ -21,7 +23,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, stage3, stage_1_and_2
 from torch import Tensor, nn
 
 from bigdssm import distributed
@@ -106,10 +108,12 @@ def init_process_group() -> None:
 def leave_process_group() -> None:
     """Destroy the process group, including DeepSpeed's state, so that this process may join or launch another.
 
-    Without it, the group's threads can crash the process at exit.
+    Its threads end when nothing refers to it. A thread that releases a tensor while the interpreter exits aborts the
+    process; engines are therefore destroyed before.
     """
     if distributed.is_distributed():
         deepspeed.comm.destroy_process_group()
+        gc.collect()  # destroyed engines, in reference cycles
     torch.nn.functional.linear = _LINEAR  # DeepSpeed replaces it at ZeRO stage 3
     for name in _SINGLE_RANK:
         os.environ.pop(name, None)
@@ -248,6 +252,15 @@ class Engine(DeepSpeedStepEngine):
         if tables is not None:
             cast(DualEncoder, self.module).tables.source = tables
             self._include_tables_in_norm()
+
+    def destroy(self) -> None:
+        """Remove the references to DeepSpeed's engine, so that its memory can be freed."""
+        self.deepspeed.destroy()
+        if self.zero_stage == 3:
+            parameter_offload.FWD_MODULE_STACK.clear()
+            plans = partitioned_param_coordinator.PartitionedParameterCoordinator
+            cached = plans._PartitionedParameterCoordinator__params_to_release  # an lru_cache over `self`
+            inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
     def fetch(self, table_rows: Mapping[str, np.ndarray]) -> None:
         """Fetch the rows of a step's batch from the sharded tables. All ranks must call it."""

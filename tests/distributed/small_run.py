@@ -98,6 +98,11 @@ def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
     return path
 
 
+def group_threads() -> int:
+    """Return the number of threads of gloo groups in this process."""
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
 def run(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...] = (),
     stage: StageName = "pretrain", resume: bool = False,

@@ -17,7 +17,7 @@ from bigdssm.checkpoints.shares import TensorPiece
 from tests.unit.data.conftest import Writer
 
 from . import small_run
-from .spawn import Pool, RankFailed
+from .spawn import Pool, RankFailed, run_ranks
 from .test_checkpoint_shares import assembled
 
 slow = pytest.mark.slow
@@ -32,6 +32,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content["pretrain"]["optimizer"]["embedding_lr_ratio"] = TABLES_LR_RATIO
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=slow), 3])
+def test_a_rank_ends_without_threads_of_its_groups(config: Path, tmp_path: Path, zero_stage: int) -> None:
+    """A thread that releases a tensor while the interpreter exits would abort the process."""
+    assert run_ranks(train_and_leave, 2, (config, tmp_path, zero_stage)) == [(True, 0), (True, 0)]
+
+
+def train_and_leave(rank: int, world_size: int, config: Path, run_dir: Path, zero_stage: int) -> tuple[bool, int]:
+    from bigdssm.training.engine import leave_process_group
+
+    modes = (f"engine.zero_stage={zero_stage}", "pretrain.save_every_steps=5", "engine.async_checkpoints=true")
+    small_run.run(rank, world_size, config, run_dir, modes)
+    during = small_run.group_threads()
+    leave_process_group()
+    return during > 0, small_run.group_threads()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -178,17 +179,15 @@ def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path:
 
 def test_a_process_trains_by_command_and_by_function(folder: Path, tmp_path: Path) -> None:
     """In any order: neither leaves a process group, functions or groups of DeepSpeed, or a launcher's variables."""
-    linear = torch.nn.functional.linear
+    linear, threads = torch.nn.functional.linear, small_run.group_threads()
     config, ranks = str(folder / "config.yaml"), {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    for name in ("first", "second"):
-        assert (
-            _stage.run(
-                "pretrain", None, ["--config", config, *SHORT, f"run.dir={tmp_path}/{name}", "engine.zero_stage=3"]
-            )
-            == 0
-        )
+    for name, zero_stage in (("first", 3), ("second", 3), ("other", 1)):
+        settings = [*SHORT, f"run.dir={tmp_path}/{name}", f"engine.zero_stage={zero_stage}"]
+        assert _stage.run("pretrain", None, ["--config", config, *settings]) == 0
         assert torch.nn.functional.linear is linear
         assert not distributed.is_distributed() and not ranks & set(os.environ)
+        assert small_run.group_threads() == threads
+        assert not any(type(alive).__name__ == "DeepSpeedEngine" for alive in gc.get_objects())
     bigdssm.pretrain(config, [*SHORT, f"run.dir={tmp_path}/third"])
 
 
