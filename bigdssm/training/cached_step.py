@@ -105,7 +105,7 @@ def cached_step(
     `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk with padding, plus one per row; 0: no chunks.
     retained_tokens: tokens of the chunks that are not encoded again, by default one chunk. encode_side: calls an engine
     that does not return `Encoded`; the score is then alpha times the product of its vectors. The loss is the same on
-    every rank. Source: Gao et al. 2021.
+    every rank. Raises ConfigError: FSDP, accumulated steps. Source: Gao et al. 2021.
     """
     budget = TokenBudget(chunk_tokens, chunk_tokens if retained_tokens is None else retained_tokens)
     function = loss_function(loss, batch) if isinstance(loss, LossConfig) else loss
@@ -169,6 +169,9 @@ class ModuleStepEngine:
 def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> StepEngine:
     if isinstance(engine, nn.parallel.DistributedDataParallel):
         engine = engine.module  # the wrapper's reduction expects one backward per forward
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(part, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for part in engine.modules()):
+        raise ConfigError("engine: got FSDP, needs DeepSpeed (ZeRO stage 3 shards weights), DDP or a plain module")
     scale = torch.full((1,), alpha, device=next(engine.parameters()).device)
 
     def call(query: Inputs | None = None, doc: Inputs | None = None) -> Encoded:

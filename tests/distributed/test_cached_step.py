@@ -271,3 +271,22 @@ def test_bad_ids() -> None:
         bigdssm.pair_batch(side, side, doc_ids=torch.ones(2))
     with pytest.raises(ConfigError, match="positive: got values up to 2, needs rows of doc, 0 to 1"):
         bigdssm.pair_batch(side, side, positive=torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_is_rejected(pools: dict[int, Pool], version: int) -> None:
+    assert all("needs DeepSpeed" in message for message in pools[2].run(step_under_fsdp, version))
+
+
+def step_under_fsdp(rank: int, world_size: int, version: int) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model: Any = bigdssm.TwoTowers(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    if version == 1:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        fully_shard(model.query_encoder)
+    side = {"input": torch.ones(2, 2)}
+    with pytest.raises(ConfigError) as error:
+        bigdssm.cached_step(model, bigdssm.pair_batch(side, side), chunk_tokens=0)
+    return str(error.value)
