@@ -5,7 +5,7 @@ The trained model has that model's document tower, so its queries can be searche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.models import DualEncoder
+from bigdssm.models.encoders.text import text_configs
 from bigdssm.retrieval.embed import DocumentVectors, Share
 from bigdssm.retrieval.vectors import CodedVectors, load_vectors, open_vectors, read_meta
 from bigdssm.training.checks import model_difference
@@ -52,7 +53,10 @@ def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: 
         return None
     source = load_model_folder(Path(documents.model))
     source.view(dataset)
-    if difference := model_difference(source.config, config, omitted=("query", "share_text")):
+    theirs = source.config
+    if shared := text_configs(theirs.model, source.schema).get("shared"):  # by default that of the queries
+        theirs = replace(theirs, model=replace(theirs.model, doc=replace(theirs.model.doc, text=shared)))
+    if difference := model_difference(theirs, config, omitted=("query", "share_text")):
         raise ConfigError(f"{documents.model} was trained with another model section: {difference}; use the same here")
     model.freeze_documents(source.model.state_dict())
     vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole)

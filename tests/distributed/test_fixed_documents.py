@@ -88,6 +88,30 @@ def test_a_new_query_tower_searches_the_old_index(trained: Path, pools: dict[int
     assert torch.equal(ours, theirs)
 
 
+def test_the_documents_of_a_model_with_one_text_encoder(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Its documents were encoded as the section of queries says."""
+    config = small_run.write_dataset(tmp_path, ["data.query.words={type: text, column: gender, max_tokens: 8}"])
+    size = [f"model.query.text.{key}" for key in ("layers=1", "hidden=16", "heads=2")]
+    shared = (*size, "model.share_text=true", "model.query.text.pooling=cls", "pretrain.steps=1")
+    pools[1].run(small_run.run, config, tmp_path / "old", shared)
+    model = load_model_folder(tmp_path / "old" / "pretrain" / "best")
+    dataset = model.view(Dataset.open(tmp_path / "dataset"))
+    write_vectors(tmp_path / "vectors", tower_encoders(model.model, dataset), dataset, model.doc_checksum)
+    documents = {"model": str(tmp_path / "old" / "pretrain" / "best"), "vectors": str(tmp_path / "vectors")}
+    content = yaml.safe_load(config.read_text())
+    content["pretrain"]["documents"] = documents
+    config.write_text(yaml.safe_dump(content))
+    separate = (*size, "pretrain.steps=1")
+    with pytest.raises(RankFailed, match="pooling was cls, is auto"):
+        pools[1].run(small_run.run, config, tmp_path / "wrong", separate)
+    pools[1].run(small_run.run, config, tmp_path / "new", (*separate, "model.doc.text.pooling=cls"))
+    new = load_model_folder(tmp_path / "new" / "pretrain" / "best")
+    assert new.doc_checksum == model.doc_checksum
+    rows = np.arange(dataset.catalogue.num_docs)
+    ours, theirs = (tower_encoders(m.model, dataset).documents(rows) for m in (new, model))
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.slow
 def test_hard_negatives_resume_and_estimate(trained: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     hard = ("pretrain.loss.name=pair_ce", "pretrain.sampling.name=none", "pretrain.negatives.uniform=0")
