@@ -156,7 +156,8 @@ class StartPoint:
         if self.checkpoint is not None and self.same_segment and checksum != self.checkpoint.state["frozen"]:
             raise CheckpointError(
                 f"checkpoint {self.checkpoint.path} was written with other frozen weights; restore the model that the "
-                "stage starts from (STAGE.init, text.init), or choose another run.dir"
+                "stage starts from (STAGE.init, text.init), and engine.precision if it was changed to or from "
+                "bf16_pure, which rounds them, or choose another run.dir"
             )
         return checksum
 
