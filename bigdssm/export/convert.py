@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +17,14 @@ from bigdssm.checkpoints.model_folder import (
 )
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import StageName
-from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.errors import CheckpointError
 from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.card import CARD_FILE, ReportedMetrics, model_card
 from bigdssm.export.dense_tables import with_dense_tables
 from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
-from bigdssm.utils.atomic import new_folder, real_path, write_json
+from bigdssm.utils.atomic import check_replaceable, new_folder, real_path, write_json
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,11 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
     if not kind.keeps_tables:
         source = replace(source, model=with_dense_tables(source.model, target))
     out = real_path(out)
-    if out.exists() and not _is_export(out, target) and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an export of the format {target}; choose another --out")
+    marker = META_FILE if target == model_format.ModelExport.format else EXPORT_FILE
+    check_replaceable(
+        out, marker, lambda meta: marker == META_FILE or meta.get("format") == target,
+        f"is not an export of the format {target}",
+    )  # fmt: skip
     with new_folder(out) as aside:
         parity = kind.write(source.model, aside)
         parity.check(f"the {target} export")
@@ -83,26 +85,15 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
         card = model_card(source.model, out.name, kind, parity, metrics)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
         if target != model_format.ModelExport.format:
-            marker = {
+            content = {
                 "format": target,
                 "model_checksum": source.model.checksum,
                 "provenance": source.model.provenance,
                 "parity": asdict(parity),
                 "checksums": folder_checksums(aside),
             }
-            write_json(aside / EXPORT_FILE, marker)
+            write_json(aside / EXPORT_FILE, content)
     return parity
-
-
-def _is_export(folder: Path, target: str) -> bool:
-    """Return whether `folder` is an export of this format."""
-    if target == model_format.ModelExport.format:
-        return (folder / META_FILE).is_file()
-    try:
-        marker = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(marker, dict) and marker.get("format") == target
 
 
 def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:

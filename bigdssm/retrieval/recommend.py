@@ -8,7 +8,6 @@ with the missing parts (see shards.py).
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -38,7 +37,7 @@ from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.search import histories
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
-from bigdssm.utils.atomic import new_file, real_path, write_json
+from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, hash64, json_checksum
 from bigdssm.utils.log import get_logger
 
@@ -95,7 +94,9 @@ def recommend(
     source = source.with_dataset(folder.view(dataset))
     index.check_dataset(dataset)
     out = real_path(out)
-    _check_free(out)
+    check_replaceable(
+        out, META_FILE, lambda meta: meta.get("kind") == "recommendations", "does not hold recommendations"
+    )
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
     filters = Filters(dataset.whole.schema, dataset.whole.catalogue)
@@ -155,18 +156,6 @@ def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, documents: p
     keys = pa.nulls(len(query), pa.string()) if batch.keys is None else pa.array(batch.keys).take(pa.array(query))
     columns = [pa.array(batch.rows[query]), keys, pa.array(rank + 1, pa.int32()), names, pa.array(scores[present])]
     return pa.table(columns, schema=ROW_SCHEMA)
-
-
-def _check_free(out: Path) -> None:
-    """Raise ConfigError if `out` holds anything other than recommendations."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        if json.loads((out / META_FILE).read_text(encoding="utf-8"))["kind"] == "recommendations":
-            return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ConfigError(f"{out} exists and does not hold recommendations; choose another --out")
 
 
 def _of_columns(features: Mapping[str, Feature]) -> dict[str, Feature]:

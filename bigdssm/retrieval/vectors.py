@@ -26,7 +26,7 @@ from bigdssm.features.ragged import Column, Ragged
 from bigdssm.retrieval.embed import Encoders, truncate_vectors
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import new_array
-from bigdssm.utils.atomic import real_path, write_json
+from bigdssm.utils.atomic import check_replaceable, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
@@ -231,18 +231,11 @@ def read_meta(folder: Path) -> VectorsMeta:
 
 def check_output_folder(folder: Path, other_file: str) -> None:
     """Raise ConfigError if writing to `folder` would replace foreign content, or the file `other_file`."""
-    if folder.exists() and not _has_meta(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and holds neither vectors nor an index; choose another --out")
+    check_replaceable(
+        folder, META_FILE, lambda meta: "dataset_fingerprint" in meta, "holds neither vectors nor an index"
+    )
     if (folder / other_file).exists():
         raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another --out")
-
-
-def _has_meta(folder: Path) -> bool:
-    """Return whether the folder's meta is one of vectors or an index, perhaps of another version."""
-    try:
-        return "dataset_fingerprint" in json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
 
 
 def write_meta(folder: Path, meta: VectorsMeta) -> None:

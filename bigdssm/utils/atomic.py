@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bigdssm.errors import ConfigError
 
@@ -31,6 +32,21 @@ def real_path(path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"{path} is a link that cannot be resolved: {error}") from None
+
+
+def check_replaceable(folder: Path, marker: str, is_own: Callable[[dict[str, Any]], bool], otherwise: str) -> None:
+    """Raise ConfigError ("FOLDER exists and `otherwise`") if a folder holds foreign content.
+
+    It may be missing, empty, or hold the JSON file `marker` with an object that `is_own` accepts.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        content = json.loads((folder / marker).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not (isinstance(content, dict) and is_own(content)):
+        raise ConfigError(f"{folder} exists and {otherwise}; choose another --out")
 
 
 @contextmanager
