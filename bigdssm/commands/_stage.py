@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from bigdssm.cli import at_least, run_main
@@ -55,7 +56,9 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
                 sys.exit(error.exit_code)  # all ranks have the same error; rank 0 prints it
             raise
         finally:
-            if not isinstance(sys.exc_info()[1], PeerError):
+            error = sys.exc_info()[1]
+            if not isinstance(error, PeerError):
+                _clear_frames(error)
                 leave_process_group()
         return None
 
@@ -64,6 +67,13 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
         sys.stderr.flush()
         os._exit(code)  # destroying the process group could block
     return code
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Clear the local variables of an error's frames, which would keep the engine and its threads alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _prepare_ranks(arguments: argparse.Namespace) -> int:

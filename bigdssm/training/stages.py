@@ -112,7 +112,6 @@ def run_stage(
                 )  # fmt: skip
                 stop.defer_signals()
                 progress = train(trainer)
-                trainer.engine.destroy()
     best = progress.describe_best(stage_config.validation_metric)
     logger.info("%s finished: %s at step %d", name, best, progress.best_step)
     return progress

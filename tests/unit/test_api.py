@@ -228,17 +228,21 @@ def test_a_stage_in_the_process_stops_on_request_by_file(
     step = loop.train_step
 
     def step_and_ask(*arguments: Any) -> Any:
-        (tmp_path / "pretrain" / "stop").write_text("save")
+        stop = next(path for path in (tmp_path / "other" / "pretrain", tmp_path / "pretrain") if path.exists()) / "stop"
+        stop.write_text("save")
         until = 50
-        while (tmp_path / "pretrain" / "stop").exists() and (until := until - 1):
+        while stop.exists() and (until := until - 1):
             signal.sigtimedwait([], 0.1)
         return step(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step_and_ask)
-    before = state_of_process()
+    before, threads = state_of_process(), small_run.group_threads()
     with pytest.raises(Preempted, match="saved"):
         bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}"])
     assert state_of_process() == before
+    code = _stage.run("pretrain", None, ["--config", str(folder / "config.yaml"), *SHORT, f"run.dir={tmp_path}/other"])
+    assert code == Preempted.exit_code
+    assert small_run.group_threads() == threads
 
 
 def rows_of(folder: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
