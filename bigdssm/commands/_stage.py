@@ -56,9 +56,9 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
                 sys.exit(error.exit_code)  # all ranks have the same error; rank 0 prints it
             raise
         finally:
-            error = sys.exc_info()[1]
-            if not isinstance(error, PeerError):
-                _clear_frames(error)
+            raised = sys.exc_info()[1]
+            if not isinstance(raised, PeerError):
+                _clear_frames(raised)
                 leave_process_group()
         return None
 

@@ -89,7 +89,7 @@ def test_a_new_query_tower_searches_the_old_index(trained: Path, pools: dict[int
 
 
 def test_the_documents_of_a_model_with_one_text_encoder(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """Its documents were encoded as the section of queries says."""
+    """Its document encoder is described by the section of queries."""
     config = small_run.write_dataset(tmp_path, ["data.query.words={type: text, column: gender, max_tokens: 8}"])
     size = [f"model.query.text.{key}" for key in ("layers=1", "hidden=16", "heads=2")]
     shared = (*size, "model.share_text=true", "model.query.text.pooling=cls", "pretrain.steps=1")
