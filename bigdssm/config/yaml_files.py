@@ -45,6 +45,7 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
         for content in contents:
             later = OmegaConf.create(content)
             _replace_components(kind, given, later)
+            _refuse_indices(path, given, later)
             given = OmegaConf.merge(given, later)
         _name_components(path, schema, kind, given)
         merged = OmegaConf.merge(schema, given)
@@ -57,6 +58,17 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
         raise ConfigError(f"{path}: unknown key {error.full_key}: {reason}{hint}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
+
+
+def _refuse_indices(path: Path, given: Any, later: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a mapping over a list, as of `key[0]=value`; omegaconf's TypeError names no key."""
+    for key in later:
+        before, block = given._get_node(key), later._get_node(key)
+        if isinstance(before, ListConfig) and isinstance(block, DictConfig) and not block._is_none():
+            raise ConfigError(f"{path}: {prefix}{key}: got a mapping, needs a list")
+        both = isinstance(before, DictConfig) and isinstance(block, DictConfig)
+        if both and not (before._is_none() or block._is_none() or block._is_interpolation()):
+            _refuse_indices(path, before, block, f"{prefix}{key}.")
 
 
 def _replace_components(kind: Any, given: Any, later: Any) -> None:

@@ -85,7 +85,7 @@ class Schema:
                 return f"{side} features {list(mine)} against {list(theirs)}"
             for name in mine:
                 a, b = mine[name].declaration(), theirs[name].declaration()
-                for key in a:
+                for key in a.keys() - {"matrix"}:  # every table has a matrix of its own
                     if a[key] is not None and a[key] != b.get(key):  # None: chosen at ingestion
                         return f"{side}.{name}.{key}={a[key]!r} against {b[key]!r}"
         return None

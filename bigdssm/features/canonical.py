@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
 from bigdssm.features.base import Feature, encode_columns
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, plain
 from bigdssm.features.history import History, item_codes
 from bigdssm.features.ragged import Column, Ragged, from_arrow
 from bigdssm.features.text import texts_of
@@ -161,20 +161,29 @@ def _scalar(value: Any) -> Any:
 
 
 def _unsigned(values: Any) -> pa.DataType | None:
-    """Return uint64 if there are integers beyond int64, which Arrow does not infer; else None."""
-    whole = isinstance(values, list) and all(isinstance(value, int | np.integer | None) for value in values)
-    return pa.uint64() if whole and max((value or 0 for value in values), default=0) >= 2**63 else None
+    """Return uint64, or lists of it, if there are integers beyond int64, which Arrow does not infer; else None."""
+    if not isinstance(values, list):
+        return None
+    lists = [value for value in values if isinstance(value, list | tuple)]
+    numbers = [number for value in lists for number in value] if lists else values
+    if not all(isinstance(number, int | np.integer | None) for number in numbers):
+        return None
+    if max((number or 0 for number in numbers), default=0) < 2**63:
+        return None
+    return pa.list_(pa.uint64()) if lists else pa.uint64()
 
 
 def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Column:
     """Return the codes of the newest `max_items` items per row."""
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+    lists = plain(lists)
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(lists.type) for is_kind in kinds):
         raise DataError(f"{name} holds {lists.type}, needs lists of item values, oldest first")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     items = pa.table({name: lists.flatten()})
     batch = SourceBatch(name, items, np.repeat(np.arange(len(lengths)), lengths))
     codes = item_codes(np.asarray(columns_of(batch, {name: replace(item, column=name)}, None, _refuse)[name]))
-    rows = np.split(codes, np.cumsum(lengths)[:-1])
+    rows = np.split(codes, np.cumsum(lengths))[:-1]
     return Ragged.of_lists([row[-feature.max_items :] for row in rows], codes.dtype.type)
 
 

@@ -121,7 +121,11 @@ class Categorical(Feature):
         if self.multi:
             column, rows = column.flatten(), np.repeat(rows, pc.list_value_length(column).to_numpy())
         new = self.codes(column.cast(pa.string())) == OUT_OF_VOCABULARY
-        return column.filter(pa.array(new)), rows[new]
+        column, rows = column.filter(pa.array(new)), rows[new]
+        if self.multi:  # a value that is repeated in a row counts once
+            pairs = pa.table({"row": rows, "value": column}).group_by(["row", "value"], use_threads=False).aggregate([])
+            column, rows = pairs.column("value").combine_chunks(), pairs.column("row").to_numpy()
+        return column, rows
 
     @property
     def vocabulary_min_count(self) -> int:
@@ -191,6 +195,7 @@ class Categorical(Feature):
             near = difflib.get_close_matches(value[:MAX_COMPARED_CHARACTERS], short, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"filter: no document has {self.name} = {value[:80]!r}{hint}")
+        codes = codes[codes != PADDING]  # the code of an empty, hence missing value
         if not isinstance(column, Ragged):
             return np.isin(column, codes)
         mask = np.zeros(len(column), bool)

@@ -154,5 +154,6 @@ class _RunningMeanStd:
         if grow:
             return feature
         deviation = (self._squares / self._count) ** 0.5 if self._count else 0.0
-        # a constant feature is normalized to 0, not divided by 0
-        return replace(feature, mean=self._mean, std=deviation if deviation > 0 else 1.0)
+        # a constant feature is normalized to about 0; its deviation is at most the rounding of its mean
+        varies = deviation > np.finfo(np.float32).eps * abs(self._mean)
+        return replace(feature, mean=self._mean, std=deviation if varies else 1.0)

@@ -106,9 +106,16 @@ class Vector(Feature):
     def _of_matrix(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
         matrix = _matrix_in(str(self.matrix), self.dim)
         rows = check.batch.rows - 1  # table rows are counted from 1
-        beyond = rows >= len(matrix)
-        check.blank(beyond, f"{self.matrix} has {len(matrix)} rows, and none for row {{}}", check.batch.rows)
-        return np.array(matrix[np.where(beyond, 0, rows)], np.float32), beyond
+        if (last := int(rows.max(initial=0))) >= len(matrix):
+            raise DataError(f"{self.matrix} has {len(matrix):,} rows, and none for row {last + 1:,} of the table")
+        return np.array(matrix[rows], np.float32), np.zeros(len(rows), bool)
+
+    def check_matrix(self, num_rows: int, table: str) -> None:
+        """Raise DataError unless the matrix, if any, has as many rows as the table."""
+        if self.matrix is not None and (found := len(_matrix_in(self.matrix, self.dim))) != num_rows:
+            raise DataError(
+                f"{self.matrix} has {found:,} rows, but {table} has {num_rows:,}; give the matrix of this table"
+            )
 
     def _lists(self, values: np.ndarray) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), self.dim)

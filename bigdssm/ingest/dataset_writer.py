@@ -271,8 +271,9 @@ class DatasetWriter:
     def _join_quarantine(self, path: Path) -> None:
         """Append the partition's bad rows, replacing those of an interrupted append."""
         with new_file(path) as aside, aside.open("w", encoding="utf-8") as target:
-            with path.open(encoding="utf-8") as known:
-                target.writelines(line for line in known if json.loads(line)["partition"] != self.partition)
+            if path.exists():
+                with path.open(encoding="utf-8") as known:
+                    target.writelines(line for line in known if json.loads(line)["partition"] != self.partition)
             with self.quarantine.path.open(encoding="utf-8") as own:
                 target.writelines(own)
 

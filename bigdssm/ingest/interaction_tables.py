@@ -167,7 +167,7 @@ def read_items(
     title = base.title or tables.item_column
     known = StoredDocuments.of(writer)
     reader = _ItemReader(tables.item_column, tables.items_time_column, title, base.doc, known)
-    folders = run.read("items", [items], reader)
+    folders = run.read("items", [items], reader, base.doc.values())
     found = engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
     if tables.items_time_column is not None:
         documents = number_versions(engine, writer, found)
@@ -234,7 +234,7 @@ def read_users(
     Return the facts of their times, if any.
     """
     engine = run.engine
-    folders = run.read("users", [users], _UserReader(tables.user_column, tables.users_time_column, user))
+    folders = run.read("users", [users], _UserReader(tables.user_column, tables.users_time_column, user), user.values())
     engine.table("found_users", [folder / "users.parquet" for folder in folders])
     if tables.users_time_column is not None:
         engine.view("users", numbered_user_versions("found_users"))
@@ -337,6 +337,11 @@ def _drop_reasons(tables: InteractionTables) -> str:
     return " or ".join([*low, *late])
 
 
+def _at_least(ratings: np.ndarray, threshold: float) -> np.ndarray:
+    """Compare in float32, in which tables may store ratings: its 4.1 is less than that of float64."""
+    return ratings.astype(np.float32) >= np.float32(threshold)
+
+
 @dataclass(frozen=True)
 class _EventReader:
     tables: InteractionTables
@@ -366,11 +371,11 @@ class _EventReader:
         users, columns = self._events(check, row_ordinals(part, check.batch))
         good = check.good
         if self.tables.min_rating is not None:
-            good = good & (columns[-1] >= self.tables.min_rating)
+            good = good & _at_least(columns[-1], self.tables.min_rating)
         if self.until is not None:
             good = good & (columns[-2] < self.until)
         if self.tables.positive_rating is not None:
-            columns = (*columns[:-1], columns[-1] >= self.tables.positive_rating)
+            columns = (*columns[:-1], _at_least(columns[-1], self.tables.positive_rating))
         columns = (*columns[:-1], columns[-1].astype(np.float32))
         units.add(columns[-2][good])
         if self.earlier is not None:

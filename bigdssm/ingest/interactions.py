@@ -30,7 +30,7 @@ from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.spark import SparkTable, open_table
 from bigdssm.ingest.engines.tables import RowTable, read_facts
 from bigdssm.ingest.existing_events import EarlierEvents
-from bigdssm.ingest.fitting import FittedSide, fit, schema_to_fit
+from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
 from bigdssm.ingest.interaction_tables import InteractionTables, Split, join_users, read_events, read_items, read_users
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
@@ -73,9 +73,11 @@ def make_interactions(
         earlier = _earlier(run)
         writer.record_event_times(tables.time_column is not None)
         known = catalogue_files(writer.out, writer.content)
-        documents, item_times = read_items(run, tables, base, items)
+        schema_read = of_tables(base, config)
+        documents, item_times = read_items(run, tables, schema_read, items)
         versions = ItemVersions.of(engine, known, documents) if documents.dated else None
-        user_times = read_users(run, tables, user, users) if user and users is not None else []
+        user_read = stored_features(schema_read.query)
+        user_times = read_users(run, tables, user_read, users) if user and users is not None else []
         other_times = {
             f"{tables.items}, column {tables.items_time_column!r}": item_times,
             f"{tables.users}, column {tables.users_time_column!r}": user_times,

@@ -20,7 +20,7 @@ from bigdssm.dataset.remote import COUNTS_FILE
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import TextTokenizer, Vector
+from bigdssm.features import Feature, TextTokenizer, Vector
 from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, DatasetWriter
 from bigdssm.ingest.documents import DistinctDocuments
 from bigdssm.ingest.engines.local import LocalEngine
@@ -83,12 +83,16 @@ class Ingestion:
     notes: list[str]
     started: float
 
-    def read(self, step: str, sources: Sequence[Source], work: Any) -> list[Path]:
+    def read(self, step: str, sources: Sequence[Source], work: Any, features: Iterable[Feature] = ()) -> list[Path]:
         """Read all parts of tables with `work`, quarantine bad rows, and return the parts' folders.
 
-        Raises DataError, with a summary of the bad rows up to the error.
+        `features` of the tables may have matrices, which need a row for each row of a single table. Raises ConfigError:
+        several tables; DataError, with a summary of the bad rows up to the error.
         """
         columns: Mapping[str, str] = work.columns
+        vectors = [feature for feature in features if isinstance(feature, Vector) and feature.matrix is not None]
+        if vectors and len(sources) > 1:
+            raise ConfigError(f"{vectors[0].matrix}: got {len(sources)} tables, a matrix needs a single one; join them")
         try:
             sources = [self.engine.source(f"{step}_{n}_source", s, list(columns)) for n, s in enumerate(sources)]
         except MissingColumn as error:
@@ -110,6 +114,8 @@ class Ingestion:
         for number, source in enumerate(sources):
             if number not in usable:
                 raise DataError(f"{source.name} has no usable rows{quarantine.summary()}")
+        for vector in vectors:
+            vector.check_matrix(max(int(some["last_row"]) for some in facts), sources[0].name)
         return folders
 
     def write_splits(self, splits: Mapping[str, RowTable], encode: Encode) -> dict[str, Any]:

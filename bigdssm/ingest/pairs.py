@@ -38,7 +38,7 @@ from bigdssm.ingest.documents import (
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.spark import open_table
 from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
-from bigdssm.ingest.fitting import FittedSide, fit, schema_to_fit
+from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
@@ -142,19 +142,28 @@ def make_pairs(
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
+        whole_documents = False  # in the split of an existing dataset
         if splitter is None and (recorded := dataset_split(writer, get_args(PairSplit))):
             splitter = Splitter.of_dataset(recorded, tables.split_column)
+            whole_documents = recorded.get("whole_documents", False)
         splitter = splitter or _splitter(tables, target)
         known = StoredDocuments.of(writer)
-        reader = PairReader(tables, base, splitter, target.seed, known)
-        folders = run.read("read", sources, reader)
+        reader = PairReader(tables, of_tables(base, config), splitter, target.seed, known)
+        folders = run.read("read", sources, reader, [*reader.schema.query.values(), *reader.schema.doc.values()])
         writer.quarantine.check()
         found = engine.table("found", [folder / "rows.parquet" for folder in folders])
         engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
         documents = number_documents(engine, writer)
         if not found.num_rows:
             raise DataError(f"{tables.files[0]}: no rows remain{writer.quarantine.summary()}")
-        splitter.divide(engine, folders)
+        if whole_documents:
+            ((known_documents,),) = engine.fetch("SELECT count(*) FROM first_documents WHERE nth = 1 AND document >= 0")
+            if known_documents:
+                raise DataError(
+                    f"{known_documents:,} documents of {tables.files[0]} are in {writer.out} already, whose split "
+                    "keeps the rows of a document together; make the dataset again with all tables, or give --split"
+                )
+        splitter.divide(engine, folders, siamese=config.siamese)
         if not writer.append:
             writer.content[SPLIT] = splitter.description
         splits = _sorted_splits(run, tables, splitter, reader)

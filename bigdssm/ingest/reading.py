@@ -29,6 +29,8 @@ def explode(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch
     Rows without values, or with more than MAX_VALUES, are reported and skipped. Raises DataError: not a list column.
     """
     column = batch.table.column(name).combine_chunks()
+    if pa.types.is_null(column.type):  # by chance no row of the batch has a value
+        column = column.cast(pa.list_(pa.string()))
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise DataError(f"{batch.file}: column {name!r} holds {column.type}, --each-of needs lists")
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
@@ -121,10 +123,12 @@ def read_part(
     `columns` maps required columns to the options that name them, for messages. The list column `each_of` is unnested.
     Raises UnreadableTable.
     """
-    num_rows, num_good, units = 0, 0, TimeUnits()
+    num_rows, num_good, last_row, units = 0, 0, 0, TimeUnits()
     newest = deque[BadSourceRow](maxlen=MAX_REPORTED)
 
     def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
+        nonlocal last_row
+        last_row = max(last_row, row)
         newest.append((file, row, reason, left_out))
         lines.write(json.dumps(newest[-1]) + "\n")
 
@@ -132,6 +136,7 @@ def read_part(
         try:
             for batch in part.source.batches(part.part, list(columns), report_bad):
                 num_rows += len(batch.rows)
+                last_row = max(last_row, int(batch.rows.max(initial=0)))
                 check = RowCheck(explode(batch, each_of, report_bad) if each_of else batch, report_bad)
                 handle(check, units)
                 num_good += int(check.good.sum())
@@ -140,7 +145,7 @@ def read_part(
                 raise
             message = error.message(columns) if isinstance(error, MissingColumn) else str(error)
             raise UnreadableTable(message, list(newest)) from None
-    write_facts(folder, num_rows=num_rows, num_good=num_good, **units.facts())
+    write_facts(folder, num_rows=num_rows, num_good=num_good, last_row=last_row, **units.facts())
 
 
 def bad_rows(folders: Iterable[Path]) -> Iterator[BadSourceRow]:

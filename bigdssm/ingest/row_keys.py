@@ -22,7 +22,7 @@ def hash_rows(table: pa.Table) -> np.ndarray:
         if pa.types.is_list(array.type):
             return pc.binary_join(array, within)
         if pa.types.is_fixed_size_list(array.type):
-            rows = array.flatten().to_numpy().reshape(len(array), -1)
+            rows = array.flatten().to_numpy().reshape(-1, array.type.list_size)
             return pa.array([row.tobytes().hex() for row in rows], pa.large_string())
         return array.cast(pa.large_string())
 

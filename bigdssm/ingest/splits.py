@@ -164,7 +164,9 @@ class Splitter:
 
     @classmethod
     def of_dataset(cls, split: Mapping[str, Any], column: str | None) -> Splitter:
-        """Return the splitter for a recorded split; `column` replaces its column."""
+        """Return the splitter for a recorded split; `column` replaces its column. Raises ConfigError: it has none."""
+        if column is not None and split["how"] == "random" and split.get("column") is None:
+            raise ConfigError("--group-column: the dataset is split by query; leave it out, or give --split")
         split_times = SplitTimes.of_dataset(split) if split["how"] == "time" else None
         fractions = split.get("fractions", DEFAULT_FRACTIONS)
         return cls(
@@ -204,7 +206,7 @@ class Splitter:
         units = self._units(check, query_ids)
         return nothing if self._how == "train" else self._drawn(units), units, nothing
 
-    def divide(self, engine: LocalEngine, folders: Sequence[Path]) -> None:
+    def divide(self, engine: LocalEngine, folders: Sequence[Path], *, siamese: bool = False) -> None:
         """Create the view `divided`: the rows of `found` with their splits.
 
         Completes `description`, from which `of_dataset` restores the splitter for an append. `folders` are the outputs
@@ -229,7 +231,7 @@ class Splitter:
             ((newest,),) = engine.fetch("SELECT max(time) FROM found")
             self.description |= split_times.as_json(newest)
         elif self._whole_documents:
-            labels = _joined_units(engine)
+            labels = _joined_units(engine, siamese)
             work = partial(self._draw_labels, labels)
             drawn = engine.map("draw", ranges(labels, UNITS_PER_JOB), work, rows=labels.num_rows)
             engine.table("drawn", [folder / "splits.parquet" for folder in drawn])
@@ -298,9 +300,10 @@ def as_sql(number: float) -> str:
     return f"CAST('{'Infinity' if np.isinf(number) else repr(number)}' AS DOUBLE)"
 
 
-def _joined_units(engine: LocalEngine) -> RowTable:
-    """Return (unit, label): connected components of units by documents, label = least unit."""
-    both = "SELECT unit, content FROM found UNION SELECT unit, doc_id AS content FROM found"
+def _joined_units(engine: LocalEngine, siamese: bool) -> RowTable:
+    """Return (unit, label): connected components of units by documents, siamese: also queries; label = least unit."""
+    nodes = ["content", "doc_id", *(["query_id"] if siamese else [])]
+    both = " UNION ".join(f"SELECT unit, {name} AS content FROM found" for name in nodes)
     engine.select("edges", both, order="unit, content")
     labels = engine.select("labels0", "SELECT DISTINCT unit, unit AS label FROM edges", order="unit")
     for step in range(1, 64):

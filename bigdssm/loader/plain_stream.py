@@ -33,7 +33,7 @@ from bigdssm.features.ragged import Column, from_arrow
 from bigdssm.ingest.row_keys import hash_rows, row_keys
 from bigdssm.ingest.sources.files import LocalFile
 from bigdssm.ingest.sources.text import record_batch
-from bigdssm.ingest.sources.webdataset import KEY, check_shard, is_text, record_of
+from bigdssm.ingest.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
 from bigdssm.loader.lanes import LaneRows
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.workers import WorkerSteps
@@ -45,6 +45,7 @@ from bigdssm.utils.urls import is_url
 T = TypeVar("T")
 SHUFFLED_SAMPLES = 5000  # shuffle buffer per loader process
 MIN_ROWS_FOR_LIMIT = 10_000  # minimum denominator of max_bad_fraction: a few early bad rows do not stop the run
+MOST_WITHOUT_TEXTS = 10_000  # shards in sequence
 ATTEMPTS = 20  # maximum attempts to fill a step; each reads as many samples as are still missing
 log = get_logger(__name__)
 
@@ -175,16 +176,24 @@ class _Samples(WorkerSteps[T]):
 
 
 def _checked_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the shards; each process checks each by `check_shard`, again if its size or modification time changes."""
+    """Yield the shards with texts; each process checks each once, again if its size or modification time changes.
+
+    Raises DataError: damaged, or a long sequence of shards without texts.
+    """
+    without = 0
     for shard in shards:
         stat = os.stat(shard["url"])
-        _check(shard["url"], stat.st_size, stat.st_mtime_ns)
-        yield shard
+        if _check(shard["url"], stat.st_size, stat.st_mtime_ns):
+            without = 0
+            yield shard
+        elif (without := without + 1) == MOST_WITHOUT_TEXTS:
+            needed = ", ".join(f".{suffix}" for suffix in TEXT_SUFFIXES)
+            raise DataError(f"data.webdataset: shards such as {shard['url']} have no member of the types {needed}")
 
 
 @functools.cache
-def _check(url: str, size: int, mtime_ns: int) -> None:
-    check_shard(LocalFile(Path(url)))
+def _check(url: str, size: int, mtime_ns: int) -> bool:
+    return check_shard(LocalFile(Path(url)))
 
 
 class _SampleConverter:

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from bigdssm.errors import BigDSSMError, CheckpointError, DataError
+from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.serving.batching import Overloaded
@@ -29,12 +30,12 @@ from bigdssm.serving.live import ActiveSearcher, LiveSearcher
 from bigdssm.serving.metrics import Metrics, RequestMetrics
 from bigdssm.serving.searcher import Folders, Searcher
 
-MOST_DOCUMENTS, MOST_CHARACTERS, MOST_VALUES = 100, 10_000, 1000
+MOST_DOCUMENTS, MOST_CHARACTERS, MOST_ENTRIES = 100, 10_000, 1000
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]  # no numeric strings
 Whole = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]  # ids, which a float would round
 VALUE = (
-    f"needs a text of at most {MOST_CHARACTERS} characters, a finite number, a list of at most {MOST_VALUES} of these, "
+    f"needs a text of at most {MOST_CHARACTERS} characters, a finite number, a list of at most {MAX_DIM} of these, "
     "or null"
 )
 
@@ -53,7 +54,7 @@ def _integer(value: Any) -> Any:
 
 
 Value = Annotated[
-    ShortText | Whole | Number | Annotated[list[ShortText | Whole | Number], Field(max_length=MOST_VALUES)] | None,
+    ShortText | Whole | Number | Annotated[list[ShortText | Whole | Number], Field(max_length=MAX_DIM)] | None,
     WrapValidator(_value),
 ]  # of a feature
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
@@ -76,8 +77,8 @@ class RequestBody(BaseModel):
 
     user: ShortText | None = Field(None, description="user of the dataset; its features and events precede the given")
     document: ShortText | None = Field(None, description="key of the query document, if queries are documents")
-    features: dict[ShortText, Value] | None = Field(None, max_length=MOST_VALUES, description="query feature values")
-    events: list[EventBody] | None = Field(None, max_length=MOST_VALUES, description="recent events of the user")
+    features: dict[ShortText, Value] | None = Field(None, max_length=MOST_ENTRIES, description="query feature values")
+    events: list[EventBody] | None = Field(None, max_length=MOST_ENTRIES, description="recent events of the user")
     now: Number | None = Field(None, description="later events are ignored")
     filter: ShortText | None = Field(None, description="filter of documents, such as year >= 1990")
     exclude_seen: StrictBool | None = Field(None, description="exclude documents of events; null: as in training")

@@ -305,6 +305,9 @@ def test_absent_features_are_missing_and_invalid_ones_refused(folder: Path, trai
     model = bigdssm.load_model(trained[1].best)
     same = model.encode_queries([{}, {"age": None}, {"history": [], "gender": ""}, {"history": None}])
     assert np.abs(same - same[0]).max() <= 1e-6
+    fixed = pa.table({"history": pa.array([["i3", "i5"]], pa.list_(pa.string(), 2))})
+    assert np.array_equal(model.encode_queries(fixed), model.encode_queries([{"history": ["i3", "i5"]}]))
+    assert np.isfinite(model.encode_queries([{"history": [2**63 + 5]}, {"history": None}])).all()
     title = model.encode_documents(["word1 word2"])
     assert np.abs(title - model.encode_documents([{"title": "word1 word2"}])).max() <= 1e-6
     assert np.abs(title - model.encode_documents(["word7"])).max() > 1e-4

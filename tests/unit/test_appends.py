@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.config import DataConfig
@@ -252,3 +254,18 @@ def test_options_of_a_split_need_one(tmp_path: Path, option: dict[str, Any]) -> 
     make_pairs_of(tmp_path / "pairs", range(9), split="train")
     with pytest.raises(ConfigError, match="needs --split"):
         make_pairs_of(tmp_path / "pairs", range(9), "day2", **option)
+
+
+def test_ratings_stored_in_float32_are_at_least_their_threshold(tmp_path: Path) -> None:
+    make(tmp_path, FIRST)  # writes the items
+    ratings = pa.array([4.1, 4.3, 4.0, 4.1], pa.float32())
+    events = {"user_id": ["u"] * 4, "item_id": ["i0", "i1", "i2", "i3"], "timestamp": [1, 2, 3, 4], "rating": ratings}
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+    tables = InteractionTables(
+        tmp_path / "events.parquet", tmp_path / "items.csv", rating_column="rating", split="train", min_rating=4.1
+    )
+    make_interactions(CONFIG, tables, IngestTarget(tmp_path / "rated", processes=1))
+    dataset = Dataset.open(tmp_path / "rated")
+    assert dataset.sequences is not None
+    (items,) = dataset.sequences.take("items", np.array([0]))
+    assert dataset.catalogue.keys(np.asarray(items)) == ["i0", "i1", "i3"]

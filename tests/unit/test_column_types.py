@@ -187,3 +187,12 @@ def test_lists_hold_the_same_texts_as_columns() -> None:
         check, said = check_of(column)
         assert value_lists(check, "c", " ").to_pylist()[0] == ["a"]
         assert check.good.tolist() == [True, False, True] and said == ["2: c has a value of invalid UTF-8"]
+
+
+@pytest.mark.parametrize("kind", [pa.list_view, pa.large_list_view])
+def test_views_of_lists_keep_every_list(kind: Any) -> None:
+    check, said = check_of(pa.array([[1.0, 2.0], None, [], [3.0, 4.0]], kind(pa.float64())))
+    vectors = Vector(name="c", dim=2).read(check).to_pylist()
+    assert vectors[0] == [1, 2] and vectors[3] == [3, 4] and np.isnan([*vectors[1], *vectors[2]]).all() and not said
+    check, _ = check_of(pa.array([["a"], ["b", "c"]], kind(pa.string())))
+    assert value_lists(check, "c", " ").to_pylist() == [["a"], ["b", "c"]]

@@ -150,6 +150,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.loss.name=fsp", ["pretrain.loss.name", "fsp", "one of fps"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4", "at least 0 and at most 3"]),
         ("run.trackers={a: 1}", ["run.trackers: got a mapping, needs a list"]),
+        ("run.trackers[0]=x", ["run.trackers: got a mapping, needs a list"]),
         ("pretrain.optimizer.betas={}", ["pretrain.optimizer.betas: got a mapping, needs a list"]),
         ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),
         ("engine={zero_stage: 0, offload_optimizer: true}", ["engine.zero_stage", "1, 2 or 3", "offload_optimizer"]),

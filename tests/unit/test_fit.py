@@ -135,3 +135,11 @@ def test_texts_are_not_held_while_the_tokenizer_is_trained() -> None:
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert one < most < 6 * one  # of 40
+
+
+def test_constant_numbers_and_values_repeated_in_a_row(tmp_path: Path) -> None:
+    features = {"tags": Categorical(multi=True, min_count=2).with_name("tags"), "size": Numeric().with_name("size")}
+    columns = {"tags": pa.array([["x", "x"], ["y"], ["y"]], pa.list_(pa.large_string())), "size": pa.array([0.1] * 3)}
+    fitted: Any = fitted_to(tmp_path / "fit", features, [pa.table(columns)])
+    assert tuple(fitted["tags"].vocabulary) == ("y",), "x is in a single row"
+    assert fitted["size"].mean == pytest.approx(0.1) and fitted["size"].std == 1.0

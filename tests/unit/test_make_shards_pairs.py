@@ -14,7 +14,7 @@ import webdataset as wds
 from bigdssm.config import DataConfig, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Categorical, History, Text
+from bigdssm.features import Categorical, History, Text, Vector
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.inspection import sample_rows
@@ -251,3 +251,85 @@ def test_the_number_of_values_per_list_is_limited(tmp_path: Path) -> None:
     )
     assert dataset.num_rows("train") == 4099
     assert "q holds 4097 values, at most 4096 are allowed" in (dataset.dir / "quarantine.jsonl").read_text()
+
+
+def test_an_append_does_not_continue_a_split_that_would_leak(tmp_path: Path) -> None:
+    rows = records(40)
+    make(tmp_path, rows, "whole", whole_documents=True)
+    new = [{"q": f"new {i}", "text": f"new text {i}", "kind": "k"} for i in range(9)]
+    make(tmp_path, new, "new", to="whole", append="p1")
+    known = [{**row, "q": f"other {row['q']}"} for row in rows]
+    with pytest.raises(DataError, match=r"40 documents of \S+ are in \S+ already, whose split keeps the rows"):
+        make(tmp_path, known, "known", to="whole", append="p2")
+    make(tmp_path, known, "known", to="whole", append="p2", split="train")
+    make(tmp_path, rows, "by_query")
+    with pytest.raises(ConfigError, match="--group-column: the dataset is split by query"):
+        make(tmp_path, new, "new", to="by_query", append="p1", split_column="kind")
+
+
+def test_siamese_documents_stay_whole_as_queries_and_results(tmp_path: Path) -> None:
+    lines = [{"a": f"{i} {n}", "b": f"{i} {n + 1}", "text": f"t {i} {n}"} for i in range(80) for n in (0, 1)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    features: dict[str, Any] = {"kind": Categorical(column="b")}
+    config = DataConfig(dir="", siamese=True, query={"kind": Categorical(column="a")}, doc=features)
+    options: dict[str, Any] = {"query_id_column": "a", "doc_id_column": "b", "validation_fraction": 0.3}
+    tables = PairTables((tmp_path / "pairs.jsonl",), whole_documents=True, test_fraction=0.3, **options)
+    make_pairs(config, tables, IngestTarget(tmp_path / "out"))
+    dataset = Dataset.open(tmp_path / "out")
+    splits: dict[str, set[str]] = {}
+    for split in ("train", "validation", "test"):
+        for rows in dataset.iterate(split, 500):
+            for key in dataset.catalogue.keys(rows.doc_rows):
+                splits.setdefault(key.split()[0], set()).add(split)
+    assert len(splits) == 80 and all(len(found) == 1 for found in splits.values())
+
+
+def test_a_matrix_belongs_to_the_rows_of_one_table(tmp_path: Path) -> None:
+    """Also with empty lines, which are not rows; an append has a matrix of its own."""
+
+    def config(matrix: str) -> DataConfig:
+        vector = Vector(dim=2, matrix=str(tmp_path / f"{matrix}.npy"))
+        return DataConfig(dir="", query={"q": Categorical()}, doc={"v": vector})
+
+    def build(matrix: str, *names: str, append: str | None = None) -> Dataset:
+        tables = PairTables(tuple(tmp_path / name for name in names), doc_id_column="d", split="train")
+        make_pairs(config(matrix), tables, IngestTarget(tmp_path / "out", append or "base", append=append is not None))
+        return Dataset.open(tmp_path / "out")
+
+    for name, first, count in (("old", 0, 4), ("new", 4, 3)):
+        lines = [json.dumps({"q": f"q{i}", "d": f"d{i}"}) for i in range(first, first + count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n\n".join(lines) + "\n\n")
+        np.save(tmp_path / f"{name}.npy", np.arange(first, first + count, dtype=np.float32)[:, None] + [0, 0.5])
+    with pytest.raises(ConfigError, match="got 2 tables, a matrix needs a single one"):
+        build("old", "old.jsonl", "new.jsonl")
+    with pytest.raises(DataError, match=r"old\.npy has 4 rows, but \S+new.jsonl has 3; give the matrix of this table"):
+        build("old", "new.jsonl")
+    with pytest.raises(DataError, match=r"new\.npy has 3 rows, and none for row 4 of the table"):
+        build("new", "old.jsonl")
+    first = build("old", "old.jsonl")
+    with pytest.raises(DataError, match=r"old\.npy has 4 rows, but"):
+        build("old", "new.jsonl", append="day2")
+    dataset = build("new", "new.jsonl", append="day2")
+    assert dataset.header.schema.doc == first.header.schema.doc, "a resumed run finds the same schema"
+    vectors = np.asarray(dataset.catalogue.column("v", np.arange(7)))
+    assert [f"d{int(a)}" for a, _ in vectors] == dataset.catalogue.keys(np.arange(7))
+
+
+def test_a_batch_without_values_does_not_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unnested column whose values are all null or empty in a batch, with document vectors."""
+    monkeypatch.setattr("bigdssm.ingest.sources.text.ROWS_PER_BATCH", 2)
+    lines = [{"q": "a", "d": ["x", "y"], "v": [1, 2]}, {"q": "b", "d": ["z"], "v": [1, 2]}]
+    for empty in ([], None):
+        without = [{"q": "c", "d": empty, "v": [1, 2]}] * 2
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *without]))
+        config = DataConfig(dir="", query={"q": Categorical()}, doc={"v": Vector(dim=2)}, max_bad_fraction=0.5)
+        tables = PairTables((tmp_path / "pairs.jsonl",), doc_id_column="d", each_of="d", split="train")
+        report = make_pairs(config, tables, IngestTarget(tmp_path / "out", overwrite=True))
+        assert report.rows == {"train": 3} and report.num_bad == 2
+
+
+def test_an_append_to_a_dataset_without_its_file_of_bad_rows(tmp_path: Path) -> None:
+    make(tmp_path, records(9))
+    (tmp_path / "out" / "quarantine.jsonl").unlink()
+    make(tmp_path, [{"text": "no query", "kind": "k"}, *records(12)[9:]], "more", to="out", append="p1")
+    assert json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())["partition"] == "p1"

@@ -212,9 +212,7 @@ class JsonLinesSource(FileSource):
             yield from record_batches(self.name, self._records(stream, report_bad), columns, report_bad)
 
     def _records(self, stream: BinaryIO, report_bad: ReportBad) -> Iterator[tuple[int, Record, int]]:
-        for row, line in enumerate(_lines(stream), 1):
-            if not line.strip():
-                continue
+        for row, line in enumerate(filter(bytes.strip, _lines(stream)), 1):  # empty lines are not rows
             if row == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 raise DataError(f"{self.name} is a JSON array, needs one object per line; `jq -c '.[]'` converts it")
             try:

@@ -61,9 +61,9 @@ class WebDatasetSource(FileSource):
             yield row, record, sum(len(content) for content in sample.values())
 
 
-def check_shard(file: TableFile) -> None:
-    """Raise DataError if a tar header is damaged, or a member would be unpickled by readers."""
-    last = "the beginning"
+def check_shard(file: TableFile) -> bool:
+    """Return whether there are texts. Raises DataError: a damaged tar header, a member that readers would unpickle."""
+    last, has_texts = "the beginning", False
     with file.open() as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -72,6 +72,7 @@ def check_shard(file: TableFile) -> None:
                     last = f"member {member.name!r}"
                     if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
                         raise DataError(f"{file.name}: {last} is a pickle, which can run code; rejected, omit it")
+                    has_texts |= is_text(member.name)
                     if is_text(member.name) and member.size > MAX_RECORD_BYTES:
                         raise DataError(
                             f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"
@@ -82,6 +83,7 @@ def check_shard(file: TableFile) -> None:
             raise DataError(f"{file.name} is damaged or truncated after {last}: {error}") from None
     if len(end) < tarfile.BLOCKSIZE or any(end):
         raise DataError(f"{file.name} is damaged or truncated after {last}: no end-of-archive marker; get it again")
+    return has_texts
 
 
 def _samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:

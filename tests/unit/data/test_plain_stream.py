@@ -173,3 +173,12 @@ def test_histories_are_refused(interactions: Path, plain: tuple[Dataset, Path]) 
         PlainStream(Dataset.open(interactions), str(plain[1] / "000.tar"), rows_global=4)
     with pytest.raises(ConfigError, match=r"set sampling.frequency=streaming"):
         stream(plain).doc_weights()
+
+
+def test_shards_without_texts_are_skipped_and_refused_alone(plain: tuple[Dataset, Path], tmp_path: Path) -> None:
+    members(tmp_path / "images.tar", {"0.jpg": b"a picture"})
+    members(tmp_path / "texts.tar", {"0.json": text(0), "1.json": text(1)})
+    both = PlainStream(plain[0], f"{tmp_path}/{{images,texts}}.tar", rows_global=4, num_workers=1)
+    assert len(list(islice(both, 3))) == 3
+    with pytest.raises(DataError, match=r"images.tar have no member of the types \.txt, \.text, \.json"):
+        list(islice(PlainStream(plain[0], f"{tmp_path}/images.tar", rows_global=4, num_workers=1), 20))

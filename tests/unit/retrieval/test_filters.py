@@ -173,3 +173,10 @@ def test_every_index_returns_all_documents_that_a_filter_allows(
 def test_an_ivf_index_without_a_filter_returns_the_requested_number(index: Index) -> None:
     rows = index.nearest(np.ones((2, WIDTH), np.float32), NUM_DOCS, "m")[1]
     assert (np.sort(rows, axis=1) == np.arange(NUM_DOCS)).all()
+
+
+def test_an_empty_value_is_missing_and_matches_nothing() -> None:
+    feature = Categorical(vocabulary=Vocabulary.of(["Drama"])).with_name("genre")
+    codes = feature.codes(pa.array(["", "Drama"]))
+    assert not feature.matches(codes, "=", [""]).any()
+    assert feature.matches(codes, "in", ["", "Drama"]).tolist() == [False, True]

@@ -44,8 +44,10 @@ from tests.unit.retrieval.test_tools import Tools
 fastapi = pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 
-from bigdssm.serving.app import make_app  # noqa: E402
+from bigdssm.features.vector import MAX_DIM  # noqa: E402
+from bigdssm.serving.app import RequestBody, make_app  # noqa: E402
 from bigdssm.serving.limits import MOST_BYTES  # noqa: E402
 from bigdssm.serving.metrics import log_requests  # noqa: E402
 
@@ -555,3 +557,9 @@ def test_the_cache_evicts_the_least_recently_used() -> None:
     assert cache.get("a") == 1
     cache.put("c", 3)
     assert (cache.get("a"), cache.get("b"), cache.get("c")) == (1, None, 3)
+
+
+def test_a_vector_of_any_allowed_length_is_a_value() -> None:
+    assert RequestBody(features={"v": [0.5] * MAX_DIM}).features
+    with pytest.raises(ValidationError, match=f"a list of at most {MAX_DIM} of these"):
+        RequestBody(features={"v": [0.5] * (MAX_DIM + 1)})
