@@ -164,7 +164,12 @@ def _texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
     except pa.ArrowException:
         raise DataError(f"{where} holds {kind}, needs texts, numbers or times") from None
     if pa.types.is_decimal(kind):
+        if pc.any(pc.match_substring(texts, "E")).as_py():  # Arrow writes small and round ones as 1.0E-7, 1.2E+3
+            plain_texts = [None if value is None else format(value, "f") for value in array.to_pylist()]
+            texts = pa.array(plain_texts, pa.large_string())
         texts = pc.replace_substring_regex(texts, r"(\.[0-9]*[1-9])0+$|\.0*$", r"\1")
+    if pa.types.is_timestamp(kind) or pa.types.is_time(kind):  # Arrow writes as many digits as the unit has
+        texts = pc.replace_substring_regex(texts, r"(\.[0-9]*[1-9])0+(Z?)$|\.0+(Z?)$", r"\1\2\3")
     return pc.fill_null(texts, ""), broken
 
 
