@@ -113,7 +113,7 @@ def make_pairs_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes
         dir="", query={"q": TEXT}, doc={"title": TEXT, "kinds": KINDS}, tokenizer=TokenizerConfig(vocab_size=150)
     )
     for number in range(2):
-        tables = PairTables((folder / str(number) / "pairs",), whole_documents=number == 0, dedup=True)
+        tables = PairTables((folder / str(number) / "pairs",), split="random", whole_documents=True, dedup=True)
         make_pairs(config, tables, IngestTarget(out, f"day{number}", append=number > 0, processes=processes))
     return content(out)
 
