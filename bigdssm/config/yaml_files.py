@@ -45,9 +45,10 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
         for content in contents:
             later = OmegaConf.create(content)
             _replace_components(kind, given, later)
-            _refuse_indices(path, given, later)
+            _check_lists(path, given, later)
             given = OmegaConf.merge(given, later)
         _name_components(path, schema, kind, given)
+        _check_lists(path, schema, given)
         merged = OmegaConf.merge(schema, given)
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
@@ -60,15 +61,16 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
         raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
 
 
-def _refuse_indices(path: Path, given: Any, later: Any, prefix: str = "") -> None:
+def _check_lists(path: Path, given: Any, later: Any, prefix: str = "") -> None:
     """Raise ConfigError for a mapping over a list, as of `key[0]=value`; omegaconf's TypeError names no key."""
     for key in later:
-        before, block = given._get_node(key), later._get_node(key)
-        if isinstance(before, ListConfig) and isinstance(block, DictConfig) and not block._is_none():
+        before, block = given._get_node(key, validate_access=False), later._get_node(key)
+        if not isinstance(block, DictConfig) or block._is_none() or block._is_interpolation():
+            continue
+        if isinstance(before, Sequence):
             raise ConfigError(f"{path}: {prefix}{key}: got a mapping, needs a list")
-        both = isinstance(before, DictConfig) and isinstance(block, DictConfig)
-        if both and not (before._is_none() or block._is_none() or block._is_interpolation()):
-            _refuse_indices(path, before, block, f"{prefix}{key}.")
+        if isinstance(before, DictConfig) and not before._is_none():
+            _check_lists(path, before, block, f"{prefix}{key}.")
 
 
 def _replace_components(kind: Any, given: Any, later: Any) -> None:
@@ -102,8 +104,6 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
             continue
         node = schema._get_node(f.name)
-        if isinstance(node, Sequence):  # omegaconf raises a TypeError that does not name the key
-            raise ConfigError(f"{path}: {key}: got a mapping, needs a list")
         if not isinstance(node, DictConfig):
             continue  # a mapping in place of a value: OmegaConf.merge in to_dataclass raises
         if registry is None:

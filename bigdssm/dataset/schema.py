@@ -84,8 +84,8 @@ class Schema:
             if list(mine) != list(theirs):
                 return f"{side} features {list(mine)} against {list(theirs)}"
             for name in mine:
-                a, b = mine[name].declaration(), theirs[name].declaration()
-                for key in a.keys() - {"matrix"}:  # every table has a matrix of its own
+                a, b = mine[name].of_table(theirs[name]).declaration(), theirs[name].declaration()
+                for key in a:
                     if a[key] is not None and a[key] != b.get(key):  # None: chosen at ingestion
                         return f"{side}.{name}.{key}={a[key]!r} against {b[key]!r}"
         return None

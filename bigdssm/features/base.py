@@ -99,6 +99,10 @@ class Feature(ABC):
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:  # noqa: B027, few types have anything
         """Raise ConfigError if the declaration is invalid; `key` is its config key, `docs` the document features."""
 
+    def of_table(self: F, own: Feature) -> F:
+        """Return the feature with the files of `own`, the same feature declared for another table."""
+        return self
+
     def declaration(self) -> dict[str, Any]:
         """Return the feature's config section as plain containers."""
         declared = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("fitted")}

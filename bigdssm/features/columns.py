@@ -96,9 +96,8 @@ def plain(array: pa.Array) -> pa.Array:
         return array.cast(pa.large_string())
     if pa.types.is_binary_view(kind):
         return array.cast(pa.large_binary())
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(
-        kind
-    ):  # pyarrow 26 casts the last list to an empty one
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        # not by a cast: that of pyarrow 26 empties the last list
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
         offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int64))
         return pa.LargeListArray.from_arrays(offsets, array.flatten(), mask=array.is_null())

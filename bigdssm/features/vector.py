@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +62,10 @@ class Vector(Feature):
         if self.dim < 1:
             raise ConfigError(f"{key}.dim: got {self.dim}, needs the length of the vectors")
 
+    def of_table(self, own: Feature) -> Vector:
+        """Return the feature with the matrix of `own`."""
+        return replace(self, matrix=own.matrix) if isinstance(own, Vector) else self
+
     @property
     def canonical_type(self) -> pa.DataType:
         """Return a list of `dim` float32."""
@@ -75,7 +79,7 @@ class Vector(Feature):
     def read(self, check: RowCheck) -> pa.Array:
         """Return the vectors; invalid ones, and ones that are not finite in the dtype, are missing."""
         if self.matrix is not None and self.source not in check.batch.table.column_names:
-            values, wrong = self._of_matrix(check)
+            values, wrong = self._of_matrix(check), np.zeros(len(check.batch.rows), bool)
         else:
             values, wrong = self._of_lists(check)
         with np.errstate(over="ignore"):
@@ -103,16 +107,16 @@ class Vector(Feature):
         values[fits] = flat.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         return values, wrong
 
-    def _of_matrix(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
+    def _of_matrix(self, check: RowCheck) -> np.ndarray:
         matrix = _matrix_in(str(self.matrix), self.dim)
         rows = check.batch.rows - 1  # table rows are counted from 1
         if (last := int(rows.max(initial=0))) >= len(matrix):
             raise DataError(f"{self.matrix} has {len(matrix):,} rows, and none for row {last + 1:,} of the table")
-        return np.array(matrix[rows], np.float32), np.zeros(len(rows), bool)
+        return np.array(matrix[rows], np.float32)
 
     def check_matrix(self, num_rows: int, table: str) -> None:
-        """Raise DataError unless the matrix, if any, has as many rows as the table."""
-        if self.matrix is not None and (found := len(_matrix_in(self.matrix, self.dim))) != num_rows:
+        """Raise DataError unless the matrix has as many rows as the table."""
+        if (found := len(_matrix_in(str(self.matrix), self.dim))) != num_rows:
             raise DataError(
                 f"{self.matrix} has {found:,} rows, but {table} has {num_rows:,}; give the matrix of this table"
             )

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature, TextTokenizer, Vector, texts_of
+from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in
 from bigdssm.ingest.documents import canonical_columns
 from bigdssm.ingest.engines.local import LocalEngine
@@ -162,18 +162,9 @@ def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> 
 
 def of_tables(schema: Schema, config: DataConfig) -> Schema:
     """Return the schema to read tables with: every table has matrices of its own, which the config names."""
-
-    def with_matrices(features: Mapping[str, Feature], given: Mapping[str, Feature]) -> dict[str, Feature]:
-        pairs = {name: (feature, given[name]) for name, feature in features.items()}
-        return {
-            name: replace(feature, matrix=own.matrix)
-            if isinstance(feature, Vector) and isinstance(own, Vector)
-            else feature
-            for name, (feature, own) in pairs.items()
-        }
-
     declared = Schema.declared(config)
-    query, doc = with_matrices(schema.query, declared.query), with_matrices(schema.doc, declared.doc)
+    query = {name: feature.of_table(declared.query[name]) for name, feature in schema.query.items()}
+    doc = {name: feature.of_table(declared.doc[name]) for name, feature in schema.doc.items()}
     return replace(schema, query=query, doc=doc)
 
 

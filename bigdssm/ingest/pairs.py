@@ -142,10 +142,8 @@ def make_pairs(
         columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        whole_documents = False  # in the split of an existing dataset
         if splitter is None and (recorded := dataset_split(writer, get_args(PairSplit))):
             splitter = Splitter.of_dataset(recorded, tables.split_column)
-            whole_documents = recorded.get("whole_documents", False)
         splitter = splitter or _splitter(tables, target)
         known = StoredDocuments.of(writer)
         reader = PairReader(tables, of_tables(base, config), splitter, target.seed, known)
@@ -156,7 +154,7 @@ def make_pairs(
         documents = number_documents(engine, writer)
         if not found.num_rows:
             raise DataError(f"{tables.files[0]}: no rows remain{writer.quarantine.summary()}")
-        if whole_documents:
+        if writer.append and tables.split is None and splitter.description.get("whole_documents"):
             ((known_documents,),) = engine.fetch("SELECT count(*) FROM first_documents WHERE nth = 1 AND document >= 0")
             if known_documents:
                 raise DataError(

@@ -258,8 +258,8 @@ class Engine(DeepSpeedStepEngine):
         self.deepspeed.destroy()
         if self.zero_stage == 3:
             parameter_offload.FWD_MODULE_STACK.clear()
-            plans = partitioned_param_coordinator.PartitionedParameterCoordinator
-            cached = plans._PartitionedParameterCoordinator__params_to_release  # an lru_cache over `self`
+            coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+            cached = coordinator._PartitionedParameterCoordinator__params_to_release  # an lru_cache over `self`
             inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
     def fetch(self, table_rows: Mapping[str, np.ndarray]) -> None:

@@ -35,6 +35,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) ->
     folder = tmp_path_factory.mktemp("fixed_documents")
     config = small_run.write_dataset(folder)
     pools[1].run(small_run.run, config, folder / "old")
+    write_vectors_of(folder, config)
+    return folder
+
+
+def write_vectors_of(folder: Path, config: Path) -> None:
+    """Write `vectors` of the model in `old`, and `fixed.yaml`, whose stage trains against them."""
     model = load_model_folder(folder / "old" / "pretrain" / "best")
     dataset = model.view(Dataset.open(folder / "dataset"))
     write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.doc_checksum)
@@ -42,7 +48,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) ->
     content = yaml.safe_load(config.read_text())
     content["pretrain"]["documents"] = documents
     (folder / "fixed.yaml").write_text(yaml.safe_dump(content))
-    return folder
 
 
 def test_the_loss_is_that_of_the_encoded_documents(trained: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
@@ -94,18 +99,13 @@ def test_the_documents_of_a_model_with_one_text_encoder(tmp_path: Path, pools: d
     size = [f"model.query.text.{key}" for key in ("layers=1", "hidden=16", "heads=2")]
     shared = (*size, "model.share_text=true", "model.query.text.pooling=cls", "pretrain.steps=1")
     pools[1].run(small_run.run, config, tmp_path / "old", shared)
-    model = load_model_folder(tmp_path / "old" / "pretrain" / "best")
-    dataset = model.view(Dataset.open(tmp_path / "dataset"))
-    write_vectors(tmp_path / "vectors", tower_encoders(model.model, dataset), dataset, model.doc_checksum)
-    documents = {"model": str(tmp_path / "old" / "pretrain" / "best"), "vectors": str(tmp_path / "vectors")}
-    content = yaml.safe_load(config.read_text())
-    content["pretrain"]["documents"] = documents
-    config.write_text(yaml.safe_dump(content))
-    separate = (*size, "pretrain.steps=1")
+    write_vectors_of(tmp_path, config)
+    fixed, separate = tmp_path / "fixed.yaml", (*size, "pretrain.steps=1")
     with pytest.raises(RankFailed, match="pooling was cls, is auto"):
-        pools[1].run(small_run.run, config, tmp_path / "wrong", separate)
-    pools[1].run(small_run.run, config, tmp_path / "new", (*separate, "model.doc.text.pooling=cls"))
-    new = load_model_folder(tmp_path / "new" / "pretrain" / "best")
+        pools[1].run(small_run.run, fixed, tmp_path / "wrong", separate)
+    pools[1].run(small_run.run, fixed, tmp_path / "new", (*separate, "model.doc.text.pooling=cls"))
+    new, model = (load_model_folder(tmp_path / name / "pretrain" / "best") for name in ("new", "old"))
+    dataset = new.view(Dataset.open(tmp_path / "dataset"))
     assert new.doc_checksum == model.doc_checksum
     rows = np.arange(dataset.catalogue.num_docs)
     ours, theirs = (tower_encoders(m.model, dataset).documents(rows) for m in (new, model))
