@@ -41,6 +41,12 @@ class PeerError(BigDSSMError):
     exit_code = 6
 
 
+class DiskFullError(BigDSSMError):
+    """A file of table rows that has no space left."""
+
+    exit_code = 7
+
+
 class Preempted(BigDSSMError):
     """A run that was stopped from outside after saving its state (75 is EX_TEMPFAIL: restart it)."""
 

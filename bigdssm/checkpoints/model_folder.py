@@ -55,7 +55,7 @@ from bigdssm.models import DualEncoder, Scorer, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.tables.files import MappedTables, row_file_checksum
-from bigdssm.utils.atomic import link_or_copy, new_folder, real_path, write_json
+from bigdssm.utils.atomic import hidden_version, link_or_copy, new_folder, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
@@ -302,7 +302,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         missing = {"provenance", "checksums", "config_checksum"} - set(meta)
     except (FileNotFoundError, NotADirectoryError):
         inside = [path for name in RUN_MODEL_DIRS if is_model_folder(path := folder / name)]
-        hint = f"; did you mean {inside[0]}?" if inside else ""
+        hint = f"; did you mean {inside[0]}?" if inside else hidden_version(folder)
         raise CheckpointError(f"{folder} is not a model folder: it has no {META_FILE}{hint}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None

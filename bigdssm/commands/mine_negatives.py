@@ -75,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
             exclude_seen=folder.config.data.exclude_seen,
         )  # fmt: skip
+        if not distributed.any_rank(bool((local["window"] >= 0).any())):
+            within = "" if args.margin is None else f" and --margin {args.margin}"
+            raise ConfigError(
+                f"no query has a negative with --first {args.first} --last {args.last}{within} among "
+                f"{dataset.catalogue.num_docs} documents without its known positives; choose a lower --first"
+            )
         hard = gather_hard_negatives(args.out, local, dataset)
     if distributed.is_main():
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")

@@ -14,6 +14,7 @@ import numpy as np
 from bigdssm.dataset.remote import RemoteFolder
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.arguments import short_repr
+from bigdssm.utils.atomic import hidden_version
 
 FORMAT = 1
 
@@ -102,7 +103,8 @@ def read_partition(folder: Path, name: str) -> Partition:
 def read_dataset_json(folder: Path) -> dict[str, Any]:
     """Read a dataset's dataset.json. Raises DataError: missing, another format, or damaged."""
     path = folder / "dataset.json"
-    content = read_json(path, f"{folder} is not a dataset; bigdssm make_shards builds one")
+    hint = hidden_version(folder) or "; bigdssm make_shards builds one"
+    content = read_json(path, f"{folder} is not a dataset{hint}")
     if content.get("format") != FORMAT:
         raise DataError(
             f"{path} has format {short_repr(content.get('format'))}, this version reads {FORMAT}; rebuild it with "

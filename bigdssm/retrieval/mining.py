@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.errors import BigDSSMError, DivergedError
+from bigdssm.errors import BigDSSMError, ConfigError, DivergedError
 from bigdssm.retrieval.embed import (
     DocumentVectors,
     Encoders,
@@ -109,17 +109,21 @@ def mine(
     `margin`, for documents that score above the target's score minus the margin. In a catalogue of more than
     `exact_up_to` documents each rank searches an approximate index of its share, and the log reports its recall.
     `documents` are the rank's share of the catalogue's index vectors, if already encoded. All ranks must call it.
-    Raises DivergedError: a vector is not finite.
+    Raises: ConfigError: no document has a rank of at least `first`; DivergedError: a vector is not finite.
     """
+    if first >= (num_docs := dataset.catalogue.num_docs):
+        raise ConfigError(
+            f"hard negatives from first={first}: the ranks of {num_docs} documents are 0 to {num_docs - 1}; choose a lower "
+            "one"
+        )
     share = share or Share()
     if documents is None:
-        documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
+        documents = encode_catalogue(encoders, num_docs, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
-    last = min(last, max(dataset.catalogue.num_docs, first + 1))
+    last = min(last, num_docs)
     excluded = excluded_documents(dataset, exclude_seen)
     known = TrainPositives.of(dataset, share).pairs if exclude_seen else None
-    num_docs = dataset.catalogue.num_docs
     approximate = exact_up_to is not None and num_docs > exact_up_to
     search = approximate_search(documents, num_docs, share) if approximate else exact_search(documents)
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]

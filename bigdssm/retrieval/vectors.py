@@ -26,7 +26,7 @@ from bigdssm.features.ragged import Column, Ragged
 from bigdssm.retrieval.embed import Encoders, truncate_vectors
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import new_array
-from bigdssm.utils.atomic import check_replaceable, real_path, write_json
+from bigdssm.utils.atomic import check_replaceable, hidden_version, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
@@ -224,7 +224,8 @@ def read_meta(folder: Path) -> VectorsMeta:
                 raise TypeError(f"{name} is {content[name]!r}")
         return VectorsMeta(**content)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index") from None
+        hint = hidden_version(folder)
+        raise CheckpointError(f"{folder} holds no {META_FILE}; it is neither vectors nor an index{hint}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / META_FILE} is damaged: {error!r}") from None
 

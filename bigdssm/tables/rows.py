@@ -8,16 +8,18 @@ row). Shapes: n rows, d width of a row.
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigdssm.config.components import TableOptimizerConfig
+from bigdssm.errors import DiskFullError
 from bigdssm.tables.cache import RowCache
 from bigdssm.tables.row_index import RowIndex
 from bigdssm.utils.hashing import derive_key, hash64, mix64
@@ -138,6 +140,39 @@ def initial_rows(rows: np.ndarray, dim: int, key: int, std: float) -> np.ndarray
     return (total - 2 * 0xFFFF).astype(np.float32) * np.float32(std / _UNIT)
 
 
+class SparseFile:
+    """A memory-mapped file of zeros without a name, whose pages get disk blocks before they are written.
+
+    A write to a mapped page without a block ends the process (SIGBUS) when the disk is full.
+    """
+
+    def __init__(self, folder: Path, rows: int, row_bytes: int) -> None:
+        self._folder, self._row_bytes = folder, row_bytes
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, removed with the process
+        self._file.truncate(rows * row_bytes)
+        self.mapped = mmap.mmap(self._file.fileno(), 0)
+        self.mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
+        self._reserved = np.zeros(-(-len(self.mapped) // mmap.PAGESIZE), bool)
+
+    def reserve(self, rows: np.ndarray | None = None) -> None:
+        """Allocate the pages of rows, by default of all. Raises DiskFullError."""
+        pages = np.arange(len(self._reserved))
+        if rows is not None:
+            first, last = rows * self._row_bytes // mmap.PAGESIZE, ((rows + 1) * self._row_bytes - 1) // mmap.PAGESIZE
+            span = np.arange(2 + self._row_bytes // mmap.PAGESIZE)
+            pages = np.unique(np.minimum(first[:, None] + span, last[:, None]))
+            pages = pages[~self._reserved[pages]]
+        for run in np.split(pages, np.flatnonzero(np.diff(pages) > 1) + 1) if len(pages) else ():
+            try:
+                os.posix_fallocate(self._file.fileno(), int(run[0]) * mmap.PAGESIZE, len(run) * mmap.PAGESIZE)
+            except OSError as error:
+                raise DiskFullError(
+                    f"the rows of sharded tables need more space in {self._folder}: {error.strerror}; free some, or "
+                    "choose another engine.table_dir, and resume from the last checkpoint"
+                ) from None
+            self._reserved[run] = True
+
+
 class RowStore:
     """The rows of one table on this rank, with their optimizer states; memory is allocated as rows are written.
 
@@ -156,11 +191,12 @@ class RowStore:
         self._device, self._folder = device, folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, SparseFile] = {}  # of values and states
         self._slots = RowIndex() if spec.is_keyed else None
         size = partition.capacity(spec.stored_rows) if self._slots is None else len(self._slots.rows)
-        self.values = self._allocate(size, spec.dim, spec.dtype)
+        self.values = self._allocate("values", size, spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
-        self.states = {name: self._allocate(size, width, torch.float32) for name, width in widths.items()}
+        self.states = {name: self._allocate(name, size, width, torch.float32) for name, width in widths.items()}
         self._cache = RowCache(self._stored, cache_rows, cache_device or device) if cache_rows and size else None
         self.num_read = self.num_hits = 0  # stored rows that were read, and those of them that were in the cache
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
@@ -171,20 +207,22 @@ class RowStore:
         self._released: list[tuple[int, np.ndarray]] = []  # a step, and rows that it evicted before they were replaced
         self.evictions_known_from = 0  # the first step from which all of them are listed
 
-    def _on_host(self, size: int, width: int, dtype: type) -> np.ndarray:
+    def _on_host(self, size: int, width: int, dtype: type, name: str | None = None) -> np.ndarray:
+        """Return zeros [size, width]; in a file, the pages of those without a name are allocated at once."""
         if self._folder is None or not size:
             return np.zeros((size, width), dtype)
-        with tempfile.TemporaryFile(dir=self._folder) as file:  # sparse, zero, without a name: removed with the process
-            file.truncate(size * width * np.dtype(dtype).itemsize)
-            mapped = mmap.mmap(file.fileno(), 0)
-        mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
-        return np.frombuffer(mapped, dtype).reshape(size, width)
+        file = SparseFile(self._folder, size, width * np.dtype(dtype).itemsize)
+        if name is None:
+            file.reserve()
+        else:
+            self._files[name] = file
+        return np.frombuffer(file.mapped, dtype).reshape(size, width)
 
-    def _allocate(self, size: int, width: int, dtype: torch.dtype) -> Tensor:
+    def _allocate(self, name: str, size: int, width: int, dtype: torch.dtype) -> Tensor:
         if self._folder is None:
             return torch.zeros(size, width, dtype=dtype, device=self._device)
         narrow = dtype == torch.bfloat16
-        stored = torch.from_numpy(self._on_host(size, width, np.uint16 if narrow else np.float32))
+        stored = torch.from_numpy(self._on_host(size, width, np.uint16 if narrow else np.float32, name))
         return stored.view(torch.bfloat16) if narrow else stored
 
     def _local(self, rows: np.ndarray) -> np.ndarray:
@@ -195,17 +233,21 @@ class RowStore:
         return self.partition.rows(local) if self._slots is None else self._slots.rows[local]
 
     def _assign(self, rows: np.ndarray, step: int) -> np.ndarray:
-        """Return the positions of distinct rows in the storage; rows without a slot get one."""
+        """Return the positions of distinct rows in the storage, for writing; rows without a slot get one.
+
+        Raises DiskFullError.
+        """
         local = self._local(rows)
-        if self._slots is None:
-            return local
-        if len(absent := np.flatnonzero(local == 0)) > self._slots.num_free:
-            self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)), step)
-            while self._slots.num_free < len(rows) + len(self.updated) // 4:
-                self._grow()
-            local = self._local(rows)
-            absent = np.flatnonzero(local == 0)
-        local[absent] = self._slots.add(rows[absent])
+        if self._slots is not None:
+            if len(absent := np.flatnonzero(local == 0)) > self._slots.num_free:
+                self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)), step)
+                while self._slots.num_free < len(rows) + len(self.updated) // 4:
+                    self._grow()
+                local = self._local(rows)
+                absent = np.flatnonzero(local == 0)
+            local[absent] = self._slots.add(rows[absent])
+        for file in self._files.values():
+            file.reserve(local)
         return local
 
     def _release(self, local: np.ndarray, step: int) -> None:
@@ -231,8 +273,10 @@ class RowStore:
             self._cache.clear()
         size = len(self._slots.rows)
 
-        def extended(stored: Tensor) -> Tensor:
-            larger = self._allocate(size, stored.shape[1], stored.dtype)
+        def extended(name: str, stored: Tensor) -> Tensor:
+            larger = self._allocate(name, size, stored.shape[1], stored.dtype)
+            if name in self._files:
+                self._files[name].reserve(np.arange(len(stored)))
             larger[: len(stored)] = stored
             return larger
 
@@ -241,9 +285,9 @@ class RowStore:
             larger[: len(counts)] = counts
             return larger
 
-        self.values = extended(self.values)
+        self.values = extended("values", self.values)
         for name in self.states:
-            self.states[name] = extended(self.states[name])
+            self.states[name] = extended(name, self.states[name])
         if self._cache is not None:
             self._cache.use(self._stored)
         self.updated = extended_on_host(self.updated)
@@ -267,6 +311,10 @@ class RowStore:
         """Return this rank's rows before `step`, float32 [n, d] on the device of the storage, or of its cache."""
         local = self._local(rows)
         known = np.flatnonzero(self.updated[local])
+        if self._files and (self._cache is None or not len(known)):  # tmpfs adds blocks to pages that are read
+            values = torch.zeros(len(rows), self.spec.dim)
+            values[known] = self.values[local[known]].float()
+            return self._with_initial(values, rows, local, step)
         if self._cache is None or not len(known):
             return self._with_initial(self.values[self._index(local)].float(), rows, local, step)
         distinct, inverse = np.unique(local[known], return_inverse=True)  # several ranks may request a row

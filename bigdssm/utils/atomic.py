@@ -1,11 +1,13 @@
 """Atomic writes of files and folders: write to a temporary sibling, fsync, rename.
 
-The temporary sibling is .NAME.unfinished; a replaced folder is .NAME.replaced between the two renames. A writer that
-fails removes its temporary files; those of a killed writer are removed, or restored, by the next writer of the path.
+The temporary sibling is .NAME.unfinished. A replaced folder is exchanged with the new one in one system call where the
+file system can; otherwise it is .NAME.replaced between two renames. A writer that fails removes its temporary files;
+those of a killed writer are removed, or restored, by the next writer of the path.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ from typing import Any
 from bigdssm.errors import ConfigError
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def temporary_path(path: Path) -> Path:
@@ -123,10 +126,24 @@ def replace_folder(new: Path, folder: Path) -> None:
     recover(folder)
     replaced = _replaced(folder)
     if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(new, folder)
+        os.replace(new, replaced)  # after a kill it is removed, and not resumed
+        if not _exchange(replaced, folder):
+            os.replace(replaced, new)
+            os.replace(folder, replaced)
+            os.replace(new, folder)
+    else:
+        os.replace(new, folder)
     sync(folder.parent)
     remove(replaced)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths atomically; return False if the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):  # not Linux, or a C library before glibc 2.28
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -162,6 +179,14 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def hidden_version(folder: Path) -> str:
+    """Return the end of a message on a missing folder that names its earlier version, '' if there is none."""
+    replaced = _replaced(folder)
+    if folder.exists() or not replaced.exists():
+        return ""
+    return f"; {replaced} is its earlier version, left by a kill: rename it to {folder.name}"
 
 
 def _replaced(folder: Path) -> Path:

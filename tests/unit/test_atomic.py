@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.errors import ConfigError
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import BigDSSMError, ConfigError
+from bigdssm.retrieval.vectors import read_meta
 from bigdssm.utils import atomic
 
 
@@ -82,6 +85,39 @@ def test_leftovers_of_a_killed_writer_are_removed_or_restored(tmp_path: Path) ->
     fill(tmp_path / "made", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert (tmp_path / "made" / "inner" / "file").read_text() == "new"
+
+
+def test_a_folder_always_has_its_name_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "made", "old")
+    renamed = os.replace
+
+    def replace(old: Path, new: Path) -> None:
+        renamed(old, new)
+        assert (tmp_path / "made" / "inner" / "file").read_text() == "old"
+
+    monkeypatch.setattr("os.replace", replace)
+    fill(tmp_path / "made", "new")
+    monkeypatch.undo()
+    assert (tmp_path / "made" / "inner" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    (tmp_path / ".made.replaced").mkdir()  # killed after the exchange
+    fill(tmp_path / "made", "newest")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_folder_is_replaced_by_two_renames_where_no_exchange_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_exchange", lambda *paths: False)
+    fill(tmp_path / "made", "old")
+    fill(tmp_path / "made", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    (tmp_path / "made").rename(tmp_path / ".made.replaced")
+    for read in (read_meta, load_model_folder, Dataset.open):
+        with pytest.raises(
+            BigDSSMError, match=r"\.made\.replaced is its earlier version, left by a kill: rename it to made"
+        ):
+            read(tmp_path / "made")
 
 
 def test_an_error_of_the_system_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bigdssm.errors import CheckpointError
+from bigdssm.errors import CheckpointError, DiskFullError
 from bigdssm.tables.files import (
     BLOCK_ROWS,
     MappedTables,
@@ -19,7 +21,7 @@ from bigdssm.tables.files import (
     write_row_file,
 )
 from bigdssm.tables.optimizers import RowwiseAdagrad
-from bigdssm.tables.rows import TableSpec
+from bigdssm.tables.rows import RowPartition, RowStore, TableSpec
 from bigdssm.tables.sharded import ShardedTables
 
 DIM, BLOCKS = 4, 3
@@ -110,3 +112,42 @@ def test_a_file_is_written_in_blocks(path: Path) -> None:
 
     write_row_file(path, {"items": RowSource(source.key, source.rows, read)})
     assert most == BLOCK_ROWS
+
+
+@pytest.mark.parametrize("cache_rows", [0, 16])
+@pytest.mark.parametrize("rows", [20_000, 1 << 33], ids=["direct", "keyed"])
+def test_pages_of_a_table_in_files_have_blocks_before_they_are_written(
+    rows: int, cache_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, draws = TableSpec("items", rows, 24, admit_after=2), np.random.default_rng(0)
+
+    def store(folder: Path | None) -> RowStore:
+        return RowStore(
+            spec, 1, RowPartition(0, 1), RowwiseAdagrad(lr=0.1), torch.device("cpu"), folder, cache_rows,
+            torch.device("cpu"),
+        )  # fmt: skip
+
+    in_files, in_memory = store(tmp_path), store(None)
+    for step in range(8):
+        some = np.unique(draws.integers(2, rows, 150))
+        gradients = torch.randn(len(some), 24)
+        for one in (in_files, in_memory):
+            one.update(some, gradients, 1.0, step)
+        assert torch.equal(in_files.read(some, step + 1), in_memory.read(some, step + 1))
+        for file in in_files._files.values():
+            pages = np.frombuffer(file.mapped, np.uint8)
+            written = np.add.reduceat(pages.astype(np.int64), np.arange(0, len(pages), mmap.PAGESIZE)) > 0
+            assert not (written & ~file._reserved).any()
+    for key, tensor in in_memory.content(9, states=True).items():
+        assert torch.equal(in_files.content(9, states=True)[key], tensor)
+    assert rows > 20_000 or not in_files._files["values"]._reserved.all(), "the file stays sparse"
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    in_files.read(np.arange(2, 2000), 9)
+    with pytest.raises(DiskFullError, match=f"more space in {tmp_path}: No space left on device; free some, or choose"):
+        in_files.update(np.arange(2, 2000), torch.ones(1998, 24), 1.0, 9)
+    with pytest.raises(DiskFullError):
+        store(tmp_path)

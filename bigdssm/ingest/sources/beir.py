@@ -51,7 +51,7 @@ class Collection:
     corpus: list[CollectionEntry]
     queries: list[CollectionEntry]  # those with judgments in the split, in the order of queries.jsonl
     qrels: Qrels
-    known_positives: Qrels  # relevant documents of the same queries in other splits
+    known_positives: Qrels  # relevant documents of the same queries in other splits and not in this one
 
 
 def read_collection(folder: Path, split: str) -> Collection:
@@ -76,7 +76,8 @@ def read_collection(folder: Path, split: str) -> Collection:
         if other.name != path.name:
             for query, documents in read_qrels_tsv(other).items():
                 if query in qrels:
-                    positive = {key: grade for key, grade in documents.items() if grade > 0}
+                    of_split = qrels[query]
+                    positive = {key: n for key, n in documents.items() if n > 0 and of_split.get(key, 0) <= 0}
                     known.setdefault(query, {}).update(positive)
     return Collection(corpus, judged, qrels, known)
 

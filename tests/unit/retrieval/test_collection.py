@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -147,6 +148,22 @@ def test_known_positives_can_be_excluded(made: tuple[Dataset, Path, Config], tex
     assert len(everything) == len(left) == 100
     assert everything.keys() & collection.known_positives[query].keys()
     assert not left.keys() & collection.known_positives[query].keys()
+
+
+@pytest.mark.parametrize("grade", [1, 0, None])
+def test_positives_of_the_split_are_not_excluded(
+    made: tuple[Dataset, Path, Config], tmp_path: Path, grade: int | None
+) -> None:
+    shutil.copytree(made[1], tmp_path / "beir")
+    query, judged = next(iter(read_collection(made[1], "test").qrels.items()))
+    positive, other = next(key for key, value in judged.items() if value > 0), "d3"
+    with (tmp_path / "beir" / "qrels" / "other.tsv").open("w") as file:
+        file.write(f"query-id\tcorpus-id\tscore\n{query}\t{positive}\t1\n{query}\t{other}\t1\n")
+    if grade is not None:
+        with (tmp_path / "beir" / "qrels" / "test.tsv").open("a") as file:
+            file.write(f"{query}\t{other}\t{grade}\n")
+    known = read_collection(tmp_path / "beir", "test").known_positives[query]
+    assert positive not in known and (other in known) == (grade != 1)
 
 
 def test_cut_vectors_score_as_the_loss_scores_them(made: tuple[Dataset, Path, Config], text_model: DualEncoder) -> None:

@@ -312,6 +312,11 @@ def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, da
     assert "vectors of model" in tools.refused(4, "mine_negatives", *arguments, other_model_dir, *window)
     message = tools.refused(2, "mine_negatives", *arguments, model_dir, "--first", 9, "--last", 9)
     assert "needs 0 <= first < last" in message
+    (tmp_path / "mined.npy").unlink()
+    for window in (("--first", 10**5, "--last", 10**6), ("--first", 0, "--last", 9, "--margin", 10**9)):
+        message = tools.refused(2, "mine_negatives", *arguments, model_dir, *window)
+        assert f"{dataset.catalogue.num_docs} documents" in message and "choose a lower" in message
+    assert not (tmp_path / "mined.npy").exists()
 
 
 def test_convert_the_best_weights(tools: Tools, run_dir: Path, tmp_path: Path) -> None:
