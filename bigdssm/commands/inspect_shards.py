@@ -80,8 +80,8 @@ def _print_description(console: Console, content: Description, split: str) -> No
     console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
     if content.num_versions:
         console.print(
-            f"{content.num_versions:,} further document versions; each row uses those that were current at the time of "
-            f"its {content.seen_as_of}"
+            f"{content.num_versions:,} further document versions; histories use those that were current at the time of "
+            f"their {content.seen_as_of}, all other work the newest"
         )
     console.print(
         f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"

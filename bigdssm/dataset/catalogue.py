@@ -68,7 +68,7 @@ class Catalogue:
     def visible_rows(
         self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
     ) -> np.ndarray | None:
-        """Return the catalogue rows of the document versions that dataset rows of `partitions` use, int64.
+        """Return the catalogue rows of the document versions in histories of `partitions`, int64.
 
         `partitions` are partition numbers; `versions`, if given, takes precedence (`Versions.version_rows`). None if no
         document has changed.

@@ -247,7 +247,6 @@ class Dataset:
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
             query_ids=np.asarray(columns["query_id"]),
-            doc_versions=self.catalogue.visible_rows(doc_rows, self._numbers[partition]),
         )  # fmt: skip
 
     def _segment_rows(
@@ -258,7 +257,7 @@ class Dataset:
 
         `row_features` are the query features stored in blocks.
         """
-        targets = Targets.of(table, sequence, first, end, dated=self.header.dated)
+        targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.valid(self.catalogue.num_docs))
         query: dict[str, Column] = {}
         history_start = np.zeros_like(end)
@@ -269,12 +268,10 @@ class Dataset:
             else:
                 query[name] = row_features[name] if name in row_features else self.query_column(table, name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
-        partition = self._numbers_of(sequence[targets.row])
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
             position=targets.position, history_start=history_start, sequence=sequence, sequences=table,
-            doc_versions=self.catalogue.visible_rows(targets.item, partition, targets.version),
         )  # fmt: skip
 
     def one_query_per_row(self, rows: Rows) -> Rows:

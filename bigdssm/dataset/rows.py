@@ -37,7 +37,6 @@ class Rows:
     sequence: np.ndarray | None = None  # int64 [R]: sequence number
     doc: dict[str, Column] = field(default_factory=dict)  # rows with inline documents: their features
     doc_ids: np.ndarray | None = None  # int64 [m], rows with inline documents
-    doc_versions: np.ndarray | None = None  # int64 [m]: rows of the visible versions; None: doc_rows
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -136,4 +135,4 @@ class Rows:
 
 
 _OF_ROWS = ("row_ids", "sequence", "history_start")
-_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "position", "doc_ids", "doc_versions")
+_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "position", "doc_ids")

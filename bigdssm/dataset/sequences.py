@@ -27,19 +27,15 @@ class Targets:
     position: np.ndarray  # int64 [m]: in the sequence
     item: np.ndarray  # int64 [m]: the catalogue row
     relevance: np.ndarray  # float32 [m]
-    version: np.ndarray | None = None  # int32 [m]: item version, see `Versions.version_rows`; None: without times
 
     @classmethod
-    def of(
-        cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray, *, dated: bool = False
-    ) -> Targets:  # fmt: skip
-        """Read the targets of rows (int64 [R], in range); `dated`: with item versions."""
+    def of(cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> Targets:
+        """Read the targets of rows (int64 [R], in range)."""
         items = table.take_slices("items", sequence, first, end)
         relevance = table.take_slices("relevance", sequence, first, end)
         row = np.repeat(np.arange(len(sequence)), items.lengths)
         position = np.arange(len(row)) - offsets_of(items.lengths)[row] + first[row]
-        version = versions_of(table, sequence, first, end) if dated else None
-        return cls(row, position, items.values.astype(np.int64), relevance.values, version)
+        return cls(row, position, items.values.astype(np.int64), relevance.values)
 
     def faults(self, num_docs: int) -> Iterator[tuple[int, str]]:
         """Yield (target number, reason) of the invalid targets."""
@@ -58,12 +54,11 @@ class Targets:
 
     def take(self, targets: np.ndarray) -> Targets:
         """Select targets by index or mask."""
-        version = None if self.version is None else self.version[targets]
-        return Targets(self.row[targets], self.position[targets], self.item[targets], self.relevance[targets], version)
+        return Targets(self.row[targets], self.position[targets], self.item[targets], self.relevance[targets])
 
 
 def versions_of(table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Return the item versions of events [first, end) of sequences, int32.
+    """Return the item versions of events [first, end) of sequences, int32, see `Versions.version_rows`.
 
     Only for items with times.
     """

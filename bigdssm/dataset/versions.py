@@ -1,9 +1,10 @@
 """Versions of documents whose features changed.
 
 A document keeps its number, the only reference in blocks, sequences and counts. The catalogue's first files have the
-first version of every document, in the order of their numbers; later files have newer versions. Examples of a
-partition see the version that was current when the partition was added or, if versions have times, at the time of each
-event (stored in the sequences). Iteration over all documents yields their newest versions.
+first version of every document, in the order of their numbers; later files have newer versions. All documents
+of a step are in their newest versions, as served: a positive in the version of its event could be recognized by any
+feature that depends on time. The items of a history have the versions that were current when their partition was added
+or, if versions have times, at the time of their event (stored in the sequences).
 """
 
 from __future__ import annotations
@@ -148,12 +149,6 @@ class Versions:
         known = (versions >= 0) & (versions < len(self._document_of))
         known &= self._document_of[np.where(known, versions, 0)] == documents
         return self._rows(documents, np.where(known, self.num_docs + versions.astype(np.int64), documents))
-
-    def documents(self, rows: np.ndarray) -> np.ndarray:
-        """Return the document number of each row, int64."""
-        file_row = np.where(rows < self.num_docs, rows, rows - self.num_docs)
-        newer = file_row >= self.num_docs
-        return np.where(newer, self._document_of[np.where(newer, file_row - self.num_docs, 0)], file_row)
 
     @cached_property
     def _document_of(self) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -40,18 +39,13 @@ class Collator:
         m = rows.num_queries
         given = np.empty(0, np.int64) if negatives is None else negatives[negatives >= 0]
         extra = np.empty(0, np.int64) if extra_docs is None else extra_docs
-        positives = rows.doc_rows if rows.doc_versions is None else rows.doc_versions
-        distinct, column_of = distinct_in_order(np.concatenate([positives, given, extra]))
+        distinct, column_of = distinct_in_order(np.concatenate([rows.doc_rows, given, extra]))
         mapped = None
         if negatives is not None:
             mapped = np.full(negatives.shape, -1, np.int64)
             mapped[negatives >= 0] = column_of[m : m + len(given)]
         doc = self._catalogue.features(distinct) if self._reads_documents else {}
-        batch = self._batch(rows, doc, column_of, self._catalogue.ids(distinct), distinct, mapped)
-        if (versions := self._catalogue.versions) is None:
-            return batch
-        superseded = as_tensor(distinct >= versions.num_docs)
-        return replace(batch, doc_rows=as_tensor(versions.documents(distinct)), superseded=superseded)
+        return self._batch(rows, doc, column_of, self._catalogue.ids(distinct), distinct, mapped)
 
     def query_features(self, columns: Mapping[str, Column]) -> Features:
         """Return the query columns of `Rows.query` as tensors."""

@@ -59,7 +59,7 @@ class Description:
     num_docs: int
     docs_without_train_rows: int
     num_versions: int  # of changed documents, in addition to the first ones
-    seen_as_of: str  # partition or event: the time of the versions in a row
+    seen_as_of: str  # partition or event: the time of the versions in a history
     top_docs: list[tuple[str, int]]  # title, train positives
     lengths: list[LengthStatistics]
     scanned_queries: int

@@ -242,6 +242,5 @@ def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
 
 
 def in_catalogue_share(batch: Batch, rank: int, world_size: int) -> Tensor:
-    """Return bool [n]: whether columns are in the rank's catalogue share; past document versions are not."""
-    local = batch.doc_rows % world_size == rank
-    return local if batch.superseded is None else local & ~batch.superseded
+    """Return bool [n]: whether columns are in the rank's catalogue share."""
+    return batch.doc_rows % world_size == rank

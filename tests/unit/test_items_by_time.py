@@ -65,21 +65,19 @@ def facts_at(dataset: Dataset, rows: np.ndarray) -> list[Facts]:
 
 
 def seen(dataset: Dataset, split: str = "train") -> dict[tuple[str, int], tuple[Any, list[str]]]:
-    """Return the visible features of the query at each (user, position): of its item, and the kinds in its history."""
+    """Return the features of the query at each (user, position): of its item, and the kinds in its history."""
     found, names = {}, ["", "", *dataset.schema.doc["kind"].vocabulary]
     assert dataset.sequences is not None
     for rows in dataset.iterate(split, 7):
         past = rows.query["past"]
         assert rows.sequence is not None and rows.position is not None and isinstance(past, Ragged)
         users = dataset.sequences.strings("query_key", rows.sequence)
-        own = rows.doc_rows if rows.doc_versions is None else rows.doc_versions
-        assert dataset.catalogue.keys(own) == dataset.catalogue.keys(rows.doc_rows)
-        for row, at in enumerate(zip(users, rows.position.tolist(), facts_at(dataset, own), strict=True)):
+        for row, at in enumerate(zip(users, rows.position.tolist(), facts_at(dataset, rows.doc_rows), strict=True)):
             found[at[0], at[1]] = at[2], [names[code] for code in past[row].tolist()]
     return found
 
 
-def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
+def test_a_history_has_the_versions_of_its_events_and_a_target_the_newest(tmp_path: Path) -> None:
     times = [5, 10, 19, 20, 99]  # before all versions, at one, between two, at the other, after both
     write(tmp_path, ITEMS, [("u", "b", 0), *(("u", "a", time) for time in times)])
     report = make(tmp_path, tmp_path / "out")
@@ -88,11 +86,11 @@ def test_an_event_sees_the_version_of_its_time(tmp_path: Path) -> None:
             "2 events are older than all rows of their items in {}: they use the oldest version"]  # fmt: skip
     assert list(report.notes[:2]) == [note.format(tmp_path / "items.parquet") for note in told]
     dataset = Dataset.open(tmp_path / "out")
-    first, later = ("first", 1.0, "a"), ("later", 5.0, "a, renamed")
+    later = ("later", 5.0, "a, renamed")
     assert seen(dataset) == {
-        ("u", 1): (first, ["kind 2"]),
-        ("u", 2): (first, ["kind 2", "first"]),
-        ("u", 3): (first, ["kind 2", "first", "first"]),
+        ("u", 1): (later, ["kind 2"]),
+        ("u", 2): (later, ["kind 2", "first"]),
+        ("u", 3): (later, ["kind 2", "first", "first"]),
         ("u", 4): (later, ["kind 2", "first", "first", "first"]),
         ("u", 5): (later, ["first", "first", "first", "later"]),
     }
@@ -138,9 +136,10 @@ def held(versions: list[Version], time: float) -> Facts:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "time"])
-def test_partitions_use_the_versions_of_their_ingestion(split: str, tmp_path: Path) -> None:
+def test_histories_use_the_versions_of_their_ingestion(split: str, tmp_path: Path) -> None:
     versions: dict[str, list[Version]] = {}
     expected: dict[str, list[Facts]] = {}
+    keys_of: dict[str, list[str]] = {}
     for day, first_time in enumerate((0, 40, -30)):  # the last table's versions are older than others
         items, some = random_tables(day, first_time)
         for key in {item[0] for item in items}:
@@ -154,6 +153,7 @@ def test_partitions_use_the_versions_of_their_ingestion(split: str, tmp_path: Pa
         assert any(note.startswith(f"{early} events are older than all") for note in report.notes) == bool(early)
         for user, item, time in sorted(some, key=lambda event: event[2]):
             expected.setdefault(user, []).append(held(versions[item], time))
+            keys_of.setdefault(user, []).append(item)
         dataset = Dataset.open(tmp_path / "out", [f"day{day}"])
         assert dataset.catalogue.versions is not None
         queries: dict[tuple[str, int], Any] = {}
@@ -161,7 +161,7 @@ def test_partitions_use_the_versions_of_their_ingestion(split: str, tmp_path: Pa
             queries |= seen(dataset, name)
         assert len(queries) > 400
         for (user, place), (own, past) in queries.items():
-            assert own == expected[user][place], (day, user, place)
+            assert own == versions[keys_of[user][place]][-1][1], (day, user, place)
             assert past == [kind for kind, *_ in expected[user][max(0, place - 4) : place]]
         keys = dataset.catalogue.keys(everything := np.arange(dataset.catalogue.num_docs))
         assert facts_at(dataset, everything) == [versions[key][-1][1] for key in keys]
@@ -236,15 +236,15 @@ def test_names_of_features_do_not_imply_times(tmp_path: Path) -> None:
         target = IngestTarget(tmp_path / "pairs", f"day{day}", append=day > 0, processes=1)
         make_pairs(replace(config, query={"item_id": Categorical()}, targets_per_row=1), pairs, target)
     for folder in ("out", "pairs"):
-        for day, since in enumerate(days):
+        for day in range(len(days)):
             dataset = Dataset.open(tmp_path / folder, [f"day{day}"])
             found = np.asarray(dataset.catalogue.column("since", np.arange(2))).tolist()
             assert found == [1990.0, 2003.0], "as they are now"
             for rows in dataset.iterate("train", 7):
-                assert rows.doc_versions is not None and len(rows.doc_rows)
-                keys = dataset.catalogue.keys(rows.doc_versions)
-                found = np.asarray(dataset.catalogue.column("since", rows.doc_versions)).tolist()
-                assert found == [since[key] for key in keys], (folder, day)
+                assert len(rows.doc_rows)
+                keys = dataset.catalogue.keys(rows.doc_rows)
+                found = np.asarray(dataset.catalogue.column("since", rows.doc_rows)).tolist()
+                assert found == [days[-1][key] for key in keys], (folder, day)
                 assert folder == "pairs" or set(np.asarray(rows.query["version"]).tolist()) == {2}
 
 

@@ -1,4 +1,4 @@
-"""Changing documents: a partition's rows have the versions of its time, everything else the current ones."""
+"""Changing documents: histories have the versions of their time, everything else the current ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
-from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.versions import Versions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
@@ -27,6 +26,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import sample_rows
 from bigdssm.loader.pair_stream import PairStream
+from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.objective import in_catalogue_share
 from tests.unit.test_make_shards_killed import content
@@ -54,7 +54,6 @@ def test_versions_match_a_brute_force_search(num_docs: int, changes: list[tuple[
     assert versions.file_rows(np.arange(num_docs)).tolist() == list(newest.values())
     rows = versions.visible_rows(documents, partitions)
     assert versions.file_rows(rows).tolist() == list(seen.values())
-    assert versions.documents(rows).tolist() == documents.tolist()
     assert (rows < num_docs).tolist() == [seen[pair] == newest[pair[0]] for pair in pairs]
     for number in range(-1, len(changes) + 1):  # the last one is not a version
         every = np.arange(num_docs)
@@ -112,7 +111,7 @@ def documents_of(dataset: Dataset, rows: np.ndarray) -> list[int]:
     return [int(key[1:]) for key in dataset.catalogue.keys(rows)]
 
 
-def test_rows_use_past_versions_and_the_catalogue_uses_the_newest(grown: Path) -> None:
+def test_rows_and_the_catalogue_use_the_newest_versions(grown: Path) -> None:
     dataset = Dataset.open(grown)
     everything = np.arange(dataset.catalogue.num_docs)
     docs = documents_of(dataset, everything)
@@ -120,27 +119,14 @@ def test_rows_use_past_versions_and_the_catalogue_uses_the_newest(grown: Path) -
     assert known_facts(dataset, everything) == [facts_of(doc, DAYS - 1) for doc in docs]
     assert dataset.catalogue.titles(dataset.catalogue.rows_by_key(["d0", "d1"])) == ["title 0", "renamed on day 2"]
     assert len(dataset.catalogue.doc_ids) == len(docs) == len(dataset.doc_counts())
-    seen_before = 0
-    for split in ("train", "validation", "test"):
-        for rows in dataset.iterate(split, 50):
-            assert rows.doc_versions is not None
-            days = np.asarray(rows.query["day"]).astype(int).tolist()
-            named = documents_of(dataset, rows.doc_rows)
-            assert documents_of(dataset, rows.doc_versions) == named and (rows.doc_rows < len(docs)).all()
-            expected = [facts_of(doc, day) for doc, day in zip(named, days, strict=True)]
-            assert known_facts(dataset, rows.doc_versions) == expected
-            seen_before += int((rows.doc_versions >= len(docs)).sum())
-    assert seen_before > 50
+    for partitions in (None, ["day0"], ["day1", "day2"]):
+        opened = Dataset.open(grown, partitions)
+        for split in ("train", "validation", "test"):
+            for rows in opened.iterate(split, 50):
+                assert (rows.doc_rows < len(docs)).all()
+                expected = [facts_of(doc, DAYS - 1) for doc in documents_of(opened, rows.doc_rows)]
+                assert known_facts(opened, rows.doc_rows) == expected, "whatever the day of the row"
     assert verify_dataset(grown) == []
-
-
-def test_a_partition_alone_sees_the_same(grown: Path) -> None:
-    for day in range(DAYS):
-        dataset = Dataset.open(grown, [f"day{day}"])
-        for rows in dataset.iterate("train", 100):
-            assert rows.doc_versions is not None
-            expected = [facts_of(doc, day) for doc in documents_of(dataset, rows.doc_rows)]
-            assert known_facts(dataset, rows.doc_versions) == expected
 
 
 def test_an_append_writes_changed_documents_only(tmp_path: Path) -> None:
@@ -165,46 +151,41 @@ def test_an_append_writes_changed_documents_only(tmp_path: Path) -> None:
         Dataset.open(tmp_path / "data")
 
 
-def test_a_batch_has_a_column_for_each_version_and_masks_go_by_document(grown: Path) -> None:
+@pytest.mark.parametrize("kind", ["in_batch", "uniform", "hard", "catalogue"])
+def test_no_column_of_a_step_has_a_version_of_its_event(grown: Path, kind: str) -> None:
+    """A positive in the version of its day would be recognized by its price alone."""
     dataset = Dataset.open(grown)
     num_docs, world_size = dataset.catalogue.num_docs, 2
+    negatives = {"hard": NegativesConfig(hard=3), "uniform": NegativesConfig(uniform=8), "in_batch": NegativesConfig(),
+                 "catalogue": NegativesConfig(columns="catalogue")}[kind]  # fmt: skip
     shares: list[int] = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
-        make = BatchBuilder(stream, StageConfig(negatives=NegativesConfig(columns="catalogue")))
+        hard = UniformNegatives(num_docs) if kind == "hard" else None
+        make = BatchBuilder(stream, StageConfig(negatives=negatives), hard_negatives=hard)
         batch = next(read_batches(stream, make, torch.device("cpu")))
-        assert batch.superseded is not None and batch.superseded.any() and not batch.superseded.all()
-        docs = documents_of(dataset, batch.doc_rows[batch.positive].numpy())
-        expected = [facts_of(doc, int(day))[0] for doc, day in zip(docs, batch.query["day"], strict=True)]
-        assert batch.doc["price"][batch.positive].tolist() == expected
+        assert len(set(batch.query["day"].tolist())) == DAYS
+        docs = documents_of(dataset, batch.doc_rows.numpy())
+        assert len(docs) == len(set(docs)), "one column per document"
+        assert batch.doc["price"].tolist() == [facts_of(doc, DAYS - 1)[0] for doc in docs]
         assert batch.doc_ids.tolist() == dataset.catalogue.ids(batch.doc_rows.numpy()).tolist()
-        own = in_catalogue_share(batch, rank, world_size)
-        assert not (own & batch.superseded).any(), "an earlier version is not a negative of others"
-        shares += batch.doc_rows[own].tolist()
-    assert sorted(shares) == list(range(num_docs)), "every document once, as it is now"
+        shares += batch.doc_rows[in_catalogue_share(batch, rank, world_size)].tolist()
+    assert kind != "catalogue" or sorted(shares) == list(range(num_docs))
 
 
-def test_rows_keep_their_versions_when_they_are_taken_and_joined(grown: Path) -> None:
-    rows = next(Dataset.open(grown).iterate("train", 40))
-    assert rows.doc_versions is not None
-    some = np.array([7, 3, 30])
-    joined = Rows.concat([rows.take(some), rows])
-    assert joined.doc_versions is not None
-    assert joined.doc_versions.tolist() == [*rows.doc_versions[some], *rows.doc_versions]
-
-
-def test_sources_of_a_mixture_keep_their_versions(grown: Path, tmp_path: Path) -> None:
+def test_sources_of_a_mixture_have_the_newest_versions_of_their_catalogues(grown: Path, tmp_path: Path) -> None:
     target = IngestTarget(tmp_path / "other", "day0", like=grown, processes=1)
     make_pairs(PAIRS, PairTables((grown.parent / "0.parquet",), doc_id_column="id"), target)
     sources = (SourceConfig(dir=str(tmp_path / "other")), SourceConfig(dir=str(grown)))
     for mixture in (sources, sources[::-1]):
         dataset = open_dataset(replace(PAIRS, mixture=mixture, lanes=4))
         assert dataset.catalogue.num_docs == 20 + 30
+        day_of_row = np.repeat([0, DAYS - 1], [20, 30])
+        newest = day_of_row if mixture is sources else day_of_row[::-1]
         for rows in dataset.iterate("train", 100):
-            assert rows.doc_versions is not None
-            days = np.asarray(rows.query["day"]).astype(int).tolist()
             docs = documents_of(dataset, rows.doc_rows)
-            assert known_facts(dataset, rows.doc_versions) == [facts_of(*pair) for pair in zip(docs, days, strict=True)]
+            expected = [facts_of(*pair) for pair in zip(docs, newest[rows.doc_rows].tolist(), strict=True)]
+            assert known_facts(dataset, rows.doc_rows) == expected
 
 
 def test_a_feature_of_the_name_of_their_column_is_refused_before_anything_is_damaged(tmp_path: Path) -> None:
@@ -257,7 +238,7 @@ def test_histories_use_the_item_versions_of_their_partition(tmp_path: Path) -> N
     assert dataset.sequences is not None
     met = set()
     for rows in dataset.iterate("train", 3):
-        assert rows.sequence is not None and rows.position is not None and rows.doc_versions is not None
+        assert rows.sequence is not None and rows.position is not None
         users, past = dataset.sequences.strings("query_key", rows.sequence), rows.query["past"]
         assert isinstance(past, Ragged)
         for row, (user, place) in enumerate(zip(users, rows.position.tolist(), strict=True)):
@@ -267,8 +248,8 @@ def test_histories_use_the_item_versions_of_their_partition(tmp_path: Path) -> N
             expected = [f"{item} of day {day if item in 'ac' else 0}" for item in order[max(0, place - 4) : place]]
             assert [names[code] for code in past[row].tolist()] == expected
             assert dataset.catalogue.keys(rows.doc_rows[[row]]) == [order[place]]
-            code = dataset.catalogue.codes("kind", rows.doc_versions[[row]])[0]
-            assert names[code] == f"{order[place]} of day {day if order[place] in 'ac' else 0}"
+            code = dataset.catalogue.codes("kind", rows.doc_rows[[row]])[0]
+            assert names[code] == f"{order[place]} of day {1 if order[place] in 'ac' else 0}", "documents are newest"
     assert met == {(user, 0, place) for user in "uv" for place in (1, 2, 3)} | {
         (user, 1, place) for user in "uv" for place in (4, 5, 6, 7)
     }
