@@ -81,7 +81,7 @@ class Schema:
             return f"siamese={self.siamese} against {other.siamese}"
         for side, mine in self.sides.items():
             theirs = other.sides[side]
-            if list(mine) != list(theirs):
+            if mine.keys() != theirs.keys():
                 return f"{side} features {list(mine)} against {list(theirs)}"
             for name in mine:
                 a, b = mine[name].of_table(theirs[name]).declaration(), theirs[name].declaration()

@@ -39,6 +39,18 @@ MAX_COMPARED, MAX_COMPARED_CHARACTERS = 5000, 80
 MAX_CHOICES = 200  # values in the filter choices
 
 
+def boolean_indices(vocabulary):  # type: ignore[no-untyped-def]
+    """Return the index of every spelling of a boolean in a vocabulary of booleans, {} for other vocabularies.
+
+    Spellings depend on the format of a table: Python's CSV has True, Parquet and JSON true, others 1.
+    """
+    spellings = {"true": 1, "True": 1, "TRUE": 1, "1": 1, "false": 0, "False": 0, "FALSE": 0, "0": 0}
+    if len(vocabulary) > len(spellings) or not all(value in spellings for value in vocabulary):
+        return {}
+    first = {spellings[value]: index for index, value in reversed(list(enumerate(vocabulary)))}
+    return {text: first[boolean] for text, boolean in spellings.items() if boolean in first}
+
+
 def codes_of(feature, values):  # type: ignore[no-untyped-def]
     """Return the codes of strings."""
     if feature["hash_buckets"]:
@@ -48,8 +60,9 @@ def codes_of(feature, values):  # type: ignore[no-untyped-def]
         return [
             2 + hashed % feature["hash_buckets"] if value else 0 for value, hashed in zip(values, hashes, strict=True)
         ]
-    codes = {value: number for number, value in enumerate(feature["vocabulary"], start=2)}
-    return [codes.get(value, 1) if value else 0 for value in values]
+    vocabulary = feature["vocabulary"]
+    codes = boolean_indices(vocabulary) | {value: index for index, value in enumerate(vocabulary)}
+    return [2 + codes.get(value, -1) if value else 0 for value in values]
 
 
 def categorical_input(feature, values, exported):  # type: ignore[no-untyped-def]
@@ -65,7 +78,7 @@ class Categorical(Feature):
     """A category, or several. Vocabularies are append-only, so that codes and embedding tables stay valid."""
 
     type: ClassVar[str] = "categorical"
-    onnx_code: ClassVar = (pad_lists, codes_of, categorical_input)
+    onnx_code: ClassVar = (pad_lists, boolean_indices, codes_of, categorical_input)
 
     multi: bool = False  # several values in one cell, or a list
     separator: str = " "  # multi: separator of the values in a cell
@@ -134,7 +147,11 @@ class Categorical(Feature):
 
     def with_values(self, path: Path, values: Iterable[pa.Array]) -> Categorical:
         """Return the feature with values (strings, at least one) appended to its vocabulary, written to `path`."""
-        part = write_part(path, values, first=len(self.vocabulary))
+        known, batches = len(self.vocabulary), iter(values)
+        new = next(batches).to_pylist()
+        indices = boolean_indices([*self.vocabulary.cut(8), *new])  # 8 spellings
+        new = [value for index, value in enumerate(new, known) if indices.get(value, index) == index]
+        part = write_part(path, [pa.array(new, pa.large_string()), *batches], first=known)
         return replace(self, vocabulary=self.vocabulary.with_file(part))
 
     def parse(self, value: str) -> Any:
@@ -166,6 +183,8 @@ class Categorical(Feature):
             )
         else:
             indices = self.vocabulary.codes(values)
+            for text, index in boolean_indices(self.vocabulary).items():
+                indices[(indices < 0) & pc.equal(values, text).to_numpy(zero_copy_only=False)] = index
             codes = np.where(indices < 0, np.int32(OUT_OF_VOCABULARY), indices + np.int32(FIRST_CODE))
         codes[is_empty(values)] = PADDING
         return codes

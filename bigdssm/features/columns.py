@@ -118,7 +118,7 @@ def strings(check: RowCheck, name: str, *, trim: bool = True) -> pa.Array:
     if pa.types.is_nested(array.type):
         hint = "; declare it `multi: true` if it is a categorical feature" if pa.types.is_list(array.type) else ""
         raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs single values{hint}")
-    array, broken = _texts(array, f"{check.batch.file}: column {name!r}")
+    array, broken = as_texts(array, f"{check.batch.file}: column {name!r}")
     check.fail(broken, f"{name} is invalid UTF-8")
     lengths = pc.binary_length(array).to_numpy()
     check.fail(lengths > MAX_FIELD_BYTES, f"{name} has {{}} bytes, at most {MAX_FIELD_BYTES} are allowed", lengths)
@@ -142,7 +142,7 @@ def ids(check: RowCheck, name: str, *, lacks: str = "") -> pa.Array:
     return values
 
 
-def _texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
+def as_texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
     """Return single values as large_string, null as '', and the mask of invalid UTF-8 (as ''), bool [R].
 
     The text depends on the value only. Raises DataError: values without a text form.
@@ -208,7 +208,7 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
         if pa.types.is_string(array.type.value_type):  # readers validate strings in columns, but not in lists
             parts = array.cast(pa.list_(pa.binary()))
     lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)
-    texts, broken = _texts(parts.flatten(), f"{check.batch.file}: column {name!r}")
+    texts, broken = as_texts(parts.flatten(), f"{check.batch.file}: column {name!r}")
     parents = np.repeat(np.arange(len(lengths)), lengths)
     check.fail(np.isin(np.arange(len(lengths)), parents[broken]), f"{name} has a value of invalid UTF-8")
     flat = pc.utf8_trim_whitespace(texts)
@@ -234,7 +234,7 @@ def numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     array = check.column(name)
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        values, unreadable = _parse_numbers(array)
+        values, unreadable = parse_numbers(array)
     else:
         try:
             values = _seconds_of(array) if pa.types.is_temporal(array.type) else _as_float64(array)
@@ -258,7 +258,8 @@ def _seconds_of(array: pa.Array) -> np.ndarray:
     return _as_float64(counts) / per_second
 
 
-def _parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return texts as float64, missing as NaN, and the mask of texts that are not numbers, bool [R]."""
     trimmed = pc.utf8_trim_whitespace(pc.fill_null(array, ""))
     absent = pc.is_in(pc.utf8_lower(trimmed), value_set=pa.array(MISSING_NUMBERS, trimmed.type))
     candidates = pc.if_else(absent, pa.scalar(None, trimmed.type), trimmed)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Decoder, Feature, pad_lists, register
-from bigdssm.features.categorical import UNKNOWN, Categorical, codes_of, lists_of_codes
+from bigdssm.features.categorical import UNKNOWN, Categorical, boolean_indices, codes_of, lists_of_codes
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
@@ -33,7 +33,7 @@ class History(Feature):
     type: ClassVar[str] = "history"
     from_sequence: ClassVar[bool] = True
     example: ClassVar[str] = '["a value"]'
-    onnx_code: ClassVar = (pad_lists, codes_of, history_input)
+    onnx_code: ClassVar = (pad_lists, boolean_indices, codes_of, history_input)
 
     of: str | None = None  # the single-valued categorical document feature that identifies an item
     max_items: int = bounded(50, 1, 65_536)  # number of newest items

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.base import Decoder, Fault, Feature, register
-from bigdssm.features.columns import RowCheck
+from bigdssm.features.columns import RowCheck, as_texts, parse_numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.bounds import bounded
@@ -89,22 +89,36 @@ class Vector(Feature):
         return self._lists(values)
 
     def _of_lists(self, check: RowCheck) -> tuple[np.ndarray, np.ndarray]:
-        """Return float32 [R, dim], NaN for missing vectors, and the mask of vectors of another length."""
-        array = check.column(self.source)
+        """Return float32 [R, dim], NaN for missing vectors, and the mask of vectors of another length or with texts.
+
+        A column with a text or a mixed list in one row has texts in all rows, which are parsed.
+        """
+        array, where = check.column(self.source), f"{check.batch.file}: column {self.source!r}"
+        if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+            written = pc.utf8_trim(array, "[] ")
+            array = pc.split_pattern(pc.if_else(pc.equal(written, ""), None, written), ",")
         if pa.types.is_null(array.type):
             return np.full((len(array), self.dim), np.nan, np.float32), np.zeros(len(array), bool)
         if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or _is_fixed(array.type)):
-            raise DataError(f"{check.batch.file}: column {self.source!r} holds {array.type}, needs lists of numbers")
+            raise DataError(f"{where} holds {array.type}, needs lists of numbers")
         inner = array.type.value_type
-        if not (pa.types.is_floating(inner) or pa.types.is_integer(inner) or pa.types.is_null(inner)):
-            raise DataError(f"{check.batch.file}: column {self.source!r} holds {array.type}, needs lists of numbers")
+        parsed = pa.types.is_string(inner) or pa.types.is_large_string(inner)
+        if not (parsed or pa.types.is_floating(inner) or pa.types.is_integer(inner) or pa.types.is_null(inner)):
+            raise DataError(f"{where} holds {array.type}, needs lists of numbers")
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
         wrong = (lengths != self.dim) & (lengths > 0)
         check.blank(wrong, f"{self.source} has {{}} numbers, needs {self.dim}", lengths)
         values = np.full((len(array), self.dim), np.nan, np.float32)
         fits = lengths == self.dim
-        flat = array.filter(pa.array(fits)).flatten().cast(pa.float32(), safe=False)
-        values[fits] = flat.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+        flat = array.filter(pa.array(fits)).flatten()
+        if parsed:
+            numbers, invalid = as_texts(flat.cast(pa.large_binary()), where)
+            numbers, unreadable = parse_numbers(numbers)
+            no_numbers = np.zeros(len(array), bool)
+            no_numbers[fits] = (invalid | unreadable).reshape(-1, self.dim).any(axis=1)
+            check.blank(no_numbers, f"{self.source} has a value that is not a number", None)
+            flat, wrong = pa.array(numbers), wrong | no_numbers
+        values[fits] = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         return values, wrong
 
     def _of_matrix(self, check: RowCheck) -> np.ndarray:

@@ -174,7 +174,7 @@ def make_pairs(
         encode = partial(_encoded, documents.keys, schema.query, None if writer.content["text"] == "raw" else text)
         entries = run.write_splits(splits, encode)
         if tables.beir:  # before the commit: a repeated command would reject the existing dataset
-            write_collection(engine, documents, tables.beir, base)
+            write_collection(engine, documents, tables.beir, base, dedup=tables.dedup)
         return run.finish(schema, text, documents, entries, _train_positives(engine, documents))
 
 
@@ -372,10 +372,13 @@ def _encoded(
     return encoded | encode_columns(columns, features, text, large=False)
 
 
-def write_collection(engine: LocalEngine, documents: DistinctDocuments, folder: Path, schema: Schema) -> None:
-    """Write the pairs as a BEIR collection, replacing an existing one.
+def write_collection(
+    engine: LocalEngine, documents: DistinctDocuments, folder: Path, schema: Schema, *, dedup: bool
+) -> None:
+    """Write the pairs as a BEIR collection, replacing an existing one: one judgement per pair and split.
 
-    Siamese queries have their document keys. Raises ConfigError: a relevance is not an integer.
+    With `dedup` one per pair. Siamese queries have their document keys. Raises ConfigError: a relevance is not an
+    integer, or an id has a tab or line break.
     """
     key, own = "lpad(lower(hex(divided.query_id)), 16, '0')", ""
     if schema.siamese:
@@ -383,7 +386,7 @@ def write_collection(engine: LocalEngine, documents: DistinctDocuments, folder: 
     engine.view("named", f"SELECT divided.*, {key} AS query_key FROM divided{own}")
     engine.view("asked", first_rows("named", "query_id"))
     queries = engine.select("queries", "SELECT * FROM asked WHERE nth = 1", order="place, query_id")
-    engine.view("paired", first_rows("named", "query_id, doc_id"))
+    engine.view("paired", first_rows("named", "query_id, doc_id" if dedup else "query_id, doc_id, split"))
     judged = (
         "SELECT paired.place, query_id, query_key, documents.doc_key, relevance FROM paired "
         "JOIN documents ON paired.doc_id = documents.doc_id WHERE paired.nth = 1 AND split = "

@@ -97,6 +97,8 @@ class _Protocol(H11Protocol):
             answer = h11.Response(status_code=status, headers=[*headers, ("connection", "close")])
             for event in (answer, h11.Data(data=content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # its answer, which may be on its way, is dropped
+            self.cycle.disconnected = True
         self.transport.close()
 
 

@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
-from bigdssm.ingest.sources.text import parse_object
+from bigdssm.ingest.sources.text import parse_object, typed
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
 
+UNWRITABLE = re.compile(r"[\t\r\n]")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 Qrels = dict[str, dict[str, int]]
@@ -133,11 +134,7 @@ def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[Collec
     for entry in entries:
         for feature in features.values():
             columns[feature.source].append(entry.column(feature))
-    return pa.table({name: _typed(values) for name, values in columns.items()})
-
-
-def _typed(values: list[Any]) -> pa.Array:
-    return pa.nulls(len(values), pa.string()) if all(value is None for value in values) else pa.array(values)
+    return pa.table({name: typed(values) for name, values in columns.items()})
 
 
 def check_output_folder(folder: Path) -> None:
@@ -177,13 +174,18 @@ def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict
 def write_judgements(folder: Path, split: str, rows: Iterable[tuple[str, str, float]]) -> None:
     """Write the (query, document, relevance) rows of a split.
 
-    Raises ConfigError: a non-integer relevance.
+    Raises ConfigError: a non-integer relevance, or an id that the format cannot hold.
     """
     with (folder / QRELS_DIR / SPLIT_FILES[split]).open("w", encoding="utf-8") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         for query, document, relevance in rows:
             if relevance != int(relevance):
                 raise ConfigError(f"--beir needs integer relevances, got {relevance}; leave it out")
+            for key in (query, document):
+                if UNWRITABLE.search(key):
+                    raise ConfigError(
+                        f"--beir: the id {key!r} has a tab or line break, which qrels cannot hold; leave it out"
+                    )
             file.write(f"{query}\t{document}\t{int(relevance)}\n")
 
 

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, ClassVar
 
@@ -60,6 +61,48 @@ def require_columns(table: str, present: Collection[str], required: Sequence[str
             raise MissingColumn(table, name, hint)
 
 
+# Fields of a CSV: text without quotes, a quote within an unquoted field, a quoted field, and one with text after its
+# closing quote in the same line. Bounded, because each repetition takes memory.
+SOUND_FIELDS = re.compile(
+    rb"""(?:[^"]+|(?<![,\r\n])"|"[^"]*(?:""[^"]*)*"(?=[,\r\n])|"[^"\r\n]*(?:""[^"\r\n]*)*"(?=[^",\r\n])){1,1000}"""
+)
+CLOSED = re.compile(rb'"[^"]*(?:""[^"]*)*"[^"]')
+
+
+class QuotedStream:
+    """The bytes of a CSV, in which every quoted field is validated: Arrow reads an open one to the end of the file."""
+
+    closed = False
+
+    def __init__(self, name: str, stream: BinaryIO) -> None:
+        self._name, self._stream = name, stream
+        self._tail, self._lines = b"", 0  # from the byte before an incomplete field on; line breaks before it
+
+    def close(self) -> None:
+        """Leave the stream open, which the caller closes."""
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes. Raises DataError: a quoted field that is never closed, or within another field."""
+        chunk = self._stream.read(size)
+        # as if a line break were before the first line and after the last one
+        start = self._tail + chunk if self._tail else b"\n" + chunk.removeprefix(BOM_UTF8)
+        data = start if chunk else start + b"\n"
+        end = 1
+        while sound := SOUND_FIELDS.match(data, end):
+            end = sound.end()
+        long = len(data) - end > BYTES_PER_BATCH
+        if end < len(data) and (not chunk or long or CLOSED.match(data, end)):
+            line = self._lines + data.count(b"\n", 0, end)
+            raise DataError(
+                f"{self._name}: the quote that opens a field in line {line} is not "
+                'closed, or closed within a later field; write the field as """text", or the table as .tsv, where '
+                "quotes are characters"
+            )
+        self._lines += data.count(b"\n", 0, end - 1)
+        self._tail = data[end - 1 :]
+        return chunk
+
+
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
 MAX_HEADER_BYTES = 64 << 20
 
@@ -96,7 +139,8 @@ class DelimitedSource(FileSource):
         reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
         with self.file.stream() as stream:
             first_row = 0  # names are explicit, so Arrow returns the header as row 0
-            for batch in pa_csv.open_csv(pa.PythonFile(stream, mode="r"), reading, parsing, conversion):
+            content = QuotedStream(self.name, stream) if quoted else stream
+            for batch in pa_csv.open_csv(pa.PythonFile(content, mode="r"), reading, parsing, conversion):
                 candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
                 rows = np.setdiff1d(candidates, np.array(list(broken), np.int64))[: batch.num_rows]
                 first_row = int(rows[-1]) + 1 if len(rows) else first_row
@@ -121,6 +165,8 @@ class DelimitedSource(FileSource):
 
 
 MAX_RECORD_BYTES = 64 << 20
+MAX_NESTING = 500  # of JSON: Python's limit depends on the depth of the calls
+TOO_DEEP = f"an object with more than {MAX_NESTING} levels"
 
 Record = dict[str, Any]
 
@@ -155,15 +201,25 @@ def record_batch(
     """
     if not checked:  # a key may be absent in some records, but not in the whole first batch
         require_columns(name, dict.fromkeys(key for record in records for key in record), columns)
-    table = pa.table({column: _typed([record.get(column) for record in records]) for column in columns})
+    table = pa.table({column: typed([record.get(column) for record in records]) for column in columns})
     return as_utf8(SourceBatch(name, table, np.array(rows, np.int64)), report_bad)
 
 
 def parse_object(text: str) -> Record:
-    """Parse a JSON object. Raises ValueError: not JSON, not an object, or a lone surrogate."""
-    record = json.loads(text)
+    """Parse a JSON object. Raises ValueError: not JSON, not an object, nested too deeply, or a lone surrogate."""
+    try:
+        record = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, needs an object")
+    if text.count("[") + text.count("{") > MAX_NESTING:
+        inner: list[Any] = [record]
+        for _ in range(MAX_NESTING):
+            inner = [value for outer in inner for value in (outer.values() if isinstance(outer, dict) else outer)]
+            inner = [value for value in inner if isinstance(value, list | dict)]
+        if inner:
+            raise ValueError(TOO_DEEP)
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(record, ensure_ascii=False).encode()
@@ -172,8 +228,8 @@ def parse_object(text: str) -> Record:
     return record
 
 
-def _typed(values: list[Any]) -> pa.Array:
-    """Convert values to an array: mixed types become strings, within lists too."""
+def typed(values: list[Any]) -> pa.Array:
+    """Convert JSON values to an array: mixed types become strings, within lists too."""
     lists = all(value is None or isinstance(value, list) for value in values)
     single = [element for value in values if value for element in value] if lists else values
     kinds = {type(value) for value in single if value is not None}
@@ -222,7 +278,7 @@ class JsonLinesSource(FileSource):
             except UnicodeDecodeError as error:
                 report_bad(self.name, row, f"invalid UTF-8 at byte {error.start}")
                 continue
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 report_bad(self.name, row, f"not a JSON object: {error}")
                 continue
             yield row, record, len(line)

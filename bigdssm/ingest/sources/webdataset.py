@@ -55,7 +55,7 @@ class WebDatasetSource(FileSource):
         for row, sample in enumerate(_samples(self.name, stream), 1):
             try:
                 record = record_of(sample)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 report_bad(self.name, row, f"sample {sample[KEY]!r}: {error}")
                 continue
             yield row, record, sum(len(content) for content in sample.values())
