@@ -191,6 +191,21 @@ def make_pairs_of(folder: Path, rows: range, partition: str | None = None, **opt
     return make_pairs(PAIR_CONFIG, PairTables((folder / "pairs.csv",), **options), target)
 
 
+def test_features_may_be_declared_in_another_order(tmp_path: Path) -> None:
+    def build(names: str, partition: str | None = None) -> Dataset:
+        (tmp_path / "pairs.csv").write_text("q,a,b\n" + "".join(f"q{i},a{i % 5},b{i % 3}\n" for i in range(30)))
+        config = DataConfig(dir="", query={"q": Categorical()}, doc={name: Categorical() for name in names})
+        target = IngestTarget(tmp_path / "out", partition or "base", append=partition is not None, processes=1)
+        make_pairs(config, PairTables((tmp_path / "pairs.csv",), split="train"), target)
+        dataset = Dataset.open(tmp_path / "out")
+        dataset.check_against(config)
+        return dataset
+
+    first, second = build("ab"), build("ba", "more")
+    assert list(second.schema.doc) == ["a", "b"] and second.schema == first.schema
+    assert second.catalogue.num_docs == first.catalogue.num_docs == 15
+
+
 @pytest.mark.parametrize("how", SPLITS)
 def test_pairs_are_split_as_the_datasets_were(tmp_path: Path, how: str) -> None:
     """The same rows again and, if the split depends on the row alone, newer ones."""

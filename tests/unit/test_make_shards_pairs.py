@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
@@ -17,6 +18,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Text, Vector
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.sources.beir import read_qrels_tsv
 from bigdssm.loader.inspection import sample_rows
 
 CONFIG = DataConfig(
@@ -136,6 +138,63 @@ def test_bad_rows_are_named_and_the_rest_is_whole(tmp_path: Path) -> None:
 def test_dedup_keeps_the_first_of_a_pair(tmp_path: Path) -> None:
     assert make(tmp_path, records(30) * 2, split="train").num_rows("train") == 60
     assert make(tmp_path, records(30) * 2, "once", split="train", dedup=True).num_rows("train") == 30
+
+
+def test_a_collection_has_one_judgement_per_pair_and_split(tmp_path: Path) -> None:
+    """Pairs of the train split that return in later splits, some of them twice."""
+    rows = [{"q": f"find {i % 8}", "text": f"item {i % 8}", "kind": "k", "time": i} for i in range(80)]
+    times = {"split": "time", "split_column": "time", "validation_from": 40, "test_from": 60}
+    for dedup in (False, True):
+        name = f"out{dedup}"
+        dataset = make(tmp_path, rows, name, beir=tmp_path / f"{name}.beir", dedup=dedup, **times)
+        files = {path.stem: read_qrels_tsv(path) for path in (tmp_path / f"{name}.beir/qrels").iterdir()}
+        judged = {name: sum(map(len, qrels.values())) for name, qrels in files.items()}
+        assert judged == ({"train": 8} if dedup else {"train": 8, "dev": 8, "test": 8})
+        assert dedup or dataset.num_rows("test") == 20
+
+
+@pytest.mark.parametrize("separator", ["\t", "\n", "\r"])
+def test_ids_that_qrels_cannot_hold_are_refused(tmp_path: Path, separator: str) -> None:
+    rows = [row | {"id": f"a{separator}{i // 2}"} for i, row in enumerate(records(20))]
+    with pytest.raises(ConfigError, match=r"--beir: the id 'a\\.\d+' has a tab or line break"):
+        make(tmp_path, rows, split="train", doc_id_column="id", beir=tmp_path / "beir")
+    assert not (tmp_path / "beir").exists()
+    assert make(tmp_path, rows, split="train", doc_id_column="id").catalogue.num_docs == 10
+
+
+BOOLEANS = (["True", "False"], ["true", "false"], ["TRUE", "FALSE"], ["1", "0"])
+
+
+def test_booleans_are_one_value_in_every_kind_of_table(tmp_path: Path) -> None:
+    def table(name: str, spelling: Any, values: list[bool]) -> Path:
+        path = tmp_path / name
+        if path.suffix == ".csv":
+            path.write_text("q,kind\n" + "".join(f"find,{spelling[0 if value else 1]}\n" for value in values))
+        elif path.suffix == ".jsonl":
+            rows = ({"q": "find", "kind": spelling(value)} for value in values)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pq.write_table(pa.table({"q": ["find"] * len(values), "kind": pa.array(values)}), path)
+        return path
+
+    def built(out: str, tables: list[Path], *, append: bool = False, **kind: Any) -> tuple[tuple[str, ...], list[int]]:
+        config = DataConfig(dir="", query={"q": Categorical()}, doc={"kind": Categorical(**kind)})
+        target = IngestTarget(tmp_path / out, "more" if append else "base", append=append)
+        make_pairs(config, PairTables(tuple(tables), split="train"), target)
+        dataset = Dataset.open(target.out)
+        codes = np.asarray(dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))["kind"])
+        return tuple(dataset.schema.doc["kind"].vocabulary), sorted({int(code) for code in codes})
+
+    values = [True, True, False]
+    csvs = [table(f"{i}.csv", spelling, values) for i, spelling in enumerate(BOOLEANS)]
+    others = [table("a.jsonl", bool, values), table("b.jsonl", int, values), table("c.parquet", None, values)]
+    assert built("all", [*csvs, *others]) == (("True", "False"), [2, 3])
+    for path in [*csvs, *others]:
+        vocabulary, codes = built(f"of {path.name}", [path])
+        assert len(vocabulary) == 2 and codes == [2, 3], "one kind of table keeps its spelling"
+        assert built(f"of {path.name}", [*csvs, *others], append=True) == (vocabulary, codes)
+    integers = table("d.csv", ["1", "2"], values)
+    assert built("integers", [integers, csvs[0]])[0] == ("1", "2", "True", "False"), "no column of booleans"
 
 
 def test_append_extends_catalogue_and_vocabularies_at_their_end(tmp_path: Path) -> None:

@@ -183,6 +183,12 @@ def split_folder(folder: Path) -> None:
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
 
 
+def open_stream(path: Path) -> None:
+    """Write an Arrow stream whose writer was not closed: it ends after a batch."""
+    with pa.OSFile(str(path), "wb") as file:
+        pa.ipc.new_stream(file, TABLE.schema).write_table(TABLE)
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "nothing": ("t", lambda p: p.mkdir(), r"table .*/t is not a file, and as a folder it has no \.parquet files"),
     "others": ("t", lambda p: (p.mkdir(), (p / "a.csv").write_text("x")), r"has 'a\.csv'; move it away"),
@@ -211,6 +217,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "state": ("t", lambda p: write_saved(p, {"_data_files": [1]}), r"state\.json is of another format"),
     "broken": ("t", lambda p: (write_saved(p), (p / "state.json").write_text("[1")), r"state\.json is damaged"),
     "Arrow": ("t.arrow", lambda p: p.write_bytes(b"ARROW1 or not"), "is damaged or not of the format of its name"),
+    "an open stream": ("t.arrow", open_stream, "nor a stream with an end marker, so that batches may be missing"),
     "empty": ("t.feather", lambda p: p.write_bytes(b""), "is damaged or not of the format of its name"),
     "offsets": ("t.arrow", outside_itself, "is damaged or not of the format of its name, after row 0"),
     "columns": (

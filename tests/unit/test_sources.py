@@ -1,6 +1,8 @@
 """Tables of every format are read completely, with row numbers, and every unreadable line is reported."""
 
+import csv
 import gzip
+import io
 import json
 import lzma
 from pathlib import Path
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.errors import DataError
-from bigdssm.features import Numeric
+from bigdssm.features import Numeric, Vector
 from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
 from bigdssm.ingest.sources.registry import read_table
 from bigdssm.ingest.sources.text import record_batch
@@ -52,15 +54,7 @@ def written(folder: Path, suffix: str) -> Path:
         text = "id:token\ttitle:token_seq\tyear:float\n" + "".join(
             f"{r['id']}\t{r['title']}\t{r['year']}\n" for r in ROWS
         )
-    content = text.encode()
-    if suffix.endswith(".xz"):
-        content = lzma.compress(content)
-    elif suffix.endswith(".gz"):
-        content = gzip.compress(content)
-    elif suffix.endswith(".zst"):
-        content = pa.Codec("zstd").compress(content, asbytes=True)
-    path.write_bytes(content)
-    return path
+    return compressed(path, text.encode())
 
 
 @pytest.mark.parametrize(
@@ -102,6 +96,83 @@ def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: p
     rows, numbers = read(table, "a", bad=bad)
     assert [int(str(row["a"])) for row in rows] == numbers == [i for i in range(1, 1001) if i not in broken]
     assert {row for row, _, _ in bad.seen} == broken
+
+
+def compressed(path: Path, content: bytes) -> Path:
+    """Write a table, compressed by the suffix of its path."""
+    zstd = pa.Codec("zstd")
+    by_suffix = {
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda content: zstd.compress(content, asbytes=True),
+    }
+    path.write_bytes(by_suffix.get(path.suffix, bytes)(content))
+    return path
+
+
+OPEN_QUOTES = {  # lines by number, of 1,000 lines, and the line with the open quote
+    "alone": ({12: b'11,"eleven'}, 12),
+    "at the end": ({1000: b'999,"'}, 1000),
+    "before a quoted field": ({12: b'11,"eleven', 500: b'499,"sound"'}, 12),
+    "before quoted fields with quotes": ({12: b'11,"eleven', 500: b'499,"a ""b"" c"', 600: b'599,"x"'}, 12),
+    "after fields of several lines": ({3: b'2,"a\n""b"",\n"', 900: b'"8\n99","x'}, 903),
+    "in the header": ({1: b'id,"title'}, 1),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("case", OPEN_QUOTES)
+def test_an_open_quote_is_an_error_with_its_line(tmp_path: Path, case: str, suffix: str) -> None:
+    changes, line = OPEN_QUOTES[case]
+    lines = {1: b"id,title", **{number: b"%d,title" % number for number in range(2, 1001)}, **changes}
+    table = compressed(tmp_path / f"t.csv{suffix}", b"\n".join(lines.values()))
+    for column in ("id", "title"):
+        with pytest.raises(DataError, match=rf"t\.csv.*: the quote that opens a field in line {line} is not closed"):
+            read(table, column)
+
+
+@pytest.mark.parametrize("block_bytes", [500, 501, 4096, 1 << 20])
+def test_quoted_fields_are_those_of_pythons_csv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    """Fields of several lines, with quotes and delimiters, at any offset within a block."""
+    monkeypatch.setattr("bigdssm.ingest.sources.text.BYTES_PER_BATCH", block_bytes)
+    random = np.random.RandomState(block_bytes)
+    fields = ["".join(random.choice(list('ab",\r\n '), random.randint(12))) for _ in range(2000)]
+    fields = [field.replace("\r\n", "\n") for field in fields]  # which Arrow reads as \r at the end of a block
+    expected = [{"a": f"{i}", "b": fields[i], "c": fields[-i]} for i in range(1000)]
+    with (tmp_path / "t.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, "abc", quoting=csv.QUOTE_ALL if block_bytes == 501 else csv.QUOTE_MINIMAL)
+        writer.writeheader()
+        writer.writerows(expected)
+    assert read(tmp_path / "t.csv", "a", "b", "c")[0] == expected
+    loose = '1,12" disk,x\n2,"12"" disk" new,"a" b "c"\n3,a"b,"c\n"'  # as Python's csv and Arrow read them
+    (tmp_path / "t.csv").write_text("a,b,c\n" + loose)
+    assert [[*row.values()] for row in read(tmp_path / "t.csv", "a", "b", "c")[0]] == list(
+        csv.reader(io.StringIO(loose))
+    )
+
+
+def test_json_of_too_many_levels_is_a_bad_row(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    for levels, good in ((500, True), (501, False), (100_000, False)):
+        bad = Bad()
+        table.write_text('{"a": 1}\n{"a": ' + "[" * (levels - 1) + "]" * (levels - 1) + "}\n")
+        rows, _ = read(table, "a", bad=bad)
+        assert len(rows) == 1 + good
+        assert good or bad.seen == [(2, "not a JSON object: an object with more than 500 levels", True)]
+
+
+def test_vectors_of_json_that_are_not_numbers_are_missing_and_reported(tmp_path: Path) -> None:
+    """As vectors of another length are; the other rows have the same values as without them."""
+    table, vector = tmp_path / "t.jsonl", Vector(dim=2).with_name("v")
+    for odd in ([1, "x"], [1, True], [1, None], [1, 2, 3], "x", 5, {"a": 1}, [[1, 2]], [{}, 2], [1, 1e300]):
+        bad = Bad()
+        table.write_text("".join(json.dumps({"v": value}) + "\n" for value in ([0.1, 2**60], odd, None, [3, 4.5])))
+        (batch,) = read_table(table, ["v"], bad)
+        values = np.array(vector.read(RowCheck(batch, bad)).to_pylist(), np.float32)
+        np.testing.assert_array_equal(values, np.float32([[0.1, 2**60], [np.nan] * 2, [np.nan] * 2, [3, 4.5]]))
+        assert [(row, left_out) for row, _, left_out in bad.seen] == [(2, False)], odd
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def parquet_names(folder: str, names: Sequence[str]) -> list[str]:
 
 
 FILE_MAGIC = b"ARROW1"
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @register_source
@@ -151,12 +152,18 @@ class ArrowSource(ChunkedSource):
     suffixes: ClassVar[tuple[str, ...]] = (".arrow", ".feather")
 
     def chunk_rows(self, file: TableFile) -> list[int]:
-        """Return the number of rows per record batch. Raises DataError: a stream at a URL."""
+        """Return the number of rows per record batch. Raises DataError: a stream at a URL, or one without its end."""
         with file.open_arrow(mapped=True) as opened:
-            if isinstance(file, RemoteFile) and not _has_index(opened):
+            is_stream = not _has_index(opened)
+            if isinstance(file, RemoteFile) and is_stream:
                 raise DataError(
                     f"{file.name} is an Arrow stream, which has no index for reading by ranges; write an Arrow file "
                     f"(pyarrow.ipc.new_file), or copy it to a disk"
+                )
+            if is_stream and opened.read_at(len(STREAM_END), max(0, file.size() - len(STREAM_END))) != STREAM_END:
+                raise DataError(
+                    f"{file.name} is damaged or not of the format of its name: neither an Arrow file nor a stream with "
+                    "an end marker, so that batches may be missing; get or write it again"
                 )
             return [batch.num_rows for batch in _batches(opened, [0])]
 

@@ -11,7 +11,9 @@ shards and damaged headers are rejected; webdataset's reader would silently stop
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, ClassVar
 
@@ -64,7 +66,12 @@ class WebDatasetSource(FileSource):
 def check_shard(file: TableFile) -> bool:
     """Return whether there are texts. Raises DataError: a damaged tar header, a member that readers would unpickle."""
     last, has_texts = "the beginning", False
-    with file.open() as stream:
+    with file.open() as compressed, tempfile.TemporaryFile() as unpacked:
+        stream = compressed
+        if not compressed.seekable():  # zstd
+            shutil.copyfileobj(compressed, unpacked)
+            unpacked.seek(0)
+            stream = unpacked
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 while (member := tar.next()) is not None:
