@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from webdataset import TarWriter
 
@@ -114,6 +115,16 @@ def test_commands_are_not_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="commands are not run"):
         make(tmp_path / "out", Path(f"pipe:touch {tmp_path}/ran; cat x.tar"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_shard_compressed_by_zstd_is_read(tmp_path: Path) -> None:
+    content = write(tmp_path / "s.tar", [{"json": record(i)} for i in range(20)]).read_bytes()
+    shard = tmp_path / "s.tar.zst"
+    shard.write_bytes(pa.Codec("zstd").compress(content, asbytes=True))
+    assert make(tmp_path / "out", shard).rows == {"train": 20}
+    shard.write_bytes(pa.Codec("zstd").compress(content[: 1024 * 10], asbytes=True))
+    with pytest.raises(DataError, match=r"s\.tar\.zst is damaged or truncated after member 'dir/0000\d\d\.json'"):
+        make(tmp_path / "cut", shard)
 
 
 @pytest.mark.parametrize("damage", ["in a header", "in data", "behind a member", "a flipped header"])

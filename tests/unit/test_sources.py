@@ -131,6 +131,15 @@ def test_an_open_quote_is_an_error_with_its_line(tmp_path: Path, case: str, suff
             read(table, column)
 
 
+def test_the_line_of_an_open_quote_counts_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.ingest.sources.text.BYTES_PER_BATCH", 1000)
+    table = tmp_path / "t.csv"
+    lines = [*(f"{i},x" for i in range(800)), '800,"x', *(f'{i},"x"' for i in range(801, 9999))]
+    table.write_text("\n".join(["a,b", *lines]))
+    with pytest.raises(DataError, match="in line 802 is not closed"):
+        read(table, "a")
+
+
 @pytest.mark.parametrize("block_bytes", [500, 501, 4096, 1 << 20])
 def test_quoted_fields_are_those_of_pythons_csv(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int

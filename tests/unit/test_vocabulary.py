@@ -17,6 +17,7 @@ import pytest
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical, vocabulary
+from bigdssm.features.categorical import codes_of
 from bigdssm.features.vocabulary import Vocabulary, write_part
 from bigdssm.utils.string_hashing import hash_strings
 
@@ -57,6 +58,27 @@ def test_codes_are_those_of_a_dictionary(
         assert list(one) == VALUES and [one[0], one[2], one[999]] == [VALUES[0], VALUES[2], VALUES[999]]
     with pytest.raises(IndexError):
         known[1000]
+
+
+SPELLINGS = ["true", "True", "TRUE", "1", "false", "False", "FALSE", "0", "x", ""]
+
+
+@pytest.mark.parametrize(
+    ("values", "codes"),
+    [
+        ("True False", [2, 2, 2, 2, 3, 3, 3, 3, 1, 0]),
+        ("0 1", [3, 3, 3, 3, 2, 2, 2, 2, 1, 0]),
+        ("false", [1, 1, 1, 1, 2, 2, 2, 2, 1, 0]),
+        ("True 0 true", [4, 2, 2, 2, 3, 3, 3, 3, 1, 0]),  # values with codes of their own keep them
+        ("1 2", [1, 1, 1, 2, 1, 1, 1, 1, 1, 0]),
+        ("true false x", [2, 1, 1, 1, 3, 1, 1, 1, 4, 0]),
+        ("", [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]),
+    ],
+)
+def test_spellings_of_booleans_have_one_code_among_booleans(values: str, codes: list[int]) -> None:
+    known = Vocabulary.of(values.split())
+    assert Categorical(vocabulary=known).codes(pa.array(SPELLINGS)).tolist() == codes
+    assert codes_of({"hash_buckets": 0, "vocabulary": list(known)}, SPELLINGS) == codes, "in exported models, too"
 
 
 def test_vocabularies_are_compared_by_values_and_not_by_parts(tmp_path: Path) -> None:

@@ -42,14 +42,16 @@ from bigdssm.utils.atomic import replace_folder
 from tests.unit.retrieval.test_tools import Tools
 
 fastapi = pytest.importorskip("fastapi")
+import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
 from bigdssm.features.vector import MAX_DIM  # noqa: E402
 from bigdssm.serving.app import RequestBody, make_app  # noqa: E402
-from bigdssm.serving.limits import MOST_BYTES  # noqa: E402
+from bigdssm.serving.limits import MOST_BYTES, RequestLimits  # noqa: E402
 from bigdssm.serving.metrics import log_requests  # noqa: E402
+from bigdssm.serving.server import _Protocol  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -563,3 +565,25 @@ def test_a_vector_of_any_allowed_length_is_a_value() -> None:
     assert RequestBody(features={"v": [0.5] * MAX_DIM}).features
     with pytest.raises(ValidationError, match=f"a list of at most {MAX_DIM} of these"):
         RequestBody(features={"v": [0.5] * (MAX_DIM + 1)})
+
+
+def test_a_malformed_body_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The server has answered such a request before the application does."""
+    app = fastapi.FastAPI()
+    app.add_middleware(RequestLimits, hosts=None)
+    config = uvicorn.Config(app, http=_Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
+    server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        for chunks in (b"zz\r\nabc\r\n", b"-1\r\n", b"5\r\nabcde\r\n0\r\nno field\r\n\r\n"):
+            with socket.create_connection(listening.getsockname(), timeout=20) as connection:
+                connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+                received = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert received.startswith(b"HTTP/1.1 400") and received.endswith(
+                b'{"error": "this is not an HTTP request"}'
+            )
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
