@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -78,11 +78,12 @@ class ListLengths:
     used: np.ndarray  # int64 [rows]: number of cells up to the last filled one
     width: int  # columns of its tensor
     fill: int  # padding value
+    inputs: tuple[str, ...] = ()  # of a model: tensors of the same width, which are cut with the list
 
     def take(self, rows: Tensor) -> ListLengths:
         """Return the lengths of the given rows, int64."""
         indices = rows.cpu().numpy()
-        return ListLengths(self.filled[indices], self.used[indices], self.width, self.fill)
+        return replace(self, filled=self.filled[indices], used=self.used[indices])
 
 
 Lengths = Mapping[str, ListLengths]
@@ -94,12 +95,12 @@ def lengths_of(features: Features, paddings: Paddings) -> Lengths:
     return {name: lengths_of_mask(features[name].numpy() != fill, fill) for name, fill in paddings.items()}
 
 
-def lengths_of_mask(filled: np.ndarray, fill: int) -> ListLengths:
+def lengths_of_mask(filled: np.ndarray, fill: int, inputs: tuple[str, ...] = ()) -> ListLengths:
     """Return the lengths of one list feature by its filled cells, bool [rows, width]."""
     num_rows, width = filled.shape
     from_end = filled[:, ::-1].argmax(axis=1) if width else np.zeros(num_rows, np.int64)
     count = filled.sum(axis=1, dtype=np.int64)
-    return ListLengths(count, np.where(count > 0, width - from_end, 0), width, fill)
+    return ListLengths(count, np.where(count > 0, width - from_end, 0), width, fill, inputs)
 
 
 @dataclass(frozen=True)

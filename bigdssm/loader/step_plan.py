@@ -53,7 +53,7 @@ class Chunk:
     first: int
     last: int
     outputs: slice  # of the side's outputs
-    widths: Mapping[str, int]  # by list: the width of its longest row
+    widths: Mapping[str, int]  # by list, and input that is cut with it: the width of the list's longest row
     cells: int  # of all lists, including padding
     runs: Mapping[str, RowRun] = field(default_factory=dict)  # by packed list
 
@@ -130,6 +130,7 @@ def plan_side(
         used = {name: _used(list_, rows) for name, list_ in lengths.items()} if chunk_tokens else widths
         runs = {name: _run(offsets[first : last + 1]) for name, offsets in in_order.items()}
         cells = (last - first) * sum(width for name, width in used.items() if name not in runs)
+        used = used | {other: used[name] for name, list_ in lengths.items() for other in list_.inputs}
         its = slice(int(outputs.offsets[first]), int(outputs.offsets[last]))
         chunks.append(Chunk(first, last, its, used, cells + sum(run.last - run.first for run in runs.values()), runs))
     first_row = np.repeat([chunk.first for chunk in chunks], [chunk.num_outputs for chunk in chunks]).astype(np.int64)
@@ -147,7 +148,9 @@ def _within(
     chunk_tokens: int, lengths: Lengths, packed: frozenset[str], per_row: np.ndarray, order: np.ndarray
 ) -> Iterator[tuple[int, int]]:
     """Yield the range [first, last) of the order per chunk."""
-    length_FR = {name: np.maximum(1, list_.filled)[order] for name, list_ in lengths.items()}
+    length_FR = {
+        name: np.maximum(1, list_.filled if name in packed else list_.used)[order] for name, list_ in lengths.items()
+    }
     first = 0
     while first < len(order):
         window = slice(first, first + max(1, chunk_tokens))

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,64 +29,84 @@ from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import FPS, LossOutput
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded
+from bigdssm.models.two_towers import check_vectors
 from bigdssm.training.encoding import LossFunction, StepEngine, back_propagate, encode
 from bigdssm.training.objective import Objective
 
+Numbers = Any  # a tensor, an array, or lists of numbers
 Inputs = Mapping[str, Tensor]
 EncodeSide = Callable[[Any, str, Inputs], Tensor]  # (engine, "query" or "doc", inputs of R rows) → vectors [R, D]
-TOKENS, MASK = "input_ids", "attention_mask"
 DEFAULT_LOSS = FPS()
+DEFAULT_TOKENS: Mapping[str, Sequence[str]] = {
+    "attention_mask": (
+        "input_ids", "inputs_embeds", "token_type_ids", "position_ids", "special_tokens_mask", "global_attention_mask",
+        "bbox", "langs",
+    )
+}  # fmt: skip
+"""By mask: the inputs of transformers' models with one entry per token."""
 
 
 def pair_batch(
-    query: Inputs,
-    doc: Inputs,
+    query: Mapping[str, Numbers],
+    doc: Mapping[str, Numbers],
     *,
-    query_ids: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    positive: Tensor | None = None,
-    negatives: Tensor | None = None,
-    relevance: Tensor | None = None,
+    query_ids: Numbers | None = None,
+    doc_ids: Numbers | None = None,
+    positive: Numbers | None = None,
+    negatives: Numbers | None = None,
+    relevance: Numbers | None = None,
+    tokens: Mapping[str, Sequence[str]] = DEFAULT_TOKENS,
 ) -> Batch:
     """Return this rank's m queries and n documents as a batch; `query` and `doc` are inputs of encoders by name.
 
     query_ids [m], doc_ids [n]: int64; documents of equal ids are encoded once, and no document of a query id is a
     negative of that query, on any rank. By default, all are distinct. positive [m]: the row of `doc` of each query, by
-    default 0 to m - 1; further documents are negatives. negatives [m, k]: rows of `doc`, for losses over candidates.
-    relevance [m]: by default 1; a pair with 0 only gives negatives. Raises ConfigError.
+    default 0 to m - 1; further documents are negatives. negatives [m, k]: rows of `doc`, for losses over candidates, -1
+    for none. relevance [m]: by default 1; a pair with 0 only gives negatives. tokens: by the name of a mask [R, T], the
+    inputs [R, T, …] that are cut with it to the longest row of a chunk, token ids first; all other inputs stay whole.
+    Raises ConfigError.
     """
-    m, n = _rows("query", query), _rows("doc", doc)
-    device = next(iter(query.values())).device
-    query_ids = _distinct_ids(m, device) if query_ids is None else query_ids
-    positive = torch.arange(m, device=device) if positive is None else positive
-    for name, ids, rows in (("query_ids", query_ids, m), ("doc_ids", doc_ids, n), ("positive", positive, m)):
-        if ids is not None and (ids.dtype != torch.int64 or ids.shape != (rows,)):
-            raise ConfigError(f"{name}: got {ids.dtype} {list(ids.shape)}, needs torch.int64 [{rows}]")
-    if m and (int(positive.min()) < 0 or int(positive.max()) >= n):
-        raise ConfigError(f"positive: got values up to {int(positive.max())}, needs rows of doc, 0 to {n - 1}")
+    queries, documents = _inputs("query", query), _inputs("doc", doc)
+    m, n = (len(next(iter(side.values()))) for side in (queries, documents))
+    device = next(iter(queries.values())).device
+    query_ids = _distinct_ids(m, device) if query_ids is None else _integers("query_ids", query_ids, m, device)
+    positive = torch.arange(m, device=device) if positive is None else _integers("positive", positive, m, device)
+    negatives = None if negatives is None else _integers("negatives", negatives, m, device, of="[m, k]")
+    for name, columns, least in (("positive", positive, 0), ("negatives", negatives, -1)):
+        if columns is not None and columns.numel() and (columns.min() < least or columns.max() >= n):
+            raise ConfigError(
+                f"{name}: got values from {int(columns.min())} to {int(columns.max())}, needs rows of doc, 0 to {n - 1}"
+                + (", or -1 for none" if least else "")
+            )
+    relevance = torch.ones(m, device=device) if relevance is None else _tensor("relevance", relevance).to(device)
+    if relevance.shape != (m,) or not ((relevance >= 0) & (relevance < torch.inf)).all():
+        kind = f"{list(relevance.shape)}, {relevance.flatten()[:3].tolist()} …"
+        raise ConfigError(f"relevance: got {kind}, needs [{m}], finite and not negative")
     counts = torch.ones(n, dtype=torch.int64, device=device)
     if doc_ids is None:
         doc_ids = _distinct_ids(n, device)
     else:
-        doc_ids, column_n, counts = doc_ids.unique(return_inverse=True, return_counts=True)
+        doc_ids, column_n, counts = _integers("doc_ids", doc_ids, n, device).unique(
+            return_inverse=True, return_counts=True
+        )
         first_row = torch.full_like(doc_ids, n).scatter_reduce(
             0, column_n, torch.arange(n, device=device), reduce="amin"
         )
-        doc, positive = {name: value[first_row] for name, value in doc.items()}, column_n[positive]
+        documents, positive = {name: value[first_row] for name, value in documents.items()}, column_n[positive]
         negatives = None if negatives is None else torch.where(negatives < 0, negatives, column_n[negatives])
     return Batch(
         step=0,
         row_ids=torch.arange(m),
-        query=dict(query),
-        doc=dict(doc),
+        query=queries,
+        doc=documents,
         positive=positive,
-        relevance=torch.ones(m, device=device) if relevance is None else relevance.float(),
+        relevance=relevance.float(),
         query_ids=query_ids,
         doc_ids=doc_ids,
         doc_rows=torch.full_like(doc_ids, -1),
         counts=counts,
-        query_lengths=_lengths(query),
-        doc_lengths=_lengths(doc),
+        query_lengths=_lengths("query", queries, tokens),
+        doc_lengths=_lengths("doc", documents, tokens),
         negatives=negatives,
     )
 
@@ -108,12 +130,22 @@ def cached_step(
     every rank. Raises ConfigError: FSDP, accumulated steps. Source: Gao et al. 2021.
     """
     budget = TokenBudget(chunk_tokens, chunk_tokens if retained_tokens is None else retained_tokens)
+    for name, tokens in (("chunk_tokens", budget.chunk_tokens), ("retained_tokens", budget.retained_tokens)):
+        if not isinstance(tokens, Integral) or tokens < 0:
+            raise ConfigError(f"{name}: got {tokens!r}, needs an integer of at least 0 (chunk_tokens=0: no chunks)")
+    if isinstance(loss, type) or (not callable(loss) and not isinstance(loss, LossConfig)):
+        raise ConfigError(f"loss: got {loss!r}, needs a loss such as bigdssm.losses.FPS(), or a function")
     function = loss_function(loss, batch) if isinstance(loss, LossConfig) else loss
     step_engine = _step_engine(engine, encode_side, alpha)
-    encoded, backward, _ = encode(step_engine, batch, plan_step(batch, budget), {})
+    encoded, backward, plan = encode(step_engine, batch, plan_step(batch, budget), {})
     if not torch.is_grad_enabled():
         return function(encoded, batch)
-    output = back_propagate(encoded, backward, lambda leaves: function(leaves, batch))
+
+    def add_gradients(leaves: Encoded) -> None:
+        with _added_to_earlier(step_engine, plan.whole):
+            backward(leaves)
+
+    output = back_propagate(encoded, add_gradients, lambda leaves: function(leaves, batch))
     return LossOutput(output.loss.detach(), output.stats)
 
 
@@ -153,17 +185,51 @@ class ModuleStepEngine:
         self._average()
 
     def _average(self) -> None:
-        ranks = distributed.world_size()
+        ranks, parameters = distributed.world_size(), list(self.module.parameters())
         if ranks == 1:
             return
+        kinds = [0 if p.grad is None else 2 if p.grad.is_sparse else 1 for p in parameters]
+        of_any = distributed.all_reduce(torch.tensor(kinds, device=parameters[0].device), "max").tolist()
+        if 2 in of_any:
+            raise ConfigError("engine: got sparse gradients on several ranks, needs embeddings with sparse=False")
         by_type: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
+        for parameter, anywhere in zip(parameters, of_any, strict=True):
+            if anywhere:
+                if parameter.grad is None:  # not used by this rank's rows
+                    parameter.grad = torch.zeros_like(parameter)
                 by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in by_type.values():
             whole = distributed.all_reduce(torch.cat([gradient.flatten() for gradient in gradients])) / ranks
             for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def _added_to_earlier(step_engine: StepEngine, whole: bool) -> Iterator[None]:
+    """A context of a step's backwards in which ZeRO 1 and 2 add the gradients of all parameters to earlier ones.
+
+    By itself DeepSpeed replaces the gradients of an earlier step, and reduces those of the parameters that a rank uses
+    as if all ranks used the same.
+    """
+    optimizer = getattr(getattr(step_engine, "deepspeed", None), "optimizer", None)
+    zero_1_and_2 = sys.modules.get("deepspeed.runtime.zero.stage_1_and_2")
+    if zero_1_and_2 is None or not isinstance(optimizer, zero_1_and_2.DeepSpeedZeroOptimizer):
+        yield
+        return
+    if optimizer.cpu_offload and optimizer.micro_step_id >= 0:
+        raise ConfigError(
+            "offload_optimizer: got a second cached_step before engine.step() at ZeRO 1 or 2, which would drop the "
+            "gradients of the first; needs ZeRO 0 or 3, no offload, or one batch of all rows, in chunks"
+        )
+    earlier, optimizer.averaged_gradients = optimizer.averaged_gradients, {}
+    for parameter in chain(*optimizer.bit16_groups):
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    with step_engine.single_reduction() if whole else nullcontext():
+        yield
+    for group, gradients in earlier.items():
+        if gradients is not None:
+            torch._foreach_add_(optimizer.averaged_gradients[group], gradients)
 
 
 def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> StepEngine:
@@ -172,14 +238,25 @@ def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> S
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp and any(isinstance(part, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for part in engine.modules()):
         raise ConfigError("engine: got FSDP, needs DeepSpeed (ZeRO stage 3 shards weights), DDP or a plain module")
-    scale = torch.full((1,), alpha, device=next(engine.parameters()).device)
+    weight = next(engine.parameters(), None)
+    if weight is None:
+        raise ConfigError(f"engine: got {type(engine).__name__} without parameters, needs a model to train")
+    scale = torch.full((1,), alpha, device=weight.device)
 
     def call(query: Inputs | None = None, doc: Inputs | None = None) -> Encoded:
-        sides = (("query", query), ("doc", doc))
-        aligned = {side: _aligned(inputs) for side, inputs in sides if inputs is not None}
+        sides = {side: inputs for side, inputs in (("query", query), ("doc", doc)) if inputs is not None}
         if encode_side is None:
-            return cast(Encoded, engine(**aligned))
-        vectors = {side: encode_side(engine, side, inputs) for side, inputs in aligned.items()}
+            encoded = engine(**sides)
+            if not isinstance(encoded, Encoded):
+                raise ConfigError(
+                    f"engine: got {type(encoded).__name__} of its forward, needs bigdssm.models.Encoded, as TwoTowers "
+                    "returns; another model is called by `encode_side`"
+                )
+            return encoded
+        vectors = {
+            side: check_vectors("encode_side", encode_side(engine, side, inputs), len(next(iter(inputs.values()))))
+            for side, inputs in sides.items()
+        }
         return Encoded(vectors.get("query"), vectors.get("doc"), None, scale)
 
     if "deepspeed" in sys.modules and isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
@@ -189,28 +266,56 @@ def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> S
     return ModuleStepEngine(engine, call)
 
 
-def _aligned(inputs: Inputs) -> Inputs:
-    """Return the inputs with masks and token types as wide as the token ids, which are cut to a chunk's longest row."""
-    if TOKENS not in inputs:
-        return inputs
-    width, whole = inputs[TOKENS].shape[1], inputs[MASK].shape
-    return {name: value[:, :width] if value.shape == whole else value for name, value in inputs.items()}
-
-
-def _rows(side: str, inputs: Inputs) -> int:
-    rows = {name: len(value) for name, value in inputs.items()}
+def _inputs(side: str, inputs: Any) -> dict[str, Tensor]:
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"{side}: got {type(inputs).__name__}, needs inputs of an encoder by name, {{name: tensor}}")
+    tensors = {name: _tensor(f"{side}.{name}", value) for name, value in inputs.items()}
+    rows = {name: len(tensor) for name, tensor in tensors.items()}
     if not rows or len(set(rows.values())) > 1:
         raise ConfigError(f"{side}: got rows {rows}, needs at least one input, and equally many rows in all")
-    if TOKENS in inputs and MASK not in inputs:
-        raise ConfigError(f"{side}: got {TOKENS} without {MASK}, needs both: padding is not inferred from token ids")
-    return next(iter(rows.values()))
+    return tensors
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+        len(tensor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{name}: got {type(value).__name__} ({error}), needs a tensor, or numbers of one shape for each row"
+        ) from None
+    return tensor
+
+
+def _integers(name: str, value: Any, rows: int, device: torch.device, of: str = "[m]") -> Tensor:
+    numbers = _tensor(name, value).to(device)
+    if not numbers.numel():  # an empty list has another type
+        numbers = numbers.long()
+    if numbers.dtype != torch.int64 or len(numbers) != rows or numbers.ndim != len(of.split(",")):
+        needed = of.replace("m", str(rows))
+        raise ConfigError(f"{name}: got {numbers.dtype} {list(numbers.shape)}, needs torch.int64 {needed}")
+    return numbers
 
 
 def _distinct_ids(rows: int, device: torch.device) -> Tensor:
     return (distributed.rank() << 40) + torch.arange(rows, device=device)
 
 
-def _lengths(inputs: Inputs) -> Lengths:
-    if TOKENS not in inputs:
-        return {}
-    return {TOKENS: lengths_of_mask(inputs[MASK].bool().cpu().numpy(), 0)}
+def _lengths(side: str, inputs: Mapping[str, Tensor], tokens: Mapping[str, Sequence[str]]) -> Lengths:
+    lengths = {}
+    for name, group in tokens.items():
+        present = tuple(other for other in group if other in inputs)
+        if name not in inputs:
+            if group[0] in present:
+                raise ConfigError(f"{side}: got {group[0]} without {name}, needs both: padding is not inferred")
+            continue
+        mask = inputs[name]
+        for other in present:
+            if mask.ndim != 2 or inputs[other].shape[:2] != mask.shape or (mask < 0).any():
+                raise ConfigError(
+                    f"{side}: got {other} {list(inputs[other].shape)} with {name} {list(mask.shape)}, needs a mask "
+                    "[R, T] of 0 and 1 and tokens [R, T, …]; `tokens` of pair_batch names the tokens of each mask"
+                )
+        if present:
+            lengths[name] = lengths_of_mask(mask.bool().cpu().numpy(), 0, present)
+    return lengths

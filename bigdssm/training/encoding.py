@@ -9,6 +9,7 @@ Shapes: m queries, n documents, D vector width.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +19,14 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from bigdssm import distributed
 from bigdssm.dataset.tensors import Features
+from bigdssm.errors import ConfigError
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.chunks import Chunked, at_least_one, join_sides, split_sides
 from bigdssm.loader.step_plan import Chunk, SidePlan, StepPlan, TokenBudget, plan_side
@@ -186,6 +192,7 @@ def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
 
 def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
     """Encode chunk by chunk; backward takes all retained graphs together, then other chunks one by one."""
+    _refuse_batch_statistics(engine.module)
     outputs = [chunk.encode(engine) for chunk in chunks]
     query, doc, alpha = chunks[0].side, chunks[-1].side, outputs[-1].alpha
     U = _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query])
@@ -195,6 +202,19 @@ def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> 
     else:
         W, beta = _fixed_columns(engine, batch, alpha)
     return Encoded(U, W, beta, alpha), partial(_backward, engine, chunks)
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    """Raise ConfigError for a module whose output or state depends on the rows of a forward, or on their number."""
+    for name, module in model.named_modules():
+        batch_norm, instance_norm = isinstance(module, _BatchNorm), isinstance(module, _InstanceNorm)
+        updated = batch_norm or isinstance(module, _SpectralNorm) or (instance_norm and module.track_running_stats)
+        updated |= any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+        if (module.training and updated) or (batch_norm and module.running_mean is None):
+            raise ConfigError(
+                f"{name}: got {type(module).__name__} in training mode, whose output or state depends on the rows of a "
+                "chunk; needs .eval(), a norm per row such as LayerNorm, or a step without chunks (chunk_tokens 0)"
+            )
 
 
 def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
@@ -238,6 +258,8 @@ def encode_pairs(
     assert isinstance(scorer, CrossEncoder)
     chunks = pair_chunks(scorer, batch, candidates, cast(Any, engine).budget)
     side = chunks[0].side
+    if len(chunks) > 1:
+        _refuse_batch_statistics(scorer)
     outputs = [chunk.encode(engine) for chunk in chunks]
     scores = side.assemble([out.scores for out in outputs if out.scores is not None]).view(candidates.shape)
     scores = scores.float() + _products(engine, batch, plan, candidates)
@@ -300,21 +322,27 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of the random generators of the CPU and of this rank's device."""
+    """The state of torch's random generators of the CPU and of this rank's device, and of Python's and NumPy's."""
 
     cpu: Tensor
     device: Tensor | None
+    python: Any = None  # None: not restored
+    numpy: Any = None
 
     @classmethod
     def now(cls) -> RandomState:
         """Return the current state."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+        device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(torch.get_rng_state(), device, random.getstate(), np.random.get_state())
 
     def restore(self) -> None:
         """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device)
+        if self.python is not None:
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,9 +84,9 @@ def plain_steps(rank: int, world_size: int, left: bool = False, kind: str = "") 
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def engine_of(kind: str) -> tuple[Any, Any]:
+def engine_of(kind: str, model: nn.Module | None = None) -> tuple[Any, Any]:
     """Return an engine and the function that steps its optimizer."""
-    model = towers(kind)
+    model = model or towers(kind)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     if not kind.startswith("zero"):
         engine = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
@@ -101,6 +103,9 @@ def engine_of(kind: str) -> tuple[Any, Any]:
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         "zero_optimization": {"stage": int(kind[4]), "stage3_param_persistence_threshold": 0},
     }  # fmt: skip
+    if "offload" in kind:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, engine.step
 
@@ -116,18 +121,21 @@ def cached_steps(
             batch = share(rank, world_size, number, left)
             bigdssm.cached_step(engine, batch, chunk_tokens=chunk_tokens, retained_tokens=retained_tokens)
             step()
-        module = getattr(engine, "module", engine)
-        weights = {}
-        for parameter_name, parameter in module.named_parameters():
-            if kind.startswith("zero3"):
-                import deepspeed
-
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    weights[parameter_name] = parameter.detach().clone()
-            else:
-                weights[parameter_name] = parameter.detach().clone()
-        found[name] = weights
+        found[name] = weights_of(engine, kind)
     return found
+
+
+def weights_of(engine: Any, kind: str) -> dict[str, Tensor]:
+    weights = {}
+    for name, parameter in getattr(engine, "module", engine).named_parameters():
+        if kind.startswith("zero3"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().clone()
+        else:
+            weights[name] = parameter.detach().clone()
+    return weights
 
 
 @pytest.mark.parametrize(
@@ -151,6 +159,64 @@ def test_gradients_are_those_of_one_plain_backward(pools: dict[int, Pool], kind:
                 assert moved > 1e-6 or "key.bias" in name, name
                 error = (weights[name] - expected).abs().max()
                 assert error <= 1e-5 * max(1.0, expected.abs().max()), f"{name} of rank {rank}, {kind}, {plan}"
+
+
+class HeadByLanguage(nn.Module):
+    """An encoder with two heads of equal size, chosen by a row's language, and one that no row uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+    def forward(self, input: Tensor, language: Tensor) -> Tensor:
+        hidden = self.body(input).tanh()
+        vectors = hidden.new_zeros(len(input), 3)
+        for head in language.unique().tolist():
+            vectors[language == head] = self.heads[head](hidden[language == head])
+        return vectors
+
+
+def steps_of_languages(
+    rank: int, world_size: int, kind: str, chunk_tokens: int, languages: tuple[int, ...] = (0, 1)
+) -> dict[str, Tensor]:
+    """Return the weights after two steps of two batches each, whose first and second rows have other languages."""
+    torch.manual_seed(0)
+    engine, step = engine_of(kind, bigdssm.TwoTowers(HeadByLanguage(), nn.Linear(4, 3)))
+    its = slice(8 * rank // world_size, 8 * (rank + 1) // world_size)
+    language = torch.tensor(languages).repeat_interleave(4)
+    for number in range(4):
+        torch.manual_seed(number)
+        query, doc = torch.randn(2, 8, 4)
+        batch = bigdssm.pair_batch({"input": query[its], "language": language[its]}, {"input": doc[its]})
+        bigdssm.cached_step(engine, batch, chunk_tokens=chunk_tokens, retained_tokens=0)
+        if number % 2:
+            if kind in ("module", "ddp"):
+                assert getattr(engine, "module", engine).query_encoder.heads[2].weight.grad is None
+            step()
+    return weights_of(engine, kind)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "zero2", pytest.param("zero0", marks=pytest.mark.slow)])
+def test_parameters_of_some_ranks_and_batches_that_accumulate(pools: dict[int, Pool], kind: str) -> None:
+    """A head that only one rank's rows use has its gradient on all ranks; two batches before a step are their sum."""
+    plain = steps_of_languages(0, 1, "module", 0)
+    for chunk_tokens in (0, 3):
+        for weights in pools[2].run(steps_of_languages, kind, chunk_tokens):
+            for name, expected in plain.items():
+                torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5, msg=f"{name}, {chunk_tokens}")
+
+
+@pytest.mark.slow
+def test_batches_accumulate_at_zero_3(pools: dict[int, Pool]) -> None:
+    plain = steps_of_languages(0, 1, "module", 0, (0, 0))
+    for weights in pools[2].run(steps_of_languages, "zero3", 3, (0, 0)):
+        for name, expected in plain.items():
+            torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_offloaded_gradients_do_not_accumulate(pools: dict[int, Pool]) -> None:
+    with pytest.raises(AssertionError, match="offload_optimizer: got a second cached_step"):
+        pools[2].run(steps_of_languages, "zero1 offload", 3)
 
 
 @pytest.mark.parametrize("kind", ["module", "zero1", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -198,22 +264,90 @@ def test_a_registered_loss_and_an_engine_of_one_encoder(loss: LossConfig) -> Non
         torch.testing.assert_close(gradient, leaf.grad.T, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_is_replayed() -> None:
+class Dropout(nn.Module):
+    """Dropout by the generator of a library."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__()
+        self.library = library
+
+    def forward(self, x: Tensor) -> Tensor:
+        draw = {
+            "torch": torch.rand,
+            "numpy": lambda shape: torch.from_numpy(np.random.rand(*shape)),
+            "python": lambda shape: torch.tensor([random.random() for _ in range(shape.numel())]).view(shape),
+        }[self.library]
+        return x * (draw(x.shape) < 0.5)
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy", "python"])
+def test_dropout_is_replayed(library: str) -> None:
     """A chunk that is encoded twice has one random state: the gradients are those of chunks that retain their graph."""
     found = []
     for retained in (0, 10**6):
-        model = bigdssm.TwoTowers(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), nn.Linear(4, 4))
         torch.manual_seed(1)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter)
+        model = bigdssm.TwoTowers(nn.Sequential(nn.Linear(4, 4), Dropout(library)), nn.Linear(4, 4))
         batch = bigdssm.pair_batch({"input": torch.randn(8, 4)}, {"input": torch.randn(8, 4)})
-        torch.manual_seed(2)
+        random.seed(2)
+        np.random.seed(2)
         bigdssm.cached_step(model, batch, chunk_tokens=3, retained_tokens=retained)
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(found[0]) == 4
     for again, kept in zip(*found, strict=True):
         torch.testing.assert_close(again, kept)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.BatchNorm1d(4, track_running_stats=False).eval(),
+        nn.InstanceNorm1d(4, track_running_stats=True), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+    ],
+)  # fmt: skip
+def test_encoders_that_depend_on_the_rows_of_a_chunk_are_refused(norm: nn.Module) -> None:
+    model = bigdssm.TwoTowers(nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 4))
+    batch = bigdssm.pair_batch({"input": torch.randn(8, 4)}, {"input": torch.randn(8, 4)})
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with pytest.raises(ConfigError, match=r"query_encoder\.1\S*: got \w+ in training mode, whose output or state"):
+        bigdssm.cached_step(model, batch, chunk_tokens=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    if norm.training and not isinstance(norm, nn.InstanceNorm1d):  # which normalizes sequences
+        norm.eval()
+        bigdssm.cached_step(model, batch, chunk_tokens=3)
+
+
+class SeveralTokenLists(nn.Module):
+    """Two texts with masks of their own, a vector per token, and tags, whose last cells count as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.words, self.box = nn.Embedding(WORDS, 8), nn.Linear(4, 8)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, boxes: Tensor, title: Tensor, title_mask: Tensor, tags: Tensor
+    ) -> Tensor:
+        text = ((self.words(input_ids) + self.box(boxes)) * attention_mask[..., None]).sum(1)
+        return text + (self.words(title) * title_mask[..., None]).sum(1) + self.words(tags).sum(1)
+
+
+def test_tokens_are_cut_by_the_mask_they_are_named_with() -> None:
+    title = tokens(7, left=True)
+    query = {
+        **tokens(0), "boxes": torch.randn(ROWS, LENGTH, 4), "title": title["input_ids"],
+        "title_mask": title["attention_mask"], "tags": torch.randint(0, WORDS, (ROWS, LENGTH)),
+    }  # fmt: skip
+    named = {"attention_mask": ("input_ids", "boxes"), "title_mask": ("title",)}
+    batch = bigdssm.pair_batch(query, {"input": torch.randn(ROWS, 8)}, tokens=named)
+    gradients = []
+    for chunk_tokens in (0, 30):
+        model = bigdssm.TwoTowers(SeveralTokenLists(), nn.Linear(8, 8))
+        torch.nn.init.eye_(model.doc_encoder.weight)
+        bigdssm.cached_step(model, batch, chunk_tokens=chunk_tokens)
+        gradients.append([parameter.grad for parameter in model.query_encoder.parameters()])
+    for whole, in_chunks in zip(*gradients, strict=True):
+        torch.testing.assert_close(in_chunks, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_of_the_caller() -> None:
@@ -252,25 +386,121 @@ def test_pooling_by_the_mask() -> None:
     assert pool(hidden, mask, "last").tolist() == [[2.0, 3.0], [10.0, 11.0]]
 
 
+IDS = [[5, 6, 7], [8, 9, 0]]
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ({"input_ids": torch.tensor(IDS)}, "without attention_mask"),
+        ({"x": torch.ones(2), "y": torch.ones(3)}, "query: got rows"),
+        ({}, "query: got rows {}"),
+        (None, "query: got NoneType"),
+        (torch.ones(2, 3), "query: got Tensor"),
+        ({"x": None}, "query.x: got NoneType"),
+        ({"x": 3}, "query.x: got int"),
+        ({"x": [[1, 2], [3]]}, "query.x: got list"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1], [1, 1]]}, r"input_ids \[2, 3\] with attention_mask \[2, 2\]"),
+        ({"input_ids": IDS, "attention_mask": [1, 1]}, r"with attention_mask \[2\]"),
+        ({"input_ids": IDS, "attention_mask": [[0.0, 0.0, -1e4]] * 2}, "needs a mask .* of 0 and 1"),
+    ],
+)
+def test_bad_inputs(query: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        bigdssm.pair_batch(query, {"x": torch.ones(2)})
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, {"x": torch.ones(2)}), "without attention_mask"),
-        (({"x": torch.ones(2), "y": torch.ones(3)}, {"x": torch.ones(2)}), "query: got rows"),
-        (({}, {"x": torch.ones(2)}), "query: got rows {}"),
+        ({"doc_ids": torch.ones(2)}, r"doc_ids: got torch.float32 \[2\], needs torch.int64 \[2\]"),
+        ({"positive": torch.tensor([0, 2])}, "positive: got values from 0 to 2, needs rows of doc, 0 to 1$"),
+        ({"negatives": [[0], [2]]}, "negatives: got values from 0 to 2, needs rows of doc, 0 to 1, or -1 for none"),
+        ({"negatives": [[0], [-2]], "doc_ids": [4, 5]}, "negatives: got values from -2 to 0"),
+        ({"negatives": [0, 1]}, r"negatives: got torch.int64 \[2\], needs torch.int64 \[2, k\]"),
+        ({"query_ids": 7}, "query_ids: got int"),
+        ({"relevance": [1.0, -1.0]}, r"relevance: got \[2\], \[1.0, -1.0\]"),
+        ({"relevance": torch.ones(2, 1)}, r"relevance: got \[2, 1\]"),
     ],
 )
-def test_bad_inputs(arguments: tuple[Any, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        bigdssm.pair_batch(*arguments)
-
-
-def test_bad_ids() -> None:
+def test_bad_ids(arguments: Any, words: str) -> None:
     side = {"x": torch.ones(2)}
-    with pytest.raises(ConfigError, match=r"doc_ids: got torch.float32 \[2\], needs torch.int64 \[2\]"):
-        bigdssm.pair_batch(side, side, doc_ids=torch.ones(2))
-    with pytest.raises(ConfigError, match="positive: got values up to 2, needs rows of doc, 0 to 1"):
-        bigdssm.pair_batch(side, side, positive=torch.tensor([0, 2]))
+    with pytest.raises(ConfigError, match=words):
+        bigdssm.pair_batch(side, side, **arguments)
+
+
+def test_lists_and_arrays_are_tensors() -> None:
+    query = {"input_ids": IDS, "attention_mask": np.ones((2, 3), bool)}
+    ids: dict[str, Any] = {"doc_ids": np.array([4, 4]), "positive": [0, 1], "negatives": [[], []]}
+    batch = bigdssm.pair_batch(query, query, **ids, relevance=[1, 0])
+    assert batch.query["input_ids"].tolist() == IDS and batch.doc_ids.tolist() == [4]
+    assert batch.relevance.tolist() == [1.0, 0.0] and batch.negatives is not None
+
+
+class Returns(nn.Module):
+    """An encoder that returns its hidden states, or vectors, in a form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.words, self.form = nn.Embedding(WORDS, 4), form
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.form(self.words(input_ids))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda hidden: {"last_hidden_state": hidden},
+        lambda hidden: (hidden, None),
+        lambda hidden: {"token_embeddings": hidden, "sentence_embedding": pool(hidden, torch.ones(2, 3), "mean")},
+        lambda hidden: pool(hidden, torch.ones(2, 3), "mean"),
+    ],
+)
+def test_outputs_of_encoders(form: Any) -> None:
+    inputs = {"input_ids": torch.tensor(IDS), "attention_mask": torch.ones(2, 3)}
+    model = bigdssm.TwoTowers(Returns(form), Returns(lambda hidden: hidden))
+    model.doc_encoder.load_state_dict(model.query_encoder.state_dict())
+    encoded = model(inputs, inputs)
+    torch.testing.assert_close(encoded.U, encoded.W)
+
+
+@pytest.mark.parametrize(
+    ("form", "got"),
+    [
+        (lambda hidden: None, "got NoneType"),
+        (lambda hidden: {"v": hidden}, "got dict"),
+        (lambda hidden: (), "got tuple"),
+        (lambda hidden: hidden[:1, 0], r"got \[1, 4\], needs vectors \[2, D\]"),
+        (lambda hidden: hidden[:, :2], r"attention_mask of query: got \[2, 3\], needs \[2, 2\]"),
+    ],
+)
+def test_bad_outputs_of_encoders(form: Any, got: str) -> None:
+    side = {"input_ids": IDS, "attention_mask": [[1, 1, 1]] * 2}
+    batch = bigdssm.pair_batch(side, side)
+    with pytest.raises(ConfigError, match=got):
+        bigdssm.cached_step(bigdssm.TwoTowers(Returns(form), Returns(form)), batch, chunk_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chunk_tokens": -1}, "chunk_tokens: got -1, needs an integer of at least 0"),
+        ({"chunk_tokens": 2.5}, "chunk_tokens: got 2.5"),
+        ({"chunk_tokens": None}, "chunk_tokens: got None"),
+        ({"chunk_tokens": 4, "retained_tokens": -1}, "retained_tokens: got -1"),
+        ({"chunk_tokens": 4, "loss": "fps"}, "loss: got 'fps'"),
+        ({"chunk_tokens": 4, "engine": nn.Identity()}, "engine: got Identity without parameters"),
+        ({"chunk_tokens": 4, "encode_side": lambda *_: None}, "encode_side: got NoneType, needs vectors"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
+    engine = arguments.pop("engine", None) or bigdssm.TwoTowers(nn.Linear(2, 2), nn.Linear(2, 2))
+    side = {"input": torch.ones(2, 2)}
+    with pytest.raises(ConfigError, match=words):
+        bigdssm.cached_step(engine, bigdssm.pair_batch(side, side), **arguments)
+    with pytest.raises(ConfigError, match=r"pooling='max', .* one of mean, cls, last"):
+        bigdssm.TwoTowers(nn.Linear(2, 2), nn.Linear(2, 2), pooling="max")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("version", [1, 2])

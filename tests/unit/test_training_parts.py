@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -145,6 +146,7 @@ def test_padding_tokens_within_a_row_are_not_cut_off() -> None:
     features = {"text": torch.tensor([[4, 0, 5, 0], [4, 5, 0, 0], [0, 0, 0, 0]])}
     lengths = lengths_of(features, {"text": 0})["text"]
     assert (lengths.filled.tolist(), lengths.used.tolist(), lengths.width) == ([2, 2, 0], [3, 2, 0], 4)
+    assert [len(plan_side({"text": lengths}, 3, budget).chunks) for budget in (12, 11)] == [1, 2]
     plan = plan_side({"text": lengths}, 3, 1)
     side = Chunked(features, plan)
     assert [side.features(chunk)["text"].tolist() for chunk in plan.chunks] == [[[4, 0, 5]], [[4, 5]], [[0]]]
@@ -239,12 +241,14 @@ def test_a_rank_without_rows_still_has_something_to_encode() -> None:
 
 def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:
     state = RandomState.now()
-    first = torch.rand(3)
-    torch.rand(5)  # advance further than the replay
+    first = torch.rand(3), np.random.rand(), random.random()
+    torch.rand(5), np.random.rand(5), random.random()  # advance further than the replay
     following = RandomState.now()
     with state.replayed():
-        assert torch.equal(torch.rand(3), first)
-    assert torch.equal(RandomState.now().cpu, following.cpu)
+        assert torch.equal(torch.rand(3), first[0]) and (np.random.rand(), random.random()) == first[1:]
+    present = RandomState.now()
+    assert torch.equal(present.cpu, following.cpu) and present.python == following.python
+    assert np.array_equal(present.numpy[1], following.numpy[1]) and present.numpy[2] == following.numpy[2]
 
 
 def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
