@@ -86,9 +86,8 @@ def pair_batch(
     if doc_ids is None:
         doc_ids = _distinct_ids(n, device)
     else:
-        doc_ids, column_n, counts = _integers("doc_ids", doc_ids, n, device).unique(
-            return_inverse=True, return_counts=True
-        )
+        doc_ids = _integers("doc_ids", doc_ids, n, device)
+        doc_ids, column_n, counts = doc_ids.unique(return_inverse=True, return_counts=True)
         first_row = torch.full_like(doc_ids, n).scatter_reduce(
             0, column_n, torch.arange(n, device=device), reduce="amin"
         )
