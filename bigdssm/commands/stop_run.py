@@ -1,9 +1,9 @@
 """Stop a run from any machine that has access to its folder, and wait for its end.
 
-    bigdssm stop_run RUN --save
+    bigdssm stop_run RUN
 
-RUN is a run folder or a stage folder. With --save the ranks finish their step, save a checkpoint for --resume auto and
-exit with code 75; without it they end at once, and the steps after the last checkpoint are lost.
+RUN is a run folder or a stage folder. The ranks finish their step, save a checkpoint for --resume auto and exit with
+code 75; with --now they end at once, and the steps after the last checkpoint are lost.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run or stage folder")
-    parser.add_argument("--save", action="store_true", help="save a checkpoint first")
+    parser.add_argument("--now", action="store_true", help="end at once, without saving")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="seconds to wait (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = find_running(args.run)
-    end = request_stop(folder, args.save, args.timeout_s)
+    end = request_stop(folder, saving=not args.now, timeout_s=args.timeout_s)
     print(f"{folder}: {end['reason']}")
 
 

@@ -35,7 +35,7 @@ class StageResult:
 def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> StageResult:
     """Run pretraining. `overrides` are key=value pairs; `resume` continues from the newest checkpoint.
 
-    Signals are left to the caller: Ctrl-C stops without saving, `bigdssm stop_run RUN --save` saves first. A process
+    Signals are left to the caller: Ctrl-C stops without saving, `bigdssm stop_run RUN` saves first. A process
     trains one stage at a time. Raises BigDSSMError.
     """
     return _train(config_of(config, overrides), "pretrain", resume)

@@ -263,7 +263,7 @@ def _check_length(
     if steps < before:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs at least the previous {before}: a resumed stage "
-            "may become longer, not shorter; bigdssm stop_run --save ends one early"
+            "may become longer, not shorter; bigdssm stop_run ends one early"
         )
     if steps == before:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -21,4 +22,8 @@ def lazy_attributes(
         namespace[name] = value = getattr(import_module(homes[name]), name)
         return value
 
-    return get, lambda: sorted({*namespace, *homes})
+    def names() -> list[str]:
+        parts = {name for name, value in namespace.items() if isinstance(value, ModuleType)}  # imported submodules
+        return sorted({name for name in namespace if name.startswith("__")} | parts | {*homes})
+
+    return get, names

@@ -173,7 +173,7 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     refused = [line for line in second.errors if "is in use by pid" in line]
     assert refused and "stop that run (bigdssm stop_run)" in refused[0], second.log
     assert first.process.poll() is None
-    stop = [sys.executable, "tools/stop_run.py", str(folder), "--save"]
+    stop = [sys.executable, "tools/stop_run.py", str(folder)]
     done = subprocess.run(stop, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "saved; continue with --resume auto" in done.stdout, done.stderr
     assert first.wait(30) == 75, first.log
@@ -182,7 +182,7 @@ def test_one_run_a_folder_and_a_stop_from_outside(config: Path, folder: Path) ->
     third = Run(folder, config, *NEVER_ENDING, "--resume", "auto")
     third.wait_for("continues from")
     third.wait_for("steps of 96 rows on")
-    done = subprocess.run(stop[:-1], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*stop, "--now"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "ended without saving" in done.stdout, done.stderr
     assert third.wait(60) == 143
     third.wait_for_orphans(5)

@@ -13,6 +13,7 @@ import pytest
 
 from bigdssm.cluster import run_folder
 from bigdssm.cluster.run_folder import FolderLock, find_running, is_locked, lock_holder, read_events, request_stop
+from bigdssm.commands import stop_run
 from bigdssm.errors import CheckpointError, Preempted
 from bigdssm.utils.log import MetricsWriter
 
@@ -75,11 +76,14 @@ def test_the_end_is_noted_with_its_exit_code(tmp_path: Path) -> None:
     assert ends == [(0, "finished"), (75, "stopped on request"), (1, "ValueError")]
 
 
-def test_an_unanswered_stop_request_remains(held: tuple[Path, subprocess.Popen[str]]) -> None:
+def test_an_unanswered_stop_request_remains_and_saves_by_default(
+    held: tuple[Path, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, process = held
-    with pytest.raises(CheckpointError, match=rf"pid {process.pid} .* has not stopped within 0 s"):
-        request_stop(folder, saving=True, timeout_s=0.3)
-    assert (folder / run_folder.STOP_FILE).read_text() == "save\n"
+    for options, request in (([], "save\n"), (["--now"], "now\n")):
+        assert stop_run.main([str(folder), "--timeout-s", "0.3", *options]) == CheckpointError.exit_code
+        assert f"pid {process.pid} " in (error := capsys.readouterr().err) and "has not stopped within 0 s" in error
+        assert (folder / run_folder.STOP_FILE).read_text() == request
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert request_stop(folder, saving=True, timeout_s=1.0)["reason"] == "ended without saving"
