@@ -2,10 +2,12 @@
 
     bigdssm estimate --config configs/debian_packages.yaml
     bigdssm estimate --config F --gpus 64 --rows 65536 --rows-per-s 40000 [key=value …]
+    bigdssm estimate --config F --gpus 8 --pairs 300000 --documents 2000000 --rows-per-s 2000
 
-The dataset must exist: memory depends on its vocabularies and on the rows of one step. Without --rows-per-s the
-duration is computed from the recorded speed of the run in run.dir, if there is one. The memory estimate excludes the
-base memory of a process after all imports, about 0.5 GB.
+Memory depends on the vocabularies of the dataset and on the rows of one step. With --pairs and --documents, the dataset
+need not exist: all texts then have max_tokens words, and a category feature has one value. Without --rows-per-s the
+durations are those recorded by the run in run.dir, if there is one. The memory estimate excludes the base memory of a
+process after all imports, about 0.5 GB.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from bigdssm.cli import command
+from bigdssm.cli import at_least, command
 from bigdssm.config import load_config
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import ConfigError
-from bigdssm.training.estimate import estimate, recorded_rows_per_s
+from bigdssm.training.estimate import StatedSizes, estimate, recorded_times, stand_in_dataset
 
 
 @command
@@ -37,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rows-per-s", type=float, metavar="X", help="speed of all ranks together (default: recorded in run.dir)"
     )
+    parser.add_argument("--pairs", type=at_least(1), metavar="N", help="training pairs of a dataset that is not built")
+    parser.add_argument("--documents", type=at_least(1), metavar="N", help="its documents, with --pairs")
+    parser.add_argument(
+        "--validation", type=at_least(1), metavar="N", help="its queries of validation (default: 5%% of --pairs)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys")
     args = parser.parse_intermixed_args(argv)
     for name, given in (("--gpus", args.gpus), ("--rows", args.rows)):
@@ -46,11 +55,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--rows-per-s {args.rows_per_s}: needs a finite number above 0")
     rows = [f"{args.stage}.rows_global={args.rows}"] if args.rows else []
     config = load_config(args.config, [*args.overrides, *rows])
-    dataset = open_dataset(config.data)
-    dataset.check_against(config.data)
-    result = estimate(config, args.stage, dataset, args.gpus)
-    speed = args.rows_per_s or recorded_rows_per_s(config.stage_dir(args.stage))
-    for line in result.lines(speed):
+    recorded = recorded_times(config.stage_dir(args.stage))
+    if args.pairs and args.documents:
+        sizes = StatedSizes(args.pairs, args.documents, args.validation or -(-args.pairs // 20))
+        with TemporaryDirectory() as folder:
+            step = min(args.pairs, config.stage(args.stage).rows_global)
+            dataset = stand_in_dataset(config, step, Path(folder) / "dataset")
+            result = estimate(config, args.stage, dataset, args.gpus, sizes)
+    elif args.pairs or args.documents or args.validation:
+        raise ConfigError("a dataset that is not built needs both --pairs and --documents")
+    else:
+        dataset = open_dataset(config.data)
+        dataset.check_against(config.data)
+        result = estimate(config, args.stage, dataset, args.gpus)
+    for line in result.lines(args.rows_per_s or recorded[0], None if args.rows_per_s or args.pairs else recorded[1]):
         print(line)
 
 

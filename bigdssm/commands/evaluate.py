@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         nargs="+",
         default=[],
-        help="also evaluate vectors truncated to these widths (default: none)",
+        help="also evaluate vectors truncated to these widths, of --model on --beir (default: none)",
     )
     beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
     beir.add_argument(
@@ -116,10 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show(
             args, [System(args.run.stem, run_metrics(qrels, read_run(args.run)), perf_counter() - started)], len(qrels)
         )
-    elif args.model is not None and args.data is not None:
+    elif args.model is not None:
         refuse_options(parser, args, ["--run"], "without --qrels")
         refuse_options(parser, args, ["--qrels"], "without --run")
         refuse_options(parser, args, BEIR_OPTIONS, "without --beir")
+        if args.data is None:
+            raise ConfigError(f"--model {args.model}: needs --data or --beir")
         _on_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
@@ -197,7 +199,7 @@ def _on_collection(args: argparse.Namespace) -> None:
             add(name, search, encoding_s)
             normalize = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
-                cut = partial(truncate_vectors, width=width, normalize=normalize)
+                cut = partial(truncate_vectors, width=width, normalize=normalize, has_beta=folder.model.has_beta)
                 add(
                     f"{name} truncated to {width}",
                     partial(vectors_run, collection, cut(queries), cut(documents), known),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from bigdssm.checkpoints.checkpoint import find_checkpoint, folder_checksums
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, find_checkpoint, folder_checksums
 from bigdssm.checkpoints.model_folder import (
     BEST,
     META_FILE,
@@ -44,7 +44,10 @@ def stage_source(stage_dir: Path, which: str) -> ExportSource:
     best = stage_dir / BEST
     if which == BEST:
         if not is_model_folder(best):
-            raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; has the stage validated or finished yet?")
+            wanted = "has the stage validated or finished yet?"
+            if checkpoints_in(stage_dir / CHECKPOINTS):
+                wanted = "the stage was stopped before its first validation; use --checkpoint latest"
+            raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; {wanted}")
         folder = load_model_folder(best)
         return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find_checkpoint(stage_dir, which)

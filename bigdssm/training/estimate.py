@@ -20,7 +20,12 @@ from bigdssm.checkpoints.checkpoint import checkpoint_bytes
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageConfig, StageName
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import Features
+from bigdssm.errors import ConfigError
+from bigdssm.features import Text
+from bigdssm.ingest.api import make_dataset
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.step_plan import StepPlan, TokenBudget, plan_side, plan_step
@@ -35,8 +40,11 @@ from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.fixed_documents import FixedDocuments
+from bigdssm.training.health import step_flops
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
+from bigdssm.training.resume import segment_steps
+from bigdssm.training.validation import SPLIT
 
 MASTER_WEIGHTS, OPTIMIZER_STATES = "float32 copy of the weights", "optimizer's states"
 GRADIENTS_ON_HOST, TABLE_ROWS = "gradients on the host", "rows of sharded tables, and their states"
@@ -182,18 +190,21 @@ class Estimate:
     steps: int
     rows_global: int
     world_size: int
+    validations: int
+    validation: str  # the size of one
+    validation_rows: float  # training rows whose matrix products take as long as those of a validation
 
     @property
     def peak_bytes(self) -> int:
         """The peak memory of a rank, without that of a process after all imports."""
         return sum(self.resident.values()) + max(self.phases.values())
 
-    def days(self, rows_per_s: float) -> float:
-        """Return the days of all steps at `rows_per_s` rows per second of all ranks together."""
-        return self.steps * self.rows_global / rows_per_s / 86400
+    def seconds(self, rows_per_s: float) -> float:
+        """Return the duration of all steps at `rows_per_s` rows per second of all ranks together."""
+        return self.steps * self.rows_global / rows_per_s
 
-    def lines(self, rows_per_s: float | None) -> list[str]:
-        """Format the estimate."""
+    def lines(self, rows_per_s: float | None, validation_s: float | None = None) -> list[str]:
+        """Format the estimate; `validation_s` is the measured duration of a validation."""
         highest = max(self.phases, key=lambda name: self.phases[name])
         lines = [f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks"]
         lines += [f"  {name:42s} {_size(size)}" for name, size in self.resident.items()]
@@ -206,13 +217,58 @@ class Estimate:
         lines.append(f"a checkpoint: {_size(self.checkpoint_bytes)}")
         time = "unknown without rows per second (--rows-per-s, or the metrics of a run)"
         if rows_per_s:
-            time = f"{self.days(rows_per_s):.2f} days at {rows_per_s:,.0f} rows per second"
+            time = f"{_duration(self.seconds(rows_per_s))} at {rows_per_s:,.0f} rows per second"
         lines.append(f"{self.steps:,} steps: {time}")
+        if self.validations and rows_per_s:
+            each, source = validation_s, "as recorded"
+            if each is None:
+                each, source = self.validation_rows / rows_per_s, "by the matrix products of a step"
+            time = f"{_duration(self.validations * each)}, {_duration(each)} each {source}"
+            number = f"{self.validations:,} validation{'s' * (self.validations != 1)}"
+            lines.append(f"{number} of {self.validation}: {time}")
+            lines.append(f"in all: {_duration(self.seconds(rows_per_s) + self.validations * each)}")
         return lines
 
 
-def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int) -> Estimate:
-    """Estimate the stage `name` of `config` on `world_size` ranks; reads the rows of one step of `dataset`."""
+@dataclass(frozen=True)
+class StatedSizes:
+    """The sizes of a dataset of pairs that does not exist yet."""
+
+    pairs: int  # of training
+    documents: int
+    queries: int  # of validation
+
+
+def stand_in_dataset(config: Config, rows: int, folder: Path) -> Dataset:
+    """Build a dataset of `rows` pairs of different documents, with texts of `max_tokens` words.
+
+    Raises ConfigError: a feature or kind of negatives whose size depends on more than StatedSizes.
+    """
+    features = [feature for side in Schema.declared(config.data).sides.values() for feature in side.values()]
+    needed = next((f"the feature {feature.name}" for feature in features if feature.type == "history"), "")
+    if needed or config.data.webdataset:
+        raise ConfigError(f"sizes of {needed or 'data.webdataset'} cannot be stated; build the dataset first")
+    random = np.random.RandomState(0)
+    columns: dict[str, list[Any]] = {"id of a document": [str(row) for row in range(rows)], "split": ["train"] * rows}
+    for feature in features:
+        if isinstance(feature, Text):
+            words = random.randint(config.data.tokenizer.vocab_size, size=(rows, feature.max_tokens))
+            values: list[Any] = [" ".join(map(str, text)) for text in words.tolist()]
+        else:
+            values = [eval(feature.example)] * rows
+        columns |= dict.fromkeys(feature.source_columns, values)
+    config = replace(config, data=replace(config.data, dir=str(folder), mixture=[], from_partition=None))
+    make_dataset(config, pairs=columns, doc_id_column="id of a document", split="column", split_column="split")
+    return open_dataset(config.data)
+
+
+def estimate(
+    config: Config, name: StageName, dataset: Dataset, world_size: int, stated: StatedSizes | None = None
+) -> Estimate:
+    """Estimate the stage `name` of `config` on `world_size` ranks; reads the rows of one step of `dataset`.
+
+    `stated` sizes replace those of the dataset. Raises ConfigError: a step encodes the catalogue, which is not built.
+    """
     stage, engine = config.stage(name), config.engine
     engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
@@ -220,6 +276,11 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
     negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
     documents = FixedDocuments.unchecked(Path(stage.documents.vectors)) if stage.documents.vectors else None
+    if stated is not None and stage.negatives.columns == "catalogue":
+        raise ConfigError(f"{name}.negatives.columns: catalogue needs a dataset; build it first")
+    steps_per_epoch = stream.steps_per_epoch if stated is None else -(-stated.pairs // stage.rows_global)
+    num_docs = dataset.catalogue.num_docs if stated is None else stated.documents
+    num_queries = dataset.num_queries(SPLIT) if stated is None else stated.queries
     specs = sharded_tables(dataset.schema, config.model)
     builder = BatchBuilder(stream, share, config.run.seed, negatives, documents, specs)
     batch = next(read_batches(stream, builder, torch.device("cpu")))
@@ -244,7 +305,7 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
     # the average, and a copy of the weights while the average replaces them
     widths = {name: sum(stage.table_optimizer.state_widths(spec.dim).values()) for name, spec in specs.items()}
     # keyed: at most an id per document, or per row
-    distinct = {"doc": dataset.catalogue.num_docs, "query": stream.steps_per_epoch * stage.rows_global}
+    distinct = {"doc": num_docs, "query": steps_per_epoch * stage.rows_global}
     stored = {}
     for table, spec in specs.items():
         most = distinct[table.partition("_")[0]] if spec.is_keyed else spec.stored_rows
@@ -277,7 +338,14 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             gathers_known=stage.negatives.mask in ("batch", "user"),
         )  # fmt: skip
         sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent
-    steps = stage.steps or int(np.ceil(stage.epochs * stream.steps_per_epoch))
+    steps = segment_steps(stage, steps_per_epoch)
+    validations = max(1, -(-steps // (stage.validate_every_steps or steps or 1)))
+    validations += config.initial_model(name) is not None
+    query, doc = batch.sizes
+    encoded = num_queries * model.query_tower.flops(query) / max(1, len(batch.query_ids))
+    if documents is None:
+        encoded += num_docs * model.doc_tower.flops(doc) / max(1, len(batch.doc_ids))
+    products = encoded + 2.0 * num_queries * num_docs * config.model.dim
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
     resident |= averaged | copied
@@ -292,17 +360,21 @@ def estimate(config: Config, name: StageName, dataset: Dataset, world_size: int)
             "loss, with retained graphs": graphs + vectors + loss,
             "towers' activations and gradients": towers + vectors,
             "optimizer's step": in_step,
-            "validation, mining": _encoding(model, mode, batch) + _documents(stage, width, dataset, world_size),
+            "validation, mining": _encoding(model, mode, batch)
+            + _documents(stage, width + model.has_beta, num_docs, world_size),
         },
         num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters())
         + sum(stored[name] * spec.dim for name, spec in specs.items()),
-        negatives=num_negatives(stage, batch, world_size, dataset.catalogue.num_docs),
+        negatives=num_negatives(stage, batch, world_size, num_docs),
         sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
         checkpoint_bytes=checkpoint_bytes(saved),
         steps=steps,
         rows_global=stage.rows_global,
         world_size=world_size,
+        validations=validations if num_queries else 0,
+        validation=f"{num_queries:,} queries and {num_docs:,} documents",
+        validation_rows=products * len(batch.query_ids) / max(1.0, step_flops(model, batch, plan)),
     )
 
 
@@ -318,12 +390,14 @@ class FakeRows:
         return nn.functional.embedding(rows, leaf)
 
 
-def recorded_rows_per_s(folder: Path) -> float | None:
-    """Return the median speed in a stage folder's metrics, None without any."""
+def recorded_times(folder: Path) -> tuple[float | None, float | None]:
+    """Return the median rows per second and seconds of a validation in a stage folder's metrics, None without any."""
     if not (folder / METRICS_FILE).is_file():
-        return None
-    speeds = [record["rows_per_s"] for record in read_stage(folder).records if record.get("rows_per_s")]
-    return median(speeds) if speeds else None
+        return None, None
+    records = read_stage(folder).records
+    speeds = [record["rows_per_s"] for record in records if record.get("rows_per_s")]
+    validations = [record["seconds"] for record in records if "validation" in record]
+    return median(speeds) if speeds else None, median(validations) if validations else None
 
 
 def _materialize(model: nn.Module) -> None:
@@ -412,12 +486,11 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
     return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens))
 
 
-def _documents(stage: StageConfig, width: int, dataset: Dataset, world_size: int) -> int:
+def _documents(stage: StageConfig, width: int, num_docs: int, world_size: int) -> int:
     """Return the bytes of a rank's share of index vectors; an approximate index has a copy of them."""
-    num_docs = dataset.catalogue.num_docs
     mines = stage.negatives.hard > 0 and stage.negatives.mining.file is None and not stage.negatives.mining.uniform
     copies = 2 if mines and num_docs > stage.negatives.mining.exact_up_to else 1
-    return copies * FP32 * -(-num_docs // world_size) * (width + 1)
+    return copies * FP32 * -(-num_docs // world_size) * width
 
 
 def _backward(encoded: Sequence[Encoded]) -> None:
@@ -439,6 +512,13 @@ def _to_bfloat16(model: nn.Module) -> None:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[name] = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def _size(num_bytes: float) -> str:

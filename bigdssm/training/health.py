@@ -60,7 +60,7 @@ class Health:
         logger.info("%s: %s took %.2f s", self._name, span, time.perf_counter() - started)
 
     def after_step(self, step: int, applied: int, batch: Batch, result: StepResult) -> None:
-        """Count a step; write a record and a log line every `log_every_steps`."""
+        """Count a step; write a record and a log line every `log_every_steps`, and a line of the first step."""
         self._steps += 1
         plan = result.plan
         self._flops += step_flops(cast(DualEncoder, self._engine.module), batch, plan)
@@ -68,7 +68,8 @@ class Health:
         counts = zip(self._queries, result.agreement.reports, strict=True)
         self._queries = [queries + report.queries for queries, report in counts]
         self._bar(self._name, step, self._total_steps, f"loss {result.loss:.4f}{self._speed}  {self._describe_best()}")
-        if step % self._every and step != self._total_steps:
+        is_due = step % self._every == 0 or step == self._total_steps
+        if not is_due and self._whole.steps:  # the first step of a process always logs a line
             return
         interval = self._interval()
         seconds = interval.training_s
@@ -101,7 +102,8 @@ class Health:
             ),
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
-        self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN
+        if is_due:
+            self._trackers.log({key: value for key, value in record.items() if value == value})  # JSON has no NaN
         eta_s = (self._total_steps - step) * seconds / interval.steps
         self._speed = f"  {rows_per_s:,.0f} rows/s"
         queries = f"{record['queries_per_s']:,.0f} queries/s  " if "queries_per_s" in record else ""

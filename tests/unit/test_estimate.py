@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigdssm.config import load_config
 from bigdssm.dataset.joined import open_dataset
-from bigdssm.training.estimate import Estimate, LiveBytes, estimate
+from bigdssm.errors import ConfigError
+from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate, stand_in_dataset
 from tests.conftest import NUM_ITEMS, TinyDataset
 from tests.unit.retrieval.test_tools import Tools
 
@@ -50,8 +51,41 @@ def test_weights_tables_checkpoint_and_time(tiny_pairs: TinyDataset) -> None:
     assert found.table_weights == codes * config.model.doc.embedding_dim
     assert found.resident["weights"] == 4 * found.num_weights
     assert found.checkpoint_bytes == 12 * found.num_weights
-    assert found.days(rows_per_s=500.0) == pytest.approx(1000 * 240 / 500 / 86400)
-    assert any(line.startswith("1,000 steps: 0.01 days at 500 rows") for line in found.lines(500.0))
+    assert found.seconds(rows_per_s=500.0) == pytest.approx(1000 * 240 / 500)
+    assert (
+        found.validations == 1
+        and of(tiny_pairs, "pretrain.steps=5", "pretrain.validate_every_steps=2").validations == 3
+    )
+    queries, steps = dataset.num_queries("validation"), "1,000 steps: 8.0 minutes at 500 rows per second"
+    validation = (
+        f"1 validation of {queries} queries and {dataset.catalogue.num_docs} documents: 1.0 days, 1.0 days each"
+    )
+    assert found.lines(500.0, 86400)[-3:] == [steps, f"{validation} as recorded", "in all: 1.0 days"]
+    texts = found.validation_rows / found.rows_global  # forwards of the catalogue, relative to a step's three passes
+    assert 0.3 < texts * 3 * 240 / dataset.catalogue.num_docs < 1.2
+
+
+def test_stated_sizes_need_no_dataset(
+    tiny_pairs: TinyDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = load_config(tiny_pairs.config, [f"data.dir={tmp_path / 'none'}", "pretrain.rows_global=240"])
+    stated = StatedSizes(pairs=2400, documents=10**6, queries=100)
+    found = estimate(config, "pretrain", stand_in_dataset(config, 240, tmp_path / "stand-in"), 2, stated)
+    built = of(tiny_pairs, world_size=2)
+    assert (found.steps, found.rows_global, found.validations) == (10, 240, 1)
+    assert found.validation == "100 queries and 1,000,000 documents"
+    assert found.num_weights == pytest.approx(built.num_weights, rel=0.2)
+    assert found.phases["validation, mining"] > 4 * 500_000 * (config.model.dim + 1)
+    assert found.validation_rows > 1e6 / 6  # one forward of each document; a step has three, of both sides
+    tools = Tools(monkeypatch, capsys)
+    assert "needs both --pairs and --documents" in tools.refused(
+        2, "estimate", "--config", tiny_pairs.config, "--pairs", 9
+    )
+
+
+def test_sizes_of_histories_cannot_be_stated(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the feature history cannot be stated; build the dataset first"):
+        stand_in_dataset(load_config(tiny_interactions.config), 8, tmp_path)
 
 
 def test_shares_and_traffic_of_ranks(tiny_pairs: TinyDataset) -> None:
@@ -180,7 +214,7 @@ def test_the_command_line_shows_the_effect_of_ranks_and_rows(
     assert "240 rows per step; a query has 239 negatives" in one
     assert "480 rows per step; a query has 479 negatives" in four
     assert "1,000 steps: unknown without rows per second" in one
-    assert "1,000 steps: 0.01 days at 500 rows per second" in four  # 480,000 rows
+    assert "1,000 steps: 16.0 minutes at 500 rows per second" in four  # 480,000 rows
     assert "sent by a rank in a step: 0 B" in one and size(four, "sent by a rank in a step:") > 1e6
     moments = "optimizer's states"
     assert size(one, moments) == pytest.approx(4 * size(four, moments), rel=0.02)  # ZeRO 1 shares them out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,29 @@ def test_a_peak_is_measured_without_products_that_take_long(monkeypatch: pytest.
     made.clear()
     health.peak_flops(torch.device("cpu"), torch.float32, largest=64)
     assert made == [8, 8]
+
+
+def test_the_first_step_logs_a_line_and_no_record(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Bar:
+        is_live = False
+
+        def __call__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(health, "step_flops", lambda *_: 0.0)
+    monkeypatch.setattr(health.logger, "propagate", True)
+    engine = SimpleNamespace(module=None, tables=None, learning_rate=lambda: 0.1)
+    records: list[dict[str, Any]] = []
+    trackers = SimpleNamespace(log=records.append)
+    run: Any = health.Health("pretrain", engine, trackers, Bar(), 9, 4, 4, lambda: "")  # type: ignore[arg-type]
+    batch = SimpleNamespace(query_positions=None, counts=torch.ones(2), doc_ids=[1, 2])
+    agreement = SimpleNamespace(reports=[SimpleNamespace(queries=4)], alpha=20.0)
+    plan = SimpleNamespace(tokens=8, padding=0.0)
+    result = SimpleNamespace(plan=plan, agreement=agreement, loss=1.0, gradient_norm=torch.ones(()), stats={})
+    with caplog.at_level("INFO", health.logger.name):
+        for step in range(3, 10):  # resumed after step 2
+            run.after_step(step, step, batch, result)
+    assert [int(message.split()[1].split("/")[0]) for message in caplog.messages] == [3, 4, 8, 9]
+    assert [record["step"] for record in records] == [4, 8, 9]

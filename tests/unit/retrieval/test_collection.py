@@ -331,6 +331,8 @@ def test_invalid_evaluations_are_refused(
         ((*model, *data, *run), "--run would have no effect without --qrels; leave it out"),
         ((*beir, *model, *data), "--data would have no effect with --beir, which has its own documents"),
         ((*beir, "--bm25", "--widths", 4), "--widths would have no effect without --model"),
+        ((*model, "--widths", 4), "--widths would have no effect without --beir; leave it out"),
+        (model, "needs --data or --beir"),
         ((*beir, *model, "--max-tokens", 9), "--max-tokens would have no effect without --pretrained"),
         ((*run, "--qrels", tmp_path / "qrels", *model), "--model would have no effect with --run and --qrels"),
     ):
