@@ -81,6 +81,11 @@ class ModelFolder:
         """Identifies the document vectors: those of another model if it was trained against them."""
         return str(self.provenance.get("documents") or self.checksum)
 
+    @property
+    def index_width(self) -> int:
+        """Return the width of index vectors: D + 1, or D without beta."""
+        return self.config.model.dim + self.model.has_beta
+
     def view(self, dataset: Dataset) -> Dataset:
         """Return a view of `dataset` in which values added after the model's training are out of vocabulary.
 

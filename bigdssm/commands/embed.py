@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoders = truncate_encoders(encoders, args.width, model.score == "cosine")
     with ProgressBar() as progress:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
-        whole = 0 if args.width in (None, model.dim) else model.dim + 1
+        whole = 0 if args.width in (None, model.dim) else model.dim + encoders.has_beta
         written = write_vectors(
             args.out,
             encoders,

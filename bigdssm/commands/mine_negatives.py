@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:
             start, stop = share.of(dataset.catalogue.num_docs)
-            vectors = read_vectors(args.vectors, folder.doc_checksum, dataset, start, stop)
+            vectors = read_vectors(args.vectors, folder.doc_checksum, dataset, start, stop, folder.index_width)
             documents = DocumentVectors(torch.from_numpy(vectors), start)
         local = mine(
             tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,

@@ -89,7 +89,7 @@ def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> Non
         "normalized_after": tower.normalized_after,
         "score": model.config.model.score,
         "alpha": alpha(model),
-        "beta": shared_beta(model),  # unless beta is per document
+        "beta": shared_beta(model) if model.model.has_beta else None,  # unless beta is per document
         "loading_arguments": loading_arguments(tower),
     }
     write_json(folder / "projection.json", head)

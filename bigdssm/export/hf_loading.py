@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 
 def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
-    """Return a function from n texts to float32 [n, D+1]; query-document inner products are scores."""
+    """Return a function from n texts to float32 [n, D+1] (without beta [n, D]), whose inner products are scores."""
     head = json.loads((Path(folder) / "projection.json").read_text(encoding="utf-8"))
     weights = load_file(Path(folder) / "projection.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -39,9 +39,13 @@ def load_tower(folder: str | Path) -> Callable[[list[str]], torch.Tensor]:
                 x = F.linear(x, weights[f"layers.{number}.weight"], weights.get(f"layers.{number}.bias"))
                 x = getattr(torch.nn, activation)()(x)
         vector = F.normalize(x, dim=1) if head["score"] == "cosine" else x
+        if head["side"] == "doc":
+            vector = head["alpha"] * vector
+        if "beta" not in weights and head["beta"] is None:
+            return vector
         if head["side"] == "query":
             return torch.cat([vector, torch.ones(len(x), 1)], dim=1)
         beta = F.linear(x, weights["beta"]) if "beta" in weights else torch.full((len(x), 1), head["beta"])
-        return torch.cat([head["alpha"] * vector, beta], dim=1)
+        return torch.cat([vector, beta], dim=1)
 
     return encode

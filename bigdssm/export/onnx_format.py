@@ -118,11 +118,11 @@ class _Tower(nn.Module):
         self._alpha = alpha(folder)
 
     def forward(self, *features: Tensor) -> Tensor:
-        """Return float32 [n, D+1]: queries [u, 1], documents [alpha * w, beta]."""
+        """Return float32 [n, D+1]: queries [u, 1], documents [alpha * w, beta]; without beta [n, D]."""
         given = dict(zip(self._names, features, strict=True))
         encoded = self.model(query=given) if self._side == "query" else self.model(doc=given)
         if self._side == "query":
-            return query_head(encoded.U)
+            return query_head(encoded.U, self.model.has_beta)
         return document_head(encoded.W, self._alpha, encoded.beta)
 
 

@@ -16,7 +16,7 @@ INPUTS: dict[str, Callable[..., np.ndarray]] = {}  # by feature type; filled by 
 
 
 def load_tower(folder: str | Path, side: str, file: str = "") -> Callable[[list[dict[str, Any]]], np.ndarray]:
-    """Return a function from n rows {feature: value} of a side (query or doc) to float32 [n, D+1].
+    """Return a function from n rows {feature: value} of a side (query or doc) to float32 [n, D+1], without beta [n, D].
 
     Query-document inner products are scores. Values: a string (text), a string or a list of strings (categorical
     feature, or history, oldest first), or a number; absent features are missing values.

@@ -1,6 +1,7 @@
 """`--format sentence-transformers`: a folder for SentenceTransformer of its standard modules.
 
-A Router sends queries and documents through Transformer → Pooling → Dense …. Cosine models end in Normalize. For dot
+Queries and documents go through Transformer → Pooling → Dense …. If both sides are the same modules, they are those of
+the model, else the routes of a Router; an encoder of both is written once. Cosine models end in Normalize. For dot
 models a last Dense adds alpha and beta to the vectors: documents are [alpha * w, beta] and queries [u, 1], so that the
 dot product is the training score. For cosine with a beta per document, which Normalize would distort, the folder
 contains a custom module (sentence_transformers_module.py): queries are [√alpha * u, 1] and documents
@@ -53,7 +54,7 @@ class SentenceTransformersExport(ExportFormat):
     library: ClassVar[str] = "sentence-transformers"
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
-        """Write both towers as the routes of one model.
+        """Write both towers as one model.
 
         Raises ConfigError: a tower has features other than one text, or sentence-transformers is not installed.
         """
@@ -63,15 +64,20 @@ class SentenceTransformersExport(ExportFormat):
                 f"--format {self.format}: needs the package to check the result; pip install 'bigdssm[{self.format}]'"
             )
         assert model.tokenizer_dir is not None
-        router = _RouterFolder(out)
-        # Shared by both routes if weights and max_tokens are equal: truncation is a setting of the encoder.
-        shared = query.encoder is doc.encoder and query.feature.max_tokens == doc.feature.max_tokens
-        encoder = ""
-        for tower in (query, doc):
-            if not (shared and encoder):
+        same = are_one_module(model, query, doc)
+        router = _Modules(out) if same else _RouterFolder(out)
+        lengths = {f"{ROUTES[tower.side]}_length": tower.feature.max_tokens for tower in (query, doc)}
+        if query.feature.max_tokens == doc.feature.max_tokens:
+            lengths = {}
+        shared = query.encoder is doc.encoder and (not lengths or _has_lengths())
+        encoder = None
+        for tower in (doc,) if same else (query, doc):
+            if encoder is None or not shared:
                 encoder = router.add(tower.side, "Transformer")
-                save_encoder(tower, model.tokenizer_dir, out / encoder)
-                settings = {"max_seq_length": tower.feature.max_tokens, "do_lower_case": False}
+                longest = max(query, doc, key=lambda tower: tower.feature.max_tokens) if shared else tower
+                save_encoder(longest, model.tokenizer_dir, out / encoder)
+                settings = {"max_seq_length": longest.feature.max_tokens, "do_lower_case": False}
+                settings |= lengths if shared else {}
                 arguments = loading_arguments(tower)
                 write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
             else:
@@ -84,16 +90,15 @@ class SentenceTransformersExport(ExportFormat):
                     router.add(tower.side, "Normalize")
                 if number < len(layers):
                     _write_dense(out / router.add(tower.side, "Dense"), *layers[number])
-        router.write()
-        modules = [("", f"{MODULE}.Router")]
+        modules = router.write()
         if needs_custom_code(model):
             modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
             (out / "1_NormalizeAllButLast").mkdir()
             write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
             shutil.copyfile(CODE, out / CODE.name)
         elif not scores_by_dot(model):
-            modules.append(("1_Normalize", f"{MODULE}.Normalize"))
-            (out / "1_Normalize").mkdir()
+            modules.append((f"{len(modules)}_Normalize", f"{MODULE}.Normalize"))
+            (out / modules[-1][0]).mkdir()
         entries = [
             {"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)
         ]
@@ -131,7 +136,23 @@ class SentenceTransformersExport(ExportFormat):
                 f" `trust_remote_code` runs {CODE.name} of this folder, which appends beta to the normalized vector."
             )
         routes = 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
+        if are_one_module(model, *text_towers(model, self.format)):
+            routes = "Both towers are the same modules: `encode` takes either side, without a prompt."
         return f"{python_block(dedent(code))}\n\n{scores} {routes}"
+
+
+def are_one_module(model: ModelFolder, query: TextTower, doc: TextTower) -> bool:
+    """Return whether both sides are the same modules, up to prompts and `max_tokens`."""
+    modules = [(tower.encoder, tower.layers, _pooling(tower)) for tower in (query, doc)]
+    lengths = {tower.feature.max_tokens for tower in (query, doc)}
+    return modules[0] == modules[1] and not scores_by_dot(model) and (len(lengths) == 1 or _has_lengths())
+
+
+def _has_lengths() -> bool:
+    """Return whether Transformer truncates queries and documents at different lengths (from release 6 on)."""
+    from sentence_transformers.models import Transformer  # optional, and slow to import
+
+    return "query_length" in Transformer.config_keys
 
 
 def scores_by_dot(model: ModelFolder) -> bool:
@@ -144,11 +165,33 @@ def needs_custom_code(model: ModelFolder) -> bool:
     return scores_by_dot(model) and model.config.model.score == "cosine"
 
 
-class _RouterFolder:
-    """Writes the modules of the routes in Router's layout."""
+class _Modules:
+    """Writes the modules of both sides, the first one into the folder itself, as most models have them."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
+        self._modules: list[tuple[str, str]] = []
+
+    def add(self, side: Side, kind: str) -> str:
+        """Append a module, create its folder and return the folder's name."""
+        name = f"{len(self._modules)}_{kind}" if self._modules else ""
+        self._modules.append((name, f"{MODULE}.{kind}"))
+        (self._out / name).mkdir(exist_ok=True)
+        return name
+
+    def reuse(self, side: Side, name: str) -> None:
+        """Do nothing: all modules are those of both sides."""
+
+    def write(self) -> list[tuple[str, str]]:
+        """Return the modules of the model: folder and class."""
+        return self._modules
+
+
+class _RouterFolder(_Modules):
+    """Writes the modules of the routes in Router's layout."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
         self._types: dict[str, str] = {}
         self._structure: dict[str, list[str]] = {route: [] for route in ROUTES.values()}
 
@@ -164,11 +207,13 @@ class _RouterFolder:
         """Append an existing module of another route."""
         self._structure[ROUTES[side]].append(name)
 
-    def write(self) -> None:
+    def write(self) -> list[tuple[str, str]]:
+        """Write the Router's config and return the modules of the model."""
         # Without a default route, `encode` raises if the task is not given
         parameters = {"default_route": None, "allow_empty_key": False}
         content = {"types": self._types, "structure": self._structure, "parameters": parameters}
         write_json(self._out / "router_config.json", content)
+        return [("", f"{MODULE}.Router")]
 
 
 def _pooling(tower: TextTower) -> dict[str, object]:
@@ -189,11 +234,13 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
     layers: list[tuple[Tensor, Tensor | None, str]] = [
         (layer.linear.weight, layer.linear.bias, _dotted(layer.activation)) for layer in tower.layers
     ]
-    if scores_by_dot(model):
-        dim = model.config.model.dim
+    is_query, dim = tower.side == "query", model.config.model.dim
+    if scores_by_dot(model) and not model.model.has_beta:
+        if not is_query:
+            layers.append((alpha(model) * torch.eye(dim), None, _dotted("Identity")))
+    elif scores_by_dot(model):
         beta = beta_weight(model)
         beta = torch.zeros(1, dim) if beta is None else beta
-        is_query = tower.side == "query"
         scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, shared_beta(model))
         scale = 1.0 if needs_custom_code(model) else scale  # the custom module applies its square root on both sides
         weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
@@ -229,6 +276,7 @@ def _parity(model: ModelFolder, out: Path) -> Parity:
         scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
         trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
     elif not scores_by_dot(model):
-        trainers = {"query": trainers["query"][:, :-1], "doc": trainers["doc"][:, :-1] / alpha(model)}
+        dim = model.config.model.dim
+        trainers = {"query": trainers["query"][:, :dim], "doc": trainers["doc"][:, :dim] / alpha(model)}
     differences = {side: largest_difference(torch.as_tensor(ours[side]), trainers[side]) for side in ROUTES}
     return Parity(differences["query"], differences["doc"])

@@ -25,22 +25,21 @@ from bigdssm.models.encoders import (
     text_configs,
     text_keys,
 )
-from bigdssm.models.encoders.base import SideSize, linear_flops
-from bigdssm.models.packed import PackedLists, QueryPositions, Values
+from bigdssm.models.encoders.base import SideSize, checked_output, linear_flops
+from bigdssm.models.packed import Packed, PackedLists, QueryPositions, Values
 from bigdssm.models.scorers import PREFIX, Scorer
 
 
-def query_head(U: Tensor) -> Tensor:
-    """Return the query factor of the score, [u, 1]: float32 [m, D+1]."""
+def query_head(U: Tensor, has_beta: bool) -> Tensor:
+    """Return the query factor of the score: [u, 1], float32 [m, D+1], or without beta u, float32 [m, D]."""
     U = U.float()
-    return torch.cat([U, torch.ones_like(U[:, :1])], dim=1)
+    return torch.cat([U, torch.ones_like(U[:, :1])], dim=1) if has_beta else U
 
 
 def document_head(W: Tensor, alpha: Tensor | float, beta: Tensor | None) -> Tensor:
-    """Return the document factor of the score, [alpha * w, beta], beta 0 if there is none: float32 [n, D+1]."""
-    W = W.float()
-    beta_n1 = torch.zeros_like(W[:, :1]) if beta is None else beta.float().unsqueeze(1)
-    return torch.cat([alpha * W, beta_n1], dim=1)
+    """Return the document factor of the score: [alpha * w, beta], or without beta alpha * w; as `query_head`."""
+    W = alpha * W.float()
+    return W if beta is None else torch.cat([W, beta.float().unsqueeze(1)], dim=1)
 
 
 class _ByFeature(nn.ModuleDict):
@@ -66,12 +65,16 @@ class Tower(nn.Module):
 
     def forward(self, features: Mapping[str, Values], query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, D] for one side's features of R rows, or [m, D] for queries at `query_positions` of them."""
-        parts = {
-            name: encoder(features[name])
-            if query_positions is None
-            else encoder.at_positions(features[name], query_positions)
-            for name, encoder in self._all().items()
-        }
+        parts = {}
+        for name, encoder in self._all().items():
+            values = features[name]
+            if query_positions is None:
+                # shape[0], not len(): an export would fix the number of rows
+                number = values.num_rows if isinstance(values, Packed) else values.shape[0]
+                vectors = encoder(values)
+            else:
+                number, vectors = len(query_positions.row), encoder.at_positions(values, query_positions)
+            parts[name] = checked_output(encoder, vectors, (number, encoder.dim))
         residual = parts.pop(self.residual) if self.residual else None
         if self.mlp is None:
             assert residual is not None
@@ -175,6 +178,11 @@ class DualEncoder(nn.Module):
         if self.scorer is not None and not self.scorer.takes_vectors:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name.startswith(PREFIX))
+
+    @property
+    def has_beta(self) -> bool:
+        """Return whether the score has a document bias, and index vectors a last number for it."""
+        return self.config.beta != "none"
 
     def load_towers(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
         """Load all weights of a model without a scorer, and initialize this model's scorer, if any.

@@ -1,13 +1,14 @@
 """Index vectors of queries and documents, whose inner product is the training score.
 
-A document's index vector is [alpha * w, beta] and a query's [u, 1]; their product is alpha * <u, w> + beta.
+A document's index vector is [alpha * w, beta] and a query's [u, 1]; their product is alpha * <u, w> + beta. Those of a
+model without beta are alpha * w and u, of width D where D+1 is written here.
 Shapes: m queries, n documents, N catalogue rows, D the towers' width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -41,6 +42,7 @@ class Encoders:
 
     queries: Callable[[Rows], Tensor]  # Rows of m queries -> [m, D+1]
     documents: Callable[[np.ndarray], Tensor]  # int64 [n] catalogue rows -> [n, D+1]
+    has_beta: bool = field(default=True, kw_only=True)  # whether the last number is beta, and 1 of queries
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     """
     collator = Collator(dataset.schema, dataset.catalogue)
 
-    packed = cast(DualEncoder, getattr(model, "module", model)).accepts_packed(training=False)
+    towers = cast(DualEncoder, getattr(model, "module", model))
+    packed = towers.accepts_packed(training=False)
 
     def queries(rows: Rows) -> Tensor:
         pads, features = paddings(dataset.schema.query), collator.query_features(rows.query)
@@ -100,25 +103,28 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
         pads, features = paddings(dataset.schema.doc), dataset.catalogue.features(doc_rows)
         return encode_features(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
-    return Encoders(queries, documents)
+    return Encoders(queries, documents, has_beta=towers.has_beta)
 
 
-def truncate_vectors(vectors: Tensor, width: int, normalize: bool) -> Tensor:
+def truncate_vectors(vectors: Tensor, width: int, normalize: bool, has_beta: bool = True) -> Tensor:
     """Truncate index vectors [n, D+1] to [n, width+1]; normalize: restore the norm (without beta).
 
     For models trained with loss.widths (Matryoshka); set `normalize` for cosine models.
     """
-    whole, first = vectors[:, :-1], vectors[:, :width]
+    end = vectors.shape[1] - has_beta
+    whole, first = vectors[:, :end], vectors[:, :width]
     if normalize:
         first = nn.functional.normalize(first, dim=1) * whole.norm(dim=1, keepdim=True)
-    return torch.cat([first, vectors[:, -1:]], dim=1)
+    return torch.cat([first, vectors[:, end:]], dim=1)
 
 
 def truncate_encoders(encoders: Encoders, width: int, normalize: bool) -> Encoders:
     """Return Encoders whose vectors are truncated to [.., width+1]."""
+    cut = partial(truncate_vectors, width=width, normalize=normalize, has_beta=encoders.has_beta)
     return Encoders(
-        lambda rows: truncate_vectors(encoders.queries(rows), width, normalize),
-        lambda doc_rows: truncate_vectors(encoders.documents(doc_rows), width, normalize),
+        lambda rows: cut(encoders.queries(rows)),
+        lambda doc_rows: cut(encoders.documents(doc_rows)),
+        has_beta=encoders.has_beta,
     )
 
 
@@ -139,11 +145,11 @@ def query_vectors(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
     """Encode the features of m queries to float32 [m, D+1]."""
     U = encode(model, query=query).U
     assert U is not None
-    return query_head(U)
+    return query_head(U, cast(DualEncoder, getattr(model, "module", model)).has_beta)
 
 
 def document_vectors(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
-    """Encode the features of n documents to float32 [n, D+1]; beta is 0 in a model without one."""
+    """Encode the features of n documents to float32 [n, D+1]."""
     encoded = encode(model, doc=doc)
     assert encoded.W is not None
     return document_head(encoded.W, encoded.alpha.float(), encoded.beta)

@@ -79,7 +79,7 @@ class Index:
         """
         width = self.meta.whole or self.meta.width
         try:
-            vectors = np.asarray(vectors, np.float32)
+            vectors = self.with_beta(np.asarray(vectors, np.float32))
         except (TypeError, ValueError):
             raise ConfigError(f"vectors={short_repr(vectors)}: needs an array of numbers [queries, {width}]") from None
         if vectors.ndim != 2 or vectors.shape[1] != width:
@@ -120,6 +120,7 @@ class Index:
         more remain. Raises CheckpointError: the index is of another model.
         """
         self.check_model(model_checksum)
+        queries = self.with_beta(queries)
         scores, rows = np.full((len(queries), top), -np.inf, np.float32), np.full((len(queries), top), -1)
         available = self.meta.num_docs if allowed is None else allowed.count
         if not available:
@@ -135,6 +136,11 @@ class Index:
             retained = min(top, depth)
             scores[some, :retained], rows[some, :retained] = _exclude(*results, exclusions.take(some), top)
         return scores, rows
+
+    def with_beta(self, queries: np.ndarray) -> np.ndarray:
+        """Return queries with a last 0 if only they have no beta: every index of earlier versions has one."""
+        missing = self.meta.has_beta and queries.ndim == 2 and (self.meta.whole or self.meta.width) - queries.shape[1]
+        return np.pad(queries, ((0, 0), (0, 1))) if missing == 1 else queries
 
     def check_model(self, model_checksum: str) -> None:
         """Raise CheckpointError if the index holds another model's vectors."""
@@ -158,11 +164,11 @@ class Index:
         Cosine re-ranks the SIMILAR_CANDIDATES · (top + 1) documents with the largest inner products.
         """
         query = self.vectors_at([row])
-        query[:, -1] = 0
+        query[:, query.shape[1] - self.meta.has_beta :] = 0
         candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
         rows = self._search(query, candidates, None)[1][0]
         rows = rows[rows != row]
-        cosines = cosine_similarities(query[0], self.vectors_at(rows))
+        cosines = cosine_similarities(query[0], self.vectors_at(rows), self.meta.has_beta)
         best = np.argsort(-cosines, kind="stable")[:top]
         return cosines[best], rows[best]
 
@@ -199,9 +205,9 @@ class Index:
         return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
 
 
-def cosine_similarities(vector: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the cosines float32 [n] of index vectors [D+1] and [n, D+1], ignoring the last number."""
-    both = np.concatenate([vector[None], others])[:, :-1]
+def cosine_similarities(vector: np.ndarray, others: np.ndarray, has_beta: bool) -> np.ndarray:
+    """Return the cosines float32 [n] of index vectors [D+1] and [n, D+1], ignoring beta."""
+    both = np.concatenate([vector[None], others])[:, : len(vector) - has_beta]
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
     return np.asarray(both[1:] @ both[0])
 
@@ -242,7 +248,7 @@ def build_index(
     vectors = load_vectors(vectors_dir, meta)
     if built.width != meta.width:
         truncated = truncate_like(vectors[:], built)
-        vectors = CodedVectors(truncated, "float32", built.width)
+        vectors = CodedVectors(truncated, "float32", built.width, built.has_beta)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_output_folder(folder, CONTENTS_FILE)
     with new_folder(folder) as aside:
@@ -262,12 +268,13 @@ def index_meta(meta: VectorsMeta, backend: IndexBackend, width: int | None, resc
         raise ConfigError(f"--rescore {rescore}: these vectors are truncated; embed without --width")
     if width is None:
         return replace(meta, kind=kind, options=options, rescored=rescore)
-    check_width("--width", width, meta.width - 1)
+    check_width("--width", width, meta.width - meta.has_beta)
+    width += meta.has_beta
     if not meta.score:
         raise ConfigError(f"--width {width}: the meta of these vectors has no score type; embed again")
     whole = meta.whole or meta.width
     return replace(
-        meta, kind=kind, options=options, rescored=rescore, width=width + 1, whole=0 if width + 1 == whole else whole
+        meta, kind=kind, options=options, rescored=rescore, width=width, whole=0 if width == whole else whole
     )
 
 

@@ -48,7 +48,7 @@ class Model:
     ) -> np.ndarray:
         columns, num_rows = columns_of_values(rows, features, self.folder.schema.doc, self._tokenizer)
         if num_rows == 0:
-            return np.zeros((0, self.folder.config.model.dim + 1), np.float32)
+            return np.zeros((0, self.folder.index_width), np.float32)
         vectors: np.ndarray = encode_columns(features, columns, partial(encode, self.folder.model)).numpy()
         return vectors
 

@@ -80,13 +80,15 @@ def read_rows(path: Path, rows: np.ndarray) -> np.ndarray:
     """Read the given rows of a vectors file of any format, float32 [n, D+1]."""
     meta = read_meta(path.parent)
     if path.suffix == ".npy":
-        return decode_rows(np.load(path, mmap_mode="r", allow_pickle=False)[rows], meta.dtype, meta.width)
+        return decode_rows(
+            np.load(path, mmap_mode="r", allow_pickle=False)[rows], meta.dtype, meta.width, meta.has_beta
+        )
     if path.suffix == ".fvecs":
         width = int(np.fromfile(path, np.int32, 1)[0])
         whole = np.memmap(path, np.float32, "r").reshape(-1, width + 1)
         return np.asarray(whole[rows, 1:])
     with parquet.ParquetFile(path) as file:
-        return decode_rows(_rows_of_parquet(file, rows, meta), meta.dtype, meta.width)
+        return decode_rows(_rows_of_parquet(file, rows, meta), meta.dtype, meta.width, meta.has_beta)
 
 
 def write_card(folder: Path, score: str, parity: dict[FileFormat, float]) -> None:
@@ -105,9 +107,7 @@ def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str
 {meta.num_docs:,} documents of the dataset `{meta.dataset_fingerprint}`, encoded by the model `{meta.model_checksum}`
 (score: {score}).
 
-A document's vector is [alpha * w, beta] (width {meta.width}), a query's is [u, 1]: **search by inner product**,
-for any score of the model. `encode_queries` and the exported towers return [u, 1]; append 1 only to a bare u. The inner
-product is the training score.
+{_HEADS[meta.has_beta].format(width=meta.width)} The inner product is the training score.
 {_HOW_CODED.get(meta.dtype, "")}
 | file | holds | largest difference from the model, relative |
 |---|---|---|
@@ -127,7 +127,7 @@ def _write_fvecs(folder: Path, vectors: CodedVectors, path: Path) -> None:
 
 
 def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
-    extra = [] if vectors.rows.dtype.fields is None else [pa.field(name, pa.float32()) for name in ("scale", "beta")]
+    extra = [pa.field(name, pa.float32()) for name in (vectors.rows.dtype.names or ())[1:]]
     numbers = _numbers(vectors.rows[:0])
     vector = pa.list_(pa.from_numpy_dtype(numbers.dtype), numbers.shape[1])
     schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", vector), *extra])
@@ -149,9 +149,9 @@ def _numbers(rows: np.ndarray) -> np.ndarray:
 
 def _rows_of_parquet(file: parquet.ParquetFile, rows: np.ndarray, meta: VectorsMeta) -> np.ndarray:
     """Read rows in the layout of vectors.npy, one row group at a time: the file may exceed the memory."""
-    element, shape = row_layout(meta.dtype, meta.width)
+    element, shape = row_layout(meta.dtype, meta.width, meta.has_beta)
     out = np.empty((len(rows), *shape), element)
-    extra = [] if element.fields is None else ["scale", "beta"]
+    extra = (element.names or ())[1:]
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     starts = np.cumsum([0, *sizes])
     groups = np.searchsorted(starts, rows, side="right") - 1
@@ -175,12 +175,18 @@ _CONTENTS: dict[FileFormat, str] = {
     "fvecs": "per document an int32 width and float32 values",
     "parquet": "doc_key, doc_title, vector (fixed-size list of {dtype})",
 }
+_HEADS = {
+    True: """A document's vector is [alpha * w, beta] (width {width}), a query's is [u, 1]: **search by inner product**,
+for any score of the model. `encode_queries` and the exported towers return [u, 1]; append 1 only to a bare u.""",
+    False: """A document's vector is alpha * w (width {width}), a query's is u, as `encode_queries` and the exported
+towers return it: **search by inner product**, for any score of the model.""",
+}
 _HOW_CODED: dict[Dtype, str] = {
     "int8": """
-A row is (code, scale, beta), and the inner product scale * (u · code) + beta.
+A row is (code, scale, beta), and the inner product scale * (u · code) + beta; models without beta have none.
 """,
     "binary": """
-A row is (code, scale, beta). The code has one bit per dimension, the first one highest (numpy.packbits); s is 1 for a
-set bit and -1 otherwise, and the inner product is scale * (u · s) + beta.
+A row is (code, scale, beta); models without beta have none. The code has one bit per dimension, the first one highest
+(numpy.packbits); s is 1 for a set bit and -1 otherwise, and the inner product is scale * (u · s) + beta.
 """,
 }

@@ -46,11 +46,12 @@ class VectorsMeta:
     model_checksum: str
     dataset_fingerprint: str
     num_docs: int
-    width: int  # stored width: D+1, or less if truncated; the last number is always beta
+    width: int  # stored width: D+1 (D without beta), or less if truncated
     whole: int = 0  # D+1 before truncation (queries are truncated alike); 0: not truncated
     score: str = ""  # dot or cosine; a truncated cosine vector is rescaled to its norm
     dtype: Dtype = "float32"  # of vectors.npy; of an index: of the vectors that it was built from
     rescored: int = 0  # of an index: candidates per requested document that full vectors rescore; 0: none
+    has_beta: bool = True  # whether the last number is beta
     options: dict[str, Any] = field(default_factory=dict)  # of the index type
     files: dict[str, str] = field(default_factory=dict)  # checksums by name, set by `write_meta`
     format: int = FORMAT
@@ -91,8 +92,11 @@ def write_vectors(
         raise DataError(f"the catalogue of {dataset.dir} is empty")
     width = encoders.documents(np.zeros(1, np.int64)).shape[1]
     earlier = None if since is None else ReusableVectors(since, model_checksum, width, dtype)
-    meta = VectorsMeta(VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype)
-    element, shape = row_layout(dtype, width)
+    has_beta = encoders.has_beta
+    meta = VectorsMeta(
+        VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype, has_beta=has_beta
+    )
+    element, shape = row_layout(dtype, width, has_beta)
     check_output_folder(folder, INDEX_FILE)
 
     def prepare(aside: Path) -> None:
@@ -116,7 +120,7 @@ def write_vectors(
             made = encoders.documents(new).cpu()
             if not bool(torch.isfinite(made).all()):
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} hold NaN or inf; {folder} stays")
-            vectors[new] = encode_rows(made.numpy(), dtype)
+            vectors[new] = encode_rows(made.numpy(), dtype, has_beta)
             if dtype == "float16" and not np.isfinite(vectors[new]).all():
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} are too large for float16")
         if earlier is not None:
@@ -161,22 +165,22 @@ def truncate_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
     """Return index vectors float32 [n, D+1], truncated to [n, meta.width]."""
     if vectors.shape[1] == meta.width:
         return vectors
-    cut = truncate_vectors(torch.from_numpy(np.array(vectors, np.float32)), meta.width - 1, meta.score == "cosine")
-    return np.asarray(cut)
+    whole, width = torch.from_numpy(np.array(vectors, np.float32)), meta.width - meta.has_beta
+    return np.asarray(truncate_vectors(whole, width, meta.score == "cosine", meta.has_beta))
 
 
 def read_vectors(
-    folder: Path, model_checksum: str, dataset: Dataset, first: int = 0, last: int | None = None
+    folder: Path, model_checksum: str, dataset: Dataset, first: int = 0, last: int | None = None, width: int = 0
 ) -> np.ndarray:
     """Read vectors float32 [n, D+1] of catalogue rows [first, last) (default: all) of a folder.
 
     Raises CheckpointError: vectors of another model or dataset.
     """
-    return np.array(open_vectors(folder, model_checksum, dataset)[first:last])
+    return np.array(open_vectors(folder, model_checksum, dataset, width)[first:last])
 
 
-def open_vectors(folder: Path, model_checksum: str, dataset: Dataset) -> CodedVectors:
-    """Memory-map the vectors of a model and dataset. Raises CheckpointError: they are of another one."""
+def open_vectors(folder: Path, model_checksum: str, dataset: Dataset, width: int = 0) -> CodedVectors:
+    """Memory-map the vectors of a model and dataset. Raises CheckpointError: of another one, or of another `width`."""
     meta = read_meta(folder)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{folder} is an index; give the folder of the vectors it was built from")
@@ -190,21 +194,23 @@ def open_vectors(folder: Path, model_checksum: str, dataset: Dataset) -> CodedVe
             )
     if meta.whole and meta.whole != meta.width:
         raise CheckpointError(
-            f"{folder} holds the first {meta.width - 1} of {meta.whole - 1} numbers of each vector, needs all; embed "
-            "without --width"
+            f"{folder} holds the first {meta.width - meta.has_beta} of {meta.whole - meta.has_beta} numbers of each "
+            "vector, needs all; embed without --width"
         )
+    if width and meta.width != width:  # earlier versions stored a beta of 0
+        raise CheckpointError(f"{folder} holds vectors of width {meta.width}, needs {width}; embed it again")
     return load_vectors(folder, meta)
 
 
 def load_vectors(folder: Path, meta: VectorsMeta) -> CodedVectors:
     """Memory-map the vectors of a folder. Raises CheckpointError: they do not match `meta`."""
     rows = _load(folder, VECTORS_FILE, meta)
-    element, shape = row_layout(meta.dtype, meta.width)
+    element, shape = row_layout(meta.dtype, meta.width, meta.has_beta)
     if rows.dtype != element or rows.shape != (meta.num_docs, *shape):
         raise CheckpointError(
             f"{folder} is damaged: vectors of {rows.dtype} and shape {rows.shape} do not match {META_FILE}"
         )
-    return CodedVectors(rows, meta.dtype, meta.width)
+    return CodedVectors(rows, meta.dtype, meta.width, meta.has_beta)
 
 
 def read_meta(folder: Path) -> VectorsMeta:
@@ -295,6 +301,7 @@ class CodedVectors:
     rows: np.ndarray  # of `encode_rows`; memory-mapped if read from a file
     dtype: Dtype
     width: int  # D+1
+    has_beta: bool = True  # else D
 
     def __len__(self) -> int:
         """Return N."""
@@ -302,7 +309,7 @@ class CodedVectors:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return vectors as float32 [n, D+1]; a slice of float32 is not copied."""
-        return decode_rows(self.rows[rows], self.dtype, self.width)
+        return decode_rows(self.rows[rows], self.dtype, self.width, self.has_beta)
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         """Yield all vectors in order, in chunks of `size`."""
@@ -310,46 +317,51 @@ class CodedVectors:
             yield self[first : first + size]
 
 
-def row_layout(dtype: Dtype, width: int) -> tuple[np.dtype, tuple[int, ...]]:
+def row_layout(dtype: Dtype, width: int, has_beta: bool = True) -> tuple[np.dtype, tuple[int, ...]]:
     """Return the element type and the shape of a stored row of vectors [.., width]."""
     if dtype in ("float32", "float16"):
         return np.dtype(dtype), (width,)
-    code = (np.int8, (width - 1,)) if dtype == "int8" else (np.uint8, (-(-(width - 1) // 8),))
-    return np.dtype([("code", *code), ("scale", np.float32), ("beta", np.float32)]), ()
+    numbers = width - has_beta
+    code = (np.int8, (numbers,)) if dtype == "int8" else (np.uint8, (-(-numbers // 8),))
+    names = ["scale", "beta"] if has_beta else ["scale"]
+    return np.dtype([("code", *code), *((name, np.float32) for name in names)]), ()
 
 
-def encode_rows(vectors: np.ndarray, dtype: Dtype) -> np.ndarray:
+def encode_rows(vectors: np.ndarray, dtype: Dtype, has_beta: bool = True) -> np.ndarray:
     """Encode float32 vectors [n, D+1] as rows of `row_layout`; values beyond float16 become infinite."""
-    element, shape = row_layout(dtype, vectors.shape[1])
+    element, shape = row_layout(dtype, vectors.shape[1], has_beta)
     if shape:
         with np.errstate(over="ignore"):
             return vectors.astype(element)
-    rows, values = np.empty(len(vectors), element), vectors[:, :-1]
+    rows, values = np.empty(len(vectors), element), vectors[:, : vectors.shape[1] - has_beta]
     magnitudes = np.abs(values)
     if dtype == "int8":
         rows["scale"] = magnitudes.max(axis=1) / LARGEST_CODE
         rows["code"] = np.rint(values / np.where(rows["scale"] > 0, rows["scale"], 1)[:, None])
     else:
         rows["scale"], rows["code"] = magnitudes.mean(axis=1), np.packbits(values >= 0, axis=1)
-    rows["beta"] = vectors[:, -1]
+    if has_beta:
+        rows["beta"] = vectors[:, -1]
     return rows
 
 
-def decode_rows(rows: np.ndarray, dtype: Dtype, width: int) -> np.ndarray:
+def decode_rows(rows: np.ndarray, dtype: Dtype, width: int, has_beta: bool = True) -> np.ndarray:
     """Decode rows of `row_layout` to float32 [n, width]."""
     if dtype in ("float32", "float16"):
         return rows.astype(np.float32, copy=False)
     vectors = np.empty((len(rows), width), np.float32)
+    values = vectors[:, : width - has_beta]
     if dtype == "int8":
-        vectors[:, :-1] = rows["code"]
+        values[:] = rows["code"]
     else:
-        vectors[:, :-1] = np.unpackbits(rows["code"], axis=1, count=width - 1) * np.float32(2) - 1
-    vectors[:, :-1] *= rows["scale"][:, None]
-    vectors[:, -1] = rows["beta"]
+        values[:] = np.unpackbits(rows["code"], axis=1, count=values.shape[1]) * np.float32(2) - 1
+    values *= rows["scale"][:, None]
+    if has_beta:
+        vectors[:, -1] = rows["beta"]
     return vectors
 
 
-def bytes_per_vector(dtype: Dtype, width: int) -> int:
+def bytes_per_vector(dtype: Dtype, width: int, has_beta: bool = True) -> int:
     """Return the bytes per vector in a file."""
-    element, shape = row_layout(dtype, width)
+    element, shape = row_layout(dtype, width, has_beta)
     return element.itemsize * int(np.prod(shape, dtype=np.int64))

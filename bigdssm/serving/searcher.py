@@ -238,7 +238,7 @@ class Searcher:
         vectors = (
             query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
         )
-        array: np.ndarray = vectors.numpy()
+        array: np.ndarray = vectors.numpy()[:, : self._folder.index_width]  # earlier exports always had [u, 1]
         return array
 
     def similar(self, key: str, top: int) -> tuple[str, list[ScoredDocument]]:
@@ -252,7 +252,7 @@ class Searcher:
         query, row = self.queries.of(request), self._index.row(key)
         vector = self._index.vectors_at([row])[0]
         rows = history_rows(query.seen, self._folder.schema)
-        cosines = cosine_similarities(vector, self._index.vectors_at(rows))
+        cosines = cosine_similarities(vector, self._index.vectors_at(rows), self._index.meta.has_beta)
         nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
         near = self._index.documents(cosines[nearest], rows[nearest])
         items = [NearItem(document.key, document.title, document.score) for document in near]
@@ -265,8 +265,8 @@ class Searcher:
         columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
         vectors = self.encode([replace(query, columns=some) for some in columns])
         if vectors.shape[1] != len(vector):  # the index holds truncated vectors only
-            vectors = truncate_like(vectors, self._index.meta)
-        cosines = cosine_similarities(vector, vectors).tolist()
+            vectors = truncate_like(self._index.with_beta(vectors), self._index.meta)
+        cosines = cosine_similarities(vector, vectors, self._index.meta.has_beta).tolist()
         near = [NearWord(*word, cosine) for word, cosine in zip(words, cosines, strict=True)]
         return sorted(near, key=lambda word: -word.cosine)
 

@@ -118,8 +118,9 @@ def _whole(engine: StepEngine, batch: Batch, plan: StepPlan, features: Features)
 def _fixed_columns(engine: StepEngine, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return W [n, D] and beta [n], if the model has one, of fixed document vectors [alpha * w, beta]."""
     assert batch.doc_vectors is not None
-    has_beta = cast(DualEncoder, engine.module).config.beta != "none"
-    return batch.doc_vectors[:, :-1] / alpha.detach(), batch.doc_vectors[:, -1] if has_beta else None
+    model = cast(DualEncoder, engine.module)
+    beta = batch.doc_vectors[:, -1] if model.has_beta else None
+    return batch.doc_vectors[:, : model.config.dim] / alpha.detach(), beta
 
 
 def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
@@ -306,7 +307,8 @@ def _products(engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tens
         )
     engine.module.train()
     assert towers.U is not None and towers.W is not None
-    queries, documents = query_head(towers.U), document_head(towers.W, towers.alpha.detach(), towers.beta)
+    queries = query_head(towers.U, towers.beta is not None)
+    documents = document_head(towers.W, towers.alpha.detach(), towers.beta)
     return torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
 
 

@@ -59,5 +59,5 @@ def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: 
     if difference := model_difference(theirs, config, omitted=("query", "share_text")):
         raise ConfigError(f"{documents.model} was trained with another model section: {difference}; use the same here")
     model.freeze_documents(source.model.state_dict())
-    vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole)
+    vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole, source.index_width)
     return FixedDocuments(vectors, source.doc_checksum)

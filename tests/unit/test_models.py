@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +184,25 @@ def test_a_text_is_encoded_as_with_the_mask_that_transformers_makes(attention: s
         torch.testing.assert_close(hidden[some >= 0], expected[some >= 0], rtol=1e-6, atol=1e-6)
     shorter = encoder(tokens[1:2, :2])
     torch.testing.assert_close(encoder(tokens)[1:2], shorter, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda x: x[:, :-1], r"\[2, 31\]"),
+        (lambda x: x[:1], r"\[1, 32\]"),
+        (lambda x: x[:, None], r"\[2, 1, 32\]"),
+        (lambda x: (x,), "a tuple"),
+        (lambda x: {"vectors": x}, "a dict"),
+    ],
+)
+def test_a_part_that_returns_another_shape_is_named(output: Any, got: str) -> None:
+    queries = query([[2, 3, 0], [0, 0, 0]])
+    for where, needed in (("encoders.history", r"\[2, 32\]"), ("encoders.history.layers.0", r"\[2, 4, 32\]")):
+        built = model()
+        part = built.query_tower.get_submodule(where)
+        part.register_forward_hook(lambda module, given, result: output(result))
+        needs = rf"bigdssm\.models\.\S+\.{type(part).__name__}\.forward returned .*, needs a tensor {needed}"
+        with pytest.raises(ConfigError, match=needs) as error:
+            built(queries)
+        assert where.endswith("0") or re.search(f"returned {got},", str(error.value))

@@ -159,8 +159,10 @@ def measure(
     """Build an index; return its results, int64 [m, TOP], and its measurement against the `exact` results."""
     faiss.omp_set_num_threads(threads)
     started = time.perf_counter()
-    whole = CodedVectors(encode_rows(vectors, plan.dtype), plan.dtype, vectors.shape[1])
-    searched = whole if not plan.whole else CodedVectors(truncate_like(whole[:], plan), "float32", plan.width)
+    whole = CodedVectors(encode_rows(vectors, plan.dtype, plan.has_beta), plan.dtype, vectors.shape[1], plan.has_beta)
+    searched = (
+        whole if not plan.whole else CodedVectors(truncate_like(whole[:], plan), "float32", plan.width, plan.has_beta)
+    )
     faiss_index = index_type(plan.kind, plan.options).build(searched)
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
@@ -179,9 +181,10 @@ def measure(
     ranks = np.where(is_target.any(axis=1), is_target.argmax(axis=1) + 1.0, np.inf)
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
     size = faiss.serialize_index(faiss_index).nbytes / plan.num_docs
-    on_disk = bytes_per_vector(plan.dtype, whole.width) if plan.rescored else 0
+    on_disk = bytes_per_vector(plan.dtype, whole.width, plan.has_beta) if plan.rescored else 0
     ndcg = mean_metrics(ranks)["ndcg_at_10"]
-    name = f"{plan.kind}{f' {plan.width - 1}' if plan.whole else ''}{f' × {plan.rescored}' if plan.rescored else ''}"
+    name = f"{plan.kind}{f' {plan.width - plan.has_beta}' if plan.whole else ''}"
+    name += f" × {plan.rescored}" if plan.rescored else ""
     name += "" if plan.dtype == "float32" else f" of {plan.dtype}"
     return rows, Measurement(name, recall, ndcg, float(p50), float(p99), size, on_disk, build_s)
 

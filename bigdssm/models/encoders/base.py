@@ -6,9 +6,9 @@ Shapes: R rows, m queries, T tokens or history items, K values, E table width, H
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -98,6 +98,15 @@ class BuildContext:
     tables: EmbeddingTables
     item_dim: int  # width of the tables of documents
     text: Encoder | None  # the model's text encoder of the side
+
+
+def checked_output(part: nn.Module, output: Any, shape: Sequence[int]) -> Tensor:
+    """Return the output of a part, which may be of a plug-in. Raises ConfigError: it is not a tensor of this shape."""
+    if not torch.compiler.is_compiling() and getattr(output, "shape", None) != tuple(shape):
+        got = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        name = f"{type(part).__module__}.{type(part).__qualname__}"
+        raise ConfigError(f"{name}.forward returned {got}, needs a tensor {list(shape)}")
+    return cast(Tensor, output)
 
 
 E = TypeVar("E", bound=type[Encoder])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,15 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
-from bigdssm.models.encoders.base import BuildContext, Encoder, SideSize, encodes, linear_flops, supports_head_width
+from bigdssm.models.encoders.base import (
+    BuildContext,
+    Encoder,
+    SideSize,
+    checked_output,
+    encodes,
+    linear_flops,
+    supports_head_width,
+)
 from bigdssm.models.packed import Packed, QueryPositions, RowGroup, SequenceBounds, Values
 
 
@@ -55,6 +65,10 @@ class HistoryEncoder(Encoder):
     def transformer_layers(self) -> list[nn.Module]:
         """Return the transformer layers."""
         return list(self.layers)
+
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """Return the output of a layer, of the shape of its first input."""
+        return checked_output(layer, super().run_layer(layer, *inputs), inputs[0].shape)
 
     def use_eager_attention(self) -> None:
         """Use eager attention in training."""

@@ -37,11 +37,13 @@ from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.ingest.fitting import make_tokenizer
 from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
+from bigdssm.retrieval.embed import Encoders, document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries
-from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.retrieval.vector_files import difference_from_model, write_card, write_file
+from bigdssm.retrieval.vectors import Dtype, read_vectors, write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
 
@@ -64,6 +66,14 @@ MODELS = {
         "doc": {"residual": "text"},
     },
     "cosine without beta": {"score": "cosine", "beta": "none", "share_text": True, "query": {"mlp": []}},
+    "one module": {
+        "score": "cosine",
+        "beta": "none",
+        "share_text": True,
+        "dim": 8,
+        "query": {"residual": "text", "mlp": []},
+        "doc": {"residual": "text", "mlp": []},
+    },
 }
 
 
@@ -162,8 +172,15 @@ def test_sentence_transformers_scores_as_the_trainer(
     beta = source.model.model.beta if settings["score"] == "cosine" else None
     scores = scale * scores + (0.0 if beta is None else beta)
     torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
-    encoders = len(list((tmp_path / "exported").glob("*_Transformer")))
-    assert encoders == 2, "one encoder cannot truncate queries and documents at different lengths"
+    weights = (tmp_path / "exported").rglob("model.safetensors")
+    encoders = len([path for path in weights if not path.parent.name.endswith("Dense")])
+    assert encoders == (1 if settings.get("share_text") else 2)
+    dims = {len(vector) for vector in (*model.encode_query(QUERIES), *model.encode_document(DOCUMENTS))}
+    dim = settings.get("dim", 6)
+    assert dims == {dim + (settings["score"] == "dot" or has_custom_module) * (settings.get("beta") != "none")}
+    if settings == MODELS["one module"]:
+        np.testing.assert_array_equal(model.encode(DOCUMENTS), model.encode_document(DOCUMENTS))
+        return
     with pytest.raises(ValueError, match="task"):
         model.encode(QUERIES)
 
@@ -202,9 +219,62 @@ def test_mteb_measures_an_exported_model_as_trec_eval_does(make_source: Any, tmp
 
 def test_sentence_transformers_keeps_one_encoder_where_it_is_one(make_source: Any, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
-    source = make_source(lengths=(16, 16), **MODELS["dot with beta, one encoder"])
+    for lengths in ((16, 16), (24, 12)):
+        source = make_source(lengths=lengths, **MODELS["dot with beta, one encoder"])
+        export(source, tmp_path / "exported", "sentence-transformers")
+        assert [path.name for path in (tmp_path / "exported").glob("*_Transformer")] == ["query_0_Transformer"]
+
+
+def test_sides_of_the_same_modules_are_a_plain_model(make_source: Any, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    source = make_source(lengths=(12, 24), **MODELS["one module"])
     export(source, tmp_path / "exported", "sentence-transformers")
-    assert [path.name for path in (tmp_path / "exported").glob("*_Transformer")] == ["query_0_Transformer"]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "`encode` takes either side" in card and len(list((tmp_path / "exported").rglob("model.safetensors"))) == 1
+    model = library.SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    texts = ["walnut " * 40, "copper lantern"]
+    plain, queries, documents = model.encode(texts), model.encode_query(texts), model.encode_document(texts)
+    np.testing.assert_array_equal(plain, documents)
+    assert np.abs(plain - queries).max(axis=1)[0] > 1e-4 > np.abs(plain - queries).max(axis=1)[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_vectors_of_a_model_without_beta_have_the_width_of_the_model(
+    config: Config, dataset: Dataset, dtype: Dtype, tmp_path: Path
+) -> None:
+    changed = replace(config, model=replace(config.model, beta="none"))
+    model, dim = random_model(changed, dataset, seed=1), config.model.dim
+    save_model_folder(tmp_path / "model", model, changed, dataset.schema, dataset.tokenizer_dir, {"step": 3})
+    folder = load_model_folder(tmp_path / "model")
+    loaded = Model(folder)
+    assert loaded.encode_queries([{}, {}]).shape == (2, dim) == loaded.encode_documents([{}, {}]).shape
+    assert loaded.encode_queries([]).shape == (0, dim)
+    encoders = tower_encoders(folder.model, dataset)
+    written = write_vectors(
+        tmp_path / "vectors", encoders, dataset, folder.checksum, score=config.model.score, dtype=dtype
+    )
+    assert written.meta is not None and (written.meta.width, written.meta.has_beta) == (dim, False)
+    difference_from_model(write_file(tmp_path / "vectors", "npy"), encoders)
+    difference_from_model(write_file(tmp_path / "vectors", "parquet"), encoders)
+    write_card(tmp_path / "vectors", config.model.score, {"npy": 0.0})
+    assert "a query's is u, as" in (tmp_path / "vectors" / "README.md").read_text()
+    build_index(tmp_path / "vectors", tmp_path / "index", rescore=20, width=dim - 2)
+    index = open_index(tmp_path / "index", loaded)
+    assert (index.meta.width, index.meta.whole) == (dim - 2, dim)
+    query, every = loaded.encode_queries([{}]), read_vectors(tmp_path / "vectors", folder.checksum, dataset)
+    assert index.search(query, 1)[0][0].score == pytest.approx(float((every @ query[0]).max()), rel=1e-5)
+    cosines, rows = index.similar(3, 1)
+    norms = np.linalg.norm(every, axis=1)
+    assert cosines[0] == pytest.approx(float(every[3] @ every[rows[0]] / norms[3] / norms[rows[0]]), rel=1e-5)
+    # earlier versions stored a beta of 0
+    earlier = Encoders(encoders.queries, lambda rows: torch.nn.functional.pad(encoders.documents(rows), (0, 1)))
+    write_vectors(tmp_path / "earlier", earlier, dataset, folder.checksum, score=config.model.score, dtype=dtype)
+    build_index(tmp_path / "earlier", tmp_path / "earlier_index")
+    found = open_index(tmp_path / "earlier_index", loaded)
+    assert found.search(query, 1)[0][0].score == pytest.approx(float((every @ query[0]).max()), rel=1e-5)
+    with pytest.raises(CheckpointError, match=f"vectors of width {dim + 1}, needs {dim}; embed it again"):
+        read_vectors(tmp_path / "earlier", folder.checksum, dataset, width=folder.index_width)
 
 
 def test_a_model_folder_is_the_model(make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +378,11 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
         assert (reported and reported.metrics) == recorded
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         stage_source(tmp_path, "latest")
+    with pytest.raises(CheckpointError, match="has the stage validated or finished yet"):
+        stage_source(tmp_path / "new", "best")
+    (tmp_path / "new" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="stopped before its first validation; use --checkpoint latest"):
+        stage_source(tmp_path / "new", "best")
 
 
 @pytest.mark.slow
