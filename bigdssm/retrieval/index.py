@@ -138,9 +138,13 @@ class Index:
         return scores, rows
 
     def with_beta(self, queries: np.ndarray) -> np.ndarray:
-        """Return queries with a last 0 if only they have no beta: every index of earlier versions has one."""
+        """Return queries with a last 0 if only they have no beta: indexes of earlier versions have a beta of 0."""
         missing = self.meta.has_beta and queries.ndim == 2 and (self.meta.whole or self.meta.width) - queries.shape[1]
-        return np.pad(queries, ((0, 0), (0, 1))) if missing == 1 else queries
+        return np.pad(queries, ((0, 0), (0, 1))) if missing == 1 and self._beta_is_zero else queries
+
+    @cached_property
+    def _beta_is_zero(self) -> bool:
+        return not self.vectors_at(range(min(SIMILAR_CANDIDATES, self.meta.num_docs)))[:, -1].any()
 
     def check_model(self, model_checksum: str) -> None:
         """Raise CheckpointError if the index holds another model's vectors."""

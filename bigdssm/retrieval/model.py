@@ -36,11 +36,11 @@ class Model:
         return self.folder.checksum
 
     def encode_queries(self, rows: Any) -> np.ndarray:
-        """Encode queries to float32 [m, D+1]. Raises DataError: an unknown feature or a bad value."""
+        """Encode queries to [m, D+1], or [m, D] without beta. Raises DataError: an unknown feature or bad value."""
         return self._encode(rows, self.folder.schema.query, query_vectors)
 
     def encode_documents(self, rows: Any) -> np.ndarray:
-        """Encode documents to float32 [n, D+1]. Raises DataError: an unknown feature or a bad value."""
+        """Encode documents to [n, D+1], or [n, D] without beta. Raises DataError: an unknown feature or bad value."""
         return self._encode(rows, self.folder.schema.doc, document_vectors)
 
     def _encode(
