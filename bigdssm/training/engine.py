@@ -1,4 +1,4 @@
-"""The DeepSpeed engine, configured only by the config; only this module and `portable.py` import deepspeed.
+"""The DeepSpeed engine, configured only by the config; `deepspeed_patches.py` and `portable.py` import deepspeed, too.
 
 `backward` takes output vectors of the towers with their gradients in place of a loss.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import math
 import os
@@ -14,16 +13,14 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, cast
 
 import deepspeed
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import compiler
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, stage3, stage_1_and_2
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from torch import Tensor, nn
 
 from bigdssm import distributed
@@ -43,37 +40,14 @@ from bigdssm.models import (
 )
 from bigdssm.tables.sharded import ShardedTables, WorkingSet
 from bigdssm.training import portable
+from bigdssm.training.deepspeed_patches import apply_patches, undo_patches
 from bigdssm.training.optimizers import build_optimizer
 from bigdssm.utils import timing
 
 COLLECTIVE_TIMEOUT_S = 1800
 CLIP_EPS = 1e-6  # that DeepSpeed adds to the norm
 DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
-_LINEAR = torch.nn.functional.linear
 _SINGLE_RANK: dict[str, str] = {}  # the environment of a process group without a launcher
-
-# The shared-memory all-reduce is compiled on first use: it takes 45 s and a compiler, and ranks race for it. If one is
-# killed meanwhile, all later runs wait for its lock.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-# When DeepSpeed's Muon, which is not used here, is imported, its functions are compiled: 3 s at every start.
-_compile, compiler.compile = compiler.compile, lambda: lambda function: function
-importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-compiler.compile = _compile
-
-# At ZeRO stage 3 ranks compare the order of modules after every pass that differs from the previous one, by two
-# synchronizing broadcasts. Chunks of alternating sides trigger most of them, but all ranks have the same chunks.
-partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
-
-
-def _mark(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Replace a non-finite norm by `val`, as DeepSpeed does, but without an upload from host memory."""
-    norm.masked_fill_(~norm.isfinite(), val)
-
-
-# The norm, a new tensor in each step, is then read from the device once, not once per parameter group.
-stage_1_and_2.is_invalid_grad_norm = lru_cache(maxsize=1)(stage_1_and_2.is_invalid_grad_norm)
-stage_1_and_2.mask_nan_or_inf_with_val_inplace = stage3.mask_nan_or_inf_with_val_inplace = _mark
 
 
 def init_process_group() -> None:
@@ -86,6 +60,7 @@ def init_process_group() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # caused by DeepSpeed
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    apply_patches()
     try:
         deepspeed.init_distributed(
             dist_backend=_backend(),
@@ -103,6 +78,8 @@ def init_process_group() -> None:
             reason = str(error).splitlines()[0]
             raise PeerError(f"not all {os.environ['WORLD_SIZE']} ranks connected at {where}: {reason}") from None
         raise
+    finally:
+        undo_patches()
 
 
 def leave_process_group() -> None:
@@ -114,7 +91,6 @@ def leave_process_group() -> None:
     if distributed.is_distributed():
         deepspeed.comm.destroy_process_group()
         gc.collect()  # destroyed engines, in reference cycles
-    torch.nn.functional.linear = _LINEAR  # DeepSpeed replaces it at ZeRO stage 3
     for name in _SINGLE_RANK:
         os.environ.pop(name, None)
     _SINGLE_RANK.clear()
@@ -224,6 +200,7 @@ class Engine(DeepSpeedStepEngine):
     tables: ShardedTables | None = None  # of the model, sharded by rows
     _working: WorkingSet | None = None  # of the step
     _square: Tensor | None = None  # of the norm of its gradients
+    _states_checked = False
 
     def __init__(
         self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int,
@@ -241,6 +218,7 @@ class Engine(DeepSpeedStepEngine):
         self.budget = TokenBudget.of(config, packed)
         if config.compile:
             compile_layers(model)
+        apply_patches()
         built = deepspeed.initialize(
             model=model.to(device()),
             optimizer=build_optimizer(model, optimizer),
@@ -254,7 +232,8 @@ class Engine(DeepSpeedStepEngine):
             self._include_tables_in_norm()
 
     def destroy(self) -> None:
-        """Remove the references to DeepSpeed's engine, so that its memory can be freed."""
+        """Remove the references to DeepSpeed's engine, so that its memory can be freed; undo the patches."""
+        undo_patches()
         self.deepspeed.destroy()
         if self.zero_stage == 3:
             parameter_offload.FWD_MODULE_STACK.clear()
@@ -272,14 +251,18 @@ class Engine(DeepSpeedStepEngine):
         """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.
 
         It is skipped on all ranks if any gradient is not finite. Rows of sharded tables count in the norm, and are
-        clipped, updated or left with the other weights.
+        clipped, updated or left with the other weights. Raises ConfigError after the first: see `check_states`.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if self.tables is not None and self._working is not None:
             self._square = self.tables.reduce(self._working)
             cast(DualEncoder, self.module).tables.source, self._working = self.tables, None
+        before = [] if self._states_checked else portable.group_values(self.deepspeed, self.zero_stage)
         applied = self._step_weights()
+        if applied and before:
+            portable.check_states(self.deepspeed, self.zero_stage, self._state_of, before)
+            self._states_checked = True
         if self.tables is not None:
             if applied:
                 self.tables.commit(self._clip_coefficient(), lr_factor)

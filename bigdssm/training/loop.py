@@ -30,14 +30,13 @@ def train(trainer: Trainer) -> StageProgress:
     Raises DivergedError after too many non-finite steps in a row, Preempted after a requested stop, with a checkpoint.
     """
     try:
-        progress = _train(trainer)
+        return _train(trainer)
     except Preempted:
         save(trainer, in_background=False)
-        trainer.engine.destroy()
         step = trainer.progress.step
         raise Preempted(f"stopped on request after step {step}, saved; continue with --resume auto") from None
-    trainer.engine.destroy()
-    return progress
+    finally:
+        trainer.engine.destroy()
 
 
 def _train(trainer: Trainer) -> StageProgress:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.checkpoints.shares import TensorPiece, even_share
+from bigdssm.errors import ConfigError
 from bigdssm.utils.hashing import hash64
 
 StateOf = Callable[[str], tuple[str, ...]]
@@ -130,6 +131,42 @@ def set_tensors(
             _set_master(zero_stage, parameter, read(name))
         for state in states.get(parameter, ()):
             _set_state(engine, zero_stage, parameter, read(f"{state}/{name}"), state)
+
+
+def group_values(engine: Any, zero_stage: int) -> list[dict[str, Any]]:
+    """Return the settings of the optimizer's groups that no schedule changes."""
+    groups = base_optimizer(engine, zero_stage).param_groups
+    return [{key: group[key] for key in group if key not in ("params", "lr")} for group in groups]
+
+
+def check_states(engine: Any, zero_stage: int, state_of: StateOf, before: list[dict[str, Any]]) -> None:
+    """Compare the optimizer's state after a step with the declared one.
+
+    before: `group_values` before the step. Raises ConfigError: a checkpoint would lack a part of the state.
+    """
+    optimizer = base_optimizer(engine, zero_stage)
+    name = f"optimizer {type(optimizer).__name__}"
+    group_of = {tensor: group["name"] for group in optimizer.param_groups for tensor in group["params"]}
+    for tensor, state in (dict(optimizer.state) or {torch.empty(0): {}}).items():
+        got = {key: _form(value) for key, value in state.items() if key != "step"}
+        group = group_of.get(tensor, before[0]["name"])  # at ZeRO 1 to 3 the states are the same for all groups
+        declared = dict.fromkeys(state_of(group), _form(tensor))
+        if got != declared:
+            raise ConfigError(
+                f"{name}: got the states {got} after a step, needs those of state_of, {declared}, since a "
+                "checkpoint has these alone; return all names from state_of, of tensors of the parameter's shape"
+            )
+    after = group_values(engine, zero_stage)
+    changed = {key for old, new in zip(before, after, strict=True) for key in new if new[key] != old.get(key)}
+    if changed:
+        raise ConfigError(
+            f"{name}: got a step that changes {', '.join(sorted(changed))} of a parameter group, needs "
+            "this state per parameter, since a checkpoint has no groups; move it to optimizer.state"
+        )
+
+
+def _form(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def base_optimizer(engine: Any, zero_stage: int) -> torch.optim.Optimizer:

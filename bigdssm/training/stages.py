@@ -27,6 +27,7 @@ from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference, retained_settings
+from bigdssm.training.deepspeed_patches import undo_patches
 from bigdssm.training.engine import device, init_process_group, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
@@ -57,6 +58,35 @@ def stage_lock() -> Iterator[None]:
         _training.release()
 
 
+@contextmanager
+def _training_state() -> Iterator[None]:
+    """Set autocast, gradients and default dtype to the state of a new process; restore all that a stage changes.
+
+    A notebook may call a stage within `torch.autocast`, `torch.no_grad` or `torch.inference_mode`.
+    """
+    linear, dtype = torch.nn.functional.linear, torch.get_default_dtype()
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in {"cpu", device().type}}
+    depth = torch.autocast_increment_nesting() - 1
+    try:
+        torch.set_default_dtype(torch.float32)
+        for kind in autocast:
+            torch.set_autocast_enabled(kind, False)
+        # Weights that are cast within DeepSpeed's own autocast are discarded at the end of an outermost context only.
+        for _ in range(depth + 1):
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        undo_patches()  # also after a failure, when the engine is not destroyed
+        torch.nn.functional.linear = linear  # DeepSpeed replaces it at ZeRO stage 3
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        for kind, enabled in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+        torch.set_default_dtype(dtype)
+
+
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
     launcher: LauncherMonitor | None = None, stop: StopRequest | None = None,
@@ -73,6 +103,7 @@ def run_stage(
     init_process_group()
     lock = FolderLock(folder)
     with ExitStack() as after:  # closed after the watchdog: trackers may take long to upload
+        after.enter_context(_training_state())
         watchdog = Watchdog(
             config.engine.peer_timeout_s, launcher or LauncherMonitor(), folder / STOP_FILE, lock.end, stop.request
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.config import load_config
+from bigdssm.config import EngineConfig, load_config
 from bigdssm.errors import ConfigError
 from bigdssm.training.checks import check_stage
+from bigdssm.training.optimizers import AdamW
 
 from . import small_run
 from .spawn import Pool
@@ -54,3 +59,62 @@ def test_muon_needs_whole_matrices(config: Path, tmp_path: Path) -> None:
         check_stage(load_config(config, overrides), "pretrain", 1)
     with pytest.raises(ConfigError, match=r"optimizer\.name: got adamv"):
         check_stage(load_config(config, [*overrides, "pretrain.optimizer.name=adamv"]), "pretrain", 1)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer with a state of its groups."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            group["taken"] = group.get("taken", 0) + 1
+
+
+@dataclass(frozen=True)
+class Undeclared(AdamW):
+    """Optimizers whose state differs from that of AdamW."""
+
+    kind: str = ""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.kind == "amsgrad":
+            return torch.optim.AdamW(groups, amsgrad=True)
+        if self.kind == "counting":
+            return Counting(groups)
+        return torch.optim.Adafactor(groups) if self.kind == "adafactor" else torch.optim.SGD(groups)
+
+    def state_of(self, group: str) -> tuple[str, ...]:
+        return {"amsgrad": super().state_of(group), "sgd": ("momentum_buffer",)}.get(
+            self.kind, ("row_var", "col_var") if self.kind == "adafactor" and group == "matrices" else ()
+        )
+
+
+def first_step(rank: int, world_size: int, stage: int, kind: str) -> str:
+    from bigdssm.training.engine import Engine
+
+    engine = Engine(torch.nn.Linear(3, 2, bias=False), EngineConfig(zero_stage=stage), Undeclared(kind=kind), 1)  # type: ignore[arg-type]
+    try:
+        engine.deepspeed.backward(engine.deepspeed(torch.ones(2, 3)).sum())
+        engine.step(1.0)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages", "words"),
+    [
+        ("amsgrad", (0, 1, 3), "AdamW: got the states {'exp_avg': .*, 'max_exp_avg_sq': .* needs those of state_of, {"),
+        ("sgd", (0, 2), "SGD: got the states {} after a step, .* {'momentum_buffer': "),
+        ("adafactor", (0,), r"'row_var': '\[2, 1\]', .* state_of, {'row_var': '\[2, 3\]'"),
+        ("counting", (0, 1), "changes taken of a parameter group"),
+    ],
+)
+def test_a_state_that_a_checkpoint_would_lack_ends_the_first_step(
+    kind: str, stages: tuple[int, ...], words: str, pools: dict[int, Pool]
+) -> None:
+    for stage in stages:
+        (message,) = pools[1].run(first_step, stage, kind)
+        assert re.search(words, message), message

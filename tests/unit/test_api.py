@@ -55,15 +55,24 @@ def tables_of(folder: Path) -> dict[str, pa.Table]:
     return tables
 
 
+def autocast_depth() -> int:
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
 def state_of_process() -> tuple[Any, ...]:
     handlers = {name: list(logging.getLogger(name).handlers) for name in (None, "bigdssm")}
     signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
     logger = logging.getLogger("bigdssm")
+    zero = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
     return (
         dict(os.environ), signals, wakeup, handlers, logger.level, logger.propagate, logging.getLogger().level,
         distributed.is_distributed(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+        zero.is_invalid_grad_norm, torch.nn.functional.linear, torch.get_default_dtype(), torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), autocast_depth(),
     )  # fmt: skip
 
 
@@ -175,6 +184,46 @@ def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path:
     with pytest.raises(ConfigError, match="dataclasses"):
         bigdssm.pretrain(bigdssm.load_config(folder / "config.yaml"), SHORT)
     assert state_of_process() == before
+
+
+def test_a_stage_that_fails_with_an_engine_leaves_none_of_its_patches(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    from bigdssm.training import loop
+
+    before, patched = state_of_process(), []
+
+    def fail(trainer: Any) -> Any:
+        patched.append(stage_1_and_2.is_invalid_grad_norm not in before)
+        raise DataError("a shard is damaged")
+
+    monkeypatch.setattr(loop, "_train", fail)
+    with pytest.raises(DataError, match="damaged"):
+        bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}", "engine.zero_stage=3"])
+    assert patched == [True] and state_of_process() == before
+
+
+@pytest.mark.parametrize("gradients", [torch.no_grad, torch.inference_mode])
+def test_a_stage_within_the_contexts_of_a_notebook_is_the_same(folder: Path, tmp_path: Path, gradients: Any) -> None:
+    """The weights that DeepSpeed casts to bfloat16 are those of the step, also within an outer autocast."""
+    settings = [*SHORT, "pretrain.steps=3", "engine.precision=bf16", "pretrain.log_every_steps=1"]
+    if not (folder / "plain").exists():
+        bigdssm.pretrain(folder / "config.yaml", [*settings, f"run.dir={folder}/plain"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", dtype=torch.float16), torch.autocast("cpu"), gradients():
+            before = state_of_process()
+            bigdssm.pretrain(folder / "config.yaml", [*settings, f"run.dir={tmp_path}"])
+            assert state_of_process() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    plain, within = (
+        [(record["loss"], record["grad_norm"]) for record in small_run.records(run)]
+        for run in (folder / "plain", tmp_path)
+    )
+    assert within == plain and len(plain) == 3
 
 
 def test_a_process_trains_by_command_and_by_function(folder: Path, tmp_path: Path) -> None:

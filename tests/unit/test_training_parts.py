@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import math
 import os
 import random
 import subprocess
@@ -283,6 +286,107 @@ assert not slow and "torch._inductor.lowering" not in sys.modules
     }  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, **variables})
     assert not (tmp_path / "extensions").exists()
+
+
+USERS_ENGINE = """
+import os, sys
+import deepspeed, torch
+
+def attributes():
+    found = {("environment", name): value for name, value in os.environ.items()}
+    registry = "__warningregistry__"
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("deepspeed", "torch"):
+            found |= {(name, key): id(value) for key, value in list(vars(module).items()) if key != registry}
+            for value in list(vars(module).values()):
+                if isinstance(value, type) and value.__module__ == name and name.startswith("deepspeed"):
+                    found |= {(name, value.__name__, key): id(member) for key, member in list(vars(value).items())}
+    return found
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # the user's decision: compile nothing
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {"stage": 3}}
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+engine.backward(engine(torch.ones(2, 4)).sum())
+engine.step()
+
+before, ops = attributes(), dict(deepspeed.ops.__compatible_ops__)
+import bigdssm
+for _ in range(3):
+    batch = bigdssm.pair_batch({"x": torch.randn(6, 4)}, {"x": torch.randn(6, 4)})
+    bigdssm.cached_step(engine, batch, chunk_tokens=3, encode_side=lambda engine, side, inputs: engine(inputs["x"]))
+    engine.step()
+after = attributes()
+assert before == after, {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+assert ops == deepspeed.ops.__compatible_ops__
+
+from bigdssm.training.deepspeed_patches import MUON, apply_patches, undo_patches
+for name in [name for name in sys.modules if name.startswith(MUON)]:
+    del sys.modules[name]
+before = attributes()
+apply_patches()
+apply_patches()  # as a second engine
+changed = {f"{key[0]}.{key[1]}" for key, value in attributes().items() if key in before and before[key] != value}
+assert changed - {"deepspeed.runtime.zero.muon"} == set(sys.argv[1:]), changed
+assert not hasattr(sys.modules[f"{MUON}.original_muon"].muon_update, "_torchdynamo_orig_callable")
+undo_patches()
+after = attributes()
+assert all(after[key] == value for key, value in before.items() if key[:2] != ("deepspeed.runtime.zero", "muon"))
+assert not any(name.startswith(MUON) for name in sys.modules)
+"""
+PATCHED = {  # the function, its signature, and a call of it
+    "deepspeed.comm.torch.build_shm_op": ("()", "self.shm_comm_op = build_shm_op()"),
+    "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks": (
+        "(*args, **kwargs)", "assert_ints_same_as_other_ranks([m.ds_id for m in self.__submodule_order])",
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm": (
+        "(norm)", "or self.check_grad_overflow) and is_invalid_grad_norm(scaled_global_grad_norm)",
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2.mask_nan_or_inf_with_val_inplace": (
+        "(input, device=None, val=-1.0)", "mask_nan_or_inf_with_val_inplace(total_norm, device=self.device)",
+    ),
+    "deepspeed.runtime.zero.stage3.mask_nan_or_inf_with_val_inplace": (
+        "(input, device=None, val=-1.0)", "mask_nan_or_inf_with_val_inplace(total_norm, device=total_norm.device)",
+    ),
+}  # fmt: skip
+
+
+def test_a_users_engine_runs_without_the_patches(tmp_path: Path) -> None:
+    """No attribute of DeepSpeed and torch differs after cached steps, nor after an engine of the project's own."""
+    variables = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-c", USERS_ENGINE, *PATCHED]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, **variables})
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_deepspeed_still_has_the_functions_that_are_replaced(name: str) -> None:
+    module_name, _, function = name.rpartition(".")
+    module, (signature, call) = importlib.import_module(module_name), PATCHED[name]
+    assert str(inspect.signature(getattr(module, function))) == signature
+    assert call in inspect.getsource(module)
+
+
+def test_deepspeed_still_compiles_muon_on_import() -> None:
+    import deepspeed
+
+    source = (Path(deepspeed.__file__).parent / "runtime" / "zero" / "muon" / "original_muon.py").read_text()
+    assert "from deepspeed.runtime import compiler" in source and "\n@compiler.compile()\n" in source
+
+
+def test_a_norm_is_marked_as_by_deepspeed() -> None:
+    from deepspeed.runtime import utils
+
+    from bigdssm.training.deepspeed_patches import _mark
+
+    for value in (0.0, 2.5, math.inf, -math.inf, math.nan):
+        norms = torch.tensor(value), torch.tensor(value)
+        utils.mask_nan_or_inf_with_val_inplace(norms[0])
+        _mark(norms[1])
+        assert torch.equal(*norms)
 
 
 def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
