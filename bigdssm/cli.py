@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, Preempted
+from bigdssm.utils.atomic import is_written_by
 from bigdssm.utils.log import is_first_rank, setup_logging
 
 PLUGINS = "bigdssm.plugins"
@@ -107,14 +108,27 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="dataset folder or URL (default: that of the model, if it needs one)")
 
 
-def check_file_to_write(option: str, path: Path | None) -> None:
-    """Raise ConfigError if no file can be written at `path`; call it before the work."""
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add the option --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help="replace output that this command did not write")
+
+
+def check_file_to_write(option: str, path: Path | None, command: str, *, overwrite: bool) -> None:
+    """Raise ConfigError if `command` cannot write a file at `path`, or would replace another one; call it before work.
+
+    A command may replace the file that it wrote itself (`mark_written`).
+    """
     if path is None:
         return
     if path.exists() and not path.is_file():
         raise ConfigError(f"{option} {path} is {'a folder' if path.is_dir() else 'a device or pipe'}; name a file")
     if files := [folder for folder in path.parents if folder.exists() and not folder.is_dir()]:
         raise ConfigError(f"{option} {path}: {files[0]} is no folder; choose another path")
+    if not overwrite and path.exists() and not is_written_by(path, command):
+        raise ConfigError(
+            f"{option} {path} exists, and is not the file that bigdssm {command} wrote there; choose another path, or "
+            "--overwrite it"
+        )
 
 
 def check_width(option: str, width: int, dim: int) -> None:

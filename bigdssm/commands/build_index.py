@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command
+from bigdssm.cli import add_overwrite, command
 from bigdssm.config.loading import options_of
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.index_types import INDEX_TYPES
@@ -41,10 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rescore", type=int, default=0, metavar="N",
         help="candidates per requested document to re-rank with exact vectors; 0 for none (default: %(default)s)",
     )  # fmt: skip
+    add_overwrite(parser)
     args = parser.parse_intermixed_args(argv)
     started = time.perf_counter()
     options = options_of(args.options)
-    meta = build_index(args.vectors, args.out, args.type, width=args.width, rescore=args.rescore, options=options)
+    meta = build_index(
+        args.vectors, args.out, args.type, width=args.width, rescore=args.rescore, options=options,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     print(f"{args.out}: {meta.kind} index of {meta.num_docs} documents in {time.perf_counter() - started:.1f} s")
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from bigdssm.cli import command
+from bigdssm.cli import add_overwrite, command
 from bigdssm.config.loading import options_of
 from bigdssm.errors import ConfigError
 from bigdssm.export.convert import BEST, export, folder_source, stage_source
@@ -45,13 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the format")
+    add_overwrite(parser)
     args = parser.parse_intermixed_args(argv)
     if args.model is not None and args.checkpoint is not None:
         raise ConfigError("--checkpoint needs --run: a model folder has only one checkpoint; omit it")
     kind = export_format(args.format, options_of(args.options))
     logging.disable_progress_bar()
     source_weights = stage_source(args.run, args.checkpoint or BEST) if args.run else folder_source(args.model)
-    parity = export(source_weights, args.out, kind)
+    parity = export(source_weights, args.out, kind, overwrite=args.overwrite)
     print(f"{args.out}: {args.format} of {args.run or args.model}, {source_weights.name}")
     print(f"largest difference from the trainer's vectors: {parity}")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, check_width, command
+from bigdssm.cli import ProgressBar, add_overwrite, check_width, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents per shard (default: %(default)s)"
     )
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     check_formats(args.dtype, args.format)
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             whole=whole,
             score=model.score,
             dtype=args.dtype,
+            overwrite=args.overwrite,
         )
     resumed = f", {written.resumed_shards} shards were already finished" if written.resumed_shards else ""
     print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")

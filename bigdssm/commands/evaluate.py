@@ -23,7 +23,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import ProgressBar, at_least, check_file_to_write, check_width, command, refuse_options
+from bigdssm.cli import ProgressBar, add_overwrite, at_least, check_file_to_write, check_width, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
@@ -46,7 +46,7 @@ from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.pair_scorer import PairScorer
-from bigdssm.utils.atomic import write_json
+from bigdssm.utils.atomic import mark_written, write_json
 
 BEIR_OPTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",
@@ -98,9 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="write the ranking of the first row of the table (re-ranked with --rerank) as a TREC run",
     )  # fmt: skip
     beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC format")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    for option, path in (("--out", args.out), ("--save-run", args.save_run), ("--save-qrels", args.save_qrels)):
-        check_file_to_write(option, path)
+    written = {"--out": args.out, "--save-run": args.save_run, "--save-qrels": args.save_qrels}
+    for option, path in written.items():
+        check_file_to_write(option, path, "evaluate", overwrite=args.overwrite)
     if args.beir is not None:
         ignored = ["--data", "--baselines", "--qrels"]
         refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
@@ -125,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _on_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
+    for path in written.values():
+        if path is not None:
+            mark_written(path, "evaluate")
 
 
 def _on_split(args: argparse.Namespace) -> None:

@@ -24,11 +24,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import ProgressBar, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import ProgressBar, add_overwrite, at_least, check_file_to_write, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.candidates import write_candidates, write_rated
 from bigdssm.retrieval.embed import Share
+from bigdssm.utils.atomic import mark_written
 
 
 @command
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--width", type=at_least(1), default=50, help="maximum number of documents per query (default: %(default)s)"
     )
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    check_file_to_write("--out", args.out)
+    check_file_to_write("--out", args.out, "list_candidates", overwrite=args.overwrite)
     if args.graded:
         refuse_options(parser, args, ["--query-column", "--positive-column", "--column"], "without --given")
     else:
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             columns = args.query_column, args.positive_column, args.column
             hard = write_candidates(args.out, dataset, args.given, columns, args.width, share)
+    mark_written(args.out, "list_candidates")
     print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} documents per query")
 
 

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--partition", default="base", help="name of the first partition of a new dataset (default: %(default)s)"
     )
-    common.add_argument("--overwrite", action="store_true", help="replace an existing dataset at --out")
+    common.add_argument("--overwrite", action="store_true", help="replace a dataset at --out, and any folder at --beir")
     common.add_argument("--like", type=Path, metavar="DIR", help="reuse the schema and tokenizer of this dataset")
     common.add_argument("--append", metavar="NAME", help="add a partition of this name to the dataset at --out")
     common.add_argument(

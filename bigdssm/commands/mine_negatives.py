@@ -20,7 +20,7 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, check_file_to_write, command
+from bigdssm.cli import ProgressBar, add_overwrite, check_file_to_write, command
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
@@ -28,6 +28,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.vectors import read_vectors
+from bigdssm.utils.atomic import mark_written
 
 
 @command
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="use an approximate index for larger catalogues (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--vectors", type=Path, metavar="DIR", help="document vectors (default: encode the catalogue)")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    check_file_to_write("--out", args.out)
+    check_file_to_write("--out", args.out, "mine_negatives", overwrite=args.overwrite)
     if args.margin is not None and not math.isfinite(args.margin):
         raise ConfigError(f"--margin {args.margin}: needs a finite number")
     if args.exact_up_to < 0:
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         hard = gather_hard_negatives(args.out, local, dataset)
     if distributed.is_main():
+        mark_written(args.out, "mine_negatives")
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
     if ranks > 1:
         leave_process_group()

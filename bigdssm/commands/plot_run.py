@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import check_file_to_write, command
+from bigdssm.cli import add_overwrite, check_file_to_write, command
 from bigdssm.cluster.metrics import plot_runs
 from bigdssm.errors import ConfigError
+from bigdssm.utils.atomic import mark_written
 
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -25,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or stage folder")
     parser.add_argument("--out", type=Path, required=True, metavar="IMAGE", help="image file: .png, .svg or .pdf")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    check_file_to_write("--out", args.out)
+    check_file_to_write("--out", args.out, "plot_run", overwrite=args.overwrite)
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:
         raise ConfigError(f"--out {args.out}: needs a file name ending in {' or '.join(IMAGE_SUFFIXES)}")
     plot_runs(args.runs, args.out)
+    mark_written(args.out, "plot_run")
     print(args.out)
 
 

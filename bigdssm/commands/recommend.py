@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_search_options, check_file_to_write, command, refuse_options
+from bigdssm.cli import ProgressBar, add_overwrite, add_search_options, check_file_to_write, command, refuse_options
 from bigdssm.commands.search import FILTER_HELP, SEEN, SEEN_HELP
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
+from bigdssm.utils.atomic import mark_written
 
 
 @command
@@ -51,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"
     )
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.out.suffix == ".csv":
-        check_file_to_write("--out", args.out)
+        check_file_to_write("--out", args.out, "recommend", overwrite=args.overwrite)
     if args.queries is None:
         refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
@@ -63,9 +65,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
         as_csv = args.out.suffix == ".csv"
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
-        done = recommend(parts, folder, index, dataset, _source(args, dataset), options, work)
+        done = recommend(
+            parts,
+            folder,
+            index,
+            dataset,
+            _source(args, dataset),
+            options,
+            work,
+            overwrite=args.overwrite and not as_csv,
+        )
         if as_csv and done.finished:
             write_csv(parts, args.out)
+            mark_written(args.out, "recommend")
     resumed = f", {done.resumed_shards} shards were already finished" if done.resumed_shards else ""
     rate = f"{done.queries} queries in {done.seconds:.1f} s, {done.queries / max(done.seconds, 1e-9):.0f} per second"
     print(f"rank {work.rank} of {work.world_size}: {rate}{resumed}")

@@ -26,7 +26,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import ProgressBar, check_file_to_write, command, refuse_options
+from bigdssm.cli import ProgressBar, add_overwrite, check_file_to_write, command, refuse_options
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.cache import FileCache
@@ -49,7 +49,7 @@ from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
-from bigdssm.utils.atomic import write_json
+from bigdssm.utils.atomic import mark_written, write_json
 
 
 @command
@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--filter-known", action="store_true", help="exclude documents that are relevant in other splits"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    check_file_to_write("--out", args.out)
+    check_file_to_write("--out", args.out, "report", overwrite=args.overwrite)
     if args.beir is None:
         beir_options = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
         refuse_options(parser, args, beir_options, "without --beir")
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, as_json([*others, *models]))
+    mark_written(args.out, "report")
 
 
 def _trained_stages(run: Path, precision: str) -> dict[str, ModelFolder]:
@@ -172,12 +174,16 @@ def _measured(
     name: str, make: Callable[..., Run], collection: Collection, args: argparse.Namespace, stage_dir: Path | None = None
 ) -> System:
     spent = 0.0 if stage_dir is None else training_seconds(stage_dir)
+    label = name if stage_dir is None or len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
+    file = None
+    if args.save_runs is not None:
+        file = args.save_runs / f"{'-'.join(label.replace('/', ' ').split())}.trec"
+        check_file_to_write("--save-runs", file, "report", overwrite=args.overwrite)
     started = perf_counter()
     run = make()
-    if args.save_runs is not None:
-        label = name if stage_dir is None or len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
-        file = "-".join(label.replace("/", " ").split())
-        write_run(args.save_runs / f"{file}.trec", run, label)
+    if file is not None:
+        write_run(file, run, label)
+        mark_written(file, "report")
     return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, at_least, check_file_to_write, command
+from bigdssm.cli import ProgressBar, add_overwrite, at_least, check_file_to_write, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.teachers import (
@@ -36,6 +36,7 @@ from bigdssm.evaluation.teachers import (
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
+from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.log import Progress
 
@@ -64,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"
     )
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    check_file_to_write("--out", args.out)
+    check_file_to_write("--out", args.out, "score_pairs", overwrite=args.overwrite)
     if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
         raise ConfigError("no teacher: needs at least one of --model, --cross-encoder, --pretrained and --bm25")
     dataset, hard = Dataset.open(args.data), HardNegatives.open(args.mined)
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         scored = score_pairs(args.out, hard, dataset, list(teachers.values()), names, work)
     if scored is not None:
+        mark_written(args.out, "score_pairs")
         per_query = f"{scored.per_query():.1f} documents per query"
         print(f"{args.out}: {len(scored)} queries, {per_query}, {len(teachers)} teachers")
 

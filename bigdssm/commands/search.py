@@ -24,13 +24,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_search_options, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, add_search_options, at_least, check_file_to_write, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import Event, Request, parse_request
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
-from bigdssm.utils.atomic import new_file
+from bigdssm.utils.atomic import mark_written, new_file
 
 SEEN = {"allow": False, "exclude": True}
 SEEN_HELP = "whether results may include seen documents (default: data.exclude_seen of the model)"
@@ -55,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
     parser.add_argument("--request", metavar="FILE", help="file with a request as JSON, - for standard input")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.out is not None and args.out.suffix != ".csv":
         raise ConfigError(f"--out {args.out}: needs a file name ending in .csv")
-    check_file_to_write("--out", args.out)
+    check_file_to_write("--out", args.out, "search", overwrite=args.overwrite)
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which contains them")
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _show(searcher, query, documents)
     if args.out is not None:
         _write(args.out, documents)
+        mark_written(args.out, "search")
 
 
 def _request(args: argparse.Namespace) -> Request:

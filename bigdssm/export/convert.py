@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +11,7 @@ from typing import Any, cast
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, find_checkpoint, folder_checksums
 from bigdssm.checkpoints.model_folder import (
     BEST,
+    CONFIG_FILE,
     META_FILE,
     ModelFolder,
     is_model_folder,
@@ -62,11 +65,12 @@ def folder_source(folder: Path) -> ExportSource:
     return ExportSource(load_model_folder(folder), folder.name)
 
 
-def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") -> Parity:
+def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", *, overwrite: bool = False) -> Parity:
     """Export `source` to the folder `out` with a model card; returns the parity with the trainer.
 
-    Raises, without writing anything: ConfigError: the format does not support the model, or `out` holds something else;
-    CheckpointError: the vectors differ by more than `formats.PARITY_LIMIT`.
+    overwrite: `out` may hold something else; its files with other names are kept. Raises, without writing anything:
+    ConfigError: the format does not support the model, or `out` holds something else; CheckpointError: the vectors
+    differ by more than `formats.PARITY_LIMIT`.
     """
     kind = export_format(kind)
     if not kind.keeps_adapters:
@@ -78,9 +82,9 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
     marker = META_FILE if target == model_format.ModelExport.format else EXPORT_FILE
     check_replaceable(
         out, marker, lambda meta: marker == META_FILE or meta.get("format") == target,
-        f"is not an export of the format {target}",
+        f"is not an export of the format {target}", overwrite=overwrite,
     )  # fmt: skip
-    with new_folder(out) as aside:
+    with new_folder(out, _own_files(out, marker)) as aside:
         parity = kind.write(source.model, aside)
         parity.check(f"the {target} export")
         whole = kind.format == model_format.ModelExport.format or source.model.model.scorer is None
@@ -97,6 +101,15 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model") 
             }
             write_json(aside / EXPORT_FILE, content)
     return parity
+
+
+def _own_files(folder: Path, marker: str) -> list[str]:
+    """Return the files of an export, if any."""
+    try:
+        checksums = json.loads((folder / marker).read_text(encoding="utf-8"))["checksums"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        checksums = {}
+    return [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]
 
 
 def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:

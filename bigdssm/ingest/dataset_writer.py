@@ -45,6 +45,10 @@ AS_OF = {"users": "rows", "items": "events"}  # the reference time of features t
 SPLIT = "split"  # the split of the first partition, reused by appends without --split
 TIMES = "times"  # the units of event times
 LOCK = ".lock"  # inside an existing dataset
+OWN_FILES = (
+    DATASET_FILE, SCHEMA_FILE, QUARANTINE_FILE, LOCK,
+    *(f"{name}/*" for name in (TOKENIZER, CATALOGUE, PARTITIONS, VOCABULARIES, UNFINISHED)),
+)  # fmt: skip
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -235,7 +239,7 @@ class DatasetWriter:
         if self.append:
             self._move_in(schema)
         else:
-            replace_folder(self.staging, self.out)
+            replace_folder(self.staging, self.out, OWN_FILES)
         remove(self._used_spool)
         self._locks.close()
 

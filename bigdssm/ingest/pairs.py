@@ -53,7 +53,10 @@ from bigdssm.ingest.reading import TablePart, column_options, feature_columns, r
 from bigdssm.ingest.row_keys import hash_rows, row_keys, shuffle_keys
 from bigdssm.ingest.sources.base import Source
 from bigdssm.ingest.sources.beir import (
+    COLLECTION,
     CORPUS_FILE,
+    META_FILE,
+    OWN_FILES,
     QRELS_DIR,
     QUERIES_FILE,
     check_output_folder,
@@ -70,7 +73,7 @@ from bigdssm.ingest.splits import (
     check_dataset_split,
     dataset_split,
 )
-from bigdssm.utils.atomic import new_folder, real_path
+from bigdssm.utils.atomic import new_folder, real_path, write_json
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.string_hashing import hash_strings
 
@@ -192,7 +195,7 @@ def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None
     if config.siamese and not (tables.query_id_column and tables.doc_id_column):
         raise ConfigError("data.siamese=true: a query is a document; give --query-id-column and --doc-id-column")
     if tables.beir:
-        check_output_folder(tables.beir)
+        check_output_folder(tables.beir, overwrite=target.overwrite)
     if target.append and tables.split is None:
         check_dataset_split(
             (tables.validation_fraction, tables.test_fraction), whole_documents=tables.whole_documents,
@@ -392,8 +395,9 @@ def write_collection(
         "JOIN documents ON paired.doc_id = documents.doc_id WHERE paired.nth = 1 AND split = "
     )
 
-    with new_folder(real_path(folder)) as aside:
+    with new_folder(real_path(folder), OWN_FILES) as aside:
         (aside / QRELS_DIR).mkdir()
+        write_json(aside / META_FILE, COLLECTION)
         write_entries(aside / CORPUS_FILE, schema.doc, _entries(documents.table, "doc_key", "d", schema.doc))
         write_entries(aside / QUERIES_FILE, schema.query, _entries(queries, "query_key", "q", schema.query))
         for number, split in enumerate(SPLITS):

@@ -32,6 +32,7 @@ from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
     INDEX_FILE,
     META_FILE,
+    OWN_FILES,
     VECTORS,
     VECTORS_FILE,
     CodedVectors,
@@ -234,14 +235,16 @@ def build_index(
     width: int | None = None,
     rescore: int = 0,
     options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> VectorsMeta:
     """Build the inner-product index of a vectors folder and return its meta.
 
     flat is exact, sq8 (int8) is flat with a byte per dimension and binary with a bit; hnsw, ivf and ivfpq probe a part
     of the catalogue, and ivfpq stores half a byte per dimension; `options` of the type: docs/config_keys.md. `width`
     truncates the vectors of a model trained with loss.widths. `rescore` candidates per requested document are rescored
-    with the full vectors on disk. Raises: CheckpointError: `vectors_dir` is not a complete vectors folder; ConfigError:
-    `folder` holds something else, ivfpq has too few documents, or an invalid width or rescore.
+    with the full vectors on disk. overwrite: `folder` may hold something else; its files with other names are kept.
+    Raises: CheckpointError: `vectors_dir` is not a complete vectors folder; ConfigError: `folder` holds something else,
+    ivfpq has too few documents, or an invalid width or rescore.
     """
     folder = real_path(folder)
     meta = read_meta(vectors_dir)
@@ -254,8 +257,8 @@ def build_index(
         truncated = truncate_like(vectors[:], built)
         vectors = CodedVectors(truncated, "float32", built.width, built.has_beta)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
-    check_output_folder(folder, CONTENTS_FILE)
-    with new_folder(folder) as aside:
+    check_output_folder(folder, CONTENTS_FILE, overwrite)
+    with new_folder(folder, OWN_FILES) as aside:
         backend.write(backend.build(vectors), aside / INDEX_FILE)
         for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
             shutil.copyfile(vectors_dir / name, aside / name)

@@ -113,8 +113,8 @@ def mine(
     """
     if first >= (num_docs := dataset.catalogue.num_docs):
         raise ConfigError(
-            f"hard negatives from first={first}: the ranks of {num_docs} documents are 0 to {num_docs - 1}; choose a lower "
-            "one"
+            f"hard negatives from first={first}: the ranks of {num_docs} documents are 0 to {num_docs - 1}; choose a "
+            "lower one"
         )
     share = share or Share()
     if documents is None:

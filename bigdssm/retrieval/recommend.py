@@ -84,18 +84,25 @@ def recommend(
     source: QuerySource,
     options: RecommendOptions,
     work: ShardWork,
+    *,
+    overwrite: bool = False,
 ) -> RecommendReport:
     """Write this rank's share of the recommendations for all queries of `source` into the folder `out`.
 
-    Raises: CheckpointError: model, index and dataset do not match; ConfigError: `out` holds something else, or an
-    invalid filter; DataError: no queries, or a vector is not finite.
+    overwrite: `out` may hold something else; its files with other names are kept. Raises: CheckpointError: model, index
+    and dataset do not match; ConfigError: `out` holds something else, or an invalid filter; DataError: no queries, or a
+    vector is not finite.
     """
     index.check_model(folder.doc_checksum)
     source = source.with_dataset(folder.view(dataset))
     index.check_dataset(dataset)
     out = real_path(out)
     check_replaceable(
-        out, META_FILE, lambda meta: meta.get("kind") == "recommendations", "does not hold recommendations"
+        out,
+        META_FILE,
+        lambda meta: meta.get("kind") == "recommendations",
+        "does not hold recommendations",
+        overwrite=overwrite,
     )
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
@@ -107,7 +114,7 @@ def recommend(
         "source": source.identity, "model": folder.checksum, "index": index.meta.files, "dataset": dataset.fingerprint,
     }  # fmt: skip
     documents, started, queries = index.keys.combine_chunks(), time.perf_counter(), 0
-    shards = ShardedFolder(out, job, source.num_rows, work)
+    shards = ShardedFolder(out, job, source.num_rows, work, own=(META_FILE, "part-*.parquet"))
     for shard, first, last in shards.pending("shards recommended"):
         batch = source.read(first, last)
         scores, rows = _best(folder, index, batch, min(options.top, index.meta.num_docs), exclude, allowed)

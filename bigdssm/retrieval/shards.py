@@ -12,7 +12,7 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +52,15 @@ class ShardedFolder:
 
     def __init__(
         self, folder: Path, job: Mapping[str, Any], num_rows: int, work: ShardWork,
-        prepare: Callable[[Path], None] = lambda aside: None,
+        prepare: Callable[[Path], None] = lambda aside: None, own: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
         """Resume the unfinished folder of exactly this `job`, or start an empty one and call `prepare` on it.
 
+        own: patterns of the files of an earlier version, see `atomic.replace_folder`.
+
         Raises DataError: another process is writing the folder for another job.
         """
-        self._folder, self._num_rows, self._work = folder, num_rows, work
+        self._folder, self._num_rows, self._work, self._own = folder, num_rows, work, own
         self.num_shards = -(-num_rows // work.rows_per_shard)
         self.aside = temporary_path(folder)
         self.aside.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ class ShardedFolder:
         with self._all_done() as done:
             if done:
                 complete(self.aside)
-                replace_folder(self.aside, self._folder)
+                replace_folder(self.aside, self._folder, self._own)
                 shutil.rmtree(self._folder / DONE_DIR)
                 (self._folder / JOB_FILE).unlink()
                 (self._folder / LOCK_FILE).unlink()

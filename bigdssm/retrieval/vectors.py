@@ -33,6 +33,7 @@ FORMAT = 1
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
 INDEX_FILE = "index.faiss"
+OWN_FILES = (META_FILE, DOCUMENTS_FILE, CONTENTS_FILE, INDEX_FILE, "vectors.*", "README.md")  # of vectors and indexes
 DATA_SUFFIXES = (".npy", ".arrow", ".faiss")
 ROWS_AT_ONCE = 65_536
 DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # identifies the encoded features of a document
@@ -78,11 +79,13 @@ def write_vectors(
     whole: int = 0,
     score: str = "",
     dtype: Dtype = "float32",
+    overwrite: bool = False,
 ) -> VectorsReport:
     """Encode this rank's share of the catalogue into a vectors folder, resuming finished shards.
 
     `since` is an earlier vectors folder of the same model: vectors of unchanged documents are copied from it.
     `whole`, `score` and `dtype` are stored in the meta: the width before truncation, the score type, the storage type.
+    overwrite: `folder` may hold something else; files with other names than these are kept.
     Raises: ConfigError: `folder` holds something else; CheckpointError: `since` is of another model; DataError: a
     vector is not finite, or too large for float16.
     """
@@ -97,7 +100,7 @@ def write_vectors(
         VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype, has_beta=has_beta
     )
     element, shape = row_layout(dtype, width, has_beta)
-    check_output_folder(folder, INDEX_FILE)
+    check_output_folder(folder, INDEX_FILE, overwrite)
 
     def prepare(aside: Path) -> None:
         new_array(aside / VECTORS_FILE, element, (num_docs, *shape))
@@ -107,7 +110,7 @@ def write_vectors(
         _write_documents(aside / DOCUMENTS_FILE, dataset)
         write_meta(aside, meta)
 
-    shards = ShardedFolder(folder, asdict(meta), num_docs, work, prepare)
+    shards = ShardedFolder(folder, asdict(meta), num_docs, work, prepare, OWN_FILES)
     vectors = open_memmap(shards.aside / VECTORS_FILE, "r+")
     contents = open_memmap(shards.aside / CONTENTS_FILE, "r+")
     encoded = reused = 0
@@ -236,13 +239,17 @@ def read_meta(folder: Path) -> VectorsMeta:
         raise CheckpointError(f"{folder / META_FILE} is damaged: {error!r}") from None
 
 
-def check_output_folder(folder: Path, other_file: str) -> None:
+def check_output_folder(folder: Path, other_file: str, overwrite: bool) -> None:
     """Raise ConfigError if writing to `folder` would replace foreign content, or the file `other_file`."""
     check_replaceable(
-        folder, META_FILE, lambda meta: "dataset_fingerprint" in meta, "holds neither vectors nor an index"
+        folder,
+        META_FILE,
+        lambda meta: "dataset_fingerprint" in meta,
+        "holds neither vectors nor an index",
+        overwrite=overwrite,
     )
-    if (folder / other_file).exists():
-        raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another --out")
+    if not overwrite and (folder / other_file).exists():
+        raise ConfigError(f"{folder} holds {other_file}, which this would replace; choose another one or --overwrite")
 
 
 def write_meta(folder: Path, meta: VectorsMeta) -> None:

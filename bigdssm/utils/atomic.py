@@ -11,14 +11,17 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from bigdssm.errors import ConfigError
+from bigdssm.utils.hashing import file_checksum
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
+ATTRIBUTE = "user.bigdssm.written"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -37,19 +40,54 @@ def real_path(path: Path) -> Path:
         raise ConfigError(f"{path} is a link that cannot be resolved: {error}") from None
 
 
-def check_replaceable(folder: Path, marker: str, is_own: Callable[[dict[str, Any]], bool], otherwise: str) -> None:
-    """Raise ConfigError ("FOLDER exists and `otherwise`") if a folder holds foreign content.
+def check_replaceable(
+    folder: Path, marker: str, is_own: Callable[[dict[str, Any]], bool], otherwise: str, *, overwrite: bool = False
+) -> None:
+    """Raise ConfigError ("FOLDER exists and `otherwise`") if a folder holds foreign content, unless `overwrite`.
 
     It may be missing, empty, or hold the JSON file `marker` with an object that `is_own` accepts.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
         content = json.loads((folder / marker).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         content = None
     if not (isinstance(content, dict) and is_own(content)):
-        raise ConfigError(f"{folder} exists and {otherwise}; choose another --out")
+        raise ConfigError(f"{folder} exists and {otherwise}; choose another one, or --overwrite it")
+
+
+def mark_written(path: Path, command: str) -> None:
+    """Note that `command` wrote this content of a file, which it may replace.
+
+    The note is an extended attribute, or the file .NAME.written where the file system has none.
+    """
+    path = real_path(path)
+    note = _note(path, command)
+    try:
+        os.setxattr(path, ATTRIBUTE, note)
+    except OSError:
+        write_bytes(_note_file(path), note)
+
+
+def is_written_by(path: Path, command: str) -> bool:
+    """Return whether a file is empty, or has the content that `command` wrote last."""
+    path = real_path(path)
+    if not path.stat().st_size:
+        return True
+    try:
+        note = os.getxattr(path, ATTRIBUTE)
+    except OSError:
+        note = _note_file(path).read_bytes() if _note_file(path).is_file() else b""
+    return note == _note(path, command)
+
+
+def _note_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.written")
+
+
+def _note(path: Path, command: str) -> bytes:
+    return f"{command} {file_checksum(path)}".encode()
 
 
 @contextmanager
@@ -83,14 +121,17 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; replace `folder` with it at the end of the block, remove it on an error."""
+def new_folder(folder: Path, own: Iterable[str] | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder; replace `folder` with it at the end of the block, remove it on an error.
+
+    own: as in `replace_folder`.
+    """
     aside = temporary_path(folder)
     remove(aside)
     aside.mkdir(parents=True)
     try:
         yield aside
-        replace_folder(aside, folder)
+        replace_folder(aside, folder, own)
     except BaseException:
         remove(aside)
         raise
@@ -118,8 +159,18 @@ def put_file(aside: Path, path: Path) -> None:
     os.replace(aside, path)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Sync the finished folder `new` and move it to `folder`, on the same file system."""
+def replace_folder(new: Path, folder: Path, own: Iterable[str] | None = None) -> None:
+    """Sync the finished folder `new` and move it to `folder`, on the same file system.
+
+    own: patterns of the files of an earlier version; files of `folder` that match none of them are kept. None: all are
+    replaced.
+    """
+    for path in folder.rglob("*") if own is not None and folder.is_dir() else ():
+        name = path.relative_to(folder)
+        is_own = (new / name).exists() or any(fnmatchcase(str(name), pattern) for pattern in own or ())
+        if not is_own and (path.is_symlink() or not path.is_dir()):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path, new / name)
     for path in new.rglob("*"):
         if path.is_file() and not path.is_symlink():
             sync(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.cli import check_file_to_write
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, ConfigError
 from bigdssm.retrieval.vectors import read_meta
@@ -127,3 +128,47 @@ def test_an_error_of_the_system_names_the_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"No space left on device: .*\.a\.txt\.unfinished"):
         atomic.write_text(tmp_path / "a.txt", "text")
+
+
+@pytest.mark.parametrize("attributes", [True, False])
+def test_a_command_replaces_its_own_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attributes: bool
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not attributes:
+        monkeypatch.setattr("os.setxattr", missing)
+        monkeypatch.setattr("os.getxattr", missing)
+    out = tmp_path / "out.json"
+    check_file_to_write("--out", out, "report", overwrite=False)
+    out.touch()
+    check_file_to_write("--out", out, "report", overwrite=False)  # empty: nothing is lost
+    out.write_text("the user's")
+    for command, written in (("report", False), ("evaluate", True), ("report", True)):
+        with pytest.raises(
+            ConfigError, match=r"out\.json exists, and is not the file that bigdssm .* wrote there; .*overwrite"
+        ):
+            check_file_to_write("--out", out, command, overwrite=False)
+        check_file_to_write("--out", out, command, overwrite=True)
+        if written:
+            atomic.write_text(out, command)
+            atomic.mark_written(out, command)
+            check_file_to_write("--out", out, command, overwrite=False)
+    out.write_text("changed by the user")
+    with pytest.raises(ConfigError, match="overwrite"):
+        check_file_to_write("--out", out, "report", overwrite=False)
+
+
+def test_files_of_others_in_a_folder_are_kept(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    fill(made, "old")
+    (made / "inner" / "notes").write_text("the user's")
+    (made / "mine").mkdir()
+    (made / "mine" / "link").symlink_to("nowhere")
+    (made / "part-7").touch()
+    with atomic.new_folder(made, own=("part-*", "inner/file")) as aside:
+        (aside / "part-1").touch()
+    assert sorted(str(path.relative_to(made)) for path in made.rglob("*") if not path.is_dir()) == [
+        "inner/notes", "mine/link", "part-1",
+    ]  # fmt: skip

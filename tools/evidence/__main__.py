@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing, collect finished trials")
     args = parser.parse_args(argv)
     for page in () if args.page is None else (args.page, tables_path(args.page)):
-        check_file_to_write("--page", page)
+        check_file_to_write("--page", page, "evidence", overwrite=True)
     if args.page is not None:
         head_of(args.page)
     claims = {path.stem: read_claim(path) for path in args.claims}
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     everything = [trial for of in planned.values() for trial in of]
     store = args.store if args.store is not None or args.page is None else args.page.parent
     for name in () if store is None else ("results.json", "trials.jsonl"):
-        check_file_to_write("--store", store / name)
+        check_file_to_write("--store", store / name, "evidence", overwrite=True)
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
     stored = {} if store is None else read_trials(store / "trials.jsonl")

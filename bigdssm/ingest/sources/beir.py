@@ -19,9 +19,13 @@ import pyarrow as pa
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
 from bigdssm.ingest.sources.text import parse_object, typed
+from bigdssm.utils.atomic import check_replaceable
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
+
+META_FILE, COLLECTION = "meta.json", {"kind": "collection", "format": 1}
+OWN_FILES = (META_FILE, CORPUS_FILE, QUERIES_FILE, *(f"{QRELS_DIR}/{name}" for name in SPLIT_FILES.values()))
 
 UNWRITABLE = re.compile(r"[\t\r\n]")
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
@@ -137,10 +141,12 @@ def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[Collec
     return pa.table({name: typed(values) for name, values in columns.items()})
 
 
-def check_output_folder(folder: Path) -> None:
-    """Raise ConfigError if `folder` exists and is not a collection, which would be replaced."""
-    if folder.exists() and not (folder / CORPUS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--beir {folder} exists and holds no {CORPUS_FILE}; choose another folder")
+def check_output_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError if `folder` holds something else than a collection that ingestion wrote, unless `overwrite`."""
+    check_replaceable(
+        folder, META_FILE, lambda meta: meta == COLLECTION, "holds no collection that bigdssm make_shards wrote",
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[tuple[list[str], pa.Table]]) -> None:

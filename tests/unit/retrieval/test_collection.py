@@ -77,6 +77,25 @@ def test_collection_holds_the_pairs(made: tuple[Dataset, Path, Config], tiny_pai
     )
 
 
+def test_a_folder_that_is_no_own_collection_is_not_replaced(
+    made: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path
+) -> None:
+    beir, data = tmp_path / "beir", made[2].data
+    tables = PairTables((tiny_pairs.source / "pairs.jsonl",), doc_id_column="doc_key", beir=beir)
+    beir.mkdir()
+    for name in ("corpus.jsonl", "notes.txt"):
+        (beir / name).write_text("the user's")
+    with pytest.raises(ConfigError, match=r"holds no collection that bigdssm make_shards wrote; .*--overwrite it"):
+        make_pairs(data, tables, IngestTarget(tmp_path / "dataset"))
+    assert (beir / "corpus.jsonl").read_text() == "the user's"
+    make_pairs(data, tables, IngestTarget(tmp_path / "dataset", overwrite=True))
+    make_pairs(data, tables, IngestTarget(tmp_path / "another"))  # its own collection
+    assert len(read_collection(beir, "test").corpus) > 99 and (beir / "notes.txt").read_text() == "the user's"
+    (tmp_path / "dataset" / "notes.txt").touch()
+    make_pairs(data, tables, IngestTarget(tmp_path / "dataset", overwrite=True))
+    assert (tmp_path / "dataset" / "notes.txt").exists()
+
+
 def test_a_models_run_is_the_datasets_evaluation(
     made: tuple[Dataset, Path, Config], text_model: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -316,7 +316,10 @@ def test_mine_negatives(tools: Tools, model_dir: Path, other_model_dir: Path, da
     for window in (("--first", 10**5, "--last", 10**6), ("--first", 0, "--last", 9, "--margin", 10**9)):
         message = tools.refused(2, "mine_negatives", *arguments, model_dir, *window)
         assert f"{dataset.catalogue.num_docs} documents" in message and "choose a lower" in message
-    assert not (tmp_path / "mined.npy").exists()
+    (tmp_path / "mined.npy").write_text("the user's")
+    message = tools.refused(2, "mine_negatives", *arguments, model_dir)
+    assert "is not the file that bigdssm mine_negatives wrote" in message
+    assert (tmp_path / "mined.npy").read_text() == "the user's"
 
 
 def test_convert_the_best_weights(tools: Tools, run_dir: Path, tmp_path: Path) -> None:
