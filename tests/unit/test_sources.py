@@ -16,6 +16,7 @@ import pytest
 from bigdssm.errors import DataError
 from bigdssm.features import Numeric, Vector
 from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
+from bigdssm.ingest.sources.beir import read_collection, texts_and_metadata
 from bigdssm.ingest.sources.registry import read_table
 from bigdssm.ingest.sources.text import record_batch
 
@@ -170,6 +171,24 @@ def test_json_of_too_many_levels_is_a_bad_row(tmp_path: Path) -> None:
         rows, _ = read(table, "a", bad=bad)
         assert len(rows) == 1 + good
         assert good or bad.seen == [(2, "not a JSON object: an object with more than 500 levels", True)]
+
+
+def test_metadata_of_a_collection_may_have_mixed_types_and_limited_levels(tmp_path: Path) -> None:
+    values: list[object] = [1, "x", None, 10**30, True, 2.5, [1], {"a": 1}]
+    corpus = [json.dumps({"_id": f"d{i}", "text": "t", "metadata": {"m": value}}) for i, value in enumerate(values)]
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td0\t1\n")
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "t"}\n')
+    (tmp_path / "corpus.jsonl").write_text("\n".join(corpus))
+    entries, numeric = read_collection(tmp_path, "test").corpus, Numeric().with_name("m")
+    table = texts_and_metadata({"m": numeric}, entries)
+    assert table["m"].to_pylist() == ["1", "x", None, f"{10**30}", "true", "2.5", "[1]", '{"a": 1}']
+    read_values = numeric.read(RowCheck(SourceBatch("f", table, np.arange(len(values))), Bad())).to_numpy()
+    np.testing.assert_array_equal(read_values, [1, np.nan, np.nan, 1e30, np.nan, 2.5, np.nan, np.nan])
+    deep = '{"_id": "e", "text": "t", "metadata": {"m": ' + "[" * 2000 + "]" * 2000 + "}}"
+    (tmp_path / "corpus.jsonl").write_text("\n".join([*corpus, deep]))
+    with pytest.raises(DataError, match=r"corpus.jsonl:9 is not a BEIR record: .* more than 500 levels"):
+        read_collection(tmp_path, "test")
 
 
 def test_vectors_of_json_that_are_not_numbers_are_missing_and_reported(tmp_path: Path) -> None:
