@@ -20,11 +20,11 @@ LIBRARIES = (
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # keep the output of libraries, also of their import, out of the answers
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # keep the output of libraries out of the answers
     for line in sys.stdin:
         request = json.loads(line)
         children = [_fork(request, variables, argv) for variables, argv in request["ranks"]]
