@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_overwrite(parser)
     args = parser.parse_intermixed_args(argv)
     started = time.perf_counter()
-    options = options_of(args.options)
+    options = options_of(args.options, INDEX_TYPES.find(args.type, ""))
     meta = build_index(
         args.vectors, args.out, args.type, width=args.width, rescore=args.rescore, options=options,
         overwrite=args.overwrite,

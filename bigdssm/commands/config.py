@@ -3,7 +3,8 @@
     bigdssm config --config configs/tldr.yaml [key=value …]
     bigdssm config --schema > config.schema.json
 
-The output is a complete config file in YAML with all keys, including defaults. Editors complete and validate a config
+The output is a complete config file in YAML with all keys, including defaults. A config that `--validate` of a stage
+would refuse is refused here, too, unless the reason is in the dataset. Editors complete and validate a config
 file whose first line names the schema: `# yaml-language-server: $schema=config.schema.json`. The schema includes the
 components of installed plugins.
 """
@@ -18,8 +19,10 @@ from collections.abc import Sequence
 import yaml
 
 from bigdssm.cli import command
+from bigdssm.cluster.metrics import STAGES
 from bigdssm.config import load_config
 from bigdssm.config.schema import config_schema
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.utils.components import literal
 
@@ -34,8 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys")
     args = parser.parse_intermixed_args(argv)
     if not args.schema:
-        config = literal(load_config(args.config, args.overrides).to_dict())
-        print(yaml.safe_dump(config, sort_keys=False), end="")
+        config = load_config(args.config, args.overrides)
+        from bigdssm.training.checks import check_model, check_settings  # takes seconds
+
+        if config.pretrain.init is None:
+            check_model(config.model, Schema.declared(config.data), 1)
+        for name in STAGES if config.sft else STAGES[:1]:
+            check_settings(config, name)
+        print(yaml.safe_dump(literal(config.to_dict()), sort_keys=False), end="")
         return
     if args.overrides:
         raise ConfigError(f"--schema takes no key=value, got {args.overrides[0]}; leave it out")

@@ -55,7 +55,7 @@ def _setting(word: str) -> tuple[str, str]:
 
 def _is_override(word: str) -> bool:
     """Return True for key=value, which may be anywhere, including after a list of files."""
-    return "=" in word and not word.startswith(("-", PREFIX)) and not Path(word).exists()
+    return "=" in word and not word.startswith(("-", PREFIX)) and not is_url(word) and not Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -178,9 +178,9 @@ def _check_documents(name: StageName, stage: StageConfig, config: Config) -> Non
 
 
 def _check_loss(name: StageName, stage: StageConfig, model: ModelConfig) -> None:
-    loss, key = stage.loss, f"{name}.loss"
-    fit = len(set(loss.widths)) == len(loss.widths) and all(width < model.dim for width in loss.widths)
-    require(fit, f"{key}.widths", list(loss.widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
+    loss, key, widths = stage.loss, f"{name}.loss", stage.loss.widths or ()
+    fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
+    require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
     if model.score == "cosine":
         require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
     if not loss.relative and stage.scorer is None:

@@ -6,6 +6,7 @@ are annotated as Any, because their module, `keys`, imports this one.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StageName = Literal["pretrain", "sft"]
+NEW_WEIGHTS_LR, PRETRAINED_LR = 1e-3, 5e-5  # defaults of learning rates
 MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # limits of vector widths, rows per step, and other counts
 
 
@@ -38,8 +40,9 @@ class LossConfig(StageComponent):
 
     name: str = MISSING  # fps, softmax, pair_ce, triplet, sigmoid, or a registered one
     weight: Literal["indicator", "relevance"] = "indicator"  # of a row: 1[r>0], or r itself
-    # Matryoshka: further widths, below model.dim, that vectors can be truncated to.
-    widths: tuple[int, ...] = bounded((), 1, MAX_WIDTH)
+    # Matryoshka: further widths, below model.dim, that vectors can be truncated to. None: no further widths; in sft
+    # without a scorer, those of the pretraining.
+    widths: tuple[int, ...] | None = bounded(None, 1, MAX_WIDTH)
     # Weight of the mean squared norms of both towers' vectors, for model.score=dot.
     norm_penalty: float = bounded(0.0, 0, 1_000_000)
 
@@ -48,6 +51,7 @@ class LossConfig(StageComponent):
         """Return q2d (softmax over the documents of a query), d2q (over the queries of a document), or both."""
         return "q2d"
 
+    @abstractmethod
     def build(self) -> Any:
         """Return the loss as a function of the scores, a `losses.terms.Term`."""
         raise NotImplementedError
@@ -98,6 +102,7 @@ class ScorerConfig(StageComponent):
 
     name: str = MISSING  # mlp or cross_encoder
 
+    @abstractmethod
     def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> Any:
         """Return a new `models.Scorer` for a model, its `Schema` and text architectures. Raises ConfigError."""
         raise NotImplementedError
@@ -113,17 +118,24 @@ class OptimizerConfig(Component):
     whole_tensors: ClassVar[bool] = False  # requires unsharded parameters: ZeRO 1 to 3 provide flat partitions
 
     name: str = MISSING  # adamw; muon, for matrices, with AdamW for the rest (engine.zero_stage=0); or a registered one
-    lr: float = bounded(1e-3, 0, 10)
+    lr: float | None = bounded(None, 0, 10)  # none: 1e-3, or 5e-5 with a pretrained text encoder (without adapters)
     embedding_lr_ratio: float = bounded(1.0, 0, 1_000_000)  # learning rate of embedding tables over lr
     weight_decay: float = bounded(0.01, 0, 10)  # matrices only: not biases, norms, tables, alpha
     warmup_steps: int = bounded(100, 0, MAX_COUNT)  # limited to half of the stage's steps
     final_lr_ratio: float = bounded(0.0, 0, 1000)
     gradient_clipping: float = bounded(1.0, 0, MAX_COUNT)  # 0: off
 
+    @property
+    def learning_rate(self) -> float:
+        """Return `lr`, by default that of weights from scratch."""
+        return NEW_WEIGHTS_LR if self.lr is None else self.lr
+
+    @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups, each with params, lr, weight_decay, `name` and `base_lr`."""
         raise NotImplementedError
 
+    @abstractmethod
     def state_of(self, group: str) -> tuple[str, ...]:
         """Return the names of the state tensors per parameter of a group, each with the parameter's shape.
 
@@ -143,20 +155,28 @@ class TableOptimizerConfig(Component):
     name: str = MISSING  # rowwise_adagrad, adagrad, sgd, lazy_adam, or a registered one
     lr: float = bounded(0.05, 0, 1000)
 
+    @abstractmethod
     def state_widths(self, dim: int) -> dict[str, int]:
         """Return the float32 numbers per row of width `dim`, by name of a state."""
         raise NotImplementedError
 
+    @abstractmethod
     def update(self, rows: Tensor, gradients: Tensor, states: dict[str, Tensor], lr: float, step: int) -> None:
         """Update float32 rows [n, dim] and their states [n, width] in place; `step` counts the applied steps from 0."""
         raise NotImplementedError
 
 
-LOSSES: Registry[LossConfig] = Registry("a loss", "name", home="bigdssm.losses.declarations")
-SAMPLINGS: Registry[SamplingConfig] = Registry("a sampling correction", "name", home="bigdssm.losses.declarations")
-DISTILLATIONS: Registry[DistillationConfig] = Registry("a distillation", "name", home="bigdssm.losses.declarations")
-SCORERS: Registry[ScorerConfig] = Registry("a scorer", "name", home="bigdssm.models.declarations")
-OPTIMIZERS: Registry[OptimizerConfig] = Registry("an optimizer", "name", home="bigdssm.training.optimizers")
+LOSSES: Registry[LossConfig] = Registry("a loss", "name", LossConfig, home="bigdssm.losses.declarations")
+SAMPLINGS: Registry[SamplingConfig] = Registry(
+    "a sampling correction", "name", SamplingConfig, home="bigdssm.losses.declarations"
+)
+DISTILLATIONS: Registry[DistillationConfig] = Registry(
+    "a distillation", "name", DistillationConfig, home="bigdssm.losses.declarations"
+)
+SCORERS: Registry[ScorerConfig] = Registry("a scorer", "name", ScorerConfig, home="bigdssm.models.declarations")
+OPTIMIZERS: Registry[OptimizerConfig] = Registry(
+    "an optimizer", "name", OptimizerConfig, home="bigdssm.training.optimizers"
+)
 TABLE_OPTIMIZERS: Registry[TableOptimizerConfig] = Registry(
-    "a table optimizer", "name", home="bigdssm.tables.optimizers"
+    "a table optimizer", "name", TableOptimizerConfig, home="bigdssm.tables.optimizers"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import abstractmethod
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Number
 from pathlib import Path
@@ -15,7 +16,9 @@ from bigdssm.config.components import (
     MAX_COUNT,
     MAX_ROWS,
     MAX_WIDTH,
+    NEW_WEIGHTS_LR,
     OPTIMIZERS,
+    PRETRAINED_LR,
     SAMPLINGS,
     SCORERS,
     TABLE_OPTIMIZERS,
@@ -28,7 +31,7 @@ from bigdssm.config.components import (
     TableOptimizerConfig,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature
+from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import FEATURES
 from bigdssm.utils.bounds import bounded, out_of_bounds
 from bigdssm.utils.components import MISSING, Component, Registry, component, named_components
@@ -119,6 +122,7 @@ class TextEncoderConfig(Component):
         """
         return inputs
 
+    @abstractmethod
     def build(self, architecture: Any) -> nn.Module:
         """Return an encoder with new weights, a `models.encoders.TextEncoder`."""
         raise NotImplementedError
@@ -126,6 +130,17 @@ class TextEncoderConfig(Component):
     def build_pretrained(self, architecture: Any) -> nn.Module:
         """Return an encoder with pretrained weights, by default new ones. Raises ConfigError: they do not load."""
         return self.build(architecture)
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Return whether all its weights are trained, from those of a pretrained model."""
+        return False
+
+    def check_tokenizer(self, key: str, tokenizer: Path | None) -> None:
+        """Raise ConfigError if pretrained weights belong to other tokens than those of the folder `tokenizer`.
+
+        None: a tokenizer that is trained on the dataset's texts. `key` names the block.
+        """
 
     def write_architecture(self, architecture: Any, folder: Path) -> None:
         """Write an architecture to ARCHITECTURE_FILE in a new folder."""
@@ -141,7 +156,9 @@ class TextEncoderConfig(Component):
 
 
 ARCHITECTURE_FILE = "config.json"
-TEXT_ENCODERS: Registry[TextEncoderConfig] = Registry("a text encoder", "type", home="bigdssm.models.declarations")
+TEXT_ENCODERS: Registry[TextEncoderConfig] = Registry(
+    "a text encoder", "type", TextEncoderConfig, home="bigdssm.models.declarations"
+)
 
 
 @dataclass(frozen=True)
@@ -170,13 +187,14 @@ class HistoryEncoderConfig(Component):
         """Return whether one pass can encode several queries of a row; ages differ between queries."""
         return self.positions != "age"
 
+    @abstractmethod
     def build(self, dim: int) -> nn.Module:
         """Return a layer over vectors of width `dim`, with the `forward` of `models.blocks.SasrecBlock`."""
         raise NotImplementedError
 
 
 HISTORY_BLOCKS: Registry[HistoryEncoderConfig] = Registry(
-    "a sequence block", "block", home="bigdssm.models.declarations"
+    "a sequence block", "block", HistoryEncoderConfig, home="bigdssm.models.declarations"
 )
 
 
@@ -385,7 +403,14 @@ class Config:
         for name in ("pretrain", "sft"):
             stage: StageConfig | None = getattr(self, name)
             if stage is not None:
-                object.__setattr__(self, name, _resolved(name, stage, self.data))
+                object.__setattr__(self, name, _resolved(name, stage, self))
+
+    def text_encoders(self) -> dict[str, TextEncoderConfig]:
+        """Return the text encoders of the model, by the keys of their blocks."""
+        sides = [side for side in ("query", "doc") if texts_of(getattr(self.data, side))]
+        if self.data.siamese or self.model.share_text:
+            sides = ["doc"] if sides and self.data.siamese else sides[:1]
+        return {f"model.{side}.text": getattr(self.model, side).text for side in sides}
 
     def stage(self, name: StageName) -> StageConfig:
         """Return the stage `name`. Raises ConfigError: the section is missing."""
@@ -423,14 +448,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r:.80} is not a string, number, list or mapping")
 
 
-def _resolved(name: str, stage: StageConfig, data: DataConfig) -> StageConfig:
-    """Return a stage with `auto` values resolved. Raises ConfigError: a key of `sampling` is out of bounds."""
+def _resolved(name: str, stage: StageConfig, config: Config) -> StageConfig:
+    """Return a stage with `auto` values and defaults resolved. Raises ConfigError: a key of `sampling` is invalid."""
     for key, got, needed in out_of_bounds(stage.sampling, f"{name}.sampling"):
         raise ConfigError(f"{key}: got {got}, needs {needed}")
     if stage.negatives.mask == "auto":
-        mask: Literal["batch", "none"] = "batch" if data.exclude_seen else "none"
+        mask: Literal["batch", "none"] = "batch" if config.data.exclude_seen else "none"
         stage = replace(stage, negatives=replace(stage.negatives, mask=mask))
-    return replace(stage, sampling=stage.sampling.resolve(stage, data))
+    if stage.loss.widths is None:
+        follows = name == "sft" and stage.scorer is None
+        stage = replace(stage, loss=replace(stage.loss, widths=config.pretrain.loss.widths if follows else ()))
+    if stage.optimizer.lr is None:
+        pretrained = any(text.is_pretrained for text in config.text_encoders().values())
+        stage = replace(stage, optimizer=replace(stage.optimizer, lr=PRETRAINED_LR if pretrained else NEW_WEIGHTS_LR))
+    return replace(stage, sampling=stage.sampling.resolve(stage, config.data))
 
 
 def _feature(key: str, content: Any) -> Feature:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
-from bigdssm.config.yaml_files import read_yaml, to_dataclass
+from bigdssm.config.yaml_files import is_text, read_yaml, to_dataclass
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.components import literal
+
+NO_VALUE = yaml.YAMLError, OmegaConfBaseException, RecursionError  # of an override
 
 
 @checked
@@ -57,7 +61,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
-    return to_dataclass(path, Config, content, changes_of(overrides))
+    return to_dataclass(path, Config, content, changes_of(overrides, Config, content))
 
 
 def load_written_config(path: Path) -> Config:
@@ -68,18 +72,41 @@ def load_written_config(path: Path) -> Config:
     return config_from(path, literal(OmegaConf.to_container(read_yaml(path, "the sections run, data, model, …"))))
 
 
-def options_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the `key=value` options of a component. Raises ConfigError."""
-    return cast(dict[str, Any], OmegaConf.to_container(changes_of(overrides)))
+def options_of(overrides: Sequence[str], kind: type) -> dict[str, Any]:
+    """Return the `key=value` options of a component of the class `kind`. Raises ConfigError."""
+    return cast(dict[str, Any], OmegaConf.to_container(changes_of(overrides, kind, OmegaConf.create({}))))
 
 
-def changes_of(overrides: Sequence[str]) -> DictConfig:
-    """Return `key=value` overrides as a container. Raises ConfigError."""
+def changes_of(overrides: Sequence[str], kind: type, content: DictConfig) -> DictConfig:
+    """Return `key=value` overrides of a file's `content` as a container; `kind` is its dataclass. Raises ConfigError.
+
+    The value of a field of type str is the rest of the word, unless it is empty, null or in quotes; others are YAML
+    without comments.
+    """
+    changes, given = OmegaConf.create({}), [content]
     for override in overrides:
         if not re.match(r"\w[^\[\]=]*(\[\d+\][^\[\]=]*)*=", override):
             raise ConfigError(f"override {override!r} is not of the form key=value, for example pretrain.steps=100")
+        with suppress(*NO_VALUE):
+            given.append(OmegaConf.from_dotlist([override]))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        is_yaml = value.strip()[:1] in "'\"" or value.strip().lower() in ("null", "~", "???")
         try:
-            OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+            if is_yaml or not is_text(kind, key, given):
+                _check_value(override, value)
+                changes.merge_with_dotlist([override])
+            else:
+                OmegaConf.update(changes, key, value)
+        except NO_VALUE as error:
             raise ConfigError(f"override {override!r} has no YAML value: {' '.join(str(error).split())}") from None
-    return OmegaConf.from_dotlist(list(overrides))
+    return changes
+
+
+def _check_value(override: str, value: str) -> None:
+    """Raise ConfigError for a YAML value with a comment or ???; YAMLError: no YAML."""
+    tokens = list(yaml.scan(value, yaml.SafeLoader))
+    if any("#" in value[before.end_mark.index : after.start_mark.index] for before, after in pairwise(tokens)):
+        raise ConfigError(f"override {override!r}: a # after a space begins a comment; quote a text that contains one")
+    if any(getattr(token, "value", None) == "???" for token in tokens):
+        raise ConfigError(f"override {override!r}: ??? marks a value that an override replaces; give the value")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import textwrap
 import tokenize
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -40,7 +41,10 @@ def config_schema() -> Schema:
 
 def comments(cls: type) -> dict[str, str]:
     """Return the comment per field of a dataclass: the lines above it, then the comments within and after it."""
-    source = inspect.getsource(cls)
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # a class of a console or notebook has no source file
+        return {}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     lines = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
              if token.type == tokenize.COMMENT}  # fmt: skip

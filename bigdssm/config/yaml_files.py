@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.errors import ConfigError
-from bigdssm.utils.components import REGISTRY, first_line, keys_of
+from bigdssm.utils.components import EACH, REGISTRY, convert_whole_numbers, first_line, keys_of
 
 Kind = TypeVar("Kind")
 
@@ -49,6 +49,7 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
             given = OmegaConf.merge(given, later)
         _name_components(path, schema, kind, given)
         _check_lists(path, schema, given)
+        convert_whole_numbers(schema, given)
         merged = OmegaConf.merge(schema, given)
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
@@ -126,6 +127,28 @@ def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, pref
         with read_write(schema):
             schema[f.name] = OmegaConf.structured(declared)
         _name_components(path, schema[f.name], declared, block, f"{key}.")
+
+
+def is_text(kind: Any, key: str, given: Sequence[DictConfig]) -> bool:
+    """Return whether the dotted `key` is a field of type str of `kind`; `given`, later first, select components."""
+    hint, each, path = kind, None, ""
+    for name in key.split("."):
+        path, registry, default = f"{path}.{name}".lstrip("."), each, None
+        if each is None:
+            field = next((f for f in fields(hint) if f.name == name), None) if is_dataclass(hint) else None
+            if field is None:
+                return False
+            hint = get_type_hints(hint)[name]
+            registry = field.metadata.get(REGISTRY)
+            default = field.default_factory() if registry and field.default_factory is not MISSING else None
+        each = None if each else field.metadata.get(EACH)
+        if registry is not None:
+            selector = f"{path}.{registry.selector}"
+            named = (OmegaConf.select(one, selector, throw_on_resolution_failure=False) for one in reversed(given))
+            hint = registry.classes.get(next(filter(None, named), None), type(default))
+        else:
+            hint = _section(hint) or hint
+    return hint in (str, str | None)
 
 
 def _section(hint: Any) -> type | None:

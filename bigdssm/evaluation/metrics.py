@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigdssm.errors import ConfigError
+from bigdssm.utils.arguments import short_repr
 from bigdssm.utils.components import add_named
 
 NUM_RESAMPLES = 2000
 CHUNK_DRAWS = 4_000_000
+RESERVED_NAMES = ("step", "name", "seconds", "seeds")  # keys of records and reports
 NOT_IN_TABLES = ("recall_at_100",)  # tables have 80 columns
 
 
@@ -33,8 +35,25 @@ _METRICS: dict[str, Metric] = {
 
 
 def register_metric(name: str, metric: Metric) -> None:
-    """Register a metric that validation and evaluation report. Raises ValueError: the name is taken."""
+    """Register a metric that validation and evaluation report. Raises ValueError: the name is taken; ConfigError."""
+    if name in RESERVED_NAMES:
+        raise ConfigError(f"the metric {name!r}: needs another name than {', '.join(RESERVED_NAMES)}; rename it")
+    _values(name, metric, np.arange(1.0, 129.0))  # an invalid one would end a run at its first validation
     add_named(_METRICS, name, metric, "a metric")
+
+
+def _values(name: str, metric: Metric, ranks: np.ndarray) -> np.ndarray:
+    """Return the values of a metric, float64 [rows]. Raises ConfigError: another shape, or not finite."""
+    values = metric(ranks)
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        found = np.empty(())
+    if values is None or found.shape != ranks.shape or not np.isfinite(found).all():
+        raise ConfigError(
+            f"the metric {name} returned {short_repr(values)}: needs a finite number per rank, an array of {len(ranks)}"
+        )
+    return found
 
 
 def table_metrics() -> tuple[str, ...]:
@@ -53,10 +72,10 @@ def find_metric(name: str, key: str = "validation_metric") -> str:
 
 
 def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return float64 [rows with a rank] by metric."""
+    """Return float64 [rows with a rank] by metric. Raises ConfigError: a registered metric returns other values."""
     ranks = np.asarray(ranks, np.float64)
     ranks = ranks[~np.isnan(ranks)]
-    return {name: np.asarray(metric(ranks), np.float64) for name, metric in _METRICS.items()}
+    return {name: _values(name, metric, ranks) for name, metric in _METRICS.items()}
 
 
 def mean_metrics(ranks: np.ndarray) -> dict[str, float]:

@@ -117,7 +117,9 @@ class ExportFormat(ABC):
         """Return Markdown for the model card: code that loads the folder `name`."""
 
 
-EXPORT_FORMATS: Registry[ExportFormat] = Registry("an export format", "format", home="bigdssm.export.convert")
+EXPORT_FORMATS: Registry[ExportFormat] = Registry(
+    "an export format", "format", ExportFormat, home="bigdssm.export.convert"
+)
 register_export = EXPORT_FORMATS.register
 
 

@@ -260,7 +260,7 @@ def pad_lists(rows, fill):  # type: ignore[no-untyped-def]
     return padded
 
 
-FEATURES: Registry[Feature] = Registry("a type", "type")
+FEATURES: Registry[Feature] = Registry("a type", "type", Feature)
 register = FEATURES.register
 
 

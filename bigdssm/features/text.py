@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.errors import ConfigError
 from bigdssm.features.base import FITTED, Decoder, Fault, Feature, code_faults, outside, pad_lists, register
 from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
 from bigdssm.features.ragged import Column, Ragged, gather_ranges
@@ -85,13 +86,24 @@ class Text(Feature):
     def with_prompt(self, default: str, pooled: bool, tokenizer: TextTokenizer) -> Text:
         """Return the feature with its prompt, and the number of first tokens that are not pooled.
 
-        These are the prompt's, and those before it. `default` and `pooled` replace values that are not declared.
+        These are the prompt's, and those before it. `default` and `pooled` replace values that are not declared. Raises
+        ConfigError: the prompt leaves no token for the text.
         """
         prompt, skipped = default if self.prompt is None else self.prompt, 0
         pooled = pooled if self.pool_prompt is None else self.pool_prompt
         if prompt and not pooled:
-            skipped = min(tokenizer.prompt_tokens(prompt), self.max_tokens - 1)
-        return replace(self, prompt=prompt, pool_prompt=pooled, prompt_tokens=skipped)
+            skipped = tokenizer.prompt_tokens(prompt)
+        feature = replace(self, prompt=prompt, pool_prompt=pooled, prompt_tokens=skipped)
+        if feature.text_tokens(tokenizer) < 1:
+            raise ConfigError(
+                f"text feature {self.name}: its prompt {prompt!r:.80} and special tokens leave none of max_tokens="
+                f"{self.max_tokens} for the text; raise max_tokens, or shorten the prompt"
+            )
+        return feature
+
+    def text_tokens(self, tokenizer: TextTokenizer) -> int:
+        """Return the maximum number of tokens of the text itself, without prompt and special tokens."""
+        return self.max_tokens - tokenizer.prompt_tokens(self.prompt or "", with_end=True)
 
     def decode(self, column: Ragged, tokenizer: TextTokenizer) -> list[str]:
         """Return the texts of token ids, without prompt and special tokens."""

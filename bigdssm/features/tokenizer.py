@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from bigdssm.features.ragged import Ragged, concat, gather_ranges
 
 TEXTS_PER_CALL = 4096  # encodings take about 100 bytes per token until they are arrays
 BYTES_PER_PIECE = 1 << 23  # of texts that are split into words together
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of the Hub: never pickled weights or code
+TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
 
 class TextTokenizer:
@@ -40,7 +43,7 @@ class TextTokenizer:
 
     def _tokenize(self, texts: pa.Array, max_tokens: int | None, *, special: bool = True) -> Ragged:
         if max_tokens not in self._by_length:
-            tokenizer = Tokenizer.from_file(self._file)
+            tokenizer = read_tokenizer(self._file)
             tokenizer.no_padding()
             tokenizer.no_truncation() if max_tokens is None else tokenizer.enable_truncation(max_tokens)
             self._by_length[max_tokens] = tokenizer
@@ -82,9 +85,9 @@ class TextTokenizer:
         at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
         return whole[:at], whole[at + len(alone) :]
 
-    def prompt_tokens(self, prompt: str) -> int:
-        """Return the number of tokens of a prompt, with the special tokens before it."""
-        return len(self._tokenize(pa.array([prompt]), None).values) - len(self._special_tokens[1])
+    def prompt_tokens(self, prompt: str, *, with_end: bool = False) -> int:
+        """Return the number of tokens of a prompt, with the special tokens before it, and those after a text."""
+        return len(self._tokenize(pa.array([prompt]), None).values) - len([] if with_end else self._special_tokens[1])
 
     def decode(self, tokens: Ragged, *, special: bool = False) -> list[str]:
         """Decode token ids to texts."""
@@ -102,7 +105,7 @@ class TextTokenizer:
 
     @cached_property
     def _whole(self) -> Tokenizer:
-        return Tokenizer.from_file(self._file)
+        return read_tokenizer(self._file)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,82 @@ def prompts_in(folder: Path) -> FolderPrompts:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder} has a damaged file of sentence-transformers: {error}; copy it again") from None
     return FolderPrompts(prompts.get("query") or "", of_doc, pooled)
+
+
+def read_tokenizer(file: str) -> Tokenizer:
+    """Read a tokenizer.json. Raises ConfigError: it is damaged."""
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ConfigError(f"{file} is not a readable tokenizer: {str(error).splitlines()[0]}; copy it again") from None
+
+
+def locate(name: str, *, download: bool = True) -> Path:
+    """Return the folder of a model, of the Hugging Face Hub if `name` is not a local folder.
+
+    Raises ConfigError: neither a folder nor a model of the Hub that is cached or can be downloaded.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=not download))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"text.init={name} is not a folder, and not a model of the Hugging Face Hub that is cached here or can be "
+            f"downloaded: {reason}"
+        ) from None
+
+
+def token_difference(folder: Path, dataset: Path) -> str | None:
+    """Return the first difference of the tokens that two folders' tokenizers give, None for the same tokens.
+
+    A folder without a tokenizer has no difference. Raises ConfigError: a tokenizer is damaged.
+    """
+    folders = [folder, *sorted(folder.glob("*_Transformer"))]  # of sentence-transformers
+    holder = next((one for one in folders for pattern in TOKENIZER_FILES for _ in one.glob(pattern)), None)
+    if holder is None:
+        return None
+    ours, first = next(_rules(dataset)), None
+    for theirs in _rules(holder):
+        different = [part for part in ours if ours[part] != theirs[part]]
+        if not different:
+            return None
+        if first is None and different[0] == "vocabulary":
+            mine, other = ours["vocabulary"], theirs["vocabulary"]
+            token = min(token for token in {**mine, **other} if mine.get(token) != other.get(token))
+            sizes = f"{len(other):,} tokens against {len(mine):,}"
+            first = f"{sizes}, {token!r} is {other.get(token)} against {mine.get(token)}"
+        first = first or f"another {different[0]}"
+    return first
+
+
+def _rules(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield everything that determines the token ids of a folder: of its file, then as transformers converts it."""
+    if (folder / "tokenizer.json").is_file():
+        yield _rules_of(read_tokenizer(str(folder / "tokenizer.json")))
+    from transformers import AutoTokenizer  # a slow import
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        rules = _rules_of(converted.backend_tokenizer)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from None
+    yield rules
+
+
+def _rules_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    content = json.loads(tokenizer.to_str())
+    added = [{key: value for key, value in token.items() if key != "special"} for token in content["added_tokens"]]
+    return {
+        "vocabulary": tokenizer.get_vocab(), "normalizer": content["normalizer"],
+        "pre-tokenizer": content["pre_tokenizer"], "model": content["model"], "set of special tokens": added,
+        "order of special tokens": tokenizer.encode("a").ids,
+    }  # fmt: skip
 
 
 def _json(path: Path) -> Any:

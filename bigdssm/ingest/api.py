@@ -11,15 +11,19 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigdssm.config import Config, DataConfig, config_of
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import TextTokenizer
 from bigdssm.features.canonical import as_table, is_table
-from bigdssm.ingest.dataset_writer import DATASET_FILE
+from bigdssm.ingest.dataset_writer import DATASET_FILE, TOKENIZER
 from bigdssm.ingest.engines.spark import Cluster
+from bigdssm.ingest.fitting import with_prompts
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
@@ -53,8 +57,17 @@ def make_dataset(
     """
     if processes < 0:
         raise ConfigError(f"processes={processes}: needs at least 1, or 0 for one per core")
-    data = config_of(config, overrides).data
+    config = config_of(config, overrides)
+    data = config.data
     destination, like = out or data.dir, None if like is None else Path(like)
+    if urlsplit(str(destination)).scheme.lower() in ("file", "local"):
+        raise ConfigError(f"out={destination}: a folder of this machine has a path, not a URL; leave out file://")
+    tokenizer = data.tokenizer.path if like is None and not append else (like or Path(destination)) / TOKENIZER
+    if tokenizer is None or Path(tokenizer).is_dir():
+        for key, text in config.text_encoders().items():
+            text.check_tokenizer(key, None if tokenizer is None else Path(tokenizer))
+    if tokenizer is not None and (Path(tokenizer) / "tokenizer.json").is_file():  # before the tables are read
+        with_prompts(Schema.declared(data), data.tokenizer.path, TextTokenizer(Path(tokenizer)))
     spark = _cluster(engine, master, spark_conf or {})
     target = IngestTarget(Path(destination), partition, overwrite, append, seed, like, processes=processes, spark=spark)
     given = {"pairs": pairs, "interactions": interactions, "items": items, "users": users}

@@ -24,6 +24,9 @@ from bigdssm.ingest.documents import canonical_columns
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
 from bigdssm.ingest.row_keys import uniform
+from bigdssm.utils.log import get_logger
+
+log = get_logger(__name__)
 
 PAD, UNKNOWN, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_TRAINING_CHARACTERS = 20_000_000  # more changes the token count of held-out Debian texts by less than 0.5 %
@@ -194,11 +197,21 @@ def fit(
                 make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
         os.replace(engine.spool / TOKENIZER, folder)
     tokenizer = TextTokenizer(folder)
-    return with_prompts(schema, config.tokenizer.path, tokenizer), tokenizer
+    schema = with_prompts(schema, config.tokenizer.path, tokenizer)
+    for name, text in [feature for features in schema.sides.values() for feature in texts_of(features).items()]:
+        if text.prompt and (left := text.text_tokens(tokenizer)) < text.max_tokens / 2:
+            log.warning(
+                "text feature %s: its prompt and special tokens leave %d of max_tokens=%d for the text", name, left,
+                text.max_tokens,
+            )  # fmt: skip
+    return schema, tokenizer
 
 
 def with_prompts(schema: Schema, pretrained: str | None, tokenizer: TextTokenizer) -> Schema:
-    """Return the schema with the prompts of its texts, by default those of the folder `pretrained`."""
+    """Return the schema with the prompts of its texts, by default those of the folder `pretrained`.
+
+    Raises ConfigError: a prompt leaves no token for its text.
+    """
     prompts = FolderPrompts() if pretrained is None else prompts_in(Path(pretrained))
 
     def on_side(features: Mapping[str, Feature], prompt: str) -> dict[str, Feature]:

@@ -53,6 +53,8 @@ def register_sampling(cls: Class) -> Class:
     """Register a sampling correction, a subclass of FrequencyCorrection; a class decorator."""
     if not issubclass(cls, FrequencyCorrection):
         raise TypeError(f"{cls.__name__}: a sampling correction is a FrequencyCorrection")
+    if cls.shares is FrequencyCorrection.shares and cls.resolve is FrequencyCorrection.resolve:
+        raise TypeError(f"{cls.__name__} lacks the method shares, or resolve, of a sampling correction")
     return SAMPLINGS.register(cls)
 
 

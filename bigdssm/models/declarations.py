@@ -105,6 +105,29 @@ class Transformer(TextEncoderConfig):
         if self.init is None and self.hidden % self.heads:
             raise ConfigError(f"{key}.hidden: got {self.hidden}, needs a multiple of {key}.heads={self.heads}")
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Return whether all weights of `init` are trained; adapters have weights of their own."""
+        return self.init is not None and not self.lora_rank
+
+    def check_tokenizer(self, key: str, tokenizer: Path | None) -> None:
+        """Raise ConfigError unless the tokenizer of `init`, if it has one, gives the dataset's tokens."""
+        if self.init is None:
+            return
+        from bigdssm.features.tokenizer import locate, token_difference
+
+        try:
+            folder = locate(self.init, download=False)
+        except ConfigError:  # a model of the Hub that has not been downloaded
+            return
+        found = "trained on its texts" if tokenizer is None else token_difference(folder, tokenizer)
+        if found is not None:
+            raise ConfigError(
+                f"{key}.init={self.init} belongs to another tokenizer than {tokenizer or 'that of the dataset'} "
+                f"({found}), so its vectors of tokens would be those of other words; build the dataset with "
+                f"data.tokenizer.path={folder}"
+            )
+
     def architecture(self, inputs: TextInputs) -> Any:
         """Return a PretrainedConfig: the pretrained model's, or that of a small BERT."""
         if self.init is None:

@@ -91,7 +91,7 @@ class IndexBackend(ABC):
         """Return the vectors of documents, float32 [n, D+1], with the precision of the index."""
 
 
-INDEX_TYPES: Registry[IndexBackend] = Registry("an index type", "type")
+INDEX_TYPES: Registry[IndexBackend] = Registry("an index type", "type", IndexBackend)
 register_index = INDEX_TYPES.register
 
 

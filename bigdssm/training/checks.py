@@ -15,6 +15,7 @@ from bigdssm.cluster.run_folder import versions
 from bigdssm.config import (
     Config,
     FrequencyCorrection,
+    ModelConfig,
     StageConfig,
     StageName,
     check_many_queries,
@@ -23,6 +24,7 @@ from bigdssm.config import (
 )
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.evaluation.metrics import find_metric
 from bigdssm.loader.plain_stream import find_shards
@@ -46,18 +48,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     stage = config.stage(name)
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
-    if stage.optimizer.whole_tensors and config.engine.zero_stage > 0:
-        raise ConfigError(
-            f"engine.zero_stage: got {config.engine.zero_stage}, needs 0 with {name}.optimizer.name="
-            f"{stage.optimizer.name}, which needs whole matrices: ZeRO 1 to 3 split them into flat pieces"
-        )
-    if stage.weight_average and config.engine.zero_stage == 3:
-        raise ConfigError(
-            f"{name}.weight_average: got {stage.weight_average}, needs 0 with engine.zero_stage=3: every rank averages "
-            "whole weights; take 0, 1 or 2"
-        )
-    find_metric(stage.validation_metric, f"{name}.validation_metric")
-    check_trackers(config.run.trackers)
+    check_settings(config, name)
     dataset = open_dataset(config.data)
     dataset.check_against(config.data)
     if dataset.num_queries("train") > dataset.num_rows("train"):
@@ -94,24 +85,55 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
         TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
     source = config.initial_model(name)
-    for key in ("model", "vectors"):
-        path = getattr(stage.documents, key)
-        if path is not None and not Path(path).is_dir():
-            raise ConfigError(f"{name}.documents.{key}: {path} is not a folder; bigdssm embed writes one of vectors")
     if stage.warm_start.window:
         key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
         if source is not None:
             raise ConfigError(f"{key}: {name} starts from {source}, whose tables have been trained")
         check_warm_start(key, dataset)
     if source is None:
-        with torch.device("meta"):  # detects an invalid model without allocating its memory
-            texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
-            DualEncoder(config.model, dataset.schema, texts)
-    elif not source.is_dir():
+        check_model(config.model, dataset.schema, dataset.vocab_size)
+        for key, text in config.text_encoders().items():
+            text.check_tokenizer(key, dataset.tokenizer_dir)
+    else:
+        _check_source(name, source)
+    return dataset
+
+
+def check_settings(config: Config, name: StageName) -> None:
+    """Raise ConfigError for the first invalid setting or missing folder of a stage, independently of its dataset."""
+    stage = config.stage(name)
+    if stage.optimizer.whole_tensors and config.engine.zero_stage > 0:
+        raise ConfigError(
+            f"engine.zero_stage: got {config.engine.zero_stage}, needs 0 with {name}.optimizer.name="
+            f"{stage.optimizer.name}, which needs whole matrices: ZeRO 1 to 3 split them into flat pieces"
+        )
+    if stage.weight_average and config.engine.zero_stage == 3:
+        raise ConfigError(
+            f"{name}.weight_average: got {stage.weight_average}, needs 0 with engine.zero_stage=3: every rank averages "
+            "whole weights; take 0, 1 or 2"
+        )
+    find_metric(stage.validation_metric, f"{name}.validation_metric")
+    check_trackers(config.run.trackers)
+    for key in ("model", "vectors"):
+        path = getattr(stage.documents, key)
+        if path is not None and not Path(path).is_dir():
+            raise ConfigError(f"{name}.documents.{key}: {path} is not a folder; bigdssm embed writes one of vectors")
+    if stage.init is not None:
+        _check_source(name, Path(stage.init))
+
+
+def _check_source(name: StageName, source: Path) -> None:
+    """Raise ConfigError unless the model that a stage starts from exists."""
+    if not source.is_dir():
         fix = "run bigdssm pretrain with this config first" if name == "sft" else "correct the path"
         reason = "is a file" if source.exists() else "does not exist"
         raise ConfigError(f"{name} starts from {source}, which {reason}; {fix}, or set {name}.init")
-    return dataset
+
+
+def check_model(config: ModelConfig, schema: Schema, vocab_size: int) -> None:
+    """Raise ConfigError for a model that cannot be built, such as one with a missing `init`."""
+    with torch.device("meta"):  # without allocating its memory
+        DualEncoder(config, schema, text_architectures(config, schema, vocab_size))
 
 
 def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:

@@ -150,7 +150,7 @@ class Objective:
             )  # fmt: skip
             return self._added(output, contrastive_loss(distillation, inputs, columns="none").loss)
 
-        return matryoshka_loss(loss, encoded.U, encoded.W, self._loss.widths, self._normalize)
+        return matryoshka_loss(loss, encoded.U, encoded.W, self._loss.widths or (), self._normalize)
 
     def _of_teacher(
         self, temperature: float, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor

@@ -77,8 +77,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         {
             "name": name,
             "params": parameters,
-            "lr": config.lr * (config.embedding_lr_ratio if name == "tables" else 1.0),
-            "base_lr": config.lr * (config.embedding_lr_ratio if name == "tables" else 1.0),
+            "lr": config.learning_rate * (config.embedding_lr_ratio if name == "tables" else 1.0),
+            "base_lr": config.learning_rate * (config.embedding_lr_ratio if name == "tables" else 1.0),
             "weight_decay": config.weight_decay if name == "matrices" else 0.0,
         }
         for name, parameters in groups.items()

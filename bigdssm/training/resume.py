@@ -276,7 +276,9 @@ def _check_length(
             f"{name}.negatives.mining.file"
         )
     applied = progress.applied - progress.part_applied
-    was, now = (stage.optimizer.lr * schedule_factor(applied, total, stage.optimizer) for total in (before, steps))
+    was, now = (
+        stage.optimizer.learning_rate * schedule_factor(applied, total, stage.optimizer) for total in (before, steps)
+    )
     logger.info(
         "%s takes %d steps, previously %d: the learning rate follows the longer schedule from here on, %.2e "
         "at step %d in place of %.2e", name, steps, before, now, checkpoint.step, was,

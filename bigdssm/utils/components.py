@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, cast, get_args, overload
 
 from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import out_of_bounds
@@ -50,17 +50,21 @@ class Registry(Generic[C]):
 
     noun: str  # for messages
     selector: str  # the config key with the component's name, and the class attribute with the name
+    base: type[C]  # the class of all components
     home: str | None = None  # module that registers the built-in components, imported on first use; torch-free
     classes: dict[str, type[C]] = field(default_factory=dict)
 
     def register(self, cls: D) -> D:
         """Register a component; a class decorator.
 
-        Raises TypeError: no dataclass, or no name; ValueError: the name is taken.
+        Raises TypeError: another class, or one without a name or a method; ValueError: the name is taken.
         """
-        name, declared = getattr(cls, self.selector, MISSING), is_dataclass(cls)
+        name, declared = getattr(cls, self.selector, MISSING), is_dataclass(cls) and issubclass(cls, self.base)
         if not declared or name == MISSING:
-            raise TypeError(f"{cls.__name__}: {self.noun} is a frozen dataclass with a {self.selector}")
+            noun = f"{self.noun} is a frozen dataclass, a subclass of {self.base.__name__}, with a {self.selector}"
+            raise TypeError(f"{cls.__name__}: {noun}")
+        if missing := [key for key in dir(cls) if getattr(getattr(cls, key, None), "__isabstractmethod__", False)]:
+            raise TypeError(f"{cls.__name__} lacks the method {missing[0]} of {self.noun} ({cls.__mro__[1].__name__})")
         add_named(self.classes, name, cls, self.noun)
         return cls
 
@@ -108,7 +112,9 @@ class Registry(Generic[C]):
         if missing := sorted(OmegaConf.missing_keys(given)):  # a merge would replace them with defaults
             raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")
         try:
-            made = cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given)))
+            schema, values = OmegaConf.structured(cls), OmegaConf.create(given)
+            convert_whole_numbers(schema, values)
+            made = cast(C, OmegaConf.to_object(OmegaConf.merge(schema, values)))
         except OmegaConfBaseException as error:
             raise ConfigError(f"{_dotted(key, error.full_key)}: {first_line(error)}") from None
         for name, got, needed in out_of_bounds(made, key):
@@ -161,6 +167,24 @@ def literal(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [literal(value) for value in content]
     return _INTERPOLATION.sub(r"\1\1\\${", content) if isinstance(content, str) else content
+
+
+def convert_whole_numbers(schema: Any, given: Any) -> None:
+    """Convert floats such as 1.0 in `given` where `schema` has integers, as JSON Schema accepts them."""
+    from omegaconf import DictConfig, IntegerNode, ListConfig
+
+    for key in [] if given._is_none() or given._is_interpolation() else given.keys():
+        declared, node = schema._get_node(key, validate_access=False), given._get_node(key)
+        if isinstance(declared, DictConfig) and isinstance(node, DictConfig):
+            convert_whole_numbers(declared, node)
+        elif isinstance(declared, IntegerNode):
+            given[key] = _whole(node._value())
+        elif isinstance(node, ListConfig) and get_args(getattr(declared._metadata, "ref_type", None))[:1] == (int,):
+            given[key] = [_whole(one) for one in node]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def first_line(error: Exception) -> str:

@@ -94,6 +94,62 @@ def test_a_minimal_config_loads_and_survives_its_own_yaml(path: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.dir=/data/run #3", "/data/run #3"),
+        ("run.dir=010", "010"),
+        ("run.dir=1e3", "1e3"),
+        ("run.dir=[a: b", "[a: b"),
+        ("run.dir='/data #3'", "/data #3"),
+        ("run.dir=${data.dir}/x #3", "data/x/x #3"),
+        ("pretrain.init=null", None),
+        ("pretrain.init=", None),
+        ("sft.init=/m #3", "/m #3"),
+        ("data.doc.item.column=item: id", "item: id"),
+        ("model.doc.text.init=/m #3", "/m #3"),
+        ("pretrain.distillation.teacher=/t #3", "/t #3"),
+        ("run.trackers=['a #3']", ("a #3",)),
+    ],
+)
+def test_the_text_of_an_override_is_taken_as_it_is(path: Path, override: str, value: Any) -> None:
+    others = ["pretrain.distillation.name=batch_kl"] if "teacher" in override else []
+    config: Any = load_config(path, [override, *others])
+    for part in override.partition("=")[0].split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    assert config == value
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("pretrain.steps=3 #4", "a # after a space begins a comment"),
+        ("run.trackers=[a #3]", "a # after a space begins a comment"),
+        ("run.dir=???", r"\?\?\? marks a value"),
+        ("pretrain={steps: '???'}", r"\?\?\? marks a value"),
+        ("run.dir='a", "has no YAML value"),
+        ("run.dir=${", "has no YAML value"),
+    ],
+)
+def test_an_override_has_neither_comments_nor_missing_values(path: Path, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(path, [override])
+
+
+def test_defaults_follow_the_encoder_and_the_pretraining(path: Path) -> None:
+    """The rate of new weights would destroy a pretrained encoder; shorter vectors stay trained in both stages."""
+    text = ["data.doc.title={type: text}", "sft={loss: {name: softmax}}"]
+    init = "model.doc.text.init=m"
+    for given, lr in (([], 1e-3), ([init], 5e-5), ([init, "model.doc.text.lora_rank=4"], 1e-3)):
+        config = load_config(path, [*text, *given])
+        assert [stage.optimizer.lr for stage in (config.pretrain, config.stage("sft"))] == [lr, lr]
+    assert load_config(path, [init]).pretrain.optimizer.lr == 1e-3, "no text, no encoder"
+    assert load_config(path, [*text, init, "pretrain.optimizer.lr=0.1"]).pretrain.optimizer.lr == 0.1
+    widths = "pretrain.loss.widths=[16, 8]"
+    for given, expected in (([], ()), ([widths], (16, 8)), ([widths, "sft.loss.widths=[]"], ())):
+        assert load_config(path, [*text, *given]).stage("sft").loss.widths == expected
+
+
+@pytest.mark.parametrize(
     ("override", "sampling"),
     [
         ("loss: {name: fps}", "corrected"),

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from fsspec import filesystem
 from webdataset import TarWriter
 
 from bigdssm.dataset.dataset import Dataset
@@ -38,6 +39,22 @@ def test_webdataset_shards_from_the_command_line(tiny_pairs: Any, tmp_path: Path
     first, second = (line for line in capsys.readouterr().out.splitlines() if "partition base" in line)
     assert first.split(": ")[1] == second.split(": ")[1]
     assert Dataset.open(tmp_path / "pairs").fingerprint == Dataset.open(tmp_path / "shards").fingerprint
+
+
+def test_a_url_may_have_an_equals_sign_and_a_local_folder_is_a_path(
+    tiny_pairs: Any, tmp_path: Path, capsys: Any
+) -> None:
+    main, source = tool("make_shards").main, (tiny_pairs.source / "pairs.jsonl").read_bytes()
+    filesystem("memory").pipe("/day=1/pairs.jsonl", source)
+    try:
+        command = pairs_command(tiny_pairs, tmp_path / "pairs")
+        assert main([*command[:4], "memory://day=1/pairs.jsonl", "run.seed=1", *command[5:]]) == 0
+    finally:
+        filesystem("memory").rm("/day=1", recursive=True)
+    assert Dataset.open(tmp_path / "pairs").num_rows("train") > 0
+    assert main(pairs_command(tiny_pairs, Path("unused"), f"--out=file://{tmp_path}/new")) == 2
+    assert "a folder of this machine has a path" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def pairs_command(tiny: Any, out: Path, *more: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,19 @@ def test_a_registered_metric_is_shown_with_the_others(monkeypatch: pytest.Monkey
     assert all(label in shown for label in ("HR@10", "NDCG@10", "MRR", "HR@1 ")) and "Recall@100" not in shown
     assert "HR@1 +0.3333" in differences([(a, b)])[0]
     assert "hr_at_1" in {entry["metric"] for entry in differences_as_json([(a, b)])}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "high"])
+def test_a_metric_without_finite_numbers_is_refused(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+    monkeypatch.setattr(metrics, "_METRICS", dict(metrics._METRICS))
+    for number, returned in enumerate((lambda ranks: value, lambda ranks: [value] * len(ranks))):
+        with pytest.raises(ConfigError, match=r"the metric odd.* needs a finite number per rank"):
+            metrics.register_metric(f"odd{number}", returned)
+    metrics.register_metric("late", lambda ranks: [value if rank > 1000 else 0.0 for rank in ranks])
+    with pytest.raises(ConfigError, match=r"the metric late returned \[0.0, .*an array of 2"):
+        metrics.row_metrics(np.array([1.0, 2000.0]))
+    with pytest.raises(ConfigError, match="the metric 'step': needs another name"):
+        metrics.register_metric("step", lambda ranks: ranks)
 
 
 def test_an_unregistered_metric_is_refused() -> None:

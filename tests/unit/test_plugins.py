@@ -6,10 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import Tensor
+
+from bigdssm.config import FrequencyCorrection, LossConfig
+from bigdssm.losses import register_loss, register_sampling
+from bigdssm.losses.declarations import PairLoss
+from bigdssm.training.optimizers import register_optimizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +44,49 @@ def make(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, ROOT / "tools" / command[0], *command[1:]], env=environment, capture_output=True, text=True
     )
+
+
+class Plain:
+    name = "plain"
+
+
+@dataclass(frozen=True)
+class Unrelated:
+    name: str = "unrelated"
+
+
+@dataclass(frozen=True)
+class NoSlope(PairLoss):
+    name: str = "no_slope"
+
+    def value(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class NoTerm(LossConfig):
+    name: str = "no_term"
+
+
+@dataclass(frozen=True)
+class NoShares(FrequencyCorrection):
+    name: str = "no_shares"
+
+
+@pytest.mark.parametrize(
+    ("register", "cls", "reason"),
+    [
+        (register_loss, Plain, "Plain: a loss is a frozen dataclass, a subclass of LossConfig, with a name"),
+        (register_loss, Unrelated, "Unrelated: a loss is a frozen dataclass, a subclass of LossConfig, with a name"),
+        (register_optimizer, NoSlope, "NoSlope: an optimizer is .* a subclass of OptimizerConfig"),
+        (register_loss, NoSlope, r"NoSlope lacks the method slope of a loss \(PairLoss\)"),
+        (register_loss, NoTerm, r"NoTerm lacks the method build of a loss \(LossConfig\)"),
+        (register_sampling, NoShares, "NoShares lacks the method shares"),
+    ],
+)
+def test_a_component_without_its_methods_is_refused(register: Callable[[type], type], cls: type, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason):
+        register(cls)
 
 
 @pytest.mark.slow

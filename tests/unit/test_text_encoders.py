@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from bigdssm.config import TextInputs
+from bigdssm.config import TextInputs, load_config
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder
 from bigdssm.features import Ragged, Text, TextTokenizer
 from bigdssm.features.text import NO_TOKEN
-from bigdssm.features.tokenizer import FolderPrompts, prompts_in
+from bigdssm.features.tokenizer import FolderPrompts, prompts_in, token_difference
+from bigdssm.ingest.api import make_dataset
 from bigdssm.ingest.fitting import with_prompts
 from bigdssm.models.encoders.pretrained import (
     build_pretrained,
@@ -29,7 +32,8 @@ from bigdssm.models.encoders.pretrained import (
 )
 from bigdssm.models.encoders.transformer import PACKABLE, TransformerEncoder
 from bigdssm.models.packed import Packed, pack
-from tests.encoders import DECODERS, FAMILIES, WORDS, write_family
+from bigdssm.training.checks import check_stage
+from tests.encoders import DECODERS, FAMILIES, WORDS, write_family, write_pairs
 from tests.packing import within_rows
 
 # the padding token of some families, 1 or 3, is also a word here: no code may take it for padding
@@ -123,6 +127,70 @@ def tokens_of(folder: Path, sentences: list[str], **text: Any) -> tuple[Tensor, 
     feature = Text(**text).with_name("text").with_prompt("", True, tokenizer)
     column = feature.encode(pa.array(sentences, pa.large_string()), tokenizer, large=True)
     return torch.from_numpy(feature.array(Ragged(column.values.to_numpy(), column.offsets.to_numpy()))), feature
+
+
+def changed_folder(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Return a copy of a folder whose tokenizer.json is changed."""
+    copy = folder.with_name(f"changed-{len(list(folder.parent.iterdir()))}")
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    change(content)
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda t: t["model"]["vocab"].update(red=t["model"]["vocab"]["sea"], sea=t["model"]["vocab"]["red"]),
+         "20 tokens against 20, 'red' is 12 against 5"),
+        (lambda t: t["model"]["vocab"].update(new=20), "21 tokens against 20, 'new' is 20 against None"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "another normalizer"),
+        (lambda t: t.update(pre_tokenizer={"type": "WhitespaceSplit"}), "another pre-tokenizer"),
+        (lambda t: t.update(post_processor=None), "another order of special tokens"),
+        (lambda t: t["added_tokens"][0].update(lstrip=True), "another set of special tokens"),
+        (lambda t: t.update(decoder={"type": "Fuse"}, truncation=None), None),
+    ],
+)  # fmt: skip
+def test_tokenizers_are_compared_by_the_tokens_that_they_give(
+    bert: Path, change: Callable[[dict[str, Any]], object], difference: str | None
+) -> None:
+    other = changed_folder(bert, change)
+    assert token_difference(other, bert) == difference
+    modules = other.with_name("modules")  # of sentence-transformers: the transformer is in a folder
+    modules.mkdir()
+    other.rename(modules / "0_Transformer")
+    assert token_difference(modules, bert) == difference
+    shutil.rmtree(modules)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family("bert", tmp_path_factory.mktemp("bert") / "bert")
+
+
+def test_pretrained_weights_belong_to_the_tokens_of_the_dataset(tmp_path: Path, caplog: Any) -> None:
+    """Else an encoder reads words as others; refused when a dataset is built, and when a run is validated."""
+    path = write_pairs(tmp_path, "bert", pairs=60)
+    pairs = {"pairs": tmp_path / "pairs.jsonl", "doc_id_column": "doc_key", "out": tmp_path / "new"}
+    check_stage(load_config(path), "pretrain", 1)
+    other = changed_folder(tmp_path / "bert", lambda content: content.update(normalizer={"type": "Lowercase"}))
+    reason = rf"model.query.text.init={other} .* \(another normalizer\).* with data.tokenizer.path={other}"
+    given = [f"model.{side}.text.init={other}" for side in ("query", "doc")]
+    with pytest.raises(ConfigError, match=reason):
+        check_stage(load_config(path, given), "pretrain", 1)
+    with pytest.raises(ConfigError, match=reason):
+        make_dataset(path, given, **pairs)
+    with pytest.raises(ConfigError, match=r"that of the dataset \(trained on its texts\)"):
+        make_dataset(path, ["data.tokenizer.path=null"], **pairs)
+    with pytest.raises(ConfigError, match=r"prompt 'red red .* leave none of max_tokens=10"):
+        make_dataset(path, [f"data.query.query.prompt={'red ' * 8}"], **pairs)
+    assert not (tmp_path / "new").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a folder of weights alone
+        (other / name).unlink()
+    check_stage(load_config(path, given), "pretrain", 1)
+    make_dataset(path, [*given, f"data.query.query.prompt={'red ' * 5}"], **pairs)
+    assert "query: its prompt and special tokens leave 3 of max_tokens=10 for the text" in caplog.text
 
 
 def test_truncation_keeps_the_end(folder: Path) -> None:

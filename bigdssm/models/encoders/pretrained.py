@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bigdssm.config import TextInputs
 from bigdssm.errors import ConfigError
+from bigdssm.features.tokenizer import locate
 from bigdssm.models.encoders.transformer import (
     ACTIVATIONS,
     TransformerEncoder,
@@ -24,32 +24,12 @@ from bigdssm.models.encoders.transformer import (
     without_pooler,
 )
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickled weights or code
 POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 LEGACY = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
     "mlp_dropout",
 )  # fmt: skip
-
-
-def locate(name: str, key: str = "text.init") -> Path:
-    """Return the folder of a model, downloaded from the Hugging Face Hub if `name` is not a local folder.
-
-    Raises ConfigError: neither a folder nor a model of the Hub that is cached or can be downloaded.
-    """
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key}={name} is not a folder, and not a model of the Hugging Face Hub that is cached here or can be "
-            f"downloaded: {reason}"
-        ) from None
 
 
 class PretrainedFolder:
