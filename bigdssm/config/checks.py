@@ -8,7 +8,7 @@ import numpy as np
 
 from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.features import FIRST_CODE, Feature
+from bigdssm.features import FIRST_CODE, Feature, texts_of
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
@@ -36,6 +36,11 @@ def check_config(config: Config) -> None:
     require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
     for key, part in components_of(config):
         part.check(key)
+    if model.share_text and all(texts_of(side) for side in (data.query, data.doc)):
+        require(
+            model.doc.text in (TowerConfig().text, model.query.text), "model.doc.text", "another encoder",
+            "the keys of model.query.text, or none, with model.share_text=true: one text encoder reads both sides",
+        )  # fmt: skip
     if data.targets_per_row > 1:
         check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, model)
     for side, features in (("query", data.query), ("doc", data.doc)):
@@ -153,6 +158,11 @@ def _check_tables(config: Config) -> None:
     require(
         tables.hashes == 1 or tables.hash_rows > 0, "model.tables.hash_rows", 0, f"above 0 with hashes={tables.hashes}"
     )
+    hashed = any(feature.hash_buckets for features in sides.values() for feature in categorical_of(features).values())
+    require(
+        hashed or not tables.hash_rows, "model.tables.hash_rows", tables.hash_rows,
+        "0 without a categorical feature with hash_buckets, whose ids share the rows",
+    )  # fmt: skip
     cached, memory = config.engine.table_cache_rows, config.engine.table_memory
     require(
         not cached or memory != "device", "engine.table_memory", memory, f"host or file with table_cache_rows={cached}"

@@ -133,18 +133,18 @@ def is_text(kind: Any, key: str, given: Sequence[DictConfig]) -> bool:
     """Return whether the dotted `key` is a field of type str of `kind`; `given`, later first, select components."""
     hint, each, path = kind, None, ""
     for name in key.split("."):
-        path, registry, default = f"{path}.{name}".lstrip("."), each, None
-        if each is None:
+        path, registry, default, each = f"{path}.{name}".lstrip("."), each, None, None
+        if registry is None:
             field = next((f for f in fields(hint) if f.name == name), None) if is_dataclass(hint) else None
             if field is None:
                 return False
             hint = get_type_hints(hint)[name]
-            registry = field.metadata.get(REGISTRY)
+            registry, each = field.metadata.get(REGISTRY), field.metadata.get(EACH)
             default = field.default_factory() if registry and field.default_factory is not MISSING else None
-        each = None if each else field.metadata.get(EACH)
         if registry is not None:
             selector = f"{path}.{registry.selector}"
             named = (OmegaConf.select(one, selector, throw_on_resolution_failure=False) for one in reversed(given))
+            registry.names()  # imports the built-in components
             hint = registry.classes.get(next(filter(None, named), None), type(default))
         else:
             hint = _section(hint) or hint

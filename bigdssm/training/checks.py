@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,16 @@ def check_model(config: ModelConfig, schema: Schema, vocab_size: int) -> None:
 
 
 def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
-    """Raise ConfigError if a stage cannot train a model with sharded tables."""
+    """Raise ConfigError if a stage cannot train a model with sharded tables; warn about their keys without any."""
     sharded, stage = sorted(model.tables.sharded), config.stage(name)
     if not sharded:
+        tables, how = config.model.tables, ("sharding", "rows_from", "rows", "replicated")
+        keys = [f.name for f in fields(tables) if f.name not in how and getattr(tables, f.name) != f.default]
+        if keys:
+            logger.warning(
+                "%s: no effect without sharded tables; all have fewer than model.tables.rows_from=%d rows or are "
+                "replicated, see model.tables.rows", ", ".join(f"model.tables.{key}" for key in keys), tables.rows_from,
+            )  # fmt: skip
         return
     shares = any(spec.hash_rows for spec in model.tables.sharded.values())
     for key, got, needed, reason in (

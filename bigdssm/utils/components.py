@@ -50,7 +50,7 @@ class Registry(Generic[C]):
 
     noun: str  # for messages
     selector: str  # the config key with the component's name, and the class attribute with the name
-    base: type[C]  # the class of all components
+    base: type  # the class of all components
     home: str | None = None  # module that registers the built-in components, imported on first use; torch-free
     classes: dict[str, type[C]] = field(default_factory=dict)
 
@@ -179,8 +179,14 @@ def convert_whole_numbers(schema: Any, given: Any) -> None:
             convert_whole_numbers(declared, node)
         elif isinstance(declared, IntegerNode):
             given[key] = _whole(node._value())
-        elif isinstance(node, ListConfig) and get_args(getattr(declared._metadata, "ref_type", None))[:1] == (int,):
+        elif isinstance(node, ListConfig) and _element_type(declared) is int:
             given[key] = [_whole(one) for one in node]
+
+
+def _element_type(declared: Any) -> Any:
+    """Return the type of a list's elements; None for other nodes."""
+    inner = get_args(getattr(getattr(declared, "_metadata", None), "ref_type", None))
+    return inner[0] if inner else None
 
 
 def _whole(value: Any) -> Any:

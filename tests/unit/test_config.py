@@ -135,6 +135,21 @@ def test_an_override_has_neither_comments_nor_missing_values(path: Path, overrid
         load_config(path, [override])
 
 
+def test_keys_without_effect_are_refused(path: Path) -> None:
+    texts = ["data.doc.title={type: text}", "data.query.words={type: text}", "model.share_text=true"]
+    with pytest.raises(
+        ConfigError, match=r"model\.doc\.text: got another encoder, needs the keys of model\.query\.text"
+    ):
+        load_config(path, [*texts, "model.doc.text.layers=3"])
+    for given in ("model.query.text.layers=3", "model={query: {text: {layers: 3}}, doc: {text: {layers: 3}}}"):
+        load_config(path, [*texts, given])
+    load_config(path, [*texts[1:], "model.doc.text.layers=3"])
+    hashed = "model.tables={hashes: 2, hash_rows: 20}"
+    with pytest.raises(ConfigError, match=r"model\.tables\.hash_rows: got 20, needs 0 without .* hash_buckets"):
+        load_config(path, [hashed])
+    load_config(path, [hashed, "data.doc.item.hash_buckets=1000"])
+
+
 def test_defaults_follow_the_encoder_and_the_pretraining(path: Path) -> None:
     """The rate of new weights would destroy a pretrained encoder; shorter vectors stay trained in both stages."""
     text = ["data.doc.title={type: text}", "sft={loss: {name: softmax}}"]

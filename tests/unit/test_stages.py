@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.config import Config, MiningConfig, SourceConfig, load_config
+from bigdssm.config import Config, MiningConfig, SourceConfig, TablesConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import MixturePart
 from bigdssm.dataset.rows import EVENT_BITS
@@ -22,7 +22,7 @@ from bigdssm.losses import ListwiseKL
 from bigdssm.models import new_model
 from bigdssm.retrieval.hard_negatives import window_records, write_hard_negatives
 from bigdssm.training.batches import row_stream
-from bigdssm.training.checks import check_stage
+from bigdssm.training.checks import check_stage, check_tables
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.resume import _check_origin, check_folder
 from bigdssm.training.validation import BestSelection, Validator
@@ -51,6 +51,16 @@ def refused(config: Config, error: type[BigDSSMError], words: str, *, ranks: int
 
 def test_a_good_config_passes(config: Config) -> None:
     assert check_stage(config, "pretrain", 2).num_rows("validation") == small_run.NUM_USERS
+
+
+def test_keys_of_sharded_tables_are_named_without_any(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = check_stage(config, "pretrain", 1)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
+    check_tables(config, "pretrain", model)
+    assert "no effect" not in caplog.text
+    tables = TablesConfig(admit_after=3, id_dropout=0.5, rows_from=10**9)
+    check_tables(replace(config, model=replace(config.model, tables=tables)), "pretrain", model)
+    assert "model.tables.admit_after, model.tables.id_dropout: no effect without sharded tables" in caplog.text
 
 
 def test_more_ranks_than_lanes(config: Config) -> None:
