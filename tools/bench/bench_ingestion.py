@@ -76,7 +76,7 @@ def main() -> None:
         how["out"] = folder / "dataset"
         if args.pairs:
             write_pairs(args.pairs, folder / "pairs.parquet", args.repeat)
-            overrides = ["data.tokenizer.path=null"]
+            overrides = ["data.tokenizer.path=null", "model.query.text.init=null"]
             measured(folder, PAIRS_CONFIG, overrides, pairs=folder / "pairs.parquet", doc_id_column="package", **how)
             return
         how["overrides"] = [f"data.targets_per_row={args.pieces}"]

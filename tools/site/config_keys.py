@@ -54,6 +54,10 @@ The YAML file of a run has the sections `run`, `data`, `model`, `engine`, `pretr
 command line, `section.key=value` overrides a key. An unknown key, or a number outside its bounds, ends the command with
 exit code 2 before anything is written. `bigdssm config --config my.yaml` prints the resolved config.
 
+The value of an override is YAML without comments. For a key of type `str` it is the rest of the word as it is, so that
+`run.dir=/data/run #3` is a path with a space. `null` (or nothing), a value in quotes and interpolations `${…}` have
+their meaning in YAML.
+
 Editors complete and validate keys with a JSON Schema, which includes the components of installed plugins. Write it with
 `bigdssm config --schema > config.schema.json`, and name it in the first line of a config:
 
