@@ -10,7 +10,8 @@ training score. --dtype float16 needs half the space, int8 about a quarter, bina
 model and dataset.
 
 An interrupted run continues from its finished shards when restarted, with any number of ranks; every rank needs the
-model, the dataset and --out. --since EARLIER reuses the vectors of unchanged documents.
+model, the dataset and --out. --since EARLIER reuses the vectors of unchanged documents; width, dtype and formats are
+those of EARLIER unless given.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ from bigdssm.cli import ProgressBar, add_overwrite, check_width, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
-from bigdssm.retrieval.vector_files import FileFormat, check_formats, difference_from_model, write_card, write_file
-from bigdssm.retrieval.vectors import Dtype, write_vectors
+from bigdssm.retrieval.vector_files import (
+    FileFormat,
+    check_formats,
+    difference_from_model,
+    formats_in,
+    write_card,
+    write_file,
+)
+from bigdssm.retrieval.vectors import Dtype, read_meta, write_vectors
 
 
 @command
@@ -39,27 +47,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
     parser.add_argument(
         "--since", type=Path, metavar="EARLIER",
-        help="folder with vectors of the same model, reused for unchanged documents (may be --out; default: none)",
+        help="folder with vectors of the same model, reused for unchanged documents; its options are the defaults (may "
+        "be --out; default: none)",
     )  # fmt: skip
     parser.add_argument("--width", type=int, help="number of leading dimensions, for loss.widths (default: all)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="storage type of vectors (default: float32)")
     parser.add_argument(
-        "--dtype", choices=get_args(Dtype), default="float32", help="storage type of vectors (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--format", nargs="+", choices=get_args(FileFormat), default=[], help="additional file formats (default: none)"
-    )
+        "--format", nargs="+", choices=get_args(FileFormat),
+        help="additional file formats; npy: no other (default: none)",
+    )  # fmt: skip
     parser.add_argument(
         "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents per shard (default: %(default)s)"
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    check_formats(args.dtype, args.format)
+    earlier = None if args.since is None else read_meta(args.since)
+    dtype: Dtype = args.dtype or (earlier.dtype if earlier else "float32")
+    formats = args.format or ([] if earlier is None else formats_in(args.since))
+    check_formats(dtype, formats)
+    if args.width is None and earlier is not None and earlier.whole:
+        args.width = earlier.width - earlier.has_beta
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
     dataset = folder.view(dataset)
     encoders, model = tower_encoders(folder.model, dataset), folder.config.model
     if args.width is not None:
         check_width("--width", args.width, model.dim)
         encoders = truncate_encoders(encoders, args.width, model.score == "cosine")
+    parity: dict[FileFormat, float] = {}
+
+    def write_files(aside: Path) -> None:
+        for target in dict.fromkeys(["npy", *formats]):
+            parity[target] = difference_from_model(write_file(aside, target), encoders)
+        write_card(aside, model.score, parity)
+
     with ProgressBar() as progress:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         whole = 0 if args.width in (None, model.dim) else model.dim + encoders.has_beta
@@ -72,20 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.since,
             whole=whole,
             score=model.score,
-            dtype=args.dtype,
+            dtype=dtype,
+            complete=write_files,
             overwrite=args.overwrite,
         )
     resumed = f", {written.resumed_shards} shards were already finished" if written.resumed_shards else ""
     print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
-    if written.meta is None:
-        return  # the last rank to finish writes the other files
-    print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {args.dtype}")
-    parity: dict[FileFormat, float] = {}
-    for target in dict.fromkeys(["npy", *args.format]):
-        path = write_file(args.out, target)
-        parity[target] = difference_from_model(path, encoders)
-        print(f"{path}: largest difference from the model's vectors {parity[target]:.1e}")
-    write_card(args.out, folder.config.model.score, parity)
+    if written.meta is not None:  # the last rank to finish writes the other files
+        print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {dtype}")
+        for target, difference in parity.items():
+            print(f"{args.out}/vectors.{target}: largest difference from the model's vectors {difference:.1e}")
 
 
 if __name__ == "__main__":

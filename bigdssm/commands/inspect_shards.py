@@ -78,6 +78,8 @@ def _print_description(console: Console, content: Description, split: str) -> No
         top.add_row(title, f"{count:,}")
     console.print(top)
     console.print(f"{content.num_docs:,} documents, {content.docs_without_train_rows:,} of them without a train row")
+    if content.num_withdrawn:
+        console.print(f"{content.num_withdrawn:,} of them withdrawn")
     if content.num_versions:
         console.print(
             f"{content.num_versions:,} further document versions; histories use those that were current at the time of "

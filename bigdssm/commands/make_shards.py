@@ -1,6 +1,7 @@
 """Build a dataset from tables: shards, catalogue, tokenizer and schema.
 
     bigdssm make_shards interactions --config F [key=value …] --interactions F --items F [--users F]
+    bigdssm make_shards items --config F [key=value …] --append NAME [--items F] [--withdrawn F]
     bigdssm make_shards pairs --config F [key=value …] --pairs F [F …] [--group-column C]
     bigdssm make_shards webdataset --config F [key=value …] --shards F [F …]
 
@@ -132,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_fractions(sub, "--split time")
     _add_split_times(sub)
 
+    sub = commands.add_parser("items", parents=[common], help="add items to a dataset without events, or withdraw some")
+    sub.set_defaults(run=_items)
+    sub.add_argument("--items", type=_table, help="table of new or changed items, or of withdrawn ones that are back")
+    sub.add_argument("--withdrawn", type=_table, help="table with the ids of items that are no longer offered")
+    sub.add_argument("--item-column", default="item_id", help="column of item ids (default: %(default)s)")
+    sub.add_argument("--items-time-column", help="column of items with the time from which a row is valid")
+
     sub = commands.add_parser("pairs", parents=[common], help="rows with query and document features")
     sub.add_argument(
         "--pairs", type=_table, nargs="+", required=True,
@@ -210,8 +218,9 @@ def _add_split_times(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--until", metavar="TIME", help="drop rows from this time on, with --test-from")
 
 
-def _split_times(args: argparse.Namespace) -> dict[str, str | None]:
-    return {"validation_from": args.validation_from, "test_from": args.test_from, "until": args.until}
+def _split_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("split", "validation_fraction", "test_fraction", "validation_from", "test_from", "until")
+    return {name: getattr(args, name) for name in names}
 
 
 def _interactions(args: argparse.Namespace) -> None:
@@ -228,9 +237,17 @@ def _interactions(args: argparse.Namespace) -> None:
         rating_column=args.rating_column,
         min_rating=args.min_rating,
         positive_rating=args.positive_rating,
-        split=args.split,
-        **_split_times(args),
+        **_split_options(args),
     )
+
+
+def _items(args: argparse.Namespace) -> None:
+    if args.append is None or (args.items is None and args.withdrawn is None):
+        raise ConfigError("make_shards items needs --append NAME, which adds to a dataset, and --items or --withdrawn")
+    _make(
+        args, items=args.items, withdrawn=args.withdrawn, item_column=args.item_column,
+        items_time_column=args.items_time_column,
+    )  # fmt: skip
 
 
 def _pairs(args: argparse.Namespace) -> None:
@@ -245,14 +262,13 @@ def _pairs(args: argparse.Namespace) -> None:
         doc_id_column=args.doc_id_column,
         query_id_column=args.query_id_column,
         relevance_column=args.relevance_column,
-        split=args.split,
         split_column=decides,
         whole_documents=args.whole_documents,
         each_of=args.each_of,
         beir=args.beir,
         raw_text=args.raw_text,
         dedup=args.dedup,
-        **_split_times(args),
+        **_split_options(args),
     )
 
 
@@ -264,7 +280,7 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
             append=append, overwrite=args.overwrite, seed=args.seed, like=args.like, progress=progress,
             engine=args.engine, processes=args.processes, master=args.master,
             spark_conf=dict(map(_setting, args.spark_conf)),
-            validation_fraction=args.validation_fraction, test_fraction=args.test_fraction, **tables,
+            **tables,
         )  # fmt: skip
     _print(report)
 

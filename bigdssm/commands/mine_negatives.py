@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.vectors is not None:
             start, stop = share.of(dataset.catalogue.num_docs)
             vectors = read_vectors(args.vectors, folder.doc_checksum, dataset, start, stop, folder.index_width)
-            documents = DocumentVectors(torch.from_numpy(vectors), start)
+            documents = DocumentVectors(torch.from_numpy(vectors), start, dataset.catalogue.withdrawn)
         local = mine(
             tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,

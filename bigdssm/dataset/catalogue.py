@@ -22,16 +22,21 @@ from bigdssm.features import Feature
 from bigdssm.features.ragged import Column
 from bigdssm.utils.hashing import file_checksum, hash64
 
+NO_ROWS = np.zeros(0, np.int64)
+
 
 class Catalogue:
     """The documents 0 … num_docs - 1 and their earlier versions."""
 
-    def __init__(self, paths: Sequence[Path], schema: Schema, versions: Versions | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], schema: Schema, versions: Versions | None = None, withdrawn: np.ndarray = NO_ROWS
+    ) -> None:
         """Memory-map the catalogue's files `paths`, ordered by partition.
 
+        `withdrawn`: the rows of documents that are neither answers nor drawn as negatives, int64, ascending.
         Raises DataError: a file is missing or unreadable, or lacks a column of the schema.
         """
-        self._table, self.versions = MappedTable(paths), versions
+        self._table, self.versions, self.withdrawn = MappedTable(paths), versions, withdrawn
         self._schema = schema
         self._encoded_by: dict[str, Feature] | None = None  # document features of an earlier schema, see `with_schema`
         names = self._table.schema.names
@@ -49,6 +54,11 @@ class Catalogue:
     def num_docs(self) -> int:
         """The number of documents."""
         return self._table.num_rows if self.versions is None else self.versions.num_docs
+
+    @property
+    def num_candidates(self) -> int:
+        """The number of documents that are not withdrawn."""
+        return self.num_docs - len(self.withdrawn)
 
     @property
     def all_rows(self) -> np.ndarray:
@@ -136,3 +146,8 @@ class Catalogue:
         for path, expected in zip(self._table.paths, checksums, strict=True):
             if file_checksum(path, bits=64) != expected:
                 raise DataError(f"{path} is damaged: its checksum is not the one in dataset.json; copy it again")
+
+
+def candidate_rows(numbers: np.ndarray, withdrawn: np.ndarray) -> np.ndarray:
+    """Convert numbers among the documents that are not withdrawn to catalogue rows, int64."""
+    return np.asarray(numbers + np.searchsorted(withdrawn - np.arange(len(withdrawn)), numbers, "right"))

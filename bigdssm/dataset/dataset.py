@@ -20,6 +20,7 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.partition import (
+    Extent,
     MixtureBatches,
     MixturePart,
     Partition,
@@ -31,7 +32,7 @@ from bigdssm.dataset.remote import COUNTS_FILE, RemoteFolder
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.sequences import Targets, versions_of
-from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files
+from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files, later_files, withdrawn_documents
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -65,18 +66,25 @@ class DatasetHeader:
 class Dataset:
     """A dataset opened for reading (`open`), or several datasets joined (joined.py)."""
 
-    def __init__(self, header: DatasetHeader, partitions: list[Partition], files: Sequence[CatalogueFile]) -> None:
+    def __init__(
+        self, header: DatasetHeader, partitions: list[Partition], files: Sequence[CatalogueFile],
+        withdrawals: Sequence[CatalogueFile] = (), item_partitions: Sequence[Partition] = (),
+        extents: Sequence[Extent] = (),
+    ) -> None:  # fmt: skip
         """Called by `open` and `joined.join`.
 
-        `files` are the files of the catalogue; those with newer versions come last.
+        `files` are the files of the catalogue; those with newer versions come last. `item_partitions` have no rows.
         """
         self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
+        self.withdrawals, self.item_partitions = tuple(withdrawals), tuple(item_partitions)
+        self.extents = tuple(extents)  # of its sources
         self.dir, self.name, self.schema = header.dir, header.name, header.schema
         self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
         self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
         paths = [file.path for file in self.catalogue_files]
         versions = Versions.read(self.catalogue_files, dated=header.dated)
-        self.catalogue = Catalogue(paths, header.schema, versions)
+        withdrawn = withdrawn_documents(self.withdrawals, sum(file.rows for file in files if file.since is None))
+        self.catalogue = Catalogue(paths, header.schema, versions, withdrawn)
         got, expected = self.catalogue.rows_per_file, [file.rows for file in self.catalogue_files]
         if got != expected:
             raise DataError(f"{self.dir}/catalogue: the files have {got} rows, dataset.json has {expected}")
@@ -111,11 +119,12 @@ class Dataset:
     @checked
     def open(
         cls, folder: str | Path, partitions: Sequence[str] | None = None, *, first: str | None = None,
-        cache: FileCache | None = None,
+        cache: FileCache | None = None, extent: Extent | None = None,
     ) -> Dataset:  # fmt: skip
         """Open a dataset: all partitions, the given ones, or those from partition `first` on.
 
-        A URL (http://, s3://, …) is read through `cache` (None: the user's default cache).
+        A URL (http://, s3://, …) is read through `cache` (None: the user's default cache). `extent`: without later
+        appends.
 
         Raises DataError: not a dataset, another format, damaged metadata, or a missing file (a missing shard does not
         raise: readers skip and count its rows).
@@ -128,32 +137,42 @@ class Dataset:
         schema = Schema.load(folder)
         if content["schema"] != schema.fingerprint():
             raise DataError(f"{folder}/schema.json does not match dataset.json; copy both again")
-        known = list(content["partitions"])
+        if extent is not None:
+            content = extent.of(content)
+            if schema.vocabulary_sizes() != extent.vocabularies:
+                schema = schema.cut(extent.vocabularies)
+        extent = Extent(len(content["partitions"]), len(content["catalogue"]), schema.vocabulary_sizes())
+        known, of_items = list(content["partitions"]), content.get("item_partitions", [])
         names = known if partitions is None else list(partitions)
         if unknown := [name for name in [*names, *([first] if first else [])] if name not in known]:
             raise DataError(f"{folder} has no partition {unknown[0]!r}, only {known}")
         if first:
             names = known[known.index(first) :]
+        if (first or partitions) and not set(names) - set(of_items):
+            raise DataError(f"{folder}: partition {names[0]!r} has items alone, no rows")
+        names = [name for name in names if name not in of_items]
         if not names:
             raise DataError(f"{folder} has no partitions; bigdssm make_shards adds one")
         if not content["catalogue"]:
             raise DataError(f"{folder}/dataset.json names no catalogue; rebuild the dataset")
         files = catalogue_files(folder, content)
         num_docs = sum(file.rows for file in files if file.since is None)
-        read = [
-            replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
-            for name in names
-        ]
+        read, items = (
+            [replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
+             for name in some]
+            for some in (names, [name for name in known if name in of_items])
+        )  # fmt: skip
         options = {name: content[name] for name in ("text", "users", "items") if name in content}
         header = DatasetHeader(folder, content["name"], schema, **options)
-        dataset = cls(header, read, files)
-        if remote is not None:
-            dataset.pickled = partial(cls.open, cache=remote.cache), (remote.url, names)
+        dataset = cls(header, read, files, later_files(folder, content, "withdrawals"), items, [extent])
+        cache = None if remote is None else remote.cache
+        dataset.pickled = partial(cls.open, cache=cache, extent=extent), (remote.url if remote else folder, names)
         return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by path: each loader process maps the files itself."""
-        return self.pickled or (Dataset.open, (self.dir, [partition.name for partition in self.partitions]))
+        """Pickle by path and extent: each loader process maps the files itself."""
+        assert self.pickled is not None
+        return self.pickled
 
     def with_schema(self, schema: Schema) -> Dataset:
         """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
@@ -172,7 +191,8 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the schema, the tokenizer, and the partitions' rows and documents."""
-        known = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in self.partitions)]
+        parts = [*self.partitions, *self.item_partitions]
+        known = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in parts)]
         return short_hash("\n".join(known).encode())
 
     def partitions_on_disk(self) -> list[Partition]:

@@ -10,25 +10,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import MixtureBatches, MixturePart, Partition, steps_per_round
+from bigdssm.dataset.partition import Extent, MixtureBatches, MixturePart, Partition, steps_per_round
 from bigdssm.dataset.versions import CatalogueFile
 from bigdssm.errors import ConfigError
 from bigdssm.utils.urls import is_url
 
 
-def open_dataset(config: DataConfig) -> Dataset:
-    """Open the dataset of a training config.
+def open_dataset(config: DataConfig, extents: Sequence[Extent] = ()) -> Dataset:
+    """Open the dataset of a training config; with `extents` of its sources, without later appends.
 
     Raises DataError; ConfigError: incompatible sources.
     """
     cache = FileCache.from_config(config)
+    every: Sequence[Extent | None] = extents or [None] * max(1, len(config.mixture))
     if not config.mixture:
-        return Dataset.open(config.dir, first=config.from_partition, cache=cache)
-    parts = [Dataset.open(s.dir or config.dir, s.partitions or None, cache=cache) for s in config.mixture]
+        return Dataset.open(config.dir, first=config.from_partition, cache=cache, extent=every[0])
+    parts = [
+        Dataset.open(source.dir or config.dir, source.partitions or None, cache=cache, extent=extent)
+        for source, extent in zip(config.mixture, every, strict=True)
+    ]
     return join(parts, config.mixture, config.dir, config.mixture_batches)
 
 
@@ -43,12 +48,16 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     partitions: list[Partition] = []
     mixture = []
     siblings: dict[str, Partition] = {}
+    item_partitions: dict[str, Partition] = {}
+    withdrawals: dict[Path, CatalogueFile] = {}
     for part, source, base in zip(parts, sources, first_doc, strict=True):
         prefix = "" if source.dir is None or _normalized(source.dir) == _normalized(main_dir) else f"{part.name}/"
         renamed = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
         name = "+".join(partition.name for partition in renamed)
         mixture.append(MixturePart(name, len(partitions), len(partitions) + len(renamed), source.weight))
         partitions += renamed
+        item_partitions |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.item_partitions}
+        withdrawals |= {file.path: replace(file, first_doc=base) for file in part.withdrawals}
         siblings |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.partitions_on_disk()}
     names = [partition.name for partition in partitions]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -57,7 +66,10 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
             "with different names"
         )
     steps_per_round([source.name for source in mixture], [source.weight for source in mixture])
-    joined = Dataset(parts[0].header, partitions, files)
+    extents = [extent for part in parts for extent in part.extents]
+    joined = Dataset(
+        parts[0].header, partitions, files, list(withdrawals.values()), list(item_partitions.values()), extents
+    )
     joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
     joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
     return joined

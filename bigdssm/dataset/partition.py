@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,6 +47,8 @@ DATASET_SHAPE = {
     "partitions": [TEXT],
     "catalogue": [FILE_SHAPE],
     "versions?": [FILE_SHAPE | {"since": TEXT}],
+    "item_partitions?": [TEXT],
+    "withdrawals?": [FILE_SHAPE | {"since": TEXT}],
     "text?": one_of("tokens", "raw"),
     "users?": one_of("rows"),
     "items?": one_of("events"),
@@ -61,6 +63,24 @@ DATASET_SHAPE = {
 }  # fmt: skip
 SPLIT_SHAPE = {"rows": COUNT, "queries": COUNT, "blocks": COUNT, "shards": [TEXT], "index_checksum": TEXT}
 PARTITION_SHAPE = {"splits": {str: SPLIT_SHAPE}, "counts_checksum": TEXT, "sequences?": [FILE_SHAPE]}
+
+
+class Extent(NamedTuple):
+    """The part of a dataset that a training segment reads; later appends do not change it."""
+
+    partitions: int  # the first ones in dataset.json
+    catalogue_files: int  # with new documents
+    vocabularies: dict[str, dict[str, int]]  # see `Schema.vocabulary_sizes`
+
+    def of(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a dataset.json as it was then."""
+        known = content["partitions"][: self.partitions]
+        lists = {
+            name: [entry for entry in content[name] if entry["since"] in known]
+            for name in ("versions", "withdrawals")
+            if name in content
+        }
+        return {**content, **lists, "partitions": known, "catalogue": content["catalogue"][: self.catalogue_files]}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ from bigdssm.utils.urls import CHUNK_BYTES, MISMATCHES, fetch, join, redacted, s
 COUNTS_FILE = "counts.arrow"  # per partition: train positives per document
 KEYS_SUFFIX = ".keys.npy"  # files of sorted keys, see keys.py
 SEQUENCE_KEYS_FILE = f"sequences{KEYS_SUFFIX}"
+
+
+def catalogue_entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of all files of the catalogue in a dataset.json."""
+    return [*content["catalogue"], *content.get("versions", []), *content.get("withdrawals", [])]
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class RemoteFolder:
                 self._large(file, checksum)
             for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
                 self._small(f"tokenizer/{file}", optional=True)
-            for part in [*content["catalogue"], *content.get("versions", [])]:
+            for part in catalogue_entries(content):
                 self._large(part["file"], part["checksum"])
             required = names[names.index(first) :] if first in names else names if partitions is None else partitions
             for name in names:

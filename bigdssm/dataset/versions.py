@@ -21,7 +21,8 @@ from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.partition import path_inside
 from bigdssm.errors import DataError
 
-DOCUMENT_COLUMN = "document"  # in files of newer versions: the document number
+DOCUMENT_COLUMN = "document"  # in files of newer versions and of withdrawals: the document number
+WITHDRAWN_COLUMN = "withdrawn"  # in files of withdrawals: 1, or 0 for a document that is back
 SINCE_COLUMN = "since"  # in all files of a catalogue with times: start of validity
 
 
@@ -32,8 +33,8 @@ class CatalogueFile:
     path: Path
     rows: int
     checksum: str
-    since: int | None = None  # newer versions: the first partition that sees them
-    first_doc: int = 0  # newer versions: offset of their dataset's documents
+    since: int | None = None  # newer versions and withdrawals: the first partition that sees them
+    first_doc: int = 0  # newer versions and withdrawals: offset of their dataset's documents
 
 
 def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueFile]:
@@ -41,17 +42,41 @@ def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueF
 
     Raises DataError: it is damaged.
     """
-    known: list[str] = content["partitions"]
     files = [
         CatalogueFile(path_inside(folder, part["file"]), part["rows"], part["checksum"])
         for part in content["catalogue"]
     ]
-    for part in content.get("versions", []):
+    return files + later_files(folder, content, "versions")
+
+
+def later_files(folder: Path, content: Mapping[str, Any], kind: str) -> list[CatalogueFile]:
+    """List the files of newer versions, or of withdrawals; `content` is dataset.json.
+
+    Raises DataError: it is damaged.
+    """
+    known: list[str] = content["partitions"]
+    files = []
+    for part in content.get(kind, []):
         if part["since"] not in known:
             raise DataError(f"{folder}/dataset.json is damaged: {part['file']} belongs to no partition; copy it again")
         since = known.index(part["since"])
         files.append(CatalogueFile(path_inside(folder, part["file"]), part["rows"], part["checksum"], since))
     return files
+
+
+def withdrawn_documents(files: Sequence[CatalogueFile], num_docs: int) -> np.ndarray:
+    """Return the documents that the last of `files` with them withdraws, int64, ascending.
+
+    Raises DataError: unknown documents.
+    """
+    withdrawn = np.zeros(0, np.int64)
+    for file in files:
+        table = MappedTable([file.path])
+        documents, states = table.column(DOCUMENT_COLUMN) + file.first_doc, table.column(WITHDRAWN_COLUMN) > 0
+        if len(documents) and (documents.min() < 0 or documents.max() >= num_docs):
+            raise DataError(f"{file.path} has withdrawals of documents outside the catalogue; copy it again")
+        withdrawn = np.union1d(np.setdiff1d(withdrawn, documents), documents[states])
+    return withdrawn
 
 
 def distinct_documents(document: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def evaluate_split(
     if isinstance(encoders, ScoredEncoders):
         scoring, documents = pair_scoring(encoders.scorer), None
     if documents is None:
-        documents = encode_catalogue(encoders, dataset.catalogue.num_docs, share)
+        documents = encode_catalogue(encoders, dataset.catalogue, share)
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     ranks, query_ids = [np.zeros(0)], [np.zeros(0, np.int64)]
@@ -103,7 +103,8 @@ def evaluate_scores(
     ranks, query_ids = [np.zeros(0)], [np.zeros(0, np.int64)]
     for rows in dataset.iterate(split, rows_per_chunk):
         excluded = _as_seen(excluded_documents(dataset, exclude_seen)(rows), len(rows))
-        rank = ranks_of_scores(as_tensor(scores(rows)), as_tensor(rows.doc_rows), excluded)
+        table, target = as_tensor(scores(rows)), as_tensor(rows.doc_rows)
+        rank = ranks_of_scores(table, target, excluded, as_tensor(dataset.catalogue.withdrawn))
         ranks.append(_of_relevant(rank, rows))
         query_ids.append(rows.query_ids)
     return _evaluation(ranks, query_ids, started)

@@ -77,7 +77,8 @@ def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVect
     All ranks must call it.
     """
     target = batch.of_targets(documents, scoring.target)
-    return 1 + batch.reduce_local(_counts(scoring, batch.vectors, documents.vectors, target, batch.excluded))
+    counts = _counts(scoring, batch.vectors, documents.vectors, target, batch.excluded, documents.absent)
+    return 1 + batch.reduce_local(counts)
 
 
 def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
@@ -87,13 +88,19 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: S
     """
     scoring = inner_product_scoring()
     target_scores = scoring.target(queries, documents[target])
-    return 1 + _counts(scoring, queries, documents, target_scores, _excluded(target, seen))
+    return 1 + _counts(scoring, queries, documents, target_scores, _excluded(target, seen), target[:0])
 
 
-def ranks_of_scores(scores: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
-    """Return ranks float64 [m] of document `target[i]` in row i of `scores` [m, N]; exact ties only."""
+def ranks_of_scores(
+    scores: Tensor, target: Tensor, seen: SeenDocuments | None = None, withdrawn: Tensor | None = None
+) -> Tensor:
+    """Return ranks float64 [m] of document `target[i]` in row i of `scores` [m, N]; exact ties only.
+
+    Documents at the rows `withdrawn` are no candidates, unless they are the target.
+    """
     target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
     pairs = _excluded(target, seen).block(0, len(scores))
+    scores = scores if withdrawn is None else _without(scores, withdrawn, 0)
     return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
 
 
@@ -107,9 +114,9 @@ def _excluded(target: Tensor, seen: SeenDocuments | None) -> ExcludedDocuments:
 
 
 def _counts(
-    scoring: Scoring, queries: Tensor, documents: Tensor, target: Tensor, excluded: ExcludedDocuments
+    scoring: Scoring, queries: Tensor, documents: Tensor, target: Tensor, excluded: ExcludedDocuments, absent: Tensor
 ) -> Tensor:
-    """Return float64 [m]: the local documents that score higher than the target, ties as halves."""
+    """Return float64 [m]: the local documents, except `absent` ones, that score above the target, ties as halves."""
     counts = queries.new_zeros(len(queries), dtype=torch.float64)
     for first in range(0, len(queries), scoring.queries_at_once):
         last = min(first + scoring.queries_at_once, len(queries))
@@ -117,8 +124,15 @@ def _counts(
         tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # fewer rows are padded to LEAST_ROWS
         for column in range(0, len(documents), tile):
             scores = scoring.matrix(queries[first:last], documents[column : column + tile])
+            scores = _without(scores, absent, column)
             counts[first:last] += _count_above(scores, column, target[first:last, 0], target[first:last, 1], *pairs)
     return counts
+
+
+def _without(scores: Tensor, absent: Tensor, column: int) -> Tensor:
+    """Return the scores of a tile, which begins at `column`, with -inf for the positions `absent`."""
+    local = absent[(absent >= column) & (absent < column + scores.shape[1])] - column
+    return scores.index_fill(1, local, float("-inf")) if len(local) else scores
 
 
 def _count_above(

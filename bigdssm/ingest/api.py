@@ -25,6 +25,7 @@ from bigdssm.ingest.dataset_writer import DATASET_FILE, TOKENIZER
 from bigdssm.ingest.engines.spark import Cluster
 from bigdssm.ingest.fitting import with_prompts
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.sources.base import Source
@@ -40,7 +41,7 @@ EngineName = Literal["built-in", "spark"]
 @checked
 def make_dataset(
     config: Config | str | Path, overrides: Sequence[str] = (), *,
-    interactions: Any = None, items: Any = None, users: Any = None, pairs: Any = None,
+    interactions: Any = None, items: Any = None, users: Any = None, pairs: Any = None, withdrawn: Any = None,
     out: str | Path | None = None, partition: str = "base", append: bool = False, overwrite: bool = False,
     seed: int = 0, like: str | Path | None = None, engine: EngineName = "built-in", processes: int = 0,
     master: str | None = None, spark_conf: Mapping[str, str] | None = None, progress: Progress = no_progress,
@@ -48,12 +49,13 @@ def make_dataset(
 ) -> IngestReport:  # fmt: skip
     """Build a dataset from interactions, items and optionally users, or from pairs.
 
+    With `append`, `items` without interactions are added to the catalogue alone, and the items of `withdrawn` leave it.
     A table is a file, a URL, an Arrow table, a data frame (pandas, polars), a dict of columns or a list of dicts;
     `pairs` may be a list of tables. `out` (default: the config's data.dir) is a folder or a URL such as s3://…;
     `append` adds `partition` to the dataset there. `processes` is the number of worker processes (0: one per core).
     The engine "spark" uses the Spark session of this process, or a new one on `master` with `spark_conf`; a table may
-    then also be spark:NAME or spark:SELECT …. `options` are fields of InteractionTables or PairTables, such as
-    item_column, doc_id_column or split. Raises ConfigError, DataError.
+    then also be spark:NAME or spark:SELECT …. `options` are fields of InteractionTables, ItemTables or PairTables,
+    such as item_column, doc_id_column or split. Raises ConfigError, DataError.
     """
     if processes < 0:
         raise ConfigError(f"processes={processes}: needs at least 1, or 0 for one per core")
@@ -70,7 +72,7 @@ def make_dataset(
         with_prompts(Schema.declared(data), data.tokenizer.path, TextTokenizer(Path(tokenizer)))
     spark = _cluster(engine, master, spark_conf or {})
     target = IngestTarget(Path(destination), partition, overwrite, append, seed, like, processes=processes, spark=spark)
-    given = {"pairs": pairs, "interactions": interactions, "items": items, "users": users}
+    given = {"pairs": pairs, "interactions": interactions, "items": items, "users": users, "withdrawn": withdrawn}
     tables = {name: table for name, table in given.items() if table is not None}
     if ("pairs" in tables) == bool(tables.keys() - {"pairs"}):
         raise ConfigError("a dataset needs pairs=, or interactions= and items=, and optionally users=")
@@ -94,9 +96,13 @@ def _make(
             return make_pairs(
                 data, _tables(PairTables, options, files=_several(tables["pairs"], opened)), target, progress
             )
+        paths = {name: opened(name, table) for name, table in tables.items()}
+        if target.append and not tables.keys() - {"items", "withdrawn"}:
+            return make_items(data, _tables(ItemTables, options, **paths), target, progress)
+        if "withdrawn" in tables:
+            raise ConfigError("withdrawn= needs append=True, and no other table than items=")
         if lacking := [name for name in ("interactions", "items") if name not in tables]:
             raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions needs interactions= and items=")
-        paths = {name: opened(name, table) for name, table in tables.items()}
         return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
 
 

@@ -41,6 +41,7 @@ from bigdssm.utils.locks import WriterLock, lock_path
 
 DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
+WITHDRAWALS, ITEM_PARTITIONS = "withdrawals", "item_partitions"
 AS_OF = {"users": "rows", "items": "events"}  # the reference time of features that change
 SPLIT = "split"  # the split of the first partition, reused by appends without --split
 TIMES = "times"  # the units of event times
@@ -202,22 +203,29 @@ class DatasetWriter:
 
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],
-        counts_checksum: str, sequences: Sequence[dict[str, Any]],
+        counts_checksum: str, sequences: Sequence[dict[str, Any]], withdrawals: Sequence[dict[str, Any]] = (),
     ) -> None:  # fmt: skip
         """Write partition.json and dataset.json, and move everything into place.
 
-        `catalogue`: the files of new documents; `versions`: the files of new versions of existing ones.
+        `catalogue`: the files of new documents; `versions`: the files of new versions of existing ones; `withdrawals`:
+        those of documents withdrawn or back.
         """
         self.quarantine.close()
         described: dict[str, Any] = {"name": self.partition, "splits": splits, "counts_checksum": counts_checksum}
         if sequences:
             described["sequences"] = list(sequences)
-        documents = [part["checksum"] for part in [*catalogue, *versions]]  # rows have only their numbers
+        documents = [part["checksum"] for part in [*catalogue, *versions, *withdrawals]]  # rows have only their numbers
         digest = hashlib.sha256(json.dumps({**described, "documents": documents}, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
         new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]
-        newer = [{**part, "file": f"{CATALOGUE}/{part['file']}", "since": self.partition} for part in versions]
-        newer = [*self.content.get(VERSIONS, []), *newer]
+        later = {
+            kind: [
+                *self.content.get(kind, []),
+                *({**part, "file": f"{CATALOGUE}/{part['file']}", "since": self.partition} for part in parts),
+            ]
+            for kind, parts in ((VERSIONS, versions), (WITHDRAWALS, withdrawals))
+        }
+        later[ITEM_PARTITIONS] = [*self.content.get(ITEM_PARTITIONS, []), *([] if splits else [self.partition])]
         dataset = {
             "format": FORMAT,
             "name": self.out.resolve().name,
@@ -225,7 +233,7 @@ class DatasetWriter:
             "text": self.content["text"],
             "ids": self.content["ids"],
             **{name: self.content[name] for name in (*AS_OF, SPLIT, TIMES) if name in self.content},
-            **({VERSIONS: newer} if newer else {}),
+            **{kind: entries for kind, entries in later.items() if entries},
             "tokenizer": self._tokenizer_checksums(),
             "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],

@@ -161,6 +161,15 @@ class DistinctDocuments:
         return len(np.unique(document[document < self.first]))
 
 
+def fitted_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTable:
+    """Return the new documents and the new versions of existing ones."""
+    if documents.versions is not None:
+        return documents.versions
+    if documents.changed is None:
+        return documents.table
+    return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
+
+
 def number_documents(engine: LocalEngine, writer: DatasetWriter) -> DistinctDocuments:
     """Number the new documents of `found_documents`, and write their key file.
 

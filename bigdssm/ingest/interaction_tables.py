@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -156,8 +156,20 @@ class InteractionTables:
         )
 
 
+class ItemColumns(Protocol):
+    """The columns of a table of items."""
+
+    @property
+    def item_column(self) -> str:
+        """The column of ids."""
+
+    @property
+    def items_time_column(self) -> str | None:
+        """The start of validity of a row; None: one row per item."""
+
+
 def read_items(
-    run: Ingestion, tables: InteractionTables, base: Schema, items: Source
+    run: Ingestion, tables: ItemColumns, base: Schema, items: Source
 ) -> tuple[DistinctDocuments, list[Mapping[str, Any]]]:
     """Read items as documents; also return the facts of their times, if any.
 

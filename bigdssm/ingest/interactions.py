@@ -24,9 +24,13 @@ from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_fi
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored_features
 from bigdssm.ingest.cutting import ItemVersions, SequenceCutter, cut_sequences
-from bigdssm.ingest.dataset_writer import PARTITIONS, SPLIT
-from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, write_document_keys
-from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT
+from bigdssm.ingest.documents import (
+    DistinctDocuments,
+    canonical_columns,
+    fitted_documents,
+    write_document_keys,
+)
 from bigdssm.ingest.engines.spark import SparkTable, open_table
 from bigdssm.ingest.engines.tables import RowTable, read_facts
 from bigdssm.ingest.existing_events import EarlierEvents
@@ -84,7 +88,7 @@ def make_interactions(
         }
         sequences, event_rows = read_events(run, tables, user, documents, events, other_times, earlier)
         writer.quarantine.check()
-        sides = [FittedSide("doc", _fitted_documents(engine, documents), "d", base.doc)]
+        sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
         if user:
             fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
             sides.append(FittedSide("query", engine.select("fitted_users", fitted, order="place, user_id"), "u", user))
@@ -128,15 +132,6 @@ def make_interactions(
             raise DataError("every relevance in the train split is 0: there are no positives to learn from")
         positives = (counted.column("doc").to_numpy(), counted.column("n").to_numpy())
         return run.finish(schema, text, documents, entries, positives, cut)
-
-
-def _fitted_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTable:
-    """Return the new documents and the new versions of existing ones."""
-    if documents.versions is not None:
-        return documents.versions
-    if documents.changed is None:
-        return documents.table
-    return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
 
 
 def _notes_of_versions(tables: InteractionTables, documents: DistinctDocuments, num_early: int) -> Iterator[str]:
@@ -205,7 +200,9 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
 
 def _earlier(run: Ingestion) -> EarlierEvents:
     """Return the events of existing partitions. Raises DataError: one holds pairs."""
-    partitions = [read_partition(run.writer.out, name) for name in run.writer.content[PARTITIONS]]
+    content = run.writer.content
+    with_events = [name for name in content[PARTITIONS] if name not in content.get(ITEM_PARTITIONS, [])]
+    partitions = [read_partition(run.writer.out, name) for name in with_events]
     for partition in partitions:
         if not partition.sequence_files:
             raise DataError(f"{run.writer.out}: partition {partition.name!r} holds pairs, not interactions")

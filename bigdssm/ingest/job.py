@@ -130,10 +130,12 @@ class Ingestion:
     def finish(
         self, schema: Schema, text: TextTokenizer | None, documents: DistinctDocuments, splits: dict[str, Any],
         positives: tuple[np.ndarray, np.ndarray], sequences: Sequence[dict[str, Any]] = (),
+        withdrawals: Sequence[dict[str, Any]] = (),
     ) -> IngestReport:  # fmt: skip
         """Write counts and catalogue, commit the dataset and return the report.
 
-        `positives`: catalogue rows of documents and their numbers of train positives, int64.
+        `positives`: catalogue rows of documents and their numbers of train positives, int64. A partition without
+        `splits` has items alone.
         """
         writer = self.writer
         checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
@@ -141,13 +143,13 @@ class Ingestion:
             self.engine, documents, schema.doc, text, writer.catalogue_dir,
             len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
         )  # fmt: skip
-        if writer.append:
+        if writer.append and splits:
             known = {name: read_partition(writer.out, name) for name in writer.content[PARTITIONS]}
             same = [name for name, partition in known.items() if partition.content["splits"] == splits]
             self.notes += [f"all rows equal those of partition {name}: is it the same table?" for name in same]
             self.notes += _held_out(splits)
         changed_docs = documents.num_changed  # before the commit removes the spool
-        writer.commit(schema, catalogue, versions, splits, checksum, sequences)
+        writer.commit(schema, catalogue, versions, splits, checksum, sequences, withdrawals)
         many = [
             f"the {entry['rows']:,} rows of split {split} have {entry['queries']:,} queries"
             for split, entry in splits.items()

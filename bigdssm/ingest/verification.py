@@ -13,7 +13,7 @@ from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset, with_remote_shards
 from bigdssm.dataset.index import SplitIndex, read_index
 from bigdssm.dataset.partition import read_dataset_json
-from bigdssm.dataset.remote import COUNTS_FILE
+from bigdssm.dataset.remote import COUNTS_FILE, catalogue_entries
 from bigdssm.dataset.schema import VOCABULARIES
 from bigdssm.errors import DataError
 from bigdssm.ingest.dataset_writer import TOKENIZER
@@ -33,7 +33,7 @@ def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list
         with tempfile.TemporaryDirectory(prefix="verify-") as cache:
             return _damages(Dataset.open(folder, cache=FileCache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
     content = read_dataset_json(Path(folder))
-    catalogue = {part["file"]: part["checksum"] for part in [*content["catalogue"], *content.get("versions", [])]}
+    catalogue = {part["file"]: part["checksum"] for part in catalogue_entries(content)}
     if damages := list(_compared(Path(folder), catalogue)):  # references into the catalogue cannot be validated
         return damages
     return _damages(Dataset.open(folder), progress)
@@ -43,7 +43,7 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
     damages = list(_compared(dataset.dir / TOKENIZER, read_dataset_json(dataset.dir).get(TOKENIZER, {})))
     vocabularies = {file.path.name: file.checksum for file in dataset.schema.vocabulary_files}
     damages += _compared(dataset.dir / VOCABULARIES, vocabularies)
-    for number, partition in enumerate(dataset.partitions):
+    for number, partition in enumerate([*dataset.partitions, *dataset.item_partitions]):
         content = partition.content
         known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
         damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **known})

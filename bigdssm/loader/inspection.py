@@ -58,6 +58,7 @@ class Description:
     vocab_size: int  # of the tokenizer, 0 without text
     num_docs: int
     docs_without_train_rows: int
+    num_withdrawn: int
     num_versions: int  # of changed documents, in addition to the first ones
     seen_as_of: str  # partition or event: the time of the versions in a history
     top_docs: list[tuple[str, int]]  # title, train positives
@@ -102,6 +103,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         vocab_size=dataset.vocab_size,
         num_docs=dataset.catalogue.num_docs,
         docs_without_train_rows=int((counts == 0).sum()),
+        num_withdrawn=len(dataset.catalogue.withdrawn),
         num_versions=sum(file.rows for file in dataset.catalogue_files if file.since is not None),
         seen_as_of={"partitions": "partition", "events": "event"}[dataset.header.items],
         top_docs=list(zip(dataset.catalogue.titles(best), counts[best].tolist(), strict=True)),

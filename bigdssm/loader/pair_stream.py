@@ -95,6 +95,7 @@ class PairStream(RowStream):
             "schema": self.dataset.schema.fingerprint(),
             "vocabularies": self.dataset.schema.vocabulary_sizes(),
             "tokenizer": self.dataset.tokenizer_hash,
+            "extents": [list(extent) for extent in self.dataset.extents],
             "partitions": [[partition.name, partition.identity] for partition in self.dataset.partitions],
             **mixture,
         }
@@ -166,8 +167,10 @@ def check_state(dataset: Dataset, current: dict[str, Any], state: dict[str, Any]
     for key in {**current, **state}:
         if key in ("step", "epoch", "vocabularies", "partitions") or current.get(key) == state.get(key):
             continue
+        if key == "extents" and key not in state:  # of an earlier version
+            continue
         if new_segment and (
-            key in ("mixture", "batches") or (key == "schema" and has_only_grown(dataset.schema, state))
+            key in ("extents", "mixture", "batches") or (key == "schema" and has_only_grown(dataset.schema, state))
         ):
             continue
         differences.append(f"{key} was {state.get(key)!r}, is {current.get(key)!r}")

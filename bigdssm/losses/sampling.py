@@ -50,6 +50,7 @@ class CountedFrequency:
     counts: Tensor
     num_columns: float
     num_uniform: int = 0
+    num_candidates: int | None = None  # documents that are drawn; None: all
     total: Tensor = field(init=False)  # of all documents, float64
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class CountedFrequency:
         if self.counts.device != documents.device:
             self.counts, self.total = self.counts.to(documents.device), self.total.to(documents.device)
         share = self.counts[documents].double().clamp(min=1) / self.total
-        return (self.num_columns * share + self.num_uniform / self.counts.shape[0]).log()
+        return (self.num_columns * share + self.num_uniform / (self.num_candidates or self.counts.shape[0])).log()
 
 
 def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> Tensor:

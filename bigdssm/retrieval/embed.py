@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import cast
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigdssm.dataset.catalogue import NO_ROWS, Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, Paddings, paddings, to_features
@@ -51,6 +52,13 @@ class DocumentVectors:
 
     vectors: Tensor  # float32
     first: int = 0
+    withdrawn: np.ndarray = field(default_factory=lambda: NO_ROWS)  # int64: catalogue rows that are no answers
+
+    @cached_property
+    def absent(self) -> Tensor:
+        """The positions of the withdrawn documents held here, int64."""
+        rows = torch.from_numpy(self.withdrawn).to(self.vectors.device)
+        return rows[self.hold(rows)] - self.first
 
     def __len__(self) -> int:
         """Return n."""
@@ -165,9 +173,9 @@ def all_finite(vectors: Tensor) -> bool:
     return not vectors.numel() or all(bool(edge.isfinite()) for edge in vectors.aminmax())
 
 
-def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = None) -> DocumentVectors:
+def encode_catalogue(encoders: Encoders, catalogue: Catalogue, share: Share | None = None) -> DocumentVectors:
     """Encode this rank's share of the catalogue. All ranks must call it."""
-    share = share or Share()
+    share, num_docs = share or Share(), catalogue.num_docs
     begin, end = share.of(num_docs)
     vectors: Tensor | None = None
     for chunk in range(share.num_chunks(num_docs, share.rows_per_chunk)):
@@ -180,7 +188,7 @@ def encode_catalogue(encoders: Encoders, num_docs: int, share: Share | None = No
         vectors[first - begin : first - begin + len(rows)] = made[: len(rows)]
         share.progress("documents encoded", min(first + share.rows_per_chunk, end) - begin, end - begin)
     assert vectors is not None, "the catalogue is empty"
-    return DocumentVectors(vectors, begin)
+    return DocumentVectors(vectors, begin, catalogue.withdrawn)
 
 
 def encode_queries(

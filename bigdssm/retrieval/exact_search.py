@@ -222,6 +222,8 @@ def exact_search(documents: DocumentVectors) -> Search:
             scores = inner_products(queries, tile)
             inside = (positions >= first) & (positions < first + len(tile))
             scores[rows[inside], positions[inside] - first] = float("-inf")
+            absent = documents.absent
+            scores[:, absent[(absent >= first) & (absent < first + len(tile))] - first] = float("-inf")
             best_of_tile = _best_positions(scores, min(top, len(tile)))
             keys = pack_keys(scores.gather(1, best_of_tile), best_of_tile + (documents.first + first))
             best = torch.cat([best, keys], dim=1).topk(top, dim=1).values
@@ -244,20 +246,22 @@ def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) 
     def report(step: int) -> None:
         share.progress("an index of the documents built", step, total)
 
-    if len(documents):
-        vectors = documents.vectors.cpu().numpy()
+    present = np.delete(np.arange(len(documents)), documents.absent.cpu().numpy())
+    if len(present):
+        vectors = documents.vectors.cpu().numpy()[present if len(present) < len(documents) else slice(None)]
         coded = CodedVectors(vectors, "float32", vectors.shape[1])
         index = InvertedFile().build(coded, lambda: report(next(steps)))
     for step in steps:  # of ranks with more documents
         report(step)
-    if not len(documents):
+    if not len(present):
         return exact_search(documents)
+    of_hit = torch.from_numpy(np.append(present, -1)).to(documents.vectors.device)  # the last one: no hit
 
     def search(queries: Tensor, top: int, rows: Tensor, positions: Tensor) -> Tensor:
         # search deeper by the largest number of exclusions, so that `top` remain
         most = int(torch.bincount(rows, minlength=1).max())
         scores, hits = (torch.from_numpy(part) for part in index.search(queries.cpu().numpy(), top + most))
-        scores, hits = scores.to(queries.device), hits.to(queries.device)
+        scores, hits = scores.to(queries.device), of_hit[hits.to(queries.device)]
         pairs = torch.arange(len(queries), device=hits.device)[:, None] * num_docs + hits
         excluded = (hits < 0) | torch.isin(pairs, rows * num_docs + positions)
         keys = pack_keys(scores.masked_fill(excluded, float("-inf")), hits.clamp(min=0) + documents.first)

@@ -55,8 +55,9 @@ def parse_filter(text: str) -> tuple[Condition, ...]:
 class Filters:
     """Evaluates filters over the documents of one catalogue, with a cache."""
 
-    def __init__(self, schema: Schema, catalogue: Catalogue) -> None:
-        self._schema, self._catalogue = schema, catalogue
+    def __init__(self, schema: Schema, catalogue: Catalogue, num_docs: int | None = None) -> None:
+        """`num_docs`: the first documents, which an index has; None: all."""
+        self._schema, self._catalogue, self._num_docs = schema, catalogue, num_docs
         self.allowed = lru_cache(CACHED_FILTERS)(self._allowed)
 
     @cached_property
@@ -69,7 +70,10 @@ class Filters:
         return choices
 
     def _allowed(self, text: str) -> AllowedDocuments:
-        """Return the documents that match the filter `text`. Raises ConfigError: an unknown feature or value."""
+        """Return the documents that match the filter `text` and are not withdrawn.
+
+        Raises ConfigError: an unknown feature or value.
+        """
         every = np.arange(self._catalogue.num_docs)
         passed = np.ones(len(every), bool)
         for name, conditions in _by_feature(parse_filter(text)).items():
@@ -84,7 +88,8 @@ class Filters:
             column = self._catalogue.column(name, every)
             for condition in conditions:
                 passed &= feature.matches(column, condition.operator, condition.values)
-        return AllowedDocuments(passed)
+        passed[self._catalogue.withdrawn] = False
+        return AllowedDocuments(passed[: self._num_docs])
 
 
 def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:

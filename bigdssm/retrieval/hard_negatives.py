@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.errors import DataError
@@ -179,16 +180,16 @@ class HardNegatives:
 
 
 class UniformNegatives:
-    """Documents sampled uniformly from a catalogue, in place of hard negatives."""
+    """Documents sampled uniformly from a catalogue, except withdrawn ones, in place of hard negatives."""
 
-    def __init__(self, num_docs: int) -> None:
-        self._num_docs = num_docs
+    def __init__(self, num_docs: int, withdrawn: np.ndarray = NO_ROWS) -> None:
+        self._num_candidates, self._withdrawn = num_docs - len(withdrawn), withdrawn
 
     def sample(self, rows: Rows, epoch: int, seed: int, k: int) -> SampledNegatives:
         """Sample k documents per query, as deterministic as `sample_positions`; repeated draws become -1."""
         keys = mix64(_query_ids(rows), derive_key(seed, epoch))
-        draws = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0) % np.uint64(self._num_docs)
-        drawn = np.sort(draws.astype(np.int64), axis=1)
+        draws = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0) % np.uint64(self._num_candidates)
+        drawn = np.sort(candidate_rows(draws.astype(np.int64), self._withdrawn), axis=1)
         drawn[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = -1
         return SampledNegatives(drawn)
 

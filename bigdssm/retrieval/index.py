@@ -35,6 +35,7 @@ from bigdssm.retrieval.vectors import (
     OWN_FILES,
     VECTORS,
     VECTORS_FILE,
+    WITHDRAWN,
     CodedVectors,
     VectorsMeta,
     check_output_folder,
@@ -45,6 +46,10 @@ from bigdssm.retrieval.vectors import (
 )
 from bigdssm.utils.arguments import checked, short_repr
 from bigdssm.utils.atomic import new_folder, real_path
+from bigdssm.utils.log import get_logger
+from bigdssm.utils.string_hashing import hash_strings
+
+logger = get_logger(__name__)
 
 SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
@@ -67,6 +72,7 @@ class Index:
     keys: pa.ChunkedArray  # string [N]
     title: pa.ChunkedArray
     vectors: CodedVectors | None = None  # full vectors, if candidates are rescored
+    answers: AllowedDocuments | None = None  # the documents that are not withdrawn; None: all
 
     @checked
     def search(
@@ -117,11 +123,12 @@ class Index:
         """Return (scores float32, catalogue rows int64), both [m, top], best first, padded with -inf, -1.
 
         queries [m, D+1] are index vectors of the model `model_checksum`, `excluded` the rows to exclude per query,
-        `allowed` the documents that pass the filter (None: all). A query gets fewer than `top` documents only if no
-        more remain. Raises CheckpointError: the index is of another model.
+        `allowed` the documents that pass the filter (None: `answers`). A query gets fewer than `top` documents only if
+        no more remain. Raises CheckpointError: the index is of another model.
         """
         self.check_model(model_checksum)
         queries = self.with_beta(queries)
+        allowed = self.answers if allowed is None else allowed
         scores, rows = np.full((len(queries), top), -np.inf, np.float32), np.full((len(queries), top), -1)
         available = self.meta.num_docs if allowed is None else allowed.count
         if not available:
@@ -155,13 +162,24 @@ class Index:
                 f"{model_checksum[:12]}; their scores are not comparable: embed and index with the model in use"
             )
 
-    def check_dataset(self, dataset: Dataset) -> None:
-        """Raise CheckpointError if the index is of another dataset, or of an earlier version of it."""
+    def of_dataset(self, dataset: Dataset) -> Index:
+        """Return the index with the withdrawals of its dataset, to which documents may have been added since.
+
+        Raises CheckpointError: the first documents of `dataset` are not those of the index.
+        """
+        catalogue, num_docs = dataset.catalogue, self.meta.num_docs
         if self.meta.dataset_fingerprint != dataset.fingerprint:
-            raise CheckpointError(
-                f"the index was built from another dataset or an earlier version of {dataset.dir}; "
-                "embed and index again"
-            )
+            ids = hash_strings(self.keys.cast(pa.large_string()))
+            if not np.array_equal(ids, catalogue.doc_ids[:num_docs]):
+                raise CheckpointError(
+                    f"the index was built from another dataset: its {num_docs} documents are not the first ones of "
+                    f"{dataset.dir}; embed and index again"
+                )
+            logger.warning(
+                "the index was built before changes of %s and answers with the %d documents of then; add later ones by "
+                "bigdssm embed --since and build_index", dataset.dir, num_docs,
+            )  # fmt: skip
+        return replace(self, answers=AllowedDocuments.without(catalogue.withdrawn, num_docs))
 
     def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32, catalogue rows int64), [top], of the nearest documents, ignoring beta.
@@ -170,8 +188,9 @@ class Index:
         """
         query = self.vectors_at([row])
         query[:, query.shape[1] - self.meta.has_beta :] = 0
-        candidates = min(SIMILAR_CANDIDATES * (top + 1), self.meta.num_docs)
-        rows = self._search(query, candidates, None)[1][0]
+        available = self.meta.num_docs if self.answers is None else self.answers.count
+        candidates = min(SIMILAR_CANDIDATES * (top + 1), available)
+        rows = self._search(query, candidates, self.answers)[1][0] if candidates else NO_ROWS
         rows = rows[rows != row]
         cosines = cosine_similarities(query[0], self.vectors_at(rows), self.meta.has_beta)
         best = np.argsort(-cosines, kind="stable")[:top]
@@ -316,7 +335,9 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     vectors = None
     if meta.rescored:
         vectors = load_vectors(folder, replace(meta, width=meta.whole or meta.width))
-    opened = Index(index, meta, documents["doc_key"], documents["doc_title"], vectors)
+    withdrawn = np.asarray(documents[WITHDRAWN]).nonzero()[0] if WITHDRAWN in documents.column_names else NO_ROWS
+    answers = AllowedDocuments.without(withdrawn, meta.num_docs)
+    opened = Index(index, meta, documents["doc_key"], documents["doc_title"], vectors, answers)
     if model is not None:
         opened.check_model(model.folder.doc_checksum)
     return opened

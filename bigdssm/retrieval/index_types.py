@@ -38,6 +38,13 @@ class AllowedDocuments:
 
     mask: np.ndarray  # bool [N]
 
+    @classmethod
+    def without(cls, withdrawn: np.ndarray, num_docs: int) -> AllowedDocuments | None:
+        """Return the first `num_docs` documents without those at the rows `withdrawn`; None if none is withdrawn."""
+        mask = np.ones(num_docs, bool)
+        mask[withdrawn[withdrawn < num_docs]] = False
+        return None if mask.all() else cls(mask)
+
     @cached_property
     def count(self) -> int:
         """Return the number of allowed documents."""

@@ -111,14 +111,15 @@ def mine(
     `documents` are the rank's share of the catalogue's index vectors, if already encoded. All ranks must call it.
     Raises: ConfigError: no document has a rank of at least `first`; DivergedError: a vector is not finite.
     """
-    if first >= (num_docs := dataset.catalogue.num_docs):
+    num_docs, ranked = dataset.catalogue.num_docs, dataset.catalogue.num_candidates
+    if first >= ranked:
         raise ConfigError(
-            f"hard negatives from first={first}: the ranks of {num_docs} documents are 0 to {num_docs - 1}; choose a "
+            f"hard negatives from first={first}: the ranks of {ranked} documents are 0 to {ranked - 1}; choose a "
             "lower one"
         )
     share = share or Share()
     if documents is None:
-        documents = encode_catalogue(encoders, num_docs, share)
+        documents = encode_catalogue(encoders, dataset.catalogue, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     last = min(last, num_docs)

@@ -95,7 +95,7 @@ def recommend(
     """
     index.check_model(folder.doc_checksum)
     source = source.with_dataset(folder.view(dataset))
-    index.check_dataset(dataset)
+    index = index.of_dataset(dataset)
     out = real_path(out)
     check_replaceable(
         out,
@@ -106,7 +106,7 @@ def recommend(
     )
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
-    filters = Filters(dataset.whole.schema, dataset.whole.catalogue)
+    filters = Filters(dataset.whole.schema, dataset.whole.catalogue, index.meta.num_docs)
     allowed = None if options.filter is None else filters.allowed(options.filter)
     exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
     job = {

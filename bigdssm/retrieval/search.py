@@ -46,9 +46,12 @@ class Queries:
     """Resolves requests to one model."""
 
     def __init__(
-        self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool
-    ) -> None:
+        self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool,
+        num_docs: int | None = None,
+    ) -> None:  # fmt: skip
         """Users, events and filters need a dataset. `exclude_seen` is the default of requests.
+
+        `num_docs`: the first documents of the dataset, which the index has; None: all.
 
         Raises DataError: queries of `schema` have a history, and there is no dataset to look items up in.
         """
@@ -57,7 +60,8 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        self._filters = None if dataset is None else Filters(dataset.whole.schema, dataset.whole.catalogue)
+        whole = None if dataset is None else dataset.whole
+        self._filters = None if whole is None else Filters(whole.schema, whole.catalogue, num_docs)
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:

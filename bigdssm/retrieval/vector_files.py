@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from bigdssm.retrieval.vectors import (
     META_FILE,
     ROWS_AT_ONCE,
     VECTORS_FILE,
+    WITHDRAWN,
     CodedVectors,
     Dtype,
     VectorsMeta,
@@ -44,6 +45,11 @@ def check_formats(dtype: Dtype, targets: Iterable[FileFormat]) -> None:
     """Raise ConfigError if a format cannot store vectors of this dtype."""
     if dtype != "float32" and "fvecs" in targets:
         raise ConfigError(f"--format fvecs --dtype {dtype}: fvecs holds float32 only; use parquet")
+
+
+def formats_in(folder: Path) -> list[FileFormat]:
+    """Return the formats of the files of a vectors folder."""
+    return [name for name in get_args(FileFormat) if (folder / f"vectors.{name}").exists()]
 
 
 def write_file(folder: Path, target: FileFormat) -> Path:
@@ -113,7 +119,8 @@ def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str
 |---|---|---|
 {files}
 
-Row i of every file is row i of `{DOCUMENTS_FILE}` (Arrow: doc_key, doc_title). `{META_FILE}` names model and dataset.
+Row i of every file is row i of `{DOCUMENTS_FILE}` (Arrow: doc_key, doc_title, and `{WITHDRAWN}` if documents are: leave
+them out of results). `{META_FILE}` names model and dataset.
 """
 
 
@@ -130,15 +137,17 @@ def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
     extra = [pa.field(name, pa.float32()) for name in (vectors.rows.dtype.names or ())[1:]]
     numbers = _numbers(vectors.rows[:0])
     vector = pa.list_(pa.from_numpy_dtype(numbers.dtype), numbers.shape[1])
-    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", vector), *extra])
     with pa.OSFile(str(folder / DOCUMENTS_FILE)) as file:
         documents = pa.ipc.open_file(file).read_all()
+    withdrawn = [field for field in documents.schema if field.name == WITHDRAWN]
+    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", vector), *extra, *withdrawn])
     with parquet.ParquetWriter(path, schema) as writer:
         for first in range(0, len(vectors), ROWS_AT_ONCE):
             rows, some = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
             flat = pa.array(np.ascontiguousarray(_numbers(rows)).reshape(-1))
             columns = [some["doc_key"], some["doc_title"], pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1])]
             columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in extra]
+            columns += [some[field.name] for field in withdrawn]
             writer.write_table(pa.table(columns, schema=schema))
 
 

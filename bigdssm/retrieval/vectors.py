@@ -8,7 +8,7 @@ VECTORS/   vectors.npy (`CodedVectors`, by default float32 [N, D+1]), documents.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
 INDEX_FILE = "index.faiss"
 OWN_FILES = (META_FILE, DOCUMENTS_FILE, CONTENTS_FILE, INDEX_FILE, "vectors.*", "README.md")  # of vectors and indexes
+WITHDRAWN = "withdrawn"  # a column of documents.arrow, bool, if any document is withdrawn
 DATA_SUFFIXES = (".npy", ".arrow", ".faiss")
 ROWS_AT_ONCE = 65_536
 DOCUMENT = np.dtype([("id", np.int64), ("content", np.uint64)])  # identifies the encoded features of a document
@@ -80,12 +81,14 @@ def write_vectors(
     score: str = "",
     dtype: Dtype = "float32",
     overwrite: bool = False,
+    complete: Callable[[Path], None] = lambda aside: None,
 ) -> VectorsReport:
     """Encode this rank's share of the catalogue into a vectors folder, resuming finished shards.
 
     `since` is an earlier vectors folder of the same model: vectors of unchanged documents are copied from it.
     `whole`, `score` and `dtype` are stored in the meta: the width before truncation, the score type, the storage type.
     overwrite: `folder` may hold something else; files with other names than these are kept.
+    `complete` adds files to the folder before it gets its name, on the rank that finishes it.
     Raises: ConfigError: `folder` holds something else; CheckpointError: `since` is of another model; DataError: a
     vector is not finite, or too large for float16.
     """
@@ -106,9 +109,10 @@ def write_vectors(
         new_array(aside / VECTORS_FILE, element, (num_docs, *shape))
         new_array(aside / CONTENTS_FILE, DOCUMENT, (num_docs,))
 
-    def complete(aside: Path) -> None:
+    def finish(aside: Path) -> None:
         _write_documents(aside / DOCUMENTS_FILE, dataset)
         write_meta(aside, meta)
+        complete(aside)
 
     shards = ShardedFolder(folder, asdict(meta), num_docs, work, prepare, OWN_FILES)
     vectors = open_memmap(shards.aside / VECTORS_FILE, "r+")
@@ -132,7 +136,7 @@ def write_vectors(
         vectors.flush()
         contents.flush()
         encoded, reused = encoded + len(new), reused + len(rows) - len(new)
-    return VectorsReport(encoded, reused, shards.resumed, meta if shards.finish(complete) else None)
+    return VectorsReport(encoded, reused, shards.resumed, meta if shards.finish(finish) else None)
 
 
 class ReusableVectors:
@@ -280,12 +284,16 @@ def _bytes(column: Column, row: int) -> bytes:
 
 
 def _write_documents(path: Path, dataset: Dataset) -> None:
+    withdrawn = np.zeros(dataset.catalogue.num_docs, bool)
+    withdrawn[dataset.catalogue.withdrawn] = True
     schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string())])
+    if withdrawn.any():
+        schema = schema.append(pa.field(WITHDRAWN, pa.bool_()))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for first in range(0, dataset.catalogue.num_docs, ROWS_AT_ONCE):
             rows = np.arange(first, min(first + ROWS_AT_ONCE, dataset.catalogue.num_docs))
-            columns = [dataset.catalogue.keys(rows), dataset.catalogue.titles(rows)]
-            writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=schema))
+            columns = [dataset.catalogue.keys(rows), dataset.catalogue.titles(rows), withdrawn[rows]]
+            writer.write_table(pa.table(columns[: len(schema)], schema=schema))
 
 
 def _load(folder: Path, name: str, meta: VectorsMeta) -> np.ndarray:

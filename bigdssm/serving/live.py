@@ -58,7 +58,7 @@ class ActiveSearcher:
 
 
 class LiveSearcher:
-    """Serves the content of `folders`, polled every `poll_s` seconds; a fixed searcher without."""
+    """Serves the content of `folders` and its dataset, polled every `poll_s` seconds; a fixed searcher without."""
 
     def __init__(
         self, searcher: Searcher, metrics: Metrics, max_batch: int, cache_size: int, folders: Folders | None = None,
@@ -80,7 +80,8 @@ class LiveSearcher:
 
     async def _poll(self, folders: Folders) -> None:
         state, (failed, until) = await _in_thread(folders.state), self._failed
-        if state == self._state or (state == failed and time.monotonic() < until):
+        outdated = await _in_thread(self.active.searcher.is_outdated)
+        if (state == self._state and not outdated) or (state == failed and time.monotonic() < until):
             return
         try:
             searcher = await _in_thread(folders.open)

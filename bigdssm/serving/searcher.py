@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError, DataError
@@ -123,7 +123,7 @@ class Searcher:
             )
         if dataset is not None:
             dataset = folder.view(dataset)
-            index.check_dataset(dataset)
+            index = index.of_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
         self._rerank, self._scorer = rerank, None
@@ -133,7 +133,7 @@ class Searcher:
             self._scorer = PairScorer.from_folder(folder, dataset)
             self._scorer.require_scorer()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen)
+        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, index.meta.num_docs)
 
     @classmethod
     @checked
@@ -151,6 +151,11 @@ class Searcher:
             return cls(folder, opened, None, threads, onnx)
         dataset = Dataset.open(data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
         return cls(folder, opened, dataset, threads, onnx, rerank)
+
+    def is_outdated(self) -> bool:
+        """Return whether partitions have been added to the dataset since it was opened."""
+        dataset = self._dataset
+        return dataset is not None and len(read_dataset_json(dataset.dir)["partitions"]) > dataset.extents[0].partitions
 
     def about(self) -> dict[str, Any]:
         """Return a description of model, index, features and filters for clients."""
@@ -174,7 +179,7 @@ class Searcher:
     def seen(self, query: Query) -> list[str]:
         """Return the titles of the newest documents of a query's events, newest first."""
         newest = query.seen[::-1][:SEEN_LISTED]
-        return self._index.title.take(pa.array(newest)).to_pylist() if len(newest) else []
+        return self._dataset.catalogue.titles(newest) if self._dataset is not None else []
 
     def search(self, requests: Sequence[Request]) -> list[list[ScoredDocument]]:
         """Return the documents per request, best first. Raises: ConfigError, DataError: a request is invalid."""
@@ -252,6 +257,7 @@ class Searcher:
         query, row = self.queries.of(request), self._index.row(key)
         vector = self._index.vectors_at([row])[0]
         rows = history_rows(query.seen, self._folder.schema)
+        rows = rows[rows < self._index.meta.num_docs]
         cosines = cosine_similarities(vector, self._index.vectors_at(rows), self._index.meta.has_beta)
         nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
         near = self._index.documents(cosines[nearest], rows[nearest])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import Config, StageConfig
+from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
@@ -77,6 +78,9 @@ class BatchBuilder:
         """Build the batch of a step, in host memory."""
         negatives, scores = self.negatives(rows)
         batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
+        withdrawn = self._dataset.catalogue.withdrawn
+        if self._config.columns == "catalogue" and len(withdrawn):  # only positives are
+            batch = replace(batch, withdrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), withdrawn)))
         if scores is not None:
             batch = replace(batch, teacher=torch.from_numpy(scores))
         if self._documents is not None:
@@ -109,14 +113,15 @@ class BatchBuilder:
         if self._config.uniform == 0:
             return None
         generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
-        draws = sample_uniform(self._config.uniform, self._dataset.catalogue.num_docs, generator).numpy()
-        share: np.ndarray = draws[self._rank :: self._world_size]
-        return share
+        catalogue = self._dataset.catalogue
+        draws = sample_uniform(self._config.uniform, catalogue.num_candidates, generator).numpy()
+        return candidate_rows(draws[self._rank :: self._world_size], catalogue.withdrawn)
 
     def _extra(self, step: int) -> np.ndarray | None:
         """Return the documents that are columns of this rank in addition to those of its rows."""
         if self._config.columns == "catalogue":
-            return catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
+            share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
+            return np.setdiff1d(share, self._dataset.catalogue.withdrawn, assume_unique=True)
         return self.uniform(step)
 
 

@@ -34,6 +34,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
+from bigdssm.training.resume import open_segment
 from bigdssm.training.warm_start import check_warm_start
 from bigdssm.utils.log import get_logger
 
@@ -41,7 +42,7 @@ logger = get_logger(__name__)
 MAX_REPEATS = 64  # occurrences of a row in one step
 
 
-def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
+def check_stage(config: Config, name: StageName, world_size: int, resume: bool = False) -> Dataset:
     """Check a stage without communication between ranks, and return the opened dataset.
 
     Raises ConfigError or DataError before anything is written.
@@ -50,7 +51,7 @@ def check_stage(config: Config, name: StageName, world_size: int) -> Dataset:
     if world_size > config.data.lanes:
         raise ConfigError(f"{world_size} ranks, but data.lanes={config.data.lanes}: use at least one lane per rank")
     check_settings(config, name)
-    dataset = open_dataset(config.data)
+    dataset = open_segment(config, name) if resume else open_dataset(config.data)
     dataset.check_against(config.data)
     if dataset.num_queries("train") > dataset.num_rows("train"):
         check_many_queries(f"rows of several queries, as those of {dataset.dir} are,", config.data, config.model)

@@ -36,10 +36,10 @@ class FixedDocuments:
         meta = read_meta(folder)
         return cls(load_vectors(folder, meta), meta.model_checksum)
 
-    def share(self, device: torch.device) -> DocumentVectors:
+    def share(self, device: torch.device, withdrawn: np.ndarray) -> DocumentVectors:
         """Return this rank's share of the vectors, as `encode_catalogue` does."""
         first, last = Share(distributed.rank(), distributed.world_size()).of(len(self.vectors))
-        return DocumentVectors(torch.from_numpy(np.array(self.vectors[first:last])).to(device), first)
+        return DocumentVectors(torch.from_numpy(np.array(self.vectors[first:last])).to(device), first, withdrawn)
 
 
 def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: Dataset) -> FixedDocuments | None:

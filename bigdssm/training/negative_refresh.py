@@ -56,7 +56,8 @@ class HardNegativeRefresh:
         if stage.negatives.hard == 0:
             return None, None
         if stage.negatives.mining.uniform:
-            return UniformNegatives(self.dataset.catalogue.num_docs), None
+            catalogue = self.dataset.catalogue
+            return UniformNegatives(catalogue.num_docs, catalogue.withdrawn), None
         mined_at = self._mined_at(step)
         file = stage.negatives.mining.file
         path = self.path(mined_at) if file is None else Path(file)
@@ -114,9 +115,9 @@ class HardNegativeRefresh:
         share = Share(distributed.rank(), distributed.world_size(), progress=self.progress)
         encoders = tower_encoders(self.engine.deepspeed, self.dataset, device())
         if self.documents is None:
-            documents = encode_catalogue(encoders, self.dataset.catalogue.num_docs, share)
+            documents = encode_catalogue(encoders, self.dataset.catalogue, share)
         else:
-            documents = self.documents.share(device())
+            documents = self.documents.share(device(), self.dataset.catalogue.withdrawn)
         with closing(row_stream(config, stage, self.dataset, share.rank, share.world_size)) as stream:
             # no fewer at the end of the stage: a resumed one may be longer
             steps = self._every_steps or segment_steps(stage, stream.steps_per_epoch)

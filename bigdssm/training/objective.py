@@ -49,11 +49,13 @@ class Objective:
         doc_counts: np.ndarray | None,
         queries_per_step: float,
         operand: torch.dtype | None = None,
+        num_candidates: int | None = None,
     ) -> None:
         """Build the loss.
 
         doc_counts: number of times that each catalogue row is a positive, required by a sampling correction by counts.
-        operand: dtype that normalized vectors are rounded to for products; None: no rounding.
+        operand: dtype that normalized vectors are rounded to for products; None: no rounding. num_candidates: documents
+        that uniform negatives are drawn from; None: all.
         """
         self._stage, self._loss = stage, stage.loss
         self._normalize = model.score == "cosine"
@@ -61,11 +63,11 @@ class Objective:
         self._scalar_beta = model.beta == "scalar"
         self._without_beta = self._scalar_beta and stage.loss.relative
         self._tile, self._operand = tile, operand
-        self._counted = (
-            None
-            if doc_counts is None
-            else CountedFrequency(torch.from_numpy(doc_counts), queries_per_step, stage.negatives.uniform)
-        )
+        self._counted = None
+        if doc_counts is not None:
+            self._counted = CountedFrequency(
+                torch.from_numpy(doc_counts), queries_per_step, stage.negatives.uniform, num_candidates
+            )
         sampling = stage.sampling
         self._sampling = sampling if isinstance(sampling, FrequencyCorrection) else None
         self._streaming = None
@@ -242,5 +244,6 @@ def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
 
 
 def in_catalogue_share(batch: Batch, rank: int, world_size: int) -> Tensor:
-    """Return bool [n]: whether columns are in the rank's catalogue share."""
-    return batch.doc_rows % world_size == rank
+    """Return bool [n]: whether columns are in the rank's catalogue share, without withdrawn documents."""
+    local = batch.doc_rows % world_size == rank
+    return local if batch.withdrawn is None else local & ~batch.withdrawn

@@ -14,12 +14,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from bigdssm.checkpoints.checkpoint import MANIFEST, LoadedCheckpoint, TensorReader
+from bigdssm.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    MANIFEST,
+    LoadedCheckpoint,
+    TensorReader,
+    checkpoints_in,
+    read_manifest,
+)
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cluster.metrics import CONFIG_FILE, metric_label
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
 from bigdssm.config import Config, StageConfig, StageName, config_from, differences, load_written_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.partition import Extent
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.loader.row_stream import RowStream
@@ -190,6 +199,22 @@ def check_folder(config: Config, name: StageName, resume: bool) -> None:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
     _check_written_config(path, config, name)
+
+
+def open_segment(config: Config, name: StageName) -> Dataset:
+    """Open the dataset of a stage that may continue a segment: without the items appended since it began."""
+    dataset = open_dataset(config.data)
+    names = [partition.name for partition in dataset.partitions]
+    for path in reversed(checkpoints_in(config.stage_dir(name) / CHECKPOINTS)):
+        try:
+            stream = read_manifest(path).state["stream"]
+        except CheckpointError:
+            continue
+        extents = [Extent(*extent) for extent in stream.get("extents", [])]
+        if [name for name, _ in stream.get("partitions", [])] != names or len(extents) != len(dataset.extents):
+            break
+        return open_dataset(config.data, extents)
+    return dataset
 
 
 def find_start(config: Config, name: StageName, store: CheckpointStore, stream: RowStream, resume: bool) -> StartPoint:

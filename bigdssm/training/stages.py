@@ -95,7 +95,7 @@ def run_stage(
 
     validate_only: stop after the first batch was built, and return None.
     """
-    dataset = check_stage(config, name, world_size)
+    dataset = check_stage(config, name, world_size, resume)
     if not validate_only:
         check_folder(config, name, resume)
     stage_config, folder = config.stage(name), config.stage_dir(name)

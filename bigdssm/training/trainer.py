@@ -94,7 +94,7 @@ class Trainer:
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
         self.objective = Objective(
             stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
-            stream.queries_per_step, self.engine.product_dtype,
+            stream.queries_per_step, self.engine.product_dtype, dataset.catalogue.num_candidates,
         )  # fmt: skip
         self.selection = BestSelection()
         self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None

@@ -62,7 +62,7 @@ class Validator:
             scorer = PairScorer(engine.deepspeed, dataset.schema, catalogue.columns, device())
             rerank = Reranking(scorer, self._stage.rerank)
         if self._fixed is not None:
-            documents = self._fixed.share(device())
+            documents = self._fixed.share(device(), self._dataset.catalogue.withdrawn)
         with timing.span("validation"):
             return evaluate_split(
                 encoders_of(engine.deepspeed, self._dataset, device(), partial(_scorer_state, engine)),

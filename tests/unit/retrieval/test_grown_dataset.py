@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import pickle
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from bigdssm import make_dataset
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.commands import build_index, embed, evaluate, mine_negatives, recommend, score_pairs, search
 from bigdssm.config import Config
@@ -22,6 +26,7 @@ from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.serving.searcher import Searcher
@@ -101,6 +106,105 @@ def test_unchanged_documents_are_not_encoded_again(grown: Grown, capsys: pytest.
     since = ("--since", grown.work / "vectors-before", "--out", grown.work / "since")
     run(embed.main, "--model", grown.model, "--data", grown.after, *since)
     assert f"{NEW_ITEMS} encoded, 40 unchanged" in capsys.readouterr().out
+
+
+def test_since_keeps_the_options_of_the_earlier_vectors(grown: Grown, tmp_path: Path) -> None:
+    """A nightly command without them replaces the folder that has them."""
+    options = ("--width", 4, "--dtype", "float16", "--format", "parquet")
+    run(embed.main, "--model", grown.model, "--data", grown.before, "--out", tmp_path / "v", *options)
+    again = ("--model", grown.model, "--data", grown.after, "--since", tmp_path / "v", "--out", tmp_path / "v")
+    run(embed.main, *again)
+    meta, table = read_meta(tmp_path / "v"), parquet.read_table(tmp_path / "v" / "vectors.parquet")
+    assert (meta.num_docs, meta.width, meta.dtype) == (43, 5, "float16") and meta.whole == 9
+    assert table.num_rows == 43 and table.schema.field("vector").type == pa.list_(pa.float16(), 5)
+    run(embed.main, *again, "--format", "npy")
+    assert {path.name for path in (tmp_path / "v").glob("vectors.*")} == {"vectors.npy"}
+
+
+def test_an_index_answers_until_the_next_is_built(
+    grown: Grown, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The documents of the append have no vectors in it; users, histories and filters are those of the dataset."""
+    searcher = Searcher.open(grown.model, grown.work / "index-before", str(grown.after))
+    assert "was built before changes of" in caplog.text and "the 40 documents of then" in caplog.text
+    query = searcher.queries.of(Request(user="v1", top=60, exclude_seen=False))
+    assert query.seen.max() >= 40, "of a user whose history has new documents"
+    (result,) = searcher.answer([query])
+    assert {found.key for found in result.documents} == {f"i{n}" for n in range(40)}
+    assert len(searcher.seen(query)) == 5
+    (fewer,) = searcher.search([Request(user="v1", top=60)])
+    assert len(fewer) == 40 - len(set(query.seen[query.seen < 40].tolist()))
+    assert searcher.search([Request(user="v1", filter="genres = Musical")]) == [[]], "all matches are newer"
+    assert 0 < len(searcher.search([Request(user="v1", top=60, filter="genres = Drama")])[0]) < 40
+    assert searcher.why(Request(user="v1"), "i3").history
+    assert len(searcher.similar("i3", 50)[1]) == 39
+    command = ["--model", grown.model, "--index", grown.work / "index-before", "--data", grown.after, "--users"]
+    run(recommend.main, *command, "--out", tmp_path / "answers")
+    run(recommend.main, *command, "--out", tmp_path / "few", "--filter", "genres = Drama")
+    for name in ("answers", "few"):
+        found = parquet.read_table(tmp_path / name / "part-0000000.parquet").to_pylist()
+        assert found and not any(row["document"].startswith("new") for row in found)
+
+
+def test_an_index_never_mixes_rows_of_two_catalogues(grown: Grown, tiny_interactions: Any, tmp_path: Path) -> None:
+    """The same items in another order, and an index with documents that the dataset lacks."""
+    source = shutil.copytree(tiny_interactions.source, tmp_path / "source")
+    header, *lines = (source / "items.csv").read_text().splitlines()
+    (source / "items.csv").write_text("\n".join([header, *reversed(lines)]) + "\n")
+    tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
+    folder = load_model_folder(grown.model)
+    make_interactions(folder.config.data, tables, IngestTarget(tmp_path / "other", like=grown.before))
+    for index, data in (("index-before", tmp_path / "other"), ("index-after", grown.before)):
+        with pytest.raises(CheckpointError, match=r"built from another dataset: its 4\d documents are not the first"):
+            Searcher.open(grown.model, grown.work / index, str(data))
+        answers = ("--data", data, "--users", "--out", tmp_path / "answers")
+        with pytest.raises(SystemExit):
+            sys.exit(recommend.main(list(map(str, ["--model", grown.model, "--index", grown.work / index, *answers]))))
+        assert not (tmp_path / "answers").exists()
+
+
+def append_items(grown: Grown, data: Path, name: str, **tables: Any) -> None:
+    make_dataset(load_model_folder(grown.model).config, out=data, append=True, partition=name, **tables)
+
+
+def test_withdrawn_items_are_no_answers(grown: Grown, tmp_path: Path) -> None:
+    """Neither before the next index, nor in it, with and without the dataset; a later append brings one back."""
+    data = Path(shutil.copytree(grown.after, tmp_path / "data"))
+    served = Searcher.open(grown.model, grown.work / "index-after", str(data))
+    gone = {"i1", "i3", "i5", "new1"}
+    append_items(grown, data, "gone", withdrawn={"item_id": sorted(gone)})
+    assert served.is_outdated()
+
+    filters = (None, "genres = Drama")
+    requests = [Request(user="v1", top=60, exclude_seen=False, filter=text) for text in filters]
+    before = [{one.key for one in found} for found in served.search(requests)]
+    assert all(some & gone for some in before)
+
+    def check(index: Path, gone: set[str]) -> None:
+        searcher = Searcher.open(grown.model, index, str(data))
+        assert not searcher.is_outdated()
+        assert [{one.key for one in found} for found in searcher.search(requests)] == [some - gone for some in before]
+        assert {one.key for one in searcher.similar("i0", 60)[1]} == before[0] - gone - {"i0"}
+        assert searcher.why(Request(user="v1"), "i3").of, "it stays in histories"
+        command = ["--model", grown.model, "--index", index, "--data", data, "--users", "--top", 60, "--seen", "allow"]
+        for text, some in zip(filters, before, strict=True):
+            run(recommend.main, *command, *(["--filter", text] if text else []), "--out", tmp_path / "answers")
+            table = parquet.read_table(tmp_path / "answers" / "part-0000000.parquet")
+            assert set(table["document"].to_pylist()) == some - gone
+
+    check(grown.work / "index-after", gone)
+    vectors = ("--since", grown.work / "vectors-after", "--out", tmp_path / "vectors", "--format", "parquet")
+    run(embed.main, "--model", grown.model, "--data", data, *vectors)
+    run(build_index.main, "--vectors", tmp_path / "vectors", "--out", tmp_path / "index")
+    check(tmp_path / "index", gone)
+    table = parquet.read_table(tmp_path / "vectors" / "vectors.parquet")
+    assert set(table.filter(table["withdrawn"])["doc_key"].to_pylist()) == gone
+    index = open_index(tmp_path / "index")
+    (found,) = index.search(np.ones((1, index.meta.width), np.float32), 60)
+    assert len(found) == 43 - len(gone) and not {one.key for one in found} & gone
+    items = pd.read_csv(grown.work / "source" / "items.csv")
+    append_items(grown, data, "back", items=items[items["item_id"] == "i3"])
+    check(tmp_path / "index", gone - {"i3"})
 
 
 def test_a_view_has_no_code_beyond_the_models(grown: Grown) -> None:

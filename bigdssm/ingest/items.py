@@ -1,0 +1,140 @@
+"""Append items to a dataset without events: new ones, new versions of features, withdrawals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.config import DataConfig
+from bigdssm.dataset.keys import SortedKeys
+from bigdssm.dataset.versions import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, later_files, withdrawn_documents
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, ids
+from bigdssm.ingest.dataset_writer import AS_OF, TIMES, WITHDRAWALS
+from bigdssm.ingest.documents import (
+    DistinctDocuments,
+    document_schema,
+    fitted_documents,
+    number_documents,
+    number_versions,
+)
+from bigdssm.ingest.engines.spark import open_table
+from bigdssm.ingest.engines.tables import RowFile
+from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
+from bigdssm.ingest.interaction_tables import read_items
+from bigdssm.ingest.job import Ingestion, IngestReport, IngestTarget, check_column_names, ingestion
+from bigdssm.ingest.reading import TablePart, column_options, read_part
+from bigdssm.ingest.sources.base import Source
+from bigdssm.ingest.writing import write_arrow
+from bigdssm.utils.log import Progress, no_progress
+from bigdssm.utils.string_hashing import hash_strings
+
+NO_POSITIVES = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class ItemTables:
+    """The source tables and their columns; at least one table."""
+
+    items: Path | str | Source | None = None
+    withdrawn: Path | str | Source | None = None  # only its item column is read
+    item_column: str = "item_id"
+    items_time_column: str | None = None  # start of validity of a row of items; None: one row per item
+
+    def __post_init__(self) -> None:
+        check_column_names(self)
+
+
+def make_items(
+    config: DataConfig, tables: ItemTables, target: IngestTarget, progress: Progress = no_progress
+) -> IngestReport:
+    """Append a partition of items, without rows, to the dataset at `target.out`.
+
+    An item of `items` that was withdrawn is back, unless `withdrawn` has it, too. Raises DataError, ConfigError.
+    """
+    items = None if tables.items is None else open_table(tables.items)
+    withdrawn = None if tables.withdrawn is None else open_table(tables.withdrawn)
+    sources = [source for source in (items, withdrawn) if source is not None]
+    with ingestion(config, target, sources, tables, progress) as run:
+        writer, engine = run.writer, run.engine
+        if writer.content.setdefault("ids", {}).get("doc") == "content":
+            raise ConfigError(f"{writer.out} identifies each doc by its features, not by an id; append pairs instead")
+        base, sides = schema_to_fit(config, writer.out, target.like), []
+        if items is None:
+            documents = _no_documents(run, base.doc)
+        else:
+            writer.record_times("items", tables.items_time_column is not None)
+            documents, times = read_items(run, tables, of_tables(base, config), items)
+            where = f"{items.name}, column {tables.items_time_column!r}, with the events of {writer.out},"
+            check_time_units([writer.content[TIMES], *times] if times else [], where)
+            sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
+        withdrawals = _write_withdrawals(run, tables, documents, withdrawn)
+        writer.quarantine.check()
+        if not (documents.table.num_rows or documents.num_changed or withdrawals):
+            names = " and ".join(source.name for source in sources)
+            raise DataError(f"{names}: no item is new, changed, withdrawn or back; {writer.out} stays as it is")
+        schema, text = fit(engine, base, config, sides, folder=writer.tokenizer_dir, grow=True, like=None)
+        return run.finish(schema, text, documents, {}, NO_POSITIVES, withdrawals=withdrawals)
+
+
+def _no_documents(run: Ingestion, features: dict[str, Any]) -> DistinctDocuments:
+    dated = run.writer.content.get("items") == AS_OF["items"]
+    path = run.engine.spool / "no_documents.parquet"
+    with RowFile(path, document_schema(features, dated=dated)):
+        pass
+    table = run.engine.table("found_documents", [path])
+    return number_versions(run.engine, run.writer, table) if dated else number_documents(run.engine, run.writer)
+
+
+def _write_withdrawals(
+    run: Ingestion, tables: ItemTables, documents: DistinctDocuments, source: Source | None
+) -> list[dict[str, Any]]:
+    """Write the changes of withdrawals, and return the entry of their file, if there are any."""
+    writer, engine = run.writer, run.engine
+    files = later_files(writer.out, writer.content, WITHDRAWALS)
+    before, named, listed = withdrawn_documents(files, writer.num_existing_docs), *NO_POSITIVES
+    if source is not None:
+        reader = _ItemKeyReader(tables.item_column, documents.keys, str(writer.out))
+        folders = run.read("withdrawn", [source], reader)
+        table = engine.table("found_withdrawn", [folder / "documents.parquet" for folder in folders])
+        named = np.unique(table.read().column(DOCUMENT_COLUMN).to_numpy())
+    if len(before):
+        query = f"SELECT DISTINCT {DOCUMENT_COLUMN} FROM found_documents WHERE {DOCUMENT_COLUMN} >= 0"
+        listed = engine.select("listed_documents", query, order=DOCUMENT_COLUMN).read().column(0).to_numpy()
+    gone, back = np.setdiff1d(named, before), np.setdiff1d(np.intersect1d(before, listed), named)
+    if not len(gone) + len(back):
+        return []
+    run.notes.append(f"items withdrawn: {len(gone)}, back: {len(back)}")
+    changed = np.concatenate([gone, back])
+    order = np.argsort(changed)
+    columns = {
+        DOCUMENT_COLUMN: pa.array(changed[order]),
+        WITHDRAWN_COLUMN: pa.array((np.arange(len(changed)) < len(gone)).astype(np.int8)[order]),
+    }
+    return [write_arrow(writer.catalogue_dir / f"{WITHDRAWALS}-{len(files):06d}.arrow", columns)]
+
+
+@dataclass(frozen=True)
+class _ItemKeyReader:
+    key: str
+    keys: SortedKeys
+    dataset: str
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return column_options((self.key, "--item-column"))
+
+    def __call__(self, part: TablePart, folder: Path) -> None:
+        with RowFile(folder / "documents.parquet", pa.schema([(DOCUMENT_COLUMN, pa.int64())])) as file:
+            read_part(part, self.columns, folder, partial(self._read, file))
+
+    def _read(self, file: RowFile, check: RowCheck, units: TimeUnits) -> None:
+        keys = ids(check, self.key)
+        found = self.keys.find(hash_strings(keys))
+        check.fail(found < 0, f"{self.key} {{}} is no item of {self.dataset}", keys)
+        file.add(pa.table({DOCUMENT_COLUMN: found[check.good]}))
