@@ -104,6 +104,13 @@ def test_evaluation_ranks_what_is_available_and_the_target(model: DualEncoder, s
     assert of_scores.ranks.tolist() == expected
 
 
+def test_a_mixture_has_the_withdrawals_of_its_sources(config: Config, smaller: Dataset, dataset: Dataset) -> None:
+    sources = [SourceConfig(dir=str(some.dir)) for some in (dataset, smaller)]
+    joined = open_dataset(replace(config.data, mixture=sources))
+    assert joined.catalogue.withdrawn.tolist() == GONE
+    assert [len(extent.vocabularies) for extent in joined.extents] == [2, 2]
+
+
 def test_a_running_segment_keeps_its_catalogue(
     config: Config, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +133,5 @@ def test_a_running_segment_keeps_its_catalogue(
         PairStream(now, rows_global=24, lanes=4).check_state(state)
     draws = [next(batches(some, 1, uniform=64))[1].uniform(3) for some in (before, continued, now)]
     assert np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], draws[2])  # type: ignore[arg-type]
-    joined = open_dataset(replace(config.data, mixture=[SourceConfig(), SourceConfig(dir=str(dataset.dir))]))
-    assert joined.catalogue.withdrawn.tolist() == [1] and len(joined.extents) == 2
     state["partitions"] = [["other", "x"]]
     assert resume.open_segment(config, "pretrain").fingerprint == now.fingerprint, "a new segment begins with all"
