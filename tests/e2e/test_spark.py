@@ -30,6 +30,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.spark import Cluster, SparkEngine
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from tests.conftest import WORDS
@@ -175,6 +176,10 @@ def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine:
             dated = "dated_" if kind == "as_of" else ""
             files = [tables / f"{name}{part}" for name in ("events", f"{dated}items", f"{dated}users")]
             make_interactions(config, InteractionTables(*files, **COLUMNS[kind], **split), target)
+    if appended and kind != "pairs":
+        back = {"items": files[1], **({"items_time_column": "updated"} if kind == "as_of" else {})}
+        for name, given in (("gone", {"withdrawn": tables / "items"}), ("back", back)):
+            make_items(config, ItemTables(**given), IngestTarget(out / "dataset", name, append=True, **engine))
     return content(out / "dataset")
 
 
@@ -220,6 +225,7 @@ def test_partitions_do_not_matter(
     expected = built_in(kind, appended=appended)
     assert made == expected
     assert any("/versions-" in name for name in made) == appended, "documents changed"
+    assert ("catalogue/withdrawals-000001.arrow" in made) == (appended and kind != "pairs")
     assert (b'"items": "events"' in made["dataset.json"]) == (kind == "as_of")
     assert sum(name.endswith(".tar") for name in expected) > 4, "the test is of many files"
 
