@@ -338,7 +338,7 @@ def test_tokens_are_cut_by_the_mask_they_are_named_with() -> None:
         **tokens(0), "boxes": torch.randn(ROWS, LENGTH, 4), "title": title["input_ids"],
         "title_mask": title["attention_mask"], "tags": torch.randint(0, WORDS, (ROWS, LENGTH)),
     }  # fmt: skip
-    named = {"attention_mask": ("input_ids", "boxes"), "title_mask": ("title",)}
+    named = {"title_mask": ("title",), "attention_mask": ("input_ids", "boxes")}
     batch = bigdssm.pair_batch(query, {"input": torch.randn(ROWS, 8)}, tokens=named)
     gradients = []
     for chunk_tokens in (0, 30):

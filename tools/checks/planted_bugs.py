@@ -706,7 +706,7 @@ BUGS = [
         "torch.device(\"meta\")", "torch.device(\"cpu\")",
         f"{UNIT}/retrieval/test_tampered_folders.py::test_a_model_larger_than_its_weights_takes_no_memory"),
     # The cached step as a library: the gradients of one plain backward.
-    Bug("cached step", "gradients_added_not_averaged", "training.cached_step:ModuleStepEngine._average",
+    Bug("cached step", "gradients_of_ranks_added_not_averaged", "training.cached_step:ModuleStepEngine._average",
         "for gradient in gradients])) / ranks", "for gradient in gradients])) / 1",
         f"{RANKS}/test_cached_step.py::test_gradients_are_those_of_one_plain_backward"),
     Bug("cached step", "documents_of_another_row", "training.cached_step:pair_batch",
