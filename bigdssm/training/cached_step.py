@@ -11,6 +11,7 @@ backward over the whole batch. No dataset, config file or Trainer is needed.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -231,7 +232,26 @@ def _added_to_earlier(step_engine: StepEngine, whole: bool) -> Iterator[None]:
             torch._foreach_add_(optimizer.averaged_gradients[group], gradients)
 
 
+def _check_trainer() -> None:
+    """Raise ConfigError if accelerate, and so a trainer, lacks ranks of the launcher, or DeepSpeed."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None or not accelerate.is_initialized():
+        return
+    state, ranks = accelerate.AcceleratorState(), max(distributed.world_size(), int(os.environ.get("WORLD_SIZE", "1")))
+    if state.num_processes != ranks:
+        raise ConfigError(
+            f"accelerate: got {state.num_processes} ranks of {ranks}, needs all, since each rank would read the same "
+            "rows; on CPUs, see docs/cached_step.md"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and state.distributed_type != "DEEPSPEED":
+        raise ConfigError(
+            f"accelerate: got a DeepSpeed config and {state.distributed_type}, needs an engine of DeepSpeed; on CPUs, "
+            "use neither ACCELERATE_USE_CPU nor use_cpu (docs/cached_step.md)"
+        )
+
+
 def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> StepEngine:
+    _check_trainer()
     if isinstance(engine, nn.parallel.DistributedDataParallel):
         engine = engine.module  # the wrapper's reduction expects one backward per forward
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -75,7 +75,7 @@ def _training_state() -> Iterator[None]:
         for _ in range(depth + 1):
             torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # which enables gradients, too
             yield
     finally:
         undo_patches()  # also after a failure, when the engine is not destroyed

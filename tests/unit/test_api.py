@@ -189,19 +189,20 @@ def test_a_stage_that_fails_leaves_the_process_as_it_was(folder: Path, tmp_path:
 def test_a_stage_that_fails_with_an_engine_leaves_none_of_its_patches(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The trainer is not complete, and does not destroy its engine."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
     before, patched = state_of_process(), []
 
-    def fail(trainer: Any) -> Any:
+    def fail(*args: Any, **options: Any) -> Any:
         patched.append(stage_1_and_2.is_invalid_grad_norm not in before)
         raise DataError("a shard is damaged")
 
-    monkeypatch.setattr(loop, "_train", fail)
+    monkeypatch.setattr(trainer, "Validator", fail)
     with pytest.raises(DataError, match="damaged"):
-        bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}", "engine.zero_stage=3"])
+        bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}", "engine.zero_stage=1"])
     assert patched == [True] and state_of_process() == before
 
 

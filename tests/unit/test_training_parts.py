@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +21,12 @@ import pytest
 import torch
 from torch import nn
 
+import bigdssm
 from bigdssm.cluster.run_folder import CONSUMED, RowLog
 from bigdssm.config import OPTIMIZERS, EngineConfig, MiningConfig, NegativesConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.loader.batch import ListLengths, lengths_of
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.pair_stream import PairStream
@@ -360,6 +362,30 @@ def test_a_users_engine_runs_without_the_patches(tmp_path: Path) -> None:
     }  # fmt: skip
     command = [sys.executable, "-W", "ignore", "-c", USERS_ENGINE, *PATCHED]
     subprocess.run(command, check=True, timeout=120, env={**os.environ, **variables})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "variables", "words"),
+    [
+        (1, {"WORLD_SIZE": "2"}, "got 1 ranks of 2, needs all"),
+        (1, {"ACCELERATE_USE_DEEPSPEED": "true"}, "got a DeepSpeed config and MULTI_CPU, needs an engine"),
+        (1, {}, ""),
+    ],
+)
+def test_a_trainer_without_its_ranks_or_deepspeed_is_refused(
+    ranks: int, variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SimpleNamespace(num_processes=ranks, distributed_type="MULTI_CPU")
+    accelerate = SimpleNamespace(is_initialized=lambda: True, AcceleratorState=lambda: state)
+    monkeypatch.setitem(sys.modules, "accelerate.state", accelerate)  # type: ignore[arg-type]
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    batch = bigdssm.pair_batch({"input": torch.randn(4, 3)}, {"input": torch.randn(4, 3)})
+    model = bigdssm.TwoTowers(nn.Linear(3, 2), nn.Linear(3, 2))
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        bigdssm.cached_step(model, batch, chunk_tokens=0)
 
 
 @pytest.mark.parametrize("name", PATCHED)
