@@ -4,8 +4,8 @@
     python tools/bench/bench_cached_step.py cost --rows 512     # seconds and memory of a step of a larger BERT
 
 Both sides train one BERT with mean pooling for queries and documents, from the same weights, on the same batches, with
-the same SGD, in-batch softmax over the documents of all ranks (cosine, scale 20), on CPU ranks. `around`: the loss
-is called around the DeepSpeed engine, as SentenceTransformerTrainer calls it; `inside`: it is in the engine's module.
+the same SGD, in-batch softmax over the documents of all ranks (cosine, scale 20), on CPU ranks. `in its Trainer`: by
+SentenceTransformerTrainer; `around`: the loss is called around the DeepSpeed engine; `inside`: it is in its module.
 `gradcache` is the package that tevatron uses, called as its GCTrainer calls it (and, `by chunks`, without no_sync).
 The plain loss of either side is the reference: a cached step has to give its curve. Each case has separate processes.
 """
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 SCALE = 20.0
 WORDS = 500  # and five special tokens
 STAGES = (0, 1, 2, 3)
-CASES = ("plain", "cached around", "cached inside", "gradcache", "gradcache by chunks", "ours", "ours, chunks")
+TRAINER = "cached in its Trainer"
+CASES = ("plain", TRAINER, "cached around", "cached inside", "gradcache", "gradcache by chunks", "ours", "ours, chunks")
 Step = Callable[[], float]  # the loss: of this rank, or its mean over ranks
 
 
@@ -116,6 +117,59 @@ def peer_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tens
     return step
 
 
+class Collator:
+    """Collates rows of token ids, as the Trainer's collator collates texts."""
+
+    valid_label_columns: Sequence[str] = ()
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Return ids and masks of both sides."""
+        sides = {side: torch.tensor([row[side] for row in rows]) for side in ("query", "doc")}
+        ids = {f"{side}_input_ids": value for side, value in sides.items()}
+        return ids | {f"{side}_attention_mask": torch.ones_like(value) for side, value in sides.items()}
+
+
+def trainer_steps(args: argparse.Namespace, folder: Path, ranks: int, seen: Callable[[float, float], None]) -> None:
+    """Train by SentenceTransformerTrainer under DeepSpeed, a step per epoch; `seen` takes loss and seconds of each."""
+    from accelerate import PartialState
+    from datasets import Dataset
+    from deepspeed import DeepSpeedEngine
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # on CPUs; see docs/cached_step.md
+    PartialState(backend="gloo")
+
+    class Trainer(SentenceTransformerTrainer):  # type: ignore[misc, unused-ignore]
+        def training_step(self, model: Any, *inputs: Any, **options: Any) -> Tensor:
+            assert isinstance(model, DeepSpeedEngine) and self.args.world_size == ranks
+            started = time.perf_counter()
+            loss: Tensor = super().training_step(model, *inputs, **options)
+            seen(float(loss), time.perf_counter() - started)
+            return loss
+
+    modules = [Transformer(str(folder), max_seq_length=args.tokens), Pooling(args.hidden, "mean")]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    loss = CachedMultipleNegativesRankingLoss(
+        model, scale=SCALE, gather_across_devices=True, mini_batch_size=args.chunk
+    )
+    queries, documents = zip(*(local_tokens(args, rank, ranks) for rank in range(ranks)), strict=True)
+    rows = {"query": torch.cat(queries).tolist(), "doc": torch.cat(documents).tolist()}
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "out"), per_device_train_batch_size=args.rows, num_train_epochs=args.steps,
+        learning_rate=args.lr, lr_scheduler_type="constant", optim="sgd", report_to=[], save_strategy="no",
+        accelerator_config={"use_configured_state": True}, deepspeed=deepspeed_config(args),
+    )  # fmt: skip
+    Trainer(
+        model=model, args=arguments, loss=loss, train_dataset=Dataset.from_dict(rows), data_collator=Collator()
+    ).train()
+
+
 class _Inside(nn.Module):
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -195,18 +249,29 @@ def one_case(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles nothing
     deepspeed.init_distributed("gloo", verbose=False)
     args.rank, ranks = dist.get_rank(), dist.get_world_size()
-    tokens = local_tokens(args, args.rank, ranks)
-    of_case = {"ours": our_step, "gradcache": gradcache_step}.get(re.split("[, ]", args.case)[0], peer_step)
-    step = of_case(args, args.encoder, tokens)
-    base, losses, seconds = _peak_mb(), [], []
-    for _ in range(args.steps):
-        started = time.perf_counter()
-        mean = torch.tensor(step())
-        seconds.append(time.perf_counter() - started)
+    losses: list[float] = []
+    seconds: list[float] = []
+    base = _peak_mb()
+
+    def seen(loss: float, took: float) -> None:
+        mean = torch.tensor(loss)
         dist.all_reduce(mean)
         losses.append(float(mean) / ranks)
+        seconds.append(took)
+
+    if args.case == TRAINER:
+        trainer_steps(args, args.encoder, ranks, seen)
+    else:
+        tokens = local_tokens(args, args.rank, ranks)
+        of_case = {"ours": our_step, "gradcache": gradcache_step}.get(re.split("[, ]", args.case)[0], peer_step)
+        step, base = of_case(args, args.encoder, tokens), _peak_mb()
+        for _ in range(args.steps):
+            started = time.perf_counter()
+            loss = step()
+            seen(loss, time.perf_counter() - started)
     if args.rank == 0:
         result = {"losses": losses, "seconds": statistics.median(seconds[1:]), "megabytes": _peak_mb() - base}
         args.out.write_text(json.dumps(result))
