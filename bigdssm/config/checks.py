@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,13 @@ def check_config(config: Config) -> None:
     for key, part in components_of(config):
         part.check(key)
     if model.share_text and all(texts_of(side) for side in (data.query, data.doc)):
-        require(
-            model.doc.text in (TowerConfig().text, model.query.text), "model.doc.text", "another encoder",
-            "the keys of model.query.text, or none, with model.share_text=true: one text encoder reads both sides",
-        )  # fmt: skip
+        doc, query, default = model.doc.text, model.query.text, TowerConfig().text
+        for f in fields(doc):
+            value, used = getattr(doc, f.name), getattr(query, f.name, f.default)
+            require(
+                value in (used, getattr(default, f.name, f.default)), f"model.doc.text.{f.name}", value,
+                f"{used}, as model.query.text, with model.share_text=true: one text encoder reads both sides",
+            )  # fmt: skip
     if data.targets_per_row > 1:
         check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, model)
     for side, features in (("query", data.query), ("doc", data.doc)):

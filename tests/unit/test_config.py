@@ -137,12 +137,11 @@ def test_an_override_has_neither_comments_nor_missing_values(path: Path, overrid
 
 def test_keys_without_effect_are_refused(path: Path) -> None:
     texts = ["data.doc.title={type: text}", "data.query.words={type: text}", "model.share_text=true"]
-    with pytest.raises(
-        ConfigError, match=r"model\.doc\.text: got another encoder, needs the keys of model\.query\.text"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.doc\.text\.layers: got 3, needs 2, as model\.query\.text"):
         load_config(path, [*texts, "model.doc.text.layers=3"])
     for given in ("model.query.text.layers=3", "model={query: {text: {layers: 3}}, doc: {text: {layers: 3}}}"):
         load_config(path, [*texts, given])
+    load_config(path, [*texts, "model.query.text={init: m, lora_rank: 4}", "model.doc.text.init=m"])
     load_config(path, [*texts[1:], "model.doc.text.layers=3"])
     hashed = "model.tables={hashes: 2, hash_rows: 20}"
     with pytest.raises(ConfigError, match=r"model\.tables\.hash_rows: got 20, needs 0 without .* hash_buckets"):
