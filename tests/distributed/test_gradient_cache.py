@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigdssm.config import EngineConfig, ModelConfig, OptimizerConfig, TowerConfig
+from bigdssm.config import EngineConfig, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Text, Vocabulary
 from bigdssm.loader.batch import Batch, lengths_of
@@ -126,30 +126,39 @@ def plain_steps(rank: int, world_size: int) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@dataclass(frozen=True)
+class Plain(AdamW):
+    """SGD in one group, since Adam would hide a wrong scale."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        return torch.optim.SGD([{"name": "all", "params": parameters, "lr": LR, "base_lr": LR}])
+
+    def state_of(self, group: str) -> tuple[str, ...]:
+        return ()
+
+
 @contextmanager
-def plain_optimizer() -> Iterator[None]:
-    """A context in which engines use SGD, since Adam would hide a wrong scale, and ZeRO 3 shards small parameters."""
+def sharded_parameters() -> Iterator[None]:
+    """A context in which engines take any optimizer, and ZeRO 3 shards small parameters."""
     from bigdssm.training import engine
 
-    derive, build = engine.deepspeed_config, engine.build_optimizer
+    derive = engine.deepspeed_config
 
     def derived(*args: Any) -> dict[str, Any]:
         config = derive(*args) | {"zero_allow_untested_optimizer": True}
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
-    def sgd(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-        return torch.optim.SGD([{"params": list(model.parameters()), "lr": LR, "base_lr": LR}])
-
-    engine.deepspeed_config, engine.build_optimizer = derived, sgd  # type: ignore[assignment]
+    engine.deepspeed_config = derived
     try:
         yield
     finally:
-        engine.deepspeed_config, engine.build_optimizer = derive, build
+        engine.deepspeed_config = derive
 
 
 def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
-    """Return an engine, within `plain_optimizer`, and the budget of its steps."""
+    """Return an engine, within `sharded_parameters`, and the budget of its steps."""
     from bigdssm.training.engine import Engine
 
     config = EngineConfig(
@@ -160,7 +169,7 @@ def new_engine(case: Case, dropout: float) -> tuple[Any, Any]:
         use_packing(model, within_rows)
         assert model.accepts_packed(training=True) == ({"words", "history"}, {"words"})
     budget = TokenBudget.of(config, model.accepts_packed(training=True))
-    return Engine(model, config, AdamW(gradient_clipping=CLIPPING), 1), budget
+    return Engine(model, config, Plain(gradient_clipping=CLIPPING), 1), budget
 
 
 def one_step(engine: Any, batch: Batch, budget: TokenBudget) -> Any:
@@ -172,7 +181,7 @@ def one_step(engine: Any, batch: Batch, budget: TokenBudget) -> Any:
 def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list[dict[str, Tensor]]:
     """Return the weights after the steps of every case."""
     weights = []
-    with plain_optimizer():
+    with sharded_parameters():
         for case in cases:
             running, budget = new_engine(case, dropout)
             torch.manual_seed(rank + 1)
@@ -185,7 +194,7 @@ def steps(rank: int, world_size: int, cases: list[Case], dropout: float) -> list
 
 def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int, list[tuple[str, int]]]]:
     """Return, for a step of each case, its number of backwards, and (collective, elements) of every reduction."""
-    from bigdssm.training.engine import deepspeed  # which then compiles nothing
+    import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     backend = deepspeed.comm.comm.cdb  # may hold a function of an earlier test
@@ -207,7 +216,7 @@ def reductions(rank: int, world_size: int, cases: list[Case]) -> list[tuple[int,
             setattr(dist, name, spy(name, function))
         kept = backend.reduce_scatter_function
         backend.reduce_scatter_function = spy("reduce_scatter_tensor", kept)
-        with plain_optimizer():
+        with sharded_parameters():
             for case in cases:
                 running, budget = new_engine(case, 0.0)
                 backwards = []
@@ -240,7 +249,7 @@ def test_gradients_are_reduced_once_per_step_for_any_number_of_chunks(pools: dic
 def broadcasts(rank: int, world_size: int, case: Case) -> list[int]:
     """Return the number of broadcasts of each step."""
     found = []
-    with plain_optimizer():
+    with sharded_parameters():
         running, budget = new_engine(case, 0.0)
         for step in range(3):
             with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as sent:
