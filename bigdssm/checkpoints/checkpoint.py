@@ -166,6 +166,7 @@ def rank_file(rank: int) -> str:
 CHECKPOINTS = "checkpoints"  # subfolder of a stage's folder
 LATEST = "latest"
 COMMON = "common/"  # name prefix of tensors other than weights that are equal on every rank
+TRAINED_CODES = "trained."  # and of those of `Schema.trained` among them
 
 
 @dataclass(frozen=True)
@@ -308,11 +309,6 @@ def open_tensors(path: Path) -> TensorReader:
         for share in checkpoint.tensor_shares()
     )
     return TensorReader(LoadedCheckpoint(checkpoint, blocks, None, collective=False))
-
-
-def consolidated_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the full float32 weights of the checkpoint folder `path`. Raises CheckpointError: it is damaged."""
-    return open_tensors(path).weights()
 
 
 def find_checkpoint(stage_dir: Path, which: str) -> Path:

@@ -32,10 +32,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import (
+    COMMON,
+    TRAINED_CODES,
     check_file,
-    consolidated_state_dict,
     folder_checksums,
     is_checkpoint_dir,
+    open_tensors,
     read_manifest,
 )
 from bigdssm.config import (
@@ -402,7 +404,8 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     CheckpointError: it is damaged, or has a scorer although a new one is given.
     """
     stage_dir = path.parent.parent
-    state = consolidated_state_dict(path)
+    read = open_tensors(path)
+    state = read.weights()
     own = bool(Scorer.weights_in(state))
     documents: dict[str, Any] = {}  # in the provenance
     if is_model_folder(stage_dir / BEST):  # contains schema and architecture: the dataset is not needed
@@ -434,6 +437,8 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
             of_documents = load_model_folder(Path(fixed))
             model.freeze_documents(of_documents.model.state_dict())
             documents = {"documents": of_documents.doc_checksum}
+    prefix = COMMON + TRAINED_CODES
+    schema = schema.with_trained({n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)})
     open_tables(model, read_manifest(path).table_files())
     try:
         state = {name: weight for name, weight in model.state_dict().items() if name not in state} | state

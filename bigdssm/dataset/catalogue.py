@@ -45,7 +45,7 @@ class Catalogue:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
     def with_schema(self, schema: Schema) -> Catalogue:
-        """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
+        """Return a view encoded by an earlier schema; unknown values are out of vocabulary."""
         limited = copy(self)
         limited._encoded_by = schema.doc
         return limited

@@ -36,7 +36,8 @@ from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files, l
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
-from bigdssm.features.ragged import Column, from_arrow, offsets_of
+from bigdssm.features.categorical import categorical_of
+from bigdssm.features.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.log import get_logger
 from bigdssm.utils.urls import is_url
@@ -175,13 +176,40 @@ class Dataset:
         return self.pickled
 
     def with_schema(self, schema: Schema) -> Dataset:
-        """Return a view encoded by an earlier schema; newer values are out of vocabulary."""
-        if schema == self.whole.schema:
+        """Return a view encoded by an earlier schema; unknown values are out of vocabulary."""
+        if schema == self.whole.schema and not schema.trained:
             return self.whole
         limited = copy(self)
         limited.schema, limited.catalogue = schema, self.whole.catalogue.with_schema(schema)
         limited._whole, limited.pickled = self.whole, (Dataset.with_schema, (self.whole, schema))
         return limited
+
+    def with_trained_ids(self, earlier: Schema | None = None) -> Dataset:
+        """Return a view in which ids without a positive train event, here or in `earlier`, are out of vocabulary."""
+        rows, doc = np.flatnonzero(self.doc_counts()), dict(self.whole.schema.doc)
+        for name, feature in categorical_of(doc).items():
+            column = self.whole.catalogue.column(name, rows)
+            codes = np.unique(column.values if isinstance(column, Ragged) else column)
+            doc[name] = feature.with_trained(codes, None if earlier is None else categorical_of(earlier.doc)[name])
+        return self.with_schema(replace(self.whole.schema, doc=doc))
+
+    def newest_part(self, split: str) -> Dataset:
+        """Return the newest partition with rows of `split`, opened or not; this dataset without any.
+
+        The partitions of several folders have no order: then this dataset.
+        """
+        if len({partition.folder.parent for partition in self.partitions}) > 1:
+            return self
+        found = [p for p in sorted(self.partitions, key=lambda p: p.number) if _num_rows(p, split)]
+        if found:
+            shared = self.catalogue_files, self.withdrawals, self.item_partitions, self.extents
+            return Dataset(self.header, found[-1:], *shared).with_schema(self.schema)
+        names = [p.folder.name for p in self.partitions_on_disk() if _num_rows(p, split)]
+        if self.sources or not names:
+            return self
+        reopen, (where, *_) = self.whole.__reduce__()
+        part: Dataset = reopen(where, names[-1:])
+        return part.with_schema(self.schema)
 
     @property
     def whole(self) -> Dataset:
@@ -220,7 +248,7 @@ class Dataset:
 
     def num_rows(self, split: str) -> int:
         """Return the number of rows in a split, 0 without such a split."""
-        return sum(partition.content["splits"].get(split, {"rows": 0})["rows"] for partition in self.partitions)
+        return sum(_num_rows(partition, split) for partition in self.partitions)
 
     def num_queries(self, split: str) -> int:
         """Return the number of queries in a split, 0 without such a split."""
@@ -408,6 +436,11 @@ def with_remote_shards(partition: Partition, index: SplitIndex) -> SplitIndex:
         return index
     parent, file = f"partitions/{partition.folder.name}", partition.remote.file
     return replace(index, shards=tuple(file(f"{parent}/{path.name}") for path in index.shards))
+
+
+def _num_rows(partition: Partition, split: str) -> int:
+    rows: int = partition.content["splits"].get(split, {"rows": 0})["rows"]
+    return rows
 
 
 def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from bigdssm.config import DataConfig
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, texts_of
@@ -22,6 +24,7 @@ from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
 SCHEMA_FILE, VOCABULARIES, SIAMESE = "schema.json", "vocabularies", "siamese"
+TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
 FORMAT = 1
 
 
@@ -75,6 +78,16 @@ class Schema:
 
         return self._with_vocabularies(lambda side, name, known: known.cut(sizes.get(side, {}).get(name, 0)))
 
+    @property
+    def trained(self) -> dict[str, np.ndarray]:
+        """The codes with a positive training event by document feature, see `Categorical.trained`."""
+        return {name: f.trained for name, f in categorical_of(self.doc).items() if f.trained is not None}
+
+    def with_trained(self, codes: Mapping[str, np.ndarray]) -> Schema:
+        """Set `trained`; a feature that is not in `codes` has none unknown."""
+        doc = {name: replace(f, trained=codes.get(name)) for name, f in categorical_of(self.doc).items()}
+        return replace(self, doc=self.doc | doc)
+
     def difference(self, other: Schema) -> str | None:
         """Describe the first difference in declarations from `other`, or return None."""
         if self.siamese != other.siamese:
@@ -98,6 +111,9 @@ class Schema:
         saved = self._with_vocabularies(
             lambda side, name, known: known.saved(folder / VOCABULARIES, quote(f"{side}.{name}", safe=""))
         )
+        for name, codes in self.trained.items():
+            (folder / TRAINED).mkdir(exist_ok=True)
+            np.save(_trained_file(folder, name), codes)
         text = json.dumps(saved._to_dict(files=True), ensure_ascii=False, indent=1)
         (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
         return saved
@@ -123,7 +139,8 @@ class Schema:
             )
             if schema._to_dict(files=True)[VOCABULARIES] != described:
                 raise DataError(f"{folder / VOCABULARIES} does not match {path}; copy both again")
-            return schema
+            names = content.get(TRAINED, [])
+            return schema.with_trained({name: np.load(_trained_file(folder, name), mmap_mode="r") for name in names})
         except ConfigError as error:
             raise DataError(f"{path} is damaged: {error}") from None
         except FileNotFoundError:
@@ -149,8 +166,9 @@ class Schema:
                     {"file": f"{VOCABULARIES}/{part.path.name}", "rows": part.rows, "checksum": part.checksum}
                     for part in known.files
                 ]
+        trained = {TRAINED: list(self.trained)} if files and self.trained else {}
         siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
-        return {"format": FORMAT, **sides, "title": self.title, **siamese, VOCABULARIES: vocabularies}
+        return {"format": FORMAT, **sides, "title": self.title, **siamese, **trained, VOCABULARIES: vocabularies}
 
     def _vocabularies(self) -> list[tuple[str, str, Categorical]]:
         """Return (side, name, feature) of all features with a vocabulary."""
@@ -174,6 +192,10 @@ def vocabulary_checksums(content: Mapping[str, Any]) -> dict[str, str]:
     """
     described = [one for side in content[VOCABULARIES].values() for one in side.values()]
     return {part["file"]: part["checksum"] for one in described for part in one["files"]}
+
+
+def _trained_file(folder: Path, name: str) -> Path:
+    return folder / TRAINED / f"{quote(name, safe='')}.npy"
 
 
 def _opened(folder: Path, files: list[dict[str, Any]]) -> Vocabulary:

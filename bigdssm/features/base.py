@@ -185,7 +185,7 @@ class Feature(ABC):
         yield from ()
 
     def without_unknown(self, column: Column) -> Column:
-        """Replace codes beyond the feature's vocabulary by OUT_OF_VOCABULARY."""
+        """Replace unknown codes by OUT_OF_VOCABULARY."""
         return column
 
     @property

@@ -22,7 +22,6 @@ from bigdssm.features.base import (
     Fault,
     Feature,
     code_faults,
-    outside,
     pad_lists,
     register,
 )
@@ -57,12 +56,14 @@ def codes_of(feature, values):  # type: ignore[no-untyped-def]
         import xxhash
 
         hashes = [int(np.uint64(xxhash.xxh3_64_intdigest(value.encode())).view(np.int64)) for value in values]
-        return [
-            2 + hashed % feature["hash_buckets"] if value else 0 for value, hashed in zip(values, hashes, strict=True)
-        ]
-    vocabulary = feature["vocabulary"]
-    codes = boolean_indices(vocabulary) | {value: index for index, value in enumerate(vocabulary)}
-    return [2 + codes.get(value, -1) if value else 0 for value in values]
+        codes = [2 + hashed % feature["hash_buckets"] for hashed in hashes]
+    else:
+        vocabulary = feature["vocabulary"]
+        indices = boolean_indices(vocabulary) | {value: index for index, value in enumerate(vocabulary)}
+        codes = [2 + indices.get(value, -1) for value in values]
+    trained = feature.get("trained")
+    known = set(codes if trained is None else trained)
+    return [(code if code in known else 1) if value else 0 for value, code in zip(values, codes, strict=True)]
 
 
 def categorical_input(feature, values, exported):  # type: ignore[no-untyped-def]
@@ -86,6 +87,9 @@ class Categorical(Feature):
     # Number of hash buckets; 0: an exact vocabulary. 2**62 buckets are ids without a vocabulary, in a sharded table.
     hash_buckets: int = bounded(0, 0, 2**62)
     vocabulary: Vocabulary = field(default=Vocabulary(), metadata=FITTED)
+    # Of a document feature in a model: the codes with a positive training event; all others are unknown, hence out of
+    # vocabulary. One bit per code, uint8; for hashes the codes, int64 ascending. None: all codes.
+    trained: np.ndarray | None = field(default=None, compare=False, metadata=FITTED)
 
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
         """Raise ConfigError: multi without a separator."""
@@ -93,12 +97,16 @@ class Categorical(Feature):
             raise ConfigError(f"{key}.separator: got '', needs the separator of the values in a cell")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields except the vocabulary, which is in files."""
-        return {key: value for key, value in super().to_dict().items() if key != "vocabulary"}
+        """Return all fields except the vocabulary and the trained codes, which are in files."""
+        return {key: value for key, value in super().to_dict().items() if key not in ("vocabulary", "trained")}
 
     def exported(self) -> dict[str, Any]:
-        """Return all fields, the vocabulary as a list."""
-        return {**self.to_dict(), "vocabulary": list(self.vocabulary)}
+        """Return all fields, the vocabulary and the known codes (None: all) as lists."""
+        trained = self.trained
+        if trained is not None and not self.hash_buckets:
+            trained = np.flatnonzero(~self.unknown(np.arange(self.num_codes)))
+        known = None if trained is None else trained.tolist()
+        return {**self.to_dict(), "vocabulary": list(self.vocabulary), "trained": known}
 
     @property
     def example(self) -> str:  # type: ignore[override]
@@ -186,15 +194,49 @@ class Categorical(Feature):
             for text, index in boolean_indices(self.vocabulary).items():
                 indices[(indices < 0) & pc.equal(values, text).to_numpy(zero_copy_only=False)] = index
             codes = np.where(indices < 0, np.int32(OUT_OF_VOCABULARY), indices + np.int32(FIRST_CODE))
+        if self.trained is not None:
+            codes[self.unknown(codes)] = OUT_OF_VOCABULARY
         codes[is_empty(values)] = PADDING
         return codes
 
+    def unknown(self, codes: np.ndarray) -> np.ndarray:
+        """Return the mask of codes that are beyond the vocabulary, or have no positive training event."""
+        beyond: np.ndarray = codes >= self.num_codes
+        if self.trained is None:
+            return beyond
+        if self.hash_buckets:
+            at = np.minimum(np.searchsorted(self.trained, codes), len(self.trained) - 1)
+            return beyond | (self.trained[at] != codes)
+        at = np.where(beyond, 0, codes)
+        return beyond | (self.trained[at >> 3] >> (at & 7) & 1 == 0)
+
+    def with_trained(self, codes: np.ndarray, earlier: Categorical | None) -> Categorical:
+        """Return the feature in which all codes are unknown except `codes` and those known in `earlier`."""
+        if self.hash_buckets:
+            before = np.arange(FIRST_CODE) if earlier is None else earlier.trained
+            every = None if before is None else np.union1d(np.append(before, np.arange(FIRST_CODE)), codes)
+            return replace(self, trained=every)
+        known = np.zeros(self.num_codes, bool)
+        known[:FIRST_CODE] = known[codes] = True
+        if earlier is not None:
+            known |= ~earlier.unknown(np.arange(self.num_codes))
+        return replace(self, trained=None if known.all() else np.packbits(known, bitorder="little"))
+
+    def newly_trained(self, earlier: Categorical) -> np.ndarray:
+        """Return the codes, int64 ascending, that are unknown in `earlier` and known here."""
+        if self.hash_buckets:
+            codes = np.empty(0, np.int64) if self.trained is None else self.trained
+        else:
+            codes = np.arange(self.num_codes)
+        return codes[earlier.unknown(codes) & ~self.unknown(codes)]
+
     def without_unknown(self, column: Column) -> Column:
-        """Replace codes of values added to the vocabulary later by OUT_OF_VOCABULARY."""
+        """Replace unknown codes by OUT_OF_VOCABULARY."""
         values = column.values if isinstance(column, Ragged) else np.asarray(column)
-        if not outside(values, 0, self.num_codes):
+        unknown = self.unknown(values)
+        if not unknown.any():
             return column
-        known = np.where(values < self.num_codes, values, OUT_OF_VOCABULARY).astype(values.dtype)
+        known = np.where(unknown, OUT_OF_VOCABULARY, values).astype(values.dtype)
         return replace(column, values=known) if isinstance(column, Ragged) else known
 
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:

@@ -6,16 +6,18 @@ is a step's working set in training (the batch then has positions in it for code
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import PADDING, Categorical, Feature, History
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.tables.rows import TableSpec
 
 INIT_STD = 0.02  # BERT's
@@ -65,6 +67,14 @@ class EmbeddingTables(nn.Module):
                     table.weight[: old.num_embeddings] = old.weight
                 grown[name] = (old.num_embeddings, feature.num_codes)
         return grown
+
+    @torch.no_grad()
+    def start_unknown(self, codes: Mapping[str, np.ndarray]) -> None:
+        """Set the rows of `codes` in tables that are trained weights to the row out of vocabulary."""
+        for name in codes.keys() & set(self.tables):
+            weight = cast(nn.Embedding, self.tables[name]).weight
+            if weight.requires_grad:
+                weight[torch.from_numpy(codes[name])] = weight[OUT_OF_VOCABULARY].clone()
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the number of rows and the width of table `name`."""

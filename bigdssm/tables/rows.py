@@ -430,12 +430,13 @@ class RowStore:
             saved = content.get("occurrences")
             self.occurrences[local] = self.spec.admit_after if saved is None else saved.numpy()
 
-    def initialize(self, rows: np.ndarray, vectors: Tensor) -> None:
-        """Set the first columns of this rank's rows among `rows` int64 [n] of a new table, to vectors [n, ≤ d]."""
+    def initialize(self, rows: np.ndarray, vectors: Tensor, step: int = 1) -> None:
+        """Set the first columns of this rank's rows among `rows` int64 [n], not yet updated, to vectors [n, ≤ d]."""
         owned = np.flatnonzero(self.partition.owns(rows))
         values = self.read(rows[owned], 0)
         values[:, : vectors.shape[1]] = vectors[torch.from_numpy(owned)].to(values)
-        self.load({"rows": torch.from_numpy(rows[owned]), "values": values})
+        updated = torch.full((len(owned),), max(1, step))
+        self.load({"rows": torch.from_numpy(rows[owned]), "values": values, "updated": updated})
 
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         written = {"values": values, **states}

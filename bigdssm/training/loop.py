@@ -133,9 +133,9 @@ def validate(trainer: Trainer, documents: DocumentVectors | None = None) -> None
         if evaluation:
             progress.history.append({"step": progress.step, **evaluation.metrics})
             trainer.health.after_validation(progress.step, evaluation, metric)
-        is_taken, is_highest = True, True  # without a split, the newest weights are the best
-        if evaluation:
-            of_start = trainer.starts_trained and progress.step == progress.part_step
+        is_taken, is_highest = True, True  # without newer rows to select by, the newest weights are the best
+        if evaluation and trainer.validator.decides:
+            of_start = trainer.starts_trained and progress.step == 0
             is_taken, is_highest = trainer.selection.add(evaluation, metric, of_start=of_start)
         progress.validations_since_best = 0 if is_highest else progress.validations_since_best + 1
         if is_taken:

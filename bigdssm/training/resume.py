@@ -7,16 +7,20 @@ tables may grow. `check_folder` runs before anything is built, `find_start` once
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import (
     CHECKPOINTS,
+    COMMON,
     MANIFEST,
+    TRAINED_CODES,
     LoadedCheckpoint,
     TensorReader,
     checkpoints_in,
@@ -31,8 +35,11 @@ from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.partition import Extent
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.features.categorical import categorical_of
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder
+from bigdssm.models.embedding_tables import table_name
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.utils.bounds import RESUME_MAY_CHANGE
 from bigdssm.utils.components import components_of
@@ -72,7 +79,9 @@ RULES: dict[str, Rule] = {
     "engine": "may",
     "STAGE.loss": "never",
     "STAGE.optimizer": "never",
+    "STAGE.optimizer.lr": "segment",
     "STAGE.table_optimizer": "never",
+    "STAGE.table_optimizer.lr": "segment",
     "STAGE.rows_global": "never",
     "STAGE.epochs": "longer",
     "STAGE.steps": "longer",
@@ -139,11 +148,15 @@ class StageProgress:
         chosen = (entry for entry in reversed(self.history) if entry["step"] == self.best_step)
         return next(chosen, {}) if math.isfinite(self.best) else {}
 
-    def describe_best(self, metric: str) -> str:
-        """Format the best validation of the current segment, for example `best validation NDCG@10 0.1234`."""
-        if math.isfinite(self.best):
-            return f"best validation {metric_label(metric)} {self.best:.4f}"
-        return "no validation split, the newest weights are the best,"
+    def describe_best(self, metric: str, *, decides: bool = True) -> str:
+        """Format the best validation of the current segment, for example `best validation NDCG@10 0.1234`.
+
+        decides: validations select the weights.
+        """
+        if not math.isfinite(self.best):
+            return "no validation split, the newest weights are the best,"
+        label = f"{metric_label(metric)} {self.best:.4f}"
+        return f"best validation {label}" if decides else f"the newest weights are the best, validation {label}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,7 @@ class StartPoint:
     progress: StageProgress
     checkpoint: LoadedCheckpoint | None = None
     same_segment: bool = False  # the stream continues where the checkpoint was written
+    new_codes: Mapping[str, np.ndarray] = field(default_factory=dict)  # by table: ids that this segment makes known
 
     @property
     def precision(self) -> dict[str, str] | None:
@@ -174,7 +188,15 @@ class StartPoint:
         """Return a reader of the checkpoint's tensors; in a new segment, with rows added for a larger `model`."""
         if self.checkpoint is None:
             return None
-        return self.checkpoint.reader() if self.same_segment else GrownReader(self.checkpoint, model)
+        return self.checkpoint.reader() if self.same_segment else GrownReader(self.checkpoint, model, self.new_codes)
+
+    def schema(self, dataset: Dataset) -> Schema:
+        """Return the schema of the checkpoint, with the codes that were known to it. All ranks must call it."""
+        assert self.checkpoint is not None
+        read, prefix = self.checkpoint.reader(), COMMON + TRAINED_CODES
+        trained = {n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)}
+        schema, sizes = dataset.whole.schema, self.checkpoint.state["stream"].get("vocabularies")
+        return (schema if sizes is None else schema.cut(sizes)).with_trained(trained)
 
     def describe(self, dataset: Dataset) -> str:
         """Format the path of the checkpoint and, in a new segment, its partitions."""
@@ -227,14 +249,36 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state["run_id"])
     if checkpoint is None:
         return StartPoint(run_id, StageProgress())
-    _check_origin(checkpoint, run_id, config, name)
+    before = _check_origin(checkpoint, run_id, config, name)
     progress = StageProgress(**checkpoint.state["progress"])
     same_segment = stream.check_state(checkpoint.state["stream"])
     if same_segment:
+        if changed := [change for change in _changes(before, config, name, "segment") if change.startswith(name)]:
+            raise ConfigError(f"{changed[0]}: it may change only where a run continues on new partitions; set it back")
         _check_length(checkpoint, progress, config.stage(name), name, stream.steps_per_epoch)
     else:
         progress.begin_segment()
     return StartPoint(run_id, progress, checkpoint, same_segment)
+
+
+def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> StartPoint:
+    """Make the ids without a positive event in this run's training unknown to `stream`; return `start` with new codes.
+
+    initial: schema of the model that the stage starts from. All ranks must call it.
+    """
+    dataset = stream.dataset
+    if stream.inline or dataset.schema.siamese:  # without counts; queries are documents, too
+        return start
+    earlier = initial if start.checkpoint is None else start.schema(dataset)
+    stream.dataset = dataset.with_trained_ids(earlier)
+    if earlier is None or start.same_segment:
+        return start
+    before = categorical_of(earlier.doc)
+    codes = {
+        table_name("doc", name): feature.newly_trained(before[name])
+        for name, feature in categorical_of(stream.dataset.schema.doc).items()
+    }
+    return replace(start, new_codes={name: some for name, some in codes.items() if len(some)})
 
 
 def _check_written_config(path: Path, config: Config, name: StageName) -> None:
@@ -257,8 +301,8 @@ def _check_written_config(path: Path, config: Config, name: StageName) -> None:
         )
 
 
-def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, name: StageName) -> None:
-    """Raise CheckpointError unless this stage of this run wrote `checkpoint`, with a compatible config."""
+def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, name: StageName) -> dict[str, Any]:
+    """Return the config of `checkpoint`; raise CheckpointError unless this stage of this run wrote it, compatibly."""
     fix = "move it out of the folder, or choose another run.dir"
     if (stage := checkpoint.state.get("stage")) != name:
         raise CheckpointError(
@@ -276,6 +320,7 @@ def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, nam
         raise CheckpointError(f"the config in a checkpoint cannot be compared with this one: {error}; {fix}") from None
     if difference := forbidden_change(before, config, name):
         raise CheckpointError(f"checkpoint {checkpoint.path} was written with another config: {difference}; {fix}")
+    return before
 
 
 def _check_length(
@@ -317,10 +362,14 @@ def segment_steps(stage: StageConfig, steps_per_epoch: int) -> int:
 
 def forbidden_change(before: dict[str, Any], config: Config, name: StageName) -> str | None:
     """Return the first change that requires another run, as `KEY was A, is B`."""
+    return next(_changes(before, config, name, "never"), None)
+
+
+def _changes(before: dict[str, Any], config: Config, name: StageName, rule: Rule) -> Iterator[str]:
+    """Yield the changes of keys with this rule, as `KEY was A, is B`."""
     for key, was, now in differences(before, config.to_dict()):
-        if rule_of(key, name) == "never" and not _may_change(config, key):
-            return f"{key} was {was}, is {now}"
-    return None
+        if rule_of(key, name) == rule and not _may_change(config, key):
+            yield f"{key} was {was}, is {now}"
 
 
 def _may_change(config: Config, key: str) -> bool:
@@ -337,10 +386,14 @@ def grow_model(model: DualEncoder, schema: Schema) -> None:
 
 
 class GrownReader(TensorReader):
-    """Reads a checkpoint for a model with larger tables: new rows are initial values, with zero moments."""
+    """Reads a checkpoint for a model with larger tables: new rows are initial values, with zero moments.
 
-    def __init__(self, checkpoint: LoadedCheckpoint, model: DualEncoder) -> None:
+    Rows of ids that become known (`new_codes`) are the row out of vocabulary: their vectors change by training alone.
+    """
+
+    def __init__(self, checkpoint: LoadedCheckpoint, model: DualEncoder, new_codes: Mapping[str, np.ndarray]) -> None:
         super().__init__(checkpoint)
+        self._new_codes = {f"tables.tables.{name}.weight": codes for name, codes in new_codes.items()}
         self._new_rows: dict[str, Tensor] = {}
         for name, parameter in model.tables.named_parameters("tables"):
             if not parameter.requires_grad:
@@ -355,9 +408,11 @@ class GrownReader(TensorReader):
         tensor = super().__call__(name)
         moment, _, weight = name.rpartition("/")
         new_rows = self._new_rows.get(weight)
-        if new_rows is None:
-            return tensor
-        return torch.cat([tensor, torch.zeros_like(new_rows) if moment else new_rows])
+        if new_rows is not None:
+            tensor = torch.cat([tensor, torch.zeros_like(new_rows) if moment else new_rows])
+        if weight in self._new_codes:
+            tensor[torch.from_numpy(self._new_codes[weight])] = 0.0 if moment else tensor[OUT_OF_VOCABULARY].clone()
+        return tensor
 
 
 def _log_growth(name: str, old_rows: int, new_rows: int) -> None:

@@ -22,6 +22,7 @@ from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder, new_model
@@ -32,7 +33,7 @@ from bigdssm.training.engine import device, init_process_group, partitioned_load
 from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
 from bigdssm.training.loop import train
-from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, segment_steps
+from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, limit_ids, segment_steps
 from bigdssm.training.trainer import Trainer
 from bigdssm.utils import atomic
 from bigdssm.utils.log import get_logger
@@ -111,7 +112,7 @@ def run_stage(
             stop.on_early_exit = watchdog.leave
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
-            model = _model(config, name, dataset, resume)
+            model, initial = _model(config, name, dataset, resume)
             check_tables(config, name, model)
             documents = fix_documents(model, config, name, dataset)
             stream = row_stream(
@@ -124,7 +125,7 @@ def run_stage(
                 return None
             after.enter_context(lock)
             store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
-            start = find_start(config, name, store, stream, resume)
+            start = limit_ids(stream, find_start(config, name, store, stream, resume), initial)
             _write_config(folder, config)
             done = start.progress
             trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
@@ -143,13 +144,12 @@ def run_stage(
                 )  # fmt: skip
                 stop.defer_signals()
                 progress = train(trainer)
-    best = progress.describe_best(stage_config.validation_metric)
-    logger.info("%s finished: %s at step %d", name, best, progress.best_step)
+    logger.info("%s finished: %s", name, trainer.validator.describe(progress, stage_config.validation_metric))
     return progress
 
 
-def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> DualEncoder:
-    """Build a new model, or load the initial model and check it against dataset and config.
+def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> tuple[DualEncoder, Schema | None]:
+    """Build a new model, or load the initial model and check it against dataset and config; return it with its schema.
 
     A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
     from the checkpoint; tables that were weights in it are not sharded if they have grown.
@@ -162,7 +162,8 @@ def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> D
         loading = None  # a document tower that is copied is whole
         if config.stage(name).documents.model is None:
             loading = partitioned_loading(config.engine, config.stage(name).optimizer)
-        return new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense).train()
+        model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense)
+        return model.train(), None
     loaded = load_initial_model(source, config.model, scorer)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
@@ -175,7 +176,7 @@ def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> D
         logger.warning("%s keeps the settings of %s: %s", name, source, kept)
     loaded.model.train()
     logger.info("%s starts from %s", name, source)
-    return loaded.model
+    return loaded.model, loaded.schema
 
 
 def _write_config(folder: Path, config: Config) -> None:

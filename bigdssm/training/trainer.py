@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import TensorReader
+from bigdssm.checkpoints.checkpoint import TRAINED_CODES, TensorReader
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
 from bigdssm.cluster.faults import Faults
@@ -23,6 +23,7 @@ from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, FrequencyCorrection, StageName
 from bigdssm.errors import Preempted
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.losses.precision import saved_precision, settle_precision
@@ -80,17 +81,23 @@ class Trainer:
         read = start.reader(model)
         if read is not None:
             set_weights(model, read)
+        else:
+            model.tables.start_unknown(start.new_codes)
         if how.checkpoint_activations:
             model.checkpoint_activations()
         tables = build_tables(model, config, name, how.table_memory, resumed=read is not None)
         if read is None and stage.warm_start.window:
-            initialize_item_embeddings(model, dataset, stage.warm_start, tables)
+            initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
         self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size), tables)
         self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
         if read is not None and tables is not None:  # before negatives are mined
             assert start.checkpoint is not None
             load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs), states=True)
             tables.steps = progress.applied
+        for table, codes in start.new_codes.items():
+            if tables is not None and table in tables.stores and not tables.specs[table].hash_rows:
+                unknown = tables.look_up(table, torch.tensor([OUT_OF_VOCABULARY]))
+                tables.stores[table].initialize(codes, unknown.expand(len(codes), -1), tables.steps)
         counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
         self.objective = Objective(
             stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
@@ -119,7 +126,13 @@ class Trainer:
             )  # fmt: skip
 
         self.validator = Validator(
-            dataset, config, name, rows_per_chunk=1024, fixed=documents, keeps_frozen=start.same_segment
+            dataset,
+            config,
+            name,
+            rows_per_chunk=1024,
+            fixed=documents,
+            keeps_frozen=start.same_segment,
+            continues=progress.part_step > 0,
         )
         self.starts_trained = config.initial_model(name) is not None or progress.part_step > 0
         # this rank's index vectors, if mining has encoded them; not valid for a restored weight average
@@ -146,7 +159,8 @@ class Trainer:
             },
             "common": self.objective.state_dict()
             | ({} if self.average is None else self.average.state_dict())
-            | self.selection.state_dict(),
+            | self.selection.state_dict()
+            | {TRAINED_CODES + n: torch.tensor(codes) for n, codes in self.stream.dataset.schema.trained.items()},
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
             "pieces": self.engine.local_pieces(),
             "tables": self.engine.tables,
@@ -162,7 +176,7 @@ class Trainer:
         self.engine.restore(read, start.progress.applied)
         common = start.checkpoint.common_tensors()
         self.objective.load_state_dict(common)
-        if self.average is not None:
+        if self.average is not None and not start.new_codes:
             self.average.load_state_dict(common)
         if (random := start.checkpoint.rank_state) is not None:
             RandomState(random["cpu"], random.get("device")).restore()

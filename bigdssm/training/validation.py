@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import FROZEN_FILE, holds_weights, is_model_folder, save_model_folder
+from bigdssm.cluster.metrics import metric_label
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
@@ -26,6 +27,7 @@ from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.portable import trained_weights
+from bigdssm.training.resume import StageProgress
 from bigdssm.training.table_rows import write_tables
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover
@@ -40,12 +42,18 @@ class Validator:
 
     def __init__(
         self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int,
-        fixed: FixedDocuments | None = None, keeps_frozen: bool = False,
+        fixed: FixedDocuments | None = None, keeps_frozen: bool = False, continues: bool = False,
     ) -> None:  # fmt: skip
-        """keeps_frozen: the file of frozen weights in best/ is of this segment."""
+        """keeps_frozen: the file of frozen weights in best/ is of this segment.
+
+        continues: the segment continues on newer partitions. It validates on the newest partition with validation rows;
+        if this is older than the newest training data, `decides` is False: its rows would favour the old weights.
+        """
         self._dataset, self._config, self._rows_per_chunk, self._fixed = dataset, config, rows_per_chunk, fixed
         self._keeps_frozen = keeps_frozen
         self._best_dir, self._stage = config.stage_dir(stage) / "best", config.stage(stage)
+        self._validation = dataset.newest_part(SPLIT) if continues else dataset
+        self.decides = max(p.number for p in self._validation.partitions) >= max(p.number for p in dataset.partitions)
 
     def evaluate(
         self, engine: Engine, progress: Progress, documents: DocumentVectors | None = None
@@ -54,7 +62,7 @@ class Validator:
 
         documents: this rank's share of the index vectors, if already computed.
         """
-        if self._dataset.num_rows(SPLIT) == 0:
+        if self._validation.num_rows(SPLIT) == 0:
             return None
         rerank = None
         if isinstance(self._stage.scorer, CrossEncoderConfig):
@@ -66,7 +74,7 @@ class Validator:
         with timing.span("validation"):
             return evaluate_split(
                 encoders_of(engine.deepspeed, self._dataset, device(), partial(_scorer_state, engine)),
-                self._dataset,
+                self._validation,
                 SPLIT,
                 documents=documents,
                 rank=distributed.rank(),
@@ -76,6 +84,22 @@ class Validator:
                 rerank=rerank,
                 progress=progress,
             )
+
+    def describe(self, progress: StageProgress, metric: str) -> str:
+        """Format the weights in best/, the rows that they were validated on, and the values that were compared."""
+        best = f"{progress.describe_best(metric, decides=self.decides)} at step {progress.best_step}"
+        segment = [entry for entry in progress.history if entry["step"] >= progress.part_step]
+        if not segment:
+            return best
+        names = ", ".join(partition.name for partition in self._validation.partitions)
+        data = f"validated on {self._validation.num_queries(SPLIT):,} queries of {names}"
+        if not self.decides:
+            data += ", which are older than the newest training data and select nothing"
+        if segment[0]["step"] == progress.part_step < segment[-1]["step"]:
+            data += (
+                f" ({metric_label(metric)} {segment[0][metric]:.4f} at the start, {segment[-1][metric]:.4f} at the end)"
+            )
+        return f"{best}, {data}"
 
     def is_best_missing(self) -> bool:
         """Return True, on every rank, if best/ is missing and cannot be recovered.

@@ -189,3 +189,28 @@ def test_a_cut_schema_is_the_one_before_it_grew(tmp_path: Path) -> None:
     after = replace(before, doc={"kind": replace(before.doc["kind"], vocabulary=in_parts([*VALUES, "new"], 1000))})
     assert after.cut(before.vocabulary_sizes()) == before and after != before
     assert after.cut({}).doc["kind"].vocabulary == Vocabulary()
+
+
+@pytest.mark.parametrize("buckets", [0, 50, 2**62], ids=["vocabulary", "buckets", "hashes"])
+def test_codes_without_a_positive_event_are_unknown(tmp_path: Path, buckets: int) -> None:
+    """The definition holds for strings, codes and exports, is saved with a schema, and grows with it."""
+    values = VALUES[:40]
+    every = Categorical(hash_buckets=buckets, vocabulary=Vocabulary() if buckets else Vocabulary.of(values[:30]))
+    codes = every.with_name("kind").codes(pa.array(values[:30]))
+    first = every.with_name("kind").with_trained(codes[:10], None)
+    out = ~np.isin(codes, codes[:10])
+    assert first.codes(pa.array(values[:30])).tolist() == np.where(out, 1, codes).tolist()
+    saved = Schema({}, {"kind": first}).save(tmp_path)
+    loaded = Schema.load(tmp_path)
+    assert loaded == saved and loaded.trained["kind"].tolist() == first.trained.tolist()
+    assert loaded.fingerprint() == Schema({}, {"kind": every.with_name("kind")}).fingerprint(), "as the dataset's"
+    kind = loaded.doc["kind"]
+    assert isinstance(kind, Categorical) and kind.without_unknown(codes).tolist() == np.where(out, 1, codes).tolist()
+    assert codes_of(kind.exported(), [*values[:30], ""]) == [*np.where(out, 1, codes).tolist(), 0]
+    grown = every if buckets else replace(every, vocabulary=in_parts(values, 30))
+    later = grown.codes(pa.array(values))
+    second = grown.with_trained(later[20:25], first)
+    known = np.isin(later, [*later[:10], *later[20:25]])
+    assert second.codes(pa.array(values)).tolist() == np.where(known, later, 1).tolist()
+    assert second.newly_trained(first).tolist() == sorted({*later[20:25].tolist()} - {*codes[:10].tolist()})
+    assert second.with_trained(later[:0], every).newly_trained(second).size == (0 if buckets else 15)

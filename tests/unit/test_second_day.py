@@ -1,0 +1,139 @@
+"""A run that continues on a shop's next day: unknown ids, new ids, the data of validation, and the learning rate."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import yaml
+
+import bigdssm
+from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
+from bigdssm.config import DataConfig, SourceConfig
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.joined import open_dataset
+from bigdssm.errors import ConfigError
+from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
+from bigdssm.features.categorical import categorical_of, codes_of
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.training.validation import BestSelection
+
+ITEMS, GHOSTS, USERS = [f"i{n}" for n in range(12)], ["g0", "g1"], 20
+CONFIG: dict[str, Any] = {
+    "data": {
+        "lanes": 2, "query": {"past": {"type": "history", "of": "item_id", "max_items": 4}},
+        "doc": {"item_id": {"type": "categorical"}, "price": {"type": "numeric"}},
+    },
+    "model": {
+        "dim": 8, "query": {"residual": "past", "mlp": []},
+        "doc": {"residual": "item_id", "mlp": [], "embedding_dim": 8},
+    },
+    "pretrain": {
+        "rows_global": 16, "steps": 4, "optimizer": {"lr": 0.05, "warmup_steps": 0}, "validate_every_steps": 2,
+        "negatives": {"columns": "catalogue", "mask": "none"},
+    },
+}  # fmt: skip
+
+
+def add_day(folder: Path, day: int, ids: list[str], without_events: list[str], **options: Any) -> None:
+    options = {"partition": f"day{day}", "append": day > 0, **options}
+    random = np.random.RandomState(day)
+    events = pd.DataFrame({
+        "user_id": np.repeat([f"u{n}" for n in range(USERS)], 6), "item_id": random.choice(ids, 6 * USERS),
+        "timestamp": 100 * day + np.tile(np.arange(6), USERS),
+    })  # fmt: skip
+    items = pd.DataFrame({"item_id": [*ids, *without_events], "price": 5.0})
+    bigdssm.make_dataset(folder / "config.yaml", interactions=events, items=items, **options)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a dataset of one day, and a run that trained on it."""
+    folder = tmp_path_factory.mktemp("shop")
+    content = {**CONFIG, "run": {"dir": str(folder / "run"), "trackers": []}}
+    content["data"] = {**CONFIG["data"], "dir": str(folder / "data")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    add_day(folder, 0, ITEMS, GHOSTS)
+    bigdssm.pretrain(folder / "config.yaml")
+    return folder
+
+
+def vectors(folder: Path) -> dict[str, list[float]]:
+    model = load_model_folder(folder / "run/pretrain/best")
+    dataset = model.view(Dataset.open(folder / "data"))
+    every = np.arange(dataset.catalogue.num_docs)
+    made = tower_encoders(model.model, dataset).documents(every)
+    return dict(zip(dataset.catalogue.keys(every), made.tolist(), strict=True))
+
+
+def test_an_id_without_a_positive_train_event_is_unknown_everywhere(shop: Path) -> None:
+    """As a negative of every step it would have a trained vector that no positive has formed."""
+    made, model = vectors(shop), bigdssm.load_model(shop / "run/pretrain/best")
+    assert made["g0"] == pytest.approx(made["g1"], abs=1e-6) and made["g0"] != pytest.approx(made["i0"], abs=1e-2)
+    features = [{"item_id": name, "price": 5.0} for name in ("g0", "never seen", "i0")]
+    ghost, unseen, known = model.encode_documents(features)
+    assert ghost.tolist() == unseen.tolist() and ghost[:8].tolist() == pytest.approx(made["g0"][:8], abs=1e-5)
+    assert known[:8].tolist() == pytest.approx(made["i0"][:8], abs=1e-5)
+    schema = model.folder.schema
+    feature = categorical_of(schema.doc)["item_id"]
+    i0, *ghosts = (list(feature.vocabulary).index(name) + FIRST_CODE for name in ("i0", *GHOSTS))
+    assert codes_of(schema.exported()["doc"]["item_id"], ["g0", "i0", "never seen", ""]) == [1, i0, 1, 0]
+    last = find_checkpoint(shop / "run/pretrain", "latest")
+    moments = open_tensors(last)("exp_avg/tables.tables.doc_item_id.weight").abs().sum(1)
+    assert not moments[ghosts].any() and moments[i0] > 0, "in training, too"
+    assert load_checkpoint_model(last).schema.trained["item_id"].tolist() == schema.trained["item_id"].tolist()
+
+
+def test_a_segment_starts_from_the_vectors_before_it(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = vectors(shop)
+    add_day(shop, 1, ["i0", "i1", "g0", "new"], ["newest"], split="train")
+    made = vectors(shop)
+    assert made.keys() - before.keys() == {"new", "newest"}
+    for name, vector in made.items():
+        assert vector == pytest.approx(before.get(name, before["g0"]), abs=1e-5)
+    on = ["data.from_partition=day1", "pretrain.optimizer.lr=1e-9"]
+    caplog.set_level("INFO")
+    bigdssm.pretrain(shop / "config.yaml", on, resume=True)
+    after = vectors(shop)
+    for name, vector in made.items():
+        assert after[name] == pytest.approx(vector, abs=1e-5), f"{name}: without training, no vector changes"
+    feature = categorical_of(load_model_folder(shop / "run/pretrain/best").schema.doc)["item_id"]
+    unknown = [name for name in after if feature.codes(pa.array([name]))[0] == OUT_OF_VOCABULARY]
+    assert unknown == ["g1", "newest"], "ids of earlier days stay known"
+    (line,) = [line for line in caplog.messages if "pretrain finished" in line]
+    assert "the newest weights are the best, validation NDCG@10" in line and "at step 8, " in line
+    assert "validated on 20 queries of day0, which are older than the newest training data and select nothing" in line
+    assert "at the start" in line
+    with pytest.raises(ConfigError, match=r"pretrain.optimizer.lr was 1e-09, is 0.5: it may change only where a run"):
+        bigdssm.pretrain(shop / "config.yaml", [on[0], "pretrain.optimizer.lr=0.5"], resume=True)
+
+
+def test_old_rows_select_nothing(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of new days are not worse because they are evaluated on days before."""
+    shutil.copytree(shop / "run", tmp_path / "run")
+    monkeypatch.setattr(BestSelection, "add", lambda *_, **__: (False, False))
+    on = [f"run.dir={tmp_path / 'run'}", "data.from_partition=day1b"]
+    add_day(shop, 2, ["i11"], [], partition="day1b", split="train")
+    best = bigdssm.pretrain(shop / "config.yaml", on, resume=True).best
+    assert load_model_folder(best).provenance["step"] == 12
+
+
+def test_validation_is_on_the_newest_partition_with_rows(shop: Path) -> None:
+    add_day(shop, 3, ["i0", "i1", "new"], [])
+    data = str(shop / "data")
+
+    def validated(dataset: Dataset) -> list[str]:
+        return [partition.name for partition in dataset.newest_part("validation").partitions]
+
+    names = [partition.name for partition in Dataset.open(data).partitions]
+    assert validated(Dataset.open(data)) == ["day3"] and len(names) == 4
+    assert validated(Dataset.open(data, names[:2])) == ["day0"]
+    assert validated(Dataset.open(data, ["day3"])) == ["day3"]
+    mixture = (SourceConfig(partitions=("day3",)), SourceConfig(partitions=("day0",)))
+    assert validated(open_dataset(DataConfig(dir=data, mixture=mixture, lanes=2))) == ["day3"]
