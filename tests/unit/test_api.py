@@ -194,12 +194,19 @@ def test_a_stage_that_fails_with_an_engine_leaves_none_of_its_patches(
 
     from bigdssm.training import trainer
 
-    before, patched = state_of_process(), []
+    before, patched, engines = state_of_process(), [], []
+    kind = trainer.Engine
+
+    def engine(*args: Any) -> Any:
+        engines.append(kind(*args))
+        return engines[-1]
 
     def fail(*args: Any, **options: Any) -> Any:
         patched.append(stage_1_and_2.is_invalid_grad_norm not in before)
+        engines.pop().deepspeed.destroy()  # for the tests that follow
         raise DataError("a shard is damaged")
 
+    monkeypatch.setattr(trainer, "Engine", engine)
     monkeypatch.setattr(trainer, "Validator", fail)
     with pytest.raises(DataError, match="damaged"):
         bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}", "engine.zero_stage=1"])
