@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -255,7 +256,7 @@ def stand_in_dataset(config: Config, rows: int, folder: Path) -> Dataset:
             words = random.randint(config.data.tokenizer.vocab_size, size=(rows, feature.max_tokens))
             values: list[Any] = [" ".join(map(str, text)) for text in words.tolist()]
         else:
-            values = [eval(feature.example)] * rows
+            values = [ast.literal_eval(feature.example)] * rows
         columns |= dict.fromkeys(feature.source_columns, values)
     config = replace(config, data=replace(config.data, dir=str(folder), mixture=[], from_partition=None))
     make_dataset(config, pairs=columns, doc_id_column="id of a document", split="column", split_column="split")

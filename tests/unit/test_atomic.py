@@ -158,7 +158,7 @@ def test_a_command_replaces_its_own_files_alone(
         check_file_to_write("--out", out, "report", overwrite=False)
 
 
-def test_files_of_others_in_a_folder_are_kept(tmp_path: Path) -> None:
+def test_files_of_others_in_a_folder_are_retained(tmp_path: Path) -> None:
     made = tmp_path / "made"
     fill(made, "old")
     (made / "inner" / "notes").write_text("the user's")

@@ -27,6 +27,7 @@ from bigdssm.checkpoints.shares import (
 )
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.errors import CheckpointError
+from bigdssm.utils import atomic
 
 
 def pieces() -> list[TensorPiece]:
@@ -116,22 +117,25 @@ def test_checkpoints_saved_after_damaged_ones_are_retained(store: CheckpointStor
 
 
 @pytest.mark.parametrize(
-    ("function", "calls"),
-    [("os.replace", 1), ("shutil.rmtree", 0)],
-    ids=["the old one moved away", "the new one in its place"],
+    ("function", "calls", "exchanges"),
+    [("os.replace", 3, False), ("_exchange", 0, True), ("shutil.rmtree", 0, True), ("shutil.rmtree", 0, False)],
+    ids=["the old one moved away", "before the exchange", "the new one in its place", "the same without an exchange"],
 )
 def test_killed_while_a_step_is_saved_again(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, function: str, calls: int
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, function: str, calls: int, exchanges: bool
 ) -> None:
-    real, done = {"os.replace": os.replace, "shutil.rmtree": shutil.rmtree}[function], []
+    functions = {"os.replace": os.replace, "shutil.rmtree": shutil.rmtree, "_exchange": atomic._exchange}
+    real, done = functions[function], []
 
-    def killed(*paths: Path, **_: object) -> None:
+    def killed(*paths: Path, **_: object) -> object:
         if len(done) == calls:
             raise KeyboardInterrupt
         done.append(paths)
-        real(*paths)  # type: ignore[operator]
+        return real(*paths)  # type: ignore[operator]
 
     with monkeypatch.context() as patch:
+        if not exchanges:
+            patch.setattr(atomic, "_exchange", lambda one, other: False)
         patch.setattr(f"bigdssm.utils.atomic.{function}", killed)
         with pytest.raises(KeyboardInterrupt):
             save(store, 15)

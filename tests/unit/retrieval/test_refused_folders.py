@@ -163,7 +163,7 @@ def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Pat
     vectors, index = copies / "vectors", copies / "index"
     embed = ("embed", "--model", copies / "model", "--data", dataset.dir, "--out")
     message = tools.refused(2, "build_index", "--vectors", vectors, "--out", vectors)
-    assert "holds contents.npy, which this would replace; choose another --out" in message
+    assert "holds contents.npy, which this would replace; choose another one or --overwrite" in message
     assert "holds index.faiss, which this would replace" in tools.refused(2, *embed, index)
     tools.ran("build_index", "--vectors", vectors, "--out", index)  # each replaces its own kind
     tools.ran(*embed, vectors)
@@ -265,7 +265,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
     tools.ran(*command, "--out", copies / "one.json")
     edit(copies / "one.json", lambda content: content["systems"][0].update(seconds="soon"))
     assert "is not a comparison written by" in tools.refused(3, *command, "--compare", copies / "one.json")
-    tools.ran(*command, "--out", copies / "one.json")
+    tools.ran(*command, "--out", copies / "one.json", "--overwrite")
     ranks = np.load(copies / "one.ranks-0.npy")
     some = np.where(np.arange(len(ranks)) % 2, ranks, np.nan)
     for changed in (ranks * 0, -ranks, ranks.astype(str), np.array(3.0), ranks[:, None], ranks * np.inf, some):

@@ -75,7 +75,7 @@ def test_uniform_and_catalogue_negatives(smaller: Dataset, world_size: int) -> N
 
 
 @pytest.mark.parametrize("exact_up_to", [None, 10])
-def test_mined_negatives(model: DualEncoder, smaller: Dataset, dataset: Dataset, exact_up_to: int | None) -> None:
+def test_hard_negatives(model: DualEncoder, smaller: Dataset, dataset: Dataset, exact_up_to: int | None) -> None:
     """The windows of a catalogue without the withdrawn items; an approximate index of few documents is exact."""
     encoders = tower_encoders(model, smaller)
     everything = mine(encoders, dataset, first=0, last=NUM_ITEMS)["window"]
