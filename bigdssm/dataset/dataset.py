@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -179,7 +178,8 @@ class Dataset:
         """Return a view encoded by an earlier schema; unknown values are out of vocabulary."""
         if schema == self.whole.schema and not schema.trained:
             return self.whole
-        limited = copy(self)
+        limited = object.__new__(Dataset)  # copy() would open the folder again, by __reduce__
+        vars(limited).update(vars(self))
         limited.schema, limited.catalogue = schema, self.whole.catalogue.with_schema(schema)
         limited._whole, limited.pickled = self.whole, (Dataset.with_schema, (self.whole, schema))
         return limited

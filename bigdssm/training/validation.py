@@ -88,8 +88,10 @@ class Validator:
     def describe(self, progress: StageProgress, metric: str) -> str:
         """Format the weights in best/, the rows that they were validated on, and the values that were compared."""
         best = f"{progress.describe_best(metric, decides=self.decides)} at step {progress.best_step}"
-        segment = [entry for entry in progress.history if entry["step"] >= progress.part_step]
-        if not segment:
+        at_start = [entry for entry in progress.history if entry["step"] == progress.part_step]
+        # the last one: an earlier segment may have ended with a validation at this step
+        segment = at_start[-1:] + [entry for entry in progress.history if entry["step"] > progress.part_step]
+        if not segment or not self._validation.num_rows(SPLIT):
             return best
         names = ", ".join(partition.name for partition in self._validation.partitions)
         data = f"validated on {self._validation.num_queries(SPLIT):,} queries of {names}"

@@ -15,14 +15,15 @@ import yaml
 import bigdssm
 from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
-from bigdssm.config import DataConfig, SourceConfig
+from bigdssm.config import DataConfig, SourceConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of, codes_of
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.training.validation import BestSelection
+from bigdssm.training.resume import StageProgress
+from bigdssm.training.validation import BestSelection, Validator
 
 ITEMS, GHOSTS, USERS = [f"i{n}" for n in range(12)], ["g0", "g1"], 20
 CONFIG: dict[str, Any] = {
@@ -129,7 +130,9 @@ def test_validation_is_on_the_newest_partition_with_rows(shop: Path) -> None:
     data = str(shop / "data")
 
     def validated(dataset: Dataset) -> list[str]:
-        return [partition.name for partition in dataset.newest_part("validation").partitions]
+        part = dataset.with_trained_ids().newest_part("validation")
+        assert "item_id" in part.schema.trained, "of the schema of the run"
+        return [partition.name for partition in part.partitions]
 
     names = [partition.name for partition in Dataset.open(data).partitions]
     assert validated(Dataset.open(data)) == ["day3"] and len(names) == 4
@@ -137,3 +140,12 @@ def test_validation_is_on_the_newest_partition_with_rows(shop: Path) -> None:
     assert validated(Dataset.open(data, ["day3"])) == ["day3"]
     mixture = (SourceConfig(partitions=("day3",)), SourceConfig(partitions=("day0",)))
     assert validated(open_dataset(DataConfig(dir=data, mixture=mixture, lanes=2))) == ["day3"]
+
+
+def test_the_start_of_a_segment_is_not_the_end_of_the_one_before(shop: Path) -> None:
+    """Both validate at the same step, on other rows."""
+    config = load_config(str(shop / "config.yaml"))
+    validator = Validator(open_dataset(config.data), config, "pretrain", rows_per_chunk=64, continues=True)
+    history = [{"step": step, "ndcg_at_10": value} for step, value in ((4, 0.9), (4, 0.1), (8, 0.2))]
+    progress = StageProgress(step=8, best=0.2, best_step=8, part_step=4, history=history)
+    assert "(NDCG@10 0.1000 at the start, 0.2000 at the end)" in validator.describe(progress, "ndcg_at_10")
