@@ -322,6 +322,11 @@ def _distinct_ids(rows: int, device: torch.device) -> Tensor:
 
 def _lengths(side: str, inputs: Mapping[str, Tensor], tokens: Mapping[str, Sequence[str]]) -> Lengths:
     lengths = {}
+    if not isinstance(tokens, Mapping) or any(isinstance(group, str) or not group for group in tokens.values()):
+        raise ConfigError(
+            f"tokens: got {tokens!r:.200}, needs the names of inputs by that of their mask, such as "
+            '{"attention_mask": ("input_ids",)}'
+        )
     for name, group in tokens.items():
         present = tuple(other for other in group if other in inputs)
         if name not in inputs:

@@ -419,6 +419,8 @@ def test_bad_inputs(query: Any, words: str) -> None:
         ({"negatives": [[0], [-2]], "doc_ids": [4, 5]}, "negatives: got values from -2 to 0"),
         ({"negatives": [0, 1]}, r"negatives: got torch.int64 \[2\], needs torch.int64 \[2, k\]"),
         ({"query_ids": 7}, "query_ids: got int"),
+        ({"tokens": ["input_ids"]}, "tokens: got .*, needs the names of inputs by that of their mask"),
+        ({"tokens": {"attention_mask": "input_ids"}}, "tokens: got .*input_ids"),
         ({"relevance": [1.0, -1.0]}, r"relevance: got \[2\], \[1.0, -1.0\]"),
         ({"relevance": torch.ones(2, 1)}, r"relevance: got \[2, 1\]"),
     ],
