@@ -69,7 +69,7 @@ class TinyDataset:
 @pytest.fixture(autouse=True)
 def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute alike on all machines: bfloat16 without a warning, emulated on some, and `auto` as fp32."""
-    monkeypatch.setattr("bigdssm.losses.precision.instruction_set", lambda device="cpu": "arm_bf16")
+    monkeypatch.setattr("bigdssm.utils.device.instruction_set", lambda device="cpu": "arm_bf16")
 
 
 class QuietServer(ThreadingHTTPServer):

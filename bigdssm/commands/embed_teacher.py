@@ -22,7 +22,7 @@ from bigdssm.cli import ProgressBar, at_least, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
-from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS, resolve_precision
+from bigdssm.models.precision import PRECISION_HELP, PRECISIONS, resolve_precision
 from bigdssm.retrieval.embed import Encoders, encode_in, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors

@@ -43,7 +43,7 @@ from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
-from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
+from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.atomic import mark_written, write_json

@@ -47,7 +47,7 @@ from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.ingest.sources.beir import Collection, read_collection
-from bigdssm.losses.precision import PRECISION_HELP, PRECISIONS
+from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
 from bigdssm.utils.atomic import mark_written, write_json
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bigdssm.dataset.tensors import Features
 from bigdssm.loader.step_plan import Chunk, SidePlan
 from bigdssm.models import Packed, QueryPositions, Values, pack
-from bigdssm.utils.transfer import to_device
+from bigdssm.utils.device import to_device
 
 T = TypeVar("T")
 SIDES = ("query", "doc")

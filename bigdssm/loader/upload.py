@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.loader.batch import Batch
-from bigdssm.utils.transfer import to_device
+from bigdssm.utils.device import to_device
 
 T = TypeVar("T")
 

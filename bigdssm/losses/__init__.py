@@ -8,6 +8,7 @@ from bigdssm.utils.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from bigdssm.losses.contrastive import (
+        LossOutput,
         contrastive_loss,
         fps_loss,
         matryoshka_loss,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     )
     from bigdssm.losses.distillation import BatchTeacher, batch_kl
     from bigdssm.losses.inputs import LossBatch, LossInputError
-    from bigdssm.losses.output import LossOutput
     from bigdssm.losses.sampling import CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
     from bigdssm.losses.scored import scored_loss
 
@@ -73,10 +73,10 @@ __getattr__, __dir__ = lazy_attributes(
         ],
         "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],
         "bigdssm.losses.contrastive": [
-            "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss", "relevance_weight",
+            "LossOutput", "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss",
+            "relevance_weight",
         ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
-        "bigdssm.losses.output": ["LossOutput"],
         "bigdssm.losses.sampling": ["CountedFrequency", "StreamingFrequency", "apply_sampling", "sample_uniform"],
         "bigdssm.losses.scored": ["scored_loss"],
     },

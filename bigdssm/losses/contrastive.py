@@ -5,11 +5,13 @@
     out.loss.backward()
 
 Every rank calls it, with or without a process group. U and W may be leaves (gradient cache): U.grad, W.grad, alpha.grad
-and beta.grad then hold world_size times this rank's share. Back-propagated and averaged over ranks, they give the
-gradient of the global loss. No other factor is needed.
+and beta.grad then hold world_size times this rank's share. Back-propagated and averaged over ranks, as DeepSpeed and
+DDP do, they give the gradient of the global loss. No other factor is needed.
 
 Only W is gathered, gradients are computed together with the loss, and one tile of the score matrix exists at a time.
-`reference` has the same losses as dense matrices.
+`reference` has the same losses as dense matrices. `contrastive_loss` reads from top to bottom: inputs (inputs.py), the
+gather of columns (kernels/columns.py), scores, masks (masks.py), values and their gradients by scores (terms.py, with
+the passes over tiles of kernels/), gradients of U, W, alpha and beta.
 
 Shape legend: m queries, n columns and k candidates of this rank, N columns of all ranks, D vector size.
 """
@@ -18,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +30,6 @@ from bigdssm import distributed
 from bigdssm.config import LOSSES, LossConfig
 from bigdssm.distributed import Group
 from bigdssm.losses.declarations import FPS, ListDistillation
-from bigdssm.losses.distillation import check_teacher
 from bigdssm.losses.inputs import (
     GlobalSizes,
     LossBatch,
@@ -36,6 +37,7 @@ from bigdssm.losses.inputs import (
     LossInputs,
     check_inputs,
     global_sizes,
+    raise_on_all_ranks,
     require,
 )
 from bigdssm.losses.kernels import Gradients, ScorePasses, gather_columns, product_precision, triton_passes
@@ -47,12 +49,60 @@ from bigdssm.losses.masks import (
     local_pairs,
     occurrences,
 )
-from bigdssm.losses.output import LocalStats, LossOutput, attach, finish_gradients, reduce_output
 from bigdssm.losses.terms import Scores, Term
 
 Direction = Literal["q2d", "d2q", "both"]
 SharedColumns = Literal["all", "in_batch", "none"]
 _SHARED = {"all": "all columns", "in_batch": "in-batch negatives and candidates", "none": "candidates"}
+_CHUNK_ELEMENTS = 1 << 22  # numbers of candidate vectors that are gathered at a time
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss`: scalar, the same on every rank; `stats`: scalars without gradient, over all ranks.
+
+    in_batch_accuracy: fraction of the queries with weight > 0 whose positive scores above all their negatives, by the
+    scores of the loss; dropped_fraction: fraction of the entries except positives that the masks drop;
+    effective_negatives: unmasked negatives per query; lse_min, lse_max: range of the log-sum-exps (for losses without
+    one, of the queries' best scores).
+    """
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LocalStats:
+    """One rank's contribution to the statistics."""
+
+    weight_m: Tensor
+    positive_m: Tensor  # scores of the positives
+    largest_m: Tensor  # scores of the best negatives
+    lse_m: Tensor  # [m], or [directions, m]
+    entries: Tensor  # number of score matrix entries except positives
+    masked: Tensor  # number of them that are masked
+
+
+def reduce_output(
+    value_sum: Tensor, local: LocalStats, weight_sum: float, group: Group | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the global loss and statistics; two small all-reduces."""
+    used = local.weight_m > 0
+    above = ((local.positive_m > local.largest_m) & used).sum()
+    counted = [value_sum, above, used.sum(), local.masked, local.entries, torch.ones_like(used).sum()]
+    totals = torch.stack([count.double() for count in counted])
+    distributed.all_reduce(totals, "sum", group)
+    ends = torch.where(used, torch.stack([-local.lse_m, local.lse_m]), -math.inf).double().flatten(1)
+    extremes = distributed.all_reduce(torch.nn.functional.pad(ends, (0, 1), value=-math.inf).amax(1), "max", group)
+    loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
+    stats = {
+        "in_batch_accuracy": totals[1] / totals[2].clamp(min=1),
+        "dropped_fraction": totals[3] / totals[4].clamp(min=1),
+        "effective_negatives": (totals[4] - totals[3]) / totals[5].clamp(min=1),
+        "lse_min": -extremes[0],
+        "lse_max": extremes[1],
+    }
+    return loss, stats
 
 
 def fps_loss(
@@ -114,71 +164,70 @@ def contrastive_loss(
     The loss is the same on every rank; products are float32 (float64 for float64 input), sums of exponentials float64.
     Raises: LossInputError (PeerError on ranks with valid input), on every rank.
     """
-    term, direction, x, shared, kept, sizes = _validate(loss, batch, columns, tile, group)
-    n, device = len(x.W), x.W.device
-    # without ids each column is a distinct document; its id is its global column index
-    docs_n = torch.arange(n, device=device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
-    with torch.no_grad(), product_precision(x):
-        positives, positive_m, passes = _gather(
-            x, shared if columns != "none" else None, kept, sizes, docs_n, direction, tile, group
-        )
-        candidates = _Candidates(x, sizes, docs_n, positives)
-        found = term.on_vectors(
-            Scores(x.weight, positive_m, candidates.scores(), candidates.used_mk, passes, direction, x.teacher)
-        )
-        entries, masked = candidates.entries()
-        if passes is not None:
-            of_columns = passes.entries()
-            entries, masked = entries + of_columns[0], masked + of_columns[1]
-        local = LocalStats(x.weight, positive_m, found.largest_m, found.lse_m, entries, masked)
-        mean, stats = reduce_output(found.value_m.sum(), local, sizes.weight_sum, group)
-        mean = mean.to(x.acc)
-        if sizes.grad_flags:
-            sums = (
-                Gradients.zeros(x, sizes.grad_flags, n)
-                if passes is None
-                else _spread(passes.local_gradients(), kept, n)
-            )
-            candidates.add_gradients(found.candidate_grad_mk, sums)
-            gradients = finish_gradients(x, sizes, sums, found.positive_grad_m, found.beta_grad_m)
-            mean = attach(mean, (x.U, x.W, x.alpha, x.beta), gradients)
-        return LossOutput(mean, stats)
-
-
-class _Call(NamedTuple):
-    """A validated call of a loss on this rank."""
-
-    term: Term
-    direction: Direction
-    x: LossInputs
-    gathered: LossInputs  # the columns of x that are gathered to every rank
-    kept: Tensor | None  # their indices in x; None: all
-    sizes: GlobalSizes
-
-
-def _validate(
-    loss: LossConfig | ListDistillation, batch: LossBatch, columns: str, tile: int | None, group: Group | None
-) -> _Call:
-    """Validate the arguments, which must agree across ranks except for the tensors.
-
-    All ranks must call it.
-    """
-    x: LossInputs | LossInputError
-    term, direction, shared, kept = None, "q2d", None, None
+    # Validate this rank's input; exchange the sizes and value ranges of all ranks.
     try:
         term = build_term(loss)
         direction = loss.direction if isinstance(loss, LossConfig) else "q2d"
         x = check_inputs(batch)
         _check_choice(term, x, columns, direction, tile)
-        x, shared, kept = _share(x, columns, group)
+        x, shared, shared_index = _shared_columns(x, columns, group)
     except LossInputError as error:
-        x = error
-    words = f"{term} over {_SHARED.get(columns, columns)}, {direction}"
-    if shared is not None and triton_passes.available(shared):
-        words += ", by Triton kernels"
-    x, sizes = global_sizes(x, shared, words, getattr(batch.U, "device", torch.device("cpu")), group)
-    assert term is not None and shared is not None
-    return _Call(term, cast(Direction, direction), x, shared, kept, sizes)
+        raise_on_all_ranks(error, getattr(batch.U, "device", torch.device("cpu")), group)
+    description = f"{term} over {_SHARED[columns]}, {direction}"
+    if triton_passes.available(shared):
+        description += ", by Triton kernels"
+    sizes = global_sizes(x, shared, description, group)
+    n = len(x.W)
+    # without ids each column is a distinct document; its id is its global column index
+    docs_n = torch.arange(n, device=x.W.device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
+    doc_m = docs_n[x.positive]
+
+    with torch.no_grad(), product_precision(x):
+        # Gather the shared columns and the known positives of all ranks; meanwhile, score the positives.
+        pairs = None if x.query_ids is None else local_pairs(x.query_ids, doc_m, x.weight, x.known)
+        if columns == "none":
+            gathered, all_pairs = None, None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
+            positive_m = _positive_scores(x, sizes, with_beta=True)
+        else:
+            counts_n = None if shared_index is None else occurrences(shared.positive, len(shared.W)).double()
+            pending = gather_columns(shared, sizes, counts_n, pairs, tile, group)
+            positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
+            gathered, all_pairs = pending.wait()
+
+        # Mask: a known positive of a query, on any rank, is none of its negatives.
+        known = find_known_positives(x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts)
+        passes = None
+        if gathered is not None:
+            mask = find_false_negatives(known, gathered.docs, gathered.valid, gathered.total)
+            passes = ScorePasses(shared, sizes, gathered, mask, group)
+            del gathered  # `passes` frees the columns
+        candidates = _Candidates(x, sizes, docs_n, known)
+
+        # Values of the loss per query, and G, the gradient of the scores.
+        result = term.on_vectors(
+            Scores(x.weight, positive_m, candidates.scores(), candidates.used_mk, passes, direction, x.teacher)
+        )
+
+        # The loss and the statistics, over all ranks.
+        entries, masked = candidates.entries()
+        if passes is not None:
+            of_columns = passes.entries()
+            entries, masked = entries + of_columns[0], masked + of_columns[1]
+        local = LocalStats(x.weight, positive_m, result.largest_m, result.lse_m, entries, masked)
+        mean, stats = reduce_output(result.value_m.sum(), local, sizes.weight_sum, group)
+        mean = mean.to(x.acc)
+        if not sizes.grad_flags:
+            return LossOutput(mean, stats)
+
+        # G of the shared columns, reduced to the ranks of its columns; then that of the candidates and the positives.
+        if passes is None:
+            sums = Gradients.zeros(x, sizes.grad_flags, n)
+        else:
+            sums = passes.reduce_to_local(result.column_gradients)
+            sums = sums if shared_index is None else _scattered(sums, shared_index, n)
+        candidates.add_gradients(result.candidate_grad_mk, sums)
+        gradients = _input_gradients(x, sizes, sums, result.positive_grad_m, result.beta_grad_m)
+        return LossOutput(attach(mean, (x.U, x.W, x.alpha, x.beta), gradients), stats)
 
 
 def build_term(loss: object) -> Term:
@@ -205,8 +254,20 @@ def _check_choice(term: Term, x: LossInputs, columns: str, direction: str, tile:
     check_teacher(term, x.teacher, m, 0 if negatives is None else negatives.shape[1])
 
 
-def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs, LossInputs, Tensor | None]:
-    """Return x, its gathered columns, and their indices in x (None: all).
+def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
+    """Raise LossInputError unless valid teacher scores [rows, 1 + width] are passed iff the term uses them."""
+    require(
+        term.uses_teacher == (teacher is not None),
+        f"{term} {'needs' if term.uses_teacher else 'takes no'} scores of a teacher",
+    )
+    if teacher is not None:
+        is_valid = teacher.is_floating_point() and list(teacher.shape) == [rows, 1 + width]
+        got = f"{teacher.dtype} {list(teacher.shape)}"
+        require(is_valid, f"teacher must be floating point [{rows}, {1 + width}], got {got}")
+
+
+def _shared_columns(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs, LossInputs, Tensor | None]:
+    """Return x, its columns that are negatives of every query, and their indices in x (None: all).
 
     A subset needs document ids, which identify its columns; its `positive` indexes the subset.
     """
@@ -217,46 +278,16 @@ def _share(x: LossInputs, columns: str, group: Group | None) -> tuple[LossInputs
         x = replace(x, doc_ids=torch.arange(first, first + x.W.shape[0], device=x.W.device))
     # values out of range are rejected later, on all ranks together
     positive = x.positive.clamp(0, max(0, x.W.shape[0] - 1))
-    kept, positive = torch.unique(positive[: None if columns == "in_batch" else 0], return_inverse=True)
+    index, positive = torch.unique(positive[: None if columns == "in_batch" else 0], return_inverse=True)
     names = ("W", "beta", "neg_bias", "doc_ids")
-    part: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[kept] for name in names}
-    return x, replace(x, positive=positive, **part), kept
-
-
-def _gather(
-    x: LossInputs, shared: LossInputs | None, kept: Tensor | None, sizes: GlobalSizes, docs_n: Tensor,
-    direction: Direction, tile: int | None, group: Group | None,
-) -> tuple[KnownPositives, Tensor, ScorePasses | None]:  # fmt: skip
-    """Gather columns and known positives, overlapped with scoring the positives; a collective.
-
-    shared: the columns of x to gather; None: known positives only. Returns the known positives, the positives' scores
-    float64 [m], and the passes over the gathered columns.
-    """
-    doc_m = docs_n[x.positive]
-    pairs = None if x.query_ids is None else local_pairs(x.query_ids, doc_m, x.weight, x.known)
-    gathered = None
-    if shared is not None:
-        counts_n = None if kept is None else occurrences(shared.positive, len(shared.W)).double()
-        pending = gather_columns(shared, sizes, counts_n, pairs, tile, group)
-        positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
-        gathered, all_pairs = pending.wait()
-    else:
-        positive_m = _positive_scores(x, sizes, with_beta=True)
-        all_pairs = None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
-    positives = find_known_positives(x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts)
-    if shared is None or gathered is None:
-        return positives, positive_m, None
-    mask = find_false_negatives(positives, gathered.docs, gathered.valid, gathered.total)
-    return positives, positive_m, ScorePasses(shared, sizes, gathered, mask, group)
+    subset: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[index] for name in names}
+    return x, replace(x, positive=positive, **subset), index
 
 
 def _positive_scores(x: LossInputs, sizes: GlobalSizes, with_beta: bool) -> Tensor:
     """Return the scores of the positives, float64 [m]."""
     products = x.W.detach()[x.positive].to(x.acc).mul_(x.U.detach()).sum(1).double() * sizes.alpha
     return products if x.beta is None or not with_beta else products + x.beta.detach().double()[x.positive]
-
-
-_CHUNK_ELEMENTS = 1 << 22  # numbers of candidate vectors that are gathered at a time
 
 
 class _Candidates:
@@ -305,15 +336,70 @@ class _Candidates:
             yield rows, x.W.detach()[self._column_mk[rows]].to(x.acc)
 
 
-def _spread(sums: Gradients, kept: Tensor | None, n: int) -> Gradients:
-    """Scatter the sums of the columns `kept` to all n columns."""
-    if kept is None:
-        return sums
+def _scattered(sums: Gradients, index: Tensor, n: int) -> Gradients:
+    """Return the sums of the columns `index` as those of all n columns."""
     W, beta = (
-        None if part is None else part.new_zeros((n, *part.shape[1:])).index_copy_(0, kept, part)
+        None if part is None else part.new_zeros((n, *part.shape[1:])).index_copy_(0, index, part)
         for part in (sums.W, sums.beta)
     )
     return Gradients(sums.U, W, beta)
+
+
+def _input_gradients(
+    x: LossInputs, sizes: GlobalSizes, sums: Gradients, positive_grad_m: Tensor, beta_grad_m: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of U, W, alpha and beta, computed in place from sums over G.
+
+    The score alpha <u_i, w_j> + beta_j has the gradient G_ij; `sums` lack the positives' gradients, of which
+    beta_grad_m is the part that depends on beta. Every gradient is world_size times this rank's share.
+    """
+    factor = sizes.world_size / sizes.weight_sum if sizes.weight_sum > 0 else 0.0
+    grad_m1 = positive_grad_m.to(x.acc)[:, None]
+    U_mD, alpha_grad = x.U.detach().to(x.acc), None
+    if sums.U is not None:
+        sums.U.addcmul_(x.W.detach()[x.positive].to(x.acc), grad_m1)
+        # of alpha: Σ_ij G_ij <u_i, w_j> = Σ_i <u_i, Σ_j G_ij w_j>
+        alpha_grad = (sums.U * U_mD).sum(1).double().sum() * factor
+        sums.U.mul_(sizes.alpha * factor)
+    if sums.W is not None:
+        sums.W.index_add_(0, x.positive, U_mD * grad_m1).mul_(sizes.alpha * factor)
+    if sums.beta is not None:
+        sums.beta.index_add_(0, x.positive, beta_grad_m.to(sums.beta.dtype)).mul_(factor)
+    return [sums.U, sums.W, alpha_grad, sums.beta]
+
+
+def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return `loss` as an autograd node with the given gradients of its inputs; None inputs are skipped."""
+    pairs = [(leaf, grad) for leaf, grad in zip(inputs, gradients, strict=True) if leaf is not None]
+    leaves, grads = zip(*pairs, strict=True)
+    with torch.enable_grad():
+        result: Tensor = _Attach.apply(loss, len(pairs), *leaves, *grads)
+    return result
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on a value with precomputed gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, num: int, *tensors_and_gradients: Tensor | None) -> Tensor:
+        inputs, gradients = tensors_and_gradients[:num], tensors_and_gradients[num:]
+        ctx.like = [(t.shape, t.dtype, t.device) for t in inputs if t is not None]
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would silently return 0 as the second derivative
+            raise NotImplementedError("the losses have no second derivatives: differentiate without create_graph")
+        results: list[Tensor | None] = []
+        for needed, (shape, dtype, device), gradient in zip(
+            ctx.needs_input_grad[2:], ctx.like, ctx.saved_tensors, strict=False
+        ):
+            if needed and gradient is not None:
+                results.append((gradient * upstream).to(device=device, dtype=dtype).view(shape))
+            else:
+                results.append(None)
+        return None, None, *results, *[None] * len(ctx.like)
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
+from bigdssm.losses.contrastive import attach
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.inputs import LossInputError, exchange, require
-from bigdssm.losses.output import attach
 from bigdssm.losses.terms import Scores, Term, TermResult, weighted
+
+STRIP_CELLS = 1 << 22  # scores computed at a time
 
 
 class DistillationTerm(Term):
@@ -30,7 +32,7 @@ class DistillationTerm(Term):
         largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
         return TermResult(
             weighted(scores.weight_m, self.loss.value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
-            largest_m, S_ml.logsumexp(1),
+            largest_m, S_ml.logsumexp(1), None,
         )  # fmt: skip
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
@@ -51,22 +53,6 @@ class DistillationTerm(Term):
         S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
         T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & scored_ml), 0.0) / self.loss.temperature
         return S_ml, T_ml, valid_ml
-
-
-def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
-    """Raise LossInputError unless valid teacher scores [rows, 1 + width] are passed iff the term uses them."""
-    require(
-        term.uses_teacher == (teacher is not None),
-        f"{term} {'needs' if term.uses_teacher else 'takes no'} scores of a teacher",
-    )
-    if teacher is not None:
-        fits = teacher.is_floating_point() and list(teacher.shape) == [rows, 1 + width]
-        require(
-            fits, f"teacher must be floating point [{rows}, {1 + width}], got {teacher.dtype} {list(teacher.shape)}"
-        )
-
-
-STRIP_CELLS = 1 << 22  # scores computed at a time
 
 
 @dataclass(frozen=True)
@@ -107,10 +93,10 @@ def batch_kl(
     bias = torch.zeros(len(W), dtype=acc, device=W.device) if beta is None else beta.detach().to(acc)
     table, _ = exchange(
         error, {"the teacher": f"{teacher.temperature}, beta {beta is not None}"},
-        [float(len(W)), weight.sum(), (~finite).sum()],
-        lambda row: "vectors, or the teacher's, hold NaN or inf" if row[2] else None, U.device, group,
+        {"columns": float(len(W)), "weight_sum": weight.sum(), "bad_vectors": (~finite).sum()},
+        lambda x: "vectors, or the teacher's, hold NaN or inf" if x["bad_vectors"] else None, U.device, group,
     )  # fmt: skip
-    longest, total = max(int(row[0]) for row in table), sum(row[1] for row in table)
+    longest, total = max(int(row["columns"]) for row in table), sum(row["weight_sum"] for row in table)
     sent = [W.detach().to(acc), teacher.documents.to(acc), bias, counts]
     W_ND, teacher_NE, bias_N, counts_N = distributed.all_gather_packed(sent, longest, group).wait()
     log_N = counts_N.log()  # −inf for padding, whose count is 0

@@ -8,6 +8,7 @@ import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.errors import DataError
 from bigdssm.losses.masks import count_known_positives
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA = 1, 2, 4, 8  # bits of grad_flags
+_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known")  # the ranks must agree on which are given
+
+# Exchanged by all ranks, in this order. minus_least and largest are of finite values and 0; bad is a number of values.
+_NUMBERS = (
+    "queries", "columns", "shared_columns", "known", "weight_sum", "grad_flags", "alpha", "largest_norm_U",
+    "largest_norm_W", "minus_least_beta", "largest_beta", "minus_least_neg_bias", "largest_neg_bias", "least_positive",
+    "largest_positive", "bad_weight", "bad_beta", "bad_neg_bias", "bad_known", "least_negative", "largest_negative",
+)  # fmt: skip
+Number = Tensor | float
 
 
 class LossInputError(DataError, ValueError):
@@ -31,42 +44,40 @@ def require(condition: bool, message: str) -> None:
 def exchange(
     error: LossInputError | None,
     agreed: Mapping[str, str],
-    numbers: Sequence[Tensor | float],
-    check_rank: Callable[[Sequence[float]], str | None],
+    numbers: Mapping[str, Number],
+    find_fault: Callable[[Mapping[str, float]], str | None],
     device: torch.device,
     group: Group | None,
-) -> tuple[list[list[float]], Tensor]:
-    """Gather `numbers` of all ranks, as lists and as a tensor, and check for agreement; a collective.
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Gather `numbers` of all ranks, as dicts by rank and as a tensor [world_size, numbers]; a collective.
 
-    agreed: descriptions that must be equal on all ranks; only their checksum is sent unless they differ. check_rank:
-    returns the fault in a rank's numbers, if any. Raises: LossInputError on ranks with an error, or on all if ranks
-    disagree; PeerError on the others.
+    error: the fault of this rank's input, if any; its `numbers` have the names of the other ranks'. agreed:
+    descriptions that must be equal on all ranks; only their checksum is sent unless they differ. find_fault: returns
+    the fault in a rank's numbers, if any. Raises: LossInputError on ranks with an error, or on all if ranks disagree;
+    PeerError on the others.
     """
-    checksum = zlib.crc32(repr(sorted(agreed.items())).encode())
-    header = _vector([float(error is None), float(checksum), *numbers], device)[None]
-    table = distributed.all_gather_padded(header, 1, group).wait()
-    rows: list[list[float]] = table.tolist()
-    if not all(row[0] and check_rank(row[2:]) is None for row in rows):
-        fault = check_rank(rows[distributed.rank(group)][2:])
+    checksum = float(zlib.crc32(repr(sorted(agreed.items())).encode()))
+    values = [float(error is None), checksum, *numbers.values()]
+    if device.type == "cpu":
+        header = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    else:  # an upload would synchronize; a fill does not
+        header = torch.zeros(len(values), dtype=torch.float64, device=device)
+        for cell, value in zip(header.split(1), values, strict=True):
+            if isinstance(value, Tensor) and value.device.type == device.type:
+                cell.copy_(value.reshape(1))
+            elif float(value):
+                cell.fill_(float(value))
+    table = distributed.all_gather_padded(header[None], 1, group).wait()
+    rows = table.tolist()
+    of_ranks = [dict(zip(numbers, row[2:], strict=True)) for row in rows]
+    if not all(row[0] and find_fault(rank) is None for row, rank in zip(rows, of_ranks, strict=True)):
+        fault = find_fault(of_ranks[distributed.rank(group)])
         distributed.raise_together(error or (None if fault is None else LossInputError(fault)), group)
     if any(row[1] != checksum for row in rows):
         others = distributed.all_gather_object(dict(agreed), group)
         for name in agreed:
             require_agreement(name, [other[name] for other in others])
-    return [row[2:] for row in rows], table[:, 2:]
-
-
-def _vector(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    """Return float64 [numbers]. On a device, host values are written by fill: an upload would synchronize."""
-    if device.type == "cpu":
-        return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-    vector = torch.zeros(len(numbers), dtype=torch.float64, device=device)
-    for at, number in enumerate(numbers):
-        if isinstance(number, Tensor) and number.device.type == device.type:
-            vector[at : at + 1].copy_(number.reshape(1))
-        elif float(number):
-            vector[at : at + 1].fill_(float(number))
-    return vector
+    return of_ranks, table[:, 2:]
 
 
 def require_agreement(name: str, values: Sequence[object]) -> None:
@@ -74,10 +85,6 @@ def require_agreement(name: str, values: Sequence[object]) -> None:
     if any(repr(value) != repr(values[0]) for value in values):
         words = "; ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
         raise LossInputError(f"the ranks disagree on {name}: {words}")
-
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -188,87 +195,65 @@ def check_inputs(batch: LossBatch) -> LossInputs:
     return LossInputs(**{**vars(batch), **checked}, acc=acc, grad_flags=grad_flags, present=present)
 
 
-_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known")  # the ranks must agree on which are given
-
-# of each rank, in the order in which they are sent; bad_…: how many values are
-_NUMBERS = (
-    "queries", "columns", "gathered", "known", "weight_sum", "grad_flags", "alpha", "norm_U", "norm_W", "beta_down",
-    "beta_up", "neg_down", "neg_up", "least_positive", "most_positive", "bad_weight", "bad_beta", "bad_neg_bias",
-    "bad_known", "least_negative", "most_negative",
-)  # fmt: skip
-
-
-def global_sizes(
-    x: LossInputs | LossInputError,
-    shared: LossInputs | None,
-    loss: str,
-    device: torch.device,
-    group: Group | None,
-) -> tuple[LossInputs, GlobalSizes]:
+def global_sizes(x: LossInputs, shared: LossInputs, loss: str, group: Group | None) -> GlobalSizes:
     """Exchange sizes and value ranges of the input of all ranks; a collective that synchronizes.
 
-    shared: the columns of x that are gathered. loss: a description that must be equal on all ranks. Raises:
-    LossInputError on ranks with invalid input, or on all if ranks disagree; PeerError on the others.
+    shared: the columns of x that are gathered to every rank. loss: a description that must be equal on all ranks.
+    Raises: LossInputError on ranks with invalid input, or on all if ranks disagree; PeerError on the others.
     """
-    if isinstance(x, LossInputError) or shared is None:
-        assert isinstance(x, LossInputError)
-        exchange(x, {}, [0.0] * len(_NUMBERS), _check_rank, device, group)
-        raise x
     agreed = {
         "the vector size D": str(x.U.shape[1]),
         "the dtype": str(x.U.dtype).removeprefix("torch."),
         "the loss or its direction": loss,
         f"which of {', '.join(_OPTIONAL)} are given": x.present,
     }
-    local = {
-        "queries": x.U.shape[0],
-        "columns": x.W.shape[0],
-        "gathered": shared.W.shape[0],
-        "known": count_known_positives(x.query_ids, x.weight, x.known),
-        "weight_sum": x.weight.sum(),
-        "grad_flags": x.grad_flags,
-        "alpha": x.alpha.detach(),
-        "norm_U": _largest_norm(x.U),
-        "norm_W": _largest_norm(shared.W),
-        **dict(zip(("beta_down", "beta_up"), _range(shared.beta), strict=True)),
-        **dict(zip(("neg_down", "neg_up"), _range(shared.neg_bias), strict=True)),
-        **dict(zip(("least_positive", "most_positive"), _ends(x.positive), strict=True)),
-        "bad_weight": (~((x.weight >= 0) & x.weight.isfinite())).sum(),
-        "bad_beta": 0 if x.beta is None else (x.beta.detach() == math.inf).sum(),
-        "bad_neg_bias": 0 if x.neg_bias is None else (x.neg_bias == math.inf).sum(),
-        "bad_known": _outside(x),
-        **dict(zip(("least_negative", "most_negative"), _ends(x.negatives), strict=True)),
-    }
-    rows, table = exchange(None, agreed, [local[name] for name in _NUMBERS], _check_rank, device, group)
-    of_ranks = {name: list(values) for name, values in zip(_NUMBERS, zip(*rows, strict=True), strict=True)}
+    bad_known: Number = 0
+    if x.known is not None and x.query_ids is None:  # it holds rows in place of query ids
+        bad_known = ((x.known[:, 0] < 0) | (x.known[:, 0] >= x.U.shape[0])).sum()
+    numbers: list[Number] = [
+        x.U.shape[0], x.W.shape[0], shared.W.shape[0], count_known_positives(x.query_ids, x.weight, x.known),
+        x.weight.sum(), x.grad_flags, x.alpha.detach(), _largest_norm(x.U), _largest_norm(shared.W),
+        *_range(shared.beta), *_range(shared.neg_bias), *_ends(x.positive),
+        (~((x.weight >= 0) & x.weight.isfinite())).sum(),
+        0 if x.beta is None else (x.beta.detach() == math.inf).sum(),
+        0 if x.neg_bias is None else (x.neg_bias == math.inf).sum(), bad_known, *_ends(x.negatives),
+    ]  # fmt: skip
+    local = dict(zip(_NUMBERS, numbers, strict=True))
+    rows, table = exchange(None, agreed, local, _find_fault, x.W.device, group)
+    of_ranks = {name: [row[name] for row in rows] for name in _NUMBERS}
     require_agreement("alpha", of_ranks["alpha"])
     alpha = of_ranks["alpha"][0]
-    norm_U, norm_W, beta_down, beta_up, neg_down, neg_up = (
-        float(torch.tensor(of_ranks[name]).amax())
-        for name in ("norm_U", "norm_W", "beta_down", "beta_up", "neg_down", "neg_up")
+    # NaN if that of any rank is, unlike Python's max
+    norm_U, norm_W, minus_least_beta, largest_beta, minus_least_neg_bias, largest_neg_bias = (
+        float(torch.tensor(of_ranks[name]).amax()) for name in _NUMBERS[7:13]
     )
-    reach = abs(alpha) * norm_U * norm_W
-    return x, GlobalSizes(
+    largest_product = abs(alpha) * norm_U * norm_W
+    return GlobalSizes(
         rank=distributed.rank(group),
-        num_columns=[int(number) for number in of_ranks["gathered"]],
+        num_columns=[int(number) for number in of_ranks["shared_columns"]],
         num_known=[int(number) for number in of_ranks["known"]],
-        column_counts=table[:, _NUMBERS.index("gathered")].long(),
+        column_counts=table[:, _NUMBERS.index("shared_columns")].long(),
         known_counts=table[:, _NUMBERS.index("known")].long(),
         alpha=alpha,
         weight_sum=sum(of_ranks["weight_sum"]),
-        lowest=-reach - beta_down - neg_down,
-        highest=reach + beta_up + neg_up,
+        lowest=-largest_product - minus_least_beta - minus_least_neg_bias,
+        highest=largest_product + largest_beta + largest_neg_bias,
         grad_flags=functools.reduce(operator.or_, (int(bits) for bits in of_ranks["grad_flags"])),
     )
 
 
-def _check_rank(numbers: Sequence[float]) -> str | None:
-    """Return the fault in a rank's values, None if they are valid."""
-    x = dict(zip(_NUMBERS, numbers, strict=True))
+def raise_on_all_ranks(error: LossInputError, device: torch.device, group: Group | None) -> NoReturn:
+    """Raise the error of this rank's input, and PeerError on ranks with valid input, which call `global_sizes`."""
+    exchange(error, {}, dict.fromkeys(_NUMBERS, 0.0), _find_fault, device, group)
+    raise error
+
+
+def _find_fault(x: Mapping[str, float]) -> str | None:
+    """Return the fault in a rank's numbers, None if they are valid."""
     n = int(x["columns"])
-    lo, hi = int(x["least_positive"]), int(x["most_positive"])
-    if x["queries"] and (lo < 0 or hi >= n):
-        return f"positive holds {lo if lo < 0 else hi}, outside this rank's {n} columns"
+    least, largest = int(x["least_positive"]), int(x["largest_positive"])
+    if x["queries"] and (least < 0 or largest >= n):
+        return f"positive holds {least if least < 0 else largest}, outside this rank's {n} columns"
     if x["bad_weight"]:
         return "weight holds NaN, infinite or negative values"
     for name in ("beta", "neg_bias"):
@@ -276,7 +261,7 @@ def _check_rank(numbers: Sequence[float]) -> str | None:
             return f"{name} holds +inf"
     if x["bad_known"]:
         return f"known holds a row outside this rank's {int(x['queries'])} queries"
-    if x["least_negative"] < -1 or x["most_negative"] > max(n - 1, 0):
+    if x["least_negative"] < -1 or x["largest_negative"] > max(n - 1, 0):
         return f"negatives hold a column outside -1 … {n - 1}"
     return None
 
@@ -289,14 +274,14 @@ def add_biases(*biases: Tensor | None) -> Tensor | None:
     return total
 
 
-def _largest_norm(rows: Tensor) -> Tensor | float:
+def _largest_norm(rows: Tensor) -> Number:
     if rows.shape[0] == 0:
         return 0.0
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32  # float32 is not copied
     return torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype).max()
 
 
-def _range(bias: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+def _range(bias: Tensor | None) -> tuple[Number, Number]:
     """Return the negated minimum and the maximum of the finite entries and 0; -inf marks excluded columns."""
     if bias is None or bias.numel() == 0:
         return 0.0, 0.0
@@ -305,19 +290,12 @@ def _range(bias: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
     return -least.clamp(max=0), most.clamp(min=0)
 
 
-def _ends(columns: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+def _ends(columns: Tensor | None) -> tuple[Number, Number]:
     """Return the minimum and the maximum, 0 if empty."""
     if columns is None or columns.numel() == 0:
         return 0.0, 0.0
     least, most = columns.aminmax()
     return least, most
-
-
-def _outside(x: LossInputs) -> Tensor | int:
-    """Return the number of known pairs whose row is out of range."""
-    if x.known is None or x.query_ids is not None:
-        return 0
-    return ((x.known[:, 0] < 0) | (x.known[:, 0] >= x.U.shape[0])).sum()
 
 
 def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dtype | None) -> None:

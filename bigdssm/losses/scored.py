@@ -7,19 +7,17 @@ Shape legend: m queries of this rank and k candidates per query.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from bigdssm.config import LossConfig
 from bigdssm.distributed import Group
-from bigdssm.losses.contrastive import build_term, global_mean
+from bigdssm.losses.contrastive import LocalStats, LossOutput, build_term, check_teacher, global_mean, reduce_output
 from bigdssm.losses.declarations import ListDistillation
-from bigdssm.losses.distillation import check_teacher
-from bigdssm.losses.inputs import LossInputError, exchange, require
+from bigdssm.losses.inputs import LossInputError, Number, exchange, require
 from bigdssm.losses.masks import count_known_positives, find_known_positives, gather_pairs, local_pairs
-from bigdssm.losses.output import LocalStats, LossOutput, reduce_output
 from bigdssm.losses.terms import Term, weighted
 
 
@@ -42,7 +40,7 @@ def scored_loss(
     distillation. Raises: LossInputError (PeerError on ranks with valid input), on every rank.
     """
     term, error = None, None
-    numbers: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
+    numbers: dict[str, Number] = dict.fromkeys(("known", "weight_sum", "bad_weight", "queries"), 0.0)
     try:
         term = build_term(loss)
         direction = getattr(loss, "direction", "q2d")
@@ -51,23 +49,24 @@ def scored_loss(
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
         bad = (~((weight >= 0) & weight.isfinite())).sum()
-        numbers = [count_known_positives(query_ids, weight, known), weight.sum(), bad, scores.shape[0]]
+        values = count_known_positives(query_ids, weight, known), weight.sum(), bad, scores.shape[0]
+        numbers = dict(zip(numbers, values, strict=True))
     except LossInputError as caught:
         error = caught
     optional = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
     words = ", ".join([str(term), *(name for name, value in optional.items() if value is not None)])
     agreed = {"the loss, or on which of query_ids, doc_ids, known are given": words}
 
-    def check_rank(row: Sequence[float]) -> str | None:
-        return f"weight must be [{int(row[3])}], finite and not negative" if row[2] else None
+    def find_fault(x: Mapping[str, float]) -> str | None:
+        return f"weight must be [{int(x['queries'])}], finite and not negative" if x["bad_weight"] else None
 
-    table, of_ranks = exchange(error, agreed, numbers, check_rank, scores.device, group)
+    of_ranks, table = exchange(error, agreed, numbers, find_fault, scores.device, group)
     assert term is not None and weight is not None
     drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
         pairs = local_pairs(query_ids, doc_ids[:, 0], weight, known)
-        all_pairs = gather_pairs(pairs, [int(row[0]) for row in table], group)
-        positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, all_pairs, of_ranks[:, 0].long())
+        all_pairs = gather_pairs(pairs, [int(row["known"]) for row in of_ranks], group)
+        positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, all_pairs, table[:, 0].long())
         drop = positives.contain(doc_ids[:, 1:])
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
     there = negative_mk.detach() > -torch.inf
@@ -77,7 +76,7 @@ def scored_loss(
     largest_m = negative_mk.detach().masked_fill(~used, -torch.inf).amax(1)
     best_m = torch.maximum(positive_m.detach(), largest_m)
     local = LocalStats(weight, positive_m.detach(), largest_m, best_m, there.sum(), (drop & there).sum())
-    stats = reduce_output(scores.new_zeros(()), local, sum(row[1] for row in table), group)[1]
+    stats = reduce_output(scores.new_zeros(()), local, sum(row["weight_sum"] for row in of_ranks), group)[1]
     return LossOutput(global_mean(values_m.sum(), weight.sum(), group), stats)
 
 

@@ -1,6 +1,7 @@
 """Losses as functions of positive and negative scores; `declarations` has the formulas and config keys.
 
-A term has two forms: explicit gradients on vectors, through `passes`, and autograd on the scores of a scorer.
+A term has two forms: explicit gradients on vectors, by passes over the score matrix, and autograd on the scores of a
+scorer.
 
 Shape legend: m queries of this rank and k candidates per query, l = 1 + k with its positive.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bigdssm.config import LossConfig
 from bigdssm.losses.declarations import ListDistillation, PairLoss, describe
-from bigdssm.losses.kernels import PairSums, RowSums, ScorePasses
+from bigdssm.losses.kernels import Gradients, PairSums, RowSums, ScorePasses
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Scores:
 class TermResult:
     """Weighted values per query [m], their gradients by positive and candidate scores, and statistics.
 
-    Gradients by the scores of other columns are added by the passes. `beta_grad_m` is the part of `positive_grad_m`
-    that depends on beta.
+    `column_gradients`: sums over the gradients by the scores of all other columns, as the passes return them.
+    `beta_grad_m` is the part of `positive_grad_m` that depends on beta.
     """
 
     value_m: Tensor
@@ -46,6 +47,7 @@ class TermResult:
     candidate_grad_mk: Tensor
     largest_m: Tensor  # the best negative's score
     lse_m: Tensor  # [m], or [2, m] of both directions
+    column_gradients: Gradients | None  # None without passes, or if no gradient is required
 
 
 class Term(ABC):
@@ -79,23 +81,24 @@ class SoftmaxTerm(Term):
         """Compute the values and their gradients; a collective."""
         if scores.direction != "q2d":
             return self._over_queries(scores, with_rows=scores.direction == "both")
-        weight_m, positive_m = scores.weight_m, scores.positive_m
+        weight_m, positive_m, columns = scores.weight_m, scores.positive_m, None
         rows = RowSums(torch.logsumexp(scores.candidate_mk, 1), _largest(scores.candidate_mk))
         if scores.passes is not None:
-            sums = scores.passes.rows(positive_m, weight_m, rows.log_sum)
+            sums, columns = scores.passes.softmax(positive_m, weight_m, rows.log_sum)
             rows = RowSums(sums.log_sum, torch.maximum(sums.largest, rows.largest))
-        lse_m = torch.logaddexp(rows.log_sum, positive_m)
+        # value: log(1 + exp(above)); its derivative by the positive's score: −σ(above)
         above_m = rows.log_sum - positive_m
+        lse_m = torch.logaddexp(rows.log_sum, positive_m)
         grad_m = -weighted(weight_m, torch.sigmoid(above_m))
         candidate_grad_mk = weighted(weight_m[:, None], (scores.candidate_mk - lse_m[:, None]).exp())
         return TermResult(
-            weighted(weight_m, softplus(above_m)), grad_m, grad_m, candidate_grad_mk, rows.largest, lse_m
+            weighted(weight_m, softplus(above_m)), grad_m, grad_m, candidate_grad_mk, rows.largest, lse_m, columns
         )  # fmt: skip
 
     def _over_queries(self, scores: Scores, with_rows: bool) -> TermResult:
         weight_m, positive_m, passes = scores.weight_m, scores.positive_m, scores.passes
         assert passes is not None
-        sums = passes.both(with_rows)
+        sums = passes.log_sums(with_rows)
         row_share, column_share = (0.5, 0.5) if with_rows else (0.0, 1.0)
         lse_2m = torch.logaddexp(torch.stack([sums.of_positive_m, sums.rows.log_sum]), positive_m)
         value_m = column_share * softplus(sums.of_positive_m - positive_m)
@@ -103,10 +106,10 @@ class SoftmaxTerm(Term):
             value_m = value_m + row_share * softplus(sums.rows.log_sum - positive_m)
         row_grad_m = weighted(weight_m, row_share * torch.sigmoid(sums.rows.log_sum - positive_m))
         column_grad_m = weighted(weight_m, column_share * torch.sigmoid(sums.of_positive_m - positive_m))
-        sums.add(row_share * weight_m, lse_2m[1], column_grad_m)
+        columns = passes.softmax_gradients(sums, with_rows, row_share * weight_m, lse_2m[1], column_grad_m)
         return TermResult(
             weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m, scores.candidate_mk,
-            sums.rows.largest, lse_2m if with_rows else lse_2m[0],
+            sums.rows.largest, lse_2m if with_rows else lse_2m[0], columns,
         )  # fmt: skip
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
@@ -121,14 +124,14 @@ class PairTerm(Term):
 
     def on_vectors(self, scores: Scores) -> TermResult:
         """Compute the values and their gradients; a collective."""
-        weight_m, positive_m, passes = scores.weight_m, scores.positive_m, scores.passes
+        weight_m, positive_m, passes, columns = scores.weight_m, scores.positive_m, scores.passes, None
         scale_m = torch.where(weight_m > 0, weight_m, 0.0)
         if self.loss.relative:
             count_m = scores.used_mk.sum(1) + (0 if passes is None else passes.num_negatives_m)
             scale_m = torch.where(count_m > 0, scale_m / count_m.clamp(min=1), 0.0)
         pairs = PairSums.zero(positive_m)
         if passes is not None:
-            pairs = passes.pairs(self._value_and_slope, positive_m, scale_m)
+            pairs, columns = passes.pairs(self._value_and_slope, positive_m, scale_m)
         value_mk, slope_mk = self._value_and_slope(scores.candidate_mk.clone(), positive_m[:, None])
         value_m = weighted(scale_m, pairs.value + value_mk.sum(1))
         if self.loss.relative:
@@ -138,7 +141,8 @@ class PairTerm(Term):
             grad_m = -weighted(weight_m, self.loss.slope(-positive_m))
         largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
         best_m = torch.maximum(largest_m, positive_m)
-        return TermResult(value_m, grad_m, grad_m, weighted(scale_m[:, None], slope_mk), largest_m, best_m)
+        candidate_grad_mk = weighted(scale_m[:, None], slope_mk)
+        return TermResult(value_m, grad_m, grad_m, candidate_grad_mk, largest_m, best_m, columns)
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
         """Compute the values [m], differentiable by autograd."""

@@ -27,9 +27,9 @@ from bigdssm.loader.batch import lengths_of
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.collate import Collator
 from bigdssm.loader.step_plan import NOTHING_PACKED, plan_side, synchronized_plan
-from bigdssm.losses.precision import resolve_precision
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
+from bigdssm.models.precision import resolve_precision
 from bigdssm.utils.log import Progress, no_progress
 
 # Tokens per chunk: fits a CPU's caches (twice as fast as one large batch), or keeps a GPU busy.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.utils.transfer import to_device
+from bigdssm.utils.device import to_device
 
 ABSENT = -1
 

@@ -22,8 +22,8 @@ from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import DiskFullError
 from bigdssm.tables.cache import RowCache
 from bigdssm.tables.row_index import RowIndex
+from bigdssm.utils.device import to_device
 from bigdssm.utils.hashing import derive_key, hash64, mix64
-from bigdssm.utils.transfer import to_device
 
 SHARDS = 4096  # virtual shards, a power of 2: the maximum number of ranks
 _SPREAD = 2_654_435_761  # odd: neighbouring rows, often of similar frequency, are in distant shards

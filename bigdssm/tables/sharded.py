@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bigdssm import distributed
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.tables.rows import OUT_OF_VOCABULARY, RowPartition, RowStore, TableSpec, table_key
-from bigdssm.utils.transfer import to_device
+from bigdssm.utils.device import to_device
 
 TRIM_STEPS = 64  # steps between two evictions above a capacity, which read the steps of all rows
 PADDING_POSITION = 0  # its vector is zero; the rows of a working set follow

@@ -31,10 +31,10 @@ from bigdssm.loader.batch import Batch
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.step_plan import StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
-from bigdssm.losses.precision import settle_precision
 from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
+from bigdssm.models.precision import settle_precision
 from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec

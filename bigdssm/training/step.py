@@ -17,7 +17,7 @@ from bigdssm.loader.step_plan import StepPlan, StepRequirements
 from bigdssm.training.encoding import LossFunction, back_propagate, encode
 from bigdssm.training.engine import Engine
 from bigdssm.utils import timing
-from bigdssm.utils.transfer import to_device
+from bigdssm.utils.device import to_device
 
 
 class StepReport(NamedTuple):

@@ -26,8 +26,8 @@ from bigdssm.errors import Preempted
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
-from bigdssm.losses.precision import saved_precision, settle_precision
 from bigdssm.models import DualEncoder
+from bigdssm.models.precision import saved_precision, settle_precision
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.encoding import RandomState

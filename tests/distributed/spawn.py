@@ -121,9 +121,9 @@ def _serve(rank: int, world_size: int, rendezvous: str, tasks: Any, results: Any
     import torch
     import torch.distributed as dist
 
-    from bigdssm.losses import precision
+    from bigdssm.utils import device
 
-    precision.instruction_set = lambda device="cpu": "arm_bf16"  # as tests/conftest.py does in the test's own process
+    device.instruction_set = lambda device="cpu": "arm_bf16"  # as tests/conftest.py does in the test's own process
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)

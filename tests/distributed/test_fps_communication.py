@@ -86,7 +86,7 @@ def trace(rank: int, world_size: int, direction: str) -> list[str]:
     """Return the events of a forward in order: gathers, the positives' scores, the wait for W, tiles."""
     import bigdssm.distributed as ours
     from bigdssm.losses import contrastive
-    from bigdssm.losses.kernels.tiles import ScoreMatrix
+    from bigdssm.losses.kernels.torch_passes import ScoreMatrix
 
     events: list[str] = []
     originals = dist.all_gather_into_tensor, ours.PackedRows.wait, contrastive._positive_scores, ScoreMatrix.scores

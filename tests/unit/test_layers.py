@@ -164,7 +164,7 @@ def test_the_source_keeps_the_rules() -> None:
             "import torch\ntorch.distributed.barrier()",
             "torch.distributed is imported outside",
         ),
-        ("bigdssm/losses/kernels/passes.py", "import triton.language as tl", "triton is imported outside"),
+        ("bigdssm/losses/kernels/torch_passes.py", "import triton.language as tl", "triton is imported outside"),
         ("bigdssm/loader/pair_stream.py", "from .batch import Batch", "relative import"),
         ("bigdssm/loader/pair_stream.py", "from tools.make_shards import main", "are not libraries"),
         ("bigdssm/evaluation/evaluate.py", "from tools.evidence.claims import Claim", "are not libraries"),

@@ -7,7 +7,7 @@ import torch
 
 from bigdssm.losses import masks
 from bigdssm.losses.kernels.columns import Tile
-from bigdssm.losses.kernels.tiles import BlockMask
+from bigdssm.losses.kernels.torch_passes import BlockMask
 from bigdssm.losses.masks import (
     FactorizedIds,
     IdTable,

@@ -13,17 +13,18 @@ from torch import nn
 
 import bigdssm
 from bigdssm.config import EngineConfig
-from bigdssm.losses import precision
 from bigdssm.losses.kernels import product_precision
+from bigdssm.models import precision
 from bigdssm.retrieval.embed import encode_in
+from bigdssm.utils import device as devices
 from tests.distributed import small_run
 from tests.distributed.spawn import run_ranks
 
-detected = precision.instruction_set  # the fixture of conftest.py replaces it in each test
+detected = devices.instruction_set  # the fixture of conftest.py replaces it in each test
 
 
 def on(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
-    monkeypatch.setattr(precision, "instruction_set", lambda device="cpu": instructions)
+    monkeypatch.setattr(devices, "instruction_set", lambda device="cpu": instructions)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_instruction_sets(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(precision.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: mkldnn)
     assert detected() == expected
 
 
@@ -95,7 +96,7 @@ def test_the_emulation_is_measured() -> None:
 
 
 def settled_on(rank: int, world_size: int) -> str:
-    precision.instruction_set = lambda device="cpu": "amx" if rank != 1 else "none"
+    devices.instruction_set = lambda device="cpu": "amx" if rank != 1 else "none"
     return precision.settle_precision(EngineConfig(precision="auto"), "cpu").precision
 
 

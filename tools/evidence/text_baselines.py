@@ -21,7 +21,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import Count
 from bigdssm.evaluation.pretrained import check_encoder, text_encoders
-from bigdssm.losses.precision import resolve_precision
+from bigdssm.models.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.bounds import Bound

@@ -8,9 +8,8 @@ Shape legend: m queries and n columns of this rank, N columns of all ranks, D ve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,57 +19,52 @@ from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GlobalSizes, LossInputs
 from bigdssm.losses.kernels import triton_passes
 from bigdssm.losses.kernels.columns import CACHED_ROWS, CACHED_WIDTH, Columns, gather_columns, strip_rows
-from bigdssm.losses.kernels.passes import (
+from bigdssm.losses.kernels.torch_passes import (
     Coefficients,
+    Gradients,
     PairSums,
     RowSums,
+    ScoreMatrix,
+    Shift,
     ValueAndSlope,
     column_pass,
     gradient_pass,
     pairwise_pass,
+    product_precision,
     softmax_rows,
 )
-from bigdssm.losses.kernels.tiles import Gradients, ScoreMatrix, product_precision
 from bigdssm.losses.masks import FalseNegatives, mask_bytes
 
 __all__ = [
-    "BothSums",
     "Columns",
     "Gradients",
+    "LogSums",
     "PairSums",
     "RowSums",
     "ScorePasses",
     "gather_columns",
+    "loss_bytes",
+    "loss_sent_bytes",
     "product_precision",
-    "score_bytes",
+    "vector_bytes",
 ]
 
 
-def score_bytes(num_queries: int, num_columns: int, both_directions: bool, tile: int | None, element_size: int) -> int:
-    """Return the peak bytes of a rank's scores on a CPU; `both_directions`: the loss is not q2d only."""
-    if both_directions:
-        return 2 * element_size * min(CACHED_ROWS, num_queries) * min(tile or CACHED_WIDTH, num_columns)
-    height = strip_rows(torch.device("cpu"), num_columns, element_size)
-    return element_size * num_columns * min(num_queries, height)
-
-
 @dataclass(frozen=True)
-class BothSums:
-    """Log-sum-exps over the columns, and over the queries of all ranks in the column of each positive.
-
-    `add(row_weight_m, row_lse_m, column_weight_m)`, a collective, adds to the gradients: row_weight · softmax over
-    columns, and softmax over queries times the sum of column_weight over a column's pairs.
-    """
+class LogSums:
+    """Log-sum-exps over the columns, and over the queries of all ranks in each column."""
 
     rows: RowSums
-    of_positive_m: Tensor
-    add: Callable[[Tensor, Tensor, Tensor], None]
+    column_N: Tensor
+    of_positive_m: Tensor  # column_N of each query's positive
+    shift: Shift | None  # subtracted from the scores in plain torch
 
 
 class ScorePasses:
-    """Passes of this rank's queries over the columns of all ranks; each returns sums and accumulates gradients.
+    """Passes of this rank's queries over the columns of all ranks.
 
-    Scores are alpha · U Wᵀ + beta, plus neg_bias in query → doc, without the entries in `mask`.
+    Scores are S = alpha · U Wᵀ + beta, plus neg_bias in query → doc, without the entries in `mask`. A pass returns sums
+    over the negatives of each query, and sums over G, the gradient of the scores (None if no gradient is required).
     """
 
     def __init__(
@@ -86,6 +80,62 @@ class ScorePasses:
         counts_N = self.columns.negative_counts()
         return counts_N.sum() - self._mask.row_sums(counts_N)
 
+    def softmax(
+        self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor
+    ) -> tuple[RowSums, Gradients | None]:
+        """Return the log-sum-exps over columns and extra negatives, and the sums over G = weight · softmax.
+
+        A column is weighted by its count; the softmax is also normalized over the positive's score.
+        """
+        columns, sums = self.columns, self._new_sums()
+        biases = columns.beta, columns.neg_bias, None if columns.counts is None else columns.counts.log()
+        if self._fused is not None:
+            bias_N = columns.bias(*biases)
+            rows = triton_passes.softmax_rows(self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, sums)
+        else:
+            rows = softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, sums)
+        return rows, sums
+
+    def pairs(
+        self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor
+    ) -> tuple[PairSums, Gradients | None]:
+        """Return the sums of a pairwise loss over the columns, and the sums over G = scale · derivative."""
+        matrix, counts_N, sums = (
+            self._matrix(self.columns.beta, self.columns.neg_bias), self.columns.negative_counts(), self._new_sums()
+        )  # fmt: skip
+        return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, counts_N, sums), sums
+
+    def log_sums(self, with_rows: bool) -> LogSums:
+        """Return the column log-sum-exps and, if `with_rows`, the row log-sum-exps; a collective."""
+        bias_N, neg_bias_N = self._biases(with_rows)
+        shift = None
+        if self._fused is not None:
+            rows, column_N = triton_passes.column_pass(self._fused, bias_N, neg_bias_N, self._group)
+        else:
+            rows, column_N, shift = column_pass(self._matrix(bias_N), self._sizes, neg_bias_N, with_rows, self._group)
+        return LogSums(rows, column_N, column_N[self.positive_N], shift)
+
+    def softmax_gradients(
+        self, log_sums: LogSums, with_rows: bool, row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor
+    ) -> Gradients | None:
+        """Return the sums over G of both softmaxes; a collective.
+
+        G = row_weight · softmax over columns, plus softmax over queries times the sum of column_weight over a column's
+        pairs.
+        """
+        sums = self._new_sums()
+        if sums is None:
+            return None
+        local_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
+        column_weight_N = distributed.all_gather_padded(local_n, self._sizes.longest, self._group).wait()
+        bias_N, neg_bias_N = self._biases(with_rows)
+        coefficients = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_sums.column_N)
+        if self._fused is not None:
+            triton_passes.gradient_pass(self._fused, bias_N, with_rows, coefficients, sums)
+        else:
+            gradient_pass(self._matrix(bias_N), log_sums.shift, coefficients, sums)
+        return sums
+
     def entries(self) -> tuple[Tensor, Tensor]:
         """Return the number of negatives of this rank's queries, and the number that the mask drops, float64.
 
@@ -95,68 +145,27 @@ class ScorePasses:
         counts_N = columns.negative_counts()
         counted_m = counts_N[self.positive_N] > 0
         if columns.doc_ids is not None:
-            counted_m |= self._positive_is_counted(counts_N)
+            docs = columns.docs
+            of_docs = counts_N.new_zeros(max(1, docs.limit)).index_add_(0, docs.codes, counts_N[columns.valid])
+            of_columns = torch.zeros(columns.total, dtype=torch.bool, device=counts_N.device)
+            of_columns.index_copy_(0, columns.valid, of_docs[docs.codes] > 0)
+            counted_m |= of_columns[self.positive_N]
         # the positives of queries with weight > 0 are known positives, those of others may be
         rows = torch.arange(len(counted_m), device=counted_m.device)
         masked_m = self._mask.contains(rows, self.positive_N)
         entries = (counts_N.sum() - counted_m.double()).sum()
         return entries, (counts_N.sum() - self.num_negatives_m).sum() - (masked_m & counted_m).sum()
 
-    def _positive_is_counted(self, counts_N: Tensor) -> Tensor:
-        """Return bool [m]: whether any column of the positive document counts as a negative."""
-        columns, docs = self.columns, self.columns.docs
-        counted = counts_N.new_zeros(max(1, docs.limit)).index_add_(0, docs.codes, counts_N[columns.valid])
-        of_columns = torch.zeros(columns.total, dtype=torch.bool, device=counts_N.device)
-        of_columns.index_copy_(0, columns.valid, counted[docs.codes] > 0)
-        return of_columns[self.positive_N]
+    def reduce_to_local(self, sums: Gradients | None) -> Gradients:
+        """Return the sums over G of this rank's queries and columns, reduced over ranks; a collective.
 
-    def rows(self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor) -> RowSums:
-        """Add weight · softmax to the gradients; return the log-sum-exps over columns and extra negatives.
-
-        A column is weighted by its count; the softmax is also normalized over the positive's score.
-        """
-        columns = self.columns
-        biases = columns.beta, columns.neg_bias, None if columns.counts is None else columns.counts.log()
-        if self._fused is not None:
-            bias_N = columns.bias(*biases)
-            return triton_passes.softmax_rows(self._fused, bias_N, positive_m, weight_m, extra_log_sum_m, self._sums)
-        return softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, self._sums)
-
-    def pairs(self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor) -> PairSums:
-        """Add scale · derivative to the gradients; return the sums of a pairwise loss over the columns, per query."""
-        matrix = self._matrix(self.columns.beta, self.columns.neg_bias)
-        return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, self.columns.negative_counts(), self._sums)
-
-    def both(self, with_rows: bool) -> BothSums:
-        """Return the column log-sum-exps and, if `with_rows`, the row log-sum-exps."""
-        # beta is constant within a column and cancels there
-        neg_bias_N = self.columns.neg_bias if with_rows else None
-        bias_N = self.columns.beta if with_rows else None
-        add_products: Callable[[Coefficients, Gradients], None]
-        if self._fused is not None:
-            rows, log_N = triton_passes.column_pass(self._fused, bias_N, neg_bias_N, self._group)
-            add_products = partial(triton_passes.gradient_pass, self._fused, bias_N, with_rows)
-        else:
-            matrix = self._matrix(bias_N)
-            rows, log_N, shift = column_pass(matrix, self._sizes, neg_bias_N, with_rows, self._group)
-            add_products = partial(gradient_pass, matrix, shift)
-
-        def add(row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor) -> None:
-            if self._sums is None:
-                return
-            local_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
-            column_weight_N = distributed.all_gather_padded(local_n, self._sizes.longest, self._group).wait()
-            add_products(Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_N), self._sums)
-
-        return BothSums(rows, log_N[self.positive_N], add)
-
-    def local_gradients(self) -> Gradients:
-        """Return the gradient sums of this rank's queries and columns, reduced over ranks; a collective.
-
-        Must be the last call: it frees the gathered columns early.
+        Must be the last call: it frees the gathered columns, and the arrays of `sums`, as early as possible.
         """
         del self.columns
-        sums, n = self._sums or Gradients(None, None, None), self._x.W.shape[0]
+        self.__dict__.pop("_fused", None)
+        if sums is None:
+            return Gradients(None, None, None)
+        n = self._x.W.shape[0]
         if sums.W is not None:
             sums.W = distributed.reduce_scatter_rows(sums.W, self._group)[:n]
         if sums.beta is not None:
@@ -164,15 +173,18 @@ class ScorePasses:
         return sums
 
     @cached_property
-    def _sums(self) -> Gradients | None:
-        grad_flags = self._sizes.grad_flags
-        return Gradients.zeros(self._x, grad_flags, self.columns.total) if grad_flags else None
-
-    @cached_property
     def _fused(self) -> triton_passes.FusedMatrix | None:
         if not triton_passes.available(self._x):
             return None
         return triton_passes.FusedMatrix.of(self._x.U, self._sizes.alpha, self.columns, self._mask)
+
+    def _biases(self, with_rows: bool) -> tuple[Tensor | None, Tensor | None]:
+        # within a column, beta is constant and cancels
+        return (self.columns.beta, self.columns.neg_bias) if with_rows else (None, None)
+
+    def _new_sums(self) -> Gradients | None:
+        grad_flags = self._sizes.grad_flags
+        return Gradients.zeros(self._x, grad_flags, self.columns.total) if grad_flags else None
 
     def _matrix(self, *biases: Tensor | None) -> ScoreMatrix:
         x, bias_N = self._x, self.columns.bias(*biases)
@@ -189,7 +201,7 @@ def loss_bytes(
     num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
     gathers_known: bool,
 ) -> int:  # fmt: skip
-    """Return the bytes of a loss over all columns on a rank, in addition to `vector_bytes`.
+    """Return the bytes of a loss over all columns on a rank with a CPU, in addition to `vector_bytes`.
 
     They hold the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and values per row.
     both: the loss has the column direction. num_known: known pairs of this rank; gathers_known: pairs of all ranks are
@@ -201,7 +213,10 @@ def loss_bytes(
     pairs = (num_queries + num_known) * (world_size if gathers_known else 1)
     ids = 8 * (4 * columns + (2 * pairs if gathers_known else 2 * num_queries))
     mask = mask_bytes(num_queries, columns, pairs)
-    scores = score_bytes(num_queries, columns, both, tile, 4)
+    if both:
+        scores = 2 * 4 * min(CACHED_ROWS, num_queries) * min(tile or CACHED_WIDTH, columns)
+    else:
+        scores = 4 * columns * min(num_queries, strip_rows(torch.device("cpu"), columns, 4))
     return gathered + sums + scores + ids + mask + 8 * 8 * (num_queries + columns)
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputs
 from bigdssm.losses.kernels.columns import Columns
-from bigdssm.losses.kernels.passes import Coefficients, RowSums, log_sum_over_ranks
-from bigdssm.losses.kernels.tiles import Gradients
+from bigdssm.losses.kernels.torch_passes import Coefficients, Gradients, RowSums, log_sum_over_ranks
 from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
 
 LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
 SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 KB on a B200); both have 227 KB
 LOG2_E = 1 / math.log(2)  # kernels compute scores in base 2
+_LN_2 = math.log(2)
 _MASK_TILE = 128  # rows and columns of a mask tile: a 64-bit word per row and 64 columns
 _MOST_SPLITS = 16
 _WRITING_TILES = 6  # cost of writing and adding up the sums of a program, in tiles
@@ -174,14 +174,11 @@ def split(matrix: FusedMatrix, outer: int, tiles: int) -> int:
     return math.ceil(tiles / math.ceil(tiles / splits))  # no split is empty
 
 
-_LN_2 = math.log(2)
-
-
 def softmax_rows(
     matrix: FusedMatrix, bias_N: Tensor | None, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor,
     sums: Gradients | None,
 ) -> RowSums:  # fmt: skip
-    """Return the row sums and write weight · softmax to `sums`, as `passes.softmax_rows` does."""
+    """Return the row sums and write weight · softmax to `sums`, as `torch_passes.softmax_rows` does."""
     offset_N = matrix.offsets(bias_N)
     with_U = sums is not None and sums.U is not None
     largest_sm, total_sm, weighted_smD, _ = _sums(matrix, offset_N, None, over_rows=False, weighted=with_U)
@@ -210,7 +207,7 @@ def column_pass(
 def gradient_pass(
     matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: Gradients
 ) -> None:
-    """Recompute the scores and write the sums of G, as `passes.gradient_pass` does."""
+    """Recompute the scores and write the sums of G, as `torch_passes.gradient_pass` does."""
     column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
     column_offset_N = matrix.offsets(column_N if bias_N is None else bias_N + column_N)
     row_offset_N = None

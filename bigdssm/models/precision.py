@@ -1,23 +1,21 @@
-"""The precision of products: bfloat16 where the hardware computes it, float32 where it would be emulated.
+"""The precision of the towers' products: bfloat16 where the hardware computes it, float32 where it would be emulated.
 
 A product of 2048 × 512 × 512 on one core of an AMD EPYC with AVX2 only: 1,830 ms in bfloat16, 47 ms in float32.
 """
 
 from __future__ import annotations
 
-import platform
 import socket
 from dataclasses import replace
 from timeit import repeat
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from bigdssm import distributed
+from bigdssm.config import EngineConfig
+from bigdssm.utils import device as devices
 from bigdssm.utils.log import get_logger
-
-if TYPE_CHECKING:  # the losses need torch and NumPy alone
-    from bigdssm.config import EngineConfig
 
 # Instruction sets on which towers were measured to train faster in bfloat16; `auto` computes in float32 on all others.
 FASTER_IN_BF16 = {
@@ -32,27 +30,12 @@ PRECISION_HELP = "precision of the products of towers; auto: the faster one on t
 logger = get_logger(__name__)
 
 
-def instruction_set(device: str = "cpu") -> str:
-    """Return the best bfloat16 instruction set of a device type: a key of `FASTER_IN_BF16`, `arm_bf16` or `none`."""
-    if device == "cuda":
-        return "sm_80" if torch.cuda.get_device_capability() >= (8, 0) else "none"
-    cpu: Any = torch.cpu
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # also where ONEDNN_MAX_CPU_ISA excludes the instructions
-        return "none"
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "arm_bf16"
-    if cpu._is_amx_tile_supported():
-        return "amx"
-    # mkldnn's test is also true of AVX-512 without bfloat16 instructions.
-    return "avx512_bf16" if cpu._is_avx512_bf16_supported() else "none"
-
-
 def resolve_precision(requested: str, device: str = "cpu") -> str:
     """Return `requested`, or for `auto` the faster one of fp32 and bf16 on this machine's device type.
 
     Logs a measured warning if bfloat16 is requested and emulated.
     """
-    found = instruction_set(device)
+    found = devices.instruction_set(device)
     if requested == "auto":
         return "bf16" if found in FASTER_IN_BF16 else "fp32"
     if requested != "fp32" and found == "none" and device == "cpu":
