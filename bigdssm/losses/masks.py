@@ -18,6 +18,12 @@ from bigdssm.distributed import Group
 
 _BUCKETS_PER_ID = 16  # load factor of the hash table, for few collisions
 _GOLDEN = 0x1E3779B97F4A7C15  # odd multiplier of Fibonacci hashing, which uses the top bits of the products
+_PAIR_BYTES = 48  # memory per pair: its key, unsorted and sorted, and grouped by query
+_MATRIX_FROM = 1 / _PAIR_BYTES  # pairs per cell from which a matrix, one byte per cell, takes less memory
+_MATRIX_CELLS = 1 << 16  # up to this size, a matrix has no advantage
+_CHUNK_PAIRS = 1 << 16  # pairs per chunk on a CPU, to keep temporaries in cache
+_MATRIX_ROWS = 256  # matrix rows converted at a time on a CPU
+_NO_COLUMN = 2**63 - 1  # key of a pair whose document has no column
 
 
 @dataclass
@@ -107,14 +113,6 @@ def search(sorted_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
     at = torch.searchsorted(sorted_ids, ids.contiguous()).clamp_(max=sorted_ids.shape[0] - 1)
     return sorted_ids[at] == ids, at
-
-
-_PAIR_BYTES = 48  # memory per pair: its key, unsorted and sorted, and grouped by query
-_MATRIX_FROM = 1 / _PAIR_BYTES  # pairs per cell from which a matrix, one byte per cell, takes less memory
-_MATRIX_CELLS = 1 << 16  # up to this size, a matrix has no advantage
-_CHUNK_PAIRS = 1 << 16  # pairs per chunk on a CPU, to keep temporaries in cache
-_MATRIX_ROWS = 256  # matrix rows converted at a time on a CPU
-_NO_COLUMN = 2**63 - 1  # key of a pair whose document has no column
 
 
 def count_known_positives(query_ids: Tensor | None, weight_m: Tensor, known: Tensor | None) -> Tensor | int:
@@ -230,7 +228,7 @@ class MaskMatrix(FalseNegatives):
     def row_sums(self, values_N: Tensor) -> Tensor:
         """Return float64 [m]: the sum of `values_N` over the masked columns of each row."""
         height = _MATRIX_ROWS if values_N.device.type == "cpu" else max(1, (1 << 28) // max(1, values_N.shape[0]))
-        sums = [torch.mv(some.double(), values_N.double()) for some in self.matrix_QN.split(height)]
+        sums = [torch.mv(strip_QN.double(), values_N.double()) for strip_QN in self.matrix_QN.split(height)]
         return torch.cat(sums)[self.row_query]
 
     def contains(self, rows: Tensor, columns: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class StartPoint:
 
     @property
     def precision(self) -> dict[str, str] | None:
-        """The precision at the start of the run (see losses/precision.py)."""
+        """The precision at the start of the run (see models/precision.py)."""
         return None if self.checkpoint is None else self.checkpoint.state["precision"]
 
     def check_frozen(self, checksum: int) -> int:
