@@ -98,7 +98,6 @@ class _Job:
     pieces: list[TensorPiece]
     rank_state: list[TensorPiece]
     table_rows: _TableRows | None
-    between: Callable[[], None]  # called between this rank's files
     group: distributed.Group | None
 
 
@@ -110,6 +109,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
+        self.between_files: Callable[[int], None] = lambda step: None  # called when a part of the files is written
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -125,7 +125,6 @@ class CheckpointStore:
         tables: ShardedTables | None = None,
         *,
         in_background: bool = False,
-        between: Callable[[], None] = lambda: None,
     ) -> Path:
         """Write the checkpoint of `step` and remove the oldest ones.
 
@@ -140,7 +139,7 @@ class CheckpointStore:
         local = [whole_tensor(name, tensor).on_host(copy=in_background) for name, tensor in rank_state.items()]
         rows = None if tables is None else self._table_rows(tables)
         state = json.loads(json.dumps(state))  # a deep copy
-        job = _Job(step, state, parts, local, rows, between, distributed.background_group())
+        job = _Job(step, state, parts, local, rows, distributed.background_group())
         self._error = None
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -265,7 +264,7 @@ class CheckpointStore:
 
         def write() -> None:
             written.append(write_share(aside / tensors_file(rank), rank, job.pieces))
-            job.between()
+            self.between_files(job.step)
             share, _ = write_share(aside / rank_file(rank), rank, job.rank_state)
             written.append((replace(share, locations=()), {}))
             if job.table_rows is not None:

@@ -19,7 +19,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,36 +60,32 @@ class Faults:
         rank = int(os.environ.get("RANK", "0"))
         return cls(tuple(fault for fault in map(parse, filter(None, text.split(","))) if fault.rank == rank))
 
-    def trigger_step_faults(self, step: int) -> None:
-        """Trigger the faults due before the step that consumes global batch `step`."""
-        for kind in self._due(step, IN_STEP):
-            _trigger(kind)
+    def install(self, trainer: Any) -> None:
+        """Make a `training.trainer.Trainer` trigger the faults: in its steps, its loss, and its checkpoints."""
+        if not self.faults:
+            return
+        train_step, loss_function = trainer.train_step, trainer.loss_function
 
-    def wrap_objective(self, objective: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the objective so that due faults corrupt its loss; return it unchanged without such faults."""
-        if not any(fault.kind in IN_LOSS for fault in self.faults):
-            return objective
+        def faulty_step(batch: Any, *args: Any) -> Any:
+            for kind in self._due(batch.step, IN_STEP):
+                _trigger(kind)
+            return train_step(batch, *args)
 
-        def corrupted(encoded: Any, batch: Any) -> Any:
-            output = objective(encoded, batch)
+        def faulty_loss(encoded: Any, batch: Any) -> Any:
+            output = loss_function(encoded, batch)
             for kind in self._due(batch.step, IN_LOSS):
                 wrong = float("nan") if kind == "nan" else 99 * output.loss.detach()
                 output = replace(output, loss=output.loss + wrong)
             return output
 
-        return corrupted
-
-    def checkpoint_hook(self, step: int) -> Callable[[], None]:
-        """Return the hook that the checkpoint of `step` calls between two files; it triggers the due faults."""
-        due = self._due(step, IN_SAVE)
-
-        def trigger() -> None:
-            for kind in due:
+        def between_files(step: int) -> None:
+            for kind in self._due(step, IN_SAVE):
                 if kind == "kill-save":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return trigger
+        trainer.train_step, trainer.loss_function = faulty_step, faulty_loss
+        trainer.store.between_files = between_files
 
     def _due(self, step: int, kinds: tuple[str, ...]) -> list[str]:
         due = [fault.kind for fault in self.faults if fault.step == step and fault.kind in kinds]

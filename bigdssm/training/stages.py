@@ -11,30 +11,27 @@ import torch
 import yaml
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
-from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cli import ProgressBar
+from bigdssm.cluster.faults import Faults
 from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
 from bigdssm.cluster.run_folder import STOP_FILE, FolderLock, record_start
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, StageName
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.loader.row_stream import RowStream
-from bigdssm.models import DualEncoder, new_model
+from bigdssm.models import DualEncoder
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference, retained_settings
+from bigdssm.training.checks import check_agreement, check_stage, check_tables
 from bigdssm.training.deepspeed_patches import undo_patches
-from bigdssm.training.engine import device, init_process_group, partitioned_loading
+from bigdssm.training.engine import device, init_process_group
 from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
 from bigdssm.training.health import describe_ranks
-from bigdssm.training.loop import train
-from bigdssm.training.resume import StageProgress, check_folder, find_start, grow_model, limit_ids, segment_steps
-from bigdssm.training.trainer import Trainer
+from bigdssm.training.resume import StageProgress, check_folder, find_start, limit_ids, segment_steps
+from bigdssm.training.setup import build_model, build_trainer
 from bigdssm.utils import atomic
 from bigdssm.utils.log import get_logger
 
@@ -112,7 +109,7 @@ def run_stage(
             stop.on_early_exit = watchdog.leave
             check_agreement(config, dataset)
             torch.manual_seed(config.run.seed)
-            model, initial = _model(config, name, dataset, resume)
+            model, initial = build_model(config, name, dataset, resume)
             check_tables(config, name, model)
             documents = fix_documents(model, config, name, dataset)
             stream = row_stream(
@@ -131,11 +128,12 @@ def run_stage(
             trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
             after.enter_context(closing(trackers))
             with ProgressBar(delay_s=0.0) as bar, closing(stream):
-                trainer = Trainer(
+                trainer = build_trainer(
                     config, name, model, stream, start, documents,
                     store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,
                 )  # fmt: skip
                 del start  # frees the checkpoint in memory
+                Faults.from_environment().install(trainer)
                 record_start(folder, done.step, trainer.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
@@ -143,40 +141,9 @@ def run_stage(
                     stage_config.rows_global, describe_ranks(), done.step, folder,
                 )  # fmt: skip
                 stop.defer_signals()
-                progress = train(trainer)
+                progress = trainer.train()
     logger.info("%s finished: %s", name, trainer.validator.describe(progress, stage_config.validation_metric))
     return progress
-
-
-def _model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> tuple[DualEncoder, Schema | None]:
-    """Build a new model, or load the initial model and check it against dataset and config; return it with its schema.
-
-    A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
-    from the checkpoint; tables that were weights in it are not sharded if they have grown.
-    """
-    source, scorer = config.initial_model(name), config.stage(name).scorer
-    if source is None:
-        # .train(), since transformers returns pretrained encoders in evaluation mode
-        saved = checkpoints_in(config.stage_dir(name) / CHECKPOINTS)[-1:] if resume else []
-        dense = dense_tables(name for path in saved for name in tensor_names(path))
-        loading = None  # a document tower that is copied is whole
-        if config.stage(name).documents.model is None:
-            loading = partitioned_loading(config.engine, config.stage(name).optimizer)
-        model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense)
-        return model.train(), None
-    loaded = load_initial_model(source, config.model, scorer)
-    if loaded.model.scorer is not None and scorer is None:
-        raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
-    loaded.view(dataset)
-    grow_model(loaded.model, dataset.schema)
-    difference = model_difference(loaded.config, config)
-    if difference:
-        raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
-    if kept := retained_settings(loaded.config, config):
-        logger.warning("%s keeps the settings of %s: %s", name, source, kept)
-    loaded.model.train()
-    logger.info("%s starts from %s", name, source)
-    return loaded.model, loaded.schema
 
 
 def _write_config(folder: Path, config: Config) -> None:

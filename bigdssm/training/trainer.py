@@ -1,152 +1,271 @@
-"""The trainer of a stage: its components, built from the config, and their state."""
+"""Training of a stage: steps, validations and checkpoints, from top to bottom.
+
+setup.py builds the trainer of a stage. A step is in step.py, its batches are in batches.py and loader/, its log line
+and its record in health.py, the state of a resume in resume.py.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from dataclasses import asdict
-from functools import partial
-from math import isfinite
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import TRAINED_CODES, TensorReader
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.cli import ProgressBar
-from bigdssm.cluster.faults import Faults
-from bigdssm.cluster.metrics import Trackers, metric_label
 from bigdssm.cluster.monitor import SpikeAlert
-from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, RowLog, versions
+from bigdssm.cluster.run_folder import RowLog
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, FrequencyCorrection, StageName
-from bigdssm.errors import Preempted
-from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.config import StageConfig, StageName
+from bigdssm.errors import DivergedError, Preempted
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.row_stream import RowStream
-from bigdssm.models import DualEncoder
-from bigdssm.models.precision import saved_precision, settle_precision
-from bigdssm.tables.files import MappedTables, load_tables
+from bigdssm.loader.step_plan import StepDraft, StepPlan, draft_step, max_requirements
+from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.encoding import RandomState
+from bigdssm.training.encoding import LossFunction, RandomState
 from bigdssm.training.engine import Engine, device
-from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.health import Health
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
-from bigdssm.training.optimizers import schedule_factor, warmup_steps
-from bigdssm.training.portable import frozen_checksum, set_weights
-from bigdssm.training.resume import StartPoint, segment_steps
-from bigdssm.training.table_rows import build_tables
+from bigdssm.training.optimizers import schedule_factor
+from bigdssm.training.resume import StageProgress, StartPoint
+from bigdssm.training.step import StepReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
-from bigdssm.training.warm_start import initialize_item_embeddings
-from bigdssm.utils.log import get_logger
+from bigdssm.utils.log import Progress, get_logger
 
 logger = get_logger(__name__)
 
 
+@dataclass(kw_only=True)
 class Trainer:
-    """Model, engine, data, loss and progress of a stage on this rank; `loop.train` runs it.
+    """A stage on this rank: its model, data, loss and progress. All ranks must call each of the methods.
 
     `state_dict` returns the complete training state. A resumed stage restores it in this order: precision, before the
     engine is built; weights, before the engine copies them; hard negatives, before the first batch; and in
     `load_state_dict` optimizer, loss, weight average, random states, position in the stream.
     """
 
-    def __init__(
-        self, config: Config, name: StageName, model: DualEncoder, stream: RowStream, start: StartPoint,
-        documents: FixedDocuments | None = None, *,
-        store: CheckpointStore, trackers: Trackers, bar: ProgressBar, watchdog: Watchdog, stop: StopRequest,
-    ) -> None:  # fmt: skip
-        """Build the stage and restore it to `start`. All ranks must call it.
+    name: StageName
+    stage: StageConfig
+    folder: Path
+    origin: dict[str, Any]  # of the checkpoints: config, versions, run, precision
+    stream: RowStream
+    stream_step: int  # the next step to consume; the stream reads ahead
+    batch_builder: BatchBuilder
+    engine: Engine
+    objective: Objective
+    loss_function: LossFunction  # the objective
+    mining: HardNegativeRefresh
+    validator: Validator
+    average: WeightAverage | None
+    starts_trained: bool  # from the weights of another stage or segment
+    initial_documents: (
+        DocumentVectors | None
+    )  # this rank's index vectors of the initial weights, if mining encoded them
+    store: CheckpointStore
+    async_checkpoints: bool
+    health: Health
+    alert: SpikeAlert
+    consumed_log: RowLog | None
+    skipped_log: RowLog
+    watchdog: Watchdog
+    stop: StopRequest
+    report_progress: Progress  # of work between steps; raises Preempted on a requested stop
+    progress: StageProgress
+    total_steps: int
+    selection: BestSelection = field(default_factory=BestSelection)
+    saved_at: float = field(default_factory=time.monotonic)
 
-        Raises CheckpointError: hard negatives of a resumed run are missing; Preempted: a stop is requested while they
-        are mined.
+    def train(self) -> StageProgress:
+        """Run the stage to its end and return the final progress.
+
+        Raises DivergedError after too many non-finite steps in a row, Preempted after a requested stop, with a
+        checkpoint.
         """
-        self.name, self.stage, self.folder = name, config.stage(name), config.stage_dir(name)
-        self.progress = start.progress
-        self.stream, self.stream_step = stream, stream.step  # next step to consume; the stream reads ahead
-        self.store, self.watchdog, self.stop, self.faults = store, watchdog, stop, Faults.from_environment()
-        stage, progress, dataset = self.stage, self.progress, stream.dataset
-        rank, world_size = distributed.rank(), distributed.world_size()
+        try:
+            self._validate_at_start()
+            while True:
+                with closing(self.batches(self._steps_to_refresh())) as batches:
+                    self._take_steps(batches)
+                if self.is_over():
+                    break
+                self._refresh_hard_negatives()
+            if self.progress.validated_at != self.progress.step:
+                self.validate()
+            self.save(in_background=False)
+            self.health.after_run()
+        except Preempted:
+            self.save(in_background=False)
+            step = self.progress.step
+            raise Preempted(f"stopped on request after step {step}, saved; continue with --resume auto") from None
+        finally:
+            self.engine.destroy()
+        return self.progress
 
-        how = settle_precision(config.engine, device().type, start.precision)
-        self.async_checkpoints = how.async_checkpoints
-        self._origin: dict[str, Any] = {
-            "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
-            "precision": saved_precision(config.engine, how),
-        }  # fmt: skip
-        read = start.reader(model)
-        if read is not None:
-            set_weights(model, read)
+    def batches(self, num: int) -> Generator[Batch]:
+        """Yield the next `num` batches on this rank's device."""
+        return read_batches(self.stream, self.batch_builder, device(), num)
+
+    def _take_steps(self, batches: Iterator[Batch]) -> None:
+        """Take one step per batch, until the stage is over; validate and save when they are due."""
+        stage, progress = self.stage, self.progress
+        following = self._fetch(batches) if not self.is_over() else None
+        # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers
+        # of chunks in the collective of step s.
+        requirements = None if following is None else max_requirements(following[1].requirements)
+        while following is not None and not self.is_over():
+            assert requirements is not None
+            batch, plan = following[0], following[1].resolve(requirements)
+            following = self._fetch(batches)
+            result = self.train_step(batch, plan, None if following is None else following[1])
+            requirements = result.agreement.requirements
+            if self.stream.needs_check([report.rows for report in result.agreement.reports], self.stream_step):
+                self.stream.check(self.stream_step)
+            if _is_due(progress.step, stage.validate_every_steps):
+                self.validate()
+            if result.agreement.stop:
+                raise Preempted("stop requested")
+            if not self.is_over() and (_is_due(progress.step, stage.save_every_steps) or result.agreement.save):
+                self.save(self.async_checkpoints)
+
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, StepDraft] | None:
+        """Return the next batch and this rank's draft of its plan, None after the last."""
+        self.watchdog.beat(f"step {self.progress.step}, waiting for rows")
+        batch = self.health.next_batch(batches)
+        return None if batch is None else (batch, draft_step(batch, self.engine.budget))
+
+    def train_step(self, batch: Batch, plan: StepPlan, following: StepDraft | None) -> StepResult:
+        """Take a step on a batch; count and log it. `following`: the draft of the next step's plan.
+
+        Raises DivergedError: too many non-finite steps in a row.
+        """
+        stage, progress = self.stage, self.progress
+        self.watchdog.beat(f"step {progress.step}")
+        if self.store.has_failed():
+            self.stop.request()  # the ranks stop together; saving then raises the error
+
+        def report() -> StepReport:
+            numbers = self.stop.requested, self._is_save_due(), len(batch.query_ids), self.stream.report()
+            return StepReport(*numbers) if following is None else StepReport(*numbers, following.requirements)
+
+        # the schedule counts the applied steps of the segment
+        segment_steps, applied = self.total_steps - progress.part_step, progress.applied - progress.part_applied
+        lr_factor = schedule_factor(applied, segment_steps, stage.optimizer)
+        extra_inputs = self.objective.model_inputs(batch)
+        result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, extra_inputs, report)
+
+        progress.step += 1
+        self.stream_step = batch.step + 1
+        if self.consumed_log is not None:
+            self.consumed_log.write(progress.step - 1, batch.row_ids)
+        if result.applied:
+            progress.applied += 1
+            progress.skipped_in_row = 0
+            if self.average is not None:
+                self.average.update()
+            self.alert.after_step(progress.step, result.loss, batch.row_ids)
         else:
-            model.tables.start_unknown(start.new_codes)
-        if how.checkpoint_activations:
-            model.checkpoint_activations()
-        tables = build_tables(model, config, name, how.table_memory, resumed=read is not None)
-        if read is None and stage.warm_start.window:
-            initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
-        self.engine = Engine(model, how, stage.optimizer, max(1, stage.rows_global // world_size), tables)
-        self._origin["frozen"] = start.check_frozen(frozen_checksum(model))
-        if read is not None and tables is not None:  # before negatives are mined
-            assert start.checkpoint is not None
-            load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs), states=True)
-            tables.steps = progress.applied
-        for table, codes in start.new_codes.items():
-            if tables is not None and table in tables.stores and not tables.specs[table].hash_rows:
-                unknown = tables.look_up(table, torch.tensor([OUT_OF_VOCABULARY]))
-                tables.stores[table].initialize(codes, unknown.expand(len(codes), -1), tables.steps)
-        counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
-        self.objective = Objective(
-            stage, config.model, how.loss_tile, stream.doc_weights() if counted else None,
-            stream.queries_per_step, self.engine.product_dtype, dataset.catalogue.num_candidates,
+            self._count_skipped(batch)
+        self.health.after_step(progress.step, progress.applied, batch, result)
+        return result
+
+    def _count_skipped(self, batch: Batch) -> None:
+        """Log a step that was not applied. Raises DivergedError: too many in a row."""
+        progress, limit = self.progress, self.stage.max_skipped_steps
+        progress.skipped_in_row += 1
+        self.skipped_log.write(progress.step - 1, batch.row_ids)
+        logger.warning(
+            "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are listed in %s",
+            progress.step, batch.row_ids[:8].tolist(), self.skipped_log.path,
         )  # fmt: skip
-        self.selection = BestSelection()
-        self.average = WeightAverage(self.engine.module, stage.weight_average) if stage.weight_average else None
+        if progress.skipped_in_row >= limit:
+            raise DivergedError(
+                f"{self.name} stopped at step {progress.step}: {limit} steps in a row had no finite loss and gradient; "
+                f"lower optimizer.lr, or start again from a checkpoint in {self.folder}"
+            )
 
-        self.mining = HardNegativeRefresh(config, name, self.engine, dataset, self.report_progress, documents)
-        hard_negatives, initial_documents = self.mining.load(progress.step - progress.part_step, start.same_segment)
-        sharded = model.tables.sharded
-        self._make_batch = BatchBuilder(
-            stream, stage, config.run.seed, hard_negatives, documents, sharded, config.model.tables.id_dropout
-        )
+    def is_over(self) -> bool:
+        """Return True if all steps are taken, or patience is exhausted."""
+        patience = self.stage.patience
+        out_of_patience = patience > 0 and self.progress.validations_since_best >= patience
+        return out_of_patience or self.progress.step >= self.total_steps
 
-        torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
-        if read is not None:
-            self.load_state_dict(start, read)
-        steps = segment_steps(stage, stream.steps_per_epoch)
-        self.total_steps = progress.part_step + steps
-        warmup = warmup_steps(steps, stage.optimizer)
-        if warmup < stage.optimizer.warmup_steps and distributed.is_main():
+    def _steps_to_refresh(self) -> int:
+        """Return the number of steps until the stage ends or hard negatives are mined again."""
+        until_mined = self.mining.steps_to_refresh(self.progress.step - self.progress.part_step)
+        return min(self.total_steps - self.progress.step, until_mined)
+
+    def _refresh_hard_negatives(self) -> None:
+        """Mine hard negatives for the next steps by the current weights."""
+        self.store.wait()  # a checkpoint in progress needs the current file
+        step, part_step = self.progress.step, self.progress.part_step
+        with self.health.timed("mining"):
+            self.batch_builder.hard_negatives = self.mining.refresh(step - part_step, part_step)
+
+    def _validate_at_start(self) -> None:
+        """Validate the initial model, or repeat a validation that the interrupted run did not finish."""
+        progress = self.progress
+        documents, self.initial_documents = self.initial_documents, None
+        if progress.step == progress.part_step:
+            if self.starts_trained:
+                self.validate(documents)  # so that best/ is never worse than the initial model
+        elif progress.validated_at >= 0 and self.validator.is_best_missing():
+            since = progress.validations_since_best
             logger.warning(
-                "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
-                name, stage.optimizer.warmup_steps, steps, warmup,
+                "%s: best/ of step %d is missing; the weights of step %d replace it, and the selection starts again",
+                self.name, progress.best_step, progress.step,
             )  # fmt: skip
+            progress.best, self.selection = float("-inf"), BestSelection()
+            self.validate()
+            progress.validations_since_best = since  # patience does not start again
+        elif _is_due(progress.step, self.stage.validate_every_steps) and progress.validated_at != progress.step:
+            self.validate()  # the run was stopped during this validation
 
-        self.validator = Validator(
-            dataset,
-            config,
-            name,
-            rows_per_chunk=1024,
-            fixed=documents,
-            keeps_frozen=start.same_segment,
-            continues=progress.part_step > 0,
-        )
-        self.starts_trained = config.initial_model(name) is not None or progress.part_step > 0
-        # this rank's index vectors, if mining has encoded them; not valid for a restored weight average
-        self.initial_documents = None if self.average is not None and read is not None else initial_documents
-        metric = stage.validation_metric
-        self.health = Health(
-            name, self.engine, trackers, bar, self.total_steps, stage.rows_global, stage.log_every_steps,
-            lambda: f"best {metric_label(metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
-        )  # fmt: skip
-        self.alert = SpikeAlert(self.folder, rank, world_size, progress.step)
-        row_log = partial(RowLog, self.folder, rank=rank, world_size=world_size, next_step=progress.step)
-        self.consumed_log = row_log(CONSUMED) if config.debug.log_row_ids else None
-        self.skipped_log = row_log(SKIPPED)
+    def validate(self, documents: DocumentVectors | None = None) -> None:
+        """Evaluate on the validation split; write the weights, or their average, to best/ if they are selected.
+
+        documents: this rank's index vectors of the catalogue by the current weights, if already computed. Raises
+        Preempted on a requested stop.
+        """
+        progress, metric = self.progress, self.stage.validation_metric
+        with nullcontext() if self.average is None else self.average.swapped_in():
+            evaluation = self.validator.evaluate(self.engine, self.report_progress, documents)
+            progress.validated_at = progress.step
+            # without newer rows to select by, the newest weights are the best
+            score, is_taken, is_highest = None, True, True
+            if evaluation:
+                score = evaluation.metrics[metric]
+                progress.history.append({"step": progress.step, **evaluation.metrics})
+                self.health.after_validation(progress.step, evaluation, metric)
+                if self.validator.decides:
+                    of_start = self.starts_trained and progress.step == 0
+                    is_taken, is_highest = self.selection.add(evaluation, metric, of_start=of_start)
+            progress.validations_since_best = 0 if is_highest else progress.validations_since_best + 1
+            if is_taken:
+                progress.best_step = progress.step
+                progress.best = progress.best if score is None else score
+                origin = {"stage": self.name, "step": progress.step, "validation": score}
+                self.validator.save_best(self.engine, origin)
+
+    def save(self, in_background: bool) -> None:
+        """Write a checkpoint, optionally in the background, after the previous one."""
+        step = self.progress.step
+        self.stream.check(self.stream_step)
+        self.watchdog.beat(f"the checkpoint of step {step}")
+        with self.health.timed("checkpoint"):
+            self.store.save(step, **self.state_dict(), in_background=in_background)
         self.saved_at = time.monotonic()
+
+    def _is_save_due(self) -> bool:
+        """Return True if, on this rank, the last checkpoint is older than the config allows."""
+        every_s = 60.0 * self.stage.save_every_minutes
+        return every_s > 0 and time.monotonic() - self.saved_at >= every_s
 
     def state_dict(self) -> dict[str, Any]:
         """Return the complete training state, as arguments of `CheckpointStore.save`."""
@@ -155,7 +274,7 @@ class Trainer:
             "state": {
                 "stream": self.stream.state(self.stream_step),
                 "progress": asdict(self.progress),
-                **self._origin,
+                **self.origin,
             },
             "common": self.objective.state_dict()
             | ({} if self.average is None else self.average.state_dict())
@@ -169,8 +288,7 @@ class Trainer:
     def load_state_dict(self, start: StartPoint, read: TensorReader) -> None:
         """Restore the state of a checkpoint, read by `read`; the model's weights and tables are set already.
 
-        All ranks must call it. Not restored: the stream's position in a new segment; random states (dropout) at another
-        world size.
+        Not restored: the stream's position in a new segment; random states (dropout) at another world size.
         """
         assert start.checkpoint is not None
         self.engine.restore(read, start.progress.applied)
@@ -185,43 +303,6 @@ class Trainer:
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
         logger.info("%s continues from %s", self.name, start.describe(self.stream.dataset))
 
-    def batches(self, num: int) -> Generator[Batch]:
-        """Yield the next `num` batches on this rank's device."""
-        return read_batches(self.stream, self._make_batch, device(), num)
 
-    def refresh_hard_negatives(self) -> None:
-        """Mine hard negatives for the next steps by the current weights. All ranks must call it."""
-        self.store.wait()  # a checkpoint in progress needs the current file
-        step, part_step = self.progress.step, self.progress.part_step
-        with self.health.timed("mining"):
-            self._make_batch.hard_negatives = self.mining.refresh(step - part_step, part_step)
-
-    def steps_to_refresh(self) -> int:
-        """Return the number of steps until the stage ends or hard negatives are mined again."""
-        until_mined = self.mining.steps_to_refresh(self.progress.step - self.progress.part_step)
-        return min(self.total_steps - self.progress.step, until_mined)
-
-    def lr_factor(self) -> float:
-        """Return the learning rate of the next step, relative to the peak; the schedule counts applied steps."""
-        applied = self.progress.applied - self.progress.part_applied
-        return schedule_factor(applied, self.total_steps - self.progress.part_step, self.stage.optimizer)
-
-    def report_progress(self, task: str, done: int, total: int | None) -> None:
-        """Report progress of long work between steps to the watchdog. All ranks must call it.
-
-        Raises Preempted on a requested stop.
-        """
-        self.watchdog.beat(f"{task}: {done} of {total}")
-        if self.stop.any_rank_requested():
-            raise Preempted(f"stopped on request while {task}; continue with --resume auto")
-
-    def is_over(self) -> bool:
-        """Return True if all steps are taken, or patience is exhausted."""
-        patience = self.stage.patience
-        out_of_patience = patience > 0 and self.progress.validations_since_best >= patience
-        return out_of_patience or self.progress.step >= self.total_steps
-
-    def is_save_due(self) -> bool:
-        """Return True if, on this rank, the last checkpoint is older than the config allows."""
-        every_s = 60.0 * self.stage.save_every_minutes
-        return every_s > 0 and time.monotonic() - self.saved_at >= every_s
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

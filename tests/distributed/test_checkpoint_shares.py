@@ -162,7 +162,7 @@ def assembled(pieces: list[TensorPiece]) -> dict[str, torch.Tensor]:
 def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_background: bool) -> tuple[str, bool]:
     """Save, the second time with a full disk on rank `struck`; return its error, and whether `has_failed` was set."""
 
-    def strike() -> None:
+    def strike(step: int) -> None:
         time.sleep(0.2)
         if rank == struck:
             raise OSError(28, "No space left on device")
@@ -173,7 +173,8 @@ def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_backgr
     with small_blocks():
         store.save(4, {}, {}, state, share)
         try:
-            store.save(8, {}, {}, state, share, in_background=in_background, between=strike)
+            store.between_files = strike
+            store.save(8, {}, {}, state, share, in_background=in_background)
             until = time.monotonic() + 30
             while not store.has_failed() and time.monotonic() < until and struck < world_size:
                 time.sleep(0.05)
@@ -256,10 +257,10 @@ def with_a_full_disk(
     rank: int, world_size: int, config: Path, run_dir: Path, full_at: int, steps: int
 ) -> tuple[str, int]:
     """Run with one checkpoint in the middle, for which rank 1 has no disk space; return the error and the steps."""
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
     done = 0
-    train_step = loop.train_step
+    train_step = trainer.train_step
 
     def counted(*arguments: Any) -> Any:
         nonlocal done
@@ -267,16 +268,16 @@ def with_a_full_disk(
         time.sleep(0.03)
         return train_step(*arguments)
 
-    loop.train_step = counted
+    trainer.train_step = counted
     os.environ["BIGDSSM_FAULT"] = f"disk-full@{full_at}:1"
     overrides = (f"pretrain.steps={steps}", f"pretrain.save_every_steps={full_at}", "pretrain.validate_every_steps=0")
-    due = loop._due
-    loop._due = lambda step, every: step == full_at == every
+    due = trainer._is_due
+    trainer._is_due = lambda step, every: step == full_at == every
     try:
         small_run.run(rank, world_size, config, run_dir, overrides)
     except BigDSSMError as error:
         return f"{type(error).__name__}: {error}", done
     finally:
-        loop.train_step, loop._due = train_step, due
+        trainer.train_step, trainer._is_due = train_step, due
         del os.environ["BIGDSSM_FAULT"]
     return "", done

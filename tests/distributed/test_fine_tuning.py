@@ -34,22 +34,22 @@ class Stopped(Exception):
 
 def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:  # noqa: F811
     """Fine-tune, and stop in `step`."""
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    original: Callable[..., Any] = loop.train_step
+    original: Callable[..., Any] = trainer.train_step
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if args[1].step == step:
             raise Stopped
         return original(*args, **kwargs)
 
-    loop.train_step = failing
+    trainer.train_step = failing
     try:
         small_run.run(rank, world_size, config, run_dir, overrides, "sft", (run_dir / "sft").exists())
     except Stopped:
         return
     finally:
-        loop.train_step = original
+        trainer.train_step = original
     raise AssertionError(f"the run has no step {step}")
 
 

@@ -20,9 +20,9 @@ STEPS = 3
 def sent_between_steps(rank: int, world_size: int, config: Path, run_dir: Path, chunk_tokens: int) -> list[list[str]]:
     """Return, for every step except the last, the callers of collectives until the next step, without DeepSpeed's."""
     from bigdssm import distributed
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    original, dist, steps = loop.train_step, distributed.dist, []
+    original, dist, steps = trainer.train_step, distributed.dist, []
 
     class Spy:
         def __getattr__(self, name: str) -> Any:
@@ -44,7 +44,7 @@ def sent_between_steps(rank: int, world_size: int, config: Path, run_dir: Path, 
         steps.append([])
         return original(*args, **kwargs)
 
-    loop.train_step, distributed.dist = counting, Spy()  # type: ignore[assignment]
+    trainer.train_step, distributed.dist = counting, Spy()  # type: ignore[assignment]
     try:
         overrides = (
             f"engine.chunk_tokens={chunk_tokens}", f"pretrain.steps={STEPS}", "pretrain.save_every_minutes=60",
@@ -52,7 +52,7 @@ def sent_between_steps(rank: int, world_size: int, config: Path, run_dir: Path, 
         )  # fmt: skip
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
-        loop.train_step, distributed.dist = original, dist
+        trainer.train_step, distributed.dist = original, dist
     return steps[:-1]
 
 

@@ -316,22 +316,22 @@ class Stopped(Exception):
 
 def stop_after(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:
     """Run or resume, and stop on every rank two steps after the checkpoint of `step`."""
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    original = loop.train_step
+    original = trainer.train_step
 
     def failing(*args: object, **kwargs: object) -> object:
         if args[1].step == step + 2:  # type: ignore[attr-defined]
             raise Stopped
         return original(*args, **kwargs)  # type: ignore[arg-type]
 
-    loop.train_step = failing  # type: ignore[assignment]
+    trainer.train_step = failing  # type: ignore[assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides, resume=run_dir.exists())
     except Stopped:
         return
     finally:
-        loop.train_step = original
+        trainer.train_step = original
     raise AssertionError(f"the run has no step {step + 2}")
 
 
@@ -389,11 +389,11 @@ def restored_share(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> tuple[list[TensorPiece], set[tuple[str, float, float]]]:
     """Resume without a step; return this rank's pieces, and (group, Adam's step, decay) of its states."""
-    from bigdssm.training import stages
     from bigdssm.training.portable import base_optimizer
+    from bigdssm.training.trainer import Trainer
 
     found = {}
-    original = stages.train
+    original = Trainer.train
 
     def look(stage: object) -> object:
         engine = stage.engine  # type: ignore[attr-defined]
@@ -406,11 +406,11 @@ def restored_share(
         found["groups"] = {(name, steps.copy().pop(), decay) for name, decay in zip(names, decays, strict=True)}
         return stage.progress  # type: ignore[attr-defined]
 
-    stages.train = look  # type: ignore[assignment]
+    Trainer.train = look  # type: ignore[method-assign,assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides, resume=True)
     finally:
-        stages.train = original
+        Trainer.train = original  # type: ignore[method-assign]
     return found["share"], found["groups"]
 
 
@@ -418,11 +418,11 @@ def learning_rates(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> dict[str, float]:
     """Resume, run to the end, and return the learning rate of each group in the last step."""
-    from bigdssm.training import stages
     from bigdssm.training.portable import base_optimizer
+    from bigdssm.training.trainer import Trainer
 
     found = {}
-    original = stages.train
+    original = Trainer.train
 
     def look(stage: object) -> object:
         progress = original(stage)  # type: ignore[arg-type]
@@ -431,11 +431,11 @@ def learning_rates(
         found.update({group["name"]: float(group["lr"]) for group in groups})
         return progress
 
-    stages.train = look  # type: ignore[assignment]
+    Trainer.train = look  # type: ignore[method-assign,assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides, resume=True)
     finally:
-        stages.train = original
+        Trainer.train = original  # type: ignore[method-assign]
     return found
 
 
@@ -478,13 +478,12 @@ def with_a_nan(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int, where: str
 ) -> dict[str, torch.Tensor]:
     """Run with a NaN in rank 1's loss, or only in its towers' gradients, at one step; return the final weights."""
-    from bigdssm.training import stages
     from bigdssm.training.engine import Engine
     from bigdssm.training.objective import Objective
     from bigdssm.training.trainer import Trainer
 
     found, now = {}, -1
-    call, backward, train = Objective.__call__, Engine.backward, stages.train
+    call, backward, train = Objective.__call__, Engine.backward, Trainer.train
 
     def spoiled(self: Objective, encoded: object, batch: object) -> object:
         nonlocal now
@@ -505,12 +504,12 @@ def with_a_nan(
         return progress
 
     Objective.__call__, Engine.backward = spoiled, spoiled_backward  # type: ignore[method-assign,assignment]
-    stages.train = keep  # type: ignore[assignment]
+    Trainer.train = keep  # type: ignore[method-assign,assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
         Objective.__call__, Engine.backward = call, backward  # type: ignore[method-assign]
-        stages.train = train
+        Trainer.train = train  # type: ignore[method-assign]
     return found
 
 
@@ -547,20 +546,20 @@ def with_a_signal(rank: int, world_size: int, config: Path, run_dir: Path, step:
     import os
     import signal
 
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    original = loop.train_step
+    original = trainer.train_step
 
     def signalled(*args: object) -> object:
         if rank == 1 and args[1].step == step:  # type: ignore[attr-defined]
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)  # type: ignore[arg-type]
 
-    loop.train_step = signalled  # type: ignore[assignment]
+    trainer.train_step = signalled  # type: ignore[assignment]
     try:
         small_run.run(rank, world_size, config, run_dir)
     finally:
-        loop.train_step = original
+        trainer.train_step = original
 
 
 def test_a_checkpoint_that_is_due_on_one_rank_is_saved_on_all_with_its_origin(
@@ -578,17 +577,17 @@ def with_a_fast_clock(rank: int, world_size: int, config: Path, run_dir: Path, s
     """Save every minute; on rank 1 a minute passes in the middle of a step."""
     import time
 
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    train_step, clock = loop.train_step, time.monotonic
+    train_step, clock = trainer.train_step, time.monotonic
 
     def slow(*args: Any) -> object:
         if rank == 1 and args[1].step == step:
             time.monotonic = lambda: clock() + 61
         return train_step(*args)
 
-    loop.train_step = slow  # type: ignore[assignment]
+    trainer.train_step = slow  # type: ignore[assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, ("pretrain.save_every_minutes=1",))
     finally:
-        loop.train_step, time.monotonic = train_step, clock
+        trainer.train_step, time.monotonic = train_step, clock

@@ -253,9 +253,9 @@ def test_a_second_stage_in_the_process_is_refused(
     folder: Path, trained: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """In any thread; the first has the weights that it has alone."""
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    step, refusals = loop.train_step, list[str]()
+    step, refusals = trainer.train_step, list[str]()
 
     def second() -> None:
         try:
@@ -269,7 +269,7 @@ def test_a_second_stage_in_the_process_is_refused(
         thread.join()
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", step_with_a_second_stage)
+    monkeypatch.setattr(trainer, "train_step", step_with_a_second_stage)
     best = bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}/first"]).best
     assert len(refusals) == 4 and all("a stage is training in this process, needs none" in words for words in refusals)
     assert not (tmp_path / "second").exists()
@@ -280,9 +280,9 @@ def test_a_second_stage_in_the_process_is_refused(
 def test_a_stage_in_the_process_stops_on_request_by_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bigdssm.training import loop
+    from bigdssm.training import trainer
 
-    step = loop.train_step
+    step = trainer.train_step
 
     def step_and_ask(*arguments: Any) -> Any:
         stop = next(path for path in (tmp_path / "other" / "pretrain", tmp_path / "pretrain") if path.exists()) / "stop"
@@ -292,7 +292,7 @@ def test_a_stage_in_the_process_stops_on_request_by_file(
             signal.sigtimedwait([], 0.1)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", step_and_ask)
+    monkeypatch.setattr(trainer, "train_step", step_and_ask)
     before, threads = state_of_process(), small_run.group_threads()
     with pytest.raises(Preempted, match="saved"):
         bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}"])

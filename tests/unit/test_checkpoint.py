@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,10 @@ def pieces() -> list[TensorPiece]:
     ]
 
 
-def save(store: CheckpointStore, step: int, **options: object) -> None:
+def save(
+    store: CheckpointStore, step: int, between: Callable[[int], object] = lambda step: None, **options: object
+) -> None:
+    store.between_files = between  # type: ignore[assignment]
     common, rank_state = {"shared": torch.arange(3)}, {"cpu": torch.arange(4)}
     store.save(step, {"step": step}, common, rank_state, pieces(), **options)  # type: ignore[arg-type]
 
@@ -165,7 +169,7 @@ def test_latest_is_never_needed(store: CheckpointStore) -> None:
     assert newest is not None and newest.step == 15
 
 
-def full_disk() -> None:
+def full_disk(step: int) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -195,10 +199,11 @@ def test_a_background_save_holds_its_step_and_is_visible_when_complete(store: Ch
     """Later changes by training are not in it, and it is not visible before all files are synced."""
     half, goes_on, tensor, state = threading.Event(), threading.Event(), torch.zeros(3), {"step": 20}
 
-    def wait() -> None:
+    def wait(step: int) -> None:
         half.set()
         goes_on.wait(60)
 
+    store.between_files = wait
     store.save(
         20,
         state,
@@ -206,7 +211,6 @@ def test_a_background_save_holds_its_step_and_is_visible_when_complete(store: Ch
         {"cpu": tensor},
         [whole_tensor("weight", tensor)],
         in_background=True,
-        between=wait,
     )
     tensor += 1
     state["step"] = 21
@@ -238,7 +242,7 @@ def test_a_failed_background_save_raises_on_wait(store: CheckpointStore) -> None
 def test_leaving_the_store_waits_for_background_saves(store: CheckpointStore) -> None:
     slow = threading.Event()
     with pytest.raises(ValueError), store:
-        save(store, 20, in_background=True, between=lambda: slow.wait(0.3) and None)
+        save(store, 20, in_background=True, between=lambda step: slow.wait(0.3))
         raise ValueError
     assert find_checkpoint(store.folder.parent, "latest").name == "step-00000020"
 

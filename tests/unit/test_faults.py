@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,32 +63,46 @@ def test_faults_are_read_and_refused() -> None:
             parse(wrong)
 
 
+def loss_function(encoded: object, batch: object) -> Output:
+    return Output(torch.tensor(2.0))
+
+
+def train_step(*args: object) -> tuple[object, ...]:
+    return args
+
+
+def with_faults(faults: Faults) -> SimpleNamespace:
+    trainer = SimpleNamespace(train_step=train_step, loss_function=loss_function, store=SimpleNamespace())
+    faults.install(trainer)
+    return trainer
+
+
 def test_only_this_ranks_faults_strike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "nan@3:1,raise@4,spike@5:1")
     monkeypatch.setenv("RANK", "1")
     faults = Faults.from_environment()
     assert faults.faults == (Fault("nan", 3, 1), Fault("spike", 5, 1))
-    objective = faults.wrap_objective(lambda encoded, batch: Output(torch.tensor(2.0)))
-    assert [objective(None, Step(step)).loss.item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
-    assert objective(None, Step(3)).loss.isnan()
-    faults.trigger_step_faults(4)
+    trainer = with_faults(faults)
+    assert [trainer.loss_function(None, Step(step)).loss.item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
+    assert trainer.loss_function(None, Step(3)).loss.isnan()
+    assert trainer.train_step(Step(4), "plan") == (Step(4), "plan")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="injected by"):
-        Faults.from_environment().trigger_step_faults(4)
+        with_faults(Faults.from_environment()).train_step(Step(4), "plan")
 
 
 def test_without_faults_nothing_is_wrapped() -> None:
-    def objective(encoded: object, batch: object) -> None: ...
-
-    assert Faults().wrap_objective(objective) is objective
-    Faults().checkpoint_hook(0)()
+    trainer = with_faults(Faults())
+    assert trainer.loss_function is loss_function and trainer.train_step is train_step
+    assert vars(trainer.store) == {}
 
 
 def test_a_full_disk_strikes_in_its_checkpoint_alone() -> None:
     faults = Faults((Fault("disk-full", 8),))
-    faults.checkpoint_hook(4)()
+    store = with_faults(faults).store
+    store.between_files(4)
     with pytest.raises(OSError, match="No space left on device"):
-        faults.checkpoint_hook(8)()
+        store.between_files(8)
 
 
 def test_a_spike_is_logged_with_its_rows_and_noise_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
