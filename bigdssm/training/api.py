@@ -16,10 +16,10 @@ from bigdssm import distributed
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import Config, StageName, config_of
-from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import leave_process_group
 from bigdssm.training.stages import run_stage, stage_lock
 from bigdssm.utils.arguments import checked
+from bigdssm.utils.device import RandomState
 from bigdssm.utils.log import default_logging
 
 

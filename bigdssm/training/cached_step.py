@@ -31,8 +31,8 @@ from bigdssm.losses import FPS, LossOutput
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded
 from bigdssm.models.two_towers import check_vectors
-from bigdssm.training.encoding import LossFunction, StepEngine, back_propagate, encode
 from bigdssm.training.objective import Objective
+from bigdssm.training.step import LossFunction, StepEngine, back_propagate, encode
 
 Numbers = Any  # a tensor, an array, or lists of numbers
 Inputs = Mapping[str, Tensor]

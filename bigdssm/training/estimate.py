@@ -39,12 +39,12 @@ from bigdssm.retrieval.embed import CHUNK_TOKENS_CPU
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.encoding import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.health import step_flops
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
 from bigdssm.training.resume import segment_steps
+from bigdssm.training.step import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.validation import SPLIT
 
 MASTER_WEIGHTS, OPTIMIZER_STATES = "float32 copy of the weights", "optimizer's states"

@@ -25,10 +25,10 @@ from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, to
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.training.batches import row_stream
-from bigdssm.training.encoding import RandomState
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.resume import segment_steps
+from bigdssm.utils.device import RandomState
 from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, get_logger
 

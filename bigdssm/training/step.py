@@ -1,23 +1,47 @@
-"""One training step: forward, one loss over the global batch, backward, and the synchronization of ranks."""
+"""One training step: forward of both towers, one loss over the global batch, backward, and the ranks' agreement.
+
+A whole batch is one forward, which retains its graph. In chunks (gradient cache, Gao et al. 2021), the last ones,
+within the budget, retain their graphs. The others are encoded without, and again with a graph in backward, with the
+same random state, so that dropout masks are equal.
+
+Shapes: m queries, n documents, D vector width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from bigdssm import distributed
 from bigdssm.dataset.tensors import Features
+from bigdssm.errors import ConfigError
 from bigdssm.loader.batch import Batch
+from bigdssm.loader.chunks import Chunked, at_least_one, join_sides, split_sides
 from bigdssm.loader.row_stream import RowReport
-from bigdssm.loader.step_plan import StepPlan, StepRequirements
-from bigdssm.training.encoding import LossFunction, back_propagate, encode
-from bigdssm.training.engine import Engine
+from bigdssm.loader.step_plan import Chunk, SidePlan, StepPlan, StepRequirements, TokenBudget, plan_side
+from bigdssm.losses import LossOutput
+from bigdssm.models import CrossEncoder, DualEncoder, Encoded, Values
+from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils import timing
-from bigdssm.utils.device import to_device
+from bigdssm.utils.device import RandomState, to_device
+
+if TYPE_CHECKING:  # `cached_step` does not import DeepSpeed
+    from bigdssm.training.engine import Engine
+
+Backward = Callable[[Encoded], None]  # takes leaf tensors with gradients set by the loss
+LossFunction = Callable[[Encoded, Batch], LossOutput]
+Gradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 
 class StepReport(NamedTuple):
@@ -67,17 +91,13 @@ def exchange_reports(loss: Tensor, alpha: Tensor, report: StepReport) -> Callabl
 
     def read() -> StepAgreement:
         table = gathered.wait().tolist()
-        losses = [numbers[0] for numbers in table]
-        return StepAgreement(
-            sum(losses) / len(losses), table[0][1], tuple(_parse_report(numbers[2:]) for numbers in table)
-        )
+        reports = []
+        for _, _, stop, save, queries, *others in table:
+            requirements = StepRequirements(*map(int, others[3:]))
+            reports.append(StepReport(stop, save, queries, RowReport(*others[:3]), requirements))
+        return StepAgreement(sum(row[0] for row in table) / len(table), table[0][1], tuple(reports))
 
     return read
-
-
-def _parse_report(numbers: Sequence[float]) -> StepReport:
-    stop, save, queries, *others = numbers
-    return StepReport(stop, save, queries, RowReport(*others[:3]), StepRequirements(*map(int, others[3:])))
 
 
 @dataclass(frozen=True)
@@ -120,3 +140,285 @@ def train_step(
         applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
     return StepResult(agreement(), applied, norm, output.stats, plan)
+
+
+class StepEngine(Protocol):
+    """A model with two towers, and the reduction of its gradients over the ranks."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+
+    def forward(self, query: Any = None, doc: Any = None, **extra_inputs: Any) -> Encoded:
+        """Encode queries, documents, or both, on this rank; see `DualEncoder.forward`."""
+
+    def backward(self, outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Back-propagate (output, gradient) pairs."""
+
+    def single_reduction(self) -> AbstractContextManager[None]:
+        """A context that accumulates the gradients of several backwards and reduces them once, at exit."""
+
+
+def back_propagate(encoded: Encoded, backward: Backward, loss_function: Callable[[Encoded], LossOutput]) -> LossOutput:
+    """Compute the loss of encoded vectors and accumulate the gradients of the towers' weights. All ranks must call it.
+
+    If this rank's loss is not finite, its gradients are NaN: after the reduction, all ranks can skip the step.
+    """
+    with timing.span("loss"):
+        leaves = Encoded(*(None if t is None else t.detach().requires_grad_() for t in encoded))  # type: ignore[arg-type]
+        output = loss_function(leaves)
+        output.loss.backward()
+        zero_or_nan = output.loss.detach() * 0
+        for leaf in leaves:
+            if leaf is not None and leaf.grad is not None:
+                leaf.grad.add_(zero_or_nan)
+    with timing.span("backward"):
+        backward(leaves)
+    return output
+
+
+def encode(
+    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
+) -> tuple[Encoded, Backward, StepPlan]:
+    """Encode a batch; return the embeddings U [m, D], W [n, D], the backward function and the executed plan.
+
+    extra_inputs: inputs of the model's forward in addition to the features of both sides, by name; only if whole.
+    """
+    if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
+        return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
+    encoded = (
+        _whole(engine, batch, plan, extra_inputs)
+        if plan.whole
+        else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+    )
+    return *encoded, plan
+
+
+def _whole(engine: StepEngine, batch: Batch, plan: StepPlan, features: Features) -> tuple[Encoded, Backward]:
+    """Encode in one forward, with one backward."""
+    extra_inputs: dict[str, Any] = dict(at_least_one(features)) if features else {}
+    if batch.query_positions is not None:
+        extra_inputs["query_positions"] = batch.query_positions
+    query = whole_features(batch.query, plan.query)
+    doc = None if batch.doc_vectors is not None else whole_features(batch.doc, plan.doc)
+    full = engine.forward(query, doc, **extra_inputs)
+    num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
+    W, beta = (full.W, full.beta) if batch.doc_vectors is None else _fixed_columns(engine, batch, full.alpha)
+    assert full.U is not None and W is not None
+    beta = None if beta is None else beta[:num_docs]
+    scores = None if full.scores is None else full.scores[:num_queries]
+    encoded = Encoded(full.U[:num_queries], W[:num_docs], beta, full.alpha, scores)
+
+    def backward(leaves: Encoded) -> None:
+        sides = zip(encoded, leaves, strict=True)
+        differentiable = ((out, leaf) for out, leaf in sides if out is not None and out.requires_grad)
+        engine.backward([(out, _gradient(leaf)) for out, leaf in differentiable if leaf is not None])
+
+    return encoded, backward
+
+
+def _fixed_columns(engine: StepEngine, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return W [n, D] and beta [n], if the model has one, of fixed document vectors [alpha * w, beta]."""
+    assert batch.doc_vectors is not None
+    model = cast(DualEncoder, engine.module)
+    beta = batch.doc_vectors[:, -1] if model.has_beta else None
+    return batch.doc_vectors[:, : model.config.dim] / alpha.detach(), beta
+
+
+def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
+    """Return the features of one side for one forward, packed if the plan is."""
+    return Chunked(features, side).features(side.chunks[0]) if side.packed else {**at_least_one(features)}
+
+
+@dataclass
+class EncodedChunk:
+    """A chunk of one side; between forward and backward it has its graph, or the random state to recompute it."""
+
+    name: str  # of the side
+    side: Chunked
+    chunk: Chunk
+    retain_graph: bool
+    encoded: Encoded | None = None
+    state: RandomState | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of the model's forward."""
+        query_positions = self.side.query_positions(self.chunk)
+        return {
+            self.name: self.side.features(self.chunk),
+            **({} if query_positions is None else {"query_positions": query_positions}),
+        }
+
+    def encode(self, engine: StepEngine) -> Encoded:
+        """Return the outputs of the chunk, detached."""
+        if not self.retain_graph:
+            self.state = RandomState.now()
+        with torch.set_grad_enabled(self.retain_graph and torch.is_grad_enabled()):
+            encoded = engine.forward(**self.inputs)
+        if self.retain_graph:
+            self.encoded = encoded
+        return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
+
+    def with_graph(self, engine: StepEngine) -> Encoded:
+        """Return the outputs with their graph; may be called once."""
+        if self.state is None:
+            encoded, self.encoded = self.encoded, None
+            assert encoded is not None
+            return encoded
+        with timing.span("encode again"), self.state.replayed():
+            return engine.forward(**self.inputs)
+
+    def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
+        """Return the vectors and biases with their gradients; the gradient of alpha is added to one chunk only."""
+        its = self.side.outputs(self.chunk)
+        sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
+        return [
+            (output[: len(its)], _gradient(leaf)[its])
+            for output, leaf in sides
+            if output is not None and leaf is not None
+        ]
+
+
+def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
+    """Return the chunks of a plan that is not whole, first those of queries, then those of documents, unless fixed."""
+    sides = {"query": Chunked(batch.query, plan.query, batch.query_positions)}
+    if batch.doc_vectors is None:
+        sides["doc"] = Chunked(batch.doc, plan.doc)
+    work = [("query", chunk) for chunk in plan.query.chunks] + [("doc", chunk) for chunk in plan.doc.chunks]
+    return [
+        EncodedChunk(name, sides[name], chunk, retain_graph=i >= len(work) - plan.num_retained)
+        for i, (name, chunk) in enumerate(work)
+        if name in sides
+    ]
+
+
+def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
+    """Encode chunk by chunk; backward takes all retained graphs together, then other chunks one by one."""
+    _refuse_batch_statistics(engine.module)
+    outputs = [chunk.encode(engine) for chunk in chunks]
+    query, doc, alpha = chunks[0].side, chunks[-1].side, outputs[-1].alpha
+    U = _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query])
+    if batch.doc_vectors is None:
+        of_docs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
+        W, beta = (_assembled(doc, [output[part] for output in of_docs]) for part in (1, 2))
+    else:
+        W, beta = _fixed_columns(engine, batch, alpha)
+    return Encoded(U, W, beta, alpha), partial(_backward, engine, chunks)
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    """Raise ConfigError for a module whose output or state depends on the rows of a forward, or on their number."""
+    for name, module in model.named_modules():
+        batch_norm, instance_norm = isinstance(module, _BatchNorm), isinstance(module, _InstanceNorm)
+        updated = batch_norm or isinstance(module, _SpectralNorm) or (instance_norm and module.track_running_stats)
+        updated |= any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+        if (module.training and updated) or (batch_norm and module.running_mean is None):
+            raise ConfigError(
+                f"{name}: got {type(module).__name__} in training mode, whose output or state depends on the rows of a "
+                "chunk; needs .eval(), a norm per row such as LayerNorm, or a step without chunks (chunk_tokens 0)"
+            )
+
+
+def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
+    retained = [chunk for chunk in chunks if chunk.retain_graph]
+    groups = ([retained] if retained else []) + [[chunk] for chunk in chunks if not chunk.retain_graph]
+    with engine.single_reduction():
+        for number, group in enumerate(groups):
+            gradients: Gradients = []
+            for chunk in group:
+                encoded = chunk.with_graph(engine)
+                gradients += chunk.gradients(encoded, leaves)
+            if number == 0:
+                gradients.append((encoded.alpha, _gradient(leaves.alpha)))
+            engine.backward(gradients)
+
+
+class EncodedPairChunk(EncodedChunk):
+    """A chunk of pairs, scored from the features of both sides."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of the model's forward."""
+        return {**split_sides(self.side.features(self.chunk)), "paired": True}
+
+    def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
+        """Return the scores with their gradients."""
+        its = self.side.outputs(self.chunk)
+        assert encoded.scores is not None and leaves.scores is not None
+        return [(encoded.scores[: len(its)], _gradient(leaves.scores).flatten()[its])]
+
+
+def encode_pairs(
+    engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor
+) -> tuple[Encoded, Backward, StepPlan]:
+    """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`.
+
+    All ranks must call it. The score is the sum of the cross-encoder's output and the towers' score, which has no
+    gradient.
+    """
+    scorer = cast(DualEncoder, engine.module).scorer
+    assert isinstance(scorer, CrossEncoder)
+    chunks = pair_chunks(scorer, batch, candidates, cast(Any, engine).budget)
+    side = chunks[0].side
+    if len(chunks) > 1:
+        _refuse_batch_statistics(scorer)
+    outputs = [chunk.encode(engine) for chunk in chunks]
+    scores = side.assemble([out.scores for out in outputs if out.scores is not None]).view(candidates.shape)
+    scores = scores.float() + _products(engine, batch, plan, candidates)
+    encoded = Encoded(None, None, None, outputs[-1].alpha, scores)
+    return encoded, partial(_backward, engine, chunks), replace(plan, pairs=side.plan)
+
+
+def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
+    """Return the pairs of each query with its candidates, columns int64 [m, l], in chunks.
+
+    All ranks must call it. The ranks agree on the number of chunks, and on the number of those that retain their graph.
+    """
+    row = (
+        torch.arange(len(candidates), device=candidates.device)
+        if batch.query_positions is None
+        else batch.query_positions.row
+    )
+    row, column = row.repeat_interleave(candidates.shape[1]), candidates.flatten()
+    query, doc = scorer.texts["query"], scorer.texts["doc"]
+    features = join_sides(
+        {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
+    )
+    lengths = join_sides(
+        {name: batch.query_lengths[name].take(row) for name in query},
+        {name: batch.doc_lengths[name].take(column) for name in doc},
+    )
+    pairs = plan_side(lengths, candidates.numel(), budget.chunk_tokens)
+    fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
+    dropped = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0  # chunks without a retained graph
+    number, most_dropped = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), dropped]), "max").tolist()
+    pairs = pairs.padded_to(number)
+    side = Chunked(features, pairs)
+    return [
+        EncodedPairChunk("pairs", side, chunk, retain_graph=i >= most_dropped) for i, chunk in enumerate(pairs.chunks)
+    ]
+
+
+def _products(engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor) -> Tensor:
+    """Return the towers' scores float32 [m, l] of candidates, without a graph, in evaluation mode."""
+    engine.module.eval()
+    with torch.no_grad():
+        towers, _ = (
+            _whole(engine, batch, plan, {}) if plan.whole else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+        )
+    engine.module.train()
+    assert towers.U is not None and towers.W is not None
+    queries = query_head(towers.U, towers.beta is not None)
+    documents = document_head(towers.W, towers.alpha.detach(), towers.beta)
+    return torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
+
+
+def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the outputs of a side in the order of the batch, None if the model has no such output."""
+    present = [part for part in parts if part is not None]
+    return side.assemble(present) if present else None
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)

@@ -28,14 +28,13 @@ from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.step_plan import StepDraft, StepPlan, draft_step, max_requirements
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.encoding import LossFunction, RandomState
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.health import Health
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.resume import StageProgress, StartPoint
-from bigdssm.training.step import StepReport, StepResult, train_step
+from bigdssm.training.step import LossFunction, RandomState, StepReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.utils.log import Progress, get_logger
 

@@ -1,10 +1,15 @@
-"""Devices: copies of tensors from the host, and the instructions of this machine."""
+"""Devices: copies of tensors from the host, instructions of this machine, states of random generators."""
 
 from __future__ import annotations
 
 import platform
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,3 +34,36 @@ def instruction_set(device: str = "cpu") -> str:
         return "amx"
     # mkldnn's test is also true of AVX-512 without bfloat16 instructions.
     return "avx512_bf16" if cpu._is_avx512_bf16_supported() else "none"
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of torch's random generators of the CPU and of this rank's device, and of Python's and NumPy's."""
+
+    cpu: Tensor
+    device: Tensor | None
+    python: Any = None  # None: not restored
+    numpy: Any = None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Return the current state."""
+        device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(torch.get_rng_state(), device, random.getstate(), np.random.get_state())
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device)
+        if self.python is not None:
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """A context that starts from this state and restores the current one at exit."""
+        present = RandomState.now()
+        self.restore()
+        yield
+        present.restore()

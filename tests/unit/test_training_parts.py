@@ -36,10 +36,10 @@ from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
 from bigdssm.training.batches import BatchBuilder, known_pairs, read_batches
-from bigdssm.training.encoding import RandomState
 from bigdssm.training.objective import catalogue_share, in_catalogue_share
 from bigdssm.training.optimizers import AdamW, build_optimizer, parameter_groups, schedule_factor, warmup_steps
 from bigdssm.training.resume import StageProgress
+from bigdssm.utils.device import RandomState
 from tests.conftest import NUM_ITEMS, TinyDataset
 
 
