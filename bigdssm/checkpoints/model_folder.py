@@ -53,7 +53,7 @@ from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.models import DualEncoder, Scorer, new_model
+from bigdssm.models import DualEncoder, FeatureScorer, Scorer, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.tables.files import MappedTables, row_file_checksum
@@ -376,7 +376,7 @@ def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | N
     """
     load = load_checkpoint_model if is_checkpoint_dir(path) else load_model_folder
     folder = load(path, scorer=scorer)
-    frozen = folder.model.scorer is not None and not folder.model.scorer.takes_vectors
+    frozen = isinstance(folder.model.scorer, FeatureScorer)
     return folder if frozen else _with_adapters(folder, config)
 
 

@@ -100,12 +100,54 @@ class DistillationConfig(StageComponent):
 class ScorerConfig(StageComponent):
     """A score of pairs that replaces or extends the product of vectors; trained in the stage `sft`."""
 
-    name: str = MISSING  # mlp or cross_encoder
+    name: str = MISSING  # mlp, cross_encoder, or a registered one
 
     @abstractmethod
     def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> Any:
         """Return a new `models.Scorer` for a model, its `Schema` and text architectures. Raises ConfigError."""
         raise NotImplementedError
+
+    def check_in_stage(self, name: StageName, config: Any) -> None:
+        """Raise ConfigError unless the stage is `sft` and has candidates per query."""
+        stage, of = config.stage(name), f"{name}.scorer.name"
+        require(
+            not stage.loss.all_columns and not stage.negatives.in_batch, of, self.name,
+            "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores candidates per query",
+        )  # fmt: skip
+        require(name == "sft", of, self.name, "the stage sft: mining needs a pretrained model")
+        require(not stage.loss.widths, of, self.name, "loss.widths=[]: it takes vectors of full width")
+
+
+@dataclass(frozen=True)
+class VectorScorerConfig(ScorerConfig):
+    """The keys of every `models.VectorScorer`, which replaces the product and is trained with the towers."""
+
+    def check_in_stage(self, name: StageName, config: Any) -> None:
+        """Raise ConfigError unless the stage has candidates per query, and encodes both towers at once."""
+        super().check_in_stage(name, config)
+        every, given = config.stage(name).negatives.mining.every_steps, f"0 with {name}.scorer.name={self.name}"
+        require(
+            every == 0, f"{name}.negatives.mining.every_steps", every,
+            f"{given}, which trains no vectors to search with",
+        )  # fmt: skip
+        chunk = config.engine.chunk_tokens
+        require(chunk == 0, "engine.chunk_tokens", chunk, f"{given}, which needs both towers at once")
+
+
+@dataclass(frozen=True)
+class FeatureScorerConfig(ScorerConfig):
+    """The keys of every `models.FeatureScorer`, which is added to the product of the frozen towers."""
+
+    def check_in_stage(self, name: StageName, config: Any) -> None:
+        """Raise ConfigError unless the stage has candidates per query, and nothing that trains the frozen towers."""
+        super().check_in_stage(name, config)
+        stage, given = config.stage(name), f"0 with {name}.scorer.name={self.name}"
+        every, penalty = stage.negatives.mining.every_steps, stage.loss.norm_penalty
+        require(
+            every == 0, f"{name}.negatives.mining.every_steps", every,
+            f"{given}: its towers are frozen, so mining again gives the same negatives",
+        )  # fmt: skip
+        require(penalty == 0, f"{name}.loss.norm_penalty", penalty, f"{given}, which trains no vectors")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.evaluation.ranks import TIE_RELATIVE
 from bigdssm.loader.collate import Collator
-from bigdssm.models import DualEncoder, MlpScorer
+from bigdssm.models import DualEncoder, VectorScorer
 from bigdssm.retrieval.embed import DocumentVectors, Encoders, encode, to_device, tower_encoders
 from bigdssm.retrieval.exact_search import SearchRound, exact_search, top_of_round, unpack_keys
 from bigdssm.retrieval.pair_scorer import PairScorer
@@ -55,7 +55,7 @@ class Reranking:
 class ScoredEncoders(Encoders):
     """Both towers as functions from rows to tower outputs [.., D], which `scorer` scores in pairs."""
 
-    scorer: MlpScorer
+    scorer: VectorScorer
 
 
 def encoders_of(
@@ -69,7 +69,7 @@ def encoders_of(
     `whole`, a collective, gathers the weights of an engine that shards them: the scorer runs outside its forward.
     """
     scorer = cast(DualEncoder, getattr(model, "module", model)).scorer
-    if not isinstance(scorer, MlpScorer):  # a cross-encoder cannot score the catalogue; it re-ranks these candidates
+    if not isinstance(scorer, VectorScorer):  # one over features re-ranks their candidates
         return tower_encoders(model, dataset, device)
     scorer = scorer if whole is None else scorer.copy(whole()).to(device)
     collator = Collator(dataset.schema, dataset.catalogue)

@@ -19,7 +19,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.bm25 import Bm25
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.reranking import ScoredEncoders, encoders_of
-from bigdssm.models import CrossEncoder
+from bigdssm.models import FeatureScorer
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype, rows_of_queries, window_records
 from bigdssm.retrieval.pair_scorer import PairScorer
@@ -37,12 +37,12 @@ PAIRS_AT_ONCE = 64  # per batch of a cross-encoder: fits a CPU's caches
 
 
 def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
-    """Return a model folder as a teacher for rows of `dataset`: its cross-encoder, else its vector score.
+    """Return a model folder as a teacher for rows of `dataset`: its scorer of features, else its vector score.
 
     Raises CheckpointError: see `ModelFolder.view`.
     """
     view = folder.view(dataset)
-    if isinstance(folder.model.scorer, CrossEncoder):
+    if isinstance(folder.model.scorer, FeatureScorer):
         scorer = PairScorer.from_folder(folder, view)
         return lambda rows, docs: scorer.score(view.limited_query(rows.query), docs)
     teacher = VectorTeacher(encoders_of(folder.model, view), view.catalogue.num_docs)
@@ -55,7 +55,7 @@ def pretrained_teacher(folder: Path, dataset: Dataset, texts: Texts) -> PairTeac
 
 
 class VectorTeacher:
-    """Scores vectors by inner product or an MLP; document vectors are cached."""
+    """Scores vectors by inner product or a scorer of vectors; document vectors are cached."""
 
     def __init__(self, encoders: Encoders, num_docs: int) -> None:
         self._encoders, self._encoded = encoders, np.zeros(num_docs, bool)

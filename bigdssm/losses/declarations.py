@@ -59,9 +59,9 @@ def register_sampling(cls: Class) -> Class:
 
 
 def register_distillation(cls: Class) -> Class:
-    """Register a distillation of hard negatives, a subclass of ListDistillation; a class decorator."""
-    if not issubclass(cls, ListDistillation):
-        raise TypeError(f"{cls.__name__}: a distillation is a ListDistillation")
+    """Register a distillation, a subclass of ListDistillation or BatchDistillation; a class decorator."""
+    if not issubclass(cls, ListDistillation | BatchDistillation):
+        raise TypeError(f"{cls.__name__}: a distillation is a ListDistillation or a BatchDistillation")
     return DISTILLATIONS.register(cls)
 
 
@@ -265,6 +265,30 @@ class ListDistillation(DistillationConfig):
         require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {condition}")
 
 
+@dataclass(frozen=True)
+class BatchDistillation(DistillationConfig):
+    """A distillation of a teacher's vectors over the documents of the global batch."""
+
+    teacher: str = MISSING  # output folder of bigdssm embed_teacher
+
+    @abstractmethod
+    def build(self) -> Any:
+        """Return the loss, a function with the arguments of `losses.batch_kl`."""
+        raise NotImplementedError
+
+    def check_in_stage(self, name: StageName, config: Config) -> None:
+        """Raise ConfigError unless the columns are catalogue documents, which have teacher vectors."""
+        data, stage = config.data, config.stage(name)
+        for where, got, only in (
+            (f"{name}.negatives.columns", stage.negatives.columns, "batch"),
+            (f"{name}.scorer", None if stage.scorer is None else stage.scorer.name, None),
+            ("data.webdataset", data.webdataset, None),
+            ("data.from_partition", data.from_partition, None),
+            ("data.mixture", list(data.mixture), []),
+        ):
+            require(got == only, where, got, f"{only} with {name}.distillation.name={self.name}")
+
+
 @register_distillation
 @dataclass(frozen=True)
 class ListwiseKL(ListDistillation):
@@ -306,25 +330,18 @@ class MarginMSE(ListDistillation):
         return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
 
 
-@DISTILLATIONS.register
+@register_distillation
 @dataclass(frozen=True)
-class BatchKL(DistillationConfig):
+class BatchKL(BatchDistillation):
     """KL divergence from the softmax of a teacher's vectors over the documents of the global batch."""
 
     name: str = "batch_kl"
-    teacher: str = MISSING  # output folder of bigdssm embed_teacher
 
-    def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the columns are catalogue documents, which have teacher vectors."""
-        data, stage = config.data, config.stage(name)
-        for where, got, only in (
-            (f"{name}.negatives.columns", stage.negatives.columns, "batch"),
-            (f"{name}.scorer", None if stage.scorer is None else stage.scorer.name, None),
-            ("data.webdataset", data.webdataset, None),
-            ("data.from_partition", data.from_partition, None),
-            ("data.mixture", list(data.mixture), []),
-        ):
-            require(got == only, where, got, f"{only} with {name}.distillation.name={self.name}")
+    def build(self) -> Any:
+        """Return `batch_kl`."""
+        from bigdssm.losses.distillation import batch_kl
+
+        return batch_kl
 
 
 def _log_softmax(x_ml: Tensor, valid_ml: Tensor) -> Tensor:

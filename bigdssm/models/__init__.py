@@ -19,14 +19,13 @@ if TYPE_CHECKING:
         flash_runs_on,
         pack,
     )
-    from bigdssm.models.scorers import CrossEncoder, MlpScorer, Scorer
+    from bigdssm.models.scorers import FeatureScorer, Scorer, VectorScorer
 
 __all__ = [
     "ALPHA_MAX",
-    "CrossEncoder",
     "DualEncoder",
     "Encoded",
-    "MlpScorer",
+    "FeatureScorer",
     "Packed",
     "PackedLists",
     "QueryPositions",
@@ -35,6 +34,7 @@ __all__ = [
     "SequenceBounds",
     "SideSize",
     "Values",
+    "VectorScorer",
     "compile_layers",
     "flash_runs_on",
     "new_model",
@@ -55,9 +55,10 @@ __getattr__, __dir__ = lazy_attributes(
             "RowGroup",
             "SequenceBounds",
             "Values",
+            "VectorScorer",
             "flash_runs_on",
             "pack",
         ],
-        "bigdssm.models.scorers": ["CrossEncoder", "MlpScorer", "Scorer"],
+        "bigdssm.models.scorers": ["FeatureScorer", "Scorer", "VectorScorer"],
     },
 )

@@ -11,15 +11,12 @@ from bigdssm.config import (
     HISTORY_BLOCKS,
     SCORERS,
     TEXT_ENCODERS,
-    Config,
     HistoryEncoderConfig,
     ModelConfig,
-    ScorerConfig,
-    StageName,
     TextEncoderConfig,
     TextInputs,
 )
-from bigdssm.config.components import MAX_WIDTH
+from bigdssm.config.components import MAX_WIDTH, FeatureScorerConfig, VectorScorerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.utils.bounds import bounded, require
 
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
 
 register_block = HISTORY_BLOCKS.register
 register_text_encoder = TEXT_ENCODERS.register
+register_scorer = SCORERS.register
 
 
 @register_block
@@ -178,9 +176,9 @@ class Transformer(TextEncoderConfig):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-@SCORERS.register
+@register_scorer
 @dataclass(frozen=True)
-class MlpConfig(ScorerConfig):
+class MlpConfig(VectorScorerConfig):
     """An MLP on [u, w, u * w] that replaces the product, and is trained with the towers."""
 
     name: str = "mlp"
@@ -192,24 +190,14 @@ class MlpConfig(ScorerConfig):
 
         return MlpScorer(model.dim, self.hidden)
 
-    def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the stage has candidates per query, and encodes both towers at once."""
-        _check_candidates(self, name, config)
-        require(len(self.hidden) > 0, f"{name}.scorer.hidden", "[]", "at least one width")
-        every = config.stage(name).negatives.mining.every_steps
-        require(
-            every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"0 with {name}.scorer.name=mlp, which trains no vectors to search with",
-        )  # fmt: skip
-        chunk = config.engine.chunk_tokens
-        require(
-            chunk == 0, "engine.chunk_tokens", chunk, f"0 with {name}.scorer.name=mlp, which needs both towers at once"
-        )
+    def check(self, key: str) -> None:
+        """Raise ConfigError: no hidden layer."""
+        require(len(self.hidden) > 0, f"{key}.hidden", "[]", "at least one width")
 
 
-@SCORERS.register
+@register_scorer
 @dataclass(frozen=True)
-class CrossEncoderConfig(ScorerConfig):
+class CrossEncoderConfig(FeatureScorerConfig):
     """A BERT over the texts of both sides, initialized from the document tower's and added to the product."""
 
     name: str = "cross_encoder"
@@ -219,25 +207,3 @@ class CrossEncoderConfig(ScorerConfig):
         from bigdssm.models.scorers import CrossEncoder
 
         return CrossEncoder.build(model, schema, texts)
-
-    def check_in_stage(self, name: StageName, config: Config) -> None:
-        """Raise ConfigError unless the stage has candidates per query, and nothing that trains the frozen towers."""
-        _check_candidates(self, name, config)
-        stage, given = config.stage(name), f"0 with {name}.scorer.name=cross_encoder"
-        every, penalty = stage.negatives.mining.every_steps, stage.loss.norm_penalty
-        require(
-            every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"{given}: its towers are frozen, so mining again gives the same negatives",
-        )  # fmt: skip
-        require(penalty == 0, f"{name}.loss.norm_penalty", penalty, f"{given}, which trains no vectors")
-
-
-def _check_candidates(scorer: ScorerConfig, name: StageName, config: Config) -> None:
-    """Raise ConfigError unless the stage is `sft` and has candidates per query."""
-    stage, of = config.stage(name), f"{name}.scorer.name"
-    require(
-        not stage.loss.all_columns and not stage.negatives.in_batch, of, scorer.name,
-        "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores candidates per query",
-    )  # fmt: skip
-    require(name == "sft", of, scorer.name, "the stage sft: mining needs a pretrained model")
-    require(not stage.loss.widths, of, scorer.name, "loss.widths=[]: it takes vectors of full width")

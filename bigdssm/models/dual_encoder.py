@@ -27,7 +27,7 @@ from bigdssm.models.encoders import (
 )
 from bigdssm.models.encoders.base import SideSize, checked_output, linear_flops
 from bigdssm.models.packed import Packed, PackedLists, QueryPositions, Values
-from bigdssm.models.scorers import PREFIX, Scorer
+from bigdssm.models.scorers import PREFIX, FeatureScorer, Scorer
 
 
 def query_head(U: Tensor, has_beta: bool) -> Tensor:
@@ -175,7 +175,7 @@ class DualEncoder(nn.Module):
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
         self.scorer = None if scorer is None else scorer.build(config, schema, texts)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
-        if self.scorer is not None and not self.scorer.takes_vectors:
+        if self.scorer is not None and isinstance(self.scorer, FeatureScorer):
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name.startswith(PREFIX))
 

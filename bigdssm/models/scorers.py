@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from bigdssm.models.encoders.transformer import TransformerEncoder
 
 PREFIX = "scorer."  # of its weights in a model's state
+POSITIONS = "embeddings.position_embeddings.weight"
 
 
 class Scorer(nn.Module, ABC):
-    """Base class of scorers of pairs."""
-
-    takes_vectors: ClassVar[bool]  # of both towers, which are trained with it; else features, and the towers are frozen
+    """Base class of scorers of pairs: a `VectorScorer` or a `FeatureScorer`."""
 
     @staticmethod
     def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,10 +40,46 @@ class Scorer(nn.Module, ABC):
         """Initialize a new scorer from the model's trained text encoders, by name."""
 
 
-class MlpScorer(Scorer):
-    """An MLP on [u, w, u * w]; `hidden`: widths of the hidden layers, at least one. Source: He et al. 2017, eq. 11."""
+class VectorScorer(Scorer):
+    """A score of the vectors of both towers, which are trained with it, in place of their product."""
 
-    takes_vectors = True
+    def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
+        """Keep the random initialization."""
+
+    @abstractmethod
+    def new(self) -> VectorScorer:
+        """Return a scorer of the same architecture, with other weights."""
+
+    def copy(self, state: Mapping[str, Tensor]) -> VectorScorer:
+        """Return a copy with the scorer's weights in a model's state."""
+        scorer = self.new()
+        scorer.load_state_dict({name.removeprefix(PREFIX): t for name, t in self.weights_in(state).items()})
+        return scorer
+
+    @abstractmethod
+    def forward(self, u: Tensor, w: Tensor) -> Tensor:
+        """Return the scores […] of queries and documents […, D]."""
+
+
+class FeatureScorer(Scorer):
+    """A term from the features of both sides, added to the product of the towers, which are frozen.
+
+    `features`: names of the features that it reads, by side.
+    """
+
+    features: dict[str, list[str]]
+
+    @abstractmethod
+    def forward(self, query: Mapping[str, Values], doc: Mapping[str, Values]) -> Tensor:
+        """Return the term [p] to add to the products of pairs (row i of both sides); lists are [p, T]."""
+
+    @abstractmethod
+    def flops(self, length_p: np.ndarray) -> float:
+        """Return the operations of a forward's matrix products over pairs of `length_p` tokens."""
+
+
+class MlpScorer(VectorScorer):
+    """An MLP on [u, w, u * w]; `hidden`: widths of the hidden layers, at least one. Source: He et al. 2017, eq. 11."""
 
     def __init__(self, dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -58,14 +93,9 @@ class MlpScorer(Scorer):
             layers += [nn.Linear(width, following), nn.GELU()]
         self.rest = nn.Sequential(*layers[:-1])
 
-    def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
-        """Keep the random initialization."""
-
-    def copy(self, state: Mapping[str, Tensor]) -> MlpScorer:
-        """Return a copy with the scorer's weights in a model's state."""
-        scorer = MlpScorer(*self.widths)
-        scorer.load_state_dict({name.removeprefix(PREFIX): t for name, t in self.weights_in(state).items()})
-        return scorer
+    def new(self) -> MlpScorer:
+        """Return a scorer of the same widths."""
+        return MlpScorer(*self.widths)
 
     def forward(self, u: Tensor, w: Tensor) -> Tensor:
         """Return the scores […] of queries and documents […, D]."""
@@ -73,18 +103,13 @@ class MlpScorer(Scorer):
         return scores.squeeze(-1)
 
 
-POSITIONS = "embeddings.position_embeddings.weight"
-
-
-class CrossEncoder(Scorer):
+class CrossEncoder(FeatureScorer):
     """A text encoder over pairs, pooled as the tower's, and one linear layer. Source: Nogueira and Cho 2019."""
-
-    takes_vectors = False
 
     def __init__(self, text: TransformerEncoder, key: str, query: list[str], doc: list[str]) -> None:
         """`key`: the model's text encoder to start from; `query`, `doc`: the text features of the sides."""
         super().__init__()
-        self.text, self.key, self.texts = text, key, {"query": query, "doc": doc}
+        self.text, self.key, self.features = text, key, {"query": query, "doc": doc}
         self.head = nn.Linear(text.dim, 1, bias=False)  # a bias common to all documents has no gradient in a softmax
         nn.init.zeros_(self.head.weight)  # training starts from the towers' ranking
 
@@ -125,7 +150,8 @@ class CrossEncoder(Scorer):
 
     def forward(self, query: Mapping[str, Values], doc: Mapping[str, Values]) -> Tensor:
         """Return the term [p] to add to the products of pairs (row i of both sides); texts are [p, T]."""
-        parts = [(query[name], 0) for name in self.texts["query"]] + [(doc[name], 1) for name in self.texts["doc"]]
+        parts = [(query[name], 0) for name in self.features["query"]]
+        parts += [(doc[name], 1) for name in self.features["doc"]]
         tokens, types = join_texts(parts)
         scores: Tensor = self.head(self.text.pooled(tokens, types))
         return scores.squeeze(1)

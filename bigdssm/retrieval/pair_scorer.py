@@ -25,7 +25,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
 from bigdssm.loader.chunks import join_sides, split_sides
-from bigdssm.models import CrossEncoder, DualEncoder, MlpScorer, Scorer, Values
+from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
 from bigdssm.retrieval.embed import document_vectors, encode, encode_features, query_vectors
 
 PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
@@ -69,18 +69,17 @@ class PairScorer:
         row, column = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
         pairs = queries, row.numpy(), documents[documents >= 0]
         of_pairs = self._by_vectors(*pairs).float().cpu()
-        if isinstance(self.scorer, CrossEncoder):
-            of_pairs = of_pairs + self._by_texts(*pairs)
+        if isinstance(self.scorer, FeatureScorer):
+            of_pairs = of_pairs + self._by_features(*pairs)
         scores[row, column] = of_pairs
         result: np.ndarray = scores.numpy()
         return result
 
-    def _by_texts(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
-        """Return the cross-encoder's term of the scores, [p]."""
-        assert isinstance(self.scorer, CrossEncoder)
-        read = {
-            side: {name: self.schema.sides[side][name] for name in names} for side, names in self.scorer.texts.items()
-        }
+    def _by_features(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
+        """Return the scorer's term of the scores, [p]."""
+        assert isinstance(self.scorer, FeatureScorer)
+        sides = self.scorer.features.items()
+        read = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
         declared: dict[str, Feature] = join_sides(read["query"], read["doc"])
         pads, parts = paddings(declared), [torch.zeros(0)]
         pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
@@ -101,7 +100,7 @@ class PairScorer:
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
         """Return the vectors' scores of pairs, [p]."""
         distinct, column = np.unique(docs, return_inverse=True)
-        scorer = self.scorer if isinstance(self.scorer, MlpScorer) else None
+        scorer = self.scorer if isinstance(self.scorer, VectorScorer) else None
         by_query, by_doc = (query_vectors, document_vectors) if scorer is None else (_query_output, _document_output)
         q = self._encoded(self.schema.query, queries, by_query)[torch.from_numpy(row)]
         d = self._encoded(self.schema.doc, self.documents(distinct), by_doc)[torch.from_numpy(column)]

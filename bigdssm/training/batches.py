@@ -27,7 +27,7 @@ from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.upload import uploaded_batches
 from bigdssm.losses import sample_uniform
-from bigdssm.losses.declarations import BatchKL, ListDistillation
+from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models.embedding_tables import tables_of_features
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
@@ -64,7 +64,7 @@ class BatchBuilder:
         self._dataset, self._config, self._seed = dataset, stage.negatives, seed
         self._distils = isinstance(stage.distillation, ListDistillation)
         self._teacher_margin, self._steps_per_epoch = stage.negatives.mining.teacher_margin, stream.steps_per_epoch
-        teacher = stage.distillation.teacher if isinstance(stage.distillation, BatchKL) else None
+        teacher = stage.distillation.teacher if isinstance(stage.distillation, BatchDistillation) else None
         self._teacher = None if teacher is None else TeacherVectors(Path(teacher))
         self._rank, self._world_size = stream.rank, stream.world_size
         catalogue = None if stream.inline else dataset.catalogue

@@ -29,7 +29,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.evaluation.metrics import find_metric
 from bigdssm.loader.plain_stream import find_shards
-from bigdssm.losses.declarations import BatchKL, ListDistillation
+from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.hard_negatives import HardNegatives
@@ -83,7 +83,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
                     f"{name}.{key}: got {value}, needs a teacher's scores, and {stage.negatives.mining.file} has none; "
                     "bigdssm score_pairs writes them"
                 )
-    if isinstance(stage.distillation, BatchKL):
+    if isinstance(stage.distillation, BatchDistillation):
         TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
     _check_writable(config.stage_dir(name))
     source = config.initial_model(name)

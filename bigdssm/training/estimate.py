@@ -31,7 +31,7 @@ from bigdssm.loader.batch import Batch
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.step_plan import StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
-from bigdssm.models import CrossEncoder, DualEncoder, Encoded, use_eager_attention
+from bigdssm.models import DualEncoder, Encoded, FeatureScorer, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
 from bigdssm.models.precision import settle_precision
@@ -448,7 +448,7 @@ def _towers(
     doc = whole_features(batch.doc, plan.doc) if batch.doc_vectors is None else None
     whole: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
     fixed: list[dict[str, Any]] = []  # inputs of frozen towers
-    if isinstance(model.scorer, CrossEncoder):
+    if isinstance(model.scorer, FeatureScorer):
         fixed = [chunk.inputs for chunk in chunks] or [whole]
         chunks = [*pair_chunks(model.scorer, batch, candidates["candidates"], budget)]
     retained_inputs = [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [{**whole, **candidates}]

@@ -25,7 +25,6 @@ from bigdssm.losses import (
     LossOutput,
     StreamingFrequency,
     apply_sampling,
-    batch_kl,
     contrastive_loss,
     matryoshka_loss,
     norm_penalty,
@@ -33,7 +32,7 @@ from bigdssm.losses import (
     scored_loss,
 )
 from bigdssm.losses.contrastive import SharedColumns
-from bigdssm.losses.declarations import BatchKL, ListDistillation
+from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.losses.masks import occurrences
 from bigdssm.models import Encoded
 
@@ -141,8 +140,8 @@ class Objective:
             )  # fmt: skip
             columns: SharedColumns = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
             output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)
-            if isinstance(distillation, BatchKL):
-                return self._added(output, self._of_teacher(distillation.temperature, vectors, encoded, batch, weight))
+            if isinstance(distillation, BatchDistillation):
+                return self._added(output, self._of_teacher(distillation, vectors, encoded, batch, weight))
             if not isinstance(distillation, ListDistillation):
                 return output
             # on the serving score, without corrections or masks: the teacher scores every candidate
@@ -155,21 +154,22 @@ class Objective:
         return matryoshka_loss(loss, encoded.U, encoded.W, self._loss.widths or (), self._normalize)
 
     def _of_teacher(
-        self, temperature: float, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch, weight: Tensor
-    ) -> Tensor:
-        """Compute the KL divergence from the teacher's scores, in the loss's directions; a collective."""
+        self, distillation: BatchDistillation, vectors: tuple[Tensor, Tensor], encoded: Encoded, batch: Batch,
+        weight: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Compute the distillation of the teacher's scores, in the loss's directions; a collective."""
         assert batch.teacher_query is not None and batch.teacher_doc is not None
         (U, W), queries, documents = vectors, batch.teacher_query, batch.teacher_doc
-        alpha, direction = encoded.alpha, self._loss.direction
-        values = []
+        alpha, direction, temperature = encoded.alpha, self._loss.direction, distillation.temperature
+        loss, values = distillation.build(), []
         if direction in ("q2d", "both"):
             beta = None if self._scalar_beta else encoded.beta
             teacher = BatchTeacher(queries, documents, temperature)
-            values.append(batch_kl(U, W, teacher, alpha=alpha, beta=beta, weight=weight, counts=batch.counts))
+            values.append(loss(U, W, teacher, alpha=alpha, beta=beta, weight=weight, counts=batch.counts))
         if direction in ("d2q", "both"):  # the queries of each positive; beta is constant and cancels
             positive = batch.positive
             teacher = BatchTeacher(documents[positive], queries, temperature)
-            values.append(batch_kl(W[positive], U, teacher, alpha=alpha, weight=weight))
+            values.append(loss(W[positive], U, teacher, alpha=alpha, weight=weight))
         return torch.stack(values).mean()
 
     def _added(self, output: LossOutput, distillation: Tensor) -> LossOutput:

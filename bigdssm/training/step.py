@@ -31,7 +31,7 @@ from bigdssm.loader.chunks import Chunked, at_least_one, join_sides, split_sides
 from bigdssm.loader.row_stream import RowReport
 from bigdssm.loader.step_plan import Chunk, SidePlan, StepPlan, StepRequirements, TokenBudget, plan_side
 from bigdssm.losses import LossOutput
-from bigdssm.models import CrossEncoder, DualEncoder, Encoded, Values
+from bigdssm.models import DualEncoder, Encoded, FeatureScorer, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils import timing
 from bigdssm.utils.device import RandomState, to_device
@@ -184,7 +184,7 @@ def encode(
 
     extra_inputs: inputs of the model's forward in addition to the features of both sides, by name; only if whole.
     """
-    if isinstance(getattr(engine.module, "scorer", None), CrossEncoder):
+    if isinstance(getattr(engine.module, "scorer", None), FeatureScorer):
         return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
     encoded = (
         _whole(engine, batch, plan, extra_inputs)
@@ -354,11 +354,11 @@ def encode_pairs(
 ) -> tuple[Encoded, Backward, StepPlan]:
     """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`.
 
-    All ranks must call it. The score is the sum of the cross-encoder's output and the towers' score, which has no
+    All ranks must call it. The score is the sum of the scorer's output and the towers' score, which has no
     gradient.
     """
     scorer = cast(DualEncoder, engine.module).scorer
-    assert isinstance(scorer, CrossEncoder)
+    assert isinstance(scorer, FeatureScorer)
     chunks = pair_chunks(scorer, batch, candidates, cast(Any, engine).budget)
     side = chunks[0].side
     if len(chunks) > 1:
@@ -370,7 +370,7 @@ def encode_pairs(
     return encoded, partial(_backward, engine, chunks), replace(plan, pairs=side.plan)
 
 
-def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
+def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
     """Return the pairs of each query with its candidates, columns int64 [m, l], in chunks.
 
     All ranks must call it. The ranks agree on the number of chunks, and on the number of those that retain their graph.
@@ -381,7 +381,7 @@ def pair_chunks(scorer: CrossEncoder, batch: Batch, candidates: Tensor, budget: 
         else batch.query_positions.row
     )
     row, column = row.repeat_interleave(candidates.shape[1]), candidates.flatten()
-    query, doc = scorer.texts["query"], scorer.texts["doc"]
+    query, doc = scorer.features["query"], scorer.features["doc"]
     features = join_sides(
         {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
     )

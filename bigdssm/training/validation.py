@@ -20,8 +20,7 @@ from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
 from bigdssm.evaluation.metrics import means, row_metrics, standard_errors
 from bigdssm.evaluation.reranking import Reranking, encoders_of
-from bigdssm.models import DualEncoder, Scorer
-from bigdssm.models.declarations import CrossEncoderConfig
+from bigdssm.models import DualEncoder, FeatureScorer, Scorer
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.training.engine import Engine, device
@@ -65,7 +64,7 @@ class Validator:
         if self._validation.num_rows(SPLIT) == 0:
             return None
         rerank = None
-        if isinstance(self._stage.scorer, CrossEncoderConfig):
+        if isinstance(cast(DualEncoder, engine.module).scorer, FeatureScorer):
             dataset, catalogue = self._dataset, self._dataset.catalogue
             scorer = PairScorer(engine.deepspeed, dataset.schema, catalogue.columns, device())
             rerank = Reranking(scorer, self._stage.rerank)

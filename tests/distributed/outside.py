@@ -37,8 +37,9 @@ from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.terms import Scores, SoftmaxTerm, TermResult
+from bigdssm.models import VectorScorer
 from bigdssm.models.blocks import AttentionContext, attend, split_heads
-from bigdssm.models.declarations import register_block, register_text_encoder
+from bigdssm.models.declarations import VectorScorerConfig, register_block, register_scorer, register_text_encoder
 from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
@@ -239,6 +240,30 @@ class Shared(FrequencyCorrection):
 
     def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return self.share * correction, (1 - self.share) * correction
+
+
+@register_scorer
+@dataclass(frozen=True)
+class BilinearConfig(VectorScorerConfig):
+    """A bilinear form of both vectors, of low rank."""
+
+    name: str = "bilinear"
+    rank: int = bounded(4, 1)
+
+    def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> nn.Module:
+        return Bilinear(model.dim, self.rank)
+
+
+class Bilinear(VectorScorer):
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.query, self.doc = nn.Linear(dim, rank), nn.Linear(dim, rank)
+
+    def new(self) -> Bilinear:
+        return Bilinear(self.query.in_features, self.query.out_features)
+
+    def forward(self, u: Tensor, w: Tensor) -> Tensor:
+        return (self.query(u) * self.doc(w)).sum(-1)
 
 
 @register_optimizer

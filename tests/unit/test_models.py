@@ -14,9 +14,10 @@ from bigdssm.config import ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
-from bigdssm.models import ALPHA_MAX, DualEncoder, MlpScorer, new_model, use_eager_attention
+from bigdssm.models import ALPHA_MAX, DualEncoder, new_model, use_eager_attention
 from bigdssm.models.declarations import Sasrec, Transformer
 from bigdssm.models.encoders.transformer import TransformerEncoder
+from bigdssm.models.scorers import MlpScorer
 
 QUERY = {
     "history": History(of="item", max_items=6).with_name("history"),

@@ -17,9 +17,10 @@ from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.loader.batch import lengths_of
-from bigdssm.models import CrossEncoder, QueryPositions, SideSize, new_model
+from bigdssm.models import QueryPositions, SideSize, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders.transformer import TransformerEncoder
+from bigdssm.models.scorers import CrossEncoder
 from bigdssm.training import health
 from bigdssm.training.health import TimeTable
 from bigdssm.utils import timing

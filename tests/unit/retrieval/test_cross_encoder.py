@@ -18,9 +18,9 @@ from bigdssm.evaluation.reranking import Reranking
 from bigdssm.features import TextTokenizer
 from bigdssm.ingest.sources.beir import Collection, CollectionEntry
 from bigdssm.loader.collate import Collator
-from bigdssm.models import CrossEncoder, DualEncoder, new_model
+from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.declarations import CrossEncoderConfig
-from bigdssm.models.scorers import join_texts
+from bigdssm.models.scorers import CrossEncoder, join_texts
 from bigdssm.retrieval import pair_scorer
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index

@@ -18,8 +18,9 @@ from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.loader.collate import Collator
-from bigdssm.models import DualEncoder, MlpScorer
+from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import MlpConfig
+from bigdssm.models.scorers import MlpScorer
 
 from .conftest import SMALL, random_model
 
