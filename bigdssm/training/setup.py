@@ -46,9 +46,7 @@ from bigdssm.utils.log import get_logger
 logger = get_logger(__name__)
 
 
-def build_model(
-    config: Config, name: StageName, dataset: Dataset, resume: bool
-) -> tuple[DualEncoder, Schema | None]:
+def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> tuple[DualEncoder, Schema | None]:
     """Build a new model, or load the initial model and check it against dataset and config; return it with its schema.
 
     A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights

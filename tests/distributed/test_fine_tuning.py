@@ -33,10 +33,10 @@ class Stopped(Exception):
 
 
 def test_a_scorer_from_outside_the_package_is_trained_and_ranks_the_catalogue(
-    config: Path,
-    reference: Path,
+    config: Path,  # noqa: F811
+    reference: Path,  # noqa: F811
     tmp_path: Path,
-    outside_pools: dict[int, Pool],  # noqa: F811
+    outside_pools: dict[int, Pool],
 ) -> None:
     overrides = (
         f"sft.init={reference / 'pretrain' / 'best'}", "sft.loss.name=pair_ce", "sft.scorer={name: bilinear, rank: 3}",
@@ -51,9 +51,9 @@ def test_a_scorer_from_outside_the_package_is_trained_and_ranks_the_catalogue(
 def with_components_from_outside(
     rank: int,
     world_size: int,
-    config: Path,
+    config: Path,  # noqa: F811
     run_dir: Path,
-    overrides: tuple[str, ...],  # noqa: F811
+    overrides: tuple[str, ...],
 ) -> None:
     from . import outside  # noqa: F401, it registers a scorer
 

@@ -155,8 +155,8 @@ BUGS = [
     Bug("unknown", "the_start_of_the_segment_before_is_reported", "training.validation:Validator.describe",
         "at_start[-1:]", "at_start[:1]",
         f"{UNIT}/test_second_day.py::test_the_start_of_a_segment_is_not_the_end_of_the_one_before"),
-    Bug("unknown", "old_rows_select_old_weights", "training.loop:validate",
-        "if evaluation and trainer.validator.decides:", "if evaluation:",
+    Bug("unknown", "old_rows_select_old_weights", "training.trainer:Trainer.validate",
+        "if self.validator.decides:", "if True:",
         f"{UNIT}/test_second_day.py::test_old_rows_select_nothing"),
     # Sampling correction.
     Bug("sampling", "wrong_sign", "losses.sampling:apply_sampling",
