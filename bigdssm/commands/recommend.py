@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import ProgressBar, add_overwrite, add_search_options, check_file_to_write, command, refuse_options
-from bigdssm.commands.search import FILTER_HELP, SEEN, SEEN_HELP
+from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.index import open_index
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--key-column", metavar="NAME", help="column of TABLE with query keys")
     parser.add_argument("--events-column", metavar="NAME", help="column of TABLE with the document keys of the history")
     parser.add_argument("--top", type=int, default=10, help="documents per query (default: %(default)s)")
-    parser.add_argument("--filter", metavar="CONDITIONS", help=FILTER_HELP)
+    parser.add_argument("--filter", metavar="CONDITIONS", help=HELPS["filter"])
     parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
     parser.add_argument(
         "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"

@@ -19,6 +19,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -27,14 +28,14 @@ from rich.table import Table
 from bigdssm.cli import add_overwrite, add_search_options, at_least, check_file_to_write, command, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import ScoredDocument
-from bigdssm.retrieval.request import Event, Request, parse_request
+from bigdssm.retrieval.request import HELP, Event, Request, parse_request
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import mark_written, new_file
 
+HELPS = {field.name: field.metadata[HELP] for field in fields(Request)}
 SEEN = {"allow": False, "exclude": True}
 SEEN_HELP = "whether results may include seen documents (default: data.exclude_seen of the model)"
-FILTER_HELP = "conditions that results must satisfy, such as 'year >= 1990' (default: none)"
 RERANK_HELP = "re-rank the top K documents with the model's scorer (default: no re-ranking)"
 
 
@@ -43,15 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_search_options(parser)
-    parser.add_argument("--user", metavar="KEY", help="key of a user in the dataset")
-    parser.add_argument("--document", metavar="KEY", help="document to use as the query, for siamese models")
+    for name, metavar in (("user", "KEY"), ("document", "KEY"), ("filter", "CONDITIONS")):
+        parser.add_argument(f"--{name}", metavar=metavar, help=HELPS[name])
     parser.add_argument(
         "--history", metavar="ITEMS", help="events to append: document keys or titles, oldest first, separated by ;"
     )
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features")
-    parser.add_argument("--filter", metavar="CONDITIONS", help=FILTER_HELP)
     parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
-    parser.add_argument("--top", type=int, default=10, help="number of documents (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)")
     parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
     parser.add_argument("--request", metavar="FILE", help="file with a request as JSON, - for standard input")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV")
@@ -76,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _request(args: argparse.Namespace) -> Request:
-    if args.top < 1:
-        raise ConfigError(f"--top {args.top}: needs at least 1")
     titles = [title for title in (args.history or "").split(";") if title.strip()]
     features = None if args.text is None else _feature_values(args.text)
     return Request(

@@ -1,72 +1,74 @@
-"""Search requests: one type for the Python API, the command line and the server."""
+"""Search requests: one declaration for the Python API, the command line and the server (serving/app.py)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from bigdssm.errors import ConfigError
+from bigdssm.utils.bounds import BOUND, Bound
 
 MAX_ERROR_CHARACTERS = 80
+HELP = "help"  # in the metadata of a field, with BOUND
 
 
 @dataclass(frozen=True)
 class Event:
-    """An interaction of the requesting user."""
+    """An interaction of the requesting user, of the kind that the model was trained on."""
 
-    item: str  # key or title of a document
-    time: float | None = None  # in the unit of `Request.now`; without times, events are listed oldest first
-    action: str | None = None  # reserved: histories contain items only
+    item: str = field(metadata={HELP: "key or title of a document; unknown documents are skipped"})
+    time: float | None = field(
+        default=None, metadata={HELP: "in the unit of now; without times, list events oldest first"}
+    )
+    action: str | None = field(default=None, metadata={HELP: "type of interaction; reserved, no model reads it"})
 
     def __post_init__(self) -> None:
         """Raise ConfigError: a value of another type."""
         if self.item is None:
             raise ConfigError("item of an event is missing; give a document's key or title")
-        _check_text("item of an event", self.item)
-        _check_number("time of an event", self.time)
-        _check_text("action of an event", self.action)
+        _check_values(self, " of an event")
 
 
 @dataclass(frozen=True)
 class Request:
     """A query, and constraints on the documents returned.
 
-    `user` loads the features and events of a user of the dataset; `features` override them and `events` follow them.
-    Absent features are missing values.
+    `features` override those of `user`. A feature's value is a string as typed by a user, a number, a list of strings,
+    or a vector; absent features are missing values. An empty list of `events` is a user without events.
     """
 
-    user: str | None = None
-    features: dict[str, Any] | None = None  # a string as typed by a user, a number, a list of strings, or a vector
-    events: list[Event] | None = None  # of the history; an empty list: a user without events
-    now: float | None = None  # later events are ignored
-    filter: str | None = None  # see filters.py
-    exclude_seen: bool | None = None  # exclude documents of events; None: the model's data.exclude_seen
-    top: int = 10
-    document: str | None = None  # key of the query document, if queries are documents
+    user: str | None = field(
+        default=None, metadata={HELP: "user of the dataset; its features and events precede the given"}
+    )
+    features: dict[str, Any] | None = field(default=None, metadata={HELP: "query feature values"})
+    events: list[Event] | None = field(default=None, metadata={HELP: "recent events of the user"})
+    now: float | None = field(default=None, metadata={HELP: "later events are ignored"})
+    filter: str | None = field(
+        default=None, metadata={HELP: "conditions that results must satisfy, such as year >= 1990"}
+    )
+    exclude_seen: bool | None = field(
+        default=None, metadata={HELP: "exclude documents of events; by default as the model's data.exclude_seen"}
+    )
+    top: int = field(default=10, metadata={HELP: "number of documents", BOUND: Bound(at_least=1)})
+    document: str | None = field(default=None, metadata={HELP: "key of the query document, if queries are documents"})
 
     def __post_init__(self) -> None:
-        """Raise ConfigError: a value of another type."""
-        for name in ("user", "filter", "document"):
-            _check_text(name, getattr(self, name))
-        _check_number("now", self.now)
-        if self.features is not None and not isinstance(self.features, Mapping):
-            raise _refused("features", self.features, "a mapping of features to values")
-        for name in self.features or ():
-            _check_text("the name of a feature", name)
-        if self.events is not None:
-            if isinstance(self.events, str | bytes) or not isinstance(self.events, Sequence):
-                raise _refused("events", self.events, "a list of events")
-            if wrong := [event for event in self.events if not isinstance(event, Event)]:
-                raise _refused("events", wrong[0], "events such as Event('i3', time=5)")
-        if self.exclude_seen is not None and not isinstance(self.exclude_seen, bool | np.bool_):
-            raise _refused("exclude_seen", self.exclude_seen, "true or false")
-        if isinstance(self.top, bool) or not isinstance(self.top, Integral):
-            raise _refused("top", self.top, "a whole number")
+        """Raise ConfigError: a value of another type, or `top` below 1."""
+        _check_values(self)
+
+
+@cache
+def value_types(kind: type[Event | Request]) -> dict[str, Any]:
+    """Return the type of each field's values other than None."""
+    hints = get_type_hints(kind).items()
+    return {name: hint.__args__[0] if isinstance(hint, UnionType) else hint for name, hint in hints}
 
 
 def parse_request(content: Mapping[str, Any]) -> Request:
@@ -96,22 +98,47 @@ def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
         raise ConfigError(f"{where}: got the unknown key {key!r}; the keys are {', '.join(known)}")
 
 
+def _check_values(values: Event | Request, owner: str = "") -> None:
+    types = value_types(type(values))
+    for declared in fields(values):
+        value, kind, where = getattr(values, declared.name), types[declared.name], f"{declared.name}{owner}"
+        if value is None and declared.default is None:
+            continue
+        if kind is str:
+            _check_text(where, value)
+        elif kind is bool:
+            if not isinstance(value, bool | np.bool_):
+                raise _refused(where, value, "true or false")
+        elif kind is int:
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise _refused(where, value, "a whole number")
+        elif kind is float:
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise _refused(where, value, "a number")
+            try:
+                finite = math.isfinite(value)
+            except OverflowError:  # an integer beyond float64
+                finite = False
+            if not finite:
+                raise _refused(where, value, "a finite number")
+        elif kind == list[Event]:
+            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+                raise _refused(where, value, "a list of events")
+            if wrong := [event for event in value if not isinstance(event, Event)]:
+                raise _refused(where, wrong[0], "events such as Event('i3', time=5)")
+        else:
+            if not isinstance(value, Mapping):
+                raise _refused(where, value, "a mapping of features to values")
+            for name in value:
+                _check_text("the name of a feature", name)
+        bound = declared.metadata.get(BOUND)
+        if bound is not None and not bound.holds(value):
+            raise _refused(where, value, str(bound))
+
+
 def _check_text(where: str, value: Any) -> None:
-    if value is not None and not isinstance(value, str):
+    if not isinstance(value, str):
         raise _refused(where, value, f"a text, such as {str(value)[:MAX_ERROR_CHARACTERS]!r}")
-
-
-def _check_number(where: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _refused(where, value, "a number")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
-        finite = False
-    if not finite:
-        raise _refused(where, value, "a finite number")
 
 
 def _refused(where: str, value: Any, needed: str) -> ConfigError:

@@ -70,8 +70,6 @@ class Queries:
 
     def of(self, request: Request) -> Query:
         """Resolve a request. Raises: ConfigError, DataError: invalid for this model, or an unknown user."""
-        if request.top < 1:
-            raise ConfigError(f"top is {request.top}, needs at least 1")
         _check_query(request)
         columns, stored_events = _missing(self._schema, self._tokenizer), NOTHING
         if request.user is not None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +16,23 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    WrapValidator,
+    create_model,
+)
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from bigdssm.errors import BigDSSMError, CheckpointError, DataError
 from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.index import ScoredDocument
-from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.request import HELP, Event, Request, parse_request, value_types
 from bigdssm.serving.batching import Overloaded
 from bigdssm.serving.limits import RequestLimits, error_response, validation_message
 from bigdssm.serving.live import ActiveSearcher, LiveSearcher
@@ -60,34 +69,36 @@ Value = Annotated[
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
 
 
-class EventBody(BaseModel):
-    """An interaction of the requesting user, of the kind that the model was trained on."""
+def _body(kind: type[Event | Request], **types: Any) -> Any:
+    """Return the JSON body of a declaration of request.py, within the server's limits. `types` replaces types."""
+    served = {
+        str: ShortText,
+        float: Number,
+        bool: StrictBool,
+        int: Annotated[Top, Field(strict=True), BeforeValidator(_integer)],
+        dict[str, Any]: Annotated[dict[ShortText, Value], Field(max_length=MOST_ENTRIES)],
+    }
+    declared: dict[str, Any] = {}
+    for field in fields(kind):
+        value, is_optional = types.get(field.name) or served[value_types(kind)[field.name]], field.default is None
+        default = ... if field.default is MISSING else field.default
+        declared[field.name] = (
+            value | None if is_optional else value,
+            Field(default, description=field.metadata[HELP]),
+        )
+    name = f"{kind.__name__}Body"
+    return create_model(name, __config__=ConfigDict(extra="forbid"), __doc__=kind.__doc__, **declared)
 
-    model_config = ConfigDict(extra="forbid")
 
-    item: ShortText = Field(description="key or title of a document; unknown documents are skipped")
-    time: Number | None = Field(None, description="in the unit of now; without times, list events oldest first")
-    action: ShortText | None = Field(None, description="type of interaction; reserved, no model reads it")
+EventBody = _body(Event)
 
 
-class RequestBody(BaseModel):
+class RequestBody(_body(Request, events=Annotated[list[EventBody], Field(max_length=MOST_ENTRIES)])):  # type: ignore[misc]
     """A search request: the query, and constraints on the results."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    user: ShortText | None = Field(None, description="user of the dataset; its features and events precede the given")
-    document: ShortText | None = Field(None, description="key of the query document, if queries are documents")
-    features: dict[ShortText, Value] | None = Field(None, max_length=MOST_ENTRIES, description="query feature values")
-    events: list[EventBody] | None = Field(None, max_length=MOST_ENTRIES, description="recent events of the user")
-    now: Number | None = Field(None, description="later events are ignored")
-    filter: ShortText | None = Field(None, description="filter of documents, such as year >= 1990")
-    exclude_seen: StrictBool | None = Field(None, description="exclude documents of events; null: as in training")
-    top: Annotated[int, Field(ge=1, le=MOST_DOCUMENTS, strict=True), BeforeValidator(_integer)] = 10
 
     def request(self) -> Request:
         """Convert to the library's Request."""
-        events = None if self.events is None else [Event(**event.model_dump()) for event in self.events]
-        return Request(**{**{name: getattr(self, name) for name in RequestBody.model_fields}, "events": events})
+        return parse_request(self.model_dump(include={field.name for field in fields(Request)}))
 
 
 class ExplanationBody(RequestBody):
