@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from bigdssm.config.components import (
@@ -63,13 +63,6 @@ def register_distillation(cls: Class) -> Class:
     if not issubclass(cls, ListDistillation | BatchDistillation):
         raise TypeError(f"{cls.__name__}: a distillation is a ListDistillation or a BatchDistillation")
     return DISTILLATIONS.register(cls)
-
-
-def describe(loss: LossConfig | DistillationConfig) -> str:
-    """Format a loss with the keys that affect its value, for messages and the comparison of ranks."""
-    common = {"direction", *(f.name for f in fields(LossConfig))}
-    keys = ", ".join(f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if f.name not in common)
-    return f"{loss.name}({keys})" if keys else loss.name
 
 
 @dataclass(frozen=True)
@@ -121,7 +114,7 @@ class PairLoss(LossConfig):
         """Build the term, a function of scores."""
         from bigdssm.losses.terms import PairTerm
 
-        return PairTerm(self)
+        return PairTerm(self, self.value, self.slope)
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
@@ -252,9 +245,9 @@ class ListDistillation(DistillationConfig):
 
     def build(self) -> Any:
         """Build the term, a function of scores."""
-        from bigdssm.losses.distillation import DistillationTerm
+        from bigdssm.losses.terms import DistillationTerm
 
-        return DistillationTerm(self)
+        return DistillationTerm(self, self.value, self.slope)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless hard negatives are read from a file with teacher scores."""

@@ -1,4 +1,4 @@
-"""Distillation from a teacher's scores of candidates or of all documents of the global batch."""
+"""Distillation from a teacher's scores of all documents of the global batch; that of candidates is a term."""
 
 from __future__ import annotations
 
@@ -10,49 +10,9 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.contrastive import attach
-from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.inputs import LossInputError, exchange, require
-from bigdssm.losses.terms import Scores, Term, TermResult, weighted
 
 STRIP_CELLS = 1 << 22  # scores computed at a time
-
-
-class DistillationTerm(Term):
-    """The term of a distillation of teacher scores of candidates."""
-
-    uses_teacher = True
-    loss: ListDistillation
-
-    def on_vectors(self, scores: Scores) -> TermResult:
-        """Compute the values and their gradients; a collective."""
-        assert scores.passes is None, "its documents are candidates"
-        inputs = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
-        grad_ml = weighted(scores.weight_m[:, None], self.loss.slope(*inputs))
-        S_ml = inputs[0].masked_fill(~inputs[2], -torch.inf)
-        largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
-        return TermResult(
-            weighted(scores.weight_m, self.loss.value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
-            largest_m, S_ml.logsumexp(1), None,
-        )  # fmt: skip
-
-    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
-        """Return the values [m], differentiable by autograd."""
-        return self.loss.value(*self._inputs(positive_m, negative_mk, used_mk, teacher_ml))
-
-    def _inputs(
-        self, positive_m: Tensor, candidate_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores, teacher scores over the temperature, and the mask where both exist.
-
-        A query without a teacher score of its positive has no other valid document, and so no loss.
-        """
-        assert teacher_ml is not None
-        scored_ml = teacher_ml.isfinite()
-        valid_ml = torch.cat([torch.ones_like(scored_ml[:, :1]), scored_ml[:, :1] & scored_ml[:, 1:] & used_mk], 1)
-        # filled before the loss, so that no −inf reaches a gradient
-        S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
-        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & scored_ml), 0.0) / self.loss.temperature
-        return S_ml, T_ml, valid_ml
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ Shape legend: m queries of this rank and k candidates per query, l = 1 + k with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bigdssm.config import LossConfig
-from bigdssm.losses.declarations import ListDistillation, PairLoss, describe
+from bigdssm.config import DistillationConfig, LossConfig
 from bigdssm.losses.kernels import Gradients, PairSums, RowSums, ScorePasses
 
 
@@ -56,12 +56,14 @@ class Term(ABC):
     directions: ClassVar[tuple[str, ...]] = ("q2d",)
     uses_teacher: ClassVar[bool] = False  # needs a teacher's scores, see `distillation`
 
-    def __init__(self, loss: LossConfig | ListDistillation) -> None:
+    def __init__(self, loss: LossConfig | DistillationConfig) -> None:
         self.loss = loss
 
     def __str__(self) -> str:
-        """Format the loss with its keys, for messages."""
-        return describe(self.loss)
+        """Format the loss with the keys that affect its value, for messages and the comparison of ranks."""
+        common = {"direction", *(f.name for f in fields(LossConfig))}
+        keys = ", ".join(f"{f.name}={getattr(self.loss, f.name)!r}" for f in fields(self.loss) if f.name not in common)
+        return f"{self.loss.name}({keys})" if keys else self.loss.name
 
     @abstractmethod
     def on_vectors(self, scores: Scores) -> TermResult:
@@ -120,7 +122,12 @@ class SoftmaxTerm(Term):
 class PairTerm(Term):
     """A pairwise loss, evaluated for one negative at a time."""
 
-    loss: PairLoss
+    loss: LossConfig
+
+    def __init__(self, loss: LossConfig, value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> None:
+        """`value` and `slope` as in `declarations.PairLoss`."""
+        super().__init__(loss)
+        self._value, self._slope = value, slope
 
     def on_vectors(self, scores: Scores) -> TermResult:
         """Compute the values and their gradients; a collective."""
@@ -137,8 +144,8 @@ class PairTerm(Term):
         if self.loss.relative:
             grad_m = -weighted(scale_m, pairs.slope + slope_mk.sum(1))
         else:
-            value_m = value_m + weighted(weight_m, self.loss.value(-positive_m))
-            grad_m = -weighted(weight_m, self.loss.slope(-positive_m))
+            value_m = value_m + weighted(weight_m, self._value(-positive_m))
+            grad_m = -weighted(weight_m, self._slope(-positive_m))
         largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
         best_m = torch.maximum(largest_m, positive_m)
         candidate_grad_mk = weighted(scale_m[:, None], slope_mk)
@@ -148,15 +155,61 @@ class PairTerm(Term):
         """Compute the values [m], differentiable by autograd."""
         # filled before and after the loss, so that no −inf reaches a gradient
         x_mk = negative_mk.masked_fill(~used_mk, 0.0)
-        values_mk = self.loss.value(x_mk - positive_m[:, None] if self.loss.relative else x_mk)
+        values_mk = self._value(x_mk - positive_m[:, None] if self.loss.relative else x_mk)
         sum_m = values_mk.masked_fill(~used_mk, 0.0).sum(1)
-        return sum_m / used_mk.sum(1).clamp(min=1) if self.loss.relative else sum_m + self.loss.value(-positive_m)
+        return sum_m / used_mk.sum(1).clamp(min=1) if self.loss.relative else sum_m + self._value(-positive_m)
 
     def _value_and_slope(self, S: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Overwrites S; `positive` broadcasts."""
         if self.loss.relative:
             S -= positive
-        return self.loss.value(S), self.loss.slope(S)
+        return self._value(S), self._slope(S)
+
+
+class DistillationTerm(Term):
+    """The term of a distillation of teacher scores of candidates."""
+
+    uses_teacher = True
+    loss: DistillationConfig
+
+    def __init__(
+        self, loss: DistillationConfig, value: Callable[[Tensor, Tensor, Tensor], Tensor],
+        slope: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> None:  # fmt: skip
+        """`value` and `slope` as in `declarations.ListDistillation`."""
+        super().__init__(loss)
+        self._value, self._slope = value, slope
+
+    def on_vectors(self, scores: Scores) -> TermResult:
+        """Compute the values and their gradients; a collective."""
+        assert scores.passes is None, "its documents are candidates"
+        inputs = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
+        grad_ml = weighted(scores.weight_m[:, None], self._slope(*inputs))
+        S_ml = inputs[0].masked_fill(~inputs[2], -torch.inf)
+        largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
+        return TermResult(
+            weighted(scores.weight_m, self._value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
+            largest_m, S_ml.logsumexp(1), None,
+        )  # fmt: skip
+
+    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
+        """Return the values [m], differentiable by autograd."""
+        return self._value(*self._inputs(positive_m, negative_mk, used_mk, teacher_ml))
+
+    def _inputs(
+        self, positive_m: Tensor, candidate_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores, teacher scores over the temperature, and the mask where both exist.
+
+        A query without a teacher score of its positive has no other valid document, and so no loss.
+        """
+        assert teacher_ml is not None
+        scored_ml = teacher_ml.isfinite()
+        valid_ml = torch.cat([torch.ones_like(scored_ml[:, :1]), scored_ml[:, :1] & scored_ml[:, 1:] & used_mk], 1)
+        # filled before the loss, so that no −inf reaches a gradient
+        S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
+        T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & scored_ml), 0.0) / self.loss.temperature
+        return S_ml, T_ml, valid_ml
 
 
 def softplus(x: Tensor) -> Tensor:

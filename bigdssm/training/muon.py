@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bigdssm.training.optimizers import AdamW
+Groups = list[dict[str, Any]]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for other parameters as one optimizer, with shared groups and states."""
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, adamw: AdamW) -> None:
+    def __init__(self, groups: Groups, momentum: float, build_adamw: Callable[[Groups], torch.optim.Optimizer]) -> None:
         """Build both over `groups`; Muon takes the group "matrices"."""
         super().__init__(groups, {})
         matrices = [group for group in self.param_groups if group["name"] == "matrices"]
@@ -23,7 +24,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
             self._both.append(muon)
         if others:
-            self._both.append(adamw.build(others))
+            self._both.append(build_adamw(others))
         for optimizer in self._both:
             optimizer.state = self.state
         self.param_groups = [group for optimizer in self._both for group in optimizer.param_groups]

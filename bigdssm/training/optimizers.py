@@ -51,7 +51,7 @@ class Muon(AdamW):
         """Build both as one optimizer."""
         from bigdssm.training.muon import MuonAndAdamW
 
-        return MuonAndAdamW(groups, self.momentum, AdamW(betas=self.betas, eps=self.eps))
+        return MuonAndAdamW(groups, self.momentum, super().build)
 
     def state_of(self, group: str) -> tuple[str, ...]:
         """Return the name of Muon's momentum for matrices, else those of AdamW's moments."""

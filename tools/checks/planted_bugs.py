@@ -187,7 +187,7 @@ BUGS = [
     Bug("losses", "accuracy_counts_ties", "losses.contrastive:reduce_output",
         "local.positive_m > local.largest_m", "local.positive_m >= local.largest_m",
         f"{RANKS}/test_fps_parity.py::test_statistics"),
-    Bug("distillation", "temperature_ignored", "losses.distillation:DistillationTerm._inputs",
+    Bug("distillation", "temperature_ignored", "losses.terms:DistillationTerm._inputs",
         " / self.loss.temperature", "",
         f"{RANKS}/test_distillation.py::test_equals_the_dense_loss"),
     Bug("distillation", "unscored_documents_counted", "losses.declarations:_others",
