@@ -16,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from bigdssm import distributed
 from bigdssm.config import Config, StageName, load_written_config
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.utils.log import MetricsWriter, read_records, truncate_records
+from bigdssm.utils.log import MetricsWriter, metric_label, read_records, truncate_records
 
 
 class Trackers:
@@ -159,12 +159,6 @@ def training_seconds(folder: Path) -> float:
             seconds += (record["step"] - before) * rows_global / record["rows_per_s"]
             before = record["step"]
     return seconds
-
-
-def metric_label(name: str) -> str:
-    """Return the display name of a metric, such as `NDCG@10` for ndcg_at_10."""
-    base, at, cut = name.partition("_at_")
-    return (base.upper() if len(base) <= 4 else base.capitalize()) + at.replace("_at_", "@") + cut
 
 
 def selection_score(record: dict[str, Any]) -> float | None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bigdssm.cluster.metrics import METRICS_FILE, metric_label, read_stage, stage_folders
+from bigdssm.cluster.metrics import METRICS_FILE, read_stage, stage_folders
 from bigdssm.cluster.run_folder import is_locked, lock_holder, read_events
 from bigdssm.errors import DataError
-from bigdssm.utils.log import get_logger, read_records, truncate_rank_records
+from bigdssm.utils.log import get_logger, metric_label, read_records, truncate_rank_records
 
 WINDOW_STEPS, FEWEST_STEPS = 100, 20
 DEVIATIONS, LEAST_RISE = 8.0, 0.25

@@ -17,9 +17,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import ProgressBar, command
+from bigdssm.cli import command
 from bigdssm.evaluation.comparison import differences, table
 from bigdssm.evaluation.run_comparison import RunDifference, compare
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import get_args
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_overwrite, check_width, command
+from bigdssm.cli import add_overwrite, command
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.retrieval.embed import tower_encoders, truncate_encoders
+from bigdssm.retrieval.embed import check_width, tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.vector_files import (
     FileFormat,
@@ -36,6 +36,7 @@ from bigdssm.retrieval.vector_files import (
     write_file,
 )
 from bigdssm.retrieval.vectors import Dtype, read_meta, write_vectors
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, at_least, command
+from bigdssm.cli import at_least, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
@@ -28,6 +28,7 @@ from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.hashing import json_checksum
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

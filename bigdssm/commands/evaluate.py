@@ -23,7 +23,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import ProgressBar, add_overwrite, at_least, check_file_to_write, check_width, command, refuse_options
+from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
@@ -42,11 +42,12 @@ from bigdssm.evaluation.comparison import (
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
-from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
-from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
+from bigdssm.retrieval.embed import check_width, encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import mark_written, write_json
+from bigdssm.utils.progress import ProgressBar
 
 BEIR_OPTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",

@@ -14,11 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import PERCENTILES, Description, describe, sample_rows
+from bigdssm.utils.progress import ProgressBar
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,12 +24,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import ProgressBar, add_overwrite, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.candidates import write_candidates, write_rated
 from bigdssm.retrieval.embed import Share
 from bigdssm.utils.atomic import mark_written
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from bigdssm.cli import ProgressBar, refuse_options, run_main
+from bigdssm.cli import refuse_options, run_main
 from bigdssm.errors import ConfigError
 from bigdssm.ingest.api import EngineName, make_dataset
-from bigdssm.ingest.engines.spark import PREFIX
 from bigdssm.ingest.job import IngestReport
+from bigdssm.sources.opening import SPARK_PREFIX
+from bigdssm.utils.progress import ProgressBar
 from bigdssm.utils.urls import is_url
 
 
@@ -44,7 +45,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _table(word: str) -> Path | str:
     """Return a URL or query unchanged, another word as a path."""
-    return word if is_url(word) or word.startswith(PREFIX) else Path(word)
+    return word if is_url(word) or word.startswith(SPARK_PREFIX) else Path(word)
 
 
 def _setting(word: str) -> tuple[str, str]:
@@ -56,7 +57,7 @@ def _setting(word: str) -> tuple[str, str]:
 
 def _is_override(word: str) -> bool:
     """Return True for key=value, which may be anywhere, including after a list of files."""
-    return "=" in word and not word.startswith(("-", PREFIX)) and not is_url(word) and not Path(word).exists()
+    return "=" in word and not word.startswith(("-", SPARK_PREFIX)) and not is_url(word) and not Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:

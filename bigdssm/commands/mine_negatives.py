@@ -20,7 +20,7 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_overwrite, check_file_to_write, command
+from bigdssm.cli import add_overwrite, check_file_to_write, command
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
@@ -29,6 +29,7 @@ from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.vectors import read_vectors
 from bigdssm.utils.atomic import mark_written
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

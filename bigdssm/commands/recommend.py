@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_overwrite, add_search_options, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, refuse_options
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -30,6 +30,7 @@ from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.utils.atomic import mark_written
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

@@ -26,7 +26,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import ProgressBar, add_overwrite, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, check_file_to_write, command, refuse_options
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.cache import FileCache
@@ -46,10 +46,11 @@ from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
-from bigdssm.ingest.sources.beir import Collection, read_collection
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
+from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import mark_written, write_json
+from bigdssm.utils.progress import ProgressBar
 
 
 @command

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, add_overwrite, at_least, check_file_to_write, command
+from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.teachers import (
@@ -39,6 +39,7 @@ from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.log import Progress
+from bigdssm.utils.progress import ProgressBar
 
 ROWS_PER_SHARD = 1024
 

@@ -25,6 +25,7 @@ from bigdssm.features.vocabulary import PartFile, Vocabulary
 
 SCHEMA_FILE, VOCABULARIES, SIAMESE = "schema.json", "vocabularies", "siamese"
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
+QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
 FORMAT = 1
 
 

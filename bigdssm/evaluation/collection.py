@@ -23,11 +23,11 @@ from bigdssm.features import Feature, TextTokenizer, histories_of
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import SourceBatch
 from bigdssm.features.ragged import Column
-from bigdssm.ingest.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.utils.log import Progress, no_progress
 
 TOP = 100  # documents retrieved per query

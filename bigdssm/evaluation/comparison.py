@@ -15,7 +15,6 @@ import xxhash
 from rich.box import SIMPLE
 from rich.table import Table
 
-from bigdssm.cluster.metrics import metric_label
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
@@ -23,6 +22,7 @@ from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import file_checksum
+from bigdssm.utils.log import metric_label
 
 RUN_METRICS = ("ndcg_at_10", "recall_at_100", "mrr")
 MARKOV = "Markov, window 3"

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cluster.metrics import CONFIG_FILE, flatten, metric_label, read_stage, selection_score, stage_folders
+from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -16,7 +16,7 @@ from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.comparison import System
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import encoders_of
-from bigdssm.utils.log import Progress, no_progress
+from bigdssm.utils.log import Progress, metric_label, no_progress
 
 ABSENT = "—"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.ingest.sources.beir import add_judgement, check_judgements, numbered_lines, parse_integer
+from bigdssm.sources.beir import add_judgement, check_judgements, numbered_lines, parse_integer
 from bigdssm.utils.atomic import write_text
 
 Run = Mapping[str, Mapping[str, float]]

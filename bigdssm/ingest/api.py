@@ -28,9 +28,9 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.sources.base import Source
-from bigdssm.ingest.sources.columnar import ParquetSource
-from bigdssm.ingest.sources.files import LocalFile
+from bigdssm.sources.base import Source
+from bigdssm.sources.columnar import ParquetSource
+from bigdssm.sources.files import LocalFile
 from bigdssm.utils.arguments import argument, checked, short_repr
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.urls import exists, is_url, join, redacted, upload_folder

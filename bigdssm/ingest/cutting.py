@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.row_keys import shuffle_keys, uniform
 from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, distinct_documents
 from bigdssm.features import Feature, TextTokenizer, encode_columns
@@ -23,7 +24,6 @@ from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
 from bigdssm.ingest.existing_events import EarlierEvents
 from bigdssm.ingest.job import Ingestion
-from bigdssm.ingest.row_keys import shuffle_keys, uniform
 from bigdssm.ingest.sorting import read_bucket, stable_order, write_buckets
 from bigdssm.ingest.splits import SPLITS
 from bigdssm.ingest.writing import move_files, write_arrow

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from bigdssm.dataset.partition import FORMAT, read_dataset_json
 from bigdssm.dataset.remote import KEYS_SUFFIX
-from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
+from bigdssm.dataset.schema import QUARANTINE_FILE, SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features.columns import TimeUnits
 from bigdssm.ingest.reading import Quarantine
@@ -39,7 +39,7 @@ from bigdssm.utils.atomic import (
 from bigdssm.utils.hashing import file_checksum
 from bigdssm.utils.locks import WriterLock, lock_path
 
-DATASET_FILE, QUARANTINE_FILE = "dataset.json", "quarantine.jsonl"
+DATASET_FILE = "dataset.json"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"
 WITHDRAWALS, ITEM_PARTITIONS = "withdrawals", "item_partitions"
 AS_OF = {"users": "rows", "items": "events"}  # the reference time of features that change

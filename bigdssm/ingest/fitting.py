@@ -16,6 +16,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigdssm.config import DataConfig, TokenizerConfig
+from bigdssm.dataset.row_keys import uniform
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
@@ -23,7 +24,6 @@ from bigdssm.features.tokenizer import FolderPrompts, prompts_in
 from bigdssm.ingest.documents import canonical_columns
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
-from bigdssm.ingest.row_keys import uniform
 from bigdssm.utils.log import get_logger
 
 log = get_logger(__name__)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.dataset.keys import SortedKeys
+from bigdssm.dataset.row_keys import hash_rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.versions import SINCE_COLUMN
 from bigdssm.errors import DataError
@@ -50,9 +51,8 @@ from bigdssm.ingest.reading import (
     read_part,
     row_ordinals,
 )
-from bigdssm.ingest.row_keys import hash_rows
-from bigdssm.ingest.sources.base import Source
 from bigdssm.ingest.splits import DEFAULT_FRACTIONS, SplitTime, SplitTimes
+from bigdssm.sources.base import Source
 from bigdssm.utils.string_hashing import hash_strings
 
 CUT_COLUMNS = ("split", "sequence", "first", "end_", "shuffle")

@@ -31,7 +31,6 @@ from bigdssm.ingest.documents import (
     fitted_documents,
     write_document_keys,
 )
-from bigdssm.ingest.engines.spark import SparkTable, open_table
 from bigdssm.ingest.engines.tables import RowTable, read_facts
 from bigdssm.ingest.existing_events import EarlierEvents
 from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
@@ -48,6 +47,7 @@ from bigdssm.ingest.job import (
 )
 from bigdssm.ingest.sorting import shuffled
 from bigdssm.ingest.splits import SPLITS, SplitTimes, check_dataset_split, check_fractions, dataset_split, quantiles
+from bigdssm.sources.opening import SparkTable, open_table
 from bigdssm.utils.log import Progress, no_progress
 
 

@@ -23,14 +23,14 @@ from bigdssm.ingest.documents import (
     number_documents,
     number_versions,
 )
-from bigdssm.ingest.engines.spark import open_table
 from bigdssm.ingest.engines.tables import RowFile
 from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
 from bigdssm.ingest.interaction_tables import read_items
 from bigdssm.ingest.job import Ingestion, IngestReport, IngestTarget, check_column_names, ingestion
 from bigdssm.ingest.reading import TablePart, column_options, read_part
-from bigdssm.ingest.sources.base import Source
 from bigdssm.ingest.writing import write_arrow
+from bigdssm.sources.base import Source
+from bigdssm.sources.opening import open_table
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.string_hashing import hash_strings
 

@@ -24,12 +24,13 @@ from bigdssm.features import Feature, TextTokenizer, Vector
 from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, DatasetWriter
 from bigdssm.ingest.documents import DistinctDocuments
 from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.spark import Cluster, SparkEngine, SparkTable
+from bigdssm.ingest.engines.spark import Cluster, SparkEngine
 from bigdssm.ingest.engines.tables import RowTable, read_facts
 from bigdssm.ingest.reading import TablePart, UnreadableTable, bad_rows, table_parts
-from bigdssm.ingest.sources.base import Source
-from bigdssm.ingest.sources.text import MissingColumn
 from bigdssm.ingest.writing import Encode, write_catalogue, write_counts, write_split
+from bigdssm.sources.base import Source
+from bigdssm.sources.opening import SparkTable
+from bigdssm.sources.text import MissingColumn
 from bigdssm.utils.hashing import code_checksum
 from bigdssm.utils.log import Progress, no_progress
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from bigdssm.config import DataConfig
 from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.partition import read_partition
+from bigdssm.dataset.row_keys import hash_rows, row_keys, shuffle_keys
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
@@ -36,7 +37,6 @@ from bigdssm.ingest.documents import (
     spool_columns,
 )
 from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.spark import open_table
 from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
 from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
@@ -50,19 +50,6 @@ from bigdssm.ingest.job import (
     ingestion,
 )
 from bigdssm.ingest.reading import TablePart, column_options, feature_columns, read_part, row_ordinals
-from bigdssm.ingest.row_keys import hash_rows, row_keys, shuffle_keys
-from bigdssm.ingest.sources.base import Source
-from bigdssm.ingest.sources.beir import (
-    COLLECTION,
-    CORPUS_FILE,
-    META_FILE,
-    OWN_FILES,
-    QRELS_DIR,
-    QUERIES_FILE,
-    check_output_folder,
-    write_entries,
-    write_judgements,
-)
 from bigdssm.ingest.splits import (
     DEFAULT_FRACTIONS,
     SPLITS,
@@ -73,6 +60,19 @@ from bigdssm.ingest.splits import (
     check_dataset_split,
     dataset_split,
 )
+from bigdssm.sources.base import Source
+from bigdssm.sources.beir import (
+    COLLECTION,
+    CORPUS_FILE,
+    META_FILE,
+    OWN_FILES,
+    QRELS_DIR,
+    QUERIES_FILE,
+    check_output_folder,
+    write_entries,
+    write_judgements,
+)
+from bigdssm.sources.opening import open_table
 from bigdssm.utils.atomic import new_folder, real_path, write_json
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.string_hashing import hash_strings

@@ -17,8 +17,8 @@ from bigdssm.errors import DataError, UnavailableError
 from bigdssm.features import Feature
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits
 from bigdssm.ingest.engines.tables import write_facts
-from bigdssm.ingest.sources.base import Part, Source
-from bigdssm.ingest.sources.text import MissingColumn
+from bigdssm.sources.base import Part, Source
+from bigdssm.sources.text import MissingColumn
 
 MAX_VALUES = 1 << 12  # per row
 

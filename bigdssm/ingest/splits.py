@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.dataset.row_keys import uniform
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, parse_time, strings, times
 from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges, read_facts
-from bigdssm.ingest.row_keys import uniform
 from bigdssm.ingest.sorting import float_sort_keys, sort_key_to_float
 from bigdssm.utils.string_hashing import hash_strings
 

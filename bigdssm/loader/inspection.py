@@ -11,12 +11,11 @@ import pyarrow as pa
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.index import read_index
-from bigdssm.dataset.schema import Schema
+from bigdssm.dataset.row_keys import pair_hash
+from bigdssm.dataset.schema import QUARANTINE_FILE, Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Decoder, Feature
 from bigdssm.features.ragged import Ragged
-from bigdssm.ingest.dataset_writer import QUARANTINE_FILE
-from bigdssm.ingest.row_keys import pair_hash
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.collate import Collator
 

@@ -24,19 +24,19 @@ from braceexpand import braceexpand
 
 from bigdssm.dataset.blocks import BadRow
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.row_keys import hash_rows, row_keys
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column, from_arrow
-from bigdssm.ingest.row_keys import hash_rows, row_keys
-from bigdssm.ingest.sources.files import LocalFile
-from bigdssm.ingest.sources.text import record_batch
-from bigdssm.ingest.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
 from bigdssm.loader.lanes import LaneRows
 from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.workers import WorkerSteps
+from bigdssm.sources.files import LocalFile
+from bigdssm.sources.text import record_batch
+from bigdssm.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
 from bigdssm.utils.hashing import derive_key, hash64
 from bigdssm.utils.log import get_logger
 from bigdssm.utils.string_hashing import hash_strings

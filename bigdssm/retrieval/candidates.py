@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.row_keys import pair_hash
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.features.columns import RowCheck, strings, value_lists
-from bigdssm.ingest.row_keys import pair_hash
-from bigdssm.ingest.sources.registry import read_table
 from bigdssm.retrieval.embed import Share, iterate_share
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype
 from bigdssm.retrieval.mining import TrainPositives
+from bigdssm.sources.opening import read_table
 from bigdssm.utils.array_file import new_array, seal
 from bigdssm.utils.atomic import new_file, real_path
 from bigdssm.utils.hashing import mix64

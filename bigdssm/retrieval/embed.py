@@ -21,12 +21,14 @@ from bigdssm.dataset.catalogue import NO_ROWS, Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features, Paddings, paddings, to_features
+from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
 from bigdssm.loader.batch import lengths_of
 from bigdssm.loader.chunks import Chunked
 from bigdssm.loader.collate import Collator
 from bigdssm.loader.step_plan import NOTHING_PACKED, plan_side, synchronized_plan
+from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.models.precision import resolve_precision
@@ -114,15 +116,21 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     return Encoders(queries, documents, has_beta=towers.has_beta)
 
 
+def check_width(option: str, width: int, dim: int) -> None:
+    """Raise ConfigError if vectors with `dim` dimensions cannot be truncated to `width`."""
+    if not 1 <= width <= dim:
+        raise ConfigError(f"{option} {width}: the model's vectors are {dim} wide, needs 1 to {dim}")
+
+
 def truncate_vectors(vectors: Tensor, width: int, normalize: bool, has_beta: bool = True) -> Tensor:
     """Truncate index vectors [n, D+1] to [n, width+1]; normalize: restore the norm (without beta).
 
     For models trained with loss.widths (Matryoshka); set `normalize` for cosine models.
     """
     end = vectors.shape[1] - has_beta
-    whole, first = vectors[:, :end], vectors[:, :width]
+    first = truncate(vectors, width, normalize)
     if normalize:
-        first = nn.functional.normalize(first, dim=1) * whole.norm(dim=1, keepdim=True)
+        first = first * vectors[:, :end].norm(dim=1, keepdim=True)
     return torch.cat([first, vectors[:, end:]], dim=1)
 
 

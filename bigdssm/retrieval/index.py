@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.checkpoints.checkpoint import check_file
-from bigdssm.cli import check_width
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
+from bigdssm.retrieval.embed import check_width
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, index_type
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import check_utf8

@@ -30,13 +30,13 @@ from bigdssm.features import Column, Feature, Ragged, histories_of, stored_featu
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.features.vector import Vector
-from bigdssm.ingest.sources.registry import read_table
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.search import histories
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, hash64, json_checksum
 from bigdssm.utils.log import get_logger

@@ -13,8 +13,7 @@ from typing import Any, cast
 import torch
 
 from bigdssm import distributed
-from bigdssm.cli import ProgressBar
-from bigdssm.cluster.metrics import Trackers, metric_label
+from bigdssm.cluster.metrics import Trackers
 from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.loader.batch import Batch
@@ -23,7 +22,8 @@ from bigdssm.models import DualEncoder, FeatureScorer
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
 from bigdssm.utils import timing
-from bigdssm.utils.log import get_logger
+from bigdssm.utils.log import get_logger, metric_label
+from bigdssm.utils.progress import ProgressBar
 
 logger = get_logger(__name__)
 

@@ -27,7 +27,7 @@ from bigdssm.checkpoints.checkpoint import (
     read_manifest,
 )
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.cluster.metrics import CONFIG_FILE, metric_label
+from bigdssm.cluster.metrics import CONFIG_FILE
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
 from bigdssm.config import Config, StageConfig, StageName, config_from, differences, load_written_config
 from bigdssm.dataset.dataset import Dataset
@@ -43,7 +43,7 @@ from bigdssm.models.embedding_tables import table_name
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.utils.bounds import RESUME_MAY_CHANGE
 from bigdssm.utils.components import components_of
-from bigdssm.utils.log import get_logger
+from bigdssm.utils.log import get_logger, metric_label
 
 # may      may change: it does not affect the trained model
 # longer   may increase; may have any value in a new segment

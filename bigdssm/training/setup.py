@@ -12,8 +12,7 @@ from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
 from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.cli import ProgressBar
-from bigdssm.cluster.metrics import Trackers, metric_label
+from bigdssm.cluster.metrics import Trackers
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, RowLog, versions
 from bigdssm.cluster.signals import StopRequest
@@ -41,7 +40,8 @@ from bigdssm.training.table_rows import build_tables
 from bigdssm.training.trainer import Trainer
 from bigdssm.training.validation import Validator, WeightAverage
 from bigdssm.training.warm_start import initialize_item_embeddings
-from bigdssm.utils.log import get_logger
+from bigdssm.utils.log import get_logger, metric_label
+from bigdssm.utils.progress import ProgressBar
 
 logger = get_logger(__name__)
 

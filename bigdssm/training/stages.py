@@ -13,7 +13,6 @@ import yaml
 from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.cli import ProgressBar
 from bigdssm.cluster.faults import Faults
 from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
@@ -34,6 +33,7 @@ from bigdssm.training.resume import StageProgress, check_folder, find_start, lim
 from bigdssm.training.setup import build_model, build_trainer
 from bigdssm.utils import atomic
 from bigdssm.utils.log import get_logger
+from bigdssm.utils.progress import ProgressBar
 
 logger = get_logger(__name__)
 _training = threading.Lock()

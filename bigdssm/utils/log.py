@@ -1,4 +1,4 @@
-"""Rank-aware logging, and files of JSON records (one per line)."""
+"""Rank-aware logging, and metrics as JSON records (one per line)."""
 
 from __future__ import annotations
 
@@ -121,6 +121,12 @@ def truncate_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None
         return
     kept = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
     write_text(path, "".join(kept))
+
+
+def metric_label(name: str) -> str:
+    """Return the display name of a metric, such as `NDCG@10` for ndcg_at_10."""
+    base, at, cut = name.partition("_at_")
+    return (base.upper() if len(base) <= 4 else base.capitalize()) + at.replace("_at_", "@") + cut
 
 
 def rank_file(folder: Path, name: str, rank: int) -> Path:

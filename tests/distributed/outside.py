@@ -32,8 +32,6 @@ from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
 from bigdssm.features import Column, Decoder, Feature, TextTokenizer, register
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
-from bigdssm.ingest.sources.base import FileSource, Part, register_source
-from bigdssm.ingest.sources.text import require_columns
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.terms import Scores, SoftmaxTerm, TermResult
@@ -44,6 +42,8 @@ from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
 from bigdssm.retrieval.vectors import CodedVectors
+from bigdssm.sources.base import FileSource, Part, register_source
+from bigdssm.sources.text import require_columns
 from bigdssm.training.optimizers import register_optimizer
 from bigdssm.utils.bounds import bounded
 

@@ -21,7 +21,7 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.reading import Quarantine
-from bigdssm.ingest.sources.text import JsonLinesSource
+from bigdssm.sources.text import JsonLinesSource
 from tests.conftest import TinyDataset
 
 ROOT = Path(__file__).resolve().parents[2]

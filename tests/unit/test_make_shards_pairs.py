@@ -18,8 +18,8 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Text, Vector
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.sources.beir import read_qrels_tsv
 from bigdssm.loader.inspection import sample_rows
+from bigdssm.sources.beir import read_qrels_tsv
 
 CONFIG = DataConfig(
     dir="",
@@ -376,7 +376,7 @@ def test_a_matrix_belongs_to_the_rows_of_one_table(tmp_path: Path) -> None:
 
 def test_a_batch_without_values_does_not_end_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unnested column whose values are all null or empty in a batch, with document vectors."""
-    monkeypatch.setattr("bigdssm.ingest.sources.text.ROWS_PER_BATCH", 2)
+    monkeypatch.setattr("bigdssm.sources.text.ROWS_PER_BATCH", 2)
     lines = [{"q": "a", "d": ["x", "y"], "v": [1, 2]}, {"q": "b", "d": ["z"], "v": [1, 2]}]
     for empty in ([], None):
         without = [{"q": "c", "d": empty, "v": [1, 2]}] * 2

@@ -20,7 +20,6 @@ from bigdssm.export.convert import export, folder_source
 from bigdssm.export.formats import PARITY_LIMIT
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.sources.beir import read_collection
 from bigdssm.losses import fps_loss
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import tower_encoders
@@ -30,6 +29,7 @@ from bigdssm.retrieval.recommend import SplitRows, TableRows
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
+from bigdssm.sources.beir import read_collection
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.utils.hashing import hash64
 from tests.siamese import NUM_DOCS, write_dataset

@@ -19,9 +19,9 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.ingest.sources import columnar, files
-from bigdssm.ingest.sources.base import Source
-from bigdssm.ingest.sources.registry import open_source, read_table
+from bigdssm.sources import columnar, files
+from bigdssm.sources.base import Source
+from bigdssm.sources.opening import open_source, read_table
 from bigdssm.utils.urls import fetch
 from tests.unit.test_hostile_tables import RECORDS, Maker
 

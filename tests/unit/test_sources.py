@@ -16,9 +16,9 @@ import pytest
 from bigdssm.errors import DataError
 from bigdssm.features import Numeric, Vector
 from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
-from bigdssm.ingest.sources.beir import read_collection, texts_and_metadata
-from bigdssm.ingest.sources.registry import read_table
-from bigdssm.ingest.sources.text import record_batch
+from bigdssm.sources.beir import read_collection, texts_and_metadata
+from bigdssm.sources.opening import read_table
+from bigdssm.sources.text import record_batch
 
 ROWS = [{"id": f"{i:03d}", "title": f'a "{i}" b', "year": i} for i in range(5)]
 
@@ -89,7 +89,7 @@ def test_broken_lines_are_named_and_the_others_keep_their_numbers(tmp_path: Path
 
 
 def test_row_numbers_stay_right_over_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.sources.text.BYTES_PER_BATCH", 1000)
+    monkeypatch.setattr("bigdssm.sources.text.BYTES_PER_BATCH", 1000)
     table = tmp_path / "t.csv"
     broken = {7, 8, 500, 999}
     table.write_text("a,b\n" + "".join(f"{i}\n" if i in broken else f"{i},x\n" for i in range(1, 1001)))
@@ -133,7 +133,7 @@ def test_an_open_quote_is_an_error_with_its_line(tmp_path: Path, case: str, suff
 
 
 def test_the_line_of_an_open_quote_counts_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.sources.text.BYTES_PER_BATCH", 1000)
+    monkeypatch.setattr("bigdssm.sources.text.BYTES_PER_BATCH", 1000)
     table = tmp_path / "t.csv"
     lines = [*(f"{i},x" for i in range(800)), '800,"x', *(f'{i},"x"' for i in range(801, 9999))]
     table.write_text("\n".join(["a,b", *lines]))
@@ -146,7 +146,7 @@ def test_quoted_fields_are_those_of_pythons_csv(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     """Fields of several lines, with quotes and delimiters, at any offset within a block."""
-    monkeypatch.setattr("bigdssm.ingest.sources.text.BYTES_PER_BATCH", block_bytes)
+    monkeypatch.setattr("bigdssm.sources.text.BYTES_PER_BATCH", block_bytes)
     random = np.random.RandomState(block_bytes)
     fields = ["".join(random.choice(list('ab",\r\n '), random.randint(12))) for _ in range(2000)]
     fields = [field.replace("\r\n", "\n") for field in fields]  # which Arrow reads as \r at the end of a block

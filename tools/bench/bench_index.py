@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import ProgressBar, at_least, run_main
+from bigdssm.cli import at_least, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
@@ -46,6 +46,7 @@ from bigdssm.retrieval.vectors import (
     truncate_like,
 )
 from bigdssm.utils.atomic import write_json
+from bigdssm.utils.progress import ProgressBar
 
 TOP = 100
 ROWS_PER_BATCH = 1024

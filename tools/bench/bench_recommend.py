@@ -21,7 +21,7 @@ import yaml
 from pyarrow import parquet
 
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
-from bigdssm.cli import ProgressBar, run_main
+from bigdssm.cli import run_main
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.ingest.api import make_dataset
@@ -32,6 +32,7 @@ from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import write_vectors
+from bigdssm.utils.progress import ProgressBar
 
 YEARS = (1960, 2020)
 CONFIG = {

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bigdssm.dataset.row_keys import mix
 from bigdssm.errors import DataError
-from bigdssm.ingest.row_keys import mix
 from bigdssm.utils.atomic import put_file, temporary_path
 from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, no_progress

@@ -16,7 +16,7 @@ from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor, as_completed
 
 from bigdssm.ingest.engines.tables import FIRST_ROW_DIGITS, ROWS_PER_READ, RowTable, finished_folder
-from bigdssm.ingest.sources.base import Source
+from bigdssm.sources.base import Source
 from bigdssm.utils.log import Progress, no_progress
 
 StepFunction = Callable[[Any, Path], None]

@@ -25,15 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableError
-from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.ingest.engines.local import LocalEngine, StepFunction, disk_full_errors
 from bigdssm.ingest.engines.tables import FIRST_ROW_DIGITS, ROWS_PER_READ, RowTable, finished_folder
 from bigdssm.ingest.reading import UnreadableTable
-from bigdssm.ingest.sources.base import Part, Source
-from bigdssm.ingest.sources.columnar import ParquetSource
-from bigdssm.ingest.sources.files import LocalFile
-from bigdssm.ingest.sources.registry import open_source
-from bigdssm.ingest.sources.text import require_columns
+from bigdssm.sources.base import Source
+from bigdssm.sources.columnar import ParquetSource
+from bigdssm.sources.files import LocalFile
+from bigdssm.sources.opening import SparkTable
+from bigdssm.sources.text import require_columns
 from bigdssm.utils.log import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 
 
 POLL_S = 1.0
-PREFIX = "spark:"
-QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
 ANSWERS = "number long, answer binary"
 DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
 DRIVER_BYTES_KEY = "spark.bigdssm.driverBytes"  # queries over at most this many bytes of files run on the driver
@@ -58,52 +55,6 @@ class Cluster:
 
     master: str | None = None  # None: from the settings or environment, else all local cores
     conf: tuple[tuple[str, str], ...] = ()
-
-
-class SparkTable(Source):
-    """A table or SQL query of the Spark session.
-
-    The engine converts it to files before it is read.
-    """
-
-    def __init__(self, text: str) -> None:
-        """`text` is the part after `spark:`, such as db.events, parquet.`/path` or SELECT …"""
-        self._text, self.name = text, f"{PREFIX}{text}"
-
-    def fingerprint(self) -> str:
-        """Return the text: the rows at the start of an ingestion are used for all of it."""
-        return self.name
-
-    def size(self) -> int:
-        """Return 0: unknown before reading."""
-        return 0
-
-    def split(self) -> Sequence[Part]:
-        """Raise ConfigError: only the Spark engine can read it."""
-        raise ConfigError(f"{self.name} is read by Spark; give --engine spark (engine='spark'), or a file")
-
-    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
-        """Never called, because there are no parts."""
-        raise NotImplementedError
-
-    def frame(self, session: SparkSession) -> DataFrame:
-        """Return the table as a DataFrame. Raises DataError: Spark cannot resolve it."""
-        query = self._text if QUERY.match(self._text) else f"SELECT * FROM {self._text}"
-        try:
-            return session.sql(query)
-        except Exception as error:  # any Java exception
-            raise DataError(f"{self.name}: Spark cannot resolve it: {_line(error)}") from error
-
-
-def open_table(table: str | Path | Source) -> Source:
-    """Open the table at a path, URL or spark: address; a source is returned unchanged.
-
-    Raises as `open_source`.
-    """
-    if isinstance(table, Source):
-        return table
-    text = str(table)
-    return SparkTable(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else open_source(table)
 
 
 class SparkEngine(LocalEngine):
@@ -161,7 +112,10 @@ class SparkEngine(LocalEngine):
         folder = self.spool / name
         if not folder.exists():
             self.progress(f"reading {source.name}", 0, None)
-            frame = source.frame(self.session)
+            try:
+                frame = self.session.sql(source.query)
+            except Exception as error:  # any Java exception
+                raise DataError(f"{source.name}: Spark cannot resolve it: {_line(error)}") from error
             require_columns(source.name, frame.columns, columns)
             quoted = [f"`{column.replace('`', '``')}`" for column in columns]
             with finished_folder(folder) as aside, _spark_errors(aside):

@@ -18,9 +18,9 @@ from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.api import make_dataset
-from bigdssm.ingest.sources import columnar
-from bigdssm.ingest.sources.registry import open_source
 from bigdssm.loader.pair_stream import PairStream
+from bigdssm.sources import columnar
+from bigdssm.sources.opening import open_source
 from bigdssm.utils import urls
 from tests.unit.test_source_parts import TABLE, in_parts, write_arrow, write_folder, write_parquet
 

@@ -10,8 +10,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bigdssm.dataset.row_keys import shuffle_keys
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.ingest.row_keys import shuffle_keys
 from bigdssm.ingest.writing import block_rows
 from bigdssm.loader.order import Order
 

@@ -27,13 +27,13 @@ from bigdssm.evaluation.trec import run_metrics
 from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.sources.beir import Collection, CollectionEntry, read_collection
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.pretrained import build_pretrained, pretrained_architecture, pretrained_encoder
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives, write_hard_negatives
 from bigdssm.retrieval.mining import mine
+from bigdssm.sources.beir import Collection, CollectionEntry, read_collection
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools
 

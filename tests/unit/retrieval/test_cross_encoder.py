@@ -16,7 +16,6 @@ from bigdssm.evaluation.collection import entry_columns, reranked_run
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking
 from bigdssm.features import TextTokenizer
-from bigdssm.ingest.sources.beir import Collection, CollectionEntry
 from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.declarations import CrossEncoderConfig
@@ -28,6 +27,7 @@ from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
+from bigdssm.sources.beir import Collection, CollectionEntry
 from tests.conftest import TinyDataset
 
 from .conftest import SMALL, random_model

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources.base import (
+from bigdssm.sources.base import (
     BYTES_PER_BATCH,
     READING_ERRORS,
     ROWS_PER_BATCH,
@@ -26,8 +26,8 @@ from bigdssm.ingest.sources.base import (
     reading_error,
     register_source,
 )
-from bigdssm.ingest.sources.files import LocalFile, RemoteFile, TableFile
-from bigdssm.ingest.sources.text import column_names, require_columns
+from bigdssm.sources.files import LocalFile, RemoteFile, TableFile
+from bigdssm.sources.text import column_names, require_columns
 
 ROWS_PER_PART = 1_000_000  # at most, unless a single chunk has more
 

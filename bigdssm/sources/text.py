@@ -20,7 +20,7 @@ import pyarrow.csv as pa_csv
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Part, as_utf8, register_source
+from bigdssm.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Part, as_utf8, register_source
 
 # RecBole headers contain types, as in `item_id:token`
 HEADER_TYPE = re.compile(r":(token|float)(_seq)?\Z")

@@ -1,24 +1,64 @@
-"""Opening the table at a path or URL with the source of its format."""
+"""The entrance of tables: a path, a URL or an address of Spark is opened as the source of its format."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bigdssm.errors import DataError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources import webdataset  # noqa: F401, registers its format
-from bigdssm.ingest.sources.base import SOURCES, Source
-from bigdssm.ingest.sources.columnar import (
+from bigdssm.sources import webdataset  # noqa: F401, registers its format
+from bigdssm.sources.base import SOURCES, Part, Source
+from bigdssm.sources.columnar import (
     PARQUET_SUFFIX,
     ParquetSource,
     is_saved_dataset,
     parquet_names,
     saved_dataset,
 )
-from bigdssm.ingest.sources.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
-from bigdssm.ingest.sources.text import MissingColumn
+from bigdssm.sources.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
+from bigdssm.sources.text import MissingColumn
 from bigdssm.utils.urls import is_folder, is_url, join, list_names
+
+SPARK_PREFIX = "spark:"
+SPARK_QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
+
+
+class SparkTable(Source):
+    """A table or SQL query of the Spark session, which the Spark engine converts to files before it is read."""
+
+    def __init__(self, text: str) -> None:
+        """`text` is the part after `spark:`, such as db.events, parquet.`/path` or SELECT …"""
+        self.name = f"{SPARK_PREFIX}{text}"
+        self.query = text if SPARK_QUERY.match(text) else f"SELECT * FROM {text}"
+
+    def fingerprint(self) -> str:
+        """Return the text: the rows at the start of an ingestion are used for all of it."""
+        return self.name
+
+    def size(self) -> int:
+        """Return 0: unknown before reading."""
+        return 0
+
+    def split(self) -> Sequence[Part]:
+        """Raise ConfigError: only the Spark engine can read it."""
+        raise ConfigError(f"{self.name} is read by Spark; give --engine spark (engine='spark'), or a file")
+
+    def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
+        """Never called, because there are no parts."""
+        raise NotImplementedError
+
+
+def open_table(table: str | Path | Source) -> Source:
+    """Open the table at a path, URL or spark: address; a source is returned unchanged.
+
+    Raises as `open_source`.
+    """
+    if isinstance(table, Source):
+        return table
+    text = str(table)
+    return SparkTable(text.removeprefix(SPARK_PREFIX)) if text.startswith(SPARK_PREFIX) else open_source(table)
 
 
 def open_source(path: str | Path) -> Source:

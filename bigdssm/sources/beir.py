@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, Text, texts_of
-from bigdssm.ingest.sources.text import parse_object, typed
+from bigdssm.sources.text import parse_object, typed
 from bigdssm.utils.atomic import check_replaceable
 
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"

@@ -17,7 +17,7 @@ from xxhash import xxh3_128_hexdigest
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, is_invalid_utf8
-from bigdssm.ingest.sources.files import TableFile
+from bigdssm.sources.files import TableFile
 from bigdssm.utils.components import add_named
 
 # exceptions of readers for damaged files

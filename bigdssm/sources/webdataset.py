@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, ClassVar
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.ingest.sources.base import FileSource, Part, register_source
-from bigdssm.ingest.sources.files import TableFile
-from bigdssm.ingest.sources.text import MAX_RECORD_BYTES, Record, parse_object, record_batches
+from bigdssm.sources.base import FileSource, Part, register_source
+from bigdssm.sources.files import TableFile
+from bigdssm.sources.text import MAX_RECORD_BYTES, Record, parse_object, record_batches
 
 UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")
 TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
