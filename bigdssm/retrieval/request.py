@@ -65,7 +65,7 @@ class Request:
 
 
 @cache
-def value_types(kind: type[Event | Request]) -> dict[str, Any]:
+def value_types(kind: type) -> dict[str, Any]:
     """Return the type of each field's values other than None."""
     hints = get_type_hints(kind).items()
     return {name: hint.__args__[0] if isinstance(hint, UnionType) else hint for name, hint in hints}

@@ -87,10 +87,11 @@ def _body(kind: type[Event | Request], **types: Any) -> Any:
             Field(default, description=field.metadata[HELP]),
         )
     name = f"{kind.__name__}Body"
-    return create_model(name, __config__=ConfigDict(extra="forbid"), __doc__=kind.__doc__, **declared)
+    return create_model(name, __config__=ConfigDict(extra="forbid"), **declared)
 
 
-EventBody = _body(Event)
+class EventBody(_body(Event)):  # type: ignore[misc]
+    """An interaction of the requesting user, of the kind that the model was trained on."""
 
 
 class RequestBody(_body(Request, events=Annotated[list[EventBody], Field(max_length=MOST_ENTRIES)])):  # type: ignore[misc]

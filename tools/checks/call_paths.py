@@ -88,7 +88,7 @@ from fastapi.testclient import TestClient
 searcher = Searcher.open({model!r}, "index", data="datasets/shop")
 with TestClient(make_app(searcher)) as client:
     for turn in range({number}):
-        answer = client.post("/api/search", json={{"features": {{"history": ["i1", f"i{{turn}}"]}}, "k": 5}})
+        answer = client.post("/api/search", json={{"events": [{{"item": "i1"}}, {{"item": f"i{{turn}}"}}], "top": 5}})
         assert answer.status_code == 200, answer.text
 """
         return self.calls("-c", program)
