@@ -31,11 +31,15 @@ class SortedKeys:
         order = np.argsort((keys >> 48).astype(np.int16), kind="stable")
         ordered = keys[order]
         for known, numbers in self._parts:
-            if len(known) and len(keys):
-                at = np.minimum(np.searchsorted(known, ordered), len(known) - 1)
-                hit = known[at] == ordered
-                rows[order[hit]] = numbers[at[hit]]
+            at, found = find_sorted(known, ordered)
+            rows[order[found]] = numbers[at[found]]
         return rows
+
+
+def find_sorted(sorted_keys: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Look up keys [m] in ascending keys; return (positions int64 [m], found bool [m])."""
+    at = np.minimum(np.searchsorted(sorted_keys, keys), max(len(sorted_keys) - 1, 0))
+    return at, sorted_keys[at] == keys if len(sorted_keys) else np.zeros(len(keys), bool)
 
 
 def write_keys(path: Path, num_keys: int, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -157,8 +157,5 @@ def entry_columns(
 ) -> dict[str, Column]:
     """Encode `entries` as feature columns, as in shards and catalogue."""
     batch = SourceBatch("collection", texts_and_metadata(features, entries), np.arange(1, len(entries) + 1))
-    return columns_of(batch, features, tokenizer, _ignore)
-
-
-def _ignore(file: str, row: int, reason: str, left_out: bool = True) -> None:
-    """Ignore unreadable values, which become missing; ingestion has reported them."""
+    # unreadable values become missing; ingestion has reported them
+    return columns_of(batch, features, tokenizer, lambda *_, **__: None)

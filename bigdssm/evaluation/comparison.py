@@ -89,12 +89,10 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     same = {name: {w for w, b in zip(whole, bare, strict=True) if b == name} for name in bare}
     # A suffix is kept if two files differ in nothing else.
     parts = [Path(b if len(same[b]) == 1 else w).parts for w, b in zip(whole, bare, strict=True)]
-    return [next("/".join(path[-n:]) for n in range(1, len(path) + 1) if _unique(path[-n:], parts)) for path in parts]
-
-
-def _unique(tail: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> bool:
-    """Return whether exactly one distinct path ends with `tail`."""
-    return len({path for path in paths if path[-len(tail) :] == tail}) == 1
+    tails = ([path[-n:] for n in range(1, len(path) + 1)] for path in parts)
+    # per path the first tail that no other distinct path has
+    distinct = set(parts)
+    return [next("/".join(t) for t in of_path if sum(p[-len(t) :] == t for p in distinct) == 1) for of_path in tails]
 
 
 def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) -> list[System]:
@@ -124,21 +122,13 @@ def differences(pairs: Sequence[tuple[System, System]], metrics: Sequence[str] |
     """Return a line per pair: first minus second, with 95 % intervals."""
     lines = []
     for a, b in pairs:
-        parts = [
-            f"{metric_label(name)} {a.difference(b, name)}{_range_of_seeds(a, b, name)}"
-            for name in metrics or table_metrics()
-        ]
+        parts = []
+        for name in metrics or table_metrics():
+            of_seeds = (a.values[name] - b.values[name]).mean(axis=-1)
+            seeds = f" (seeds {of_seeds.min():+.4f} to {of_seeds.max():+.4f})" if of_seeds.ndim else ""
+            parts.append(f"{metric_label(name)} {a.difference(b, name)}{seeds}")
         lines.append(f"{a.name} − {b.name}: {', '.join(parts)}")
     return lines
-
-
-def _range_of_seeds(a: System, b: System, metric: str) -> str:
-    """Return for example ` (seeds +0.0410 to +0.0490)`; empty without seeds."""
-    difference = a.values[metric] - b.values[metric]
-    if difference.ndim == 1:
-        return ""
-    of_seeds = difference.mean(axis=1)
-    return f" (seeds {of_seeds.min():+.4f} to {of_seeds.max():+.4f})"
 
 
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:

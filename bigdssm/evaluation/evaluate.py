@@ -16,16 +16,14 @@ from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import (
-    SeenDocuments,
     inner_product_scoring,
     pair_scoring,
     ranks_of_round,
     ranks_of_scores,
 )
 from bigdssm.evaluation.reranking import RERANKED_AT_ONCE, Reranking, ScoredEncoders
-from bigdssm.features.ragged import offsets_of
 from bigdssm.retrieval.embed import DocumentVectors, Encoders, Share, all_finite, encode_catalogue, encode_queries
-from bigdssm.retrieval.exact_search import QUERIES_AT_ONCE, Pairs, excluded_documents, rounds
+from bigdssm.retrieval.exact_search import QUERIES_AT_ONCE, excluded_documents, rounds
 from bigdssm.utils.log import Progress, no_progress
 
 SCORES_PER_CHUNK = 16_777_216  # of `evaluate_scores`, 128 MiB of float64
@@ -102,9 +100,9 @@ def evaluate_scores(
     rows_per_chunk = max(1, min(1024, SCORES_PER_CHUNK // dataset.catalogue.num_docs))
     ranks, query_ids = [np.zeros(0)], [np.zeros(0, np.int64)]
     for rows in dataset.iterate(split, rows_per_chunk):
-        excluded = _as_seen(excluded_documents(dataset, exclude_seen)(rows), len(rows))
-        table, target = as_tensor(scores(rows)), as_tensor(rows.doc_rows)
-        rank = ranks_of_scores(table, target, excluded, as_tensor(dataset.catalogue.withdrawn))
+        queries, docs = excluded_documents(dataset, exclude_seen)(rows)
+        table, target, excluded = map(as_tensor, (scores(rows), rows.doc_rows, docs.astype(np.int64)))
+        rank = ranks_of_scores(table, target, (as_tensor(queries), excluded), as_tensor(dataset.catalogue.withdrawn))
         ranks.append(_of_relevant(rank, rows))
         query_ids.append(rows.query_ids)
     return _evaluation(ranks, query_ids, started)
@@ -114,11 +112,6 @@ def _evaluation(ranks: Sequence[np.ndarray], query_ids: Sequence[np.ndarray], st
     everything = np.concatenate(ranks)
     seconds = time.perf_counter() - started
     return Evaluation(everything, np.concatenate(query_ids), mean_metrics(everything), seconds)
-
-
-def _as_seen(excluded: Pairs, num_queries: int) -> SeenDocuments:
-    queries, docs = excluded
-    return SeenDocuments(as_tensor(docs).long(), as_tensor(offsets_of(np.bincount(queries, minlength=num_queries))))
 
 
 def _of_relevant(ranks: Tensor, rows: Rows) -> np.ndarray:

@@ -94,19 +94,15 @@ def standard_errors(values: Mapping[str, np.ndarray], query_ids: np.ndarray | No
     query_ids: int64 [rows]; default: a distinct query per row. Source: Cochran 1977, section 6.3 (ratio estimator:
     sums per query over rows per query).
     """
-    return {name: _standard_error(np.atleast_2d(rows), query_ids) for name, rows in values.items()}
-
-
-def _standard_error(values_SR: np.ndarray, query_ids: np.ndarray | None) -> float:
-    seeds, rows = values_SR.shape
-    sums_1Q, counts_Q = _by_query((values_SR - values_SR.mean()).mean(axis=0, keepdims=True), query_ids)
-    queries = len(counts_Q)
-    if queries < 2:
-        return float("nan")
-    variance = (sums_1Q**2).sum() / rows**2 * queries / (queries - 1)
-    if seeds > 1:
-        variance += values_SR.mean(axis=1).var(ddof=1) / seeds
-    return float(variance**0.5)
+    errors = dict.fromkeys(values, float("nan"))
+    for name, metric_values in values.items():
+        values_SR = np.atleast_2d(metric_values)
+        seeds, rows = values_SR.shape
+        sums_1Q, counts_Q = _by_query((values_SR - values_SR.mean()).mean(axis=0, keepdims=True), query_ids)
+        if (queries := len(counts_Q)) >= 2:
+            of_seeds = values_SR.mean(axis=1).var(ddof=1) / seeds if seeds > 1 else 0.0
+            errors[name] = float(((sums_1Q**2).sum() / rows**2 * queries / (queries - 1) + of_seeds) ** 0.5)
+    return errors
 
 
 def _by_query(values_SR: np.ndarray, query_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigdssm import distributed
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.exact_search import LEAST_ROWS, ExcludedDocuments, SearchRound, inner_products
 
@@ -22,18 +23,8 @@ TILE_SCORES = 8_388_608  # per tile, 32 MiB of float32
 # rank the documents of a collapsed model, whose scores are all equal.
 TIE_RELATIVE = 16 * torch.finfo(torch.float32).eps
 
-
-@dataclass(frozen=True)
-class SeenDocuments:
-    """Catalogue rows to exclude: for query i, `values[offsets[i]:offsets[i + 1]]`."""
-
-    values: Tensor  # int64
-    offsets: Tensor  # int64 [m+1]
-
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Return (query, catalogue row) per entry, both int64."""
-        lengths = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths), self.values
+Pairs = tuple[Tensor, Tensor]
+"""(query, catalogue row) of documents to exclude, both int64."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +69,10 @@ def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVect
     """
     target = batch.of_targets(documents, scoring.target)
     counts = _counts(scoring, batch.vectors, documents.vectors, target, batch.excluded, documents.absent)
-    return 1 + batch.reduce_local(counts)
+    return 1 + distributed.reduce_scatter_rows(counts)[: len(batch.rows)]
 
 
-def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: SeenDocuments | None = None) -> Tensor:
+def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: Pairs | None = None) -> Tensor:
     """Return ranks float64 [m] of document `target[i]` for `queries[i]` by inner product, locally.
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
@@ -92,7 +83,7 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: S
 
 
 def ranks_of_scores(
-    scores: Tensor, target: Tensor, seen: SeenDocuments | None = None, withdrawn: Tensor | None = None
+    scores: Tensor, target: Tensor, seen: Pairs | None = None, withdrawn: Tensor | None = None
 ) -> Tensor:
     """Return ranks float64 [m] of document `target[i]` in row i of `scores` [m, N]; exact ties only.
 
@@ -104,12 +95,11 @@ def ranks_of_scores(
     return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
 
 
-def _excluded(target: Tensor, seen: SeenDocuments | None) -> ExcludedDocuments:
+def _excluded(target: Tensor, seen: Pairs | None) -> ExcludedDocuments:
     """Return the seen documents and the target itself."""
     rows, columns = torch.arange(len(target), device=target.device), target
     if seen is not None:
-        seen_rows, seen_columns = seen.pairs()
-        rows, columns = torch.cat([rows, seen_rows]), torch.cat([columns, seen_columns])
+        rows, columns = torch.cat([rows, seen[0]]), torch.cat([columns, seen[1]])
     return ExcludedDocuments.of(rows, columns)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.tensors import Features
 from bigdssm.evaluation.ranks import TIE_RELATIVE
 from bigdssm.loader.collate import Collator
 from bigdssm.models import DualEncoder, VectorScorer
-from bigdssm.retrieval.embed import DocumentVectors, Encoders, encode, to_device, tower_encoders
+from bigdssm.retrieval.embed import DocumentVectors, Encoders, tower_encoders, tower_output
 from bigdssm.retrieval.exact_search import SearchRound, exact_search, top_of_round, unpack_keys
 from bigdssm.retrieval.pair_scorer import PairScorer
 
@@ -74,14 +74,11 @@ def encoders_of(
     scorer = scorer if whole is None else scorer.copy(whole()).to(device)
     collator = Collator(dataset.schema, dataset.catalogue)
 
-    def queries(rows: Rows) -> Tensor:
-        U = encode(model, query=to_device(collator.query_features(rows.query), device)).U
-        assert U is not None
-        return U.float()
+    def output(side: str, features: Features) -> Tensor:
+        return tower_output(model, side, {name: values.to(device) for name, values in features.items()}).float()
 
-    def documents(doc_rows: np.ndarray) -> Tensor:
-        W = encode(model, doc=to_device(dataset.catalogue.features(doc_rows), device)).W
-        assert W is not None
-        return W.float()
-
-    return ScoredEncoders(queries, documents, scorer)
+    return ScoredEncoders(
+        lambda rows: output("query", collator.query_features(rows.query)),
+        lambda doc_rows: output("doc", dataset.catalogue.features(doc_rows)),
+        scorer,
+    )

@@ -33,6 +33,8 @@ PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
 """Maps m Rows and catalogue rows int64 [m, l] to scores [m, l]."""
 
 DOCUMENTS_AT_ONCE = 1024
+QUERIES_AT_ONCE = 256
+FILE = "judged.npy"  # the records while they are written
 PAIRS_AT_ONCE = 64  # per batch of a cross-encoder: fits a CPU's caches
 
 
@@ -139,20 +141,10 @@ def ensemble(teachers: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> n
     present = docs >= 0
     all_scores = [np.where(present, teacher(rows, np.where(present, docs, 0)), np.nan) for teacher in teachers]
     if len(all_scores) > 1:
-        all_scores = [_standardized(scores) for scores in all_scores]
-    mean: np.ndarray = np.mean(all_scores, axis=0)
-    return mean.astype(np.float32)
-
-
-def _standardized(scores: np.ndarray) -> np.ndarray:
-    """Standardize scores [m, l] per row; 0 if all scores of a row are equal."""
-    centered = scores - np.nanmean(scores, axis=1, keepdims=True)
-    spread = np.nanstd(scores, axis=1, keepdims=True)
-    return centered / np.where(spread > 0, spread, 1)
-
-
-QUERIES_AT_ONCE = 256
-FILE = "judged.npy"
+        for i, scores in enumerate(all_scores):
+            spread = np.nanstd(scores, axis=1, keepdims=True)  # 0 if all scores of a row are equal
+            all_scores[i] = (scores - np.nanmean(scores, axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)
+    return np.asarray(np.mean(all_scores, axis=0), np.float32)
 
 
 def score_pairs(
@@ -178,21 +170,17 @@ def score_pairs(
     shards = ShardedFolder(out, job, len(hard), work, prepare)
     whole = open_memmap(shards.aside / FILE, "r+")
     for _, first, last in shards.pending("shards scored"):
-        whole[first:last] = _scored(hard.queries[first:last], hard, dataset, teachers)
+        queries = hard.queries[first:last]
+        windows = hard.windows(queries)
+        teacher_scores = np.full((len(queries), 1 + hard.width), np.nan, np.float32)  # NaN for unreadable rows
+        for rows in rows_of_queries(dataset, queries, QUERIES_AT_ONCE):
+            at = np.searchsorted(queries, rows.query_keys)
+            docs = np.concatenate([rows.doc_rows[:, None], windows[at]], 1)
+            scores = ensemble(teachers, rows, docs)
+            if not np.isfinite(scores[docs >= 0]).all():
+                raise DataError(f"teacher scores of rows {rows.row_ids[0]} to {rows.row_ids[-1]} hold NaN or inf")
+            teacher_scores[at] = scores
+        whole[first:last] = window_records(queries, windows, teacher_scores)
         whole.flush()
-    finished = shards.finish_file(FILE, lambda path: seal(path, dataset.fingerprint))
+    finished = shards.finish(lambda path: seal(path, dataset.fingerprint), FILE)
     return HardNegatives.open(out) if finished else None
-
-
-def _scored(queries: np.ndarray, hard: HardNegatives, dataset: Dataset, teachers: Sequence[PairTeacher]) -> np.ndarray:
-    """Return scored records for ascending query keys; NaN for unreadable rows."""
-    windows = hard.windows(queries)
-    teacher_scores = np.full((len(queries), 1 + hard.width), np.nan, np.float32)
-    for rows in rows_of_queries(dataset, queries, QUERIES_AT_ONCE):
-        at = np.searchsorted(queries, rows.query_keys)
-        docs = np.concatenate([rows.doc_rows[:, None], windows[at]], 1)
-        scores = ensemble(teachers, rows, docs)
-        if not np.isfinite(scores[docs >= 0]).all():
-            raise DataError(f"teacher scores of rows {rows.row_ids[0]} to {rows.row_ids[-1]} hold NaN or inf")
-        teacher_scores[at] = scores
-    return window_records(queries, windows, teacher_scores)

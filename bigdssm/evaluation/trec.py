@@ -63,7 +63,13 @@ def read_run(path: Path) -> dict[str, dict[str, float]]:
         if document in documents:
             raise DataError(f"{path}:{number} repeats document {document} of query {query}")
         parse_integer(rank, "rank", path, number)
-        documents[document] = _score(score, path, number)
+        try:
+            value = math.nan if "_" in score else float(score)  # Python, unlike TREC, accepts 1_0
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{path}:{number}: got the score {score!r}, needs a finite number")
+        documents[document] = value
     if not run:
         raise DataError(f"{path} is an empty run: it has no line")
     return run
@@ -115,16 +121,6 @@ def _fields(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, lis
         if len(fields) != num_fields:
             raise DataError(f"{path}:{number} has {len(fields)} fields, needs {num_fields}: {layout}")
         yield number, fields
-
-
-def _score(text: str, path: Path, number: int) -> float:
-    try:
-        value = math.nan if "_" in text else float(text)  # Python, unlike TREC, accepts 1_0
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise DataError(f"{path}:{number}: got the score {text!r}, needs a finite number")
-    return value
 
 
 def _write(path: Path, lines: list[str]) -> None:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, cast
 import torch
 
 from bigdssm.checkpoints.model_folder import ModelFolder, dense_tables, model_checksum, trained_scorer
-from bigdssm.config import ModelConfig, TowerConfig
+from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
+from bigdssm.export.formats import ExportFormat, Parity, Probe, python_block, register_export
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import text_configs
@@ -67,7 +67,7 @@ class AdapterExport(ExportFormat):
                     "the adapters"
                 )
             cast(Any, probed.text[key]).transformer = PeftModel.from_pretrained(reloaded, str(out / key)).eval()
-        return _parity(replace(model, model=probed), model)
+        return Parity.of(Probe(replace(model, model=probed)).vectors, Probe(model).vectors)
 
     def loading(self, model: ModelFolder, name: str) -> str:
         """Return the loading code and the limits of the folder."""
@@ -108,27 +108,18 @@ def without_adapters(folder: ModelFolder) -> ModelFolder:
             state = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
             state |= {prefix + key: tensor for key, tensor in merged_state(cast(Any, encoder).transformer).items()}
             architectures[name].bigdssm["lora"] = None
-    config = replace(folder.config, model=_without_adapters(folder.config.model))
+
+    def without(tower: TowerConfig) -> TowerConfig:
+        text = tower.text
+        return replace(tower, text=replace(text, lora_rank=0) if isinstance(text, Transformer) else text)
+
+    towers = folder.config.model
+    config = replace(folder.config, model=replace(towers, query=without(towers.query), doc=without(towers.doc)))
     scorer = trained_scorer(config, folder.provenance)
     model = DualEncoder(config.model, folder.schema, architectures, scorer, dense=dense_tables(state))
     model.load_state_dict(state)
     model.tables.source = folder.model.tables.source
     checksum = model_checksum(model, config, folder.schema, folder.tokenizer_dir, folder.provenance)
     merged = replace(folder, model=model.eval(), config=config, checksum=checksum)
-    _parity(merged, folder).check("the model with merged adapters")
+    Parity.of(Probe(merged).vectors, Probe(folder).vectors).check("the model with merged adapters")
     return merged
-
-
-def _parity(ours: ModelFolder, trainers: ModelFolder) -> Parity:
-    found, expected = Probe(ours).vectors, Probe(trainers).vectors
-    return Parity(
-        largest_difference(found["query"], expected["query"]), largest_difference(found["doc"], expected["doc"])
-    )
-
-
-def _without_adapters(config: ModelConfig) -> ModelConfig:
-    def without(tower: TowerConfig) -> TowerConfig:
-        text = tower.text
-        return replace(tower, text=replace(text, lora_rank=0) if isinstance(text, Transformer) else text)
-
-    return replace(config, query=without(config.query), doc=without(config.doc))

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, find_checkpoint, folder_checksums
 from bigdssm.checkpoints.model_folder import (
     BEST,
@@ -17,17 +19,20 @@ from bigdssm.checkpoints.model_folder import (
     is_model_folder,
     load_checkpoint_model,
     load_model_folder,
+    trained_scorer,
 )
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
-from bigdssm.config import StageName
-from bigdssm.errors import CheckpointError
+from bigdssm.config import StageName, TablesConfig
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.card import CARD_FILE, ReportedMetrics, model_card
-from bigdssm.export.dense_tables import with_dense_tables
 from bigdssm.export.formats import ExportFormat, Parity, export_format
 from bigdssm.export.onnx_model import EXPORT_FILE
+from bigdssm.models import DualEncoder
 from bigdssm.utils.atomic import check_replaceable, new_folder, real_path, write_json
+
+DENSE_BYTES = 2**31  # of one table: ONNX files are at most 2 GiB
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,11 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
         out, marker, lambda meta: marker == META_FILE or meta.get("format") == target,
         f"is not an export of the format {target}", overwrite=overwrite,
     )  # fmt: skip
-    with new_folder(out, _own_files(out, marker)) as aside:
+    try:  # the files of an earlier export, if any
+        checksums = json.loads((out / marker).read_text(encoding="utf-8"))["checksums"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        checksums = {}
+    with new_folder(out, [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]) as aside:
         parity = kind.write(source.model, aside)
         parity.check(f"the {target} export")
         whole = kind.format == model_format.ModelExport.format or source.model.model.scorer is None
@@ -103,15 +112,6 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     return parity
 
 
-def _own_files(folder: Path, marker: str) -> list[str]:
-    """Return the files of an export, if any."""
-    try:
-        checksums = json.loads((folder / marker).read_text(encoding="utf-8"))["checksums"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        checksums = {}
-    return [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]
-
-
 def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:
     """Return the validation metrics of exactly this step, or None."""
     if not (stage_dir / METRICS_FILE).is_file():
@@ -120,3 +120,27 @@ def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:
         if record["step"] == step and "validation" in record:
             return ReportedMetrics("validation", f"step {step} of {stage_dir.name}", record["validation"])
     return None
+
+
+def with_dense_tables(folder: ModelFolder, target: str) -> ModelFolder:
+    """Return the model with all rows of its sharded tables in memory; itself if it has none.
+
+    Raises ConfigError: a table is too large for the format `target`.
+    """
+    model = folder.model
+    if not model.tables.sharded:
+        return folder
+    state = dict(model.state_dict())
+    for name, spec in model.tables.sharded.items():
+        if (size := spec.rows * spec.dim * 4) > DENSE_BYTES:
+            raise ConfigError(
+                f"--format {target}: the table {name} has {spec.rows} rows of width {spec.dim}, {size / 1e9:.1f} GB; "
+                f"the format holds tables of up to {DENSE_BYTES / 1e9:.1f} GB; use --format model"
+            )
+        assert model.tables.source is not None
+        state[f"tables.tables.{name}.weight"] = model.tables.source.look_up(name, torch.arange(spec.rows))
+    config = replace(folder.config, model=replace(folder.config.model, tables=TablesConfig(sharding="replicated")))
+    texts = {name: cast(Any, encoder).architecture for name, encoder in model.text.items()}
+    dense = DualEncoder(config.model, folder.schema, texts, trained_scorer(config, folder.provenance))
+    dense.load_state_dict(state)
+    return replace(folder, model=dense.eval(), config=config)  # the scores, and thus the checksum, stay

@@ -36,6 +36,12 @@ class Parity:
     doc: float
     rows: int = PROBE_ROWS
 
+    @classmethod
+    def of(cls, ours: Mapping[Side, Tensor], trainers: Mapping[Side, Tensor]) -> Parity:
+        """Compare the vectors of both sides with the trainer's."""
+        query, doc = (largest_difference(ours[side], trainers[side]) for side in SIDES)
+        return cls(query, doc)
+
     def __str__(self) -> str:
         """Return for example `queries 2.1e-07, documents 1.8e-07 on 64 rows each`."""
         return f"queries {self.query:.1e}, documents {self.doc:.1e} on {self.rows} rows each"
@@ -55,7 +61,11 @@ class Probe:
         self._folder, self._rows = folder, rows
         self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self._random = np.random.RandomState(0)  # frozen stream; a Generator's may change between versions
-        self.texts = {side: self._texts(side) for side in SIDES}  # by side and text feature
+        words = self._tokenizer.words() if self._tokenizer is not None else []
+        self.texts: dict[Side, dict[str, list[str]]] = {}  # by side and text feature
+        for side in SIDES:
+            declared = texts_of(folder.schema.sides[side]).items()
+            self.texts[side] = {name: text.texts(self._random, rows, words) for name, text in declared}
         self.features = {side: self._features(side) for side in SIDES}
 
     @cached_property
@@ -70,11 +80,6 @@ class Probe:
         """Return the n texts of a side with a single text feature."""
         (texts,) = self.texts[side].values()
         return texts
-
-    def _texts(self, side: Side) -> dict[str, list[str]]:
-        texts = texts_of(self._folder.schema.sides[side])
-        words = self._tokenizer.words() if self._tokenizer is not None else []
-        return {name: feature.texts(self._random, self._rows, words) for name, feature in texts.items()}
 
     def _features(self, side: Side) -> Features:
         schema = self._folder.schema

@@ -18,14 +18,13 @@ from bigdssm.export.formats import (
     ExportFormat,
     Parity,
     Probe,
-    largest_difference,
     python_block,
     register_export,
     source_of,
 )
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.text_tower import (
-    TextTower,
+    Side,
     alpha,
     beta_weight,
     loading_arguments,
@@ -49,15 +48,35 @@ class HuggingFaceExport(ExportFormat):
     def write(self, model: ModelFolder, out: Path) -> Parity:
         """Write both towers. Raises ConfigError: a tower has features other than one text."""
         assert model.tokenizer_dir is not None
-        differences = {}
-        probe = Probe(model)
+        probe, vectors = Probe(model), dict[Side, Tensor]()
         for tower in text_towers(model, self.format):
             folder = out / FOLDERS[tower.side]
             save_encoder(tower, model.tokenizer_dir, folder)
-            _write_projection(model, tower, folder)
-            vectors = load_tower(folder)(probe.only_text(tower.side))
-            differences[tower.side] = largest_difference(vectors, probe.vectors[tower.side])
-        return Parity(differences["query"], differences["doc"])
+            weights: dict[str, Tensor] = {}
+            for number, layer in enumerate(tower.layers):
+                weights[f"layers.{number}.weight"] = layer.linear.weight.detach().contiguous()
+                if layer.linear.bias is not None:
+                    weights[f"layers.{number}.bias"] = layer.linear.bias.detach().contiguous()
+            beta = beta_weight(model)
+            if tower.side == "doc" and beta is not None:
+                weights["beta"] = beta.contiguous()
+            save_file(weights, folder / "projection.safetensors", metadata={"format": "pt"})
+            head = {
+                "side": tower.side,
+                "max_tokens": tower.feature.max_tokens,
+                "prompt": tower.feature.prompt or "",
+                "prompt_tokens": tower.feature.prompt_tokens,  # that are not pooled
+                "pooling": tower.encoder.pooling,
+                "activations": [layer.activation for layer in tower.layers],
+                "normalized_after": tower.normalized_after,
+                "score": model.config.model.score,
+                "alpha": alpha(model),
+                "beta": shared_beta(model) if model.model.has_beta else None,  # unless beta is per document
+                "loading_arguments": loading_arguments(tower),
+            }
+            write_json(folder / "projection.json", head)
+            vectors[tower.side] = load_tower(folder)(probe.only_text(tower.side))
+        return Parity.of(vectors, probe.vectors)
 
     def loading(self, model: ModelFolder, name: str) -> str:
         """Return the loading code and a note on the scores."""
@@ -67,29 +86,3 @@ class HuggingFaceExport(ExportFormat):
             """
         code = python_block(f"{source_of('hf_loading.py')}\n\n{dedent(example)}")
         return f"{code}\n\nThe scores are the training scores."
-
-
-def _write_projection(model: ModelFolder, tower: TextTower, folder: Path) -> None:
-    weights: dict[str, Tensor] = {}
-    for number, layer in enumerate(tower.layers):
-        weights[f"layers.{number}.weight"] = layer.linear.weight.detach().contiguous()
-        if layer.linear.bias is not None:
-            weights[f"layers.{number}.bias"] = layer.linear.bias.detach().contiguous()
-    beta = beta_weight(model)
-    if tower.side == "doc" and beta is not None:
-        weights["beta"] = beta.contiguous()
-    save_file(weights, folder / "projection.safetensors", metadata={"format": "pt"})
-    head = {
-        "side": tower.side,
-        "max_tokens": tower.feature.max_tokens,
-        "prompt": tower.feature.prompt or "",
-        "prompt_tokens": tower.feature.prompt_tokens,  # that are not pooled
-        "pooling": tower.encoder.pooling,
-        "activations": [layer.activation for layer in tower.layers],
-        "normalized_after": tower.normalized_after,
-        "score": model.config.model.score,
-        "alpha": alpha(model),
-        "beta": shared_beta(model) if model.model.has_beta else None,  # unless beta is per document
-        "loading_arguments": loading_arguments(tower),
-    }
-    write_json(folder / "projection.json", head)

@@ -8,7 +8,7 @@ from textwrap import dedent
 from typing import ClassVar
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, save_model_folder
-from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
+from bigdssm.export.formats import ExportFormat, Parity, Probe, python_block, register_export
 
 
 @register_export
@@ -23,11 +23,7 @@ class ModelExport(ExportFormat):
     def write(self, model: ModelFolder, out: Path) -> Parity:
         """Write a model folder and load it again."""
         save_model_folder(out, model.model, model.config, model.schema, model.tokenizer_dir, model.provenance)
-        trainers, loaded = Probe(model), Probe(load_model_folder(out))
-        return Parity(
-            largest_difference(loaded.vectors["query"], trainers.vectors["query"]),
-            largest_difference(loaded.vectors["doc"], trainers.vectors["doc"]),
-        )
+        return Parity.of(Probe(load_model_folder(out)).vectors, Probe(model).vectors)
 
     def loading(self, model: ModelFolder, name: str) -> str:
         """Return the loading code."""

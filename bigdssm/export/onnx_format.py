@@ -71,8 +71,7 @@ class OnnxExport(ExportFormat):
             features, path = probe.features[side], out / f"{side}.onnx"
             declared: dict[str, Feature] = getattr(model.schema, side)
             _export(_Tower(model, side), features, declared, path)
-            padding = paddings(declared)
-            differences[side] = _difference(path, features, padding, probe.vectors[side])
+            differences[side] = _difference(path, features, paddings(declared), probe.vectors[side])
         if self.int8:
             quantize(out / "query.onnx", out / "query.int8.onnx")
         return Parity(differences["query"], differences["doc"])
@@ -163,10 +162,8 @@ def _difference(path: Path, features: Features, padding: dict[str, int], trainer
     session = onnx_session(path)
     differences = [largest_difference(run_onnx(session, features), trainers)]
     for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
-        alone = {name: _unpadded(values[row : row + 1], padding.get(name)) for name, values in features.items()}
+        alone = {name: values[row : row + 1] for name, values in features.items()}
+        for name, fill in padding.items():
+            alone[name] = alone[name][:, : max(1, int((alone[name] != fill).sum()))]
         differences.append(largest_difference(run_onnx(session, alone), trainers[row : row + 1]))
     return max(differences)
-
-
-def _unpadded(row: Tensor, padding: int | None) -> Tensor:
-    return row if padding is None else row[:, : max(1, int((row != padding).sum()))]

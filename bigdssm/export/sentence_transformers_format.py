@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from textwrap import dedent
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
-from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, python_block, register_export
+from bigdssm.export.formats import ExportFormat, Parity, Probe, python_block, register_export
 from bigdssm.export.text_tower import (
     Side,
     TextTower,
@@ -89,7 +89,13 @@ class SentenceTransformersExport(ExportFormat):
                 if number == tower.normalized_after:
                     router.add(tower.side, "Normalize")
                 if number < len(layers):
-                    _write_dense(out / router.add(tower.side, "Dense"), *layers[number])
+                    weight, bias, activation = layers[number]
+                    folder = out / router.add(tower.side, "Dense")
+                    size = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
+                    write_json(folder / "config.json", {**size, "activation_function": activation})
+                    tensors = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
+                    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+                    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         modules = router.write()
         if needs_custom_code(model):
             modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
@@ -253,15 +259,6 @@ def _dotted(activation: str) -> str:
     return f"{cls.__module__}.{cls.__name__}"
 
 
-def _write_dense(folder: Path, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    out_features, in_features = weight.shape
-    config = {"in_features": in_features, "out_features": out_features, "bias": bias is not None}
-    write_json(folder / "config.json", {**config, "activation_function": activation})
-    tensors = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def _parity(model: ModelFolder, out: Path) -> Parity:
     from sentence_transformers import SentenceTransformer  # optional, and slow to import
 
@@ -270,7 +267,7 @@ def _parity(model: ModelFolder, out: Path) -> Parity:
     )
     probe = Probe(model)
     texts = {side: probe.only_text(side) for side in ROUTES}
-    ours = {"query": loaded.encode_query(texts["query"]), "doc": loaded.encode_document(texts["doc"])}
+    ours: dict[Side, Any] = {"query": loaded.encode_query(texts["query"]), "doc": loaded.encode_document(texts["doc"])}
     trainers = dict(probe.vectors)
     if needs_custom_code(model):
         scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
@@ -278,5 +275,4 @@ def _parity(model: ModelFolder, out: Path) -> Parity:
     elif not scores_by_dot(model):
         dim = model.config.model.dim
         trainers = {"query": trainers["query"][:, :dim], "doc": trainers["doc"][:, :dim] / alpha(model)}
-    differences = {side: largest_difference(torch.as_tensor(ours[side]), trainers[side]) for side in ROUTES}
-    return Parity(differences["query"], differences["doc"])
+    return Parity.of({side: torch.as_tensor(vectors) for side, vectors in ours.items()}, trainers)

@@ -45,8 +45,29 @@ class TextTower:
 
 def text_towers(folder: ModelFolder, target: str) -> tuple[TextTower, TextTower]:
     """Return the query and the document tower. Raises ConfigError: a tower has features other than one text."""
-    query, doc = (_text_tower(folder, side, target) for side in SIDES)
-    return query, doc
+    towers = []
+    for side in SIDES:
+        features = getattr(folder.schema, side)
+        if len(features) != 1 or not texts_of(features):
+            declared = ", ".join(f"{name} ({feature.type})" for name, feature in features.items())
+            raise ConfigError(
+                f"--format {target}: the {side} tower reads {declared}, needs exactly one text; use --format onnx, "
+                "which supports any towers"
+            )
+        (feature,) = texts_of(features).values()
+        tower = getattr(folder.model, f"{side}_tower")
+        key = text_keys(folder.config.model, folder.schema)[side]
+        encoder = folder.model.text[key]
+        if not isinstance(encoder, TransformerEncoder):
+            kind = text_configs(folder.config.model, folder.schema)[key].type
+            raise ConfigError(
+                f"--format {target}: the {side} tower's text encoder is {kind}, needs one of type transformer; use "
+                "--format onnx, which supports any towers"
+            )
+        added = _layers(encoder.layers)
+        normalized_after = len(added) if encoder.normalize else None
+        towers.append(TextTower(side, feature, encoder, added + _layers(tower.mlp), normalized_after))
+    return towers[0], towers[1]
 
 
 def alpha(folder: ModelFolder) -> float:
@@ -82,28 +103,6 @@ def loading_arguments(tower: TextTower) -> dict[str, bool]:
     """Return arguments of `from_pretrained` that avoid an untrained pooler."""
     parameters = inspect.signature(type(tower.encoder.transformer)).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
-
-
-def _text_tower(folder: ModelFolder, side: Side, target: str) -> TextTower:
-    features = getattr(folder.schema, side)
-    if len(features) != 1 or not texts_of(features):
-        declared = ", ".join(f"{name} ({feature.type})" for name, feature in features.items())
-        raise ConfigError(
-            f"--format {target}: the {side} tower reads {declared}, needs exactly one text; use --format onnx, which "
-            "supports any towers"
-        )
-    (feature,) = texts_of(features).values()
-    tower = getattr(folder.model, f"{side}_tower")
-    key = text_keys(folder.config.model, folder.schema)[side]
-    encoder = folder.model.text[key]
-    if not isinstance(encoder, TransformerEncoder):
-        kind = text_configs(folder.config.model, folder.schema)[key].type
-        raise ConfigError(
-            f"--format {target}: the {side} tower's text encoder is {kind}, needs one of type transformer; use "
-            "--format onnx, which supports any towers"
-        )
-    added = _layers(encoder.layers)
-    return TextTower(side, feature, encoder, added + _layers(tower.mlp), len(added) if encoder.normalize else None)
 
 
 def _layers(mlp: nn.Sequential | None) -> list[Layer]:

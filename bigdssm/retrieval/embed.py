@@ -157,11 +157,17 @@ def encode_in(model: nn.Module, precision: str) -> str:
     return resolved
 
 
+def tower_output(model: nn.Module, side: str, features: Mapping[str, Values]) -> Tensor:
+    """Encode the features of a side to the tower's output, U [m, D] or W [n, D]."""
+    output = encode(model, query=features).U if side == "query" else encode(model, doc=features).W
+    assert output is not None
+    return output
+
+
 def query_vectors(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
     """Encode the features of m queries to float32 [m, D+1]."""
-    U = encode(model, query=query).U
-    assert U is not None
-    return query_head(U, cast(DualEncoder, getattr(model, "module", model)).has_beta)
+    has_beta = cast(DualEncoder, getattr(model, "module", model)).has_beta
+    return query_head(tower_output(model, "query", query), has_beta)
 
 
 def document_vectors(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
@@ -169,11 +175,6 @@ def document_vectors(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
     encoded = encode(model, doc=doc)
     assert encoded.W is not None
     return document_head(encoded.W, encoded.alpha.float(), encoded.beta)
-
-
-def to_device(features: Features, device: torch.device | str) -> Features:
-    """Return the same features on `device`."""
-    return {name: values.to(device) for name, values in features.items()}
 
 
 def all_finite(vectors: Tensor) -> bool:
@@ -244,7 +245,7 @@ def encode_features(
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
     plan = synchronized_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
-    side = Chunked(to_device(features, device), plan)
+    side = Chunked({name: values.to(device) for name, values in features.items()}, plan)
     return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
 
 

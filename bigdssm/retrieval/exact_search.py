@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import as_tensor
@@ -24,6 +22,10 @@ PAIRS_AT_ONCE = 2_097_152  # per collective, over all ranks: 17 MB
 # Below about 12 rows the BLAS takes another path, with different last bits.
 LEAST_ROWS = 32
 PRODUCT_WIDTH = 512  # of one product: MKL divides wider sums by the number of rows, on AVX-512 from 769 on
+
+TOP_QUERIES_AT_ONCE, TILE_DOCS = 512, 8192  # 16 MiB of scores per tile
+ROW_BITS = 32
+LAST_ROW = (1 << ROW_BITS) - 1
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """(query row, catalogue row), both int64."""
@@ -76,13 +78,6 @@ class SearchRound:
         first = distributed.rank() * (len(values) // distributed.world_size())
         return values[first : first + len(self.rows)]
 
-    def reduce_local(self, values: Tensor) -> Tensor:
-        """Sum values [B, …] over ranks and return those of this rank's queries [m, …].
-
-        All ranks must call it.
-        """
-        return distributed.reduce_scatter_rows(values)[: len(self.rows)]
-
     def of_targets(self, documents: DocumentVectors, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Apply `value` to (queries, targets) on the ranks that hold the targets; [B, …] everywhere."""
         at = documents.hold(self.target).nonzero().squeeze(1)
@@ -109,28 +104,19 @@ def rounds(
             yield _round(rows.take(part), queries[first : first + most], documents, excluded, known)
 
 
-def seen_documents(rows: Rows) -> Pairs:
-    """Return the documents that queries have seen."""
-    values, offsets = rows.seen_ragged()
-    return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
-
-
-def no_documents(rows: Rows) -> Pairs:
-    """Return no pairs."""
-    return np.zeros(0, np.int64), np.zeros(0, np.int64)
-
-
 def excluded_documents(dataset: Dataset, exclude_seen: bool) -> Callable[[Rows], Pairs]:
     """Return the exclusion function: seen documents, or in a siamese dataset the query itself."""
-    if dataset.schema.siamese:  # of pairs, without histories
-        return partial(query_documents, dataset.catalogue)
-    return seen_documents if exclude_seen else no_documents
 
+    def excluded(rows: Rows) -> Pairs:
+        if dataset.schema.siamese:  # of pairs, without histories
+            docs = dataset.catalogue.rows_by_id(rows.query_ids)
+            return np.flatnonzero(docs >= 0), docs[docs >= 0]
+        if not exclude_seen:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        values, offsets = rows.seen_ragged()
+        return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
 
-def query_documents(catalogue: Catalogue, rows: Rows) -> Pairs:
-    """Return the catalogue rows of queries that are documents themselves."""
-    docs = catalogue.rows_by_id(rows.query_ids)
-    return np.flatnonzero(docs >= 0), docs[docs >= 0]
+    return excluded
 
 
 def inner_products(queries: Tensor, documents: Tensor) -> Tensor:
@@ -177,10 +163,6 @@ def _local_positions(documents: DocumentVectors, rows: Tensor, docs: Tensor) -> 
     here = documents.hold(docs)
     return rows[here], docs[here] - documents.first
 
-
-TOP_QUERIES_AT_ONCE, TILE_DOCS = 512, 8192  # 16 MiB of scores per tile
-ROW_BITS = 32
-LAST_ROW = (1 << ROW_BITS) - 1
 
 Search = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 """(queries [m, D+1], top, excluded rows, excluded positions) → sort keys [m, top] of local documents, best first."""

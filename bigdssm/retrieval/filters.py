@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -94,7 +94,9 @@ class Filters:
 
 def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
     """Group distinct conditions by feature. Raises ConfigError: more than MOST_CONDITIONS."""
-    distinct = dict.fromkeys(replace(condition, values=_sorted(condition.values)) for condition in conditions)
+    distinct = dict.fromkeys(
+        replace(condition, values=tuple(sorted(set(condition.values)))) for condition in conditions
+    )
     if len(distinct) > MOST_CONDITIONS:
         raise ConfigError(
             f"filter: got {len(distinct)} conditions, needs at most {MOST_CONDITIONS}; combine several values of a "
@@ -106,17 +108,18 @@ def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
     return by_feature
 
 
-def _sorted(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(values)))
-
-
 class _Parser:
     """Recursive-descent parser of filters."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
-        self._tokens = list(_tokens(text))
-        self._next = 0
+        self._text, self._tokens, self._next = text, list[str](), 0
+        position = 0
+        while rest := text[position:].strip():
+            match = _TOKEN.match(text, position)
+            if match is None:
+                raise ConfigError(f"filter {text[:80]!r}: the quote in {rest[:20]!r} is not closed")
+            position = match.end()
+            self._tokens.append(match.group().strip())
 
     @property
     def at_end(self) -> bool:
@@ -163,13 +166,3 @@ class _Parser:
         return ConfigError(
             f"filter {self._text[:80]!r}: got {got[:80]}, needs {needed}, as in genre = Drama and year > 1990"
         )
-
-
-def _tokens(text: str) -> Iterator[str]:
-    position = 0
-    while rest := text[position:].strip():
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise ConfigError(f"filter {text[:80]!r}: the quote in {rest[:20]!r} is not closed")
-        position = match.end()
-        yield match.group().strip()

@@ -11,6 +11,7 @@ import numpy as np
 
 from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.keys import find_sorted
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.retrieval.texts import Texts
@@ -18,6 +19,7 @@ from bigdssm.utils.array_file import check_seal, new_array, seal
 from bigdssm.utils.atomic import new_file
 from bigdssm.utils.hashing import derive_key, mix64
 
+ROWS_AT_ONCE = 1024
 REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs"
 
 
@@ -42,13 +44,6 @@ def record_dtype(width: int, scored: bool = False) -> np.dtype[np.void]:
     fields: list[tuple[str, type, tuple[int, ...]]] = [("query", np.int64, ()), ("window", np.int32, (width,))]
     teacher = [("teacher", np.float32, (1 + width,))] if scored else []
     return np.dtype(fields + teacher, align=True)  # unaligned, searchsorted copies all rows
-
-
-def find_keys(sorted_keys: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Look up int64 keys [m] in sorted keys; return (positions int64 [m], missing bool [m])."""
-    at: np.ndarray = np.minimum(np.searchsorted(sorted_keys, keys), max(len(sorted_keys) - 1, 0))
-    missing: np.ndarray = sorted_keys[at] != keys if len(sorted_keys) else np.ones(len(keys), bool)
-    return at, missing
 
 
 def rows_of_queries(dataset: Dataset, keys: np.ndarray, queries_at_once: int) -> Iterator[Rows]:
@@ -120,8 +115,7 @@ class HardNegatives:
     @property
     def queries(self) -> np.ndarray:
         """Return the query keys, int64, ascending."""
-        keys: np.ndarray = self._records["query"]
-        return keys
+        return np.asarray(self._records["query"])
 
     @property
     def scored(self) -> bool:
@@ -131,29 +125,26 @@ class HardNegatives:
     @property
     def width(self) -> int:
         """Return W."""
-        width: int = self._records["window"].shape[1]
-        return width
+        return int(self._records["window"].shape[1])
 
     def windows(self, queries: np.ndarray) -> np.ndarray:
         """Return the windows int32 [m, W] of int64 keys [m]. Raises DataError: a query is missing."""
-        windows: np.ndarray = self._records["window"][self._positions(queries)]
-        return windows
+        return np.asarray(self._records["window"][self._positions(queries)])
 
     def teacher_scores(self, queries: np.ndarray) -> np.ndarray:
         """Return float32 [m, 1 + W]: teacher scores of the target and of the window, NaN if absent.
 
         Requires `scored`. Raises DataError: a query is missing.
         """
-        scores: np.ndarray = self._records["teacher"][self._positions(queries)]
-        return scores
+        return np.asarray(self._records["teacher"][self._positions(queries)])
 
     def _positions(self, queries: np.ndarray) -> np.ndarray:
-        at, missing = find_keys(self.queries, queries)
-        if missing.any():
-            row, event = divmod(int(queries[missing][0]), 1 << EVENT_BITS)
+        at, found = find_sorted(self.queries, queries)
+        if not found.all():
+            row, event = divmod(int(queries[~found][0]), 1 << EVENT_BITS)
             raise DataError(
-                f"{self._path} has no negatives for row {row} (event {event}) and {missing.sum() - 1} other queries of "
-                "a batch; mine again"
+                f"{self._path} has no negatives for row {row} (event {event}) and {(~found).sum() - 1} other queries "
+                "of a batch; mine again"
             )
         return at
 
@@ -221,9 +212,6 @@ def take_positions(values: np.ndarray, positions: np.ndarray, absent: float) -> 
 def _query_ids(rows: Rows) -> np.ndarray:
     """Return a step-independent id per query, int64 [m]."""
     return rows.row_ids if rows.row is None else rows.query_keys
-
-
-ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)

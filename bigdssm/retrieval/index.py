@@ -140,9 +140,17 @@ class Index:
         for number in np.unique(extra).tolist():
             some = np.flatnonzero(extra == number)
             depth = min(top + number, available)
-            results = self._search(queries[some], depth, allowed)
+            found_scores, found = self._search(queries[some], depth, allowed)
+            # Excluded rows move behind the others and become absent.
+            some_excluded, query = exclusions.take(some), np.arange(len(some))
+            width = int(max(found.max(initial=0), some_excluded.values.max(initial=0))) + 1
+            pairs = np.repeat(query, some_excluded.lengths) * width + some_excluded.values
+            out = (found < 0) | np.isin(query[:, None] * width + found, pairs)
+            order = np.argsort(out, axis=1, kind="stable")[:, :top]
             retained = min(top, depth)
-            scores[some, :retained], rows[some, :retained] = _exclude(*results, exclusions.take(some), top)
+            found_scores, found = np.where(out, np.float32(-np.inf), found_scores), np.where(out, -1, found)
+            scores[some, :retained] = np.take_along_axis(found_scores, order, 1)
+            rows[some, :retained] = np.take_along_axis(found, order, 1)
         return scores, rows
 
     def with_beta(self, queries: np.ndarray) -> np.ndarray:
@@ -234,16 +242,6 @@ def cosine_similarities(vector: np.ndarray, others: np.ndarray, has_beta: bool) 
     both = np.concatenate([vector[None], others])[:, : len(vector) - has_beta]
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
     return np.asarray(both[1:] @ both[0])
-
-
-def _exclude(scores: np.ndarray, rows: np.ndarray, exclusions: Ragged, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Drop each query's excluded rows from results [m, depth] and return the first `top`."""
-    number, width = np.arange(len(rows)), int(max(rows.max(initial=0), exclusions.values.max(initial=0))) + 1
-    pairs = np.repeat(number, exclusions.lengths) * width + exclusions.values
-    out = (rows < 0) | np.isin(number[:, None] * width + rows, pairs)
-    order = np.argsort(out, axis=1, kind="stable")[:, :top]
-    scores, rows = np.where(out, np.float32(-np.inf), scores), np.where(out, -1, rows)
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
 def build_index(

@@ -274,8 +274,15 @@ class InvertedFile(FaissIndex):
     def _trained(
         self, sample: np.ndarray, num_docs: int, num_lists: int, after_round: Callable[[], None]
     ) -> faiss.Index:
-        index: Any = faiss.index_factory(sample.shape[1], f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        index.quantizer.add(_centroids(sample, num_lists, after_round))
+        # FAISS's spherical k-means, one round at a time, to report progress
+        width = sample.shape[1]
+        learning: Any = faiss.Clustering(width, num_lists)
+        learning.niter, learning.spherical = 1, True
+        for _ in range(IVF_ROUNDS):  # each continues from the previous centroids
+            learning.train(sample, faiss.IndexFlatIP(width))
+            after_round()
+        index: Any = faiss.index_factory(width, f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.quantizer.add(np.asarray(faiss.vector_float_to_array(learning.centroids)).reshape(num_lists, width))
         index.train(sample)
         return index
 
@@ -317,17 +324,6 @@ class ProductQuantizer(InvertedFile):
 def set_search_threads(threads: int) -> None:
     """Set FAISS's thread count for searches from the calling thread (OpenMP's setting is per thread)."""
     faiss.omp_set_num_threads(threads)
-
-
-def _centroids(sample: np.ndarray, number: int, after_round: Callable[[], None]) -> np.ndarray:
-    """Run FAISS's spherical k-means one round at a time, to report progress."""
-    width = sample.shape[1]
-    learning: Any = faiss.Clustering(width, number)
-    learning.niter, learning.spherical = 1, True
-    for _ in range(IVF_ROUNDS):  # each continues from the previous centroids
-        learning.train(sample, faiss.IndexFlatIP(width))
-        after_round()
-    return np.asarray(faiss.vector_float_to_array(learning.centroids)).reshape(number, width)
 
 
 def _sample(vectors: CodedVectors, most: int) -> np.ndarray:

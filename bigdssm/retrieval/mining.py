@@ -19,6 +19,7 @@ from numpy.lib.format import open_memmap
 
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.keys import find_sorted
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import BigDSSMError, ConfigError, DivergedError
 from bigdssm.retrieval.embed import (
@@ -32,8 +33,6 @@ from bigdssm.retrieval.embed import (
 )
 from bigdssm.retrieval.exact_search import (
     QUERIES_AT_ONCE,
-    Search,
-    SearchRound,
     approximate_search,
     exact_search,
     excluded_documents,
@@ -80,8 +79,7 @@ class TrainPositives:
 
     def pairs(self, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (row, catalogue row), int64, of every known positive of the queries `query_ids` [m]."""
-        position = np.minimum(np.searchsorted(self.query_ids, query_ids), max(len(self.query_ids) - 1, 0))
-        known = self.query_ids[position] == query_ids if len(self.query_ids) else np.zeros(len(query_ids), bool)
+        position, known = find_sorted(self.query_ids, query_ids)
         first = np.where(known, self.starts[position], 0)
         length = np.where(known, self.starts[np.minimum(position + 1, len(self.starts) - 1)], 0) - first
         entry = np.repeat(first - np.cumsum(length) + length, length) + np.arange(length.sum())
@@ -134,7 +132,16 @@ def mine(
         if not all_finite(batch.vectors):  # replicated: all ranks raise
             raise error
         if approximate and number == 0:
-            _log_recall(documents, search, batch.head(max(1, SAMPLE // distributed.world_size())), last)
+            sample = batch.head(max(1, SAMPLE // distributed.world_size()))
+            both = (exact_search(documents), search)
+            exact, approximated = (unpack_keys(top_of_round(one, sample, last))[1] for one in both)
+            relevant, query = exact >= 0, torch.arange(len(exact), device=exact.device)[:, None] << 32
+            hit = torch.isin(query + exact, query + approximated) & relevant
+            hits, total = distributed.all_reduce(torch.stack([hit.sum(), relevant.sum()])).tolist()
+            logger.info(
+                "mining with an approximate index: recall %.1f %% of the best %d documents (%d queries)",
+                100 * hits / max(1, total), last, int(distributed.all_reduce(torch.tensor(len(exact)))),
+            )  # fmt: skip
         scores, best = unpack_keys(top_of_round(search, batch, last))
         if margin is not None:
             target = batch.local(batch.of_targets(documents, lambda queries, target: (queries * target).sum(dim=1)))
@@ -170,16 +177,3 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
         put_file(aside, path)
     distributed.barrier()
     return HardNegatives.open(path)
-
-
-def _log_recall(documents: DocumentVectors, search: Search, batch: SearchRound, top: int) -> None:
-    """Log the recall of a search among the best `top` documents. All ranks must call it."""
-    exact, approximate = (unpack_keys(top_of_round(one, batch, top))[1] for one in (exact_search(documents), search))
-    relevant = exact >= 0
-    query = torch.arange(len(exact), device=exact.device)[:, None] << 32
-    hit = torch.isin(query + exact, query + approximate) & relevant
-    hits, total = distributed.all_reduce(torch.stack([hit.sum(), relevant.sum()])).tolist()
-    logger.info(
-        "mining with an approximate index: recall %.1f %% of the best %d documents (%d queries)",
-        100 * hits / max(1, total), top, int(distributed.all_reduce(torch.tensor(len(exact)))),
-    )  # fmt: skip

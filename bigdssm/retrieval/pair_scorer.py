@@ -26,11 +26,12 @@ from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
 from bigdssm.loader.chunks import join_sides, split_sides
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
-from bigdssm.retrieval.embed import document_vectors, encode, encode_features, query_vectors
+from bigdssm.retrieval.embed import document_vectors, encode, encode_features, query_vectors, tower_output
 
 PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
 
 Columns = Mapping[str, Column]
+Tower = Callable[[nn.Module, Mapping[str, Values]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,17 @@ class PairScorer:
         if isinstance(self.scorer, FeatureScorer):
             of_pairs = of_pairs + self._by_features(*pairs)
         scores[row, column] = of_pairs
-        result: np.ndarray = scores.numpy()
-        return result
+        return np.asarray(scores)
 
     def _by_features(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
         """Return the scorer's term of the scores, [p]."""
         assert isinstance(self.scorer, FeatureScorer)
+
+        def score(pairs: Mapping[str, Values]) -> Tensor:
+            scores = encode(self.model, **split_sides(pairs), paired=True).scores
+            assert scores is not None
+            return scores.float()
+
         sides = self.scorer.features.items()
         read = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
         declared: dict[str, Feature] = join_sides(read["query"], read["doc"])
@@ -89,40 +95,24 @@ class PairScorer:
             of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
             columns = join_sides(of_queries, {name: of_docs[name] for name in read["doc"]})
             features = to_features(declared, columns)
-            parts.append(encode_features(features, pads, len(row[some]), self._read, self.device).cpu())
+            parts.append(encode_features(features, pads, len(row[some]), score, self.device).cpu())
         return torch.cat(parts)
-
-    def _read(self, pairs: Mapping[str, Values]) -> Tensor:
-        scores = encode(self.model, **split_sides(pairs), paired=True).scores
-        assert scores is not None
-        return scores.float()
 
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
         """Return the vectors' scores of pairs, [p]."""
         distinct, column = np.unique(docs, return_inverse=True)
         scorer = self.scorer if isinstance(self.scorer, VectorScorer) else None
-        by_query, by_doc = (query_vectors, document_vectors) if scorer is None else (_query_output, _document_output)
-        q = self._encoded(self.schema.query, queries, by_query)[torch.from_numpy(row)]
-        d = self._encoded(self.schema.doc, self.documents(distinct), by_doc)[torch.from_numpy(column)]
+
+        def encoded(
+            side: str, columns: Columns, vectors: Callable[[nn.Module, Mapping[str, Values]], Tensor]
+        ) -> Tensor:
+            by = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
+            features = to_features(self.schema.sides[side], columns)
+            pads, num_rows = paddings(self.schema.sides[side]), len(next(iter(features.values())))
+            return encode_features(features, pads, num_rows, lambda some: by(some).float(), self.device)
+
+        q = encoded("query", queries, query_vectors)[torch.from_numpy(row)]
+        d = encoded("doc", self.documents(distinct), document_vectors)[torch.from_numpy(column)]
         with torch.no_grad():
             pieces = zip(q.split(VECTORS_AT_ONCE), d.split(VECTORS_AT_ONCE), strict=True)
             return torch.cat([(u * w).sum(1) if scorer is None else scorer(u, w) for u, w in pieces])
-
-    def _encoded(
-        self, declared: Mapping[str, Feature], columns: Columns, by: Callable[[nn.Module, Mapping[str, Values]], Tensor]
-    ) -> Tensor:
-        features = to_features(declared, columns)
-        num_rows = len(next(iter(features.values())))
-        return encode_features(features, paddings(declared), num_rows, partial(by, self.model), self.device)
-
-
-def _query_output(model: nn.Module, query: Mapping[str, Values]) -> Tensor:
-    U = encode(model, query=query).U
-    assert U is not None
-    return U.float()
-
-
-def _document_output(model: nn.Module, doc: Mapping[str, Values]) -> Tensor:
-    W = encode(model, doc=doc).W
-    assert W is not None
-    return W.float()

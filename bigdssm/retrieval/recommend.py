@@ -24,7 +24,6 @@ from pyarrow import csv, parquet
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Feature, Ragged, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
@@ -33,13 +32,14 @@ from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.index_types import AllowedDocuments
-from bigdssm.retrieval.search import histories
+from bigdssm.retrieval.search import events_of, histories
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, hash64, json_checksum
 from bigdssm.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 FORMAT, META_FILE = 1, "meta.json"
 ROW_SCHEMA = pa.schema(
@@ -117,7 +117,14 @@ def recommend(
     shards = ShardedFolder(out, job, source.num_rows, work, own=(META_FILE, "part-*.parquet"))
     for shard, first, last in shards.pending("shards recommended"):
         batch = source.read(first, last)
-        scores, rows = _best(folder, index, batch, min(options.top, index.meta.num_docs), exclude, allowed)
+        top = min(options.top, index.meta.num_docs)
+        scores, rows = np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
+        if len(batch.rows):
+            vectors = encode_columns(folder.schema.query, batch.columns, partial(query_vectors, folder.model)).numpy()
+            if not np.isfinite(vectors).all():
+                raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
+            excluded = [batch.seen[i] for i in range(len(batch.seen))] if exclude else None
+            scores, rows = index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
         with new_file(shards.aside / f"part-{shard:07d}.parquet") as aside:
             parquet.write_table(_table(batch, scores, rows, documents), aside)
         queries += len(batch.rows)
@@ -135,25 +142,6 @@ def write_csv(parts: Path, file: Path) -> None:
     shutil.rmtree(parts)
 
 
-def _best(
-    folder: ModelFolder,
-    index: Index,
-    batch: QueryBatch,
-    top: int,
-    exclude_seen: bool,
-    allowed: AllowedDocuments | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode and search queries; returns the output of `Index.nearest`."""
-    if not len(batch.rows):
-        return np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
-    encode = partial(query_vectors, folder.model)
-    vectors = encode_columns(folder.schema.query, batch.columns, encode).numpy()
-    if not np.isfinite(vectors).all():
-        raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
-    excluded = [batch.seen[i] for i in range(len(batch.seen))] if exclude_seen else None
-    return index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
-
-
 def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, documents: pa.StringArray) -> pa.Table:
     """Return search results as a table of ROW_SCHEMA."""
     present = rows >= 0
@@ -168,9 +156,6 @@ def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, documents: p
 def _of_columns(features: Mapping[str, Feature]) -> dict[str, Feature]:
     """Return the features as read from their columns; the rows of a matrix are those of the training table."""
     return {name: replace(f, matrix=None) if isinstance(f, Vector) else f for name, f in features.items()}
-
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -222,7 +207,7 @@ class Users(QuerySource):
             name: self._dataset.query_column(self._table, name, rows)
             for name in stored_features(self._dataset.schema.query)
         }
-        seen = _events(self._table, rows)
+        seen = events_of(self._table, rows)
         columns |= histories(self._dataset, seen)
         return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, seen)
 
@@ -301,12 +286,6 @@ class TableRows(QuerySource):
 def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
     """Return int64 [0 or 1] per query: the catalogue row of the document with the query's id."""
     return [row[row >= 0] for row in dataset.catalogue.rows_by_id(ids)[:, None]]
-
-
-def _events(table: MappedTable, rows: np.ndarray) -> Ragged:
-    length = table.lengths("items", rows)
-    events = table.take_slices("items", rows, np.zeros_like(length), length)
-    return Ragged(events.values.astype(np.int64), events.offsets)
 
 
 def _warn(file: str, row: int, reason: str, left_out: bool = True) -> None:

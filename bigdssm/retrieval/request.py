@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
-from types import UnionType
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -64,11 +62,9 @@ class Request:
         _check_values(self)
 
 
-@cache
-def value_types(kind: type) -> dict[str, Any]:
-    """Return the type of each field's values other than None."""
-    hints = get_type_hints(kind).items()
-    return {name: hint.__args__[0] if isinstance(hint, UnionType) else hint for name, hint in hints}
+def value_type(declared: Field[Any]) -> str:
+    """Return the type of a field's values other than None, as in its declaration."""
+    return str(declared.type).removesuffix(" | None")
 
 
 def parse_request(content: Mapping[str, Any]) -> Request:
@@ -99,20 +95,19 @@ def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
 
 
 def _check_values(values: Event | Request, owner: str = "") -> None:
-    types = value_types(type(values))
     for declared in fields(values):
-        value, kind, where = getattr(values, declared.name), types[declared.name], f"{declared.name}{owner}"
+        value, kind, where = getattr(values, declared.name), value_type(declared), f"{declared.name}{owner}"
         if value is None and declared.default is None:
             continue
-        if kind is str:
+        if kind == "str":
             _check_text(where, value)
-        elif kind is bool:
+        elif kind == "bool":
             if not isinstance(value, bool | np.bool_):
                 raise _refused(where, value, "true or false")
-        elif kind is int:
+        elif kind == "int":
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise _refused(where, value, "a whole number")
-        elif kind is float:
+        elif kind == "float":
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise _refused(where, value, "a number")
             try:
@@ -121,7 +116,7 @@ def _check_values(values: Event | Request, owner: str = "") -> None:
                 finite = False
             if not finite:
                 raise _refused(where, value, "a finite number")
-        elif kind == list[Event]:
+        elif kind == "list[Event]":
             if isinstance(value, str | bytes) or not isinstance(value, Sequence):
                 raise _refused(where, value, "a list of events")
             if wrong := [event for event in value if not isinstance(event, Event)]:

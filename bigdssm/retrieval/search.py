@@ -70,17 +70,34 @@ class Queries:
 
     def of(self, request: Request) -> Query:
         """Resolve a request. Raises: ConfigError, DataError: invalid for this model, or an unknown user."""
-        _check_query(request)
-        columns, stored_events = _missing(self._schema, self._tokenizer), NOTHING
+        features, dataset = request.features or {}, self._dataset
+        texts = [text for text in (request.user, request.document, request.filter) if text is not None]
+        for value in features.values():
+            texts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
+        check_utf8([*texts, *(event.item for event in request.events or ())])
+        values = (request.user, request.document, *features.values())
+        blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
+        if blank and request.events is None:
+            raise ConfigError("the query is empty; give features, events or a user")
+
+        # Missing values are replaced by those of the user or the document, and these by the given ones.
+        query = self._schema.query.items()
+        columns = {name: encode_values(feature, [feature.missing], self._tokenizer) for name, feature in query}
+        stored_events = query_document = NOTHING
         if request.user is not None:
-            of_user, stored_events = self._user(request.user)
+            if dataset is None:
+                raise ConfigError("this model is served without users; describe the query by its features")
+            of_user, stored_events = read_user(dataset, request.user)
             columns |= of_user
-        query_document = NOTHING
         if request.document is not None:
-            of_document, query_document = self._document(request.document)
-            columns |= of_document
-        for name, value in (request.features or {}).items():
-            columns[name] = self.feature(name, value)
+            if not self._schema.siamese or dataset is None:
+                raise ConfigError("queries of this model are not documents; describe the query by its features")
+            query_document = dataset.catalogue.rows_by_key([request.document])
+            if query_document[0] < 0:
+                raise DataError(f"no document has the key {request.document!r}")
+            columns |= dataset.catalogue.columns(query_document)
+        columns |= {name: self.feature(name, value) for name, value in features.items()}
+
         live, unknown = self._events(request.events or [], request.now)
         if request.now is not None and len(stored_events) and not (len(live) or unknown):
             # Stored events precede the given ones; without a given one, their times relative to now are unknown.
@@ -89,20 +106,16 @@ class Queries:
                 "event up to it; leave now out, or give features and events instead of the user"
             )
         seen = np.concatenate([stored_events, live])
+        if dataset is not None:
+            columns |= histories(dataset, Ragged.of_lists([seen], np.int64))
+        allowed = None
+        if request.filter is not None:
+            if self._filters is None:
+                raise ConfigError("a filter needs the documents' features; give the dataset with --data")
+            allowed = self._filters.allowed(request.filter)
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
-        allowed = None if request.filter is None else self._filter(request.filter)
-        columns |= self._histories(seen)
         excluded = np.concatenate([seen if exclude else NOTHING, query_document])
         return Query(columns, request.top, seen, unknown, excluded, allowed)
-
-    def _document(self, key: str) -> tuple[dict[str, Column], np.ndarray]:
-        """Return the features of a query document and its catalogue row, int64 [1]."""
-        if not self._schema.siamese or self._dataset is None:
-            raise ConfigError("queries of this model are not documents; describe the query by its features")
-        row = self._dataset.catalogue.rows_by_key([key])
-        if row[0] < 0:
-            raise DataError(f"no document has the key {key!r}")
-        return self._dataset.catalogue.columns(row), row
 
     def feature(self, name: str, value: Any) -> Column:
         """Encode one value as a column. Raises ConfigError: an unknown feature, or an invalid value."""
@@ -128,60 +141,29 @@ class Queries:
         some = f"; the nearest are: {'; '.join(near)}" if near else ", and none is similar"
         return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{some}"
 
-    def _user(self, key: str) -> tuple[dict[str, Column], np.ndarray]:
-        if self._dataset is None:
-            raise ConfigError("this model is served without users; describe the query by its features")
-        return read_user(self._dataset, key)
-
     def _events(self, events: Sequence[Event], now: float | None) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Return the catalogue rows of events up to now, oldest first, and the unknown items."""
+        """Return the catalogue rows of events up to now, oldest first in stable order, and the unknown items.
+
+        Raises ConfigError: only some events have times, `now` without times, or mixed time units.
+        """
         if not events:
             return NOTHING, ()
         if self.names is None:
             raise ConfigError("queries of this model have no history, so events cannot be given")
-        items = [event.item for event in events_until(events, now)]
+        items = [event.item for event in events]
+        times = [event.time for event in events if event.time is not None]
+        if len(times) == len(events):
+            all_times = np.array(times if now is None else [*times, now], np.float64)
+            try:
+                check_single_unit(all_times, "the request")
+            except DataError as error:
+                raise ConfigError(str(error)) from None
+            order = np.argsort(all_times[: len(times)], kind="stable").tolist()
+            items = [items[i] for i in order if now is None or all_times[i] <= now]
+        elif times or now is not None:
+            raise ConfigError(f"{len(events) - len(times)} of {len(events)} events have no time; give it for all")
         rows = self.names.rows(items)
         return rows[rows >= 0], tuple(item for item, row in zip(items, rows.tolist(), strict=True) if row < 0)
-
-    def _filter(self, text: str) -> AllowedDocuments:
-        if self._filters is None:
-            raise ConfigError("a filter needs the documents' features; give the dataset with --data")
-        return self._filters.allowed(text)
-
-    def _histories(self, seen: np.ndarray) -> dict[str, Column]:
-        return {} if self._dataset is None else histories(self._dataset, Ragged.of_lists([seen], np.int64))
-
-
-def _check_query(request: Request) -> None:
-    """Raise ConfigError if a request has an empty query, or text that is not UTF-8."""
-    texts = [text for text in (request.user, request.document, request.filter) if text is not None]
-    for value in (request.features or {}).values():
-        texts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
-    texts += [event.item for event in request.events or ()]
-    check_utf8(texts)
-    values = (request.user, request.document, *(request.features or {}).values())
-    blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
-    if blank and request.events is None:
-        raise ConfigError("the query is empty; give features, events or a user")
-
-
-def events_until(events: Sequence[Event], now: float | None) -> list[Event]:
-    """Return the events up to `now`, oldest first, in stable order.
-
-    Raises ConfigError: only some events have times, `now` without times, or mixed time units.
-    """
-    times = [event.time for event in events if event.time is not None]
-    if len(times) < len(events):
-        if times or now is not None:
-            raise ConfigError(f"{len(events) - len(times)} of {len(events)} events have no time; give it for all")
-        return list(events)
-    all_times = np.array(times if now is None else [*times, now], np.float64)
-    try:
-        check_single_unit(all_times, "the request")
-    except DataError as error:
-        raise ConfigError(str(error)) from None
-    order = np.argsort(all_times[: len(times)], kind="stable")
-    return [events[i] for i in order.tolist() if now is None or all_times[i] <= now]
 
 
 def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarray]:
@@ -198,9 +180,14 @@ def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarray
         raise DataError(f"no user is called {key!r}; existing users are: {some}")
     newest = rows[-1:]  # the latest partition has the full history
     columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
-    length = table.lengths("items", newest)
-    events = table.take_slices("items", newest, np.zeros_like(length), length).values
-    return columns, events.astype(np.int64)
+    return columns, events_of(table, newest).values
+
+
+def events_of(table: MappedTable, rows: np.ndarray) -> Ragged:
+    """Read the catalogue rows of all events of sequences, oldest first, int64."""
+    length = table.lengths("items", rows)
+    events = table.take_slices("items", rows, np.zeros_like(length), length)
+    return Ragged(events.values.astype(np.int64), events.offsets)
 
 
 def first_users(table: MappedTable, most: int) -> list[str]:
@@ -240,26 +227,18 @@ class DocumentNames:
 
     def nearest(self, name: str) -> list[str]:
         """Return titles that contain this name, else similar ones."""
-        return [self._title[self._by_name[title]] for title in _nearest(name, self._by_name)]
+        pattern, by_name = _folded(name)[:COMPARED_CHARACTERS], self._by_name
+        containing = (title for title in reversed(by_name) if pattern and pattern in title)
+        nearest = list(islice(containing, NUM_SUGGESTIONS))
+        if not nearest:
+            few = len(by_name) <= MOST_COMPARED
+            same_letter = (title for title in reversed(by_name) if few or title[:1] == pattern[:1])
+            compared = {title[:COMPARED_CHARACTERS]: title for title in islice(same_letter, MOST_COMPARED)}
+            close = difflib.get_close_matches(pattern, compared, NUM_SUGGESTIONS)
+            nearest = [compared[start] for start in close]
+        return [self._title[by_name[title]] for title in nearest]
 
 
 def _folded(name: str) -> str:
     """Return a name case-folded, in Unicode's NFC."""
     return unicodedata.normalize("NFC", name.strip()).casefold()
-
-
-def _missing(schema: Schema, tokenizer: TextTokenizer | None) -> dict[str, Column]:
-    """Return columns of one row with all features missing."""
-    return {name: encode_values(feature, [feature.missing], tokenizer) for name, feature in schema.query.items()}
-
-
-def _nearest(name: str, by_name: dict[str, int]) -> list[str]:
-    """Return keys of `by_name` that contain the name, else similar ones."""
-    pattern = _folded(name)[:COMPARED_CHARACTERS]
-    containing = list(islice((title for title in reversed(by_name) if pattern and pattern in title), NUM_SUGGESTIONS))
-    if containing:
-        return containing
-    few = len(by_name) <= MOST_COMPARED
-    same_letter = (title for title in reversed(by_name) if few or title[:1] == pattern[:1])
-    compared = {title[:COMPARED_CHARACTERS]: title for title in islice(same_letter, MOST_COMPARED)}
-    return [compared[start] for start in difflib.get_close_matches(pattern, compared, NUM_SUGGESTIONS)]

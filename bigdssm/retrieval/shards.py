@@ -13,7 +13,6 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -92,38 +91,29 @@ class ShardedFolder:
             self._done(shard).touch()
             self._work.progress(what, number, len(self._pending))
 
-    def finish(self, complete: Callable[[Path], None]) -> bool:
-        """If every shard is done, call `complete` and rename the folder; True on the one rank that did."""
-        with self._all_done() as done:
-            if done:
-                complete(self.aside)
-                replace_folder(self.aside, self._folder, self._own)
-                shutil.rmtree(self._folder / DONE_DIR)
-                (self._folder / JOB_FILE).unlink()
-                (self._folder / LOCK_FILE).unlink()
-                (self._folder / RANKS_FILE).unlink()
-        return done
+    def finish(self, complete: Callable[[Path], None], file: str = "") -> bool:
+        """If every shard is done, call `complete` on the folder, or its `file`, and rename it.
 
-    def finish_file(self, name: str, complete: Callable[[Path], None]) -> bool:
-        """Replace the folder by its file `name`, as `finish` does."""
-        with self._all_done() as done:
-            if done:
-                complete(self.aside / name)
-                put_file(self.aside / name, self._folder)
-                shutil.rmtree(self.aside)
-        return done
-
-    @contextmanager
-    def _all_done(self) -> Iterator[bool]:
-        """Yield whether every shard is done; the lock keeps other ranks from finishing the folder meanwhile."""
+        Returns True on the one rank that did.
+        """
         try:
-            lock = _lock(self.aside)
+            lock = _lock(self.aside)  # keeps other ranks from finishing the folder meanwhile
         except FileNotFoundError:
-            yield False  # another rank was the last
-            return
+            return False  # another rank was the last
         with lock:
             # missing if another rank finished it while this one waited for the lock
-            yield self.aside.exists() and all(self._done(shard).exists() for shard in range(self.num_shards))
+            if not (self.aside.exists() and all(self._done(shard).exists() for shard in range(self.num_shards))):
+                return False
+            complete(self.aside / file)
+            if file:
+                put_file(self.aside / file, self._folder)
+                shutil.rmtree(self.aside)
+            else:
+                replace_folder(self.aside, self._folder, self._own)
+                shutil.rmtree(self._folder / DONE_DIR)
+                for name in (JOB_FILE, LOCK_FILE, RANKS_FILE):
+                    (self._folder / name).unlink()
+        return True
 
     def _claim(self) -> None:
         """Raise DataError if a rank of another job is running: it would mark shards of this job as done."""

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.keys import find_sorted
 from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import DataError
 from bigdssm.retrieval.embed import Encoders
-from bigdssm.retrieval.hard_negatives import find_keys, rows_of_queries
+from bigdssm.retrieval.hard_negatives import rows_of_queries
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import check_seal, new_array, seal
 from bigdssm.utils.atomic import real_path
@@ -58,17 +59,15 @@ class TeacherVectors:
     @property
     def keys(self) -> np.ndarray:
         """Return the query keys, int64."""
-        keys: np.ndarray = self._queries["query"]
-        return keys
+        return np.asarray(self._queries["query"])
 
     def queries(self, keys: np.ndarray) -> np.ndarray:
         """Return float16 [m, E] for int64 keys [m]. Raises DataError: a key is missing."""
-        at, missing = find_keys(self.keys, keys)
-        if missing.any():
-            row = int(keys[missing][0]) >> EVENT_BITS
+        at, found = find_sorted(self.keys, keys)
+        if not found.all():
+            row = int(keys[~found][0]) >> EVENT_BITS
             raise DataError(f"{self.folder} has no query of row {row}; make it again with bigdssm embed_teacher")
-        vectors: np.ndarray = self._queries["vector"][at]
-        return vectors
+        return np.asarray(self._queries["vector"][at])
 
 
 def write_teacher_vectors(
@@ -116,7 +115,7 @@ def write_teacher_vectors(
 
 def _checked(vectors: np.ndarray, what: str, rows: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        small: np.ndarray = vectors.astype(np.float16)
+        small = np.asarray(vectors.astype(np.float16))
     if not np.isfinite(small).all():
         raise DataError(f"the teacher's vectors of {what} {rows[0]} to {rows[-1]} are not finite in float16")
     return small

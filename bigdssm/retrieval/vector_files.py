@@ -7,7 +7,7 @@ vectors.parquet   doc_key, doc_title, vector (list of float32 or float16, or a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,7 +25,6 @@ from bigdssm.retrieval.vectors import (
     WITHDRAWN,
     CodedVectors,
     Dtype,
-    VectorsMeta,
     decode_rows,
     load_vectors,
     read_meta,
@@ -39,6 +38,28 @@ CHECKED_ROWS = 256
 # Largest difference relative to the vector's largest entry. int8 rounds to 1/254. binary stores signs and a scale: the
 # relative error is at most 1, unless the sign of the largest entry is wrong.
 PARITY_LIMITS: dict[Dtype, float] = {"float32": 1e-5, "float16": 1e-3, "int8": 5e-3, "binary": 1 + 1e-5}
+
+
+_CONTENTS: dict[FileFormat, str] = {
+    "npy": f'{{dtype}}, for numpy (`numpy.load("{VECTORS_FILE}", mmap_mode="r")`)',
+    "fvecs": "per document an int32 width and float32 values",
+    "parquet": "doc_key, doc_title, vector (fixed-size list of {dtype})",
+}
+_HEADS = {
+    True: """A document's vector is [alpha * w, beta] (width {width}), a query's is [u, 1]: **search by inner product**,
+for any score of the model. `encode_queries` and the exported towers return [u, 1]; append 1 only to a bare u.""",
+    False: """A document's vector is alpha * w (width {width}), a query's is u, as `encode_queries` and the exported
+towers return it: **search by inner product**, for any score of the model.""",
+}
+_HOW_CODED: dict[Dtype, str] = {
+    "int8": """
+A row is (code, scale, beta), and the inner product scale * (u · code) + beta; models without beta have none.
+""",
+    "binary": """
+A row is (code, scale, beta); models without beta have none. The code has one bit per dimension, the first one highest
+(numpy.packbits); s is 1 for a set bit and -1 otherwise, and the inner product is scale * (u · s) + beta.
+""",
+}
 
 
 def check_formats(dtype: Dtype, targets: Iterable[FileFormat]) -> None:
@@ -59,7 +80,8 @@ def write_file(folder: Path, target: FileFormat) -> Path:
     path = folder / f"vectors.{target}"
     if target != "npy":
         with new_file(path) as aside:
-            _WRITERS[target](folder, load_vectors(folder, meta), aside)
+            write = _write_fvecs if target == "fvecs" else _write_parquet
+            write(folder, load_vectors(folder, meta), aside)
     return path
 
 
@@ -94,21 +116,35 @@ def read_rows(path: Path, rows: np.ndarray) -> np.ndarray:
         whole = np.memmap(path, np.float32, "r").reshape(-1, width + 1)
         return np.asarray(whole[rows, 1:])
     with parquet.ParquetFile(path) as file:
-        return decode_rows(_rows_of_parquet(file, rows, meta), meta.dtype, meta.width, meta.has_beta)
+        # One row group at a time, in the layout of vectors.npy: the file may exceed the memory.
+        element, shape = row_layout(meta.dtype, meta.width, meta.has_beta)
+        out = np.empty((len(rows), *shape), element)
+        extra = (element.names or ())[1:]
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        groups = np.searchsorted(starts, rows, side="right") - 1
+        for group in np.unique(groups):
+            positions = np.flatnonzero(groups == group)
+            table = file.read_row_group(int(group), columns=["vector", *extra])
+            selected = table.take(pa.array(rows[positions] - starts[group])).combine_chunks()
+            numbers = np.asarray(selected["vector"].combine_chunks().flatten()).reshape(len(positions), -1)
+            if extra:
+                out["code"][positions] = numbers
+            else:
+                out[positions] = numbers
+            for name in extra:
+                out[name][positions] = selected[name].to_numpy()
+    return decode_rows(out, meta.dtype, meta.width, meta.has_beta)
 
 
 def write_card(folder: Path, score: str, parity: dict[FileFormat, float]) -> None:
     """Write README.md into a vectors folder: the vectors' origin and how to search them in other engines."""
     meta = read_meta(folder)
-    (folder / CARD_FILE).write_text(_card(meta, score, parity), encoding="utf-8")
-
-
-def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str:
     files = "\n".join(
         f"| `vectors.{name}` | {_CONTENTS[name].format(dtype=meta.dtype)} | {value:.1e} |"
         for name, value in parity.items()
     )
-    return f"""# Document vectors
+    card = f"""# Document vectors
 
 {meta.num_docs:,} documents of the dataset `{meta.dataset_fingerprint}`, encoded by the model `{meta.model_checksum}`
 (score: {score}).
@@ -122,6 +158,7 @@ def _card(meta: VectorsMeta, score: str, parity: dict[FileFormat, float]) -> str
 Row i of every file is row i of `{DOCUMENTS_FILE}` (Arrow: doc_key, doc_title, and `{WITHDRAWN}` if documents are: leave
 them out of results). `{META_FILE}` names model and dataset.
 """
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _write_fvecs(folder: Path, vectors: CodedVectors, path: Path) -> None:
@@ -154,48 +191,3 @@ def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
 def _numbers(rows: np.ndarray) -> np.ndarray:
     """Return the stored numbers or codes of rows, [n, …]."""
     return rows if rows.dtype.fields is None else rows["code"]
-
-
-def _rows_of_parquet(file: parquet.ParquetFile, rows: np.ndarray, meta: VectorsMeta) -> np.ndarray:
-    """Read rows in the layout of vectors.npy, one row group at a time: the file may exceed the memory."""
-    element, shape = row_layout(meta.dtype, meta.width, meta.has_beta)
-    out = np.empty((len(rows), *shape), element)
-    extra = (element.names or ())[1:]
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    starts = np.cumsum([0, *sizes])
-    groups = np.searchsorted(starts, rows, side="right") - 1
-    for group in np.unique(groups):
-        positions = np.flatnonzero(groups == group)
-        table = file.read_row_group(int(group), columns=["vector", *extra])
-        selected = table.take(pa.array(rows[positions] - starts[group])).combine_chunks()
-        numbers = np.asarray(selected["vector"].combine_chunks().flatten()).reshape(len(positions), -1)
-        if extra:
-            out["code"][positions] = numbers
-        else:
-            out[positions] = numbers
-        for name in extra:
-            out[name][positions] = selected[name].to_numpy()
-    return out
-
-
-_WRITERS: dict[str, Callable[[Path, CodedVectors, Path], None]] = {"fvecs": _write_fvecs, "parquet": _write_parquet}
-_CONTENTS: dict[FileFormat, str] = {
-    "npy": f'{{dtype}}, for numpy (`numpy.load("{VECTORS_FILE}", mmap_mode="r")`)',
-    "fvecs": "per document an int32 width and float32 values",
-    "parquet": "doc_key, doc_title, vector (fixed-size list of {dtype})",
-}
-_HEADS = {
-    True: """A document's vector is [alpha * w, beta] (width {width}), a query's is [u, 1]: **search by inner product**,
-for any score of the model. `encode_queries` and the exported towers return [u, 1]; append 1 only to a bare u.""",
-    False: """A document's vector is alpha * w (width {width}), a query's is u, as `encode_queries` and the exported
-towers return it: **search by inner product**, for any score of the model.""",
-}
-_HOW_CODED: dict[Dtype, str] = {
-    "int8": """
-A row is (code, scale, beta), and the inner product scale * (u · code) + beta; models without beta have none.
-""",
-    "binary": """
-A row is (code, scale, beta); models without beta have none. The code has one bit per dimension, the first one highest
-(numpy.packbits); s is 1 for a set bit and -1 otherwise, and the inner product is scale * (u · s) + beta.
-""",
-}

@@ -21,14 +21,17 @@ from numpy.lib.format import open_memmap
 
 from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.keys import find_sorted
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.features.ragged import Column, Ragged
+from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import Encoders, truncate_vectors
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.utils.array_file import new_array
 from bigdssm.utils.atomic import check_replaceable, hidden_version, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
+Dtype = Literal["float32", "float16", "int8", "binary"]
+LARGEST_CODE = 127  # of int8
 FORMAT = 1
 VECTORS = "vectors"
 META_FILE, DOCUMENTS_FILE, VECTORS_FILE, CONTENTS_FILE = "meta.json", "documents.arrow", "vectors.npy", "contents.npy"
@@ -163,8 +166,7 @@ class ReusableVectors:
 
     def find(self, documents: np.ndarray) -> np.ndarray:
         """Return the vector rows of DOCUMENT records, int64; -1 if a document is new or changed."""
-        position = np.searchsorted(self._sorted["id"], documents["id"])
-        position = np.minimum(position, len(self._sorted) - 1)
+        position, _ = find_sorted(self._sorted["id"], documents["id"])
         return np.where(self._sorted[position] == documents, self._order[position], -1)
 
 
@@ -271,16 +273,11 @@ def _documents(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
     for i in range(len(rows)):
         digest = xxhash.xxh3_64()
         for column in columns:
-            value = _bytes(column, i)
+            value = (column[i] if isinstance(column, Ragged) else np.asarray(column)[i]).tobytes()
             digest.update(len(value).to_bytes(8, "little"))
             digest.update(value)
         documents["content"][i] = digest.intdigest()
     return documents
-
-
-def _bytes(column: Column, row: int) -> bytes:
-    value = column[row] if isinstance(column, Ragged) else np.asarray(column)[row]
-    return bytes(value.tobytes())
 
 
 def _write_documents(path: Path, dataset: Dataset) -> None:
@@ -303,10 +300,6 @@ def _load(folder: Path, name: str, meta: VectorsMeta) -> np.ndarray:
         return open_memmap(path, "r")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} does not load: {error}") from None
-
-
-Dtype = Literal["float32", "float16", "int8", "binary"]
-LARGEST_CODE = 127
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,20 @@ from starlette.exceptions import HTTPException
 from bigdssm.errors import BigDSSMError, CheckpointError, DataError
 from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.index import ScoredDocument
-from bigdssm.retrieval.request import HELP, Event, Request, parse_request, value_types
+from bigdssm.retrieval.request import HELP, Event, Request, parse_request, value_type
 from bigdssm.serving.batching import Overloaded
 from bigdssm.serving.limits import RequestLimits, error_response, validation_message
 from bigdssm.serving.live import ActiveSearcher, LiveSearcher
 from bigdssm.serving.metrics import Metrics, RequestMetrics
 from bigdssm.serving.searcher import Folders, Searcher
 
+PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why")
+SECOND_PREFIX = "/second"
+PAGE = Path(__file__).with_name("page.html")
+OTHER_PATHS = ("/", "/page.css", "/page.js", "/metrics", "/healthz", "/readyz", "/openapi.json")
+COUNTED_PATHS = frozenset([*OTHER_PATHS, *PATHS, *(SECOND_PREFIX + path for path in PATHS)])
+# The page has no inline code or style, and loads from this server only.
+CONTENT_SECURITY = "default-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 MOST_DOCUMENTS, MOST_CHARACTERS, MOST_ENTRIES = 100, 10_000, 1000
 ShortText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]  # no numeric strings
@@ -57,30 +64,29 @@ def _value(value: Any, check: Any) -> Any:
         raise PydanticCustomError("feature_value", VALUE) from None
 
 
-def _integer(value: Any) -> Any:
-    """Return an integral number as an int: to JSON Schema 10.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 Value = Annotated[
     ShortText | Whole | Number | Annotated[list[ShortText | Whole | Number], Field(max_length=MAX_DIM)] | None,
     WrapValidator(_value),
 ]  # of a feature
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
+Integral = BeforeValidator(  # to JSON Schema 10.0 is an integer
+    lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
+)
 
 
-def _body(kind: type[Event | Request], **types: Any) -> Any:
-    """Return the JSON body of a declaration of request.py, within the server's limits. `types` replaces types."""
+def _body(kind: type[Event | Request]) -> Any:
+    """Return the JSON body of a declaration of request.py, within the server's limits."""
     served = {
-        str: ShortText,
-        float: Number,
-        bool: StrictBool,
-        int: Annotated[Top, Field(strict=True), BeforeValidator(_integer)],
-        dict[str, Any]: Annotated[dict[ShortText, Value], Field(max_length=MOST_ENTRIES)],
+        "str": ShortText,
+        "float": Number,
+        "bool": StrictBool,
+        "int": Annotated[Top, Field(strict=True), Integral],
+        "dict[str, Any]": Annotated[dict[ShortText, Value], Field(max_length=MOST_ENTRIES)],
+        "list[Event]": Annotated[list[EventBody], Field(max_length=MOST_ENTRIES)] if kind is Request else None,
     }
     declared: dict[str, Any] = {}
     for field in fields(kind):
-        value, is_optional = types.get(field.name) or served[value_types(kind)[field.name]], field.default is None
+        value, is_optional = served[value_type(field)], field.default is None
         default = ... if field.default is MISSING else field.default
         declared[field.name] = (
             value | None if is_optional else value,
@@ -94,7 +100,7 @@ class EventBody(_body(Event)):  # type: ignore[misc]
     """An interaction of the requesting user, of the kind that the model was trained on."""
 
 
-class RequestBody(_body(Request, events=Annotated[list[EventBody], Field(max_length=MOST_ENTRIES)])):  # type: ignore[misc]
+class RequestBody(_body(Request)):  # type: ignore[misc]
     """A search request: the query, and constraints on the results."""
 
     def request(self) -> Request:
@@ -112,9 +118,6 @@ class ErrorBody(BaseModel):
     """An error message."""
 
     error: str
-
-
-PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why")
 
 
 def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool) -> APIRouter:
@@ -178,12 +181,6 @@ def _ms_since(started: float) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-SECOND_PREFIX = "/second"
-PAGE = Path(__file__).with_name("page.html")
-OTHER_PATHS = ("/", "/page.css", "/page.js", "/metrics", "/healthz", "/readyz", "/openapi.json")
-COUNTED_PATHS = frozenset([*OTHER_PATHS, *PATHS, *(SECOND_PREFIX + path for path in PATHS)])
-# The page has no inline code or style, and loads from this server only.
-CONTENT_SECURITY = "default-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "Invalid query for this model, or invalid host or headers"},
     404: {"model": ErrorBody, "description": "Unknown user, document or page"},
@@ -235,7 +232,25 @@ def make_app(
     app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(RequestLimits, hosts=hosts)
     app.add_middleware(RequestMetrics, metrics=metrics, paths=COUNTED_PATHS)
-    _handle_errors(app)
+
+    @app.exception_handler(BigDSSMError)
+    async def invalid(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
+        if isinstance(error, CheckpointError):  # a row file of the model is damaged
+            return error_response(500, str(error))
+        return error_response(404 if isinstance(error, DataError) else 400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
+        return error_response(422, validation_message(error))
+
+    @app.exception_handler(HTTPException)
+    async def no_such_page(request: HTTPRequest, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(request: HTTPRequest, error: Overloaded) -> JSONResponse:
+        return error_response(503, f"{error}; retry later", {"Retry-After": "1"})
+
     for prefix in served:
         app.include_router(api(active(prefix), metrics, has_second=second is not None), prefix=prefix)
     page, style, script = (PAGE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js"))
@@ -267,23 +282,3 @@ def make_app(
         return "ok"
 
     return app
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(BigDSSMError)
-    async def invalid(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
-        if isinstance(error, CheckpointError):  # a row file of the model is damaged
-            return error_response(500, str(error))
-        return error_response(404 if isinstance(error, DataError) else 400, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
-        return error_response(422, validation_message(error))
-
-    @app.exception_handler(HTTPException)
-    async def no_such_page(request: HTTPRequest, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(request: HTTPRequest, error: Overloaded) -> JSONResponse:
-        return error_response(503, f"{error}; retry later", {"Retry-After": "1"})

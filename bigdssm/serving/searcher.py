@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,6 @@ from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import read_dataset_json
-from bigdssm.dataset.schema import Schema
 from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
@@ -37,6 +36,8 @@ from bigdssm.utils.arguments import checked
 
 MOST_NEAR = 5  # items and words per explanation
 MOST_WORDS = 64  # encoded per explanation
+MOST_USERS_LISTED = 1000
+SEEN_LISTED = 5
 WORD = re.compile(r"\w+")
 
 
@@ -65,23 +66,6 @@ class Explanation:
     of: str  # title of the document
     history: list[NearItem]
     words: list[NearWord]
-
-
-def history_rows(seen: np.ndarray, schema: Schema) -> np.ndarray:
-    """Return the distinct catalogue rows of the events within the histories' `max_items`, int64."""
-    most = max((feature.max_items for feature in histories_of(schema.query).values()), default=0)
-    return np.unique(seen[len(seen) - min(most, len(seen)) :])
-
-
-def text_words(features: Mapping[str, Any], schema: Schema) -> list[tuple[str, str]]:
-    """Return (feature, word) for the distinct words of a request's texts, in order."""
-    texts = {name: features[name] for name in texts_of(schema.query) if isinstance(features.get(name), str)}
-    words = [(name, word) for name, text in texts.items() for word in WORD.findall(text)]
-    return list(dict.fromkeys(words))[:MOST_WORDS]
-
-
-MOST_USERS_LISTED = 1000
-SEEN_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -208,7 +192,15 @@ class Searcher:
                 results[i] = both[0], both[1]
         searched = time.perf_counter()
         if self._scorer is not None:
-            results = self._reranked(self._scorer, queries, results)
+            documents = np.full((len(queries), max(len(rows[: self._rerank]) for _, rows in results)), -1)
+            for i, (_, rows) in enumerate(results):
+                documents[i, : len(rows)] = rows[: self._rerank]
+            new = self._scorer.score(self._columns(queries), documents)
+            for i, (scores, rows) in enumerate(results):
+                by_scorer = new[i, : min(len(rows), self._rerank)]
+                order = np.argsort(-by_scorer, kind="stable")
+                rest = slice(len(order), None)  # keeps its order behind the others
+                results[i] = np.concatenate([by_scorer[order], scores[rest]]), np.concatenate([rows[order], rows[rest]])
         ranked = time.perf_counter()
         encode_ms, search_ms, rerank_ms = ((b - a) * 1000 for a, b in pairwise((started, encoded, searched, ranked)))
         times = (encode_ms, search_ms, rerank_ms, len(queries))
@@ -216,22 +208,6 @@ class Searcher:
             SearchResult(self._index.documents(scores[: query.top], rows[: query.top]), *times)
             for query, (scores, rows) in zip(queries, results, strict=True)
         ]
-
-    def _reranked(
-        self, scorer: PairScorer, queries: Sequence[Query], results: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Re-rank the best documents of results (scores, catalogue rows) per query."""
-        best = [rows[: self._rerank] for _, rows in results]
-        documents = np.full((len(queries), max(map(len, best))), -1)
-        for i, rows in enumerate(best):
-            documents[i, : len(rows)] = rows
-        new = scorer.score(self._columns(queries), documents)
-        ranked = []
-        for (scores, rows), by_scorer in zip(results, new, strict=True):
-            order = np.argsort(-by_scorer[: len(rows)], kind="stable")
-            rest = slice(len(order), None)
-            ranked.append((np.concatenate([by_scorer[order], scores[rest]]), np.concatenate([rows[order], rows[rest]])))
-        return ranked
 
     def _columns(self, queries: Sequence[Query]) -> dict[str, Column]:
         schema = self._folder.schema
@@ -243,8 +219,7 @@ class Searcher:
         vectors = (
             query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
         )
-        array: np.ndarray = vectors.numpy()[:, : self._folder.index_width]  # earlier exports always had [u, 1]
-        return array
+        return np.asarray(vectors)[:, : self._folder.index_width]  # earlier exports always had [u, 1]
 
     def similar(self, key: str, top: int) -> tuple[str, list[ScoredDocument]]:
         """Return a document's title and its nearest documents. Raises DataError: no such document."""
@@ -255,26 +230,30 @@ class Searcher:
     def why(self, request: Request, key: str) -> Explanation:
         """Explain a document by the most similar parts of a request. Raises as `queries.of` and `similar`."""
         query, row = self.queries.of(request), self._index.row(key)
-        vector = self._index.vectors_at([row])[0]
-        rows = history_rows(query.seen, self._folder.schema)
+        vector, schema = self._index.vectors_at([row])[0], self._folder.schema
+        # The distinct events within the histories' `max_items`; the index may lack new documents.
+        most = max((feature.max_items for feature in histories_of(schema.query).values()), default=0)
+        rows = np.unique(query.seen[len(query.seen) - min(most, len(query.seen)) :])
         rows = rows[rows < self._index.meta.num_docs]
         cosines = cosine_similarities(vector, self._index.vectors_at(rows), self._index.meta.has_beta)
         nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
         near = self._index.documents(cosines[nearest], rows[nearest])
         items = [NearItem(document.key, document.title, document.score) for document in near]
-        return Explanation(self._index.title[row].as_py(), items, self._near_words(query, request, vector)[:MOST_NEAR])
 
-    def _near_words(self, query: Query, request: Request, vector: np.ndarray) -> list[NearWord]:
-        words = text_words(request.features or {}, self._folder.schema)
-        if not words:
-            return []
-        columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
-        vectors = self.encode([replace(query, columns=some) for some in columns])
-        if vectors.shape[1] != len(vector):  # the index holds truncated vectors only
-            vectors = truncate_like(self._index.with_beta(vectors), self._index.meta)
-        cosines = cosine_similarities(vector, vectors, self._index.meta.has_beta).tolist()
-        near = [NearWord(*word, cosine) for word, cosine in zip(words, cosines, strict=True)]
-        return sorted(near, key=lambda word: -word.cosine)
+        # The distinct words of the request's texts, each as the query's only text.
+        given = request.features or {}
+        texts = {name: given[name] for name in texts_of(schema.query) if isinstance(given.get(name), str)}
+        every = ((name, word) for name, text in texts.items() for word in WORD.findall(text))
+        near_words, words = [], list(dict.fromkeys(every))[:MOST_WORDS]
+        if words:
+            columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
+            vectors = self.encode([replace(query, columns=some) for some in columns])
+            if vectors.shape[1] != len(vector):  # the index holds truncated vectors only
+                vectors = truncate_like(self._index.with_beta(vectors), self._index.meta)
+            of_words = cosine_similarities(vector, vectors, self._index.meta.has_beta).tolist()
+            near_words = [NearWord(*word, cosine) for word, cosine in zip(words, of_words, strict=True)]
+        best_words = sorted(near_words, key=lambda word: -word.cosine)[:MOST_NEAR]
+        return Explanation(self._index.title[row].as_py(), items, best_words)
 
     def _use_threads(self) -> None:
         if self._threads is not None:

@@ -24,6 +24,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from bigdssm.errors import BigDSSMError
 from bigdssm.utils.log import get_logger
 
+METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable for metrics of all workers
+RETRY_S = 5.0  # before a worker that failed to start is restarted, while others serve
+KILLED_AFTER_S = 5.0  # grace period beyond a worker's own timeout
+logger = get_logger(__name__)
+
 
 def run(app: FastAPI, listening: socket.socket, timeout_s: int) -> None:
     """Serve until SIGTERM or SIGINT, then stop within `timeout_s`.
@@ -100,12 +105,6 @@ class _Protocol(H11Protocol):
         if self.cycle is not None:  # its answer, which may be on its way, is dropped
             self.cycle.disconnected = True
         self.transport.close()
-
-
-METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's variable for metrics of all workers
-RETRY_S = 5.0  # before a worker that failed to start is restarted, while others serve
-KILLED_AFTER_S = 5.0  # grace period beyond a worker's own timeout
-logger = get_logger(__name__)
 
 
 class WorkersFailed(BigDSSMError):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import FROZEN_FILE, holds_weights, is_model_folder, save_model_folder
-from bigdssm.cluster.metrics import metric_label
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
@@ -30,7 +29,7 @@ from bigdssm.training.resume import StageProgress
 from bigdssm.training.table_rows import write_tables
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover
-from bigdssm.utils.log import Progress, get_logger
+from bigdssm.utils.log import Progress, get_logger, metric_label
 
 logger = get_logger(__name__)
 SPLIT = "validation"

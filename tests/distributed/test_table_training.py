@@ -237,7 +237,7 @@ def test_exports_hold_dense_tables_and_an_estimate_counts_them(
     for kind in ("model", "onnx"):
         parity = export(source, tmp_path / kind, kind)
         assert max(parity.query, parity.doc) <= 1e-5
-    monkeypatch.setattr("bigdssm.export.dense_tables.DENSE_BYTES", 100)
+    monkeypatch.setattr("bigdssm.export.convert.DENSE_BYTES", 100)
     with pytest.raises(ConfigError, match=r"--format onnx: the table doc_\w+ has .* use --format model"):
         export(source, tmp_path / "large", "onnx")
     dataset = Dataset.open(config.parent / "dataset")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from bigdssm.evaluation import ranks as ranks_module
-from bigdssm.evaluation.ranks import SeenDocuments, ranks_of_scores, ranks_of_vectors
+from bigdssm.evaluation.ranks import Pairs, ranks_of_scores, ranks_of_vectors
 
 
-def seen_of(rows: list[list[int]]) -> SeenDocuments:
-    values = torch.tensor([doc for row in rows for doc in row], dtype=torch.int64)
-    return SeenDocuments(values, torch.tensor(np.cumsum([0, *map(len, rows)])))
+def seen_of(rows: list[list[int]]) -> Pairs:
+    pairs = [(query, doc) for query, row in enumerate(rows) for doc in row]
+    queries, docs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+    return queries, docs
 
 
 def by_definition(scores: np.ndarray, target: np.ndarray, seen: list[list[int]]) -> list[float]:

@@ -28,9 +28,8 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.tensors import Features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
-from bigdssm.evaluation.ranks import SeenDocuments, ranks_of_vectors
+from bigdssm.evaluation.ranks import Pairs, ranks_of_vectors
 from bigdssm.export.onnx_model import onnx_session, read_export, run_onnx
-from bigdssm.features.ragged import offsets_of
 from bigdssm.loader.collate import Collator
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.vectors import read_vectors
@@ -78,7 +77,7 @@ def main() -> None:
     Console().print(table)
 
 
-def queries_of(dataset: Dataset, split: str, number: int) -> tuple[list[Features], Tensor, SeenDocuments, np.ndarray]:
+def queries_of(dataset: Dataset, split: str, number: int) -> tuple[list[Features], Tensor, Pairs, np.ndarray]:
     """Return features, target documents, seen documents and query ids of `number` rows of a split."""
     selected = np.linspace(0, dataset.num_rows(split) - 1, min(number, dataset.num_rows(split))).astype(np.int64)
     collator = Collator(dataset.schema, dataset.catalogue)
@@ -90,8 +89,8 @@ def queries_of(dataset: Dataset, split: str, number: int) -> tuple[list[Features
             target.append(int(row.doc_rows[0]))
             seen.append(row.seen(0))
             query_ids.append(int(row.query_ids[0]))
-    offsets = torch.from_numpy(offsets_of(np.array([len(documents) for documents in seen], np.int64)))
-    all_seen = SeenDocuments(torch.from_numpy(np.concatenate(seen).astype(np.int64)), offsets)
+    query_of = torch.from_numpy(np.repeat(np.arange(len(seen)), [len(documents) for documents in seen]))
+    all_seen = query_of, torch.from_numpy(np.concatenate(seen).astype(np.int64))
     return queries, torch.tensor(target), all_seen, np.array(query_ids)
 
 
