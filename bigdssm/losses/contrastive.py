@@ -49,7 +49,7 @@ from bigdssm.losses.masks import (
     local_pairs,
     occurrences,
 )
-from bigdssm.losses.terms import Scores, Term
+from bigdssm.losses.terms import Scores, Term, attach
 
 Direction = Literal["q2d", "d2q", "both"]
 SharedColumns = Literal["all", "in_batch", "none"]
@@ -366,40 +366,6 @@ def _input_gradients(
     if sums.beta is not None:
         sums.beta.index_add_(0, x.positive, beta_grad_m.to(sums.beta.dtype)).mul_(factor)
     return [sums.U, sums.W, alpha_grad, sums.beta]
-
-
-def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return `loss` as an autograd node with the given gradients of its inputs; None inputs are skipped."""
-    pairs = [(leaf, grad) for leaf, grad in zip(inputs, gradients, strict=True) if leaf is not None]
-    leaves, grads = zip(*pairs, strict=True)
-    with torch.enable_grad():
-        result: Tensor = _Attach.apply(loss, len(pairs), *leaves, *grads)
-    return result
-
-
-class _Attach(torch.autograd.Function):
-    """The identity on a value with precomputed gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, num: int, *tensors_and_gradients: Tensor | None) -> Tensor:
-        inputs, gradients = tensors_and_gradients[:num], tensors_and_gradients[num:]
-        ctx.like = [(t.shape, t.dtype, t.device) for t in inputs if t is not None]
-        ctx.save_for_backward(*gradients)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable would silently return 0 as the second derivative
-            raise NotImplementedError("the losses have no second derivatives: differentiate without create_graph")
-        results: list[Tensor | None] = []
-        for needed, (shape, dtype, device), gradient in zip(
-            ctx.needs_input_grad[2:], ctx.like, ctx.saved_tensors, strict=False
-        ):
-            if needed and gradient is not None:
-                results.append((gradient * upstream).to(device=device, dtype=dtype).view(shape))
-            else:
-                results.append(None)
-        return None, None, *results, *[None] * len(ctx.like)
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:

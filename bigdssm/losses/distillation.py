@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.contrastive import attach
 from bigdssm.losses.inputs import LossInputError, exchange, require
+from bigdssm.losses.terms import attach
 
 STRIP_CELLS = 1 << 22  # scores computed at a time
 

@@ -9,9 +9,9 @@ Shape legend: m queries of this rank and k candidates per query, l = 1 + k with 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -220,6 +220,40 @@ def softplus(x: Tensor) -> Tensor:
 def weighted(weight_m: Tensor, values_m: Tensor) -> Tensor:
     """Return weight · value, 0 if the weight is 0, even for a non-finite value."""
     return torch.where(weight_m > 0, weight_m * values_m, 0.0)
+
+
+def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return `loss` as an autograd node with the given gradients of its inputs; None inputs are skipped."""
+    pairs = [(leaf, grad) for leaf, grad in zip(inputs, gradients, strict=True) if leaf is not None]
+    leaves, grads = zip(*pairs, strict=True)
+    with torch.enable_grad():
+        result: Tensor = _Attach.apply(loss, len(pairs), *leaves, *grads)
+    return result
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on a value with precomputed gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, num: int, *tensors_and_gradients: Tensor | None) -> Tensor:
+        inputs, gradients = tensors_and_gradients[:num], tensors_and_gradients[num:]
+        ctx.like = [(t.shape, t.dtype, t.device) for t in inputs if t is not None]
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would silently return 0 as the second derivative
+            raise NotImplementedError("the losses have no second derivatives: differentiate without create_graph")
+        results: list[Tensor | None] = []
+        for needed, (shape, dtype, device), gradient in zip(
+            ctx.needs_input_grad[2:], ctx.like, ctx.saved_tensors, strict=False
+        ):
+            if needed and gradient is not None:
+                results.append((gradient * upstream).to(device=device, dtype=dtype).view(shape))
+            else:
+                results.append(None)
+        return None, None, *results, *[None] * len(ctx.like)
 
 
 def _largest(score_mk: Tensor) -> Tensor:
