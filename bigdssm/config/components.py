@@ -160,7 +160,8 @@ class OptimizerConfig(Component):
     whole_tensors: ClassVar[bool] = False  # requires unsharded parameters: ZeRO 1 to 3 provide flat partitions
 
     name: str = MISSING  # adamw; muon, for matrices, with AdamW for the rest (engine.zero_stage=0); or a registered one
-    lr: float | None = bounded(None, 0, 10)  # none: 1e-3, or 5e-5 with a pretrained text encoder (without adapters)
+    # None: 1e-3, or 5e-5 with a pretrained text encoder (without adapters).
+    lr: float | None = bounded(None, 0, 10, resume="segment")
     embedding_lr_ratio: float = bounded(1.0, 0, 1_000_000)  # learning rate of embedding tables over lr
     weight_decay: float = bounded(0.01, 0, 10)  # matrices only: not biases, norms, tables, alpha
     warmup_steps: int = bounded(100, 0, MAX_COUNT)  # limited to half of the stage's steps
@@ -195,7 +196,7 @@ class TableOptimizerConfig(Component):
     """
 
     name: str = MISSING  # rowwise_adagrad, adagrad, sgd, lazy_adam, or a registered one
-    lr: float = bounded(0.05, 0, 1000)
+    lr: float = bounded(0.05, 0, 1000, resume="segment")
 
     @abstractmethod
     def state_widths(self, dim: int) -> dict[str, int]:

@@ -33,7 +33,7 @@ from bigdssm.config.components import (
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import FEATURES
-from bigdssm.utils.bounds import bounded, out_of_bounds
+from bigdssm.utils.bounds import RESUME, bounded, out_of_bounds
 from bigdssm.utils.components import MISSING, Component, Registry, component, named_components
 
 if TYPE_CHECKING:
@@ -65,29 +65,33 @@ class SourceConfig:
 class DataConfig:
     """The dataset and its schema."""
 
-    dir: str = MISSING
+    dir: str = field(default=MISSING, metadata={RESUME: "may"})
     query: dict[str, Any] = named_components(FEATURES)  # features by name, with the keys of their type
     doc: dict[str, Any] = named_components(FEATURES)
     title: str | None = None  # column of the document table with display titles; by default the document id
     # Queries are documents: both sides declare the same features, from separate columns; one tower (model.doc) encodes
     # both; a query has its document's id and never returns itself; a pair applies in both directions.
     siamese: bool = False
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig, metadata={RESUME: "may"})
     # Maximum number of targets per train row built from interactions: one pass over a segment of a sequence encodes a
     # query per target.
-    targets_per_row: int = bounded(1, 1, 65_536)
+    targets_per_row: int = bounded(1, 1, 65_536, resume="may")
     # Whether a user's earlier items are excluded: from negatives, mining, evaluation, search, serve and recommend.
     # False for repeated consumption (music, groceries).
     exclude_seen: bool = True
     lanes: int = bounded(8, 1, 65_536)  # virtual data-parallel workers; divides rows_global, at least the world size
-    num_workers: int = bounded(1, 0, 1024)  # loader processes per rank
-    max_bad_fraction: float = bounded(0.001, 0, 1)  # of the rows read; the run stops above it
-    cache_dir: str | None = None  # where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder
-    cache_bytes: int = bounded(DEFAULT_CACHE_BYTES, 1, 2**62)  # maximum size of the cache
-    from_partition: str | None = None  # train on the partitions from this one on; none: on all
+    num_workers: int = bounded(1, 0, 1024, resume="may")  # loader processes per rank
+    max_bad_fraction: float = bounded(0.001, 0, 1, resume="may")  # of the rows read; the run stops above it
+    # Where a dataset at a URL is cached; none: bigdssm/ in the user's cache folder.
+    cache_dir: str | None = field(default=None, metadata={RESUME: "may"})
+    cache_bytes: int = bounded(DEFAULT_CACHE_BYTES, 1, 2**62, resume="may")  # maximum size of the cache
+    # Train on the partitions from this one on; none: on all.
+    from_partition: str | None = field(default=None, metadata={RESUME: "segment"})
     webdataset: str | None = None  # train on these plain shards (path with {000..009}); `dir` provides everything else
-    mixture: list[SourceConfig] = field(default_factory=list)  # several datasets or partitions, by weight
-    mixture_batches: Literal["mixed", "one_source"] = "mixed"  # one source per lane and step, or per step
+    # Several datasets or partitions, by weight.
+    mixture: list[SourceConfig] = field(default_factory=list, metadata={RESUME: "segment"})
+    # One source per lane and step, or per step.
+    mixture_batches: Literal["mixed", "one_source"] = field(default="mixed", metadata={RESUME: "segment"})
     tail: Literal["carry", "drop"] = "carry"  # an epoch's last rows that fill no step: carried over, or dropped
 
     def __post_init__(self) -> None:
@@ -349,13 +353,13 @@ class StageConfig:
     optimizer: OptimizerConfig = component(OPTIMIZERS, "adamw")
     table_optimizer: TableOptimizerConfig = component(TABLE_OPTIMIZERS, "rowwise_adagrad")  # of tables sharded by rows
     rows_global: int = bounded(1024, 1, MAX_ROWS)
-    epochs: float = bounded(1.0, 0, 100_000)
-    steps: int = bounded(0, 0, MAX_COUNT)  # 0: from `epochs`
+    epochs: float = bounded(1.0, 0, 100_000, resume="longer")
+    steps: int = bounded(0, 0, MAX_COUNT, resume="longer")  # 0: from `epochs`
     # Model folder or checkpoint (STAGE/checkpoints/step-…) to start from; sft: by default best/ of its pretraining.
     init: str | None = None
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
-    validate_every_steps: int = bounded(0, 0, MAX_COUNT)  # 0: once, at the end
+    validate_every_steps: int = bounded(0, 0, MAX_COUNT, resume="may")  # 0: once, at the end
     # The registered validation metric, larger is better: best/ is the latest validation within a standard error of the
     # highest, and leaves trained initial weights only for a gain beyond it. Patience and tuning use it, too.
     validation_metric: str = "ndcg_at_10"
@@ -363,21 +367,21 @@ class StageConfig:
     # Decay of an exponential moving average of the weights, used for validation and best/; 0: the weights themselves.
     # Not with zero_stage=3.
     weight_average: float = bounded(0.0, 0, below=1)
-    patience: int = bounded(0, 0, MAX_COUNT)  # stop after this many validations without improvement; 0: never
-    save_every_steps: int = bounded(500, 0, MAX_COUNT)  # 0: not by steps
-    save_every_minutes: float = bounded(0.0, 0, 1_000_000)  # since the last checkpoint; 0: not by time
-    keep_checkpoints: int = bounded(2, 1, MAX_COUNT)
-    log_every_steps: int = bounded(10, 1, MAX_COUNT)
-    max_skipped_steps: int = bounded(5, 1, MAX_COUNT)  # consecutive non-finite steps before the run stops
+    patience: int = bounded(0, 0, MAX_COUNT, resume="may")  # stop after this many validations without a gain; 0: never
+    save_every_steps: int = bounded(500, 0, MAX_COUNT, resume="may")  # 0: not by steps
+    save_every_minutes: float = bounded(0.0, 0, 1_000_000, resume="may")  # since the last checkpoint; 0: not by time
+    keep_checkpoints: int = bounded(2, 1, MAX_COUNT, resume="may")
+    log_every_steps: int = bounded(10, 1, MAX_COUNT, resume="may")
+    max_skipped_steps: int = bounded(5, 1, MAX_COUNT, resume="may")  # consecutive non-finite steps before the run stops
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The folder, seed and trackers of a run."""
 
-    dir: str = MISSING
+    dir: str = field(default=MISSING, metadata={RESUME: "may"})
     seed: int = bounded(0, 0, 2**32 - 1)
-    trackers: tuple[str, ...] = ("tensorboard",)
+    trackers: tuple[str, ...] = field(default=("tensorboard",), metadata={RESUME: "may"})
 
 
 @dataclass(frozen=True)
@@ -394,10 +398,10 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={RESUME: "may"})
     pretrain: StageConfig = field(default_factory=StageConfig)
     sft: StageConfig | None = None
-    debug: DebugConfig = field(default_factory=DebugConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig, metadata={RESUME: "may"})
 
     def __post_init__(self) -> None:
         for name in ("pretrain", "sft"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,84 +41,24 @@ from bigdssm.loader.row_stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.training.optimizers import schedule_factor
-from bigdssm.utils.bounds import RESUME_MAY_CHANGE
-from bigdssm.utils.components import components_of
+from bigdssm.utils.bounds import RESUME, ResumeRule
 from bigdssm.utils.log import get_logger, metric_label
-
-# may      may change: it does not affect the trained model
-# longer   may increase; may have any value in a new segment
-# segment  a change starts a new segment over new partitions, if the stream's state permits it
-# never    requires another run
-Rule = Literal["may", "longer", "segment", "never"]
-
-# By key, or by section for all keys in it; STAGE is the resumed stage, OTHER the other one. A component may declare
-# that one of its keys may change (`resume_may_change`), which precedes the rule of its section.
-RULES: dict[str, Rule] = {
-    "run.dir": "may",
-    "run.seed": "never",
-    "run.trackers": "may",
-    "data.dir": "may",  # the dataset is identified by the partitions' fingerprints
-    "data.query": "never",
-    "data.doc": "never",
-    "data.title": "never",
-    "data.tokenizer": "may",  # only make_shards reads it; the dataset's fingerprint includes its tokenizer
-    "data.targets_per_row": "may",  # as data.tokenizer
-    "data.exclude_seen": "never",
-    "data.siamese": "never",
-    "data.lanes": "never",
-    "data.num_workers": "may",
-    "data.max_bad_fraction": "may",
-    "data.cache_dir": "may",
-    "data.cache_bytes": "may",
-    "data.from_partition": "segment",
-    "data.webdataset": "never",
-    "data.mixture": "segment",
-    "data.mixture_batches": "segment",
-    "data.tail": "never",
-    "model": "never",
-    "engine": "may",
-    "STAGE.loss": "never",
-    "STAGE.optimizer": "never",
-    "STAGE.optimizer.lr": "segment",
-    "STAGE.table_optimizer": "never",
-    "STAGE.table_optimizer.lr": "segment",
-    "STAGE.rows_global": "never",
-    "STAGE.epochs": "longer",
-    "STAGE.steps": "longer",
-    "STAGE.init": "never",
-    "STAGE.documents": "never",
-    "STAGE.warm_start": "never",
-    "STAGE.negatives": "never",
-    "STAGE.sampling": "never",
-    "STAGE.distillation": "never",
-    "STAGE.scorer": "never",
-    "STAGE.weight_average": "never",
-    "STAGE.rerank": "never",  # it affects the validation metric of `best`
-    "STAGE.validation_metric": "never",
-    "STAGE.validate_every_steps": "may",
-    "STAGE.patience": "may",
-    "STAGE.save_every_steps": "may",
-    "STAGE.save_every_minutes": "may",
-    "STAGE.keep_checkpoints": "may",
-    "STAGE.log_every_steps": "may",
-    "STAGE.max_skipped_steps": "may",
-    "OTHER": "may",
-    "debug": "may",
-}
 
 logger = get_logger(__name__)
 
 
-def rule_of(key: str, name: StageName) -> Rule:
-    """Return the rule of a dotted config key if the stage `name` is resumed. Raises KeyError: no rule."""
-    section, _, rest = key.partition(".")
-    if section in ("pretrain", "sft"):
-        key = f"STAGE.{rest}" if section == name else "OTHER"
-    while key not in RULES:
-        key, dot, _ = key.rpartition(".")
-        if not dot:
-            raise KeyError(f"no rule defines whether {section}.{rest} may change at a resume")
-    return RULES[key]
+def rule_of(config: Config, key: str, name: StageName) -> ResumeRule:
+    """Return the rule of a dotted config key if the stage `name` is resumed: that of the innermost field with one."""
+    if key.partition(".")[0] in {"pretrain", "sft"} - {name}:
+        return "may"
+    rule: ResumeRule = "never"
+    part: Any = config
+    for word in key.split("."):
+        declared = {f.name: f for f in fields(part)} if is_dataclass(part) else {}
+        if word not in declared:  # the name of a feature, or a key of another component
+            break
+        rule, part = declared[word].metadata.get(RESUME, rule), getattr(part, word)
+    return rule
 
 
 @dataclass
@@ -365,17 +305,11 @@ def forbidden_change(before: dict[str, Any], config: Config, name: StageName) ->
     return next(_changes(before, config, name, "never"), None)
 
 
-def _changes(before: dict[str, Any], config: Config, name: StageName, rule: Rule) -> Iterator[str]:
+def _changes(before: dict[str, Any], config: Config, name: StageName, rule: ResumeRule) -> Iterator[str]:
     """Yield the changes of keys with this rule, as `KEY was A, is B`."""
     for key, was, now in differences(before, config.to_dict()):
-        if rule_of(key, name) == rule and not _may_change(config, key):
+        if rule_of(config, key, name) == rule:
             yield f"{key} was {was}, is {now}"
-
-
-def _may_change(config: Config, key: str) -> bool:
-    """Return whether a component declares that its `key`, a dotted config key, may change at a resume."""
-    keys = ((f"{block}.{f.name}", f) for block, part in components_of(config) for f in fields(cast(Any, part)))
-    return any(key == name and f.metadata.get(RESUME_MAY_CHANGE) for name, f in keys)
 
 
 def grow_model(model: DualEncoder, schema: Schema) -> None:

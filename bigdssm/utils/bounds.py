@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bigdssm.errors import ConfigError
 
 Default = TypeVar("Default")
-BOUND, RESUME_MAY_CHANGE = "bound", "resume_may_change"  # in the metadata of a field
+BOUND, RESUME = "bound", "resume"  # in the metadata of a field: its `Bound`, its `ResumeRule`
+
+# Whether a resumed run may change a key. A rule at a section holds for its keys, except those with their own; without
+# one, a key must not change.
+# may      may change: it does not affect the trained model
+# longer   may increase; may have any value in a new segment
+# segment  a change starts a new segment over new partitions, if the stream's state permits it
+# never    requires another run
+ResumeRule = Literal["may", "longer", "segment", "never"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,11 @@ class Bound:
 
 def bounded(
     default: Default, at_least: float | None = None, at_most: float | None = None, *, above: float | None = None,
-    below: float | None = None, resume_may_change: bool = False,
+    below: float | None = None, resume: ResumeRule | None = None,
 ) -> Default:  # fmt: skip
-    """Return a dataclass field with a default and bounds.
-
-    resume_may_change: a resumed run may change the key, because it affects only where or how something is computed.
-    """
-    bound = Bound(at_least, above, at_most, below)
-    made: Default = field(default=default, metadata={BOUND: bound, RESUME_MAY_CHANGE: resume_may_change})
+    """Return a dataclass field with a default, bounds, and its rule for a resume."""
+    metadata: dict[str, Any] = {BOUND: Bound(at_least, above, at_most, below)}
+    made: Default = field(default=default, metadata=metadata if resume is None else {**metadata, RESUME: resume})
     return made
 
 

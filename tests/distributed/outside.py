@@ -272,7 +272,7 @@ class HeavyBall(OptimizerConfig):
     """Stochastic gradient descent with momentum (Polyak 1964)."""
 
     name: str = "heavy_ball"
-    foreach: bool = bounded(False, resume_may_change=True)  # one kernel for many parameters; does not change the result
+    foreach: bool = bounded(False, resume="may")  # one kernel for many parameters; does not change the result
     friction: float = bounded(0.1, above=0, at_most=1)  # 1 - momentum
 
     def build(self, groups: list[dict[str, Any]]) -> optim.Optimizer:

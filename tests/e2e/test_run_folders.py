@@ -24,9 +24,7 @@ import yaml
 
 from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE
 from bigdssm.commands import evaluate, make_shards
-from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.training.resume import RULES, rule_of
 from bigdssm.utils.hashing import json_checksum
 from tests.distributed import small_run
 from tests.e2e.warm import ROOT, Command
@@ -351,29 +349,6 @@ def test_other_numbers_of_ranks_resume_with_the_same_rows(config: Path, tmp_path
     assert rows_by_step(run) == rows_by_step(tmp_path / "whole") and len(rows_by_step(run)) == 14
     for mine, theirs in zip(small_run.records(run), small_run.records(tmp_path / "whole"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-
-
-def leaves(content: dict[str, Any], key: str = "") -> list[str]:
-    found = []
-    for name, value in content.items():
-        found += leaves(value, f"{key}{name}.") if isinstance(value, dict) and value else [f"{key}{name}"]
-    return found
-
-
-def test_the_docs_have_the_rules_of_the_code(config: Path) -> None:
-    """Rows `| key, key | rule | … |` of the table; every key of the config has a rule, and every rule a key."""
-    used = set()
-    for key in leaves(load_config(config).to_dict()):
-        assert rule_of(key, "pretrain") and rule_of(key, "sft")
-        used |= {rule for rule in RULES if f"{key.replace('pretrain.', 'STAGE.')}.".startswith(f"{rule}.")}
-    assert used | {"OTHER"} == set(RULES)
-    text = (ROOT / "docs" / "faults.md").read_text()
-    table = text[text.index("## What may change on resume") :]
-    table = table[: table.index("\n## ", 1)]
-    told = {}
-    for keys, rule in re.findall(r"^\| (`[^|]+) \| (\w+) \|", table, re.MULTILINE):
-        told |= {key: rule for key in re.findall(r"`([^`]+)`", keys)}
-    assert told == RULES
 
 
 def test_a_signal_before_the_first_step_ends_a_blocked_run(config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""The rules of a resume: which keys of a config may change."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+from bigdssm.config import load_config
+from bigdssm.training.resume import rule_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = {
+    "may": (
+        "run.dir", "run.trackers", "data.dir", "data.tokenizer", "data.targets_per_row", "data.num_workers",
+        "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes", "engine", "debug",
+        "pretrain.validate_every_steps", "pretrain.patience", "pretrain.save_every_steps", "pretrain.save_every_minutes",
+        "pretrain.keep_checkpoints", "pretrain.log_every_steps", "pretrain.max_skipped_steps", "sft",
+    ),
+    "longer": ("pretrain.epochs", "pretrain.steps"),
+    "segment": (
+        "data.from_partition", "data.mixture", "data.mixture_batches", "pretrain.optimizer.lr",
+        "pretrain.table_optimizer.lr",
+    ),
+}  # fmt: skip
+
+
+def leaves(content: dict[str, Any], key: str = "") -> list[str]:
+    found = []
+    for name, value in content.items():
+        found += leaves(value, f"{key}{name}.") if isinstance(value, dict) and value else [f"{key}{name}"]
+    return found
+
+
+def test_every_key_has_its_rule(tiny_interactions: Any) -> None:
+    config = load_config(tiny_interactions.config, ["sft={}"])
+    keys = leaves(config.to_dict())
+    assert len(keys) > 100
+    for key in keys:
+        rules = [rule for rule, declared in RULES.items() if any(f"{key}.".startswith(f"{d}.") for d in declared)]
+        assert [rule_of(config, key, "pretrain")] == (rules or ["never"]), key
+        assert rule_of(config, key, "sft") == "may" or not key.startswith("pretrain."), key
+    assert rule_of(config, "sft.epochs", "sft") == "longer"
+    assert rule_of(config, "pretrain.optimizer.a_key_of_another_optimizer", "pretrain") == "never"
+
+
+def test_the_page_of_faults_has_the_rules_of_the_code() -> None:
+    page = (ROOT / "docs/faults.md").read_text("utf-8")
+    made = runpy.run_path(str(ROOT / "tools/site/config_keys.py"))["with_rules"](page)
+    assert page == made, "run PYTHONPATH=. python tools/site/config_keys.py"
+    table = page[page.index("| rule | keys |") :].split("\n\n")[0]
+    assert table.count("`STAGE.steps`") == table.count("`data.mixture`") == table.count("`engine`") == 1
