@@ -71,7 +71,15 @@ class OnnxExport(ExportFormat):
             features, path = probe.features[side], out / f"{side}.onnx"
             declared: dict[str, Feature] = getattr(model.schema, side)
             _export(_Tower(model, side), features, declared, path)
-            differences[side] = _difference(path, features, paddings(declared), probe.vectors[side])
+            # The probe batch, and single rows without padding: sizes and lengths are dynamic.
+            session, trainers, fills = onnx_session(path), probe.vectors[side], paddings(declared)
+            difference = largest_difference(run_onnx(session, features), trainers)
+            for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
+                alone = {name: values[row : row + 1] for name, values in features.items()}
+                for name, fill in fills.items():
+                    alone[name] = alone[name][:, : max(1, int((alone[name] != fill).sum()))]
+                difference = max(difference, largest_difference(run_onnx(session, alone), trainers[row : row + 1]))
+            differences[side] = difference
         if self.int8:
             quantize(out / "query.onnx", out / "query.int8.onnx")
         return Parity(differences["query"], differences["doc"])
@@ -155,15 +163,3 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def _difference(path: Path, features: Features, padding: dict[str, int], trainers: Tensor) -> float:
-    """Return the largest difference of the probe batch, and of single rows without padding."""
-    session = onnx_session(path)
-    differences = [largest_difference(run_onnx(session, features), trainers)]
-    for row in np.linspace(0, len(trainers) - 1, SINGLE_ROWS).astype(int):
-        alone = {name: values[row : row + 1] for name, values in features.items()}
-        for name, fill in padding.items():
-            alone[name] = alone[name][:, : max(1, int((alone[name] != fill).sum()))]
-        differences.append(largest_difference(run_onnx(session, alone), trainers[row : row + 1]))
-    return max(differences)

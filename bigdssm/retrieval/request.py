@@ -49,7 +49,7 @@ class Request:
     events: list[Event] | None = field(default=None, metadata={HELP: "recent events of the user"})
     now: float | None = field(default=None, metadata={HELP: "later events are ignored"})
     filter: str | None = field(
-        default=None, metadata={HELP: "conditions that results must satisfy, such as year >= 1990"}
+        default=None, metadata={HELP: "conditions that results must satisfy, such as 'year >= 1990'"}
     )
     exclude_seen: bool | None = field(
         default=None, metadata={HELP: "exclude documents of events; by default as the model's data.exclude_seen"}
