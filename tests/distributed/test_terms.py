@@ -214,7 +214,7 @@ def test_components_of_another_kind_and_taken_names_are_refused() -> None:
             register(PairCE)
     with pytest.raises(ValueError, match=r"there is a metric named 'mrr': bigdssm\.evaluation\.metrics"):
         register_metric("mrr", lambda ranks: ranks)
-    with pytest.raises(TypeError, match="a loss is a frozen dataclass with a name"):
+    with pytest.raises(TypeError, match="a loss is a frozen dataclass, a subclass of LossConfig, with a name"):
         register_loss(type("Nameless", (LossConfig,), {}))
 
 
