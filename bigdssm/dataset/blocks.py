@@ -7,6 +7,7 @@ offsets and UTF-8 are validated before they are used as indices.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from bigdssm.dataset.arrow_size import max_decoded_size
-from bigdssm.dataset.index import SplitIndex
-from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.catalogue import MappedTable
+from bigdssm.dataset.partition import SplitIndex
+from bigdssm.dataset.rows import Targets
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.sequences import Targets
 from bigdssm.features import Feature, Text, stored_features
 from bigdssm.features.base import Fault, outside
 from bigdssm.features.history import histories_of
@@ -28,6 +28,8 @@ from bigdssm.features.ragged import from_arrow
 
 MAX_DECODED_BYTES = 1 << 30
 CONNECTIONS = 8  # per reading process: for blocks of some 100 kB latency dominates
+SEGMENT_COLUMNS = ("sequence", "first", "end")  # of blocks, if the dataset has sequences
+RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
 _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 
@@ -115,11 +117,21 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
     for mask, describe in _row_faults(batch, layout, partition):
         for row in np.flatnonzero(mask).tolist():
             bad.setdefault(row, describe(row))
-    targets = _bad_targets(batch, layout, partition, bad)
-    rows_skipped = [BadRow(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())]
-    return batch, rows_skipped + [
-        BadRow(str(shard), number, row, 0, reason, position) for row, position, reason in targets
-    ]
+    # Unusable targets: of a row without a usable one, the whole row is skipped.
+    targets_skipped = []
+    if layout.sequences:
+        usable = np.setdiff1d(np.arange(rows), list(bad))
+        columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in SEGMENT_COLUMNS]
+        targets = Targets.of(layout.sequences[partition], *(column.astype(np.int64) for column in columns))
+        good = targets.valid(layout.num_docs[partition])
+        left = np.bincount(targets.row[good], minlength=len(usable))
+        for target, reason in [] if good.all() else targets.faults(layout.num_docs[partition]):
+            row = int(usable[targets.row[target]])
+            if left[targets.row[target]]:
+                targets_skipped.append(BadRow(str(shard), number, row, 0, reason, int(targets.position[target])))
+            else:
+                bad.setdefault(row, reason)
+    return batch, [BadRow(str(shard), number, row, 1, reason) for row, reason in sorted(bad.items())] + targets_skipped
 
 
 def read_blocks(
@@ -158,13 +170,71 @@ def decode(content: bytes, layout: BlockLayout) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(list(layout.types.items())))
 
 
+def max_decoded_size(stream: bytes) -> int:
+    """Return an upper bound on the decoded bytes of an Arrow stream, from its metadata without decompression.
+
+    A block of a few kilobytes may decode to terabytes (a decompression bomb). Arrow allocates the size in the first 8
+    bytes of each compressed buffer, and zstd never writes more than that, so the sum of these sizes bounds the memory
+    of decoding. Raises ValueError: not an Arrow stream, or a stream with dictionaries (blocks have none).
+    """
+    data, position, total = memoryview(stream), 0, 0
+
+    def read(kind: str, at: int) -> int:
+        return int(struct.unpack_from(f"<{kind}", data, at)[0])
+
+    def field_of(table: int, number: int) -> int:
+        """Return the position of a field's value in a flatbuffer table, 0 if the field is absent."""
+        vtable, slot = table - read("i", table), 4 + 2 * number
+        offset = read("H", vtable + slot) if slot < read("H", vtable) else 0
+        return table + offset if offset else 0
+
+    def follow(table: int, number: int) -> int:
+        """Return the target position of an offset field, 0 if the field is absent."""
+        at = field_of(table, number)
+        return at + read("I", at) if at else 0
+
+    try:
+        while position + 8 <= len(data):
+            if read("I", position) != 0xFFFFFFFF:
+                raise ValueError("not an Arrow stream")
+            length, start = read("i", position + 4), position + 8
+            if length == 0:
+                break
+            message, body = start + read("I", start), start + length
+            kind = data[field_of(message, 1)] if field_of(message, 1) else 0
+            if kind == RECORD_BATCH:
+                batch = follow(message, 2)
+                buffers, compressed = follow(batch, 2), field_of(batch, 3) != 0
+                for number in range(read("I", buffers) if buffers else 0):
+                    at = buffers + 4 + 16 * number
+                    offset, size = read("q", at), read("q", at + 8)
+                    plain = read("q", body + offset) if compressed and size >= 8 else -1
+                    total += size if plain < 0 else plain
+            elif kind != 1:
+                raise ValueError("an Arrow stream with dictionaries; blocks have none")
+            at = field_of(message, 3)
+            position = body + (read("q", at) if at else 0)
+            if position < body:
+                raise ValueError("not an Arrow stream")
+    except (struct.error, IndexError):
+        raise ValueError("not an Arrow stream, or a damaged one") from None
+    return total
+
+
 def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> Iterator[Fault]:
     """Yield (mask of bad rows, row → reason); later checks rely on the earlier ones."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
     if layout.sequences:
         yield from _sequence_faults(columns, layout.sequences[partition], layout.max_targets)
     else:
-        yield from _pair_faults(columns, layout.num_docs[partition])
+        num_docs = layout.num_docs[partition]
+        relevance, doc = columns["relevance"].to_numpy(), columns["doc"].to_numpy()
+        if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
+            wrong = ~(np.isfinite(relevance) & (relevance >= 0))
+            yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
+        if outside(doc, 0, num_docs):
+            limit = f"not a row of the catalogue's {num_docs}"
+            yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {limit}"
     for name, feature in layout.query.items():
         if isinstance(feature, Text) and columns[name].type == feature.raw_type:
             yield from feature.raw_faults(columns[name])
@@ -172,19 +242,8 @@ def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> I
             yield from feature.faults(from_arrow(columns[name]), layout.vocab_size)
 
 
-def _pair_faults(columns: Mapping[str, pa.Array], num_docs: int) -> Iterator[Fault]:
-    relevance = columns["relevance"].to_numpy()
-    if not relevance.min(initial=0) >= 0 or not np.isfinite(relevance).all():
-        wrong = ~(np.isfinite(relevance) & (relevance >= 0))
-        yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
-    doc = columns["doc"].to_numpy()
-    if outside(doc, 0, num_docs):
-        limit = f"not a row of the catalogue's {num_docs}"
-        yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {limit}"
-
-
 def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, max_targets: int) -> Iterator[Fault]:
-    sequence, first, end = (columns[name].to_numpy() for name in ("sequence", "first", "end"))
+    sequence, first, end = (columns[name].to_numpy() for name in SEGMENT_COLUMNS)
     outside = (sequence < 0) | (sequence >= table.num_rows)
     if outside.any():
         yield outside, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
@@ -202,30 +261,3 @@ def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, max_ta
             too_many,
             lambda row: f"it has {end[row] - first[row]} targets, more than its history's {max_targets} items",
         )
-
-
-def _bad_targets(
-    batch: pa.RecordBatch, layout: BlockLayout, partition: int, bad: dict[int, str]
-) -> list[tuple[int, int, str]]:
-    """Return (row, position, reason) of unusable targets.
-
-    Rows without a usable target are added to `bad`.
-    """
-    if not layout.sequences:
-        return []
-    usable = np.setdiff1d(np.arange(batch.num_rows), list(bad))
-    columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in ("sequence", "first", "end")]
-    targets = Targets.of(layout.sequences[partition], *(column.astype(np.int64) for column in columns))
-    num_docs = layout.num_docs[partition]
-    good = targets.valid(num_docs)
-    if good.all():
-        return []
-    left = np.bincount(targets.row[good], minlength=len(usable))
-    alone = []
-    for number, reason in targets.faults(num_docs):
-        row = int(usable[targets.row[number]])
-        if left[targets.row[number]]:
-            alone.append((row, int(targets.position[number]), reason))
-        else:
-            bad.setdefault(row, reason)
-    return alone

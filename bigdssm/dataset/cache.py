@@ -108,7 +108,14 @@ class FileCache:
                     part.unlink()
                     continue
                 try:
-                    self._allot(fd, size)
+                    with self._locked() as lock:
+                        os.ftruncate(fd, 0)  # discard bytes that a killed process has written
+                        if not self._reserve(lock, size):
+                            raise DataError(
+                                f"data.cache_bytes={self.max_bytes} is too small for a file of {size} bytes in "
+                                f"addition to the files in use in {self.dir}; raise it"
+                            )
+                        os.ftruncate(fd, size)  # reserve: other processes count the full size
                     write(fd)
                     put_file(part, path)
                 except BaseException:
@@ -133,16 +140,6 @@ class FileCache:
                         path.symlink_to(self.path(key))
         return folder
 
-    def _allot(self, fd: int, size: int) -> None:
-        with self._locked() as lock:
-            os.ftruncate(fd, 0)  # discard bytes that a killed process has written
-            if not self._reserve(lock, size):
-                raise DataError(
-                    f"data.cache_bytes={self.max_bytes} is too small for a file of {size} bytes in addition to the "
-                    f"files in use in {self.dir}; raise it"
-                )
-            os.ftruncate(fd, size)  # reserve: other processes count the full size
-
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """Hold the global lock, whose file stores an upper bound on the bytes in the cache."""
@@ -160,28 +157,22 @@ class FileCache:
         # an unreadable count forces an eviction, which counts the bytes
         total = int(counted) if counted.isdigit() else self.max_bytes
         if total + size > self.max_bytes:
-            total = self._evict(min(int(self.max_bytes * KEEP_FRACTION), self.max_bytes - size))
+            goal = min(int(self.max_bytes * KEEP_FRACTION), self.max_bytes - size)
+            entries: list[tuple[bool, int, int, Path]] = []
+            for path in self.dir.glob("??/*"):
+                with suppress(FileNotFoundError):
+                    stat = path.stat()
+                    entries.append((path.suffix != UNFINISHED, stat.st_mtime_ns, stat.st_size, path))
+            total, removed = sum(entry[2] for entry in entries), False
+            for whole, _, entry_size, path in sorted(entries):
+                if (total > goal or not whole) and _remove_unused(path):  # not whole: left by killed processes
+                    total, removed = total - entry_size, True
+            for tree in self.dir.glob("trees/*") if removed else ():
+                if any(path.is_symlink() and not path.exists() for path in tree.rglob("*")):
+                    shutil.rmtree(tree, ignore_errors=True)
         fits = total + size <= self.max_bytes
         os.pwrite(lock, b"%020d" % (total + size if fits else total), 0)
         return fits
-
-    def _evict(self, goal: int) -> int:
-        """Remove unused entries, oldest first, down to `goal` bytes; return the remaining bytes."""
-        entries: list[tuple[bool, int, int, Path]] = []
-        for path in self.dir.glob("??/*"):
-            with suppress(FileNotFoundError):
-                stat = path.stat()
-                entries.append((path.suffix != UNFINISHED, stat.st_mtime_ns, stat.st_size, path))
-        total, before = sum(entry[2] for entry in entries), len(entries)
-        for whole, _, size, path in sorted(entries):
-            if (total > goal or not whole) and _remove_unused(path):  # not whole: left by killed processes
-                total -= size
-                before -= 1
-        if before < len(entries):
-            for tree in self.dir.glob("trees/*"):
-                if any(path.is_symlink() and not path.exists() for path in tree.rglob("*")):
-                    shutil.rmtree(tree, ignore_errors=True)
-        return total
 
 
 def cache_key(*identity: object) -> str:

@@ -13,25 +13,31 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.blocks import BlockLayout, read_block
+from bigdssm.dataset.blocks import SEGMENT_COLUMNS, BlockLayout, read_block
 from bigdssm.dataset.cache import FileCache
-from bigdssm.dataset.catalogue import Catalogue
-from bigdssm.dataset.index import SplitIndex, read_index
-from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.catalogue import (
+    Catalogue,
+    CatalogueFile,
+    MappedTable,
+    Versions,
+    catalogue_files,
+    later_files,
+    withdrawn_documents,
+)
 from bigdssm.dataset.partition import (
     Extent,
     MixtureBatches,
     MixturePart,
     Partition,
+    SplitIndex,
     read_dataset_json,
+    read_index,
     read_partition,
     short_hash,
 )
 from bigdssm.dataset.remote import COUNTS_FILE, RemoteFolder
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.rows import VERSION_COLUMN, Rows, Targets
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.sequences import Targets, versions_of
-from bigdssm.dataset.versions import CatalogueFile, Versions, catalogue_files, later_files, withdrawn_documents
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -80,7 +86,17 @@ class Dataset:
         self.extents = tuple(extents)  # of its sources
         self.dir, self.name, self.schema = header.dir, header.name, header.schema
         self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
-        self.vocab_size, self.tokenizer_hash = _read_tokenizer(self.tokenizer_dir)
+        self.vocab_size, self.tokenizer_hash = 0, ""
+        if self.tokenizer_dir is not None:
+            path = self.tokenizer_dir / TOKENIZER_FILE
+            try:
+                content = path.read_bytes()
+                self.vocab_size = Tokenizer.from_buffer(content).get_vocab_size()
+            except Exception as error:  # the tokenizers library raises bare Exceptions
+                raise DataError(
+                    f"{path} is not a readable tokenizer ({error}); a dataset with text features needs one"
+                ) from None
+            self.tokenizer_hash = short_hash(content)
         paths = [file.path for file in self.catalogue_files]
         versions = Versions.read(self.catalogue_files, dated=header.dated)
         withdrawn = withdrawn_documents(self.withdrawals, sum(file.rows for file in files if file.since is None))
@@ -239,7 +255,7 @@ class Dataset:
             for number, partition in enumerate(self.partitions):
                 expected = partition.content["splits"].get(split)
                 if expected and expected["blocks"]:
-                    parts.append(with_remote_shards(partition, read_index(partition.folder, split, expected, number)))
+                    parts.append(read_index(partition, split, number))
             if not parts:
                 known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
                 raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")
@@ -285,26 +301,17 @@ class Dataset:
         if len(self.partitions) > 1:
             index = self.index(split)
             partition = index.partition[np.searchsorted(index.first_row, row_ids, "right") - 1]
-        if self.sequences is not None:
-            sequence, first, end = (np.asarray(columns[name], np.int64) for name in ("sequence", "first", "end"))
-            sequence = sequence + self._sequence_base[partition]
-            row_features = {name: columns[name] for name in self.layout.query}
-            return self._segment_rows(split, step, row_ids, self.sequences, sequence, first, end, row_features)
-        query = {name: columns[name] for name in self.schema.query}
-        doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
-        return Rows(
-            step=step, row_ids=row_ids, query=query, doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
-            query_ids=np.asarray(columns["query_id"]),
-        )  # fmt: skip
-
-    def _segment_rows(
-        self, split: str, step: int, row_ids: np.ndarray, table: MappedTable,
-        sequence: np.ndarray, first: np.ndarray, end: np.ndarray, row_features: dict[str, Column],
-    ) -> Rows:  # fmt: skip
-        """Build rows from sequence segments, with one query per valid target.
-
-        `row_features` are the query features stored in blocks.
-        """
+        if self.sequences is None:
+            doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
+            return Rows(
+                step=step, row_ids=row_ids, query={name: columns[name] for name in self.schema.query},
+                doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
+                query_ids=np.asarray(columns["query_id"]),
+            )  # fmt: skip
+        # A row is a segment of a sequence, with one query per valid target.
+        table = self.sequences
+        sequence, first, end = (np.asarray(columns[name], np.int64) for name in SEGMENT_COLUMNS)
+        sequence = sequence + self._sequence_base[partition]
         targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.valid(self.catalogue.num_docs))
         query: dict[str, Column] = {}
@@ -314,7 +321,8 @@ class Dataset:
                 # the history of the last query; earlier queries of the row read a prefix of it
                 query[name], history_start = self._history(feature, table, sequence, end - 1)
             else:
-                query[name] = row_features[name] if name in row_features else self.query_column(table, name, sequence)
+                in_block = name in self.layout.query
+                query[name] = columns[name] if in_block else self.query_column(table, name, sequence)
         single = self.num_queries(split) == self.num_rows(split)
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
@@ -344,24 +352,18 @@ class Dataset:
         """Return the codes of the newest items before position `end`, and the position of the first of them."""
         history_start = np.maximum(0, end - feature.max_items)
         items = table.take_slices("items", sequence, history_start, end)
-        partition = np.repeat(self._numbers_of(sequence), items.lengths)
-        version = versions_of(table, sequence, history_start, end) if self.header.dated else None
-        return type(items)(self._codes(str(feature.of), items.values, partition, version), items.offsets), history_start
-
-    def _numbers_of(self, sequence: np.ndarray) -> np.ndarray:
-        """Return the dataset-wide partition number of each sequence, int64."""
-        return self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
-
-    def _codes(self, feature: str, docs: np.ndarray, partition: np.ndarray, version: np.ndarray | None) -> np.ndarray:
-        """Return the codes of the items of histories, from their visible versions.
-
-        Invalid documents get the code for values out of vocabulary.
-        """
-        known = (docs >= 0) & (docs < self.catalogue.num_docs)
+        # The codes are those of the item versions that the events saw; invalid documents are out of vocabulary.
+        docs, num_docs = items.values, self.catalogue.num_docs
+        known = (docs >= 0) & (docs < num_docs)
         docs = docs if known.all() else np.where(known, docs, 0)
-        visible = self.catalogue.visible_rows(docs, partition, version)
-        codes = item_codes(self.catalogue.codes(feature, docs if visible is None else visible))
-        return codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
+        partition = self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
+        version = None
+        if self.header.dated:
+            version = table.take_slices(VERSION_COLUMN, sequence, history_start, end).values
+        visible = self.catalogue.visible_rows(docs, np.repeat(partition, items.lengths), version)
+        codes = item_codes(self.catalogue.codes(str(feature.of), docs if visible is None else visible))
+        codes = codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
+        return Ragged(codes, items.offsets), history_start
 
     def _column(self, name: str, array: pa.Array) -> Column:
         """Return a block's column with texts tokenized."""
@@ -430,14 +432,6 @@ class Dataset:
         return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
 
 
-def with_remote_shards(partition: Partition, index: SplitIndex) -> SplitIndex:
-    """Point the index of a remote partition at its shards' URLs."""
-    if partition.remote is None:
-        return index
-    parent, file = f"partitions/{partition.folder.name}", partition.remote.file
-    return replace(index, shards=tuple(file(f"{parent}/{path.name}") for path in index.shards))
-
-
 def _num_rows(partition: Partition, split: str) -> int:
     rows: int = partition.content["splits"].get(split, {"rows": 0})["rows"]
     return rows
@@ -462,18 +456,3 @@ def empty_batch(layout: BlockLayout) -> pa.RecordBatch:
 def tokenizer_hash(folder: Path) -> str:
     """Hash the tokenizer in `folder`. Raises OSError."""
     return short_hash((folder / TOKENIZER_FILE).read_bytes())
-
-
-def _read_tokenizer(folder: Path | None) -> tuple[int, str]:
-    """Return the vocabulary size and hash of the tokenizer."""
-    if folder is None:
-        return 0, ""
-    path = folder / TOKENIZER_FILE
-    try:
-        content = path.read_bytes()
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise DataError(
-            f"{path} is not a readable tokenizer ({error}); a dataset with text features needs one"
-        ) from None
-    return tokenizer.get_vocab_size(), short_hash(content)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset.catalogue import CatalogueFile
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import Extent, MixtureBatches, MixturePart, Partition, steps_per_round
-from bigdssm.dataset.versions import CatalogueFile
 from bigdssm.errors import ConfigError
 from bigdssm.utils.urls import is_url
 
@@ -44,7 +44,23 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     """
     for part, source in zip(parts[1:], sources[1:], strict=True):
         _check_same(parts[0], part, source.dir or main_dir)
-    files, first_doc = _join_catalogues(parts)
+    # The files of distinct catalogues, newer versions last, and each part's offset.
+    files: list[CatalogueFile] = []
+    starts: dict[tuple[str, ...], int] = {}
+    first_doc = []
+    for part in parts:
+        key = tuple(file.checksum for file in part.catalogue_files)
+        if key not in starts:
+            if starts and part.sequences is not None:
+                raise ConfigError(
+                    f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, but "
+                    "datasets with histories must share one catalogue; put the interactions into one dataset, as "
+                    "partitions (make_shards --append)"
+                )
+            starts[key] = sum(file.rows for file in files if file.since is None)
+            files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]
+        first_doc.append(starts[key])
+    files.sort(key=lambda file: file.since is not None)
     partitions: list[Partition] = []
     mixture = []
     siblings: dict[str, Partition] = {}
@@ -82,7 +98,17 @@ def _normalized(folder: str) -> str:
 def _check_same(first: Dataset, other: Dataset, name: str) -> None:
     difference = first.schema.difference(other.schema)
     if difference is None and first.schema != other.schema:
-        difference = _fitted_difference(first, other)
+        difference = f"data.title is {first.schema.title!r} and {other.schema.title!r}"
+        fitted = [
+            (f"{side}.{key}", feature, other.schema.sides[side][key])
+            for side, features in first.schema.sides.items()
+            for key, feature in features.items()
+            if feature != other.schema.sides[side][key]
+        ]
+        if fitted:
+            where, *features = fitted[0]
+            described = [feature.describe(first.vocab_size) for feature in features]
+            difference = f"{where} was fitted to different data ({described[0]}, {described[1]})"
     if difference is None and first.tokenizer_hash != other.tokenizer_hash:
         difference = "the tokenizers differ"
     fix = f"build it with `bigdssm make_shards … --like {first.dir}`"
@@ -96,33 +122,3 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
             difference, fix = f"only one of them has {name_of_part}", f"build both with {needed}, or both without"
     if difference is not None:
         raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")
-
-
-def _fitted_difference(first: Dataset, other: Dataset) -> str:
-    for side in ("query", "doc"):
-        for name, feature in getattr(first.schema, side).items():
-            its = getattr(other.schema, side)[name]
-            if feature != its:
-                fitted = [one.describe(first.vocab_size) for one in (feature, its)]
-                return f"{side}.{name} was fitted to different data ({fitted[0]}, {fitted[1]})"
-    return f"data.title is {first.schema.title!r} and {other.schema.title!r}"
-
-
-def _join_catalogues(parts: Sequence[Dataset]) -> tuple[list[CatalogueFile], list[int]]:
-    """Return the files of distinct catalogues, newer versions last, and each part's offset."""
-    files: list[CatalogueFile] = []
-    starts: dict[tuple[str, ...], int] = {}
-    first_doc = []
-    for part in parts:
-        key = tuple(file.checksum for file in part.catalogue_files)
-        if key not in starts:
-            if starts and part.sequences is not None:
-                raise ConfigError(
-                    f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, but "
-                    "datasets with histories must share one catalogue; put the interactions into one dataset, as "
-                    "partitions (make_shards --append)"
-                )
-            starts[key] = sum(file.rows for file in files if file.since is None)
-            files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]
-        first_doc.append(starts[key])
-    return sorted(files, key=lambda file: file.since is not None), first_doc

@@ -105,20 +105,18 @@ class RemoteFolder:
                 self._large(part["file"], part["checksum"])
             required = names[names.index(first) :] if first in names else names if partitions is None else partitions
             for name in names:
-                self._partition(f"partitions/{name}", name in required)
+                path = f"partitions/{name}"
+                of_partition = self._json(f"{path}/partition.json", "copy the dataset whole")
+                if name not in required:
+                    continue
+                for split, of_split in of_partition["splits"].items():
+                    self._large(f"{path}/{split}.index.arrow", of_split["index_checksum"])
+                self._large(f"{path}/{COUNTS_FILE}", of_partition["counts_checksum"])
+                for part in of_partition.get("sequences", []):
+                    self._large(f"{path}/{part['file']}", part["checksum"])
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{redacted(self.url)} holds metadata of another format: {error!r}") from None
         return self.cache.link(redacted(self.url).rstrip("/").rpartition("/")[2] or "dataset", self.url, self._entries)
-
-    def _partition(self, path: str, required: bool) -> None:
-        content = self._json(f"{path}/partition.json", "copy the dataset whole")
-        if not required:
-            return
-        for split, described in content["splits"].items():
-            self._large(f"{path}/{split}.index.arrow", described["index_checksum"])
-        self._large(f"{path}/{COUNTS_FILE}", content["counts_checksum"])
-        for part in content.get("sequences", []):
-            self._large(f"{path}/{part['file']}", part["checksum"])
 
     def _json(self, path: str, fix: str) -> dict[str, Any]:
         content = self._small(path, fix=fix)
@@ -145,10 +143,25 @@ class RemoteFolder:
         url = _checked_join(self.url, path)
         key = cache_key(url, checksum)
         held = self.cache.acquire(key)
+
+        def download(fd: int) -> None:
+            for _ in range(MISMATCHES):
+                digest = xxhash.xxh3_64()
+                for start in range(0, size, CHUNK_BYTES):
+                    length = min(CHUNK_BYTES, size - start)
+                    content = fetch(url, start, length, lambda got, length=length: len(got) == length)  # type: ignore[misc]
+                    digest.update(content)
+                    _write(fd, start, content)
+                if digest.hexdigest() == checksum:
+                    return
+            raise DataError(
+                f"{redacted(url)} is damaged: its checksum is not the recorded one; copy the dataset there again"
+            )
+
         if held is None:
             try:
                 size = size_of(url)
-                held = self.cache.fill(key, size, lambda fd: _download(fd, url, size, checksum))
+                held = self.cache.fill(key, size, download)
             except FileNotFoundError:
                 raise DataError(f"{redacted(url)} does not exist; copy the dataset whole") from None
         self._hold(path, key, held)
@@ -162,19 +175,6 @@ def _checked_join(url: str, path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path:
         raise DataError(f"{redacted(url)}: its metadata names a file {path!r}, not a plain path inside it; rejected")
     return join(url, path)
-
-
-def _download(fd: int, url: str, size: int, checksum: str) -> None:
-    for _ in range(MISMATCHES):
-        digest = xxhash.xxh3_64()
-        for start in range(0, size, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, size - start)
-            content = fetch(url, start, length, lambda got, length=length: len(got) == length)  # type: ignore[misc]
-            digest.update(content)
-            _write(fd, start, content)
-        if digest.hexdigest() == checksum:
-            return
-    raise DataError(f"{redacted(url)} is damaged: its checksum is not the recorded one; copy the dataset there again")
 
 
 def _write(fd: int, offset: int, content: bytes) -> None:

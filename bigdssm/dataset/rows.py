@@ -1,21 +1,66 @@
 """Decoded rows, before their conversion to tensors.
 
-A row has one query; a segment of a sequence may have several. Shapes: R rows, m queries.
+A row has one query (a pair), or is a segment of a sequence: a user's events in order of time. A row (sequence, first,
+end) has one query per target in items[first:end]. The target at position p is predicted from items[:p]. Shapes: R rows,
+m queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from bigdssm.dataset.mapped import MappedTable
+from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.features import ragged
-from bigdssm.features.ragged import Column
+from bigdssm.features.ragged import Column, offsets_of
 
+EVENT_COLUMNS = ("items", "relevance")  # lists with one value per event, in addition to further event columns
+TIME_COLUMN = "event_time"  # list of float64, if events have times
+VERSION_COLUMN = "version"  # list, if items have times: the item version that an event saw
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
+ROW_ARRAYS = ("row_ids", "sequence", "history_start")  # of Rows: the arrays per row, and per query
+QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "doc_ids")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The m targets of R rows, ordered by row."""
+
+    row: np.ndarray  # int64 [m]
+    position: np.ndarray  # int64 [m]: in the sequence
+    item: np.ndarray  # int64 [m]: the catalogue row
+    relevance: np.ndarray  # float32 [m]
+
+    @classmethod
+    def of(cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> Targets:
+        """Read the targets of rows (int64 [R], in range)."""
+        items = table.take_slices("items", sequence, first, end)
+        relevance = table.take_slices("relevance", sequence, first, end)
+        row = np.repeat(np.arange(len(sequence)), items.lengths)
+        position = np.arange(len(row)) - offsets_of(items.lengths)[row] + first[row]
+        return cls(row, position, items.values.astype(np.int64), relevance.values)
+
+    def faults(self, num_docs: int) -> Iterator[tuple[int, str]]:
+        """Yield (target number, reason) of the invalid targets."""
+        for number in np.flatnonzero(~self.valid(num_docs)).tolist():
+            item, relevance = self.item[number], self.relevance[number]
+            if 0 <= item < num_docs:
+                yield number, f"relevance is {relevance}, needs a number of at least 0"
+            else:
+                yield number, f"unknown document: {item} is not a row of the catalogue's {num_docs}"
+
+    def valid(self, num_docs: int) -> np.ndarray:
+        """Return the mask of valid targets, bool [m]."""
+        known = (self.item >= 0) & (self.item < num_docs)
+        good: np.ndarray = known & np.isfinite(self.relevance) & (self.relevance >= 0)
+        return good
+
+    def take(self, targets: np.ndarray) -> Targets:
+        """Select targets by index or mask."""
+        return Targets(self.row[targets], self.position[targets], self.item[targets], self.relevance[targets])
 
 
 @dataclass(frozen=True)
@@ -95,20 +140,19 @@ class Rows:
             edges = np.searchsorted(self.row, np.arange(len(self) + 1))
             selected = ragged.gather_ranges(np.arange(self.num_queries), edges[rows], edges[rows + 1])
             row, queries = np.repeat(np.arange(len(rows)), selected.lengths), selected.values
-        return replace(self._select(rows, queries), row=row)
-
-    def _select(self, rows: np.ndarray, queries: np.ndarray) -> Rows:
-        def selected(names: Sequence[str], numbers: np.ndarray) -> dict[str, Any]:
-            present = [name for name in names if getattr(self, name) is not None]
-            return {name: getattr(self, name)[numbers] for name in present}
-
+        arrays = {
+            name: getattr(self, name)[numbers]
+            for names, numbers in ((ROW_ARRAYS, rows), (QUERY_ARRAYS, queries))
+            for name in names
+            if getattr(self, name) is not None
+        }
         return Rows(
             step=self.step,
             query={name: ragged.take(column, rows) for name, column in self.query.items()},
             doc={name: ragged.take(column, rows) for name, column in self.doc.items()},
             sequences=self.sequences,
-            **selected(_OF_ROWS, rows),
-            **selected(_OF_QUERIES, queries),
+            row=row,
+            **arrays,
         )
 
     @classmethod
@@ -116,9 +160,6 @@ class Rows:
         """Concatenate rows of one step."""
         if len(parts) == 1:
             return parts[0]
-
-        def concatenated(name: str) -> Any:
-            return None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
 
         row = None
         if parts[0].row is not None:
@@ -130,9 +171,9 @@ class Rows:
             doc={name: ragged.concat([part.doc[name] for part in parts]) for name in parts[0].doc},
             sequences=parts[0].sequences,
             row=row,
-            **{name: concatenated(name) for name in _OF_ROWS + _OF_QUERIES},
+            **{
+                name: np.concatenate([getattr(part, name) for part in parts])
+                for name in ROW_ARRAYS + QUERY_ARRAYS
+                if getattr(parts[0], name) is not None
+            },
         )
-
-
-_OF_ROWS = ("row_ids", "sequence", "history_start")
-_OF_QUERIES = ("doc_rows", "relevance", "query_ids", "position", "doc_ids")

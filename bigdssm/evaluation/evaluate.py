@@ -12,7 +12,6 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import as_tensor
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.evaluation.ranks import (
@@ -22,6 +21,7 @@ from bigdssm.evaluation.ranks import (
     ranks_of_scores,
 )
 from bigdssm.evaluation.reranking import RERANKED_AT_ONCE, Reranking, ScoredEncoders
+from bigdssm.loader.batch import as_tensor
 from bigdssm.retrieval.embed import DocumentVectors, Encoders, Share, all_finite, encode_catalogue, encode_queries
 from bigdssm.retrieval.exact_search import QUERIES_AT_ONCE, excluded_documents, rounds
 from bigdssm.utils.log import Progress, no_progress

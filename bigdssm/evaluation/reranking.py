@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.tensors import Features
 from bigdssm.evaluation.ranks import TIE_RELATIVE
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, Features, to_features
 from bigdssm.models import DualEncoder, VectorScorer
 from bigdssm.retrieval.embed import DocumentVectors, Encoders, tower_encoders, tower_output
 from bigdssm.retrieval.exact_search import SearchRound, exact_search, top_of_round, unpack_keys
@@ -79,6 +78,6 @@ def encoders_of(
 
     return ScoredEncoders(
         lambda rows: output("query", collator.query_features(rows.query)),
-        lambda doc_rows: output("doc", dataset.catalogue.features(doc_rows)),
+        lambda doc_rows: output("doc", to_features(dataset.schema.doc, dataset.catalogue.columns(doc_rows))),
         scorer,
     )

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from bigdssm.checkpoints.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.dataset.schema import SCHEMA_FILE
-from bigdssm.dataset.tensors import Features, paddings
 from bigdssm.errors import ConfigError
 from bigdssm.export.formats import (
     ExportFormat,
@@ -39,6 +38,7 @@ from bigdssm.export.onnx_int8 import quantize
 from bigdssm.export.onnx_model import onnx_session, run_onnx
 from bigdssm.export.text_tower import SIDES, Side, alpha
 from bigdssm.features import Feature
+from bigdssm.loader.batch import Features, paddings
 from bigdssm.models import DualEncoder
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils.atomic import write_json

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import check_file
-from bigdssm.dataset.tensors import Features
 from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.loader.batch import Features
 
 EXPORT_FILE = "bigdssm_export.json"
 

@@ -68,7 +68,17 @@ def columns_of_values(
             missing = pa.array([feature.missing] * num_rows, feature.canonical_type)
             columns[name] = from_arrow(feature.encode(missing, tokenizer, large=True))
         elif isinstance(feature, History):
-            columns[name] = _history(name, given[name], feature, docs[str(feature.of)])
+            # the codes of the newest `max_items` items per row
+            lists = plain(given[name])
+            kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+            if not any(is_kind(lists.type) for is_kind in kinds):
+                raise DataError(f"{name} holds {lists.type}, needs lists of item values, oldest first")
+            lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+            batch = SourceBatch(name, pa.table({name: lists.flatten()}), np.repeat(np.arange(len(lengths)), lengths))
+            item = replace(docs[str(feature.of)], column=name)
+            codes = item_codes(np.asarray(columns_of(batch, {name: item}, None, _refuse)[name]))
+            newest = [row[-feature.max_items :] for row in np.split(codes, np.cumsum(lengths))[:-1]]
+            columns[name] = Ragged.of_lists(newest, codes.dtype.type)
         else:
             batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
             columns |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
@@ -145,46 +155,27 @@ def _array(name: str, values: Any) -> pa.Array:
         raise DataError(f"{name}: got {type(values).__name__}, needs a list of values, one per row")
     if hasattr(values, "__arrow_c_stream__"):  # a series or a chunked array
         return pa.chunked_array(values).combine_chunks()
+    kind = None
     if not hasattr(values, "dtype") or getattr(values, "ndim", 1) > 1:
-        values = [_scalar(value) for value in values]
+        # for Arrow's type inference, NumPy's dates become datetimes, tensors and series become arrays
+        values = [
+            value.astype("datetime64[us]").item()
+            if isinstance(value, np.datetime64)
+            else np.asarray(value)
+            if getattr(value, "ndim", 0) and hasattr(value, "__array__")
+            else value
+            for value in values
+        ]
+        # Arrow does not infer uint64 for integers beyond int64
+        lists = [value for value in values if isinstance(value, list | tuple)]
+        numbers = [number for value in lists for number in value] if lists else values
+        integers = all(isinstance(number, int | np.integer | None) for number in numbers)
+        if integers and max((number or 0 for number in numbers), default=0) >= 2**63:
+            kind = pa.list_(pa.uint64()) if lists else pa.uint64()
     try:
-        return pa.array(values, _unsigned(values), from_pandas=True)
+        return pa.array(values, kind, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: values of one feature need one type: {' '.join(str(error).split())}") from None
-
-
-def _scalar(value: Any) -> Any:
-    """Convert a value for Arrow's type inference: NumPy's dates to datetimes, tensors and series to arrays."""
-    if isinstance(value, np.datetime64):
-        return value.astype("datetime64[us]").item()
-    return np.asarray(value) if getattr(value, "ndim", 0) and hasattr(value, "__array__") else value
-
-
-def _unsigned(values: Any) -> pa.DataType | None:
-    """Return uint64, or lists of it, if there are integers beyond int64, which Arrow does not infer; else None."""
-    if not isinstance(values, list):
-        return None
-    lists = [value for value in values if isinstance(value, list | tuple)]
-    numbers = [number for value in lists for number in value] if lists else values
-    if not all(isinstance(number, int | np.integer | None) for number in numbers):
-        return None
-    if max((number or 0 for number in numbers), default=0) < 2**63:
-        return None
-    return pa.list_(pa.uint64()) if lists else pa.uint64()
-
-
-def _history(name: str, lists: pa.Array, feature: History, item: Feature) -> Column:
-    """Return the codes of the newest `max_items` items per row."""
-    lists = plain(lists)
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(lists.type) for is_kind in kinds):
-        raise DataError(f"{name} holds {lists.type}, needs lists of item values, oldest first")
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    items = pa.table({name: lists.flatten()})
-    batch = SourceBatch(name, items, np.repeat(np.arange(len(lengths)), lengths))
-    codes = item_codes(np.asarray(columns_of(batch, {name: replace(item, column=name)}, None, _refuse)[name]))
-    rows = np.split(codes, np.cumsum(lengths))[:-1]
-    return Ragged.of_lists([row[-feature.max_items :] for row in rows], codes.dtype.type)
 
 
 def _refuse(file: str, row: int, reason: str, left_out: bool = True) -> None:

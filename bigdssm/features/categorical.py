@@ -300,13 +300,16 @@ class Categorical(Feature):
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the value or values; for hashed values the bucket."""
-        names = [self._value(code) for code in np.atleast_1d(values).tolist() if code != PADDING]
+        names = [
+            UNKNOWN
+            if code == OUT_OF_VOCABULARY
+            else f"<bucket {code - FIRST_CODE}>"
+            if self.hash_buckets
+            else self.vocabulary[code - FIRST_CODE]
+            for code in np.atleast_1d(values).tolist()
+            if code != PADDING
+        ]
         return names if self.multi else (names[0] if names else None)
-
-    def _value(self, code: int) -> str:
-        if code == OUT_OF_VOCABULARY:
-            return UNKNOWN
-        return f"<bucket {code - FIRST_CODE}>" if self.hash_buckets else self.vocabulary[code - FIRST_CODE]
 
 
 def categorical_of(features: Mapping[str, Feature]) -> dict[str, Categorical]:

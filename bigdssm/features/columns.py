@@ -63,7 +63,13 @@ class RowCheck:
 
     def _report(self, mask: np.ndarray, reason: str, values: Any, left_out: bool) -> None:
         for i in np.flatnonzero(mask & self.good).tolist():
-            message = reason if values is None else reason.replace("{}", _formatted(values[i]), 1)
+            message = reason
+            if values is not None:
+                try:
+                    text = repr(values[i].as_py()) if isinstance(values[i], pa.Scalar) else str(values[i])
+                except (ValueError, OverflowError):  # a date beyond Python's range
+                    text = f"a {values[i].type} out of range"
+                message = reason.replace("{}", text if len(text) <= 60 else text[:57] + "…", 1)
             self._report_bad(self.batch.file, int(self.batch.rows[i]), message, left_out)
 
     def column(self, name: str) -> pa.Array:
@@ -150,7 +156,14 @@ def as_texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
     array, kind = plain(array), array.type
     broken = np.zeros(len(array), bool)
     if pa.types.is_floating(kind):
-        return pc.fill_null(_float_strings(array), ""), broken
+        # the shortest exact text; whole ones as integers (columns with gaps), NaN as null
+        values = _as_float64(array)
+        whole = (np.abs(values) < 2.0**53) & (values == np.floor(values))
+        texts = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.large_string())
+        if not whole.all():
+            wide = array.cast(pa.float32()) if pa.types.is_float16(kind) else array
+            texts = pc.if_else(pa.array(whole), texts, wide.cast(pa.large_string()))
+        return pc.if_else(pa.array(np.isnan(values)), pa.scalar("", texts.type), texts), broken
     if any(is_bytes(kind) for is_bytes in BYTE_TYPES):
         array = array.cast(pa.large_binary())
         try:
@@ -180,17 +193,6 @@ def is_invalid_utf8(value: bytes | None) -> bool:
 def _as_float64(array: pa.Array) -> np.ndarray:
     values: np.ndarray = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return values
-
-
-def _float_strings(array: pa.Array) -> pa.Array:
-    """Return floats as their shortest exact text; whole ones as integers (columns with gaps), NaN as null."""
-    values = _as_float64(array)
-    whole = (np.abs(values) < 2.0**53) & (values == np.floor(values))
-    texts = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.large_string())
-    if not whole.all():
-        wide = array.cast(pa.float32()) if pa.types.is_float16(array.type) else array
-        texts = pc.if_else(pa.array(whole), texts, wide.cast(pa.large_string()))
-    return pc.if_else(pa.array(np.isnan(values)), pa.scalar(None, texts.type), texts)
 
 
 def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
@@ -371,11 +373,3 @@ def _seconds(value: date) -> float:
     if not isinstance(value, datetime):
         value = datetime.combine(value, time())
     return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def _formatted(value: Any) -> str:
-    try:
-        text = repr(value.as_py()) if isinstance(value, pa.Scalar) else str(value)
-    except (ValueError, OverflowError):  # a date beyond Python's range
-        text = f"a {value.type} out of range"
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -42,13 +42,6 @@ class Ragged:
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(np.concatenate([part.values for part in parts]), offsets_of(lengths))
 
-    @classmethod
-    def of_arrow(cls, array: pa.Array) -> Ragged:
-        """Return the rows of a list or large_list array without nulls; values are not copied."""
-        offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
-        values = array.values.to_numpy()[offsets[0] : offsets[-1]]
-        return cls(values, offsets - offsets[0] if offsets[0] else offsets)
-
     def take(self, rows: np.ndarray) -> Ragged:
         """Return the given rows, in the given order."""
         return gather_ranges(self.values, self.offsets[rows], self.offsets[rows + 1])
@@ -101,5 +94,8 @@ def from_arrow(array: pa.Array) -> Column:
     """Return an Arrow array without nulls as a column; its values are not copied."""
     if pa.types.is_fixed_size_list(array.type):
         return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
-    nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    return Ragged.of_arrow(array) if nested else array.to_numpy()
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+        return array.to_numpy()
+    offsets = array.offsets.to_numpy().astype(np.int64, copy=False)
+    values = array.values.to_numpy()[offsets[0] : offsets[-1]]
+    return Ragged(values, offsets - offsets[0] if offsets[0] else offsets)

@@ -73,15 +73,13 @@ class Text(Feature):
     def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
         """Return the token ids of texts, special tokens included."""
         assert tokenizer is not None, "a schema with text has a tokenizer"
-        ids, offsets = tokenizer.encode(self._with_prompt(column), self.max_tokens)
+        if self.prompt:
+            prompt, nothing = (pa.scalar(text, column.type) for text in (self.prompt, ""))
+            column = pc.binary_join_element_wise(prompt, column, nothing)
+        ids, offsets = tokenizer.encode(column, self.max_tokens)
         if large:
             return pa.LargeListArray.from_arrays(pa.array(offsets), ids)
         return pa.ListArray.from_arrays(offsets.astype(np.int32), ids)
-
-    def _with_prompt(self, column: pa.Array) -> pa.Array:
-        if not self.prompt:
-            return column
-        return pc.binary_join_element_wise(pa.scalar(self.prompt, column.type), column, pa.scalar("", column.type))
 
     def with_prompt(self, default: str, pooled: bool, tokenizer: TextTokenizer) -> Text:
         """Return the feature with its prompt, and the number of first tokens that are not pooled.

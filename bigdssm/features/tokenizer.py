@@ -33,10 +33,14 @@ class TextTokenizer:
 
     def encode(self, texts: pa.Array, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids int32, offsets int64 [rows + 1]): text i is ids[offsets[i]:offsets[i + 1]]."""
-        rows = [
-            self._tokenize_words(piece, max_tokens) if self._splits_at_spaces else self._tokenize(piece, max_tokens)
-            for piece in _pieces(texts)
-        ]
+        rows, last = [], 0
+        ends = np.cumsum(pc.binary_length(texts).to_numpy())
+        while (first := last) < len(texts):  # about BYTES_PER_PIECE at once, at least one text
+            before = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + BYTES_PER_PIECE, "right")))
+            piece = texts.slice(first, last - first)
+            by_words = self._splits_at_spaces
+            rows.append(self._tokenize_words(piece, max_tokens) if by_words else self._tokenize(piece, max_tokens))
         joined = concat(rows) if rows else Ragged(np.empty(0, np.int32), np.zeros(1, np.int64))
         assert isinstance(joined, Ragged)
         return joined.values, joined.offsets
@@ -206,14 +210,3 @@ def _rules_of(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _pieces(texts: pa.Array) -> Iterator[pa.Array]:
-    """Yield slices of about BYTES_PER_PIECE, at least one text each."""
-    ends = np.cumsum(pc.binary_length(texts).to_numpy())
-    first = 0
-    while first < len(texts):
-        before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + BYTES_PER_PIECE, "right")))
-        yield texts.slice(first, last - first)
-        first = last

@@ -79,7 +79,11 @@ class Vector(Feature):
     def read(self, check: RowCheck) -> pa.Array:
         """Return the vectors; invalid ones, and ones that are not finite in the dtype, are missing."""
         if self.matrix is not None and self.source not in check.batch.table.column_names:
-            values, wrong = self._of_matrix(check), np.zeros(len(check.batch.rows), bool)
+            matrix = _matrix_in(self.matrix, self.dim)
+            rows = check.batch.rows - 1  # table rows are counted from 1
+            if (last := int(rows.max(initial=0))) >= len(matrix):
+                raise DataError(f"{self.matrix} has {len(matrix):,} rows, and none for row {last + 1:,} of the table")
+            values, wrong = np.array(matrix[rows], np.float32), np.zeros(len(rows), bool)
         else:
             values, wrong = self._of_lists(check)
         with np.errstate(over="ignore"):
@@ -99,7 +103,11 @@ class Vector(Feature):
             array = pc.split_pattern(pc.if_else(pc.equal(written, ""), None, written), ",")
         if pa.types.is_null(array.type):
             return np.full((len(array), self.dim), np.nan, np.float32), np.zeros(len(array), bool)
-        if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or _is_fixed(array.type)):
+        if not (
+            pa.types.is_list(array.type)
+            or pa.types.is_large_list(array.type)
+            or pa.types.is_fixed_size_list(array.type)
+        ):
             raise DataError(f"{where} holds {array.type}, needs lists of numbers")
         inner = array.type.value_type
         parsed = pa.types.is_string(inner) or pa.types.is_large_string(inner)
@@ -120,13 +128,6 @@ class Vector(Feature):
             flat, wrong = pa.array(numbers), wrong | no_numbers
         values[fits] = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         return values, wrong
-
-    def _of_matrix(self, check: RowCheck) -> np.ndarray:
-        matrix = _matrix_in(str(self.matrix), self.dim)
-        rows = check.batch.rows - 1  # table rows are counted from 1
-        if (last := int(rows.max(initial=0))) >= len(matrix):
-            raise DataError(f"{self.matrix} has {len(matrix):,} rows, and none for row {last + 1:,} of the table")
-        return np.array(matrix[rows], np.float32)
 
     def check_matrix(self, num_rows: int, table: str) -> None:
         """Raise DataError unless the matrix has as many rows as the table."""
@@ -191,10 +192,6 @@ class Vector(Feature):
             return None
         first = json.dumps([round(float(value), 4) for value in values[:DISPLAYED_NUMBERS]])
         return first if len(values) <= DISPLAYED_NUMBERS else f"{first[:-1]}, … {len(values)} numbers]"
-
-
-def _is_fixed(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_fixed_size_list(dtype))
 
 
 def _matrix_of(column: pa.Array, dim: int) -> np.ndarray:

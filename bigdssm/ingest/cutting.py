@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.dataset.catalogue import (
+    DOCUMENT_COLUMN,
+    SINCE_COLUMN,
+    CatalogueFile,
+    MappedTable,
+    Versions,
+    distinct_documents,
+)
 from bigdssm.dataset.keys import SortedKeys
-from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.row_keys import shuffle_keys, uniform
-from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, distinct_documents
+from bigdssm.dataset.rows import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns

@@ -12,9 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigdssm.dataset.catalogue import (
+    DOCUMENT_COLUMN,
+    SINCE_COLUMN,
+    CatalogueFile,
+    MappedTable,
+    Versions,
+    catalogue_files,
+)
 from bigdssm.dataset.keys import SortedKeys, write_keys
-from bigdssm.dataset.mapped import MappedTable
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, CatalogueFile, Versions, catalogue_files
 from bigdssm.features import Feature
 from bigdssm.ingest.dataset_writer import AS_OF, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.keys import SortedKeys
-from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.partition import Partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
-from bigdssm.dataset.sequences import TIME_COLUMN
+from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.features.ragged import Ragged
 
 EVENT = np.dtype([("user", np.int64), ("item", np.int64), ("time", np.float64), ("relevance", np.float32)])

@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.dataset.catalogue import SINCE_COLUMN
 from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.row_keys import hash_rows
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.versions import SINCE_COLUMN
 from bigdssm.errors import DataError
 from bigdssm.features import Feature
 from bigdssm.features.canonical import canonical

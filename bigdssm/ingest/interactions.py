@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_history_lengths
+from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
 from bigdssm.dataset.keys import SortedKeys
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
-from bigdssm.dataset.sequences import TIME_COLUMN, VERSION_COLUMN
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
+from bigdssm.dataset.rows import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored_features
 from bigdssm.ingest.cutting import ItemVersions, SequenceCutter, cut_sequences

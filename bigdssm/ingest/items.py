@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
+from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, later_files, withdrawn_documents
 from bigdssm.dataset.keys import SortedKeys
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, later_files, withdrawn_documents
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, ids
 from bigdssm.ingest.dataset_writer import AS_OF, TIMES, WITHDRAWALS

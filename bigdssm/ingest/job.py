@@ -17,8 +17,8 @@ import tokenizers
 from bigdssm.config import DataConfig
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import COUNTS_FILE
+from bigdssm.dataset.rows import EVENT_COLUMNS
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
-from bigdssm.dataset.sequences import EVENT_COLUMNS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, Vector
 from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, DatasetWriter

@@ -10,9 +10,8 @@ from pathlib import Path
 from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.blocks import read_block, read_range
 from bigdssm.dataset.cache import FileCache
-from bigdssm.dataset.dataset import Dataset, with_remote_shards
-from bigdssm.dataset.index import SplitIndex, read_index
-from bigdssm.dataset.partition import read_dataset_json
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.partition import SplitIndex, read_dataset_json, read_index
 from bigdssm.dataset.remote import COUNTS_FILE, catalogue_entries
 from bigdssm.dataset.schema import VOCABULARIES
 from bigdssm.errors import DataError
@@ -47,9 +46,9 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
         content = partition.content
         known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
         damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **known})
-        for split, expected in content["splits"].items():
+        for split in content["splits"]:
             try:
-                index = with_remote_shards(partition, read_index(partition.folder, split, expected, number))
+                index = read_index(partition, split, number)
             except DataError as error:
                 damages.append(str(error))
                 continue

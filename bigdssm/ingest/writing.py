@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from bigdssm.dataset.index import COLUMNS
-from bigdssm.dataset.versions import DOCUMENT_COLUMN, SINCE_COLUMN
+from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN
+from bigdssm.dataset.partition import INDEX_COLUMNS
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
@@ -131,7 +131,9 @@ def write_split(engine: LocalEngine, split: str, table: RowTable, encode: Encode
     work = partial(_write_shard, split, table, encode, per_block)
     entries = move_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
     shards = [entry["file"] for entry in entries]
-    index = {name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in COLUMNS.items()}
+    index = {
+        name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in INDEX_COLUMNS.items()
+    }
     shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
     named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
     columns = {"shard": named, **{name: pa.array(values) for name, values in index.items()}}
@@ -150,7 +152,7 @@ def _write_shard(
     """Write one shard, a plain tar of blocks as Arrow streams, and its index entries."""
     shard, (first, end) = job
     path = folder / f"{split}-{shard:06d}.tar"
-    index: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    index: dict[str, list[int]] = {name: [] for name in INDEX_COLUMNS}
     blocks = _blocks(table, encode, rows_per_block, first, end)
     with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks, first // rows_per_block):

@@ -1,73 +1,54 @@
-"""Batch: one rank's rows of a training step, as tensors that are transferred together."""
+"""Batches: one rank's rows of a step as tensors, their building from rows, and their transfer to the device."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bigdssm.dataset.tensors import Features, Paddings
+from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.schema import Schema
+from bigdssm.errors import ConfigError
+from bigdssm.features import Feature, ragged
+from bigdssm.features.ragged import Column
 from bigdssm.models import QueryPositions, SideSize
+from bigdssm.utils.device import to_device
 
+T = TypeVar("T")
 ALIGNMENT = 64  # bytes: a cache line
 
-TensorSlot = tuple[int, torch.dtype, torch.Size]
-"""Byte offset, type and shape of a packed tensor."""
+Features = dict[str, Tensor]
+"""The features of one side by name, one tensor row per query or document, see `Feature.array`.
+
+Lists (texts, histories, several categories) are int64 [rows, T], right-padded.
+"""
+
+Paddings = dict[str, int]
+"""The padding value of each list feature of one side; other features have no entry."""
 
 
-def pack_tensors(content: Any) -> tuple[bytes, Tensor, list[TensorSlot]]:
-    """Return a pickle of `content` without its tensors, their bytes as one uint8 tensor, and the slot of each.
-
-    The tensors are on the host.
-    """
-    file = io.BytesIO()
-    pickler = _WithoutTensors(file, pickle.HIGHEST_PROTOCOL)
-    pickler.dump(content)
-    slots, end = [], 0
-    for tensor in pickler.tensors:
-        slots.append((end, tensor.dtype, tensor.shape))
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(end, dtype=torch.uint8)
-    for tensor, slot in zip(pickler.tensors, slots, strict=True):
-        _slot_view(buffer, slot).copy_(tensor)
-    return file.getvalue(), buffer, slots
+def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column]) -> Features:
+    """Convert columns (one per declared feature) to tensors by name."""
+    return {name: as_tensor(feature.array(columns[name])) for name, feature in declared.items()}
 
 
-def unpack_tensors(content: bytes, buffer: Tensor, slots: Sequence[TensorSlot]) -> Any:
-    """Return the packed content; its tensors are views of `buffer`."""
-    return _WithTensors(io.BytesIO(content), [_slot_view(buffer, slot) for slot in slots]).load()
+def paddings(declared: Mapping[str, Feature]) -> Paddings:
+    """Return the padding values of the list features."""
+    return {name: feature.padding for name, feature in declared.items() if feature.padding is not None}
 
 
-def _slot_view(buffer: Tensor, slot: TensorSlot) -> Tensor:
-    offset, dtype, shape = slot
-    return buffer[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-class _WithoutTensors(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, protocol: int) -> None:
-        super().__init__(file, protocol)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj)
-        return len(self.tensors) - 1
-
-
-class _WithTensors(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, pid: int) -> Tensor:
-        return self._tensors[pid]
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Convert an array to a tensor; read-only arrays are copied."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 @dataclass(frozen=True)
@@ -147,20 +128,165 @@ class Batch:
         return SideSize(len(self.row_ids), query, num_queries), SideSize(len(self.doc_ids), doc)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        """Pickle as one tensor: between processes each tensor is a shared memory file to open."""
-        return _of_packed, pack_tensors({f.name: getattr(self, f.name) for f in fields(self)})
+        """Pickle with all tensors as one: between processes each tensor is a shared memory file to open."""
+        tensors: list[Tensor] = []
+
+        def without_tensors(part: Any) -> int | None:
+            if isinstance(part, Tensor):
+                tensors.append(part)
+            return len(tensors) - 1 if isinstance(part, Tensor) else None
+
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+        pickler.persistent_id = without_tensors  # type: ignore[method-assign]
+        pickler.dump({f.name: getattr(self, f.name) for f in fields(self)})
+        slots, end = [], 0  # byte offset, type and shape of each tensor
+        for tensor in tensors:
+            slots.append((end, tensor.dtype, tensor.shape))
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        buffer = torch.empty(end, dtype=torch.uint8)
+        for tensor, view in zip(tensors, _views(buffer, slots), strict=True):
+            view.copy_(tensor)
+        return _unpacked, (file.getvalue(), buffer, slots)
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors."""
-        return [tensor for f in fields(self) for tensor in _tensors(getattr(self, f.name))]
+        found: list[Tensor] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+            found += [part for part in parts if isinstance(part, Tensor)]
+        return found
 
 
-def _of_packed(*parts: Any) -> Batch:
-    return Batch(**unpack_tensors(*parts))
+def _views(buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:
+    return [buffer[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape) for at, dtype, shape in slots]
 
 
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, dict | tuple):
-        parts = value.values() if isinstance(value, dict) else value
-        return [tensor for tensor in parts if isinstance(tensor, Tensor)]
-    return [value] if isinstance(value, Tensor) else []
+def _unpacked(content: bytes, buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> Batch:
+    """Return the batch that was pickled; its tensors are views of `buffer`."""
+    unpickler = pickle.Unpickler(io.BytesIO(content))
+    unpickler.persistent_load = _views(buffer, slots).__getitem__  # type: ignore[method-assign]
+    return Batch(**unpickler.load())
+
+
+class Collator:
+    """Builds batches: one column per distinct document, positives first."""
+
+    def __init__(self, schema: Schema, catalogue: Catalogue | None, *, reads_documents: bool = True) -> None:
+        """`catalogue`: None if the rows contain their documents. reads_documents: else `Batch.doc` is empty."""
+        self._schema, self._catalogue, self._reads_documents = schema, catalogue, reads_documents
+
+    def __call__(
+        self, rows: Rows, *, negatives: np.ndarray | None = None, extra_docs: np.ndarray | None = None
+    ) -> Batch:
+        """Return `rows` as a Batch; columns are the positives, then new documents of `negatives`, then `extra_docs`.
+
+        negatives: int64 [m, k], catalogue rows, -1 for none. extra_docs: int64 [e], catalogue rows. Raises ConfigError:
+        one of them without a catalogue.
+        """
+        # Each distinct document is one column; column_of: those of the positives, the negatives and the extra ones.
+        mapped = None
+        if self._catalogue is None:
+            if negatives is not None or extra_docs is not None:
+                raise ConfigError("hard and uniform negatives need a catalogue; these rows contain their documents")
+            ids = np.empty(0, np.int64) if rows.doc_ids is None else rows.doc_ids
+            doc_ids, column_of = distinct_in_order(ids)
+            first = np.empty(len(doc_ids), np.int64)
+            first[column_of[::-1]] = np.arange(len(ids))[::-1]  # written last, the first row of each document stays
+            doc = to_features(self._schema.doc, {name: ragged.take(c, first) for name, c in rows.doc.items()})
+            doc_rows = np.full(len(doc_ids), -1, np.int64)
+        else:
+            given = np.empty(0, np.int64) if negatives is None else negatives[negatives >= 0]
+            extra = np.empty(0, np.int64) if extra_docs is None else extra_docs
+            doc_rows, column_of = distinct_in_order(np.concatenate([rows.doc_rows, given, extra]))
+            if negatives is not None:
+                mapped = np.full(negatives.shape, -1, np.int64)
+                mapped[negatives >= 0] = column_of[rows.num_queries : rows.num_queries + len(given)]
+            doc_ids = self._catalogue.ids(doc_rows)
+            doc = to_features(self._schema.doc, self._catalogue.columns(doc_rows)) if self._reads_documents else {}
+        # The positions of the queries in their rows' histories, for several queries per row.
+        query_positions, queries_of_row = None, None
+        if rows.row is not None and rows.position is not None and rows.history_start is not None:
+            prefix_length = rows.position - rows.history_start[rows.row]
+            query_positions = QueryPositions(as_tensor(rows.row), as_tensor(prefix_length))
+            queries_of_row = np.bincount(rows.row, minlength=len(rows))
+        query = self.query_features(rows.query)
+        return Batch(
+            step=rows.step,
+            row_ids=as_tensor(rows.row_ids),
+            query=query,
+            doc=doc,
+            positive=as_tensor(column_of[: rows.num_queries]),
+            relevance=as_tensor(rows.relevance),
+            query_ids=as_tensor(rows.query_ids),
+            doc_ids=as_tensor(doc_ids),
+            doc_rows=as_tensor(doc_rows),
+            counts=as_tensor(np.bincount(column_of, minlength=len(doc_ids))),
+            negatives=None if mapped is None else as_tensor(mapped),
+            query_lengths=lengths_of(query, paddings(self._schema.query)),
+            doc_lengths=lengths_of(doc, paddings(self._schema.doc)) if doc else {},
+            query_positions=query_positions,
+            queries_of_row=queries_of_row,
+        )
+
+    def query_features(self, columns: Mapping[str, Column]) -> Features:
+        """Return the query columns of `Rows.query` as tensors."""
+        return to_features(self._schema.query, columns)
+
+
+def distinct_in_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct values in order of first appearance, and the index of each value in them."""
+    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[inverse]
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on `device`, except the row ids, which only the host reads."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return to_device(value, device)
+        if isinstance(value, dict):
+            return {name: moved(part) for name, part in value.items()}
+        return type(value)(*map(moved, value)) if isinstance(value, tuple) else value
+
+    return replace(batch, **{f.name: moved(getattr(batch, f.name)) for f in fields(batch) if f.name != "row_ids"})
+
+
+def uploaded_batches(batches: Iterator[Batch], device: torch.device) -> Generator[Batch]:
+    """Yield host batches on `device`; for a GPU a thread transfers the next one. Close it to end the thread."""
+    if device.type != "cuda":  # nothing to overlap
+        for batch in batches:
+            yield on_device(batch, device)
+        return
+
+    def transfers() -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        stream = torch.cuda.Stream(device)
+        for batch in batches:
+            with torch.cuda.stream(stream):  # also sets the thread's current device
+                moved = on_device(batch, device)
+                sent = stream.record_event()
+            yield moved, sent
+
+    with closing(prefetch(transfers())) as sending:
+        for batch, sent in sending:
+            now = torch.cuda.current_stream(device)
+            now.wait_event(sent)
+            for tensor in batch.tensors():
+                if tensor.is_cuda:
+                    tensor.record_stream(now)  # else the copy stream could reuse its memory too early
+            yield batch
+
+
+def prefetch(items: Iterator[T]) -> Generator[T]:
+    """Yield the items in order while a thread fetches the next one; its exception is raised at that item."""
+    end: Any = object()
+    with ThreadPoolExecutor(1, "batches") as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item

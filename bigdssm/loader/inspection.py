@@ -10,14 +10,13 @@ import pyarrow as pa
 
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.index import read_index
+from bigdssm.dataset.partition import read_index
 from bigdssm.dataset.row_keys import pair_hash
-from bigdssm.dataset.schema import QUARANTINE_FILE, Schema
+from bigdssm.dataset.schema import QUARANTINE_FILE
 from bigdssm.errors import DataError
 from bigdssm.features import Decoder, Feature
 from bigdssm.features.ragged import Ragged
-from bigdssm.loader.batch import Batch
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator
 
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000
@@ -93,11 +92,21 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
     counts = dataset.doc_counts()
     best = np.argsort(-counts, kind="stable")[:top]
     hashes = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
+    sizes = []
+    for number, partition in enumerate(dataset.partitions):
+        for split_name, content in partition.content["splits"].items():
+            files = [partition.folder / name for name in content["shards"]]
+            if partition.remote is None:
+                num_bytes = sum(path.stat().st_size for path in files if path.exists())
+            else:  # without the tar headers
+                num_bytes = int(read_index(partition, split_name, number).size.sum())
+            rows_queries_blocks = (content["rows"], content["queries"], content["blocks"])
+            sizes.append(SplitSize(partition.name, split_name, *rows_queries_blocks, len(files), num_bytes))
     quarantine = dataset.dir / QUARANTINE_FILE
     features = [(side, feature) for side in ("query", "doc") for feature in getattr(dataset.schema, side).values()]
     caps = {f"{side}.{feature.name}": feature.max_length for side, feature in features}
     return Description(
-        sizes=_sizes(dataset),
+        sizes=sizes,
         features=features,
         vocab_size=dataset.vocab_size,
         num_docs=dataset.catalogue.num_docs,
@@ -114,21 +123,6 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
     )
 
 
-def _sizes(dataset: Dataset) -> list[SplitSize]:
-    sizes = []
-    for number, partition in enumerate(dataset.partitions):
-        for split, content in partition.content["splits"].items():
-            files = [partition.folder / name for name in content["shards"]]
-            if partition.remote is None:
-                num_bytes = sum(path.stat().st_size for path in files if path.exists())
-            else:  # without the tar headers
-                index = read_index(partition.folder, split, content, number)
-                num_bytes = int(index.size.sum())
-            counts = (content["rows"], content["queries"], content["blocks"], len(files))
-            sizes.append(SplitSize(partition.name, split, *counts, num_bytes))
-    return sizes
-
-
 def _lengths(name: str, lengths: np.ndarray, cap: int | None) -> LengthStatistics:
     values = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else np.zeros(len(PERCENTILES))
     cut = None if cap is None or not len(lengths) else float((lengths >= cap).mean())
@@ -142,11 +136,10 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
 
     Texts are their tokens, categories their values, histories the titles of their items, oldest first.
     """
-    collate = Collator(dataset.schema, dataset.catalogue)
     rows = next(dataset.iterate(split, count), None)
     if rows is None:
         raise DataError(f"{dataset.dir}: no row of the split {split} can be read; use --verify")
-    batch = collate(rows)
+    batch = Collator(dataset.schema, dataset.catalogue)(rows)
     items: dict[str, dict[int, str]] = {}
 
     def item(of: str, code: int) -> str:
@@ -157,13 +150,12 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
         return items[of][code]
 
     decoder = Decoder(dataset.tokenizer, item)
-    return [_decoded_row(dataset.schema, batch, i, decoder) for i in range(len(rows))]
-
-
-def _decoded_row(schema: Schema, batch: Batch, i: int, decoder: Decoder) -> dict[str, Any]:
-    row: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
-    for name, feature in schema.query.items():
-        row[f"query.{name}"] = feature.display(batch.query[name][i].numpy(), decoder)
-    for name, feature in schema.doc.items():
-        row[f"doc.{name}"] = feature.display(batch.doc[name][int(batch.positive[i])].numpy(), decoder)
-    return row
+    decoded = []
+    for i in range(len(rows)):
+        row: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
+        for name, feature in dataset.schema.query.items():
+            row[f"query.{name}"] = feature.display(batch.query[name][i].numpy(), decoder)
+        for name, feature in dataset.schema.doc.items():
+            row[f"doc.{name}"] = feature.display(batch.doc[name][int(batch.positive[i])].numpy(), decoder)
+        decoded.append(row)
+    return decoded

@@ -31,9 +31,8 @@ from bigdssm.features import TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column, from_arrow
-from bigdssm.loader.lanes import LaneRows
-from bigdssm.loader.row_stream import RowStream
-from bigdssm.loader.workers import WorkerSteps
+from bigdssm.loader.stream import RowStream
+from bigdssm.loader.workers import LoadedStep, WorkerSteps
 from bigdssm.sources.files import LocalFile
 from bigdssm.sources.text import record_batch
 from bigdssm.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
@@ -150,7 +149,7 @@ class _Samples(WorkerSteps[T]):
             dataset, paths, rows_per_step, key, steps
         )  # fmt: skip
 
-    def read(self, process: int, processes: int) -> Iterator[LaneRows]:
+    def read(self, process: int, processes: int) -> Iterator[LoadedStep[Rows]]:
         """Yield the steps at the indices `process`, `process` + `processes`, …."""
         seed = derive_key(self._key, process)
         pipeline = wds.DataPipeline(
@@ -172,7 +171,7 @@ class _Samples(WorkerSteps[T]):
                     break
             else:
                 raise DataError(f"almost all samples are unusable; the last one: {bad[-1].shard}, {bad[-1].reason}")
-            yield LaneRows(Rows.concat(parts), self._rows_per_step + len(bad), bad)
+            yield LoadedStep(step, Rows.concat(parts), self._rows_per_step + len(bad), len(bad), bad=bad)
 
 
 def _checked_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

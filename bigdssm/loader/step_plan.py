@@ -1,23 +1,27 @@
-"""The plan of a step: the chunks of each side, and the chunks whose graph is retained for the backward.
+"""The plan of a step: the chunks of each side, their features, and the chunks whose graph is retained.
 
 Plans are computed on the host from the lengths in a batch; no device tensor is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import EngineConfig
 from bigdssm.features.ragged import gather_ranges, offsets_of
-from bigdssm.loader.batch import Batch, Lengths, ListLengths
-from bigdssm.models import PackedLists, RowGroup
+from bigdssm.loader.batch import Batch, Features, Lengths
+from bigdssm.models import Packed, PackedLists, QueryPositions, RowGroup, Values, pack
+from bigdssm.utils.device import to_device
 
+T = TypeVar("T")
+SIDES = ("query", "doc")
 NOTHING_PACKED = PackedLists()
 # A row joins a group if its length is at least this ratio of the longest, or at most this many cells shorter.
 SIMILAR_RATIO, SIMILAR_CELLS = 3 / 4, 8
@@ -119,16 +123,37 @@ def plan_side(
     dummy = Chunk(0, 0, slice(0, 0), widths, sum(widths.values()))
     order, bounds = np.arange(num_rows), [(0, num_rows)]
     if chunk_tokens:
-        order = _longest_first(lengths, num_rows)
-        bounds = list(_within(chunk_tokens, lengths, packed, per_row, order))
+        widest_first = sorted(lengths.values(), key=lambda list_: -list_.width)
+        columns = [np.maximum(1, list_.filled) for list_ in widest_first] or [np.zeros(num_rows, np.int64)]
+        order, bounds, last = np.lexsort([-column for column in reversed(columns)]), [], 0
+        length_FR = {
+            name: np.maximum(1, list_.filled if name in packed else list_.used)[order]
+            for name, list_ in lengths.items()
+        }
+        while (first := last) < num_rows:
+            # as many rows as the budget allows; a chunk is as wide as its longest row, but for packed lists
+            window = slice(first, first + max(1, chunk_tokens))
+            tokens = np.cumsum(per_row[order[window]])
+            number = np.arange(1, len(tokens) + 1)
+            for name, length_R in length_FR.items():
+                length_W = length_R[window]
+                tokens += np.cumsum(length_W) if name in packed else number * np.maximum.accumulate(length_W)
+            last = first + max(1, int((tokens <= chunk_tokens).sum()))
+            bounds.append((first, last))
     starts = offsets_of(per_row)
     outputs = gather_ranges(np.arange(starts[-1]), starts[order], starts[order + 1])
     in_order = {name: offsets_of(lengths[name].filled[order]) for name in fills}
     chunks = []
     for first, last in bounds:
         rows = order[first:last]
-        used = {name: _used(list_, rows) for name, list_ in lengths.items()} if chunk_tokens else widths
-        runs = {name: _run(offsets[first : last + 1]) for name, offsets in in_order.items()}
+        used = widths
+        if chunk_tokens:
+            longest = {name: int(list_.used[rows].max(initial=0)) for name, list_ in lengths.items()}
+            used = {name: min(width, max(1, longest[name])) for name, width in widths.items()}
+        runs = {
+            name: RowRun(int(ends[first]), int(ends[last]), group_by_length(np.diff(ends[first : last + 1])))
+            for name, ends in in_order.items()
+        }
         cells = (last - first) * sum(width for name, width in used.items() if name not in runs)
         used = used | {other: used[name] for name, list_ in lengths.items() for other in list_.inputs}
         its = slice(int(outputs.offsets[first]), int(outputs.offsets[last]))
@@ -136,36 +161,6 @@ def plan_side(
     first_row = np.repeat([chunk.first for chunk in chunks], [chunk.num_outputs for chunk in chunks]).astype(np.int64)
     row_in_chunk = np.repeat(np.arange(num_rows), outputs.lengths) - first_row
     return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), length, dummy, fills)
-
-
-def _longest_first(lengths: Lengths, num_rows: int) -> np.ndarray:
-    widest_first = sorted(lengths.values(), key=lambda list_: -list_.width)
-    columns = [np.maximum(1, list_.filled) for list_ in widest_first] or [np.zeros(num_rows, np.int64)]
-    return np.lexsort([-column for column in reversed(columns)])
-
-
-def _within(
-    chunk_tokens: int, lengths: Lengths, packed: frozenset[str], per_row: np.ndarray, order: np.ndarray
-) -> Iterator[tuple[int, int]]:
-    """Yield the range [first, last) of the order per chunk."""
-    length_FR = {
-        name: np.maximum(1, list_.filled if name in packed else list_.used)[order] for name, list_ in lengths.items()
-    }
-    first = 0
-    while first < len(order):
-        window = slice(first, first + max(1, chunk_tokens))
-        tokens = np.cumsum(per_row[order[window]])
-        number = np.arange(1, len(tokens) + 1)
-        for name, length_R in length_FR.items():
-            length = length_R[window]
-            tokens += np.cumsum(length) if name in packed else number * np.maximum.accumulate(length)
-        last = first + max(1, int((tokens <= chunk_tokens).sum()))
-        yield first, last
-        first = last
-
-
-def _run(offsets: np.ndarray) -> RowRun:
-    return RowRun(int(offsets[0]), int(offsets[-1]), group_by_length(np.diff(offsets)))
 
 
 def group_by_length(length_R: np.ndarray) -> tuple[RowGroup, ...]:
@@ -283,5 +278,87 @@ def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePl
     )
 
 
-def _used(list_: ListLengths, rows: np.ndarray) -> int:
-    return min(list_.width, max(1, int(list_.used[rows].max(initial=0))))
+def join_sides(query: Mapping[str, T], doc: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries of both sides as one mapping with keys `side.name`."""
+    return {
+        f"{side}.{name}": value for side, has in zip(SIDES, (query, doc), strict=True) for name, value in has.items()
+    }
+
+
+def split_sides(pairs: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Return the mappings that `join_sides` joined, by side."""
+    return {
+        side: {name.removeprefix(f"{side}."): value for name, value in pairs.items() if name.startswith(f"{side}.")}
+        for side in SIDES
+    }
+
+
+class Chunked:
+    """One side's features, split by its plan. The order of rows and outputs is sent to the device once."""
+
+    def __init__(self, features: Features, plan: SidePlan, query_positions: QueryPositions | None = None) -> None:
+        """`query_positions`: for rows with several queries."""
+        self._features, self.plan = features, plan
+        device = next(iter(features.values())).device
+        parts = (plan.order, plan.outputs, plan.row_in_chunk)
+        sent = to_device(torch.from_numpy(np.concatenate(parts)), device)
+        self._order, self._outputs, row_in_chunk = sent.split([len(part) for part in parts])
+        self._packed: dict[str, Packed] = {}  # list features of all rows, in the plan's order
+        for name, fill in plan.packed.items():
+            runs = [chunk.runs[name] for chunk in plan.chunks if chunk.num_rows]
+            last = max((run.last for run in runs), default=0)
+            longest = max((run.groups[0].longest for run in runs), default=0)
+            self._packed[name] = pack(features[name][self._order], fill, last, longest)
+        self._query_positions = (
+            None
+            if query_positions is None
+            else QueryPositions(row_in_chunk, query_positions.prefix_length[self._outputs])
+        )
+
+    def features(self, chunk: Chunk) -> dict[str, Values]:
+        """Return the features of a chunk's rows, lists packed or cut to the longest row; one row for a dummy chunk.
+
+        A list that is empty in all rows is not packed.
+        """
+        if not chunk.num_rows:
+            return {**at_least_one({name: tensor[:1] for name, tensor in self._features.items()})}
+        rows = slice(chunk.first, chunk.last)
+        packed = {
+            name: self._packed[name].slice_rows(rows, slice(run.first, run.last), run.groups)
+            for name, run in chunk.runs.items()
+            if run.last > run.first
+        }
+        taken = {name: tensor[self._order[rows]] for name, tensor in self._features.items() if name not in packed}
+        return {
+            **taken,
+            **{name: taken[name][:, : chunk.widths[name]] for name in chunk.widths.keys() & taken},
+            **packed,
+        }
+
+    def query_positions(self, chunk: Chunk) -> QueryPositions | None:
+        """Return the positions of the chunk's queries in its rows; None: one query per row."""
+        return (
+            None
+            if self._query_positions is None
+            else QueryPositions(*(part[chunk.outputs] for part in self._query_positions))
+        )
+
+    def outputs(self, chunk: Chunk) -> Tensor:
+        """Return the indices of the chunk's queries or documents, int64; empty for a dummy chunk."""
+        return self._outputs[chunk.outputs]
+
+    def assemble(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the outputs of all chunks, [outputs, …], in the order of queries or documents."""
+        whole = parts[0].new_empty((len(self._outputs), *parts[0].shape[1:]))
+        for part, chunk in zip(parts, self.plan.chunks, strict=True):
+            whole[self.outputs(chunk)] = part[: chunk.num_outputs]
+        return whole
+
+
+def at_least_one(features: Features) -> Features:
+    """Return `features`, or one row of padding if they are empty."""
+    if next(iter(features.values())).shape[0] > 0:
+        return features
+    return {
+        name: tensor.new_zeros((1, *(max(1, size) for size in tensor.shape[1:]))) for name, tensor in features.items()
+    }

@@ -20,14 +20,11 @@ from torch import Tensor, nn
 from bigdssm.dataset.catalogue import NO_ROWS, Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import Features, Paddings, paddings, to_features
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.loader.batch import lengths_of
-from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.collate import Collator
-from bigdssm.loader.step_plan import NOTHING_PACKED, plan_side, synchronized_plan
+from bigdssm.loader.batch import Collator, Features, Paddings, lengths_of, paddings, to_features
+from bigdssm.loader.step_plan import NOTHING_PACKED, Chunked, plan_side, synchronized_plan
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
@@ -110,7 +107,8 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
         return encode_features(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
-        pads, features = paddings(dataset.schema.doc), dataset.catalogue.features(doc_rows)
+        declared = dataset.schema.doc
+        pads, features = paddings(declared), to_features(declared, dataset.catalogue.columns(doc_rows))
         return encode_features(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
     return Encoders(queries, documents, has_beta=towers.has_beta)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import as_tensor
+from bigdssm.loader.batch import as_tensor
 from bigdssm.retrieval.embed import DocumentVectors, Share
 from bigdssm.retrieval.vectors import CodedVectors
 

@@ -20,11 +20,11 @@ from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.tensors import paddings, to_features
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.loader.chunks import join_sides, split_sides
+from bigdssm.loader.batch import paddings, to_features
+from bigdssm.loader.step_plan import join_sides, split_sides
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
 from bigdssm.retrieval.embed import document_vectors, encode, encode_features, query_vectors, tower_output
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.mapped import MappedTable
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored_features

@@ -20,10 +20,10 @@ from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import read_dataset_json
-from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
+from bigdssm.loader.batch import to_features
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.index import Index, ScoredDocument, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads

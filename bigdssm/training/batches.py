@@ -16,16 +16,12 @@ from bigdssm.config import Config, StageConfig
 from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.tensors import as_tensor
 from bigdssm.features import PADDING
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Ragged
-from bigdssm.loader.batch import Batch
-from bigdssm.loader.collate import Collator
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.batch import Batch, Collator, as_tensor, uploaded_batches
 from bigdssm.loader.plain_stream import PlainStream
-from bigdssm.loader.row_stream import RowStream
-from bigdssm.loader.upload import uploaded_batches
+from bigdssm.loader.stream import PairStream, RowStream
 from bigdssm.losses import sample_uniform
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models.embedding_tables import tables_of_features

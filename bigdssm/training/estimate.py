@@ -23,13 +23,11 @@ from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageConfig, S
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.tensors import Features
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text
 from bigdssm.ingest.api import make_dataset
-from bigdssm.loader.batch import Batch
-from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.step_plan import StepPlan, TokenBudget, plan_side, plan_step
+from bigdssm.loader.batch import Batch, Features
+from bigdssm.loader.step_plan import Chunked, StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, FeatureScorer, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables

@@ -20,7 +20,7 @@ from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError
-from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
 from bigdssm.retrieval.mining import gather_hard_negatives, mine

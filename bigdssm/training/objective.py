@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import FrequencyCorrection, ModelConfig, StageConfig
-from bigdssm.dataset.tensors import Features
-from bigdssm.loader.batch import Batch
+from bigdssm.loader.batch import Batch, Features
 from bigdssm.losses import (
     BatchTeacher,
     CountedFrequency,

@@ -37,7 +37,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of
-from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.training.optimizers import schedule_factor

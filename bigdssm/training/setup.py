@@ -22,7 +22,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, Preempted
 from bigdssm.features.base import OUT_OF_VOCABULARY
-from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.precision import saved_precision, settle_precision
 from bigdssm.tables.files import MappedTables, load_tables

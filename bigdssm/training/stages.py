@@ -21,7 +21,7 @@ from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, StageName
 from bigdssm.errors import ConfigError
-from bigdssm.loader.row_stream import RowStream
+from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.checks import check_agreement, check_stage, check_tables

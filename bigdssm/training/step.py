@@ -24,12 +24,21 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from bigdssm import distributed
-from bigdssm.dataset.tensors import Features
 from bigdssm.errors import ConfigError
-from bigdssm.loader.batch import Batch
-from bigdssm.loader.chunks import Chunked, at_least_one, join_sides, split_sides
-from bigdssm.loader.row_stream import RowReport
-from bigdssm.loader.step_plan import Chunk, SidePlan, StepPlan, StepRequirements, TokenBudget, plan_side
+from bigdssm.loader.batch import Batch, Features
+from bigdssm.loader.step_plan import (
+    Chunk,
+    Chunked,
+    SidePlan,
+    StepPlan,
+    StepRequirements,
+    TokenBudget,
+    at_least_one,
+    join_sides,
+    plan_side,
+    split_sides,
+)
+from bigdssm.loader.stream import RowReport
 from bigdssm.losses import LossOutput
 from bigdssm.models import DualEncoder, Encoded, FeatureScorer, Values
 from bigdssm.models.dual_encoder import document_head, query_head

@@ -24,8 +24,8 @@ from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import StageConfig, StageName
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.loader.batch import Batch
-from bigdssm.loader.row_stream import RowStream
 from bigdssm.loader.step_plan import StepDraft, StepPlan, draft_step, max_requirements
+from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.engine import Engine, device

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from bigdssm.config import ModelConfig, NegativesConfig, StageConfig, load_config
 from bigdssm.dataset.joined import open_dataset
-from bigdssm.loader.batch import Batch
-from bigdssm.loader.collate import Collator, distinct_in_order
+from bigdssm.loader.batch import Batch, Collator, distinct_in_order, to_features
 from bigdssm.losses import Softmax
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
@@ -206,7 +205,10 @@ def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
     rows = next(iter(row_stream(config, config.pretrain, dataset, 0, 1)))
     batch = Collator(dataset.schema, dataset.catalogue)(rows)
     with torch.no_grad():
-        found = model(query=batch.query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))
+        found = model(
+            query=batch.query,
+            doc=to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))),
+        )
         scores = (found.alpha * found.U @ found.W.T + found.beta).double()
     if config.pretrain.negatives.mask == "past":
         for row in range(len(rows)):

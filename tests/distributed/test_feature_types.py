@@ -21,12 +21,12 @@ import yaml
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.tensors import to_features
 from bigdssm.export.convert import export, folder_source
 from bigdssm.export.formats import export_format
 from bigdssm.features import TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.loader.batch import to_features
 from bigdssm.loader.inspection import describe, sample_rows
 from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
@@ -106,7 +106,9 @@ def go_all_the_way(
     typed = queries.of(Request(features={"asked": str(value), "word": "w1"}))
     vector = query_vectors(model.model, to_features(model.schema.query, typed.columns)).numpy()
     scores, rows = open_index(folder / "index").nearest(vector, 3, model.checksum, [typed.seen])
-    every = document_vectors(model.model, dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))).numpy()
+    every = document_vectors(
+        model.model, to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs)))
+    ).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
     npz = export(
         folder_source(folder / "run" / "pretrain" / "best"), folder / "npz", export_format("npz", {"compressed": True})

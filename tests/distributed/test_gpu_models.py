@@ -15,7 +15,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 pytest.importorskip("xxhash")
 
-from bigdssm.loader.upload import uploaded_batches
+from bigdssm.loader.batch import uploaded_batches
 from bigdssm.models import QueryPositions, compile_layers, use_packing
 from bigdssm.models.packed import flash_attention
 from tests.packing import within_rows

@@ -19,7 +19,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.features.categorical import categorical_of
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 
 from . import small_run
 from .spawn import Pool, RankFailed

@@ -14,10 +14,9 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.loader import step_plan
-from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.collate import Collator
-from bigdssm.loader.pair_stream import PairStream
-from bigdssm.loader.step_plan import plan_side
+from bigdssm.loader.batch import Collator
+from bigdssm.loader.step_plan import Chunked, plan_side
+from bigdssm.loader.stream import PairStream
 from bigdssm.models import RowGroup, new_model
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.training.checks import check_stage

@@ -21,10 +21,9 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError, PeerError
-from bigdssm.loader import lanes as lanes_module
+from bigdssm.loader import workers as workers_module
 from bigdssm.loader.order import Order
-from bigdssm.loader.pair_stream import PairStream
-from bigdssm.loader.row_stream import CHECK_EVERY_STEPS
+from bigdssm.loader.stream import CHECK_EVERY_STEPS, PairStream
 
 from .spawn import Pool
 
@@ -60,7 +59,7 @@ def read_until_it_stops(rank: int, world_size: int, folder: str, fraction: float
         def fail(*_: object) -> None:
             raise OSError("the disk is gone")
 
-        lanes_module.read_blocks = fail  # type: ignore[assignment]
+        workers_module.read_blocks = fail  # type: ignore[assignment]
     stream = PairStream(
         folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, max_bad_fraction=fraction
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from tests.distributed import small_run
 from tests.e2e.runs import Run
 

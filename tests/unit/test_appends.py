@@ -18,7 +18,7 @@ import pytest
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.sequences import TIME_COLUMN
+from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions

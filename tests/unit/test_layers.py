@@ -134,7 +134,7 @@ def test_the_source_keeps_the_rules() -> None:
             "models (layer 5) imports bigdssm.losses",
         ),
         (
-            "bigdssm/loader/pair_stream.py",
+            "bigdssm/loader/stream.py",
             "from bigdssm import training",
             "loader (layer 6) imports bigdssm.training",
         ),
@@ -172,13 +172,13 @@ def test_the_source_keeps_the_rules() -> None:
             "torch.distributed is imported outside",
         ),
         ("bigdssm/losses/kernels/torch_passes.py", "import triton.language as tl", "triton is imported outside"),
-        ("bigdssm/loader/pair_stream.py", "from .batch import Batch", "relative import"),
-        ("bigdssm/loader/pair_stream.py", "from tools.make_shards import main", "are not libraries"),
+        ("bigdssm/loader/stream.py", "from .batch import Batch", "relative import"),
+        ("bigdssm/loader/stream.py", "from tools.make_shards import main", "are not libraries"),
         ("bigdssm/evaluation/evaluate.py", "from tools.evidence.claims import Claim", "are not libraries"),
         ("tools/evidence/claims.py", "from tools.make_shards import main", "are not libraries"),
         ("tools/evidence/claims.py", "from tools.public_data import files", "are not libraries"),
         ("bigdssm/__init__.py", "from bigdssm.config import Config", "must not import modules of the package"),
-        ("bigdssm/loader/pair_stream.py", "def f():\n    print('x')", "print outside commands/, launch/ and tools/"),
+        ("bigdssm/loader/stream.py", "def f():\n    print('x')", "print outside commands/, launch/ and tools/"),
         ("bigdssm/plugins/app.py", "", "has no layer"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_violated_rule_is_reported(path: str, source: str, expected: str) -> N
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("bigdssm/loader/pair_stream.py", "import webdataset\nimport bigdssm.dataset.rows\nfrom bigdssm import schema"),
+        ("bigdssm/loader/stream.py", "import webdataset\nimport bigdssm.dataset.rows\nfrom bigdssm import schema"),
         ("bigdssm/training/engine.py", "import deepspeed\nfrom bigdssm.losses import fps"),
         ("bigdssm/distributed.py", "import torch.distributed as dist\nfrom bigdssm.errors import PeerError"),
         ("bigdssm/__init__.py", "if TYPE_CHECKING:\n    from bigdssm.losses import fps_loss"),
@@ -245,5 +245,5 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert len(imports) > 100 and "bigdssm.utils.hashing" in imports["bigdssm.loader.order"]
     assert "bigdssm.training.muon" in imports["bigdssm.training.optimizers"], "an import in a function"
     assert import_cycle(imports) is None
-    imports["bigdssm.dataset.mapped"].add("bigdssm.dataset.dataset")
-    assert "bigdssm.dataset.mapped" in (import_cycle(imports) or ())
+    imports["bigdssm.dataset.catalogue"].add("bigdssm.dataset.dataset")
+    assert "bigdssm.dataset.catalogue" in (import_cycle(imports) or ())

@@ -20,8 +20,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
 from bigdssm.loader import step_plan as plan_module
 from bigdssm.loader.batch import Lengths, lengths_of
-from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.step_plan import StepPlan, group_by_length, plan_side
+from bigdssm.loader.step_plan import Chunked, StepPlan, group_by_length, plan_side
 from bigdssm.models import (
     DualEncoder,
     PackedLists,

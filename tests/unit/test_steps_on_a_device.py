@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import HISTORY_BLOCKS, StageConfig, TablesConfig
-from bigdssm.loader.batch import Batch
+from bigdssm.loader.batch import Batch, on_device
 from bigdssm.loader.step_plan import TokenBudget, draft_step
-from bigdssm.loader.upload import on_device
 from bigdssm.losses.declarations import Corrected, NoCorrection
 from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
 from bigdssm.models.embedding_tables import tables_of_features

@@ -27,11 +27,9 @@ from bigdssm.config import OPTIMIZERS, EngineConfig, MiningConfig, NegativesConf
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.loader.batch import ListLengths, lengths_of
-from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.pair_stream import PairStream
-from bigdssm.loader.step_plan import StepPlan, StepRequirements, TokenBudget, draft_step, plan_side
-from bigdssm.loader.upload import prefetch
+from bigdssm.loader.batch import ListLengths, lengths_of, prefetch
+from bigdssm.loader.step_plan import Chunked, StepPlan, StepRequirements, TokenBudget, draft_step, plan_side
+from bigdssm.loader.stream import PairStream
 from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine

@@ -22,8 +22,7 @@ from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Vocabulary
 from bigdssm.loader.batch import Lengths, lengths_of
-from bigdssm.loader.chunks import Chunked
-from bigdssm.loader.step_plan import SidePlan, plan_side
+from bigdssm.loader.step_plan import Chunked, SidePlan, plan_side
 from bigdssm.models import DualEncoder, QueryPositions, flash_runs_on, new_model, use_packing
 
 NUM_ITEMS = 3000

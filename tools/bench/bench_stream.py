@@ -41,9 +41,9 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.features import Numeric, Text, TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, to_features
 from bigdssm.loader.order import WINDOW_BLOCKS, Order
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 
 ROWS_GLOBAL, LANES = 4096, 8
@@ -244,7 +244,7 @@ def catalogue(args: argparse.Namespace) -> None:
         base_mb, begin = private_mb(), time.perf_counter()
         opened = Catalogue([path], schema)
         rows = np.arange(0, docs, docs // 8192)[:8192]
-        features = opened.features(rows)
+        features = to_features(schema.doc, opened.columns(rows))
         seconds = time.perf_counter() - begin
         print(
             f"{opened.num_docs:,} documents × {tokens} tokens, {path.stat().st_size / 1e9:.2f} GB: opened and", end=" "

@@ -45,10 +45,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.loader.batch import Batch
-from bigdssm.loader.collate import Collator
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.batch import Batch, Collator
 from bigdssm.loader.step_plan import TokenBudget, plan_step
+from bigdssm.loader.stream import PairStream
 from bigdssm.losses import fps_loss
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model

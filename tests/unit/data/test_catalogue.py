@@ -8,29 +8,30 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.dataset.catalogue import Catalogue
+from bigdssm.dataset.catalogue import Catalogue, MappedTable
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.mapped import MappedTable
 from bigdssm.errors import DataError
 from bigdssm.features import Ragged
+from bigdssm.loader.batch import to_features
 from bigdssm.utils.hashing import hash64
 
 
 def test_documents_by_row_and_key(interactions: Path, tools) -> None:
-    catalogue = Dataset.open(interactions).catalogue
+    dataset = Dataset.open(interactions)
+    catalogue, declared = dataset.catalogue, dataset.schema.doc
     assert catalogue.num_docs == tools.NUM_DOCS
     assert catalogue.doc_ids.tolist() == [hash64(f"d{i}") for i in range(tools.NUM_DOCS)]
     rows = np.array([36, 0, 20, 19, 20])  # either side of the record batches' border, out of order, twice
     assert catalogue.keys(rows) == ["d36", "d0", "d20", "d19", "d20"]
     assert catalogue.titles(rows[:2]) == ["Document 36", "Document 0"]
     assert catalogue.ids(rows).tolist() == catalogue.doc_ids[rows].tolist()
-    features = catalogue.features(rows)
+    features = to_features(declared, catalogue.columns(rows))
     assert features["item"].tolist() == (rows + 2).tolist()
     assert features["tags"].tolist() == [[0, 0], [0, 0], [4, 4], [3, 0], [4, 4]]
     assert catalogue.rows_by_key(["d20", "nobody", "d0", ""]).tolist() == [20, -1, 0, -1]
     assert catalogue.rows_by_key([]).tolist() == []
     assert catalogue.keys(np.empty(0, np.int64)) == []
-    assert catalogue.features(np.empty(0, np.int64))["tags"].shape == (0, 1)
+    assert to_features(declared, catalogue.columns(np.empty(0, np.int64)))["tags"].shape == (0, 1)
 
 
 def test_parts_in_several_files_are_one_table(tmp_path: Path, tools) -> None:
@@ -68,10 +69,3 @@ def test_damage_of_a_catalogue_is_named(tmp_path: Path, tools) -> None:
     tools.write_arrow(path, pa.table({"n": pa.array([1, None])}))
     with pytest.raises(DataError, match="column n has nulls"):
         MappedTable([path]).take("n", np.array([0]))
-
-
-def test_verify_reads_every_byte(interactions: Path, tools) -> None:
-    catalogue = Dataset.open(interactions).catalogue
-    catalogue.verify([tools.checksum(interactions / "catalogue" / "000000.arrow")])
-    with pytest.raises(DataError, match="is damaged"):
-        catalogue.verify(["00"])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
-from bigdssm.loader.collate import Collator, distinct_in_order
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.batch import Collator, distinct_in_order
+from bigdssm.loader.stream import PairStream
 from bigdssm.utils.hashing import hash64
 
 

@@ -16,14 +16,13 @@ import pytest
 import xxhash
 
 from bigdssm.dataset import blocks as blocks_module
-from bigdssm.dataset.arrow_size import max_decoded_size
-from bigdssm.dataset.blocks import BlockLayout, decode
+from bigdssm.dataset.blocks import BlockLayout, decode, max_decoded_size
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Text
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 
 STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
 FIRST_SHARD = "partitions/all/train-000000.tar"

@@ -18,8 +18,8 @@ from bigdssm.errors import DataError
 from bigdssm.features import Categorical, Numeric, Text, Vocabulary
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.loader.collate import Collator
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.batch import Collator
+from bigdssm.loader.stream import PairStream
 
 ROWS = 3000
 CONFIG = DataConfig(

@@ -23,10 +23,10 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator
 from bigdssm.loader.mixed_order import MixedOrder
 from bigdssm.loader.order import Order
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 
 NUMBERS = {"rows_global": 48, "lanes": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

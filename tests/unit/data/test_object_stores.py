@@ -18,7 +18,7 @@ from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.api import make_dataset
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from bigdssm.sources import columnar
 from bigdssm.sources.opening import open_source
 from bigdssm.utils import urls

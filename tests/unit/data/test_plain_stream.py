@@ -19,7 +19,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator
 from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.utils.hashing import hash64
 

@@ -19,9 +19,9 @@ from bigdssm.features import Categorical, History
 from bigdssm.features.ragged import Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.loader.collate import Collator
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.batch import Collator
 from bigdssm.loader.step_plan import plan_side
+from bigdssm.loader.stream import PairStream
 from bigdssm.training.batches import history_pairs
 
 TARGETS = 4

@@ -27,7 +27,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import describe, sample_rows
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from bigdssm.utils import urls
 from bigdssm.utils.atomic import temporary_path
 from tests.conftest import QuietServer
@@ -458,7 +458,7 @@ def reader(url: str, store: FileCache) -> subprocess.Popen[str]:
 import itertools, json
 from pathlib import Path
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from bigdssm.dataset.cache import FileCache
 dataset = Dataset.open({url!r}, cache=FileCache(Path({str(store.dir)!r}), {store.max_bytes}))
 stream = PairStream(dataset, rows_global=80, lanes=8, seed=3)

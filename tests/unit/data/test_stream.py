@@ -26,10 +26,9 @@ from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.features import Numeric, Ragged, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.loader.lanes import LaneRows
 from bigdssm.loader.order import Order
-from bigdssm.loader.pair_stream import PairStream
-from bigdssm.loader.workers import WorkerSteps, load
+from bigdssm.loader.stream import PairStream
+from bigdssm.loader.workers import LoadedStep, WorkerSteps, load
 from bigdssm.utils.hashing import hash64
 
 ROWS_GLOBAL, LANES = 48, 8
@@ -238,7 +237,7 @@ class Large(WorkerSteps[bytes]):
         super().__init__(bytes)
         self._made = made
 
-    def read(self, process: int, processes: int) -> Iterator[LaneRows]:
+    def read(self, process: int, processes: int) -> Iterator[LoadedStep[Rows]]:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:

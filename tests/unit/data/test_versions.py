@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig
+from bigdssm.dataset.catalogue import Versions
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
-from bigdssm.dataset.versions import Versions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
@@ -25,7 +25,7 @@ from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import sample_rows
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.objective import in_catalogue_share

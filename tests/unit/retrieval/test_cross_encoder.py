@@ -16,7 +16,7 @@ from bigdssm.evaluation.collection import entry_columns, reranked_run
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import Reranking
 from bigdssm.features import TextTokenizer
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.models.scorers import CrossEncoder, join_texts
@@ -136,7 +136,8 @@ def test_candidates_are_scored_alike_in_any_chunks(
     elif which == "mlp":
         query = Collator(pairs.schema, pairs.catalogue).query_features(rows.query)
         with torch.no_grad():
-            expected = model(query, pairs.catalogue.features(docs[0]), torch.arange(4).expand(9, 4)).scores
+            documents = to_features(pairs.schema.doc, pairs.catalogue.columns(docs[0]))
+            expected = model(query, documents, torch.arange(4).expand(9, 4)).scores
         np.testing.assert_allclose(scores[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
@@ -226,7 +227,7 @@ def test_a_cross_encoder_learns_the_pairs(cross_dir: Path, pairs: Dataset) -> No
     model = load_model_folder(cross_dir).model.train()
     rows = next(pairs.iterate("train", 6))
     query = Collator(pairs.schema, pairs.catalogue).query_features(rows.query)["query"]
-    docs = pairs.catalogue.features(rows.doc_rows)["text"]
+    docs = to_features(pairs.schema.doc, pairs.catalogue.columns(rows.doc_rows))["text"]
     every = {"query": query.repeat_interleave(6, 0)}, {"text": docs.repeat(6, 1)}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
     losses = []

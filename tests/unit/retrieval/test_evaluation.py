@@ -23,7 +23,7 @@ from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, standard_
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, Share, encode_queries, tower_encoders
 
@@ -33,7 +33,10 @@ def model_scores(model: DualEncoder, dataset: Dataset, rows: Rows) -> np.ndarray
     collator = Collator(dataset.schema, dataset.catalogue)
     with torch.no_grad():
         query = collator.query_features(rows.query)
-        encoded = model(query=query, doc=dataset.catalogue.features(np.arange(dataset.catalogue.num_docs)))
+        encoded = model(
+            query=query,
+            doc=to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs))),
+        )
         return (encoded.alpha * encoded.U @ encoded.W.T + encoded.beta).numpy()
 
 

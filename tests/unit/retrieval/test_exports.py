@@ -25,7 +25,6 @@ from bigdssm.commands import convert_checkpoint
 from bigdssm.config import HISTORY_BLOCKS, Config, TokenizerConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
-from bigdssm.dataset.tensors import to_features
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export.card import ReportedMetrics
@@ -35,7 +34,7 @@ from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import Ragged, TextTokenizer
 from bigdssm.ingest.fitting import make_tokenizer
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Encoders, document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
@@ -462,7 +461,7 @@ def test_onnx_holds_towers_of_all_features(
         for item in items_read
     ]
     rows = dataset.catalogue.rows_by_key([item["item_id"] for item in items_read])
-    expected_docs = document_vectors(model, dataset.catalogue.features(rows)).numpy()
+    expected_docs = document_vectors(model, to_features(dataset.schema.doc, dataset.catalogue.columns(rows))).numpy()
     np.testing.assert_allclose(card["encode_document"](documents), expected_docs, rtol=1e-4, atol=1e-5)
     queries8 = card["load_tower"]("exported", "query", "query.int8.onnx")(queries)
     cosines = (queries8 * vectors).sum(1) / np.linalg.norm(queries8, axis=1) / np.linalg.norm(vectors, axis=1)

@@ -17,7 +17,7 @@ from bigdssm.commands import __main__ as command
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval import embed
 from bigdssm.retrieval.embed import Encoders, tower_encoders
@@ -49,7 +49,7 @@ def test_top_k_of_the_index_is_the_scorers(
     collator = Collator(dataset.schema, dataset.catalogue)
     rows = next(dataset.iterate("test", 40))
     with torch.no_grad():
-        docs = dataset.catalogue.features(np.arange(dataset.catalogue.num_docs))
+        docs = to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(dataset.catalogue.num_docs)))
         encoded = model(query=collator.query_features(rows.query), doc=docs)
         scores = encoded.alpha * encoded.U @ encoded.W.T + encoded.beta
     assert encoded.beta.std() > 0.1, "beta is too uniform for the test to detect its absence"

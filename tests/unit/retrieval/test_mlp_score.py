@@ -17,7 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.reranking import encoders_of
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import MlpConfig
 from bigdssm.models.scorers import MlpScorer
@@ -47,7 +47,7 @@ def test_every_document_is_scored(mlp_dir: Path, dataset: Dataset) -> None:
     rows = next(dataset.iterate("test", 1000))
     num_docs = dataset.catalogue.num_docs
     with torch.no_grad():
-        docs = dataset.catalogue.features(np.arange(num_docs))
+        docs = to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(num_docs)))
         everything = torch.arange(num_docs).expand(len(rows), num_docs)
         scores = model(collator.query_features(rows.query), docs, everything).scores.double()
     expected = []

@@ -18,7 +18,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.features import Vocabulary
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator
 from bigdssm.models import DualEncoder, new_model
 from tests.unit.retrieval.conftest import random_model
 

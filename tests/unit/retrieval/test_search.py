@@ -31,7 +31,7 @@ def queries(dataset: Dataset) -> Queries:
 
 
 def vector(model: DualEncoder, dataset: Dataset, queries: Queries, request: Request) -> np.ndarray:
-    from bigdssm.dataset.tensors import to_features
+    from bigdssm.loader.batch import to_features
 
     columns = queries.of(request).columns
     found: np.ndarray = query_vectors(model, to_features(dataset.schema.query, columns)).numpy()

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
-from bigdssm.loader.collate import Collator
+from bigdssm.loader.batch import Collator
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
 from bigdssm.retrieval.request import Event, Request

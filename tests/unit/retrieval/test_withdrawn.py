@@ -20,7 +20,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
-from bigdssm.loader.pair_stream import PairStream
+from bigdssm.loader.stream import PairStream
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import UniformNegatives

@@ -1,0 +1,403 @@
+"""This rank's rows of every global step, in an exactly reproducible order, and the saved state of the order.
+
+A stream counts and records bad rows, and stops all ranks together if one cannot read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from bigdssm import distributed
+from bigdssm.dataset.blocks import BadRow
+from bigdssm.dataset.dataset import Dataset, empty_batch
+from bigdssm.dataset.partition import ROUND_STEPS, steps_per_round
+from bigdssm.dataset.rows import Rows
+from bigdssm.errors import ConfigError, DataError, PeerError
+from bigdssm.loader.mixed_order import MixedOrder
+from bigdssm.loader.order import WINDOW_BLOCKS, Order, Tail
+from bigdssm.loader.workers import LaneSteps, WorkerSteps, load
+from bigdssm.utils.hashing import derive_key
+from bigdssm.utils.log import get_logger
+
+T = TypeVar("T")
+CHECK_EVERY_STEPS = 16
+MAX_KINDS, MAX_LOGGED_KINDS = 20, 3  # kinds of bad rows: counted per rank, listed in the error
+STATE_FORMAT = 1  # of PairStream
+log = get_logger(__name__)
+
+
+class RowReport(NamedTuple):
+    """State of a rank's stream: whether reading failed, and row counts."""
+
+    failed: float
+    rows_bad: float
+    rows_read: float
+
+
+class RowStream(ABC):
+    """An endless iterator over this rank's rows of each step.
+
+    All ranks run the same number of steps, for any damage. Every CHECK_EVERY_STEPS steps `next` is a collective
+    (see `check`) if world_size is the process group's; `map_steps` never is.
+    """
+
+    steps_per_epoch: int  # 0: unknown
+    queries_per_row = 1.0  # on average
+    queries_per_step: float  # of all ranks, on average
+    inline = False  # whether rows contain their documents' features
+
+    def __init__(
+        self, dataset: Dataset, *, rank: int, world_size: int, num_workers: int, start_step: int,
+        max_bad_fraction: float, quarantine: Path | None,
+    ) -> None:  # fmt: skip
+        """`num_workers`: reading processes (0: this one); `quarantine`: JSONL file of the skipped rows.
+
+        Raises ConfigError: an invalid number.
+        """
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank} must be at least 0 and below world_size={world_size}")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers={num_workers} must not be negative")
+        if start_step < 0:
+            raise ConfigError(f"start_step={start_step} must not be negative")
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+        self.step = start_step  # the next step; may be set before the first `next`
+        # Of this rank, since opening; a bad target counts as its share of a row.
+        self.rows_bad, self.rows_read = 0.0, 0
+        self._opened_at = start_step
+        self._num_workers, self._max_bad_fraction, self._quarantine = num_workers, max_bad_fraction, quarantine
+        self._recorded: set[tuple[str, int, int | None, int | None]] = set()
+        self._written: set[bytes] | None = None  # lines of the quarantine file, including those before a resume
+        self._reasons: dict[str, tuple[str, int]] = {}  # by kind of bad row: the first reason, and the number of rows
+        self._failure: DataError | PeerError | None = None
+        self._rows: Generator[Rows] | None = None
+
+    @abstractmethod
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """Return the stream's state before `step` (by default the next one), in JSON types; equal on all ranks."""
+
+    @abstractmethod
+    def check_state(self, state: dict[str, Any]) -> bool:
+        """Return True if the stream can resume from `state`, False if it starts on other partitions.
+
+        Raises DataError with all other differences.
+        """
+
+    @abstractmethod
+    def doc_weights(self) -> np.ndarray:
+        """Return the number of positives per document in an epoch, float64 [num_docs]."""
+
+    @abstractmethod
+    def _steps(self, steps: range, make: Callable[[Rows], T]) -> WorkerSteps[T]:
+        """Return the dataset of the given steps for the loader processes."""
+
+    @abstractmethod
+    def _rows_for_limit(self, rows_read: int, step: int) -> int:
+        """Return the row count that max_bad_fraction applies to, after `rows_read` rows of all ranks before `step`."""
+
+    @abstractmethod
+    def _empty_rows(self) -> Rows:
+        """Return empty rows of the current step."""
+
+    def __iter__(self) -> RowStream:
+        """Return the stream itself."""
+        return self
+
+    def __next__(self) -> Rows:
+        """Return this rank's rows of the next step. Raises DataError or PeerError as `check` does."""
+        if self._rows is None:
+            self._rows = self.map_steps(lambda rows: rows)
+        if (self.step - self._opened_at) % CHECK_EVERY_STEPS == 0:
+            self.check()
+        return replace(next(self._rows), sequences=self.dataset.sequences)
+
+    def map_steps(self, make: Callable[[Rows], T], num: int | None = None) -> Generator[T]:
+        """Yield `make(rows)` for this rank's rows of each of the next `num` steps (None: endlessly).
+
+        `make` runs in the loader processes, which end when the generator is closed. It gets empty rows if reading has
+        failed: the caller compares the ranks' `report`s.
+        """
+        if not self.rows_read:
+            self._opened_at = self.step
+        return self._map_steps(make, range(self.step, sys.maxsize if num is None else self.step + num))
+
+    def _map_steps(self, make: Callable[[Rows], T], steps: range) -> Generator[T]:
+        with closing(load(self._steps(steps, make), self._num_workers)) as loaded:
+            for step in steps:
+                result = None
+                if self._failure is None:
+                    try:
+                        result = next(loaded)
+                    except (DataError, PeerError) as error:
+                        self._failure = type(error)(f"rank {self.rank} cannot read {self.dataset.dir}: {error}")
+                        log.error("%s; all ranks stop at the next check", self._failure)
+                if result is None:
+                    value = make(self._empty_rows())
+                elif result.step != step:
+                    raise AssertionError(f"the loaders returned step {result.step}, expected {step}")
+                else:
+                    value = result.value
+                    self.rows_read += result.rows_planned
+                    self.rows_bad += result.rows_skipped + result.targets_skipped / self.queries_per_row
+                    for fault in result.bad:
+                        self._record(fault)
+                self.step = step + 1
+                yield value
+
+    def report(self) -> RowReport:
+        """Return the current report of this rank."""
+        return RowReport(self._failure is not None, self.rows_bad, self.rows_read)
+
+    def needs_check(self, reports: Sequence[RowReport], step: int) -> bool:
+        """Return whether `check` is due before `step`, from the reports of all ranks."""
+        if any(report.failed for report in reports):
+            return True
+        due = (step - self._opened_at) % CHECK_EVERY_STEPS == 0
+        bad, read = sum(report.rows_bad for report in reports), sum(report.rows_read for report in reports)
+        return due and bad > self._max_bad_fraction * self._rows_for_limit(int(read), step)
+
+    def check(self, step: int | None = None) -> None:
+        """Raise on all ranks if reading failed on one, or too many rows before `step` are bad.
+
+        All ranks must call it. Also call it before writing a checkpoint. Raises DataError; PeerError if a loader
+        process died, and on the healthy ranks if another one failed.
+        """
+        mine = (self.rows_bad, self.rows_read, self._failure is not None, dict(self._reasons))
+        alone = self.world_size == 1 or self.world_size != distributed.world_size()
+        reports = [mine] if alone else distributed.all_gather_object(mine)
+        if any(failed for _, _, failed, _ in reports):
+            if not alone:
+                distributed.raise_together(self._failure)
+            elif self._failure is not None:
+                raise self._failure
+        bad, read = sum(report[0] for report in reports), sum(report[1] for report in reports)
+        allowed = self._max_bad_fraction * self._rows_for_limit(read, self.step if step is None else step)
+        if bad > allowed:
+            total: dict[str, tuple[str, int]] = {}  # by kind, over all ranks
+            for kind, (reason, rows) in (item for report in reports for item in report[3].items()):
+                first, before = total.get(kind, (reason, 0))
+                total[kind] = (first, before + rows)
+            commonest = ", ".join(
+                f"{reason} ({rows} row{'s' if rows > 1 else ''})"
+                for reason, rows in sorted(total.values(), key=lambda reason: -reason[1])[:MAX_LOGGED_KINDS]
+            )
+            where = f"; see {self._quarantine}" if self._quarantine else ""
+            raise DataError(
+                f"{self.dataset.dir}: {bad:.10g} of {read} rows read are bad, more than data.max_bad_fraction="
+                f"{self._max_bad_fraction} allows ({int(allowed)}): {commonest}{where}; "
+                "repair the shards or raise the limit"
+            )
+
+    def close(self) -> None:
+        """End the loader processes of `next`."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+    def _record(self, fault: BadRow) -> None:
+        """Log a bad row or block, and add it to the quarantine file unless it is already there."""
+        key = (fault.shard, fault.block, fault.row, fault.position)
+        if key in self._recorded:
+            return
+        self._recorded.add(key)
+        kind = re.sub(r"'[^']*'|\d+", "", fault.reason)  # without the row's values
+        first, count = self._reasons.get(kind, (fault.reason, 0))
+        if count or len(self._reasons) < MAX_KINDS:
+            self._reasons[kind] = (first, count + max(1, fault.rows))
+        row = "" if fault.row is None else f", row {fault.row}"
+        row += "" if fault.position is None else f", position {fault.position}"
+        log.warning("skipped: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
+        if self._quarantine is None:
+            return
+        if self._written is None:
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with self._quarantine.open("ab+") as file:
+                file.seek(0)
+                lines = file.read().splitlines(keepends=True)
+                if lines and not lines[-1].endswith(b"\n"):  # incomplete: the process was killed
+                    file.truncate(sum(map(len, lines[:-1])))
+                    lines.pop()
+            self._written = set(lines)
+        line = json.dumps(asdict(fault)).encode() + b"\n"
+        if line not in self._written:
+            self._written.add(line)
+            with self._quarantine.open("ab") as file:
+                file.write(line)
+
+
+class PairStream(RowStream):
+    """Rank k of R reads the lanes k, k + R, ….
+
+    Bad rows are skipped, so a rank's Rows may be empty. max_bad_fraction applies to the rows of all epochs started
+    since the stream was opened: a few bad rows at the beginning do not stop it.
+    """
+
+    def __init__(
+        self, dataset: str | Path | Dataset, *, split: str = "train", rows_global: int, lanes: int, seed: int = 0,
+        rank: int = 0, world_size: int = 1, num_workers: int = 0, start_step: int = 0, tail: Tail = "carry",
+        window_blocks: int = WINDOW_BLOCKS, max_bad_fraction: float = 0.001, quarantine: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Plan the stream; nothing is read before the first `next`.
+
+        num_workers: reading processes (0: this one), each for some of this rank's lanes. quarantine: JSONL file of this
+        rank's skipped rows. Raises ConfigError: inconsistent numbers; DataError: the dataset cannot be opened, or has
+        fewer rows than `Order` needs.
+        """
+        if world_size > lanes:
+            raise ConfigError(f"world_size={world_size} is more than lanes={lanes}; use at least one lane per rank")
+        self._local_lanes = range(rank, lanes, world_size)
+        super().__init__(
+            dataset if isinstance(dataset, Dataset) else Dataset.open(dataset), rank=rank, world_size=world_size,
+            num_workers=min(num_workers, len(self._local_lanes)), start_step=start_step,
+            max_bad_fraction=max_bad_fraction, quarantine=quarantine,
+        )  # fmt: skip
+        self.split = split
+        plan = partial(Order, rows_global=rows_global, lanes=lanes, tail=tail, window_blocks=window_blocks)
+        index, sources = self.dataset.index(split), self.dataset.sources
+        self.order: Order | MixedOrder
+        if sources:
+            # In the index, the blocks of a source are contiguous.
+            bounds = [np.searchsorted(index.partition, [source.first, source.last]).tolist() for source in sources]
+            orders = []
+            for number, (source, (lo, hi)) in enumerate(zip(sources, bounds, strict=True)):
+                key, first_row = derive_key(seed, number), int(index.first_row[lo])
+                try:
+                    orders.append(plan(index.rows[lo:hi], seed=key, first_block=lo, first_row=first_row))
+                except DataError as error:
+                    raise DataError(f"data.mixture: {source.name} is too small: {error}") from None
+            steps = steps_per_round([source.name for source in sources], [source.weight for source in sources])
+            self.order = MixedOrder(orders, steps, self.dataset.batches, seed)
+            self.queries_per_row = 0.0
+            for (lo, hi), count in zip(bounds, steps, strict=True):
+                mean = float(index.queries[lo:hi].sum() / index.rows[lo:hi].sum())
+                self.queries_per_row += count / ROUND_STEPS * mean
+        else:
+            self.order = plan(index.rows, seed=seed)
+            self.queries_per_row = index.num_queries / index.num_rows
+        # The global steps after which every row (tail="drop": every row except the tail) was read. In a mixture, where
+        # each source has separate epochs, this is the total number of rows over rows_global.
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.queries_per_step = rows_global * self.queries_per_row
+        if self.order.rows_dropped_per_epoch:
+            log.info("each epoch drops %d rows that do not fill a step", self.order.rows_dropped_per_epoch)
+
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """Return the stream's state before `step` (by default the next one), in JSON types; equal on all ranks."""
+        order, step = self.order, self.step if step is None else step
+        mixture: dict[str, Any] = {}
+        if isinstance(order, MixedOrder):
+            names = [source.name for source in self.dataset.sources]
+            mixture = {
+                "mixture": [[n, t] for n, t in zip(names, order.steps_per_round, strict=True)],
+                "batches": order.batches,
+            }
+        return {
+            "format": STATE_FORMAT,
+            "step": step,
+            "epoch": step // order.steps_per_epoch,
+            "seed": order.seed,
+            "split": self.split,
+            "lanes": order.lanes,
+            "rows_global": order.rows_global,
+            "tail": order.tail,
+            "window_blocks": order.window_blocks,
+            "schema": self.dataset.schema.fingerprint(),
+            "vocabularies": self.dataset.schema.vocabulary_sizes(),
+            "tokenizer": self.dataset.tokenizer_hash,
+            "extents": [list(extent) for extent in self.dataset.extents],
+            "partitions": [[partition.name, partition.identity] for partition in self.dataset.partitions],
+            **mixture,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> bool:
+        """Return True if the stream can resume from `state`, False if it starts a new segment.
+
+        A new segment has only partitions added since, or a mixture that contains one of them; the partitions of `state`
+        must still exist, unchanged, and vocabularies may have been extended. Raises DataError with all other
+        differences.
+        """
+        dataset, current = self.dataset, self.state()
+        before, now = dict(state.get("partitions", [])), dict(current["partitions"])
+        mixed = bool(dataset.sources) and any(name not in before for name in now)
+        new_segment = bool(before) and (mixed or not before.keys() & now.keys())
+        lengths = state.get("vocabularies")
+        differences = []
+        for key in {**current, **state}:
+            if key in ("step", "epoch", "vocabularies", "partitions") or current.get(key) == state.get(key):
+                continue
+            if key == "extents" and key not in state:  # of an earlier version
+                continue
+            if new_segment and key in ("extents", "mixture", "batches"):
+                continue
+            if new_segment and key == "schema" and lengths is not None:
+                # equal but for the values that were appended to vocabularies
+                grown = dataset.schema.cut(lengths).fingerprint() == state["schema"]
+                if grown:
+                    continue
+            differences.append(f"{key} was {state.get(key)!r}, is {current.get(key)!r}")
+        hint = ""
+        if new_segment:
+            on_disk = {partition.name: partition.identity for partition in dataset.partitions_on_disk()}
+            differences += _removed_or_changed(before, on_disk)
+            if not mixed:
+                order = list(on_disk)
+                latest = max((order.index(name) for name in before if name in on_disk), default=-1)
+                differences += [f"partition {n} is older than {order[latest]}" for n in now if order.index(n) < latest]
+        else:
+            names, new = list(now), [name for name in now if name not in before]
+            differences += _removed_or_changed(before, now) + [f"partition {name} is new" for name in new]
+            if not differences and list(before) != names:
+                differences.append(f"partitions were {list(before)}, are {names}")
+            last = list(before)[-1] if before else None
+            if new and last in now:
+                later = names[names.index(last) + 1 :]
+                hint = f", or resume with data.from_partition={next(iter(before))}"
+                if later:
+                    hint = (
+                        f", or continue on the new partitions with data.from_partition={later[0]}, or on old and new "
+                        "ones by weight with data.mixture"
+                    )
+        if differences:
+            raise DataError(
+                f"{dataset.dir}: the stream cannot resume, because {'; '.join(differences)}; "
+                f"restore that, or start a new run{hint}"
+            )
+        return not new_segment
+
+    def doc_weights(self) -> np.ndarray:
+        """Return the number of positives per document in an epoch, float64 [num_docs]."""
+        if not isinstance(self.order, MixedOrder):
+            return self.dataset.doc_counts().astype(np.float64)
+        total = np.zeros(self.dataset.catalogue.num_docs)
+        for source, order, steps in zip(
+            self.dataset.sources, self.order.orders, self.order.steps_per_round, strict=True
+        ):
+            counts = self.dataset.doc_counts(range(source.first, source.last))
+            total += counts * (steps / ROUND_STEPS * self.order.rows_per_epoch / order.num_rows)
+        return total
+
+    def _steps(self, steps: range, make: Callable[[Rows], T]) -> WorkerSteps[T]:
+        return LaneSteps(self.dataset, self.split, self.order, self._local_lanes, self._num_workers, steps, make)
+
+    def _rows_for_limit(self, rows_read: int, step: int) -> int:
+        rows, per_step = self.order.rows_per_epoch, self.order.rows_global
+        return rows * max(1, -(-step * per_step // rows) - self._opened_at * per_step // rows)
+
+    def _empty_rows(self) -> Rows:
+        return self.dataset.rows(self.split, self.step, np.empty(0, np.int64), empty_batch(self.dataset.layout))
+
+
+def _removed_or_changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    removed = [f"partition {name} is missing" for name in before if name not in now]
+    return removed + [f"partition {name} has changed" for name in before if name in now and before[name] != now[name]]
