@@ -28,6 +28,11 @@ from bigdssm.utils.safetensors_header import DTYPES
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+TABLES = "tables-"  # prefix of the names of row files
+CHECKPOINTS = "checkpoints"  # subfolder of a stage's folder
+LATEST = "latest"
+COMMON = "common/"  # name prefix of tensors other than weights that are equal on every rank
+TRAINED_CODES = "trained."  # and of those of `Schema.trained` among them
 
 
 class UnsupportedFormatError(CheckpointError):
@@ -150,9 +155,6 @@ def tensors_file(rank: int) -> str:
     return f"tensors-{rank:05d}.safetensors"
 
 
-TABLES = "tables-"  # prefix of the names of row files
-
-
 def tables_file(rank: int, number: int) -> str:
     """Return the name of a file with rows of sharded tables of a rank (see tables/files.py)."""
     return f"{TABLES}{rank:05d}-{number:02d}.safetensors"
@@ -161,12 +163,6 @@ def tables_file(rank: int, number: int) -> str:
 def rank_file(rank: int) -> str:
     """Return the file name of a rank's local state."""
     return f"rank-{rank:05d}.safetensors"
-
-
-CHECKPOINTS = "checkpoints"  # subfolder of a stage's folder
-LATEST = "latest"
-COMMON = "common/"  # name prefix of tensors other than weights that are equal on every rank
-TRAINED_CODES = "trained."  # and of those of `Schema.trained` among them
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ META_FILE, CONFIG_FILE = "bigdssm.json", "config.yaml"
 WEIGHTS_FILE, FROZEN_FILE = "model.safetensors", "frozen.safetensors"
 TOKENIZER_DIR, TEXT_DIR, TABLES_DIR = "tokenizer", "text", "tables"
 RUN_MODEL_DIRS = ("sft/best", "pretrain/best", "best")  # suggested if the path is a run or a stage
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -363,9 +364,6 @@ def _checksums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) ->
 def _checksum(path: Path) -> str:
     """Return the checksum of a file; rows of tables are left out, as they are verified when they are read."""
     return row_file_checksum(path) if path.parent.name == TABLES_DIR else file_checksum(path)
-
-
-BEST = "best"
 
 
 def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | None = None) -> ModelFolder:

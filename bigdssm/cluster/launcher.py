@@ -21,6 +21,7 @@ KILL_AFTER_FAILURE_S = 30.0  # limit for the other ranks to end after a failure;
 RENDEZVOUS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # required in addition to RANK and WORLD_SIZE
 
 logger = get_logger(__name__)
+POLL_S = 1.0
 
 
 class LauncherMonitor:
@@ -164,9 +165,6 @@ def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: L
         logger.info(STOPPED_EARLY_MESSAGE)
         return Preempted.exit_code
     return PeerError.exit_code if any(codes.values()) else 0
-
-
-POLL_S = 1.0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from bigdssm.config import Config, StageName, load_written_config
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.log import MetricsWriter, metric_label, read_records, truncate_records
 
+STAGES: tuple[StageName, ...] = ("pretrain", "sft")
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
+
 
 class Trackers:
     """Metric writers of rank 0; all methods do nothing on other ranks."""
@@ -104,8 +107,6 @@ def flatten(values: dict[str, Any], separator: str = "/", prefix: str = "") -> d
     return result
 
 
-STAGES: tuple[StageName, ...] = ("pretrain", "sft")
-METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
 Point = tuple[float, float]
 
 

@@ -24,6 +24,8 @@ MAX_LOGGED_ROWS = 8
 ALERTS = "alerts"
 
 logger = get_logger(__name__)
+MAX_ALERTS = 3
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class SpikeAlert:
@@ -57,10 +59,6 @@ class SpikeAlert:
         )  # fmt: skip
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "loss": loss, "usual": usual, "row_ids": row_ids}) + "\n")
-
-
-MAX_ALERTS = 3
-BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ LOCK_WAIT_S = 5.0  # time for a stopping run to release the lock
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "pyarrow")
 
 logger = get_logger(__name__)
+CONSUMED, SKIPPED = "row_ids", "skipped_rows"
 
 
 class FolderLock:
@@ -224,9 +225,6 @@ def versions() -> dict[str, str]:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-CONSUMED, SKIPPED = "row_ids", "skipped_rows"
 
 
 class RowLog:

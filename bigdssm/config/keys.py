@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_CACHE_BYTES = 50 * 1024**3
+ARCHITECTURE_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,6 @@ class TextEncoderConfig(Component):
         return TextInputs(**content)
 
 
-ARCHITECTURE_FILE = "config.json"
 TEXT_ENCODERS: Registry[TextEncoderConfig] = Registry(
     "a text encoder", "type", TextEncoderConfig, home="bigdssm.models.declarations"
 )

@@ -35,6 +35,31 @@ from bigdssm.ingest.splits import SPLITS
 from bigdssm.ingest.writing import move_files, write_arrow
 
 ARRAYS = ("times", "begin", "file_row")
+SEQUENCES_PER_FILE = 1 << 16
+SEQUENCES_AT_ONCE = 1 << 12  # per call of `_rows`: fits a core's cache
+EVENTS_PER_FILE = 1 << 22  # at most: bounds memory
+MAX_SAMPLED_TIMES = 1 << 21  # of targets, sampled to estimate leakage
+ROW = pa.schema(
+    [
+        ("split", pa.int32()),
+        ("sequence", pa.int64()),
+        ("first", pa.int32()),
+        ("end_", pa.int32()),  # `end` is an SQL keyword
+        ("shuffle", pa.int64()),  # a hash of the last event's ordinal
+        ("time", pa.float64()),  # of the first target
+    ]
+)
+BUCKET = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("item", pa.int32()),
+        ("time", pa.float64()),
+        ("relevance", pa.float32()),
+        ("sequence", pa.uint16()),  # within its file, < SEQUENCES_PER_FILE
+    ]
+)
+POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
+TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -96,33 +121,6 @@ def _versions(known: Sequence[CatalogueFile], documents: DistinctDocuments) -> t
     oldest = first.copy()
     np.minimum.at(oldest, document, since)
     return versions, oldest
-
-
-SEQUENCES_PER_FILE = 1 << 16
-SEQUENCES_AT_ONCE = 1 << 12  # per call of `_rows`: fits a core's cache
-EVENTS_PER_FILE = 1 << 22  # at most: bounds memory
-MAX_SAMPLED_TIMES = 1 << 21  # of targets, sampled to estimate leakage
-ROW = pa.schema(
-    [
-        ("split", pa.int32()),
-        ("sequence", pa.int64()),
-        ("first", pa.int32()),
-        ("end_", pa.int32()),  # `end` is an SQL keyword
-        ("shuffle", pa.int64()),  # a hash of the last event's ordinal
-        ("time", pa.float64()),  # of the first target
-    ]
-)
-BUCKET = pa.schema(
-    [
-        ("place", pa.int64()),
-        ("item", pa.int32()),
-        ("time", pa.float64()),
-        ("relevance", pa.float32()),
-        ("sequence", pa.uint16()),  # within its file, < SEQUENCES_PER_FILE
-    ]
-)
-POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
-TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,13 @@ from bigdssm.utils.string_hashing import hash_strings
 
 IS_NEW = "is_new"  # 1 if a row is of a new document, or has other features than the stored version
 KNOWN_SINCE = "known_since"  # rows with times: start of the stored version that they were compared with; −∞: none
+DOCUMENT_COLUMNS = {
+    "place": pa.int64(),
+    "doc_id": pa.int64(),
+    "content": pa.int64(),
+    "doc_key": pa.large_string(),
+    "doc_title": pa.large_string(),
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +90,6 @@ class StoredDocuments:
             for name in columns.keys() - {"place", "doc_id", "content", "doc_key"}:
                 columns[name] = pc.if_else(pa.array(is_new), columns[name], pa.scalar(None, columns[name].type))
         return pa.table({**columns, "document": pa.array(documents), IS_NEW: pa.array(is_new.astype(np.int32))})
-
-
-DOCUMENT_COLUMNS = {
-    "place": pa.int64(),
-    "doc_id": pa.int64(),
-    "content": pa.int64(),
-    "doc_key": pa.large_string(),
-    "doc_title": pa.large_string(),
-}
 
 
 def document_schema(features: Mapping[str, Feature], *, dated: bool = False) -> pa.Schema:

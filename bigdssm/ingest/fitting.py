@@ -33,6 +33,12 @@ MAX_TRAINING_CHARACTERS = 20_000_000  # more changes the token count of held-out
 
 Texts = Callable[[], Iterable[list[str]]]
 """Returns a new iterator over the same texts at each call; texts are read twice instead of held in memory."""
+ROWS_PER_FIT = 1 << 18  # fixes the order of floating-point sums
+LEARNED = pa.schema(
+    [("feature", pa.int32()), ("value", pa.large_string()), ("count", pa.int64()), ("place", pa.int64())]
+)
+SAMPLED_ROWS = 1 << 18  # per side, for the training of the tokenizer
+TOKENIZER = "tokenizer"
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
@@ -116,14 +122,6 @@ def _copy(source: Path, folder: Path) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"data.tokenizer.path={source} is not a fast tokenizer; save it with tokenizer.json first")
     tokenizer.save_pretrained(str(folder))
-
-
-ROWS_PER_FIT = 1 << 18  # fixes the order of floating-point sums
-LEARNED = pa.schema(
-    [("feature", pa.int32()), ("value", pa.large_string()), ("count", pa.int64()), ("place", pa.int64())]
-)
-SAMPLED_ROWS = 1 << 18  # per side, for the training of the tokenizer
-TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)

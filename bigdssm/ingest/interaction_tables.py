@@ -56,6 +56,17 @@ from bigdssm.sources.base import Source
 from bigdssm.utils.string_hashing import hash_strings
 
 CUT_COLUMNS = ("split", "sequence", "first", "end_", "shuffle")
+USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])
+SEQUENCE = USER.append(pa.field("length", pa.int64()))  # events
+EVENT = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("user_id", pa.int64()),
+        ("item", pa.int64()),  # catalogue row
+        ("time", pa.float64()),
+        ("relevance", pa.float32()),
+    ]
+)
 
 
 def numbered_user_versions(table: str) -> str:
@@ -109,17 +120,6 @@ def join_users(
 
 
 Split = Literal["leave-one-out", "time", "train"]
-USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])
-SEQUENCE = USER.append(pa.field("length", pa.int64()))  # events
-EVENT = pa.schema(
-    [
-        ("place", pa.int64()),
-        ("user_id", pa.int64()),
-        ("item", pa.int64()),  # catalogue row
-        ("time", pa.float64()),
-        ("relevance", pa.float32()),
-    ]
-)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,14 @@ from bigdssm.sources.base import Part, Source
 from bigdssm.sources.text import MissingColumn
 
 MAX_VALUES = 1 << 12  # per row
+ORDINAL_BITS = 47  # for a row's number within its table
+NTH_BITS = MAX_VALUES.bit_length() - 1  # the lowest of these: for the number of an unnested value
+MAX_TABLES = 1 << (63 - ORDINAL_BITS)
+BAD = "bad.jsonl"
+MAX_REPORTED = 1 << 16  # bad rows before a fatal error
+# The row-specific parts of a reason.
+PARTICULAR = re.compile(r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])")
+MAX_KINDS = 100
 
 
 def explode(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:
@@ -43,12 +51,6 @@ def explode(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch
     table = table.set_column(table.column_names.index(name), name, values)
     return SourceBatch(batch.file, table, batch.rows[parent])
 
-
-ORDINAL_BITS = 47  # for a row's number within its table
-NTH_BITS = MAX_VALUES.bit_length() - 1  # the lowest of these: for the number of an unnested value
-MAX_TABLES = 1 << (63 - ORDINAL_BITS)
-BAD = "bad.jsonl"
-MAX_REPORTED = 1 << 16  # bad rows before a fatal error
 
 BadSourceRow = tuple[str, int, str, bool]
 """File, row, reason, and whether the row is skipped (otherwise the bad value is treated as missing)."""
@@ -153,11 +155,6 @@ def bad_rows(folders: Iterable[Path]) -> Iterator[BadSourceRow]:
     for folder in folders:
         with (folder / BAD).open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
-
-
-# The row-specific parts of a reason.
-PARTICULAR = re.compile(r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])")
-MAX_KINDS = 100
 
 
 class Quarantine:

@@ -25,6 +25,12 @@ DEFAULT_FRACTIONS = (0.05, 0.05)  # validation, test
 CUT_OFFS = ("validation_from", "test_from", "train_from")
 SplitTime = float | str | date | None
 """A number in the unit of the table's times, or a date or ISO 8601 string (in seconds); None: not given."""
+SPLITS = ("train", "validation", "test")
+NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "none": len(SPLITS)}
+UNITS_PER_JOB = 1 << 20
+ROWS_PER_RUN = 1 << 20  # per sorted run of times
+TIMES = "times.npy"
+LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -130,12 +136,6 @@ def _read(option: str, value: float | str | date) -> float:
 
 
 PairSplit = Literal["random", "time", "column", "train"]
-SPLITS = ("train", "validation", "test")
-NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "none": len(SPLITS)}
-UNITS_PER_JOB = 1 << 20
-ROWS_PER_RUN = 1 << 20  # per sorted run of times
-TIMES = "times.npy"
-LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
 
 
 class Splitter:

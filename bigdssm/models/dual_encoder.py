@@ -29,6 +29,9 @@ from bigdssm.models.encoders.base import SideSize, checked_output, linear_flops
 from bigdssm.models.packed import Packed, PackedLists, QueryPositions, Values
 from bigdssm.models.scorers import PREFIX, FeatureScorer, Scorer
 
+ALPHA_MAX = 100.0
+DOCUMENT_WEIGHTS = ("doc_tower.", "text.doc.", "tables.tables.doc_", "beta", "log_alpha")  # beginnings of their names
+
 
 def query_head(U: Tensor, has_beta: bool) -> Tensor:
     """Return the query factor of the score: [u, 1], float32 [m, D+1], or without beta u, float32 [m, D]."""
@@ -119,10 +122,6 @@ def _mlp(width: int, config: TowerConfig, dim: int) -> nn.Sequential:
         nn.init.normal_(head.weight, std=INIT_STD)
         nn.init.zeros_(head.bias)
     return nn.Sequential(*layers, head)
-
-
-ALPHA_MAX = 100.0
-DOCUMENT_WEIGHTS = ("doc_tower.", "text.doc.", "tables.tables.doc_", "beta", "log_alpha")  # beginnings of their names
 
 
 class Encoded(NamedTuple):

@@ -8,15 +8,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+FLASH_WIDTHS = range(8, 257, 8)  # head widths that the kernel supports
+
 
 class QueryPositions(NamedTuple):
     """Queries by row and position, in any order; a row may have none. A tuple: ZeRO-3 hooks search tuples only."""
 
     row: Tensor  # int64 [m]: row in the batch
     prefix_length: Tensor  # int64 [m]: number of history items before the query
-
-
-FLASH_WIDTHS = range(8, 257, 8)  # head widths that the kernel supports
 
 
 class SequenceBounds(NamedTuple):

@@ -22,6 +22,10 @@ from bigdssm.utils.components import add_named
 
 # exceptions of readers for damaged files
 READING_ERRORS = (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError, csv.Error)
+SOURCES: dict[str, type[FileSource]] = {}  # by suffix
+ROWS_PER_BATCH = 16384
+BYTES_PER_BATCH = 8 << 20
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,6 @@ class FileSource(Source):
         return [Part(0, 1, None)]
 
 
-SOURCES: dict[str, type[FileSource]] = {}  # by suffix
 Format = TypeVar("Format", bound=type[FileSource])
 
 
@@ -138,11 +141,6 @@ def reading_error(error: Exception, name: str, row: int) -> Exception:
     if "straddling object" in detail:
         detail = f"a row of more than {BYTES_PER_BATCH:,} bytes, or a quote that is never closed"
     return DataError(f"{name} is damaged or not of the format of its name, after row {row}: {detail}")
-
-
-ROWS_PER_BATCH = 16384
-BYTES_PER_BATCH = 8 << 20
-TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
 def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:

@@ -30,6 +30,10 @@ from bigdssm.sources.files import LocalFile, RemoteFile, TableFile
 from bigdssm.sources.text import column_names, require_columns
 
 ROWS_PER_PART = 1_000_000  # at most, unless a single chunk has more
+PARQUET_SUFFIX = ".parquet"
+FILE_MAGIC = b"ARROW1"
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,6 @@ def _runs(rows: Sequence[int]) -> Iterator[range]:
         yield range(start, len(rows))
 
 
-PARQUET_SUFFIX = ".parquet"
-
-
 @register_source
 class ParquetSource(ChunkedSource):
     """Parquet files, read by row groups."""
@@ -136,10 +137,6 @@ def parquet_names(folder: str, names: Sequence[str]) -> list[str]:
                 f"the files or folders in it one by one"
             )
     return visible
-
-
-FILE_MAGIC = b"ARROW1"
-STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @register_source
@@ -223,9 +220,6 @@ def _even(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
                 taken, num_rows, num_bytes = [], 0, 0
     if taken:
         yield pa.Table.from_batches(taken)
-
-
-STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
 def is_saved_dataset(folder: Path) -> bool:

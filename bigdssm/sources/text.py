@@ -24,6 +24,16 @@ from bigdssm.sources.base import BYTES_PER_BATCH, ROWS_PER_BATCH, FileSource, Pa
 
 # RecBole headers contain types, as in `item_id:token`
 HEADER_TYPE = re.compile(r":(token|float)(_seq)?\Z")
+# Fields of a CSV: text without quotes, a quote within an unquoted field, a quoted field, and one with text after its
+# closing quote in the same line. Bounded, because each repetition takes memory.
+SOUND_FIELDS = re.compile(
+    rb"""(?:[^"]+|(?<![,\r\n])"|"[^"]*(?:""[^"]*)*"(?=[,\r\n])|"[^"\r\n]*(?:""[^"\r\n]*)*"(?=[^",\r\n])){1,1000}"""
+)
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
+MAX_HEADER_BYTES = 64 << 20
+MAX_RECORD_BYTES = 64 << 20
+MAX_NESTING = 500  # of JSON: Python's limit depends on the depth of the calls
+TOO_DEEP = f"an object with more than {MAX_NESTING} levels"
 
 
 def column_names(table: str, header: Sequence[str]) -> list[str]:
@@ -61,13 +71,6 @@ def require_columns(table: str, present: Collection[str], required: Sequence[str
             raise MissingColumn(table, name, hint)
 
 
-# Fields of a CSV: text without quotes, a quote within an unquoted field, a quoted field, and one with text after its
-# closing quote in the same line. Bounded, because each repetition takes memory.
-SOUND_FIELDS = re.compile(
-    rb"""(?:[^"]+|(?<![,\r\n])"|"[^"]*(?:""[^"]*)*"(?=[,\r\n])|"[^"\r\n]*(?:""[^"\r\n]*)*"(?=[^",\r\n])){1,1000}"""
-)
-
-
 class QuotedStream:
     """The bytes of a CSV, in which every quoted field is validated: Arrow reads an open one to the end of the file."""
 
@@ -98,10 +101,6 @@ class QuotedStream:
         self._lines += data.count(b"\n", 0, end - 1)
         self._tail = data[end - 1 :]
         return chunk
-
-
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
-MAX_HEADER_BYTES = 64 << 20
 
 
 @register_source
@@ -160,10 +159,6 @@ class DelimitedSource(FileSource):
         fields = csv.reader([header], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
         return column_names(self.name, next(fields))
 
-
-MAX_RECORD_BYTES = 64 << 20
-MAX_NESTING = 500  # of JSON: Python's limit depends on the depth of the calls
-TOO_DEEP = f"an object with more than {MAX_NESTING} levels"
 
 Record = dict[str, Any]
 

@@ -49,6 +49,12 @@ MASTER_WEIGHTS, OPTIMIZER_STATES = "float32 copy of the weights", "optimizer's s
 GRADIENTS_ON_HOST, TABLE_ROWS = "gradients on the host", "rows of sharded tables, and their states"
 BUCKET = 500_000_000  # elements of a reduction bucket of DeepSpeed
 MAX_LIVE = 10**9  # weights that ZeRO 3 keeps gathered at a time: `stage3_max_live_parameters`, by default
+HEAP_BELOW = 32 << 20  # bytes: glibc maps larger allocations separately, and unmaps them when they are freed
+FP32 = 4
+# Fragmentation of glibc's heap, relative to the bytes in use, as measured. MALLOC_MMAP_THRESHOLD_=131072 avoids it
+# (584 MB became 477 MB), at the cost of page faults for every tensor.
+HEAP_HOLES = 0.35
+RUNTIME_BYTES = 100_000_000  # allocated by libraries at first use: the memory of the smallest run
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,6 @@ def _weight(engine: EngineConfig) -> int:
     return 2 if engine.precision == "bf16_pure" else FP32
 
 
-HEAP_BELOW = 32 << 20  # bytes: glibc maps larger allocations separately, and unmaps them when they are freed
-
-
 class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of live storages allocated by operations.
 
@@ -163,13 +166,6 @@ class LiveBytes(TorchDispatchMode):
         self.now += change
         if abs(change) < HEAP_BELOW:
             self._heap_now += change
-
-
-FP32 = 4
-# Fragmentation of glibc's heap, relative to the bytes in use, as measured. MALLOC_MMAP_THRESHOLD_=131072 avoids it
-# (584 MB became 477 MB), at the cost of page faults for every tensor.
-HEAP_HOLES = 0.35
-RUNTIME_BYTES = 100_000_000  # allocated by libraries at first use: the memory of the smallest run
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from bigdssm.utils.progress import ProgressBar
 logger = get_logger(__name__)
 
 SLOW_PRODUCT_S = 0.02  # after it no larger product is timed: emulated bfloat16 would take half a minute
+NON_TRAINING_SPANS = ("validation", "model folder", "checkpoint")
+TOWER_SPANS = ("encode", "backward", "backward/encode again")  # contain the towers' matrix products
 
 
 class Health:
@@ -171,10 +173,6 @@ def describe_ranks() -> str:
     """Format the number of ranks, for example `2 ranks`."""
     number = distributed.world_size()
     return f"{number} rank{'s' if number != 1 else ''}"
-
-
-NON_TRAINING_SPANS = ("validation", "model folder", "checkpoint")
-TOWER_SPANS = ("encode", "backward", "backward/encode again")  # contain the towers' matrix products
 
 
 @dataclass

@@ -37,6 +37,9 @@ from bigdssm.utils.locks import WriterLock
 from bigdssm.utils.log import get_logger
 
 DISTRIBUTION_KEYS = ("low", "high", "log", "choices")
+PRUNE_DIVISOR = 5  # trials are pruned after 1 / PRUNE_DIVISOR of the steps
+STOP_TIMEOUT_S = 600.0
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,6 @@ def _allows(distribution: BaseDistribution, value: Any) -> bool:
 def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
-
-PRUNE_DIVISOR = 5  # trials are pruned after 1 / PRUNE_DIVISOR of the steps
-STOP_TIMEOUT_S = 600.0
-logger = get_logger(__name__)
 
 TrialFunction = Callable[[optuna.Trial, dict[str, Any]], float]
 """Runs a trial with values by key and returns its validation metric. Raises TrialPruned."""

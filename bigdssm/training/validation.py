@@ -33,6 +33,7 @@ from bigdssm.utils.log import Progress, get_logger, metric_label
 
 logger = get_logger(__name__)
 SPLIT = "validation"
+_SELECTION, _PREFIX = "selection.", "average."
 
 
 class Validator:
@@ -193,9 +194,6 @@ def _paired(a: np.ndarray, b: np.ndarray, query_ids: np.ndarray) -> tuple[float,
     """Return the mean of a − b and its standard error, 0 below two queries."""
     difference = {"gain": a - b}
     return means(difference)["gain"], float(np.nan_to_num(standard_errors(difference, query_ids)["gain"]))
-
-
-_SELECTION, _PREFIX = "selection.", "average."
 
 
 class WeightAverage:

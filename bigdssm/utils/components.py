@@ -20,6 +20,8 @@ MISSING = "???"  # omegaconf's mark of a key without a default
 REGISTRY = "registry"  # metadata key of a field that is a component
 EACH = "each"  # metadata key of a field that is a dict of components
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # including the backslashes that escape it
+C = TypeVar("C")
+D = TypeVar("D", bound=type)
 
 
 class Component:
@@ -38,10 +40,6 @@ def add_named(registered: dict[str, Any], name: str, added: Any, noun: str) -> N
     if (other.__module__, other.__qualname__) != (added.__module__, added.__qualname__):
         raise ValueError(f"there is {noun} named {name!r}: {other.__module__}.{other.__qualname__}; rename this one")
     registered[name] = added
-
-
-C = TypeVar("C")
-D = TypeVar("D", bound=type)
 
 
 @dataclass(frozen=True)

@@ -91,16 +91,17 @@ with TestClient(make_app(searcher)) as client:
         answer = client.post("/api/search", json={{"events": [{{"item": "i1"}}, {{"item": f"i{{turn}}"}}], "top": 5}})
         assert answer.status_code == 200, answer.text
 """
-        return self.calls("-c", program)
+        (self.folder / "requests.py").write_text(program)
+        return self.calls(str(self.folder / "requests.py"))
 
     def calls(self, *argv: str) -> Calls:
-        """Run a script, or a program after -c, and return the calls of the package's functions."""
+        """Run a script of the repository, or at an absolute path, and return the calls of the package's functions."""
         counts = self.folder / "calls.json"
         variables = {
             **os.environ, "PYTHONPATH": str(self.repository), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        script = argv[0] if argv[0] == "-c" else str(self.repository / argv[0])
+        script = str(self.repository / argv[0])
         command = [sys.executable, __file__, "--trace", str(counts), str(self.repository), script, *argv[1:]]
         subprocess.run(command, cwd=self.folder, env=variables, check=True, stdout=subprocess.DEVNULL)
         return Counter(json.loads(counts.read_text()))
@@ -137,9 +138,6 @@ def _trace(counts: str, repository: str, script: str, *argv: str) -> None:
     atexit.register(write)
     threading.setprofile(count)
     sys.setprofile(count)
-    if script == "-c":
-        exec(argv[0], {"__name__": "__main__"})
-        return
     sys.argv = [script, *argv]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")

@@ -22,6 +22,7 @@ from bigdssm.models.embedding_tables import EmbeddingTables
 from bigdssm.models.packed import FLASH_WIDTHS, Attention, QueryPositions, Values, flash_attention
 
 RECOMPILE_LIMIT = 64  # compiled graphs per layer; torch's default is 8
+_ENCODERS: dict[str, Callable[[Feature, BuildContext], Encoder]] = {}
 
 
 class Encoder(nn.Module, ABC):
@@ -110,7 +111,6 @@ def checked_output(part: nn.Module, output: Any, shape: Sequence[int]) -> Tensor
 
 
 E = TypeVar("E", bound=type[Encoder])
-_ENCODERS: dict[str, Callable[[Feature, BuildContext], Encoder]] = {}
 
 
 def encodes(feature_type: type[Feature]) -> Callable[[E], E]:

@@ -12,6 +12,9 @@ from bigdssm.features import PADDING, Categorical, Numeric, Vector
 from bigdssm.models.embedding_tables import EmbeddingTables, table_name
 from bigdssm.models.encoders.base import BuildContext, Encoder, encodes
 
+# Clipping bound in standard deviations: outside the range of the training data, a layer only extrapolates.
+MAX_DEVIATIONS = 10.0
+
 
 @encodes(Categorical)
 class CategoricalEncoder(Encoder):
@@ -34,10 +37,6 @@ class CategoricalEncoder(Encoder):
             return vectors
         count = (codes != PADDING).sum(dim=1, keepdim=True).clamp(min=1)
         return vectors.sum(dim=1) / count
-
-
-# Clipping bound in standard deviations: outside the range of the training data, a layer only extrapolates.
-MAX_DEVIATIONS = 10.0
 
 
 @encodes(Numeric)

@@ -35,6 +35,7 @@ PADDED: dict[str, Any] = {"packed_attention": None, "offsets": None, "longest": 
 # Families (`model_type`) that compute attention by the registered function alone, so that their texts may be packed.
 BIDIRECTIONAL = frozenset({"bert", "roberta", "xlm-roberta"})  # in all layers, over all tokens
 PACKABLE = BIDIRECTIONAL | {"modernbert", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"}
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {cls.__name__: cls for cls in (nn.Identity, nn.Tanh, nn.GELU, nn.ReLU)}
 
 
 def _attend(
@@ -209,9 +210,6 @@ class TransformerEncoder(TextEncoder):
         return (
             float(length_R.sum()) * linear_flops(self.transformer) + size.rows * linear_flops(self.layers) + attention
         )
-
-
-ACTIVATIONS: Mapping[str, type[nn.Module]] = {cls.__name__: cls for cls in (nn.Identity, nn.Tanh, nn.GELU, nn.ReLU)}
 
 
 def _added_layers(width: int, layers: list[dict[str, Any]]) -> nn.Sequential:
