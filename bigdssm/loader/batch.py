@@ -165,9 +165,18 @@ def _views(buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]])
 
 def _unpacked(content: bytes, buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> Batch:
     """Return the batch that was pickled; its tensors are views of `buffer`."""
-    unpickler = pickle.Unpickler(io.BytesIO(content))
-    unpickler.persistent_load = _views(buffer, slots).__getitem__  # type: ignore[method-assign]
-    return Batch(**unpickler.load())
+    return Batch(**_WithTensors(io.BytesIO(content), _views(buffer, slots)).load())
+
+
+class _WithTensors(pickle.Unpickler):
+    """Reads what a loader process of this run has pickled, with the tensors apart."""
+
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return self._tensors[pid]
 
 
 class Collator:

@@ -257,14 +257,14 @@ def without_identity(run: Path) -> None:
 def with_an_edited_config(run: Path) -> None:
     path = run / "pretrain" / "config.yaml"
     content = yaml.safe_load(path.read_text())
-    content["pretrain"]["optimizer"]["lr"] = 0.5
+    content["pretrain"]["optimizer"]["weight_decay"] = 0.5
     path.write_text(yaml.safe_dump(content))
 
 
 def test_checkpoints_of_another_run_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
     """By their run id, and by their config if the folder has lost its id or its config was edited."""
     other = tmp_path / "other"
-    assert pretrain(config, other, *STEPS, "pretrain.optimizer.lr=0.02").wait().code == 0
+    assert pretrain(config, other, *STEPS, "pretrain.optimizer.weight_decay=0.02").wait().code == 0
     before = shutil.copytree(run, tmp_path / "before")
     of_another_run(run, other)
     content = sorted(path.read_bytes() for path in run.rglob("manifest.json"))
@@ -272,11 +272,13 @@ def test_checkpoints_of_another_run_are_refused(config: Path, run: Path, tmp_pat
     refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, words)
     assert sorted(path.read_bytes() for path in run.rglob("manifest.json")) == content, "nothing is lost"
     without_identity(run)
-    words = r"step-00000008 was written with another config: pretrain\.optimizer\.lr was 0\.02, is 0\.01; move it out"
+    words = r"step-00000008 was written with another config: pretrain\.optimizer\.weight_decay was 0\.02, is 0\.01; move it out"
     refused(pretrain(config, run, *STEPS, *RESUME).wait(), 4, words)
     with_an_edited_config(before)
-    done = pretrain(config, before, *STEPS, *RESUME, "pretrain.optimizer.lr=0.5").wait()
-    refused(done, 4, r"step-00000008 was written with another config: pretrain\.optimizer\.lr was 0\.01, is 0\.5")
+    done = pretrain(config, before, *STEPS, *RESUME, "pretrain.optimizer.weight_decay=0.5").wait()
+    refused(
+        done, 4, r"step-00000008 was written with another config: pretrain\.optimizer\.weight_decay was 0\.01, is 0\.5"
+    )
 
 
 def test_a_moved_run_resumes(config: Path, run: Path, tmp_path: Path) -> None:
