@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, Preempted
-from bigdssm.utils.atomic import is_written_by
+from bigdssm.utils.atomic import WRITERS, is_written_by, real_path
 from bigdssm.utils.log import is_first_rank, setup_logging
 
 PLUGINS = "bigdssm.plugins"
@@ -124,3 +124,4 @@ def check_file_to_write(option: str, path: Path | None, command: str, *, overwri
             f"{option} {path} exists, and is not the file that bigdssm {command} wrote there; choose another path, or "
             "--overwrite it"
         )
+    WRITERS[real_path(path)] = command

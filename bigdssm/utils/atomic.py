@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bigdssm.utils.hashing import file_checksum
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 ATTRIBUTE = "user.bigdssm.written"
+WRITERS: dict[Path, str] = {}  # by file of this process: its command, noted before the rename, so also after a kill
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -155,6 +156,9 @@ def write_json(path: Path, content: object) -> None:
 
 def put_file(aside: Path, path: Path) -> None:
     """Sync the finished file `aside` and rename it to `path`, in the same folder."""
+    if path in WRITERS:
+        with suppress(OSError):  # without extended attributes, `mark_written` writes a file
+            os.setxattr(aside, ATTRIBUTE, _note(aside, WRITERS[path]))
     sync(aside)
     os.replace(aside, path)
 
