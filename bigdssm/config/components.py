@@ -128,7 +128,7 @@ class VectorScorerConfig(ScorerConfig):
         every, given = config.stage(name).negatives.mining.every_steps, f"0 with {name}.scorer.name={self.name}"
         require(
             every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"{given}, which trains no vectors to search with",
+            f"{given}, whose vectors are not for search",
         )  # fmt: skip
         chunk = config.engine.chunk_tokens
         require(chunk == 0, "engine.chunk_tokens", chunk, f"{given}, which needs both towers at once")

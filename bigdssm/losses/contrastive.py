@@ -191,10 +191,12 @@ def contrastive_loss(
         else:
             counts_n = None if shared_index is None else occurrences(shared.positive, len(shared.W)).double()
             pending = gather_columns(shared, sizes, counts_n, pairs, tile, group)
+            # within a column, beta is constant and cancels
             positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
             gathered, all_pairs = pending.wait()
 
-        # Mask: a known positive of a query, on any rank, is none of its negatives.
+        # Mask: a known positive of a query, on any rank, is not one of its negatives. This includes the row's own
+        # positive: the mask removes its column from the sums over negatives, and the term adds its score, once.
         known = find_known_positives(x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts)
         passes = None
         if gathered is not None:
@@ -203,7 +205,9 @@ def contrastive_loss(
             del gathered  # `passes` frees the columns
         candidates = _Candidates(x, sizes, docs_n, known)
 
-        # Values of the loss per query, and G, the gradient of the scores.
+        # The term computes the scores S of the columns, a tile at a time (`ScorePasses`, `ScoreMatrix.scores`), without
+        # the masked ones (`BlockMask.drop`). It returns the values of the loss per query; with G = dL/dS, the sums G W,
+        # Gᵀ U and Σ G over the columns; and G of the positives and the candidates.
         result = term.on_vectors(
             Scores(x.weight, positive_m, candidates.scores(), candidates.used_mk, passes, direction, x.teacher)
         )

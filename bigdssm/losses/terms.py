@@ -110,7 +110,8 @@ class SoftmaxTerm(Term):
         column_grad_m = weighted(weight_m, column_share * torch.sigmoid(sums.of_positive_m - positive_m))
         columns = passes.softmax_gradients(sums, with_rows, row_share * weight_m, lse_2m[1], column_grad_m)
         return TermResult(
-            weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m, scores.candidate_mk,
+            weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m,
+            torch.zeros_like(scores.candidate_mk),  # [m, 0]: there are no candidates in these directions
             sums.rows.largest, lse_2m if with_rows else lse_2m[0], columns,
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # `cached_step` does not import DeepSpeed
 
 Backward = Callable[[Encoded], None]  # takes leaf tensors with gradients set by the loss
 LossFunction = Callable[[Encoded, Batch], LossOutput]
-Gradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
+OutputGradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 
 class StepReport(NamedTuple):
@@ -278,8 +278,8 @@ class EncodedChunk:
         with timing.span("encode again"), self.state.replayed():
             return engine.forward(**self.inputs)
 
-    def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
-        """Return the vectors and biases with their gradients; the gradient of alpha is added to one chunk only."""
+    def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
+        """Return the vectors and biases with their gradients."""
         its = self.side.outputs(self.chunk)
         sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
@@ -330,17 +330,18 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
+    """Back-propagate chunk by chunk: autograd adds to the weights' gradients, which are reduced over ranks once."""
     retained = [chunk for chunk in chunks if chunk.retain_graph]
     groups = ([retained] if retained else []) + [[chunk] for chunk in chunks if not chunk.retain_graph]
     with engine.single_reduction():
         for number, group in enumerate(groups):
-            gradients: Gradients = []
+            pairs: OutputGradients = []
             for chunk in group:
                 encoded = chunk.with_graph(engine)
-                gradients += chunk.gradients(encoded, leaves)
-            if number == 0:
-                gradients.append((encoded.alpha, _gradient(leaves.alpha)))
-            engine.backward(gradients)
+                pairs.extend(chunk.gradients(encoded, leaves))
+            if number == 0:  # once: every chunk returns the same alpha
+                pairs.append((encoded.alpha, _gradient(leaves.alpha)))
+            engine.backward(pairs)
 
 
 class EncodedPairChunk(EncodedChunk):
@@ -351,7 +352,7 @@ class EncodedPairChunk(EncodedChunk):
         """The inputs of the model's forward."""
         return {**split_sides(self.side.features(self.chunk)), "paired": True}
 
-    def gradients(self, encoded: Encoded, leaves: Encoded) -> Gradients:
+    def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
         """Return the scores with their gradients."""
         its = self.side.outputs(self.chunk)
         assert encoded.scores is not None and leaves.scores is not None

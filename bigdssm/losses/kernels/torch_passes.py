@@ -168,6 +168,7 @@ class Gradients:
     def zeros(x: LossInputs, grad_flags: int, num_columns: int) -> Gradients:
         """Allocate the sums that any rank requires: every rank takes part in the reductions."""
         device, size = x.U.device, x.U.shape[1]
+        # alpha's gradient is computed from the sums of U
         return Gradients(
             torch.zeros(x.U.shape, dtype=x.acc, device=device) if grad_flags & (GRAD_U | GRAD_ALPHA) else None,
             torch.zeros((num_columns, size), dtype=x.acc, device=device) if grad_flags & GRAD_W else None,
