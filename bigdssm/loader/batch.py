@@ -169,7 +169,7 @@ def _unpacked(content: bytes, buffer: Tensor, slots: Sequence[tuple[int, torch.d
 
 
 class _WithTensors(pickle.Unpickler):
-    """Reads what a loader process of this run has pickled, with the tensors apart."""
+    """Unpickles a batch of a loader process of this run, given its tensors."""
 
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)
