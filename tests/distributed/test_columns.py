@@ -199,7 +199,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
     """Return the loss of the first step, computed from the initial model and the step's rows, densely."""
     config = load_config(path, overrides)
-    dataset = open_dataset(config.data)
+    dataset = open_dataset(config.data).with_trained_ids()
     torch.manual_seed(config.run.seed)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
     rows = next(iter(row_stream(config, config.pretrain, dataset, 0, 1)))

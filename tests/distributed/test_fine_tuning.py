@@ -139,9 +139,9 @@ def test_refreshed_negatives_use_the_weights_of_their_step(
     """On any number of ranks. Files that no checkpoint needs are removed."""
     names = [f"mined_negatives.step-0000000{step}.npy" for step in (3, 6)]
     assert hard_negative_files(refreshing_run) == names
-    dataset = Dataset.open(load_config(config).data.dir)
-    model = load_checkpoint_model(refreshing_run / "sft" / "checkpoints" / "step-00000006").model
-    everything = HardNegatives(mine(tower_encoders(model, dataset), dataset, first=1, last=20))
+    loaded = load_checkpoint_model(refreshing_run / "sft" / "checkpoints" / "step-00000006")
+    dataset = loaded.view(Dataset.open(load_config(config).data.dir))
+    everything = HardNegatives(mine(tower_encoders(loaded.model, dataset), dataset, first=1, last=20))
     third, last = (HardNegatives.open(refreshing_run / "sft" / name) for name in names)
     assert len(last) == len(third) == 3 * 48
     np.testing.assert_array_equal(last.windows(last.queries), everything.windows(last.queries))
