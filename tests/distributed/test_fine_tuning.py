@@ -72,7 +72,7 @@ def ranked_by_best(rank: int, world_size: int, run_dir: Path) -> float:
 
     loaded = load_model_folder(run_dir / "sft" / "best")
     assert isinstance(loaded.model.scorer, outside.Bilinear) and loaded.model.scorer.query.out_features == 3
-    dataset = Dataset.open(loaded.config.data.dir)
+    dataset = loaded.view(Dataset.open(loaded.config.data.dir))
     return evaluate_split(encoders_of(loaded.model, dataset), dataset, "validation").metrics["ndcg_at_10"]
 
 
