@@ -53,6 +53,7 @@ def measured(path: Path, run_dir: Path, *overrides: str) -> dict[str, int]:
 WIDE = (
     "pretrain.steps=2", "model.query.text={hidden: 256, heads: 4, layers: 2}",
     "model.doc.text={hidden: 256, heads: 4, layers: 2}",
+    "engine.precision=fp32",  # `auto` depends on the machine in the measured process, and not in this one
 )  # fmt: skip
 
 
