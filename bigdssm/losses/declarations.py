@@ -7,14 +7,13 @@ S⁺ is the score of the positive, S⁻_j the scores of query i's negatives A_i:
     triplet        mean over A of max(0, margin − S⁺ + S⁻_j)
     sigmoid        −log σ(S⁺) − Σ_j∈A log σ(−S⁻_j), usually with one beta for all documents
 
-A pairwise loss needs only its value and derivative (`PairLoss`), and may be declared in any module:
+A pairwise loss needs only its value (`PairLoss`), and may be declared in any module:
 
     @register_loss
     @dataclass(frozen=True)
     class Squared(PairLoss):
         name: str = "squared"
-        def value(self, x): return (x + 1).clamp(min=0).square()
-        def slope(self, x): return (x + 1).clamp_(min=0).mul_(2)
+        def value(self, x): return (x + 1).relu().square()
 
 Source: softmax and triplet, Karpukhin et al. 2020 and Schroff et al. 2015; pair_ce, Burges et al. 2005 (RankNet),
 eq. 3; sigmoid, Zhai et al. 2023 (SigLIP), eq. 1.
@@ -114,15 +113,11 @@ class PairLoss(LossConfig):
         """Build the term, a function of scores."""
         from bigdssm.losses.terms import PairTerm
 
-        return PairTerm(self, self.value, self.slope)
+        return PairTerm(self, self.value)
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
-        """Return the loss, elementwise, differentiable by autograd."""
-
-    @abstractmethod
-    def slope(self, x: Tensor) -> Tensor:
-        """Return the derivative; may overwrite x. It must be 0 where x is −inf (no negative)."""
+        """Return the loss, elementwise, differentiable by autograd; 0 with derivative 0 at −inf (no negative)."""
 
 
 @register_loss
@@ -134,13 +129,9 @@ class PairCE(PairLoss):
 
     def value(self, x: Tensor) -> Tensor:
         """Return log(1 + exp(x))."""
-        from bigdssm.losses.terms import softplus
+        from torch.nn.functional import softplus
 
-        return softplus(x)
-
-    def slope(self, x: Tensor) -> Tensor:
-        """Return σ(x)."""
-        return x.sigmoid_()
+        return softplus(x, threshold=40)  # above 40 the value is x to the last bit of float64; the default is 20
 
 
 @register_loss
@@ -153,11 +144,7 @@ class Triplet(PairLoss):
 
     def value(self, x: Tensor) -> Tensor:
         """Return max(0, x + margin)."""
-        return (x + self.margin).clamp(min=0)
-
-    def slope(self, x: Tensor) -> Tensor:
-        """Return 1[x > −margin]."""
-        return (x > -self.margin).to(x.dtype)
+        return (x + self.margin).relu()  # derivative 0 at the kink; clamp has 1 there, and takes 6 times as long
 
 
 @register_loss
@@ -236,18 +223,14 @@ class ListDistillation(DistillationConfig):
     def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return the loss [m] of student scores S and teacher scores T, both 0 where not `valid_ml`.
 
-        Column 0, the positive, is always valid.
+        Column 0, the positive, is always valid. Differentiable by autograd, with derivatives 0 where not `valid_ml`.
         """
-
-    @abstractmethod
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the derivatives with respect to S, 0 where not `valid_ml`."""
 
     def build(self) -> Any:
         """Build the term, a function of scores."""
         from bigdssm.losses.terms import DistillationTerm
 
-        return DistillationTerm(self, self.value, self.slope)
+        return DistillationTerm(self, self.value)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless hard negatives are read from a file with teacher scores."""
@@ -294,10 +277,6 @@ class ListwiseKL(ListDistillation):
         log_p, log_q = _log_softmax(T_ml, valid_ml), _log_softmax(S_ml, valid_ml)
         return (log_p.exp() * (log_p - log_q).masked_fill(~valid_ml, 0.0)).sum(1)
 
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the derivatives."""
-        return _log_softmax(S_ml, valid_ml).exp() - _log_softmax(T_ml, valid_ml).exp()
-
 
 @register_distillation
 @dataclass(frozen=True)
@@ -308,19 +287,9 @@ class MarginMSE(ListDistillation):
 
     def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         """Return the loss [m]."""
-        return self._error(S_ml, T_ml, valid_ml).square().sum(1) / _others(valid_ml)
-
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the derivatives."""
-        import torch
-
-        slope_mk = -2 * self._error(S_ml, T_ml, valid_ml) / _others(valid_ml)[:, None]
-        return torch.cat([-slope_mk.sum(1, keepdim=True), slope_mk], 1)
-
-    def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        """Return the margin errors [m, k], 0 without a teacher score."""
         excess_ml = S_ml - T_ml
-        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
+        error_mk = (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
+        return error_mk.square().sum(1) / valid_ml[:, 1:].sum(1).clamp(min=1)
 
 
 @register_distillation
@@ -339,8 +308,3 @@ class BatchKL(BatchDistillation):
 
 def _log_softmax(x_ml: Tensor, valid_ml: Tensor) -> Tensor:
     return x_ml.masked_fill(~valid_ml, -math.inf).log_softmax(1)
-
-
-def _others(valid_ml: Tensor) -> Tensor:
-    """Return the number of scored documents other than the positive, at least 1: [m]."""
-    return valid_ml[:, 1:].sum(1).clamp(min=1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import DistillationConfig, LossConfig
+from bigdssm.losses.inputs import require
 from bigdssm.losses.kernels import Gradients, PairSums, RowSums, ScorePasses
 
 
@@ -125,10 +126,15 @@ class PairTerm(Term):
 
     loss: LossConfig
 
-    def __init__(self, loss: LossConfig, value: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> None:
-        """`value` and `slope` as in `declarations.PairLoss`."""
+    def __init__(self, loss: LossConfig, value: Callable[[Tensor], Tensor]) -> None:
+        """`value` as in `declarations.PairLoss`. Raises: LossInputError: it is not 0 where a negative is masked."""
         super().__init__(loss)
-        self._value, self._slope = value, slope
+        self._value = value
+        masked = value_and_derivative(value, torch.tensor([-torch.inf]))
+        require(
+            all(float(x) == 0 for x in masked),
+            f"{self}: value and derivative must be 0 at x = -inf (no negative), got {[float(x) for x in masked]}",
+        )
 
     def on_vectors(self, scores: Scores) -> TermResult:
         """Compute the values and their gradients; a collective."""
@@ -139,14 +145,15 @@ class PairTerm(Term):
             scale_m = torch.where(count_m > 0, scale_m / count_m.clamp(min=1), 0.0)
         pairs = PairSums.zero(positive_m)
         if passes is not None:
-            pairs, columns = passes.pairs(self._value_and_slope, positive_m, scale_m)
-        value_mk, slope_mk = self._value_and_slope(scores.candidate_mk.clone(), positive_m[:, None])
+            pairs, columns = passes.pairs(self._pair_values, positive_m, scale_m)
+        value_mk, slope_mk = self._pair_values(scores.candidate_mk.clone(), positive_m[:, None])
         value_m = weighted(scale_m, pairs.value + value_mk.sum(1))
         if self.loss.relative:
             grad_m = -weighted(scale_m, pairs.slope + slope_mk.sum(1))
         else:
-            value_m = value_m + weighted(weight_m, self._value(-positive_m))
-            grad_m = -weighted(weight_m, self._slope(-positive_m))
+            positive_value_m, positive_slope_m = value_and_derivative(self._value, -positive_m)
+            value_m = value_m + weighted(weight_m, positive_value_m)
+            grad_m = -weighted(weight_m, positive_slope_m)
         largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
         best_m = torch.maximum(largest_m, positive_m)
         candidate_grad_mk = weighted(scale_m[:, None], slope_mk)
@@ -160,11 +167,11 @@ class PairTerm(Term):
         sum_m = values_mk.masked_fill(~used_mk, 0.0).sum(1)
         return sum_m / used_mk.sum(1).clamp(min=1) if self.loss.relative else sum_m + self._value(-positive_m)
 
-    def _value_and_slope(self, S: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """Overwrites S; `positive` broadcasts."""
+    def _pair_values(self, S: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values and their derivatives; overwrites S; `positive` broadcasts."""
         if self.loss.relative:
             S -= positive
-        return self._value(S), self._slope(S)
+        return value_and_derivative(self._value, S)
 
 
 class DistillationTerm(Term):
@@ -173,23 +180,21 @@ class DistillationTerm(Term):
     uses_teacher = True
     loss: DistillationConfig
 
-    def __init__(
-        self, loss: DistillationConfig, value: Callable[[Tensor, Tensor, Tensor], Tensor],
-        slope: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> None:  # fmt: skip
-        """`value` and `slope` as in `declarations.ListDistillation`."""
+    def __init__(self, loss: DistillationConfig, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """`value` as in `declarations.ListDistillation`."""
         super().__init__(loss)
-        self._value, self._slope = value, slope
+        self._value = value
 
     def on_vectors(self, scores: Scores) -> TermResult:
         """Compute the values and their gradients; a collective."""
         assert scores.passes is None, "its documents are candidates"
-        inputs = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
-        grad_ml = weighted(scores.weight_m[:, None], self._slope(*inputs))
-        S_ml = inputs[0].masked_fill(~inputs[2], -torch.inf)
+        S_ml, T_ml, valid_ml = self._inputs(scores.positive_m, scores.candidate_mk, scores.used_mk, scores.teacher_ml)
+        value_m, slope_ml = value_and_derivative(lambda S_ml: self._value(S_ml, T_ml, valid_ml), S_ml)
+        grad_ml = weighted(scores.weight_m[:, None], slope_ml)
+        S_ml = S_ml.masked_fill(~valid_ml, -torch.inf)
         largest_m = torch.cat([torch.full_like(S_ml[:, :1], -torch.inf), S_ml[:, 1:]], 1).amax(1)
         return TermResult(
-            weighted(scores.weight_m, self._value(*inputs)), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
+            weighted(scores.weight_m, value_m), grad_ml[:, 0], grad_ml[:, 0], grad_ml[:, 1:],
             largest_m, S_ml.logsumexp(1), None,
         )  # fmt: skip
 
@@ -211,6 +216,17 @@ class DistillationTerm(Term):
         S_ml = torch.cat([positive_m[:, None], candidate_mk], 1).masked_fill(~valid_ml, 0.0)
         T_ml = teacher_ml.to(S_ml.dtype).masked_fill(~(valid_ml & scored_ml), 0.0) / self.loss.temperature
         return S_ml, T_ml, valid_ml
+
+
+def value_and_derivative(value: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return value(x), elementwise or summed over rows, and its derivatives by x, from autograd."""
+    if torch.is_inference_mode_enabled():  # autograd is off, and no gradient is required
+        return value(x), torch.zeros_like(x)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = value(leaf)
+    (derivative,) = torch.autograd.grad(result, leaf, result.new_ones(()).expand_as(result))
+    return result.detach(), derivative
 
 
 def softplus(x: Tensor) -> Tensor:

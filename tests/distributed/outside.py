@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 from pyarrow.orc import ORCFile
-from torch import Tensor, cat, from_numpy, nn, optim
+from torch import Tensor, from_numpy, nn, optim, zeros_like
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.config import (
@@ -179,10 +179,7 @@ class Cubed(PairLoss):
     margin: float = bounded(0.2, 0)
 
     def value(self, x: Tensor) -> Tensor:
-        return (x + self.margin).clamp(min=0) ** 3
-
-    def slope(self, x: Tensor) -> Tensor:
-        return x.add_(self.margin).clamp_(min=0).square_().mul_(3)
+        return (x + self.margin).relu() ** 3
 
 
 @register_loss
@@ -217,17 +214,9 @@ class MarginHuber(ListDistillation):
     delta: float = bounded(1.0, above=0)
 
     def value(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        size = self._error(S_ml, T_ml, valid_ml).abs()
-        small = size.clamp(max=self.delta)
-        return (small * (size - small / 2)).sum(1)
-
-    def slope(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
-        slope_mk = self._error(S_ml, T_ml, valid_ml).clamp(-self.delta, self.delta)
-        return cat([slope_mk.sum(1, keepdim=True), -slope_mk], 1)
-
-    def _error(self, S_ml: Tensor, T_ml: Tensor, valid_ml: Tensor) -> Tensor:
         excess_ml = S_ml - T_ml
-        return (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
+        error_mk = (excess_ml[:, :1] - excess_ml[:, 1:]).masked_fill(~valid_ml[:, 1:], 0.0)
+        return nn.functional.huber_loss(error_mk, zeros_like(error_mk), reduction="none", delta=self.delta).sum(1)
 
 
 @register_sampling

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import (
+    LossInputError,
+    PairCE,
+    PairLoss,
+    Sigmoid,
+    Softmax,
+    Triplet,
+    fps_loss,
+    ranking_loss,
+    scored_loss,
+)
 from bigdssm.losses.reference import dense_loss
 from tools.checks.pages import code_of
 
@@ -74,6 +84,42 @@ def test_bfloat16_scores_are_widened_before_they_are_summed() -> None:
     for loss in (Softmax(), PairCE(), Triplet(), Sigmoid()):
         found, right = (scored_loss(loss, s).loss for s in (scores, scores.double()))
         assert float(found) == pytest.approx(float(right), rel=1e-6)
+
+
+def test_the_hinge_has_derivative_0_at_its_kink() -> None:
+    U = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    W = torch.tensor([[0.75, 0.0], [0.5, 0.0]], requires_grad=True)
+    negatives = torch.tensor([[1]])
+    out = ranking_loss(Triplet(margin=0.25), U, W, torch.tensor([0]), alpha=1.0, negatives=negatives)
+    gradients = torch.autograd.grad(out.loss, (U, W))
+    assert float(out.loss.detach()) == 0 and not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("loss", [PairCE(), Triplet(), Sigmoid()], ids=lambda loss: loss.name)
+def test_inference_mode_does_not_change_a_pairwise_loss(loss: PairLoss) -> None:
+    def value() -> Tensor:
+        negatives = torch.tensor([[1], [2], [3], [-1]])
+        return ranking_loss(loss, unit(4, 8, 1), unit(4, 8, 2), alpha=3.0, in_batch=True, negatives=negatives).loss
+
+    with torch.inference_mode():
+        found = value()
+    assert torch.equal(found, value())
+
+
+class Everywhere(PairLoss):
+    def value(self, x: Tensor) -> Tensor:
+        return x.exp() + 1
+
+
+class Undefined(PairLoss):
+    def value(self, x: Tensor) -> Tensor:
+        return x.clamp(max=0).exp() * x
+
+
+@pytest.mark.parametrize("loss", [Everywhere("everywhere"), Undefined("undefined")])
+def test_a_pairwise_loss_of_masked_entries_is_refused(loss: PairLoss) -> None:
+    with pytest.raises(LossInputError, match="value and derivative must be 0 at x = -inf"):
+        ranking_loss(loss, unit(2, 4, 1), unit(2, 4, 2), alpha=1.0, in_batch=True)
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from torch import Tensor
 
 from bigdssm.config import FrequencyCorrection, LossConfig
 from bigdssm.losses import register_loss, register_sampling
@@ -56,11 +55,8 @@ class Unrelated:
 
 
 @dataclass(frozen=True)
-class NoSlope(PairLoss):
-    name: str = "no_slope"
-
-    def value(self, x: Tensor) -> Tensor:
-        return x
+class NoValue(PairLoss):
+    name: str = "no_value"
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,8 @@ class NoShares(FrequencyCorrection):
     [
         (register_loss, Plain, "Plain: a loss is a frozen dataclass, a subclass of LossConfig, with a name"),
         (register_loss, Unrelated, "Unrelated: a loss is a frozen dataclass, a subclass of LossConfig, with a name"),
-        (register_optimizer, NoSlope, "NoSlope: an optimizer is .* a subclass of OptimizerConfig"),
-        (register_loss, NoSlope, r"NoSlope lacks the method slope of a loss \(PairLoss\)"),
+        (register_optimizer, NoValue, "NoValue: an optimizer is .* a subclass of OptimizerConfig"),
+        (register_loss, NoValue, r"NoValue lacks the method value of a loss \(PairLoss\)"),
         (register_loss, NoTerm, r"NoTerm lacks the method build of a loss \(LossConfig\)"),
         (register_sampling, NoShares, "NoShares lacks the method shares"),
     ],

@@ -23,10 +23,10 @@ from bigdssm.losses.kernels.torch_passes import (
     Coefficients,
     Gradients,
     PairSums,
+    PairValues,
     RowSums,
     ScoreMatrix,
     Shift,
-    ValueAndSlope,
     column_pass,
     gradient_pass,
     pairwise_pass,
@@ -96,14 +96,12 @@ class ScorePasses:
             rows = softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, sums)
         return rows, sums
 
-    def pairs(
-        self, value_and_slope: ValueAndSlope, positive_m: Tensor, scale_m: Tensor
-    ) -> tuple[PairSums, Gradients | None]:
+    def pairs(self, pair_values: PairValues, positive_m: Tensor, scale_m: Tensor) -> tuple[PairSums, Gradients | None]:
         """Return the sums of a pairwise loss over the columns, and the sums over G = scale · derivative."""
         matrix, counts_N, sums = (
             self._matrix(self.columns.beta, self.columns.neg_bias), self.columns.negative_counts(), self._new_sums()
         )  # fmt: skip
-        return pairwise_pass(matrix, value_and_slope, positive_m, scale_m, counts_N, sums), sums
+        return pairwise_pass(matrix, pair_values, positive_m, scale_m, counts_N, sums), sums
 
     def log_sums(self, with_rows: bool) -> LogSums:
         """Return the column log-sum-exps and, if `with_rows`, the row log-sum-exps; a collective."""

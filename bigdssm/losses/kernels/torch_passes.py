@@ -464,7 +464,7 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
 
 
 # (scores of negatives, score of the positive, broadcast) → values and derivatives; may overwrite the scores
-ValueAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+PairValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -484,7 +484,7 @@ class PairSums:
 
 def pairwise_pass(
     matrix: ScoreMatrix,
-    value_and_slope: ValueAndSlope,
+    pair_values: PairValues,
     positive_m: Tensor,
     scale_m: Tensor,
     counts_N: Tensor,
@@ -502,10 +502,10 @@ def pairwise_pass(
         for tile, W_cD, S_rc in matrix.tiles(block, buffer):
             block.mask.drop(S_rc, tile)
             torch.maximum(result.largest[rows], S_rc.amax(1).double(), out=result.largest[rows])
-            value_rc, slope_rc = value_and_slope(S_rc, positive_m1[rows])
+            value_rc, slope_rc = pair_values(S_rc, positive_m1[rows])
             counts_c = counts_N[tile.columns]
             result.value[rows] += torch.mv(value_rc, counts_c)
-            G_rc = slope_rc.mul_(counts_c)
+            G_rc = torch.mul(slope_rc, counts_c, out=S_rc)
             result.slope[rows] += G_rc.sum(1)
             if sums is not None:
                 sums.add(block, tile, G_rc.mul_(scale_m1[rows]), W_cD)
