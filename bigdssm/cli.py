@@ -76,6 +76,11 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     return run
 
 
+def command_parser(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with `about`, the docstring of a command, as it is written."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return an argparse type for integers of at least `least`."""
 

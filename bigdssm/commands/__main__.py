@@ -8,7 +8,6 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from bigdssm import __version__, commands
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
     if command in ("-h", "--help"):
-        return run_main(_print_commands)
+        return run_main(print_commands)
     if command == "--version":
         print(__version__)
         return 0
@@ -51,16 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _print_commands() -> None:
+def print_commands() -> None:
+    """Print the commands by group, each with the first line of its help."""
     print(USAGE)
     for group, names in GROUPS.items():
-        print(f"\n{group}:", *(f"  {name:<20}{_about(name)}" for name in names), sep="\n")
-
-
-def _about(name: str) -> str:
-    """Return the first line of a command's help, read from its source: imports take seconds."""
-    source = Path(str(getattr(find_spec(f"bigdssm.commands.{name}"), "origin", ""))).read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+        print(f"\n{group}:")
+        for name in names:
+            # Read from the source: imports take seconds.
+            source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+            print(f"  {name:<20}{(ast.get_docstring(ast.parse(source)) or '').splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from bigdssm.cli import at_least, run_main
+from bigdssm.cli import at_least, command_parser, run_main
 from bigdssm.cluster.launcher import LauncherMonitor, check_launch, is_rank, run_ranks
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import StageName, load_config
@@ -82,7 +82,11 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
 
     lanes = load_config(arguments.config, arguments.overrides).data.lanes
     forced = os.environ.get("DS_ACCELERATOR")
-    gpus = 0 if forced == "cpu" else _count_gpus()
+    gpus = 0
+    if forced != "cpu":
+        import torch  # takes seconds
+
+        gpus = torch.accelerator.device_count()
     if gpus and (arguments.ranks or 1) > gpus:
         raise ConfigError(
             f"--ranks {arguments.ranks}: this machine has {gpus} GPUs; set DS_ACCELERATOR=cpu to train on its cores"
@@ -102,14 +106,8 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
     return ranks
 
 
-def _count_gpus() -> int:
-    import torch  # takes seconds
-
-    return torch.accelerator.device_count()
-
-
 def _parser(about: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(about)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys, such as run.seed=1"

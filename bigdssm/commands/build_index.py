@@ -14,13 +14,12 @@ index stores the checksum of its model and rejects queries of another model.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import add_overwrite, command
+from bigdssm.cli import add_overwrite, command, command_parser
 from bigdssm.config.loading import options_of
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.index_types import INDEX_TYPES
@@ -29,7 +28,7 @@ from bigdssm.retrieval.index_types import INDEX_TYPES
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--vectors", type=Path, required=True, help="folder written by bigdssm embed")
     parser.add_argument("--out", type=Path, required=True, help="folder for the index")
     parser.add_argument(

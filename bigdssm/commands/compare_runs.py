@@ -8,7 +8,6 @@ of both are evaluated on the same rows: those of A's dataset, or of --data.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +16,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import command
+from bigdssm.cli import command, command_parser
 from bigdssm.evaluation.comparison import differences, table
-from bigdssm.evaluation.run_comparison import RunDifference, compare
+from bigdssm.evaluation.run_comparison import compare
 from bigdssm.utils.progress import ProgressBar
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="run or stage folder")
     parser.add_argument("b", type=Path, metavar="B", help="run or stage folder to compare with")
     parser.add_argument(
@@ -39,9 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = compare(args.a, args.b, args.stage, args.split, args.data, progress)
     console = Console()
     print(f"A  {args.a}\nB  {args.b}\nstage {found.stage}\n")
-    for title, rows in (("config", found.config), ("versions", found.versions), ("data", found.data)):
-        _show(console, title, rows)
-    _show(console, "training", found.training)
+    for title, rows in found.parts.items():
+        if not rows:
+            print(f"{title}: identical\n")
+            continue
+        drawn = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+        for column in ("", "A", "B"):
+            drawn.add_column(column, overflow="fold")
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
     if found.systems is None:
         print(f"results not measured: {found.skip_reason}")
         return
@@ -49,18 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table([a, b], f"{args.split}, {len(a.values['mrr'])} rows"))
     for line in differences([(b, a)]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _show(console: Console, title: str, rows: Sequence[RunDifference]) -> None:
-    if not rows:
-        print(f"{title}: identical\n")
-        return
-    drawn = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    for column in ("", "A", "B"):
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(row.name, row.a, row.b)
-    console.print(drawn)
 
 
 if __name__ == "__main__":

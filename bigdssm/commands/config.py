@@ -11,14 +11,13 @@ components of installed plugins.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
 import yaml
 
-from bigdssm.cli import command
+from bigdssm.cli import command, command_parser
 from bigdssm.cluster.metrics import STAGES
 from bigdssm.config import load_config
 from bigdssm.config.schema import config_schema
@@ -30,7 +29,7 @@ from bigdssm.utils.components import literal
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     printed = parser.add_mutually_exclusive_group(required=True)
     printed.add_argument("--config", metavar="FILE", help="YAML file to resolve and validate; see configs/")
     printed.add_argument("--schema", action="store_true", help="print the JSON Schema of config files")

@@ -18,14 +18,13 @@ between exported and original vectors of a probe batch; more than 1e-5 is an err
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils import logging
 
-from bigdssm.cli import add_overwrite, command
+from bigdssm.cli import add_overwrite, command, command_parser
 from bigdssm.config.loading import options_of
 from bigdssm.errors import ConfigError
 from bigdssm.export.convert import BEST, export, folder_source, stage_source
@@ -35,7 +34,7 @@ from bigdssm.export.formats import EXPORT_FORMATS, export_format
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="STAGE", help="stage folder, such as RUN/sft")
     source.add_argument("--model", type=Path, help="model folder")

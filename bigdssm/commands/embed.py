@@ -16,14 +16,13 @@ those of EARLIER unless given.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, command
+from bigdssm.cli import add_overwrite, command, command_parser
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import check_width, tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
@@ -42,7 +41,7 @@ from bigdssm.utils.progress import ProgressBar
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")

@@ -11,19 +11,18 @@ decoded by its tokenizer, truncated to max_tokens. An interrupted run continues 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import at_least, command
+from bigdssm.cli import at_least, command, command_parser
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS, resolve_precision
-from bigdssm.retrieval.embed import Encoders, encode_in, tower_encoders
+from bigdssm.retrieval.embed import encode_in, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.retrieval.texts import Texts
@@ -34,7 +33,7 @@ from bigdssm.utils.progress import ProgressBar
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors")
     teacher = parser.add_mutually_exclusive_group(required=True)
@@ -48,29 +47,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} exists; choose another folder, or remove it")
     dataset = Dataset.open(args.data)
-    encoders, name = _encoders(args, dataset)
+    if args.pretrained is not None:
+        precision = resolve_precision(args.precision)
+        encoders = text_encoders(args.pretrained, Texts(dataset), precision)
+        name = json_checksum([folder_checksums(args.pretrained), precision])
+    else:
+        folder = load_model_folder(args.model)
+        view = folder.view(dataset)
+        if folder.model.scorer is not None:
+            raise ConfigError(
+                f"--model {args.model} has a scorer: its scores are not inner products of vectors; use bigdssm "
+                "score_pairs"
+            )
+        precision = encode_in(folder.model, args.precision)
+        encoders, name = tower_encoders(folder.model, view), json_checksum([folder.checksum, precision])
     with ProgressBar() as progress:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         vectors = write_teacher_vectors(args.out, encoders, dataset, name, work)
     if vectors is not None:
         documents, width = vectors.documents.shape
         print(f"{args.out}: {documents} documents and {len(vectors.keys)} queries of width {width}")
-
-
-def _encoders(args: argparse.Namespace, dataset: Dataset) -> tuple[Encoders, str]:
-    """Return the teacher's encoders and its checksum."""
-    if args.pretrained is not None:
-        precision = resolve_precision(args.precision)
-        encoders = text_encoders(args.pretrained, Texts(dataset), precision)
-        return encoders, json_checksum([folder_checksums(args.pretrained), precision])
-    folder = load_model_folder(args.model)
-    dataset = folder.view(dataset)
-    if folder.model.scorer is not None:
-        raise ConfigError(
-            f"--model {args.model} has a scorer: its scores are not inner products of vectors; use bigdssm score_pairs"
-        )
-    precision = encode_in(folder.model, args.precision)
-    return tower_encoders(folder.model, dataset), json_checksum([folder.checksum, precision])
 
 
 if __name__ == "__main__":

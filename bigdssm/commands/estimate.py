@@ -12,14 +12,13 @@ process after all imports, about 0.5 GB.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bigdssm.cli import at_least, command
+from bigdssm.cli import at_least, command, command_parser
 from bigdssm.config import load_config
 from bigdssm.dataset.joined import open_dataset
 from bigdssm.errors import ConfigError
@@ -29,7 +28,7 @@ from bigdssm.training.estimate import StatedSizes, estimate, recorded_times, sta
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument(
         "--stage", choices=["pretrain", "sft"], default="pretrain", help="stage to estimate (default: %(default)s)"

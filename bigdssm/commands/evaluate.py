@@ -23,7 +23,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
@@ -57,7 +57,7 @@ BEIR_OPTIONS = (
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", type=Path, help="model folder")
     parser.add_argument("--data", help="dataset folder or URL")
     parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")

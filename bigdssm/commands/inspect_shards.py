@@ -14,17 +14,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import run_main
+from bigdssm.cli import command_parser, run_main
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import PERCENTILES, Description, describe, sample_rows
+from bigdssm.loader.inspection import PERCENTILES, describe, sample_rows
 from bigdssm.utils.progress import ProgressBar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("dataset", help="dataset folder or URL")
     parser.add_argument("--verify", action="store_true", help="validate all checksums and rows; omit the summary")
     parser.add_argument(
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, default=10, help="number of decoded rows to print (default: %(default)s)")
     args = parser.parse_args(argv)
-    return run_main(lambda: _verify(args) if args.verify else _inspect(args))
+    return run_main(lambda: (_verify if args.verify else _inspect)(args))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -50,14 +50,7 @@ def _inspect(args: argparse.Namespace) -> None:
         raise ConfigError(f"--rows {args.rows}: needs at least 0")
     dataset = Dataset.open(args.dataset)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
-    _print_description(console, describe(dataset, args.split), args.split)
-    for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:
-        console.print(f"\nrow {row.pop('row')}", style="bold")
-        for name, value in row.items():
-            console.print(f"  {name}: {' | '.join(value) if isinstance(value, list) else value}", markup=False)
-
-
-def _print_description(console: Console, content: Description, split: str) -> None:
+    content = describe(dataset, args.split)
     sizes = _table("partition", "split", "rows", "queries", "blocks", "shards", "bytes", "bytes/row")
     for s in content.sizes:
         sizes.add_row(
@@ -72,7 +65,9 @@ def _print_description(console: Console, content: Description, split: str) -> No
     lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "truncated", "histogram (0 to maximum length)")
     for entry in content.lengths:
         cut = "" if entry.cut is None else f"{entry.cut:.1%}"
-        lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, _bars(entry.histogram))
+        # Relative to the largest count; a blank is 0.
+        bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *entry.histogram))] for count in entry.histogram)
+        lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, bars)
     console.print(lengths)
     top = _table("most frequent documents", "train positives")
     for title, count in content.top_docs:
@@ -87,11 +82,16 @@ def _print_description(console: Console, content: Description, split: str) -> No
             f"their {content.seen_as_of}, all other work the newest"
         )
     console.print(
-        f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {split} queries repeat a (query, document) pair"
+        f"{content.duplicate_pairs:,} of {content.scanned_queries:,} {args.split} queries repeat a (query, document) "
+        "pair"
     )
     console.print(f"{content.num_bad:,} bad rows or values in the source (quarantine.jsonl)")
     if content.unreadable_blocks:
         console.print(f"{content.unreadable_blocks:,} blocks cannot be read: use --verify", style="bold red")
+    for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:
+        console.print(f"\nrow {row.pop('row')}", style="bold")
+        for name, value in row.items():
+            console.print(f"  {name}: {' | '.join(value) if isinstance(value, list) else value}", markup=False)
 
 
 def _table(*headers: str) -> Table:
@@ -99,11 +99,6 @@ def _table(*headers: str) -> Table:
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "default", overflow="fold")
     return table
-
-
-def _bars(counts: Sequence[int]) -> str:
-    """Draw counts as block characters, relative to the largest; a blank is 0."""
-    return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *counts))] for count in counts)
 
 
 if __name__ == "__main__":

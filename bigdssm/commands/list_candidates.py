@@ -18,13 +18,12 @@ positives of the query are excluded.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.candidates import write_candidates, write_rated
@@ -36,7 +35,7 @@ from bigdssm.utils.progress import ProgressBar
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the candidates")
     kind = parser.add_mutually_exclusive_group(required=True)

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from bigdssm.cli import refuse_options, run_main
+from bigdssm.cli import command_parser, refuse_options, run_main
 from bigdssm.errors import ConfigError
 from bigdssm.ingest.api import EngineName, make_dataset
-from bigdssm.ingest.job import IngestReport
 from bigdssm.sources.opening import SPARK_PREFIX
 from bigdssm.utils.progress import ProgressBar
 from bigdssm.utils.urls import is_url
+
+SPLIT_OPTIONS = ("split", "validation_fraction", "test_fraction", "validation_from", "test_from", "until")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,25 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if files:
         args.pairs = [path for path in files if not _is_override(str(path))]
-    return run_main(lambda: _run(args))
 
+    def run() -> None:
+        if args.append is not None:
+            why = "with --append, which names the partition"
+            refuse_options(args.common, args, ["--overwrite", "--partition"], why)
+        args.run(args)
 
-def _run(args: argparse.Namespace) -> None:
-    if args.append is not None:
-        refuse_options(args.common, args, ["--overwrite", "--partition"], "with --append, which names the partition")
-    args.run(args)
+    return run_main(run)
 
 
 def _table(word: str) -> Path | str:
     """Return a URL or query unchanged, another word as a path."""
     return word if is_url(word) or word.startswith(SPARK_PREFIX) else Path(word)
-
-
-def _setting(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not equals:
-        raise ConfigError(f"--spark-conf {word}: needs NAME=VALUE")
-    return name, value
 
 
 def _is_override(word: str) -> bool:
@@ -61,7 +56,7 @@ def _is_override(word: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(title="sub-commands", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.set_defaults(common=common)
@@ -131,8 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "or evaluated as targets",
     )  # fmt: skip
     sub.add_argument("--split", choices=("leave-one-out", "time", "train"), help=_split_help("leave-one-out"))
-    _add_fractions(sub, "--split time")
-    _add_split_times(sub)
+    _add_split_sizes(sub, "--split time")
 
     sub = commands.add_parser("items", parents=[common], help="add items to a dataset without events, or withdraw some")
     sub.set_defaults(run=_items)
@@ -182,11 +176,10 @@ def _add_pair_options(sub: argparse.ArgumentParser) -> None:
         "--whole-documents", action="store_true", help="--split random: rows of one document also share a split"
     )
     sub.add_argument("--each-of", metavar="COLUMN", help="a list column to explode: one row per value")
-    _add_beir(sub)
+    sub.add_argument("--beir", type=Path, metavar="DIR", help="also write a BEIR collection, for bigdssm evaluate")
     sub.add_argument("--raw-text", action="store_true", help="store raw query texts; loaders tokenize them")
     sub.add_argument("--dedup", action="store_true", help="drop repeated (query, document) pairs")
-    _add_fractions(sub, "--split random or time")
-    _add_split_times(sub)
+    _add_split_sizes(sub, "--split random or time")
 
 
 def _split_help(default: str) -> str:
@@ -196,17 +189,10 @@ def _split_help(default: str) -> str:
     )
 
 
-def _add_beir(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--beir", type=Path, metavar="DIR", help="also write a BEIR collection, for bigdssm evaluate")
-
-
-def _add_fractions(sub: argparse.ArgumentParser, when: str) -> None:
+def _add_split_sizes(sub: argparse.ArgumentParser, when: str) -> None:
     for option in ("--validation-fraction", "--test-fraction"):
         help_text = f"fraction of the rows, {when} (default: %(default)s)"
         sub.add_argument(option, type=float, default=0.05, help=help_text)
-
-
-def _add_split_times(sub: argparse.ArgumentParser) -> None:
     time = "a number in the unit of the time column, or a date such as 2016-01-31"
     sub.add_argument(
         "--validation-from", metavar="TIME",
@@ -217,11 +203,6 @@ def _add_split_times(sub: argparse.ArgumentParser) -> None:
         help="start of test, with --validation-from; use the same time for both to omit the validation split",
     )  # fmt: skip
     sub.add_argument("--until", metavar="TIME", help="drop rows from this time on, with --test-from")
-
-
-def _split_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("split", "validation_fraction", "test_fraction", "validation_from", "test_from", "until")
-    return {name: getattr(args, name) for name in names}
 
 
 def _interactions(args: argparse.Namespace) -> None:
@@ -238,7 +219,7 @@ def _interactions(args: argparse.Namespace) -> None:
         rating_column=args.rating_column,
         min_rating=args.min_rating,
         positive_rating=args.positive_rating,
-        **_split_options(args),
+        **{name: getattr(args, name) for name in SPLIT_OPTIONS},
     )
 
 
@@ -269,24 +250,26 @@ def _pairs(args: argparse.Namespace) -> None:
         beir=args.beir,
         raw_text=args.raw_text,
         dedup=args.dedup,
-        **_split_options(args),
+        **{name: getattr(args, name) for name in SPLIT_OPTIONS},
     )
 
 
 def _make(args: argparse.Namespace, **tables: Any) -> None:
     append = args.append is not None
+    spark_settings = {}
+    for word in args.spark_conf:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--spark-conf {word}: needs NAME=VALUE")
+        spark_settings[name] = value
     with ProgressBar() as progress:
         report = make_dataset(
             args.config, args.overrides, out=args.out, partition=args.append if append else args.partition,
             append=append, overwrite=args.overwrite, seed=args.seed, like=args.like, progress=progress,
             engine=args.engine, processes=args.processes, master=args.master,
-            spark_conf=dict(map(_setting, args.spark_conf)),
+            spark_conf=spark_settings,
             **tables,
         )  # fmt: skip
-    _print(report)
-
-
-def _print(report: IngestReport) -> None:
     rows = ", ".join(f"{count:,} {split}" for split, count in report.rows.items())
     print(f"{report.out}, partition {report.partition}: {rows or 'no'} rows")
     changed = f", {report.changed_docs:,} changed" if report.changed_docs else ""

@@ -10,7 +10,6 @@ document vectors that bigdssm embed wrote with the same model.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, check_file_to_write, command
+from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
@@ -35,7 +34,7 @@ from bigdssm.utils.progress import ProgressBar
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")

@@ -7,12 +7,11 @@ RUN is a run folder, whose stages are plotted consecutively, or a stage folder. 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import add_overwrite, check_file_to_write, command
+from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
 from bigdssm.cluster.metrics import plot_runs
 from bigdssm.errors import ConfigError
 from bigdssm.utils.atomic import mark_written
@@ -23,7 +22,7 @@ IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run or stage folder")
     parser.add_argument("--out", type=Path, required=True, metavar="IMAGE", help="image file: .png, .svg or .pdf")
     add_overwrite(parser)

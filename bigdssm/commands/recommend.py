@@ -16,13 +16,12 @@ An interrupted job continues from its finished shards when restarted, with any n
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
@@ -36,7 +35,7 @@ from bigdssm.utils.progress import ProgressBar
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_search_options(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the Parquet files, or a file that ends in .csv"
@@ -55,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    if args.out.suffix == ".csv":
+    as_csv = args.out.suffix == ".csv"
+    if as_csv:
         check_file_to_write("--out", args.out, "recommend", overwrite=args.overwrite)
     if args.queries is None:
         refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
@@ -64,18 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         folder, index = load_model_folder(args.model), open_index(args.index)
         dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
-        as_csv = args.out.suffix == ".csv"
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
-        done = recommend(
-            parts,
-            folder,
-            index,
-            dataset,
-            _source(args, dataset),
-            options,
-            work,
-            overwrite=args.overwrite and not as_csv,
-        )
+        queries: QuerySource
+        if args.users:
+            queries = Users(dataset)
+        elif args.split is not None:
+            queries = SplitRows(dataset, args.split)
+        else:
+            queries = TableRows(dataset, args.queries, args.key_column, args.events_column)
+        overwrite = args.overwrite and not as_csv
+        done = recommend(parts, folder, index, dataset, queries, options, work, overwrite=overwrite)
         if as_csv and done.finished:
             write_csv(parts, args.out)
             mark_written(args.out, "recommend")
@@ -84,14 +82,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"rank {work.rank} of {work.world_size}: {rate}{resumed}")
     if done.finished:
         print(f"{args.out}: done")
-
-
-def _source(args: argparse.Namespace, dataset: Dataset) -> QuerySource:
-    if args.users:
-        return Users(dataset)
-    if args.split is not None:
-        return SplitRows(dataset, args.split)
-    return TableRows(dataset, args.queries, args.key_column, args.events_column)
 
 
 if __name__ == "__main__":

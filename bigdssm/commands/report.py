@@ -26,7 +26,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import add_overwrite, check_file_to_write, command, refuse_options
+from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.cache import FileCache
@@ -56,7 +56,7 @@ from bigdssm.utils.progress import ProgressBar
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config with different seeds"
     )
@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     runs = [_trained_stages(run, args.precision) for run in args.runs]
     _check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])
-    names = {stage: _stage_name(stage, folder.config) for stage, folder in runs[0].items()}
+    names = {
+        stage: f"{folder.config.pretrain.loss.name.upper()} pretraining" if stage == "pretrain" else "+ SFT"
+        for stage, folder in runs[0].items()
+    }
     if args.beir is None:
         data = next(iter(runs[0].values())).config.data
         dataset = Dataset.open(args.data or data.dir, cache=FileCache.from_config(data))
@@ -145,10 +148,6 @@ def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
         seeds[config.run.seed] = run
 
 
-def _stage_name(stage: str, config: Config) -> str:
-    return f"{config.pretrain.loss.name.upper()} pretraining" if stage == "pretrain" else "+ SFT"
-
-
 def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -> list[System]:
     known = args.filter_known
     runs: dict[str, Callable[[], Run]] = {}
@@ -165,9 +164,8 @@ def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -
 def _on_collection(
     name: str, folder: ModelFolder, stage_dir: Path, collection: Collection, args: argparse.Namespace
 ) -> System:
-    make = partial(
-        model_run, folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=args.filter_known
-    )
+    parts = folder.model, folder.schema, folder.tokenizer_dir
+    make = partial(model_run, *parts, collection, filter_known=args.filter_known)
     return _measured(name, make, collection, args, stage_dir)
 
 
@@ -191,10 +189,8 @@ def _measured(
 def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:
     dataset = folder.view(dataset)
     with ProgressBar() as progress:
-        evaluation = evaluate_split(
-            encoders_of(folder.model, dataset), dataset, split, exclude_seen=folder.config.data.exclude_seen,
-            progress=progress,
-        )  # fmt: skip
+        encoders, exclude_seen = encoders_of(folder.model, dataset), folder.config.data.exclude_seen
+        evaluation = evaluate_split(encoders, dataset, split, exclude_seen=exclude_seen, progress=progress)
     return System.from_ranks(
         name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + training_seconds(stage_dir)
     )

@@ -8,12 +8,11 @@ negatives.mining.teacher_margin. Texts are printed after truncation by the token
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command
+from bigdssm.cli import command, command_parser
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
@@ -22,7 +21,7 @@ from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--mined", type=Path, required=True, metavar="NPY",
         help="file of hard negatives, written by fine-tuning or by bigdssm mine_negatives",

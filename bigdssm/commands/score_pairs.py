@@ -15,22 +15,22 @@ An interrupted run continues from its finished shards when restarted, with any n
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command
+from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
+from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.teachers import (
     Bm25Teacher,
     CrossEncoderTeacher,
     PairTeacher,
+    VectorTeacher,
     model_teacher,
-    pretrained_teacher,
     score_pairs,
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives
@@ -38,16 +38,13 @@ from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.hashing import file_checksum, json_checksum
-from bigdssm.utils.log import Progress
 from bigdssm.utils.progress import ProgressBar
-
-ROWS_PER_SHARD = 1024
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="file of hard negatives")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives with scores")
@@ -64,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--bm25", action="store_true", help="BM25 as a teacher")
     parser.add_argument(
-        "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"
+        "--rows-per-shard", type=at_least(1), default=1024, help="queries per shard (default: %(default)s)"
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
@@ -74,7 +71,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset, hard = Dataset.open(args.data), HardNegatives.open(args.mined)
     hard.check_against(dataset)
     with ProgressBar() as progress:
-        teachers = _teachers(args, dataset, progress)
+        teachers: dict[str, PairTeacher] = {}  # by kind and checksum
+        for path in args.model:
+            folder = load_model_folder(path)
+            teachers[folder.checksum] = model_teacher(folder, dataset)
+        if args.cross_encoder or args.pretrained or args.bm25:
+            texts = Texts(dataset)
+        for path in args.cross_encoder:
+            teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = CrossEncoderTeacher(path, texts)
+        for path in args.pretrained:
+            encoders = text_encoders(path, texts)
+            name = f"encoder {json_checksum(folder_checksums(path))}"
+            teachers[name] = VectorTeacher(encoders, dataset.catalogue.num_docs)
+        if args.bm25:
+            teachers["BM25"] = Bm25Teacher(dataset, texts, progress)
         names = [file_checksum(args.mined), *teachers]
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         scored = score_pairs(args.out, hard, dataset, list(teachers.values()), names, work)
@@ -82,23 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         mark_written(args.out, "score_pairs")
         per_query = f"{scored.per_query():.1f} documents per query"
         print(f"{args.out}: {len(scored)} queries, {per_query}, {len(teachers)} teachers")
-
-
-def _teachers(args: argparse.Namespace, dataset: Dataset, progress: Progress) -> dict[str, PairTeacher]:
-    """Return the teachers by kind and checksum."""
-    teachers: dict[str, PairTeacher] = {}
-    for path in args.model:
-        folder = load_model_folder(path)
-        teachers[folder.checksum] = model_teacher(folder, dataset)
-    if args.cross_encoder or args.pretrained or args.bm25:
-        texts = Texts(dataset)
-    for path in args.cross_encoder:
-        teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = CrossEncoderTeacher(path, texts)
-    for path in args.pretrained:
-        teachers[f"encoder {json_checksum(folder_checksums(path))}"] = pretrained_teacher(path, dataset, texts)
-    if args.bm25:
-        teachers["BM25"] = Bm25Teacher(dataset, texts, progress)
-    return teachers
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ histories, and if the dataset has been moved since training. --out writes the do
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -25,7 +24,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_overwrite, add_search_options, at_least, check_file_to_write, command, refuse_options
+from bigdssm.cli import (
+    add_overwrite,
+    add_search_options,
+    at_least,
+    check_file_to_write,
+    command,
+    command_parser,
+    refuse_options,
+)
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import HELP, Event, Request, parse_request
@@ -42,7 +49,7 @@ RERANK_HELP = "re-rank the top K documents with the model's scorer (default: no 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_search_options(parser)
     for name, metavar in (("user", "KEY"), ("document", "KEY"), ("filter", "CONDITIONS")):
         parser.add_argument(f"--{name}", metavar=metavar, help=HELPS[name])
@@ -63,42 +70,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which contains them")
-        request = parse_request(_read(args.request))
+        try:
+            text = sys.stdin.read() if args.request == "-" else Path(args.request).read_text(encoding="utf-8")
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--request {args.request} is not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"--request {args.request} is not a JSON object")
+        request = parse_request(content)
     else:
-        request = _request(args)
+        titles = [title for title in (args.history or "").split(";") if title.strip()]
+        features = None if args.text is None else _feature_values(args.text)
+        request = Request(
+            args.user, features, [*map(Event, titles)] or None, filter=args.filter, document=args.document,
+            exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
+        )  # fmt: skip
     searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
     documents = searcher.answer([query])[0].documents
     _show(searcher, query, documents)
     if args.out is not None:
-        _write(args.out, documents)
+        with new_file(args.out) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["rank", *ScoredDocument._fields])
+            writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
         mark_written(args.out, "search")
-
-
-def _request(args: argparse.Namespace) -> Request:
-    titles = [title for title in (args.history or "").split(";") if title.strip()]
-    features = None if args.text is None else _feature_values(args.text)
-    return Request(
-        args.user, features, [*map(Event, titles)] or None, filter=args.filter, document=args.document,
-        exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
-    )  # fmt: skip
-
-
-def _read(file: str) -> dict[str, object]:
-    try:
-        content = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--request {file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"--request {file} is not a JSON object")
-    return content
-
-
-def _write(path: Path, documents: Sequence[ScoredDocument]) -> None:
-    with new_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["rank", *ScoredDocument._fields])
-        writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
 
 
 def _feature_values(pairs: list[str]) -> dict[str, str]:
@@ -115,14 +111,11 @@ def _feature_values(pairs: list[str]) -> dict[str, str]:
 
 def _show(searcher: Searcher, query: Query, documents: Sequence[ScoredDocument]) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
-    lines = []
     if newest := searcher.seen(query):
         more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
-        lines.append(f"history, newest first: {'; '.join(newest)}{more}")
+        console.print(f"history, newest first: {'; '.join(newest)}{more}", soft_wrap=True)
     for item in query.unknown:
-        lines.append(f"skipped: {searcher.queries.unknown(item)}")
-    for line in lines:
-        console.print(line, soft_wrap=True)
+        console.print(f"skipped: {searcher.queries.unknown(item)}", soft_wrap=True)
     table = Table()
     for column in ("rank", "score"):
         table.add_column(column, justify="right")

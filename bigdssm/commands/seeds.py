@@ -10,14 +10,13 @@ as --beir DIR. Training runs on this machine; to train on several machines, run 
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command
+from bigdssm.cli import command, command_parser
 from bigdssm.cluster.launcher import environment
 from bigdssm.config import load_config
 from bigdssm.errors import ConfigError
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, report = list(sys.argv[1:] if argv is None else argv), list[str]()
     if "--" in own:
         own, report = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("--seeds", nargs="+", required=True, metavar="S", help="seeds to train, each once")
     parser.add_argument("--ranks", type=int, help="number of ranks (default: as in `bigdssm pretrain`)")

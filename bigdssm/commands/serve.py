@@ -21,13 +21,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigdssm.cli import add_search_options, at_least, command
+from bigdssm.cli import add_search_options, at_least, command, command_parser
 from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
@@ -37,7 +36,7 @@ from bigdssm.utils.log import setup_logging
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add_search_options(parser)
     parser.add_argument(
         "--second", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison"
@@ -82,63 +81,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"serving needs {' and '.join(missing)}: pip install 'bigdssm[serve]'")
     from bigdssm.serving.server import METRICS_DIR, run_workers  # imports the packages above
 
-    second = None if args.second is None else Folders(args.second[0], args.second[1], args.data, args.threads)
-    served = ServerSettings(
-        Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank), second, args.cache,
-        args.max_batch,
-        (args.host, *args.allow_host), args.poll_s, args.log_requests, args.timeout_s,
-    )  # fmt: skip
-    searchers = served.open()
+    opened = _open(args)
     with _listen(args.host, args.port) as listening:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{listening.getsockname()[1]}  (Ctrl-C stops)", flush=True)
         if args.workers == 1:
-            served.run(listening, lambda: None, searchers)
+            _serve(args, listening, lambda: None, opened)
             return
-        del searchers  # opened only to report errors early; every worker opens its own
+        del opened  # only to report errors early; every worker opens its own
         with tempfile.TemporaryDirectory(prefix="bigdssm-metrics-") as counted:
             os.environ[METRICS_DIR] = counted
-            run_workers(args.workers, served.run, (listening,), args.timeout_s)
+            run_workers(args.workers, _serve, (args, listening), args.timeout_s)
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    """Settings of a server process."""
+Opened = tuple[Searcher, Folders, Searcher | None, Folders | None]
+"""The searcher and its folders, and those of --second."""
 
-    folders: Folders
-    second: Folders | None
-    cache: int
-    max_batch: int
-    hosts: tuple[str, ...]
-    poll_s: float
-    log_requests: bool
-    timeout_s: int
 
-    def open(self) -> tuple[Searcher, Searcher | None]:
-        """Set the number of threads and open the searcher and, if configured, the second one."""
-        if self.folders.threads is not None:
-            torch.set_num_threads(self.folders.threads)
-        return self.folders.open(), None if self.second is None else self.second.open()
+def _open(args: argparse.Namespace) -> Opened:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    folders = Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank)
+    second = None if args.second is None else Folders(args.second[0], args.second[1], args.data, args.threads)
+    return folders.open(), folders, None if second is None else second.open(), second
 
-    def run(
-        self, listening: socket.socket, ready: Callable[[], None],
-        searchers: tuple[Searcher, Searcher | None] | None = None,
-    ) -> None:  # fmt: skip
-        """Serve until a stop signal; `ready` is called when the searchers are open."""
-        from bigdssm.serving.app import make_app
-        from bigdssm.serving.metrics import log_requests
-        from bigdssm.serving.server import run
 
-        setup_logging()
-        if self.log_requests:
-            log_requests()
-        searcher, second = searchers or self.open()
-        app = make_app(
-            searcher, cache_size=self.cache, max_batch=self.max_batch, hosts=self.hosts, folders=self.folders,
-            poll_s=self.poll_s, second=second, second_folders=self.second,
-        )  # fmt: skip
-        ready()
-        run(app, listening, self.timeout_s)
+def _serve(
+    args: argparse.Namespace, listening: socket.socket, ready: Callable[[], None], opened: Opened | None = None
+) -> None:
+    """Serve in this process until a stop signal; `ready` is called when the searchers are open."""
+    from bigdssm.serving.app import make_app
+    from bigdssm.serving.metrics import log_requests
+    from bigdssm.serving.server import run
+
+    setup_logging()
+    if args.log_requests:
+        log_requests()
+    searcher, folders, second, second_folders = opened or _open(args)
+    app = make_app(
+        searcher, cache_size=args.cache, max_batch=args.max_batch, hosts=(args.host, *args.allow_host), folders=folders,
+        poll_s=args.poll_s, second=second, second_folders=second_folders,
+    )  # fmt: skip
+    ready()
+    run(app, listening, args.timeout_s)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,19 +8,18 @@ code 75; with --now they end at once, and the steps after the last checkpoint ar
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command
+from bigdssm.cli import command, command_parser
 from bigdssm.cluster.run_folder import find_running, request_stop
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run or stage folder")
     parser.add_argument("--now", action="store_true", help="end at once, without saving")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="seconds to wait (default: %(default)s)")

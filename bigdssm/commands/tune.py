@@ -12,7 +12,6 @@ trials with a larger --trials. DIR/best.json contains the best values as key=val
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import at_least, command
+from bigdssm.cli import at_least, command, command_parser
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
@@ -34,7 +33,7 @@ from bigdssm.utils.atomic import write_json
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("--space", type=Path, required=True, metavar="YAML", help="search space")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the trials")

@@ -7,7 +7,6 @@ RUN is a run folder, whose newest stage is displayed, or a stage folder. It may 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,14 +18,14 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
-from bigdssm.cli import command
+from bigdssm.cli import command, command_parser
 from bigdssm.cluster.monitor import RunState, read_run_state, sparkline
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run or stage folder")
     parser.add_argument("--once", action="store_true", help="print the state once and exit")
     parser.add_argument("--every-s", type=float, default=2.0, help="seconds between updates (default: %(default)s)")

@@ -22,23 +22,13 @@ ABSENT = "—"
 
 
 @dataclass(frozen=True)
-class RunDifference:
-    """A property with its values in two runs."""
-
-    name: str
-    a: str
-    b: str
-
-
-@dataclass(frozen=True)
 class Comparison:
     """The comparison of two stages."""
 
     stage: str
-    config: list[RunDifference]
-    versions: list[RunDifference]
-    data: list[RunDifference]
-    training: list[RunDifference]  # steps, speed, restarts, best validation, including equal values
+    # (property, value of A, value of B) by title; of `training` (steps, speed, restarts, best validation) all, of the
+    # others those that differ.
+    parts: dict[str, list[tuple[str, str, str]]]
     systems: tuple[System, System] | None  # evaluated on the same rows
     skip_reason: str  # why `systems` is None
 
@@ -58,16 +48,12 @@ def compare(
         raise DataError(f"{a} has {', '.join(folders_a)} and {b} has {', '.join(folders_b)}: no stage to compare")
     else:
         pair = (folders_a[stage or common[-1]], folders_b[stage or common[-1]])
-    systems, reason = _measured(pair, split, data, progress)
-    return Comparison(
-        stage=pair[0].name,
-        config=_differing(*map(_config, pair)),
-        versions=_differing(*map(_versions, pair)),
-        data=_differing(*map(_data, pair)),
-        training=_all_values(*map(_training, pair)),
-        systems=systems,
-        skip_reason=reason,
-    )
+    parts = {}
+    for title, read in {"config": _config, "versions": _versions, "data": _data, "training": _training}.items():
+        of_a, of_b = map(read, pair)
+        values = [(key, of_a.get(key, ABSENT), of_b.get(key, ABSENT)) for key in {**of_a, **of_b}]
+        parts[title] = [row for row in values if title == "training" or row[1] != row[2]]
+    return Comparison(pair[0].name, parts, *_measured(pair, split, data, progress))
 
 
 def _measured(
@@ -129,11 +115,3 @@ def _training(folder: Path) -> dict[str, str]:
         "starts": str(len(starts)),
         "ended": str(events[-1]["reason"]) if events and events[-1]["event"] == "end" else "no",
     }
-
-
-def _differing(a: dict[str, str], b: dict[str, str]) -> list[RunDifference]:
-    return [difference for difference in _all_values(a, b) if difference.a != difference.b]
-
-
-def _all_values(a: dict[str, str], b: dict[str, str]) -> list[RunDifference]:
-    return [RunDifference(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in {**a, **b}]

@@ -17,7 +17,6 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.bm25 import Bm25
-from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.reranking import ScoredEncoders, encoders_of
 from bigdssm.models import FeatureScorer
 from bigdssm.retrieval.embed import Encoders
@@ -49,11 +48,6 @@ def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
         return lambda rows, docs: scorer.score(view.limited_query(rows.query), docs)
     teacher = VectorTeacher(encoders_of(folder.model, view), view.catalogue.num_docs)
     return lambda rows, docs: teacher(replace(rows, query=view.limited_query(rows.query)), docs)
-
-
-def pretrained_teacher(folder: Path, dataset: Dataset, texts: Texts) -> PairTeacher:
-    """Return a pretrained Hugging Face text encoder as a teacher. Raises ConfigError: none in `folder`."""
-    return VectorTeacher(text_encoders(folder, texts), dataset.catalogue.num_docs)
 
 
 class VectorTeacher:

@@ -99,11 +99,9 @@ def test_two_runs_are_compared_in_all_they_differ_in(
     events = (tmp_path / "second" / "pretrain" / "events.jsonl").read_text()
     (tmp_path / "second" / "pretrain" / "events.jsonl").write_text(events.replace("2.13.0", "2.14.0"))
     found = compare(tmp_path / "first", tmp_path / "second", None, "validation", None)
-    assert [(row.name, row.a, row.b) for row in found.config if row.name != "run.dir"] == [
-        ("pretrain.rows_global", "256", "512")
-    ]
-    assert [(row.name, row.a, row.b) for row in found.versions] == [("torch", "2.13.0", "2.14.0")]
-    assert found.data == [] and found.skip_reason == ""
+    assert [row for row in found.parts["config"] if row[0] != "run.dir"] == [("pretrain.rows_global", "256", "512")]
+    assert found.parts["versions"] == [("torch", "2.13.0", "2.14.0")]
+    assert found.parts["data"] == [] and found.skip_reason == ""
     assert found.systems is not None
     assert found.systems[0].difference(found.systems[0], "mrr").mean == 0
     assert found.systems[0].difference(found.systems[1], "mrr").mean != 0
