@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv[0] = f"bigdssm {command}"  # the name in its --help
     if argv is None:
         sys.argv[1:] = arguments
-    code: int = importlib.import_module(f"bigdssm.commands.{command}").main(None if argv is None else arguments)
-    return code
+    return importlib.import_module(f"bigdssm.commands.{command}").main(None if argv is None else arguments)
 
 
 def print_commands() -> None:

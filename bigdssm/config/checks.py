@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 
 from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.features import FIRST_CODE, Feature, texts_of
+from bigdssm.features import FIRST_CODE, texts_of
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
@@ -25,7 +24,12 @@ def check_config(config: Config) -> None:
         require(bool(value.strip()), key, repr(value), "a folder")
     require(bool(data.query), "data.query", "no features", "at least one feature")
     require(bool(data.doc), "data.doc", "no features", "at least one feature")
-    _check_sources(data)
+    if data.mixture:
+        require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture")
+        require(
+            data.from_partition is None, "data.from_partition", data.from_partition,
+            "no mixture; set the partitions in the mixture",
+        )  # fmt: skip
     if data.siamese:
         _check_siamese(data, model)
     for key, is_set in (
@@ -88,17 +92,12 @@ def check_history_lengths(data: DataConfig) -> None:
         )  # fmt: skip
 
 
-def _check_sources(data: DataConfig) -> None:
-    if data.mixture:
-        require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture")
-        require(
-            data.from_partition is None, "data.from_partition", data.from_partition,
-            "no mixture; set the partitions in the mixture",
-        )  # fmt: skip
-
-
 def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
-    declared = [[(name, _without_column(f)) for name, f in side.items()] for side in (data.query, data.doc)]
+    declared = [
+        [(name, {key: value for key, value in feature.declaration().items() if key != "column"})
+         for name, feature in side.items()]
+        for side in (data.query, data.doc)
+    ]  # fmt: skip
     siamese = "with data.siamese=true:"
     for key, got, fits, needed in (
         (
@@ -121,10 +120,6 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
         require(fits, key, got, needed)
 
 
-def _without_column(feature: Feature) -> dict[str, Any]:
-    return {key: value for key, value in feature.declaration().items() if key != "column"}
-
-
 def _check_stage(name: StageName, config: Config) -> None:
     """Raise ConfigError for the first conflict of a stage's keys."""
     data, stage = config.data, config.stage(name)
@@ -135,8 +130,28 @@ def _check_stage(name: StageName, config: Config) -> None:
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
     require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0")
     require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
-    _check_documents(name, stage, config)
-    _check_loss(name, stage, config.model)
+
+    # Document vectors of another model.
+    documents, model = stage.documents, config.model
+    both = (documents.model is None) == (documents.vectors is None)
+    require(both, f"{name}.documents", f"model={documents.model}, vectors={documents.vectors}", "both, or neither")
+    if documents.model is not None:
+        for key, got, fits, needed in (
+            ("data.siamese", data.siamese, not data.siamese, "false"),
+            ("data.webdataset", data.webdataset, data.webdataset is None, "null"),
+            ("model.share_text", model.share_text, not model.share_text, "false"),
+            (f"{name}.scorer", stage.scorer, stage.scorer is None, "null"),
+        ):
+            require(fits, key, got, f"{needed} with {name}.documents.model, whose document tower is not trained")
+
+    loss, key, widths = stage.loss, f"{name}.loss", stage.loss.widths or ()
+    fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
+    require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
+    if model.score == "cosine":
+        require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
+    if not loss.relative and stage.scorer is None:
+        require(model.beta == "scalar", "model.beta", model.beta, f"scalar if {key}.name is {loss.name}")
+
     _check_negatives(name, stage, config)
     for component in (stage.loss, stage.sampling, stage.distillation, stage.scorer):
         if component is not None:
@@ -173,32 +188,6 @@ def _check_tables(config: Config) -> None:
     )
     both = sorted(set(tables.rows) & set(tables.replicated))
     require(not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated")
-
-
-def _check_documents(name: StageName, stage: StageConfig, config: Config) -> None:
-    """Raise ConfigError for a key that does not go with document vectors of another model."""
-    model, vectors = stage.documents.model, stage.documents.vectors
-    both = (model is None) == (vectors is None)
-    require(both, f"{name}.documents", f"model={model}, vectors={vectors}", "both, or neither")
-    if model is None:
-        return
-    for key, got, fits, needed in (
-        ("data.siamese", config.data.siamese, not config.data.siamese, "false"),
-        ("data.webdataset", config.data.webdataset, config.data.webdataset is None, "null"),
-        ("model.share_text", config.model.share_text, not config.model.share_text, "false"),
-        (f"{name}.scorer", stage.scorer, stage.scorer is None, "null"),
-    ):
-        require(fits, key, got, f"{needed} with {name}.documents.model, whose document tower is not trained")
-
-
-def _check_loss(name: StageName, stage: StageConfig, model: ModelConfig) -> None:
-    loss, key, widths = stage.loss, f"{name}.loss", stage.loss.widths or ()
-    fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
-    require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
-    if model.score == "cosine":
-        require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
-    if not loss.relative and stage.scorer is None:
-        require(model.beta == "scalar", "model.beta", model.beta, f"scalar if {key}.name is {loss.name}")
 
 
 def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> None:

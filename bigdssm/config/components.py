@@ -54,7 +54,6 @@ class LossConfig(StageComponent):
     @abstractmethod
     def build(self) -> Any:
         """Return the loss as a function of the scores, a `losses.terms.Term`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,6 @@ class ScorerConfig(StageComponent):
     @abstractmethod
     def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> Any:
         """Return a new `models.Scorer` for a model, its `Schema` and text architectures. Raises ConfigError."""
-        raise NotImplementedError
 
     def check_in_stage(self, name: StageName, config: Any) -> None:
         """Raise ConfigError unless the stage is `sft` and has candidates per query."""
@@ -176,7 +174,6 @@ class OptimizerConfig(Component):
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups, each with params, lr, weight_decay, `name` and `base_lr`."""
-        raise NotImplementedError
 
     @abstractmethod
     def state_of(self, group: str) -> tuple[str, ...]:
@@ -184,7 +181,6 @@ class OptimizerConfig(Component):
 
         In addition, the state may contain one number, `step`. Checkpoints and estimates use these names.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -201,12 +197,10 @@ class TableOptimizerConfig(Component):
     @abstractmethod
     def state_widths(self, dim: int) -> dict[str, int]:
         """Return the float32 numbers per row of width `dim`, by name of a state."""
-        raise NotImplementedError
 
     @abstractmethod
     def update(self, rows: Tensor, gradients: Tensor, states: dict[str, Tensor], lr: float, step: int) -> None:
         """Update float32 rows [n, dim] and their states [n, width] in place; `step` counts the applied steps from 0."""
-        raise NotImplementedError
 
 
 LOSSES: Registry[LossConfig] = Registry("a loss", "name", LossConfig, home="bigdssm.losses.declarations")

@@ -97,8 +97,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for side in ("query", "doc"):
-            declared = {name: _feature(f"data.{side}.{name}", f) for name, f in getattr(self, side).items()}
-            object.__setattr__(self, side, declared)
+            features = {
+                name: content if isinstance(content, Feature) else FEATURES.read(f"data.{side}.{name}", content)
+                for name, content in getattr(self, side).items()
+            }
+            object.__setattr__(self, side, features)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,6 @@ class TextEncoderConfig(Component):
     @abstractmethod
     def build(self, architecture: Any) -> nn.Module:
         """Return an encoder with new weights, a `models.encoders.TextEncoder`."""
-        raise NotImplementedError
 
     def build_pretrained(self, architecture: Any) -> nn.Module:
         """Return an encoder with pretrained weights, by default new ones. Raises ConfigError: they do not load."""
@@ -194,7 +196,6 @@ class HistoryEncoderConfig(Component):
     @abstractmethod
     def build(self, dim: int) -> nn.Module:
         """Return a layer over vectors of width `dim`, with the `forward` of `models.blocks.SasrecBlock`."""
-        raise NotImplementedError
 
 
 HISTORY_BLOCKS: Registry[HistoryEncoderConfig] = Registry(
@@ -466,7 +467,3 @@ def _resolved(name: str, stage: StageConfig, config: Config) -> StageConfig:
         pretrained = any(text.is_pretrained for text in config.text_encoders().values())
         stage = replace(stage, optimizer=replace(stage.optimizer, lr=PRETRAINED_LR if pretrained else NEW_WEIGHTS_LR))
     return replace(stage, sampling=stage.sampling.resolve(stage, config.data))
-
-
-def _feature(key: str, content: Any) -> Feature:
-    return content if isinstance(content, Feature) else FEATURES.read(key, content)

@@ -140,5 +140,4 @@ def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = 
 def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
     """Fit the baseline `name` of BASELINES. Raises ConfigError: an option is invalid or missing."""
     check_options(name, options)
-    fitted: Callable[[Rows], np.ndarray] = BASELINES[name].fit(dataset, **options)
-    return fitted
+    return BASELINES[name].fit(dataset, **options)

@@ -37,11 +37,9 @@ class Bm25:
         ids = self._index.get_tokens_ids(words)
         if not ids:
             return np.zeros(self._num_texts, np.float32)
-        scores: np.ndarray = self._index.get_scores_from_ids(ids)
-        return scores
+        return self._index.get_scores_from_ids(ids)
 
     def _words(self, texts: Sequence[str], return_ids: bool = True) -> list[list[str]]:
-        words: list[list[str]] = self._tokenize(
+        return self._tokenize(
             list(texts), stopwords="en", stemmer=self._stemmer, return_ids=return_ids, show_progress=False
         )
-        return words

@@ -49,8 +49,7 @@ class Model:
         columns, num_rows = columns_of_values(rows, features, self.folder.schema.doc, self._tokenizer)
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)
-        vectors: np.ndarray = encode_columns(features, columns, partial(encode, self.folder.model)).numpy()
-        return vectors
+        return encode_columns(features, columns, partial(encode, self.folder.model)).numpy()
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer | None:

@@ -63,8 +63,7 @@ class Metrics:
         if METRICS_DIR in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
-        text: bytes = generate_latest(registry)
-        return text
+        return generate_latest(registry)
 
 
 class RequestMetrics:

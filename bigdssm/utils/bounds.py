@@ -50,8 +50,7 @@ def bounded(
 ) -> Default:  # fmt: skip
     """Return a dataclass field with a default, bounds, and its rule for a resume."""
     metadata: dict[str, Any] = {BOUND: Bound(at_least, above, at_most, below)}
-    made: Default = field(default=default, metadata=metadata if resume is None else {**metadata, RESUME: resume})
-    return made
+    return field(default=default, metadata=metadata if resume is None else {**metadata, RESUME: resume})
 
 
 def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iterator[tuple[str, Any, str]]:

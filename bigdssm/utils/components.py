@@ -133,8 +133,7 @@ def component(registry: Registry[C], default: str | None) -> C | None:
     metadata = {REGISTRY: registry}
     if default is None:
         return cast(C | None, field(default=None, metadata=metadata))
-    made: C = field(default_factory=lambda: registry.find(default, "")(), metadata=metadata)
-    return made
+    return field(default_factory=lambda: registry.find(default, "")(), metadata=metadata)
 
 
 def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Component]]:
@@ -149,8 +148,7 @@ def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Componen
 
 def named_components(registry: Registry[C]) -> dict[str, Any]:
     """Return a dataclass field for a dict of components, empty by default."""
-    made: dict[str, Any] = field(default_factory=dict, metadata={EACH: registry})
-    return made
+    return field(default_factory=dict, metadata={EACH: registry})
 
 
 def keys_of(cls: Any) -> list[str]:

@@ -44,14 +44,14 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-def setup_logging(level: int = logging.INFO) -> None:
+def setup_logging() -> None:
     """Log the package's records to stderr as `[rank] message`; called once per command."""
     handler = _CurrentStderr()
     handler.addFilter(_MainRankOnly())
     handler.setFormatter(logging.Formatter("[%(rank)s] %(message)s"))
     root = logging.getLogger("bigdssm")
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    root.setLevel(logging.INFO)
     root.propagate = False
 
 

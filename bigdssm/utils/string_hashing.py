@@ -32,7 +32,19 @@ def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
     hashes = [np.empty(0, np.int64)]
     for chunk in chunks:
         for first in range(0, len(chunk), BATCH_SIZE):
-            hashes.append(_hashes(chunk.slice(first, BATCH_SIZE)).view(np.int64))
+            batch = chunk.slice(first, BATCH_SIZE).cast(pa.large_binary())
+            begins, data = flat_strings(batch)
+            start, length = begins[:-1], np.diff(begins)
+            batch_hashes = np.empty(len(batch), np.uint64)
+            for shortest, longest, hash_ids in _BY_LENGTH:
+                selected = np.flatnonzero((length >= shortest) & (length <= longest))
+                if len(selected):
+                    batch_hashes[selected] = hash_ids(data, start[selected], length[selected])
+            others = np.flatnonzero((length == 0) | (length > MAX_BYTES))
+            if len(others):
+                values = batch if len(others) == len(batch) else batch.take(pa.array(others))
+                batch_hashes[others] = np.fromiter(map(xxh3_64_intdigest, values.to_pylist()), np.uint64, len(others))
+            hashes.append(batch_hashes.view(np.int64))
     return np.concatenate(hashes)
 
 
@@ -42,22 +54,6 @@ def flat_strings(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     begins = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     content = np.frombuffer(data or b"", np.uint8)[begins[0] : begins[-1]]
     return begins - begins[0], content
-
-
-def _hashes(array: pa.Array) -> np.ndarray:
-    array = array.cast(pa.large_binary())
-    begins, data = flat_strings(array)
-    start, length = begins[:-1], np.diff(begins)
-    hashes = np.empty(len(array), np.uint64)
-    for shortest, longest, hashed in _BY_LENGTH:
-        some = np.flatnonzero((length >= shortest) & (length <= longest))
-        if len(some):
-            hashes[some] = hashed(data, start[some], length[some])
-    others = np.flatnonzero((length == 0) | (length > MAX_BYTES))
-    if len(others):
-        values = array if len(others) == len(array) else array.take(pa.array(others))
-        hashes[others] = np.fromiter(map(xxh3_64_intdigest, values.to_pylist()), np.uint64, len(others))
-    return hashes
 
 
 def _up_to_3(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -10,55 +10,45 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
 _MOST_UNREAD = 4096
 
 
-class _Mark(NamedTuple):
-    """A host time, and an event at the same point in the device's stream."""
-
-    host_s: float
-    event: torch.cuda.Event | None
-
-    @classmethod
-    def now(cls) -> _Mark:
-        event = None
-        if torch.cuda.is_initialized():
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return cls(time.perf_counter(), event)
-
-    def seconds_to(self, later: _Mark) -> float:
-        if self.event is None or later.event is None:
-            return later.host_s - self.host_s
-        return self.event.elapsed_time(later.event) / 1e3
+_Mark = tuple[float, torch.cuda.Event | None]
+"""A host time, and an event at the same point in the device's stream."""
 
 
 class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.open: list[str] = []
-        self._since = _Mark(0.0, None)
+        self._since: _Mark = (0.0, None)
         self._unread: list[tuple[str, _Mark, _Mark]] = []
 
     def charge(self) -> None:
         """Assign the time since the last call to the innermost open span."""
-        now = _Mark.now()
+        event = None
+        if torch.cuda.is_initialized():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        now = time.perf_counter(), event
         if self.open:
             self._unread.append(("/".join(self.open), self._since, now))
         self._since = now
-        if now.event is None or len(self._unread) >= _MOST_UNREAD:
+        if event is None or len(self._unread) >= _MOST_UNREAD:
             self.read()
 
     def read(self) -> None:
         """Add up the assigned times; synchronizes with the device."""
-        if self._since.event is not None:
-            self._since.event.synchronize()
-        for name, begin, end in self._unread:
-            self.seconds[name] = self.seconds.get(name, 0.0) + begin.seconds_to(end)
+        if self._since[1] is not None:
+            self._since[1].synchronize()
+        for name, (begin_s, begin), (end_s, end) in self._unread:
+            elapsed_s = end_s - begin_s
+            if begin is not None and end is not None:
+                elapsed_s = begin.elapsed_time(end) / 1e3
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed_s
         self._unread.clear()
 
 

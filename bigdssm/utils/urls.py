@@ -117,14 +117,9 @@ def _request_all(url: str, start: int | None, end: int | None) -> bytes:
 
 
 def _request(url: str, start: int | None, end: int | None) -> bytes:
-    from fsspec.asyn import sync
-
-    files, path = _filesystem(url, os.getpid())
-    if not files.async_impl:
-        return bytes(files.cat_file(path, start=start, end=end))
     limit = TIMEOUT_S + ((end or CHUNK_BYTES) - (start or 0)) / SLOWEST_BYTES_PER_S
     try:
-        return bytes(sync(files.loop, files._cat_file, path, start=start, end=end, timeout=limit))
+        return bytes(_call(url, "cat_file", limit, start=start, end=end))
     except Exception as error:
         if start is not None and _status(error) == 416:  # the range starts after the end of the file
             return b""
@@ -192,24 +187,23 @@ def _size(url: str) -> int:
 
 
 def _info(url: str) -> dict[str, Any]:
-    from fsspec.asyn import sync
-
-    files, path = _filesystem(url, os.getpid())
-    files.invalidate_cache(path)  # the cached listing may be outdated
-    info = sync(files.loop, files._info, path, timeout=TIMEOUT_S) if files.async_impl else files.info(path)
-    return dict(info)
+    return dict(_call(url, "info"))
 
 
 def _names(url: str) -> list[str]:
+    return sorted({str(name).rstrip("/").rpartition("/")[2] for name in _call(url, "ls", detail=False)})
+
+
+def _call(url: str, method: str, timeout_s: float = TIMEOUT_S, **options: Any) -> Any:
+    """Call a method of the URL's file system on its path; only asynchronous file systems have a time limit."""
     from fsspec.asyn import sync
 
     files, path = _filesystem(url, os.getpid())
-    files.invalidate_cache(path)
+    if method != "cat_file":
+        files.invalidate_cache(path)  # the cached listing may be outdated
     if files.async_impl:
-        paths = sync(files.loop, files._ls, path, detail=False, timeout=TIMEOUT_S)
-    else:
-        paths = files.ls(path, detail=False)
-    return sorted({str(name).rstrip("/").rpartition("/")[2] for name in paths})
+        return sync(files.loop, getattr(files, f"_{method}"), path, timeout=timeout_s, **options)
+    return getattr(files, method)(path, **options)
 
 
 @functools.lru_cache(maxsize=1024)
