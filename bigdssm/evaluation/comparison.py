@@ -58,21 +58,6 @@ class System:
         seconds = float(np.mean([system.seconds for system in systems]))
         return cls(first.name, values, seconds, query_ids=first.query_ids)
 
-    @classmethod
-    def pooled(cls, systems: Sequence[System]) -> System:
-        """Concatenate the rows of several splits; the systems must be of ranks."""
-        first = systems[0]
-        values = {name: np.concatenate([system.values[name] for system in systems]) for name in first.values}
-        query_ids = [system.query_ids for system in systems if system.query_ids is not None]
-        assert len(query_ids) == len(systems)
-        seconds = sum(system.seconds for system in systems)
-        return cls(first.name, values, seconds, query_ids=np.concatenate(query_ids))
-
-    def by_seed(self) -> list[dict[str, float]]:
-        """Return the means per seed; empty for a system of one seed."""
-        number = max(len(rows) if rows.ndim == 2 else 0 for rows in self.values.values())
-        return [means({name: rows[seed] for name, rows in self.values.items()}) for seed in range(number)]
-
     def difference(self, other: System, metric: str) -> Difference:
         """Return this system's mean `metric` minus the other's, paired by row."""
         return paired_bootstrap(self.values[metric], other.values[metric], self.query_ids)
@@ -97,9 +82,14 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) -> list[System]:
     """Fit and evaluate popularity and, if rows have histories, the Markov baseline."""
-    systems = [_fitted("popularity", Popularity, dataset, split, exclude_seen)]
+    kinds: dict[str, Any] = {"popularity": Popularity}
     if dataset.sequences is not None:
-        systems.append(_fitted(MARKOV, Markov, dataset, split, exclude_seen))
+        kinds[MARKOV] = Markov
+    systems = []
+    for name, kind in kinds.items():
+        started = perf_counter()
+        evaluation = evaluate_scores(kind.fit(dataset), dataset, split, exclude_seen=exclude_seen)
+        systems.append(System.from_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started))
     return systems
 
 
@@ -140,8 +130,10 @@ def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
             **_without_nan(means(system.values)),
             "seconds": round(system.seconds, 3),
         }
-        if seeds := system.by_seed():
-            entry["seeds"] = [_without_nan(values) for values in seeds]
+        number = max(len(rows) if rows.ndim == 2 else 0 for rows in system.values.values())
+        if number:
+            by_seed = ({name: rows[seed] for name, rows in system.values.items()} for seed in range(number))
+            entry["seeds"] = [_without_nan(means(values)) for values in by_seed]
         entries.append(entry)
     return entries
 
@@ -251,16 +243,8 @@ def load_system(path: Path, dataset: Dataset, split: str, exclude_seen: bool = T
     Raises DataError: missing, damaged, or measured on other rows or with another data.exclude_seen.
     """
     saved = read_ranks(path)
-    name = f"{saved.name} ({path.stem})"
-    return saved.system(name, path, dataset, MeasuredRows.of(dataset, split), exclude_seen)
-
-
-def _fitted(
-    name: str, kind: type[Popularity] | type[Markov], dataset: Dataset, split: str, exclude_seen: bool
-) -> System:
-    started = perf_counter()
-    evaluation = evaluate_scores(kind.fit(dataset), dataset, split, exclude_seen=exclude_seen)
-    return System.from_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
+    rows = MeasuredRows.of(dataset, split)
+    return saved.system(f"{saved.name} ({path.stem})", path, dataset, rows, exclude_seen)
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

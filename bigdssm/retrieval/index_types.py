@@ -56,10 +56,6 @@ class AllowedDocuments:
         return _untyped.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
-def no_callback() -> None:
-    """Do nothing after a chunk."""
-
-
 @dataclass(frozen=True)
 class IndexBackend(ABC):
     """A type of inner-product index over vectors [N, D+1]; dataclass fields are options."""
@@ -68,7 +64,7 @@ class IndexBackend(ABC):
     needs_rescore: ClassVar[bool] = False  # whether its scores are too coarse to return
 
     @abstractmethod
-    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = no_callback) -> Any:
+    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = lambda: None) -> Any:
         """Train and fill an index of `vectors`. Raises ConfigError: too few vectors."""
 
     @abstractmethod
@@ -117,7 +113,7 @@ class FaissIndex(IndexBackend):
     def empty(self, vectors: CodedVectors, after_round: Callable[[], None]) -> faiss.Index:
         """Return an empty index of the vectors' width, trained on them if the type needs training."""
 
-    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = no_callback) -> faiss.Index:
+    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = lambda: None) -> faiss.Index:
         """Train and fill the index. Raises ConfigError: too few vectors.
 
         after_chunk: called after each of the IVF_ROUNDS (ivf only) and after each ROWS_AT_ONCE added vectors.

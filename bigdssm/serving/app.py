@@ -227,7 +227,7 @@ def make_app(
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
         for one in started:
-            await one.end()
+            await one.active.end()
 
     app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(RequestLimits, hosts=hosts)

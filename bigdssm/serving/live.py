@@ -99,10 +99,6 @@ class LiveSearcher:
         logger.info("reloaded: model %s", searcher.about()["model"][:12])
         await before.end()
 
-    async def end(self) -> None:
-        """Stop after the running requests."""
-        await self.active.end()
-
 
 async def _in_thread(call: Callable[[], T]) -> T:
     """Run a slow call in a daemon thread, for which shutdown does not wait (unlike a pool's)."""

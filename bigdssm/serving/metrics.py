@@ -34,7 +34,7 @@ class Metrics:
         self.requests = Counter(
             "bigdssm_requests", "Requests by path and status", ["path", "status"], registry=registry
         )
-        self._request_s = Histogram(
+        self.request_s = Histogram(
             "bigdssm_request_seconds", "Time to answer, by path", ["path"], buckets=SECONDS, registry=registry
         )
         self._encode_s = Histogram("bigdssm_encode_seconds", "Of a batch", buckets=SECONDS, registry=registry)
@@ -51,11 +51,6 @@ class Metrics:
         self._encode_s.observe(result.encode_ms / 1000)
         self._search_s.observe(result.search_ms / 1000)
         self._batch.observe(result.batch)
-
-    def request(self, path: str, status: int, seconds: float) -> None:
-        """Count one request."""
-        self.requests.labels(path, str(status)).inc()
-        self._request_s.labels(path).observe(seconds)
 
     def text(self) -> bytes:
         """Return the metrics of all workers in Prometheus' text format."""
@@ -89,7 +84,8 @@ class RequestMetrics:
         finally:
             seconds = time.perf_counter() - started
             path = scope["path"] if scope["path"] in self._paths else OTHER
-            self._metrics.request(path, status, seconds)
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.request_s.labels(path).observe(seconds)
             if logger.isEnabledFor(logging.INFO):
                 record = {
                     "time": round(time.time(), 3), "method": scope["method"], "path": scope["path"][:200],

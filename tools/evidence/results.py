@@ -141,13 +141,23 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     return "holds" if verdicts and set(verdicts) == {"holds"} else "open"
 
 
+def _pooled(systems: Sequence[System]) -> System:
+    """Concatenate the rows of several splits; the systems must be of ranks."""
+    first = systems[0]
+    values = {name: np.concatenate([system.values[name] for system in systems]) for name in first.values}
+    query_ids = [system.query_ids for system in systems if system.query_ids is not None]
+    assert len(query_ids) == len(systems)
+    seconds = sum(system.seconds for system in systems)
+    return System(first.name, values, seconds, query_ids=np.concatenate(query_ids))
+
+
 def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, StoredTrial]]]) -> SetResult:
     """Return the results on the rows of all sets of a pool; `finished` by set."""
     parts, popularities = zip(*(_ranked(claim, name, of_set) for name, of_set in finished.items()), strict=True)
     values = {}
     for cell in claim.cells_on(next(iter(finished))):
         by_seed = zip(*(part[cell] for part in parts), strict=True)
-        values[cell] = System.from_seeds([System.pooled(systems) for systems in by_seed])
+        values[cell] = System.from_seeds([_pooled(systems) for systems in by_seed])
     popularity = np.concatenate(popularities)
     seconds: dict[str, list[float]] = {name: [] for name in values}
     for trial, stored in chain.from_iterable(finished.values()):
