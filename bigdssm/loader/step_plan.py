@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from bigdssm.loader.batch import Batch, Features, Lengths
 from bigdssm.models import Packed, PackedLists, QueryPositions, RowGroup, Values, pack
 from bigdssm.utils.device import to_device
 
-T = TypeVar("T")
-SIDES = ("query", "doc")
 NOTHING_PACKED = PackedLists()
 # A row joins a group if its length is at least this ratio of the longest, or at most this many cells shorter.
 SIMILAR_RATIO, SIMILAR_CELLS = 3 / 4, 8
@@ -276,21 +274,6 @@ def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePl
         plan_side(batch.query_lengths, len(batch.row_ids), chunk_tokens, batch.queries_of_row, query),
         plan_side(batch.doc_lengths, len(batch.doc_ids) if batch.doc else 0, chunk_tokens, packed=doc),
     )
-
-
-def join_sides(query: Mapping[str, T], doc: Mapping[str, T]) -> dict[str, T]:
-    """Return the entries of both sides as one mapping with keys `side.name`."""
-    return {
-        f"{side}.{name}": value for side, has in zip(SIDES, (query, doc), strict=True) for name, value in has.items()
-    }
-
-
-def split_sides(pairs: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Return the mappings that `join_sides` joined, by side."""
-    return {
-        side: {name.removeprefix(f"{side}."): value for name, value in pairs.items() if name.startswith(f"{side}.")}
-        for side in SIDES
-    }
 
 
 class Chunked:

@@ -23,16 +23,14 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.loader.batch import Collator, Features, Paddings, lengths_of, paddings, to_features
-from bigdssm.loader.step_plan import NOTHING_PACKED, Chunked, plan_side, synchronized_plan
+from bigdssm.loader.batch import Collator, paddings, to_features
+from bigdssm.loader.encode import encode_in_chunks
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.models.precision import resolve_precision
 from bigdssm.utils.log import Progress, no_progress
 
-# Tokens per chunk: fits a CPU's caches (twice as fast as one large batch), or keeps a GPU busy.
-CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
 ROWS_AT_ONCE = 16_384  # rows converted from columns to tensors at a time
 
 
@@ -104,12 +102,12 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
 
     def queries(rows: Rows) -> Tensor:
         pads, features = paddings(dataset.schema.query), collator.query_features(rows.query)
-        return encode_features(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
+        return encode_in_chunks(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
         declared = dataset.schema.doc
         pads, features = paddings(declared), to_features(declared, dataset.catalogue.columns(doc_rows))
-        return encode_features(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
+        return encode_in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
     return Encoders(queries, documents, has_beta=towers.has_beta)
 
@@ -232,21 +230,6 @@ def iterate_share(dataset: Dataset, split: str, share: Share, what: str) -> Iter
         share.progress(what, min((chunk + 1) * at_once, end - begin), end - begin)
 
 
-def encode_features(
-    features: Features, pads: Paddings, num_rows: int, encode: Callable[[dict[str, Values]], Tensor],
-    device: torch.device | str = "cpu", packed: frozenset[str] = NOTHING_PACKED.query,
-) -> Tensor:  # fmt: skip
-    """Apply `encode` to chunks of rows of similar length on `device`; outputs in row order.
-
-    The number of chunks is equal on all ranks. The features are on the host, where the chunks are planned. `packed`
-    names the lists passed without padding.
-    """
-    chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
-    plan = synchronized_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
-    side = Chunked({name: values.to(device) for name, values in features.items()}, plan)
-    return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])
-
-
 def encode_columns(
     features: Mapping[str, Feature], columns: Mapping[str, Column],
     encode: Callable[[dict[str, Values]], Tensor], what: str = "rows encoded", progress: Progress = no_progress,
@@ -256,7 +239,7 @@ def encode_columns(
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
         piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()})
-        parts.append(encode_features(piece, paddings(features), len(rows), encode))
+        parts.append(encode_in_chunks(piece, paddings(features), len(rows), encode))
         progress(what, first + len(rows), num_rows)
     return torch.cat(parts)
 

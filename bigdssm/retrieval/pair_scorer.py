@@ -23,10 +23,10 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column
-from bigdssm.loader.batch import paddings, to_features
-from bigdssm.loader.step_plan import join_sides, split_sides
+from bigdssm.loader.batch import join_sides, paddings, split_sides, to_features
+from bigdssm.loader.encode import encode_in_chunks
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
-from bigdssm.retrieval.embed import document_vectors, encode, encode_features, query_vectors, tower_output
+from bigdssm.retrieval.embed import document_vectors, encode, query_vectors, tower_output
 
 PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
 
@@ -95,7 +95,7 @@ class PairScorer:
             of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
             columns = join_sides(of_queries, {name: of_docs[name] for name in read["doc"]})
             features = to_features(declared, columns)
-            parts.append(encode_features(features, pads, len(row[some]), score, self.device).cpu())
+            parts.append(encode_in_chunks(features, pads, len(row[some]), score, self.device).cpu())
         return torch.cat(parts)
 
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
@@ -109,7 +109,7 @@ class PairScorer:
             by = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
             features = to_features(self.schema.sides[side], columns)
             pads, num_rows = paddings(self.schema.sides[side]), len(next(iter(features.values())))
-            return encode_features(features, pads, num_rows, lambda some: by(some).float(), self.device)
+            return encode_in_chunks(features, pads, num_rows, lambda some: by(some).float(), self.device)
 
         q = encoded("query", queries, query_vectors)[torch.from_numpy(row)]
         d = encoded("doc", self.documents(distinct), document_vectors)[torch.from_numpy(column)]

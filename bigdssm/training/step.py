@@ -25,7 +25,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from bigdssm import distributed
 from bigdssm.errors import ConfigError
-from bigdssm.loader.batch import Batch, Features
+from bigdssm.loader.batch import Batch, Features, join_sides, split_sides
 from bigdssm.loader.step_plan import (
     Chunk,
     Chunked,
@@ -34,9 +34,7 @@ from bigdssm.loader.step_plan import (
     StepRequirements,
     TokenBudget,
     at_least_one,
-    join_sides,
     plan_side,
-    split_sides,
 )
 from bigdssm.loader.stream import RowReport
 from bigdssm.losses import LossOutput

@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigdssm.config import EngineConfig, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Text, Vocabulary
+from bigdssm.loader import encode
 from bigdssm.loader.batch import Batch, lengths_of
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import LossOutput, fps_loss
 from bigdssm.models import DualEncoder, Encoded, new_model, use_packing
 from bigdssm.models.declarations import Transformer
-from bigdssm.retrieval import embed
 from bigdssm.training.optimizers import AdamW
 from tests.packing import within_rows
 
@@ -342,8 +342,8 @@ def test_validation_in_uneven_chunks_measures_the_same(config: Path, tmp_path: P
 
 def in_small_chunks(rank: int, world_size: int, config: Path, run_dir: Path) -> None:
     """Run at ZeRO 3, every rank encoding in chunks of another size."""
-    usual, embed.CHUNK_TOKENS_CPU = embed.CHUNK_TOKENS_CPU, 12 * (rank + 1)
+    usual, encode.CHUNK_TOKENS_CPU = encode.CHUNK_TOKENS_CPU, 12 * (rank + 1)
     try:
         small_run.run(rank, world_size, config, run_dir, ("pretrain.steps=2", "engine.zero_stage=3"))
     finally:
-        embed.CHUNK_TOKENS_CPU = usual
+        encode.CHUNK_TOKENS_CPU = usual
