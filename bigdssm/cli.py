@@ -116,7 +116,7 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 def check_file_to_write(option: str, path: Path | None, command: str, *, overwrite: bool) -> None:
     """Raise ConfigError if `command` cannot write a file at `path`, or would replace another one; call it before work.
 
-    A command may replace the file that it wrote itself (`mark_written`).
+    A command may replace the file that it wrote itself (`atomic.put_file` notes it).
     """
     if path is None:
         return

@@ -46,7 +46,7 @@ from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import check_width, encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.sources.beir import Collection, read_collection
-from bigdssm.utils.atomic import mark_written, write_json
+from bigdssm.utils.atomic import write_json
 from bigdssm.utils.progress import ProgressBar
 
 BEIR_OPTIONS = (
@@ -128,9 +128,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _on_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
-    for path in written.values():
-        if path is not None:
-            mark_written(path, "evaluate")
 
 
 def _on_split(args: argparse.Namespace) -> None:

@@ -28,7 +28,6 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.candidates import write_candidates, write_rated
 from bigdssm.retrieval.embed import Share
-from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.progress import ProgressBar
 
 
@@ -71,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             columns = args.query_column, args.positive_column, args.column
             hard = write_candidates(args.out, dataset, args.given, columns, args.width, share)
-    mark_written(args.out, "list_candidates")
     print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} documents per query")
 
 

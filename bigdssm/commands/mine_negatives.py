@@ -27,7 +27,6 @@ from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.vectors import read_vectors
-from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.progress import ProgressBar
 
 
@@ -85,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         hard = gather_hard_negatives(args.out, local, dataset)
     if distributed.is_main():
-        mark_written(args.out, "mine_negatives")
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
     if ranks > 1:
         leave_process_group()

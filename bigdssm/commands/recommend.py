@@ -28,7 +28,6 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
-from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.progress import ProgressBar
 
 
@@ -76,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = recommend(parts, folder, index, dataset, queries, options, work, overwrite=overwrite)
         if as_csv and done.finished:
             write_csv(parts, args.out)
-            mark_written(args.out, "recommend")
     resumed = f", {done.resumed_shards} shards were already finished" if done.resumed_shards else ""
     rate = f"{done.queries} queries in {done.seconds:.1f} s, {done.queries / max(done.seconds, 1e-9):.0f} per second"
     print(f"rank {work.rank} of {work.world_size}: {rate}{resumed}")

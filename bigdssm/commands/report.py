@@ -49,7 +49,7 @@ from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
 from bigdssm.sources.beir import Collection, read_collection
-from bigdssm.utils.atomic import mark_written, write_json
+from bigdssm.utils.atomic import write_json
 from bigdssm.utils.progress import ProgressBar
 
 
@@ -119,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, as_json([*others, *models]))
-    mark_written(args.out, "report")
 
 
 def _trained_stages(run: Path, precision: str) -> dict[str, ModelFolder]:
@@ -182,7 +181,6 @@ def _measured(
     run = make()
     if file is not None:
         write_run(file, run, label)
-        mark_written(file, "report")
     return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
 
 

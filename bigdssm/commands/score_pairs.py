@@ -36,7 +36,6 @@ from bigdssm.evaluation.teachers import (
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
-from bigdssm.utils.atomic import mark_written
 from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.progress import ProgressBar
 
@@ -89,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         scored = score_pairs(args.out, hard, dataset, list(teachers.values()), names, work)
     if scored is not None:
-        mark_written(args.out, "score_pairs")
         per_query = f"{scored.per_query():.1f} documents per query"
         print(f"{args.out}: {len(scored)} queries, {per_query}, {len(teachers)} teachers")
 

@@ -38,7 +38,7 @@ from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import HELP, Event, Request, parse_request
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
-from bigdssm.utils.atomic import mark_written, new_file
+from bigdssm.utils.atomic import new_file
 
 HELPS = {field.name: field.metadata[HELP] for field in fields(Request)}
 SEEN = {"allow": False, "exclude": True}
@@ -94,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             writer = csv.writer(file)
             writer.writerow(["rank", *ScoredDocument._fields])
             writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
-        mark_written(args.out, "search")
 
 
 def _feature_values(pairs: list[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.keys import find_sorted
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import BigDSSMError, ConfigError, DivergedError
+from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.embed import (
     DocumentVectors,
     Encoders,
@@ -82,8 +83,8 @@ class TrainPositives:
         position, known = find_sorted(self.query_ids, query_ids)
         first = np.where(known, self.starts[position], 0)
         length = np.where(known, self.starts[np.minimum(position + 1, len(self.starts) - 1)], 0) - first
-        entry = np.repeat(first - np.cumsum(length) + length, length) + np.arange(length.sum())
-        return np.repeat(np.arange(len(query_ids)), length), self.doc_rows[entry]
+        docs = gather_ranges(self.doc_rows, first, first + length)
+        return np.repeat(np.arange(len(query_ids)), length), docs.values
 
 
 def mine(

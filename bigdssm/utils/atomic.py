@@ -59,7 +59,7 @@ def check_replaceable(
 
 
 def mark_written(path: Path, command: str) -> None:
-    """Note that `command` wrote this content of a file, which it may replace.
+    """Note that `command` wrote this content of a file, which it may replace; `put_file` does so, too.
 
     The note is an extended attribute, or the file .NAME.written where the file system has none.
     """
@@ -155,12 +155,17 @@ def write_json(path: Path, content: object) -> None:
 
 
 def put_file(aside: Path, path: Path) -> None:
-    """Sync the finished file `aside` and rename it to `path`, in the same folder."""
+    """Sync the finished file `aside`, note its command (`WRITERS`), and rename it to `path`, in the same folder."""
+    note = None
     if path in WRITERS:
-        with suppress(OSError):  # without extended attributes, `mark_written` writes a file
-            os.setxattr(aside, ATTRIBUTE, _note(aside, WRITERS[path]))
+        note = _note(aside, WRITERS[path])
+        with suppress(OSError):  # without extended attributes, the note is a file
+            os.setxattr(aside, ATTRIBUTE, note)
+            note = None
     sync(aside)
     os.replace(aside, path)
+    if note is not None:
+        write_bytes(_note_file(path), note)
 
 
 def replace_folder(new: Path, folder: Path, own: Iterable[str] | None = None) -> None:
