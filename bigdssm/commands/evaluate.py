@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from rich.console import Console
 
@@ -36,15 +37,13 @@ from bigdssm.evaluation.comparison import (
     differences_as_json,
     distinct_names,
     load_system,
+    model_system,
     save_comparison,
     table,
 )
-from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
-from bigdssm.retrieval.embed import check_width, encode_in, tower_encoders, truncate_vectors
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.embed import check_width, encode_in, truncate_vectors
 from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.progress import ProgressBar
@@ -158,21 +157,9 @@ def _on_split(args: argparse.Namespace) -> None:
         save_comparison(args.out, [model, *others], pairs, **how)
 
 
-def _evaluated(
-    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, rerank: int | None = None
-) -> System:
-    dataset = folder.view(dataset)
-    reranking = None
-    if rerank is not None:
-        scorer = PairScorer.from_folder(folder, dataset)
-        scorer.require_scorer()
-        reranking = Reranking(scorer, rerank)
+def _evaluated(name: str, folder: ModelFolder, **how: Any) -> System:
     with ProgressBar() as progress:
-        encoders = (encoders_of if rerank is None else tower_encoders)(folder.model, dataset)
-        evaluation = evaluate_split(
-            encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, progress=progress
-        )  # fmt: skip
-    return System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds)
+        return model_system(name, folder, progress=progress, **how)
 
 
 def _on_collection(args: argparse.Namespace) -> None:

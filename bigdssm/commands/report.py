@@ -40,11 +40,10 @@ from bigdssm.evaluation.comparison import (
     baseline_systems,
     differences,
     distinct_names,
+    model_system,
     table,
 )
-from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import table_metrics
-from bigdssm.evaluation.reranking import encoders_of
 from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
@@ -185,13 +184,9 @@ def _measured(
 
 
 def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:
-    dataset = folder.view(dataset)
     with ProgressBar() as progress:
-        encoders, exclude_seen = encoders_of(folder.model, dataset), folder.config.data.exclude_seen
-        evaluation = evaluate_split(encoders, dataset, split, exclude_seen=exclude_seen, progress=progress)
-    return System.from_ranks(
-        name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + training_seconds(stage_dir)
-    )
+        exclude_seen, spent_s = folder.config.data.exclude_seen, training_seconds(stage_dir)
+        return model_system(name, folder, dataset, split, exclude_seen, spent_s=spent_s, progress=progress)
 
 
 if __name__ == "__main__":

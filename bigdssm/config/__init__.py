@@ -52,8 +52,15 @@ if TYPE_CHECKING:
         TowerConfig,
         WarmStartConfig,
     )
-    from bigdssm.config.loading import config_from, config_of, load_config, load_written_config, read_config
-    from bigdssm.config.yaml_files import differences, first_difference
+    from bigdssm.config.loading import (
+        config_from,
+        config_of,
+        differences,
+        first_difference,
+        load_config,
+        load_written_config,
+        read_config,
+    )
 
 __all__ = [
     "ARCHITECTURE_FILE",
@@ -149,7 +156,14 @@ __getattr__, __dir__ = lazy_attributes(
             "TowerConfig",
             "WarmStartConfig",
         ],
-        "bigdssm.config.loading": ["config_from", "config_of", "load_config", "load_written_config", "read_config"],
-        "bigdssm.config.yaml_files": ["differences", "first_difference"],
+        "bigdssm.config.loading": [
+            "config_from",
+            "config_of",
+            "differences",
+            "first_difference",
+            "load_config",
+            "load_written_config",
+            "read_config",
+        ],
     },
 )

@@ -15,14 +15,18 @@ import xxhash
 from rich.box import SIMPLE
 from rich.table import Table
 
+from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Popularity
-from bigdssm.evaluation.evaluate import evaluate_scores
+from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
+from bigdssm.evaluation.reranking import Reranking, encoders_of
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import file_checksum
-from bigdssm.utils.log import metric_label
+from bigdssm.utils.log import Progress, metric_label, no_progress
 
 RUN_METRICS = ("ndcg_at_10", "recall_at_100", "mrr")
 MARKOV = "Markov, window 3"
@@ -91,6 +95,24 @@ def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) ->
         evaluation = evaluate_scores(kind.fit(dataset), dataset, split, exclude_seen=exclude_seen)
         systems.append(System.from_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started))
     return systems
+
+
+def model_system(
+    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, *, rerank: int | None = None,
+    spent_s: float = 0.0, progress: Progress = no_progress,
+) -> System:  # fmt: skip
+    """Evaluate a model folder; `rerank`: its scorer re-ranks as many documents; `spent_s`: seconds of its training."""
+    dataset = folder.view(dataset)
+    if rerank is None:
+        encoders, reranking = encoders_of(folder.model, dataset), None
+    else:
+        reranking = Reranking(PairScorer.from_folder(folder, dataset), rerank)
+        reranking.scorer.require_scorer()
+        encoders = tower_encoders(folder.model, dataset)
+    evaluation = evaluate_split(
+        encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, progress=progress
+    )  # fmt: skip
+    return System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + spent_s)
 
 
 def table(systems: Sequence[System], title: str, metrics: Sequence[str] | None = None) -> Table:

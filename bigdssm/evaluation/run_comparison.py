@@ -13,9 +13,7 @@ from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, DataError
-from bigdssm.evaluation.comparison import System
-from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.reranking import encoders_of
+from bigdssm.evaluation.comparison import System, model_system
 from bigdssm.utils.log import Progress, metric_label, no_progress
 
 ABSENT = "—"
@@ -67,12 +65,8 @@ def _measured(
         if dataset.num_rows(split) == 0:
             return None, f"{dataset.dir} has no rows in split {split}"
         for name, model in zip("AB", models, strict=True):
-            view = model.view(dataset)
-            evaluation = evaluate_split(
-                encoders_of(model.model, view), view, split,
-                exclude_seen=models[0].config.data.exclude_seen, progress=progress,
-            )  # fmt: skip
-            systems.append(System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds))
+            exclude_seen = models[0].config.data.exclude_seen
+            systems.append(model_system(name, model, dataset, split, exclude_seen, progress=progress))
     except BigDSSMError as error:
         return None, str(error)
     return (systems[0], systems[1]), ""

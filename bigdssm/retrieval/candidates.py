@@ -113,7 +113,22 @@ def write_candidates(
     """
     share, target_column = share or Share(), columns[1]
     positives = TrainPositives.of(dataset, share)
-    candidates = _read(dataset, table, columns)
+    query_column, _, candidate_column = columns
+    queries, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    missing = 0
+    options = dict(zip(columns, ("--query-column", "--positive-column", "--column"), strict=True))
+    for batch in read_table(table, {column: option for column, option in options.items() if column}, _warn):
+        check = RowCheck(batch, _warn)
+        hashed, lists = hash_strings(strings(check, query_column)), value_lists(check, candidate_column, " ")
+        if target_column is not None:
+            hashed = pair_hash(hashed, dataset.catalogue.rows_by_key(strings(check, target_column).to_pylist()))
+        rows = dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
+        queries.append(np.repeat(hashed, np.diff(np.asarray(lists.offsets)))[rows >= 0])
+        docs.append(rows[rows >= 0])
+        missing += int((rows < 0).sum())
+    if missing:
+        log.warning("%s: %d entries of column %s are no document of %s", table, missing, candidate_column, dataset.dir)
+    candidates = CandidateRows.of(np.concatenate(queries), np.concatenate(docs), None)
 
     def of(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         queries = rows.query_ids if target_column is None else pair_hash(rows.query_ids, rows.doc_rows)
@@ -123,25 +138,6 @@ def write_candidates(
 
     empty = f"{table}: no training query of {dataset.dir} has a candidate in it; check the ids in its columns"
     return _write(path, dataset, of, width, scored=False, empty=empty, share=share)
-
-
-def _read(dataset: Dataset, table: Path, columns: tuple[str, str | None, str]) -> CandidateRows:
-    query, target, candidates = columns
-    queries, docs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    missing = 0
-    options = dict(zip(columns, ("--query-column", "--positive-column", "--column"), strict=True))
-    for batch in read_table(table, {column: option for column, option in options.items() if column}, _warn):
-        check = RowCheck(batch, _warn)
-        hashed, lists = hash_strings(strings(check, query)), value_lists(check, candidates, " ")
-        if target is not None:
-            hashed = pair_hash(hashed, dataset.catalogue.rows_by_key(strings(check, target).to_pylist()))
-        rows = dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
-        queries.append(np.repeat(hashed, np.diff(np.asarray(lists.offsets)))[rows >= 0])
-        docs.append(rows[rows >= 0])
-        missing += int((rows < 0).sum())
-    if missing:
-        log.warning("%s: %d entries of column %s are no document of %s", table, missing, candidates, dataset.dir)
-    return CandidateRows.of(np.concatenate(queries), np.concatenate(docs), None)
 
 
 def _write(

@@ -70,7 +70,15 @@ class ShardedFolder:
             self._ranks = (self.aside / RANKS_FILE).open("a+")
             path = self.aside / JOB_FILE
             if not path.is_file() or path.read_text(encoding="utf-8") != described:
-                self._claim()
+                try:  # another job's rank would mark shards of this one as done
+                    fcntl.lockf(self._ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise
+                    raise DataError(
+                        f"another process is writing {folder} with other inputs or options; wait for it or choose "
+                        "another --out"
+                    ) from None
                 self._empty()
                 try:
                     prepare(self.aside)
@@ -114,18 +122,6 @@ class ShardedFolder:
                 for name in (JOB_FILE, LOCK_FILE, RANKS_FILE):
                     (self._folder / name).unlink()
         return True
-
-    def _claim(self) -> None:
-        """Raise DataError if a rank of another job is running: it would mark shards of this job as done."""
-        try:
-            fcntl.lockf(self._ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise DataError(
-                f"another process is writing {self._folder} with other inputs or options; wait for it or choose "
-                "another --out"
-            ) from None
 
     def _empty(self) -> None:
         """Remove the files of another job, except the locks."""

@@ -113,7 +113,16 @@ def write_vectors(
         new_array(aside / CONTENTS_FILE, DOCUMENT, (num_docs,))
 
     def finish(aside: Path) -> None:
-        _write_documents(aside / DOCUMENTS_FILE, dataset)
+        withdrawn = np.zeros(num_docs, bool)
+        withdrawn[dataset.catalogue.withdrawn] = True
+        schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string())])
+        if withdrawn.any():
+            schema = schema.append(pa.field(WITHDRAWN, pa.bool_()))
+        with pa.OSFile(str(aside / DOCUMENTS_FILE), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for first in range(0, num_docs, ROWS_AT_ONCE):
+                rows = np.arange(first, min(first + ROWS_AT_ONCE, num_docs))
+                columns = [dataset.catalogue.keys(rows), dataset.catalogue.titles(rows), withdrawn[rows]]
+                writer.write_table(pa.table(columns[: len(schema)], schema=schema))
         write_meta(aside, meta)
         complete(aside)
 
@@ -278,19 +287,6 @@ def _documents(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
             digest.update(value)
         documents["content"][i] = digest.intdigest()
     return documents
-
-
-def _write_documents(path: Path, dataset: Dataset) -> None:
-    withdrawn = np.zeros(dataset.catalogue.num_docs, bool)
-    withdrawn[dataset.catalogue.withdrawn] = True
-    schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string())])
-    if withdrawn.any():
-        schema = schema.append(pa.field(WITHDRAWN, pa.bool_()))
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for first in range(0, dataset.catalogue.num_docs, ROWS_AT_ONCE):
-            rows = np.arange(first, min(first + ROWS_AT_ONCE, dataset.catalogue.num_docs))
-            columns = [dataset.catalogue.keys(rows), dataset.catalogue.titles(rows), withdrawn[rows]]
-            writer.write_table(pa.table(columns[: len(schema)], schema=schema))
 
 
 def _load(folder: Path, name: str, meta: VectorsMeta) -> np.ndarray:

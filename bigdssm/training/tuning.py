@@ -26,7 +26,7 @@ from bigdssm.cluster.launcher import run_command
 from bigdssm.cluster.metrics import read_stage, selection_score
 from bigdssm.cluster.run_folder import read_events, request_stop
 from bigdssm.config import Config, StageName, read_config
-from bigdssm.config.yaml_files import read_yaml
+from bigdssm.config.loading import read_yaml
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.baselines import fit_baseline

@@ -31,7 +31,7 @@ from typing import Any, Literal, cast
 from omegaconf import MISSING, OmegaConf
 
 import tools.evidence.baselines  # noqa: F401, which registers them
-from bigdssm.config.yaml_files import read_yaml, to_dataclass
+from bigdssm.config.loading import read_yaml, to_dataclass
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES
 
