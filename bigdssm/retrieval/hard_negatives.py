@@ -15,8 +15,7 @@ from bigdssm.dataset.keys import find_sorted
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.retrieval.texts import Texts
-from bigdssm.utils.array_file import check_seal, new_array, seal
-from bigdssm.utils.atomic import new_file
+from bigdssm.utils.array_file import check_seal
 from bigdssm.utils.hashing import derive_key, mix64
 
 ROWS_AT_ONCE = 1024
@@ -30,13 +29,6 @@ def window_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray
     if teacher is not None:
         records["teacher"] = teacher
     return records
-
-
-def write_hard_negatives(path: Path, records: np.ndarray, dataset: Dataset) -> None:
-    """Write `window_records` of a dataset's train rows to a file. Raises OSError."""
-    with new_file(path) as aside:
-        new_array(aside, records.dtype, records.shape)[:] = records
-        seal(aside, dataset.fingerprint)
 
 
 def record_dtype(width: int, scored: bool = False) -> np.dtype[np.void]:

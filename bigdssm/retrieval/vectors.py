@@ -363,9 +363,3 @@ def decode_rows(rows: np.ndarray, dtype: Dtype, width: int, has_beta: bool = Tru
     if has_beta:
         vectors[:, -1] = rows["beta"]
     return vectors
-
-
-def bytes_per_vector(dtype: Dtype, width: int, has_beta: bool = True) -> int:
-    """Return the bytes per vector in a file."""
-    element, shape = row_layout(dtype, width, has_beta)
-    return element.itemsize * int(np.prod(shape, dtype=np.int64))

@@ -6,18 +6,14 @@ import json
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bigdssm.serving.searcher import SearchResult
 from bigdssm.serving.server import METRICS_DIR
 from bigdssm.utils.log import get_logger
-
-if TYPE_CHECKING:
-    from bigdssm.serving.searcher import SearchResult
-
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 QUERIES = (1, 2, 4, 8, 16, 32, 64)

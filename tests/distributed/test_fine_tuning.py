@@ -16,10 +16,11 @@ from bigdssm.checkpoints.model_folder import load_checkpoint_model
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_hard_negatives
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
+from tests.hard_negatives import write_hard_negatives
 
 from . import small_run
 from .spawn import Pool, RankFailed

@@ -20,7 +20,7 @@ from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.losses import ListwiseKL
 from bigdssm.models import new_model
-from bigdssm.retrieval.hard_negatives import window_records, write_hard_negatives
+from bigdssm.retrieval.hard_negatives import window_records
 from bigdssm.training.batches import row_stream
 from bigdssm.training.checks import check_stage, check_tables
 from bigdssm.training.negative_refresh import HardNegativeRefresh
@@ -28,6 +28,7 @@ from bigdssm.training.resume import _check_origin, check_folder
 from bigdssm.training.validation import BestSelection, Validator
 from bigdssm.utils.log import no_progress
 from tests.distributed import small_run
+from tests.hard_negatives import write_hard_negatives
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,6 @@ from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
     VectorsMeta,
-    bytes_per_vector,
     encode_rows,
     read_meta,
     read_vectors,
@@ -182,7 +181,8 @@ def measure(
     ranks = np.where(is_target.any(axis=1), is_target.argmax(axis=1) + 1.0, np.inf)
     p50, p99 = np.percentile(seconds, [50, 99]) * 1000
     size = faiss.serialize_index(faiss_index).nbytes / plan.num_docs
-    on_disk = bytes_per_vector(plan.dtype, whole.width, plan.has_beta) if plan.rescored else 0
+    one = np.zeros((1, whole.width), np.float32)
+    on_disk = encode_rows(one, plan.dtype, plan.has_beta).nbytes if plan.rescored else 0
     ndcg = mean_metrics(ranks)["ndcg_at_10"]
     name = f"{plan.kind}{f' {plan.width - plan.has_beta}' if plan.whole else ''}"
     name += f" × {plan.rescored}" if plan.rescored else ""

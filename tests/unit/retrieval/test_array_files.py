@@ -33,10 +33,11 @@ from bigdssm.features.columns import RowCheck, SourceBatch
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_hard_negatives
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.utils.array_file import new_array
+from tests.hard_negatives import write_hard_negatives
 
 
 @pytest.fixture(scope="module")

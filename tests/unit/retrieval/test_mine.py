@@ -22,9 +22,9 @@ from bigdssm.retrieval.hard_negatives import (
     sample_window,
     take_positions,
     window_records,
-    write_hard_negatives,
 )
 from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
+from tests.hard_negatives import write_hard_negatives
 
 
 def brute_force(encoders: Encoders, dataset: Dataset, first: int, last: int) -> np.ndarray:

@@ -22,11 +22,12 @@ from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records, write_hard_negatives
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
+from tests.hard_negatives import write_hard_negatives
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 
