@@ -23,7 +23,24 @@ logger = get_logger(__name__)
 def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     """Run `stage` with the command line `argv` and return the exit code; `about` is the help text."""
     launcher = LauncherMonitor()
-    arguments = _parser(about).parse_intermixed_args(argv)  # key=value may be anywhere
+    parser = command_parser(about)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys, such as run.seed=1"
+    )
+    parser.add_argument(
+        "--ranks", type=at_least(1), metavar="N",
+        help=f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; "
+        "at most data.lanes); under a launcher, its number of ranks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        choices=["auto"],
+        help="continue from the newest valid checkpoint, if any (default: start from the beginning)",
+    )
+    parser.add_argument("--validate", action="store_true", help="validate config and data, build one batch, and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it
+    arguments = parser.parse_intermixed_args(argv)  # key=value may be anywhere
 
     def train() -> int | None:
         world_size = check_launch()
@@ -104,24 +121,3 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
         ranks, where, threads, cores,
     )  # fmt: skip
     return ranks
-
-
-def _parser(about: str | None) -> argparse.ArgumentParser:
-    parser = command_parser(about)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys, such as run.seed=1"
-    )
-    parser.add_argument(
-        "--ranks", type=at_least(1), metavar="N",
-        help=f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; "
-        "at most data.lanes); under a launcher, its number of ranks",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resume",
-        choices=["auto"],
-        help="continue from the newest valid checkpoint, if any (default: start from the beginning)",
-    )
-    parser.add_argument("--validate", action="store_true", help="validate config and data, build one batch, and stop")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it
-    return parser

@@ -13,7 +13,7 @@ import textwrap
 import tokenize
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import omegaconf
 
@@ -40,30 +40,23 @@ def config_schema() -> Schema:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment per field of a dataclass: the lines above it, then the comments within and after it."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):  # a class of a console or notebook has no source file
-        return {}
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
-             if token.type == tokenize.COMMENT}  # fmt: skip
+    """Return the comment per field of a dataclass and of its bases: the lines above it, those within and after it."""
     result = {}
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-            first = node.lineno
-            while lines.get(first - 1, ("", False))[1]:
-                first -= 1
-            result[node.target.id] = " ".join(lines[n][0] for n in range(first, node.end_lineno + 1) if n in lines)
+    for base in filter(is_dataclass, reversed(cls.__mro__)):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # a class of a console or notebook has no source file
+            continue
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        lines = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
+                 if token.type == tokenize.COMMENT}  # fmt: skip
+        for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
+                first = node.lineno
+                while lines.get(first - 1, ("", False))[1]:
+                    first -= 1
+                result[node.target.id] = " ".join(lines[n][0] for n in range(first, node.end_lineno + 1) if n in lines)
     return result
-
-
-def all_comments(cls: type) -> dict[str, str]:
-    """Return the comments of a dataclass and of its bases."""
-    bases = [base for base in reversed(cls.__mro__) if is_dataclass(base)]
-    return {name: comment for base in bases for name, comment in comments(base).items()}
 
 
 def default_of(field: Field[Any]) -> Any:
@@ -74,7 +67,7 @@ def default_of(field: Field[Any]) -> Any:
 
 def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
     """Return the schema of a dataclass; `sections` collects the definitions of nested dataclasses."""
-    hints, descriptions = get_type_hints(cls), all_comments(cls)
+    hints, descriptions = get_type_hints(cls), comments(cls)
     properties: dict[str, Any] = {}
     required = []
     for field in fields(cls):

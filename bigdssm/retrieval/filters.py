@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -46,7 +47,7 @@ def parse_filter(text: str) -> tuple[Condition, ...]:
     """Parse a filter into its conditions, all of which must hold. Raises ConfigError: a syntax error."""
     parser = _Parser(text)
     conditions = [parser.condition()]
-    while not parser.at_end:
+    while parser.tokens:
         parser.expect("and")
         conditions.append(parser.condition())
     return tuple(conditions)
@@ -112,18 +113,13 @@ class _Parser:
     """Recursive-descent parser of filters."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._tokens, self._next = text, list[str](), 0
-        position = 0
+        self._text, self.tokens, position = text, deque[str](), 0
         while rest := text[position:].strip():
             match = _TOKEN.match(text, position)
             if match is None:
                 raise ConfigError(f"filter {text[:80]!r}: the quote in {rest[:20]!r} is not closed")
             position = match.end()
-            self._tokens.append(match.group().strip())
-
-    @property
-    def at_end(self) -> bool:
-        return self._next == len(self._tokens)
+            self.tokens.append(match.group().strip())
 
     def condition(self) -> Condition:
         feature = self._word("the name of a feature")
@@ -146,10 +142,7 @@ class _Parser:
 
     def _next_token(self) -> str:
         """Return the next token, quotes included; '' at the end."""
-        if self.at_end:
-            return ""
-        self._next += 1
-        return self._tokens[self._next - 1]
+        return self.tokens.popleft() if self.tokens else ""
 
     def _word(self, what: str) -> str:
         token = self._next_token()

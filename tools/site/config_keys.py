@@ -38,7 +38,7 @@ from bigdssm.config.keys import (
     TableOptimizerConfig,
     TextEncoderConfig,
 )
-from bigdssm.config.schema import all_comments, default_of
+from bigdssm.config.schema import comments, default_of
 from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
@@ -208,7 +208,7 @@ def _collect(cls: type, prefix: str, prefixes_of: dict[type, list[str]], compone
 
 def _rows(cls: type, without: Sequence[str] = (), default: Any = None) -> Iterator[str]:
     """Yield one table row per field that is a value, not a section."""
-    notes, hints = all_comments(cls), get_type_hints(cls)
+    notes, hints = comments(cls), get_type_hints(cls)
     for field in fields(cls):
         if field.name in without or REGISTRY in field.metadata:
             continue
