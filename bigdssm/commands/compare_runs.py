@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import command, command_parser
-from bigdssm.evaluation.comparison import differences, table
-from bigdssm.evaluation.run_comparison import compare
+from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
+from bigdssm.cluster.run_folder import read_events
+from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.evaluation.comparison import System, differences, model_system, table
+from bigdssm.utils.log import Progress, metric_label, no_progress
 from bigdssm.utils.progress import ProgressBar
+
+ABSENT = "—"
 
 
 @command
@@ -55,6 +65,94 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table([a, b], f"{args.split}, {len(a.values['mrr'])} rows"))
     for line in differences([(b, a)]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of two stages."""
+
+    stage: str
+    # (property, value of A, value of B) by title; of `training` (steps, speed, restarts, best validation) all, of the
+    # others those that differ.
+    parts: dict[str, list[tuple[str, str, str]]]
+    systems: tuple[System, System] | None  # evaluated on the same rows
+    skip_reason: str  # why `systems` is None
+
+
+def compare(
+    a: Path, b: Path, stage: str | None, split: str, data: str | None, progress: Progress = no_progress
+) -> Comparison:
+    """Compare a stage of two runs, by default the last common one; `data` overrides the runs' dataset.
+
+    Raises DataError: a folder is not a run, or the runs have no such stage in common.
+    """
+    folders_a, folders_b = ({folder.name: folder for folder in stage_folders(run)} for run in (a, b))
+    common = [name for name in folders_a if name in folders_b]
+    if len(folders_a) == len(folders_b) == 1 and stage is None:  # two stage folders may have any names
+        pair = (next(iter(folders_a.values())), next(iter(folders_b.values())))
+    elif not common or (stage is not None and stage not in common):
+        raise DataError(f"{a} has {', '.join(folders_a)} and {b} has {', '.join(folders_b)}: no stage to compare")
+    else:
+        pair = (folders_a[stage or common[-1]], folders_b[stage or common[-1]])
+    parts = {}
+    for title, read in {"config": _config, "versions": _versions, "data": _data, "training": _training}.items():
+        of_a, of_b = map(read, pair)
+        values = [(key, of_a.get(key, ABSENT), of_b.get(key, ABSENT)) for key in {**of_a, **of_b}]
+        parts[title] = [row for row in values if title == "training" or row[1] != row[2]]
+
+    # Both models on the same rows.
+    systems, reason = [], ""
+    try:
+        models = [load_model_folder(folder / "best") for folder in pair]
+        config = models[0].config.data
+        dataset = Dataset.open(data or config.dir, cache=FileCache.from_config(config))
+        if dataset.num_rows(split) == 0:
+            reason = f"{dataset.dir} has no rows in split {split}"
+        else:
+            for name, model in zip("AB", models, strict=True):
+                systems.append(model_system(name, model, dataset, split, config.exclude_seen, progress=progress))
+    except BigDSSMError as error:
+        reason = str(error)
+    return Comparison(pair[0].name, parts, None if reason else (systems[0], systems[1]), reason)
+
+
+def _config(folder: Path) -> dict[str, str]:
+    content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    return {key: str(value) for key, value in flatten(content, ".").items()}
+
+
+def _versions(folder: Path) -> dict[str, str]:
+    starts = [event for event in read_events(folder) if event["event"] == "start"]
+    return dict(starts[-1]["versions"]) if starts else {}
+
+
+def _data(folder: Path) -> dict[str, str]:
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        fingerprint = str(load_model_folder(folder / "best").provenance.get("dataset", ABSENT))
+    except BigDSSMError:
+        fingerprint = ABSENT
+    return {"dataset": config["data"]["dir"], "fingerprint": fingerprint}
+
+
+def _training(folder: Path) -> dict[str, str]:
+    records = read_stage(folder).records
+    train = [record for record in records if "loss" in record]
+    speeds = sorted(record["rows_per_s"] for record in train if record.get("rows_per_s"))
+    validations = [record for record in records if "validation" in record]
+    name = f" {metric_label(validations[-1]['selected_by'])}" if validations else ""
+    scores = [score for record in validations if (score := selection_score(record)) is not None]
+    events = read_events(folder)
+    starts = [event for event in events if event["event"] == "start"]
+    return {
+        "last step": str(records[-1]["step"]) if records else "0",
+        "last loss": f"{train[-1]['loss']:.4f}" if train else ABSENT,
+        f"best validation{name}": f"{max(scores):.4f}" if validations else ABSENT,
+        "rows/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ABSENT,
+        "ranks": str(starts[-1]["ranks"]) if starts else ABSENT,
+        "starts": str(len(starts)),
+        "ended": str(events[-1]["reason"]) if events and events[-1]["event"] == "end" else "no",
+    }
 
 
 if __name__ == "__main__":

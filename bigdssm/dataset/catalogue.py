@@ -27,7 +27,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.ragged import Column, Ragged, from_arrow
-from bigdssm.utils.arrow import open_arrow
+from bigdssm.utils.array_file import open_arrow
 from bigdssm.utils.hashing import hash64
 
 DOCUMENT_COLUMN = "document"  # in files of newer versions and of withdrawals: the document number

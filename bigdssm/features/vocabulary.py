@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
-from bigdssm.utils.arrow import open_arrow
+from bigdssm.utils.array_file import open_arrow
 from bigdssm.utils.atomic import link_or_copy, new_file
 from bigdssm.utils.hashing import file_checksum, mix64
 from bigdssm.utils.string_hashing import flat_strings, hash_strings

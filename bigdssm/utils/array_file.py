@@ -1,4 +1,4 @@
-"""Memory-mapped .npy files with a seal: the fingerprint of their dataset and a checksum.
+"""Memory-mapped files: Arrow, and .npy with a seal, the fingerprint of their dataset and a checksum.
 
 A seal is SEAL_BYTES of JSON after the array, which .npy readers ignore; the checksum covers all bytes before it.
 """
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike
 
@@ -59,3 +60,13 @@ def check_seal(path: Path, dataset: str, fix: str) -> None:
         raise DataError(f"{path} belongs to another dataset, {made_of}, needs {dataset}; {fix}")
     if file_checksum(path, 0, end) != checksum:
         raise DataError(f"{path} is damaged: its checksum does not match; copy it again, or {fix}")
+
+
+def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
+    """Open an Arrow file memory-mapped. Raises DataError: missing, or not an Arrow file."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; the folder is incomplete, build it again or copy all of it") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Arrow file ({error}); copy it again or build it again") from None

@@ -161,7 +161,7 @@ def test_the_source_keeps_the_rules() -> None:
         ("tools/make_shards.py", "import webdataset as wds", "webdataset is imported outside"),
         ("bigdssm/commands/embed.py", "import deepspeed", "deepspeed is imported outside"),
         (
-            "bigdssm/evaluation/run_comparison.py",
+            "bigdssm/evaluation/comparison.py",
             "from bigdssm.commands import embed",
             "evaluation (layer 8) imports bigdssm.commands",
         ),

@@ -16,10 +16,10 @@ from bigdssm.checkpoints.model_folder import save_model_folder
 from bigdssm.cluster.metrics import Trackers, check_trackers
 from bigdssm.cluster.monitor import read_run_state, sparkline
 from bigdssm.cluster.run_folder import FolderLock
+from bigdssm.commands.compare_runs import compare
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.run_comparison import compare
 from bigdssm.models import new_model
 from tests.conftest import TinyDataset
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, a fixture
