@@ -36,7 +36,6 @@ from bigdssm.cli import (
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import HELP, Event, Request, parse_request
-from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import new_file
 
@@ -88,7 +87,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
     documents = searcher.answer([query])[0].documents
-    _show(searcher, query, documents)
+    console = Console(markup=False, emoji=False, highlight=False)
+    if newest := searcher.seen(query):
+        more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
+        console.print(f"history, newest first: {'; '.join(newest)}{more}", soft_wrap=True)
+    for item in query.unknown:
+        console.print(f"skipped: {searcher.queries.unknown(item)}", soft_wrap=True)
+    table = Table()
+    for column in ("rank", "score"):
+        table.add_column(column, justify="right")
+    table.add_column("document")
+    table.add_column("key")
+    for rank, document in enumerate(documents, start=1):
+        table.add_row(str(rank), f"{document.score:.4f}", document.title, document.key)
+    console.print(table)
     if args.out is not None:
         with new_file(args.out) as aside, aside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
@@ -106,23 +118,6 @@ def _feature_values(pairs: list[str]) -> dict[str, str]:
             raise ConfigError(f"--text contains {name} twice")
         values[name] = value
     return values
-
-
-def _show(searcher: Searcher, query: Query, documents: Sequence[ScoredDocument]) -> None:
-    console = Console(markup=False, emoji=False, highlight=False)
-    if newest := searcher.seen(query):
-        more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
-        console.print(f"history, newest first: {'; '.join(newest)}{more}", soft_wrap=True)
-    for item in query.unknown:
-        console.print(f"skipped: {searcher.queries.unknown(item)}", soft_wrap=True)
-    table = Table()
-    for column in ("rank", "score"):
-        table.add_column(column, justify="right")
-    table.add_column("document")
-    table.add_column("key")
-    for rank, document in enumerate(documents, start=1):
-        table.add_row(str(rank), f"{document.score:.4f}", document.title, document.key)
-    console.print(table)
 
 
 if __name__ == "__main__":

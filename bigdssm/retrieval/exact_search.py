@@ -29,6 +29,8 @@ LAST_ROW = (1 << ROW_BITS) - 1
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """(query row, catalogue row), both int64."""
+Search = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+"""(queries [m, D+1], top, excluded rows, excluded positions) → sort keys [m, top] of local documents, best first."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,33 @@ def rounds(
     documents that this rank's queries exclude in addition to their target; `known` maps query ids of all ranks to this
     rank's known positives, which are excluded, too.
     """
-    most = max(1, at_once // distributed.world_size())
-    for rows, queries in chunks:
-        blocks = distributed.all_reduce(torch.tensor([-(-len(rows) // most)]), "max").item()
+    device, world = documents.vectors.device, distributed.world_size()
+    most, pairs_at_once = max(1, at_once // world), max(1, PAIRS_AT_ONCE // world)
+    for chunk_rows, chunk_queries in chunks:
+        blocks = distributed.all_reduce(torch.tensor([-(-len(chunk_rows) // most)]), "max").item()
         for first in range(0, int(blocks) * most, most):
-            part = np.arange(min(first, len(rows)), min(first + most, len(rows)))
-            yield _round(rows.take(part), queries[first : first + most], documents, excluded, known)
+            part = np.arange(min(first, len(chunk_rows)), min(first + most, len(chunk_rows)))
+            rows, queries = chunk_rows.take(part), chunk_queries[first : first + most]
+            longest = max(_of_all_ranks(len(rows), device))
+            target = distributed.all_gather_padded(as_tensor(rows.doc_rows).to(device), longest).wait()
+
+            # The pairs that this rank knows to exclude, as (query of the round, catalogue row).
+            query, docs = excluded(rows)
+            local_pairs = [np.stack([query + distributed.rank() * longest, docs], 1)]
+            if known is not None:
+                ids = distributed.all_gather_padded(as_tensor(rows.query_ids).to(device), longest).wait()
+                local_pairs.append(np.stack(known(ids.cpu().numpy()), 1))
+            pairs = as_tensor(np.concatenate(local_pairs).astype(np.int32)).to(device)
+
+            # Every rank gets those of its documents, from all ranks.
+            held = [_local_positions(documents, torch.arange(len(target), device=device), target)]
+            counts = _of_all_ranks(len(pairs), device)
+            for begin in range(0, max(counts), pairs_at_once):
+                sent = [min(max(0, count - begin), pairs_at_once) for count in counts]
+                gathered = distributed.all_gather_rows(pairs[begin : begin + pairs_at_once], sent).long()
+                held.append(_local_positions(documents, gathered[:, 0], gathered[:, 1]))
+            local = ExcludedDocuments.of(*(torch.cat(side) for side in zip(*held, strict=True)))
+            yield SearchRound(rows, distributed.all_gather_padded(queries, longest).wait(), target, local)
 
 
 def excluded_documents(dataset: Dataset, exclude_seen: bool) -> Callable[[Rows], Pairs]:
@@ -131,29 +154,6 @@ def _at_least(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
-def _round(
-    rows: Rows, queries: Tensor, documents: DocumentVectors, excluded: Callable[[Rows], Pairs],
-    known: Callable[[np.ndarray], Pairs] | None,
-) -> SearchRound:  # fmt: skip
-    device, world = documents.vectors.device, distributed.world_size()
-    longest = max(_of_all_ranks(len(rows), device))
-    target = distributed.all_gather_padded(as_tensor(rows.doc_rows).to(device), longest).wait()
-    query, docs = excluded(rows)
-    local_pairs = [np.stack([query + distributed.rank() * longest, docs], 1)]
-    if known is not None:
-        ids = distributed.all_gather_padded(as_tensor(rows.query_ids).to(device), longest).wait()
-        local_pairs.append(np.stack(known(ids.cpu().numpy()), 1))
-    pairs = as_tensor(np.concatenate(local_pairs).astype(np.int32)).to(device)
-    held = [_local_positions(documents, torch.arange(len(target), device=device), target)]
-    counts, at_once = _of_all_ranks(len(pairs), device), max(1, PAIRS_AT_ONCE // world)
-    for first in range(0, max(counts), at_once):
-        sent = [min(max(0, count - first), at_once) for count in counts]
-        gathered = distributed.all_gather_rows(pairs[first : first + at_once], sent).long()
-        held.append(_local_positions(documents, gathered[:, 0], gathered[:, 1]))
-    local = ExcludedDocuments.of(*(torch.cat(side) for side in zip(*held, strict=True)))
-    return SearchRound(rows, distributed.all_gather_padded(queries, longest).wait(), target, local)
-
-
 def _of_all_ranks(number: int, device: torch.device) -> list[int]:
     numbers = distributed.all_gather_rows(torch.tensor([number], device=device), [1] * distributed.world_size())
     return [int(number) for number in numbers.tolist()]
@@ -162,10 +162,6 @@ def _of_all_ranks(number: int, device: torch.device) -> list[int]:
 def _local_positions(documents: DocumentVectors, rows: Tensor, docs: Tensor) -> tuple[Tensor, Tensor]:
     here = documents.hold(docs)
     return rows[here], docs[here] - documents.first
-
-
-Search = Callable[[Tensor, int, Tensor, Tensor], Tensor]
-"""(queries [m, D+1], top, excluded rows, excluded positions) → sort keys [m, top] of local documents, best first."""
 
 
 def top_documents(
