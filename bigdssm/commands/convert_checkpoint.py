@@ -28,7 +28,7 @@ from bigdssm.cli import add_overwrite, command, command_parser
 from bigdssm.config.loading import options_of
 from bigdssm.errors import ConfigError
 from bigdssm.export.convert import BEST, export, folder_source, stage_source
-from bigdssm.export.formats import EXPORT_FORMATS, export_format
+from bigdssm.export.formats import EXPORT_FORMATS
 
 
 @command
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.model is not None and args.checkpoint is not None:
         raise ConfigError("--checkpoint needs --run: a model folder has only one checkpoint; omit it")
-    kind = export_format(args.format, options_of(args.options, EXPORT_FORMATS.find(args.format, "")))
+    kind = EXPORT_FORMATS.make(args.format, options_of(args.options, EXPORT_FORMATS.find(args.format, "")))
     logging.disable_progress_bar()
     source_weights = stage_source(args.run, args.checkpoint or BEST) if args.run else folder_source(args.model)
     parity = export(source_weights, args.out, kind, overwrite=args.overwrite)

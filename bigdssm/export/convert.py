@@ -27,7 +27,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.card import CARD_FILE, ReportedMetrics, model_card
-from bigdssm.export.formats import ExportFormat, Parity, export_format
+from bigdssm.export.formats import EXPORT_FORMATS, ExportFormat, Parity
 from bigdssm.export.onnx_model import EXPORT_FILE
 from bigdssm.models import DualEncoder
 from bigdssm.utils.atomic import check_replaceable, new_folder, real_path, write_json
@@ -77,7 +77,7 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     ConfigError: the format does not support the model, or `out` holds something else; CheckpointError: the vectors
     differ by more than `formats.PARITY_LIMIT`.
     """
-    kind = export_format(kind)
+    kind = EXPORT_FORMATS.make(kind)
     if not kind.keeps_adapters:
         source = replace(source, model=without_adapters(source.model))
     target = kind.format

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -126,13 +126,6 @@ EXPORT_FORMATS: Registry[ExportFormat] = Registry(
     "an export format", "format", ExportFormat, home="bigdssm.export.convert"
 )
 register_export = EXPORT_FORMATS.register
-
-
-def export_format(kind: str | ExportFormat, options: Mapping[str, Any] | None = None) -> ExportFormat:
-    """Return a format by name with its options. Raises ConfigError: unknown format or option, or bad value."""
-    if isinstance(kind, ExportFormat):
-        return export_format(kind.format, asdict(kind))
-    return EXPORT_FORMATS.read("", {**(options or {}), "format": kind})
 
 
 def python_block(*parts: str) -> str:

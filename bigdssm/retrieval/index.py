@@ -24,7 +24,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import check_width
-from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, index_type
+from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments, IndexBackend
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import check_utf8
 from bigdssm.retrieval.vectors import (
@@ -220,7 +220,7 @@ class Index:
 
     @cached_property
     def _backend(self) -> IndexBackend:
-        return index_type(self.meta.kind, self.meta.options)
+        return INDEX_TYPES.make(self.meta.kind, self.meta.options)
 
     def _search(
         self, queries: np.ndarray, depth: int, allowed: AllowedDocuments | None
@@ -267,7 +267,7 @@ def build_index(
     meta = read_meta(vectors_dir)
     if meta.kind != VECTORS:
         raise CheckpointError(f"{vectors_dir} is an index; the vectors it was built from are needed")
-    backend = index_type(kind, options)
+    backend = INDEX_TYPES.make(kind, options)
     built = index_meta(meta, backend, width, rescore)
     vectors = load_vectors(vectors_dir, meta)
     if built.width != meta.width:
@@ -313,7 +313,7 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
     if meta.kind == VECTORS:
         raise CheckpointError(f"{folder} holds {meta.kind}, not an index; run bigdssm build_index on it")
     try:
-        backend = index_type(meta.kind, meta.options)
+        backend = INDEX_TYPES.make(meta.kind, meta.options)
     except ConfigError as error:
         raise CheckpointError(f"the index {folder} cannot be opened: {error}") from None
     for name in (INDEX_FILE, DOCUMENTS_FILE):

@@ -6,8 +6,8 @@ A new type is a subclass of `IndexBackend` (or of `FaissIndex`), registered with
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,13 +96,6 @@ class IndexBackend(ABC):
 
 INDEX_TYPES: Registry[IndexBackend] = Registry("an index type", "type", IndexBackend)
 register_index = INDEX_TYPES.register
-
-
-def index_type(kind: str | IndexBackend, options: Mapping[str, Any] | None = None) -> IndexBackend:
-    """Return an index type by name with its options. Raises ConfigError: unknown type or option, or bad value."""
-    if isinstance(kind, IndexBackend):
-        return index_type(kind.type, asdict(kind))
-    return INDEX_TYPES.read("", {**(options or {}), "type": kind})
 
 
 @dataclass(frozen=True)

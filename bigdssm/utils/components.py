@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar, cast, get_args, overload
 
@@ -99,6 +99,12 @@ class Registry(Generic[C]):
                 has = ", ".join(declared) or "no keys"
                 raise ConfigError(f"unknown key {_dotted(key, name)}: {getattr(cls, self.selector)} has {has}{meant}")
         return cls
+
+    def make(self, kind: str | C, options: Mapping[str, Any] | None = None) -> C:
+        """Return a component by name with its options, or validate an existing one. Raises ConfigError."""
+        if isinstance(kind, str):
+            return self.read("", {**(options or {}), self.selector: kind})
+        return self.make(getattr(kind, self.selector), asdict(cast(Any, kind)))
 
     def read(self, key: str, content: Any) -> C:
         """Build the component of a block, without interpolation. Raises ConfigError: `key` names the block."""

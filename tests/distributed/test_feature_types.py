@@ -22,7 +22,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.export.convert import export, folder_source
-from bigdssm.export.formats import export_format
+from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features import TextTokenizer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
@@ -111,7 +111,9 @@ def go_all_the_way(
     ).numpy()
     parity = export(folder_source(folder / "run" / "pretrain" / "best"), folder / "exported", "onnx")
     npz = export(
-        folder_source(folder / "run" / "pretrain" / "best"), folder / "npz", export_format("npz", {"compressed": True})
+        folder_source(folder / "run" / "pretrain" / "best"),
+        folder / "npz",
+        EXPORT_FORMATS.make("npz", {"compressed": True}),
     )
     with zipfile.ZipFile(folder / "npz" / "weights.npz") as weights:
         assert {entry.compress_type for entry in weights.infolist()} == {zipfile.ZIP_DEFLATED}

@@ -34,7 +34,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.metrics import mean_metrics
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, index_meta
-from bigdssm.retrieval.index_types import INDEX_TYPES, index_type
+from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
@@ -114,12 +114,12 @@ def main() -> None:
     with ProgressBar() as progress:
         kinds = list(dict.fromkeys(["flat", *args.types]))  # flat is the reference
         plans = [
-            replace(index_meta(meta, index_type(kind), width, rescore), dtype=dtype)
+            replace(index_meta(meta, INDEX_TYPES.make(kind), width, rescore), dtype=dtype)
             for dtype in dict.fromkeys(["float32", *args.dtypes])
             for kind in kinds
             for width in (None, *args.widths)
             for rescore in (0, *args.rescore)
-            if rescore or not index_type(kind).needs_rescore
+            if rescore or not INDEX_TYPES.make(kind).needs_rescore
         ]
         for number, plan in enumerate(plans):
             progress("index types", number, len(plans))
@@ -163,7 +163,7 @@ def measure(
     searched = (
         whole if not plan.whole else CodedVectors(truncate_like(whole[:], plan), "float32", plan.width, plan.has_beta)
     )
-    faiss_index = index_type(plan.kind, plan.options).build(searched)
+    faiss_index = INDEX_TYPES.make(plan.kind, plan.options).build(searched)
     build_s = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
     names = pa.chunked_array([pa.nulls(0, pa.string())])

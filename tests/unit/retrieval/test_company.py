@@ -17,7 +17,7 @@ from bigdssm.export.onnx_model import query_tower
 from bigdssm.features import Numeric
 from bigdssm.models.encoders.scalar import MAX_DEVIATIONS, NumericEncoder
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.index_types import index_type
+from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from bigdssm.serving.searcher import Searcher
@@ -84,7 +84,7 @@ def test_an_index_finds_the_same_for_a_query_alone(kind: str, rescore: int) -> N
     vectors = (random.randn(NUM_DOCS, 4) @ random.randn(4, WIDTH)).astype(np.float32)
     coded = CodedVectors(vectors, "float32", WIDTH)
     meta = VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH, rescored=rescore)
-    index = Index(index_type(kind).build(coded), meta, NAMES, NAMES, coded if rescore else None)
+    index = Index(INDEX_TYPES.make(kind).build(coded), meta, NAMES, NAMES, coded if rescore else None)
     queries = random.randn(40, WIDTH).astype(np.float32)
     excluded = [random.randint(0, NUM_DOCS, number % 7 * 9) for number in range(40)]
     scores, rows = index.nearest(queries, 10, "m", excluded)

@@ -16,7 +16,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, Vocabulary
 from bigdssm.retrieval.filters import Condition, Filters, parse_filter
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.index_types import AllowedDocuments, index_type
+from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 
 NUM_DOCS, WIDTH = 12_000, 9
@@ -134,7 +134,7 @@ def vectors() -> np.ndarray:
 def index(request: pytest.FixtureRequest, vectors: np.ndarray) -> Index:
     kind: str = request.param
     return Index(
-        index_type(kind).build(CodedVectors(vectors, "float32", WIDTH)),
+        INDEX_TYPES.make(kind).build(CodedVectors(vectors, "float32", WIDTH)),
         VectorsMeta(kind, "m", "d", NUM_DOCS, WIDTH),
         NAMES,
         NAMES,

@@ -22,7 +22,7 @@ from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.index_types import AllowedDocuments, index_type
+from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta, write_meta, write_vectors
 
@@ -135,7 +135,7 @@ def test_nearest_documents_do_not_depend_on_beta() -> None:
     vectors[:, 4] *= 100
     names = pa.chunked_array([pa.nulls(0, pa.string())])
     index = Index(
-        index_type("flat").build(CodedVectors(vectors, "float32", 5)),
+        INDEX_TYPES.make("flat").build(CodedVectors(vectors, "float32", 5)),
         VectorsMeta("flat", "m", "d", 600, 5),
         names,
         names,
@@ -231,7 +231,7 @@ def test_a_type_of_index_has_options_of_its_own(vectors_dir: Path, tmp_path: Pat
     assert index.index.hnsw.efSearch == 33
     vectors = CodedVectors(np.random.RandomState(0).randn(400, 5).astype(np.float32), "float32", 5)
     for options, lists, probes in (({"lists": 7}, 7, 1), ({"lists": 9, "probes": 4}, 9, 4), ({}, 10, 1)):
-        built = index_type("ivf", options).build(vectors)
+        built = INDEX_TYPES.make("ivf", options).build(vectors)
         assert (built.nlist, built.nprobe) == (lists, probes)
 
 
@@ -287,7 +287,7 @@ def test_product_quantisation_from_a_folder_to_similar_documents(tmp_path: Path)
         close.append(len(set(rows) & set(exact.similar(row, 100)[1])) / 10)
     assert np.mean(close) > 0.7, "too few of the ten are among the hundred nearest"
     with pytest.raises(ConfigError, match="40 documents, needs at least 9984"):
-        index_type("ivfpq").build(CodedVectors(vectors[:40], "float32", 9))
+        INDEX_TYPES.make("ivfpq").build(CodedVectors(vectors[:40], "float32", 9))
 
 
 def test_vectors_name_documents(vectors_dir: Path, index_dir: Path, dataset: Dataset) -> None:

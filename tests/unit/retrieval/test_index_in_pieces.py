@@ -10,7 +10,7 @@ import torch
 from bigdssm.retrieval import index_types
 from bigdssm.retrieval.embed import DocumentVectors, Share
 from bigdssm.retrieval.exact_search import approximate_search, exact_search, unpack_keys
-from bigdssm.retrieval.index_types import IVF_ROUNDS, index_type
+from bigdssm.retrieval.index_types import INDEX_TYPES, IVF_ROUNDS
 from bigdssm.retrieval.vectors import CodedVectors
 
 WIDTH, TOLD = 9, "an index of the documents built"
@@ -37,13 +37,13 @@ def test_every_round_and_every_chunk_is_reported(vectors: np.ndarray, monkeypatc
 
     monkeypatch.setattr(faiss.Clustering, "train", train_noted)
     monkeypatch.setattr(faiss.IndexIVFFlat, "add", add_noted)
-    index_type("ivf").build(CodedVectors(vectors, "float32", WIDTH), lambda: done.append(("told", 0)))
+    INDEX_TYPES.make("ivf").build(CodedVectors(vectors, "float32", WIDTH), lambda: done.append(("told", 0)))
     assert done[::2] == [("train", 1)] * IVF_ROUNDS + [("add", 300)] * 3 + [("add", 100)]
     assert done[1::2] == [("told", 0)] * (IVF_ROUNDS + 4)
 
 
 def test_the_centres_equal_those_of_one_faiss_call(vectors: np.ndarray) -> None:
-    index = index_type("ivf").build(CodedVectors(vectors, "float32", WIDTH))
+    index = INDEX_TYPES.make("ivf").build(CodedVectors(vectors, "float32", WIDTH))
     lists = index.nlist
     whole = faiss.index_factory(WIDTH, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     whole.train(vectors)
