@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="dataset folder or URL (default: the dataset of A)")
     args = parser.parse_args(argv)
     with ProgressBar() as progress:
-        found = compare(args.a, args.b, args.stage, args.split, args.data, progress)
+        comparison = compare(args.a, args.b, args.stage, args.split, args.data, progress)
     console = Console()
-    print(f"A  {args.a}\nB  {args.b}\nstage {found.stage}\n")
-    for title, rows in found.parts.items():
+    print(f"A  {args.a}\nB  {args.b}\nstage {comparison.stage}\n")
+    for title, rows in comparison.parts.items():
         if not rows:
             print(f"{title}: identical\n")
             continue
@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows:
             drawn.add_row(*row)
         console.print(drawn)
-    if found.systems is None:
-        print(f"results not measured: {found.skip_reason}")
+    if comparison.systems is None:
+        print(f"results not measured: {comparison.skip_reason}")
         return
-    a, b = found.systems
+    a, b = comparison.systems
     console.print(table([a, b], f"{args.split}, {len(a.values['mrr'])} rows"))
     for line in differences([(b, a)]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -46,14 +46,14 @@ def _values(name: str, metric: Metric, ranks: np.ndarray) -> np.ndarray:
     """Return the values of a metric, float64 [rows]. Raises ConfigError: another shape, or not finite."""
     values = metric(ranks)
     try:
-        found = np.asarray(values, np.float64)
+        numbers = np.asarray(values, np.float64)
     except (TypeError, ValueError):
-        found = np.empty(())
-    if values is None or found.shape != ranks.shape or not np.isfinite(found).all():
+        numbers = np.empty(())
+    if values is None or numbers.shape != ranks.shape or not np.isfinite(numbers).all():
         raise ConfigError(
             f"the metric {name} returned {short_repr(values)}: needs a finite number per rank, an array of {len(ranks)}"
         )
-    return found
+    return numbers
 
 
 def table_metrics() -> tuple[str, ...]:

@@ -69,11 +69,11 @@ class VectorTeacher:
         """Return the cache of document vectors after encoding `docs`."""
         new = docs[~self._encoded[docs]]
         for first in range(0, len(new), DOCUMENTS_AT_ONCE):
-            some = new[first : first + DOCUMENTS_AT_ONCE]
-            vectors = self._encoders.documents(some)
+            rows = new[first : first + DOCUMENTS_AT_ONCE]
+            vectors = self._encoders.documents(rows)
             if self._vectors is None:
                 self._vectors = vectors.new_empty(len(self._encoded), vectors.shape[1])
-            self._vectors[some] = vectors
+            self._vectors[rows] = vectors
         self._encoded[new] = True
         assert self._vectors is not None, "there are documents to score"
         return self._vectors
@@ -162,19 +162,19 @@ def score_pairs(
 
     job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.fingerprint}
     shards = ShardedFolder(out, job, len(hard), work, prepare)
-    whole = open_memmap(shards.aside / FILE, "r+")
+    records = open_memmap(shards.aside / FILE, "r+")
     for _, first, last in shards.pending("shards scored"):
         queries = hard.queries[first:last]
         windows = hard.windows(queries)
         teacher_scores = np.full((len(queries), 1 + hard.width), np.nan, np.float32)  # NaN for unreadable rows
         for rows in rows_of_queries(dataset, queries, QUERIES_AT_ONCE):
-            at = np.searchsorted(queries, rows.query_keys)
-            docs = np.concatenate([rows.doc_rows[:, None], windows[at]], 1)
+            positions = np.searchsorted(queries, rows.query_keys)
+            docs = np.concatenate([rows.doc_rows[:, None], windows[positions]], 1)
             scores = ensemble(teachers, rows, docs)
             if not np.isfinite(scores[docs >= 0]).all():
                 raise DataError(f"teacher scores of rows {rows.row_ids[0]} to {rows.row_ids[-1]} hold NaN or inf")
-            teacher_scores[at] = scores
-        whole[first:last] = window_records(queries, windows, teacher_scores)
-        whole.flush()
+            teacher_scores[positions] = scores
+        records[first:last] = window_records(queries, windows, teacher_scores)
+        records.flush()
     finished = shards.finish(lambda path: seal(path, dataset.fingerprint), FILE)
     return HardNegatives.open(out) if finished else None

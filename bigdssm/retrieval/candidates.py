@@ -148,25 +148,25 @@ def _write(
 
     Raises DataError with the message `empty`: all windows are empty.
     """
-    path, at, all_empty = real_path(path), 0, True
+    path, position, all_empty = real_path(path), 0, True
     with new_file(path) as aside:
-        whole = new_array(aside, record_dtype(width, scored), (dataset.num_queries("train"),))
+        records_of_file = new_array(aside, record_dtype(width, scored), (dataset.num_queries("train"),))
         for first in range(0, dataset.num_rows("train"), ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, dataset.num_rows("train"))
             for rows in dataset.iterate_range("train", first, last, dataset.rows_for_queries("train", ROWS_AT_ONCE)):
-                records = whole[at : at + rows.num_queries]
+                records = records_of_file[position : position + rows.num_queries]
                 records["query"] = rows.query_keys
                 records["window"], grades = of(rows)
                 if scored:
                     records["teacher"] = grades
                 all_empty = all_empty and not (records["window"] >= 0).any()
-                at += rows.num_queries
+                position += rows.num_queries
             share.progress("windows written", last, dataset.num_rows("train"))
         if all_empty:
             raise DataError(empty)
-        whole.flush()
-        if at < len(whole):  # rows that cannot be read
-            readable = np.array(whole[:at])
+        records_of_file.flush()
+        if position < len(records_of_file):  # rows that cannot be read
+            readable = np.array(records_of_file[:position])
             with aside.open("wb") as file:
                 np.save(file, readable)
         seal(aside, dataset.fingerprint)

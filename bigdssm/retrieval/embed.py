@@ -187,10 +187,10 @@ def encode_catalogue(encoders: Encoders, catalogue: Catalogue, share: Share | No
         first = begin + chunk * share.rows_per_chunk
         rows = np.arange(first, min(first + share.rows_per_chunk, end))
         # A rank without rows left encodes one anyway: a sharded model's forward is a collective.
-        made = encoders.documents(rows if len(rows) else np.zeros(1, np.int64))
+        chunk_vectors = encoders.documents(rows if len(rows) else np.zeros(1, np.int64))
         if vectors is None:  # filled in place: concatenating chunks would need twice the memory
-            vectors = made.new_empty(end - begin, made.shape[1])
-        vectors[first - begin : first - begin + len(rows)] = made[: len(rows)]
+            vectors = chunk_vectors.new_empty(end - begin, chunk_vectors.shape[1])
+        vectors[first - begin : first - begin + len(rows)] = chunk_vectors[: len(rows)]
         share.progress("documents encoded", min(first + share.rows_per_chunk, end) - begin, end - begin)
     assert vectors is not None, "the catalogue is empty"
     return DocumentVectors(vectors, begin, catalogue.withdrawn)
@@ -210,11 +210,11 @@ def encode_queries(
     """
     for piece in iterate_share(dataset, split, share or Share(), "queries encoded") if rows is None else rows:
         if piece is not None and piece.num_queries:
-            each = dataset.one_query_per_row(piece)
-            yield each, encoders.queries(each)
+            single = dataset.one_query_per_row(piece)
+            yield single, encoders.queries(single)
         else:
-            some = next(some for some in dataset.iterate(split, 1024) if len(some))
-            yield some.take(np.zeros(0, np.int64)), encoders.queries(some)[:0]
+            placeholder = next(placeholder for placeholder in dataset.iterate(split, 1024) if len(placeholder))
+            yield placeholder.take(np.zeros(0, np.int64)), encoders.queries(placeholder)[:0]
 
 
 def iterate_share(dataset: Dataset, split: str, share: Share, what: str) -> Iterator[Rows | None]:

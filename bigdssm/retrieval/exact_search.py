@@ -67,12 +67,15 @@ class SearchRound:
         longest = len(self.vectors) // world
         size = min(most, longest)
         offsets = torch.arange(size, device=self.target.device)
-        at = (torch.arange(world, device=offsets.device)[:, None] * longest + offsets).flatten()
+        positions = (torch.arange(world, device=offsets.device)[:, None] * longest + offsets).flatten()
         rank, offset = self.excluded.rows // longest, self.excluded.rows % longest
         retained = offset < size
         excluded = ExcludedDocuments((rank * size + offset)[retained], self.excluded.positions[retained])
         return SearchRound(
-            self.rows.take(np.arange(min(size, len(self.rows)))), self.vectors[at], self.target[at], excluded
+            self.rows.take(np.arange(min(size, len(self.rows)))),
+            self.vectors[positions],
+            self.target[positions],
+            excluded,
         )
 
     def local(self, values: Tensor) -> Tensor:
@@ -82,10 +85,10 @@ class SearchRound:
 
     def of_targets(self, documents: DocumentVectors, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Apply `value` to (queries, targets) on the ranks that hold the targets; [B, …] everywhere."""
-        at = documents.hold(self.target).nonzero().squeeze(1)
-        local = value(self.vectors[at], documents.vectors[self.target[at] - documents.first])
-        every = local.new_zeros(len(self.target), *local.shape[1:]).index_put((at,), local)
-        return distributed.all_reduce(every)
+        positions = documents.hold(self.target).nonzero().squeeze(1)
+        local = value(self.vectors[positions], documents.vectors[self.target[positions] - documents.first])
+        values = local.new_zeros(len(self.target), *local.shape[1:]).index_put((positions,), local)
+        return distributed.all_reduce(values)
 
 
 def rounds(

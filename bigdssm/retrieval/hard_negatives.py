@@ -131,14 +131,14 @@ class HardNegatives:
         return np.asarray(self._records["teacher"][self._positions(queries)])
 
     def _positions(self, queries: np.ndarray) -> np.ndarray:
-        at, found = find_sorted(self.queries, queries)
-        if not found.all():
-            row, event = divmod(int(queries[~found][0]), 1 << EVENT_BITS)
+        positions, present = find_sorted(self.queries, queries)
+        if not present.all():
+            row, event = divmod(int(queries[~present][0]), 1 << EVENT_BITS)
             raise DataError(
-                f"{self._path} has no negatives for row {row} (event {event}) and {(~found).sum() - 1} other queries "
+                f"{self._path} has no negatives for row {row} (event {event}) and {(~present).sum() - 1} other queries "
                 "of a batch; mine again"
             )
-        return at
+        return positions
 
     def sample(
         self, rows: Rows, epoch: int, seed: int, k: int, teacher_margin: float | None = None

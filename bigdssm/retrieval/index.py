@@ -138,19 +138,20 @@ class Index:
         extra = np.where(exclusions.lengths, 2 ** np.ceil(np.log2(np.maximum(exclusions.lengths, 1))), 0)
         extra = extra.astype(np.int64)
         for number in np.unique(extra).tolist():
-            some = np.flatnonzero(extra == number)
+            group = np.flatnonzero(extra == number)
             depth = min(top + number, available)
-            found_scores, found = self._search(queries[some], depth, allowed)
+            group_scores, group_rows = self._search(queries[group], depth, allowed)
             # Excluded rows move behind the others and become absent.
-            some_excluded, query = exclusions.take(some), np.arange(len(some))
-            width = int(max(found.max(initial=0), some_excluded.values.max(initial=0))) + 1
-            pairs = np.repeat(query, some_excluded.lengths) * width + some_excluded.values
-            out = (found < 0) | np.isin(query[:, None] * width + found, pairs)
-            order = np.argsort(out, axis=1, kind="stable")[:, :top]
+            group_excluded, query = exclusions.take(group), np.arange(len(group))
+            width = int(max(group_rows.max(initial=0), group_excluded.values.max(initial=0))) + 1
+            pairs = np.repeat(query, group_excluded.lengths) * width + group_excluded.values
+            left_out = (group_rows < 0) | np.isin(query[:, None] * width + group_rows, pairs)
+            order = np.argsort(left_out, axis=1, kind="stable")[:, :top]
             retained = min(top, depth)
-            found_scores, found = np.where(out, np.float32(-np.inf), found_scores), np.where(out, -1, found)
-            scores[some, :retained] = np.take_along_axis(found_scores, order, 1)
-            rows[some, :retained] = np.take_along_axis(found, order, 1)
+            group_scores = np.where(left_out, np.float32(-np.inf), group_scores)
+            group_rows = np.where(left_out, -1, group_rows)
+            scores[group, :retained] = np.take_along_axis(group_scores, order, 1)
+            rows[group, :retained] = np.take_along_axis(group_rows, order, 1)
         return scores, rows
 
     def with_beta(self, queries: np.ndarray) -> np.ndarray:

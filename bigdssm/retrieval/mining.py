@@ -80,9 +80,9 @@ class TrainPositives:
 
     def pairs(self, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (row, catalogue row), int64, of every known positive of the queries `query_ids` [m]."""
-        position, known = find_sorted(self.query_ids, query_ids)
-        first = np.where(known, self.starts[position], 0)
-        length = np.where(known, self.starts[np.minimum(position + 1, len(self.starts) - 1)], 0) - first
+        position, present = find_sorted(self.query_ids, query_ids)
+        first = np.where(present, self.starts[position], 0)
+        length = np.where(present, self.starts[np.minimum(position + 1, len(self.starts) - 1)], 0) - first
         docs = gather_ranges(self.doc_rows, first, first + length)
         return np.repeat(np.arange(len(query_ids)), length), docs.values
 
@@ -160,18 +160,18 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
     The file appears under its name when complete.
     """
     path = real_path(path)
-    everything = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
+    queries = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
     aside = temporary_path(path)
     full: BigDSSMError | None = None
     if distributed.is_main():
         try:
-            new_array(aside, local.dtype, (len(everything),))
+            new_array(aside, local.dtype, (len(queries),))
         except OSError as error:
             full = BigDSSMError(f"{error.strerror}: {error.filename}")
     distributed.raise_together(full)
-    whole = open_memmap(aside, "r+")
-    whole[np.searchsorted(everything, local["query"])] = local
-    whole.flush()
+    records = open_memmap(aside, "r+")
+    records[np.searchsorted(queries, local["query"])] = local
+    records.flush()
     distributed.barrier()
     if distributed.is_main():
         seal(aside, dataset.fingerprint)

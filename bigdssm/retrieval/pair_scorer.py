@@ -85,17 +85,17 @@ class PairScorer:
             return scores.float()
 
         sides = self.scorer.features.items()
-        read = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
-        declared: dict[str, Feature] = join_sides(read["query"], read["doc"])
+        features_of_side = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
+        declared: dict[str, Feature] = join_sides(features_of_side["query"], features_of_side["doc"])
         pads, parts = paddings(declared), [torch.zeros(0)]
         pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
         for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
-            some = slice(first, first + PAIRS_AT_ONCE)
-            of_docs = self.documents(docs[some])
-            of_queries = {name: ragged.take(queries[name], row[some]) for name in read["query"]}
-            columns = join_sides(of_queries, {name: of_docs[name] for name in read["doc"]})
+            piece = slice(first, first + PAIRS_AT_ONCE)
+            of_docs = self.documents(docs[piece])
+            of_queries = {name: ragged.take(queries[name], row[piece]) for name in features_of_side["query"]}
+            columns = join_sides(of_queries, {name: of_docs[name] for name in features_of_side["doc"]})
             features = to_features(declared, columns)
-            parts.append(encode_in_chunks(features, pads, len(row[some]), score, self.device).cpu())
+            parts.append(encode_in_chunks(features, pads, len(row[piece]), score, self.device).cpu())
         return torch.cat(parts)
 
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:

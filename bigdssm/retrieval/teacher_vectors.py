@@ -63,11 +63,11 @@ class TeacherVectors:
 
     def queries(self, keys: np.ndarray) -> np.ndarray:
         """Return float16 [m, E] for int64 keys [m]. Raises DataError: a key is missing."""
-        at, found = find_sorted(self.keys, keys)
-        if not found.all():
-            row = int(keys[~found][0]) >> EVENT_BITS
+        positions, present = find_sorted(self.keys, keys)
+        if not present.all():
+            row = int(keys[~present][0]) >> EVENT_BITS
             raise DataError(f"{self.folder} has no query of row {row}; make it again with bigdssm embed_teacher")
-        return np.asarray(self._queries["vector"][at])
+        return np.asarray(self._queries["vector"][positions])
 
 
 def write_teacher_vectors(

@@ -113,12 +113,12 @@ def read_rows(path: Path, rows: np.ndarray) -> np.ndarray:
         )
     if path.suffix == ".fvecs":
         width = int(np.fromfile(path, np.int32, 1)[0])
-        whole = np.memmap(path, np.float32, "r").reshape(-1, width + 1)
-        return np.asarray(whole[rows, 1:])
+        rows_of_file = np.memmap(path, np.float32, "r").reshape(-1, width + 1)
+        return np.asarray(rows_of_file[rows, 1:])
     with parquet.ParquetFile(path) as file:
         # One row group at a time, in the layout of vectors.npy: the file may exceed the memory.
         element, shape = row_layout(meta.dtype, meta.width, meta.has_beta)
-        out = np.empty((len(rows), *shape), element)
+        stored = np.empty((len(rows), *shape), element)
         extra = (element.names or ())[1:]
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
@@ -129,12 +129,12 @@ def read_rows(path: Path, rows: np.ndarray) -> np.ndarray:
             selected = table.take(pa.array(rows[positions] - starts[group])).combine_chunks()
             numbers = np.asarray(selected["vector"].combine_chunks().flatten()).reshape(len(positions), -1)
             if extra:
-                out["code"][positions] = numbers
+                stored["code"][positions] = numbers
             else:
-                out[positions] = numbers
+                stored[positions] = numbers
             for name in extra:
-                out[name][positions] = selected[name].to_numpy()
-    return decode_rows(out, meta.dtype, meta.width, meta.has_beta)
+                stored[name][positions] = selected[name].to_numpy()
+    return decode_rows(stored, meta.dtype, meta.width, meta.has_beta)
 
 
 def write_card(folder: Path, score: str, parity: dict[FileFormat, float]) -> None:
@@ -180,11 +180,15 @@ def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
     schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", vector), *extra, *withdrawn])
     with parquet.ParquetWriter(path, schema) as writer:
         for first in range(0, len(vectors), ROWS_AT_ONCE):
-            rows, some = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
+            rows, listed = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
             flat = pa.array(np.ascontiguousarray(_numbers(rows)).reshape(-1))
-            columns = [some["doc_key"], some["doc_title"], pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1])]
+            columns = [
+                listed["doc_key"],
+                listed["doc_title"],
+                pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1]),
+            ]
             columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in extra]
-            columns += [some[field.name] for field in withdrawn]
+            columns += [listed[field.name] for field in withdrawn]
             writer.write_table(pa.table(columns, schema=schema))
 
 

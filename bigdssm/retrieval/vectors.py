@@ -133,17 +133,17 @@ def write_vectors(
     for _, first, last in shards.pending("shards encoded"):
         rows = np.arange(first, last)
         documents = _documents(dataset, rows)
-        found = np.full(len(rows), -1) if earlier is None else earlier.find(documents)
-        new = rows[found < 0]
+        earlier_rows = np.full(len(rows), -1) if earlier is None else earlier.find(documents)
+        new = rows[earlier_rows < 0]
         if len(new):
-            made = encoders.documents(new).cpu()
-            if not bool(torch.isfinite(made).all()):
+            vectors_of_new = encoders.documents(new).cpu()
+            if not bool(torch.isfinite(vectors_of_new).all()):
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} hold NaN or inf; {folder} stays")
-            vectors[new] = encode_rows(made.numpy(), dtype, has_beta)
+            vectors[new] = encode_rows(vectors_of_new.numpy(), dtype, has_beta)
             if dtype == "float16" and not np.isfinite(vectors[new]).all():
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} are too large for float16")
         if earlier is not None:
-            vectors[rows[found >= 0]] = earlier.vectors.rows[found[found >= 0]]
+            vectors[rows[earlier_rows >= 0]] = earlier.vectors.rows[earlier_rows[earlier_rows >= 0]]
         contents[rows] = documents
         vectors.flush()
         contents.flush()

@@ -183,13 +183,13 @@ class Searcher:
         # Grouped by `top`, too: an approximate index probes more for a larger `top`.
         for allowed, requested in dict.fromkeys((query.allowed, query.top) for query in queries):
             members = [i for i, query in enumerate(queries) if query.allowed is allowed and query.top == requested]
-            some = [queries[i] for i in members]
+            group = [queries[i] for i in members]
             top = min(max(self._rerank, requested), self._index.meta.num_docs)
             scores, rows = self._index.nearest(
-                vectors[members], top, self._folder.doc_checksum, [query.excluded for query in some], allowed,
+                vectors[members], top, self._folder.doc_checksum, [query.excluded for query in group], allowed,
             )  # fmt: skip
-            for i, *both in zip(members, scores, rows, strict=True):
-                results[i] = both[0], both[1]
+            for i, *result in zip(members, scores, rows, strict=True):
+                results[i] = result[0], result[1]
         searched = time.perf_counter()
         if self._scorer is not None:
             documents = np.full((len(queries), max(len(rows[: self._rerank]) for _, rows in results)), -1)
