@@ -30,6 +30,7 @@ from bigdssm import distributed
 from bigdssm.config import LOSSES, LossConfig
 from bigdssm.distributed import Group
 from bigdssm.losses.declarations import FPS, ListDistillation
+from bigdssm.losses.ids import occurrences
 from bigdssm.losses.inputs import (
     GlobalSizes,
     LossBatch,
@@ -47,7 +48,6 @@ from bigdssm.losses.masks import (
     find_known_positives,
     gather_pairs,
     local_pairs,
-    occurrences,
 )
 from bigdssm.losses.terms import Scores, Term, attach
 
@@ -190,10 +190,10 @@ def contrastive_loss(
             positive_m = _positive_scores(x, sizes, with_beta=True)
         else:
             counts_n = None if shared_index is None else occurrences(shared.positive, len(shared.W)).double()
-            pending = gather_columns(shared, sizes, counts_n, pairs, tile, group)
+            wait_for_columns = gather_columns(shared, sizes, counts_n, pairs, tile, group)
             # within a column, beta is constant and cancels
             positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
-            gathered, all_pairs = pending.wait()
+            gathered, all_pairs = wait_for_columns()
 
         # Mask: a known positive of a query, on any rank, is not one of its negatives. This includes the row's own
         # positive: the mask removes its column from the sums over negatives, and the term adds its score, once.

@@ -274,6 +274,11 @@ def add_biases(*biases: Tensor | None) -> Tensor | None:
     return total
 
 
+def weighted(weight_m: Tensor, values_m: Tensor) -> Tensor:
+    """Return weight · value, 0 if the weight is 0, even for a non-finite value."""
+    return torch.where(weight_m > 0, weight_m * values_m, 0.0)
+
+
 def _largest_norm(rows: Tensor) -> Number:
     if rows.shape[0] == 0:
         return 0.0

@@ -1,118 +1,31 @@
 """The false-negative mask: excluded entries of the score matrix, exact across ranks, by 64-bit ids.
 
+In the order of a step: the known positives of this rank's queries (`find_known_positives`, from the pairs of all
+ranks); which columns they exclude (`find_false_negatives`), as a matrix of bytes or as pairs; which candidates
+(`KnownPositives.contain`). `BlockMask.drop` in kernels/torch_passes.py sets the scores of masked columns to −inf, a
+tile at a time.
+
 On a device, no function of this module synchronizes with the host.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
+from bigdssm.losses.ids import FactorizedIds, Groups, search
 
-_BUCKETS_PER_ID = 16  # load factor of the hash table, for few collisions
-_GOLDEN = 0x1E3779B97F4A7C15  # odd multiplier of Fibonacci hashing, which uses the top bits of the products
 _PAIR_BYTES = 48  # memory per pair: its key, unsorted and sorted, and grouped by query
 _MATRIX_FROM = 1 / _PAIR_BYTES  # pairs per cell from which a matrix, one byte per cell, takes less memory
 _MATRIX_CELLS = 1 << 16  # up to this size, a matrix has no advantage
 _CHUNK_PAIRS = 1 << 16  # pairs per chunk on a CPU, to keep temporaries in cache
 _MATRIX_ROWS = 256  # matrix rows converted at a time on a CPU
 _NO_COLUMN = 2**63 - 1  # key of a pair whose document has no column
-
-
-@dataclass
-class Groups:
-    """Integers grouped by key, end to end: group k is values[start[k] : start[k + 1]]."""
-
-    start: Tensor
-    values: Tensor
-
-    def lengths(self) -> Tensor:
-        """Return the number of members of each group."""
-        return self.start.diff()
-
-    def first(self) -> Tensor:
-        """Return the first member of each group; undefined for empty groups."""
-        return self.values[self.start[:-1].clamp(max=self.values.shape[0] - 1)]
-
-    @staticmethod
-    def ranges(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Return (k, 0 … lengths[k] − 1) for every k, end to end; `total` is the sum of the lengths."""
-        ends, at = torch.cumsum(lengths, 0), torch.arange(total, device=lengths.device)
-        which = torch.searchsorted(ends, at, right=True)
-        return which, at - (ends - lengths)[which]
-
-
-def occurrences(numbers: Tensor, limit: int) -> Tensor:
-    """Count each of 0 … limit − 1 in the int64 `numbers`, like bincount, which synchronizes with a device."""
-    return numbers.new_zeros(limit).index_add_(0, numbers, torch.ones_like(numbers))
-
-
-class FactorizedIds:
-    """Ids [n] factorized into integer codes by value, from 0 (pandas.factorize); all codes are below `limit`."""
-
-    def __init__(self, ids: Tensor) -> None:
-        """On a device, `limit` is n, an upper bound: reading the number of unique ids would synchronize."""
-        self._sorted, order = torch.sort(ids, stable=True)
-        numbers = torch.zeros_like(ids)
-        torch.cumsum(self._sorted[1:] != self._sorted[:-1], 0, out=numbers[1:])
-        self.codes = torch.empty_like(ids).index_copy_(0, order, numbers)  # [n]
-        self.limit = int(numbers[-1]) + 1 if len(ids) and ids.device.type == "cpu" else len(ids)
-        start = torch.searchsorted(numbers, torch.arange(self.limit + 1, device=ids.device))
-        self.positions = Groups(start, order)  # positions of the ids, grouped by code
-
-    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return whether each id is present, and its code; the code of an absent id is undefined but below `limit`."""
-        return self._table.find(ids)
-
-    @cached_property
-    def _table(self) -> IdTable:
-        return IdTable(Groups(self.positions.start, self._sorted).first())
-
-
-class IdTable:
-    """Lookup in sorted ids; on a CPU by hashing, 6 times as fast as binary search for many lookups in few ids."""
-
-    def __init__(self, sorted_ids: Tensor) -> None:
-        """`sorted_ids` must be distinct; on a device, the last one may be repeated."""
-        self._ids, number = sorted_ids, sorted_ids.shape[0]
-        if sorted_ids.device.type != "cpu":
-            return
-        self._bits = max(1, _BUCKETS_PER_ID * number).bit_length()
-        bucket = self._bucket(sorted_ids)
-        self._at = torch.zeros(1 << self._bits, dtype=torch.int64)
-        self._at[bucket] = torch.arange(number)
-        self._shared = torch.bincount(bucket, minlength=1 << self._bits) > 1
-
-    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return whether each id is in the table, and its index there."""
-        if self._ids.shape[0] == 0 or ids.device.type != "cpu":
-            return search(self._ids, ids)
-        bucket = self._bucket(ids)
-        at = self._at[bucket]
-        present = self._ids[at] == ids
-        again = (~present).nonzero().squeeze(1)
-        again = again[self._shared[bucket[again]]]
-        present[again], at[again] = search(self._ids, ids[again])
-        return present, at
-
-    def _bucket(self, ids: Tensor) -> Tensor:
-        top = (ids * _GOLDEN).bitwise_right_shift_(63 - self._bits)
-        return top.bitwise_and_((1 << self._bits) - 1)
-
-
-def search(sorted_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether each id is in `sorted_ids`, and its index there."""
-    if sorted_ids.shape[0] == 0:
-        return torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
-    at = torch.searchsorted(sorted_ids, ids.contiguous()).clamp_(max=sorted_ids.shape[0] - 1)
-    return sorted_ids[at] == ids, at
 
 
 def count_known_positives(query_ids: Tensor | None, weight_m: Tensor, known: Tensor | None) -> Tensor | int:
@@ -140,11 +53,6 @@ class KnownPositives:
     num_queries: int
     rows_are_queries: bool  # each row is a distinct query
     parts: list[tuple[Tensor, Tensor, Tensor]]  # query codes, document ids, validity; may hold duplicates
-
-    @property
-    def num_pairs(self) -> int:
-        """Number of pairs, including invalid ones."""
-        return sum(query.shape[0] for query, _, _ in self.parts)
 
     def pairs_in(self, docs: FactorizedIds) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield chunks of pairs: query codes, document codes in `docs`, and whether the pair is valid and present."""
@@ -196,25 +104,13 @@ def find_known_positives(
     parts = []
     for pairs, valid in zip(_chunks(all_pairs.reshape(-1, 2)), _chunks(all_valid), strict=True):
         present, query = queries.find(pairs[:, 0])
-        kept = (present & valid).nonzero().squeeze(1)  # usually few
-        parts.append((query[kept], pairs[kept, 1], valid[kept]))
+        index = (present & valid).nonzero().squeeze(1)  # usually few
+        parts.append((query[index], pairs[index, 1], valid[index]))
     return KnownPositives(queries.codes, queries.limit, False, parts)
 
 
-class FalseNegatives(ABC):
-    """The masked entries of the score matrix of this rank's queries."""
-
-    @abstractmethod
-    def row_sums(self, values_N: Tensor) -> Tensor:
-        """Return float64 [m]: the sum of `values_N` over each row's masked columns; unused columns must hold 0."""
-
-    @abstractmethod
-    def contains(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return bool [k]: whether the entries (rows [k], columns [k]) are masked."""
-
-
 @dataclass
-class MaskMatrix(FalseNegatives):
+class MaskMatrix:
     """A mask of many pairs: a dense matrix of bytes, 1 if an entry is masked."""
 
     row_query: Tensor  # [m] query code of each row
@@ -226,7 +122,7 @@ class MaskMatrix(FalseNegatives):
         return self.matrix_QN[start:stop] if self.rows_are_queries else self.matrix_QN[self.row_query[start:stop]]
 
     def row_sums(self, values_N: Tensor) -> Tensor:
-        """Return float64 [m]: the sum of `values_N` over the masked columns of each row."""
+        """Return float64 [m]: the sum of `values_N` over each row's masked columns; unused columns must hold 0."""
         height = _MATRIX_ROWS if values_N.device.type == "cpu" else max(1, (1 << 28) // max(1, values_N.shape[0]))
         sums = [torch.mv(strip_QN.double(), values_N.double()) for strip_QN in self.matrix_QN.split(height)]
         return torch.cat(sums)[self.row_query]
@@ -237,7 +133,7 @@ class MaskMatrix(FalseNegatives):
 
 
 @dataclass
-class MaskPairs(FalseNegatives):
+class MaskPairs:
     """A sparse mask of few pairs: the documents of each query, and the columns of each document."""
 
     row_query: Tensor  # [m] query code of each row
@@ -262,7 +158,7 @@ class MaskPairs(FalseNegatives):
         self.row_lengths = self._bounds.diff()[self.row_query]  # [m] masked entries of each row
 
     def row_sums(self, values_N: Tensor) -> Tensor:
-        """Return float64 [m]: the sum of `values_N` over the masked columns of each row."""
+        """Return float64 [m]: the sum of `values_N` over each row's masked columns; unused columns must hold 0."""
         per_doc = torch.zeros(max(1, self.docs.limit), dtype=torch.float64, device=values_N.device)
         per_doc.index_add_(0, self.column_doc, values_N.double())
         per_query = per_doc.new_zeros(self.num_queries)
@@ -301,6 +197,9 @@ class MaskPairs(FalseNegatives):
         return marks[marked_Q[query]].index_select(1, self.column_doc)
 
 
+FalseNegatives = MaskMatrix | MaskPairs
+
+
 def find_false_negatives(
     positives: KnownPositives, docs: FactorizedIds, valid: Tensor, num_columns: int
 ) -> FalseNegatives:
@@ -308,21 +207,22 @@ def find_false_negatives(
     column_doc = torch.zeros(num_columns, dtype=torch.int64, device=valid.device).index_copy_(0, valid, docs.codes)
     doc_columns = Groups(docs.positions.start, valid[docs.positions.values])
     num_queries = positives.num_queries
-    if not _is_matrix(num_queries * num_columns, positives.num_pairs):
+    num_pairs = sum(query.shape[0] for query, _, _ in positives.parts)
+    if not _is_matrix(num_queries * num_columns, num_pairs):
         keys = positives.keys(docs)
         return MaskPairs(positives.row_query, num_queries, keys, docs, doc_columns, column_doc)
     spare = num_queries * num_columns  # for pairs whose document has no column
     cells = torch.zeros(spare + 1, dtype=torch.uint8, device=valid.device)
-    lengths, a_column = doc_columns.lengths(), doc_columns.first()
+    lengths, first_column = doc_columns.lengths(), doc_columns.first()
     single = bool((lengths <= 1).all())
     for query, doc, present in positives.pairs_in(docs):
         if single:
-            cells[torch.where(present, query * num_columns + a_column[doc], spare)] = 1
+            cells[torch.where(present, query * num_columns + first_column[doc], spare)] = 1
         else:
-            each = lengths[doc] * present
-            which, within = Groups.ranges(each, int(each.sum()))
-            column = doc_columns.values[doc_columns.start[doc][which] + within]
-            cells[query[which] * num_columns + column] = 1
+            lengths_of_pairs = lengths[doc] * present
+            pair, within = Groups.ranges(lengths_of_pairs, int(lengths_of_pairs.sum()))
+            column = doc_columns.values[doc_columns.start[doc][pair] + within]
+            cells[query[pair] * num_columns + column] = 1
     return MaskMatrix(positives.row_query, positives.rows_are_queries, cells[:spare].view(num_queries, num_columns))
 
 

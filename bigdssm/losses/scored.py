@@ -16,9 +16,9 @@ from bigdssm.config import LossConfig
 from bigdssm.distributed import Group
 from bigdssm.losses.contrastive import LocalStats, LossOutput, build_term, check_teacher, global_mean, reduce_output
 from bigdssm.losses.declarations import ListDistillation
-from bigdssm.losses.inputs import LossInputError, Number, exchange, require
+from bigdssm.losses.inputs import LossInputError, Number, exchange, require, weighted
 from bigdssm.losses.masks import count_known_positives, find_known_positives, gather_pairs, local_pairs
-from bigdssm.losses.terms import Term, weighted
+from bigdssm.losses.terms import Term
 
 
 def scored_loss(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import DistillationConfig, LossConfig
-from bigdssm.losses.inputs import require
+from bigdssm.losses.inputs import require, weighted
 from bigdssm.losses.kernels import Gradients, PairSums, RowSums, ScorePasses
 
 
@@ -232,11 +232,6 @@ def value_and_derivative(value: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
 def softplus(x: Tensor) -> Tensor:
     """Return log(1 + exp(x)), exact for all x (torch.nn.functional.softplus is linear above 20, an error of 2e-9)."""
     return torch.logaddexp(x, torch.zeros_like(x))
-
-
-def weighted(weight_m: Tensor, values_m: Tensor) -> Tensor:
-    """Return weight · value, 0 if the weight is 0, even for a non-finite value."""
-    return torch.where(weight_m > 0, weight_m * values_m, 0.0)
 
 
 def attach(loss: Tensor, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor:

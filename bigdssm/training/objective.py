@@ -32,7 +32,7 @@ from bigdssm.losses import (
 )
 from bigdssm.losses.contrastive import SharedColumns
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
-from bigdssm.losses.masks import occurrences
+from bigdssm.losses.ids import occurrences
 from bigdssm.models import Encoded
 
 

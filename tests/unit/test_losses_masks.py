@@ -6,18 +6,15 @@ import pytest
 import torch
 
 from bigdssm.losses import masks
-from bigdssm.losses.kernels.columns import Tile
+from bigdssm.losses.ids import FactorizedIds, IdTable, search
 from bigdssm.losses.kernels.torch_passes import BlockMask
 from bigdssm.losses.masks import (
-    FactorizedIds,
-    IdTable,
     MaskMatrix,
     MaskPairs,
     find_false_negatives,
     find_known_positives,
     local_pairs,
     mask_bytes,
-    search,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -82,7 +79,7 @@ def test_masked_scores_are_minus_infinity_and_others_unchanged(dtype: torch.dtyp
     S = torch.randn(7, 40, generator=GENERATOR, dtype=dtype) * torch.tensor([1e-30, 1.0, 100.0, 1e30] * 10).to(dtype)
     dense = (torch.rand(7, 60, generator=GENERATOR) < 0.3).byte()
     right = S.masked_fill(dense[:, 15:55] > 0, -torch.inf)
-    BlockMask(dense=dense).drop(S, Tile(15, 55))
+    BlockMask(dense=dense).drop(S, slice(15, 55))
     assert torch.equal(S, right)
 
 

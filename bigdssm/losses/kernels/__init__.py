@@ -26,7 +26,6 @@ from bigdssm.losses.kernels.torch_passes import (
     PairValues,
     RowSums,
     ScoreMatrix,
-    Shift,
     column_pass,
     gradient_pass,
     pairwise_pass,
@@ -57,7 +56,7 @@ class LogSums:
     rows: RowSums
     column_N: Tensor
     of_positive_m: Tensor  # column_N of each query's positive
-    shift: Shift | None  # subtracted from the scores in plain torch
+    shift: float | None  # subtracted from the scores in plain torch
 
 
 class ScorePasses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bigdssm import distributed
-from bigdssm.distributed import Group, LocalRows, PackedRows
+from bigdssm.distributed import Group
+from bigdssm.losses.ids import FactorizedIds
 from bigdssm.losses.inputs import GlobalSizes, LossInputs, add_biases
-from bigdssm.losses.masks import FactorizedIds
 
 CACHED_WIDTH = 1024  # columns of a tile on a CPU, for efficient products
 CACHED_ROWS = 512  # rows of a block on a CPU, in passes that hold one tile
@@ -49,30 +49,12 @@ def _score_bytes(device: torch.device) -> int:
     return memory // _MEMORY_SHARE
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Columns [start, stop)."""
-
-    start: int
-    stop: int
-
-    @property
-    def width(self) -> int:
-        """Number of columns."""
-        return self.stop - self.start
-
-    @property
-    def columns(self) -> slice:
-        """The columns as a slice."""
-        return slice(self.start, self.stop)
-
-
 @dataclass
 class Columns:
     """The gathered columns of all ranks."""
 
     W: Tensor  # [N, D]
-    tiles: list[Tile]
+    tiles: list[slice]
     local_start: int  # index of this rank's first column
     valid: Tensor  # [number of columns in use] ascending indices of the columns that are not padding
     doc_ids: Tensor | None  # [N], None if each column is a distinct document
@@ -90,7 +72,7 @@ class Columns:
     @property
     def widest(self) -> int:
         """Columns of the widest tile."""
-        return max((tile.width for tile in self.tiles), default=0)
+        return max((tile.stop - tile.start for tile in self.tiles), default=0)
 
     @cached_property
     def docs(self) -> FactorizedIds:
@@ -115,54 +97,22 @@ class Columns:
             0, self.valid, unused.new_zeros(len(self.valid)) if total is None else total[self.valid]
         )
 
-    def vectors(self) -> Iterator[tuple[Tile, Tensor]]:
+    def vectors(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield each tile with its vectors [width, D] in the operand dtype."""
         for tile in self.tiles:
             if tile.start not in self._wide:  # converted once and reused by every block of rows
-                self._wide[tile.start] = self.W[tile.columns].to(self.operand)
+                self._wide[tile.start] = self.W[tile].to(self.operand)
             yield tile, self._wide[tile.start]
-
-
-@dataclass
-class PendingColumns:
-    """A gather of columns in progress."""
-
-    packed: PackedRows | LocalRows
-    x: LossInputs
-    sizes: GlobalSizes
-    names: list[str]
-    width: int | None
-
-    def wait(self) -> tuple[Columns, Tensor | None]:
-        """Wait for the gather; return the columns, and the pairs of each rank [world_size, pairs, 2], if sent."""
-        received: dict[str, Tensor] = dict(zip(self.names, self.packed.wait(), strict=True))
-        W, pairs = received.pop("W"), received.pop("pairs", None)
-        if pairs is not None:
-            pairs = pairs.reshape(self.sizes.world_size, self.sizes.longest * pairs.shape[1], 2)
-        total = W.shape[0]
-        width = self.width or tile_width(W.device, total)
-        values = {name: received[name].double() for name in ("beta", "neg_bias", "counts") if name in received}
-        columns = Columns(
-            W=W,
-            tiles=[Tile(k, min(k + width, total)) for k in range(0, total, width)],
-            local_start=self.sizes.rank * self.sizes.longest,
-            valid=_valid_indices(self.sizes, W.device),
-            doc_ids=received["doc_ids"].contiguous() if "doc_ids" in received else None,
-            beta=values.get("beta"),
-            neg_bias=values.get("neg_bias"),
-            counts=values.get("counts"),
-            operand=self.x.operand,
-        )
-        return columns, pairs
 
 
 def gather_columns(
     x: LossInputs, sizes: GlobalSizes, counts_n: Tensor | None, pairs: Tensor | None, width: int | None,
     group: Group | None,
-) -> PendingColumns:  # fmt: skip
+) -> Callable[[], tuple[Columns, Tensor | None]]:  # fmt: skip
     """Start the gather of this rank's columns and known pairs; `width` is the number of columns of a tile.
 
-    Biases are sent in the dtype of scores, since scores have no more precision.
+    Biases are sent in the dtype of scores, since scores have no more precision. Returns a function that waits for the
+    gather, and returns the columns, and the pairs of each rank [world_size, pairs, 2], if sent.
     """
     values = {
         "W": x.W.detach(),
@@ -172,23 +122,41 @@ def gather_columns(
         "counts": None if counts_n is None else counts_n.to(x.acc),
     }
     sent = {name: value for name, value in values.items() if value is not None}
+    longest, device = sizes.longest, x.W.device
     if pairs is not None:
         # packed with the columns: as many pairs per column as the rank with most pairs needs
-        each = -(-max(sizes.num_known) // max(1, sizes.longest))
-        padded = pairs.new_zeros((sizes.longest * each, 2))
+        each = -(-max(sizes.num_known) // max(1, longest))
+        padded = pairs.new_zeros((longest * each, 2))
         padded[: len(pairs)] = pairs[: len(padded)]
-        sent["pairs"] = padded.view(sizes.longest, each, 2)
-    return PendingColumns(
-        distributed.all_gather_packed(list(sent.values()), sizes.longest, group), x, sizes, list(sent), width
-    )
+        sent["pairs"] = padded.view(longest, each, 2)
+    pending = distributed.all_gather_packed(list(sent.values()), longest, group)
 
+    def wait() -> tuple[Columns, Tensor | None]:
+        received: dict[str, Tensor] = dict(zip(sent, pending.wait(), strict=True))
+        W, all_pairs = received.pop("W"), received.pop("pairs", None)
+        if all_pairs is not None:
+            all_pairs = all_pairs.reshape(sizes.world_size, longest * all_pairs.shape[1], 2)
+        total = W.shape[0]
+        tile = width or tile_width(device, total)
+        # the columns of all ranks that are not padding
+        valid = torch.arange(sum(sizes.num_columns), device=device)
+        if min(sizes.num_columns) < longest:
+            ends = torch.cumsum(sizes.column_counts, 0)
+            owner = torch.searchsorted(ends, valid, right=True)
+            starts = torch.arange(sizes.world_size, device=device) * longest
+            valid = valid + (starts - (ends - sizes.column_counts))[owner]
+        biases = {name: received[name].double() for name in ("beta", "neg_bias", "counts") if name in received}
+        columns = Columns(
+            W=W,
+            tiles=[slice(k, min(k + tile, total)) for k in range(0, total, tile)],
+            local_start=sizes.rank * longest,
+            valid=valid,
+            doc_ids=received["doc_ids"].contiguous() if "doc_ids" in received else None,
+            beta=biases.get("beta"),
+            neg_bias=biases.get("neg_bias"),
+            counts=biases.get("counts"),
+            operand=x.operand,
+        )
+        return columns, all_pairs
 
-def _valid_indices(sizes: GlobalSizes, device: torch.device) -> Tensor:
-    """Return the ascending indices of the columns of all ranks that are not padding."""
-    longest, counts = sizes.longest, sizes.num_columns
-    at = torch.arange(sum(counts), device=device)
-    if min(counts) == longest:
-        return at
-    ends = torch.cumsum(sizes.column_counts, 0)
-    owner = torch.searchsorted(ends, at, right=True)
-    return at + (torch.arange(len(counts), device=device) * longest - (ends - sizes.column_counts))[owner]
+    return wait

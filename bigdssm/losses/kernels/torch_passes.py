@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import GRAD_ALPHA, GRAD_BETA, GRAD_U, GRAD_W, GlobalSizes, LossInputs
-from bigdssm.losses.kernels.columns import CACHED_PAIR_ROWS, Columns, Tile, block_rows, strip_rows
+from bigdssm.losses.inputs import GRAD_ALPHA, GRAD_BETA, GRAD_U, GRAD_W, GlobalSizes, LossInputs, weighted
+from bigdssm.losses.kernels.columns import CACHED_PAIR_ROWS, Columns, block_rows, strip_rows
 from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
 from bigdssm.utils import device as devices
 
@@ -45,7 +45,6 @@ class BlockMask:
         """Return the mask of rows [start, stop); `total` is the number of entries of a sparse mask."""
         if isinstance(mask, MaskMatrix):
             return BlockMask(dense=mask.rows(start, stop))
-        assert isinstance(mask, MaskPairs)
         if total == 0:
             return BlockMask()
         if total > max(4096, int((stop - start) * columns.total * _DENSE_FROM)):
@@ -54,18 +53,17 @@ class BlockMask:
         if len(columns.tiles) == 1:
             return BlockMask(rows=rows, columns=masked, bounds={0: (0, total)})
         masked, order = torch.sort(masked)
-        width = columns.tiles[0].width
-        edges = torch.arange(len(columns.tiles) + 1, device=masked.device) * width
-        at = torch.searchsorted(masked, edges).tolist()
-        bounds = {tile.start: (at[k], at[k + 1]) for k, tile in enumerate(columns.tiles)}
+        edges = torch.arange(len(columns.tiles) + 1, device=masked.device) * columns.widest
+        ends = torch.searchsorted(masked, edges).tolist()
+        bounds = {tile.start: (ends[k], ends[k + 1]) for k, tile in enumerate(columns.tiles)}
         return BlockMask(rows=rows[order], columns=masked, bounds=bounds)
 
-    def drop(self, S: Tensor, tile: Tile) -> None:
+    def drop(self, S: Tensor, tile: slice) -> None:
         """Set the masked entries of a tile's scores [rows, width] to −inf, in place."""
         if self.dense is not None:
             # twice the lowest number is −inf; 5 times as fast as masked_fill_, which is not vectorized
             lowest = torch.finfo(S.dtype).min
-            S.add_(self.dense[:, tile.columns], alpha=lowest).add_(self.dense[:, tile.columns], alpha=lowest)
+            S.add_(self.dense[:, tile], alpha=lowest).add_(self.dense[:, tile], alpha=lowest)
         elif self.rows is not None:
             assert self.columns is not None and self.bounds is not None
             lo, hi = self.bounds[tile.start]
@@ -127,32 +125,28 @@ class ScoreMatrix:
                 rows, self.U_mD[rows], BlockMask.of(self.mask, self.columns, rows.start, rows.stop, total)
             )  # fmt: skip
 
-    def zeros(self) -> Tensor:
-        """Return [m] in the dtype of scores."""
-        return torch.zeros(self.U_mD.shape[0], dtype=self.acc, device=self.device)
-
     def buffer(self, height: int, width: int) -> Tensor:
         """Allocate the output of a block of at most `height` rows and `width` columns; empty for narrow operands."""
         size = 0 if self.is_narrow else min(height, self.U_mD.shape[0]) * width
         return torch.empty(size, dtype=self.acc, device=self.device)
 
-    def tiles(self, block: RowBlock, buffer: Tensor, shift: float = 0.0) -> Iterator[tuple[Tile, Tensor, Tensor]]:
+    def tiles(self, block: RowBlock, buffer: Tensor, shift: float = 0.0) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield each tile with its vectors [c, D] and unmasked scores − `shift` [r, c], all in the same buffer."""
         for tile, W_cD in self.columns.vectors():
             yield tile, W_cD, self.scores(block, tile, W_cD, buffer, shift)
 
-    def scores(self, block: RowBlock, tile: Tile, W_cD: Tensor, out: Tensor, shift: float = 0.0) -> Tensor:
+    def scores(self, block: RowBlock, tile: slice, W_cD: Tensor, out: Tensor, shift: float = 0.0) -> Tensor:
         """Return the scores − `shift` [r, c], written to `out` unless operands are narrow."""
         if self.is_narrow:
             S_rc = torch.mm(block.U_rD, W_cD.T, out_dtype=self.acc)
             if self.bias_N is None:
                 return S_rc.mul_(self.alpha) if shift == 0.0 else S_rc.mul_(self.alpha).sub_(shift)
-            return torch.add(self.bias_N[tile.columns] - shift, S_rc, alpha=self.alpha, out=S_rc)
-        shape = block.U_rD.shape[0], tile.width
+            return torch.add(self.bias_N[tile] - shift, S_rc, alpha=self.alpha, out=S_rc)
+        shape = len(block.U_rD), len(W_cD)
         S_rc = out[: shape[0] * shape[1]].view(shape)
         if self.bias_N is None and shift == 0.0:
             return torch.addmm(S_rc, block.U_rD, W_cD.T, beta=0, alpha=self.alpha, out=S_rc)
-        bias_c = W_cD.new_full((1,), -shift) if self.bias_N is None else self.bias_N[tile.columns] - shift
+        bias_c = W_cD.new_full((1,), -shift) if self.bias_N is None else self.bias_N[tile] - shift
         return torch.addmm(bias_c, block.U_rD, W_cD.T, alpha=self.alpha, out=S_rc)
 
 
@@ -175,15 +169,15 @@ class Gradients:
             torch.zeros(num_columns, dtype=torch.float64, device=device) if grad_flags & GRAD_BETA else None,
         )
 
-    def add(self, block: RowBlock, tile: Tile, G_rc: Tensor, W_cD: Tensor, beta_c: Tensor | None = None) -> None:
+    def add(self, block: RowBlock, tile: slice, G_rc: Tensor, W_cD: Tensor, beta_c: Tensor | None = None) -> None:
         """Add a tile's G to the sums; `beta_c`, if given, replaces its column sums for beta."""
         if self.beta is not None:
-            self.beta[tile.columns] += G_rc.sum(0) if beta_c is None else beta_c
+            self.beta[tile] += G_rc.sum(0) if beta_c is None else beta_c
         G_rc = G_rc.to(W_cD.dtype)
         if self.U is not None:
             add_product(self.U[block.rows], G_rc, W_cD)
         if self.W is not None:
-            add_product(self.W[tile.columns], G_rc.T, block.U_rD)
+            add_product(self.W[tile], G_rc.T, block.U_rD)
 
 
 def add_product(total: Tensor, A: Tensor, B: Tensor) -> None:
@@ -225,14 +219,6 @@ class RowSums:
     largest: Tensor
 
 
-@dataclass(frozen=True)
-class Shift:
-    """A constant subtracted from all scores before exp; sums below `floor` may have underflowed (0: impossible)."""
-
-    value: float
-    floor: float
-
-
 def softmax_rows(
     matrix: ScoreMatrix, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor, sums: Gradients | None
 ) -> RowSums:
@@ -259,11 +245,14 @@ def _softmax_of_block(
     bits: ScoreMatrix, block: RowBlock, buffer: Tensor, positive_r: Tensor, weight_r: Tensor, extra_log_sum_r: Tensor,
     sums: Gradients | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return log-sum-exp and maximum [r] of a block whose scores against all columns are held at once."""
+    """Return log-sum-exp and maximum [r] of a block whose scores against all columns are held at once.
+
+    A function of its own, so that they are freed before those of the next block.
+    """
     # scores in bits, one tensor per tile, and the maximum of each row
     U_rD = block.U_rD
     largest_r = torch.full((U_rD.shape[0],), -math.inf, dtype=bits.acc, device=bits.device)
-    tiles: list[tuple[Tile, Tensor, Tensor]] = []
+    tiles: list[tuple[slice, Tensor, Tensor]] = []
     for tile, W_cD in bits.columns.vectors():
         S_rc = bits.scores(block, tile, W_cD, buffer)
         buffer = buffer[S_rc.numel() :]
@@ -283,7 +272,7 @@ def _softmax_of_block(
 
     # G = diag(scale) E; unless E has to be converted, the vectors are scaled, which saves a pass over E
     lse_r = torch.logaddexp(log_sum_r, positive_r)
-    scale_r = _times(weight_r, (shift_r - lse_r).exp()).to(bits.acc)
+    scale_r = weighted(weight_r, (shift_r - lse_r).exp()).to(bits.acc)
     if bits.is_narrow:
         for tile, W_cD, E_rc in tiles:
             beta_c = None if sums.beta is None else torch.mv(E_rc.T, scale_r)
@@ -296,41 +285,39 @@ def _softmax_of_block(
         if dU_rD is not None:
             dU_rD.addmm_(E_rc, W_cD)
         if sums.W is not None:
-            sums.W[tile.columns].addmm_(E_rc.T, scaled_rD)
+            sums.W[tile].addmm_(E_rc.T, scaled_rD)
         if sums.beta is not None:
-            sums.beta[tile.columns] += torch.mv(E_rc.T, scale_r)
+            sums.beta[tile] += torch.mv(E_rc.T, scale_r)
     if dU_rD is not None and sums.U is not None:
         sums.U[block.rows] += dU_rD * scale_r[:, None]
     return log_sum_r, largest_r
 
 
-def choose_shift(matrix: ScoreMatrix, sizes: GlobalSizes) -> Shift | None:
-    """Return a shift that keeps every exponential in range, None if there is none; the same on every rank."""
-    headroom, tiny, floor = (300.0, 700.0, -600.0) if matrix.acc == torch.float64 else (40.0, 80.0, -50.0)
-    if not math.isfinite(sizes.highest - sizes.lowest):
-        return None
-    shift = max(0.0, sizes.highest - headroom)
-    return Shift(shift, 0.0 if sizes.lowest - shift >= -tiny else math.exp(floor))
-
-
 def column_pass(
     matrix: ScoreMatrix, sizes: GlobalSizes, neg_bias_N: Tensor | None, check_rows: bool, group: Group | None
-) -> tuple[RowSums, Tensor, Shift | None]:
-    """Return the row sums (with `neg_bias`), the column log-sum-exps [N] over all ranks, and the shift used."""
-    shift = choose_shift(matrix, sizes)
-    if shift is not None:
-        sums = _shifted_sums(matrix, neg_bias_N, shift, check_rows, group)
+) -> tuple[RowSums, Tensor, float | None]:
+    """Return the row sums (with `neg_bias`), the column log-sum-exps [N] over all ranks, and the shift used.
+
+    The shift is a constant that is subtracted from all scores before exp, the same on every rank. None: no shift keeps
+    every exponential in range.
+    """
+    headroom, tiny, smallest_log = (300.0, 700.0, -600.0) if matrix.acc == torch.float64 else (40.0, 80.0, -50.0)
+    if math.isfinite(sizes.highest - sizes.lowest):
+        shift = max(0.0, sizes.highest - headroom)
+        # sums below it may have underflowed (0: impossible)
+        floor = 0.0 if sizes.lowest - shift >= -tiny else math.exp(smallest_log)
+        sums = _shifted_sums(matrix, neg_bias_N, shift, floor, check_rows, group)
         if sums is not None:
             return *sums, shift
     return *_logarithmic_sums(matrix, neg_bias_N, group), None
 
 
 def _shifted_sums(
-    matrix: ScoreMatrix, neg_bias_N: Tensor | None, shift: Shift, check_rows: bool, group: Group | None
+    matrix: ScoreMatrix, neg_bias_N: Tensor | None, shift: float, floor: float, check_rows: bool, group: Group | None
 ) -> tuple[RowSums, Tensor] | None:
     """Compute the sums with one exp per entry; None if those of any rank may have underflowed."""
     total_m = torch.zeros(matrix.U_mD.shape[0], dtype=torch.float64, device=matrix.device)
-    largest_m = matrix.zeros()
+    largest_m = torch.zeros(matrix.U_mD.shape[0], dtype=matrix.acc, device=matrix.device)
     total_N = torch.zeros(matrix.columns.total + 1, dtype=torch.float64, device=matrix.device)
     factor_N = None if neg_bias_N is None else neg_bias_N.exp().to(matrix.acc)
     height = _height(matrix)
@@ -338,22 +325,22 @@ def _shifted_sums(
     bits = matrix.in_bits()
     for block in matrix.blocks(height):
         rows = block.rows
-        for tile, _, S_rc in bits.tiles(block, buffer, shift.value / LOG_2):
+        for tile, _, S_rc in bits.tiles(block, buffer, shift / LOG_2):
             block.mask.drop(S_rc, tile)
             E_rc = S_rc.exp2_()
-            total_N[tile.columns] += torch.mv(E_rc.T, ones[: block.U_rD.shape[0]])
+            total_N[tile] += torch.mv(E_rc.T, ones[: block.U_rD.shape[0]])
             if factor_N is not None:
-                E_rc.mul_(factor_N[tile.columns])
+                E_rc.mul_(factor_N[tile])
             total_m[rows] += E_rc.sum(1)
             torch.maximum(largest_m[rows], E_rc.amax(1), out=largest_m[rows])
     # the check of this rank's rows is reduced together with the column sums
     if check_rows:
-        total_N[-1:].copy_((~(total_m >= shift.floor)).any())
+        total_N[-1:].copy_((~(total_m >= floor)).any())
     distributed.all_reduce(total_N, "sum", group)
-    if not bool((total_N[-1] == 0) & (total_N[matrix.columns.valid] >= shift.floor).all()):
+    if not bool((total_N[-1] == 0) & (total_N[matrix.columns.valid] >= floor).all()):
         return None
-    rows_sums = RowSums(total_m.log_() + shift.value, largest_m.double().log_() + shift.value)
-    return rows_sums, total_N[:-1].log_() + shift.value
+    rows_sums = RowSums(total_m.log_() + shift, largest_m.double().log_() + shift)
+    return rows_sums, total_N[:-1].log_() + shift
 
 
 def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Group | None) -> tuple[RowSums, Tensor]:
@@ -365,7 +352,7 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
     for block in matrix.blocks(height):
         rows = block.rows
         for tile, _, S_rc in matrix.tiles(block, buffer):
-            cols = tile.columns
+            cols = tile
             block.mask.drop(S_rc, tile)
             log_N[cols] = torch.logaddexp(log_N[cols], torch.logsumexp(S_rc, 0).double())
             if neg_bias_N is not None:
@@ -399,68 +386,47 @@ class Coefficients:
     column_log_sum_N: Tensor
 
 
-def gradient_pass(matrix: ScoreMatrix, shift: Shift | None, c: Coefficients, sums: Gradients) -> None:
-    """Recompute the scores and add G to `sums`; beta cancels in the column part."""
+def gradient_pass(matrix: ScoreMatrix, shift: float | None, c: Coefficients, sums: Gradients) -> None:
+    """Recompute the scores, replace them by G in place, and add G to `sums`; beta cancels in the column part."""
     height = _height(matrix)
     buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
-    gradient = _LogarithmicGradient(c) if shift is None else _ShiftedGradient(c, shift.value, matrix.acc)
-    scores, at = (matrix, 0.0) if shift is None else (matrix.in_bits(), shift.value / LOG_2)
+    if shift is None:  # exact for any range of scores: one exp per entry and direction
+        scores, offset = matrix, 0.0
+        row_m = c.row_weight_m.log() - c.row_lse_m
+        column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
+    else:  # one exp per entry, of the scores in bits, and factors
+        scores, offset = matrix.in_bits(), shift / LOG_2
+        neg_factor_N = None if c.neg_bias_N is None else c.neg_bias_N.exp().to(matrix.acc)
+        row_m = weighted(c.row_weight_m, (shift - c.row_lse_m).exp()).to(matrix.acc)
+        column_N = weighted(c.column_weight_N, (shift - c.column_log_sum_N).exp()).to(matrix.acc)
     for block in matrix.blocks(height):
-        for tile, W_cD, S_rc in scores.tiles(block, buffer, at):
+        row_r = row_m[block.rows]
+        for tile, W_cD, S_rc in scores.tiles(block, buffer, offset):
             T_rc = torch.empty_like(S_rc) if matrix.is_narrow else second[: S_rc.numel()].view_as(S_rc)
-            beta_c = gradient(S_rc, T_rc, block, tile, sums.beta is not None)
+            column_c, beta_c = column_N[tile], None
+            block.mask.drop(S_rc, tile)
+            if shift is None:
+                torch.add(S_rc, row_r[:, None].to(S_rc.dtype), out=T_rc)
+                if c.neg_bias_N is not None:
+                    T_rc += c.neg_bias_N[tile]
+                T_rc.exp_()
+                S_rc += column_c
+                S_rc.exp_()
+                S_rc += T_rc
+                if sums.beta is not None:
+                    beta_c = T_rc.sum(0)
+            else:
+                S_rc.exp2_()
+                if sums.beta is not None:
+                    beta_c = torch.mv(S_rc.T, row_r)
+                if neg_factor_N is None:
+                    torch.add(row_r[:, None], column_c, out=T_rc)
+                else:
+                    torch.addcmul(column_c, row_r[:, None], neg_factor_N[tile], out=T_rc)
+                    beta_c = None if beta_c is None else beta_c * neg_factor_N[tile]
+                S_rc *= T_rc
             del T_rc
             sums.add(block, tile, S_rc, W_cD, beta_c)
-
-
-class _ShiftedGradient:
-    """Replaces scores − shift, in bits, by G in place, with one exp per entry."""
-
-    def __init__(self, c: Coefficients, shift: float, dtype: torch.dtype) -> None:
-        self.neg_factor_N = None if c.neg_bias_N is None else c.neg_bias_N.exp().to(dtype)
-        self.row_factor_m = _times(c.row_weight_m, (shift - c.row_lse_m).exp()).to(dtype)
-        self.column_factor_N = _times(c.column_weight_N, (shift - c.column_log_sum_N).exp()).to(dtype)
-
-    def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, with_row_part: bool) -> Tensor | None:
-        row_factor_r, cols = self.row_factor_m[block.rows], tile.columns
-        block.mask.drop(S_rc, tile)
-        S_rc.exp2_()
-        row_part_c = torch.mv(S_rc.T, row_factor_r) if with_row_part else None
-        if self.neg_factor_N is None:
-            torch.add(row_factor_r[:, None], self.column_factor_N[cols], out=T_rc)
-        else:
-            torch.addcmul(self.column_factor_N[cols], row_factor_r[:, None], self.neg_factor_N[cols], out=T_rc)
-            row_part_c = row_part_c if row_part_c is None else row_part_c * self.neg_factor_N[cols]
-        S_rc *= T_rc
-        return row_part_c
-
-
-class _LogarithmicGradient:
-    """Replaces scores by G in place, with one exp per entry and direction: exact for any range of scores."""
-
-    def __init__(self, c: Coefficients) -> None:
-        self.c = c
-        self.row_exponent_m = c.row_weight_m.log() - c.row_lse_m
-        self.column_exponent_N = torch.where(
-            c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf
-        )
-
-    def __call__(self, S_rc: Tensor, T_rc: Tensor, block: RowBlock, tile: Tile, with_row_part: bool) -> Tensor | None:
-        cols = tile.columns
-        block.mask.drop(S_rc, tile)
-        torch.add(S_rc, self.row_exponent_m[block.rows, None].to(S_rc.dtype), out=T_rc)
-        if self.c.neg_bias_N is not None:
-            T_rc += self.c.neg_bias_N[cols]
-        T_rc.exp_()
-        S_rc += self.column_exponent_N[cols]
-        S_rc.exp_()
-        S_rc += T_rc
-        return T_rc.sum(0) if with_row_part else None
-
-
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """Return weight · factor, 0 if the weight is 0, even for a non-finite factor."""
-    return torch.where(weight > 0, weight * factor, 0.0)
 
 
 # (scores of negatives, score of the positive, broadcast) → values and derivatives; may overwrite the scores
@@ -503,7 +469,7 @@ def pairwise_pass(
             block.mask.drop(S_rc, tile)
             torch.maximum(result.largest[rows], S_rc.amax(1).double(), out=result.largest[rows])
             value_rc, slope_rc = pair_values(S_rc, positive_m1[rows])
-            counts_c = counts_N[tile.columns]
+            counts_c = counts_N[tile]
             result.value[rows] += torch.mv(value_rc, counts_c)
             G_rc = torch.mul(slope_rc, counts_c, out=S_rc)
             result.slope[rows] += G_rc.sum(1)

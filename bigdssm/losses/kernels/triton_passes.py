@@ -15,7 +15,7 @@ from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputs
 from bigdssm.losses.kernels.columns import Columns
 from bigdssm.losses.kernels.torch_passes import Coefficients, Gradients, RowSums, log_sum_over_ranks
-from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
+from bigdssm.losses.masks import FalseNegatives, MaskMatrix
 
 LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
 SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 KB on a B200); both have 227 KB
@@ -134,7 +134,6 @@ def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[T
         if tiles:
             launch("pack_kernel", shape, mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
         return torch.arange(tiles, dtype=torch.int32, device=bits.device).view(shape), bits
-    assert isinstance(mask, MaskPairs)
     device, lengths = mask.row_lengths.device, mask.block_lengths(_MASK_TILE)
     total = sum(lengths)
     slots = torch.full((tiles,), -1, dtype=torch.int32, device=device)
