@@ -71,28 +71,22 @@ class LossOutput:
     stats: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LocalStats:
-    """One rank's contribution to the statistics."""
-
-    weight_m: Tensor
-    positive_m: Tensor  # scores of the positives
-    largest_m: Tensor  # scores of the best negatives
-    lse_m: Tensor  # [m], or [directions, m]
-    entries: Tensor  # number of score matrix entries except positives
-    masked: Tensor  # number of them that are masked
-
-
 def reduce_output(
-    value_sum: Tensor, local: LocalStats, weight_sum: float, group: Group | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the global loss and statistics; two small all-reduces."""
-    used = local.weight_m > 0
-    above = ((local.positive_m > local.largest_m) & used).sum()
-    counted = [value_sum, above, used.sum(), local.masked, local.entries, torch.ones_like(used).sum()]
+    value_sum: Tensor, weight_m: Tensor, positive_m: Tensor, largest_m: Tensor, lse_m: Tensor, entries: Tensor,
+    masked: Tensor, weight_sum: float, group: Group | None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Return the global loss and statistics; two small all-reduces.
+
+    value_sum: of the weighted values; positive_m, largest_m: scores of the positives and the best negatives; lse_m [m],
+    or [directions, m]; entries: number of score matrix entries except positives, of which `masked` are masked.
+    weight_sum: over all ranks.
+    """
+    used = weight_m > 0
+    above = ((positive_m > largest_m) & used).sum()
+    counted = [value_sum, above, used.sum(), masked, entries, torch.ones_like(used).sum()]
     totals = torch.stack([count.double() for count in counted])
     distributed.all_reduce(totals, "sum", group)
-    ends = torch.where(used, torch.stack([-local.lse_m, local.lse_m]), -math.inf).double().flatten(1)
+    ends = torch.where(used, torch.stack([-lse_m, lse_m]), -math.inf).double().flatten(1)
     extremes = distributed.all_reduce(torch.nn.functional.pad(ends, (0, 1), value=-math.inf).amax(1), "max", group)
     loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
     stats = {
@@ -170,13 +164,13 @@ def contrastive_loss(
         direction = loss.direction if isinstance(loss, LossConfig) else "q2d"
         x = check_inputs(batch)
         _check_choice(term, x, columns, direction, tile)
-        x, shared, shared_index = _shared_columns(x, columns, group)
+        x, shared_x, shared_index = _shared_columns(x, columns, group)
     except LossInputError as error:
         raise_on_all_ranks(error, getattr(batch.U, "device", torch.device("cpu")), group)
     description = f"{term} over {_SHARED[columns]}, {direction}"
-    if triton_passes.available(shared):
+    if triton_passes.available(shared_x):
         description += ", by Triton kernels"
-    sizes = global_sizes(x, shared, description, group)
+    sizes = global_sizes(x, shared_x, description, group)
     n = len(x.W)
     # without ids each column is a distinct document; its id is its global column index
     docs_n = torch.arange(n, device=x.W.device) + sizes.rank * sizes.longest if x.doc_ids is None else x.doc_ids
@@ -189,8 +183,8 @@ def contrastive_loss(
             gathered, all_pairs = None, None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
             positive_m = _positive_scores(x, sizes, with_beta=True)
         else:
-            counts_n = None if shared_index is None else occurrences(shared.positive, len(shared.W)).double()
-            wait_for_columns = gather_columns(shared, sizes, counts_n, pairs, tile, group)
+            counts_n = None if shared_index is None else occurrences(shared_x.positive, len(shared_x.W)).double()
+            wait_for_columns = gather_columns(shared_x, sizes, counts_n, pairs, tile, group)
             # within a column, beta is constant and cancels
             positive_m = _positive_scores(x, sizes, with_beta=direction != "d2q")
             gathered, all_pairs = wait_for_columns()
@@ -201,7 +195,7 @@ def contrastive_loss(
         passes = None
         if gathered is not None:
             mask = find_false_negatives(known, gathered.docs, gathered.valid, gathered.total)
-            passes = ScorePasses(shared, sizes, gathered, mask, group)
+            passes = ScorePasses(shared_x, sizes, gathered, mask, group)
             del gathered  # `passes` frees the columns
         candidates = _Candidates(x, sizes, docs_n, known)
 
@@ -213,25 +207,32 @@ def contrastive_loss(
         )
 
         # The loss and the statistics, over all ranks.
-        entries, masked = candidates.entries()
+        entries, masked = candidates.present_mk.sum().double(), candidates.masked_mk.sum().double()
         if passes is not None:
-            of_columns = passes.entries()
-            entries, masked = entries + of_columns[0], masked + of_columns[1]
-        local = LocalStats(x.weight, positive_m, result.largest_m, result.lse_m, entries, masked)
-        mean, stats = reduce_output(result.value_m.sum(), local, sizes.weight_sum, group)
+            column_entries, masked_columns = passes.entries()
+            entries, masked = entries + column_entries, masked + masked_columns
+        mean, stats = reduce_output(
+            result.value_m.sum(), x.weight, positive_m, result.largest_m, result.lse_m, entries, masked,
+            sizes.weight_sum, group,
+        )  # fmt: skip
         mean = mean.to(x.acc)
         if not sizes.grad_flags:
             return LossOutput(mean, stats)
 
         # G of the shared columns, reduced to the ranks of its columns; then that of the candidates and the positives.
         if passes is None:
-            sums = Gradients.zeros(x, sizes.grad_flags, n)
+            gradients = Gradients.zeros(x, sizes.grad_flags, n)
         else:
-            sums = passes.reduce_to_local(result.column_gradients)
-            sums = sums if shared_index is None else _scattered(sums, shared_index, n)
-        candidates.add_gradients(result.candidate_grad_mk, sums)
-        gradients = _input_gradients(x, sizes, sums, result.positive_grad_m, result.beta_grad_m)
-        return LossOutput(attach(mean, (x.U, x.W, x.alpha, x.beta), gradients), stats)
+            gradients = passes.reduce_to_local(result.column_gradients)
+            if shared_index is not None:  # from the shared columns to all columns of this rank
+                gradients.W, gradients.beta = (
+                    None if part is None else part.new_zeros((n, *part.shape[1:])).index_copy_(0, shared_index, part)
+                    for part in (gradients.W, gradients.beta)
+                )
+        candidates.add_gradients(result.candidate_grad_mk, gradients)
+        alpha_grad = _finish_gradients(x, sizes, gradients, result.positive_grad_m, result.beta_grad_m)
+        inputs = x.U, x.W, x.alpha, x.beta
+        return LossOutput(attach(mean, inputs, (gradients.U, gradients.W, alpha_grad, gradients.beta)), stats)
 
 
 def build_term(loss: object) -> Term:
@@ -300,14 +301,10 @@ class _Candidates:
     def __init__(self, x: LossInputs, sizes: GlobalSizes, docs_n: Tensor, positives: KnownPositives) -> None:
         negatives = x.positive.new_zeros((len(x.U), 0)) if x.negatives is None else x.negatives
         self._x, self._alpha = x, sizes.alpha
-        self._column_mk, self._there_mk = negatives.clamp(min=0), negatives >= 0
-        other_mk = self._there_mk & (self._column_mk != x.positive[:, None])
+        self._column_mk, self.present_mk = negatives.clamp(min=0), negatives >= 0
+        other_mk = self.present_mk & (self._column_mk != x.positive[:, None])
         known_mk = positives.contain(docs_n[self._column_mk])
-        self._masked_mk, self.used_mk = other_mk & known_mk, other_mk & ~known_mk
-
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """Return the number of candidates and the number that the mask drops, float64."""
-        return self._there_mk.sum().double(), self._masked_mk.sum().double()
+        self.masked_mk, self.used_mk = other_mk & known_mk, other_mk & ~known_mk
 
     def scores(self) -> Tensor:
         """Return float64 [m, k], −inf where not `used_mk`."""
@@ -340,19 +337,10 @@ class _Candidates:
             yield rows, x.W.detach()[self._column_mk[rows]].to(x.acc)
 
 
-def _scattered(sums: Gradients, index: Tensor, n: int) -> Gradients:
-    """Return the sums of the columns `index` as those of all n columns."""
-    W, beta = (
-        None if part is None else part.new_zeros((n, *part.shape[1:])).index_copy_(0, index, part)
-        for part in (sums.W, sums.beta)
-    )
-    return Gradients(sums.U, W, beta)
-
-
-def _input_gradients(
+def _finish_gradients(
     x: LossInputs, sizes: GlobalSizes, sums: Gradients, positive_grad_m: Tensor, beta_grad_m: Tensor
-) -> list[Tensor | None]:
-    """Return the gradients of U, W, alpha and beta, computed in place from sums over G.
+) -> Tensor | None:
+    """Turn the sums over G into the gradients of U, W and beta, in place; return the gradient of alpha.
 
     The score alpha <u_i, w_j> + beta_j has the gradient G_ij; `sums` lack the positives' gradients, of which
     beta_grad_m is the part that depends on beta. Every gradient is world_size times this rank's share.
@@ -369,7 +357,7 @@ def _input_gradients(
         sums.W.index_add_(0, x.positive, U_mD * grad_m1).mul_(sizes.alpha * factor)
     if sums.beta is not None:
         sums.beta.index_add_(0, x.positive, beta_grad_m.to(sums.beta.dtype)).mul_(factor)
-    return [sums.U, sums.W, alpha_grad, sums.beta]
+    return alpha_grad
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:
@@ -414,10 +402,10 @@ def matryoshka_loss(
     vectors, for a cosine score. The scale of loss and gradients is that of `loss`. Source: Kusupati et al. 2022, eq. 1
     with equal weights.
     """
-    whole = loss(U, W)
+    full = loss(U, W)
     truncated = (loss(truncate(U, width, normalize), truncate(W, width, normalize)) for width in widths)
-    losses = [whole.loss, *(output.loss for output in truncated)]
-    return LossOutput(torch.stack(losses).mean(), whole.stats)
+    losses = [full.loss, *(output.loss for output in truncated)]
+    return LossOutput(torch.stack(losses).mean(), full.stats)
 
 
 def truncate(vectors: Tensor, width: int, normalize: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigdssm.config import LossConfig
 from bigdssm.distributed import Group
-from bigdssm.losses.contrastive import LocalStats, LossOutput, build_term, check_teacher, global_mean, reduce_output
+from bigdssm.losses.contrastive import LossOutput, build_term, check_teacher, global_mean, reduce_output
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.inputs import LossInputError, Number, exchange, require, weighted
 from bigdssm.losses.masks import count_known_positives, find_known_positives, gather_pairs, local_pairs
@@ -69,14 +69,16 @@ def scored_loss(
         positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, all_pairs, table[:, 0].long())
         drop = positives.contain(doc_ids[:, 1:])
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
-    there = negative_mk.detach() > -torch.inf
-    used = there & ~drop
+    present = negative_mk.detach() > -torch.inf
+    used = present & ~drop
     values_m = term.on_scores(positive_m, negative_mk.masked_fill(~used, -torch.inf), used, teacher)
     values_m = weighted(weight, values_m)
     largest_m = negative_mk.detach().masked_fill(~used, -torch.inf).amax(1)
     best_m = torch.maximum(positive_m.detach(), largest_m)
-    local = LocalStats(weight, positive_m.detach(), largest_m, best_m, there.sum(), (drop & there).sum())
-    stats = reduce_output(scores.new_zeros(()), local, sum(row["weight_sum"] for row in of_ranks), group)[1]
+    stats = reduce_output(
+        scores.new_zeros(()), weight, positive_m.detach(), largest_m, best_m, present.sum(), (drop & present).sum(),
+        sum(row["weight_sum"] for row in of_ranks), group,
+    )[1]  # fmt: skip
     return LossOutput(global_mean(values_m.sum(), weight.sum(), group), stats)
 
 

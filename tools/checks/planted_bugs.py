@@ -21,10 +21,10 @@ UNIT, RANKS, E2E = "tests/unit", "tests/distributed", "tests/e2e"
 
 BUGS = [
     # Scale: the mean over ranks of loss and gradients is the global value.
-    Bug("scale", "gradients_scaled_by_local_weight", "losses.contrastive:_input_gradients",
+    Bug("scale", "gradients_scaled_by_local_weight", "losses.contrastive:_finish_gradients",
         "sizes.world_size / sizes.weight_sum if", "1.0 / sizes.weight_sum if",
         f"{RANKS}/test_scale_contract.py::test_ddp"),
-    Bug("scale", "beta_gradient_of_the_wrong_direction", "losses.contrastive:_input_gradients",
+    Bug("scale", "beta_gradient_of_the_wrong_direction", "losses.contrastive:_finish_gradients",
         "beta_grad_m.to(sums.beta.dtype)", "positive_grad_m.to(sums.beta.dtype)",
         f"{RANKS}/test_fps_parity.py::test_equals_dense_reference"),
     Bug("scale", "scored_loss_averaged_locally", "losses.contrastive:global_mean",
@@ -109,7 +109,7 @@ BUGS = [
         "torch.cat([torch.stack([queries, queries], 1), reverse])", "torch.stack([queries, queries], 1)",
         f"{UNIT}/test_siamese.py::test_paired_documents_are_not_negatives_of_each_other"),
     Bug("masks", "scorers_ignore_the_mask", "losses.scored:scored_loss",
-        "used = there & ~drop", "used = there",
+        "used = present & ~drop", "used = present",
         f"{UNIT}/test_objective.py::test_an_mlps_scores_are_masked_by_each_querys_past"),
     # Causality: a query depends on earlier items only, and one pass equals separate passes.
     Bug("queries", "a_query_sees_its_own_document", "dataset.rows:Rows.seen_ragged",
@@ -185,7 +185,7 @@ BUGS = [
         "at_top & (gradient < 0)", "at_top",
         f"{UNIT}/test_models.py::test_alpha_is_clamped_and_comes_back_from_the_clamp"),
     Bug("losses", "accuracy_counts_ties", "losses.contrastive:reduce_output",
-        "local.positive_m > local.largest_m", "local.positive_m >= local.largest_m",
+        "positive_m > largest_m", "positive_m >= largest_m",
         f"{RANKS}/test_fps_parity.py::test_statistics"),
     Bug("distillation", "temperature_ignored", "losses.terms:DistillationTerm._inputs",
         " / self.loss.temperature", "",
