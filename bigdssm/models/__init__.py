@@ -55,7 +55,6 @@ __getattr__, __dir__ = lazy_attributes(
             "RowGroup",
             "SequenceBounds",
             "Values",
-            "VectorScorer",
             "flash_runs_on",
             "pack",
         ],

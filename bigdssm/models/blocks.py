@@ -51,11 +51,20 @@ class AttentionContext(NamedTuple):
 
     def apply_masked(self, attention: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [R, A, h * W]: `attention` over padded histories, or over each group of packed ones."""
-        if self.layout is not None:
-            attended: Tensor = _attend_in_groups(self.layout, attention, q[0], k[0], v[0])
-            return attended.unsqueeze(0)
-        assert self.mask is not None
-        return attention(q, k, v, self.mask).transpose(1, 2).flatten(2)
+        if self.layout is None:
+            assert self.mask is not None
+            return attention(q, k, v, self.mask).transpose(1, 2).flatten(2)
+        layout = self.layout
+        num_keys = [group.rows * group.longest for group in layout.groups]
+        num_queries = [group.rows for group in layout.groups] if layout.newest_only else num_keys
+        outputs = []
+        for group, mask, *parts in zip(
+            layout.groups, layout.masks, _pad_groups(q[0], layout.query_slot, num_queries),
+            _pad_groups(k[0], layout.key_slot, num_keys), _pad_groups(v[0], layout.key_slot, num_keys), strict=True,
+        ):  # fmt: skip
+            group_q, group_k, group_v = (part.unflatten(0, (group.rows, -1)).transpose(1, 2) for part in parts)
+            outputs.append(attention(group_q, group_k, group_v, mask).transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(outputs).index_select(0, layout.query_slot).unsqueeze(0)
 
     def apply_packed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [1, A, h * W]: packed histories by the kernel, for q [1, h, A, W], k and v [1, h, T, W]."""
@@ -69,20 +78,6 @@ class AttentionContext(NamedTuple):
 
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """[R, h, A, W] for q [R, h, A, W], k and v [R, h, T, W], and a mask that broadcasts to [R, h, A, T]."""
-
-
-def _attend_in_groups(layout: AttentionLayout, attention: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return [A, h * W] for q [h, A, W], k and v [h, T, W]."""
-    num_keys = [group.rows * group.longest for group in layout.groups]
-    num_queries = [group.rows for group in layout.groups] if layout.newest_only else num_keys
-    outputs = []
-    for group, mask, *parts in zip(
-        layout.groups, layout.masks, _pad_groups(q, layout.query_slot, num_queries),
-        _pad_groups(k, layout.key_slot, num_keys), _pad_groups(v, layout.key_slot, num_keys), strict=True,
-    ):  # fmt: skip
-        group_q, group_k, group_v = (part.unflatten(0, (group.rows, -1)).transpose(1, 2) for part in parts)
-        outputs.append(attention(group_q, group_k, group_v, mask).transpose(1, 2).flatten(0, 1).flatten(1))
-    return torch.cat(outputs).index_select(0, layout.query_slot)
 
 
 def _pad_groups(x: Tensor, slot: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

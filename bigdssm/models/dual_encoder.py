@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import ModelConfig, ScorerConfig, TowerConfig
+from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
@@ -62,9 +62,21 @@ class Tower(nn.Module):
         self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_shared})
         self._shared_encoders = ({name: e for name, e in encoders.items() if e.is_shared},)  # not modules of the tower
         widths = {name: encoder.dim for name, encoder in self._all().items()}
-        self._check_residual(context.side, widths, dim)
+        if self.residual is not None:
+            self._check_residual(context.side, widths, dim)
         width = sum(width for name, width in widths.items() if name != self.residual)
-        self.mlp = _mlp(width, context.config, dim) if width else None
+        self.mlp: nn.Sequential | None = None
+        if width == 0:
+            return
+        layers: list[nn.Module] = [nn.Dropout(context.config.dropout)]
+        for hidden in context.config.mlp:
+            layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(context.config.dropout)]
+            width = hidden
+        head = nn.Linear(width, dim)
+        if self.residual:  # starts as a small addition to the residual
+            nn.init.normal_(head.weight, std=INIT_STD)
+            nn.init.zeros_(head.bias)
+        self.mlp = nn.Sequential(*layers, head)
 
     def forward(self, features: Mapping[str, Values], query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, D] for one side's features of R rows, or [m, D] for queries at `query_positions` of them."""
@@ -99,8 +111,6 @@ class Tower(nn.Module):
         return {**self.encoders, **self._shared_encoders[0]}  # type: ignore[dict-item]
 
     def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
-        if self.residual is None:
-            return
         if self.residual not in widths:
             raise ConfigError(
                 f"model.{side}.residual={self.residual} is no {side} feature, needs one of {list(widths)}"
@@ -110,18 +120,6 @@ class Tower(nn.Module):
                 f"model.{side}.residual={self.residual} has width {widths[self.residual]}, but model.dim={dim}; "
                 f"set both to the same (embedding_dim of model.doc for categorical features and histories)"
             )
-
-
-def _mlp(width: int, config: TowerConfig, dim: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Dropout(config.dropout)]
-    for hidden in config.mlp:
-        layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
-        width = hidden
-    head = nn.Linear(width, dim)
-    if config.residual:  # starts as a small addition to the residual
-        nn.init.normal_(head.weight, std=INIT_STD)
-        nn.init.zeros_(head.bias)
-    return nn.Sequential(*layers, head)
 
 
 class Encoded(NamedTuple):
@@ -169,7 +167,10 @@ class DualEncoder(nn.Module):
         self.doc_tower = Tower(schema.doc, self._build_context("doc", keys.get("doc")), config.dim)
         if schema.siamese:  # a plain attribute: parameters and state have the tower once
             object.__setattr__(self, "query_tower", self.doc_tower)
-        self.beta_head = _beta_head(config.dim) if config.beta == "document" else None
+        self.beta_head: nn.Linear | None = None
+        if config.beta == "document":
+            self.beta_head = nn.Linear(config.dim, 1, bias=False)  # a common bias has no gradient in a softmax
+            nn.init.zeros_(self.beta_head.weight)
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
         self.scorer = None if scorer is None else scorer.build(config, schema, texts)
@@ -210,7 +211,7 @@ class DualEncoder(nn.Module):
         candidates int64 [m, l]: rows of `doc` to score for each query with the MLP. paired: only score row i of both
         sides as a pair, with a scorer that takes features.
         """
-        alpha = _clamp_above(self.log_alpha.float().exp(), ALPHA_MAX)
+        alpha: Tensor = _ClampAbove.apply(self.log_alpha.float().exp(), ALPHA_MAX)
         if paired:
             assert query is not None and doc is not None and self.scorer is not None
             return Encoded(None, None, None, alpha, self.scorer(query, doc))
@@ -293,12 +294,6 @@ def new_model(
         return DualEncoder(config, schema, texts, scorer, pretrained=True, dense=dense)
 
 
-def _beta_head(dim: int) -> nn.Linear:
-    head = nn.Linear(dim, 1, bias=False)  # a bias common to all documents has no gradient in a softmax
-    nn.init.zeros_(head.weight)
-    return head
-
-
 class _ClampAbove(torch.autograd.Function):
     """min(x, top) that keeps gradients that lower x: with a plain clamp, x would stay at the top."""
 
@@ -312,8 +307,3 @@ class _ClampAbove(torch.autograd.Function):
         (at_top,) = ctx.saved_tensors
         (gradient,) = gradients
         return torch.where(at_top & (gradient < 0), torch.zeros_like(gradient), gradient), None
-
-
-def _clamp_above(x: Tensor, top: float) -> Tensor:
-    clamped: Tensor = _ClampAbove.apply(x, top)
-    return clamped

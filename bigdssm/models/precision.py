@@ -35,10 +35,10 @@ def resolve_precision(requested: str, device: str = "cpu") -> str:
 
     Logs a measured warning if bfloat16 is requested and emulated.
     """
-    found = devices.instruction_set(device)
+    instructions = devices.instruction_set(device)
     if requested == "auto":
-        return "bf16" if found in FASTER_IN_BF16 else "fp32"
-    if requested != "fp32" and found == "none" and device == "cpu":
+        return "bf16" if instructions in FASTER_IN_BF16 else "fp32"
+    if requested != "fp32" and instructions == "none" and device == "cpu":
         logger.warning(
             "precision %s: the processor of %s emulates bfloat16; a product takes %.0f times as long as in fp32; "
             "use precision auto or fp32", requested, socket.gethostname(), emulation_factor(),
@@ -55,11 +55,11 @@ def emulation_factor() -> float:
     return times[0] / times[1]
 
 
-def settle_precision(engine: EngineConfig, device: str, saved: dict[str, str] | None = None) -> EngineConfig:
+def resolve_engine_precision(engine: EngineConfig, device: str, saved: dict[str, str] | None = None) -> EngineConfig:
     """Return `engine` with the precision that all ranks compute in. All ranks must call it.
 
     `auto` is bf16 if that is the faster one on every rank. A resumed run keeps the precision that it began with if the
-    config still requests the same; `saved` comes from its checkpoint (`saved_precision`).
+    config still requests the same; `saved`: both, from its checkpoint.
     """
     requested = engine.precision
     choices = distributed.all_gather_object(resolve_precision(requested, device))
@@ -73,8 +73,3 @@ def settle_precision(engine: EngineConfig, device: str, saved: dict[str, str] | 
     elif requested == "auto":
         logger.info("engine.precision=auto: computing in %s", computed)
     return replace(engine, precision=cast(Any, computed))
-
-
-def saved_precision(requested: EngineConfig, settled: EngineConfig) -> dict[str, str]:
-    """Return the requested and the computed precision, as a checkpoint stores them."""
-    return {"requested": requested.precision, "computed": settled.precision}

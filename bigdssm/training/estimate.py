@@ -33,7 +33,7 @@ from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, FeatureScorer, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
-from bigdssm.models.precision import settle_precision
+from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
@@ -265,7 +265,7 @@ def estimate(
     `stated` sizes replace those of the dataset. Raises ConfigError: a step encodes the catalogue, which is not built.
     """
     stage, engine = config.stage(name), config.engine
-    engine = settle_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
+    engine = resolve_engine_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     uniform = -(-stage.negatives.uniform // world_size)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)

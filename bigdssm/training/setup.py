@@ -24,7 +24,7 @@ from bigdssm.errors import ConfigError, Preempted
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder, new_model
-from bigdssm.models.precision import saved_precision, settle_precision
+from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.training.batches import BatchBuilder
 from bigdssm.training.checks import model_difference, retained_settings
@@ -91,7 +91,7 @@ def build_trainer(
     rank, world_size, folder = distributed.rank(), distributed.world_size(), config.stage_dir(name)
 
     # Precision and weights, then the engine, which copies the weights.
-    engine_config = settle_precision(config.engine, device().type, start.precision)
+    engine_config = resolve_engine_precision(config.engine, device().type, start.precision)
     read = start.reader(model)
     if read is None:
         model.tables.start_unknown(start.new_codes)
@@ -105,7 +105,7 @@ def build_trainer(
     engine = Engine(model, engine_config, stage.optimizer, max(1, stage.rows_global // world_size), tables)
     origin: dict[str, Any] = {
         "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
-        "precision": saved_precision(config.engine, engine_config),
+        "precision": {"requested": config.engine.precision, "computed": engine_config.precision},
         "frozen": start.check_frozen(frozen_checksum(model)),
     }  # fmt: skip
     if read is not None and tables is not None:  # before negatives are mined

@@ -84,9 +84,8 @@ def test_the_precision_of_a_run(
     saved = None if began is None else dict(zip(("requested", "computed"), began, strict=True))
     engine = EngineConfig(precision=requested)
     with caplog.at_level(logging.WARNING, "bigdssm"):
-        settled = precision.settle_precision(engine, "cpu", saved)
-    assert settled.precision == computed
-    assert precision.saved_precision(engine, settled) == {"requested": requested, "computed": computed}
+        resolved = precision.resolve_engine_precision(engine, "cpu", saved)
+    assert resolved.precision == computed
     assert [words in record.getMessage() for record in caplog.records if words] == ([] if words is None else [True])
     assert words is not None or not caplog.records
 
@@ -97,7 +96,7 @@ def test_the_emulation_is_measured() -> None:
 
 def settled_on(rank: int, world_size: int) -> str:
     devices.instruction_set = lambda device="cpu": "amx" if rank != 1 else "none"
-    return precision.settle_precision(EngineConfig(precision="auto"), "cpu").precision
+    return precision.resolve_engine_precision(EngineConfig(precision="auto"), "cpu").precision
 
 
 @pytest.mark.slow

@@ -40,8 +40,17 @@ class HistoryEncoder(Encoder):
     def __init__(
         self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables
     ) -> None:
+        """Raises ConfigError: the heads do not divide the width, or have an odd one with positions=rotary."""
         super().__init__()
-        _check_heads(config, dim)
+        if dim % config.heads:
+            raise ConfigError(
+                f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
+            )
+        if config.positions == "rotary" and dim // config.heads % 2:
+            raise ConfigError(
+                f"model.query.history.positions=rotary needs heads of an even width, got {dim // config.heads}: "
+                f"model.doc.embedding_dim={dim} over model.query.history.heads={config.heads}; change one of them"
+            )
         self.table = table
         self.dim = dim
         self.config = config
@@ -108,7 +117,10 @@ class HistoryEncoder(Encoder):
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
         position_T = torch.arange(num_items + 1, device=device)
-        hidden = self._embed(items_RT, length_R, position_T)
+        vectors = self._items(items_RT)
+        start = self.start.to(vectors.dtype).expand(num_rows, 1, -1)
+        hidden = self._add_positions(torch.cat([start, vectors], dim=1), position_T, length_R.unsqueeze(1))
+        hidden = self.dropout(hidden)
         bias = self._bias(hidden.dtype)
         context = self._context(position_T, position_T, bias)
         for layer in self.layers[:-1]:
@@ -117,18 +129,9 @@ class HistoryEncoder(Encoder):
         if query_positions is None:  # the last layer computes the newest position only
             newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
             context = self._context(length_R.unsqueeze(1), position_T, bias)
-            vectors = self.run_layer(last, newest, hidden, context).squeeze(1)
-        else:  # all positions: most are used, and rows share one mask
-            vectors = self.run_layer(last, hidden, hidden, context)[query_positions.row, query_positions.prefix_length]
-        return vectors
-
-    def _embed(self, items_RT: Tensor, length_R: Tensor, position_T: Tensor) -> Tensor:
-        """Return the input of the first layer, [R, T + 1, E]."""
-        vectors = self._items(items_RT)
-        start = self.start.to(vectors.dtype).expand(items_RT.shape[0], 1, -1)
-        hidden = self._add_positions(torch.cat([start, vectors], dim=1), position_T, length_R.unsqueeze(1))
-        dropped: Tensor = self.dropout(hidden)
-        return dropped
+            return self.run_layer(last, newest, hidden, context).squeeze(1)
+        # all positions: most are used, and rows share one mask
+        return self.run_layer(last, hidden, hidden, context)[query_positions.row, query_positions.prefix_length]
 
     def _items(self, items: Tensor) -> Tensor:
         vectors = self._tables[0].look_up(self.table, items)
@@ -257,16 +260,3 @@ def _mask(query_position: Tensor, key_position: Tensor, bias: Tensor | None) -> 
         by_head = nn.functional.embedding(distance.clamp(min=0), bias).movedim(-1, -3).contiguous()
         mask = by_head.masked_fill(~mask, MASKED_SCORE)
     return mask if mask.dim() == 4 else mask.unsqueeze(0)  # the fused kernel takes masks of 2 or 4 dimensions
-
-
-def _check_heads(config: HistoryEncoderConfig, dim: int) -> None:
-    """Raise ConfigError unless the heads divide the width, with an even head width for positions=rotary."""
-    if dim % config.heads:
-        raise ConfigError(
-            f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
-        )
-    if config.positions == "rotary" and dim // config.heads % 2:
-        raise ConfigError(
-            f"model.query.history.positions=rotary needs heads of an even width, got {dim // config.heads}: "
-            f"model.doc.embedding_dim={dim} over model.query.history.heads={config.heads}; change one of them"
-        )

@@ -38,49 +38,31 @@ class PretrainedFolder:
     def __init__(self, name: str) -> None:
         """Raises ConfigError: no such model, or a module that is not supported."""
         self.name, self.path = name, locate(name)
-        self._modules = self._read_modules()
-
-    def _read_modules(self) -> list[tuple[str, Path]]:
-        """Return (class name, folder) of the modules: Transformer, Pooling, then Dense and Normalize."""
-        if not (self.path / "modules.json").is_file():
-            return [("Transformer", self.path)]
-        listed = [(str(m["type"]).rpartition(".")[2], self.path / m["path"]) for m in self._json("modules.json")]
-        kinds = [kind for kind, _ in listed]
-        rest = kinds[2:-1] if kinds[-1] == "Normalize" else kinds[2:]
-        if kinds[:2] != ["Transformer", "Pooling"] or set(rest) - {"Dense"}:
-            raise ConfigError(
-                f"text.init={self.name} has the modules {', '.join(kinds)}, needs Transformer, Pooling, any number of "
-                "Dense, and Normalize or nothing"
-            )
-        return listed
-
-    @property
-    def transformer(self) -> Path:
-        """Return the folder of the transformer's config and weights."""
-        return self._modules[0][1]
-
-    @property
-    def dense(self) -> list[Path]:
-        """Return the folders of its Dense modules."""
-        return [folder for kind, folder in self._modules if kind == "Dense"]
-
-    @property
-    def normalize(self) -> bool:
-        """Return whether its vectors are normalized."""
-        return self._modules[-1][0] == "Normalize"
+        # class names and folders of the modules: Transformer, Pooling, then Dense and Normalize
+        modules = [("Transformer", self.path)]
+        if (self.path / "modules.json").is_file():
+            modules = [(str(m["type"]).rpartition(".")[2], self.path / m["path"]) for m in self._json("modules.json")]
+            kinds = [kind for kind, _ in modules]
+            rest = kinds[2:-1] if kinds[-1] == "Normalize" else kinds[2:]
+            if kinds[:2] != ["Transformer", "Pooling"] or set(rest) - {"Dense"}:
+                raise ConfigError(
+                    f"text.init={self.name} has the modules {', '.join(kinds)}, needs Transformer, Pooling, any number "
+                    "of Dense, and Normalize or nothing"
+                )
+        self.transformer = modules[0][1]  # folder of the config and weights
+        self.dense = [folder for kind, folder in modules if kind == "Dense"]
+        self.normalize = modules[-1][0] == "Normalize"
+        self._pooling = modules[1][1] if len(modules) > 1 else None
 
     def pooling(self, architecture: PretrainedConfig) -> str:
         """Return the folder's pooling; without one, `last` for a decoder and `mean` for an encoder."""
-        if len(self._modules) > 1:
-            return self._own_pooling()
-        family = architecture.model_type
-        is_decoder = (
-            family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        ) or family.endswith("_text")
-        return "last" if is_decoder else "mean"
-
-    def _own_pooling(self) -> str:
-        content = self._json(self._modules[1][1].relative_to(self.path) / "config.json")
+        if self._pooling is None:
+            family = architecture.model_type
+            is_decoder = (
+                family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+            ) or family.endswith("_text")
+            return "last" if is_decoder else "mean"
+        content = self._json(self._pooling.relative_to(self.path) / "config.json")
         mode = content.get("pooling_mode")
         modes = [mode] if isinstance(mode, str) else list(mode or [])
         modes = modes or [LEGACY.get(key, key) for key, on in content.items() if key.startswith("pooling_mode") and on]
@@ -142,9 +124,9 @@ def pretrained_architecture(
     """
     folder = PretrainedFolder(name)
     architecture = folder.architecture()
-    has = int(getattr(architecture, "num_hidden_layers", 0))
-    if keep_layers > has:
-        raise ConfigError(f"text.keep_layers={keep_layers}, but text.init={name} has {has} layers")
+    num_layers = int(getattr(architecture, "num_hidden_layers", 0))
+    if keep_layers > num_layers:
+        raise ConfigError(f"text.keep_layers={keep_layers}, but text.init={name} has {num_layers} layers")
     if inputs is not None and architecture.vocab_size < inputs.vocab_size:
         raise ConfigError(
             f"text.init={name} has {architecture.vocab_size} word vectors, but the dataset's tokenizer "
@@ -155,7 +137,7 @@ def pretrained_architecture(
             f"text.init={name} has {positions} positions, but the longest text feature has max_tokens: "
             f"{inputs.max_tokens}; lower it and make the shards again"
         )
-    architecture.num_hidden_layers = keep_layers or has
+    architecture.num_hidden_layers = keep_layers or num_layers
     if getattr(architecture, "layer_types", None):
         architecture.layer_types = architecture.layer_types[: architecture.num_hidden_layers]
     for key in DROPOUTS:

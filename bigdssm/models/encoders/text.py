@@ -59,17 +59,12 @@ class _AfterPrompt(Encoder):
         return self._text[0].flops(name, size)
 
 
-def masked_mean(hidden_RTH: Tensor, mask_RT: Tensor) -> Tensor:
-    """Return [R, H], the mean over the tokens of a mask; zeros for a row without any."""
-    weight = mask_RT.unsqueeze(2).to(hidden_RTH.dtype)
-    return (hidden_RTH * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-
-
 def pool(hidden_RTH: Tensor, mask_RT: Tensor, pooling: Pooling) -> Tensor:
-    """Return [R, H]: the mean over the tokens of a mask, or the first or last one of them."""
+    """Return [R, H]: the mean over the tokens of a mask (zeros without any), or the first or last one of them."""
     mask_RT = mask_RT.bool()
     if pooling == "mean":
-        return masked_mean(hidden_RTH, mask_RT)
+        weight = mask_RT.unsqueeze(2).to(hidden_RTH.dtype)
+        return (hidden_RTH * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
     position_T = torch.arange(mask_RT.shape[1], device=mask_RT.device)
     # padding may be on either side
     chosen_R = mask_RT.int().argmax(1) if pooling == "cls" else torch.where(mask_RT, position_T, 0).amax(1)

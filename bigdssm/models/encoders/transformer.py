@@ -88,7 +88,12 @@ class TransformerEncoder(TextEncoder):
         self.architecture = self.transformer.config  # may be a copy
         if head["lora"]:
             self.add_adapters(head["lora"])
-        self.layers = _added_layers(architecture.hidden_size, head["layers"])
+        modules: list[nn.Module] = []  # the Dense modules of a sentence-transformers folder
+        width = architecture.hidden_size
+        for layer in head["layers"]:
+            modules += [nn.Linear(width, layer["width"], bias=layer["bias"]), ACTIVATIONS[layer["activation"]]()]
+            width = layer["width"]
+        self.layers = nn.Sequential(*modules)
         self.first_position = first_position(self.transformer)
 
     def transformer_layers(self) -> list[nn.Module]:
@@ -210,15 +215,6 @@ class TransformerEncoder(TextEncoder):
         return (
             float(length_R.sum()) * linear_flops(self.transformer) + size.rows * linear_flops(self.layers) + attention
         )
-
-
-def _added_layers(width: int, layers: list[dict[str, Any]]) -> nn.Sequential:
-    """Return the Dense modules of a sentence-transformers folder: linear layers with their activations."""
-    modules: list[nn.Module] = []
-    for layer in layers:
-        modules += [nn.Linear(width, layer["width"], bias=layer["bias"]), ACTIVATIONS[layer["activation"]]()]
-        width = layer["width"]
-    return nn.Sequential(*modules)
 
 
 def first_position(model: PreTrainedModel) -> int:
