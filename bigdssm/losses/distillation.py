@@ -25,9 +25,11 @@ class BatchTeacher:
 
     def check(self, U: Tensor, W: Tensor) -> None:
         """Raise LossInputError unless the shapes match these queries and columns."""
-        for name, vectors, ours in (("queries", self.queries, U), ("documents", self.documents, W)):
-            fits = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(ours)
-            require(fits, f"the teacher's {name} must be floating point [{len(ours)}, E], got {list(vectors.shape)}")
+        for name, vectors, rows in (("queries", self.queries, U), ("documents", self.documents, W)):
+            is_valid = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(rows)
+            require(
+                is_valid, f"the teacher's {name} must be floating point [{len(rows)}, E], got {list(vectors.shape)}"
+            )
         require(self.queries.shape[1] == self.documents.shape[1], "the teacher's two sides must be of one width")
 
 

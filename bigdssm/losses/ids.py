@@ -33,9 +33,9 @@ class Groups:
     @staticmethod
     def ranges(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """Return (k, 0 … lengths[k] − 1) for every k, end to end; `total` is the sum of the lengths."""
-        ends, at = torch.cumsum(lengths, 0), torch.arange(total, device=lengths.device)
-        which = torch.searchsorted(ends, at, right=True)
-        return which, at - (ends - lengths)[which]
+        ends, position = torch.cumsum(lengths, 0), torch.arange(total, device=lengths.device)
+        group = torch.searchsorted(ends, position, right=True)
+        return group, position - (ends - lengths)[group]
 
 
 def occurrences(numbers: Tensor, limit: int) -> Tensor:
@@ -75,21 +75,21 @@ class IdTable:
             return
         self._bits = max(1, _BUCKETS_PER_ID * number).bit_length()
         bucket = self._bucket(sorted_ids)
-        self._at = torch.zeros(1 << self._bits, dtype=torch.int64)
-        self._at[bucket] = torch.arange(number)
-        self._shared = torch.bincount(bucket, minlength=1 << self._bits) > 1
+        self._index = torch.zeros(1 << self._bits, dtype=torch.int64)
+        self._index[bucket] = torch.arange(number)
+        self._is_shared = torch.bincount(bucket, minlength=1 << self._bits) > 1
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return whether each id is in the table, and its index there."""
         if self._ids.shape[0] == 0 or ids.device.type != "cpu":
             return search(self._ids, ids)
         bucket = self._bucket(ids)
-        at = self._at[bucket]
-        present = self._ids[at] == ids
-        again = (~present).nonzero().squeeze(1)
-        again = again[self._shared[bucket[again]]]
-        present[again], at[again] = search(self._ids, ids[again])
-        return present, at
+        index = self._index[bucket]
+        present = self._ids[index] == ids
+        missed = (~present).nonzero().squeeze(1)
+        missed = missed[self._is_shared[bucket[missed]]]
+        present[missed], index[missed] = search(self._ids, ids[missed])
+        return present, index
 
     def _bucket(self, ids: Tensor) -> Tensor:
         top = (ids * _GOLDEN).bitwise_right_shift_(63 - self._bits)
@@ -100,5 +100,5 @@ def search(sorted_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return whether each id is in `sorted_ids`, and its index there."""
     if sorted_ids.shape[0] == 0:
         return torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
-    at = torch.searchsorted(sorted_ids, ids.contiguous()).clamp_(max=sorted_ids.shape[0] - 1)
-    return sorted_ids[at] == ids, at
+    index = torch.searchsorted(sorted_ids, ids.contiguous()).clamp_(max=sorted_ids.shape[0] - 1)
+    return sorted_ids[index] == ids, index

@@ -308,6 +308,6 @@ def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dt
     for name, x in tensors.items():
         if x is not None:
             require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
-            fits = x.is_floating_point() if dtype is None else x.dtype == dtype
-            require(fits, f"{name} must be {'floating point' if dtype is None else 'int64'}, got {x.dtype}")
+            is_valid = x.is_floating_point() if dtype is None else x.dtype == dtype
+            require(is_valid, f"{name} must be {'floating point' if dtype is None else 'int64'}, got {x.dtype}")
             require(list(x.shape) == [rows], f"{name} must be [{rows}], got {list(x.shape)}")

@@ -181,10 +181,10 @@ class MaskPairs:
         """Return (row − start, column) of the `total` masked entries in rows [start, stop)."""
         query, lengths = self.row_query[start:stop], self.row_lengths[start:stop]
         row, within = Groups.ranges(lengths, total)
-        at = self._bounds[query][row] + within
-        pair = torch.searchsorted(self._ends, at, right=True)
+        position = self._bounds[query][row] + within
+        pair = torch.searchsorted(self._ends, position, right=True)
         first = self.doc_columns.start[self._doc[pair]] - (self._ends[pair] - self._lengths[pair])
-        return row, self.doc_columns.values[first + at]
+        return row, self.doc_columns.values[first + position]
 
     def matrix(self, start: int, stop: int) -> Tensor:
         """Return uint8 [rows, N] of rows [start, stop): 1 if an entry is masked; undefined in unused columns."""

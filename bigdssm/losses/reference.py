@@ -38,9 +38,11 @@ def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: s
     # a query's negatives: columns common to all queries, then its candidates, except known positives
     column = {"all": torch.arange(n), "in_batch": positive, "none": positive[:0]}[columns].expand(m, -1)
     column = column if batch.negatives is None else torch.cat([column, batch.negatives], 1)  # [m, L]
-    at = column.clamp(min=0)
-    negative = scores.gather(1, at) if batch.neg_bias is None else scores.gather(1, at) + batch.neg_bias.double()[at]
-    used = (column >= 0) & (at != positive[:, None]) & ~known.gather(1, at) & (negative > -torch.inf)
+    index = column.clamp(min=0)
+    negative = (
+        scores.gather(1, index) if batch.neg_bias is None else scores.gather(1, index) + batch.neg_bias.double()[index]
+    )
+    used = (column >= 0) & (index != positive[:, None]) & ~known.gather(1, index) & (negative > -torch.inf)
 
     own = scores.gather(1, positive[:, None])  # [m, 1]
     value = _value(loss, own, negative.masked_fill(~used, 0.0), used, batch.teacher)

@@ -92,18 +92,18 @@ def _check(
     teacher: Tensor | None,
 ) -> None:
     """Raise LossInputError if this rank's input is invalid."""
-    fits = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
-    require(fits, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
+    is_valid = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
+    require(is_valid, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
     m = scores.shape[0]
     if weight is not None:
         require(list(weight.shape) == [m], f"weight must be [{m}], got {list(weight.shape)}")
-    fits = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
-    require(fits, "query_ids and doc_ids go together, and known needs both")
+    is_valid = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
+    require(is_valid, "query_ids and doc_ids go together, and known needs both")
     for name, ids, shape in (("query_ids", query_ids, [m]), ("doc_ids", doc_ids, list(scores.shape))):
-        fits = ids is None or (ids.dtype == torch.int64 and list(ids.shape) == shape)
-        require(fits, f"{name} must be int64 {shape}, got {_kind(ids)}")
-    fits = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
-    require(fits, f"known must be int64 [pairs, 2], got {_kind(known)}")
+        is_valid = ids is None or (ids.dtype == torch.int64 and list(ids.shape) == shape)
+        require(is_valid, f"{name} must be int64 {shape}, got {_kind(ids)}")
+    is_valid = known is None or (known.dtype == torch.int64 and known.ndim == 2 and known.shape[1] == 2)
+    require(is_valid, f"known must be int64 [pairs, 2], got {_kind(known)}")
     check_teacher(term, teacher, m, scores.shape[1] - 1)
 
 

@@ -118,11 +118,11 @@ class Transformer(TextEncoderConfig):
             folder = locate(self.init, download=False)
         except ConfigError:  # a model of the Hub that has not been downloaded
             return
-        found = "trained on its texts" if tokenizer is None else token_difference(folder, tokenizer)
-        if found is not None:
+        difference = "trained on its texts" if tokenizer is None else token_difference(folder, tokenizer)
+        if difference is not None:
             raise ConfigError(
                 f"{key}.init={self.init} belongs to another tokenizer than {tokenizer or 'that of the dataset'} "
-                f"({found}), so its vectors of tokens would be those of other words; build the dataset with "
+                f"({difference}), so its vectors of tokens would be those of other words; build the dataset with "
                 f"data.tokenizer.path={folder}"
             )
 

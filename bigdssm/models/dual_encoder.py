@@ -62,8 +62,17 @@ class Tower(nn.Module):
         self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_shared})
         self._shared_encoders = ({name: e for name, e in encoders.items() if e.is_shared},)  # not modules of the tower
         widths = {name: encoder.dim for name, encoder in self._all().items()}
-        if self.residual is not None:
-            self._check_residual(context.side, widths, dim)
+        if self.residual is not None and self.residual not in widths:
+            raise ConfigError(
+                f"model.{context.side}.residual={self.residual} is no {context.side} feature, "
+                f"needs one of {list(widths)}"
+            )
+        if self.residual is not None and widths[self.residual] != dim:
+            raise ConfigError(
+                f"model.{context.side}.residual={self.residual} has width {widths[self.residual]}, but "
+                f"model.dim={dim}; set both to the same (embedding_dim of model.doc for categorical features and "
+                f"histories)"
+            )
         width = sum(width for name, width in widths.items() if name != self.residual)
         self.mlp: nn.Sequential | None = None
         if width == 0:
@@ -109,17 +118,6 @@ class Tower(nn.Module):
     def _all(self) -> dict[str, Encoder]:
         """Return the encoders by feature, shared ones last: the order of the concatenation."""
         return {**self.encoders, **self._shared_encoders[0]}  # type: ignore[dict-item]
-
-    def _check_residual(self, side: str, widths: dict[str, int], dim: int) -> None:
-        if self.residual not in widths:
-            raise ConfigError(
-                f"model.{side}.residual={self.residual} is no {side} feature, needs one of {list(widths)}"
-            )
-        if widths[self.residual] != dim:
-            raise ConfigError(
-                f"model.{side}.residual={self.residual} has width {widths[self.residual]}, but model.dim={dim}; "
-                f"set both to the same (embedding_dim of model.doc for categorical features and histories)"
-            )
 
 
 class Encoded(NamedTuple):

@@ -56,11 +56,6 @@ class Packed(NamedTuple):
         """Return the rows in the order of `groups`, int64 [R]."""
         return self.lengths.argsort(descending=True, stable=True)
 
-    def if_full(self) -> Tensor | Packed:
-        """Return the list as a tensor, int64 [R, T], if all rows have the same length."""
-        full = len(self.values) == self.num_rows * self.bounds.longest
-        return self.values.view(self.num_rows, -1) if full else self
-
     def slice_rows(self, rows: slice, cells: slice, groups: tuple[RowGroup, ...]) -> Packed:
         """Return the rows in `rows`; `cells` is the range of their values."""
         bounds = SequenceBounds(self.bounds.offsets[rows.start : rows.stop + 1] - cells.start, groups[0].longest)

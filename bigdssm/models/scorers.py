@@ -144,8 +144,8 @@ class CrossEncoder(FeatureScorer):
 
         trained: Any = text_encoders[self.key]
         state = merged_state(trained.transformer)
-        known, needed = len(state[POSITIONS]), self.text.transformer.config.max_position_embeddings
-        state[POSITIONS] = state[POSITIONS][torch.arange(needed) % known]
+        positions, required = len(state[POSITIONS]), self.text.transformer.config.max_position_embeddings
+        state[POSITIONS] = state[POSITIONS][torch.arange(required) % positions]
         self.text.transformer.load_state_dict(state)
 
     def forward(self, query: Mapping[str, Values], doc: Mapping[str, Values]) -> Tensor:
@@ -172,8 +172,8 @@ def join_texts(parts: list[tuple[Values, int]]) -> tuple[Tensor, Tensor]:
     for number, (text, kind) in enumerate(parts):
         assert isinstance(text, Tensor)
         text = text[:, 1:] if number else text
-        at = begin + torch.arange(text.shape[1], device=text.device)
-        tokens.scatter_(1, at, text)
-        types.scatter_(1, at, (text != NO_TOKEN).long() * kind)
+        position = begin + torch.arange(text.shape[1], device=text.device)
+        tokens.scatter_(1, position, text)
+        types.scatter_(1, position, (text != NO_TOKEN).long() * kind)
         begin = begin + (text != NO_TOKEN).sum(1, keepdim=True)
     return tokens, types

@@ -97,7 +97,7 @@ BUGS = [
         "other_mk & known_mk, other_mk & ~known_mk", "other_mk & known_mk, other_mk",
         f"{RANKS}/test_ranking_parity.py::test_equals_dense_reference"),
     Bug("masks", "ids_compared_in_32_bits", "losses.ids:search",
-        "return sorted_ids[at] == ids, at", "return sorted_ids[at].int() == ids.int(), at",
+        "return sorted_ids[index] == ids, index", "return sorted_ids[index].int() == ids.int(), index",
         f"{UNIT}/test_losses_masks.py::test_ids_are_looked_up_at_their_rows"),
     Bug("masks", "mask_has_one_column_per_document", "losses.masks:find_false_negatives",
         "single = bool((lengths <= 1).all())", "single = True",
@@ -930,7 +930,7 @@ BUGS = [
         f"{RANKS}/test_incremental_checkpoints.py::test_resumed_runs_equal_those_of_whole_checkpoints"),
     # Mistakes in configs, plug-ins and tokenizers are found before a run.
     Bug("text encoders", "words_of_another_tokenizer", "models.declarations:Transformer.check_tokenizer",
-        "if found is not None:", "if False:",
+        "if difference is not None:", "if False:",
         f"{UNIT}/test_text_encoders.py::test_pretrained_weights_belong_to_the_tokens_of_the_dataset"),
     Bug("text encoders", "normalizers_not_compared", "features.tokenizer:_rules_of",
         "content[\"normalizer\"]", "None",

@@ -24,29 +24,20 @@ _MEMORY_BYTES = 64 << 30  # default for a device of unknown memory
 _EVEN_ROWS = 128  # rows are a multiple of it on a device
 
 
-def tile_width(device: torch.device, num_columns: int) -> int:
-    """Return the number of columns of a tile."""
-    return CACHED_WIDTH if device.type == "cpu" else max(1, num_columns)
-
-
 def strip_rows(device: torch.device, num_columns: int, element_size: int) -> int:
     """Return the number of rows of a block that is scored against all columns, at `element_size` bytes per entry."""
     if device.type == "cpu":
         return max(32, min(1024, _STRIP_BYTES // (max(1, num_columns) * element_size)))
-    rows = _score_bytes(device) // (max(1, num_columns) * element_size)
+    backend = torch.get_device_module(device)
+    has_properties = hasattr(backend, "get_device_properties") and backend.is_available()
+    memory = int(backend.get_device_properties(device).total_memory) if has_properties else _MEMORY_BYTES
+    rows = memory // _MEMORY_SHARE // (max(1, num_columns) * element_size)
     return max(1, rows - rows % _EVEN_ROWS if rows > _EVEN_ROWS else rows)
 
 
 def block_rows(device: torch.device, width: int, element_size: int, cached: int = CACHED_ROWS) -> int:
     """Return the number of rows of a block that is scored against one tile; `cached` is the number on a CPU."""
     return cached if device.type == "cpu" else strip_rows(device, width, element_size)
-
-
-def _score_bytes(device: torch.device) -> int:
-    backend = torch.get_device_module(device)
-    has_properties = hasattr(backend, "get_device_properties") and backend.is_available()
-    memory = int(backend.get_device_properties(device).total_memory) if has_properties else _MEMORY_BYTES
-    return memory // _MEMORY_SHARE
 
 
 @dataclass
@@ -137,7 +128,7 @@ def gather_columns(
         if all_pairs is not None:
             all_pairs = all_pairs.reshape(sizes.world_size, longest * all_pairs.shape[1], 2)
         total = W.shape[0]
-        tile = width or tile_width(device, total)
+        tile = width or (CACHED_WIDTH if device.type == "cpu" else max(1, total))
         # the columns of all ranks that are not padding
         valid = torch.arange(sum(sizes.num_columns), device=device)
         if min(sizes.num_columns) < longest:

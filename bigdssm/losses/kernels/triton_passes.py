@@ -58,8 +58,8 @@ def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
 
 def available(x: LossInputs) -> bool:
     """Return whether the kernels apply: CUDA, bfloat16 or float32, D ≤ LARGEST_D, enough shared memory."""
-    fits = x.U.is_cuda and x.U.dtype in (torch.bfloat16, torch.float32) and x.U.shape[1] <= LARGEST_D
-    return fits and _installed() and _shared_bytes(x.U.device) >= SHARED_BYTES
+    is_supported = x.U.is_cuda and x.U.dtype in (torch.bfloat16, torch.float32) and x.U.shape[1] <= LARGEST_D
+    return is_supported and _installed() and _shared_bytes(x.U.device) >= SHARED_BYTES
 
 
 @cache

@@ -105,7 +105,9 @@ class HistoryEncoder(Encoder):
         """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
         assert query_positions is None or self.config.allows_many_queries
         if isinstance(items, Packed) and not self._has_kernel:
-            items = items.if_full()
+            # histories of one length are a tensor
+            full = len(items.values) == items.num_rows * items.bounds.longest
+            items = items.values.view(items.num_rows, -1) if full else items
         vectors = (
             self._packed(items, query_positions) if isinstance(items, Packed) else self._padded(items, query_positions)
         )
@@ -146,7 +148,17 @@ class HistoryEncoder(Encoder):
         return hidden
 
     def _packed(self, items: Packed, query_positions: QueryPositions | None) -> Tensor:
-        hidden, position, bounds = self._embed_packed(items)
+        length_R, device = items.lengths, items.row.device
+        offsets, longest = items.bounds
+        bounds = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
+        # Items are interleaved with one start token per row, which has code PADDING and position 0.
+        target = torch.arange(1, len(items.row) + 1, device=device) + items.row
+        empty = target.new_zeros(len(items.row) + items.num_rows)
+        codes, position = (empty.index_copy(0, target, cells) for cells in (items.values, items.position + 1))
+        vectors = self._items(codes)
+        hidden = torch.where(position.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
+        length = length_R[(position == 0).cumsum(0) - 1]
+        hidden = self.dropout(self._add_positions(hidden, position, length)).unsqueeze(0)
         bias = self._bias(hidden.dtype)
         order = None if self._has_kernel else items.longest_first
         context = self._packed_context(items, position, bounds, bias, order)
@@ -203,20 +215,6 @@ class HistoryEncoder(Encoder):
         slot = torch.empty_like(order).index_copy_(0, order, number[:-1])
         layout = layout._replace(query_slot=slot, newest_only=True, masks=masks)
         return context._replace(query_position=length_R, layout=layout)
-
-    def _embed_packed(self, items: Packed) -> tuple[Tensor, Tensor, SequenceBounds]:
-        """Return the first layer's input [1, P + R, E], the positions int64 [P + R] and the row bounds."""
-        length_R, device = items.lengths, items.row.device
-        offsets, longest = items.bounds
-        bounds = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
-        # Items are interleaved with one start token per row, which has code PADDING and position 0.
-        target = torch.arange(1, len(items.row) + 1, device=device) + items.row
-        empty = target.new_zeros(len(items.row) + items.num_rows)
-        codes, position = (empty.index_copy(0, target, cells) for cells in (items.values, items.position + 1))
-        vectors = self._items(codes)
-        hidden = torch.where(position.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
-        length = length_R[(position == 0).cumsum(0) - 1]
-        return self.dropout(self._add_positions(hidden, position, length)).unsqueeze(0), position, bounds
 
     def _context(self, query_position: Tensor, key_position: Tensor, bias: Tensor | None) -> AttentionContext:
         """Return the context of query positions, [A] or [R, A], and key positions [T]."""

@@ -132,11 +132,16 @@ def pretrained_architecture(
             f"text.init={name} has {architecture.vocab_size} word vectors, but the dataset's tokenizer "
             f"has {inputs.vocab_size} tokens; make the shards with data.tokenizer.path={name}"
         )
-    if inputs is not None and (positions := _num_positions(architecture)) < inputs.max_tokens:
-        raise ConfigError(
-            f"text.init={name} has {positions} positions, but the longest text feature has max_tokens: "
-            f"{inputs.max_tokens}; lower it and make the shards again"
-        )
+    if inputs is not None:
+        with torch.device("meta"):
+            model = new_transformer(architecture)
+        learned = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        positions = math.inf if learned is None else learned.num_embeddings - first_position(model)
+        if positions < inputs.max_tokens:
+            raise ConfigError(
+                f"text.init={name} has {positions} positions, but the longest text feature has max_tokens: "
+                f"{inputs.max_tokens}; lower it and make the shards again"
+            )
     architecture.num_hidden_layers = keep_layers or num_layers
     if getattr(architecture, "layer_types", None):
         architecture.layer_types = architecture.layer_types[: architecture.num_hidden_layers]
@@ -146,14 +151,6 @@ def pretrained_architecture(
     pooling = folder.pooling(architecture) if pooling == "auto" else pooling
     architecture.bigdssm = head_of(pooling, folder.layers(), folder.normalize)
     return architecture
-
-
-def _num_positions(architecture: PretrainedConfig) -> float:
-    """Return the maximum number of tokens, infinite if the positions are not learned vectors."""
-    with torch.device("meta"):
-        model = new_transformer(architecture)
-    learned = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    return math.inf if learned is None else learned.num_embeddings - first_position(model)
 
 
 def build_pretrained(architecture: PretrainedConfig, name: str) -> TransformerEncoder:
