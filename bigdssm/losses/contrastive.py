@@ -71,34 +71,6 @@ class LossOutput:
     stats: dict[str, Tensor]
 
 
-def reduce_output(
-    value_sum: Tensor, weight_m: Tensor, positive_m: Tensor, largest_m: Tensor, lse_m: Tensor, entries: Tensor,
-    masked: Tensor, weight_sum: float, group: Group | None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Return the global loss and statistics; two small all-reduces.
-
-    value_sum: of the weighted values; positive_m, largest_m: scores of the positives and the best negatives; lse_m [m],
-    or [directions, m]; entries: number of score matrix entries except positives, of which `masked` are masked.
-    weight_sum: over all ranks.
-    """
-    used = weight_m > 0
-    above = ((positive_m > largest_m) & used).sum()
-    counted = [value_sum, above, used.sum(), masked, entries, torch.ones_like(used).sum()]
-    totals = torch.stack([count.double() for count in counted])
-    distributed.all_reduce(totals, "sum", group)
-    ends = torch.where(used, torch.stack([-lse_m, lse_m]), -math.inf).double().flatten(1)
-    extremes = distributed.all_reduce(torch.nn.functional.pad(ends, (0, 1), value=-math.inf).amax(1), "max", group)
-    loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
-    stats = {
-        "in_batch_accuracy": totals[1] / totals[2].clamp(min=1),
-        "dropped_fraction": totals[3] / totals[4].clamp(min=1),
-        "effective_negatives": (totals[4] - totals[3]) / totals[5].clamp(min=1),
-        "lse_min": -extremes[0],
-        "lse_max": extremes[1],
-    }
-    return loss, stats
-
-
 def fps_loss(
     U: Tensor,
     W: Tensor,
@@ -358,6 +330,34 @@ def _finish_gradients(
     if sums.beta is not None:
         sums.beta.index_add_(0, x.positive, beta_grad_m.to(sums.beta.dtype)).mul_(factor)
     return alpha_grad
+
+
+def reduce_output(
+    value_sum: Tensor, weight_m: Tensor, positive_m: Tensor, largest_m: Tensor, lse_m: Tensor, entries: Tensor,
+    masked: Tensor, weight_sum: float, group: Group | None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Return the global loss and statistics; two small all-reduces.
+
+    value_sum: of the weighted values; positive_m, largest_m: scores of the positives and the best negatives; lse_m [m],
+    or [directions, m]; entries: number of score matrix entries except positives, of which `masked` are masked.
+    weight_sum: over all ranks.
+    """
+    used = weight_m > 0
+    above = ((positive_m > largest_m) & used).sum()
+    counted = [value_sum, above, used.sum(), masked, entries, torch.ones_like(used).sum()]
+    totals = torch.stack([count.double() for count in counted])
+    distributed.all_reduce(totals, "sum", group)
+    ends = torch.where(used, torch.stack([-lse_m, lse_m]), -math.inf).double().flatten(1)
+    extremes = distributed.all_reduce(torch.nn.functional.pad(ends, (0, 1), value=-math.inf).amax(1), "max", group)
+    loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
+    stats = {
+        "in_batch_accuracy": totals[1] / totals[2].clamp(min=1),
+        "dropped_fraction": totals[3] / totals[4].clamp(min=1),
+        "effective_negatives": (totals[4] - totals[3]) / totals[5].clamp(min=1),
+        "lse_min": -extremes[0],
+        "lse_max": extremes[1],
+    }
+    return loss, stats
 
 
 def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"]) -> Tensor:

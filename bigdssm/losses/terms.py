@@ -84,36 +84,35 @@ class SoftmaxTerm(Term):
         """Compute the values and their gradients; a collective."""
         if scores.direction != "q2d":
             return self._over_queries(scores, with_rows=scores.direction == "both")
-        weight_m, positive_m, columns = scores.weight_m, scores.positive_m, None
+        weight_m, positive_m, column_gradients = scores.weight_m, scores.positive_m, None
         rows = RowSums(torch.logsumexp(scores.candidate_mk, 1), _largest(scores.candidate_mk))
         if scores.passes is not None:
-            sums, columns = scores.passes.softmax(positive_m, weight_m, rows.log_sum)
-            rows = RowSums(sums.log_sum, torch.maximum(sums.largest, rows.largest))
+            column_rows, column_gradients = scores.passes.softmax(positive_m, weight_m, rows.log_sum)
+            rows = RowSums(column_rows.log_sum, torch.maximum(column_rows.largest, rows.largest))
         # value: log(1 + exp(above)); its derivative by the positive's score: −σ(above)
         above_m = rows.log_sum - positive_m
         lse_m = torch.logaddexp(rows.log_sum, positive_m)
         grad_m = -weighted(weight_m, torch.sigmoid(above_m))
         candidate_grad_mk = weighted(weight_m[:, None], (scores.candidate_mk - lse_m[:, None]).exp())
-        return TermResult(
-            weighted(weight_m, softplus(above_m)), grad_m, grad_m, candidate_grad_mk, rows.largest, lse_m, columns
-        )  # fmt: skip
+        value_m = weighted(weight_m, softplus(above_m))
+        return TermResult(value_m, grad_m, grad_m, candidate_grad_mk, rows.largest, lse_m, column_gradients)
 
     def _over_queries(self, scores: Scores, with_rows: bool) -> TermResult:
         weight_m, positive_m, passes = scores.weight_m, scores.positive_m, scores.passes
         assert passes is not None
-        sums = passes.log_sums(with_rows)
+        log_sums = passes.log_sums(with_rows)
         row_share, column_share = (0.5, 0.5) if with_rows else (0.0, 1.0)
-        lse_2m = torch.logaddexp(torch.stack([sums.of_positive_m, sums.rows.log_sum]), positive_m)
-        value_m = column_share * softplus(sums.of_positive_m - positive_m)
+        lse_2m = torch.logaddexp(torch.stack([log_sums.of_positive_m, log_sums.rows.log_sum]), positive_m)
+        value_m = column_share * softplus(log_sums.of_positive_m - positive_m)
         if with_rows:
-            value_m = value_m + row_share * softplus(sums.rows.log_sum - positive_m)
-        row_grad_m = weighted(weight_m, row_share * torch.sigmoid(sums.rows.log_sum - positive_m))
-        column_grad_m = weighted(weight_m, column_share * torch.sigmoid(sums.of_positive_m - positive_m))
-        columns = passes.softmax_gradients(sums, with_rows, row_share * weight_m, lse_2m[1], column_grad_m)
+            value_m = value_m + row_share * softplus(log_sums.rows.log_sum - positive_m)
+        row_grad_m = weighted(weight_m, row_share * torch.sigmoid(log_sums.rows.log_sum - positive_m))
+        column_grad_m = weighted(weight_m, column_share * torch.sigmoid(log_sums.of_positive_m - positive_m))
+        column_gradients = passes.softmax_gradients(log_sums, with_rows, row_share * weight_m, lse_2m[1], column_grad_m)
         return TermResult(
             weighted(weight_m, value_m), -(row_grad_m + column_grad_m), -row_grad_m,
             torch.zeros_like(scores.candidate_mk),  # [m, 0]: there are no candidates in these directions
-            sums.rows.largest, lse_2m if with_rows else lse_2m[0], columns,
+            log_sums.rows.largest, lse_2m if with_rows else lse_2m[0], column_gradients,
         )  # fmt: skip
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
@@ -138,14 +137,14 @@ class PairTerm(Term):
 
     def on_vectors(self, scores: Scores) -> TermResult:
         """Compute the values and their gradients; a collective."""
-        weight_m, positive_m, passes, columns = scores.weight_m, scores.positive_m, scores.passes, None
+        weight_m, positive_m, passes, column_gradients = scores.weight_m, scores.positive_m, scores.passes, None
         scale_m = torch.where(weight_m > 0, weight_m, 0.0)
         if self.loss.relative:
             count_m = scores.used_mk.sum(1) + (0 if passes is None else passes.num_negatives_m)
             scale_m = torch.where(count_m > 0, scale_m / count_m.clamp(min=1), 0.0)
         pairs = PairSums.zero(positive_m)
         if passes is not None:
-            pairs, columns = passes.pairs(self._pair_values, positive_m, scale_m)
+            pairs, column_gradients = passes.pairs(self._pair_values, positive_m, scale_m)
         value_mk, slope_mk = self._pair_values(scores.candidate_mk.clone(), positive_m[:, None])
         value_m = weighted(scale_m, pairs.value + value_mk.sum(1))
         if self.loss.relative:
@@ -157,7 +156,7 @@ class PairTerm(Term):
         largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
         best_m = torch.maximum(largest_m, positive_m)
         candidate_grad_mk = weighted(scale_m[:, None], slope_mk)
-        return TermResult(value_m, grad_m, grad_m, candidate_grad_mk, largest_m, best_m, columns)
+        return TermResult(value_m, grad_m, grad_m, candidate_grad_mk, largest_m, best_m, column_gradients)
 
     def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Tensor | None) -> Tensor:
         """Compute the values [m], differentiable by autograd."""

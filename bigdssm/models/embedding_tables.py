@@ -50,11 +50,10 @@ class EmbeddingTables(nn.Module):
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
         """Extend the tables to the vocabularies of `schema`; return (rows before, now) by extended table."""
-        grown = {}
         larger = sharded_tables(schema, self._config, already=self.sharded)
-        for name, spec in self.sharded.items():
-            if spec.rows < larger[name].rows:
-                grown[name] = (spec.rows, larger[name].rows)
+        grown = {
+            name: (spec.rows, larger[name].rows) for name, spec in self.sharded.items() if spec.rows < larger[name].rows
+        }
         self.sharded = {name: larger[name] for name in self.sharded}
         for side, feature in _tabled(schema):
             if (name := table_name(side, feature.name)) in self.sharded:
@@ -88,8 +87,7 @@ class EmbeddingTables(nn.Module):
         if name in self.sharded:
             assert self.source is not None, "sharded tables have no rows yet"
             return self.source.look_up(name, codes)
-        vectors: Tensor = self.tables[name](codes)
-        return vectors
+        return cast(Tensor, self.tables[name](codes))
 
 
 def table_name(side: str, name: str) -> str:

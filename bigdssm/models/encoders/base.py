@@ -44,8 +44,7 @@ class Encoder(nn.Module, ABC):
 
     def at_positions(self, values: Values, query_positions: QueryPositions) -> Tensor:
         """Return [m, dim] for queries at positions of rows; by default the vector of the row."""
-        vectors: Tensor = self(values)[query_positions.row]
-        return vectors
+        return cast(Tensor, self(values)[query_positions.row])
 
     def checkpoint_activations(self) -> None:
         """Keep only the layers' inputs for the backward, which recomputes the rest."""
@@ -57,12 +56,9 @@ class Encoder(nn.Module, ABC):
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """Return the output of a transformer layer, recomputed in the backward after `checkpoint_activations`."""
-        output: Tensor
         if self.recomputes and self.training:
-            output = checkpoint(layer, *inputs, use_reentrant=False)
-        else:
-            output = layer(*inputs)
-        return output
+            return cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
+        return cast(Tensor, layer(*inputs))
 
     def use_packing(self, attention: Attention) -> None:
         """Use the kernel `attention` for packed lists, if supported."""

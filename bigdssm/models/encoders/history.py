@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,8 +98,7 @@ class HistoryEncoder(Encoder):
 
     def at_positions(self, values: Values, query_positions: QueryPositions) -> Tensor:
         """Return [m, E] for queries at positions of the rows [R, T]; queries of one row share a pass."""
-        vectors: Tensor = self(values, query_positions)
-        return vectors
+        return cast(Tensor, self(values, query_positions))
 
     def forward(self, items: Values, query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
@@ -111,8 +110,7 @@ class HistoryEncoder(Encoder):
         vectors = (
             self._packed(items, query_positions) if isinstance(items, Packed) else self._padded(items, query_positions)
         )
-        normed: Tensor = self.norm(vectors)
-        return normed
+        return cast(Tensor, self.norm(vectors))
 
     def _padded(self, items_RT: Tensor, query_positions: QueryPositions | None) -> Tensor:
         num_rows, num_items = items_RT.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ class _AfterPrompt(Encoder):
         self.dim, self.skip, self._text = text.dim, skip, (text,)  # not a module of this one
 
     def forward(self, tokens: Values) -> Tensor:
-        vectors: Tensor = self._text[0](tokens, skip=self.skip)
-        return vectors
+        return cast(Tensor, self._text[0](tokens, skip=self.skip))
 
     def accepts_packed(self, training: bool) -> bool:
         return self._text[0].accepts_packed(training)
