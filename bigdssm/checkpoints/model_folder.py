@@ -49,8 +49,7 @@ from bigdssm.config import (
     TextEncoderConfig,
     load_written_config,
 )
-from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, tokenizer_hash
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, open_dataset, tokenizer_hash
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, new_model

@@ -22,8 +22,8 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import command, command_parser
 from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.comparison import System, differences, model_system, table
 from bigdssm.utils.log import Progress, metric_label, no_progress

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from bigdssm.cli import at_least, command, command_parser
 from bigdssm.config import load_config
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.training.estimate import StatedSizes, estimate, recorded_times, stand_in_dataset
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.remote import FileCache
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork

@@ -29,8 +29,8 @@ from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.comparison import (

@@ -124,10 +124,10 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
         columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in SEGMENT_COLUMNS]
         targets = Targets.of(layout.sequences[partition], *(column.astype(np.int64) for column in columns))
         good = targets.valid(layout.num_docs[partition])
-        left = np.bincount(targets.row[good], minlength=len(usable))
+        num_usable = np.bincount(targets.row[good], minlength=len(usable))
         for target, reason in [] if good.all() else targets.faults(layout.num_docs[partition]):
             row = int(usable[targets.row[target]])
-            if left[targets.row[target]]:
+            if num_usable[targets.row[target]]:
                 targets_skipped.append(BadRow(str(shard), number, row, 0, reason, int(targets.position[target])))
             else:
                 bad.setdefault(row, reason)
@@ -225,7 +225,21 @@ def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> I
     """Yield (mask of bad rows, row → reason); later checks rely on the earlier ones."""
     columns: Mapping[str, pa.Array] = dict(zip(batch.schema.names, batch.columns, strict=True))
     if layout.sequences:
-        yield from _sequence_faults(columns, layout.sequences[partition], layout.max_targets)
+        table, max_targets = layout.sequences[partition], layout.max_targets
+        sequence, first, end = (columns[name].to_numpy() for name in SEGMENT_COLUMNS)
+        unknown = (sequence < 0) | (sequence >= table.num_rows)
+        if unknown.any():
+            yield unknown, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
+        lengths = table.lengths("items", np.where(unknown, 0, sequence)) if table.num_rows else np.zeros(len(sequence))
+        beyond = ~unknown & ((first < 0) | (end <= first) | (end > lengths))
+        if beyond.any():
+            where = "are outside its sequence of"
+            yield beyond, lambda row: f"targets {first[row]} to {end[row]} {where} {lengths[row]} events"
+        # int64: the bounds of an invalid row are arbitrary and may overflow
+        too_many = ~beyond & (end.astype(np.int64) - first > max_targets)
+        if too_many.any():
+            limit = f"more than its history's {max_targets} items"
+            yield too_many, lambda row: f"it has {end[row] - first[row]} targets, {limit}"
     else:
         num_docs = layout.num_docs[partition]
         relevance, doc = columns["relevance"].to_numpy(), columns["doc"].to_numpy()
@@ -240,24 +254,3 @@ def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> I
             yield from feature.raw_faults(columns[name])
         else:
             yield from feature.faults(from_arrow(columns[name]), layout.vocab_size)
-
-
-def _sequence_faults(columns: Mapping[str, pa.Array], table: MappedTable, max_targets: int) -> Iterator[Fault]:
-    sequence, first, end = (columns[name].to_numpy() for name in SEGMENT_COLUMNS)
-    outside = (sequence < 0) | (sequence >= table.num_rows)
-    if outside.any():
-        yield outside, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
-    lengths = table.lengths("items", np.where(outside, 0, sequence)) if table.num_rows else np.zeros(len(sequence))
-    beyond = ~outside & ((first < 0) | (end <= first) | (end > lengths))
-    if beyond.any():
-        yield (
-            beyond,
-            lambda row: f"targets {first[row]} to {end[row]} are outside its sequence of {lengths[row]} events",
-        )
-    # int64: the bounds of an invalid row are arbitrary and may overflow
-    too_many = ~beyond & (end.astype(np.int64) - first > max_targets)
-    if too_many.any():
-        yield (
-            too_many,
-            lambda row: f"it has {end[row] - first[row]} targets, more than its history's {max_targets} items",
-        )

@@ -246,7 +246,7 @@ class Versions:
                 raise DataError(f"{file.path} has versions of documents outside the catalogue; copy it again")
         document = np.concatenate(documents)
         if not dated:  # then the column may be a feature of that name
-            since = np.repeat([float(file.since or 0) for file in newer], [len(some) for some in documents])
+            since = np.repeat([float(file.since or 0) for file in newer], [len(part) for part in documents])
             return cls.of(num_docs, document, since)
         first = MappedTable([file.path for file in firsts]).take(SINCE_COLUMN, distinct_documents(document))
         since = MappedTable([file.path for file in newer]).column(SINCE_COLUMN)
@@ -274,9 +274,9 @@ class Versions:
         `versions` are numbers among the newer versions in file order; −1, or a version of another document, selects the
         first version.
         """
-        known = (versions >= 0) & (versions < len(self._document_of))
-        known &= self._document_of[np.where(known, versions, 0)] == documents
-        return self._rows(documents, np.where(known, self.num_docs + versions.astype(np.int64), documents))
+        valid = (versions >= 0) & (versions < len(self._document_of))
+        valid &= self._document_of[np.where(valid, versions, 0)] == documents
+        return self._rows(documents, np.where(valid, self.num_docs + versions.astype(np.int64), documents))
 
     @cached_property
     def _document_of(self) -> np.ndarray:
@@ -294,8 +294,8 @@ class Versions:
 
     def _version_before(self, behind: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Return file rows of the versions before indices `behind`, or of the first versions."""
-        at = np.maximum(behind - 1, 0)
-        return np.where(self._document[at] == documents, self.file_row[at], documents)
+        index = np.maximum(behind - 1, 0)
+        return np.where(self._document[index] == documents, self.file_row[index], documents)
 
 
 class Catalogue:
@@ -397,9 +397,11 @@ class Catalogue:
     def rows_by_key(self, keys: Sequence[str]) -> np.ndarray:
         """Return the rows of documents by key, int64, -1 for an unknown key."""
         rows = self.rows_by_id(np.array([hash64(key) for key in keys], np.int64))
-        known = np.flatnonzero(rows >= 0)
-        same = [key == keys[at] for at, key in zip(known.tolist(), self.keys(rows[known]), strict=True)]
-        rows[known[~np.array(same, bool)]] = -1  # a hash collision
+        matched = np.flatnonzero(rows >= 0)
+        is_same = [
+            key == keys[position] for position, key in zip(matched.tolist(), self.keys(rows[matched]), strict=True)
+        ]
+        rows[matched[~np.array(is_same, bool)]] = -1  # a hash collision
         return rows
 
     def rows_by_id(self, ids: np.ndarray) -> np.ndarray:

@@ -1,7 +1,14 @@
-"""A dataset folder: immutable partitions, one schema, one catalogue."""
+"""A dataset folder: immutable partitions, one schema, one catalogue; or a mixture of several datasets.
+
+A mixture joins its sources: it concatenates their partitions, so row ids are unique, and stable while the mixture stays
+the same. Sources share one schema and one tokenizer. They share one catalogue, or their catalogues are concatenated
+(pairs only: a sequence's items are rows of one catalogue); a document in two catalogues is then two documents with one
+id.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from bigdssm.config import DataConfig
+from bigdssm.config import DataConfig, SourceConfig
 from bigdssm.dataset.blocks import SEGMENT_COLUMNS, BlockLayout, read_block
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.catalogue import (
     Catalogue,
     CatalogueFile,
@@ -34,8 +40,9 @@ from bigdssm.dataset.partition import (
     read_index,
     read_partition,
     short_hash,
+    steps_per_round,
 )
-from bigdssm.dataset.remote import COUNTS_FILE, RemoteFolder
+from bigdssm.dataset.remote import COUNTS_FILE, FileCache, RemoteFolder
 from bigdssm.dataset.rows import VERSION_COLUMN, Rows, Targets
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
@@ -70,14 +77,14 @@ class DatasetHeader:
 
 
 class Dataset:
-    """A dataset opened for reading (`open`), or several datasets joined (joined.py)."""
+    """A dataset opened for reading (`open`), or several datasets joined (`join`)."""
 
     def __init__(
         self, header: DatasetHeader, partitions: list[Partition], files: Sequence[CatalogueFile],
         withdrawals: Sequence[CatalogueFile] = (), item_partitions: Sequence[Partition] = (),
         extents: Sequence[Extent] = (),
     ) -> None:  # fmt: skip
-        """Called by `open` and `joined.join`.
+        """Called by `open` and `join`.
 
         `files` are the files of the catalogue; those with newer versions come last. `item_partitions` have no rows.
         """
@@ -158,29 +165,31 @@ class Dataset:
             if schema.vocabulary_sizes() != extent.vocabularies:
                 schema = schema.cut(extent.vocabularies)
         extent = Extent(len(content["partitions"]), len(content["catalogue"]), schema.vocabulary_sizes())
-        known, of_items = list(content["partitions"]), content.get("item_partitions", [])
-        names = known if partitions is None else list(partitions)
-        if unknown := [name for name in [*names, *([first] if first else [])] if name not in known]:
-            raise DataError(f"{folder} has no partition {unknown[0]!r}, only {known}")
+        partition_names, item_partition_names = list(content["partitions"]), content.get("item_partitions", [])
+        names = partition_names if partitions is None else list(partitions)
+        if unknown := [name for name in [*names, *([first] if first else [])] if name not in partition_names]:
+            raise DataError(f"{folder} has no partition {unknown[0]!r}, only {partition_names}")
         if first:
-            names = known[known.index(first) :]
-        if (first or partitions) and not set(names) - set(of_items):
+            names = partition_names[partition_names.index(first) :]
+        if (first or partitions) and not set(names) - set(item_partition_names):
             raise DataError(f"{folder}: partition {names[0]!r} has items alone, no rows")
-        names = [name for name in names if name not in of_items]
+        names = [name for name in names if name not in item_partition_names]
         if not names:
             raise DataError(f"{folder} has no partitions; bigdssm make_shards adds one")
         if not content["catalogue"]:
             raise DataError(f"{folder}/dataset.json names no catalogue; rebuild the dataset")
         files = catalogue_files(folder, content)
         num_docs = sum(file.rows for file in files if file.since is None)
-        read, items = (
-            [replace(read_partition(folder, name), number=known.index(name), num_docs=num_docs, remote=remote)
-             for name in some]
-            for some in (names, [name for name in known if name in of_items])
+        row_partitions, item_partitions = (
+            [replace(read_partition(folder, name), number=partition_names.index(name), num_docs=num_docs, remote=remote)
+             for name in group]
+            for group in (names, [name for name in partition_names if name in item_partition_names])
         )  # fmt: skip
         options = {name: content[name] for name in ("text", "users", "items") if name in content}
         header = DatasetHeader(folder, content["name"], schema, **options)
-        dataset = cls(header, read, files, later_files(folder, content, "withdrawals"), items, [extent])
+        dataset = cls(
+            header, row_partitions, files, later_files(folder, content, "withdrawals"), item_partitions, [extent]
+        )
         cache = None if remote is None else remote.cache
         dataset.pickled = partial(cls.open, cache=cache, extent=extent), (remote.url if remote else folder, names)
         return dataset
@@ -216,10 +225,10 @@ class Dataset:
         """
         if len({partition.folder.parent for partition in self.partitions}) > 1:
             return self
-        found = [p for p in sorted(self.partitions, key=lambda p: p.number) if _num_rows(p, split)]
-        if found:
+        parts = [p for p in sorted(self.partitions, key=lambda p: p.number) if _num_rows(p, split)]
+        if parts:
             shared = self.catalogue_files, self.withdrawals, self.item_partitions, self.extents
-            return Dataset(self.header, found[-1:], *shared).with_schema(self.schema)
+            return Dataset(self.header, parts[-1:], *shared).with_schema(self.schema)
         names = [p.folder.name for p in self.partitions_on_disk() if _num_rows(p, split)]
         if self.sources or not names:
             return self
@@ -236,8 +245,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """A hash of the schema, the tokenizer, and the partitions' rows and documents."""
         parts = [*self.partitions, *self.item_partitions]
-        known = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in parts)]
-        return short_hash("\n".join(known).encode())
+        identities = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in parts)]
+        return short_hash("\n".join(identities).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
         """Read the metadata of all partitions in the folder, opened or not.
@@ -257,8 +266,8 @@ class Dataset:
                 if expected and expected["blocks"]:
                     parts.append(read_index(partition, split, number))
             if not parts:
-                known = sorted({name for partition in self.partitions for name in partition.content["splits"]})
-                raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {known}")
+                split_names = sorted({name for partition in self.partitions for name in partition.content["splits"]})
+                raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {split_names}")
             self._indexes[split] = SplitIndex.concat(parts)
         return self._indexes[split]
 
@@ -341,9 +350,9 @@ class Dataset:
                 query[name] = self._history(feature, self.sequences, sequence, rows.position)[0]
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
-        every = np.arange(rows.num_queries)  # not None, which would change the random draws of the queries
+        query_numbers = np.arange(rows.num_queries)  # not None, which would change the random draws of the queries
         return replace(
-            rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=every, history_start=None
+            rows, row_ids=rows.row_ids[rows.row], query=query, sequence=sequence, row=query_numbers, history_start=None
         )
 
     def _history(
@@ -354,15 +363,15 @@ class Dataset:
         items = table.take_slices("items", sequence, history_start, end)
         # The codes are those of the item versions that the events saw; invalid documents are out of vocabulary.
         docs, num_docs = items.values, self.catalogue.num_docs
-        known = (docs >= 0) & (docs < num_docs)
-        docs = docs if known.all() else np.where(known, docs, 0)
+        valid = (docs >= 0) & (docs < num_docs)
+        docs = docs if valid.all() else np.where(valid, docs, 0)
         partition = self._numbers[np.searchsorted(self._sequence_base, sequence, "right") - 1]
         version = None
         if self.header.dated:
             version = table.take_slices(VERSION_COLUMN, sequence, history_start, end).values
         visible = self.catalogue.visible_rows(docs, np.repeat(partition, items.lengths), version)
         codes = item_codes(self.catalogue.codes(str(feature.of), docs if visible is None else visible))
-        codes = codes if known.all() else np.where(known, codes, OUT_OF_VOCABULARY)
+        codes = codes if valid.all() else np.where(valid, codes, OUT_OF_VOCABULARY)
         return Ragged(codes, items.offsets), history_start
 
     def _column(self, name: str, array: pa.Array) -> Column:
@@ -456,3 +465,106 @@ def empty_batch(layout: BlockLayout) -> pa.RecordBatch:
 def tokenizer_hash(folder: Path) -> str:
     """Hash the tokenizer in `folder`. Raises OSError."""
     return short_hash((folder / TOKENIZER_FILE).read_bytes())
+
+
+def open_dataset(config: DataConfig, extents: Sequence[Extent] = ()) -> Dataset:
+    """Open the dataset of a training config; with `extents` of its sources, without later appends.
+
+    Raises DataError; ConfigError: incompatible sources.
+    """
+    cache = FileCache.from_config(config)
+    source_extents: Sequence[Extent | None] = extents or [None] * max(1, len(config.mixture))
+    if not config.mixture:
+        return Dataset.open(config.dir, first=config.from_partition, cache=cache, extent=source_extents[0])
+    parts = [
+        Dataset.open(source.dir or config.dir, source.partitions or None, cache=cache, extent=extent)
+        for source, extent in zip(config.mixture, source_extents, strict=True)
+    ]
+    return join(parts, config.mixture, config.dir, config.mixture_batches)
+
+
+def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
+    """Join datasets; each becomes one MixturePart.
+
+    Partitions outside `main_dir` are prefixed by their dataset's name.
+    """
+    for part, source in zip(parts[1:], sources[1:], strict=True):
+        _check_same(parts[0], part, source.dir or main_dir)
+    # The files of distinct catalogues, newer versions last, and each part's offset.
+    files: list[CatalogueFile] = []
+    starts: dict[tuple[str, ...], int] = {}
+    first_doc = []
+    for part in parts:
+        key = tuple(file.checksum for file in part.catalogue_files)
+        if key not in starts:
+            if starts and part.sequences is not None:
+                raise ConfigError(
+                    f"data.mixture: {part.dir} cannot be mixed with {parts[0].dir}: their catalogues differ, but "
+                    "datasets with histories must share one catalogue; put the interactions into one dataset, as "
+                    "partitions (make_shards --append)"
+                )
+            starts[key] = sum(file.rows for file in files if file.since is None)
+            files += [replace(file, first_doc=starts[key]) for file in part.catalogue_files]
+        first_doc.append(starts[key])
+    files.sort(key=lambda file: file.since is not None)
+    partitions: list[Partition] = []
+    mixture = []
+    siblings: dict[str, Partition] = {}
+    item_partitions: dict[str, Partition] = {}
+    withdrawals: dict[Path, CatalogueFile] = {}
+    for part, source, base in zip(parts, sources, first_doc, strict=True):
+        prefix = "" if source.dir is None or _normalized(source.dir) == _normalized(main_dir) else f"{part.name}/"
+        renamed = [replace(p, name=prefix + p.name, first_doc=base) for p in part.partitions]
+        name = "+".join(partition.name for partition in renamed)
+        mixture.append(MixturePart(name, len(partitions), len(partitions) + len(renamed), source.weight))
+        partitions += renamed
+        item_partitions |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.item_partitions}
+        withdrawals |= {file.path: replace(file, first_doc=base) for file in part.withdrawals}
+        siblings |= {prefix + p.name: replace(p, name=prefix + p.name) for p in part.partitions_on_disk()}
+    names = [partition.name for partition in partitions]
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"data.mixture has the partition {duplicates[0]} twice; name each partition once; datasets must be in "
+            "folders with different names"
+        )
+    steps_per_round([source.name for source in mixture], [source.weight for source in mixture])
+    extents = [extent for part in parts for extent in part.extents]
+    joined = Dataset(
+        parts[0].header, partitions, files, list(withdrawals.values()), list(item_partitions.values()), extents
+    )
+    joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
+    joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
+    return joined
+
+
+def _normalized(folder: str) -> str:
+    return folder if is_url(folder) else os.path.realpath(folder)
+
+
+def _check_same(first: Dataset, other: Dataset, name: str) -> None:
+    difference = first.schema.difference(other.schema)
+    if difference is None and first.schema != other.schema:
+        difference = f"data.title is {first.schema.title!r} and {other.schema.title!r}"
+        fitted = [
+            (f"{side}.{key}", feature, other.schema.sides[side][key])
+            for side, features in first.schema.sides.items()
+            for key, feature in features.items()
+            if feature != other.schema.sides[side][key]
+        ]
+        if fitted:
+            where, *features = fitted[0]
+            described = [feature.describe(first.vocab_size) for feature in features]
+            difference = f"{where} was fitted to different data ({described[0]}, {described[1]})"
+    if difference is None and first.tokenizer_hash != other.tokenizer_hash:
+        difference = "the tokenizers differ"
+    fix = f"build it with `bigdssm make_shards … --like {first.dir}`"
+    for name_of_part, first_has, other_has, needed in (
+        ("sequences", first.sequences is not None, other.sequences is not None, "interactions"),
+        ("texts", first.header.text, other.header.text, "--raw-text"),
+        ("users' features", first.header.users, other.header.users, "--users-time-column"),
+        ("items' features", first.header.items, other.header.items, "--items-time-column"),
+    ):
+        if difference is None and first_has != other_has:
+            difference, fix = f"only one of them has {name_of_part}", f"build both with {needed}, or both without"
+    if difference is not None:
+        raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")

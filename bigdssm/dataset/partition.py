@@ -85,13 +85,13 @@ class Extent(NamedTuple):
 
     def of(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """Return a dataset.json as it was then."""
-        known = content["partitions"][: self.partitions]
+        partitions = content["partitions"][: self.partitions]
         lists = {
-            name: [entry for entry in content[name] if entry["since"] in known]
+            name: [entry for entry in content[name] if entry["since"] in partitions]
             for name in ("versions", "withdrawals")
             if name in content
         }
-        return {**content, **lists, "partitions": known, "catalogue": content["catalogue"][: self.catalogue_files]}
+        return {**content, **lists, "partitions": partitions, "catalogue": content["catalogue"][: self.catalogue_files]}
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Partition:
     @property
     def identity(self) -> str:
         """A hash of the partition's rows and documents, through the checksums of its files."""
-        known = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
-        return short_hash(json.dumps(known, sort_keys=True).encode())
+        identity = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
+        return short_hash(json.dumps(identity, sort_keys=True).encode())
 
 
 def read_partition(folder: Path, name: str) -> Partition:
@@ -165,8 +165,8 @@ def _misfits(value: Any, shape: Any, key: str) -> Iterator[str]:
         shapes = shape * len(value) if isinstance(shape, list) else shape
         if len(shapes) != len(value):
             yield f"{key} is {short_repr(value)}, needs {len(shapes)} values"
-        for number, (one, inner) in enumerate(zip(value, shapes, strict=False)):
-            yield from _misfits(one, inner, f"{key}[{number}]")
+        for number, (element, inner) in enumerate(zip(value, shapes, strict=False)):
+            yield from _misfits(element, inner, f"{key}[{number}]")
     elif not isinstance(shape, Leaf):
         yield f"{key} is {short_repr(value)}, needs {'an object' if isinstance(shape, dict) else 'a list'}"
     elif not shape.accepts(value):

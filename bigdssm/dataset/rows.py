@@ -54,8 +54,8 @@ class Targets:
 
     def valid(self, num_docs: int) -> np.ndarray:
         """Return the mask of valid targets, bool [m]."""
-        known = (self.item >= 0) & (self.item < num_docs)
-        good: np.ndarray = known & np.isfinite(self.relevance) & (self.relevance >= 0)
+        in_catalogue = (self.item >= 0) & (self.item < num_docs)
+        good: np.ndarray = in_catalogue & np.isfinite(self.relevance) & (self.relevance >= 0)
         return good
 
     def take(self, targets: np.ndarray) -> Targets:

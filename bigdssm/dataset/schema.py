@@ -160,12 +160,12 @@ class Schema:
         sides = {side: {name: f.to_dict() for name, f in features.items()} for side, features in self.sides.items()}
         vocabularies: dict[str, dict[str, Any]] = {side: {} for side in sides}
         for side, name, feature in self._vocabularies():
-            known = feature.vocabulary
-            vocabularies[side][name] = {"values": len(known), "checksum": known.checksum}
+            vocabulary = feature.vocabulary
+            vocabularies[side][name] = {"values": len(vocabulary), "checksum": vocabulary.checksum}
             if files:
                 vocabularies[side][name]["files"] = [
                     {"file": f"{VOCABULARIES}/{part.path.name}", "rows": part.rows, "checksum": part.checksum}
-                    for part in known.files
+                    for part in vocabulary.files
                 ]
         trained = {TRAINED: list(self.trained)} if files and self.trained else {}
         siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
@@ -174,7 +174,9 @@ class Schema:
     def _vocabularies(self) -> list[tuple[str, str, Categorical]]:
         """Return (side, name, feature) of all features with a vocabulary."""
         sides = self.sides.items()
-        return [(side, name, f) for side, every in sides for name, f in categorical_of(every).items() if f.vocabulary]
+        return [
+            (side, name, f) for side, features in sides for name, f in categorical_of(features).items() if f.vocabulary
+        ]
 
     def _with_vocabularies(self, change: Callable[[str, str, Vocabulary], Vocabulary]) -> Schema:
         """Apply `change(side, name, vocabulary)` to every vocabulary."""
@@ -184,15 +186,6 @@ class Schema:
             for side, features in self.sides.items()
         }
         return replace(self, query=sides["query"], doc=sides["doc"])
-
-
-def vocabulary_checksums(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the checksums of the vocabulary files in a schema.json, by relative path.
-
-    Raises KeyError, TypeError, AttributeError: `content` is not a schema.json.
-    """
-    described = [one for side in content[VOCABULARIES].values() for one in side.values()]
-    return {part["file"]: part["checksum"] for one in described for part in one["files"]}
 
 
 def _trained_file(folder: Path, name: str) -> Path:

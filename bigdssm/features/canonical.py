@@ -143,8 +143,8 @@ def _check_names(names: Iterable[str], features: Mapping[str, Feature]) -> None:
             raise DataError(f"there are two columns {name!r}")
         seen.add(name)
         if name not in features:
-            of_source = [other for other, feature in features.items() if feature.source == name]
-            near = [*of_source, *difflib.get_close_matches(str(name), features, 1)]
+            same_source = [other for other, feature in features.items() if feature.source == name]
+            near = [*same_source, *difflib.get_close_matches(str(name), features, 1)]
             hint = f"did you mean {near[0]!r}? The" if near else "the"
             raise DataError(f"{name!r} is not a feature; {hint} features are {', '.join(features)}")
 

@@ -105,8 +105,8 @@ class Categorical(Feature):
         trained = self.trained
         if trained is not None and not self.hash_buckets:
             trained = np.flatnonzero(~self.unknown(np.arange(self.num_codes)))
-        known = None if trained is None else trained.tolist()
-        return {**self.to_dict(), "vocabulary": list(self.vocabulary), "trained": known}
+        codes = None if trained is None else trained.tolist()
+        return {**self.to_dict(), "vocabulary": list(self.vocabulary), "trained": codes}
 
     @property
     def example(self) -> str:  # type: ignore[override]
@@ -155,11 +155,11 @@ class Categorical(Feature):
 
     def with_values(self, path: Path, values: Iterable[pa.Array]) -> Categorical:
         """Return the feature with values (strings, at least one) appended to its vocabulary, written to `path`."""
-        known, batches = len(self.vocabulary), iter(values)
+        num_existing, batches = len(self.vocabulary), iter(values)
         new = next(batches).to_pylist()
         indices = boolean_indices([*self.vocabulary.cut(8), *new])  # 8 spellings
-        new = [value for index, value in enumerate(new, known) if indices.get(value, index) == index]
-        part = write_part(path, [pa.array(new, pa.large_string()), *batches], first=known)
+        new = [value for index, value in enumerate(new, num_existing) if indices.get(value, index) == index]
+        part = write_part(path, [pa.array(new, pa.large_string()), *batches], first=num_existing)
         return replace(self, vocabulary=self.vocabulary.with_file(part))
 
     def parse(self, value: str) -> Any:
@@ -214,13 +214,13 @@ class Categorical(Feature):
         """Return the feature in which all codes are unknown except `codes` and those known in `earlier`."""
         if self.hash_buckets:
             before = np.arange(FIRST_CODE) if earlier is None else earlier.trained
-            every = None if before is None else np.union1d(np.append(before, np.arange(FIRST_CODE)), codes)
-            return replace(self, trained=every)
-        known = np.zeros(self.num_codes, bool)
-        known[:FIRST_CODE] = known[codes] = True
+            trained_codes = None if before is None else np.union1d(np.append(before, np.arange(FIRST_CODE)), codes)
+            return replace(self, trained=trained_codes)
+        is_trained = np.zeros(self.num_codes, bool)
+        is_trained[:FIRST_CODE] = is_trained[codes] = True
         if earlier is not None:
-            known |= ~earlier.unknown(np.arange(self.num_codes))
-        return replace(self, trained=None if known.all() else np.packbits(known, bitorder="little"))
+            is_trained |= ~earlier.unknown(np.arange(self.num_codes))
+        return replace(self, trained=None if is_trained.all() else np.packbits(is_trained, bitorder="little"))
 
     def newly_trained(self, earlier: Categorical) -> np.ndarray:
         """Return the codes, int64 ascending, that are unknown in `earlier` and known here."""
@@ -236,8 +236,8 @@ class Categorical(Feature):
         unknown = self.unknown(values)
         if not unknown.any():
             return column
-        known = np.where(unknown, OUT_OF_VOCABULARY, values).astype(values.dtype)
-        return replace(column, values=known) if isinstance(column, Ragged) else known
+        replaced = np.where(unknown, OUT_OF_VOCABULARY, values).astype(values.dtype)
+        return replace(column, values=replaced) if isinstance(column, Ragged) else replaced
 
     def faults(self, column: Column, vocab_size: int) -> Iterator[Fault]:
         """Yield unknown codes."""

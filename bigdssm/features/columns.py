@@ -154,23 +154,23 @@ def as_texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
     The text depends on the value only. Raises DataError: values without a text form.
     """
     array, kind = plain(array), array.type
-    broken = np.zeros(len(array), bool)
+    invalid = np.zeros(len(array), bool)
     if pa.types.is_floating(kind):
         # the shortest exact text; whole ones as integers (columns with gaps), NaN as null
         values = _as_float64(array)
-        whole = (np.abs(values) < 2.0**53) & (values == np.floor(values))
-        texts = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.large_string())
-        if not whole.all():
+        is_integer = (np.abs(values) < 2.0**53) & (values == np.floor(values))
+        texts = pa.array(np.where(is_integer, values, 0).astype(np.int64)).cast(pa.large_string())
+        if not is_integer.all():
             wide = array.cast(pa.float32()) if pa.types.is_float16(kind) else array
-            texts = pc.if_else(pa.array(whole), texts, wide.cast(pa.large_string()))
-        return pc.if_else(pa.array(np.isnan(values)), pa.scalar("", texts.type), texts), broken
+            texts = pc.if_else(pa.array(is_integer), texts, wide.cast(pa.large_string()))
+        return pc.if_else(pa.array(np.isnan(values)), pa.scalar("", texts.type), texts), invalid
     if any(is_bytes(kind) for is_bytes in BYTE_TYPES):
         array = array.cast(pa.large_binary())
         try:
-            return pc.fill_null(array.cast(pa.large_string()), ""), broken
+            return pc.fill_null(array.cast(pa.large_string()), ""), invalid
         except pa.ArrowInvalid:
-            broken = np.array([is_invalid_utf8(value) for value in array.to_pylist()])
-            array = pc.if_else(pa.array(broken), pa.scalar(b"", array.type), array)
+            invalid = np.array([is_invalid_utf8(value) for value in array.to_pylist()])
+            array = pc.if_else(pa.array(invalid), pa.scalar(b"", array.type), array)
     try:
         texts = array.cast(pa.large_string())
     except pa.ArrowException:
@@ -182,7 +182,7 @@ def as_texts(array: pa.Array, where: str) -> tuple[pa.Array, np.ndarray]:
         texts = pc.replace_substring_regex(texts, r"(\.[0-9]*[1-9])0+$|\.0*$", r"\1")
     if pa.types.is_timestamp(kind) or pa.types.is_time(kind):  # Arrow writes as many digits as the unit has
         texts = pc.replace_substring_regex(texts, r"(\.[0-9]*[1-9])0+(Z?)$|\.0+(Z?)$", r"\1\2\3")
-    return pc.fill_null(texts, ""), broken
+    return pc.fill_null(texts, ""), invalid
 
 
 def is_invalid_utf8(value: bytes | None) -> bool:
@@ -215,8 +215,8 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
     check.fail(np.isin(np.arange(len(lengths)), parents[broken]), f"{name} has a value of invalid UTF-8")
     flat = pc.utf8_trim_whitespace(texts)
     keep = pc.not_equal(flat, "")
-    kept = np.concatenate([[0], np.cumsum(keep.to_numpy(zero_copy_only=False))])
-    offsets = kept[np.concatenate([[0], np.cumsum(lengths)])]
+    kept_before = np.concatenate([[0], np.cumsum(keep.to_numpy(zero_copy_only=False))])
+    offsets = kept_before[np.concatenate([[0], np.cumsum(lengths)])]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.filter(keep))
 
 
@@ -317,13 +317,6 @@ class TimeUnits:
     def facts(self) -> dict[str, Any]:
         """Return the counts in JSON types, for `check_time_units`."""
         return {"num_times": self._total, "units": [[power, *unit] for power, unit in self._units.items()]}
-
-
-def check_single_unit(values: np.ndarray, where: str) -> None:
-    """Raise DataError if times, float64, are in several units; see `check_time_units`."""
-    units = TimeUnits()
-    units.add(values)
-    check_time_units([units.facts()], where)
 
 
 def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:

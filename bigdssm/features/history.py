@@ -33,6 +33,8 @@ class History(Feature):
     type: ClassVar[str] = "history"
     from_sequence: ClassVar[bool] = True
     example: ClassVar[str] = '["a value"]'
+    canonical_type: ClassVar[pa.DataType] = pa.list_(pa.int64())  # codes
+    padding: ClassVar[int] = PADDING
     onnx_code: ClassVar = (pad_lists, boolean_indices, codes_of, history_input)
 
     of: str | None = None  # the single-valued categorical document feature that identifies an item
@@ -47,11 +49,6 @@ class History(Feature):
             raise ConfigError(
                 f"{key}.of: got {self.of}, needs a single-valued categorical document feature, one of {valid}"
             )
-
-    @property
-    def canonical_type(self) -> pa.DataType:
-        """Return a list of int64: the canonical form is the codes."""
-        return pa.list_(pa.int64())
 
     @property
     def missing(self) -> list[int]:
@@ -74,11 +71,6 @@ class History(Feature):
     def max_length(self) -> int:
         """Return `max_items`."""
         return self.max_items
-
-    @property
-    def padding(self) -> int:
-        """Return 0."""
-        return PADDING
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
         """Return histories of all lengths."""

@@ -37,21 +37,13 @@ class Numeric(Feature):
 
     type: ClassVar[str] = "numeric"
     example: ClassVar[str] = "1.0"
+    canonical_type: ClassVar[pa.DataType] = pa.float64()
+    missing: ClassVar[float] = math.nan
     onnx_code: ClassVar = (numeric_input,)
 
     log: bool = False  # log1p before the normalisation, for heavy tails
     mean: float = field(default=0.0, metadata=FITTED)
     std: float = field(default=1.0, metadata={**FITTED, BOUND: Bound(above=0)})
-
-    @property
-    def canonical_type(self) -> pa.DataType:
-        """Return float64."""
-        return pa.float64()
-
-    @property
-    def missing(self) -> float:
-        """Return NaN."""
-        return math.nan
 
     def read(self, check: RowCheck) -> pa.Array:
         """Return the numbers, NaN if one cannot be read."""

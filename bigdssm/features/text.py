@@ -35,6 +35,10 @@ class Text(Feature):
 
     type: ClassVar[str] = "text"
     example: ClassVar[str] = '"a text"'
+    canonical_type: ClassVar[pa.DataType] = pa.large_string()
+    missing: ClassVar[str] = ""
+    raw_type: ClassVar[pa.DataType] = pa.large_string()  # the texts themselves
+    padding: ClassVar[int] = NO_TOKEN  # no token: a tokenizer's padding token may also end a text
     onnx_code: ClassVar = (pad_lists, text_input)
 
     max_tokens: int = bounded(64, 3, 65_536)  # longer texts, with their prompt, are truncated to their first tokens
@@ -47,16 +51,6 @@ class Text(Feature):
     def exported(self) -> dict[str, Any]:
         """Return all fields; without a prompt it is ''."""
         return {**self.to_dict(), "prompt": self.prompt or ""}
-
-    @property
-    def canonical_type(self) -> pa.DataType:
-        """Return large_string."""
-        return pa.large_string()
-
-    @property
-    def missing(self) -> str:
-        """Return ''."""
-        return ""
 
     def read(self, check: RowCheck) -> pa.Array:
         """Return the texts unchanged, null as ''."""
@@ -110,11 +104,6 @@ class Text(Feature):
             column = gather_ranges(column.values, starts, column.offsets[1:])
         return tokenizer.decode(column)
 
-    @property
-    def raw_type(self) -> pa.DataType:
-        """Return large_string: the texts themselves."""
-        return pa.large_string()
-
     def encode_raw(self, column: pa.Array) -> pa.Array:
         """Return the texts themselves."""
         return column
@@ -141,11 +130,6 @@ class Text(Feature):
     def max_length(self) -> int:
         """Return `max_tokens`."""
         return self.max_tokens
-
-    @property
-    def padding(self) -> int:
-        """Return -1, which is no token: a tokenizer's padding token may also end a text."""
-        return NO_TOKEN
 
     def texts(self, random: np.random.RandomState, rows: int, words: list[str]) -> list[str]:
         """Return random texts of these words, from empty to longer than `max_tokens`, to test a model with."""

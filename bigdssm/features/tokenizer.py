@@ -79,15 +79,15 @@ class TextTokenizer:
         """Return whether the tokens of a text are those of its words, concatenated: BERT splits at spaces first."""
         described = json.loads(Path(self._file).read_text(encoding="utf-8"))
         kinds = [(described[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-        whole = all(not {" ", "\n"} & set(token["content"]) for token in described["added_tokens"])
-        return whole and kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
+        no_space_in_tokens = all(not {" ", "\n"} & set(token["content"]) for token in described["added_tokens"])
+        return no_space_in_tokens and kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
 
     @cached_property
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """Return the special tokens before and after a text."""
-        alone, whole = (self._tokenize(pa.array(["a"]), None, special=s).values.tolist() for s in (False, True))
-        at = next(at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
-        return whole[:at], whole[at + len(alone) :]
+        plain, with_special = (self._tokenize(pa.array(["a"]), None, special=s).values.tolist() for s in (False, True))
+        start = next(start for start in range(len(with_special)) if with_special[start : start + len(plain)] == plain)
+        return with_special[:start], with_special[start + len(plain) :]
 
     def prompt_tokens(self, prompt: str, *, with_end: bool = False) -> int:
         """Return the number of tokens of a prompt, with the special tokens before it, and those after a text."""
@@ -125,11 +125,11 @@ def prompts_in(folder: Path) -> FolderPrompts:
     """Return the prompts of a folder with a tokenizer. Raises ConfigError: a file is damaged."""
     try:
         prompts = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
-        of_doc = prompts.get("document") or prompts.get("passage") or ""
+        document_prompt = prompts.get("document") or prompts.get("passage") or ""
         pooled = all(_json(file).get("include_prompt", True) for file in folder.glob("*_Pooling/config.json"))
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder} has a damaged file of sentence-transformers: {error}; copy it again") from None
-    return FolderPrompts(prompts.get("query") or "", of_doc, pooled)
+    return FolderPrompts(prompts.get("query") or "", document_prompt, pooled)
 
 
 def read_tokenizer(file: str) -> Tokenizer:

@@ -117,16 +117,16 @@ class Vector(Feature):
         wrong = (lengths != self.dim) & (lengths > 0)
         check.blank(wrong, f"{self.source} has {{}} numbers, needs {self.dim}", lengths)
         values = np.full((len(array), self.dim), np.nan, np.float32)
-        fits = lengths == self.dim
-        flat = array.filter(pa.array(fits)).flatten()
+        has_dim = lengths == self.dim
+        flat = array.filter(pa.array(has_dim)).flatten()
         if parsed:
             numbers, invalid = as_texts(flat.cast(pa.large_binary()), where)
             numbers, unreadable = parse_numbers(numbers)
             no_numbers = np.zeros(len(array), bool)
-            no_numbers[fits] = (invalid | unreadable).reshape(-1, self.dim).any(axis=1)
+            no_numbers[has_dim] = (invalid | unreadable).reshape(-1, self.dim).any(axis=1)
             check.blank(no_numbers, f"{self.source} has a value that is not a number", None)
             flat, wrong = pa.array(numbers), wrong | no_numbers
-        values[fits] = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+        values[has_dim] = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         return values, wrong
 
     def check_matrix(self, num_rows: int, table: str) -> None:

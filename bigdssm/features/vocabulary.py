@@ -185,8 +185,8 @@ class _Part:
         if self.file is None:
             return _Part.open(write_part(path, [self.values], self.first))
         if not (path.exists() and os.path.samefile(self.file.path, path)):
-            with new_file(path) as aside:
-                link_or_copy(self.file.path.resolve(), aside)
+            with new_file(path) as unfinished:
+                link_or_copy(self.file.path.resolve(), unfinished)
         return _Part.open(replace(self.file, path=path))
 
     def cut(self, size: int) -> _Part:
@@ -197,17 +197,17 @@ class _Part:
         """Return the index in this part of the strings at `rows`, int64 [rows], -1 if unknown."""
         indices = np.full(len(rows), -1, np.int64)
         remaining = np.arange(len(rows))
-        at = np.searchsorted(self.hashes, hashes[rows])
+        position = np.searchsorted(self.hashes, hashes[rows])
         while True:  # repeated for hash collisions only
-            match = at < len(self.hashes)
-            match[match] = self.hashes[at[match]] == hashes[rows[remaining[match]]]
-            remaining, at = remaining[match], at[match]
+            match = position < len(self.hashes)
+            match[match] = self.hashes[position[match]] == hashes[rows[remaining[match]]]
+            remaining, position = remaining[match], position[match]
             if not len(remaining):
                 return indices
-            codes = self.codes[at]
+            codes = self.codes[position]
             same = pc.equal(self.values.take(pa.array(codes)), values.take(pa.array(rows[remaining]))).to_numpy(False)
             indices[remaining[same]] = codes[same]
-            remaining, at = remaining[~same], at[~same] + 1
+            remaining, position = remaining[~same], position[~same] + 1
 
 
 def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartFile:
@@ -216,7 +216,7 @@ def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartF
     It needs one batch and 20 bytes per value in memory, and temporarily twice the file's size on disk. Raises
     DataError: too many values; OSError.
     """
-    with new_file(path) as aside, ExitStack() as stack:
+    with new_file(path) as unfinished, ExitStack() as stack:
         contents, ends, hashes = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(3))
         ends.write(np.int64(0).tobytes())
         digest, rows, size = 0, 0, 0
@@ -238,7 +238,7 @@ def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartF
         in_memory.sort()
         schema = pa.schema(list(_COLUMNS.items()), {"first": str(first), "digest": str(digest % 2**64)})
         columns = [values, pa.array(in_memory), pa.array(codes)]
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     return PartFile(path, rows, file_checksum(path, bits=64))
 

@@ -28,9 +28,8 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.sources.base import Source
+from bigdssm.sources.base import LocalFile, Source
 from bigdssm.sources.columnar import ParquetSource
-from bigdssm.sources.files import LocalFile
 from bigdssm.utils.arguments import argument, checked, short_repr
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.urls import exists, is_url, join, redacted, upload_folder
@@ -70,18 +69,32 @@ def make_dataset(
             text.check_tokenizer(key, None if tokenizer is None else Path(tokenizer))
     if tokenizer is not None and (Path(tokenizer) / "tokenizer.json").is_file():  # before the tables are read
         with_prompts(Schema.declared(data), data.tokenizer.path, TextTokenizer(Path(tokenizer)))
-    spark = _cluster(engine, master, spark_conf or {})
+    spark = Cluster(master, tuple((spark_conf or {}).items())) if engine == "spark" else None
+    if spark is None and (master is not None or spark_conf):
+        raise ConfigError("master= and spark_conf= have no effect without engine='spark'")
     target = IngestTarget(Path(destination), partition, overwrite, append, seed, like, processes=processes, spark=spark)
     given = {"pairs": pairs, "interactions": interactions, "items": items, "users": users, "withdrawn": withdrawn}
     tables = {name: table for name, table in given.items() if table is not None}
     if ("pairs" in tables) == bool(tables.keys() - {"pairs"}):
         raise ConfigError("a dataset needs pairs=, or interactions= and items=, and optionally users=")
-    make = partial(_make, data, tables, options, progress)
-    return (
-        _make_at_url(destination, target, make)
-        if isinstance(destination, str) and is_url(destination)
-        else make(target)
-    )
+    if not (isinstance(destination, str) and is_url(destination)):
+        return _make(data, tables, options, progress, target)
+    # built on this machine, then copied to the URL
+    if append:
+        raise ConfigError(
+            f"{redacted(destination)}: cannot append to a dataset at a URL; append to a local copy, and upload that"
+        )
+    if not overwrite and exists(join(destination, DATASET_FILE)):
+        raise DataError(f"{redacted(destination)} already holds a dataset; use --overwrite or another --out")
+    folder = Path(tempfile.mkdtemp(prefix="dataset-"))
+    local = folder / destination.rstrip("/").rpartition("/")[2]
+    report = _make(data, tables, options, progress, replace(target, out=local))
+    try:
+        upload_folder(local, destination, last=DATASET_FILE)
+    except (DataError, OSError) as error:
+        raise DataError(f"{error}; the dataset is complete in {local}, copy it from there") from error
+    shutil.rmtree(folder)
+    return replace(report, out=destination)
 
 
 def _make(
@@ -93,9 +106,15 @@ def _make(
     with tempfile.TemporaryDirectory(dir=None if target.spark is None else target.out.parent) as spool:
         opened = partial(_opened, Path(spool))
         if "pairs" in tables:
-            return make_pairs(
-                data, _tables(PairTables, options, files=_several(tables["pairs"], opened)), target, progress
-            )
+            pairs = tables["pairs"]
+            files: tuple[Path | str | Source, ...]
+            if not isinstance(pairs, list | tuple) or (pairs and all(isinstance(row, Mapping) for row in pairs)):
+                files = (opened("pairs", pairs),)
+            elif not pairs:
+                raise ConfigError("pairs=[]: needs at least one table")
+            else:
+                files = tuple(opened(f"pairs[{number}]", table) for number, table in enumerate(pairs))
+            return make_pairs(data, _tables(PairTables, options, files=files), target, progress)
         paths = {name: opened(name, table) for name, table in tables.items()}
         if target.append and not tables.keys() - {"items", "withdrawn"}:
             return make_items(data, _tables(ItemTables, options, **paths), target, progress)
@@ -104,15 +123,6 @@ def _make(
         if lacking := [name for name in ("interactions", "items") if name not in tables]:
             raise ConfigError(f"{lacking[0]}= is missing: a dataset of interactions needs interactions= and items=")
         return make_interactions(data, _tables(InteractionTables, options, **paths), target, progress)
-
-
-def _several(pairs: Any, opened: Callable[[str, Any], Path | str | Source]) -> tuple[Path | str | Source, ...]:
-    """Open one table or a list of tables. Raises ConfigError: an empty list."""
-    if not isinstance(pairs, list | tuple) or (pairs and all(isinstance(row, Mapping) for row in pairs)):
-        return (opened("pairs", pairs),)
-    if not pairs:
-        raise ConfigError("pairs=[]: needs at least one table")
-    return tuple(opened(f"pairs[{number}]", table) for number, table in enumerate(pairs))
 
 
 def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
@@ -136,42 +146,12 @@ def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
     return ParquetSource(LocalFile(path, f"{name}="))
 
 
-def _make_at_url(url: str, target: IngestTarget, make: Callable[[IngestTarget], IngestReport]) -> IngestReport:
-    """Build a dataset on this machine and copy it to a URL.
-
-    If the copy fails, the local dataset is retained. Raises DataError, ConfigError.
-    """
-    if target.append:
-        raise ConfigError(
-            f"{redacted(url)}: cannot append to a dataset at a URL; append to a local copy, and upload that"
-        )
-    if not target.overwrite and exists(join(url, DATASET_FILE)):
-        raise DataError(f"{redacted(url)} already holds a dataset; use --overwrite or another --out")
-    folder = Path(tempfile.mkdtemp(prefix="dataset-"))
-    local = folder / url.rstrip("/").rpartition("/")[2]
-    report = make(replace(target, out=local))
-    try:
-        upload_folder(local, url, last=DATASET_FILE)
-    except (DataError, OSError) as error:
-        raise DataError(f"{error}; the dataset is complete in {local}, copy it from there") from error
-    shutil.rmtree(folder)
-    return replace(report, out=url)
-
-
-def _cluster(engine: EngineName, master: str | None, conf: Mapping[str, str]) -> Cluster | None:
-    if engine == "spark":
-        return Cluster(master, tuple(conf.items()))
-    if master is not None or conf:
-        raise ConfigError("master= and spark_conf= have no effect without engine='spark'")
-    return None
-
-
 def _tables(cls: Callable[..., Any], options: dict[str, Any], **files: Any) -> Any:
-    known = [field.name for field in fields(cls) if field.name not in files]  # type: ignore[arg-type]
+    option_names = [field.name for field in fields(cls) if field.name not in files]  # type: ignore[arg-type]
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]}?" if near else f"options are {', '.join(known)}"
+        if name not in option_names:
+            near = difflib.get_close_matches(name, option_names, 1)
+            meant = f"did you mean {near[0]}?" if near else f"options are {', '.join(option_names)}"
             raise ConfigError(f"{name}= is not an option of such a dataset; {meant}")
-    kinds = get_type_hints(cls)
-    return cls(**files, **{name: argument(name, value, kinds[name]) for name, value in options.items()})
+    types = get_type_hints(cls)
+    return cls(**files, **{name: argument(name, value, types[name]) for name, value in options.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -20,19 +20,25 @@ from bigdssm.dataset.catalogue import (
     Versions,
     distinct_documents,
 )
-from bigdssm.dataset.keys import SortedKeys
-from bigdssm.dataset.row_keys import shuffle_keys, uniform
+from bigdssm.dataset.keys import SortedKeys, shuffle_keys, uniform
+from bigdssm.dataset.partition import Partition
+from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import TIME_COLUMN, VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
-from bigdssm.ingest.existing_events import EarlierEvents
-from bigdssm.ingest.job import Ingestion
+from bigdssm.ingest.engines.local import (
+    LocalEngine,
+    RowFile,
+    RowTable,
+    finished_folder,
+    ranges,
+    read_facts,
+    write_facts,
+)
+from bigdssm.ingest.job import Ingestion, move_files, write_arrow
 from bigdssm.ingest.sorting import read_bucket, stable_order, write_buckets
 from bigdssm.ingest.splits import SPLITS
-from bigdssm.ingest.writing import move_files, write_arrow
 
 ARRAYS = ("times", "begin", "file_row")
 SEQUENCES_PER_FILE = 1 << 16
@@ -60,6 +66,77 @@ BUCKET = pa.schema(
 )
 POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
 TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
+EXISTING_EVENT = np.dtype([("user", np.int64), ("item", np.int64), ("time", np.float64), ("relevance", np.float32)])
+
+
+@dataclass(frozen=True)
+class EarlierEvents:
+    """The sequences of existing partitions, oldest partition first; pickled by path."""
+
+    parts: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file
+
+    @classmethod
+    def of(cls, partitions: Sequence[Partition]) -> EarlierEvents:
+        """Return the sequences of partitions."""
+        return cls(tuple((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions))
+
+    def __reduce__(self) -> tuple[type[EarlierEvents], tuple[object]]:
+        return EarlierEvents, (self.parts,)
+
+    @cached_property
+    def _tables(self) -> list[tuple[MappedTable, SortedKeys]]:
+        return [(MappedTable(files), SortedKeys([keys])) for files, keys in self.parts]
+
+    def take(self, user_ids: np.ndarray, columns: Mapping[str, type], *, last: bool = False) -> dict[str, Ragged]:
+        """Return list columns of the users' sequences, or only their last events.
+
+        Empty for unknown users. user_ids int64 [users]. The newest partition with a user has all of the user's events.
+        """
+        pieces_by_name = {name: [Ragged.of_lists([[]], dtype)] for name, dtype in columns.items()}
+        row_of_user, num_found = np.zeros(len(user_ids), np.int64), 1  # row 0 is the empty sequence
+        for table, keys in reversed(self._tables):
+            rows = keys.find(user_ids)
+            new = np.flatnonzero((rows >= 0) & (row_of_user == 0))
+            row_of_user[new] = num_found + np.arange(len(new))
+            num_found += len(new)
+            if len(new):
+                for name, pieces in pieces_by_name.items():
+                    ends = table.lengths(name, rows[new])
+                    starts = np.maximum(ends - 1, 0) if last else np.zeros_like(ends)
+                    pieces.append(table.take_slices(name, rows[new], starts, ends))
+        return {name: Ragged.concat(pieces).take(row_of_user) for name, pieces in pieces_by_name.items()}
+
+    def compare(
+        self, user_ids: np.ndarray, item: np.ndarray, time: np.ndarray, relevance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mask of existing events, and each user's newest time (−inf: none).
+
+        An event exists if all four values are equal. Arrays are [events], of the types of EXISTING_EVENT.
+        """
+        users, user = np.unique(user_ids, return_inverse=True)
+        last = self.take(users, {TIME_COLUMN: np.float64}, last=True)[TIME_COLUMN]
+        newest = np.full(len(users), -np.inf)
+        newest[last.lengths > 0] = last.values
+        repeated = np.zeros(len(user_ids), bool)
+        candidates = np.flatnonzero(time <= newest[user])
+        if len(candidates):
+            old_users, new_user = np.unique(user_ids[candidates], return_inverse=True)
+            columns = {"items": np.int32, TIME_COLUMN: np.float64, "relevance": np.float32}
+            items, times, relevances = self.take(old_users, columns).values()
+            known_user = np.repeat(np.arange(len(old_users)), items.lengths)
+            existing = _events(known_user, items.values, times.values, relevances.values)
+            repeated[candidates] = np.isin(
+                _events(new_user, item[candidates], time[candidates], relevance[candidates]), existing
+            )
+        return repeated, newest[user]
+
+
+def _events(user: np.ndarray, item: np.ndarray, time: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+    """Pack events into one comparable value each, [events]."""
+    events = np.empty(len(user), EXISTING_EVENT)
+    for name, values in zip(EXISTING_EVENT.names or (), (user, item, time, relevance), strict=True):
+        events[name] = values + 0  # −0.0 becomes 0.0: values are compared by bytes
+    return events.view(np.dtype((np.void, EXISTING_EVENT.itemsize)))
 
 
 @dataclass(frozen=True)
@@ -81,16 +158,12 @@ class ItemVersions:
                     np.save(aside / f"{name}.npy", getattr(versions, name))
         return cls(folder, documents.total)
 
-    def _array(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-
     @cached_property
     def _versions(self) -> Versions:
         return Versions(self.num_docs, *map(self._array, ARRAYS))
 
-    @cached_property
-    def _oldest(self) -> np.ndarray:
-        return self._array("oldest")
+    def _array(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     def find(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Return the version numbers of items at times, int32, see `Versions.version_rows`."""
@@ -101,7 +174,7 @@ class ItemVersions:
 
     def num_early(self, items: np.ndarray, times: np.ndarray) -> int:
         """Return the number of events older than all versions of their items."""
-        return int((times < self._oldest[items]).sum())
+        return int((times < self._array("oldest")[items]).sum())
 
 
 def _versions(known: Sequence[CatalogueFile], documents: DistinctDocuments) -> tuple[Versions, np.ndarray]:
@@ -149,142 +222,135 @@ class Events:
         return cls(item, time, relevance, ordinal, sequence, position, offsets)
 
 
-@dataclass(frozen=True)
-class SequenceCutter:
-    """Cuts ranges of sequences, in workers."""
+def _cut_range(
+    buckets: Sequence[Path], sequences: RowTable, num_events: int, user: dict[str, Feature],
+    text: TextTokenizer | None, how: str, thresholds: tuple[float, float, float], targets_per_row: int, seed: int,
+    earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None, job: tuple[int, tuple[int, int]],
+    folder: Path,
+) -> None:  # fmt: skip
+    """Cut a range of sequences, with its bucket of events, into a sequence file and rows; see `cut_sequences`."""
+    number, (first, last) = job
+    rows_of_users = sequences.read(first, last)
+    events = Events.of(read_bucket(buckets, number), rows_of_users.column("length").to_numpy())
+    user_ids = rows_of_users.column("user_id").to_numpy()
+    # the list columns of the sequences: existing events followed by the new ones
+    lists = {"items": events.item, "relevance": events.relevance}
+    if has_times:
+        lists[TIME_COLUMN] = events.time
+    if versions is not None:
+        lists[VERSION_COLUMN] = versions.find(events.item, events.time)
+    before = earlier.take(user_ids, {name: values.dtype.type for name, values in lists.items()})
+    columns = {
+        "query_key": rows_of_users.column("key").combine_chunks().cast(pa.large_string()),
+        "query_id": pa.array(user_ids),
+    }
+    for name, values in lists.items():
+        rows = Ragged(values, events.offsets)
+        if len(before[name].values):
+            pairs = np.arange(2 * len(rows)).reshape(2, -1).T.ravel()
+            joined = Ragged.concat([before[name], rows]).take(pairs)
+            rows = Ragged(joined.values, joined.offsets[::2])
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
+    columns |= encode_columns(canonical_columns(rows_of_users, "u", user), user, text, large=True)
+    written = write_arrow(folder / f"sequences-{number:06d}.arrow", columns)
+    # the split of every event, an index into SPLITS; the first event of a sequence has no history
+    split = np.zeros(len(events.item), np.int8)
+    if how == "leave-one-out":
+        from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
+        split[from_last == 1], split[from_last == 0] = 1, 2
+    elif how == "time":
+        for which, threshold in zip((1, 2, 0), thresholds, strict=True):
+            split[events.time >= threshold] = which
+    position = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
+    split = np.where(position > 0, split, -1)
+    bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
+    for which, name in enumerate(SPLITS):
+        with RowFile(folder / f"{name}.parquet", ROW) as file:
+            for begin, end in pairwise(bounds):
+                targets = begin + np.flatnonzero(split[begin:end] == which)
+                most = targets_per_row if which == 0 else 1
+                file.add(_rows_of_targets(which, first, events, position, targets, most, seed))
+    # train positives, facts and, for the estimate of leakage, times of sampled targets
+    docs, counts = np.unique(events.item[(split == 0) & (events.relevance > 0)], return_counts=True)
+    with RowFile(folder / "positives.parquet", POSITIVE) as file:
+        file.add(pa.table([docs, counts], schema=POSITIVE))
+    facts: dict[str, Any] = {"made": written}
+    if versions is not None:
+        facts["num_early"] = versions.num_early(events.item, events.time)
+    if how == "leave-one-out":
+        share = MAX_SAMPLED_TIMES / max(1, num_events)
+        sampled = (split >= 0) & (uniform(events.ordinal, "leak", 0) < share)
+        with RowFile(folder / "times.parquet", TARGET_TIME) as file:
+            file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
+        # whether times are just event numbers of each sequence, from 0 or 1
+        numbers = events.position
+        facts["counts_events"] = bool((events.time == numbers).all() or (events.time == numbers + 1).all())
+    write_facts(folder, **facts)
 
-    events: RowTable  # in source order
-    sequences: RowTable
-    keys: SortedKeys  # of the sequences, by user_id
-    user: dict[str, Feature]  # features of a sequence's user
-    text: TextTokenizer | None
-    split: str
-    thresholds: tuple[float, float, float]  # start times of validation, test and train after it
-    targets_per_row: int
-    seed: int
-    earlier: EarlierEvents
-    has_times: bool
-    versions: ItemVersions | None = None  # if items have times
 
-    def __call__(self, buckets: Sequence[Path], job: tuple[int, tuple[int, int]], folder: Path) -> None:
-        """Cut a range of sequences, with its bucket of events, into a sequence file and rows."""
-        number, (first, last) = job
-        sequences = self.sequences.read(first, last)
-        events = Events.of(read_bucket(buckets, number), sequences.column("length").to_numpy())
-        user_ids = sequences.column("user_id").to_numpy()
-        before = self.earlier.take(user_ids, self._event_columns)
-        path = folder / f"sequences-{number:06d}.arrow"
-        written = write_arrow(path, self._sequence_columns(sequences, user_ids, events, before))
-        position = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
-        split = np.where(position > 0, self._split_of(events), -1)  # the first event has no history
-        bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
-        for which, name in enumerate(SPLITS):
-            with RowFile(folder / f"{name}.parquet", ROW) as file:
-                for begin, end in pairwise(bounds):
-                    targets = begin + np.flatnonzero(split[begin:end] == which)
-                    file.add(self._rows(which, first, events, position, targets))
-        self._write_statistics(folder, written, events, split)
-
-    def _sequence_columns(
-        self, sequences: pa.Table, user_ids: np.ndarray, events: Events, before: dict[str, Ragged]
-    ) -> dict[str, pa.Array]:
-        """Return the columns of sequences: existing events followed by new ones, and user features."""
-        lists = {"items": events.item, "relevance": events.relevance}
-        if self.has_times:
-            lists[TIME_COLUMN] = events.time
-        if self.versions is not None:
-            lists[VERSION_COLUMN] = self.versions.find(events.item, events.time)
-        columns = {
-            "query_key": sequences.column("key").combine_chunks().cast(pa.large_string()),
-            "query_id": pa.array(user_ids),
-        }
-        for name, values in lists.items():
-            rows = _joined(before[name], Ragged(values, events.offsets))
-            columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
-        return columns | encode_columns(canonical_columns(sequences, "u", self.user), self.user, self.text, large=True)
-
-    @property
-    def _event_columns(self) -> dict[str, type]:
-        """The list columns with a value per event, and their types."""
-        columns: dict[str, type] = {"items": np.int32, "relevance": np.float32}
-        if self.has_times:
-            columns[TIME_COLUMN] = np.float64
-        if self.versions is not None:
-            columns[VERSION_COLUMN] = np.int32
-        return columns
-
-    def _split_of(self, events: Events) -> np.ndarray:
-        """Return the split of every event, an index into SPLITS, int8 [events]."""
-        split = np.zeros(len(events.item), np.int8)
-        if self.split == "leave-one-out":
-            from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
-            split[from_last == 1], split[from_last == 0] = 1, 2
-        elif self.split == "time":
-            for number, threshold in zip((1, 2, 0), self.thresholds, strict=True):
-                split[events.time >= threshold] = number
-        return split
-
-    def _rows(self, split: int, first: int, events: Events, position: np.ndarray, targets: np.ndarray) -> pa.Table:
-        """Return the rows of `targets` (ascending event numbers).
-
-        Train rows have several, cut from the newest.
-        """
-        follows = np.zeros(len(targets), bool)
-        follows[1:] = (np.diff(targets) == 1) & (np.diff(events.sequence[targets]) == 0)
-        run_starts = np.flatnonzero(~follows)
-        run_ends = np.append(run_starts[1:], len(targets))
-        from_end = run_ends[np.cumsum(~follows) - 1] - 1 - np.arange(len(targets))
-        most = self.targets_per_row if split == 0 else 1
-        starts = np.flatnonzero(~follows | (from_end % most == most - 1))
-        newest = targets[np.append(starts[1:], len(targets))[: len(starts)] - 1]
-        oldest = targets[starts]
-        columns = (
-            np.full(len(starts), split, np.int32),
-            events.sequence[oldest].astype(np.int64) + first,
-            position[oldest],
-            position[newest] + 1,
-            shuffle_keys(events.ordinal[newest], self.seed),
-            events.time[oldest],
-        )
-        return pa.table(list(columns), schema=ROW)
-
-    def _write_statistics(self, folder: Path, written: dict[str, Any], events: Events, split: np.ndarray) -> None:
-        """Write train positives, facts and, for the estimate of leakage, times of sampled targets."""
-        items = events.item[(split == 0) & (events.relevance > 0)]
-        docs, counts = np.unique(items, return_counts=True)
-        with RowFile(folder / "positives.parquet", POSITIVE) as file:
-            file.add(pa.table([docs, counts], schema=POSITIVE))
-        facts: dict[str, Any] = {"made": written}
-        if self.versions is not None:
-            facts["num_early"] = self.versions.num_early(events.item, events.time)
-        if self.split == "leave-one-out":
-            sampled = (split >= 0) & (
-                uniform(events.ordinal, "leak", 0) < MAX_SAMPLED_TIMES / max(1, self.events.num_rows)
-            )
-            with RowFile(folder / "times.parquet", TARGET_TIME) as file:
-                file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
-            facts["counts_events"] = _counts_events(events.time, events.position)
-        write_facts(folder, **facts)
+def _rows_of_targets(
+    split: int, first: int, events: Events, position: np.ndarray, targets: np.ndarray, most: int, seed: int
+) -> pa.Table:
+    """Return the rows of `targets` (ascending event numbers), each with at most `most`, cut from the newest."""
+    follows = np.zeros(len(targets), bool)
+    follows[1:] = (np.diff(targets) == 1) & (np.diff(events.sequence[targets]) == 0)
+    run_starts = np.flatnonzero(~follows)
+    run_ends = np.append(run_starts[1:], len(targets))
+    from_end = run_ends[np.cumsum(~follows) - 1] - 1 - np.arange(len(targets))
+    starts = np.flatnonzero(~follows | (from_end % most == most - 1))
+    newest = targets[np.append(starts[1:], len(targets))[: len(starts)] - 1]
+    oldest = targets[starts]
+    columns = (
+        np.full(len(starts), split, np.int32),
+        events.sequence[oldest].astype(np.int64) + first,
+        position[oldest],
+        position[newest] + 1,
+        shuffle_keys(events.ordinal[newest], seed),
+        events.time[oldest],
+    )
+    return pa.table(list(columns), schema=ROW)
 
 
 def cut_sequences(
-    run: Ingestion, cutting: SequenceCutter, *, has_times: bool
-) -> tuple[list[Path], list[dict[str, Any]]]:
+    run: Ingestion, events: RowTable, sequences: RowTable, keys: SortedKeys, user: dict[str, Feature],
+    text: TextTokenizer | None, *, how: str, thresholds: tuple[float, float, float], targets_per_row: int, seed: int,
+    earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
+) -> tuple[list[Path], list[dict[str, Any]]]:  # fmt: skip
     """Cut all sequences; create the table `cut_positives` of train positives.
 
-    Returns the folders of the splits' rows, sorted by sequence and position, and {"file", "rows", "checksum"} per
-    sequence file.
+    `events` are in the order of their table; `keys` finds sequences by user_id; `user` are the features of a sequence's
+    user; `how` is the split, with the start times (`thresholds`) of validation, test and train after it; `versions`: if
+    items have times. Returns the folders of the splits' rows, sorted by sequence and position, and {"file", "rows",
+    "checksum"} per sequence file.
     """
     engine = run.engine
-    jobs = list(enumerate(_ranges(cutting.sequences)))
-    assign = partial(_by_range, cutting.keys, np.array([first for _, (first, _) in jobs]))
-    buckets = write_buckets(engine, "dealt_events", cutting.events, assign, len(jobs))
-    folders = engine.map("cut", jobs, partial(cutting, buckets), rows=cutting.events.num_rows)
+    # each file's range of sequences has at most EVENTS_PER_FILE events, or one sequence
+    file_ranges: list[tuple[int, int]] = []
+    for first, last in ranges(sequences, SEQUENCES_PER_FILE):
+        ends = np.cumsum(sequences.read(first, last, ["length"]).column("length").to_numpy())
+        start, before = 0, 0
+        while start < len(ends):
+            stop = max(start + 1, int(np.searchsorted(ends, before + EVENTS_PER_FILE, "right")))
+            file_ranges.append((first + start, first + stop))
+            start, before = stop, int(ends[stop - 1])
+    jobs = list(enumerate(file_ranges))
+    assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]))
+    buckets = write_buckets(engine, "event_buckets", events, assign, len(jobs))
+    work = partial(
+        _cut_range, buckets, sequences, events.num_rows, user, text, how, thresholds, targets_per_row, seed, earlier,
+        has_times, versions,
+    )  # fmt: skip
+    folders = engine.map("cut", jobs, work, rows=events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
-    if cutting.split == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
+    if how == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
         times = RowTable.of(folder / "times.parquet" for folder in folders).read()
         split = times.column("split").to_numpy()
-        younger = _younger_share(times.column("time").to_numpy(), split == 0, split == 2)
+        time = times.column("time").to_numpy()
+        train_times, test_times = np.sort(time[split == 0]), time[split == 2]
+        younger = 0.0  # the share of train targets that are newer, averaged over the test targets
+        if len(train_times) and len(test_times):
+            not_newer = np.searchsorted(train_times, test_times, side="right").mean()
+            younger = float(1 - not_newer / len(train_times))
         run.notes.append(
             f"leave-one-out leaks: on average {younger:.1%} of the train targets are newer than a test target; "
             f"with --split time none is"
@@ -298,42 +364,3 @@ def _by_range(keys: SortedKeys, firsts: np.ndarray, events: pa.Table) -> tuple[p
     file = np.searchsorted(firsts, sequence, "right") - 1
     columns = [events.column(name) for name in ("place", "item", "time", "relevance")]
     return pa.table([*columns, sequence - firsts[file]], names=BUCKET.names).cast(BUCKET), file
-
-
-def _ranges(sequences: RowTable) -> Iterator[tuple[int, int]]:
-    """Yield each file's range of sequences: at most EVENTS_PER_FILE events, or one sequence."""
-    for first, last in ranges(sequences, SEQUENCES_PER_FILE):
-        ends = np.cumsum(sequences.read(first, last, ["length"]).column("length").to_numpy())
-        start, before = 0, 0
-        while start < len(ends):
-            stop = max(start + 1, int(np.searchsorted(ends, before + EVENTS_PER_FILE, "right")))
-            yield first + start, first + stop
-            start, before = stop, int(ends[stop - 1])
-
-
-def _joined(prior: Ragged, new: Ragged) -> Ragged:
-    """Concatenate prior and new values per sequence."""
-    if not len(prior.values):
-        return new
-    rows = np.arange(2 * len(new)).reshape(2, -1).T.ravel()
-    joined = Ragged.concat([prior, new]).take(rows)
-    return Ragged(joined.values, joined.offsets[::2])
-
-
-def _younger_share(time: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
-    """Return the share of newer train targets, averaged over the test targets.
-
-    0 if either is empty. time float64 [events]; train, test bool [events].
-    """
-    train_times, test_times = np.sort(time[train]), time[test]
-    if not len(train_times) or not len(test_times):
-        return 0.0
-    return float(1 - np.searchsorted(train_times, test_times, side="right").mean() / len(train_times))
-
-
-def _counts_events(time: np.ndarray, position: np.ndarray) -> bool:
-    """Return True if times are just event numbers of each sequence, from 0 or 1.
-
-    time float64 [events], position int64 [events] within the sequence.
-    """
-    return bool((time == position).all() or (time == position + 1).all())

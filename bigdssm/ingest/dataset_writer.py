@@ -93,7 +93,11 @@ class DatasetWriter:
         self.spool = self.staging / f"spool-{inputs_hash[:16]}"
         # the spool is renamed to this before the dataset gets its final name
         self._used_spool = self.staging.with_name(f"{self.staging.name}-spool")
-        self._resume_or_clear()
+        remove(self._used_spool)
+        if not self.spool.exists():  # keep the finished steps of an interrupted ingestion of the same inputs only
+            for path in self.staging.iterdir():
+                remove(path)
+            self.spool.mkdir()
         if append and not (self.staging / PREVIOUS_SCHEMA).exists():
             shutil.copyfile(out / SCHEMA_FILE, self.staging / PREVIOUS_SCHEMA)
         self.partition_dir = self.staging / PARTITIONS / partition
@@ -121,21 +125,18 @@ class DatasetWriter:
     def _open(self, overwrite: bool) -> None:
         """Read the existing dataset, and create the staging folder."""
         if self.append:
-            self.content = self._open_for_append()
+            content = read_dataset_json(self.out)
+            previous = self.out / UNFINISHED / PREVIOUS_SCHEMA
+            if Schema.load(self.out).fingerprint() != content["schema"] and previous.exists():
+                os.replace(previous, self.out / SCHEMA_FILE)  # an append was interrupted between its last two renames
+            if self.partition in content[PARTITIONS]:
+                raise DataError(
+                    f"{self.out} already has a partition {self.partition!r}; partitions are never rewritten"
+                )
+            self.content = {"text": "tokens", **content}
         else:
             _check_free(self.out, overwrite)
         self.staging.mkdir(parents=True, exist_ok=True)
-
-    def _resume_or_clear(self) -> None:
-        """Keep the finished steps of an interrupted ingestion of the same inputs.
-
-        Delete anything else.
-        """
-        remove(self._used_spool)
-        if not self.spool.exists():
-            for left in self.staging.iterdir():
-                remove(left)
-            self.spool.mkdir()
 
     @property
     def catalogue_parts(self) -> list[Path]:
@@ -162,27 +163,27 @@ class DatasetWriter:
 
         Raises ConfigError: it differs from the existing dataset's.
         """
-        known = self.content.get("ids", ids if not self.append else {})
-        for side, source in known.items():
+        recorded = self.content.get("ids", ids if not self.append else {})
+        for side, source in recorded.items():
             if ids[side] != source:
                 fix = {"column": f"give --{side}-id-column", "content": f"leave out --{side}-id-column"}[source]
                 raise ConfigError(
                     f"{self.out} identifies each {side} by its {'id' if source == 'column' else 'features'}, so {fix} "
                     "here, too; otherwise existing ones would be added as new"
                 )
-        self.content["ids"] = known
+        self.content["ids"] = recorded
 
     def record_times(self, side: Literal["users", "items"], dated: bool) -> None:
         """Record whether user features are as of each row, or item features as of each event.
 
         Raises ConfigError: it differs from the existing dataset's.
         """
-        known = side in self.content if self.append else dated
-        if known != dated:
-            one = f"one row of features per {side[:-1]}"
-            have = f"{side[:-1]} features as of each {AS_OF[side][:-1]}" if known else one
-            fix = "give" if known else "leave out"
-            raise ConfigError(f"{self.out} has {have}, so {fix} --{side}-time-column here, too")
+        recorded = side in self.content if self.append else dated
+        if recorded != dated:
+            single = f"one row of features per {side[:-1]}"
+            description = f"{side[:-1]} features as of each {AS_OF[side][:-1]}" if recorded else single
+            fix = "give" if recorded else "leave out"
+            raise ConfigError(f"{self.out} has {description}, so {fix} --{side}-time-column here, too")
         if dated:
             self.content[side] = AS_OF[side]
 
@@ -226,6 +227,10 @@ class DatasetWriter:
             for kind, parts in ((VERSIONS, versions), (WITHDRAWALS, withdrawals))
         }
         later[ITEM_PARTITIONS] = [*self.content.get(ITEM_PARTITIONS, []), *([] if splits else [self.partition])]
+        if self.append:
+            tokenizer = dict(self.content.get(TOKENIZER, {}))
+        else:
+            tokenizer = {path.name: file_checksum(path, bits=64) for path in sorted(self.tokenizer_dir.glob("*"))}
         dataset = {
             "format": FORMAT,
             "name": self.out.resolve().name,
@@ -234,7 +239,7 @@ class DatasetWriter:
             "ids": self.content["ids"],
             **{name: self.content[name] for name in (*AS_OF, SPLIT, TIMES) if name in self.content},
             **{kind: entries for kind, entries in later.items() if entries},
-            "tokenizer": self._tokenizer_checksums(),
+            "tokenizer": tokenizer,
             "catalogue": [*self.content["catalogue"], *new],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
@@ -245,49 +250,29 @@ class DatasetWriter:
                 sync(path)
         os.replace(self.spool, self._used_spool)  # a rename is faster than removal, and loses nothing if killed
         if self.append:
-            self._move_in(schema)
+            for path in sorted(self.catalogue_dir.iterdir()):
+                os.replace(path, self.out / CATALOGUE / path.name)
+            target = self.out / PARTITIONS / self.partition
+            remove(target)  # not in dataset.json: left by an interrupted append
+            os.replace(self.partition_dir, target)
+            # append the partition's bad rows, replacing those of an interrupted append
+            quarantine = self.out / QUARANTINE_FILE
+            with new_file(quarantine) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+                if quarantine.exists():
+                    with quarantine.open(encoding="utf-8") as existing:
+                        file.writelines(line for line in existing if json.loads(line)["partition"] != self.partition)
+                with self.quarantine.path.open(encoding="utf-8") as own:
+                    file.writelines(own)
+            (self.out / VOCABULARIES).mkdir(exist_ok=True)
+            for part in schema.vocabulary_files:  # existing ones are hard links to the same files
+                os.replace(part.path, self.out / VOCABULARIES / part.path.name)
+            os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
+            os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
+            shutil.rmtree(self.staging)
         else:
             replace_folder(self.staging, self.out, OWN_FILES)
         remove(self._used_spool)
         self._locks.close()
-
-    def _tokenizer_checksums(self) -> dict[str, str]:
-        """Return the checksums of the tokenizer's files; for an append, the recorded ones."""
-        if self.append:
-            return dict(self.content.get(TOKENIZER, {}))
-        return {path.name: file_checksum(path, bits=64) for path in sorted(self.tokenizer_dir.glob("*"))}
-
-    def _open_for_append(self) -> dict[str, Any]:
-        content = read_dataset_json(self.out)
-        previous = self.out / UNFINISHED / PREVIOUS_SCHEMA
-        if Schema.load(self.out).fingerprint() != content["schema"] and previous.exists():
-            os.replace(previous, self.out / SCHEMA_FILE)  # an append was interrupted between its last two renames
-        if self.partition in content[PARTITIONS]:
-            raise DataError(f"{self.out} already has a partition {self.partition!r}; partitions are never rewritten")
-        return {"text": "tokens", **content}
-
-    def _move_in(self, schema: Schema) -> None:
-        for path in sorted(self.catalogue_dir.iterdir()):
-            os.replace(path, self.out / CATALOGUE / path.name)
-        target = self.out / PARTITIONS / self.partition
-        remove(target)  # not in dataset.json: left by an interrupted append
-        os.replace(self.partition_dir, target)
-        self._join_quarantine(self.out / QUARANTINE_FILE)
-        (self.out / VOCABULARIES).mkdir(exist_ok=True)
-        for part in schema.vocabulary_files:  # existing ones are hard links to the same files
-            os.replace(part.path, self.out / VOCABULARIES / part.path.name)
-        os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
-        os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
-        shutil.rmtree(self.staging)
-
-    def _join_quarantine(self, path: Path) -> None:
-        """Append the partition's bad rows, replacing those of an interrupted append."""
-        with new_file(path) as aside, aside.open("w", encoding="utf-8") as target:
-            if path.exists():
-                with path.open(encoding="utf-8") as known:
-                    target.writelines(line for line in known if json.loads(line)["partition"] != self.partition)
-            with self.quarantine.path.open(encoding="utf-8") as own:
-                target.writelines(own)
 
     def __enter__(self) -> DatasetWriter:
         return self

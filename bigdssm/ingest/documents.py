@@ -23,8 +23,7 @@ from bigdssm.dataset.catalogue import (
 from bigdssm.dataset.keys import SortedKeys, write_keys
 from bigdssm.features import Feature
 from bigdssm.ingest.dataset_writer import AS_OF, DatasetWriter
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import RowTable
+from bigdssm.ingest.engines.local import LocalEngine, RowTable
 from bigdssm.utils.string_hashing import hash_strings
 
 IS_NEW = "is_new"  # 1 if a row is of a new document, or has other features than the stored version
@@ -69,20 +68,22 @@ class StoredDocuments:
         """
         documents = self.keys.find(rows.column("doc_id").to_numpy())
         is_new, known_since = np.ones(rows.num_rows, bool), np.full(rows.num_rows, -np.inf)
-        known = np.flatnonzero(documents >= 0)
-        if len(known):
-            stored = documents[known]
+        matched = np.flatnonzero(documents >= 0)
+        if len(matched):
+            stored = documents[matched]
             if self.dated:
-                since = rows.column(SINCE_COLUMN).to_numpy()[known]
+                since = rows.column(SINCE_COLUMN).to_numpy()[matched]
                 stored = stored if self._versions is None else self._versions.file_rows_at(stored, since)
                 began = np.asarray(self._table.take(SINCE_COLUMN, stored))
-                known_since[known] = np.where(began <= since, began, -np.inf)
+                known_since[matched] = np.where(began <= since, began, -np.inf)
             elif self._versions is not None:
                 stored = self._versions.file_rows(stored)
-            is_new[known] = rows.column("content").to_numpy()[known] != self._table.take("content", stored)
-            title = rows.column("doc_title").combine_chunks().take(pa.array(known)).cast(pa.large_string())
-            is_new[known] |= pc.not_equal(title, self._table.arrow("doc_title", stored)).to_numpy(zero_copy_only=False)
-            is_new[known] |= np.isinf(known_since[known]) & self.dated  # older than all stored versions
+            is_new[matched] = rows.column("content").to_numpy()[matched] != self._table.take("content", stored)
+            title = rows.column("doc_title").combine_chunks().take(pa.array(matched)).cast(pa.large_string())
+            is_new[matched] |= pc.not_equal(title, self._table.arrow("doc_title", stored)).to_numpy(
+                zero_copy_only=False
+            )
+            is_new[matched] |= np.isinf(known_since[matched]) & self.dated  # older than all stored versions
         columns = {name: rows.column(name) for name in rows.column_names}
         if self.dated:
             columns[KNOWN_SINCE] = pa.array(known_since)
@@ -171,21 +172,21 @@ def fitted_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTa
         return documents.versions
     if documents.changed is None:
         return documents.table
-    return engine.select("fitted_documents", "SELECT * FROM told_documents", order="place, doc_id")
+    return engine.select("fitted_documents", "SELECT * FROM unique_documents", order="place, doc_id")
 
 
 def number_documents(engine: LocalEngine, writer: DatasetWriter) -> DistinctDocuments:
-    """Number the new documents of `found_documents`, and write their key file.
+    """Number the new documents of `document_rows`, and write their key file.
 
-    Of several rows of a document, the first one's features are used (`told_documents`).
+    Of several rows of a document, the first one's features are used (`unique_documents`).
     """
-    engine.view("first_documents", first_rows("found_documents", "doc_id"))
-    engine.view("told_documents", f"SELECT * FROM first_documents WHERE nth = 1 AND {IS_NEW} = 1")
-    table = engine.select("documents", "SELECT * FROM told_documents WHERE document < 0", order="place, doc_id")
+    engine.view("first_documents", first_rows("document_rows", "doc_id"))
+    engine.view("unique_documents", f"SELECT * FROM first_documents WHERE nth = 1 AND {IS_NEW} = 1")
+    table = engine.select("documents", "SELECT * FROM unique_documents WHERE document < 0", order="place, doc_id")
     changed = None
     if writer.append:
-        known = "SELECT * FROM told_documents WHERE document >= 0"
-        changed = engine.select("changed_documents", known, order="document")
+        query = "SELECT * FROM unique_documents WHERE document >= 0"
+        changed = engine.select("changed_documents", query, order="document")
     return DistinctDocuments(table, writer.num_existing_docs, _keys(engine, writer, table), changed)
 
 
@@ -195,20 +196,20 @@ def number_versions(engine: LocalEngine, writer: DatasetWriter, rows: RowTable) 
     Of rows with equal times, the last one is used. Rows equal to the previous version, new or stored, are dropped.
     """
     engine.view(
-        "newest_of_time",
+        "rows_by_time",
         "SELECT *, min(place) OVER (PARTITION BY doc_id) AS first_place, row_number() OVER "
-        f"(PARTITION BY doc_id, {SINCE_COLUMN} ORDER BY place DESC) AS newest FROM found_documents",
+        f"(PARTITION BY doc_id, {SINCE_COLUMN} ORDER BY place DESC) AS newest FROM document_rows",
     )
     by_time = f"OVER (PARTITION BY doc_id ORDER BY {SINCE_COLUMN})"
     before = ", ".join(f"lag({name}) {by_time} AS {name}_before" for name in (SINCE_COLUMN, "content", "doc_title"))
     engine.view(
-        "dated_documents",
-        f"SELECT *, row_number() {by_time} AS nth, {before} FROM newest_of_time WHERE newest = 1",
+        "consecutive_documents",
+        f"SELECT *, row_number() {by_time} AS nth, {before} FROM rows_by_time WHERE newest = 1",
     )
     columns = [name for name in rows.read(0, 0).column_names if name not in ("document", IS_NEW, KNOWN_SINCE)]
     versions = engine.select(
-        "told_documents",
-        f"SELECT {', '.join(columns)}, document, nth, first_place FROM dated_documents "
+        "unique_documents",
+        f"SELECT {', '.join(columns)}, document, nth, first_place FROM consecutive_documents "
         f"WHERE CASE WHEN {SINCE_COLUMN}_before >= {KNOWN_SINCE} "
         f"THEN content <> content_before OR doc_title <> doc_title_before ELSE {IS_NEW} = 1 END",
         order="place, doc_id",
@@ -216,13 +217,13 @@ def number_versions(engine: LocalEngine, writer: DatasetWriter, rows: RowTable) 
     columns = [f"t.{name}" for name in columns]
     table = engine.select(
         "documents",
-        f"SELECT {', '.join(columns)} FROM told_documents t WHERE t.document < 0 AND t.nth = 1",
+        f"SELECT {', '.join(columns)} FROM unique_documents t WHERE t.document < 0 AND t.nth = 1",
         order="first_place, doc_id",
     )
     changed = engine.select(
         "changed_documents",
         f"SELECT {', '.join(columns)}, coalesce(d.number + {writer.num_existing_docs}, t.document) AS document "
-        "FROM told_documents t LEFT JOIN documents d ON t.doc_id = d.doc_id WHERE t.document >= 0 OR t.nth > 1",
+        "FROM unique_documents t LEFT JOIN documents d ON t.doc_id = d.doc_id WHERE t.document >= 0 OR t.nth > 1",
         order=f"document, {SINCE_COLUMN}",
     )
     return DistinctDocuments(table, writer.num_existing_docs, _keys(engine, writer, table), changed, versions)

@@ -16,14 +16,21 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.dataset.row_keys import uniform
+from bigdssm.dataset.keys import uniform
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in
 from bigdssm.ingest.documents import canonical_columns
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import RowFile, RowTable, finished_folder, ranges, read_facts, write_facts
+from bigdssm.ingest.engines.local import (
+    LocalEngine,
+    RowFile,
+    RowTable,
+    finished_folder,
+    ranges,
+    read_facts,
+    write_facts,
+)
 from bigdssm.utils.log import get_logger
 
 log = get_logger(__name__)
@@ -47,7 +54,18 @@ def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
     Raises ConfigError: the tokenizer at `config.path` is unusable.
     """
     if config.path is not None:
-        _copy(Path(config.path), folder)
+        from transformers import AutoTokenizer  # a slow import
+
+        where = f"data.tokenizer.path={config.path}"
+        if not Path(config.path).is_dir():
+            raise ConfigError(f"{where} is not a folder in {Path.cwd()}; give one with a Hugging Face tokenizer")
+        try:
+            copied = AutoTokenizer.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{where} holds no usable tokenizer: {str(error).splitlines()[0]}") from None
+        if not getattr(copied, "is_fast", False):
+            raise ConfigError(f"{where} is not a fast tokenizer; save it with tokenizer.json first")
+        copied.save_pretrained(str(folder))
         return
     tokenizer = train_wordpiece(texts, config.vocab_size, config.lowercase)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,24 +124,6 @@ def _up_to(texts: Iterable[list[str]], characters: int) -> Iterator[list[str]]:
             return
 
 
-def _copy(source: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer  # a slow import
-
-    if not source.is_dir():
-        raise ConfigError(
-            f"data.tokenizer.path={source} is not a folder in {Path.cwd()}; give one with a Hugging Face tokenizer"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"data.tokenizer.path={source} holds no usable tokenizer: {str(error).splitlines()[0]}"
-        ) from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(f"data.tokenizer.path={source} is not a fast tokenizer; save it with tokenizer.json first")
-    tokenizer.save_pretrained(str(folder))
-
-
 @dataclass(frozen=True)
 class FittedSide:
     """The rows to fit one side of the schema to, with columns `prefix`0, `prefix`1, …"""
@@ -138,11 +138,6 @@ class FittedSide:
         name = list(self.features)[number]
         rows = self.table.read(first, end, [f"{self.prefix}{number}"]).rename_columns(["f0"])
         return canonical_columns(rows, "f", {name: self.features[name]}).column(name).combine_chunks()
-
-
-def _learns(feature: Feature) -> bool:
-    """Return True if the feature has fitted state."""
-    return feature.fitter() is not None or feature.vocabulary_values(pa.array([], feature.canonical_type)) is not None
 
 
 def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> Schema:
@@ -188,11 +183,11 @@ def fit(
     if not schema.has_text:
         return schema, None
     if not folder.exists():
-        with finished_folder(engine.spool / TOKENIZER) as aside:
+        with finished_folder(engine.spool / TOKENIZER) as unfinished:
             if like is not None:
-                shutil.copytree(like / TOKENIZER, aside, dirs_exist_ok=True)
+                shutil.copytree(like / TOKENIZER, unfinished, dirs_exist_ok=True)
             else:
-                make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), aside)
+                make_tokenizer(config.tokenizer, lambda: sampled_texts(sides), unfinished)
         os.replace(engine.spool / TOKENIZER, folder)
     tokenizer = TextTokenizer(folder)
     schema = with_prompts(schema, config.tokenizer.path, tokenizer)
@@ -238,18 +233,14 @@ def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, 
                 fitter.merge(state[name])
             fitted[name] = fitter.fitted(feature, grow=grow)
         elif feature.vocabulary_values(pa.array([], feature.canonical_type)) is not None:
-            values = _frequent(engine, step, number, feature.vocabulary_min_count)
+            # the values with enough rows, in order of first occurrence, then alphabetically
+            counted = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number}"
+            query = f"SELECT value, place FROM ({counted} GROUP BY value) c WHERE n >= {feature.vocabulary_min_count}"
+            values = engine.select(f"{step}_{number}", query, order="place, value")
             if values.num_rows:
                 batches = (piece.column("value").combine_chunks() for piece in values.batches(columns=["value"]))
                 fitted[name] = feature.with_values(engine.spool / f"{step}_{number}.arrow", batches)
     return fitted
-
-
-def _frequent(engine: LocalEngine, step: str, number: int, vocabulary_min_count: int) -> RowTable:
-    """Return the values with enough rows, in order of first occurrence, then alphabetically."""
-    sums = f"SELECT value, sum(count) AS n, min(place) AS place FROM {step} WHERE feature = {number} GROUP BY value"
-    query = f"SELECT value, place FROM ({sums}) summed WHERE n >= {vocabulary_min_count}"
-    return engine.select(f"{step}_{number}", query, order="place, value")
 
 
 def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
@@ -261,36 +252,35 @@ def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
     ordinals = side.table.read(*job, ["place"]).column("place").to_numpy()
     with RowFile(folder / "values.parquet", LEARNED) as file:
         for number, (name, feature) in enumerate(side.features.items()):
-            if not _learns(feature):
+            fitter = feature.fitter()
+            if fitter is None and feature.vocabulary_values(pa.array([], feature.canonical_type)) is None:
                 continue
             column = side.column(number, *job)
-            if fitter := feature.fitter():
+            if fitter is not None:
                 fitter.update(column)
                 states[name] = fitter.state()
             if (counted := feature.vocabulary_values(column)) is not None:
-                file.add(_counted(number, counted[0], ordinals[counted[1]]))
+                values, rows = counted
+                table = pa.table({"value": values.cast(pa.large_string()), "place": ordinals[rows]})
+                grouped = table.group_by("value", use_threads=False).aggregate([("value", "count"), ("place", "min")])
+                feature_number = pa.array(np.full(grouped.num_rows, number, np.int32))
+                columns = [feature_number, grouped["value"], grouped["value_count"], grouped["place_min"]]
+                file.add(pa.Table.from_arrays(columns, schema=LEARNED))
     write_facts(folder, **states)
-
-
-def _counted(feature: int, values: pa.Array, ordinals: np.ndarray) -> pa.Table:
-    table = pa.table({"value": values.cast(pa.large_string()), "place": ordinals})
-    grouped = table.group_by("value", use_threads=False).aggregate([("value", "count"), ("place", "min")])
-    columns = [pa.array(np.full(grouped.num_rows, feature, np.int32)), grouped["value"], grouped["value_count"]]
-    return pa.Table.from_arrays([*columns, grouped["place_min"]], schema=LEARNED)
 
 
 def sampled_texts(sides: list[FittedSide]) -> Iterator[list[str]]:
     """Yield texts of about SAMPLED_ROWS rows per side, by a hash of ordinals, size-limited."""
-    having = [side for side in sides if texts_of(side.features)]
-    for side in having:
-        left, share = MAX_TRAINING_CHARACTERS // len(having), SAMPLED_ROWS / max(1, side.table.num_rows)
+    sides_with_text = [side for side in sides if texts_of(side.features)]
+    for side in sides_with_text:
+        budget, share = MAX_TRAINING_CHARACTERS // len(sides_with_text), SAMPLED_ROWS / max(1, side.table.num_rows)
         numbers = [number for number, name in enumerate(side.features) if name in texts_of(side.features)]
-        for first, end in ranges(side.table, ROWS_PER_FIT) if left > 0 else ():
+        for first, end in ranges(side.table, ROWS_PER_FIT) if budget > 0 else ():
             ordinals = side.table.read(first, end, ["place"]).column("place").to_numpy()
             chosen = pa.array(uniform(ordinals, "sample", 0) < share)
             for number in numbers:
                 texts = side.column(number, first, end).filter(chosen).to_pylist()
                 yield texts
-                left -= sum(map(len, texts))
-            if left <= 0:
+                budget -= sum(map(len, texts))
+            if budget <= 0:
                 break

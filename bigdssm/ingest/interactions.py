@@ -7,34 +7,52 @@ catalogue. See docs/ingestion.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_history_lengths
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
-from bigdssm.dataset.keys import SortedKeys
+from bigdssm.dataset.keys import SortedKeys, hash_rows
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import TIME_COLUMN, VERSION_COLUMN
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns, stored_features
-from bigdssm.ingest.cutting import ItemVersions, SequenceCutter, cut_sequences
-from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT
+from bigdssm.features.canonical import canonical
+from bigdssm.features.columns import (
+    RowCheck,
+    TimeUnits,
+    check_time_units,
+    ids,
+    merged_units,
+    relevances,
+    strings,
+    times,
+)
+from bigdssm.ingest.cutting import EarlierEvents, ItemVersions, cut_sequences
+from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
 from bigdssm.ingest.documents import (
     DistinctDocuments,
+    StoredDocuments,
     canonical_columns,
+    document_rows,
+    document_schema,
+    first_rows,
     fitted_documents,
+    number_documents,
+    number_versions,
+    spool_columns,
     write_document_keys,
 )
-from bigdssm.ingest.engines.tables import RowTable, read_facts
-from bigdssm.ingest.existing_events import EarlierEvents
+from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable, read_facts, write_facts
 from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
-from bigdssm.ingest.interaction_tables import InteractionTables, Split, join_users, read_events, read_items, read_users
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
@@ -42,13 +60,75 @@ from bigdssm.ingest.job import (
     Ingestion,
     IngestReport,
     IngestTarget,
+    check_column_names,
     check_reserved_names,
     ingestion,
 )
+from bigdssm.ingest.reading import ORDINAL_BITS, TablePart, column_options, feature_columns, read_part, row_ordinals
 from bigdssm.ingest.sorting import shuffled
-from bigdssm.ingest.splits import SPLITS, SplitTimes, check_dataset_split, check_fractions, dataset_split, quantiles
+from bigdssm.ingest.splits import (
+    DEFAULT_FRACTIONS,
+    SPLITS,
+    SplitTime,
+    SplitTimes,
+    check_dataset_split,
+    check_fractions,
+    dataset_split,
+    quantiles,
+)
+from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable, open_table
 from bigdssm.utils.log import Progress, no_progress
+from bigdssm.utils.string_hashing import hash_strings
+
+CUT_COLUMNS = ("split", "sequence", "first", "end_", "shuffle")
+USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])
+SEQUENCE = USER.append(pa.field("length", pa.int64()))  # events
+EVENT = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("user_id", pa.int64()),
+        ("item", pa.int64()),  # catalogue row
+        ("time", pa.float64()),
+        ("relevance", pa.float32()),
+    ]
+)
+
+Split = Literal["leave-one-out", "time", "train"]
+
+
+@dataclass(frozen=True)
+class InteractionTables:
+    """The source tables and their columns."""
+
+    interactions: Path | str | Source
+    items: Path | str | Source
+    users: Path | str | Source | None = None
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str | None = "timestamp"  # None: events are already in order of time
+    items_time_column: str | None = None  # start of validity of a row of items; None: one row per item
+    users_time_column: str | None = None  # start of validity of a row of users; None: one row per user
+    rating_column: str | None = None  # the relevance; None: 1
+    min_rating: float | None = None  # events with lower ratings are dropped
+    positive_rating: float | None = None  # events have relevance 1, or 0 if rated lower
+    split: Split | None = None  # None: the recorded split for an append, else leave-one-out
+    validation_fraction: float = DEFAULT_FRACTIONS[0]  # split=time: the newest rows before the test rows
+    test_fraction: float = DEFAULT_FRACTIONS[1]  # split=time: the newest rows
+    validation_from: SplitTime = None  # split=time: start of validation; with test_from, replaces both fractions
+    test_from: SplitTime = None
+    until: SplitTime = None  # in addition: later rows are dropped
+
+    def __post_init__(self) -> None:
+        check_column_names(self)
+
+    @property
+    def split_times(self) -> SplitTimes | None:
+        """Explicit cut-off times; None: determined by fractions. Raises ConfigError."""
+        fractions = self.validation_fraction, self.test_fraction
+        return SplitTimes.from_options(
+            self.split or "leave-one-out", fractions, self.validation_from, self.test_from, self.until
+        )
 
 
 def make_interactions(
@@ -74,12 +154,17 @@ def make_interactions(
         as_of = bool(user) and tables.users_time_column is not None
         writer.record_times("users", as_of)
         writer.record_times("items", tables.items_time_column is not None)
-        earlier = _earlier(run)
+        with_events = [n for n in writer.content[PARTITIONS] if n not in writer.content.get(ITEM_PARTITIONS, [])]
+        partitions = [read_partition(writer.out, name) for name in with_events]
+        for partition in partitions:
+            if not partition.sequence_files:
+                raise DataError(f"{writer.out}: partition {partition.name!r} holds pairs, not interactions")
+        earlier = EarlierEvents.of(partitions)
         writer.record_event_times(tables.time_column is not None)
-        known = catalogue_files(writer.out, writer.content)
+        existing_files = catalogue_files(writer.out, writer.content)
         schema_read = of_tables(base, config)
-        documents, item_times = read_items(run, tables, schema_read, items)
-        versions = ItemVersions.of(engine, known, documents) if documents.dated else None
+        documents, item_times = read_items(run, tables.item_column, tables.items_time_column, schema_read, items)
+        versions = ItemVersions.of(engine, existing_files, documents) if documents.dated else None
         user_read = stored_features(schema_read.query)
         user_times = read_users(run, tables, user_read, users) if user and users is not None else []
         other_times = {
@@ -98,17 +183,22 @@ def make_interactions(
         split, split_times = _split_of(run, tables, event_rows)
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
-        cutting = SequenceCutter(
-            events=event_rows, sequences=sequences, keys=SortedKeys([key_file]),
-            user=stored_features(schema.query), text=text, split=split,
+        features = stored_features(schema.query)
+        folders, cut = cut_sequences(
+            run, event_rows, sequences, SortedKeys([key_file]), features, text, how=split,
             thresholds=(split_times.validation, split_times.test, split_times.train_from),
-            targets_per_row=config.targets_per_row,
-            seed=target.seed, earlier=earlier, has_times=tables.time_column is not None, versions=versions,
+            targets_per_row=config.targets_per_row, seed=target.seed, earlier=earlier,
+            has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
-        folders, cut = cut_sequences(run, cutting, has_times=tables.time_column is not None)
         splits = {name: RowTable.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
         if versions is not None:
-            run.notes += _notes_of_versions(tables, documents, sum(read_facts(f)["num_early"] for f in folders))
+            if documents.changed is not None and documents.changed.num_rows:
+                run.notes.append(f"new versions of items in {tables.items}: {documents.changed.num_rows}")
+            if num_early := sum(read_facts(folder)["num_early"] for folder in folders):
+                run.notes.append(
+                    f"{num_early} events are older than all rows of their items in {tables.items}: they use the oldest "
+                    "version"
+                )
         if not splits["train"].num_rows:
             before = "" if tables.split_times is None else f" before --validation-from {tables.validation_from}"
             if writer.append and split != "train":
@@ -120,11 +210,10 @@ def make_interactions(
                 run.notes.append(
                     f"{too_early} rows are older than all rows of their users in {tables.users}: no user features"
                 )
-        row_features = cutting.user if as_of else {}
-        encode = partial(_encoded, row_features, text)
+        row_features = features if as_of else {}
         columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(row_features)))]
         splits["train"] = shuffled(engine, "train", splits["train"], columns)
-        entries = run.write_splits(splits, encode)
+        entries = run.write_splits(splits, partial(_encoded, row_features, text))
         counted = engine.select(
             "positives", "SELECT doc, CAST(sum(count) AS BIGINT) AS n FROM cut_positives GROUP BY doc", order="doc"
         ).read()
@@ -134,21 +223,14 @@ def make_interactions(
         return run.finish(schema, text, documents, entries, positives, cut)
 
 
-def _notes_of_versions(tables: InteractionTables, documents: DistinctDocuments, num_early: int) -> Iterator[str]:
-    if documents.changed is not None and documents.changed.num_rows:
-        yield f"new versions of items in {tables.items}: {documents.changed.num_rows}"
-    if num_early:
-        yield (
-            f"{num_early} events are older than all rows of their items in {tables.items}: they use the oldest version"
-        )
-
-
 def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> None:
     """Validate the combination of options. Raises ConfigError."""
-    dated = tables.items_time_column is not None
-    check_reserved_names(config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if dated else [])], "doc")
-    of_events = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if dated else [])]
-    check_reserved_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *of_events], "query")
+    items_have_times = tables.items_time_column is not None
+    check_reserved_names(
+        config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if items_have_times else [])], "doc"
+    )
+    event_columns = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if items_have_times else [])]
+    check_reserved_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *event_columns], "query")
     check_history_lengths(config)
     check_fractions(tables.validation_fraction, tables.test_fraction)
     if append and tables.split is None:
@@ -198,19 +280,281 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
     return how, split_times
 
 
-def _earlier(run: Ingestion) -> EarlierEvents:
-    """Return the events of existing partitions. Raises DataError: one holds pairs."""
-    content = run.writer.content
-    with_events = [name for name in content[PARTITIONS] if name not in content.get(ITEM_PARTITIONS, [])]
-    partitions = [read_partition(run.writer.out, name) for name in with_events]
-    for partition in partitions:
-        if not partition.sequence_files:
-            raise DataError(f"{run.writer.out}: partition {partition.name!r} holds pairs, not interactions")
-    return EarlierEvents.of(partitions)
-
-
 def _encoded(row_features: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:
     """Return the columns of a block."""
     names = {"sequence": "sequence", "first": "first", "end": "end_"}
     columns = {name: rows.column(column).combine_chunks() for name, column in names.items()}
     return columns | encode_columns(canonical_columns(rows, "u", row_features), row_features, text, large=False)
+
+
+def read_items(
+    run: Ingestion, key: str, time_column: str | None, base: Schema, items: Source
+) -> tuple[DistinctDocuments, list[Mapping[str, Any]]]:
+    """Read items, with ids in column `key`, as documents; also return the facts of their times, if any.
+
+    `time_column`: the start of validity of a row; None: one row per item. Raises DataError: no usable items.
+    """
+    engine, writer = run.engine, run.writer
+    title = base.title or key
+    options = (key, "--item-column"), (time_column, "--items-time-column"), (title, "data.title")
+    columns = column_options(*options, *feature_columns(base.doc, "doc"))
+    work = partial(_read_item_part, columns, key, time_column, title, base.doc, StoredDocuments.of(writer))
+    folders = run.read("items", [items], columns, work, base.doc.values())
+    rows = engine.table("document_rows", [folder / "documents.parquet" for folder in folders])
+    if time_column is not None:
+        documents = number_versions(engine, writer, rows)
+    else:
+        documents = number_documents(engine, writer)
+        _report_repeated(run, items, "first_documents", "doc_key", key)
+    if not documents.total:
+        raise DataError(f"{items.name} has no usable rows{writer.quarantine.summary()}")
+    return documents, [read_facts(folder) for folder in folders] if documents.dated else []
+
+
+def _read_item_part(
+    columns: Mapping[str, str], key: str, time_column: str | None, title: str, features: dict[str, Feature],
+    stored: StoredDocuments, part: TablePart, folder: Path,
+) -> None:  # fmt: skip
+    def add(check: RowCheck, units: TimeUnits) -> None:
+        keys, titles = ids(check, key), strings(check, title)
+        since = None if time_column is None else times(check, time_column)
+        table = canonical(check, features)
+        rows = document_rows(row_ordinals(part, check.batch), hash_rows(table), keys, titles, table)
+        if since is not None:
+            rows = rows.append_column(SINCE_COLUMN, pa.array(since))
+            units.add(since[check.good])
+        file.add(stored.compare(rows.filter(pa.array(check.good))))
+
+    with RowFile(folder / "documents.parquet", document_schema(features, dated=time_column is not None)) as file:
+        read_part(part, columns, folder, add)
+
+
+def _report_repeated(run: Ingestion, source: Source, table: str, key: str, column: str) -> None:
+    """Quarantine the rows of a table with a repeated key."""
+    again = run.engine.select(
+        f"{table}_again", f"SELECT place, {key} FROM {table} WHERE nth > 1", order=f"place, {key}"
+    )
+    for piece in again.batches():
+        rows, keys = (piece.column(name).to_pylist() for name in ("place", key))
+        run.writer.quarantine.num_good -= len(rows)
+        run.writer.quarantine.add(
+            (
+                source.name,
+                (row & ((1 << ORDINAL_BITS) - 1)) + 1,
+                f"{column} {value!r} is in the table already",
+                True,
+            )
+            for row, value in zip(rows, keys, strict=True)
+        )
+
+
+def read_users(
+    run: Ingestion, tables: InteractionTables, user: dict[str, Feature], users: Source
+) -> list[Mapping[str, Any]]:
+    """Create the views `users` and `newest_users` (for serving).
+
+    Return the facts of their times, if any.
+    """
+    engine, key, time_column = run.engine, tables.user_column, tables.users_time_column
+    options = (key, "--user-column"), (time_column, "--users-time-column")
+    columns = column_options(*options, *feature_columns(user, "query"))
+    work = partial(_read_user_part, columns, key, time_column, user)
+    folders = run.read("users", [users], columns, work, user.values())
+    engine.table("user_rows", [folder / "users.parquet" for folder in folders])
+    if time_column is not None:
+        # of rows with equal times, the later row in the table is newer
+        engine.view(
+            "users",
+            "SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY time, place) AS nth, "
+            "row_number() OVER (PARTITION BY user_id ORDER BY time DESC, place DESC) AS from_newest FROM user_rows",
+        )
+        engine.view("newest_users", "SELECT * FROM users WHERE from_newest = 1")
+        return [read_facts(folder) for folder in folders]
+    engine.view("users", first_rows("user_rows", "user_id"))
+    engine.view("newest_users", "SELECT * FROM users WHERE nth = 1")
+    _report_repeated(run, users, "users", "key", key)
+    return []
+
+
+def _read_user_part(
+    columns: Mapping[str, str], key: str, time_column: str | None, features: dict[str, Feature],
+    part: TablePart, folder: Path,
+) -> None:  # fmt: skip
+    def add(check: RowCheck, units: TimeUnits) -> None:
+        keys = ids(check, key)
+        since = np.zeros(len(keys)) if time_column is None else times(check, time_column)
+        table = canonical(check, features)
+        own = [pa.array(row_ordinals(part, check.batch)), pa.array(hash_strings(keys)), keys, pa.array(since)]
+        rows = pa.Table.from_arrays([*own, *table.columns], names=schema.names)
+        units.add(since[check.good])
+        file.add(rows.filter(pa.array(check.good)))
+
+    schema = pa.schema([*USER, ("time", pa.float64()), *spool_columns("u", features)])
+    with RowFile(folder / "users.parquet", schema) as file:
+        read_part(part, columns, folder, add)
+
+
+def read_events(
+    run: Ingestion, tables: InteractionTables, user: dict[str, Feature], documents: DistinctDocuments, events: Source,
+    other_times: Mapping[str, Sequence[Mapping[str, Any]]], earlier: EarlierEvents,
+) -> tuple[RowTable, RowTable]:  # fmt: skip
+    """Read the events; return the sequences, and the events in table order.
+
+    A sequence has user_id, key, `length` (events), and its user's newest features. `other_times` are the facts of time
+    columns in other tables. Raises DataError: no events remain, or times in several units.
+    """
+    engine, quarantine = run.engine, run.writer.quarantine
+    split_times = tables.split_times
+    until = None if split_times is None else split_times.until
+    compared_with = earlier if earlier.parts and tables.time_column else None
+    names = ("user_column", "item_column", "time_column", "rating_column")
+    columns = column_options(*((getattr(tables, name), f"--{name.replace('_', '-')}") for name in names))
+    work = partial(_read_event_part, columns, tables, documents.keys, until, compared_with)
+    folders = run.read("events", [events], columns, work)
+    facts = [read_facts(folder) for folder in folders]
+    if compared_with is not None:  # before other checks: in another unit all events are older, or newer
+        where = f"{events.name}, column {tables.time_column!r}, with the events of {run.writer.out},"
+        check_time_units([run.writer.content[TIMES], *facts], where)
+    event_rows = RowTable.of(folder / "events.parquet" for folder in folders)
+    num_repeated = sum(part_facts["num_repeated"] for part_facts in facts)
+    num_left_out = sum(part_facts["num_good"] for part_facts in facts) - num_repeated - event_rows.num_rows
+    engine.table("sequence_parts", [folder / "sequences.parquet" for folder in folders])
+    repeat_notes = (
+        [f"{num_repeated} interactions are in {run.writer.out} already and are dropped"] if num_repeated else []
+    )
+    if not event_rows.num_rows:
+        drop_notes = [f"{num_left_out} are {_drop_reasons(tables)}"] if num_left_out else []
+        reasons = "".join(f"; {reason}" for reason in [*repeat_notes, *drop_notes])
+        raise DataError(f"{events.name}: no interactions remain to train on{reasons}{quarantine.summary()}")
+    run.notes += repeat_notes
+    check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
+    for column, others in other_times.items():
+        check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
+    if split_times is not None:
+        split_times.check_units(facts, f"{events.name}, column {tables.time_column!r}")
+    if tables.time_column is not None:
+        run.writer.content[TIMES] = merged_units([run.writer.content[TIMES], *facts])
+    if num_left_out:
+        run.notes.append(f"{num_left_out} interactions are {_drop_reasons(tables)} and dropped")
+    engine.view(
+        "merged_sequences",
+        "SELECT min(place) AS place, user_id, min_by(key, place) AS key, CAST(sum(length) AS BIGINT) AS length "
+        "FROM sequence_parts GROUP BY user_id",
+    )
+    features = "".join(f", users.u{number}" for number in range(len(user)))
+    sequences = engine.select(
+        "sequences",
+        f"SELECT s.*{features} FROM merged_sequences s "
+        + ("LEFT JOIN newest_users users ON s.user_id = users.user_id" if user else ""),
+        order="place, user_id",
+    )
+    if user:
+        unknown = (
+            "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)"
+        )
+        ((number,),) = engine.fetch(unknown)
+        if number:
+            run.notes.append(f"{number} users are not in the users table: their features are missing")
+    return sequences, event_rows
+
+
+def _drop_reasons(tables: InteractionTables) -> str:
+    low = [] if tables.min_rating is None else [f"rated below {tables.min_rating}"]
+    late = [] if tables.until is None else [f"not before --until {tables.until}"]
+    return " or ".join([*low, *late])
+
+
+def _at_least(ratings: np.ndarray, threshold: float) -> np.ndarray:
+    """Compare in float32, in which tables may store ratings: its 4.1 is less than that of float64."""
+    return ratings.astype(np.float32) >= np.float32(threshold)
+
+
+def _read_event_part(
+    columns: Mapping[str, str], tables: InteractionTables, known_items: SortedKeys, until: float | None,
+    earlier: EarlierEvents | None, part: TablePart, folder: Path,
+) -> None:  # fmt: skip
+    """Read a part of the events; those from `until` on, and those in `earlier` (for an append) are dropped."""
+    num_repeated = 0
+
+    def add(check: RowCheck, units: TimeUnits) -> None:
+        nonlocal num_repeated
+        users, items = ids(check, tables.user_column), ids(check, tables.item_column)
+        item = known_items.find(hash_strings(items))
+        check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
+        time = np.zeros(len(item)) if tables.time_column is None else times(check, tables.time_column)
+        ratings = relevances(check, tables.rating_column) if tables.rating_column else np.ones(len(item))
+        good = check.good
+        if tables.min_rating is not None:
+            good = good & _at_least(ratings, tables.min_rating)
+        if until is not None:
+            good = good & (time < until)
+        relevance = ratings if tables.positive_rating is None else _at_least(ratings, tables.positive_rating)
+        relevance = relevance.astype(np.float32)
+        user_ids = hash_strings(users)
+        units.add(time[good])
+        if earlier is not None:
+            # events older than their user's newest existing event are marked bad
+            repeated, newest = np.zeros(len(good), bool), np.full(len(good), -np.inf)
+            repeated[good], newest[good] = earlier.compare(user_ids[good], item[good], time[good], relevance[good])
+            num_repeated += int(repeated.sum())
+            older = ~repeated & (time < newest)
+            older_rows = np.flatnonzero(older).tolist()
+            described = {row: f"{time[row]:.15g}, older than {newest[row]:.15g}" for row in older_rows}
+            reason = (
+                f"{tables.time_column} is {{}}, the newest event of its user in the dataset; an append adds newer "
+                "events only, so rebuild the dataset to insert older ones"
+            )
+            check.fail(older, reason, described)
+            good = good & ~repeated & ~older
+        ordinals = row_ordinals(part, check.batch)[good]
+        added = [ordinals, user_ids[good], item[good], time[good], relevance[good]]
+        event_file.add(pa.table(added, schema=EVENT))
+        ones = np.ones(len(ordinals), np.int64)
+        first.add(pa.table([ordinals, user_ids[good], users.filter(pa.array(good)), ones], schema=SEQUENCE))
+
+    with (
+        RowFile(folder / "events.parquet", EVENT) as event_file,
+        RowFile(folder / "sequences.parquet", SEQUENCE) as sequence_file,
+        FirstRows(sequence_file, "user_id", count="length") as first,
+    ):
+        read_part(part, columns, folder, add)
+    write_facts(folder, **read_facts(folder), num_repeated=num_repeated)
+
+
+def join_users(
+    engine: LocalEngine, splits: Mapping[str, RowTable], num_features: int
+) -> tuple[dict[str, RowTable], int]:
+    """Join the splits' rows with user features as of their times (an as-of join).
+
+    The order is unchanged. A row gets its user's newest row (`users`, from `user_rows`) up to the time of its first
+    target, or nulls. Also returns the number of rows older than all rows of their user.
+    """
+    engine.table("cut_rows", (Path(file) for table in splits.values() for file in table.files))
+    columns = ", ".join(f"r.{name}" for name in CUT_COLUMNS)
+    engine.view(
+        "rows_and_versions",
+        f"SELECT s.user_id, r.time, CAST(NULL AS INT) AS version, {columns} FROM cut_rows r "
+        "JOIN sequences s ON r.sequence = s.number "
+        "UNION ALL SELECT user_id, time, 1 AS version, -1 AS split, 0, 0, 0, 0 FROM user_rows",
+    )
+    # the default window frame includes all rows with the current row's time
+    engine.view(
+        "numbered_rows",
+        "SELECT *, count(version) OVER (PARTITION BY user_id ORDER BY time) AS nth, "
+        "count(version) OVER (PARTITION BY user_id) AS versions FROM rows_and_versions",
+    )
+    features = "".join(f", users.u{number}" for number in range(num_features))
+    engine.select(
+        "joined_rows",
+        f"SELECT {columns}, CAST(r.nth = 0 AND r.versions > 0 AS INT) AS too_early{features} FROM numbered_rows r "
+        "LEFT JOIN users ON r.user_id = users.user_id AND r.nth = users.nth WHERE r.split >= 0",
+        order="split, sequence, first",
+    )
+    ((too_early,),) = engine.fetch("SELECT count(*) FROM joined_rows WHERE too_early = 1")
+    joined = {
+        name: engine.select(
+            f"joined_{name}", f"SELECT * FROM joined_rows WHERE split = {number}", order="sequence, first"
+        )
+        for number, name in enumerate(splits)
+    }
+    return joined, int(too_early)

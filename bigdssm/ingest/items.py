@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,11 @@ from bigdssm.ingest.documents import (
     number_documents,
     number_versions,
 )
-from bigdssm.ingest.engines.tables import RowFile
+from bigdssm.ingest.engines.local import RowFile, RowTable
 from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
-from bigdssm.ingest.interaction_tables import read_items
-from bigdssm.ingest.job import Ingestion, IngestReport, IngestTarget, check_column_names, ingestion
+from bigdssm.ingest.interactions import read_items
+from bigdssm.ingest.job import Ingestion, IngestReport, IngestTarget, check_column_names, ingestion, write_arrow
 from bigdssm.ingest.reading import TablePart, column_options, read_part
-from bigdssm.ingest.writing import write_arrow
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import open_table
 from bigdssm.utils.log import Progress, no_progress
@@ -66,10 +66,17 @@ def make_items(
             raise ConfigError(f"{writer.out} identifies each doc by its features, not by an id; append pairs instead")
         base, sides = schema_to_fit(config, writer.out, target.like), []
         if items is None:
-            documents = _no_documents(run, base.doc)
+            dated = writer.content.get("items") == AS_OF["items"]
+            path = engine.spool / "no_documents.parquet"
+            with RowFile(path, document_schema(base.doc, dated=dated)):
+                pass
+            rows = engine.table("document_rows", [path])
+            documents = number_versions(engine, writer, rows) if dated else number_documents(engine, writer)
         else:
             writer.record_times("items", tables.items_time_column is not None)
-            documents, times = read_items(run, tables, of_tables(base, config), items)
+            documents, times = read_items(
+                run, tables.item_column, tables.items_time_column, of_tables(base, config), items
+            )
             where = f"{items.name}, column {tables.items_time_column!r}, with the events of {writer.out},"
             check_time_units([writer.content[TIMES], *times] if times else [], where)
             sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
@@ -82,15 +89,6 @@ def make_items(
         return run.finish(schema, text, documents, {}, NO_POSITIVES, withdrawals=withdrawals)
 
 
-def _no_documents(run: Ingestion, features: dict[str, Any]) -> DistinctDocuments:
-    dated = run.writer.content.get("items") == AS_OF["items"]
-    path = run.engine.spool / "no_documents.parquet"
-    with RowFile(path, document_schema(features, dated=dated)):
-        pass
-    table = run.engine.table("found_documents", [path])
-    return number_versions(run.engine, run.writer, table) if dated else number_documents(run.engine, run.writer)
-
-
 def _write_withdrawals(
     run: Ingestion, tables: ItemTables, documents: DistinctDocuments, source: Source | None
 ) -> list[dict[str, Any]]:
@@ -99,12 +97,13 @@ def _write_withdrawals(
     files = later_files(writer.out, writer.content, WITHDRAWALS)
     before, named, listed = withdrawn_documents(files, writer.num_existing_docs), *NO_POSITIVES
     if source is not None:
-        reader = _ItemKeyReader(tables.item_column, documents.keys, str(writer.out))
-        folders = run.read("withdrawn", [source], reader)
-        table = engine.table("found_withdrawn", [folder / "documents.parquet" for folder in folders])
-        named = np.unique(table.read().column(DOCUMENT_COLUMN).to_numpy())
+        columns = column_options((tables.item_column, "--item-column"))
+        work = partial(_read_withdrawn_part, columns, tables.item_column, documents.keys, str(writer.out))
+        folders = run.read("withdrawn", [source], columns, work)
+        rows = RowTable.of(folder / "documents.parquet" for folder in folders).read()
+        named = np.unique(rows.column(DOCUMENT_COLUMN).to_numpy())
     if len(before):
-        query = f"SELECT DISTINCT {DOCUMENT_COLUMN} FROM found_documents WHERE {DOCUMENT_COLUMN} >= 0"
+        query = f"SELECT DISTINCT {DOCUMENT_COLUMN} FROM document_rows WHERE {DOCUMENT_COLUMN} >= 0"
         listed = engine.select("listed_documents", query, order=DOCUMENT_COLUMN).read().column(0).to_numpy()
     gone, back = np.setdiff1d(named, before), np.setdiff1d(np.intersect1d(before, listed), named)
     if not len(gone) + len(back):
@@ -119,22 +118,14 @@ def _write_withdrawals(
     return [write_arrow(writer.catalogue_dir / f"{WITHDRAWALS}-{len(files):06d}.arrow", columns)]
 
 
-@dataclass(frozen=True)
-class _ItemKeyReader:
-    key: str
-    keys: SortedKeys
-    dataset: str
+def _read_withdrawn_part(
+    columns: Mapping[str, str], key: str, known_items: SortedKeys, dataset: str, part: TablePart, folder: Path
+) -> None:
+    def add(check: RowCheck, units: TimeUnits) -> None:
+        keys = ids(check, key)
+        documents = known_items.find(hash_strings(keys))
+        check.fail(documents < 0, f"{key} {{}} is no item of {dataset}", keys)
+        file.add(pa.table({DOCUMENT_COLUMN: documents[check.good]}))
 
-    @property
-    def columns(self) -> dict[str, str]:
-        return column_options((self.key, "--item-column"))
-
-    def __call__(self, part: TablePart, folder: Path) -> None:
-        with RowFile(folder / "documents.parquet", pa.schema([(DOCUMENT_COLUMN, pa.int64())])) as file:
-            read_part(part, self.columns, folder, partial(self._read, file))
-
-    def _read(self, file: RowFile, check: RowCheck, units: TimeUnits) -> None:
-        keys = ids(check, self.key)
-        found = self.keys.find(hash_strings(keys))
-        check.fail(found < 0, f"{self.key} {{}} is no item of {self.dataset}", keys)
-        file.add(pa.table({DOCUMENT_COLUMN: found[check.good]}))
+    with RowFile(folder / "documents.parquet", pa.schema([(DOCUMENT_COLUMN, pa.int64())])) as file:
+        read_part(part, columns, folder, add)

@@ -1,43 +1,68 @@
-"""Common parts of ingestion jobs: target, engine, reading of tables, and the final report."""
+"""Common parts of ingestion jobs: target, engine, reading of tables, writing of catalogue and shards, the final report.
+
+Each file is written by one job, with a fixed number of rows or blocks, so its bytes do not depend on the number of
+workers.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
+import xxhash
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.partition import read_partition
+from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN
+from bigdssm.dataset.partition import INDEX_COLUMNS, read_partition
 from bigdssm.dataset.remote import COUNTS_FILE
 from bigdssm.dataset.rows import EVENT_COLUMNS
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Feature, TextTokenizer, Vector
+from bigdssm.features import Feature, TextTokenizer, Vector, encode_columns
 from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, DatasetWriter
-from bigdssm.ingest.documents import DistinctDocuments
-from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
+from bigdssm.ingest.engines.local import (
+    ROWS_PER_READ,
+    LocalEngine,
+    RowTable,
+    StepFunction,
+    ranges,
+    read_facts,
+    write_facts,
+)
 from bigdssm.ingest.engines.spark import Cluster, SparkEngine
-from bigdssm.ingest.engines.tables import RowTable, read_facts
-from bigdssm.ingest.reading import TablePart, UnreadableTable, bad_rows, table_parts
-from bigdssm.ingest.writing import Encode, write_catalogue, write_counts, write_split
+from bigdssm.ingest.reading import MAX_TABLES, TablePart, UnreadableTable, bad_rows
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable
 from bigdssm.sources.text import MissingColumn
-from bigdssm.utils.hashing import code_checksum
+from bigdssm.utils.hashing import code_checksum, file_checksum
 from bigdssm.utils.log import Progress, no_progress
 
 BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
 SEQUENCE_COLUMNS = ("query_key", "query_id", *EVENT_COLUMNS)
 CATALOGUE_COLUMNS = ("doc_key", "doc_id", "content", "doc_title")
 BYTES_PER_ROW = 100  # an estimate
+MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
+TARGET_BLOCKS = 64  # per split; with fewer, lanes share blocks and shuffling is weaker
+BLOCKS_PER_SHARD = 512
+DOCUMENTS_PER_FILE = 1 << 17
+TAR_HEADER_BYTES = 512
+_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
+
+Encode = Callable[[pa.Table], dict[str, pa.Array]]
+"""Returns block columns for rows of a split; picklable."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +109,16 @@ class Ingestion:
     notes: list[str]
     started: float
 
-    def read(self, step: str, sources: Sequence[Source], work: Any, features: Iterable[Feature] = ()) -> list[Path]:
+    def read(
+        self, step: str, sources: Sequence[Source], columns: Mapping[str, str], work: StepFunction,
+        features: Iterable[Feature] = (),
+    ) -> list[Path]:  # fmt: skip
         """Read all parts of tables with `work`, quarantine bad rows, and return the parts' folders.
 
-        `features` of the tables may have matrices, which need a row for each row of a single table. Raises ConfigError:
+        `columns` maps the required columns to the options that name them, for messages. `features` of the tables may
+        have matrices, which need a row for each row of a single table. Raises ConfigError:
         several tables; DataError, with a summary of the bad rows up to the error.
         """
-        columns: Mapping[str, str] = work.columns
         vectors = [feature for feature in features if isinstance(feature, Vector) and feature.matrix is not None]
         if vectors and len(sources) > 1:
             raise ConfigError(f"{vectors[0].matrix}: got {len(sources)} tables, a matrix needs a single one; join them")
@@ -98,25 +126,27 @@ class Ingestion:
             sources = [self.engine.source(f"{step}_{n}_source", s, list(columns)) for n, s in enumerate(sources)]
         except MissingColumn as error:
             raise DataError(error.message(columns)) from None
-        jobs: list[TablePart] = table_parts(sources)
+        if len(sources) > MAX_TABLES:
+            raise DataError(f"{len(sources)} tables are given, at most {MAX_TABLES} are supported; join some of them")
+        jobs = [TablePart(source, number, part) for number, source in enumerate(sources) for part in source.parts()]
         rows = sum(source.size() for source in sources) // BYTES_PER_ROW
         quarantine = self.writer.quarantine
         try:
             folders = self.engine.map(step, jobs, work, rows=rows)
         except UnreadableTable as error:
-            done = sorted(path for path in (self.engine.spool / step).glob("[0-9]*"))
-            quarantine.add(bad_rows(done))
+            finished = sorted(path for path in (self.engine.spool / step).glob("[0-9]*"))
+            quarantine.add(bad_rows(finished))
             quarantine.add(error.bad)
             raise DataError(f"{error}{quarantine.summary()}") from None
         quarantine.add(bad_rows(folders))
         facts = [read_facts(folder) for folder in folders]
-        quarantine.num_good += int(sum(some["num_good"] for some in facts))
-        usable = {job.number for job, some in zip(jobs, facts, strict=True) if some["num_rows"]}
+        quarantine.num_good += int(sum(part_facts["num_good"] for part_facts in facts))
+        usable = {job.number for job, part_facts in zip(jobs, facts, strict=True) if part_facts["num_rows"]}
         for number, source in enumerate(sources):
             if number not in usable:
                 raise DataError(f"{source.name} has no usable rows{quarantine.summary()}")
         for vector in vectors:
-            vector.check_matrix(max(int(some["last_row"]) for some in facts), sources[0].name)
+            vector.check_matrix(max(int(part_facts["last_row"]) for part_facts in facts), sources[0].name)
         return folders
 
     def write_splits(self, splits: Mapping[str, RowTable], encode: Encode) -> dict[str, Any]:
@@ -139,19 +169,26 @@ class Ingestion:
         `splits` has items alone.
         """
         writer = self.writer
-        checksum = write_counts(writer.partition_dir / COUNTS_FILE, *positives)
+        docs, counts = positives
+        order = np.argsort(docs)
+        columns = {"doc": pa.array(docs[order]), "count": pa.array(counts[order])}
+        checksum = write_arrow(writer.partition_dir / COUNTS_FILE, columns)["checksum"]
         catalogue, versions = write_catalogue(
             self.engine, documents, schema.doc, text, writer.catalogue_dir,
             len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
         )  # fmt: skip
         if writer.append and splits:
-            known = {name: read_partition(writer.out, name) for name in writer.content[PARTITIONS]}
-            same = [name for name, partition in known.items() if partition.content["splits"] == splits]
+            partitions = {name: read_partition(writer.out, name) for name in writer.content[PARTITIONS]}
+            same = [name for name, partition in partitions.items() if partition.content["splits"] == splits]
             self.notes += [f"all rows equal those of partition {name}: is it the same table?" for name in same]
-            self.notes += _held_out(splits)
+            total = sum(entry["queries"] for entry in splits.values())
+            held_out = total - splits["train"]["queries"]
+            if 2 * held_out > total:
+                counted = f"most queries of the partition are held out: {held_out:,} of {total:,}"
+                self.notes.append(f"{counted}; with --split train all are trained on")
         changed_docs = documents.num_changed  # before the commit removes the spool
         writer.commit(schema, catalogue, versions, splits, checksum, sequences, withdrawals)
-        many = [
+        query_notes = [
             f"the {entry['rows']:,} rows of split {split} have {entry['queries']:,} queries"
             for split, entry in splits.items()
             if entry["queries"] != entry["rows"]
@@ -166,19 +203,8 @@ class Ingestion:
             new_versions=sum(part["rows"] for part in versions),
             num_bad=writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,
-            notes=(*self.notes, *many),
+            notes=(*self.notes, *query_notes),
         )
-
-
-def _held_out(splits: Mapping[str, Any]) -> list[str]:
-    """Return a note if an append adds fewer queries to train than to the other splits."""
-    total = sum(entry["queries"] for entry in splits.values())
-    held_out = total - splits["train"]["queries"]
-    if 2 * held_out <= total:
-        return []
-    return [
-        f"most queries of the partition are held out: {held_out:,} of {total:,}; with --split train all are trained on"
-    ]
 
 
 @contextmanager
@@ -200,7 +226,10 @@ def ingestion(
         overwrite=target.overwrite, append=target.append,
     )  # fmt: skip
     try:
-        engine = _engine(target, writer.spool, progress)
+        if target.spark is None:
+            engine = LocalEngine(writer.spool, progress, processes=target.processes)
+        else:
+            engine = SparkEngine(writer.spool, progress, cluster=target.spark)
     except BaseException:  # keep the finished steps of an interrupted ingestion
         writer.release()
         raise
@@ -209,12 +238,6 @@ def ingestion(
             yield Ingestion(writer, engine, [], started)
         finally:
             engine.close()
-
-
-def _engine(target: IngestTarget, spool: Path, progress: Progress) -> LocalEngine:
-    if target.spark is None:
-        return LocalEngine(spool, progress, processes=target.processes)
-    return SparkEngine(spool, progress, cluster=target.spark)
 
 
 def _inputs(
@@ -229,8 +252,8 @@ def _inputs(
     code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
     declared = Schema.declared(config).fingerprint()
     engine = "built-in" if target.spark is None else "spark"
-    known = [asdict(config), declared, asdict(options), target.seed, files, fingerprints, code, engine]
-    return json.dumps(known, default=str, sort_keys=True)
+    inputs = [asdict(config), declared, asdict(options), target.seed, files, fingerprints, code, engine]
+    return json.dumps(inputs, default=str, sort_keys=True)
 
 
 def check_column_names(tables: Any) -> None:
@@ -250,3 +273,142 @@ def check_reserved_names(features: Iterable[str], reserved: Sequence[str], side:
     for name in features:
         if name in reserved:
             raise ConfigError(f"data.{side}.{name}: the name is reserved for a column of the dataset; choose another")
+
+
+def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
+    """Write non-null columns as a single uncompressed batch of an Arrow file.
+
+    Return {"file", "rows", "checksum"}. A single batch gives readers random access to the mapped file without copies.
+    """
+    batch = _compact(pa.RecordBatch.from_pydict(columns))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return {"file": path.name, "rows": batch.num_rows, "checksum": file_checksum(path, bits=64)}
+
+
+def _compact(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """Copy rows to new buffers: the padding of a slice would contain the data after it."""
+    return rows.take(pa.array(np.arange(rows.num_rows)))
+
+
+def move_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
+    """Move the files of jobs to `target`, and return their metadata (the fact `made`).
+
+    Files already moved by an interrupted ingestion are skipped.
+    """
+    entries = [read_facts(folder)["made"] for folder in folders]
+    for folder, entry in zip(folders, entries, strict=True):
+        if (source := folder / entry["file"]).exists():
+            os.replace(source, target / entry["file"])
+    return entries
+
+
+def write_catalogue(
+    engine: LocalEngine, documents: DistinctDocuments, features: dict[str, Feature], text: TextTokenizer | None,
+    folder: Path,
+    first_file: int, first_of_versions: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    """Write new documents and new versions to `folder`.
+
+    Return {"file", "rows", "checksum"} of both kinds of files. Raises ConfigError: a feature has the reserved name of
+    the versions' column.
+    """
+    times = (SINCE_COLUMN,) if documents.dated else ()
+
+    def written(
+        step: str, table: RowTable, prefix: str, more_columns: Sequence[str], first: int
+    ) -> list[dict[str, Any]]:
+        jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), first))
+        work = partial(_write_documents, table, features, text, prefix, more_columns)
+        return move_files(engine.map(step, jobs, work, rows=table.num_rows), folder)
+
+    new = written("catalogue", documents.table, "", times, first_file)
+    if (changed := documents.changed) is None or not changed.num_rows:
+        return new, []
+    if DOCUMENT_COLUMN in features:
+        raise ConfigError(
+            f"data.doc.{DOCUMENT_COLUMN}: the name is reserved in files of document versions, and {changed.num_rows} "
+            "documents have changed; rebuild the dataset with another name"
+        )
+    return new, written("versions", changed, "versions-", (DOCUMENT_COLUMN, *times), first_of_versions)
+
+
+def _write_documents(
+    table: RowTable, features: dict[str, Feature], text: TextTokenizer | None, prefix: str, more_columns: Sequence[str],
+    job: tuple[int, tuple[int, int]], folder: Path,
+) -> None:  # fmt: skip
+    number, (first, end) = job
+    rows = table.read(first, end)
+    names = ("doc_key", "doc_id", "content", "doc_title", *more_columns)
+    columns = {name: rows.column(name).combine_chunks() for name in names}
+    for name in ("doc_key", "doc_title"):
+        columns[name] = columns[name].cast(pa.large_string())
+    columns |= encode_columns(canonical_columns(rows, "d", features), features, text, large=True)
+    write_facts(folder, made=write_arrow(folder / f"{prefix}{number:06d}.arrow", columns))
+
+
+def block_rows(num_rows: int) -> int:
+    """Return the number of rows per block for a split of `num_rows`."""
+    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // TARGET_BLOCKS))
+
+
+def write_split(engine: LocalEngine, split: str, table: RowTable, encode: Encode, folder: Path) -> dict[str, Any]:
+    """Write a split's encoded rows as shards and an index in `folder`.
+
+    Returns its metadata {"rows", "queries", "blocks", "shards", "index_checksum"}.
+    """
+    per_block = block_rows(table.num_rows)
+    jobs = list(enumerate(ranges(table, per_block * BLOCKS_PER_SHARD)))
+    work = partial(_write_shard, split, table, encode, per_block)
+    entries = move_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
+    shards = [entry["file"] for entry in entries]
+    index = {
+        name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in INDEX_COLUMNS.items()
+    }
+    shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
+    named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
+    columns = {"shard": named, **{name: pa.array(values) for name, values in index.items()}}
+    return {
+        "rows": int(index["rows"].sum()),
+        "queries": int(index["queries"].sum()),
+        "blocks": len(shard),
+        "shards": shards,
+        "index_checksum": write_arrow(folder / f"{split}.index.arrow", columns)["checksum"],
+    }
+
+
+def _write_shard(
+    split: str, table: RowTable, encode: Encode, rows_per_block: int, job: tuple[int, tuple[int, int]], folder: Path
+) -> None:
+    """Write one shard, a plain tar of blocks as Arrow streams, and its index entries."""
+    shard, (first, end) = job
+    path = folder / f"{split}-{shard:06d}.tar"
+    entries: list[dict[str, int]] = []
+    blocks = _blocks(table, encode, rows_per_block, first, end)
+    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+        for number, block in enumerate(blocks, first // rows_per_block):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, block.schema, options=_IPC) as arrow:
+                arrow.write_batch(_compact(block))
+            content = bytes(sink.getvalue())
+            # one query per row or, for segments of sequences, one per target
+            queries = block.num_rows
+            if "first" in block.schema.names:
+                queries = int(block.column("end").to_numpy().sum() - block.column("first").to_numpy().sum())
+            entry = {"offset": tar.offset + TAR_HEADER_BYTES, "size": len(content), "rows": block.num_rows}
+            entries.append({**entry, "queries": queries, "checksum": xxhash.xxh3_64_intdigest(content)})
+            # the header that webdataset's TarWriter would write; importing it loads torch, seconds per worker
+            member = tarfile.TarInfo(f"{number:08d}.arrow")
+            member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
+            tar.addfile(member, io.BytesIO(content))
+    index = {name: [entry[name] for entry in entries] for name in INDEX_COLUMNS}
+    write_facts(folder, made={"file": path.name, **index})
+
+
+def _blocks(table: RowTable, encode: Encode, rows_per_block: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
+    """Yield rows [first, end) as blocks, encoding several at a time."""
+    rows_per_call = max(1, ROWS_PER_READ // rows_per_block) * rows_per_block
+    for start in range(first, end, rows_per_call):
+        rows = pa.RecordBatch.from_pydict(encode(table.read(start, min(start + rows_per_call, end))))
+        for start_of_block in range(0, rows.num_rows, rows_per_block):
+            yield rows.slice(start_of_block, rows_per_block)

@@ -1,6 +1,6 @@
 """Build a dataset from tables of pairs: query features, document features, relevance.
 
-Steps: read and validate rows and their documents (`found`, `found_documents`); number documents; assign splits; sort
+Steps: read and validate rows and their documents (`pair_rows`, `document_rows`); number documents; assign splits; sort
 train rows by a hash of their ordinal, other rows by ordinal; fit the schema to train; write shards and catalogue. See
 docs/ingestion.md.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.keys import SortedKeys
+from bigdssm.dataset.keys import SortedKeys, hash_rows, row_keys, shuffle_keys
 from bigdssm.dataset.partition import read_partition
-from bigdssm.dataset.row_keys import hash_rows, row_keys, shuffle_keys
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
@@ -36,8 +35,7 @@ from bigdssm.ingest.documents import (
     number_documents,
     spool_columns,
 )
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
+from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable
 from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
@@ -142,20 +140,28 @@ def make_pairs(
             writer.content["text"] = "raw"
         if any(read_partition(writer.out, name).sequence_files for name in writer.content[PARTITIONS]):
             raise DataError(f"{writer.out} holds interactions; the sub-command `interactions` appends to it")
-        columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
-        writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in columns.items()})
+        id_columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
+        writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in id_columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
         if splitter is None and (recorded := dataset_split(writer, get_args(PairSplit))):
             splitter = Splitter.of_dataset(recorded, tables.split_column)
         splitter = splitter or _splitter(tables, target)
-        known = StoredDocuments.of(writer)
-        reader = PairReader(tables, of_tables(base, config), splitter, target.seed, known)
-        folders = run.read("read", sources, reader, [*reader.schema.query.values(), *reader.schema.doc.values()])
+        schema_read = of_tables(base, config)
+        columns = column_options(
+            *feature_columns(schema_read.query, "query"), *feature_columns(schema_read.doc, "doc"),
+            (schema_read.title, "data.title"), (tables.doc_id_column, "--doc-id-column"),
+            (tables.query_id_column, "--query-id-column"), (tables.relevance_column, "--relevance-column"),
+            *splitter.columns.items(), (tables.each_of, "--each-of"),
+        )  # fmt: skip
+        stored = StoredDocuments.of(writer)
+        work = partial(_read_pairs_part, columns, tables, schema_read, splitter, target.seed, stored)
+        features = [*schema_read.query.values(), *schema_read.doc.values()]
+        folders = run.read("read", sources, columns, work, features)
         writer.quarantine.check()
-        found = engine.table("found", [folder / "rows.parquet" for folder in folders])
-        engine.table("found_documents", [folder / "documents.parquet" for folder in folders])
+        rows = engine.table("pair_rows", [folder / "rows.parquet" for folder in folders])
+        engine.table("document_rows", [folder / "documents.parquet" for folder in folders])
         documents = number_documents(engine, writer)
-        if not found.num_rows:
+        if not rows.num_rows:
             raise DataError(f"{tables.files[0]}: no rows remain{writer.quarantine.summary()}")
         if writer.append and tables.split is None and splitter.description.get("whole_documents"):
             ((known_documents,),) = engine.fetch("SELECT count(*) FROM first_documents WHERE nth = 1 AND document >= 0")
@@ -167,8 +173,12 @@ def make_pairs(
         splitter.divide(engine, folders, siamese=config.siamese)
         if not writer.append:
             writer.content[SPLIT] = splitter.description
-        splits = _sorted_splits(run, tables, splitter, reader)
-        sides = [FittedSide("doc", _documents_of_train(engine, base.siamese), "d", base.doc)]
+        splits = _sorted_splits(run, tables, splitter, [name for name, _ in spool_columns("q", schema_read.query)])
+        # the schema is not fitted to held-out rows
+        train_ids = "SELECT doc_id FROM train" + (" UNION SELECT query_id AS doc_id FROM train" if base.siamese else "")
+        query = f"SELECT * FROM unique_documents WHERE doc_id IN ({train_ids})"
+        train_documents = engine.select("train_documents", query, order="place, doc_id")
+        sides = [FittedSide("doc", train_documents, "d", base.doc)]
         if not base.siamese:
             sides.append(FittedSide("query", splits["train"], "q", base.query))
         schema, text = fit(
@@ -178,7 +188,10 @@ def make_pairs(
         entries = run.write_splits(splits, encode)
         if tables.beir:  # before the commit: a repeated command would reject the existing dataset
             write_collection(engine, documents, tables.beir, base, dedup=tables.dedup)
-        return run.finish(schema, text, documents, entries, _train_positives(engine, documents))
+        query = "SELECT doc_id, count(*) AS n FROM train WHERE relevance > 0 GROUP BY doc_id"
+        counted = engine.select("train_positives", query, order="doc_id").read()
+        positives = (documents.keys.find(counted.column("doc_id").to_numpy()), counted.column("n").to_numpy())
+        return run.finish(schema, text, documents, entries, positives)
 
 
 def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None:
@@ -209,60 +222,13 @@ def _splitter(tables: PairTables, target: IngestTarget) -> Splitter:
     return Splitter(how, tables.split_column, fractions, target.seed, tables.whole_documents, tables.split_times)
 
 
-@dataclass(frozen=True)
-class PairReader:
-    """Reads a table part into rows and their distinct documents."""
+def _read_pairs_part(
+    columns: Mapping[str, str], tables: PairTables, schema: Schema, splitter: Splitter, seed: int,
+    stored: StoredDocuments, part: TablePart, folder: Path,
+) -> None:  # fmt: skip
+    """Read a part of a table into rows, with features in columns q0, q1, …, and their distinct documents."""
 
-    tables: PairTables
-    schema: Schema
-    splitter: Splitter
-    seed: int
-    known: StoredDocuments
-
-    @cached_property
-    def row_schema(self) -> pa.Schema:
-        """The schema of intermediate rows, with features in columns q0, q1, …"""
-        return pa.schema([*ROW_COLUMNS.items(), *spool_columns("q", self.schema.query)])
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The source columns of features, ids, relevance and split, and the options that name them."""
-        tables, schema = self.tables, self.schema
-        return column_options(
-            *feature_columns(schema.query, "query"),
-            *feature_columns(schema.doc, "doc"),
-            (schema.title, "data.title"),
-            (tables.doc_id_column, "--doc-id-column"),
-            (tables.query_id_column, "--query-id-column"),
-            (tables.relevance_column, "--relevance-column"),
-            *self.splitter.columns.items(),
-            (tables.each_of, "--each-of"),
-        )
-
-    def __call__(self, part: TablePart, folder: Path) -> None:
-        """Read a part into `folder`."""
-        with (
-            RowFile(folder / "rows.parquet", self.row_schema) as rows,
-            RowFile(folder / "documents.parquet", document_schema(self.schema.doc)) as file,
-            FirstRows(file, "doc_id") as documents,
-        ):
-            handle = partial(self._read, part, rows, documents)
-            read_part(part, self.columns, folder, handle, each_of=self.tables.each_of)
-
-    def _read(self, part: TablePart, rows: RowFile, documents: FirstRows, check: RowCheck, units: TimeUnits) -> None:
-        table, *document_tables = self._rows(check, part)
-        good = pa.array(check.good)
-        rows.add(table.filter(good))
-        units.add(table.column("time").to_numpy()[check.good])
-        for document in document_tables:
-            documents.add(self.known.compare(document.filter(good)))
-
-    def _rows(self, check: RowCheck, part: TablePart) -> list[pa.Table]:
-        """Return a batch's rows, their documents and, if siamese, their queries as documents.
-
-        Bad rows are reported to `check`.
-        """
-        tables, schema = self.tables, self.schema
+    def add(check: RowCheck, units: TimeUnits) -> None:
         query, doc = canonical(check, schema.query), canonical(check, schema.doc)
         check.fail(missing(doc, schema.doc), "no document: its features are empty")
         if tables.query_id_column is None:
@@ -279,36 +245,50 @@ class PairReader:
         relevance = np.ones(len(query_ids))
         if tables.relevance_column:
             relevance = relevances(check, tables.relevance_column)
-        split_columns = self.splitter.assign(check, query_ids)
+        split_columns = splitter.assign(check, query_ids)
         # Rows of split `none` add documents alone; in siamese datasets their queries are documents, too.
         no_query = missing(query, schema.query)
         if not schema.siamese:
             no_query &= split_columns[0] < len(SPLITS)
         check.fail(no_query, "no query: its features are empty")
         ordinals = row_ordinals(part, check.batch, several=tables.each_of is not None)
-        shuffle = shuffle_keys(ordinals, self.seed)
+        shuffle = shuffle_keys(ordinals, seed)
         numbers = (ordinals, shuffle, query_ids, doc_ids, content_hash, relevance, *split_columns)
         values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
-        rows = pa.Table.from_arrays([*values, *query.columns], names=self.row_schema.names)
-        built = [rows, document_rows(ordinals, content_hash, keys, title, doc)]
-        if schema.siamese:
+        good = pa.array(check.good)
+        rows = pa.Table.from_arrays([*values, *query.columns], names=row_schema.names)
+        row_file.add(rows.filter(good))
+        units.add(split_columns[2][check.good])
+        documents.add(stored.compare(document_rows(ordinals, content_hash, keys, title, doc).filter(good)))
+        if schema.siamese:  # the queries are documents, too
             query_keys = strings(check, str(tables.query_id_column))
-            built.append(document_rows(ordinals, hash_rows(query), query_keys, query_keys, query))
-        return built
+            queries = document_rows(ordinals, hash_rows(query), query_keys, query_keys, query)
+            documents.add(stored.compare(queries.filter(good)))
+
+    row_schema = pa.schema([*ROW_COLUMNS.items(), *spool_columns("q", schema.query)])
+    with (
+        RowFile(folder / "rows.parquet", row_schema) as row_file,
+        RowFile(folder / "documents.parquet", document_schema(schema.doc)) as file,
+        FirstRows(file, "doc_id") as documents,
+    ):
+        read_part(part, columns, folder, add, each_of=tables.each_of)
 
 
-def _sorted_splits(run: Ingestion, tables: PairTables, splitter: Splitter, reader: PairReader) -> dict[str, RowTable]:
-    """Return every split's rows in their final order, from the view `divided`.
+def _sorted_splits(
+    run: Ingestion, tables: PairTables, splitter: Splitter, query_columns: list[str]
+) -> dict[str, RowTable]:
+    """Return every split's rows in their final order, from the view `assigned_rows`.
 
     Raises DataError: no train rows.
     """
     engine = run.engine
-    kept = first_rows("divided", "query_id, doc_id") if tables.dedup else "SELECT *, 1 AS nth FROM divided"
-    engine.view("kept", kept)
-    columns = ", ".join(name for name in reader.row_schema.names if name in WRITTEN or name not in ROW_COLUMNS)
+    every = "SELECT *, 1 AS nth FROM assigned_rows"
+    engine.view("numbered_rows", first_rows("assigned_rows", "query_id, doc_id") if tables.dedup else every)
+    columns = ", ".join([*WRITTEN, *query_columns])
+    unique = f"SELECT {columns} FROM numbered_rows WHERE nth = 1"
     order = {name: "place" for name in SPLITS} | {"train": "shuffle"}
     splits = {
-        name: engine.select(name, f"SELECT {columns} FROM kept WHERE nth = 1 AND split = {number}", order=order[name])
+        name: engine.select(name, f"{unique} AND split = {number}", order=order[name])
         for number, name in enumerate(SPLITS)
     }
     ((num_rows, relevant),) = engine.fetch("SELECT count(*), CAST(max(relevance) > 0 AS INT) FROM train")
@@ -317,46 +297,28 @@ def _sorted_splits(run: Ingestion, tables: PairTables, splitter: Splitter, reade
         raise DataError(f"{tables.files[0]}: no rows remain for the train split{reasons}")
     if not relevant:
         raise DataError("every relevance in the train split is 0: there are no positives to learn from")
-    run.notes += _notes(engine, tables)
-    return splits
-
-
-def _notes(engine: LocalEngine, tables: PairTables) -> Iterator[str]:
-    """Yield notes on late rows, repeated pairs, and documents in several splits or forms."""
+    # notes on late rows, repeated pairs, and documents in several splits or forms
     if tables.until is not None:
-        ((late,),) = engine.fetch("SELECT (SELECT count(*) FROM found) - (SELECT count(*) FROM divided)")
+        ((late,),) = engine.fetch("SELECT (SELECT count(*) FROM pair_rows) - (SELECT count(*) FROM assigned_rows)")
         if late:
-            yield f"{late} rows are not before --until {tables.until} and dropped; their documents remain"
+            run.notes.append(f"{late} rows are not before --until {tables.until} and dropped; their documents remain")
     if tables.dedup:
-        ((repeated,),) = engine.fetch("SELECT count(*) FROM kept WHERE nth > 1")
+        ((repeated,),) = engine.fetch("SELECT count(*) FROM numbered_rows WHERE nth > 1")
         if repeated:
-            yield f"{repeated} rows repeat a (query, document) pair and are dropped"
-    several = "SELECT doc_id FROM divided GROUP BY doc_id HAVING min(split) < max(split)"
+            run.notes.append(f"{repeated} rows repeat a (query, document) pair and are dropped")
+    several = "SELECT doc_id FROM assigned_rows GROUP BY doc_id HAVING min(split) < max(split)"
     ((apart,),) = engine.fetch(f"SELECT count(*) FROM ({several})")
     if apart:
         have = "1 document has" if apart == 1 else f"{apart} documents have"
-        yield f"{have} rows in several splits; --whole-documents keeps each in one"
+        run.notes.append(f"{have} rows in several splits; --whole-documents keeps each in one")
     if tables.doc_id_column:
-        other = "found.doc_id = kept.doc_id AND found.content <> kept.content AND kept.nth = 1"
-        ((rows,),) = engine.fetch(f"SELECT count(*) FROM found JOIN first_documents kept ON {other}")
+        other = "r.doc_id = d.doc_id AND r.content <> d.content AND d.nth = 1"
+        ((rows,),) = engine.fetch(f"SELECT count(*) FROM pair_rows r JOIN first_documents d ON {other}")
         if rows:
-            yield f"{rows} rows have other features for the same {tables.doc_id_column}; the first row's are used"
-
-
-def _documents_of_train(engine: LocalEngine, siamese: bool) -> RowTable:
-    """Return the new and changed documents in train: the schema is not fitted to held-out rows."""
-    of_train = "SELECT doc_id FROM train" + (" UNION SELECT query_id AS doc_id FROM train" if siamese else "")
-    return engine.select(
-        "documents_of_train", f"SELECT * FROM told_documents WHERE doc_id IN ({of_train})", order="place, doc_id"
-    )
-
-
-def _train_positives(engine: LocalEngine, documents: DistinctDocuments) -> tuple[np.ndarray, np.ndarray]:
-    """Return the catalogue rows of documents with train positives, and their counts, int64."""
-    counted = engine.select(
-        "train_positives", "SELECT doc_id, count(*) AS n FROM train WHERE relevance > 0 GROUP BY doc_id", order="doc_id"
-    ).read()
-    return documents.keys.find(counted.column("doc_id").to_numpy()), counted.column("n").to_numpy()
+            run.notes.append(
+                f"{rows} rows have other features for the same {tables.doc_id_column}; the first row's are used"
+            )
+    return splits
 
 
 def _encoded(
@@ -383,27 +345,29 @@ def write_collection(
     With `dedup` one per pair. Siamese queries have their document keys. Raises ConfigError: a relevance is not an
     integer, or an id has a tab or line break.
     """
-    key, own = "lpad(lower(hex(divided.query_id)), 16, '0')", ""
+    key, query_documents = "lpad(lower(hex(assigned_rows.query_id)), 16, '0')", ""
     if schema.siamese:
-        key, own = "own.doc_key", " JOIN documents own ON own.doc_id = divided.query_id"
-    engine.view("named", f"SELECT divided.*, {key} AS query_key FROM divided{own}")
-    engine.view("asked", first_rows("named", "query_id"))
-    queries = engine.select("queries", "SELECT * FROM asked WHERE nth = 1", order="place, query_id")
-    engine.view("paired", first_rows("named", "query_id, doc_id" if dedup else "query_id, doc_id, split"))
-    judged = (
-        "SELECT paired.place, query_id, query_key, documents.doc_key, relevance FROM paired "
-        "JOIN documents ON paired.doc_id = documents.doc_id WHERE paired.nth = 1 AND split = "
+        key, query_documents = "own.doc_key", " JOIN documents own ON own.doc_id = assigned_rows.query_id"
+    engine.view("keyed_rows", f"SELECT assigned_rows.*, {key} AS query_key FROM assigned_rows{query_documents}")
+    engine.view("keyed_queries", first_rows("keyed_rows", "query_id"))
+    queries = engine.select("queries", "SELECT * FROM keyed_queries WHERE nth = 1", order="place, query_id")
+    engine.view("keyed_pairs", first_rows("keyed_rows", "query_id, doc_id" if dedup else "query_id, doc_id, split"))
+    judgements = (
+        "SELECT keyed_pairs.place, query_id, query_key, documents.doc_key, relevance FROM keyed_pairs "
+        "JOIN documents ON keyed_pairs.doc_id = documents.doc_id WHERE keyed_pairs.nth = 1 AND split = "
     )
 
-    with new_folder(real_path(folder), OWN_FILES) as aside:
-        (aside / QRELS_DIR).mkdir()
-        write_json(aside / META_FILE, COLLECTION)
-        write_entries(aside / CORPUS_FILE, schema.doc, _entries(documents.table, "doc_key", "d", schema.doc))
-        write_entries(aside / QUERIES_FILE, schema.query, _entries(queries, "query_key", "q", schema.query))
+    with new_folder(real_path(folder), OWN_FILES) as unfinished:
+        (unfinished / QRELS_DIR).mkdir()
+        write_json(unfinished / META_FILE, COLLECTION)
+        write_entries(unfinished / CORPUS_FILE, schema.doc, _entries(documents.table, "doc_key", "d", schema.doc))
+        write_entries(unfinished / QUERIES_FILE, schema.query, _entries(queries, "query_key", "q", schema.query))
         for number, split in enumerate(SPLITS):
-            table = engine.select(f"judged_{split}", f"{judged}{number}", order="place, query_id, doc_key")
+            table = engine.select(f"judgements_{split}", f"{judgements}{number}", order="place, query_id, doc_key")
             if table.num_rows:
-                write_judgements(aside, split, _judgements(table))
+                names = ("query_key", "doc_key", "relevance")
+                pieces = ([piece.column(name).to_pylist() for name in names] for piece in table.batches())
+                write_judgements(unfinished, split, (row for columns in pieces for row in zip(*columns, strict=True)))
 
 
 def _entries(
@@ -411,9 +375,3 @@ def _entries(
 ) -> Iterator[tuple[list[str], pa.Table]]:
     for piece in table.batches():
         yield piece.column(key).to_pylist(), canonical_columns(piece, prefix, features)
-
-
-def _judgements(table: RowTable) -> Iterator[tuple[str, str, float]]:
-    for piece in table.batches():
-        columns = [piece.column(name).to_pylist() for name in ("query_key", "doc_key", "relevance")]
-        yield from zip(*columns, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from bigdssm.errors import DataError, UnavailableError
 from bigdssm.features import Feature
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits
-from bigdssm.ingest.engines.tables import write_facts
+from bigdssm.ingest.engines.local import write_facts
 from bigdssm.sources.base import Part, Source
 from bigdssm.sources.text import MissingColumn
 
@@ -63,13 +63,6 @@ class TablePart:
     source: Source
     number: int  # of the table within the ingestion
     part: Part
-
-
-def table_parts(sources: Sequence[Source]) -> list[TablePart]:
-    """Return the parts of all tables, in order. Raises DataError: too many tables."""
-    if len(sources) > MAX_TABLES:
-        raise DataError(f"{len(sources)} tables are given, at most {MAX_TABLES} are supported; join some of them")
-    return [TablePart(source, number, part) for number, source in enumerate(sources) for part in source.parts()]
 
 
 def column_options(*columns: tuple[str | None, str]) -> dict[str, str]:

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges
+from bigdssm.ingest.engines.local import LocalEngine, RowFile, RowTable, ranges
 
 ROWS_PER_BUCKET_JOB = 1 << 20
 ROWS_PER_BUCKET = 1 << 21  # approximate; sorted in memory

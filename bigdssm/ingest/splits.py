@@ -12,12 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.dataset.row_keys import uniform
+from bigdssm.dataset.keys import uniform
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, parse_time, strings, times
 from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import RowFile, RowTable, ranges, read_facts
+from bigdssm.ingest.engines.local import LocalEngine, RowFile, RowTable, ranges, read_facts
 from bigdssm.ingest.sorting import float_sort_keys, sort_key_to_float
 from bigdssm.utils.string_hashing import hash_strings
 
@@ -73,7 +72,10 @@ class SplitTimes:
     ) -> SplitTimes | None:
         """Return explicit cut-off times, or None if `fractions` determine them. Raises ConfigError."""
         options = {"--validation-from": validation_from, "--test-from": test_from, "--until": until}
-        given = {option: _read(option, value) for option, value in options.items() if value is not None}
+        given = {option: parse_time(value) for option, value in options.items() if value is not None}
+        for option, time in given.items():
+            if not np.isfinite(time):
+                raise ConfigError(f"{option} {options[option]!r} is neither a number nor an ISO-8601 time")
         if not given:
             return None
         if split != "time":
@@ -126,13 +128,6 @@ def check_dataset_split(fractions: tuple[float, float], **options: object) -> No
         given.append("--validation-fraction or --test-fraction")
     if given:
         raise ConfigError(f"{given[0]} needs --split; without it an append uses the split of the dataset at --out")
-
-
-def _read(option: str, value: float | str | date) -> float:
-    moment = parse_time(value)
-    if not np.isfinite(moment):
-        raise ConfigError(f"{option} {value!r} is neither a number nor an ISO-8601 time")
-    return moment
 
 
 PairSplit = Literal["random", "time", "column", "train"]
@@ -202,12 +197,20 @@ class Splitter:
         if self._how == "time":
             return nothing, nothing, times(check, str(self._column))
         if self._how == "column":
-            return self._read_column(check), nothing, nothing
-        units = self._units(check, query_ids)
-        return nothing if self._how == "train" else self._drawn(units), units, nothing
+            names = strings(check, str(self._column))
+            numbers = np.array([NAMES.get(value.lower(), -1) for value in names.to_pylist()], np.int64)
+            check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation, test or none", names)
+            return numbers, nothing, nothing
+        if self._how == "train":
+            return nothing, query_ids, nothing
+        units = query_ids
+        if self._column is not None:  # a row without a group is grouped by query
+            groups = strings(check, self._column)
+            units = np.where(is_empty(groups), query_ids, hash_strings(groups))
+        return self._random_splits(units), units, nothing
 
     def divide(self, engine: LocalEngine, folders: Sequence[Path], *, siamese: bool = False) -> None:
-        """Create the view `divided`: the rows of `found` with their splits.
+        """Create the view `assigned_rows`: the rows of `pair_rows` with their splits.
 
         Completes `description`, from which `of_dataset` restores the splitter for an append. `folders` are the outputs
         of the read step. Raises DataError: times in several units.
@@ -227,41 +230,29 @@ class Splitter:
             from_validation, from_test, end, from_train = map(as_sql, times)
             split = f"WHEN time >= {from_test} THEN 2 WHEN time >= {from_validation} THEN 1 ELSE 0 END"
             split = f"CASE WHEN time >= {from_train} THEN 0 {split}"
-            engine.view("divided", f"SELECT *, {split} AS split FROM found WHERE time < {end}")
-            ((newest,),) = engine.fetch("SELECT max(time) FROM found")
+            engine.view("assigned_rows", f"SELECT *, {split} AS split FROM pair_rows WHERE time < {end}")
+            ((newest,),) = engine.fetch("SELECT max(time) FROM pair_rows")
             self.description |= split_times.as_json(newest)
         elif self._whole_documents:
             labels = _joined_units(engine, siamese)
-            work = partial(self._draw_labels, labels)
-            drawn = engine.map("draw", ranges(labels, UNITS_PER_JOB), work, rows=labels.num_rows)
-            engine.table("drawn", [folder / "splits.parquet" for folder in drawn])
-            engine.view("divided", "SELECT found.*, drawn.split FROM found JOIN drawn ON found.unit = drawn.unit")
+            work = partial(self._split_units, labels)
+            split_folders = engine.map("assign_units", ranges(labels, UNITS_PER_JOB), work, rows=labels.num_rows)
+            engine.table("unit_splits", [folder / "splits.parquet" for folder in split_folders])
+            engine.view("assigned_rows", "SELECT r.*, u.split FROM pair_rows r JOIN unit_splits u ON r.unit = u.unit")
         else:
-            engine.view("divided", f"SELECT *, split_read AS split FROM found WHERE split_read < {len(SPLITS)}")
+            engine.view(
+                "assigned_rows", f"SELECT *, split_read AS split FROM pair_rows WHERE split_read < {len(SPLITS)}"
+            )
 
-    def _units(self, check: RowCheck, query_ids: np.ndarray) -> np.ndarray:
-        """Return the units of a random split, int64: groups, or queries without a group column."""
-        if self._column is None or self._how != "random":
-            return query_ids
-        groups = strings(check, self._column)
-        # a row without a group is grouped by query
-        return np.where(is_empty(groups), query_ids, hash_strings(groups))
-
-    def _read_column(self, check: RowCheck) -> np.ndarray:
-        names = strings(check, str(self._column))
-        numbers = np.array([NAMES.get(value.lower(), -1) for value in names.to_pylist()], np.int64)
-        check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation, test or none", names)
-        return numbers
-
-    def _drawn(self, units: np.ndarray) -> np.ndarray:
+    def _random_splits(self, units: np.ndarray) -> np.ndarray:
         validation, test = self._fractions
         u = uniform(units, "split", self._seed)
         return np.where(u < test, 2, np.where(u < test + validation, 1, 0))
 
-    def _draw_labels(self, labels: RowTable, job: tuple[int, int], folder: Path) -> None:
+    def _split_units(self, labels: RowTable, job: tuple[int, int], folder: Path) -> None:
         with RowFile(folder / "splits.parquet", LABELLED) as file:
             for piece in labels.batches(*job):
-                split = self._drawn(piece.column("label").to_numpy())
+                split = self._random_splits(piece.column("label").to_numpy())
                 file.add(pa.table({"unit": piece.column("unit"), "split": pa.array(split.astype(np.int32))}))
 
 
@@ -303,22 +294,25 @@ def as_sql(number: float) -> str:
 def _joined_units(engine: LocalEngine, siamese: bool) -> RowTable:
     """Return (unit, label): connected components of units by documents, siamese: also queries; label = least unit."""
     nodes = ["content", "doc_id", *(["query_id"] if siamese else [])]
-    both = " UNION ".join(f"SELECT unit, {name} AS content FROM found" for name in nodes)
+    both = " UNION ".join(f"SELECT unit, {name} AS content FROM pair_rows" for name in nodes)
     engine.select("edges", both, order="unit, content")
     labels = engine.select("labels0", "SELECT DISTINCT unit, unit AS label FROM edges", order="unit")
     for step in range(1, 64):
-        known = f"labels{step - 1}"
-        engine.view("near", f"SELECT edges.unit, content, label FROM edges JOIN {known} ON edges.unit = {known}.unit")
-        engine.view("least", "SELECT content, min(label) AS label FROM near GROUP BY content")
+        previous = f"labels{step - 1}"
         engine.view(
-            "nearer",
-            "SELECT near.unit, min(least.label) AS label FROM near JOIN least ON near.content = least.content "
-            "GROUP BY near.unit",
+            "unit_labels",
+            f"SELECT edges.unit, content, label FROM edges JOIN {previous} ON edges.unit = {previous}.unit",
+        )
+        engine.view("content_labels", "SELECT content, min(label) AS label FROM unit_labels GROUP BY content")
+        engine.view(
+            "least_labels",
+            "SELECT u.unit, min(c.label) AS label FROM unit_labels u JOIN content_labels c ON u.content = c.content "
+            "GROUP BY u.unit",
         )
         # pointer jumping: halves the length of chains
-        own = f"SELECT nearer.unit, {known}.label FROM nearer JOIN {known} ON nearer.label = {known}.unit"
-        labels = engine.select(f"labels{step}", own, order="unit")
-        changed = f"SELECT count(*) FROM labels{step} a JOIN {known} b ON a.unit = b.unit WHERE a.label <> b.label"
+        jumped = f"SELECT l.unit, {previous}.label FROM least_labels l JOIN {previous} ON l.label = {previous}.unit"
+        labels = engine.select(f"labels{step}", jumped, order="unit")
+        changed = f"SELECT count(*) FROM labels{step} a JOIN {previous} b ON a.unit = b.unit WHERE a.label <> b.label"
         if engine.fetch(changed) == [(0,)]:
             break
     return labels

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.blocks import read_block, read_range
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import SplitIndex, read_dataset_json, read_index
-from bigdssm.dataset.remote import COUNTS_FILE, catalogue_entries
+from bigdssm.dataset.remote import COUNTS_FILE, FileCache, catalogue_entries
 from bigdssm.dataset.schema import VOCABULARIES
 from bigdssm.errors import DataError
 from bigdssm.ingest.dataset_writer import TOKENIZER
-from bigdssm.ingest.writing import TAR_HEADER_BYTES
+from bigdssm.ingest.job import TAR_HEADER_BYTES
 from bigdssm.utils.hashing import file_checksum
 from bigdssm.utils.log import Progress, no_progress
 from bigdssm.utils.urls import is_url
@@ -44,8 +43,8 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
     damages += _compared(dataset.dir / VOCABULARIES, vocabularies)
     for number, partition in enumerate([*dataset.partitions, *dataset.item_partitions]):
         content = partition.content
-        known = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
-        damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **known})
+        sequences = {part["file"]: part["checksum"] for part in content.get("sequences", [])}
+        damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **sequences})
         for split in content["splits"]:
             try:
                 index = read_index(partition, split, number)

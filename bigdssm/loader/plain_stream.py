@@ -24,7 +24,7 @@ from braceexpand import braceexpand
 
 from bigdssm.dataset.blocks import BadRow
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.row_keys import hash_rows, row_keys
+from bigdssm.dataset.keys import hash_rows, row_keys
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns
@@ -33,7 +33,7 @@ from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column, from_arrow
 from bigdssm.loader.stream import RowStream
 from bigdssm.loader.workers import LoadedStep, WorkerSteps
-from bigdssm.sources.files import LocalFile
+from bigdssm.sources.base import LocalFile
 from bigdssm.sources.text import record_batch
 from bigdssm.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
 from bigdssm.utils.hashing import derive_key, hash64

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.row_keys import pair_hash
+from bigdssm.dataset.keys import pair_hash
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.features.columns import RowCheck, strings, value_lists

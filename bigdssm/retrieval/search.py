@@ -17,7 +17,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored_features
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.features.columns import check_single_unit
+from bigdssm.features.columns import TimeUnits, check_time_units
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
@@ -155,7 +155,9 @@ class Queries:
         if len(times) == len(events):
             all_times = np.array(times if now is None else [*times, now], np.float64)
             try:
-                check_single_unit(all_times, "the request")
+                units = TimeUnits()
+                units.add(all_times)
+                check_time_units([units.facts()], "the request")
             except DataError as error:
                 raise ConfigError(str(error)) from None
             order = np.argsort(all_times[: len(times)], kind="stable").tolist()

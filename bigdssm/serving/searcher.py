@@ -17,9 +17,9 @@ import numpy as np
 
 from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import read_dataset_json
+from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of

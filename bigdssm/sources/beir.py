@@ -76,15 +76,15 @@ def read_collection(folder: Path, split: str) -> Collection:
     for documents in qrels.values():
         if unknown := documents.keys() - keys:
             raise DataError(f"{path} judges document {min(unknown)!r}, which is not in {CORPUS_FILE}")
-    known: Qrels = {}
+    known_positives: Qrels = {}
     for other in sorted((folder / QRELS_DIR).glob("*.tsv")):
         if other.name != path.name:
             for query, documents in read_qrels_tsv(other).items():
                 if query in qrels:
-                    of_split = qrels[query]
-                    positive = {key: n for key, n in documents.items() if n > 0 and of_split.get(key, 0) <= 0}
-                    known.setdefault(query, {}).update(positive)
-    return Collection(corpus, judged, qrels, known)
+                    judged_documents = qrels[query]
+                    positive = {key: n for key, n in documents.items() if n > 0 and judged_documents.get(key, 0) <= 0}
+                    known_positives.setdefault(query, {}).update(positive)
+    return Collection(corpus, judged, qrels, known_positives)
 
 
 def read_qrels_tsv(path: Path) -> Qrels:
@@ -99,8 +99,8 @@ def read_qrels_tsv(path: Path) -> Qrels:
                     raise DataError(f"{path}:{number} has {len(row)} fields, needs query-id, corpus-id and score")
                 add_judgement(qrels, row[0], row[1], row[2], path, number)
     except FileNotFoundError:
-        known = sorted(p.stem for p in path.parent.glob("*.tsv"))
-        raise DataError(f"{path} does not exist; splits there: {', '.join(known) or 'none'}") from None
+        splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
+        raise DataError(f"{path} does not exist; splits there: {', '.join(splits) or 'none'}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
@@ -152,29 +152,24 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
 def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[tuple[list[str], pa.Table]]) -> None:
     """Write a corpus or queries from keys and canonical features, chunk by chunk."""
     title = {"title": ""} if path.name == CORPUS_FILE else {}
+    texts = texts_of(features)
     with path.open("w", encoding="utf-8") as file:
         for keys, table in pieces:
-            for key, entry in zip(keys, _contents(features, table), strict=True):
-                file.write(json.dumps({"_id": key, **title, **entry}, ensure_ascii=False) + "\n")
-
-
-def _contents(features: Mapping[str, Feature], table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the text of each row, and metadata for other features."""
-    texts = texts_of(features)
-    columns = {name: table.column(name).combine_chunks() for name in features}
-    values = {name: column.to_pylist() for name, column in columns.items()}
-    omitted = {  # missing values without a JSON representation, such as NaN
-        name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
-        for name, feature in features.items()
-    }
-    for row in range(table.num_rows):
-        apart = {
-            feature.source: values[name][row]
-            for name, feature in features.items()
-            if not omitted[name][row] and (len(texts) != 1 or name not in texts)
-        }
-        text = "\n".join(values[name][row] for name in texts)
-        yield {"text": text, **({"metadata": apart} if apart else {})}
+            columns = {name: table.column(name).combine_chunks() for name in features}
+            values = {name: column.to_pylist() for name, column in columns.items()}
+            omitted = {  # missing values without a JSON representation, such as NaN
+                name: feature.is_missing(columns[name]) & (feature.missing not in ("", []))
+                for name, feature in features.items()
+            }
+            for row, key in enumerate(keys):
+                metadata = {
+                    feature.source: values[name][row]
+                    for name, feature in features.items()
+                    if not omitted[name][row] and (len(texts) != 1 or name not in texts)
+                }
+                text = "\n".join(values[name][row] for name in texts)
+                entry = {"_id": key, **title, "text": text, **({"metadata": metadata} if metadata else {})}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def write_judgements(folder: Path, split: str, rows: Iterable[tuple[str, str, float]]) -> None:

@@ -21,12 +21,14 @@ from bigdssm.sources.base import (
     READING_ERRORS,
     ROWS_PER_BATCH,
     FileSource,
+    LocalFile,
     Part,
+    RemoteFile,
+    TableFile,
     as_utf8,
     reading_error,
     register_source,
 )
-from bigdssm.sources.files import LocalFile, RemoteFile, TableFile
 from bigdssm.sources.text import column_names, require_columns
 
 ROWS_PER_PART = 1_000_000  # at most, unless a single chunk has more
@@ -124,21 +126,6 @@ class ParquetSource(ChunkedSource):
                 yield pa.Table.from_batches([batch]).select(names)
 
 
-def parquet_names(folder: str, names: Sequence[str]) -> list[str]:
-    """Return the data files among `names`, sorted, without hidden files and markers.
-
-    Raises DataError: one is not a Parquet file.
-    """
-    visible = sorted(name for name in names if not name.startswith((".", "_")))
-    for name in visible:
-        if not name.lower().endswith(PARQUET_SUFFIX):
-            raise DataError(
-                f"{folder} is read as a folder of {PARQUET_SUFFIX} files, but has {name!r}; move it away, or give "
-                f"the files or folders in it one by one"
-            )
-    return visible
-
-
 @register_source
 class ArrowSource(ChunkedSource):
     """Arrow IPC files or streams, read by record batches.
@@ -167,7 +154,8 @@ class ArrowSource(ChunkedSource):
     def chunk_tables(self, part: ChunkedPart, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield the rows of a part's record batches, merged or split to an even size."""
         with part.file.open_arrow(mapped=True) as opened:
-            stored = _schema(opened).names
+            reader = pa.ipc.open_file(opened) if _has_index(opened) else pa.ipc.open_stream(opened)
+            stored = reader.schema.names
             names = stored_names(part.file, stored, columns)
             fields = sorted({stored.index(name) for name in names})
             batches = _batches(opened, fields, part.chunks.start, part.chunks.stop)
@@ -179,10 +167,6 @@ def _has_index(opened: pa.NativeFile) -> bool:
     magic = opened.read_at(len(FILE_MAGIC), 0)
     opened.seek(0)
     return bool(magic == FILE_MAGIC)
-
-
-def _schema(opened: pa.NativeFile) -> pa.Schema:
-    return (pa.ipc.open_file if _has_index(opened) else pa.ipc.open_stream)(opened).schema
 
 
 def _batches(

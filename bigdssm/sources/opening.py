@@ -9,15 +9,13 @@ from pathlib import Path
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.sources import webdataset  # noqa: F401, registers its format
-from bigdssm.sources.base import SOURCES, Part, Source
+from bigdssm.sources.base import COMPRESSIONS, SOURCES, LocalFile, Part, RemoteFile, Source, TableFile
 from bigdssm.sources.columnar import (
     PARQUET_SUFFIX,
     ParquetSource,
     is_saved_dataset,
-    parquet_names,
     saved_dataset,
 )
-from bigdssm.sources.files import COMPRESSIONS, LocalFile, RemoteFile, TableFile
 from bigdssm.sources.text import MissingColumn
 from bigdssm.utils.urls import is_folder, is_url, join, list_names
 
@@ -67,15 +65,24 @@ def open_source(path: str | Path) -> Source:
     Raises DataError: missing, or an unknown format; ConfigError: a missing package for this kind of URL.
     """
     if isinstance(path, str) and is_url(path):
-        return _remote(path)
+        remote = RemoteFile(path)
+        try:
+            if is_folder(path):
+                return _parquet_folder(remote.name, list_names(path), lambda name: RemoteFile(join(path, name)))
+        except FileNotFoundError:
+            raise DataError(f"table {remote.name} does not exist") from None
+        return _of_suffix(remote)
     if str(path).startswith("pipe:"):
         raise DataError(f"{path}: commands are not run; write their output to a file first")
-    path = Path(path)
-    if path.is_dir():
-        return _folder(path)
-    if not path.is_file():
-        raise DataError(f"table {path} {'is not a file' if path.exists() else 'does not exist'}")
-    return _of_suffix(LocalFile(path))
+    local = Path(path)
+    if is_saved_dataset(local):
+        return saved_dataset(local)
+    if local.is_dir():
+        names = [entry.name for entry in local.iterdir()]
+        return _parquet_folder(str(local), names, lambda name: LocalFile(local / name))
+    if not local.is_file():
+        raise DataError(f"table {local} {'is not a file' if local.exists() else 'does not exist'}")
+    return _of_suffix(LocalFile(local))
 
 
 def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
@@ -107,23 +114,14 @@ def _of_suffix(file: TableFile) -> Source:
     return source(file)
 
 
-def _folder(path: Path) -> Source:
-    if is_saved_dataset(path):
-        return saved_dataset(path)
-    return _parquet_folder(str(path), [entry.name for entry in path.iterdir()], lambda name: LocalFile(path / name))
-
-
-def _remote(url: str) -> Source:
-    file = RemoteFile(url)
-    try:
-        if is_folder(url):
-            return _parquet_folder(file.name, list_names(url), lambda name: RemoteFile(join(url, name)))
-    except FileNotFoundError:
-        raise DataError(f"table {file.name} does not exist") from None
-    return _of_suffix(file)
-
-
 def _parquet_folder(folder: str, names: Sequence[str], file: Callable[[str], TableFile]) -> Source:
-    if not (used := parquet_names(folder, names)):
+    visible = sorted(name for name in names if not name.startswith((".", "_")))  # no hidden files and markers
+    for name in visible:
+        if not name.lower().endswith(PARQUET_SUFFIX):
+            raise DataError(
+                f"{folder} is read as a folder of {PARQUET_SUFFIX} files, but has {name!r}; move it away, or give "
+                f"the files or folders in it one by one"
+            )
+    if not visible:
         raise DataError(f"table {folder} is not a file, and as a folder it has no {PARQUET_SUFFIX} files")
-    return ParquetSource(*map(file, used), name=folder)
+    return ParquetSource(*map(file, visible), name=folder)

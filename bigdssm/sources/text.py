@@ -39,9 +39,9 @@ TOO_DEEP = f"an object with more than {MAX_NESTING} levels"
 def column_names(table: str, header: Sequence[str]) -> list[str]:
     """Strip RecBole types from column names. Raises DataError: a duplicate column."""
     names = [HEADER_TYPE.sub("", name).strip() for name in header]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"{table} has the column {twice[0]!r} twice")
+    duplicates = [name for name in names if names.count(name) > 1]
+    if duplicates:
+        raise DataError(f"{table} has the column {duplicates[0]!r} twice")
     return names
 
 
@@ -114,7 +114,16 @@ class DelimitedSource(FileSource):
         """Yield the rows of the file."""
         delimiter = DELIMITERS[self.file.suffix]
         quoted = delimiter == ","  # TSV has no quoting: titles may hold a lone quote
-        names = self._header(delimiter, quoted)
+        with self.file.open() as stream:
+            first = stream.readline(MAX_HEADER_BYTES)
+        try:
+            header = first.decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise DataError(f"{self.name}: the header is not UTF-8; convert the table first") from None
+        if not header:
+            raise DataError(f"{self.name} has no header: the file or its first line is empty")
+        fields = csv.reader([header], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+        names = column_names(self.name, next(fields))
         require_columns(self.name, names, columns)
         broken: dict[int, str] = {}
 
@@ -146,18 +155,6 @@ class DelimitedSource(FileSource):
                 yield as_utf8(table.keep(rows > 0) if len(rows) and rows[0] == 0 else table, report_bad)
         for number, reason in broken.items():
             report_bad(self.name, number, reason)
-
-    def _header(self, delimiter: str, quoted: bool) -> list[str]:
-        with self.file.open() as stream:
-            first = stream.readline(MAX_HEADER_BYTES)
-        try:
-            header = first.decode("utf-8-sig").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise DataError(f"{self.name}: the header is not UTF-8; convert the table first") from None
-        if not header:
-            raise DataError(f"{self.name} has no header: the file or its first line is empty")
-        fields = csv.reader([header], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-        return column_names(self.name, next(fields))
 
 
 Record = dict[str, Any]
@@ -242,8 +239,8 @@ def _text(value: Any) -> str | None:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        whole = value.is_integer() and abs(value) < 2**53
-        return str(int(value)) if whole else str(pa.scalar(value).cast(pa.string()).as_py())
+        is_integer = value.is_integer() and abs(value) < 2**53
+        return str(int(value)) if is_integer else str(pa.scalar(value).cast(pa.string()).as_py())
     return json.dumps(value, ensure_ascii=False)
 
 

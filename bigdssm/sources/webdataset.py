@@ -19,8 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from bigdssm.errors import DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.sources.base import FileSource, Part, register_source
-from bigdssm.sources.files import TableFile
+from bigdssm.sources.base import FileSource, Part, TableFile, register_source
 from bigdssm.sources.text import MAX_RECORD_BYTES, Record, parse_object, record_batches
 
 UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")
@@ -114,27 +113,25 @@ def record_of(sample: dict[str, Any]) -> Record:
     Raises ValueError: not UTF-8, not a JSON object, or a duplicate column.
     """
     record: Record = {KEY: sample[KEY]}
-    for suffix, content in sample.items():
+    for suffix, member in sample.items():
         if suffix.startswith("__"):
             continue
         name, _, kind = suffix.rpartition(".")
         try:
-            text = content.decode().rstrip("\r\n")
+            text = member.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"invalid UTF-8 in .{suffix} at byte {error.start}") from None
-        columns = _columns(suffix, name, text) if kind == "json" else {name or kind: text}
+        columns: Record = {name or kind: text}
+        if kind == "json":
+            try:
+                content = parse_object(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f".{suffix} is not JSON: {error}") from None
+            except ValueError as error:
+                raise ValueError(f".{suffix} is {error}") from None
+            columns = {f"{name}.{key}" if name else key: value for key, value in content.items()}
         for column in columns:
             if column in record:
                 raise ValueError(f"column {column!r} comes from .{suffix} and from another member")
         record |= columns
     return record
-
-
-def _columns(suffix: str, name: str, text: str) -> Record:
-    try:
-        content = parse_object(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f".{suffix} is not JSON: {error}") from None
-    except ValueError as error:
-        raise ValueError(f".{suffix} is {error}") from None
-    return {f"{name}.{key}" if name else key: value for key, value in content.items()}

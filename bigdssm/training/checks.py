@@ -23,8 +23,7 @@ from bigdssm.config import (
     differences,
     first_difference,
 )
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.evaluation.metrics import find_metric

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bigdssm.checkpoints.checkpoint import checkpoint_bytes
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageConfig, StageName
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text

@@ -30,8 +30,7 @@ from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cluster.metrics import CONFIG_FILE
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
 from bigdssm.config import Config, StageConfig, StageName, config_from, differences, load_written_config
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.partition import Extent
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bigdssm.config import ModelConfig, NegativesConfig, StageConfig, load_config
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import open_dataset
 from bigdssm.loader.batch import Batch, Collator, distinct_in_order, to_features
 from bigdssm.losses import Softmax
 from bigdssm.losses.declarations import NoCorrection

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm.config import Config, load_config
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import open_dataset
 from bigdssm.training.estimate import Estimate, estimate
 
 from . import real_data

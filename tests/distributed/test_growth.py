@@ -13,8 +13,7 @@ import torch
 from bigdssm.checkpoints.checkpoint import find_checkpoint, verify
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.config import load_config
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.features.categorical import categorical_of
 from bigdssm.ingest.interactions import InteractionTables, make_interactions

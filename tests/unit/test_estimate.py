@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigdssm.config import load_config
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate, stand_in_dataset
 from tests.conftest import NUM_ITEMS, TinyDataset

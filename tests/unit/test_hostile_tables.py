@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.ingest import writing
+from bigdssm.ingest import job
 from tests.conftest import write_config
 from tests.unit.test_make_shards_tool import tool
 
@@ -314,7 +314,7 @@ def test_a_full_disk_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing.tarfile.TarFile, "addfile", full)
+        patch.setattr(job.tarfile.TarFile, "addfile", full)
         code, said = make.records(RECORDS)
     assert code == 1 and f"No space left on device: {make.folder}/.dataset.unfinished" in said and not make.out.exists()
     assert make.records(RECORDS)[0] == 0, "with room again it goes on"

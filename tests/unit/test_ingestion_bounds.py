@@ -58,13 +58,13 @@ def test_an_unavailable_engine_costs_no_finished_work(tmp_path: Path, monkeypatc
         patch.setattr("bigdssm.ingest.job.write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         make_pairs(PAIRS, PairTables(files), target)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no engine"):
-        patch.setattr(job, "_engine", lambda *args: (_ for _ in ()).throw(ConfigError("no engine")))
+        patch.setattr(job, "LocalEngine", lambda *args, **options: (_ for _ in ()).throw(ConfigError("no engine")))
         make_pairs(PAIRS, PairTables(files), target)
     with monkeypatch.context() as patch:
         patch.setattr(JsonLinesSource, "read", lambda *args: pytest.fail("it was read before"))
         make_pairs(PAIRS, PairTables(files), target)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no engine"):
-        patch.setattr(job, "_engine", lambda *args: (_ for _ in ()).throw(ConfigError("no engine")))
+        patch.setattr(job, "LocalEngine", lambda *args, **options: (_ for _ in ()).throw(ConfigError("no engine")))
         make_pairs(PAIRS, PairTables(files), IngestTarget(tmp_path / "other"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.jsonl"], "nothing is left of nothing"
 

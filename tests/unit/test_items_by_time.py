@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.config import DataConfig, SourceConfig
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions

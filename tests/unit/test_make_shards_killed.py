@@ -25,12 +25,12 @@ SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.ingest import cutting, fitting, interactions, job, pairs, writing
-from bigdssm.ingest.engines import tables as steps
+from bigdssm.ingest import cutting, fitting, interactions, job, pairs
+from bigdssm.ingest.engines import local
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.utils.log import get_logger
-fitting.ROWS_PER_FIT = writing.DOCUMENTS_PER_FILE = 300
-cutting.SEQUENCES_PER_FILE, writing.BLOCKS_PER_SHARD = 50, 4
+fitting.ROWS_PER_FIT = job.DOCUMENTS_PER_FILE = 300
+cutting.SEQUENCES_PER_FILE, job.BLOCKS_PER_SHARD = 50, 4
 kill_points, checks = 0, 0
 def deadly(owner, name):
     method = getattr(owner, name)
@@ -41,7 +41,7 @@ def deadly(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*args, **kwargs)
     setattr(owner, name, counted)
-deadly(steps.RowFile, "add"), deadly(os, "replace")
+deadly(local.RowFile, "add"), deadly(os, "replace")
 def counting(*args, original=columns.RowCheck.__init__):
     global checks
     checks += 1

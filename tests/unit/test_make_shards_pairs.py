@@ -222,7 +222,7 @@ def test_shards_are_tars_that_stock_webdataset_reads(tiny_pairs: Any) -> None:
 
 
 def test_shards_roll_over_and_read_as_one(tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.writing.BLOCKS_PER_SHARD", 2)
+    monkeypatch.setattr("bigdssm.ingest.job.BLOCKS_PER_SHARD", 2)
     tables = PairTables((tiny_pairs.source / "pairs.jsonl",), relevance_column="relevance", split="train")
     make_pairs(load_config(tiny_pairs.config).data, tables, IngestTarget(tmp_path / "out"))
     dataset = Dataset.open(tmp_path / "out")

@@ -16,8 +16,7 @@ import bigdssm
 from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.config import DataConfig, SourceConfig, load_config
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of, codes_of

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.keys import SortedKeys, write_keys
-from bigdssm.ingest.engines.local import LocalEngine
-from bigdssm.ingest.engines.tables import FirstRows, RowFile, RowTable
+from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable
 from bigdssm.ingest.sorting import (
     float_sort_keys,
     read_bucket,
@@ -110,7 +109,7 @@ def test_lookups_return_the_last_occurrence_of_a_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("waiting", [10, 200, 10_000])
 def test_first_rows_have_the_counts_of_all(waiting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.engines.tables.MAX_BUFFERED_ROWS", waiting)
+    monkeypatch.setattr("bigdssm.ingest.engines.local.MAX_BUFFERED_ROWS", waiting)
     schema = pa.schema([("place", pa.int64()), ("key", pa.int64()), ("n", pa.int64())])
     keys = RANDOM.randint(0, 40, 1_000)
     with RowFile(tmp_path / "rows.parquet", schema) as file, FirstRows(file, "key", count="n") as rows:

@@ -19,7 +19,7 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.sources import columnar, files
+from bigdssm.sources import base, columnar
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import open_source, read_table
 from bigdssm.utils.urls import fetch
@@ -141,7 +141,7 @@ def test_text_at_a_url_is_read_in_few_requests(
     fsspec.filesystem("memory").pipe_file(url, compressed(content))
     requests: list[int] = []
     monkeypatch.setattr(
-        files, "fetch", lambda url, at, size, is_valid: requests.append(at) or fetch(url, at, size, is_valid)
+        base, "fetch", lambda url, at, size, is_valid: requests.append(at) or fetch(url, at, size, is_valid)
     )
     assert sum(len(batch.rows) for batch in read_table(url, ["id"], no_bad)) == len(digits)
     assert len(content) > 1 << 20 and len(requests) <= 4, "the header, and the content in large pieces"

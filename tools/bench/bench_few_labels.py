@@ -36,7 +36,7 @@ from bigdssm.evaluation.comparison import System, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import means
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.sources.files import LocalFile
+from bigdssm.sources.base import LocalFile
 from bigdssm.utils.hashing import hash64
 from tools.public_data.debian import read_build_depends
 

@@ -35,8 +35,7 @@ import xxhash
 from bigdssm.cli import run_main
 from bigdssm.config import DataConfig, load_config
 from bigdssm.dataset.catalogue import Catalogue
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Numeric, Text, TextTokenizer
 from bigdssm.ingest.job import IngestTarget

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigdssm.errors import DataError
-from bigdssm.sources.base import READING_ERRORS
-from bigdssm.sources.files import COMPRESSIONS, LocalFile
+from bigdssm.sources.base import COMPRESSIONS, READING_ERRORS, LocalFile
 
 
 def public_data_error(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:

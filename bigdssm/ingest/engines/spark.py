@@ -25,12 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableError
-from bigdssm.ingest.engines.local import LocalEngine, StepFunction, disk_full_errors
-from bigdssm.ingest.engines.tables import FIRST_ROW_DIGITS, ROWS_PER_READ, RowTable, finished_folder
+from bigdssm.ingest.engines.local import (
+    FIRST_ROW_DIGITS,
+    ROWS_PER_READ,
+    LocalEngine,
+    RowTable,
+    StepFunction,
+    disk_full_errors,
+    finished_folder,
+)
 from bigdssm.ingest.reading import UnreadableTable
-from bigdssm.sources.base import Source
+from bigdssm.sources.base import LocalFile, Source
 from bigdssm.sources.columnar import ParquetSource
-from bigdssm.sources.files import LocalFile
 from bigdssm.sources.opening import SparkTable
 from bigdssm.sources.text import require_columns
 from bigdssm.utils.log import Progress, no_progress
@@ -74,9 +80,25 @@ class SparkEngine(LocalEngine):
         self._bytes: dict[str, int] = {}  # upper bound on the file sizes behind tables and views
         self._unregistered: dict[str, Callable[[], object]] = {}  # registers a name in Spark, at its first use
         try:
-            self._set(cluster.conf)
+            for name, value in () if self._owned else cluster.conf:
+                try:
+                    self._steps.conf.set(name, value)
+                except Exception as error:  # any Java exception
+                    raise ConfigError(f"{name} cannot be set in an existing Spark session: {_line(error)}") from error
             self._max_driver_bytes = self._read_max_driver_bytes()
-            self._check_workers()
+            # all workers need access to the spool folder
+            token = self.spool / f"seen-{uuid.uuid4().hex}"
+            token.touch()
+            try:
+                with _spark_errors(self.spool):
+                    answers = self._tasks(partial(_blind, token), self._processes).collect()
+            finally:
+                token.unlink(missing_ok=True)
+            if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
+                raise ConfigError(
+                    f"Spark's worker on {blind[0]} cannot access {self.spool}; choose an --out on a disk that this "
+                    "machine and all workers share, by one path"
+                )
         except BaseException:
             self.close()
             raise
@@ -85,7 +107,7 @@ class SparkEngine(LocalEngine):
         """Create or replace a view for queries."""
         super().view(name, query)
         used = self._used(query)
-        self._bytes[name] = self._size(used)
+        self._bytes[name] = sum(self._bytes[other] for other in used)
         self._unregistered[name] = partial(self._sql, f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {query}", used)
 
     def fetch(self, query: str) -> list[tuple[Any, ...]]:
@@ -118,17 +140,9 @@ class SparkEngine(LocalEngine):
                 raise DataError(f"{source.name}: Spark cannot resolve it: {_line(error)}") from error
             require_columns(source.name, frame.columns, columns)
             quoted = [f"`{column.replace('`', '``')}`" for column in columns]
-            with finished_folder(folder) as aside, _spark_errors(aside):
-                _write_numbered(frame.select(*quoted).orderBy(*quoted), aside)
+            with finished_folder(folder) as unfinished, _spark_errors(unfinished):
+                _write_numbered(frame.select(*quoted).orderBy(*quoted), unfinished)
         return ParquetSource(*map(LocalFile, sorted(folder.glob("*.parquet"))), name=source.name)
-
-    def _set(self, conf: Iterable[tuple[str, str]]) -> None:
-        """Apply settings to an existing session. Raises ConfigError: a setting is static."""
-        for name, value in () if self._owned else conf:
-            try:
-                self._steps.conf.set(name, value)
-            except Exception as error:  # any Java exception
-                raise ConfigError(f"{name} cannot be set in an existing Spark session: {_line(error)}") from error
 
     def _read_max_driver_bytes(self) -> int:
         given = str(self._steps.conf.get(DRIVER_BYTES_KEY, str(MAX_DRIVER_BYTES)))
@@ -137,21 +151,6 @@ class SparkEngine(LocalEngine):
                 f"{DRIVER_BYTES_KEY}={given}: needs an integer number of bytes, such as {MAX_DRIVER_BYTES}"
             )
         return int(given)
-
-    def _check_workers(self) -> None:
-        """Raise ConfigError if a worker has no access to the spool folder."""
-        token = self.spool / f"seen-{uuid.uuid4().hex}"
-        token.touch()
-        try:
-            with _spark_errors(self.spool):
-                answers = self._tasks(partial(_blind, token), self._processes).collect()
-        finally:
-            token.unlink(missing_ok=True)
-        if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
-            raise ConfigError(
-                f"Spark's worker on {blind[0]} cannot access {self.spool}; choose an --out on a disk that this machine "
-                "and all workers share, by one path"
-            )
 
     def _spread(self, work: StepFunction, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Path]:
         """Yield the folders of jobs as they finish. Raises the error of the first failed job."""
@@ -162,21 +161,21 @@ class SparkEngine(LocalEngine):
             with _spark_errors(self.spool):
                 return tasks.collect()
 
-        left = [folder for _, folder in jobs]
+        remaining = [folder for _, folder in jobs]
         with ThreadPoolExecutor(1) as pool:
             answers = pool.submit(collect)
             try:
                 while not answers.done():
                     wait([answers], POLL_S)
-                    finished = {folder for folder in left if folder.exists()}
-                    left = [folder for folder in left if folder not in finished]
+                    finished = {folder for folder in remaining if folder.exists()}
+                    remaining = [folder for folder in remaining if folder not in finished]
                     yield from finished
             except BaseException:
                 self._steps.interruptTag(tag)
                 raise
         if failed := sorted((number, answer) for number, answer in answers.result() if answer is not None):
             raise _error_of(failed[0][1])
-        yield from left
+        yield from remaining
 
     def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> DataFrame:
         """Return a DataFrame of the answers of `number` tasks, called with their numbers from 0."""
@@ -195,7 +194,9 @@ class SparkEngine(LocalEngine):
         self._unregistered[name] = partial(self._define, name, table, ordered)
 
     def _define(self, name: str, table: RowTable, ordered: bool) -> None:
-        frame = self._steps.read.parquet(*map(_location, table.files))
+        # as URLs, with glob characters escaped
+        files = ["file://" + re.sub(r"([*?\[\]{}\\])", r"\\\1", file) for file in table.files]
+        frame = self._steps.read.parquet(*files)
         if ordered:
             first_row = f"CAST(left(_metadata.file_name, {FIRST_ROW_DIGITS}) AS BIGINT)"
             frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
@@ -205,11 +206,8 @@ class SparkEngine(LocalEngine):
         """Return the registered names in a query, possibly with false positives."""
         return self._bytes.keys() & set(re.findall(r"\w+", query))
 
-    def _size(self, names: Iterable[str]) -> int:
-        return sum(map(self._bytes.__getitem__, names))
-
     def _is_small(self, query: str) -> bool:
-        return self._size(self._used(query)) <= self._max_driver_bytes
+        return sum(self._bytes[name] for name in self._used(query)) <= self._max_driver_bytes
 
     def _sql(self, query: str, used: Iterable[str]) -> DataFrame:
         """Run a query in Spark, after registering the names in it."""
@@ -261,11 +259,6 @@ def _write_numbered(frame: DataFrame, folder: Path) -> None:
     for file, first in zip(files, accumulate((rows[file] for file in files), initial=0), strict=False):
         os.replace(file, folder / f"{first:0{FIRST_ROW_DIGITS}d}.parquet")
     shutil.rmtree(parts)
-
-
-def _location(path: Path | str) -> str:
-    """Return a path as a file:// URL for Spark, with glob characters escaped."""
-    return "file://" + "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in str(path))
 
 
 def _session(cluster: Cluster) -> tuple[SparkSession, bool]:

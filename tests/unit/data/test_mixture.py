@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigdssm.config import DataConfig, SourceConfig, TokenizerConfig
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.partition import ROUND_STEPS, steps_per_round
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Numeric, Text

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.dataset.cache import FileCache
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.api import make_dataset
 from bigdssm.loader.stream import PairStream

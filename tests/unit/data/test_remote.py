@@ -21,9 +21,9 @@ import pytest
 import xxhash
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset import blocks, cache, remote
-from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset import blocks, remote
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import describe, sample_rows
@@ -434,7 +434,7 @@ def test_a_closed_dataset_is_evicted(server: Server, store: FileCache, tools) ->
 def test_a_full_disk_costs_only_time(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     dataset = Dataset.open(f"{server.url}/a/data", cache=store)
     monkeypatch.setattr(
-        cache.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        remote.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     assert len(steps(dataset)) == 14
     assert "blocks are not cached: No space left on device" in caplog.text
@@ -459,7 +459,7 @@ import itertools, json
 from pathlib import Path
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.loader.stream import PairStream
-from bigdssm.dataset.cache import FileCache
+from bigdssm.dataset.remote import FileCache
 dataset = Dataset.open({url!r}, cache=FileCache(Path({str(store.dir)!r}), {store.max_bytes}))
 stream = PairStream(dataset, rows_global=80, lanes=8, seed=3)
 print(json.dumps([[r.row_ids.tolist(), r.doc_rows.tolist()] for r in itertools.islice(stream, 14)]))

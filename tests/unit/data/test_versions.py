@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig
 from bigdssm.dataset.catalogue import Versions
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions

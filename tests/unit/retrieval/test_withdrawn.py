@@ -16,8 +16,7 @@ import torch
 
 from bigdssm import make_dataset
 from bigdssm.config import Config, NegativesConfig, SourceConfig, StageConfig
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.joined import open_dataset
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import DataError
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.loader.stream import PairStream
