@@ -953,7 +953,7 @@ BUGS = [
         "\"__isabstractmethod__\", False", "\"__nothing__\", False",
         f"{UNIT}/test_plugins.py::test_a_component_without_its_methods_is_refused"),
     Bug("metrics", "metric_of_nan", "evaluation.metrics:_values",
-        "or not np.isfinite(found).all()", "or False",
+        "or not np.isfinite(numbers).all()", "or False",
         f"{UNIT}/test_metrics.py::test_a_metric_without_finite_numbers_is_refused"),
     # Withdrawn items are no answers and no negatives; a running segment keeps its catalogue.
     Bug("withdrawals", "withdrawn_uniform_negatives", "training.batches:BatchBuilder.uniform",
