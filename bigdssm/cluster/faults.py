@@ -111,16 +111,15 @@ def _trigger(kind: str) -> None:
     if kind == "raise":
         raise RuntimeError(f"injected by {VARIABLE}")
     numbers = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
-    os.kill(_target_pid(target), numbers[name])
-
-
-def _target_pid(target: str) -> int:
+    pid = os.getpid()
     if target == "loader":
         threads = sorted(Path("/proc/self/task").glob("*/children"))  # any thread may be the parent of the loaders
         children = [child for thread in threads for child in thread.read_text().split()]
         if not children:
             raise ConfigError(f"{VARIABLE}: this rank has no loader process; set data.num_workers to at least 1")
-        return int(children[0])
-    if target == "launcher":
-        return os.getppid()
-    return (parent_of(os.getppid()) or os.getppid()) if target == "runner" else os.getpid()
+        pid = int(children[0])
+    elif target == "launcher":
+        pid = os.getppid()
+    elif target == "runner":
+        pid = parent_of(os.getppid()) or os.getppid()
+    os.kill(pid, numbers[name])

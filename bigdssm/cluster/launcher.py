@@ -35,7 +35,8 @@ class LauncherMonitor:
     def __init__(self) -> None:
         """Record the ancestors of this process; create the instance early: only later changes are detected."""
         self._parent = os.getppid()
-        self._deepspeed = DEEPSPEED_LAUNCHER in _command(self._parent)
+        command = Path(f"/proc/{self._parent}/cmdline")
+        self._deepspeed = command.exists() and DEEPSPEED_LAUNCHER in command.read_bytes()
         self._watched = self._deepspeed or "TORCHELASTIC_RUN_ID" in os.environ
         self._above = parent_of(self._parent) if self._deepspeed else None
         starter = os.environ.get(STARTED_BY, "")
@@ -114,13 +115,6 @@ def _fields(pid: int) -> list[str] | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: LauncherMonitor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,14 @@ class Trackers:
                 warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)
                 PartialState(cpu=cpu)
         if distributed.is_main():
-            _truncate(folder / METRICS_FILE, step, num_validations)
+            validations = itertools.count()
+
+            def keep(record: dict[str, Any]) -> bool:
+                if "validation" in record:
+                    return next(validations) < num_validations
+                return bool(record["step"] <= step)
+
+            truncate_records(folder / METRICS_FILE, keep)
             self._metrics = MetricsWriter(folder / METRICS_FILE)
             self._trackers = [_open(name, folder, step) for name in config.run.trackers]
             for tracker in self._trackers:
@@ -77,15 +84,6 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"run.trackers: {name} is not installed; pip install {name}, or remove it from run.trackers"
             )
-
-
-def _truncate(path: Path, step: int, num_validations: int) -> None:
-    validations = itertools.count()
-
-    def keep(record: dict[str, Any]) -> bool:
-        return next(validations) < num_validations if "validation" in record else bool(record["step"] <= step)
-
-    truncate_records(path, keep)
 
 
 def _open(name: str, folder: Path, step: int) -> Any:
@@ -131,12 +129,12 @@ def stage_folders(run: Path) -> list[Path]:
     """Return the stage folders of a run folder, or `run` if it is a stage folder. Raises DataError for neither."""
     if (run / METRICS_FILE).is_file():
         return [run]
-    found = [run / stage for stage in STAGES if (run / stage / METRICS_FILE).is_file()]
-    if not found:
+    folders = [run / stage for stage in STAGES if (run / stage / METRICS_FILE).is_file()]
+    if not folders:
         raise DataError(
             f"{run} contains no {METRICS_FILE}, nor do its subfolders {' and '.join(STAGES)}; is it a run folder?"
         )
-    return found
+    return folders
 
 
 def read_stage(folder: Path) -> StageCurve:
@@ -189,13 +187,18 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         for axis, (label, value) in zip(axes.flat, PANELS, strict=True):
             for number, stages in enumerate(curves.values()):
                 _draw(axis, stages, value, f"C{number}")
-            axis.set_ylabel(_selection_label(curves) if value is selection_score else label)
+            if value is selection_score:  # for example `validation NDCG@10`, with all metrics that select best/
+                records = [record for stages in curves.values() for stage in stages for record in stage.records]
+                names = {metric_label(record["selected_by"]) for record in records if "validation" in record}
+                label = " ".join(["validation", *sorted(names)])
+            axis.set_ylabel(label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set_ylim(bottom=0)
         axes[1, 1].set_ylim(bottom=0)
         axes[1, 1].yaxis.set_major_formatter(EngFormatter())
+        several = any(len(stages) > 1 for stages in curves.values())
         for axis in axes[1]:
-            axis.set_xlabel("step (consecutive stages)" if _several_stages(curves) else "step")
+            axis.set_xlabel("step (consecutive stages)" if several else "step")
         if len(curves) > 1:
             handles = [Line2D([], [], color=f"C{number}") for number in range(len(curves))]
             figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 4), frameon=False)
@@ -203,13 +206,6 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
             figure.suptitle(next(iter(curves)))
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
-
-
-def _selection_label(curves: Mapping[str, Sequence[StageCurve]]) -> str:
-    """Return for example `validation NDCG@10`, with all metrics that select best/ in the curves."""
-    records = [record for stages in curves.values() for stage in stages for record in stage.records]
-    names = {metric_label(record["selected_by"]) for record in records if "validation" in record}
-    return " ".join(["validation", *sorted(names)])
 
 
 def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], color: str) -> None:
@@ -224,10 +220,6 @@ def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, An
             transform = axis.get_xaxis_transform()
             axis.text(offset, 1.0, f" {stage.name}", transform=transform, color=color, va="top", fontsize=8)
         offset += stage.last_step
-
-
-def _several_stages(curves: dict[str, list[StageCurve]]) -> bool:
-    return any(len(stages) > 1 for stages in curves.values())
 
 
 def _label(run: Path, runs: Sequence[Path]) -> str:

@@ -21,7 +21,6 @@ from bigdssm.utils.log import get_logger, metric_label, read_records, truncate_r
 WINDOW_STEPS, FEWEST_STEPS = 100, 20
 DEVIATIONS, LEAST_RISE = 8.0, 0.25
 MAX_LOGGED_ROWS = 8
-ALERTS = "alerts"
 
 logger = get_logger(__name__)
 MAX_ALERTS = 3
@@ -38,7 +37,7 @@ class SpikeAlert:
 
     def __init__(self, folder: Path, rank: int, world_size: int, step: int = 0) -> None:
         """Truncate the file to the resumed checkpoint, after `step` steps."""
-        self._path = truncate_rank_records(folder, ALERTS, rank, world_size, lambda record: record["step"] <= step)
+        self._path = truncate_rank_records(folder, "alerts", rank, world_size, lambda record: record["step"] <= step)
         self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
 
     def after_step(self, step: int, loss: float, row_ids: Tensor) -> None:
@@ -49,16 +48,14 @@ class SpikeAlert:
             usual = statistics.median(self._losses)
             deviation = 1.48 * statistics.median(abs(other - usual) for other in self._losses)
             if loss > usual + max(DEVIATIONS * deviation, LEAST_RISE * abs(usual)):
-                self._alert(step, loss, usual, row_ids.tolist())
+                record = {"step": step, "loss": loss, "usual": usual, "row_ids": row_ids.tolist()}
+                logger.warning(
+                    "step %d: the loss is %.4g, usually %.4g; this rank's first row ids: %s; all are in %s",
+                    step, loss, usual, record["row_ids"][:MAX_LOGGED_ROWS], self._path,
+                )  # fmt: skip
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
         self._losses.append(loss)
-
-    def _alert(self, step: int, loss: float, usual: float, row_ids: list[int]) -> None:
-        logger.warning(
-            "step %d: the loss is %.4g, usually %.4g; this rank's first row ids: %s; all are in %s",
-            step, loss, usual, row_ids[:MAX_LOGGED_ROWS], self._path,
-        )  # fmt: skip
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "loss": loss, "usual": usual, "row_ids": row_ids}) + "\n")
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,12 @@ def read_run_state(run: Path) -> RunState:
         },
         "rows/s": [record["rows_per_s"] for record in train if "rows_per_s" in record],
     }
+    # the newest alerts, one line per step: the files of all ranks contain the same steps
+    alerts: dict[int, str] = {}
+    for path in sorted(folder.glob("alerts-*.jsonl")):
+        for alert in read_records(path, "usual"):
+            text = f"alert at step {alert['step']}: loss {alert['loss']:.4g}, usually {alert['usual']:.4g}"
+            alerts[alert["step"]] = f"{text}; rows in {path.parent / 'alerts-*.jsonl'}"
     return RunState(
         folder=folder,
         state=state,
@@ -102,7 +105,7 @@ def read_run_state(run: Path) -> RunState:
         total_steps=int(start.get("total_steps", 0)),
         curves={name: values for name, values in curves.items() if values},
         figures=_figures(train[-1]) if train else {},
-        alerts=_alerts(folder),
+        alerts=[alerts[step] for step in sorted(alerts)[-MAX_ALERTS:]],
     )
 
 
@@ -135,13 +138,3 @@ def _figures(record: dict[str, Any]) -> dict[str, str]:
             f"{100 * value:.1f} %" if is_fraction else f"{value:.4g}"
         )
     return figures
-
-
-def _alerts(folder: Path) -> list[str]:
-    """Return the newest alerts, one line per step; the files of all ranks contain the same steps."""
-    newest: dict[int, str] = {}
-    for path in sorted(folder.glob("alerts-*.jsonl")):
-        for alert in read_records(path, "usual"):
-            text = f"alert at step {alert['step']}: loss {alert['loss']:.4g}, usually {alert['usual']:.4g}"
-            newest[alert["step"]] = f"{text}; rows in {path.parent / 'alerts-*.jsonl'}"
-    return [newest[step] for step in sorted(newest)[-MAX_ALERTS:]]

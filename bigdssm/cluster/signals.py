@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import ClassVar
 
 from bigdssm.errors import Preempted
@@ -30,21 +29,19 @@ class StopRequest:
 
     def __init__(self, handle_signals: bool = True) -> None:
         """Install handlers for SIGTERM and SIGINT; without `handle_signals` only `request` has an effect."""
-        self._requested = False
+        self.requested = False  # a stop of this rank
         self._has_state = False
         self.on_early_exit: Callable[[int, str], None] | None = None  # called with (code, reason)
         self._handles_signals = handle_signals
-        if handle_signals:
-            self._install_handlers()
-
-    def _install_handlers(self) -> None:
+        if not handle_signals:
+            return
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         if signal.set_wakeup_fd(write_end, warn_on_full_buffer=False) == StopRequest._write_end != -1:
             os.close(StopRequest._write_end)  # ends the thread of the previous instance
         StopRequest._write_end = write_end
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: setattr(self, "requested", True))
         threading.Thread(target=self._end_early, args=(read_end,), name="signals", daemon=True).start()
 
     def request(self) -> None:
@@ -52,25 +49,17 @@ class StopRequest:
         if self._handles_signals:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            self._requested = True
+            self.requested = True
 
     def defer_signals(self) -> None:
         """Defer signals to the next step synchronization: from now on there is state to save."""
         self._has_state = True
 
-    @property
-    def requested(self) -> bool:
-        """Return whether a stop of this rank was requested."""
-        return self._requested
-
     def any_rank_requested(self) -> bool:
         """Return True on every rank if a stop of any rank was requested. All ranks must call it."""
         from bigdssm import distributed  # importing torch takes seconds; handlers must be installed first
 
-        return distributed.any_rank(self._requested)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        return distributed.any_rank(self.requested)
 
     def _end_early(self, read_end: int) -> None:
         while number := os.read(read_end, 1):

@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -85,14 +86,14 @@ class Watchdog:
             on_exit: called with exit code and reason before the watchdog ends the process
             request_stop: requests a stop of this rank, by default with SIGTERM
         """
-        self._request_stop = request_stop or _send_sigterm
+        self._request_stop = request_stop or partial(os.kill, os.getpid(), signal.SIGTERM)
         self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._hosts_store = self._store_is_rank_0s and self._rank == 0 and self._world_size > 1
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
-        self._heard_at = self._exchanged_at = time.monotonic()
+        self._heartbeat_at = self._exchanged_at = time.monotonic()
         self._broken_at: float | None = None
         self._faults_since: dict[tuple[int, str], float] = {}
         self._verdict: dict[str, Any] | None = None
@@ -138,10 +139,13 @@ class Watchdog:
             self._close()
             raise PeerError(cause) from error
         else:
-            self._publish(f"rank {self._rank} stopped: {_sentence(error)}", wait_for_main=True)
+            text = " ".join(str(error).split())
+            if not (isinstance(error, Exception) and hasattr(error, "exit_code")):
+                text = f"{type(error).__name__}: {text}"
+            self._publish(f"rank {self._rank} stopped: {text}", wait_for_main=True)
             self._close()
 
-    def beat(self, phase: str) -> None:
+    def record_progress(self, phase: str) -> None:
         """Record progress of the main thread; `phase` describes its current work."""
         self._phase, self._moved_at = phase, time.monotonic()
         self._moves += 1
@@ -160,9 +164,9 @@ class Watchdog:
             try:
                 number += 1
                 self._store.write(f"beat/{self._rank}", json.dumps({"number": number, **self._own_state()}))
-                heard = self._store.read(f"beat/{self._next.rank}") or ""
-                if heard != before:
-                    before, self._heard_at = heard, time.monotonic()
+                heartbeat = self._store.read(f"beat/{self._next.rank}") or ""
+                if heartbeat != before:
+                    before, self._heartbeat_at = heartbeat, time.monotonic()
                 if self._to_publish is not None:
                     self._store.write_once(VERDICT, json.dumps(self._to_publish))
                 verdict = self._store.read(VERDICT)
@@ -204,7 +208,7 @@ class Watchdog:
         while not self._closed.wait(tick_s):
             now = time.monotonic()
             if now - before > tick_s + max(2.0, 2 * self._interval_s):  # this process itself was stopped
-                self._moved_at = self._heard_at = self._exchanged_at = now
+                self._moved_at = self._heartbeat_at = self._exchanged_at = now
                 self._faults_since.clear()
             before = now
             self._watch_launcher()
@@ -235,7 +239,7 @@ class Watchdog:
                 "stopped or its host is unreachable"
             )
         # up to the last response of the store: later, missing heartbeats are no evidence against the next rank
-        if self._exchanged_at - self._heard_at > timeout_s and self._world_size > 1:
+        if self._exchanged_at - self._heartbeat_at > timeout_s and self._world_size > 1:
             return (
                 f"{self._next} sent no heartbeat for {timeout_s:.0f} s: the process is stopped or its host is "
                 "unreachable"
@@ -285,7 +289,13 @@ class Watchdog:
         reason = self._launcher.exited_ancestor()
         if reason:
             logger.warning("rank %d: %s has ended; a checkpoint is saved before the run stops", self._rank, reason)
-        elif self._rank == 0 and (request := self._take_stop_file()) is not None:
+        elif self._rank == 0:
+            try:
+                request = self._stop_file.read_text(encoding="utf-8").strip()
+            except OSError:  # no such file, or a stale network folder: this thread must go on
+                return
+            with suppress(OSError):
+                self._stop_file.unlink()
             if request == STOP_NOW:
                 self._end_run(STOPPED, STOPPED_EXIT_CODE)
             logger.warning("stop requested by %s; a checkpoint is saved before the run stops", self._stop_file)
@@ -293,16 +303,6 @@ class Watchdog:
             return
         self._stop_requested = True
         self._request_stop()
-
-    def _take_stop_file(self) -> str | None:
-        """Return the content of the stop file and remove it; None without one, or if the folder cannot be read now."""
-        try:
-            content = self._stop_file.read_text(encoding="utf-8").strip()
-        except OSError:  # no such file, or a stale network folder: this thread must go on
-            return None
-        with suppress(OSError):
-            self._stop_file.unlink()
-        return content
 
     # --- ending ---
 
@@ -315,7 +315,7 @@ class Watchdog:
             time.sleep(0.2)
             now = time.monotonic()
             cause = self._near_fault(now, stopped_s=self._timeout_s, gone_s=0.5)
-            if cause is None and self._exchanged_at - self._heard_at > 3 * self._interval_s:
+            if cause is None and self._exchanged_at - self._heartbeat_at > 3 * self._interval_s:
                 cause = f"{self._next} no longer sends heartbeats"
             if cause is None and self._broken_at is not None and self._store_is_rank_0s and self._rank:
                 cause = f"{self._peers[0]} has ended: the store that it hosted for all ranks is gone"
@@ -374,10 +374,6 @@ class Watchdog:
             time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
 
 
-def _send_sigterm() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:
     return {"text": text, "wait_for_main": wait_for_main, "code": code}
 
@@ -406,8 +402,3 @@ def _position(frame: FrameType | None) -> tuple[str, bool]:
     code = frame.f_code
     where = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno} {code.co_name}"
     return where, f"torch{os.sep}distributed" in code.co_filename
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, Exception) and hasattr(error, "exit_code") else f"{type(error).__name__}: {text}"

@@ -195,11 +195,6 @@ class StepPlan:
         return sum(side.filled for side in self._sides)
 
     @property
-    def num_queries(self) -> int:
-        """Return the number of this rank's queries."""
-        return len(self.query.outputs)
-
-    @property
     def padding(self) -> float:
         """Return the share of padding among the encoded cells; 0 without lists."""
         cells = sum(side.cells for side in self._sides)
@@ -210,8 +205,8 @@ class StepPlan:
         return [self.query, self.doc, *([] if self.pairs is None else [self.pairs])]
 
 
-class StepRequirements(NamedTuple):
-    """Requirements of a rank's plan; the ranks take the element-wise maximum.
+class ChunkCounts(NamedTuple):
+    """Numbers of chunks that a rank's plan requires; the ranks take the element-wise maximum.
 
     Chunk order: queries, then documents. Graphs are retained from the end, so documents first.
     """
@@ -223,49 +218,49 @@ class StepRequirements(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepDraft:
+class LocalStepPlan:
     """One rank's plan of a batch, before it is synchronized with the other ranks."""
 
     query: SidePlan
     doc: SidePlan
     whole: StepPlan | None  # for one chunk per side on all ranks; None if this rank needs more
-    requirements: StepRequirements
+    counts: ChunkCounts
 
-    def resolve(self, requirements: StepRequirements) -> StepPlan:
-        """Return the plan for the maximum of the ranks' requirements."""
-        if max(requirements.queries, requirements.docs) <= 1:
+    def synchronized(self, counts: ChunkCounts) -> StepPlan:
+        """Return the plan for the maximum of the ranks' chunk counts."""
+        if max(counts.queries, counts.docs) <= 1:
             assert self.whole is not None
             return self.whole
-        query, doc = self.query.padded_to(requirements.queries), self.doc.padded_to(requirements.docs)
-        retained_queries = 0 if requirements.first_doc else len(query.chunks) - requirements.first_query
-        return StepPlan(query, doc, False, len(doc.chunks) - requirements.first_doc + retained_queries)
+        query, doc = self.query.padded_to(counts.queries), self.doc.padded_to(counts.docs)
+        retained_queries = 0 if counts.first_doc else len(query.chunks) - counts.first_query
+        return StepPlan(query, doc, False, len(doc.chunks) - counts.first_doc + retained_queries)
 
 
-def draft_step(batch: Batch, budget: TokenBudget) -> StepDraft:
+def plan_locally(batch: Batch, budget: TokenBudget) -> LocalStepPlan:
     """Return this rank's plan of a batch; graphs are retained from the last chunk backwards within the budget."""
     query, doc = _sides(batch, budget, budget.chunk_tokens)
     if budget.chunk_tokens == 0:
-        return StepDraft(query, doc, StepPlan(query, doc, whole=True), StepRequirements(1, 1, 0, 0))
+        return LocalStepPlan(query, doc, StepPlan(query, doc, whole=True), ChunkCounts(1, 1, 0, 0))
     last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
     recomputed = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
     num_query, num_doc = len(query.chunks), len(doc.chunks)
     whole = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
     first_query, first_doc = min(recomputed, num_query), max(0, recomputed - num_query)
-    return StepDraft(query, doc, whole, StepRequirements(num_query, num_doc, first_query, first_doc))
+    return LocalStepPlan(query, doc, whole, ChunkCounts(num_query, num_doc, first_query, first_doc))
 
 
 def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
     """Return the plan of a batch, synchronized over all ranks. All ranks must call it."""
-    draft = draft_step(batch, budget)
+    local = plan_locally(batch, budget)
     if budget.chunk_tokens == 0:
-        return draft.resolve(draft.requirements)
+        return local.synchronized(local.counts)
     # on the batch's device, which the process group of a caller of `cached_step` supports
-    return draft.resolve(max_requirements(draft.requirements, batch.positive.device))
+    return local.synchronized(max_over_ranks(local.counts, batch.positive.device))
 
 
-def max_requirements(requirements: StepRequirements, device: torch.device | str = "cpu") -> StepRequirements:
+def max_over_ranks(counts: ChunkCounts, device: torch.device | str = "cpu") -> ChunkCounts:
     """Return the element-wise maximum over all ranks. All ranks must call it."""
-    return StepRequirements(*distributed.all_reduce(torch.tensor(requirements, device=device), "max").tolist())
+    return ChunkCounts(*distributed.all_reduce(torch.tensor(counts, device=device), "max").tolist())
 
 
 def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePlan, SidePlan]:

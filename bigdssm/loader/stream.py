@@ -37,7 +37,7 @@ STATE_FORMAT = 1  # of PairStream
 log = get_logger(__name__)
 
 
-class RowReport(NamedTuple):
+class RowCounts(NamedTuple):
     """State of a rank's stream: whether reading failed, and row counts."""
 
     failed: float
@@ -126,7 +126,7 @@ class RowStream(ABC):
         """Yield `make(rows)` for this rank's rows of each of the next `num` steps (None: endlessly).
 
         `make` runs in the loader processes, which end when the generator is closed. It gets empty rows if reading has
-        failed: the caller compares the ranks' `report`s.
+        failed: the caller compares the ranks' `counts`.
         """
         if not self.rows_read:
             self._opened_at = self.step
@@ -155,16 +155,16 @@ class RowStream(ABC):
                 self.step = step + 1
                 yield value
 
-    def report(self) -> RowReport:
-        """Return the current report of this rank."""
-        return RowReport(self._failure is not None, self.rows_bad, self.rows_read)
+    def counts(self) -> RowCounts:
+        """Return the current counts of this rank."""
+        return RowCounts(self._failure is not None, self.rows_bad, self.rows_read)
 
-    def needs_check(self, reports: Sequence[RowReport], step: int) -> bool:
-        """Return whether `check` is due before `step`, from the reports of all ranks."""
-        if any(report.failed for report in reports):
+    def needs_check(self, counts: Sequence[RowCounts], step: int) -> bool:
+        """Return whether `check` is due before `step`, from the counts of all ranks."""
+        if any(of_rank.failed for of_rank in counts):
             return True
         due = (step - self._opened_at) % CHECK_EVERY_STEPS == 0
-        bad, read = sum(report.rows_bad for report in reports), sum(report.rows_read for report in reports)
+        bad, read = sum(of_rank.rows_bad for of_rank in counts), sum(of_rank.rows_read for of_rank in counts)
         return due and bad > self._max_bad_fraction * self._rows_for_limit(int(read), step)
 
     def check(self, step: int | None = None) -> None:

@@ -73,10 +73,16 @@ class BatchBuilder:
     def __call__(self, rows: Rows) -> Batch:
         """Build the batch of a step, in host memory."""
         negatives, scores = self.negatives(rows)
-        batch = self._collator(rows, negatives=negatives, extra_docs=self._extra(rows.step))
         withdrawn = self._dataset.catalogue.withdrawn
-        if self._config.columns == "catalogue" and len(withdrawn):  # only positives are
-            batch = replace(batch, withdrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), withdrawn)))
+        if self._config.columns == "catalogue":
+            share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
+            batch = self._collator(
+                rows, negatives=negatives, extra_docs=np.setdiff1d(share, withdrawn, assume_unique=True)
+            )
+            if len(withdrawn):  # only positives are
+                batch = replace(batch, withdrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), withdrawn)))
+        else:
+            batch = self._collator(rows, negatives=negatives, extra_docs=self.uniform(rows.step))
         if scores is not None:
             batch = replace(batch, teacher=torch.from_numpy(scores))
         if self._documents is not None:
@@ -113,26 +119,18 @@ class BatchBuilder:
         draws = sample_uniform(self._config.uniform, catalogue.num_candidates, generator).numpy()
         return candidate_rows(draws[self._rank :: self._world_size], catalogue.withdrawn)
 
-    def _extra(self, step: int) -> np.ndarray | None:
-        """Return the documents that are columns of this rank in addition to those of its rows."""
-        if self._config.columns == "catalogue":
-            share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
-            return np.setdiff1d(share, self._dataset.catalogue.withdrawn, assume_unique=True)
-        return self.uniform(step)
-
 
 def drop_ids(batch: Batch, tabled: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
     """Return a batch with a share of the ids out of vocabulary, a function of key, row and position in the row."""
     sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
-    of_side = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
+    row_keys = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
     for side, name, _ in tabled:
         if name in sides[side]:
             codes = sides[side][name].numpy()
-            rows = mix64(of_side[side].astype(np.uint64), key ^ hash64(f"{side}.{name}"))
+            rows = mix64(row_keys[side].astype(np.uint64), key ^ hash64(f"{side}.{name}"))
             cells = rows.reshape(-1, *[1] * (codes.ndim - 1)) + np.arange(codes[:1].size, dtype=np.uint64)
             dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
-            kept = np.where(dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes)
-            sides[side][name] = torch.from_numpy(kept)
+            sides[side][name] = torch.from_numpy(np.where(dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
     return replace(batch, query=sides["query"], doc=sides["doc"])
 
 
@@ -160,7 +158,7 @@ def read_batches(
 ) -> Generator[Batch]:
     """Yield the stream's next `num` batches (None: endlessly) on the rank's device, see `uploaded_batches`.
 
-    A rank that cannot read yields empty batches until the ranks agree to stop (`RowStream.report`).
+    A rank that cannot read yields empty batches until the ranks agree to stop (`RowStream.counts`).
     """
     with closing(stream.map_steps(make, num)) as made:
         yield from uploaded_batches(made, device)
@@ -178,14 +176,9 @@ def row_stream(
     """Return the row stream of a rank in a stage, at the first step; bad rows are written to `quarantine`."""
     data = config.data
     shared: dict[str, Any] = {
-        "rows_global": stage.rows_global,
-        "seed": config.run.seed,
-        "rank": rank,
-        "world_size": world_size,
-        "num_workers": num_workers,
-        "max_bad_fraction": data.max_bad_fraction,
-        "quarantine": quarantine,
-    }
+        "rows_global": stage.rows_global, "seed": config.run.seed, "rank": rank, "world_size": world_size,
+        "num_workers": num_workers, "max_bad_fraction": data.max_bad_fraction, "quarantine": quarantine,
+    }  # fmt: skip
     if data.webdataset is not None:
         return PlainStream(dataset, data.webdataset, **shared)
     return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)

@@ -17,7 +17,6 @@ from bigdssm.config import (
     Config,
     FrequencyCorrection,
     ModelConfig,
-    StageConfig,
     StageName,
     check_many_queries,
     differences,
@@ -64,19 +63,38 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
             f"{name}.negatives.mask: got {stage.negatives.mask}, needs batch or none: the rows of "
             f"{config.data.webdataset or dataset.dir} are not sequences and have no histories"
         )
-    if config.data.webdataset is not None:
-        _check_plain(name, stage, config.data.webdataset)
-    else:
-        _check_rows(name, stage, dataset)
+    rows, shards = dataset.num_rows("train"), config.data.webdataset
+    if shards is not None:  # no catalogue
+        find_shards(shards)
+        reason = f"{shards} stores documents with their queries, without a catalogue"
+        for kind, count in (("hard", stage.negatives.hard), ("uniform", stage.negatives.uniform)):
+            if count:
+                raise ConfigError(f"{name}.negatives.{kind}: got {count}, needs 0: {reason}")
+        if isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts":
+            raise ConfigError(
+                f"{name}.sampling.frequency: got counts, needs streaming (or sampling.name=none): {reason}"
+            )
+        if not stage.steps:
+            raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
+    elif stage.rows_global > MAX_REPEATS * rows:
+        raise ConfigError(
+            f"{name}.rows_global: got {stage.rows_global}, needs at most {MAX_REPEATS * rows} with a train split of "
+            f"{rows} rows in partitions {', '.join(partition.name for partition in dataset.partitions)}: a step would "
+            f"contain each of them more than {MAX_REPEATS} times"
+        )
+    elif not dataset.has_positives():
+        raise DataError(
+            f"{dataset.dir}: no train row has a relevance above 0: there is nothing to learn; correct the "
+            "relevances, and build the dataset again"
+        )
     if stage.negatives.hard and stage.negatives.mining.file is not None:
         mined = HardNegatives.open(Path(stage.negatives.mining.file))
         mined.check_against(dataset)
         distillation = stage.distillation if isinstance(stage.distillation, ListDistillation) else None
-        needed = {
-            "distillation.name": None if distillation is None else distillation.name,
-            "negatives.mining.teacher_margin": stage.negatives.mining.teacher_margin,
-        }
-        for key, value in needed.items():
+        for key, value in (
+            ("distillation.name", None if distillation is None else distillation.name),
+            ("negatives.mining.teacher_margin", stage.negatives.mining.teacher_margin),
+        ):
             if value is not None and not mined.scored:
                 raise ConfigError(
                     f"{name}.{key}: got {value}, needs a teacher's scores, and {stage.negatives.mining.file} has none; "
@@ -84,7 +102,11 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
                 )
     if isinstance(stage.distillation, BatchDistillation):
         TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
-    _check_writable(config.stage_dir(name))
+    folder = config.stage_dir(name)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is not writable" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"run.dir: {folder} cannot be created, since {existing} {reason}; choose another run.dir")
     source = config.initial_model(name)
     if stage.warm_start.window:
         key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
@@ -165,45 +187,6 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
             )
 
 
-def _check_writable(folder: Path) -> None:
-    """Raise ConfigError unless the run's `folder` is writable, or can be created."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "is not writable" if existing.is_dir() else "is not a folder"
-        raise ConfigError(f"run.dir: {folder} cannot be created, since {existing} {reason}; choose another run.dir")
-
-
-def _check_plain(name: StageName, stage: StageConfig, shards: str) -> None:
-    """Raise ConfigError if a stage needs a catalogue, which plain shards do not have."""
-    find_shards(shards)
-    reason = f"{shards} stores documents with their queries, without a catalogue"
-    for key in ("hard", "uniform"):
-        value = getattr(stage.negatives, key)
-        if value:
-            raise ConfigError(f"{name}.negatives.{key}: got {value}, needs 0: {reason}")
-    sampling = stage.sampling
-    if isinstance(sampling, FrequencyCorrection) and sampling.frequency == "counts":
-        raise ConfigError(f"{name}.sampling.frequency: got counts, needs streaming (or sampling.name=none): {reason}")
-    if not stage.steps:
-        raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
-
-
-def _check_rows(name: StageName, stage: StageConfig, dataset: Dataset) -> None:
-    """Raise if a step would repeat rows too often, or if no row is a positive."""
-    rows = dataset.num_rows("train")
-    if stage.rows_global > MAX_REPEATS * rows:
-        raise ConfigError(
-            f"{name}.rows_global: got {stage.rows_global}, needs at most {MAX_REPEATS * rows} with a train split of "
-            f"{rows} rows in partitions {', '.join(partition.name for partition in dataset.partitions)}: a step would "
-            f"contain each of them more than {MAX_REPEATS} times"
-        )
-    if not dataset.has_positives():
-        raise DataError(
-            f"{dataset.dir}: no train row has a relevance above 0: there is nothing to learn; correct the "
-            "relevances, and build the dataset again"
-        )
-
-
 def model_difference(theirs: Config, mine: Config, omitted: tuple[str, ...] = ()) -> str | None:
     """Return the first key in which two model sections differ, except `omitted` ones and those of training alone."""
     omitted += ("alpha_init", "alpha_learned", "beta_init")
@@ -220,9 +203,9 @@ def model_difference(theirs: Config, mine: Config, omitted: tuple[str, ...] = ()
 
 def retained_settings(theirs: Config, mine: Config) -> str:
     """Describe the settings of training in which two model sections differ: a loaded model retains its own."""
-    found = differences(theirs.to_dict()["model"], mine.to_dict()["model"], "model")
-    kept = ("dropout", "item_dropout", "alpha_learned")
-    return ", ".join(f"{key}={was} (not {value})" for key, was, value in found if key.rpartition(".")[2] in kept)
+    changes = differences(theirs.to_dict()["model"], mine.to_dict()["model"], "model")
+    retained = ("dropout", "item_dropout", "alpha_learned")
+    return ", ".join(f"{key}={was} (not {value})" for key, was, value in changes if key.rpartition(".")[2] in retained)
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:

@@ -229,7 +229,14 @@ class Engine(DeepSpeedStepEngine):
             self.deepspeed.optimizer.check_grad_overflow = True  # skip steps of non-finite gradients in fp32, too
         if tables is not None:
             cast(DualEncoder, self.module).tables.source = tables
-            self._include_tables_in_norm()
+            # DeepSpeed clips, and skips steps, by the norm of all gradients, sharded tables included
+            wrapped = self.deepspeed.optimizer
+            if self.zero_stage == 3:
+                norm_groups = wrapped._get_norm_groups
+                wrapped._get_norm_groups = lambda: [self._with_tables(combine_grad_norm_groups(norm_groups()))]
+            elif self.zero_stage > 0:
+                weight_norm = wrapped.scaled_global_norm
+                wrapped.scaled_global_norm = lambda *args, **options: self._with_tables(weight_norm(*args, **options))
 
     def destroy(self) -> None:
         """Remove the references to DeepSpeed's engine, so that its memory can be freed; undo the patches."""
@@ -259,7 +266,20 @@ class Engine(DeepSpeedStepEngine):
             self._square = self.tables.reduce(self._working)
             cast(DualEncoder, self.module).tables.source, self._working = self.tables, None
         before = [] if self._states_checked else portable.group_values(self.deepspeed, self.zero_stage)
-        applied = self._step_weights()
+        applied = True
+        if self.zero_stage == 0:
+            # DeepSpeed does not check the norm at stage 0. Gradients are reduced: every rank computes the same norm.
+            gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self._norm = float(norm if self._square is None else (norm.double().square() + self._square).sqrt())
+            applied = math.isfinite(self._norm)
+            if not applied:
+                self.deepspeed.optimizer.zero_grad()
+            elif self._square is not None:  # DeepSpeed clips by the norm of its own weights, which is then small enough
+                torch._foreach_mul_(gradients, self._clip_coefficient())
+        if applied:
+            self.deepspeed.step()
+            applied = not getattr(self.deepspeed.optimizer, "overflow", False)
         if applied and before:
             portable.check_states(self.deepspeed, self.zero_stage, self._state_of, before)
             self._states_checked = True
@@ -270,19 +290,6 @@ class Engine(DeepSpeedStepEngine):
                 self.tables.discard()
             self._square = None
         return applied
-
-    def _step_weights(self) -> bool:
-        if self.zero_stage == 0:
-            # DeepSpeed does not check the norm at stage 0. Gradients are reduced: every rank computes the same norm.
-            self._norm = self._whole_norm()
-            if not math.isfinite(self._norm):
-                self.deepspeed.optimizer.zero_grad()
-                return False
-            if self._square is not None:  # DeepSpeed clips by the norm of its own weights, which is then small enough
-                gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
-                torch._foreach_mul_(gradients, self._clip_coefficient())
-        self.deepspeed.step()
-        return not getattr(self.deepspeed.optimizer, "overflow", False)
 
     def _clip_coefficient(self) -> float | Tensor:
         """Return the factor by which DeepSpeed clips the gradients of the step."""
@@ -299,16 +306,6 @@ class Engine(DeepSpeedStepEngine):
             return norm
         whole = (norm.double().square() + self._square.to(norm.device)).sqrt()
         return torch.where((norm < 0) | ~whole.isfinite(), torch.inf, whole).to(norm.dtype)
-
-    def _include_tables_in_norm(self) -> None:
-        """Make DeepSpeed clip, and skip steps, by the norm of all gradients, sharded tables included."""
-        optimizer = self.deepspeed.optimizer
-        if self.zero_stage == 3:
-            of_groups = optimizer._get_norm_groups
-            optimizer._get_norm_groups = lambda: [self._with_tables(combine_grad_norm_groups(of_groups()))]
-        elif self.zero_stage > 0:
-            of_weights = optimizer.scaled_global_norm
-            optimizer.scaled_global_norm = lambda *args, **options: self._with_tables(of_weights(*args, **options))
 
     def gradient_norm(self) -> float | Tensor:
         """Return the global gradient norm of the last step, before clipping; a tensor if it is still on the device."""
@@ -349,11 +346,6 @@ class Engine(DeepSpeedStepEngine):
                 if not on_main or distributed.is_main():
                     state[name] = parameter.detach().float().cpu().clone()
         return state
-
-    def _whole_norm(self) -> float:
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return float(norm if self._square is None else (norm.double().square() + self._square).sqrt())
 
 
 def _backend() -> str:

@@ -37,7 +37,7 @@ from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.fixed_documents import FixedDocuments
-from bigdssm.training.health import step_flops
+from bigdssm.training.metrics_logger import step_flops
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import state_size
 from bigdssm.training.resume import segment_steps

@@ -20,7 +20,6 @@ from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError
-from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
@@ -81,7 +80,8 @@ class HardNegativeRefresh:
         with RandomState.now().replayed():  # a resumed run, which does not mine, has the same random states
             mined, _ = self._mine(step)
         if distributed.is_main():
-            saved = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self._folder / CHECKPOINTS)]
+            folder = self.config.stage_dir(self.name)
+            saved = [int(path.name.removeprefix("step-")) for path in checkpoints_in(folder / CHECKPOINTS)]
             oldest = self._mined_at(max(0, min(saved, default=part_step + step) - part_step))
             for old in range(0, oldest, self._every_steps):
                 self.path(old).unlink(missing_ok=True)
@@ -94,13 +94,13 @@ class HardNegativeRefresh:
 
     def path(self, step: int) -> Path:
         """Return the file mined at `step` for the training partitions."""
-        partitions = _partitions_suffix(self.config, self.dataset)
-        at = f".step-{step:08d}" if self._every_steps else ""
-        return self._folder / f"mined_negatives{partitions}{at}.npy"
-
-    @property
-    def _folder(self) -> Path:
-        return self.config.stage_dir(self.name)
+        config, partitions = self.config, ""
+        if config.data.from_partition is not None or config.data.mixture:
+            mixture = [(source.name, source.weight) for source in self.dataset.sources]
+            fingerprint = hash64(repr([mixture, config.data.mixture_batches, self.dataset.fingerprint])) % 2**64
+            partitions = f".{fingerprint:016x}"
+        mined_at = f".step-{step:08d}" if self._every_steps else ""
+        return config.stage_dir(self.name) / f"mined_negatives{partitions}{mined_at}.npy"
 
     @property
     def _every_steps(self) -> int:
@@ -121,29 +121,20 @@ class HardNegativeRefresh:
         with closing(row_stream(config, stage, self.dataset, share.rank, share.world_size)) as stream:
             # no fewer at the end of the stage: a resumed one may be longer
             steps = self._every_steps or segment_steps(stage, stream.steps_per_epoch)
-            some = steps < stream.steps_per_epoch
+            is_partial = steps < stream.steps_per_epoch
             stream.step = step
-            rows = f"the rows of {steps} steps" if some else "every train row"
+            rows = f"the rows of {steps} steps" if is_partial else "every train row"
+
+            def next_rows() -> Iterator[Rows]:
+                for number, batch in enumerate(islice(stream, steps), start=1):
+                    yield batch
+                    self.progress("steps mined for", number, steps)
+                stream.check()  # fail rather than leave unreadable rows out of the file
+
             logger.info("mining negatives at ranks %d to %d of %s", mining.first, mining.last, rows)
             local = mine(
-                encoders, self.dataset, self._next_rows(stream, steps) if some else None,
+                encoders, self.dataset, next_rows() if is_partial else None,
                 first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
                 documents=documents, share=share, exclude_seen=config.data.exclude_seen,
             )  # fmt: skip
         return gather_hard_negatives(self.path(step), local, self.dataset), documents
-
-    def _next_rows(self, stream: RowStream, steps: int) -> Iterator[Rows]:
-        """Yield this rank's rows of the next steps."""
-        for step, rows in enumerate(islice(stream, steps), start=1):
-            yield rows
-            self.progress("steps mined for", step, steps)
-        stream.check()  # fail rather than leave unreadable rows out of the file
-
-
-def _partitions_suffix(config: Config, dataset: Dataset) -> str:
-    """Return a file suffix with the fingerprint of the training partitions, empty for a whole dataset."""
-    if config.data.from_partition is None and not config.data.mixture:
-        return ""
-    mixture = [(source.name, source.weight) for source in dataset.sources]
-    fingerprint = hash64(repr([mixture, config.data.mixture_batches, dataset.fingerprint])) % 2**64
-    return f".{fingerprint:016x}"

@@ -92,16 +92,11 @@ class Objective:
 
     def model_inputs(self, batch: Batch) -> Features:
         """Return the inputs of the model's forward, in addition to features, that this loss requires."""
-        candidates = self.candidates(batch)
-        return {} if candidates is None else {"candidates": candidates}
-
-    def candidates(self, batch: Batch) -> Tensor | None:
-        """Return int64 [m, 1 + k], the columns that the scorer scores per query, positives first; None without one."""
-        return None if self._stage.scorer is None else candidate_columns(batch)
+        return {} if self._stage.scorer is None else {"candidates": candidate_columns(batch)}
 
     def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
-        candidates = self.candidates(batch)
-        assert candidates is not None and encoded.scores is not None and batch.negatives is not None
+        candidates = candidate_columns(batch)
+        assert encoded.scores is not None and batch.negatives is not None
         absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always present
         scores = encoded.scores.float().masked_fill(absent, -torch.inf)
         output = scored_loss(
@@ -128,7 +123,15 @@ class Objective:
         else:
             # this loss applies counts itself: only positives are shared among queries
             counts, neg_bias = occurrences(batch.positive, len(batch.doc_ids)), None
-        beta, neg_bias = self._corrected(beta, neg_bias, batch, counts)
+        assert self._stage.sampling.name != "auto", "resolved by Config"
+        if self._sampling is not None:
+            if self._streaming is not None:
+                self._streaming.update(batch.doc_ids, counts)
+                log_expected = self._streaming.log_expected(batch.doc_ids)
+            else:
+                assert self._counted is not None
+                log_expected = self._counted.log_expected(batch.doc_rows)
+            beta, neg_bias = apply_sampling(self._sampling, log_expected, beta=beta, neg_bias=neg_bias)
         queries = self._queries(batch)
 
         def loss(U: Tensor, W: Tensor) -> LossOutput:
@@ -202,21 +205,6 @@ class Objective:
         """Restore the `state` of a checkpoint."""
         if self._streaming is not None:
             self._streaming.load_state_dict(state)
-
-    def _corrected(
-        self, beta: Tensor | None, neg_bias: Tensor | None, batch: Batch, counts: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (beta, neg_bias) [n] with the sampling correction; `counts` [n] is the multiplicity of each column."""
-        assert self._stage.sampling.name != "auto", "resolved by Config"
-        if self._sampling is None:
-            return beta, neg_bias
-        if self._streaming is not None:
-            self._streaming.update(batch.doc_ids, counts)
-            log_expected = self._streaming.log_expected(batch.doc_ids)
-        else:
-            assert self._counted is not None
-            log_expected = self._counted.log_expected(batch.doc_rows)
-        return apply_sampling(self._sampling, log_expected, beta=beta, neg_bias=neg_bias)
 
 
 def candidate_columns(batch: Batch) -> Tensor:

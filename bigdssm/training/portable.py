@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.utils import (
@@ -43,38 +43,26 @@ def local_pieces(engine: Any, zero_stage: int, state_of: StateOf) -> Iterator[Te
         _link_states(engine, zero_stage)
     replicated: list[tuple[str, Tensor]] = []
     for name, parameter in trained_weights(engine.module):
-        if zero_stage == 3:
-            yield from _partitions(name, parameter, states.get(parameter, ()))
-        elif zero_stage > 0:
-            yield from _fragments(name, parameter, states.get(parameter, ()))
-        else:
+        names, stored = states.get(parameter, ()), cast(Any, parameter)
+        if zero_stage == 0:
             replicated.append((name, parameter))
-            replicated += [(f"{s}/{name}", engine.optimizer.state[parameter][s]) for s in states.get(parameter, ())]
+            replicated += [(f"{state}/{name}", engine.optimizer.state[parameter][state]) for state in names]
+        elif zero_stage == 3:  # this rank's partition, without padding, if any
+            shape, size = tuple(stored.ds_shape), stored.ds_tensor.numel()
+            first = size * distributed.rank()
+            count = min(size, prod(shape) - first)
+            if count > 0:
+                yield TensorPiece(name, shape, first, safe_get_local_fp32_param(parameter).flatten()[:count])
+                for state in names:
+                    values = safe_get_local_optimizer_state(parameter, state)[:count]
+                    yield TensorPiece(f"{state}/{name}", shape, first, values)
+        elif (mapping := stored._hp_mapping) is not None:  # this rank's fragment, if any
+            shape, first = tuple(parameter.shape), mapping.lp_fragment_address.start
+            yield TensorPiece(name, shape, first, mapping.get_hp_fragment())
+            for state in names:
+                yield TensorPiece(f"{state}/{name}", shape, first, mapping.get_hp_fragment(state))
     for piece in even_share(replicated, distributed.rank(), distributed.world_size()):
         yield replace(piece, values=piece.values.float())
-
-
-def _fragments(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[TensorPiece]:
-    """Yield this rank's fragment of a parameter at ZeRO 1 and 2, if any."""
-    mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
-    if mapping is None:
-        return
-    first = mapping.lp_fragment_address.start
-    yield TensorPiece(name, shape, first, mapping.get_hp_fragment())
-    for state in states:
-        yield TensorPiece(f"{state}/{name}", shape, first, mapping.get_hp_fragment(state))
-
-
-def _partitions(name: str, parameter: Any, states: tuple[str, ...]) -> Iterator[TensorPiece]:
-    """Yield this rank's partition of a parameter at ZeRO 3, without padding, if any."""
-    shape, size = tuple(parameter.ds_shape), parameter.ds_tensor.numel()
-    first = size * distributed.rank()
-    count = min(size, prod(shape) - first)
-    if count <= 0:
-        return
-    yield TensorPiece(name, shape, first, safe_get_local_fp32_param(parameter).flatten()[:count])
-    for state in states:
-        yield TensorPiece(f"{state}/{name}", shape, first, safe_get_local_optimizer_state(parameter, state)[:count])
 
 
 def trained_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -98,7 +86,7 @@ def set_weights(module: nn.Module, read: Callable[[str], Tensor]) -> None:
 
 def frozen_checksum(module: nn.Module) -> int:
     """Return a checksum of all weights that are not trained, the same at any ZeRO stage. All ranks must call it."""
-    total, of_rank = 0, 0
+    replicated, partitioned = 0, 0
     parameters: Iterator[tuple[str, Any]] = module.named_parameters()
     for name, parameter in parameters:
         if parameter.requires_grad:
@@ -111,8 +99,11 @@ def frozen_checksum(module: nn.Module) -> int:
         values = parameter if partition is None else partition
         bits = values.detach().contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32)
         number = int(bits.sum(dtype=torch.int64)) * (hash64(name) | 1)
-        total, of_rank = (total + number, of_rank) if partition is None else (total, of_rank + number)
-    return (total + sum(distributed.all_gather_object(of_rank))) % 2**63
+        if partition is None:
+            replicated += number
+        else:
+            partitioned += number
+    return (replicated + sum(distributed.all_gather_object(partitioned))) % 2**63
 
 
 def set_tensors(
@@ -123,14 +114,34 @@ def set_tensors(
     All ranks must call it. Names are those of `local_pieces`. The model's weights must have been set before the engine
     was built. `applied_steps` becomes the optimizer's step of every parameter.
     """
+    states: dict[nn.Parameter, tuple[str, ...]] = {}
     if applied_steps > 0:
-        _create_states(engine, zero_stage, state_of, applied_steps)
-    states = _states(engine, zero_stage, state_of) if applied_steps > 0 else {}
+        # the states that the optimizer would create in its first step, linked in DeepSpeed
+        optimizer = base_optimizer(engine, zero_stage)
+        groups = [(group["name"], group["params"]) for group in optimizer.param_groups]
+        if zero_stage == 3:
+            groups = [(groups[0][0], list(engine.optimizer.fp32_partitioned_groups_flat))]
+        for group, tensors in groups:
+            for tensor in tensors:
+                optimizer.state[tensor] = {
+                    "step": torch.tensor(float(applied_steps)),
+                    **{state: torch.zeros_like(tensor) for state in state_of(group)},
+                }
+        _link_states(engine, zero_stage)
+        states = _states(engine, zero_stage, state_of)
     for name, parameter in trained_weights(engine.module):
-        if zero_stage > 0:
-            _set_master(zero_stage, parameter, read(name))
+        if zero_stage == 3:  # safe_set_full_fp32_param fails if a parameter is not divisible by the world size
+            safe_set_local_fp32_param(parameter, _partition(parameter, read(name)))
+        elif zero_stage > 0:
+            safe_set_full_fp32_param(parameter, read(name).to(parameter.device))
         for state in states.get(parameter, ()):
-            _set_state(engine, zero_stage, parameter, read(f"{state}/{name}"), state)
+            value = read(f"{state}/{name}")
+            if zero_stage == 0:
+                engine.optimizer.state[parameter][state].copy_(value)
+            elif zero_stage == 3:
+                safe_set_local_optimizer_state(parameter, _partition(parameter, value), state)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device), state)
 
 
 def group_values(engine: Any, zero_stage: int) -> list[dict[str, Any]]:
@@ -184,42 +195,11 @@ def _states(engine: Any, zero_stage: int, state_of: StateOf) -> dict[nn.Paramete
     return {parameter: names for parameter in engine.module.parameters() if parameter.requires_grad}
 
 
-def _create_states(engine: Any, zero_stage: int, state_of: StateOf, applied_steps: int) -> None:
-    """Create the states that the optimizer would create in its first step, and link them in DeepSpeed."""
-    optimizer = base_optimizer(engine, zero_stage)
-    groups = [(group["name"], group["params"]) for group in optimizer.param_groups]
-    if zero_stage == 3:
-        groups = [(groups[0][0], list(engine.optimizer.fp32_partitioned_groups_flat))]
-    for group, tensors in groups:
-        for tensor in tensors:
-            optimizer.state[tensor] = {
-                "step": torch.tensor(float(applied_steps)),
-                **{state: torch.zeros_like(tensor) for state in state_of(group)},
-            }
-    _link_states(engine, zero_stage)
-
-
 def _link_states(engine: Any, zero_stage: int) -> None:
     """Link the states of all groups at ZeRO 1 and 2: DeepSpeed links them when only the first group has stepped."""
     if zero_stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _set_master(zero_stage: int, parameter: nn.Parameter, value: Tensor) -> None:
-    if zero_stage == 3:  # safe_set_full_fp32_param fails if a parameter is not divisible by the world size
-        safe_set_local_fp32_param(parameter, _partition(parameter, value))
-    else:
-        safe_set_full_fp32_param(parameter, value.to(parameter.device))
-
-
-def _set_state(engine: Any, zero_stage: int, parameter: nn.Parameter, value: Tensor, state: str) -> None:
-    if zero_stage == 0:
-        engine.optimizer.state[parameter][state].copy_(value)
-    elif zero_stage == 3:
-        safe_set_local_optimizer_state(parameter, _partition(parameter, value), state)
-    else:
-        safe_set_full_optimizer_state(parameter, value.to(parameter.device), state)
 
 
 def _partition(parameter: Any, value: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,7 +158,19 @@ def check_folder(config: Config, name: StageName, resume: bool) -> None:
         raise CheckpointError(f"{folder} is not empty; continue with --resume auto, or choose another run.dir")
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a stage folder: it has no {CONFIG_FILE}; choose another run.dir")
-    _check_written_config(path, config, name)
+    try:
+        before = load_written_config(path).to_dict()
+    except (ConfigError, OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").split())
+        raise CheckpointError(
+            f"{path} does not load; this config cannot be compared with the run's: {reason}; restore it, or "
+            "choose another run.dir"
+        ) from None
+    if difference := forbidden_change(before, config, name):
+        raise ConfigError(
+            f"{folder} was run with another config: {difference}; resume needs the same (docs/faults.md lists "
+            "keys that may change)"
+        )
 
 
 def open_segment(config: Config, name: StageName) -> Dataset:
@@ -217,27 +228,7 @@ def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> S
         table_name("doc", name): feature.newly_trained(before[name])
         for name, feature in categorical_of(stream.dataset.schema.doc).items()
     }
-    return replace(start, new_codes={name: some for name, some in codes.items() if len(some)})
-
-
-def _check_written_config(path: Path, config: Config, name: StageName) -> None:
-    """Raise unless the stage with the config at `path` may be resumed with `config`.
-
-    Raises CheckpointError: the file cannot be read; ConfigError: a key changed that must not change.
-    """
-    try:
-        before = load_written_config(path).to_dict()
-    except (ConfigError, OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").split())
-        raise CheckpointError(
-            f"{path} does not load; this config cannot be compared with the run's: {reason}; restore it, or "
-            "choose another run.dir"
-        ) from None
-    if difference := forbidden_change(before, config, name):
-        raise ConfigError(
-            f"{path.parent} was run with another config: {difference}; resume needs the same (docs/faults.md lists "
-            "keys that may change)"
-        )
+    return replace(start, new_codes={table: new for table, new in codes.items() if len(new)})
 
 
 def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, name: StageName) -> dict[str, Any]:
@@ -247,10 +238,9 @@ def _check_origin(checkpoint: LoadedCheckpoint, run_id: str, config: Config, nam
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was written by the stage {stage}, needs one of {name}; {fix}"
         )
-    theirs = checkpoint.state["run_id"]
-    if theirs != run_id:
+    if checkpoint.state["run_id"] != run_id:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} was written by another run ({theirs}, in "
+            f"checkpoint {checkpoint.path} was written by another run ({checkpoint.state['run_id']}, in "
             f"{checkpoint.state['config']['run']['dir']}), needs one of this run ({run_id}); {fix}"
         )
     try:

@@ -30,7 +30,7 @@ from bigdssm.training.batches import BatchBuilder
 from bigdssm.training.checks import model_difference, retained_settings
 from bigdssm.training.engine import Engine, device, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments
-from bigdssm.training.health import Health
+from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
@@ -126,7 +126,7 @@ def build_trainer(
     average = WeightAverage(engine.module, stage.weight_average) if stage.weight_average else None
 
     def report_progress(task: str, done: int, total: int | None) -> None:
-        watchdog.beat(f"{task}: {done} of {total}")
+        watchdog.record_progress(f"{task}: {done} of {total}")
         if stop.any_rank_requested():
             raise Preempted(f"stopped on request while {task}; continue with --resume auto")
 
@@ -145,7 +145,7 @@ def build_trainer(
             "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
             name, stage.optimizer.warmup_steps, total_steps - progress.part_step, warmup,
         )  # fmt: skip
-    health = Health(
+    metrics_logger = MetricsLogger(
         name, engine, trackers, bar, total_steps, stage.rows_global, stage.log_every_steps,
         lambda: f"best {metric_label(stage.validation_metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
     )  # fmt: skip
@@ -159,7 +159,7 @@ def build_trainer(
         average=average,
         starts_trained=config.initial_model(name) is not None or progress.part_step > 0,
         initial_documents=initial_documents, store=store, async_checkpoints=engine_config.async_checkpoints,
-        health=health, alert=SpikeAlert(folder, rank, world_size, progress.step),
+        metrics_logger=metrics_logger, alert=SpikeAlert(folder, rank, world_size, progress.step),
         consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None, skipped_log=row_log(SKIPPED),
         watchdog=watchdog, stop=stop, report_progress=report_progress, progress=progress, total_steps=total_steps,
     )  # fmt: skip

@@ -21,14 +21,11 @@ from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, StageName
 from bigdssm.errors import ConfigError
-from bigdssm.loader.stream import RowStream
-from bigdssm.models import DualEncoder
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.checks import check_agreement, check_stage, check_tables
 from bigdssm.training.deepspeed_patches import undo_patches
 from bigdssm.training.engine import device, init_process_group
-from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
-from bigdssm.training.health import describe_ranks
+from bigdssm.training.fixed_documents import fix_documents
 from bigdssm.training.resume import StageProgress, check_folder, find_start, limit_ids, segment_steps
 from bigdssm.training.setup import build_model, build_trainer
 from bigdssm.utils import atomic
@@ -117,13 +114,25 @@ def run_stage(
                 quarantine=Path(config.run.dir) / f"quarantine-{distributed.rank():05d}.jsonl",
             )  # fmt: skip
             if validate_only:
-                _report_valid(config, name, model, stream, documents)
+                builder = BatchBuilder(
+                    stream, stage_config, config.run.seed, documents=documents, tables=model.tables.sharded
+                )
+                batch = next(read_batches(stream, builder, device()))
+                parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+                logger.info(
+                    "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",
+                    name, f"{parameters:,}", segment_steps(stage_config, stream.steps_per_epoch),
+                    len(batch.query_ids), len(batch.doc_ids),
+                )  # fmt: skip
                 check_folder(config, name, resume)  # last, so that errors of the config are reported first
                 return None
             after.enter_context(lock)
             store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
             start = limit_ids(stream, find_start(config, name, store, stream, resume), initial)
-            _write_config(folder, config)
+            if distributed.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                atomic.write_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+            distributed.barrier()
             done = start.progress
             trackers = Trackers(folder, config, done.step, len(done.history), cpu=device().type == "cpu")
             after.enter_context(closing(trackers))
@@ -136,32 +145,11 @@ def run_stage(
                 Faults.from_environment().install(trainer)
                 record_start(folder, done.step, trainer.total_steps)
                 logger.info(
-                    "%s: %s, %d steps of %d rows on %s, from step %d, in %s",
+                    "%s: %s, %d steps of %d rows on %d rank%s, from step %d, in %s",
                     name, config.data.webdataset or f"{dataset.num_rows('train'):,} rows", trainer.total_steps,
-                    stage_config.rows_global, describe_ranks(), done.step, folder,
+                    stage_config.rows_global, world_size, "s" if world_size != 1 else "", done.step, folder,
                 )  # fmt: skip
                 stop.defer_signals()
                 progress = trainer.train()
     logger.info("%s finished: %s", name, trainer.validator.describe(progress, stage_config.validation_metric))
     return progress
-
-
-def _write_config(folder: Path, config: Config) -> None:
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    distributed.barrier()
-
-
-def _report_valid(
-    config: Config, name: StageName, model: DualEncoder, stream: RowStream, documents: FixedDocuments | None
-) -> None:
-    stage = config.stage(name)
-    builder = BatchBuilder(stream, stage, config.run.seed, documents=documents, tables=model.tables.sharded)
-    batch = next(read_batches(stream, builder, device()))
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    steps = segment_steps(stage, stream.steps_per_epoch)
-    logger.info(
-        "%s is valid: %s parameters, %d steps, a first batch of %d rows and %d documents on rank 0",
-        name, f"{parameters:,}", steps, len(batch.query_ids), len(batch.doc_ids),
-    )  # fmt: skip

@@ -28,15 +28,15 @@ from bigdssm.errors import ConfigError
 from bigdssm.loader.batch import Batch, Features, join_sides, split_sides
 from bigdssm.loader.step_plan import (
     Chunk,
+    ChunkCounts,
     Chunked,
     SidePlan,
     StepPlan,
-    StepRequirements,
     TokenBudget,
     at_least_one,
     plan_side,
 )
-from bigdssm.loader.stream import RowReport
+from bigdssm.loader.stream import RowCounts
 from bigdssm.losses import LossOutput
 from bigdssm.models import DualEncoder, Encoded, FeatureScorer, Values
 from bigdssm.models.dual_encoder import document_head, query_head
@@ -51,58 +51,34 @@ LossFunction = Callable[[Encoded, Batch], LossOutput]
 OutputGradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 
-class StepReport(NamedTuple):
+class RankReport(NamedTuple):
     """The values that a rank sends to all ranks in a step."""
 
     stop: float = 0.0  # 1 if a stop was requested
     save: float = 0.0  # 1 if a checkpoint is due
     queries: float = 0.0  # number of queries in the batch
-    rows: RowReport = RowReport(0.0, 0.0, 0.0)
-    requirements: StepRequirements = StepRequirements(1, 1, 0, 0)  # of the next batch's plan
+    rows: RowCounts = RowCounts(0.0, 0.0, 0.0)
+    chunks: ChunkCounts = ChunkCounts(1, 1, 0, 0)  # of the next batch's plan
 
 
-@dataclass(frozen=True)
-class StepAgreement:
-    """The reports of all ranks, equal on every rank."""
+def exchange_reports(
+    loss: Tensor, alpha: Tensor, report: RankReport
+) -> Callable[[], tuple[float, float, tuple[RankReport, ...]]]:
+    """Start an all-gather of loss, alpha and report. All ranks must call it.
 
-    loss: float  # mean over ranks
-    alpha: float
-    reports: tuple[StepReport, ...]  # by rank
-
-    @property
-    def stop(self) -> bool:
-        """Whether a stop was requested on any rank."""
-        return any(report.stop for report in self.reports)
-
-    @property
-    def save(self) -> bool:
-        """Whether a checkpoint is due on any rank."""
-        return any(report.save for report in self.reports)
-
-    @property
-    def requirements(self) -> StepRequirements:
-        """The maximum of the requirements over ranks."""
-        of_ranks = zip(*(report.requirements for report in self.reports), strict=True)
-        return StepRequirements(*(max(numbers) for numbers in of_ranks))
-
-
-def exchange_reports(loss: Tensor, alpha: Tensor, report: StepReport) -> Callable[[], StepAgreement]:
-    """Start an all-gather of loss, alpha and report; the returned function waits for it.
-
-    All ranks must call it.
+    The returned function waits for it and returns the mean loss, alpha, and the reports by rank, equal on every rank.
     """
-    numbers = [report.stop, report.save, report.queries, *report.rows, *report.requirements]
-    of_device = torch.stack([loss.detach().double().view(()), alpha.detach().double().view(())])
-    row = torch.cat([of_device, to_device(torch.tensor(numbers, dtype=torch.float64), loss.device)])
+    numbers = [report.stop, report.save, report.queries, *report.rows, *report.chunks]
+    on_device = torch.stack([loss.detach().double().view(()), alpha.detach().double().view(())])
+    row = torch.cat([on_device, to_device(torch.tensor(numbers, dtype=torch.float64), loss.device)])
     gathered = distributed.all_gather_padded(row[None], 1)
 
-    def read() -> StepAgreement:
+    def read() -> tuple[float, float, tuple[RankReport, ...]]:
         table = gathered.wait().tolist()
         reports = []
         for _, _, stop, save, queries, *others in table:
-            requirements = StepRequirements(*map(int, others[3:]))
-            reports.append(StepReport(stop, save, queries, RowReport(*others[:3]), requirements))
-        return StepAgreement(sum(row[0] for row in table) / len(table), table[0][1], tuple(reports))
+            reports.append(RankReport(stop, save, queries, RowCounts(*others[:3]), ChunkCounts(*map(int, others[3:]))))
+        return sum(row[0] for row in table) / len(table), table[0][1], tuple(reports)
 
     return read
 
@@ -111,16 +87,18 @@ def exchange_reports(loss: Tensor, alpha: Tensor, report: StepReport) -> Callabl
 class StepResult:
     """The result of a step."""
 
-    agreement: StepAgreement
+    loss: float  # mean over ranks
+    alpha: float
+    reports: tuple[RankReport, ...]  # by rank
     applied: bool  # False if loss or gradients were not finite
     gradient_norm: float | Tensor  # a tensor if it has not been read from the device
     stats: dict[str, Tensor]
     plan: StepPlan  # as executed
 
     @property
-    def loss(self) -> float:
-        """The mean loss over ranks."""
-        return self.agreement.loss
+    def stop(self) -> bool:
+        """Whether a stop was requested on any rank."""
+        return any(report.stop for report in self.reports)
 
 
 def train_step(
@@ -130,7 +108,7 @@ def train_step(
     loss_function: LossFunction,
     lr_factor: float,
     extra_inputs: Features | None = None,
-    make_report: Callable[[], StepReport] = StepReport,
+    make_report: Callable[[], RankReport] = RankReport,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch. All ranks must call it.
 
@@ -143,10 +121,10 @@ def train_step(
         encoded, backward, plan = encode(engine, batch, plan, extra_inputs or {})
     output = back_propagate(encoded, backward, lambda leaves: loss_function(leaves, batch))
     with timing.span("optimizer"):
-        agreement = exchange_reports(output.loss, encoded.alpha, make_report())
+        read_reports = exchange_reports(output.loss, encoded.alpha, make_report())
         applied = engine.step(lr_factor)
     norm = engine.gradient_norm() if applied else float("nan")
-    return StepResult(agreement(), applied, norm, output.stats, plan)
+    return StepResult(*read_reports(), applied, norm, output.stats, plan)
 
 
 class StepEngine(Protocol):
@@ -267,21 +245,12 @@ class EncodedChunk:
             self.encoded = encoded
         return Encoded(*(None if t is None else t.detach() for t in encoded))  # type: ignore[arg-type]
 
-    def with_graph(self, engine: StepEngine) -> Encoded:
-        """Return the outputs with their graph; may be called once."""
-        if self.state is None:
-            encoded, self.encoded = self.encoded, None
-            assert encoded is not None
-            return encoded
-        with timing.span("encode again"), self.state.replayed():
-            return engine.forward(**self.inputs)
-
     def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
         """Return the vectors and biases with their gradients."""
-        its = self.side.outputs(self.chunk)
+        index = self.side.outputs(self.chunk)
         sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
-            (output[: len(its)], _gradient(leaf)[its])
+            (output[: len(index)], _gradient(leaf)[index])
             for output, leaf in sides
             if output is not None and leaf is not None
         ]
@@ -335,7 +304,12 @@ def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encode
         for number, group in enumerate(groups):
             pairs: OutputGradients = []
             for chunk in group:
-                encoded = chunk.with_graph(engine)
+                if chunk.state is None:
+                    assert chunk.encoded is not None
+                    encoded, chunk.encoded = chunk.encoded, None
+                else:
+                    with timing.span("encode again"), chunk.state.replayed():
+                        encoded = engine.forward(**chunk.inputs)
                 pairs.extend(chunk.gradients(encoded, leaves))
             if number == 0:  # once: every chunk returns the same alpha
                 pairs.append((encoded.alpha, _gradient(leaves.alpha)))
@@ -352,9 +326,9 @@ class EncodedPairChunk(EncodedChunk):
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
         """Return the scores with their gradients."""
-        its = self.side.outputs(self.chunk)
+        index = self.side.outputs(self.chunk)
         assert encoded.scores is not None and leaves.scores is not None
-        return [(encoded.scores[: len(its)], _gradient(leaves.scores).flatten()[its])]
+        return [(encoded.scores[: len(index)], _gradient(leaves.scores).flatten()[index])]
 
 
 def encode_pairs(
@@ -373,7 +347,17 @@ def encode_pairs(
         _refuse_batch_statistics(scorer)
     outputs = [chunk.encode(engine) for chunk in chunks]
     scores = side.assemble([out.scores for out in outputs if out.scores is not None]).view(candidates.shape)
-    scores = scores.float() + _products(engine, batch, plan, candidates)
+    # the towers' scores float32 [m, l], without a graph, in evaluation mode
+    engine.module.eval()
+    with torch.no_grad():
+        towers, _ = (
+            _whole(engine, batch, plan, {}) if plan.whole else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+        )
+    engine.module.train()
+    assert towers.U is not None and towers.W is not None
+    queries = query_head(towers.U, towers.beta is not None)
+    documents = document_head(towers.W, towers.alpha.detach(), towers.beta)
+    scores = scores.float() + torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
     encoded = Encoded(None, None, None, outputs[-1].alpha, scores)
     return encoded, partial(_backward, engine, chunks), replace(plan, pairs=side.plan)
 
@@ -398,28 +382,14 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
         {name: batch.doc_lengths[name].take(column) for name in doc},
     )
     pairs = plan_side(lengths, candidates.numel(), budget.chunk_tokens)
-    fits = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
-    dropped = len(pairs.chunks) - int(fits.sum()) if budget.chunk_tokens else 0  # chunks without a retained graph
+    retained = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
+    dropped = len(pairs.chunks) - int(retained.sum()) if budget.chunk_tokens else 0  # chunks without a retained graph
     number, most_dropped = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), dropped]), "max").tolist()
     pairs = pairs.padded_to(number)
     side = Chunked(features, pairs)
     return [
         EncodedPairChunk("pairs", side, chunk, retain_graph=i >= most_dropped) for i, chunk in enumerate(pairs.chunks)
     ]
-
-
-def _products(engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor) -> Tensor:
-    """Return the towers' scores float32 [m, l] of candidates, without a graph, in evaluation mode."""
-    engine.module.eval()
-    with torch.no_grad():
-        towers, _ = (
-            _whole(engine, batch, plan, {}) if plan.whole else _in_chunks(engine, batch, encoded_chunks(batch, plan))
-        )
-    engine.module.train()
-    assert towers.U is not None and towers.W is not None
-    queries = query_head(towers.U, towers.beta is not None)
-    documents = document_head(towers.W, towers.alpha.detach(), towers.beta)
-    return torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
 
 
 def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Training of a stage: steps, validations and checkpoints, from top to bottom.
 
 setup.py builds the trainer of a stage. A step is in step.py, its batches are in batches.py and loader/, its log line
-and its record in health.py, the state of a resume in resume.py.
+and its record in metrics_logger.py, the state of a resume in resume.py.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import StageConfig, StageName
 from bigdssm.errors import DivergedError, Preempted
 from bigdssm.loader.batch import Batch
-from bigdssm.loader.step_plan import StepDraft, StepPlan, draft_step, max_requirements
+from bigdssm.loader.step_plan import ChunkCounts, LocalStepPlan, StepPlan, max_over_ranks, plan_locally
 from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.engine import Engine, device
-from bigdssm.training.health import Health
+from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.resume import StageProgress, StartPoint
-from bigdssm.training.step import LossFunction, RandomState, StepReport, StepResult, train_step
+from bigdssm.training.step import LossFunction, RandomState, RankReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
+from bigdssm.utils import timing
 from bigdssm.utils.log import Progress, get_logger
 
 logger = get_logger(__name__)
@@ -69,7 +70,7 @@ class Trainer:
     )  # this rank's index vectors of the initial weights, if mining encoded them
     store: CheckpointStore
     async_checkpoints: bool
-    health: Health
+    metrics_logger: MetricsLogger
     alert: SpikeAlert
     consumed_log: RowLog | None
     skipped_log: RowLog
@@ -90,15 +91,21 @@ class Trainer:
         try:
             self._validate_at_start()
             while True:
-                with closing(self.batches(self._steps_to_refresh())) as batches:
+                # the steps until the stage ends or hard negatives are mined again
+                segment_step = self.progress.step - self.progress.part_step
+                steps = min(self.total_steps - self.progress.step, self.mining.steps_to_refresh(segment_step))
+                with closing(self.batches(steps)) as batches:
                     self._take_steps(batches)
                 if self.is_over():
                     break
-                self._refresh_hard_negatives()
+                self.store.wait()  # a checkpoint in progress needs the current file of hard negatives
+                part_step = self.progress.part_step
+                with self.metrics_logger.timed("mining"):
+                    self.batch_builder.hard_negatives = self.mining.refresh(self.progress.step - part_step, part_step)
             if self.progress.validated_at != self.progress.step:
                 self.validate()
             self.save(in_background=False)
-            self.health.after_run()
+            self.metrics_logger.after_run()
         except Preempted:
             self.save(in_background=False)
             step = self.progress.step
@@ -117,41 +124,46 @@ class Trainer:
         following = self._fetch(batches) if not self.is_over() else None
         # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers
         # of chunks in the collective of step s.
-        requirements = None if following is None else max_requirements(following[1].requirements)
+        chunks = None if following is None else max_over_ranks(following[1].counts)
         while following is not None and not self.is_over():
-            assert requirements is not None
-            batch, plan = following[0], following[1].resolve(requirements)
+            assert chunks is not None
+            batch, plan = following[0], following[1].synchronized(chunks)
             following = self._fetch(batches)
             result = self.train_step(batch, plan, None if following is None else following[1])
-            requirements = result.agreement.requirements
-            if self.stream.needs_check([report.rows for report in result.agreement.reports], self.stream_step):
+            chunks = ChunkCounts(*map(max, zip(*(report.chunks for report in result.reports), strict=True)))
+            if self.stream.needs_check([report.rows for report in result.reports], self.stream_step):
                 self.stream.check(self.stream_step)
             if _is_due(progress.step, stage.validate_every_steps):
                 self.validate()
-            if result.agreement.stop:
+            if result.stop:
                 raise Preempted("stop requested")
-            if not self.is_over() and (_is_due(progress.step, stage.save_every_steps) or result.agreement.save):
+            is_save_due = _is_due(progress.step, stage.save_every_steps) or any(r.save for r in result.reports)
+            if is_save_due and not self.is_over():
                 self.save(self.async_checkpoints)
 
-    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, StepDraft] | None:
-        """Return the next batch and this rank's draft of its plan, None after the last."""
-        self.watchdog.beat(f"step {self.progress.step}, waiting for rows")
-        batch = self.health.next_batch(batches)
-        return None if batch is None else (batch, draft_step(batch, self.engine.budget))
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, LocalStepPlan] | None:
+        """Return the next batch and this rank's plan of it, None after the last."""
+        self.watchdog.record_progress(f"step {self.progress.step}, waiting for rows")
+        with timing.span("data wait"):
+            batch = next(batches, None)
+        return None if batch is None else (batch, plan_locally(batch, self.engine.budget))
 
-    def train_step(self, batch: Batch, plan: StepPlan, following: StepDraft | None) -> StepResult:
-        """Take a step on a batch; count and log it. `following`: the draft of the next step's plan.
+    def train_step(self, batch: Batch, plan: StepPlan, following: LocalStepPlan | None) -> StepResult:
+        """Take a step on a batch; count and log it. `following`: this rank's plan of the next step.
 
         Raises DivergedError: too many non-finite steps in a row.
         """
         stage, progress = self.stage, self.progress
-        self.watchdog.beat(f"step {progress.step}")
+        self.watchdog.record_progress(f"step {progress.step}")
         if self.store.has_failed():
             self.stop.request()  # the ranks stop together; saving then raises the error
 
-        def report() -> StepReport:
-            numbers = self.stop.requested, self._is_save_due(), len(batch.query_ids), self.stream.report()
-            return StepReport(*numbers) if following is None else StepReport(*numbers, following.requirements)
+        def report() -> RankReport:
+            # a checkpoint is due if the last one is older than the config allows
+            every_s = 60.0 * stage.save_every_minutes
+            is_save_due = every_s > 0 and time.monotonic() - self.saved_at >= every_s
+            numbers = self.stop.requested, is_save_due, len(batch.query_ids), self.stream.counts()
+            return RankReport(*numbers) if following is None else RankReport(*numbers, following.counts)
 
         # the schedule counts the applied steps of the segment
         segment_steps, applied = self.total_steps - progress.part_step, progress.applied - progress.part_applied
@@ -170,42 +182,25 @@ class Trainer:
                 self.average.update()
             self.alert.after_step(progress.step, result.loss, batch.row_ids)
         else:
-            self._count_skipped(batch)
-        self.health.after_step(progress.step, progress.applied, batch, result)
+            progress.skipped_in_row += 1
+            self.skipped_log.write(progress.step - 1, batch.row_ids)
+            logger.warning(
+                "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are listed in %s",
+                progress.step, batch.row_ids[:8].tolist(), self.skipped_log.path,
+            )  # fmt: skip
+            if progress.skipped_in_row >= stage.max_skipped_steps:
+                raise DivergedError(
+                    f"{self.name} stopped at step {progress.step}: {stage.max_skipped_steps} steps in a row had no "
+                    f"finite loss and gradient; lower optimizer.lr, or start again from a checkpoint in {self.folder}"
+                )
+        self.metrics_logger.after_step(progress.step, progress.applied, batch, result)
         return result
-
-    def _count_skipped(self, batch: Batch) -> None:
-        """Log a step that was not applied. Raises DivergedError: too many in a row."""
-        progress, limit = self.progress, self.stage.max_skipped_steps
-        progress.skipped_in_row += 1
-        self.skipped_log.write(progress.step - 1, batch.row_ids)
-        logger.warning(
-            "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are listed in %s",
-            progress.step, batch.row_ids[:8].tolist(), self.skipped_log.path,
-        )  # fmt: skip
-        if progress.skipped_in_row >= limit:
-            raise DivergedError(
-                f"{self.name} stopped at step {progress.step}: {limit} steps in a row had no finite loss and gradient; "
-                f"lower optimizer.lr, or start again from a checkpoint in {self.folder}"
-            )
 
     def is_over(self) -> bool:
         """Return True if all steps are taken, or patience is exhausted."""
         patience = self.stage.patience
         out_of_patience = patience > 0 and self.progress.validations_since_best >= patience
         return out_of_patience or self.progress.step >= self.total_steps
-
-    def _steps_to_refresh(self) -> int:
-        """Return the number of steps until the stage ends or hard negatives are mined again."""
-        until_mined = self.mining.steps_to_refresh(self.progress.step - self.progress.part_step)
-        return min(self.total_steps - self.progress.step, until_mined)
-
-    def _refresh_hard_negatives(self) -> None:
-        """Mine hard negatives for the next steps by the current weights."""
-        self.store.wait()  # a checkpoint in progress needs the current file
-        step, part_step = self.progress.step, self.progress.part_step
-        with self.health.timed("mining"):
-            self.batch_builder.hard_negatives = self.mining.refresh(step - part_step, part_step)
 
     def _validate_at_start(self) -> None:
         """Validate the initial model, or repeat a validation that the interrupted run did not finish."""
@@ -241,7 +236,7 @@ class Trainer:
             if evaluation:
                 score = evaluation.metrics[metric]
                 progress.history.append({"step": progress.step, **evaluation.metrics})
-                self.health.after_validation(progress.step, evaluation, metric)
+                self.metrics_logger.after_validation(progress.step, evaluation, metric)
                 if self.validator.decides:
                     of_start = self.starts_trained and progress.step == 0
                     is_taken, is_highest = self.selection.add(evaluation, metric, of_start=of_start)
@@ -256,15 +251,10 @@ class Trainer:
         """Write a checkpoint, optionally in the background, after the previous one."""
         step = self.progress.step
         self.stream.check(self.stream_step)
-        self.watchdog.beat(f"the checkpoint of step {step}")
-        with self.health.timed("checkpoint"):
+        self.watchdog.record_progress(f"the checkpoint of step {step}")
+        with self.metrics_logger.timed("checkpoint"):
             self.store.save(step, **self.state_dict(), in_background=in_background)
         self.saved_at = time.monotonic()
-
-    def _is_save_due(self) -> bool:
-        """Return True if, on this rank, the last checkpoint is older than the config allows."""
-        every_s = 60.0 * self.stage.save_every_minutes
-        return every_s > 0 and time.monotonic() - self.saved_at >= every_s
 
     def state_dict(self) -> dict[str, Any]:
         """Return the complete training state, as arguments of `CheckpointStore.save`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -70,9 +69,13 @@ class Validator:
             rerank = Reranking(scorer, self._stage.rerank)
         if self._fixed is not None:
             documents = self._fixed.share(device(), self._dataset.catalogue.withdrawn)
+
+        def scorer_state() -> dict[str, Tensor]:
+            return engine.state_dict(Scorer.weights_in(dict(engine.module.named_parameters())))
+
         with timing.span("validation"):
             return evaluate_split(
-                encoders_of(engine.deepspeed, self._dataset, device(), partial(_scorer_state, engine)),
+                encoders_of(engine.deepspeed, self._dataset, device(), scorer_state),
                 self._validation,
                 SPLIT,
                 documents=documents,
@@ -138,10 +141,6 @@ class Validator:
                     error = CheckpointError(f"could not write {self._best_dir}: {problem}; the previous one is kept")
             distributed.raise_together(error)
             self._keeps_frozen = True
-
-
-def _scorer_state(engine: Engine) -> dict[str, Tensor]:
-    return engine.state_dict(Scorer.weights_in(dict(engine.module.named_parameters())))
 
 
 class BestSelection:

@@ -69,7 +69,7 @@ def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool, bool]
     import torch
 
     from bigdssm.cluster.signals import StopRequest
-    from bigdssm.training.step import StepReport, exchange_reports
+    from bigdssm.training.step import RankReport, StepResult, exchange_reports
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -78,8 +78,9 @@ def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool, bool]
         before = stop.any_rank_requested()
         if rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        report = StepReport(stop=float(stop.requested))
-        by_report = exchange_reports(torch.ones(1), torch.ones(1), report)().stop
+        report = RankReport(stop=float(stop.requested))
+        _, _, reports = exchange_reports(torch.ones(1), torch.ones(1), report)()
+        by_report = StepResult(1.0, 1.0, reports, True, 0.0, {}, None).stop  # type: ignore[arg-type]
         return before, stop.any_rank_requested(), by_report
     finally:
         for number, handler in handlers.items():

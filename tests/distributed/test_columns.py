@@ -176,7 +176,7 @@ def run_mlp(rank: int, world_size: int) -> float:
     negatives = NegativesConfig(in_batch=False, hard=2, mask="past")
     config = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection(), scorer=MlpConfig())
     objective = Objective(config, ModelConfig(), None, None, ROWS)
-    listed = objective.candidates(batch)
+    listed = objective.model_inputs(batch)["candidates"]
     U, W = world.U[batch.row_ids], world.W[rows]
     return float(objective(Encoded(U, W, None, torch.ones(1), torch.einsum("md,mkd->mk", U, W[listed])), batch).loss)
 

@@ -107,8 +107,7 @@ def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tup
             U, W = query(queries), doc(columns)
             scores = None
             if config.scorer:  # whatever made them
-                picked = objective.candidates(batch)
-                assert picked is not None
+                picked = objective.model_inputs(batch)["candidates"]
                 scores = ALPHA * torch.einsum("md,mkd->mk", U, W[picked])
             return objective(Encoded(U, W, None, torch.tensor([ALPHA]), scores), batch).loss
 

@@ -33,7 +33,7 @@ def main() -> None:
     print("started", flush=True)
     with Watchdog(TIMEOUT_S, LauncherMonitor(), Path("no such file")) as watchdog:
         for step in range(NUM_STEPS):
-            watchdog.beat(f"step {step}")
+            watchdog.record_progress(f"step {step}")
             if step == MISFORTUNE_AT and rank == victim:
                 meet(kind)
             if not kind.startswith("idle"):

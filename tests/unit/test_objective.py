@@ -194,8 +194,8 @@ def test_a_teacher_is_learned_by_an_mlps_scores() -> None:
 @pytest.mark.parametrize("config", [Softmax(), PairCE(), Triplet(margin=0.3)], ids=lambda loss: loss.name)
 def test_an_mlps_scores_replace_products(config: LossConfig) -> None:
     scored = stage(config, negatives=LISTED, scorer=MlpConfig())
-    candidates = Objective(scored, ModelConfig(), None, None, 20).candidates(BATCH)
-    assert candidates is not None and candidates.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
+    candidates = Objective(scored, ModelConfig(), None, None, 20).model_inputs(BATCH)["candidates"]
+    assert candidates.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
     scores = (2.0 * torch.einsum("md,mkd->mk", U, W[candidates])).float()
     right = ranking_loss(config, U, W, POSITIVE, alpha=2.0, weight=INDICATOR, negatives=BATCH.negatives, **IDS).loss
     assert loss(scored, scores=scores) == pytest.approx(float(right), rel=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bigdssm.config import HISTORY_BLOCKS, StageConfig, TablesConfig
 from bigdssm.loader.batch import Batch, on_device
-from bigdssm.loader.step_plan import TokenBudget, draft_step
+from bigdssm.loader.step_plan import TokenBudget, plan_locally
 from bigdssm.losses.declarations import Corrected, NoCorrection
 from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
 from bigdssm.models.embedding_tables import tables_of_features
@@ -144,10 +144,10 @@ def test_operations_of_a_training_step(case: Case) -> None:
     with simgpu.ranks(64), simgpu.Device() as device:
         device.put_module(engine.module)
         for chunk_tokens, retained_tokens, fewest in ((0, 0, 2), (90, 0, 3), (12, 60, 20)):
-            draft = draft_step(
+            draft = plan_locally(
                 host, TokenBudget(chunk_tokens, retained_tokens, engine.module.accepts_packed(training=True))
             )  # type: ignore[operator]
-            plan = draft.resolve(draft.requirements)
+            plan = draft.synchronized(draft.counts)
             pieces = len(plan.query.chunks) + len(plan.doc.chunks)
             assert pieces >= fewest and plan.whole == (chunk_tokens == 0)
             if plan.whole:  # the first step uploads the catalogue's counts or the estimator's table
@@ -175,7 +175,7 @@ def test_operations_of_sharded_tables() -> None:
         engine = new_engine(case, "rows")
         specs = engine.module.tables.sharded  # type: ignore[union-attr]
         host = with_positions(batch_of(case), tables_of_features(SCHEMA, specs))  # type: ignore[arg-type]
-        plan = (draft := draft_step(host, TokenBudget(chunk_tokens, 0))).resolve(draft.requirements)
+        plan = (draft := plan_locally(host, TokenBudget(chunk_tokens, 0))).synchronized(draft.counts)
         objective = Objective(StageConfig(sampling=NoCorrection()), MODEL, None, None, 24.0)
         with simgpu.ranks(ranks), simgpu.Device() as device:
             device.put_module(engine.module)

@@ -21,8 +21,8 @@ from bigdssm.models import QueryPositions, SideSize, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders.transformer import TransformerEncoder
 from bigdssm.models.scorers import CrossEncoder
-from bigdssm.training import health
-from bigdssm.training.health import TimeTable
+from bigdssm.training import metrics_logger
+from bigdssm.training.metrics_logger import TimeTable
 from bigdssm.utils import timing
 
 
@@ -143,13 +143,13 @@ def test_a_peak_is_measured_without_products_that_take_long(monkeypatch: pytest.
         made.append(size[0])
         return rand(*size, **options)
 
-    monkeypatch.setattr(health, "SLOW_PRODUCT_S", 100.0)
+    monkeypatch.setattr(metrics_logger, "SLOW_PRODUCT_S", 100.0)
     monkeypatch.setattr(torch, "rand", noted)
-    assert health.peak_flops(torch.device("cpu"), torch.float32, largest=64) > 0
+    assert metrics_logger.peak_flops(torch.device("cpu"), torch.float32, largest=64) > 0
     assert made == [8, 8, 16, 16, 32, 32, 64, 64]
-    monkeypatch.setattr(health, "SLOW_PRODUCT_S", 0.0)
+    monkeypatch.setattr(metrics_logger, "SLOW_PRODUCT_S", 0.0)
     made.clear()
-    health.peak_flops(torch.device("cpu"), torch.float32, largest=64)
+    metrics_logger.peak_flops(torch.device("cpu"), torch.float32, largest=64)
     assert made == [8, 8]
 
 
@@ -162,17 +162,18 @@ def test_the_first_step_logs_a_line_and_no_record(
         def __call__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(health, "step_flops", lambda *_: 0.0)
-    monkeypatch.setattr(health.logger, "propagate", True)
+    monkeypatch.setattr(metrics_logger, "step_flops", lambda *_: 0.0)
+    monkeypatch.setattr(metrics_logger.logger, "propagate", True)
     engine = SimpleNamespace(module=None, tables=None, learning_rate=lambda: 0.1)
     records: list[dict[str, Any]] = []
     trackers = SimpleNamespace(log=records.append)
-    run: Any = health.Health("pretrain", engine, trackers, Bar(), 9, 4, 4, lambda: "")  # type: ignore[arg-type]
+    run: Any = metrics_logger.MetricsLogger("pretrain", engine, trackers, Bar(), 9, 4, 4, lambda: "")  # type: ignore[arg-type]
     batch = SimpleNamespace(query_positions=None, counts=torch.ones(2), doc_ids=[1, 2])
-    agreement = SimpleNamespace(reports=[SimpleNamespace(queries=4)], alpha=20.0)
     plan = SimpleNamespace(tokens=8, padding=0.0)
-    result = SimpleNamespace(plan=plan, agreement=agreement, loss=1.0, gradient_norm=torch.ones(()), stats={})
-    with caplog.at_level("INFO", health.logger.name):
+    result = SimpleNamespace(
+        loss=1.0, alpha=20.0, reports=[SimpleNamespace(queries=4)], gradient_norm=torch.ones(()), stats={}, plan=plan
+    )  # fmt: skip
+    with caplog.at_level("INFO", metrics_logger.logger.name):
         for step in range(3, 10):  # resumed after step 2
             run.after_step(step, step, batch, result)
     assert [int(message.split()[1].split("/")[0]) for message in caplog.messages] == [3, 4, 8, 9]

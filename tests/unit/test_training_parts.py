@@ -28,7 +28,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.loader.batch import ListLengths, lengths_of, prefetch
-from bigdssm.loader.step_plan import Chunked, StepPlan, StepRequirements, TokenBudget, draft_step, plan_side
+from bigdssm.loader.step_plan import ChunkCounts, Chunked, StepPlan, TokenBudget, plan_locally, plan_side
 from bigdssm.loader.stream import PairStream
 from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
@@ -458,11 +458,9 @@ def test_one_reduction_agrees_on_chunks_and_retained_graphs() -> None:
                 query_lengths=sides[0], doc_lengths=sides[1], queries_of_row=None,
                 row_ids=sides[0]["text"].filled, doc_ids=sides[1]["text"].filled, doc=sides[1],
             )  # fmt: skip
-            drafts.append(draft_step(batch, budget))  # type: ignore[arg-type]
-        most = StepRequirements(
-            *(max(numbers) for numbers in zip(*(draft.requirements for draft in drafts), strict=True))
-        )
-        plans = [draft.resolve(most) for draft in drafts]
+            drafts.append(plan_locally(batch, budget))  # type: ignore[arg-type]
+        most = ChunkCounts(*(max(numbers) for numbers in zip(*(draft.counts for draft in drafts), strict=True)))
+        plans = [draft.synchronized(most) for draft in drafts]
         assert (
             len({(plan.whole, len(plan.query.chunks), len(plan.doc.chunks), plan.num_retained) for plan in plans}) == 1
         )

@@ -24,12 +24,12 @@ def watchdog() -> Watchdog:
     dog._rank, dog._world_size, dog._store_is_rank_0s = 1, 3, True
     dog._peers = [Peer(rank, f"node{rank}", 7, f"machine {rank}") for rank in range(3)]
     dog._near, dog._next = [], dog._peers[2]
-    dog._moves, dog._moved_at, dog._exchanged_at, dog._heard_at = 5, 100.0, 100.0, 100.0
+    dog._moves, dog._moved_at, dog._exchanged_at, dog._heartbeat_at = 5, 100.0, 100.0, 100.0
     return dog
 
 
 def test_a_silent_store_is_blamed_on_its_host_not_on_the_neighbour(watchdog: Watchdog) -> None:
-    watchdog._heard_at = 99.0  # a heartbeat arrives shortly before the store's response
+    watchdog._heartbeat_at = 99.0  # a heartbeat arrives shortly before the store's response
     assert watchdog._fault(109.9) is None, "10.9 s without a heartbeat, but also without a response of the store"
     fault = watchdog._fault(110.1)
     assert fault is not None and fault.startswith("the process group's store, on rank 0 (pid 7")
@@ -56,7 +56,7 @@ def test_the_slowest_rank_outside_a_collective_is_blamed(watchdog: Watchdog) -> 
     def state(moves: int, waits: bool) -> dict[str, object]:
         return {"moves": moves, "phase": f"step {moves}", "where": "loop.py:3 _train", "waits": waits}
 
-    watchdog._exchanged_at = watchdog._heard_at = 114.0
+    watchdog._exchanged_at = watchdog._heartbeat_at = 114.0
     assert watchdog._fault(113.1) is None and watchdog._needs_survey, "it first requests a survey of all ranks"
     watchdog._survey = {0: state(5, True), 1: state(5, True), 2: state(5, False)}
     fault = str(watchdog._fault(113.2))
@@ -127,7 +127,7 @@ def test_a_main_thread_that_joins_another_reports_its_location(watchdog: Watchdo
 
 
 def test_before_the_first_step_a_rank_may_take_its_time(watchdog: Watchdog) -> None:
-    watchdog._moves, watchdog._exchanged_at, watchdog._heard_at = 0, 999.0, 999.0
+    watchdog._moves, watchdog._exchanged_at, watchdog._heartbeat_at = 0, 999.0, 999.0
     watchdog._survey = {}
     assert watchdog._fault(999.0) is None
 

@@ -420,7 +420,7 @@ def speed_table(
 def time_profile(
     elapsed_s: float, steps: int, times: dict[str, float], flops: float, peak_flops: float
 ) -> Iterator[str]:
-    from bigdssm.training.health import TimeTable
+    from bigdssm.training.metrics_logger import TimeTable
 
     yield "time profile of rank 0, ours: " + "\n    ".join(
         TimeTable(elapsed_s, steps, flops, dict(times)).lines(peak_flops)
@@ -502,7 +502,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def product_flops_per_s(args: argparse.Namespace) -> float:
-    from bigdssm.training.health import peak_flops
+    from bigdssm.training.metrics_logger import peak_flops
 
     return peak_flops(torch.device("cpu"), torch.float32 if args.precision == "fp32" else torch.bfloat16)
 

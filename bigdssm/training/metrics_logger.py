@@ -32,7 +32,7 @@ NON_TRAINING_SPANS = ("validation", "model folder", "checkpoint")
 TOWER_SPANS = ("encode", "backward", "backward/encode again")  # contain the towers' matrix products
 
 
-class Health:
+class MetricsLogger:
     """Measures throughput, data wait and time spans, per log interval and over the run."""
 
     def __init__(
@@ -48,11 +48,6 @@ class Health:
         self._queries = [0.0] * distributed.world_size()  # by rank
         timing.pop_seconds()
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, None after the last; the time counts as data wait."""
-        with timing.span("data wait"):
-            return next(batches, None)
-
     @contextmanager
     def timed(self, span: str) -> Iterator[None]:
         """A context of non-training work: counts its time as `span` and logs it."""
@@ -67,7 +62,7 @@ class Health:
         plan = result.plan
         self._flops += step_flops(cast(DualEncoder, self._engine.module), batch, plan)
         self._tokens += plan.tokens
-        counts = zip(self._queries, result.agreement.reports, strict=True)
+        counts = zip(self._queries, result.reports, strict=True)
         self._queries = [queries + report.queries for queries, report in counts]
         self._bar(self._name, step, self._total_steps, f"loss {result.loss:.4f}{self._speed}  {self._describe_best()}")
         is_due = step % self._every == 0 or step == self._total_steps
@@ -81,15 +76,22 @@ class Health:
         stats = dict(zip(result.stats, values, strict=True))
         gradient_norm = float(result.gradient_norm)
         rows_per_s = self._rows_global * interval.steps / seconds
+        query_rates = {}
+        if batch.query_positions is not None:  # several queries per row: their imbalance across ranks matters, too
+            total = sum(self._queries)
+            query_rates = {
+                "queries_per_s": total / seconds,
+                "queries_max_over_mean": max(self._queries) / max(1.0, total / len(self._queries)),
+            }
         record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "lr": self._engine.learning_rate(),
             "grad_norm": gradient_norm,
-            "alpha": result.agreement.alpha,
+            "alpha": result.alpha,
             **stats,
             "rows_per_s": rows_per_s,
-            **self._query_rates(batch, seconds),
+            **query_rates,
             "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # extrapolated from this rank
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": plan.padding,  # this rank's
@@ -114,7 +116,7 @@ class Health:
             logging.DEBUG if self._bar.is_live else logging.INFO,  # the bar shows the newest; metrics.jsonl has all
             "%s %d/%d  loss %.4f  lr %.2e  |g| %.2f  alpha %.2f  %sdropped %.2f%%  %s rows/s  "
             "%s%s tokens/s  data wait %.0f%%  padding %.0f%%  distinct %.0f%%  skipped %d  %.2f GB  ETA %d:%02d",
-            self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.agreement.alpha,
+            self._name, step, self._total_steps, result.loss, record["lr"], gradient_norm, result.alpha,
             accuracy, 100 * stats.get("dropped_fraction", 0.0),
             f"{rows_per_s:,.0f}", queries, f"{record['tokens_per_s']:,.0f}",
             100 * record["data_wait_fraction"], 100 * record["padding_fraction"],
@@ -122,16 +124,6 @@ class Health:
         )  # fmt: skip
         self._tokens = 0
         self._queries = [0.0] * len(self._queries)
-
-    def _query_rates(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """Return queries per second and their imbalance across ranks, if rows have several queries."""
-        if batch.query_positions is None:
-            return {}
-        total = sum(self._queries)
-        return {
-            "queries_per_s": total / seconds,
-            "queries_max_over_mean": max(self._queries) / max(1.0, total / len(self._queries)),
-        }
 
     def after_run(self) -> None:
         """Log the time table of the run."""
@@ -167,12 +159,6 @@ def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
         return 3 * towers
     assert isinstance(model.scorer, FeatureScorer)
     return towers + 3 * model.scorer.flops(plan.pairs.length)
-
-
-def describe_ranks() -> str:
-    """Format the number of ranks, for example `2 ranks`."""
-    number = distributed.world_size()
-    return f"{number} rank{'s' if number != 1 else ''}"
 
 
 @dataclass
