@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -35,8 +36,9 @@ class LauncherMonitor:
     def __init__(self) -> None:
         """Record the ancestors of this process; create the instance early: only later changes are detected."""
         self._parent = os.getppid()
-        command = Path(f"/proc/{self._parent}/cmdline")
-        self._deepspeed = command.exists() and DEEPSPEED_LAUNCHER in command.read_bytes()
+        self._deepspeed = False
+        with suppress(OSError):  # it may have ended
+            self._deepspeed = DEEPSPEED_LAUNCHER in Path(f"/proc/{self._parent}/cmdline").read_bytes()
         self._watched = self._deepspeed or "TORCHELASTIC_RUN_ID" in os.environ
         self._above = parent_of(self._parent) if self._deepspeed else None
         starter = os.environ.get(STARTED_BY, "")
