@@ -114,12 +114,12 @@ def background_group() -> Group | None:
     return _background[whole]
 
 
-def broadcast_object(value: T, src: int = 0) -> T:
-    """Return the picklable `value` of rank `src` on every rank."""
+def broadcast_object(value: T) -> T:
+    """Return the picklable `value` of rank 0 on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=src)
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -297,28 +297,14 @@ def reduce_scatter_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
     return local
 
 
-def all_to_all_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group | None = None) -> Tensor:
+def all_to_all_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """Send the first `sent[0]` rows to rank 0, the next `sent[1]` to rank 1, …; return those received, in rank order.
 
     received: the number of rows from each rank.
     """
-    if world_size(group) == 1:
+    if world_size() == 1:
         return rows
     buffer = rows.new_empty((sum(received), *rows.shape[1:]))
     with timing.span("communication"):
-        dist.all_to_all_single(buffer, rows.contiguous(), list(received), list(sent), group=group)
+        dist.all_to_all_single(buffer, rows.contiguous(), list(received), list(sent))
     return buffer
-
-
-def exchange_rows(buffer: Tensor, group: Group | None = None) -> Tensor:
-    """Exchange rows between all ranks (all-to-all); return those sent to this rank, in rank order.
-
-    `buffer` [world_size · longest, …] contains `longest` rows for rank 0, then as many for rank 1, …. The result has
-    the same shape.
-    """
-    if world_size(group) == 1:
-        return buffer
-    received = torch.empty_like(buffer)
-    with timing.span("communication"):
-        dist.all_to_all_single(received, buffer.contiguous(), group=group)
-    return received

@@ -62,11 +62,7 @@ class Checkpoint:
     def table_files(self) -> list[list[Path]]:
         """Return the files with the rows of sharded tables of each rank, in their order."""
         files = [[self.path / share.file for share in self.table_shares(rank)] for rank in range(self.world_size)]
-        return [of_rank for of_rank in files if of_rank]
-
-    def rank_share(self, rank: int) -> FileShare:
-        """Return the share with the local state of rank `rank`."""
-        return next(share for share in self.shares if share.file == rank_file(rank))
+        return [chain for chain in files if chain]
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
@@ -132,17 +128,13 @@ def read_manifest(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
     if path.name != checkpoint_name(checkpoint.step):
         raise CheckpointError(f"checkpoint {path} was written as {checkpoint_name(checkpoint.step)}; restore that name")
-    for part, step in _steps_of(checkpoint.state).items():
-        if step != checkpoint.step:
+    # the stage's state has the same step; a stream counts from the start of its segment
+    progress, stream = checkpoint.state.get("progress", {}), checkpoint.state.get("stream", {})
+    first = progress.get("part_step", 0)
+    for part, recorded, before in (("progress", progress, 0), ("stream", stream, first)):
+        if "step" in recorded and (step := recorded["step"] + before) != checkpoint.step:
             raise CheckpointError(f"{file} is damaged: the step of its {part} is {step}, its own {checkpoint.step}")
     return checkpoint
-
-
-def _steps_of(state: dict[str, Any]) -> dict[str, int]:
-    """Return the steps recorded in a stage's state; a stream counts from the start of its segment."""
-    progress, stream = state.get("progress", {}), state.get("stream", {})
-    steps = {"progress": progress["step"]} if "step" in progress else {}
-    return steps | ({"stream": stream["step"] + progress.get("part_step", 0)} if "step" in stream else {})
 
 
 def checkpoint_name(step: int) -> str:
@@ -273,7 +265,7 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
         for rows in checkpoint.table_shares(owner):
             for number in range(len(rows.xxh3_128)):  # verified here, and read by the ranks that own the rows
                 _read_blocks(path, rows, number, number + 1)
-        share = checkpoint.rank_share(owner)
+        share = next(share for share in checkpoint.shares if share.file == rank_file(owner))
         block = _read_blocks(path, share, 0, len(share.xxh3_128))
         if owner == rank and checkpoint.world_size == world_size:
             try:
@@ -345,8 +337,3 @@ def check_file(path: Path, checksum: str | None, manifest: str, compute: Callabl
         raise CheckpointError(f"{path} is missing; the folder is incomplete, copy it or create it again")
     if compute(path) != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum is not that in {manifest}; copy it or create it again")
-
-
-def checkpoint_bytes(numbers: int) -> int:
-    """Return the bytes of a checkpoint, of all ranks, with this number of float32 weights and optimizer states."""
-    return 4 * numbers

@@ -46,7 +46,6 @@ from bigdssm.config import (
     ModelConfig,
     ScorerConfig,
     StageName,
-    TextEncoderConfig,
     load_written_config,
 )
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, open_dataset, tokenizer_hash
@@ -167,10 +166,15 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
                 f"the model section of {CONFIG_FILE}, or sft.scorer, differs from the model's training; undo the edit, "
                 "or copy the folder again (only other keys, such as data.dir, may change)"
             )
-        texts = {
-            key: _architecture(folder, key, text, meta["checksums"])
-            for key, text in text_configs(config.model, schema).items()
-        }
+        texts: dict[str, Any] = {}
+        for key, text in text_configs(config.model, schema).items():
+            name = f"{TEXT_DIR}/{key}/{ARCHITECTURE_FILE}"
+            if name not in meta["checksums"]:  # a file without a checksum was added later
+                raise CheckpointError(f"{META_FILE} does not list {name}, which the config requires")
+            try:
+                texts[key] = text.read_architecture(folder / TEXT_DIR / key)
+            except Exception as error:  # transformers and its libraries raise various exceptions for invalid values
+                raise CheckpointError(f"{name} is not an architecture: {error}") from None
         weights = load_file(folder / WEIGHTS_FILE)
         if FROZEN_FILE in meta["checksums"]:
             weights |= load_file(folder / FROZEN_FILE)
@@ -179,7 +183,12 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
             _check_weights(weights, DualEncoder(config.model, schema, texts, own, dense=dense).state_dict())
         # Frozen weights, such as those under adapters, stay in the file, which is mapped: ranks share its pages.
         mapped = FROZEN_FILE in meta["checksums"]
-        with _empty_weights() if mapped else nullcontext():
+        empty: AbstractContextManager[Any] = nullcontext()
+        if mapped:  # parameters of new modules take no memory
+            from accelerate import init_empty_weights
+
+            empty = init_empty_weights(include_buffers=False)
+        with empty:
             model = DualEncoder(config.model, schema, texts, own or scorer, dense=dense)
         if mapped and scorer and not own:
             model.scorer = scorer.build(config.model, schema, texts)
@@ -199,13 +208,6 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     return ModelFolder(
         model, config, schema, folder / TOKENIZER_DIR if listed else None, meta["provenance"], _identity(meta)
     )
-
-
-def _empty_weights() -> AbstractContextManager[Any]:
-    """Return a context in which parameters of new modules take no memory."""
-    from accelerate import init_empty_weights
-
-    return init_empty_weights(include_buffers=False)
 
 
 def model_checksum(
@@ -340,16 +342,6 @@ def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) 
 def trained_scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
     """Return the scorer that the stage trained, if any."""
     return config.sft.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
-
-
-def _architecture(folder: Path, key: str, text: TextEncoderConfig, checksums: Mapping[str, str]) -> Any:
-    name = f"{TEXT_DIR}/{key}/{ARCHITECTURE_FILE}"
-    if name not in checksums:  # a file without a checksum was added later
-        raise CheckpointError(f"{META_FILE} does not list {name}, which the config requires")
-    try:
-        return text.read_architecture(folder / TEXT_DIR / key)
-    except Exception as error:  # transformers and its libraries raise various exceptions for invalid values
-        raise CheckpointError(f"{name} is not an architecture: {error}") from None
 
 
 def _checksums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

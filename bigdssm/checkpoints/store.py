@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -69,9 +70,6 @@ class _RowFiles:
     steps: int  # applied before it was saved
     shares: tuple[FileShare, ...] = ()
     rows: tuple[int, ...] = ()  # of each file
-
-    def extended(self, share: FileShare, rows: int) -> _RowFiles:
-        return replace(self, shares=(*self.shares, share), rows=(*self.rows, rows))
 
     def is_complete(self) -> bool:
         """Return True if the files exist with their sizes."""
@@ -135,9 +133,9 @@ class CheckpointStore:
         self.wait()
         named = [(COMMON + name, tensor) for name, tensor in common.items()]
         shared = even_share(named, distributed.rank(), distributed.world_size())
-        parts = [piece.on_host(copy=in_background) for some in (pieces, shared) for piece in some]
+        parts = [piece.on_host(copy=in_background) for piece in chain(pieces, shared)]
         local = [whole_tensor(name, tensor).on_host(copy=in_background) for name, tensor in rank_state.items()]
-        rows = None if tables is None else self._table_rows(tables)
+        rows = None if tables is None else self._changed_rows(tables)
         state = json.loads(json.dumps(state))  # a deep copy
         job = _Job(step, state, parts, local, rows, distributed.background_group())
         self._error = None
@@ -147,11 +145,11 @@ class CheckpointStore:
             self.wait()
         return self.folder / checkpoint_name(step)
 
-    def _table_rows(self, tables: ShardedTables) -> _TableRows:
+    def _changed_rows(self, tables: ShardedTables) -> _TableRows:
         """Return a copy of the rows to be written: those that changed since the last checkpoint, or all of them."""
         parent = self._row_files
-        known = max(store.evictions_known_from for store in tables.stores.values())
-        if parent and known <= parent.steps and len(parent.shares) < MAX_ROW_FILES and parent.is_complete():
+        known_from = max(store.evictions_known_from for store in tables.stores.values())
+        if parent and known_from <= parent.steps and len(parent.shares) < MAX_ROW_FILES and parent.is_complete():
             tensors = table_tensors(tables, parent.steps)
             if sum(parent.rows[1:]) + (rows := row_count(tensors)) <= parent.rows[0]:
                 return _TableRows(_whole(tensors), rows, parent, tables.steps)
@@ -258,7 +256,14 @@ class CheckpointStore:
     def _write(self, job: _Job) -> None:
         path = self.folder / checkpoint_name(job.step)
         aside, rank = temporary_path(path), distributed.rank()
-        self._run_collectively(lambda: self._prepare(aside), "prepare", job.group)
+
+        def prepare() -> None:
+            if distributed.is_main():
+                for stale in self.folder.glob(f".*{UNFINISHED}"):
+                    remove(stale)
+                aside.mkdir(parents=True)
+
+        self._run_collectively(prepare, "prepare", job.group)
         written: list[tuple[FileShare, dict[str, TensorSpec]]] = []
         row_files: list[_RowFiles] = []
 
@@ -267,21 +272,21 @@ class CheckpointStore:
             self.between_files(job.step)
             share, _ = write_share(aside / rank_file(rank), rank, job.rank_state)
             written.append((replace(share, locations=()), {}))
-            if job.table_rows is not None:
-                row_files.append(_write_rows(aside, rank, job.table_rows))
+            if (table_rows := job.table_rows) is not None:
+                # link the row files of the parent, and write a further one
+                parent = table_rows.parent
+                for share in parent.shares:
+                    link_or_copy(parent.folder / share.file, aside / share.file)
+                share, _ = write_share(aside / tables_file(rank, len(parent.shares)), rank, table_rows.tensors)
+                shares = (*parent.shares, replace(share, locations=()))
+                row_files.append(_RowFiles(path, table_rows.steps, shares, (*parent.rows, table_rows.rows)))
 
         self._run_collectively(write, "write", job.group)
         files = row_files[0] if row_files else None
         written += [(share, {}) for share in (files.shares if files else ())]
         reports = distributed.gather_objects(written, job.group)
         self._run_collectively(lambda: self._publish(aside, path, job, reports), "publish", job.group)
-        self._row_files = None if files is None else replace(files, folder=path)
-
-    def _prepare(self, aside: Path) -> None:
-        if distributed.is_main():
-            for stale in self.folder.glob(f".*{UNFINISHED}"):
-                remove(stale)
-            aside.mkdir(parents=True)
+        self._row_files = files
 
     def _publish(
         self, aside: Path, path: Path, job: _Job, reports: list[list[tuple[FileShare, dict[str, TensorSpec]]]]
@@ -299,7 +304,12 @@ class CheckpointStore:
         write_manifest(aside, job.step, len(reports), job.state, tensors, shares)
         replace_folder(aside, path)
         write_text(self.folder / LATEST, path.name)
-        logger.info("wrote the checkpoint of step %d%s", job.step, _described(shares))
+        # the last row file of each rank was written, the others were linked
+        row_files = sorted((share for share in shares if share.file.startswith(TABLES)), key=lambda share: share.file)
+        newest = {share.owner: share.size for share in row_files}
+        written, of_all = sum(newest.values()), sum(share.size for share in row_files)
+        of_tables = f"; rows of sharded tables: {written:,} bytes written, {of_all - written:,} in linked files"
+        logger.info("wrote the checkpoint of step %d%s", job.step, of_tables if row_files else "")
         for old in checkpoints_in(self.folder)[: -self._keep]:
             shutil.rmtree(old)
 
@@ -319,24 +329,3 @@ class CheckpointStore:
 
 def _whole(tensors: dict[str, Tensor]) -> list[TensorPiece]:
     return [whole_tensor(name, tensor) for name, tensor in tensors.items()]
-
-
-def _write_rows(folder: Path, rank: int, rows: _TableRows) -> _RowFiles:
-    """Link the row files of the parent, and write a further one. Raises OSError."""
-    for share in rows.parent.shares:
-        link_or_copy(rows.parent.folder / share.file, folder / share.file)
-    file = folder / tables_file(rank, len(rows.parent.shares))
-    share, _ = write_share(file, rank, rows.tensors)
-    return replace(rows.parent, steps=rows.steps).extended(replace(share, locations=()), rows.rows)
-
-
-def _described(shares: Sequence[FileShare]) -> str:
-    """Return the bytes of table rows that were written, and those of linked files, for the log."""
-    of_rank: dict[int, list[FileShare]] = {}
-    for share in sorted((share for share in shares if share.file.startswith(TABLES)), key=lambda share: share.file):
-        of_rank.setdefault(share.owner, []).append(share)
-    if not of_rank:
-        return ""
-    written = sum(files[-1].size for files in of_rank.values())
-    linked = sum(share.size for files in of_rank.values() for share in files[:-1])
-    return f"; rows of sharded tables: {written:,} bytes written, {linked:,} in linked files"

@@ -48,13 +48,13 @@ class SpikeAlert:
             usual = statistics.median(self._losses)
             deviation = 1.48 * statistics.median(abs(other - usual) for other in self._losses)
             if loss > usual + max(DEVIATIONS * deviation, LEAST_RISE * abs(usual)):
-                record = {"step": step, "loss": loss, "usual": usual, "row_ids": row_ids.tolist()}
+                rows = row_ids.tolist()
                 logger.warning(
                     "step %d: the loss is %.4g, usually %.4g; this rank's first row ids: %s; all are in %s",
-                    step, loss, usual, record["row_ids"][:MAX_LOGGED_ROWS], self._path,
+                    step, loss, usual, rows[:MAX_LOGGED_ROWS], self._path,
                 )  # fmt: skip
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps({"step": step, "loss": loss, "usual": usual, "row_ids": rows}) + "\n")
         self._losses.append(loss)
 
 

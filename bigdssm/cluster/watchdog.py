@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -86,7 +85,7 @@ class Watchdog:
             on_exit: called with exit code and reason before the watchdog ends the process
             request_stop: requests a stop of this rank, by default with SIGTERM
         """
-        self._request_stop = request_stop or partial(os.kill, os.getpid(), signal.SIGTERM)
+        self._request_stop = request_stop or (lambda: os.kill(os.getpid(), signal.SIGTERM))
         self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
         self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()

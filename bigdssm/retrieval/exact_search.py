@@ -187,9 +187,10 @@ def top_of_round(search: Search, batch: SearchRound, top: int) -> Tensor:
     for first in range(0, len(batch.vectors), TOP_QUERIES_AT_ONCE):
         queries = batch.vectors[first : first + TOP_QUERIES_AT_ONCE]
         results.append(search(queries, top, *batch.excluded.block(first, first + len(queries))))
-    world = distributed.world_size()
+    world, rows = distributed.world_size(), torch.cat(results)
+    longest = [len(rows) // world] * world
     # [world, longest, top]: each rank's results for the queries of this one
-    received = distributed.exchange_rows(torch.cat(results)).view(world, -1, top)[:, : len(batch.rows)]
+    received = distributed.all_to_all_rows(rows, longest, longest).view(world, -1, top)[:, : len(batch.rows)]
     return received.transpose(0, 1).flatten(1).topk(top, dim=1).values
 
 

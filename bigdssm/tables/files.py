@@ -204,7 +204,10 @@ class RowFile:
         digests = self._arrays[tensor + DIGESTS].reshape(-1, 2)
         for block in blocks[~verified[blocks]].tolist():
             part = values[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
-            self._read_ahead(part)
+            # read the pages of the block ahead
+            first = part.__array_interface__["data"][0] - self._start
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, first + part.nbytes - page)
             digest = _digests(part)
             if not np.array_equal(digest, digests[block]):
                 raise CheckpointError(
@@ -213,11 +216,6 @@ class RowFile:
                     f"{digest.tobytes().hex()}, needs {digests[block].tobytes().hex()}; copy the folder again"
                 )
             verified[block] = True
-
-    def _read_ahead(self, part: np.ndarray) -> None:
-        first = part.__array_interface__["data"][0] - self._start
-        page = first // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, page, first + part.nbytes - page)
 
 
 class _Found(NamedTuple):
@@ -261,10 +259,10 @@ class MappedTables:
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
         found = [self._find(chain, name, distinct) for chain in self.chains]
         values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
-        for chain, some in zip(self.chains, found, strict=True):
-            values[some.requested] = _float32(_gather(chain, name, VALUES, some.number, some.at))
+        for chain, saved in zip(self.chains, found, strict=True):
+            values[saved.requested] = _tensor(_gather(chain, name, VALUES, saved.number, saved.at)).float().numpy()
         if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
-            admitted = np.isin(np.arange(len(distinct)), np.concatenate([some.requested for some in found]))
+            admitted = np.isin(np.arange(len(distinct)), np.concatenate([saved.requested for saved in found]))
             missing = ~admitted & (distinct != OUT_OF_VOCABULARY)
             if missing.any():
                 values[missing] = self._vectors(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
@@ -400,8 +398,3 @@ def _key_tensor(key: int) -> Tensor:
 def _tensor(values: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.view(torch.bfloat16) if values.dtype == np.uint16 else tensor
-
-
-def _float32(values: np.ndarray) -> np.ndarray:
-    numbers: np.ndarray = _tensor(values).float().numpy()
-    return numbers

@@ -83,12 +83,12 @@ class Traffic:
 
 
 class ShardedTables:
-    """Tables whose rows are divided over the ranks of a group. `fetch`, `look_up` and `reduce` are collectives."""
+    """Tables whose rows are divided over the ranks. `fetch`, `look_up` and `reduce` are collectives."""
 
     def __init__(
         self, specs: Sequence[TableSpec], optimizer: TableOptimizerConfig, seed: int, *,
         device: torch.device | None = None, storage: torch.device | None = None, folder: Path | None = None,
-        cache_rows: int = 0, dtype: torch.dtype = torch.float32, group: distributed.Group | None = None,
+        cache_rows: int = 0, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         """device: of working sets and gradients; storage: of rows and states, by default the same.
 
@@ -97,8 +97,8 @@ class ShardedTables:
         """
         self.specs = {spec.name: spec for spec in specs}
         self.optimizer, self.traffic, self.cache_rows = optimizer, Traffic(), cache_rows
-        self._device, self._dtype, self._group = device or torch.device("cpu"), dtype, group
-        self.partition = RowPartition(distributed.rank(group), distributed.world_size(group))
+        self._device, self._dtype = device or torch.device("cpu"), dtype
+        self.partition = RowPartition(distributed.rank(), distributed.world_size())
         where = storage or self._device, folder, cache_rows, self._device
         self.stores = {
             spec.name: RowStore(spec, table_key(seed, spec.name), self.partition, optimizer, *where) for spec in specs
@@ -112,15 +112,27 @@ class ShardedTables:
         A table whose rows are admitted by occurrences also fetches the row out of vocabulary.
         """
         working = WorkingSet({}, [], self._dtype)
-        shared = {
-            name: self._hashed(working, spec, rows.get(name)) for name, spec in self.specs.items() if spec.hash_rows
-        }
-        requested = {
-            name: self._with_unknown(spec, shared.get(name, rows.get(name))) for name, spec in self.specs.items()
-        }
-        for dim, names in self._by_width().items():
-            route = self._route(names, dim, [requested[name] for name in names])
-            values = self._exchange(self._owned_values(route), route.received, route.sent)
+        requested: dict[str, np.ndarray] = {}  # by table: distinct rows
+        widths: dict[int, list[str]] = {}
+        for name, spec in self.specs.items():
+            distinct = rows.get(name, np.zeros(0, np.int64))
+            if spec.hash_rows:  # the rows of codes, and the positions of the rows of each code
+                padded = spec.hashed(np.append(PADDING_POSITION, distinct))
+                distinct, positions = np.unique(padded, return_inverse=True)
+                distinct = distinct[1:]  # 0 is the first
+                working.hashed[name] = to_device(torch.from_numpy(positions.reshape(padded.shape)), self._device)
+            if spec.admit_after > 1 and OUT_OF_VOCABULARY not in distinct[:1]:
+                distinct = np.append(distinct, OUT_OF_VOCABULARY)
+            requested[name] = distinct
+            widths.setdefault(spec.dim, []).append(name)
+        for dim, names in widths.items():
+            route = self._route(tuple(names), dim, [requested[name] for name in names])
+            owned = torch.empty(len(route.requested), dim, device=self._device)
+            for number, name in enumerate(names):
+                of_table = np.flatnonzero(route.table_of == number)
+                read = self.stores[name].read(route.requested[of_table], self.steps)
+                owned.index_copy_(0, to_device(torch.from_numpy(of_table), self._device), to_device(read, self._device))
+            values = self._exchange(owned, route.received, route.sent)
             index = to_device(torch.from_numpy(route.order), self._device)
             in_order = torch.empty_like(values).index_copy_(0, index, values)
             parts = in_order.split([len(requested[name]) for name in names])
@@ -131,33 +143,18 @@ class ShardedTables:
                 self._redirect(working, route, [requested[name] for name in names])
         return working
 
-    def _hashed(self, working: WorkingSet, spec: TableSpec, codes: np.ndarray | None) -> np.ndarray:
-        """Return the distinct rows of codes, ascending, without row 0; set the positions of the rows of each code."""
-        padded = spec.hashed(np.zeros(1, np.int64) if codes is None else np.append(PADDING_POSITION, codes))
-        rows, positions = np.unique(padded, return_inverse=True)  # 0 is the first
-        working.hashed[spec.name] = to_device(torch.from_numpy(positions.reshape(padded.shape)), self._device)
-        return rows[1:]
-
-    def _with_unknown(self, spec: TableSpec, rows: np.ndarray | None) -> np.ndarray:
-        """Return distinct rows; with the row out of vocabulary, at the end, if they do not have it and may need it."""
-        rows = np.zeros(0, np.int64) if rows is None else rows
-        if spec.admit_after == 1 or OUT_OF_VOCABULARY in rows[:1]:
-            return rows
-        return np.append(rows, OUT_OF_VOCABULARY)
-
     def _redirect(self, working: WorkingSet, route: Route, rows: Sequence[np.ndarray]) -> None:
         """Map rows that are not admitted to the out-of-vocabulary row."""
         admitted = np.zeros(len(route.requested), np.int64)
         for number, name in enumerate(route.names):
-            at = np.flatnonzero(route.table_of == number)
-            admitted[at] = self.stores[name].is_admitted(route.requested[at], self.steps)
+            index = np.flatnonzero(route.table_of == number)
+            admitted[index] = self.stores[name].is_admitted(route.requested[index], self.steps)
         answers = self._exchange(torch.from_numpy(admitted), route.received, route.sent)
         in_order = torch.empty_like(answers).index_copy_(0, torch.from_numpy(route.order), answers).numpy()
-        for name, of_table, used in zip(
-            route.names, rows, np.split(in_order, np.cumsum([len(r) for r in rows])[:-1]), strict=True
-        ):
+        parts = np.split(in_order, np.cumsum([len(table_rows) for table_rows in rows])[:-1])
+        for name, table_rows, used in zip(route.names, rows, parts, strict=True):
             if self.specs[name].admit_after > 1:
-                unknown = int(np.flatnonzero(of_table == OUT_OF_VOCABULARY)[0]) + 1
+                unknown = int(np.flatnonzero(table_rows == OUT_OF_VOCABULARY)[0]) + 1
                 instead = np.where(used, np.arange(1, len(used) + 1), unknown)
                 positions = torch.from_numpy(np.append(PADDING_POSITION, instead))
                 working.instead[name] = to_device(positions, self._device)
@@ -186,7 +183,7 @@ class ShardedTables:
                 update = self._summed(route, number, name, received)
                 square += update.gradients.double().square().sum()
                 self._pending.append(update)
-        return distributed.all_reduce(square, group=self._group)
+        return distributed.all_reduce(square)
 
     def commit(self, coefficient: float | Tensor, lr_factor: float) -> None:
         """Update the rows of the last `reduce`, their gradients times `coefficient`."""
@@ -211,12 +208,6 @@ class ShardedTables:
         """Leave the rows of the last `reduce` as they are."""
         self._pending = []
 
-    def _by_width(self) -> dict[int, tuple[str, ...]]:
-        widths: dict[int, tuple[str, ...]] = {}
-        for spec in self.specs.values():
-            widths[spec.dim] = (*widths.get(spec.dim, ()), spec.name)
-        return widths
-
     def _route(self, names: tuple[str, ...], dim: int, rows: Sequence[np.ndarray]) -> Route:
         """Exchange the numbers of rows, and the rows, with their owners."""
         world, tables = self.partition.world_size, len(names)
@@ -225,34 +216,24 @@ class ShardedTables:
         owner = self.partition.owner(everything)
         order = np.lexsort((table_of, owner))
         counts = np.bincount(owner * tables + table_of, minlength=world * tables).reshape(world, tables)
-        requested = self._exchange(torch.from_numpy(counts), [1] * world, [1] * world).numpy()
-        sent, received = counts.sum(1).tolist(), requested.sum(1).tolist()
-        wanted = self._exchange(torch.from_numpy(everything[order]), sent, received).numpy()
-        return Route(
-            names, dim, order, sent, received, wanted, np.repeat(np.tile(np.arange(tables), world), requested.ravel())
-        )
-
-    def _owned_values(self, route: Route) -> Tensor:
-        """Return the requested rows of this rank, float32 [received, d]."""
-        values = torch.empty(len(route.requested), route.dim, device=self._device)
-        for number, name in enumerate(route.names):
-            at = np.flatnonzero(route.table_of == number)
-            read = self.stores[name].read(route.requested[at], self.steps)
-            values.index_copy_(0, to_device(torch.from_numpy(at), self._device), to_device(read, self._device))
-        return values
+        requested_counts = self._exchange(torch.from_numpy(counts), [1] * world, [1] * world).numpy()
+        sent, received = counts.sum(1).tolist(), requested_counts.sum(1).tolist()
+        requested = self._exchange(torch.from_numpy(everything[order]), sent, received).numpy()
+        requested_table = np.repeat(np.tile(np.arange(tables), world), requested_counts.ravel())
+        return Route(names, dim, order, sent, received, requested, requested_table)
 
     def _summed(self, route: Route, number: int, name: str, received: Tensor) -> PendingUpdate:
         """Return the mean gradients of a table, summed in the order of ranks: the same bits in every run."""
-        at = np.flatnonzero(route.table_of == number)
-        order = np.argsort(route.requested[at], kind="stable")  # of a row, in the order of ranks
-        rows, lengths = np.unique(route.requested[at], return_counts=True)
-        of_row, counts = (to_device(torch.from_numpy(part), self._device) for part in (at[order], lengths))
+        index = np.flatnonzero(route.table_of == number)
+        order = np.argsort(route.requested[index], kind="stable")  # of a row, in the order of ranks
+        rows, lengths = np.unique(route.requested[index], return_counts=True)
+        by_row, counts = (to_device(torch.from_numpy(part), self._device) for part in (index[order], lengths))
         # one thread adds the gradients of a number; unsafe: without reading the lengths on the device
-        total = torch.segment_reduce(received[of_row], "sum", lengths=counts, axis=0, unsafe=True)
+        total = torch.segment_reduce(received[by_row], "sum", lengths=counts, axis=0, unsafe=True)
         return PendingUpdate(name, rows, total / self.partition.world_size)
 
     def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         others = len(rows) - sent[self.partition.rank]
         self.traffic.sent += others * rows[:1].nbytes if len(rows) else 0
         self.traffic.exchanges += 1
-        return distributed.all_to_all_rows(rows, sent, received, self._group)
+        return distributed.all_to_all_rows(rows, sent, received)

@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bigdssm.checkpoints.checkpoint import checkpoint_bytes
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
-from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageConfig, StageName
+from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageName
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
@@ -151,20 +150,19 @@ class LiveBytes(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key in self._counted:
             return
+        in_heap = size if size < HEAP_BELOW else 0
         self._counted.add(key)
-        self._add(size)
+        self.now += size
+        self._heap_now += in_heap
         self.peak = max(self.peak, self.now)
         self.in_heap = max(self.in_heap, self._heap_now)
-        weakref.finalize(storage, self._freed, key, size)
 
-    def _freed(self, key: int, size: int) -> None:
-        self._counted.discard(key)
-        self._add(-size)
+        def free() -> None:
+            self._counted.discard(key)
+            self.now -= size
+            self._heap_now -= in_heap
 
-    def _add(self, change: int) -> None:
-        self.now += change
-        if abs(change) < HEAP_BELOW:
-            self._heap_now += change
+        weakref.finalize(storage, free)
 
 
 @dataclass(frozen=True)
@@ -200,15 +198,17 @@ class Estimate:
     def lines(self, rows_per_s: float | None, validation_s: float | None = None) -> list[str]:
         """Format the estimate; `validation_s` is the measured duration of a validation."""
         highest = max(self.phases, key=lambda name: self.phases[name])
-        lines = [f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks"]
-        lines += [f"  {name:42s} {_size(size)}" for name, size in self.resident.items()]
-        lines += [f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()]
-        lines.append(f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}")
-        lines.append(f"  {'in it, of the host if the ranks have GPUs':42s} {_size(self.host_bytes)}")
-        lines.append(f"{self.rows_global:,} rows per step; a query has {self.negatives:,} negatives")
-        lines += [f"  {name:42s} {_size(size)}" for name, size in self.sent.items()]
-        lines.append(f"sent by a rank in a step: {_size(sum(self.sent.values()))}")
-        lines.append(f"a checkpoint: {_size(self.checkpoint_bytes)}")
+        lines = [
+            f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks",
+            *(f"  {name:42s} {_size(size)}" for name, size in self.resident.items()),
+            *(f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()),
+            f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}",
+            f"  {'in it, of the host if the ranks have GPUs':42s} {_size(self.host_bytes)}",
+            f"{self.rows_global:,} rows per step; a query has {self.negatives:,} negatives",
+            *(f"  {name:42s} {_size(size)}" for name, size in self.sent.items()),
+            f"sent by a rank in a step: {_size(sum(self.sent.values()))}",
+            f"a checkpoint: {_size(self.checkpoint_bytes)}",
+        ]
         time = "unknown without rows per second (--rows-per-s, or the metrics of a run)"
         if rows_per_s:
             time = f"{_duration(self.seconds(rows_per_s))} at {rows_per_s:,.0f} rows per second"
@@ -319,19 +319,20 @@ def estimate(
     saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
-    rows, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
-    tile, both, known = config.engine.loss_tile, stage.loss.direction != "q2d", batch.known_positives
-    vectors = vector_bytes(*rows, width)
+    sides, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
+    num_known = 0 if batch.known_positives is None else len(batch.known_positives)
+    tile, both = config.engine.loss_tile, stage.loss.direction != "q2d"
+    vectors = vector_bytes(*sides, width)
     loss, sent = 0, sent_bytes(engine, sizes, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
-        fetched = {name: len(found) * specs[name].hashes for name, found in (batch.table_rows or {}).items()}
+        fetched = {name: len(rows) * specs[name].hashes for name, rows in (batch.table_rows or {}).items()}
         sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
     if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(
-            *rows, width, world_size, both=both, tile=tile, num_known=0 if known is None else len(known),
+            *sides, width, world_size, both=both, tile=tile, num_known=num_known,
             gathers_known=stage.negatives.mask in ("batch", "user"),
         )  # fmt: skip
-        sent = loss_sent_bytes(rows[1], width, world_size, both=both) | sent
+        sent = loss_sent_bytes(sides[1], width, world_size, both=both) | sent
     steps = segment_steps(stage, steps_per_epoch)
     validations = max(1, -(-steps // (stage.validate_every_steps or steps or 1)))
     validations += config.initial_model(name) is not None
@@ -341,9 +342,14 @@ def estimate(
         encoded += num_docs * model.doc_tower.flops(doc) / max(1, len(batch.doc_ids))
     products = encoded + 2.0 * num_queries * num_docs * config.model.dim
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
-    copied = {"copy that a checkpoint is written from": -(-checkpoint_bytes(saved) // world_size)} if behind else {}
+    copied = {"copy that a checkpoint is written from": -(-FP32 * saved // world_size)} if behind else {}
     resident |= averaged | copied
     resident |= {"batch": 2 * batch.nbytes, "libraries at first use": RUNTIME_BYTES}  # the current batch and the next
+    # a rank's share of index vectors; an approximate index has a copy of them
+    mining = stage.negatives.mining
+    mines = stage.negatives.hard > 0 and mining.file is None and not mining.uniform
+    copies = 2 if mines and num_docs > mining.exact_up_to else 1
+    index_bytes = copies * FP32 * -(-num_docs // world_size) * (width + model.has_beta)
     on_host = [GRADIENTS_ON_HOST, *copied, *([TABLE_ROWS] if engine.table_memory == "host" else [])]
     if engine.offload_optimizer:
         on_host += [MASTER_WEIGHTS, OPTIMIZER_STATES]
@@ -354,15 +360,14 @@ def estimate(
             "loss, with retained graphs": graphs + vectors + loss,
             "towers' activations and gradients": towers + vectors,
             "optimizer's step": in_step,
-            "validation, mining": _encoding(model, mode, batch)
-            + _documents(stage, width + model.has_beta, num_docs, world_size),
+            "validation, mining": _encoding(model, mode, batch) + index_bytes,
         },
         num_weights=sizes.weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters())
         + sum(stored[name] * spec.dim for name, spec in specs.items()),
         negatives=num_negatives(stage, batch, world_size, num_docs),
         sent={name: int(size * (world_size - 1) / world_size) for name, size in sent.items()},
-        checkpoint_bytes=checkpoint_bytes(saved),
+        checkpoint_bytes=FP32 * saved,
         steps=steps,
         rows_global=stage.rows_global,
         world_size=world_size,
@@ -478,13 +483,6 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
     with mode, torch.no_grad(), LiveBytes() as live:
         model(doc=inputs)
     return live.peak * max(1, CHUNK_TOKENS_CPU // max(1, chunk.tokens))
-
-
-def _documents(stage: StageConfig, width: int, num_docs: int, world_size: int) -> int:
-    """Return the bytes of a rank's share of index vectors; an approximate index has a copy of them."""
-    mines = stage.negatives.hard > 0 and stage.negatives.mining.file is None and not stage.negatives.mining.uniform
-    copies = 2 if mines and num_docs > stage.negatives.mining.exact_up_to else 1
-    return copies * FP32 * -(-num_docs // world_size) * width
 
 
 def _backward(encoded: Sequence[Encoded]) -> None:

@@ -50,7 +50,17 @@ class Space:
 
     def allowed_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of `values` that are in the space."""
-        return {key: value for key, value in values.items() if key in self.keys and _allows(self.keys[key], value)}
+        allowed = {}
+        for key, value in values.items():
+            distribution = self.keys.get(key)
+            if isinstance(distribution, CategoricalDistribution):
+                is_allowed = value in distribution.choices
+            else:
+                is_range = isinstance(distribution, IntDistribution | FloatDistribution) and _is_number(value)
+                is_allowed = is_range and distribution.low <= value <= distribution.high
+            if is_allowed:
+                allowed[key] = value
+        return allowed
 
     def contains(self, values: Mapping[str, Any]) -> bool:
         """Return True if `values` has a value of the space for every key, and nothing else."""
@@ -91,13 +101,6 @@ def _distribution(where: str, entry: Any) -> BaseDistribution:
     return FloatDistribution(float(low), float(high), log=log)
 
 
-def _allows(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    assert isinstance(distribution, IntDistribution | FloatDistribution)
-    return _is_number(value) and distribution.low <= value <= distribution.high
-
-
 def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -120,36 +123,29 @@ class TuningStage:
         run = self.out / hex64(json.dumps([self.config, self.overrides, values]))
         trial.set_user_attr("run", run.name)
         chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        pruning = _Pruning(trial, run / self.stage)
+        folder, is_reported, is_pruned = run / self.stage, False, False
+
+        def prune() -> None:
+            """Stop the training if an early validation is worse than the median of other trials."""
+            nonlocal is_reported, is_pruned
+            if is_reported or (early := _early_validation(folder)) is None:
+                return
+            is_reported = True
+            trial.report(early, step=1)
+            is_pruned = trial.should_prune()
+            if is_pruned:
+                request_stop(folder, saving=False, timeout_s=STOP_TIMEOUT_S)
+
         ended = run_command(
             run / "log", self.stage, "--config", self.config, *self.overrides, *chosen, f"run.dir={run}",
-            "--resume", "auto", poll=pruning.look,
+            "--resume", "auto", poll=prune,
         )  # fmt: skip
-        if pruning.pruned:
+        if is_pruned:
             raise optuna.TrialPruned
         ended.check()
         if not (validations := _validations(run / self.stage)):
             raise ConfigError(f"{self.config}: its dataset has no validation split, which a search needs")
         return max(value for _, value in validations)
-
-
-@dataclass
-class _Pruning:
-    """Stops a trial's training if an early validation is worse than the median of other trials."""
-
-    trial: optuna.Trial
-    folder: Path
-    looked: bool = False
-    pruned: bool = False
-
-    def look(self) -> None:
-        if self.looked or (early := _early_validation(self.folder)) is None:
-            return
-        self.looked = True
-        self.trial.report(early, step=1)
-        self.pruned = self.trial.should_prune()
-        if self.pruned:
-            request_stop(self.folder, saving=False, timeout_s=STOP_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,16 @@ def _search(
         sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
     )  # fmt: skip
-    _check_kinds(study.trials, space, out)
+    # Optuna supports no change of the choices, the type or the scale of a key
+    for trial in study.trials:
+        for key in trial.distributions.keys() & space.keys.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], space.keys[key])
+            except ValueError:
+                raise ConfigError(
+                    f"the space's {key}: got {space.keys[key]}, was {trial.distributions[key]} in {out}: the choices, "
+                    "the type and the scale of a key cannot change during a search; choose another --out"
+                ) from None
     if not study.trials and (allowed_values := space.allowed_values(first)):
         study.enqueue_trial(allowed_values)
     for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
@@ -204,28 +209,15 @@ def _search(
         return [trial for trial in done if space.contains(trial.params)]
 
     while len(finished()) < trials:
-        trial = study.ask(space.keys)  # an interrupted trial is enqueued again by the next run
-        if not space.contains(trial.params):  # enqueued before the space was changed
-            study.tell(trial, state=TrialState.FAIL)
+        new_trial = study.ask(space.keys)  # an interrupted trial is enqueued again by the next run
+        if not space.contains(new_trial.params):  # enqueued before the space was changed
+            study.tell(new_trial, state=TrialState.FAIL)
             continue
         try:
-            study.tell(trial, value(trial, trial.params))
+            study.tell(new_trial, value(new_trial, new_trial.params))
         except optuna.TrialPruned:
-            study.tell(trial, state=TrialState.PRUNED)
+            study.tell(new_trial, state=TrialState.PRUNED)
     return sorted(finished(), key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
-
-
-def _check_kinds(trials: Sequence[FrozenTrial], space: Space, out: Path) -> None:
-    """Raise ConfigError if the choices, the type or the scale of a key have changed, which Optuna does not support."""
-    for trial in trials:
-        for key in trial.distributions.keys() & space.keys.keys():
-            try:
-                check_distribution_compatibility(trial.distributions[key], space.keys[key])
-            except ValueError:
-                raise ConfigError(
-                    f"the space's {key}: got {space.keys[key]}, was {trial.distributions[key]} in {out}: the choices, "
-                    "the type and the scale of a key cannot change during a search; choose another --out"
-                ) from None
 
 
 def _truncate_torn_record(journal: Path) -> None:
