@@ -67,6 +67,10 @@ class RowStream(ABC):
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} must be at least 0 and below world_size={world_size}")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers={num_workers} must not be negative")
+        if start_step < 0:
+            raise ConfigError(f"start_step={start_step} must not be negative")
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
         self.step = start_step  # the next step; may be set before the first `next`
         # Of this rank, since opening; a bad target counts as its share of a row.
