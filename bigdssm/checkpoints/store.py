@@ -17,7 +17,7 @@ from itertools import chain
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -56,6 +56,7 @@ from bigdssm.utils.atomic import (
 )  # fmt: skip
 from bigdssm.utils.log import get_logger
 
+T = TypeVar("T")
 logger = get_logger(__name__)
 
 EXIT_TIMEOUT_S = 60.0  # how long a rank that exits with an error waits for a checkpoint in progress
@@ -75,28 +76,6 @@ class _RowFiles:
         """Return True if the files exist with their sizes."""
         files = ((self.folder / share.file, share.size) for share in self.shares)
         return all(file.is_file() and file.stat().st_size == size for file, size in files)
-
-
-@dataclass(frozen=True)
-class _TableRows:
-    """Rows of sharded tables to be written, in addition to those of `parent`."""
-
-    tensors: list[TensorPiece]
-    rows: int
-    parent: _RowFiles
-    steps: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    """This rank's part of a checkpoint to be written."""
-
-    step: int
-    state: dict[str, Any]
-    pieces: list[TensorPiece]
-    rank_state: list[TensorPiece]
-    table_rows: _TableRows | None
-    group: distributed.Group | None
 
 
 class CheckpointStore:
@@ -135,27 +114,39 @@ class CheckpointStore:
         shared = even_share(named, distributed.rank(), distributed.world_size())
         parts = [piece.on_host(copy=in_background) for piece in chain(pieces, shared)]
         local = [whole_tensor(name, tensor).on_host(copy=in_background) for name, tensor in rank_state.items()]
-        rows = None if tables is None else self._changed_rows(tables)
+        table_rows = None if tables is None else self._changed_rows(tables)
         state = json.loads(json.dumps(state))  # a deep copy
-        job = _Job(step, state, parts, local, rows, distributed.background_group())
+        group = distributed.background_group()
+
+        def write() -> None:
+            try:
+                self._write(step, state, parts, local, table_rows, group)
+            except BaseException as error:  # raised by the main thread
+                self._error = error
+                if distributed.is_main():  # frees disk space, which the end record of the run needs
+                    shutil.rmtree(temporary_path(self.folder / checkpoint_name(step)), ignore_errors=True)
+
         self._error = None
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
         if not in_background:
             self.wait()
         return self.folder / checkpoint_name(step)
 
-    def _changed_rows(self, tables: ShardedTables) -> _TableRows:
-        """Return a copy of the rows to be written: those that changed since the last checkpoint, or all of them."""
+    def _changed_rows(self, tables: ShardedTables) -> tuple[list[TensorPiece], _RowFiles]:
+        """Return a copy of the rows to be written, and the row files with them, but for the share of the last one.
+
+        The rows are those that changed since the last checkpoint, in addition to its files, or all of them.
+        """
         parent = self._row_files
         known_from = max(store.evictions_known_from for store in tables.stores.values())
         if parent and known_from <= parent.steps and len(parent.shares) < MAX_ROW_FILES and parent.is_complete():
             tensors = table_tensors(tables, parent.steps)
             if sum(parent.rows[1:]) + (rows := row_count(tensors)) <= parent.rows[0]:
-                return _TableRows(_whole(tensors), rows, parent, tables.steps)
+                return _whole(tensors), replace(parent, steps=tables.steps, rows=(*parent.rows, rows))
             del tensors  # before all rows are copied
         tensors = table_tensors(tables)
-        return _TableRows(_whole(tensors), row_count(tensors), _RowFiles(self.folder, 0), tables.steps)
+        return _whole(tensors), _RowFiles(self.folder, tables.steps, rows=(row_count(tensors),))
 
     def wait(self) -> None:
         """Wait for a checkpoint in progress. Raises the error of a failed write, on every rank."""
@@ -202,41 +193,35 @@ class CheckpointStore:
 
     def _newest(self) -> Checkpoint | None:
         """Return the newest checkpoint with a valid manifest and complete files, as seen by rank 0."""
-        newest: list[Checkpoint] = []
 
-        def find() -> None:
+        def find() -> Checkpoint | None:
             if not distributed.is_main():
-                return
+                return None
             for replaced in self.folder.glob(f".*{REPLACED}"):  # left by a run killed while replacing the same step
                 recover(self.folder / replaced.name[1:].removesuffix(REPLACED))
             for path in reversed(checkpoints_in(self.folder)):
                 try:
                     checkpoint = read_manifest(path)
                     check_sizes(checkpoint)
+                    return checkpoint
                 except UnsupportedFormatError:
                     raise
                 except CheckpointError as error:
                     self._set_aside(path, str(error))
-                else:
-                    newest.append(checkpoint)
-                    return
+            return None
 
-        self._run_collectively(find, "find")
-        return distributed.broadcast_object(newest[0] if newest else None)
+        return distributed.broadcast_object(self._run_collectively(find, "find"))
 
     def _read(self, checkpoint: Checkpoint) -> tuple[LoadedCheckpoint | None, str | None]:
         """Return this rank's share, or a description of its damage. Raises CheckpointError: unreadable on a rank."""
-        read: list[LoadedCheckpoint] = []
-        damages: list[str] = []
 
-        def part() -> None:
+        def read() -> tuple[LoadedCheckpoint | None, str | None]:
             try:
-                read.append(load_checkpoint(checkpoint, distributed.rank(), distributed.world_size()))
+                return load_checkpoint(checkpoint, distributed.rank(), distributed.world_size()), None
             except CheckpointError as error:
-                damages.append(str(error))
+                return None, str(error)
 
-        self._run_collectively(part, "read")
-        return (read[0] if read else None), (damages[0] if damages else None)
+        return self._run_collectively(read, "read")
 
     def _set_aside(self, path: Path, damage: str) -> None:
         if distributed.is_main():
@@ -245,16 +230,11 @@ class CheckpointStore:
             remove(target)
             os.replace(path, target)
 
-    def _run(self, job: _Job) -> None:
-        try:
-            self._write(job)
-        except BaseException as error:  # raised by the main thread
-            self._error = error
-            if distributed.is_main():  # frees disk space, which the end record of the run needs
-                shutil.rmtree(temporary_path(self.folder / checkpoint_name(job.step)), ignore_errors=True)
-
-    def _write(self, job: _Job) -> None:
-        path = self.folder / checkpoint_name(job.step)
+    def _write(
+        self, step: int, state: dict[str, Any], pieces: list[TensorPiece], rank_state: list[TensorPiece],
+        table_rows: tuple[list[TensorPiece], _RowFiles] | None, group: distributed.Group | None,
+    ) -> None:  # fmt: skip
+        path = self.folder / checkpoint_name(step)
         aside, rank = temporary_path(path), distributed.rank()
 
         def prepare() -> None:
@@ -263,60 +243,57 @@ class CheckpointStore:
                     remove(stale)
                 aside.mkdir(parents=True)
 
-        self._run_collectively(prepare, "prepare", job.group)
-        written: list[tuple[FileShare, dict[str, TensorSpec]]] = []
-        row_files: list[_RowFiles] = []
-
-        def write() -> None:
-            written.append(write_share(aside / tensors_file(rank), rank, job.pieces))
-            self.between_files(job.step)
-            share, _ = write_share(aside / rank_file(rank), rank, job.rank_state)
+        def write() -> tuple[list[tuple[FileShare, dict[str, TensorSpec]]], _RowFiles | None]:
+            written = [write_share(aside / tensors_file(rank), rank, pieces)]
+            self.between_files(step)
+            share, _ = write_share(aside / rank_file(rank), rank, rank_state)
             written.append((replace(share, locations=()), {}))
-            if (table_rows := job.table_rows) is not None:
-                # link the row files of the parent, and write a further one
-                parent = table_rows.parent
-                for share in parent.shares:
-                    link_or_copy(parent.folder / share.file, aside / share.file)
-                share, _ = write_share(aside / tables_file(rank, len(parent.shares)), rank, table_rows.tensors)
-                shares = (*parent.shares, replace(share, locations=()))
-                row_files.append(_RowFiles(path, table_rows.steps, shares, (*parent.rows, table_rows.rows)))
+            if table_rows is None:
+                return written, None
+            # link the row files of the last checkpoint, and write a further one
+            tensors, files = table_rows
+            for linked in files.shares:
+                link_or_copy(files.folder / linked.file, aside / linked.file)
+            share, _ = write_share(aside / tables_file(rank, len(files.shares)), rank, tensors)
+            shares = (*files.shares, replace(share, locations=()))
+            return [*written, *((share, {}) for share in shares)], replace(files, folder=path, shares=shares)
 
-        self._run_collectively(write, "write", job.group)
-        files = row_files[0] if row_files else None
-        written += [(share, {}) for share in (files.shares if files else ())]
-        reports = distributed.gather_objects(written, job.group)
-        self._run_collectively(lambda: self._publish(aside, path, job, reports), "publish", job.group)
+        def publish() -> None:
+            if not distributed.is_main():
+                return
+            tensors = {name: kind for report in reports for _, kinds in report for name, kind in kinds.items()}
+            shares = [share for report in reports for share, _ in report]
+            counts = dict.fromkeys(tensors, 0)
+            for share in shares:
+                for location in share.locations:
+                    counts[location.name] += location.count
+            missing = [name for name, kind in tensors.items() if counts[name] != prod(kind.shape)]
+            assert not missing, f"the ranks' pieces do not cover {missing}"
+            write_manifest(aside, step, len(reports), state, tensors, shares)
+            replace_folder(aside, path)
+            write_text(self.folder / LATEST, path.name)
+            # the last row file of each rank was written, the others were linked
+            row_files = [share for share in shares if share.file.startswith(TABLES)]
+            newest = {share.owner: share.size for share in sorted(row_files, key=lambda share: share.file)}
+            new_bytes, all_bytes = sum(newest.values()), sum(share.size for share in row_files)
+            of_tables = (
+                f"; rows of sharded tables: {new_bytes:,} bytes written, {all_bytes - new_bytes:,} in linked files"
+            )
+            logger.info("wrote the checkpoint of step %d%s", step, of_tables if row_files else "")
+            for old in checkpoints_in(self.folder)[: -self._keep]:
+                shutil.rmtree(old)
+
+        self._run_collectively(prepare, "prepare", group)
+        written, files = self._run_collectively(write, "write", group)
+        reports = distributed.gather_objects(written, group)
+        self._run_collectively(publish, "publish", group)
         self._row_files = files
 
-    def _publish(
-        self, aside: Path, path: Path, job: _Job, reports: list[list[tuple[FileShare, dict[str, TensorSpec]]]]
-    ) -> None:
-        if not distributed.is_main():
-            return
-        tensors = {name: kind for report in reports for _, kinds in report for name, kind in kinds.items()}
-        shares = [share for report in reports for share, _ in report]
-        counts = dict.fromkeys(tensors, 0)
-        for share in shares:
-            for location in share.locations:
-                counts[location.name] += location.count
-        missing = [name for name, kind in tensors.items() if counts[name] != prod(kind.shape)]
-        assert not missing, f"the ranks' pieces do not cover {missing}"
-        write_manifest(aside, job.step, len(reports), job.state, tensors, shares)
-        replace_folder(aside, path)
-        write_text(self.folder / LATEST, path.name)
-        # the last row file of each rank was written, the others were linked
-        row_files = sorted((share for share in shares if share.file.startswith(TABLES)), key=lambda share: share.file)
-        newest = {share.owner: share.size for share in row_files}
-        written, of_all = sum(newest.values()), sum(share.size for share in row_files)
-        of_tables = f"; rows of sharded tables: {written:,} bytes written, {of_all - written:,} in linked files"
-        logger.info("wrote the checkpoint of step %d%s", job.step, of_tables if row_files else "")
-        for old in checkpoints_in(self.folder)[: -self._keep]:
-            shutil.rmtree(old)
-
-    def _run_collectively(self, action: Callable[[], None], verb: str, group: distributed.Group | None = None) -> None:
+    def _run_collectively(self, action: Callable[[], T], verb: str, group: distributed.Group | None = None) -> T:
+        """Return the result of an action of each rank. Raises CheckpointError on every rank if it fails on any."""
         error: BigDSSMError | None = None
         try:
-            action()
+            result = action()
         except BigDSSMError as problem:
             error = problem
         except (OSError, RuntimeError, SafetensorError) as problem:
@@ -325,6 +302,7 @@ class CheckpointStore:
                 f"could not {verb} a checkpoint in {self.folder}: {reason}; the last valid one is kept"
             )
         distributed.raise_together(error, group)
+        return result
 
 
 def _whole(tensors: dict[str, Tensor]) -> list[TensorPiece]:

@@ -74,14 +74,6 @@ class PendingUpdate:
     gradients: Tensor  # float32 [n, d]
 
 
-@dataclass
-class Traffic:
-    """Bytes that this rank has sent to other ranks, and all-to-alls, since the start."""
-
-    sent: int = 0
-    exchanges: int = 0
-
-
 class ShardedTables:
     """Tables whose rows are divided over the ranks. `fetch`, `look_up` and `reduce` are collectives."""
 
@@ -96,7 +88,8 @@ class ShardedTables:
         `device`, too. dtype: of looked-up vectors.
         """
         self.specs = {spec.name: spec for spec in specs}
-        self.optimizer, self.traffic, self.cache_rows = optimizer, Traffic(), cache_rows
+        self.optimizer, self.cache_rows = optimizer, cache_rows
+        self.sent_bytes = self.num_exchanges = 0  # of this rank, to other ranks
         self._device, self._dtype = device or torch.device("cpu"), dtype
         self.partition = RowPartition(distributed.rank(), distributed.world_size())
         where = storage or self._device, folder, cache_rows, self._device
@@ -234,6 +227,6 @@ class ShardedTables:
 
     def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         others = len(rows) - sent[self.partition.rank]
-        self.traffic.sent += others * rows[:1].nbytes if len(rows) else 0
-        self.traffic.exchanges += 1
+        self.sent_bytes += others * rows[:1].nbytes if len(rows) else 0
+        self.num_exchanges += 1
         return distributed.all_to_all_rows(rows, sent, received)

@@ -76,11 +76,6 @@ class StageProgress:
     part_step: int = 0
     part_applied: int = 0
 
-    def begin_segment(self) -> None:
-        """Start a new segment; its validations are not comparable with earlier ones, which have other rows."""
-        self.part_step, self.part_applied = self.step, self.applied
-        self.best, self.best_step, self.validations_since_best, self.validated_at = float("-inf"), self.step, 0, -1
-
     def best_metrics(self) -> dict[str, Any]:
         """Return the best validation of the current segment, empty without one."""
         chosen = (entry for entry in reversed(self.history) if entry["step"] == self.best_step)
@@ -106,11 +101,6 @@ class StartPoint:
     checkpoint: LoadedCheckpoint | None = None
     same_segment: bool = False  # the stream continues where the checkpoint was written
     new_codes: Mapping[str, np.ndarray] = field(default_factory=dict)  # by table: ids that this segment makes known
-
-    @property
-    def precision(self) -> dict[str, str] | None:
-        """The precision at the start of the run (see models/precision.py)."""
-        return None if self.checkpoint is None else self.checkpoint.state["precision"]
 
     def check_frozen(self, checksum: int) -> int:
         """Return the checksum of the weights that are not trained. Raises CheckpointError: not that of the run."""
@@ -207,7 +197,11 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
             raise ConfigError(f"{changed[0]}: it may change only where a run continues on new partitions; set it back")
         _check_length(checkpoint, progress, config.stage(name), name, stream.steps_per_epoch)
     else:
-        progress.begin_segment()
+        # a new segment, whose validations are not comparable with earlier ones: they have other rows
+        progress = replace(
+            progress, part_step=progress.step, part_applied=progress.applied, best=float("-inf"),
+            best_step=progress.step, validations_since_best=0, validated_at=-1,
+        )  # fmt: skip
     return StartPoint(run_id, progress, checkpoint, same_segment)
 
 

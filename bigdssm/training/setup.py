@@ -91,7 +91,8 @@ def build_trainer(
     rank, world_size, folder = distributed.rank(), distributed.world_size(), config.stage_dir(name)
 
     # Precision and weights, then the engine, which copies the weights.
-    engine_config = resolve_engine_precision(config.engine, device().type, start.precision)
+    precision = None if start.checkpoint is None else start.checkpoint.state["precision"]  # at the start of the run
+    engine_config = resolve_engine_precision(config.engine, device().type, precision)
     read = start.reader(model)
     if read is None:
         model.tables.start_unknown(start.new_codes)

@@ -78,7 +78,7 @@ def train(
         tables.commit(coefficient, 1.0)
     whole = {spec.name: tables.look_up(spec.name, torch.arange(spec.rows)) for spec in SPECS}
     content = {name: store.content(tables.steps, states=True) for name, store in tables.stores.items()}
-    return whole, norms, content, tables.traffic.sent
+    return whole, norms, content, tables.sent_bytes
 
 
 class Dense:

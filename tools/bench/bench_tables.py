@@ -88,7 +88,7 @@ def sharded_steps(
     for _ in range(args.steps):
         ids = ids_of(args, random, rows)
         dist.barrier()
-        started, before = time.perf_counter(), tables.traffic.sent
+        started, before = time.perf_counter(), tables.sent_bytes
         found, positions = np.unique(ids, return_inverse=True)
         working = tables.fetch({"table": found})
         working.look_up("table", torch.from_numpy(positions + 1)).sum().backward()
@@ -97,13 +97,13 @@ def sharded_steps(
         dist.barrier()
         seconds.append(time.perf_counter() - started)
         distinct.append(len(found))
-        sent.append(tables.traffic.sent - before)
+        sent.append(tables.sent_bytes - before)
     load = np.bincount(tables.partition.owner(found), minlength=args.ranks)
     median = statistics.median(seconds[WARM_UP:])
     return (
         f"sharded, {rows:,} rows x {args.dim}: opened in {opened:.2f} s; {1000 * median:.0f} ms a step, "
         f"{statistics.mean(sent) / 1e6:.2f} MB sent, {statistics.mean(distinct):,.0f} distinct ids of {args.ids:,}, "
-        f"{tables.traffic.exchanges / args.steps:.0f} all-to-alls, owners max/mean {load.max() / load.mean():.2f}, "
+        f"{tables.num_exchanges / args.steps:.0f} all-to-alls, owners max/mean {load.max() / load.mean():.2f}, "
         f"{status_mb('RssAnon'):,.0f} MB of anonymous memory"
     ), median
 

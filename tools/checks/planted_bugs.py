@@ -227,7 +227,7 @@ BUGS = [
     Bug("checkpoints", "manifest_checksum_not_verified", "checkpoints.checkpoint:read_manifest",
         "content.pop(\"checksum\") != json_checksum(content)", "not content.pop(\"checksum\")",
         f"{UNIT}/test_checkpoint.py::test_a_flipped_byte_anywhere_is_detected"),
-    Bug("checkpoints", "too_many_checkpoints_kept", "checkpoints.store:CheckpointStore._publish",
+    Bug("checkpoints", "too_many_checkpoints_kept", "checkpoints.store:CheckpointStore._write",
         "[: -self._keep]", "[: -self._keep - 1]",
         f"{UNIT}/test_checkpoint.py::test_the_newest_two_are_retained_and_read_back"),
     Bug("checkpoints", "background_write_without_a_copy", "checkpoints.store:CheckpointStore.save",
