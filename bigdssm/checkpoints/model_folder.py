@@ -127,25 +127,26 @@ def save_model_folder(
     folder = real_path(folder)
     if folder.exists() and not (folder / META_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not a model folder; nothing was written; choose another folder")
-    with new_folder(folder) as aside:
-        _write_all_but_weights(aside, model, config, schema, tokenizer_dir)
+    with new_folder(folder) as unfinished:
+        _write_all_but_weights(unfinished, model, config, schema, tokenizer_dir)
         for name, content in _weights_files(model, model.state_dict() if state is None else state).items():
-            (aside / name).write_bytes(content)
-        known = {}
+            (unfinished / name).write_bytes(content)
+        written_checksums = {}
         if frozen is not None:
-            link_or_copy(frozen, aside / FROZEN_FILE)
-            known = {FROZEN_FILE: _read_meta(frozen.parent)["checksums"][FROZEN_FILE]}  # as written, before any damage
+            link_or_copy(frozen, unfinished / FROZEN_FILE)
+            # as written, before any damage
+            written_checksums = {FROZEN_FILE: _read_meta(frozen.parent)["checksums"][FROZEN_FILE]}
         if tables is not None:
-            os.replace(tables, aside / TABLES_DIR)
+            os.replace(tables, unfinished / TABLES_DIR)
         elif model.tables.sharded:
-            _copy_tables(model, aside)
+            _copy_tables(model, unfinished)
         meta = {
             "format": FORMAT,
             "provenance": dict(provenance),
-            "checksums": _checksums(aside, known),
+            "checksums": _checksums(unfinished, written_checksums),
             "config_checksum": _config_checksum(config.to_dict(), trained_scorer(config, provenance)),
         }
-        write_json(aside / META_FILE, meta)
+        write_json(unfinished / META_FILE, meta)
 
 
 def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> ModelFolder:
@@ -344,9 +345,9 @@ def trained_scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfi
     return config.sft.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
 
 
-def _checksums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def _checksums(folder: Path, computed: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores; `known` by name."""
-    checksums = folder_checksums(folder, lambda path: known.get(path.name) or _checksum(path))
+    checksums = folder_checksums(folder, lambda path: computed.get(path.name) or _checksum(path))
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
     return checksums
@@ -373,9 +374,9 @@ def _with_adapters(folder: ModelFolder, config: ModelConfig) -> ModelFolder:
     """Add the adapters of `config` to the text encoders without any."""
     model, towers = folder.config.model, {}
     for side in ("query", "doc"):
-        text, wanted = getattr(model, side).text, getattr(config, side).text
-        if isinstance(text, Transformer) and isinstance(wanted, Transformer) and not text.lora_rank:
-            text = replace(text, **{key: value for key, value in vars(wanted).items() if key.startswith("lora_")})
+        text, configured = getattr(model, side).text, getattr(config, side).text
+        if isinstance(text, Transformer) and isinstance(configured, Transformer) and not text.lora_rank:
+            text = replace(text, **{key: value for key, value in vars(configured).items() if key.startswith("lora_")})
         towers[side] = replace(getattr(model, side), text=text)
     adapted = replace(model, **towers)
     before = text_configs(model, folder.schema)

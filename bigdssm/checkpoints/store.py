@@ -235,26 +235,26 @@ class CheckpointStore:
         table_rows: tuple[list[TensorPiece], _RowFiles] | None, group: distributed.Group | None,
     ) -> None:  # fmt: skip
         path = self.folder / checkpoint_name(step)
-        aside, rank = temporary_path(path), distributed.rank()
+        unfinished, rank = temporary_path(path), distributed.rank()
 
         def prepare() -> None:
             if distributed.is_main():
                 for stale in self.folder.glob(f".*{UNFINISHED}"):
                     remove(stale)
-                aside.mkdir(parents=True)
+                unfinished.mkdir(parents=True)
 
         def write() -> tuple[list[tuple[FileShare, dict[str, TensorSpec]]], _RowFiles | None]:
-            written = [write_share(aside / tensors_file(rank), rank, pieces)]
+            written = [write_share(unfinished / tensors_file(rank), rank, pieces)]
             self.between_files(step)
-            share, _ = write_share(aside / rank_file(rank), rank, rank_state)
+            share, _ = write_share(unfinished / rank_file(rank), rank, rank_state)
             written.append((replace(share, locations=()), {}))
             if table_rows is None:
                 return written, None
             # link the row files of the last checkpoint, and write a further one
             tensors, files = table_rows
             for linked in files.shares:
-                link_or_copy(files.folder / linked.file, aside / linked.file)
-            share, _ = write_share(aside / tables_file(rank, len(files.shares)), rank, tensors)
+                link_or_copy(files.folder / linked.file, unfinished / linked.file)
+            share, _ = write_share(unfinished / tables_file(rank, len(files.shares)), rank, tensors)
             shares = (*files.shares, replace(share, locations=()))
             return [*written, *((share, {}) for share in shares)], replace(files, folder=path, shares=shares)
 
@@ -269,8 +269,8 @@ class CheckpointStore:
                     counts[location.name] += location.count
             missing = [name for name, kind in tensors.items() if counts[name] != prod(kind.shape)]
             assert not missing, f"the ranks' pieces do not cover {missing}"
-            write_manifest(aside, step, len(reports), state, tensors, shares)
-            replace_folder(aside, path)
+            write_manifest(unfinished, step, len(reports), state, tensors, shares)
+            replace_folder(unfinished, path)
             write_text(self.folder / LATEST, path.name)
             # the last row file of each rank was written, the others were linked
             row_files = [share for share in shares if share.file.startswith(TABLES)]

@@ -167,12 +167,12 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors."""
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
         for f in fields(self):
             value = getattr(self, f.name)
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
-            found += [part for part in parts if isinstance(part, Tensor)]
-        return found
+            tensors += [part for part in parts if isinstance(part, Tensor)]
+        return tensors
 
 
 def _views(buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:

@@ -145,8 +145,8 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
     def item(of: str, code: int) -> str:
         if of not in items:
             codes = dataset.catalogue.codes(of, dataset.catalogue.all_rows)
-            known, first = np.unique(codes, return_index=True)
-            items[of] = dict(zip(known.tolist(), dataset.catalogue.titles(first), strict=True))
+            distinct, first = np.unique(codes, return_index=True)
+            items[of] = dict(zip(distinct.tolist(), dataset.catalogue.titles(first), strict=True))
         return items[of][code]
 
     decoder = Decoder(dataset.tokenizer, item)

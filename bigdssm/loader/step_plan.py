@@ -36,8 +36,8 @@ class TokenBudget:
     @classmethod
     def of(cls, config: EngineConfig, packed: PackedLists = NOTHING_PACKED) -> TokenBudget:
         """Return the budget of a config; by default the retained graphs are as large as one chunk."""
-        kept = config.keep_graph_tokens
-        return cls(config.chunk_tokens, config.chunk_tokens if kept is None else kept, packed)
+        retained = config.keep_graph_tokens
+        return cls(config.chunk_tokens, config.chunk_tokens if retained is None else retained, packed)
 
 
 class RowRun(NamedTuple):
@@ -154,8 +154,9 @@ def plan_side(
         }
         cells = (last - first) * sum(width for name, width in used.items() if name not in runs)
         used = used | {other: used[name] for name, list_ in lengths.items() for other in list_.inputs}
-        its = slice(int(outputs.offsets[first]), int(outputs.offsets[last]))
-        chunks.append(Chunk(first, last, its, used, cells + sum(run.last - run.first for run in runs.values()), runs))
+        chunk_outputs = slice(int(outputs.offsets[first]), int(outputs.offsets[last]))
+        cells += sum(run.last - run.first for run in runs.values())
+        chunks.append(Chunk(first, last, chunk_outputs, used, cells, runs))
     first_row = np.repeat([chunk.first for chunk in chunks], [chunk.num_outputs for chunk in chunks]).astype(np.int64)
     row_in_chunk = np.repeat(np.arange(num_rows), outputs.lengths) - first_row
     return SidePlan(order, outputs.values, row_in_chunk, tuple(chunks), length, dummy, fills)

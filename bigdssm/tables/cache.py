@@ -45,13 +45,13 @@ class RowCache:
         """Return the tensors [n, d] of positions, on the device, and keep them as long as there is space."""
         slots = self._keep(local)
         inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
-        found = {}
+        tensors = {}
         for name, stored in self._stored.items():
-            found[name] = torch.empty(len(local), stored.shape[1], dtype=stored.dtype, device=self._device)
-            found[name].index_copy_(0, self._index(inside), self._cached[name][self._index(slots[inside])])
-            rest = stored[torch.from_numpy(local[outside])]
-            found[name].index_copy_(0, self._index(outside), to_device(rest, self._device))
-        return found
+            tensors[name] = torch.empty(len(local), stored.shape[1], dtype=stored.dtype, device=self._device)
+            tensors[name].index_copy_(0, self._index(inside), self._cached[name][self._index(slots[inside])])
+            stored_rows = stored[torch.from_numpy(local[outside])]
+            tensors[name].index_copy_(0, self._index(outside), to_device(stored_rows, self._device))
+        return tensors
 
     def write(self, local: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
         """Set positions to tensors [n, d]."""
@@ -59,10 +59,10 @@ class RowCache:
         inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
         self._changed[slots[inside]] = True
         for name, tensor in tensors.items():
-            kept = tensor[torch.from_numpy(inside).to(tensor.device)].to(self._cached[name])
-            self._cached[name].index_copy_(0, self._index(slots[inside]), kept)
-            rest = tensor[torch.from_numpy(outside).to(tensor.device)].to(self._stored[name])
-            self._stored[name].index_copy_(0, torch.from_numpy(local[outside]), rest)
+            cached_rows = tensor[torch.from_numpy(inside).to(tensor.device)].to(self._cached[name])
+            self._cached[name].index_copy_(0, self._index(slots[inside]), cached_rows)
+            stored_rows = tensor[torch.from_numpy(outside).to(tensor.device)].to(self._stored[name])
+            self._stored[name].index_copy_(0, torch.from_numpy(local[outside]), stored_rows)
 
     def flush(self) -> None:
         """Write all changed rows to the storage."""

@@ -86,7 +86,7 @@ def store_sources(tables: ShardedTables) -> dict[str, RowSource]:
     def source(name: str) -> RowSource:
         store = tables.stores[name]
         rows, local = store.saved(tables.steps, states=False)
-        return RowSource(store.key, rows, lambda some: store.content_of(rows[some], local[some], states=False))
+        return RowSource(store.key, rows, lambda part: store.content_of(rows[part], local[part], states=False))
 
     return {name: source(name) for name in tables.stores}
 
@@ -170,13 +170,13 @@ class RowFile:
         """Return the key of a table's initial values."""
         return int(self._arrays[f"{name}/{KEY}"].view(np.uint64)[0])
 
-    def read(self, name: str, key: str, at: np.ndarray) -> np.ndarray:
+    def read(self, name: str, key: str, positions: np.ndarray) -> np.ndarray:
         """Return verified values [n, w] of the rows at positions of the file. Raises CheckpointError: damaged."""
         values = self._arrays[f"{name}/{key}"]
         values = values.reshape(self.count(name), -1) if len(values) else values.reshape(0, 1)
-        self._verify(f"{name}/{key}", values, np.unique(at // BLOCK_ROWS))
-        found: np.ndarray = values[at]
-        return found
+        self._verify(f"{name}/{key}", values, np.unique(positions // BLOCK_ROWS))
+        verified: np.ndarray = values[positions]
+        return verified
 
     def find(self, name: str, rows: np.ndarray, key: str = ROWS) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices of saved rows: in `rows`, and in the file. Raises CheckpointError: damaged.
@@ -188,15 +188,15 @@ class RowFile:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         block = np.searchsorted(self._arrays[f"{name}/{key}{FIRST}"], rows, "right") - 1
         inside = np.flatnonzero(block >= 0)
-        wanted, at = rows[inside], block[inside] * BLOCK_ROWS
+        inside_rows, positions = rows[inside], block[inside] * BLOCK_ROWS
         self._verify(f"{name}/{key}", saved[:, None], np.unique(block[inside]))
         step = BLOCK_ROWS // 2
-        while step and len(at):  # a binary search within verified blocks
-            further = np.minimum(at + step, len(saved) - 1)
-            at = np.where((at + step < len(saved)) & (saved[further] <= wanted), further, at)
+        while step and len(positions):  # a binary search within verified blocks
+            further = np.minimum(positions + step, len(saved) - 1)
+            positions = np.where((positions + step < len(saved)) & (saved[further] <= inside_rows), further, positions)
             step //= 2
-        hit = np.flatnonzero(saved[at] == wanted)
-        return inside[hit], at[hit]
+        hit = np.flatnonzero(saved[positions] == inside_rows)
+        return inside[hit], positions[hit]
 
     def _verify(self, tensor: str, values: np.ndarray, blocks: np.ndarray) -> None:
         """Verify blocks of values [n, w] that have not been verified yet."""
@@ -257,12 +257,12 @@ class MappedTables:
     def _vectors(self, name: str, rows: Tensor) -> Tensor:
         spec = self.specs[name]
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
-        found = [self._find(chain, name, distinct) for chain in self.chains]
+        by_chain = [self._find(chain, name, distinct) for chain in self.chains]
         values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
-        for chain, saved in zip(self.chains, found, strict=True):
+        for chain, saved in zip(self.chains, by_chain, strict=True):
             values[saved.requested] = _tensor(_gather(chain, name, VALUES, saved.number, saved.at)).float().numpy()
         if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
-            admitted = np.isin(np.arange(len(distinct)), np.concatenate([saved.requested for saved in found]))
+            admitted = np.isin(np.arange(len(distinct)), np.concatenate([saved.requested for saved in by_chain]))
             missing = ~admitted & (distinct != OUT_OF_VOCABULARY)
             if missing.any():
                 values[missing] = self._vectors(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
@@ -276,13 +276,12 @@ class MappedTables:
 
         def source(chain: Sequence[RowFile], name: str) -> RowSource:
             rows = _all_rows(chain, name)
-            index, number, at = self._find(chain, name, rows)
+            index, number, positions = self._find(chain, name, rows)
             rows = rows[index]
 
-            def read(some: slice) -> Content:
-                return {
-                    ROWS: _tensor(rows[some]), VALUES: _tensor(_gather(chain, name, VALUES, number[some], at[some]))
-                }  # fmt: skip
+            def read(part: slice) -> Content:
+                values = _gather(chain, name, VALUES, number[part], positions[part])
+                return {ROWS: _tensor(rows[part]), VALUES: _tensor(values)}
 
             return RowSource(chain[0].key(name), rows, read)
 
@@ -301,28 +300,28 @@ class MappedTables:
         for chain in self.chains:
             rows = _all_rows(chain, name)
             rows = rows[owned(rows)]
-            index, number, at = self._find(chain, name, rows, admitted=not states)
+            index, number, positions = self._find(chain, name, rows, admitted=not states)
             rows, keys = rows[index], [key for key in chain[0].keys(name) if states or key == VALUES]
             for first in range(0, len(rows), ROWS_AT_ONCE):
-                some = slice(first, first + ROWS_AT_ONCE)
-                content = {key: _tensor(_gather(chain, name, key, number[some], at[some])) for key in keys}
-                content[ROWS] = torch.from_numpy(rows[some])
+                part = slice(first, first + ROWS_AT_ONCE)
+                content = {key: _tensor(_gather(chain, name, key, number[part], positions[part])) for key in keys}
+                content[ROWS] = torch.from_numpy(rows[part])
                 yield {key: tensor[:, 0] if key in COUNTS else tensor for key, tensor in content.items()}
 
     def _find(self, chain: Sequence[RowFile], name: str, rows: np.ndarray, *, admitted: bool = True) -> _Found:
         """Return the saved, by default admitted, rows among ascending ones; the last file with a row holds it."""
-        number, at = np.full(len(rows), -1), np.zeros(len(rows), np.int64)
+        number, positions = np.full(len(rows), -1), np.zeros(len(rows), np.int64)
         for position, file in enumerate(chain):
             evicted, _ = file.find(name, rows, EVICTED)
             number[evicted] = -1
-            index, found = file.find(name, rows)
-            number[index], at[index] = position, found
+            index, positions_in_file = file.find(name, rows)
+            number[index], positions[index] = position, positions_in_file
         stored = number >= 0
         if admitted and OCCURRENCES in chain[0].keys(name):
             index = np.flatnonzero(stored)
-            occurrences = _gather(chain, name, OCCURRENCES, number[index], at[index])[:, 0]
+            occurrences = _gather(chain, name, OCCURRENCES, number[index], positions[index])[:, 0]
             stored[index] = (occurrences >= self.specs[name].admit_after) | (rows[index] == OUT_OF_VOCABULARY)
-        return _Found(np.flatnonzero(stored), number[stored], at[stored])
+        return _Found(np.flatnonzero(stored), number[stored], positions[stored])
 
 
 def _all_rows(chain: Sequence[RowFile], name: str) -> np.ndarray:
@@ -331,14 +330,14 @@ def _all_rows(chain: Sequence[RowFile], name: str) -> np.ndarray:
     return rows[0] if len(rows) == 1 else np.unique(np.concatenate(rows))
 
 
-def _gather(chain: Sequence[RowFile], name: str, key: str, number: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _gather(chain: Sequence[RowFile], name: str, key: str, number: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return the values [n, w] of rows at positions of files of a chain."""
     largest = max(chain, key=lambda file: file.count(name))  # an empty file does not have the width
-    empty = largest.read(name, key, at[:0])
-    values = np.empty((len(at), empty.shape[1]), empty.dtype)
+    empty = largest.read(name, key, positions[:0])
+    values = np.empty((len(positions), empty.shape[1]), empty.dtype)
     for position in np.unique(number):
-        of_file = number == position
-        values[of_file] = chain[position].read(name, key, at[of_file])
+        in_file = number == position
+        values[in_file] = chain[position].read(name, key, positions[in_file])
     return values
 
 

@@ -25,13 +25,13 @@ class RowIndex:
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """Return the slot of each row, int64 [n], 0 for absent rows."""
-        slots, at, pending = np.zeros(len(rows), np.int64), self._first(rows), np.arange(len(rows))
+        slots, entry, pending = np.zeros(len(rows), np.int64), self._first(rows), np.arange(len(rows))
         while len(pending):
-            entries = self._entries[at[pending]]
-            hit = self.rows[entries] == rows[pending]
-            slots[pending[hit]] = entries[hit]
-            pending = pending[(entries != 0) & ~hit]
-            at[pending] = (at[pending] + 1) % len(self._entries)
+            slot_at = self._entries[entry[pending]]
+            hit = self.rows[slot_at] == rows[pending]
+            slots[pending[hit]] = slot_at[hit]
+            pending = pending[(slot_at != 0) & ~hit]
+            entry[pending] = (entry[pending] + 1) % len(self._entries)
         return slots
 
     @property
@@ -64,12 +64,12 @@ class RowIndex:
         self._place(np.flatnonzero(self.rows != FREE))
 
     def _place(self, slots: np.ndarray) -> None:
-        at, self._filled = self._first(self.rows[slots]), self._filled + len(slots)
+        entry, self._filled = self._first(self.rows[slots]), self._filled + len(slots)
         while len(slots):
-            empty = self._entries[at] == 0
-            self._entries[at[empty]] = slots[empty]  # of several slots at one entry, one is placed
-            left = self._entries[at] != slots
-            slots, at = slots[left], (at[left] + 1) % len(self._entries)
+            empty = self._entries[entry] == 0
+            self._entries[entry[empty]] = slots[empty]  # of several slots at one entry, one is placed
+            left = self._entries[entry] != slots
+            slots, entry = slots[left], (entry[left] + 1) % len(self._entries)
 
     def _first(self, rows: np.ndarray) -> np.ndarray:
         return (mix64(rows, 0) % np.uint64(len(self._entries))).astype(np.int64)

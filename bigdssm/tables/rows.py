@@ -310,19 +310,19 @@ class RowStore:
     def read(self, rows: np.ndarray, step: int) -> Tensor:
         """Return this rank's rows before `step`, float32 [n, d] on the device of the storage, or of its cache."""
         local = self._local(rows)
-        known = np.flatnonzero(self.updated[local])
-        if self._files and (self._cache is None or not len(known)):  # tmpfs adds blocks to pages that are read
+        stored = np.flatnonzero(self.updated[local])
+        if self._files and (self._cache is None or not len(stored)):  # tmpfs adds blocks to pages that are read
             values = torch.zeros(len(rows), self.spec.dim)
-            values[known] = self.values[local[known]].float()
+            values[stored] = self.values[local[stored]].float()
             return self._with_initial(values, rows, local, step)
-        if self._cache is None or not len(known):
+        if self._cache is None or not len(stored):
             return self._with_initial(self.values[self._index(local)].float(), rows, local, step)
-        distinct, inverse = np.unique(local[known], return_inverse=True)  # several ranks may request a row
+        distinct, inverse = np.unique(local[stored], return_inverse=True)  # several ranks may request a row
         self.num_read, self.num_hits = self.num_read + len(distinct), self.num_hits + self._cache.hits(distinct)
-        found = self._cache.read(distinct)["values"].float()
-        values = found.new_empty(len(rows), self.spec.dim)
-        at, of = (to_device(torch.from_numpy(numbers), values.device) for numbers in (known, inverse))
-        values.index_copy_(0, at, found[of])
+        cached = self._cache.read(distinct)["values"].float()
+        values = cached.new_empty(len(rows), self.spec.dim)
+        index, source = (to_device(torch.from_numpy(numbers), values.device) for numbers in (stored, inverse))
+        values.index_copy_(0, index, cached[source])
         return self._with_initial(values, rows, local, step)
 
     def _with_initial(self, values: Tensor, rows: np.ndarray, local: np.ndarray, step: int) -> Tensor:
@@ -370,8 +370,8 @@ class RowStore:
         local, shards = local[full], shards[full]
         order = np.lexsort((self._rows(local), -self.updated[local], shards))
         firsts = np.searchsorted(shards[order], shards[order])  # of the shard
-        kept = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
-        self._release(local[order[np.arange(len(order)) - firsts >= kept]], step)
+        retained = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
+        self._release(local[order[np.arange(len(order)) - firsts >= retained]], step)
 
     def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
         """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
@@ -395,7 +395,7 @@ class RowStore:
 
         Known for `since` from `evictions_known_from` on; those of earlier steps are forgotten.
         """
-        self._released = [(at, rows) for at, rows in self._released if at >= since]
+        self._released = [(evicted_step, rows) for evicted_step, rows in self._released if evicted_step >= since]
         local = np.flatnonzero(self.updated)
         local = local[self._expired(local, step) & ~self._expired(local, since)]
         released = (rows[self.updated[self._local(rows)] == 0] for _, rows in self._released)
@@ -417,8 +417,8 @@ class RowStore:
         """Return rows on the host, copied in parts: the device has no memory for another table."""
         copied = torch.empty(len(local), stored.shape[1], dtype=stored.dtype)
         for first in range(0, len(local), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
-            copied[some] = stored[self._index(local[some])].cpu()
+            part = slice(first, first + ROWS_AT_ONCE)
+            copied[part] = stored[self._index(local[part])].cpu()
         return copied
 
     def load(self, content: dict[str, Tensor]) -> None:

@@ -121,9 +121,9 @@ class Validator:
         """
         with timing.span("model folder"):
             model, frozen = cast(DualEncoder, engine.module), self._best_dir / FROZEN_FILE
-            kept = model.frozen_weights()
-            is_written = distributed.broadcast_object(self._keeps_frozen and holds_weights(frozen, kept))
-            names = {name for name, _ in model.named_parameters() if not (is_written and name in kept)}
+            frozen_weights = model.frozen_weights()
+            is_written = distributed.broadcast_object(self._keeps_frozen and holds_weights(frozen, frozen_weights))
+            names = {name for name, _ in model.named_parameters() if not (is_written and name in frozen_weights)}
             state = engine.state_dict(names, on_main=True)
             fixed = {} if self._fixed is None else {"documents": self._fixed.checksum}
             tables = write_tables(engine.tables, self._best_dir.with_name(".tables.unfinished"))
