@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.tables.files import MappedTables, load_tables
+from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder
 from bigdssm.training.checks import model_difference, retained_settings
 from bigdssm.training.engine import Engine, device, partitioned_loading
@@ -36,7 +38,6 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
 from bigdssm.training.portable import frozen_checksum, set_weights
 from bigdssm.training.resume import StartPoint, grow_model, segment_steps
-from bigdssm.training.table_rows import build_tables
 from bigdssm.training.trainer import Trainer
 from bigdssm.training.validation import Validator, WeightAverage
 from bigdssm.training.warm_start import initialize_item_embeddings
@@ -100,7 +101,24 @@ def build_trainer(
         set_weights(model, read)
     if engine_config.checkpoint_activations:
         model.checkpoint_activations()
-    tables = build_tables(model, config, name, engine_config.table_memory, resumed=read is not None)
+    tables = None
+    if specs := model.tables.sharded:
+        memory = engine_config.table_memory
+        table_folder = Path(config.engine.table_dir or config.stage_dir(name) / "table_rows")
+        tables = ShardedTables(
+            list(specs.values()), stage.table_optimizer, config.run.seed, device=device(),
+            storage=device() if memory == "device" else torch.device("cpu"),
+            folder=table_folder if memory == "file" else None, cache_rows=config.engine.table_cache_rows,
+            dtype=torch.bfloat16 if config.engine.precision == "bf16_pure" else torch.float32,
+        )  # fmt: skip
+        # the rows of a resumed stage, from which rows may have been evicted, are in its checkpoint
+        if isinstance(model.tables.source, MappedTables) and read is None:
+            load_tables(tables, model.tables.source, states=False)
+        for spec in specs.values():
+            share = tables.partition.capacity(spec.stored_rows)
+            here = "stored as they are trained" if spec.is_keyed else f"up to {share} here"
+            logger.info("table %s: %d rows of width %d sharded over the ranks, %s, in %s memory",
+                        spec.name, spec.stored_rows, spec.dim, here, memory)  # fmt: skip
     if read is None and stage.warm_start.window:
         initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
     engine = Engine(model, engine_config, stage.optimizer, max(1, stage.rows_global // world_size), tables)

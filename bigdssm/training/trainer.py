@@ -7,7 +7,7 @@ and its record in metrics_logger.py, the state of a resume in resume.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,7 +94,7 @@ class Trainer:
                 # the steps until the stage ends or hard negatives are mined again
                 segment_step = self.progress.step - self.progress.part_step
                 steps = min(self.total_steps - self.progress.step, self.mining.steps_to_refresh(segment_step))
-                with closing(self.batches(steps)) as batches:
+                with closing(read_batches(self.stream, self.batch_builder, device(), steps)) as batches:
                     self._take_steps(batches)
                 if self.is_over():
                     break
@@ -113,10 +113,6 @@ class Trainer:
         finally:
             self.engine.destroy()
         return self.progress
-
-    def batches(self, num: int) -> Generator[Batch]:
-        """Yield the next `num` batches on this rank's device."""
-        return read_batches(self.stream, self.batch_builder, device(), num)
 
     def _take_steps(self, batches: Iterator[Batch]) -> None:
         """Take one step per batch, until the stage is over; validate and save when they are due."""

@@ -128,10 +128,17 @@ class TuningStage:
         def prune() -> None:
             """Stop the training if an early validation is worse than the median of other trials."""
             nonlocal is_reported, is_pruned
-            if is_reported or (early := _early_validation(folder)) is None:
+            if is_reported:
+                return
+            starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
+            total = int(starts[-1].get("total_steps", 0)) if starts else 0
+            # the first validation after 1 / PRUNE_DIVISOR of the steps, before the last step
+            validations = _validations(folder)
+            early = [value for step, value in validations if total <= PRUNE_DIVISOR * step < PRUNE_DIVISOR * total]
+            if not early:
                 return
             is_reported = True
-            trial.report(early, step=1)
+            trial.report(early[0], step=1)
             is_pruned = trial.should_prune()
             if is_pruned:
                 request_stop(folder, saving=False, timeout_s=STOP_TIMEOUT_S)
@@ -270,12 +277,3 @@ def _validations(folder: Path) -> list[tuple[int, float]]:
     """Return (step, metric) of every recorded validation."""
     records = read_stage(folder).records if folder.exists() else []
     return [(record["step"], value) for record in records if (value := selection_score(record)) is not None]
-
-
-def _early_validation(folder: Path) -> float | None:
-    """Return the first validation after 1 / PRUNE_DIVISOR of the steps, before the last step."""
-    starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
-    total = int(starts[-1].get("total_steps", 0)) if starts else 0
-    return next(
-        (value for step, value in _validations(folder) if total <= PRUNE_DIVISOR * step < PRUNE_DIVISOR * total), None
-    )

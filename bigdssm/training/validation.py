@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bigdssm import distributed
@@ -21,13 +22,13 @@ from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.tables.files import row_file, store_sources, write_row_file
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.portable import trained_weights
 from bigdssm.training.resume import StageProgress
-from bigdssm.training.table_rows import write_tables
 from bigdssm.utils import timing
-from bigdssm.utils.atomic import recover
+from bigdssm.utils.atomic import recover, remove
 from bigdssm.utils.log import Progress, get_logger, metric_label
 
 logger = get_logger(__name__)
@@ -126,8 +127,22 @@ class Validator:
             names = {name for name, _ in model.named_parameters() if not (is_written and name in frozen_weights)}
             state = engine.state_dict(names, on_main=True)
             fixed = {} if self._fixed is None else {"documents": self._fixed.checksum}
-            tables = write_tables(engine.tables, self._best_dir.with_name(".tables.unfinished"))
             error: BigDSSMError | None = None
+            tables = None
+            if (sharded := engine.tables) is not None:  # each rank writes its rows, before rank 0 writes the rest
+                tables = self._best_dir.with_name(".tables.unfinished")
+                try:
+                    if distributed.is_main():
+                        remove(tables)
+                        tables.mkdir(parents=True)
+                except OSError as problem:
+                    error = CheckpointError(f"could not write {tables}: {problem}; the previous model is kept")
+                distributed.raise_together(error)
+                try:
+                    write_row_file(tables / row_file(distributed.rank()), store_sources(sharded))
+                except (OSError, SafetensorError) as problem:
+                    error = CheckpointError(f"could not write {tables}: {problem}; the previous model is kept")
+                distributed.raise_together(error)
             if distributed.is_main():
                 try:
                     save_model_folder(
