@@ -139,7 +139,7 @@ def save_model_folder(
         if tables is not None:
             os.replace(tables, unfinished / TABLES_DIR)
         elif model.tables.sharded:
-            _copy_tables(model, unfinished)
+            cast(MappedTables, model.tables.source).write(unfinished / TABLES_DIR)
         meta = {
             "format": FORMAT,
             "provenance": dict(provenance),
@@ -217,10 +217,9 @@ def model_checksum(
     """Compute the checksum of a folder of this model, without writing the weights."""
     with tempfile.TemporaryDirectory() as folder:
         _write_all_but_weights(Path(folder), model, config, schema, tokenizer_dir)
-        checksums = _checksums(Path(folder))
         if model.tables.sharded:
-            _copy_tables(model, Path(folder))
-            checksums = _checksums(Path(folder))
+            cast(MappedTables, model.tables.source).write(Path(folder) / TABLES_DIR)
+        checksums = _checksums(Path(folder))
     files = _weights_files(model, model.state_dict())
     checksums |= {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
     config_checksum = _config_checksum(config.to_dict(), trained_scorer(config, provenance))
@@ -239,13 +238,6 @@ def open_tables(model: DualEncoder, files: Sequence[Sequence[Path]]) -> None:
 def dense_tables(names: Iterable[str]) -> frozenset[str]:
     """Return the embedding tables among weights, by the names of the weights."""
     return frozenset(name.split(".")[2] for name in names if name.startswith("tables.tables."))
-
-
-def _copy_tables(model: DualEncoder, folder: Path) -> None:
-    """Copy the row files of a model's tables into its folder."""
-    source = model.tables.source
-    assert isinstance(source, MappedTables)
-    source.write(folder / TABLES_DIR)
 
 
 def holds_weights(file: Path, weights: Mapping[str, Tensor]) -> bool:

@@ -26,6 +26,7 @@ from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
 from bigdssm.evaluation.metrics import find_metric
+from bigdssm.features.history import histories_of
 from bigdssm.loader.plain_stream import find_shards
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models import DualEncoder
@@ -33,7 +34,6 @@ from bigdssm.models.encoders import text_architectures
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.resume import open_segment
-from bigdssm.training.warm_start import check_warm_start
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -112,7 +112,8 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
         key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
         if source is not None:
             raise ConfigError(f"{key}: {name} starts from {source}, whose tables have been trained")
-        check_warm_start(key, dataset)
+        if dataset.sequences is None or not histories_of(dataset.schema.query):
+            raise ConfigError(f"{key}: rows of {dataset.dir} have no histories")
     if source is None:
         check_model(config.model, dataset.schema, dataset.vocab_size)
         for key, text in config.text_encoders().items():
@@ -187,34 +188,34 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
             )
 
 
-def model_difference(theirs: Config, mine: Config, omitted: tuple[str, ...] = ()) -> str | None:
+def model_difference(trained: Config, config: Config, omitted: tuple[str, ...] = ()) -> str | None:
     """Return the first key in which two model sections differ, except `omitted` ones and those of training alone."""
     omitted += ("alpha_init", "alpha_learned", "beta_init")
 
-    def shape(config: Config) -> dict[str, Any]:
-        model = config.to_dict()["model"]
+    def shape(declared: Config) -> dict[str, Any]:
+        model = declared.to_dict()["model"]
         for side in ("query", "doc"):
             for section in (model[side], model[side]["history"], model[side]["text"]):
                 section.pop("dropout"), section.pop("item_dropout", None)
         return {key: value for key, value in model.items() if key not in omitted}
 
-    return first_difference(shape(theirs), shape(mine), "model")
+    return first_difference(shape(trained), shape(config), "model")
 
 
-def retained_settings(theirs: Config, mine: Config) -> str:
+def retained_settings(trained: Config, config: Config) -> str:
     """Describe the settings of training in which two model sections differ: a loaded model retains its own."""
-    changes = differences(theirs.to_dict()["model"], mine.to_dict()["model"], "model")
+    changes = differences(trained.to_dict()["model"], config.to_dict()["model"], "model")
     retained = ("dropout", "item_dropout", "alpha_learned")
     return ", ".join(f"{key}={was} (not {value})" for key, was, value in changes if key.rpartition(".")[2] in retained)
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:
     """Raise, on every rank, unless all ranks have equal configs, datasets and versions."""
-    mine = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
-    first = distributed.broadcast_object(mine)
+    local = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
+    first = distributed.broadcast_object(local)
     error: BigDSSMError | None = None
-    for part in mine:
-        difference = first_difference(first[part], mine[part])
+    for part in local:
+        difference = first_difference(first[part], local[part])
         if difference and error is None:
             error = ConfigError(
                 f"rank {distributed.rank()} on {socket.gethostname()} has another {part} than rank 0: {difference} "

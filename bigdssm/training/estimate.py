@@ -33,12 +33,13 @@ from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
 from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.retrieval.hard_negatives import UniformNegatives
+from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.metrics_logger import step_flops
 from bigdssm.training.objective import candidate_columns, num_negatives
-from bigdssm.training.optimizers import state_size
+from bigdssm.training.optimizers import parameter_groups
 from bigdssm.training.resume import segment_steps
 from bigdssm.training.step import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.validation import SPLIT
@@ -69,7 +70,12 @@ class ModelSizes:
         """Return the sizes of a model; meta and fake tensors are accepted."""
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         weights = sum(parameter.numel() for parameter in model.parameters())
-        return cls(weights, sum(trained), max(trained), state_size(model, optimizer))
+        states = sum(
+            len(optimizer.state_of(group["name"])) * parameter.numel()
+            for group in parameter_groups(model, optimizer)
+            for parameter in group["params"]
+        )
+        return cls(weights, sum(trained), max(trained), states)
 
     def share(self, world_size: int) -> int:
         """Return the number of trainable weights that a rank updates from ZeRO 1 on."""
@@ -269,7 +275,11 @@ def estimate(
     uniform = -(-stage.negatives.uniform // world_size)
     share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
     negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
-    documents = FixedDocuments.unchecked(Path(stage.documents.vectors)) if stage.documents.vectors else None
+    documents = None
+    if stage.documents.vectors:  # without their model
+        vectors_dir = Path(stage.documents.vectors)
+        meta = read_meta(vectors_dir)
+        documents = FixedDocuments(load_vectors(vectors_dir, meta), meta.model_checksum)
     if stated is not None and stage.negatives.columns == "catalogue":
         raise ConfigError(f"{name}.negatives.columns: catalogue needs a dataset; build it first")
     steps_per_epoch = stream.steps_per_epoch if stated is None else -(-stated.pairs // stage.rows_global)

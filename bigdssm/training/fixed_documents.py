@@ -19,7 +19,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.text import text_configs
 from bigdssm.retrieval.embed import DocumentVectors, Share
-from bigdssm.retrieval.vectors import CodedVectors, load_vectors, open_vectors, read_meta
+from bigdssm.retrieval.vectors import CodedVectors, open_vectors
 from bigdssm.training.checks import model_difference
 
 
@@ -29,12 +29,6 @@ class FixedDocuments:
 
     vectors: CodedVectors
     checksum: str
-
-    @classmethod
-    def unchecked(cls, folder: Path) -> FixedDocuments:
-        """Return the vectors of a folder without their model, for estimates."""
-        meta = read_meta(folder)
-        return cls(load_vectors(folder, meta), meta.model_checksum)
 
     def share(self, device: torch.device, withdrawn: np.ndarray) -> DocumentVectors:
         """Return this rank's share of the vectors, as `encode_catalogue` does."""
@@ -53,10 +47,10 @@ def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: 
         return None
     source = load_model_folder(Path(documents.model))
     source.view(dataset)
-    theirs = source.config
-    if shared := text_configs(theirs.model, source.schema).get("shared"):  # by default that of the queries
-        theirs = replace(theirs, model=replace(theirs.model, doc=replace(theirs.model.doc, text=shared)))
-    if difference := model_difference(theirs, config, omitted=("query", "share_text")):
+    trained = source.config
+    if shared := text_configs(trained.model, source.schema).get("shared"):  # by default that of the queries
+        trained = replace(trained, model=replace(trained.model, doc=replace(trained.model.doc, text=shared)))
+    if difference := model_difference(trained, config, omitted=("query", "share_text")):
         raise ConfigError(f"{documents.model} was trained with another model section: {difference}; use the same here")
     model.freeze_documents(source.model.state_dict())
     vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole, source.index_width)

@@ -91,15 +91,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return config.build(parameter_groups(model, config))
 
 
-def state_size(model: nn.Module, config: OptimizerConfig) -> int:
-    """Return the number of elements of all optimizer states of a model."""
-    return sum(
-        len(config.state_of(group["name"])) * parameter.numel()
-        for group in parameter_groups(model, config)
-        for parameter in group["params"]
-    )
-
-
 def warmup_steps(total_steps: int, config: OptimizerConfig) -> int:
     """Return the steps of warm-up, at most half of all, so that short schedules also reach `final_lr_ratio`."""
     return min(config.warmup_steps, math.ceil(total_steps / 2))

@@ -18,7 +18,7 @@ from bigdssm import distributed
 from bigdssm.config import WarmStartConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions
-from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.features.history import histories_of, item_codes
 from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
@@ -27,12 +27,6 @@ from bigdssm.utils.log import get_logger
 
 DENSE_UP_TO = 512  # items up to which a dense eigendecomposition is cheap
 logger = get_logger(__name__)
-
-
-def check_warm_start(key: str, dataset: Dataset) -> None:
-    """Raise ConfigError, about the setting `key`, if the dataset has no histories."""
-    if dataset.sequences is None or not histories_of(dataset.schema.query):
-        raise ConfigError(f"{key}: rows of {dataset.dir} have no histories")
 
 
 def initialize_item_embeddings(
@@ -45,7 +39,7 @@ def initialize_item_embeddings(
     """
     for feature in sorted({str(history.of) for history in histories_of(dataset.schema.query).values()}):
         name = table_name("doc", feature)
-        result: tuple[np.ndarray, np.ndarray] | None = None
+        result: tuple[np.ndarray, np.ndarray] | None = None  # codes and vectors
         error: BigDSSMError | None = None
         if distributed.is_main():
             try:
