@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ ROWS_AT_ONCE = 1 << 16  # copied to the host
 DIRECT_ROWS = 1 << 31  # of a table whose storage has a position for each row; larger ones have keyed storage
 OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
 FIRST_CODE = 2  # of an id
-Memory = Literal["device", "host", "file"]
 
 
 @dataclass(frozen=True)

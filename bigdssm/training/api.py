@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def _train(config: Config, stage: StageName, resume: bool) -> StageResult:
             stop=StopRequest(handle_signals=False),
         )  # fmt: skip
     assert progress is not None
-    return StageResult(config.stage_dir(stage) / "best", progress.best_metrics())
+    # the best validation of the current segment
+    chosen = (entry for entry in reversed(progress.history) if entry["step"] == progress.best_step)
+    metrics = next(chosen, {}) if isfinite(progress.best) else {}
+    return StageResult(config.stage_dir(stage) / "best", metrics)
 
 
 @contextmanager

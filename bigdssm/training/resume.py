@@ -76,11 +76,6 @@ class StageProgress:
     part_step: int = 0
     part_applied: int = 0
 
-    def best_metrics(self) -> dict[str, Any]:
-        """Return the best validation of the current segment, empty without one."""
-        chosen = (entry for entry in reversed(self.history) if entry["step"] == self.best_step)
-        return next(chosen, {}) if math.isfinite(self.best) else {}
-
     def describe_best(self, metric: str, *, decides: bool = True) -> str:
         """Format the best validation of the current segment, for example `best validation NDCG@10 0.1234`.
 
@@ -111,26 +106,6 @@ class StartPoint:
                 "bf16_pure, which rounds them, or choose another run.dir"
             )
         return checksum
-
-    def reader(self, model: DualEncoder) -> TensorReader | None:
-        """Return a reader of the checkpoint's tensors; in a new segment, with rows added for a larger `model`."""
-        if self.checkpoint is None:
-            return None
-        return self.checkpoint.reader() if self.same_segment else GrownReader(self.checkpoint, model, self.new_codes)
-
-    def schema(self, dataset: Dataset) -> Schema:
-        """Return the schema of the checkpoint, with the codes that were known to it. All ranks must call it."""
-        assert self.checkpoint is not None
-        read, prefix = self.checkpoint.reader(), COMMON + TRAINED_CODES
-        trained = {n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)}
-        schema, sizes = dataset.whole.schema, self.checkpoint.state["stream"].get("vocabularies")
-        return (schema if sizes is None else schema.cut(sizes)).with_trained(trained)
-
-    def describe(self, dataset: Dataset) -> str:
-        """Format the path of the checkpoint and, in a new segment, its partitions."""
-        assert self.checkpoint is not None
-        names = ", ".join(partition.name for partition in dataset.partitions)
-        return f"{self.checkpoint.path}" + ("" if self.same_segment else f", at the beginning of {names}")
 
 
 def check_folder(config: Config, name: StageName, resume: bool) -> None:
@@ -213,7 +188,12 @@ def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> S
     dataset = stream.dataset
     if stream.inline or dataset.schema.siamese:  # without counts; queries are documents, too
         return start
-    earlier = initial if start.checkpoint is None else start.schema(dataset)
+    earlier = initial
+    if start.checkpoint is not None:  # the schema of the checkpoint, with the codes that were known to it
+        read, prefix = start.checkpoint.reader(), COMMON + TRAINED_CODES
+        trained = {n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)}
+        schema, sizes = dataset.whole.schema, start.checkpoint.state["stream"].get("vocabularies")
+        earlier = (schema if sizes is None else schema.cut(sizes)).with_trained(trained)
     stream.dataset = dataset.with_trained_ids(earlier)
     if earlier is None or start.same_segment:
         return start

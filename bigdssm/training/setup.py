@@ -37,7 +37,7 @@ from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
 from bigdssm.training.portable import frozen_checksum, set_weights
-from bigdssm.training.resume import StartPoint, grow_model, segment_steps
+from bigdssm.training.resume import GrownReader, StartPoint, grow_model, segment_steps
 from bigdssm.training.trainer import Trainer
 from bigdssm.training.validation import Validator, WeightAverage
 from bigdssm.training.warm_start import initialize_item_embeddings
@@ -94,7 +94,10 @@ def build_trainer(
     # Precision and weights, then the engine, which copies the weights.
     precision = None if start.checkpoint is None else start.checkpoint.state["precision"]  # at the start of the run
     engine_config = resolve_engine_precision(config.engine, device().type, precision)
-    read = start.reader(model)
+    read = None
+    if start.checkpoint is not None:  # in a new segment, with rows added for a larger model
+        is_grown = not start.same_segment
+        read = GrownReader(start.checkpoint, model, start.new_codes) if is_grown else start.checkpoint.reader()
     if read is None:
         model.tables.start_unknown(start.new_codes)
     else:

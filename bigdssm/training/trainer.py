@@ -286,7 +286,9 @@ class Trainer:
         if start.same_segment:
             self.selection.load_state_dict(common)
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
-        logger.info("%s continues from %s", self.name, start.describe(self.stream.dataset))
+        names = ", ".join(partition.name for partition in self.stream.dataset.partitions)
+        segment = "" if start.same_segment else f", at the beginning of {names}"
+        logger.info("%s continues from %s%s", self.name, start.checkpoint.path, segment)
 
 
 def _is_due(step: int, every: int) -> bool:
