@@ -416,9 +416,9 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
             start = load_initial_model(source, config.model).model.state_dict()
             model.load_state_dict({name: start[name] for name in missing & start.keys()}, strict=False)
         if (fixed := config.stage(stage).documents.model) is not None:
-            of_documents = load_model_folder(Path(fixed))
-            model.freeze_documents(of_documents.model.state_dict())
-            documents = {"documents": of_documents.doc_checksum}
+            doc_model = load_model_folder(Path(fixed))
+            model.freeze_documents(doc_model.model.state_dict())
+            documents = {"documents": doc_model.doc_checksum}
     prefix = COMMON + TRAINED_CODES
     schema = schema.with_trained({n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)})
     open_tables(model, read_manifest(path).table_files())

@@ -276,10 +276,10 @@ class CheckpointStore:
             row_files = [share for share in shares if share.file.startswith(TABLES)]
             newest = {share.owner: share.size for share in sorted(row_files, key=lambda share: share.file)}
             new_bytes, all_bytes = sum(newest.values()), sum(share.size for share in row_files)
-            of_tables = (
+            row_bytes = (
                 f"; rows of sharded tables: {new_bytes:,} bytes written, {all_bytes - new_bytes:,} in linked files"
             )
-            logger.info("wrote the checkpoint of step %d%s", step, of_tables if row_files else "")
+            logger.info("wrote the checkpoint of step %d%s", step, row_bytes if row_files else "")
             for old in checkpoints_in(self.folder)[: -self._keep]:
                 shutil.rmtree(old)
 

@@ -161,10 +161,10 @@ class RowStream(ABC):
 
     def needs_check(self, counts: Sequence[RowCounts], step: int) -> bool:
         """Return whether `check` is due before `step`, from the counts of all ranks."""
-        if any(of_rank.failed for of_rank in counts):
+        if any(rank.failed for rank in counts):
             return True
         due = (step - self._opened_at) % CHECK_EVERY_STEPS == 0
-        bad, read = sum(of_rank.rows_bad for of_rank in counts), sum(of_rank.rows_read for of_rank in counts)
+        bad, read = sum(rank.rows_bad for rank in counts), sum(rank.rows_read for rank in counts)
         return due and bad > self._max_bad_fraction * self._rows_for_limit(int(read), step)
 
     def check(self, step: int | None = None) -> None:
@@ -173,9 +173,9 @@ class RowStream(ABC):
         All ranks must call it. Also call it before writing a checkpoint. Raises DataError; PeerError if a loader
         process died, and on the healthy ranks if another one failed.
         """
-        mine = (self.rows_bad, self.rows_read, self._failure is not None, dict(self._reasons))
+        local = (self.rows_bad, self.rows_read, self._failure is not None, dict(self._reasons))
         alone = self.world_size == 1 or self.world_size != distributed.world_size()
-        reports = [mine] if alone else distributed.all_gather_object(mine)
+        reports = [local] if alone else distributed.all_gather_object(local)
         if any(failed for _, _, failed, _ in reports):
             if not alone:
                 distributed.raise_together(self._failure)

@@ -180,14 +180,14 @@ class LaneSteps(WorkerSteps[T]):
                             inbox.put((process, own))
                     raise DataError(own)
                 if number % processes == process:
-                    of_step = [own if sender == process else receive(sender) for sender in range(processes)]
+                    parts_of_step = [own if sender == process else receive(sender) for sender in range(processes)]
                     yield LoadedStep(
                         own.step,
-                        replace(Rows.concat([part.value for part in of_step]), sequences=self._dataset.sequences),
-                        sum(part.rows_planned for part in of_step),
-                        sum(part.rows_skipped for part in of_step),
-                        sum(part.targets_skipped for part in of_step),
-                        [fault for part in of_step for fault in part.bad],
+                        replace(Rows.concat([part.value for part in parts_of_step]), sequences=self._dataset.sequences),
+                        sum(part.rows_planned for part in parts_of_step),
+                        sum(part.rows_skipped for part in parts_of_step),
+                        sum(part.targets_skipped for part in parts_of_step),
+                        [fault for part in parts_of_step for fault in part.bad],
                     )
                 else:
                     self._inboxes[number % processes].put((process, own))

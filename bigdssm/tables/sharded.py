@@ -122,9 +122,9 @@ class ShardedTables:
             route = self._route(tuple(names), dim, [requested[name] for name in names])
             owned = torch.empty(len(route.requested), dim, device=self._device)
             for number, name in enumerate(names):
-                of_table = np.flatnonzero(route.table_of == number)
-                read = self.stores[name].read(route.requested[of_table], self.steps)
-                owned.index_copy_(0, to_device(torch.from_numpy(of_table), self._device), to_device(read, self._device))
+                rows_of_table = np.flatnonzero(route.table_of == number)
+                read = to_device(self.stores[name].read(route.requested[rows_of_table], self.steps), self._device)
+                owned.index_copy_(0, to_device(torch.from_numpy(rows_of_table), self._device), read)
             values = self._exchange(owned, route.received, route.sent)
             index = to_device(torch.from_numpy(route.order), self._device)
             in_order = torch.empty_like(values).index_copy_(0, index, values)
@@ -204,14 +204,14 @@ class ShardedTables:
     def _route(self, names: tuple[str, ...], dim: int, rows: Sequence[np.ndarray]) -> Route:
         """Exchange the numbers of rows, and the rows, with their owners."""
         world, tables = self.partition.world_size, len(names)
-        table_of = np.repeat(np.arange(tables), [len(of_table) for of_table in rows])
-        everything = np.concatenate(rows).astype(np.int64)
-        owner = self.partition.owner(everything)
+        table_of = np.repeat(np.arange(tables), [len(table_rows) for table_rows in rows])
+        all_rows = np.concatenate(rows).astype(np.int64)
+        owner = self.partition.owner(all_rows)
         order = np.lexsort((table_of, owner))
         counts = np.bincount(owner * tables + table_of, minlength=world * tables).reshape(world, tables)
         requested_counts = self._exchange(torch.from_numpy(counts), [1] * world, [1] * world).numpy()
         sent, received = counts.sum(1).tolist(), requested_counts.sum(1).tolist()
-        requested = self._exchange(torch.from_numpy(everything[order]), sent, received).numpy()
+        requested = self._exchange(torch.from_numpy(all_rows[order]), sent, received).numpy()
         requested_table = np.repeat(np.tile(np.arange(tables), world), requested_counts.ravel())
         return Route(names, dim, order, sent, received, requested, requested_table)
 

@@ -143,8 +143,8 @@ def with_positions(batch: Batch, tabled: Iterable[tuple[str, str, str]]) -> Batc
     read = [(side, name, table) for side, name, table in tabled if name in sides[side]]
     rows: dict[str, np.ndarray] = {}
     for table in dict.fromkeys(table for _, _, table in read):
-        of_features = [sides[side][name].numpy().ravel() for side, name, of in read if of == table]
-        distinct = np.unique(np.concatenate(of_features))
+        feature_codes = [sides[side][name].numpy().ravel() for side, name, of in read if of == table]
+        distinct = np.unique(np.concatenate(feature_codes))
         rows[table] = distinct[distinct != PADDING]
     for side, name, table in read:
         codes = sides[side][name].numpy()

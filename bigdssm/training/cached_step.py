@@ -189,12 +189,12 @@ class ModuleStepEngine:
         if ranks == 1:
             return
         kinds = [0 if p.grad is None else 2 if p.grad.is_sparse else 1 for p in parameters]
-        of_any = distributed.all_reduce(torch.tensor(kinds, device=parameters[0].device), "max").tolist()
-        if 2 in of_any:
+        used_kinds = distributed.all_reduce(torch.tensor(kinds, device=parameters[0].device), "max").tolist()
+        if 2 in used_kinds:
             raise ConfigError("engine: got sparse gradients on several ranks, needs embeddings with sparse=False")
         by_type: dict[torch.dtype, list[Tensor]] = {}
-        for parameter, anywhere in zip(parameters, of_any, strict=True):
-            if anywhere:
+        for parameter, used_kind in zip(parameters, used_kinds, strict=True):
+            if used_kind:
                 if parameter.grad is None:  # not used by this rank's rows
                     parameter.grad = torch.zeros_like(parameter)
                 by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)

@@ -276,8 +276,8 @@ def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> 
     query, doc, alpha = chunks[0].side, chunks[-1].side, outputs[-1].alpha
     U = _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query])
     if batch.doc_vectors is None:
-        of_docs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
-        W, beta = (_assembled(doc, [output[part] for output in of_docs]) for part in (1, 2))
+        doc_outputs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
+        W, beta = (_assembled(doc, [output[part] for output in doc_outputs]) for part in (1, 2))
     else:
         W, beta = _fixed_columns(engine, batch, alpha)
     return Encoded(U, W, beta, alpha), partial(_backward, engine, chunks)

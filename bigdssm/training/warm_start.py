@@ -69,17 +69,18 @@ def _item_vectors(
     transitions = Transitions.of(dataset, config.window)
     codes = item_codes(dataset.catalogue.codes(feature, np.arange(transitions.num_docs)))
     docs = transitions.matrix().tocoo()
-    of_index = None
+    code_of_index = None
     if num_codes > np.iinfo(np.int32).max:  # hashed ids are few of many codes
-        of_index, codes = np.unique(codes, return_inverse=True)
-        num_codes = len(of_index)
+        code_of_index, codes = np.unique(codes, return_inverse=True)
+        num_codes = len(code_of_index)
     pairs = csr_matrix((docs.data, (codes[docs.row], codes[docs.col])), (num_codes, num_codes))
     selected = np.flatnonzero(pairs.getnnz(axis=0) + pairs.getnnz(axis=1))
     if not len(selected):
         raise DataError(f"{dataset.dir}: no train row has a history, so no {feature} values co-occur")
     vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
     length = np.sqrt((vectors**2).sum(axis=1).mean())
-    return selected if of_index is None else of_index[selected], (vectors * (config.length / length)).astype(np.float32)
+    scaled = (vectors * (config.length / length)).astype(np.float32)
+    return selected if code_of_index is None else code_of_index[selected], scaled
 
 
 def spectral_vectors(counts: csr_matrix, dim: int) -> np.ndarray:
