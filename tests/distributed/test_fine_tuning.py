@@ -102,17 +102,17 @@ def break_off_while_writing(rank: int, world_size: int, *args: Any) -> None:
     """The same, but a checkpoint is written during the second step after it."""
     from bigdssm.checkpoints.store import CheckpointStore
 
-    original: Callable[..., Any] = CheckpointStore._run
+    original: Callable[..., Any] = CheckpointStore._write
 
-    def slow(self: CheckpointStore, job: Any) -> None:
+    def slow(self: CheckpointStore, *parts: Any) -> None:
         time.sleep(2)
-        original(self, job)
+        original(self, *parts)
 
-    CheckpointStore._run = slow  # type: ignore[method-assign]
+    CheckpointStore._write = slow  # type: ignore[method-assign]
     try:
         break_off(rank, world_size, *args)
     finally:
-        CheckpointStore._run = original  # type: ignore[method-assign]
+        CheckpointStore._write = original  # type: ignore[method-assign]
 
 
 def start(reference: Path) -> str:  # noqa: F811
