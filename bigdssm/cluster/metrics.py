@@ -180,7 +180,16 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    curves = {_label(run, runs): [read_stage(folder) for folder in stage_folders(run)] for run in runs}
+    # a run is named by its folder, with its parent's name if names repeat
+    paths = [run.resolve() for run in runs]
+    names = [path.name for path in paths]
+    labels = [
+        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
+        for path, name in zip(paths, names, strict=True)
+    ]
+    curves = {
+        label: [read_stage(folder) for folder in stage_folders(run)] for label, run in zip(labels, runs, strict=True)
+    }
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(11, 7), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
@@ -189,8 +198,8 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
                 _draw(axis, stages, value, f"C{number}")
             if value is selection_score:  # for example `validation NDCG@10`, with all metrics that select best/
                 records = [record for stages in curves.values() for stage in stages for record in stage.records]
-                names = {metric_label(record["selected_by"]) for record in records if "validation" in record}
-                label = " ".join(["validation", *sorted(names)])
+                metrics = {metric_label(record["selected_by"]) for record in records if "validation" in record}
+                label = " ".join(["validation", *sorted(metrics)])
             axis.set_ylabel(label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set_ylim(bottom=0)
@@ -220,10 +229,3 @@ def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, An
             transform = axis.get_xaxis_transform()
             axis.text(offset, 1.0, f" {stage.name}", transform=transform, color=color, va="top", fontsize=8)
         offset += stage.last_step
-
-
-def _label(run: Path, runs: Sequence[Path]) -> str:
-    """Return the folder name of a run, with its parent's if names repeat."""
-    names = [other.resolve().name for other in runs]
-    path = run.resolve()
-    return path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"

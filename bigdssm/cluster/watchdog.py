@@ -37,7 +37,7 @@ from bigdssm.distributed import SharedStore
 from bigdssm.errors import PeerError
 from bigdssm.utils.log import get_logger
 
-BEATS_PER_TIMEOUT, LONGEST_BEAT_S = 10, 5.0
+HEARTBEATS_PER_TIMEOUT, LONGEST_HEARTBEAT_S = 10, 5.0
 # delay before a dead process is reported: its peers' failed collectives give a more specific error
 DEAD_PROCESS_DELAY_S = 3.0
 BROKEN_STORE_S = 10.0
@@ -87,7 +87,7 @@ class Watchdog:
         """
         self._request_stop = request_stop or (lambda: os.kill(os.getpid(), signal.SIGTERM))
         self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
-        self._interval_s = min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
+        self._interval_s = min(LONGEST_HEARTBEAT_S, timeout_s / HEARTBEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._hosts_store = self._store_is_rank_0s and self._rank == 0 and self._world_size > 1
@@ -171,8 +171,8 @@ class Watchdog:
                 verdict = self._store.read(VERDICT)
                 self._verdict = json.loads(verdict) if verdict else None
                 if self._needs_survey and self._survey is None and self._may_survey():
-                    beats = {peer.rank: self._store.read(f"beat/{peer.rank}") for peer in self._peers}
-                    self._survey = {rank: json.loads(beat) for rank, beat in beats.items() if beat}
+                    heartbeats = {peer.rank: self._store.read(f"beat/{peer.rank}") for peer in self._peers}
+                    self._survey = {rank: json.loads(text) for rank, text in heartbeats.items() if text}
                 self._exchanged_at, self._broken_at = time.monotonic(), None
             except RuntimeError:
                 self._broken_at = self._broken_at or time.monotonic()
@@ -370,7 +370,7 @@ class Watchdog:
     def _await_readers(self) -> None:
         """Keep the store, which ends with this process, long enough for all ranks to read the verdict."""
         if self._hosts_store:
-            time.sleep(min(LONGEST_BEAT_S, 2 * self._interval_s))
+            time.sleep(min(LONGEST_HEARTBEAT_S, 2 * self._interval_s))
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:
