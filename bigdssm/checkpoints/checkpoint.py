@@ -284,11 +284,6 @@ def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> Verifie
         raise CheckpointError(f"checkpoint file {path / share.file} cannot be read: {error.strerror}") from None
 
 
-def is_checkpoint_dir(path: Path) -> bool:
-    """Return True if `path` is a folder such as STAGE/checkpoints/step-00000100, intact or not."""
-    return path.is_dir() and path.parent.name == CHECKPOINTS
-
-
 def open_tensors(path: Path) -> TensorReader:
     """Verify the checkpoint folder `path` and return a reader for this rank only. Raises CheckpointError."""
     checkpoint = verify(path)

@@ -32,11 +32,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import (
+    CHECKPOINTS,
     COMMON,
     TRAINED_CODES,
     check_file,
     folder_checksums,
-    is_checkpoint_dir,
     open_tensors,
     read_manifest,
 )
@@ -356,7 +356,8 @@ def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | N
     Text encoders that were trained without adapters get those of `config`, whose update is zero. Raises
     CheckpointError; ConfigError: the adapters cannot be added.
     """
-    load = load_checkpoint_model if is_checkpoint_dir(path) else load_model_folder
+    is_checkpoint = path.is_dir() and path.parent.name == CHECKPOINTS  # intact or not
+    load = load_checkpoint_model if is_checkpoint else load_model_folder
     folder = load(path, scorer=scorer)
     frozen = isinstance(folder.model.scorer, FeatureScorer)
     return folder if frozen else _with_adapters(folder, config)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bigdssm import distributed
 from bigdssm.loader.batch import Features, Paddings, lengths_of
-from bigdssm.loader.step_plan import NOTHING_PACKED, Chunked, plan_side, synchronized_plan
+from bigdssm.loader.step_plan import NOTHING_PACKED, Chunked, plan_side
 from bigdssm.models import Values
 
 # Tokens per chunk: fits a CPU's caches (twice as fast as one large batch), or keeps a GPU busy.
@@ -25,6 +26,7 @@ def encode_in_chunks(
     names the lists passed without padding.
     """
     chunk_tokens = CHUNK_TOKENS_CPU if torch.device(device).type == "cpu" else CHUNK_TOKENS_GPU
-    plan = synchronized_plan(plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed))
+    plan = plan_side(lengths_of(features, pads), num_rows, chunk_tokens, packed=packed)
+    plan = plan.padded_to(int(distributed.all_reduce(torch.tensor([len(plan.chunks)]), "max")))
     side = Chunked({name: values.to(device) for name, values in features.items()}, plan)
     return side.assemble([encode(side.features(chunk)) for chunk in plan.chunks])

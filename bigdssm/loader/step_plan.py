@@ -175,11 +175,6 @@ def group_by_length(length_R: np.ndarray) -> tuple[RowGroup, ...]:
     return tuple(groups)
 
 
-def synchronized_plan(plan: SidePlan) -> SidePlan:
-    """Return the plan with the maximum number of chunks over all ranks. All ranks must call it."""
-    return plan.padded_to(int(distributed.all_reduce(torch.tensor([len(plan.chunks)]), "max")))
-
-
 @dataclass(frozen=True)
 class StepPlan:
     """One rank's chunks of a step, and the number of them whose graph is retained."""
