@@ -118,14 +118,14 @@ def test_no_batch_is_built_after_the_last_requested_step(pieces: Dataset, num_wo
     make = BatchBuilder(again, stage, 0, first)
     made = [batch.negatives for batch in read_batches(again, make, CPU, 5)]
     assert [int((negatives >= 0).sum(dim=1).max()) for negatives in made if negatives is not None] == [1] * 5
-    assert again.step == 5 and not again.report().failed
+    assert again.step == 5 and not again.counts().failed
     make.hard_negatives = UniformNegatives(pieces.catalogue.num_docs)
     assert [batch.step for batch in read_batches(again, make, CPU, 4)] == [5, 6, 7, 8]
     make.hard_negatives = first
     assert [len(batch.row_ids) for batch in read_batches(again, make, CPU, 1)] == [
         0
     ]  # a rank that failed: the others receive the error
-    assert again.report().failed
+    assert again.counts().failed
     with pytest.raises(DataError, match=r"has no negatives for row .*mine again"):
         again.check()
 
@@ -141,8 +141,8 @@ def failing_at_7(rows: Rows) -> int:
 def test_a_batch_that_cannot_be_built_stops_the_rank_at_its_step(pieces: Dataset, num_workers: int) -> None:
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     with closing(stream.map_steps(failing_at_7, 12)) as made:
-        assert list(islice(made, 7)) == [ROWS_GLOBAL] * 7 and not stream.report().failed
-        assert list(made) == [0] * 5 and stream.report().failed
+        assert list(islice(made, 7)) == [ROWS_GLOBAL] * 7 and not stream.counts().failed
+        assert list(made) == [0] * 5 and stream.counts().failed
     with pytest.raises(DataError, match=r"rank 0 cannot read .*planted"):
         stream.check()
 
