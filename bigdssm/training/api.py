@@ -57,7 +57,7 @@ def _train(config: Config, stage: StageName, resume: bool) -> StageResult:
     assert progress is not None
     # the best validation of the current segment
     chosen = (entry for entry in reversed(progress.history) if entry["step"] == progress.best_step)
-    metrics = next(chosen, {}) if isfinite(progress.best) else {}
+    metrics: dict[str, Any] = next(chosen, {}) if isfinite(progress.best) else {}
     return StageResult(config.stage_dir(stage) / "best", metrics)
 
 

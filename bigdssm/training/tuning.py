@@ -53,11 +53,11 @@ class Space:
         allowed = {}
         for key, value in values.items():
             distribution = self.keys.get(key)
+            is_allowed = False
             if isinstance(distribution, CategoricalDistribution):
                 is_allowed = value in distribution.choices
-            else:
-                is_range = isinstance(distribution, IntDistribution | FloatDistribution) and _is_number(value)
-                is_allowed = is_range and distribution.low <= value <= distribution.high
+            elif isinstance(distribution, IntDistribution | FloatDistribution) and _is_number(value):
+                is_allowed = distribution.low <= value <= distribution.high
             if is_allowed:
                 allowed[key] = value
         return allowed
