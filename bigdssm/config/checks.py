@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import numpy as np
+import pyarrow as pa
 
 from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
@@ -51,11 +52,20 @@ def check_config(config: Config) -> None:
             )  # fmt: skip
     if data.targets_per_row > 1:
         check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, model)
-    for side, features in (("query", data.query), ("doc", data.doc)):
+    for side, features in (("query", data.query), ("doc", data.doc), ("event", data.event)):
         for name, feature in features.items():
             key = f"data.{side}.{name}"
             require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature name without dots")
             feature.check(key, side, data.doc)
+    if data.event:
+        needed = "a query feature of type history, which reads the events"
+        require(bool(histories_of(data.query)), "data.event", list(data.event), needed)
+        require(data.webdataset is None, "data.event", list(data.event), "none with data.webdataset")
+        for name, feature in data.event.items():
+            require(
+                pa.types.is_primitive(feature.arrow_type()), f"data.event.{name}", f"type {feature.type} with a list",
+                "one value per event: categorical without multi, numeric or elapsed",
+            )  # fmt: skip
     _check_tables(config)
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")
     for name in names:
@@ -161,7 +171,7 @@ def _check_stage(name: StageName, config: Config) -> None:
 def _check_tables(config: Config) -> None:
     """Raise ConfigError: `model.tables` has a name of no categorical feature, or a table is too large to replicate."""
     tables, data = config.model.tables, config.data
-    sides = {"query": data.query, "doc": data.doc}
+    sides = {"query": data.query, "doc": data.doc, "event": data.event}
     named = {f"{side}.{name}" for side, features in sides.items() for name in categorical_of(features)}
     for key, names in (("rows", tables.rows), ("replicated", tables.replicated)):
         wrong = sorted(set(names) - named)

@@ -69,6 +69,8 @@ class DataConfig:
     dir: str = field(default=MISSING, metadata={RESUME: "may"})
     query: dict[str, Any] = named_components(FEATURES)  # features by name, with the keys of their type
     doc: dict[str, Any] = named_components(FEATURES)
+    # Features of an event (interaction), from columns of the table of interactions: every history reads them.
+    event: dict[str, Any] = named_components(FEATURES)
     title: str | None = None  # column of the document table with display titles; by default the document id
     # Queries are documents: both sides declare the same features, from separate columns; one tower (model.doc) encodes
     # both; a query has its document's id and never returns itself; a pair applies in both directions.
@@ -96,7 +98,7 @@ class DataConfig:
     tail: Literal["carry", "drop"] = "carry"  # an epoch's last rows that fill no step: carried over, or dropped
 
     def __post_init__(self) -> None:
-        for side in ("query", "doc"):
+        for side in ("query", "doc", "event"):
             features = {
                 name: content if isinstance(content, Feature) else FEATURES.read(f"data.{side}.{name}", content)
                 for name, content in getattr(self, side).items()
@@ -260,6 +262,10 @@ class ModelConfig:
     tables: TablesConfig = field(default_factory=TablesConfig)
     query: TowerConfig = field(default_factory=TowerConfig)
     doc: TowerConfig = field(default_factory=TowerConfig)
+
+    def tower(self, side: str) -> TowerConfig:
+        """Return the keys of the tower that encodes a side of the schema; events are encoded by the query's."""
+        return self.doc if side == "doc" else self.query
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import pyarrow as pa
 import xxhash
 
 from bigdssm.dataset.remote import RemoteFile, RemoteFolder
+from bigdssm.dataset.schema import EVENT_FORMAT, FORMAT
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.ragged import offsets_of
 from bigdssm.utils.arguments import short_repr
 from bigdssm.utils.atomic import hidden_version
 
-FORMAT = 1
 INDEX_COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "queries": np.int64, "checksum": np.uint64}
 ROUND_STEPS = 1000  # per lane; the shares of a mixture are exact over these
 MixtureBatches = Literal["mixed", "one_source"]
@@ -136,10 +136,10 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     hint = hidden_version(folder) or "; bigdssm make_shards builds one"
     content = read_json(path, f"{folder} is not a dataset{hint}")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (FORMAT, EVENT_FORMAT):
         raise DataError(
-            f"{path} has format {short_repr(content.get('format'))}, this version reads {FORMAT}; rebuild it with "
-            "bigdssm make_shards"
+            f"{path} has format {short_repr(content.get('format'))}, this version reads {FORMAT} and {EVENT_FORMAT}; "
+            "rebuild it with bigdssm make_shards"
         )
     _check_shape(path, content, DATASET_SHAPE)
     return content

@@ -24,9 +24,9 @@ from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
 SCHEMA_FILE, VOCABULARIES, SIAMESE = "schema.json", "vocabularies", "siamese"
+FORMAT, EVENT_FORMAT = 1, 2  # of schema.json and dataset.json; the second: events have features
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
 QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Schema:
     doc: dict[str, Feature] = field(default_factory=dict)
     title: str | None = None
     siamese: bool = False  # queries are documents, see config.DataConfig
+    event: dict[str, Feature] = field(default_factory=dict)  # of an event of a history
 
     @classmethod
     def declared(cls, config: DataConfig) -> Schema:
@@ -46,12 +47,18 @@ class Schema:
             doc={name: feature.with_name(name) for name, feature in config.doc.items()},
             title=config.title,
             siamese=config.siamese,
+            event={name: feature.with_name(name) for name, feature in config.event.items()},
         )
 
     @property
     def sides(self) -> dict[str, dict[str, Feature]]:
-        """The features by side."""
-        return {"query": self.query, "doc": self.doc}
+        """The features by side; events are a side if they have features."""
+        return {"query": self.query, "doc": self.doc, **({"event": self.event} if self.event else {})}
+
+    @property
+    def format(self) -> int:
+        """The version of a dataset's files that is needed to read it."""
+        return EVENT_FORMAT if self.event else FORMAT
 
     @property
     def has_text(self) -> bool:
@@ -93,8 +100,8 @@ class Schema:
         """Describe the first difference in declarations from `other`, or return None."""
         if self.siamese != other.siamese:
             return f"siamese={self.siamese} against {other.siamese}"
-        for side, mine in self.sides.items():
-            theirs = other.sides[side]
+        for side in self.sides | other.sides:
+            mine, theirs = self.sides.get(side, {}), other.sides.get(side, {})
             if mine.keys() != theirs.keys():
                 return f"{side} features {list(mine)} against {list(theirs)}"
             for name in mine:
@@ -128,9 +135,12 @@ class Schema:
         path = folder / SCHEMA_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if (version := content.get("format")) != FORMAT:
-                raise DataError(f"{path} has format {version}, this version reads format {FORMAT}; rebuild it")
-            sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in ("query", "doc")}
+            if (version := content.get("format")) not in (FORMAT, EVENT_FORMAT):
+                raise DataError(
+                    f"{path} has format {version}, this version reads formats {FORMAT} and {EVENT_FORMAT}; rebuild it"
+                )
+            declared = ["query", "doc", *(["event"] if version == EVENT_FORMAT else [])]
+            sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in declared}
             for side, features in sides.items():
                 for name, feature in features.items():
                     feature.check(f"{side}.{name}", side, sides["doc"])
@@ -169,7 +179,7 @@ class Schema:
                 ]
         trained = {TRAINED: list(self.trained)} if files and self.trained else {}
         siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
-        return {"format": FORMAT, **sides, "title": self.title, **siamese, **trained, VOCABULARIES: vocabularies}
+        return {"format": self.format, **sides, "title": self.title, **siamese, **trained, VOCABULARIES: vocabularies}
 
     def _vocabularies(self) -> list[tuple[str, str, Categorical]]:
         """Return (side, name, feature) of all features with a vocabulary."""
@@ -185,7 +195,7 @@ class Schema:
             | {n: replace(f, vocabulary=change(side, n, f.vocabulary)) for n, f in categorical_of(features).items()}
             for side, features in self.sides.items()
         }
-        return replace(self, query=sides["query"], doc=sides["doc"])
+        return replace(self, query=sides["query"], doc=sides["doc"], event=sides.get("event", {}))
 
 
 def _trained_file(folder: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from bigdssm.features.base import (
     register,
 )
 from bigdssm.features.categorical import Categorical
+from bigdssm.features.elapsed import Elapsed
 from bigdssm.features.history import History, histories_of, item_codes, stored_features
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
@@ -26,6 +27,7 @@ __all__ = [
     "Categorical",
     "Column",
     "Decoder",
+    "Elapsed",
     "Feature",
     "History",
     "Numeric",

@@ -43,7 +43,7 @@ class History(Feature):
     def check(self, key: str, side: str, docs: Mapping[str, Feature]) -> None:
         """Raise ConfigError: a history on the document side, or `of` is not a single-valued categorical feature."""
         if side != "query":
-            raise ConfigError(f"{key}: got type=history on a document, needs a query feature")
+            raise ConfigError(f"{key}: got type=history on side {side}, needs a query feature")
         valid = [name for name, doc in docs.items() if isinstance(doc, Categorical) and not doc.multi]
         if self.of not in valid:
             raise ConfigError(

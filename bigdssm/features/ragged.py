@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ class Ragged:
         """Return the given rows, in the given order."""
         return gather_ranges(self.values, self.offsets[rows], self.offsets[rows + 1])
 
-    def padded(self, fill: int, dtype: type = np.int64) -> np.ndarray:
+    def padded(self, fill: float, dtype: Any = np.int64) -> np.ndarray:
         """Return the rows padded with `fill`, [rows, length of the longest row, at least 1]."""
         lengths = self.lengths
         width = max(1, int(lengths.max(initial=0)))

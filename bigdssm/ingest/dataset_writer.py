@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from bigdssm.dataset.partition import FORMAT, read_dataset_json
+from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import KEYS_SUFFIX
 from bigdssm.dataset.schema import QUARANTINE_FILE, SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import ConfigError, DataError, UnavailableError
@@ -232,7 +232,7 @@ class DatasetWriter:
         else:
             tokenizer = {path.name: file_checksum(path, bits=64) for path in sorted(self.tokenizer_dir.glob("*"))}
         dataset = {
-            "format": FORMAT,
+            "format": schema.format,
             "name": self.out.resolve().name,
             "schema": schema.fingerprint(),
             "text": self.content["text"],

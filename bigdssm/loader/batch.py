@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -18,8 +18,8 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature, ragged
-from bigdssm.features.ragged import Column
+from bigdssm.features import PADDING, Feature, ragged
+from bigdssm.features.ragged import Column, Ragged
 from bigdssm.models import QueryPositions, SideSize
 from bigdssm.utils.device import to_device
 
@@ -38,8 +38,17 @@ Paddings = dict[str, int]
 
 
 def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column]) -> Features:
-    """Convert columns (one per declared feature) to tensors by name."""
-    return {name: as_tensor(feature.array(columns[name])) for name, feature in declared.items()}
+    """Convert columns (one per declared feature, and those of a history's events) to tensors by name.
+
+    The column HISTORY.FEATURE has a value per event of a history; it is padded where the history is.
+    """
+    features = {name: as_tensor(feature.array(columns[name])) for name, feature in declared.items()}
+    for name, column in columns.items():
+        if name not in declared and name.partition(".")[0] in declared and isinstance(column, Ragged):
+            is_float = column.values.dtype.kind == "f"
+            padded = column.padded(np.nan if is_float else PADDING, np.float32 if is_float else np.int64)
+            features[name] = as_tensor(padded)
+    return features
 
 
 def paddings(declared: Mapping[str, Feature]) -> Paddings:
@@ -89,7 +98,15 @@ Lengths = Mapping[str, ListLengths]
 
 def lengths_of(features: Features, paddings: Paddings) -> Lengths:
     """Return the lengths of one side's list features; the tensors are on the host."""
-    return {name: lengths_of_mask(features[name].numpy() != fill, fill) for name, fill in paddings.items()}
+    return {
+        name: lengths_of_mask(features[name].numpy() != fill, fill, inputs_of_events(name, features))
+        for name, fill in paddings.items()
+    }
+
+
+def inputs_of_events(history: str, features: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the tensors of a history's events, of the history's shape."""
+    return tuple(name for name in features if name.startswith(f"{history}."))
 
 
 def lengths_of_mask(filled: np.ndarray, fill: int, inputs: tuple[str, ...] = ()) -> ListLengths:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import EngineConfig
 from bigdssm.features.ragged import gather_ranges, offsets_of
-from bigdssm.loader.batch import Batch, Features, Lengths
+from bigdssm.loader.batch import Batch, Features, Lengths, inputs_of_events
 from bigdssm.models import Packed, PackedLists, QueryPositions, RowGroup, Values, pack
 from bigdssm.utils.device import to_device
 
@@ -278,11 +278,14 @@ class Chunked:
         sent = to_device(torch.from_numpy(np.concatenate(parts)), device)
         self._order, self._outputs, row_in_chunk = sent.split([len(part) for part in parts])
         self._packed: dict[str, Packed] = {}  # list features of all rows, in the plan's order
+        self._events: dict[str, Tensor] = {}  # values of their events, [P]
         for name, fill in plan.packed.items():
             runs = [chunk.runs[name] for chunk in plan.chunks if chunk.num_rows]
             last = max((run.last for run in runs), default=0)
             longest = max((run.groups[0].longest for run in runs), default=0)
-            self._packed[name] = pack(features[name][self._order], fill, last, longest)
+            self._packed[name] = packed = pack(features[name][self._order], fill, last, longest)
+            for event in inputs_of_events(name, features):  # packed by the history's cells
+                self._events[event] = features[event][self._order[packed.row], packed.position]
         self._query_positions = (
             None
             if query_positions is None
@@ -302,11 +305,18 @@ class Chunked:
             for name, run in chunk.runs.items()
             if run.last > run.first
         }
-        taken = {name: tensor[self._order[rows]] for name, tensor in self._features.items() if name not in packed}
+        events = {
+            event: values[chunk.runs[name].first : chunk.runs[name].last]
+            for event, values in self._events.items()
+            if (name := event.partition(".")[0]) in packed
+        }
+        in_rows = self._features.keys() - packed.keys() - events.keys()
+        taken = {name: tensor[self._order[rows]] for name, tensor in self._features.items() if name in in_rows}
         return {
             **taken,
             **{name: taken[name][:, : chunk.widths[name]] for name in chunk.widths.keys() & taken},
             **packed,
+            **events,
         }
 
     def query_positions(self, chunk: Chunk) -> QueryPositions | None:

@@ -95,9 +95,10 @@ class Tower(nn.Module):
             if query_positions is None:
                 # shape[0], not len(): an export would fix the number of rows
                 number = values.num_rows if isinstance(values, Packed) else values.shape[0]
-                vectors = encoder(values)
+                vectors = encoder(encoder.inputs(name, features))
             else:
-                number, vectors = len(query_positions.row), encoder.at_positions(values, query_positions)
+                number = len(query_positions.row)
+                vectors = encoder.at_positions(encoder.inputs(name, features), query_positions)
             parts[name] = checked_output(encoder, vectors, (number, encoder.dim))
         residual = parts.pop(self.residual) if self.residual else None
         if self.mlp is None:
@@ -275,7 +276,8 @@ class DualEncoder(nn.Module):
 
     def _build_context(self, side: str, text_key: str | None) -> BuildContext:
         text = None if text_key is None else cast(TextEncoder, self.text[text_key])
-        return BuildContext(side, getattr(self.config, side), self.tables, self.config.doc.embedding_dim, text)
+        width, tower = self.config.doc.embedding_dim, self.config.tower(side)
+        return BuildContext(side, tower, self.tables, width, text, self.schema.event)
 
 
 def new_model(

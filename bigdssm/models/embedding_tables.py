@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import Schema
-from bigdssm.features import PADDING, Categorical, Feature, History
+from bigdssm.features import PADDING, Categorical, Feature, History, histories_of
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.tables.rows import TableSpec
 
@@ -46,7 +46,7 @@ class EmbeddingTables(nn.Module):
         self.tables = nn.ModuleDict()
         for side, feature in _tabled(schema):
             if (name := table_name(side, feature.name)) not in self.sharded:
-                self.tables[name] = _table(feature.num_codes, getattr(config, side).embedding_dim)
+                self.tables[name] = _table(feature.num_codes, config.tower(side).embedding_dim)
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
         """Extend the tables to the vocabularies of `schema`; return (rows before, now) by extended table."""
@@ -91,7 +91,7 @@ class EmbeddingTables(nn.Module):
 
 
 def table_name(side: str, name: str) -> str:
-    """Return the name of the table of a feature; `side` is query or doc."""
+    """Return the name of the table of a feature; `side` is query, doc or event."""
     return f"{side}_{name}"
 
 
@@ -102,7 +102,7 @@ def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str]
         name = table_name(side, feature.name)
         if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
             specs[name] = TableSpec(
-                name, feature.num_codes, getattr(config, side).embedding_dim, INIT_STD, config.tables.admit_after,
+                name, feature.num_codes, config.tower(side).embedding_dim, INIT_STD, config.tables.admit_after,
                 config.tables.evict_after, getattr(torch, config.tables.dtype), config.tables.capacity,
             )  # fmt: skip
             if config.tables.hash_rows and isinstance(feature, Categorical) and feature.hash_buckets:
@@ -116,6 +116,10 @@ def tables_of_features(schema: Schema, tables: Collection[str]) -> list[tuple[st
     read = []
     for side, features in schema.sides.items():
         for name, feature in features.items():
+            if side == "event":  # read by every history
+                if (table := table_name(side, name)) in tables:
+                    read += [("query", f"{history}.{name}", table) for history in histories_of(schema.query)]
+                continue
             table = table_name("doc", str(feature.of)) if isinstance(feature, History) else table_name(side, name)
             if side == "query" and schema.siamese and not isinstance(feature, History):
                 table = table_name("doc", name)

@@ -31,6 +31,12 @@ QUERY = {
     "history": History(of="item", max_items=MAX_ITEMS).with_name("history"),
     "age": Numeric(mean=30.0, std=10.0).with_name("age"),
 }
+EVENT = {
+    "action": Categorical(vocabulary=Vocabulary.of(("view", "buy"))).with_name("action"),
+    "price": Numeric(mean=5.0, std=2.0).with_name("price"),
+}
+ACTIONS = torch.tensor([[2, 3, 0, 3, 2, 2, 3], [3, 3, 2, 1, 0, 0, 0], [0] * 7, [2, 2, 3, 3, 2, 0, 0]])
+PRICES = torch.where(ACTIONS == 0, torch.nan, ACTIONS + torch.arange(7.0))
 DOC = {"item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).with_name("item")}
 ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 5, 5, 5, 5, 0, 0]])
 LENGTHS = [7, 4, 0, 5]
@@ -44,7 +50,14 @@ every = pytest.mark.parametrize(("block", "positions"), ALL)
 every_many = pytest.mark.parametrize(("block", "positions"), MANY)
 
 
-def model(block: Any, positions: Any, layers: int = 2, dropout: float = 0.0, **history: Any) -> DualEncoder:
+def model(
+    block: Any,
+    positions: Any,
+    layers: int = 2,
+    dropout: float = 0.0,
+    event: dict[str, Any] | None = None,
+    **history: Any,
+) -> DualEncoder:
     """A model in which every parameter affects the output."""
     given = {"positions": positions, "layers": layers, "dropout": dropout, "item_dropout": dropout, **history}
     encoder = HISTORY_BLOCKS.read("model.query.history", {"block": block, **given})
@@ -52,16 +65,21 @@ def model(block: Any, positions: Any, layers: int = 2, dropout: float = 0.0, **h
         dim=6, score="dot", query=TowerConfig(mlp=(7,), history=encoder), doc=TowerConfig(embedding_dim=WIDTH)
     )
     torch.manual_seed(0)
-    made = new_model(config, Schema(QUERY, DOC))
+    made = new_model(config, Schema(QUERY, DOC, event=event or {}))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-        made.tables.tables["doc_item"].weight[0] = 0  # type: ignore[index, operator]
+        for table in made.tables.tables.values():
+            table.weight[0] = 0  # type: ignore[index, operator]
     return made
 
 
 def query(rows: Tensor) -> dict[str, Tensor]:
-    return {"history": rows, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
+    """Features of rows [R, T], with those of their events, which models without event features do not read."""
+    more = (0, rows.shape[1] - ACTIONS.shape[1])
+    of_events = (torch.nn.functional.pad(values[: len(rows)], more) for values in (ACTIONS, PRICES))
+    events = dict(zip(("history.action", "history.price"), of_events, strict=True))
+    return {"history": rows, **events, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
 
 
 def all_query_positions(seed: int = 0) -> QueryPositions:
@@ -85,7 +103,8 @@ def assert_one_pass_is_many(made: DualEncoder) -> None:
     alone = []
     for row, seen in zip(*map(Tensor.tolist, query_positions), strict=True):
         features = query(ROWS)
-        alone.append(made({"history": ROWS[row : row + 1, :seen], "age": features["age"][row : row + 1]}).U)
+        lists = {name: features[name][row : row + 1, :seen] for name in ("history", "history.action", "history.price")}
+        alone.append(made({**lists, "age": features["age"][row : row + 1]}).U)
     apart = torch.cat(alone)
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     assert together.std(dim=0).min() > 0.01, "the queries are hardly different"
@@ -106,6 +125,26 @@ def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
 
 
 @every_many
+def test_one_pass_is_as_many_passes_with_features_of_events(block: str, positions: str) -> None:
+    assert_one_pass_is_many(model(block, positions, event=EVENT))
+
+
+@every_many
+def test_a_query_depends_on_the_features_of_earlier_events_alone(block: str, positions: str) -> None:
+    made, query_positions = model(block, positions, event=EVENT), all_query_positions()
+    before = made(query(ROWS), query_positions=query_positions).U
+    for name, value in (("history.action", 1), ("history.price", 20.0)):
+        for j in range(LENGTHS[0]):
+            changed = query(ROWS)
+            changed[name] = changed[name].clone()
+            changed[name][0, j] = value
+            after = made(changed, query_positions=query_positions).U
+            blind = (query_positions.row != 0) | (query_positions.prefix_length <= j)
+            assert torch.equal(after[blind], before[blind]), f"{name} {j} affects earlier queries"
+            assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, f"{name} {j} has no effect"
+
+
+@every_many
 def test_a_query_does_not_depend_on_later_events(block: str, positions: str) -> None:
     made, query_positions = model(block, positions), all_query_positions()
     before = made(query(ROWS), query_positions=query_positions).U
@@ -122,7 +161,7 @@ def test_a_query_does_not_depend_on_later_events(block: str, positions: str) -> 
 
 @every
 def test_padding_changes_nothing(block: str, positions: str) -> None:
-    made = model(block, positions)
+    made = model(block, positions, event=EVENT)
     longer = torch.nn.functional.pad(ROWS, (0, 2))
     torch.testing.assert_close(made(query(longer)).U, made(query(ROWS)).U)
     if positions != "age":

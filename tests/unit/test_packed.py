@@ -44,6 +44,10 @@ QUERY: dict[str, Feature] = {
     "more": Text(max_tokens=12).with_name("more"),
     "age": Numeric(mean=30.0, std=10.0).with_name("age"),
 }
+EVENT: dict[str, Feature] = {
+    "action": Categorical(vocabulary=Vocabulary.of(("view", "buy"))).with_name("action"),
+    "price": Numeric(mean=5.0, std=2.0).with_name("price"),
+}
 DOC: dict[str, Feature] = {
     "item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).with_name("item"),
     "title": Text(max_tokens=12).with_name("title"),
@@ -63,7 +67,7 @@ def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0
         doc=TowerConfig(mlp=(7,), embedding_dim=16, text=text),
     )  # fmt: skip
     torch.manual_seed(0)
-    made = new_model(config, Schema(QUERY, DOC), vocab_size=50)
+    made = new_model(config, Schema(QUERY, DOC, event=EVENT), vocab_size=50)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -90,7 +94,16 @@ def sides() -> dict[str, dict[str, Tensor]]:
     words = padded([3, 12, 1, 5, 0, 2], PAD, 5)
     words[1, 4] = PAD
     history = padded([9, 0, 4, 1, 0, 7], 0, 2)
-    query = {"history": history, "words": words, "more": padded([2, 2, 9, 1, 4, 1], PAD, 8), "age": torch.arange(6.0)}
+    # one action and one price are missing within a history
+    action, price = history % 4, torch.where(history % 5 == 0, torch.nan, history.float())
+    events = {"history.action": action, "history.price": price}
+    query = {
+        "history": history,
+        **events,
+        "words": words,
+        "more": padded([2, 2, 9, 1, 4, 1], PAD, 8),
+        "age": torch.arange(6.0),
+    }
     title, tags = padded([6, 2, 12, 7], PAD, 5), torch.tensor([[1, 0], [2, 1], [0, 0], [1, 0]])
     return {"query": query, "doc": {"item": torch.tensor([4, 2, 9, 6]), "title": title, "tags": tags}}
 

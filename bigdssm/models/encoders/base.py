@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -38,11 +38,15 @@ class Encoder(nn.Module, ABC):
     def forward(self, values: Any) -> Tensor:
         """Return [R, dim] for a tensor from `Feature.array`, or for a packed list if `accepts_packed`."""
 
+    def inputs(self, name: str, features: Mapping[str, Values]) -> Any:
+        """Return the argument of `forward` for the feature `name` of a side."""
+        return features[name]
+
     def accepts_packed(self, training: bool) -> bool:
         """Return whether its lists may be packed."""
         return False
 
-    def at_positions(self, values: Values, query_positions: QueryPositions) -> Tensor:
+    def at_positions(self, values: Any, query_positions: QueryPositions) -> Tensor:
         """Return [m, dim] for queries at positions of rows; by default the vector of the row."""
         return cast(Tensor, self(values)[query_positions.row])
 
@@ -95,6 +99,7 @@ class BuildContext:
     tables: EmbeddingTables
     item_dim: int  # width of the tables of documents
     text: Encoder | None  # the model's text encoder of the side
+    event: Mapping[str, Feature] = field(default_factory=dict)  # features of the events of histories
 
 
 def checked_output(part: nn.Module, output: Any, shape: Sequence[int]) -> Tensor:

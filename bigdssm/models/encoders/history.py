@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from bigdssm.models.encoders.base import (
     BuildContext,
     Encoder,
     SideSize,
+    build_encoder,
     checked_output,
     encodes,
     linear_flops,
@@ -25,9 +28,19 @@ from bigdssm.models.encoders.base import (
 from bigdssm.models.packed import Packed, QueryPositions, RowGroup, SequenceBounds, Values
 
 
+class EventValues(NamedTuple):
+    """The items of histories, and the values of their events' features. A tuple: ZeRO-3 hooks search tuples only."""
+
+    items: Values
+    features: tuple[Tensor, ...]  # as the items: [R, T], or packed [P]
+
+
 @encodes(History)
 class HistoryEncoder(Encoder):
-    """A causal transformer over [start, oldest item, …, newest item]: the output at position j depends on j items.
+    """A causal transformer over [start, oldest event, …, newest event]: the output at position j depends on j events.
+
+    The vector of an event is that of its item, plus a linear map of its features' vectors: no key or value depends on
+    anything after the event.
 
     The start token makes an empty history an ordinary one. The vector of a history is the output at its newest
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
@@ -38,9 +51,13 @@ class HistoryEncoder(Encoder):
     """
 
     def __init__(
-        self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables
-    ) -> None:
-        """Raises ConfigError: the heads do not divide the width, or have an odd one with positions=rotary."""
+        self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables,
+        event: Mapping[str, Encoder] | None = None,
+    ) -> None:  # fmt: skip
+        """`event`: the encoders of the features of an event.
+
+        Raises ConfigError: the heads do not divide the width, or have an odd one with positions=rotary.
+        """
         super().__init__()
         if dim % config.heads:
             raise ConfigError(
@@ -51,6 +68,10 @@ class HistoryEncoder(Encoder):
                 f"model.query.history.positions=rotary needs heads of an even width, got {dim // config.heads}: "
                 f"model.doc.embedding_dim={dim} over model.query.history.heads={config.heads}; change one of them"
             )
+        self.event = nn.ModuleDict({f"of_{name}": encoder for name, encoder in (event or {}).items()})
+        if event:  # starts as a small addition to the item
+            self.event_map = nn.Linear(sum(encoder.dim for encoder in event.values()), dim, bias=False)
+            nn.init.normal_(self.event_map.weight, std=INIT_STD)
         self.table = table
         self.dim = dim
         self.config = config
@@ -69,7 +90,16 @@ class HistoryEncoder(Encoder):
     def build(cls, feature: History, context: BuildContext) -> HistoryEncoder:
         """Return the encoder of a feature; it shares the embedding table of its items."""
         table = table_name("doc", str(feature.of))
-        return cls(context.config.history, feature, context.item_dim, table, context.tables)
+        of_event = replace(context, side="event")
+        event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
+        return cls(context.config.history, feature, context.item_dim, table, context.tables, event)
+
+    def inputs(self, name: str, features: Mapping[str, Values]) -> EventValues | Values:
+        """Return the items of the history `name`, with the features of its events, if there are any."""
+        if not self.event:
+            return features[name]
+        of_event = (features[f"{name}.{key.removeprefix('of_')}"] for key in self.event)
+        return EventValues(features[name], tuple(cast(Tensor, values) for values in of_event))
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the transformer layers."""
@@ -96,28 +126,33 @@ class HistoryEncoder(Encoder):
         )
         return self.packed_attention is not None and supported
 
-    def at_positions(self, values: Values, query_positions: QueryPositions) -> Tensor:
+    def at_positions(self, values: EventValues | Values, query_positions: QueryPositions) -> Tensor:
         """Return [m, E] for queries at positions of the rows [R, T]; queries of one row share a pass."""
         return cast(Tensor, self(values, query_positions))
 
-    def forward(self, items: Values, query_positions: QueryPositions | None = None) -> Tensor:
+    def forward(self, events: EventValues | Values, query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
         assert query_positions is None or self.config.allows_many_queries
+        items, features = events if isinstance(events, EventValues) else (events, ())
         if isinstance(items, Packed) and not self._has_kernel:
             # histories of one length are a tensor
             full = len(items.values) == items.num_rows * items.bounds.longest
             items = items.values.view(items.num_rows, -1) if full else items
-        vectors = (
-            self._packed(items, query_positions) if isinstance(items, Packed) else self._padded(items, query_positions)
-        )
-        return cast(Tensor, self.norm(vectors))
+        added = None  # to the items' vectors, [events, E], padding included
+        if features:
+            parts = [encoder(values.flatten()) for encoder, values in zip(self.event.values(), features, strict=True)]
+            added = self.event_map(torch.cat(parts, dim=1))
+        layout = self._packed if isinstance(items, Packed) else self._padded
+        return cast(Tensor, self.norm(layout(items, added, query_positions)))
 
-    def _padded(self, items_RT: Tensor, query_positions: QueryPositions | None) -> Tensor:
+    def _padded(self, items_RT: Tensor, added: Tensor | None, query_positions: QueryPositions | None) -> Tensor:
         num_rows, num_items = items_RT.shape
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
         position_T = torch.arange(num_items + 1, device=device)
         vectors = self._items(items_RT)
+        if added is not None:
+            vectors = vectors + added.view_as(vectors).to(vectors.dtype)
         start = self.start.to(vectors.dtype).expand(num_rows, 1, -1)
         hidden = self._add_positions(torch.cat([start, vectors], dim=1), position_T, length_R.unsqueeze(1))
         hidden = self.dropout(hidden)
@@ -145,7 +180,7 @@ class HistoryEncoder(Encoder):
             hidden = hidden + self.positions(position)
         return hidden
 
-    def _packed(self, items: Packed, query_positions: QueryPositions | None) -> Tensor:
+    def _packed(self, items: Packed, added: Tensor | None, query_positions: QueryPositions | None) -> Tensor:
         length_R, device = items.lengths, items.row.device
         offsets, longest = items.bounds
         bounds = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
@@ -154,6 +189,8 @@ class HistoryEncoder(Encoder):
         empty = target.new_zeros(len(items.row) + items.num_rows)
         codes, position = (empty.index_copy(0, target, cells) for cells in (items.values, items.position + 1))
         vectors = self._items(codes)
+        if added is not None:
+            vectors = vectors.index_add(0, target, added.to(vectors.dtype))
         hidden = torch.where(position.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
         length = length_R[(position == 0).cumsum(0) - 1]
         hidden = self.dropout(self._add_positions(hidden, position, length)).unsqueeze(0)
