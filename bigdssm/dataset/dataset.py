@@ -43,12 +43,13 @@ from bigdssm.dataset.partition import (
     steps_per_round,
 )
 from bigdssm.dataset.remote import COUNTS_FILE, FileCache, RemoteFolder
-from bigdssm.dataset.rows import VERSION_COLUMN, Rows, Targets
+from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN, Rows, Targets
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import History, TextTokenizer, item_codes, ragged
+from bigdssm.features import Elapsed, History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of
+from bigdssm.features.elapsed import elapsed_codes
 from bigdssm.features.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.log import get_logger
@@ -69,6 +70,7 @@ class DatasetHeader:
     text: str = "tokens"  # encoding of texts in blocks; "raw": untokenized
     users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
     items: str = "partitions"  # item versions are selected by partition; "events": by the time of each event
+    time_unit: float = 1.0  # of the times of events, in seconds
 
     @property
     def dated(self) -> bool:
@@ -186,7 +188,8 @@ class Dataset:
             for group in (names, [name for name in partition_names if name in item_partition_names])
         )  # fmt: skip
         options = {name: content[name] for name in ("text", "users", "items") if name in content}
-        header = DatasetHeader(folder, content["name"], schema, **options)
+        power = max(content.get("times", {"units": []})["units"], key=lambda unit: unit[1], default=(0,))[0]
+        header = DatasetHeader(folder, content["name"], schema, **options, time_unit=10.0**-power)
         dataset = cls(
             header, row_partitions, files, later_files(folder, content, "withdrawals"), item_partitions, [extent]
         )
@@ -328,7 +331,8 @@ class Dataset:
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
                 # the history of the last query; earlier queries of the row read a prefix of it
-                query[name], history_start = self._history(feature, table, sequence, end - 1)
+                columns, history_start = self._history(feature, table, sequence, end - 1)
+                query |= columns
             else:
                 in_block = name in self.layout.query
                 query[name] = columns[name] if in_block else self.query_column(table, name, sequence)
@@ -347,7 +351,7 @@ class Dataset:
         query: dict[str, Column] = {}
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
-                query[name] = self._history(feature, self.sequences, sequence, rows.position)[0]
+                query |= self._history(feature, self.sequences, sequence, rows.position)[0]
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
         query_numbers = np.arange(rows.num_queries)  # not None, which would change the random draws of the queries
@@ -357,8 +361,8 @@ class Dataset:
 
     def _history(
         self, feature: History, table: MappedTable, sequence: np.ndarray, end: np.ndarray
-    ) -> tuple[Column, np.ndarray]:
-        """Return the codes of the newest items before position `end`, and the position of the first of them."""
+    ) -> tuple[dict[str, Column], np.ndarray]:
+        """Return the columns of the newest events before position `end`, and the position of the first of them."""
         history_start = np.maximum(0, end - feature.max_items)
         items = table.take_slices("items", sequence, history_start, end)
         # The codes are those of the item versions that the events saw; invalid documents are out of vocabulary.
@@ -372,7 +376,28 @@ class Dataset:
         visible = self.catalogue.visible_rows(docs, np.repeat(partition, items.lengths), version)
         codes = item_codes(self.catalogue.codes(str(feature.of), docs if visible is None else visible))
         codes = codes if valid.all() else np.where(valid, codes, OUT_OF_VOCABULARY)
-        return Ragged(codes, items.offsets), history_start
+        of_events = self.event_columns(feature.name, table, sequence, history_start, end)
+        return {feature.name: Ragged(codes, items.offsets), **of_events}, history_start
+
+    def event_columns(
+        self, history: str, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray
+    ) -> dict[str, Column]:
+        """Return the features of the events [first, end) of sequences, by their names in a history."""
+        columns: dict[str, Column] = {}
+        for name, feature in self.schema.event.items():
+            if isinstance(feature, Elapsed):
+                # The event before the first one, too, which may be older than the history.
+                times = table.take_slices(TIME_COLUMN, sequence, np.maximum(first - 1, 0), end)
+                seconds = np.diff(times.values, prepend=np.nan) * self.header.time_unit
+                starts = times.offsets[:-1][times.lengths > 0]
+                seconds[starts] = np.nan
+                inside = np.ones(len(seconds), bool)
+                inside[starts[(first > 0)[times.lengths > 0]]] = False
+                values = Ragged(elapsed_codes(seconds[inside]), offsets_of(end - first))
+            else:
+                values = table.take_slices(EVENT_PREFIX + name, sequence, first, end)
+            columns[f"{history}.{name}"] = feature.without_unvalid(values)
+        return columns
 
     def _column(self, name: str, array: pa.Array) -> Column:
         """Return a block's column with texts tokenized."""

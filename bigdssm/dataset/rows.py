@@ -19,6 +19,7 @@ from bigdssm.features.ragged import Column, offsets_of
 
 EVENT_COLUMNS = ("items", "relevance")  # lists with one value per event, in addition to further event columns
 TIME_COLUMN = "event_time"  # list of float64, if events have times
+EVENT_PREFIX = "event."  # of the columns of events' features
 VERSION_COLUMN = "version"  # list, if items have times: the item version that an event saw
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 ROW_ARRAYS = ("row_ids", "sequence", "history_start")  # of Rows: the arrays per row, and per query
