@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -331,8 +331,8 @@ class Dataset:
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
                 # the history of the last query; earlier queries of the row read a prefix of it
-                columns, history_start = self._history(feature, table, sequence, end - 1)
-                query |= columns
+                history, history_start = self._history(feature, table, sequence, end - 1)
+                query |= history
             else:
                 in_block = name in self.layout.query
                 query[name] = columns[name] if in_block else self.query_column(table, name, sequence)
@@ -376,14 +376,15 @@ class Dataset:
         visible = self.catalogue.visible_rows(docs, np.repeat(partition, items.lengths), version)
         codes = item_codes(self.catalogue.codes(str(feature.of), docs if visible is None else visible))
         codes = codes if valid.all() else np.where(valid, codes, OUT_OF_VOCABULARY)
-        of_events = self.event_columns(feature.name, table, sequence, history_start, end)
-        return {feature.name: Ragged(codes, items.offsets), **of_events}, history_start
+        of_events = self.event_features(table, sequence, history_start, end).items()
+        columns: dict[str, Column] = {f"{feature.name}.{name}": column for name, column in of_events}
+        return {feature.name: Ragged(codes, items.offsets), **columns}, history_start
 
-    def event_columns(
-        self, history: str, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray
-    ) -> dict[str, Column]:
-        """Return the features of the events [first, end) of sequences, by their names in a history."""
-        columns: dict[str, Column] = {}
+    def event_features(
+        self, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray
+    ) -> dict[str, Ragged]:
+        """Return the features of the events [first, end) of sequences (int64 [rows]), by name."""
+        columns = {}
         for name, feature in self.schema.event.items():
             if isinstance(feature, Elapsed):
                 # The event before the first one, too, which may be older than the history.
@@ -396,7 +397,7 @@ class Dataset:
                 values = Ragged(elapsed_codes(seconds[inside]), offsets_of(end - first))
             else:
                 values = table.take_slices(EVENT_PREFIX + name, sequence, first, end)
-            columns[f"{history}.{name}"] = feature.without_unvalid(values)
+            columns[name] = cast(Ragged, feature.without_unknown(values))
         return columns
 
     def _column(self, name: str, array: pa.Array) -> Column:

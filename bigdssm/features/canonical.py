@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
-from bigdssm.features.base import Feature, encode_columns
+from bigdssm.features.base import Feature, encode_columns, encode_values
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, plain
-from bigdssm.features.history import History, item_codes
-from bigdssm.features.ragged import Column, Ragged, from_arrow
+from bigdssm.features.elapsed import Elapsed, elapsed_codes
+from bigdssm.features.history import History, histories_of, item_codes
+from bigdssm.features.numeric import Numeric
+from bigdssm.features.ragged import Column, from_arrow, gather_ranges, offsets_of
 from bigdssm.features.text import texts_of
 from bigdssm.features.tokenizer import TextTokenizer
 
@@ -46,13 +48,15 @@ def columns_of(
 
 
 def columns_of_values(
-    rows: Any, features: Mapping[str, Feature], docs: Mapping[str, Feature], tokenizer: TextTokenizer | None
-) -> tuple[dict[str, Column], int]:
+    rows: Any, features: Mapping[str, Feature], docs: Mapping[str, Feature], tokenizer: TextTokenizer | None,
+    events: Mapping[str, Feature] | None = None,
+) -> tuple[dict[str, Column], int]:  # fmt: skip
     """Return the encoded columns of `rows` by feature name, and the number of rows.
 
     rows: dicts of feature values, strings if exactly one of `features` is a text, or an Arrow table or data frame with
     columns named after features; omitted values are missing. docs: the document features, which encode the items of
-    histories. Raises DataError: an unknown feature, or a value that cannot be read.
+    histories. events: the features of events; HISTORY.FEATURE has a list of values, aligned with the history's items
+    (of elapsed times in seconds). Raises DataError: an unknown feature, or a value that cannot be read.
     """
     if is_table(rows):
         rows = as_table(rows)
@@ -61,24 +65,34 @@ def columns_of_values(
     else:
         rows = list(rows)
     num_rows = len(rows)
-    given = _by_feature(rows, features)
+    of_events = {f"{name}.{key}": f for name in histories_of(features) for key, f in (events or {}).items()}
+    given = _by_feature(rows, {**features, **of_events})
     columns: dict[str, Column] = {}
     for name, feature in features.items():
-        if name not in given or pa.types.is_null(given[name].type):
+        absent = name not in given or pa.types.is_null(given[name].type)
+        if isinstance(feature, History) and (not absent or events):
+            # the codes of the newest `max_items` items per row
+            items = pa.nulls(num_rows, pa.list_(pa.string())) if absent else given[name]
+            batch, offsets = _flattened(name, items, "item values, oldest first")
+            item = replace(docs[str(feature.of)], column=name)
+            lists = {name: item_codes(np.asarray(columns_of(batch, {name: item}, None, _refuse)[name]))}
+            for key, event in (events or {}).items():
+                column = f"{name}.{key}"
+                if column not in given:
+                    lists[column] = np.repeat(np.asarray(encode_values(event, [event.missing], None)), offsets[-1])
+                    continue
+                batch, ends = _flattened(column, given[column], f"values, one per item of {name}")
+                if not np.array_equal(ends, offsets):
+                    raise DataError(f"{column} has lists of other lengths than {name}; give one value per item")
+                declared = Numeric() if isinstance(event, Elapsed) else event
+                declared = replace(declared, column=column, name=column)
+                read = np.asarray(columns_of(batch, {column: declared}, None, _refuse)[column])
+                lists[column] = elapsed_codes(read.astype(np.float64)) if isinstance(event, Elapsed) else read
+            first = np.maximum(offsets[1:] - feature.max_items, offsets[:-1])
+            columns |= {column: gather_ranges(values, first, offsets[1:]) for column, values in lists.items()}
+        elif absent:
             missing = pa.array([feature.missing] * num_rows, feature.canonical_type)
             columns[name] = from_arrow(feature.encode(missing, tokenizer, large=True))
-        elif isinstance(feature, History):
-            # the codes of the newest `max_items` items per row
-            lists = plain(given[name])
-            kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-            if not any(is_kind(lists.type) for is_kind in kinds):
-                raise DataError(f"{name} holds {lists.type}, needs lists of item values, oldest first")
-            lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-            batch = SourceBatch(name, pa.table({name: lists.flatten()}), np.repeat(np.arange(len(lengths)), lengths))
-            item = replace(docs[str(feature.of)], column=name)
-            codes = item_codes(np.asarray(columns_of(batch, {name: item}, None, _refuse)[name]))
-            newest = [row[-feature.max_items :] for row in np.split(codes, np.cumsum(lengths))[:-1]]
-            columns[name] = Ragged.of_lists(newest, codes.dtype.type)
         else:
             batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
             columns |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
@@ -118,6 +132,17 @@ def columns_of_dicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         raise DataError(f"got rows of {type(wrong[0]).__name__}; give dicts, strings, an Arrow table or a data frame")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _flattened(name: str, lists: pa.Array, needed: str) -> tuple[SourceBatch, np.ndarray]:
+    """Return the values of lists as rows, and the lists' offsets, int64. Raises DataError: the column has no lists."""
+    lists = plain(lists)
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(lists.type) for is_kind in kinds):
+        raise DataError(f"{name} holds {lists.type}, needs lists of {needed}")
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    return SourceBatch(name, pa.table({name: lists.flatten()}), row), offsets_of(lengths)
 
 
 def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Array]:

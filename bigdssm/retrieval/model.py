@@ -24,8 +24,8 @@ class Model:
     """A loaded model; the inner product of a query and a document vector is the training score.
 
     Rows are a list of dicts (feature → value), a list of strings if a side has one text feature, an Arrow table or a
-    pandas data frame with one column per feature. A history is a list of item values, oldest first; absent features
-    are missing values.
+    pandas data frame with one column per feature. A history is a list of item values, oldest first, and
+    HISTORY.FEATURE the list of a feature of its events; absent features are missing values.
     """
 
     folder: ModelFolder
@@ -46,7 +46,8 @@ class Model:
     def _encode(
         self, rows: Any, features: Mapping[str, Feature], encode: Callable[[nn.Module, Any], Tensor]
     ) -> np.ndarray:
-        columns, num_rows = columns_of_values(rows, features, self.folder.schema.doc, self._tokenizer)
+        schema = self.folder.schema
+        columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event)
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)
         return encode_columns(features, columns, partial(encode, self.folder.model)).numpy()

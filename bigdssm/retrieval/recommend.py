@@ -32,7 +32,7 @@ from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.search import events_of, histories
+from bigdssm.retrieval.search import PastEvents, histories
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
@@ -207,9 +207,9 @@ class Users(QuerySource):
             name: self._dataset.query_column(self._table, name, rows)
             for name in stored_features(self._dataset.schema.query)
         }
-        seen = events_of(self._table, rows)
-        columns |= histories(self._dataset, seen)
-        return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, seen)
+        past = PastEvents.of_users(self._dataset, self._table, rows)
+        columns |= histories(self._dataset, past)
+        return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, past.rows)
 
 
 class SplitRows(QuerySource):
@@ -280,7 +280,8 @@ class TableRows(QuerySource):
             seen = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
         features = _of_columns(stored_features(self._dataset.schema.query))
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
-        return QueryBatch(rows - 1, keys, columns | histories(self._dataset, seen), seen)
+        past = PastEvents.of_items(self._dataset.schema, seen)
+        return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), seen)
 
 
 def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:

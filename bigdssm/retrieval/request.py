@@ -25,7 +25,7 @@ class Event:
     time: float | None = field(
         default=None, metadata={HELP: "in the unit of now; without times, list events oldest first"}
     )
-    action: str | None = field(default=None, metadata={HELP: "type of interaction; reserved, no model reads it"})
+    features: dict[str, Any] | None = field(default=None, metadata={HELP: "values of the features of events"})
 
     def __post_init__(self) -> None:
         """Raise ConfigError: a value of another type."""

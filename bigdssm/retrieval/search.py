@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,11 +13,23 @@ import numpy as np
 
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Ragged, TextTokenizer, encode_values, histories_of, item_codes, stored_features
+from bigdssm.features import (
+    Column,
+    Elapsed,
+    Feature,
+    Ragged,
+    TextTokenizer,
+    encode_values,
+    histories_of,
+    item_codes,
+    stored_features,
+)
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import TimeUnits, check_time_units
+from bigdssm.features.elapsed import elapsed_codes
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
@@ -74,7 +86,9 @@ class Queries:
         texts = [text for text in (request.user, request.document, request.filter) if text is not None]
         for value in features.values():
             texts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
-        check_utf8([*texts, *(event.item for event in request.events or ())])
+        for event in request.events or ():
+            texts += [event.item, *(value for value in (event.features or {}).values() if isinstance(value, str))]
+        check_utf8(texts)
         values = (request.user, request.document, *features.values())
         blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
         if blank and request.events is None:
@@ -83,11 +97,11 @@ class Queries:
         # Missing values are replaced by those of the user or the document, and these by the given ones.
         query = self._schema.query.items()
         columns = {name: encode_values(feature, [feature.missing], self._tokenizer) for name, feature in query}
-        stored_events = query_document = NOTHING
+        stored, query_document = PastEvents.none(self._schema), NOTHING
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
-            of_user, stored_events = read_user(dataset, request.user)
+            of_user, stored = read_user(dataset, request.user)
             columns |= of_user
         if request.document is not None:
             if not self._schema.siamese or dataset is None:
@@ -98,16 +112,17 @@ class Queries:
             columns |= dataset.catalogue.columns(query_document)
         columns |= {name: self.feature(name, value) for name, value in features.items()}
 
-        live, unknown = self._events(request.events or [], request.now)
-        if request.now is not None and len(stored_events) and not (len(live) or unknown):
+        live, unknown = self._events(request.events or [], request.now, stored)
+        if request.now is not None and len(stored.rows.values) and not (len(live.rows.values) or unknown):
             # Stored events precede the given ones; without a given one, their times relative to now are unknown.
             raise ConfigError(
                 f"now is given with the user {request.user!r}, whose events in the dataset have no times, and with no "
                 "event up to it; leave now out, or give features and events instead of the user"
             )
-        seen = np.concatenate([stored_events, live])
+        past = stored.followed_by(live)
+        seen = past.rows.values
         if dataset is not None:
-            columns |= histories(dataset, Ragged.of_lists([seen], np.int64))
+            columns |= histories(dataset, past)
         allowed = None
         if request.filter is not None:
             if self._filters is None:
@@ -126,13 +141,18 @@ class Queries:
             raise ConfigError(
                 f"{requested} is not a query feature that can be given; they are: {', '.join(known)}{events}"
             )
+        return self._encoded(known[name], value)
+
+    def _encoded(self, feature: Feature, value: Any) -> Column:
+        """Encode one value of a feature as a column. Raises ConfigError: an invalid value."""
         if isinstance(value, str):
-            return encode_values(known[name], [known[name].parse(value)], self._tokenizer)
+            return encode_values(feature, [feature.parse(value)], self._tokenizer)
         try:
-            given, _ = columns_of_values([{name: value}], {name: known[name]}, self._schema.doc, self._tokenizer)
+            row, one = {feature.name: value}, {feature.name: feature}
+            given, _ = columns_of_values([row], one, self._schema.doc, self._tokenizer)
         except DataError as error:
             raise ConfigError(str(error).removeprefix("row 0: ")) from None
-        return given[name]
+        return given[feature.name]
 
     def unknown(self, item: str) -> str:
         """Return a message about an unknown event item, with similar titles."""
@@ -141,35 +161,104 @@ class Queries:
         some = f"; the nearest are: {'; '.join(near)}" if near else ", and none is similar"
         return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{some}"
 
-    def _events(self, events: Sequence[Event], now: float | None) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Return the catalogue rows of events up to now, oldest first in stable order, and the unknown items.
+    def _events(
+        self, events: Sequence[Event], now: float | None, stored: PastEvents
+    ) -> tuple[PastEvents, tuple[str, ...]]:
+        """Return the events up to now that follow the `stored` ones, oldest first in stable order, and unknown items.
 
-        Raises ConfigError: only some events have times, `now` without times, or mixed time units.
+        Raises ConfigError: only some events have times, `now` without times, mixed time units, or a feature of events
+        is unknown or invalid.
         """
+        none = PastEvents.none(self._schema)
         if not events:
-            return NOTHING, ()
-        if self.names is None:
+            return none, ()
+        if self.names is None or self._dataset is None:
             raise ConfigError("queries of this model have no history, so events cannot be given")
-        items = [event.item for event in events]
-        times = [event.time for event in events if event.time is not None]
-        if len(times) == len(events):
-            all_times = np.array(times if now is None else [*times, now], np.float64)
+        times = np.array([np.nan if event.time is None else event.time for event in events], np.float64)
+        timed = ~np.isnan(times)
+        if timed.all():
             try:
                 units = TimeUnits()
-                units.add(all_times)
+                units.add(times if now is None else np.append(times, now))
                 check_time_units([units.facts()], "the request")
             except DataError as error:
                 raise ConfigError(str(error)) from None
-            order = np.argsort(all_times[: len(times)], kind="stable").tolist()
-            items = [items[i] for i in order if now is None or all_times[i] <= now]
-        elif times or now is not None:
-            raise ConfigError(f"{len(events) - len(times)} of {len(events)} events have no time; give it for all")
-        rows = self.names.rows(items)
-        return rows[rows >= 0], tuple(item for item, row in zip(items, rows.tolist(), strict=True) if row < 0)
+            order = np.argsort(times, kind="stable")
+            order = order[times[order] <= (np.inf if now is None else now)]
+        elif timed.any() or now is not None:
+            raise ConfigError(f"{(~timed).sum()} of {len(events)} events have no time; give it for all")
+        else:
+            order = np.arange(len(events))
+        rows = self.names.rows([events[i].item for i in order])
+        unknown = tuple(events[i].item for i, row in zip(order, rows.tolist(), strict=True) if row < 0)
+        known, declared = order[rows >= 0], self._schema.event
+        for event in events:
+            for name in event.features or {}:
+                if name not in declared or declared[name].from_sequence:
+                    given = ", ".join(name for name, feature in declared.items() if not feature.from_sequence)
+                    raise ConfigError(
+                        f"{name[:COMPARED_CHARACTERS]!r} is not a feature of events; they are: {given or 'none'}"
+                    )
+        features = {}
+        for name, feature in declared.items():
+            if isinstance(feature, Elapsed):
+                before = stored.newest_time if len(stored.rows.values) else np.full(1, np.nan)
+                values = elapsed_codes(np.diff(times[known], prepend=before) * self._dataset.header.time_unit)
+            else:
+                every = ((events[i].features or {}).get(name) for i in known)
+                encoded = [self._encoded(feature, feature.missing if value is None else value) for value in every]
+                values = np.concatenate([none.features[name].values, *map(np.asarray, encoded)])
+            features[name] = Ragged(values, np.array([0, len(known)]))
+        newest = times[known[-1:]] if len(known) else np.full(1, np.nan)
+        return PastEvents(Ragged.of_lists([rows[rows >= 0]], np.int64), features, newest), unknown
 
 
-def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarray]:
-    """Read a user's feature columns, and the catalogue rows of all events, oldest first.
+@dataclass(frozen=True)
+class PastEvents:
+    """All events of queries, oldest first."""
+
+    rows: Ragged  # int64: catalogue rows
+    features: Mapping[str, Ragged]  # of events, by name, aligned with `rows`
+    newest_time: np.ndarray  # float64, per query; NaN without times or events
+
+    @classmethod
+    def of_users(cls, dataset: Dataset, table: MappedTable, sequences: np.ndarray) -> PastEvents:
+        """Read all events of `sequences`, int64, of `table`."""
+        length = table.lengths("items", sequences)
+        first = np.zeros_like(length)
+        items = table.take_slices("items", sequences, first, length)
+        newest = np.full(len(sequences), np.nan)
+        if TIME_COLUMN in table.schema.names:
+            newest[length > 0] = table.take_slices(TIME_COLUMN, sequences, np.maximum(length - 1, 0), length).values
+        features = dataset.event_features(table, sequences, first, length)
+        return cls(Ragged(items.values.astype(np.int64), items.offsets), features, newest)
+
+    @classmethod
+    def of_items(cls, schema: Schema, rows: Ragged) -> PastEvents:
+        """Return events of which the items alone are known, int64 catalogue rows."""
+        features = {}
+        for name, feature in schema.event.items():
+            missing = np.asarray(encode_values(feature, [feature.missing], None))
+            features[name] = Ragged(np.repeat(missing, len(rows.values)), rows.offsets)
+        return cls(rows, features, np.full(len(rows), np.nan))
+
+    @classmethod
+    def none(cls, schema: Schema) -> PastEvents:
+        """Return one query without events."""
+        return cls.of_items(schema, Ragged.of_lists([[]], np.int64))
+
+    def followed_by(self, later: PastEvents) -> PastEvents:
+        """Return the events of one query with its `later` ones."""
+
+        def joined(parts: Sequence[Ragged]) -> Ragged:
+            return Ragged.of_lists([np.concatenate([part.values for part in parts])], parts[-1].values.dtype.type)
+
+        features = {name: joined([self.features[name], values]) for name, values in later.features.items()}
+        return PastEvents(joined([self.rows, later.rows]), features, later.newest_time)
+
+
+def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], PastEvents]:
+    """Read a user's feature columns, and all events.
 
     Raises DataError: no such user, or no sequences.
     """
@@ -182,14 +271,7 @@ def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], np.ndarray
         raise DataError(f"no user is called {key!r}; existing users are: {some}")
     newest = rows[-1:]  # the latest partition has the full history
     columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
-    return columns, events_of(table, newest).values
-
-
-def events_of(table: MappedTable, rows: np.ndarray) -> Ragged:
-    """Read the catalogue rows of all events of sequences, oldest first, int64."""
-    length = table.lengths("items", rows)
-    events = table.take_slices("items", rows, np.zeros_like(length), length)
-    return Ragged(events.values.astype(np.int64), events.offsets)
+    return columns, PastEvents.of_users(dataset, table, newest)
 
 
 def first_users(table: MappedTable, most: int) -> list[str]:
@@ -198,13 +280,15 @@ def first_users(table: MappedTable, most: int) -> list[str]:
     return table.strings("query_key", first)
 
 
-def histories(dataset: Dataset, seen: Ragged) -> dict[str, Column]:
-    """Encode histories from seen catalogue rows, oldest first: the newest `max_items` codes per query."""
+def histories(dataset: Dataset, past: PastEvents) -> dict[str, Column]:
+    """Return the columns of the histories of queries: their newest `max_items` events."""
     columns: dict[str, Column] = {}
+    begin, end = past.rows.offsets[:-1], past.rows.offsets[1:]
     for name, feature in histories_of(dataset.schema.query).items():
-        first = np.maximum(seen.offsets[1:] - feature.max_items, seen.offsets[:-1])
-        newest = gather_ranges(seen.values, first, seen.offsets[1:])
+        first = np.maximum(end - feature.max_items, begin)
+        newest = gather_ranges(past.rows.values, first, end)
         columns[name] = Ragged(item_codes(dataset.catalogue.codes(str(feature.of), newest.values)), newest.offsets)
+        columns |= {f"{name}.{key}": gather_ranges(f.values, first, end) for key, f in past.features.items()}
     return columns
 
 

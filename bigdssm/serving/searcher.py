@@ -210,8 +210,7 @@ class Searcher:
         ]
 
     def _columns(self, queries: Sequence[Query]) -> dict[str, Column]:
-        schema = self._folder.schema
-        return {name: ragged.concat([query.columns[name] for query in queries]) for name in schema.query}
+        return {name: ragged.concat([query.columns[name] for query in queries]) for name in queries[0].columns}
 
     def encode(self, queries: Sequence[Query]) -> np.ndarray:
         """Encode queries to index vectors, float32 [m, D+1]."""

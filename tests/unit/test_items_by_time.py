@@ -95,8 +95,8 @@ def test_a_history_has_the_versions_of_its_events_and_a_target_the_newest(tmp_pa
     }
     assert dataset.catalogue.keys(np.arange(2)) == ["b", "a"], "documents are numbered by their first row"
     assert facts_at(dataset, np.arange(2)) == [("kind 2", 2.0, "b"), later], "the catalogue has the newest features"
-    _, events = read_user(dataset, "u")
-    (newest,) = histories(dataset, Ragged(events, np.array([0, len(events)]))).values()
+    _, past = read_user(dataset, "u")
+    (newest,) = histories(dataset, past).values()
     assert isinstance(newest, Ragged) and len(set(newest.values.tolist())) == 1, "as of now, too"
     assert verify_dataset(tmp_path / "out") == []
     assert len(sample_rows(dataset, count=5)) == 5

@@ -16,7 +16,7 @@ from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.retrieval.search import histories
+from bigdssm.retrieval.search import PastEvents, histories
 
 HISTORY = History(of="item", max_items=5)
 CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})
@@ -101,7 +101,7 @@ def test_an_item_without_a_value_is_no_end_of_a_history(tmp_path: Path) -> None:
     expected = [a, unknown, b, unknown, a]
     assert rows.query["past"].values.tolist() == expected  # type: ignore[union-attr]
     seen = Ragged(np.arange(5), np.array([0, 5]))
-    assert histories(dataset, seen)["past"].values.tolist() == expected  # type: ignore[union-attr]
+    assert histories(dataset, PastEvents.of_items(dataset.schema, seen))["past"].values.tolist() == expected  # type: ignore[union-attr]
     given = [{"past": ["a", None, "b", None, "a"]}]
     columns, _ = columns_of_values(given, dataset.schema.query, dataset.schema.doc, None)
     assert columns["past"].values.tolist() == expected  # type: ignore[union-attr]

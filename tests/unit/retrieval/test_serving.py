@@ -100,7 +100,7 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
 def test_a_profile_with_live_events_and_a_filter(
     client: TestClient, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    events = [{"item": "i9", "time": 20.0, "action": "view"}, {"item": "i2", "time": 10.0}, {"item": "i8", "time": 40}]
+    events = [{"item": "i9", "time": 20.0, "features": {}}, {"item": "i2", "time": 10.0}, {"item": "i8", "time": 40}]
     body = {
         "features": {"age": 33, "occupation": "artist"}, "events": [*events, {"item": "sold out", "time": 1}],
         "now": 30, "filter": 'genres in (Comedy, "Drama") and year < 1995',
