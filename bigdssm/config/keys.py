@@ -444,7 +444,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved config as plain containers, for a YAML or JSON file."""
         content = asdict(self)
-        for side in ("query", "doc"):
+        for side in ("query", "doc", "event"):
             features: dict[str, Feature] = getattr(self.data, side)
             content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
         return cast(dict[str, Any], json.loads(json.dumps(content, default=_plain)))

@@ -23,10 +23,10 @@ from bigdssm.dataset.catalogue import (
 from bigdssm.dataset.keys import SortedKeys, shuffle_keys, uniform
 from bigdssm.dataset.partition import Partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
-from bigdssm.dataset.rows import TIME_COLUMN, VERSION_COLUMN
+from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.ragged import Ragged, offsets_of
-from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
+from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, spool_columns
 from bigdssm.ingest.engines.local import (
     LocalEngine,
     RowFile,
@@ -66,7 +66,6 @@ BUCKET = pa.schema(
 )
 POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
 TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
-EXISTING_EVENT = np.dtype([("user", np.int64), ("item", np.int64), ("time", np.float64), ("relevance", np.float32)])
 
 
 @dataclass(frozen=True)
@@ -106,37 +105,35 @@ class EarlierEvents:
                     pieces.append(table.take_slices(name, rows[new], starts, ends))
         return {name: Ragged.concat(pieces).take(row_of_user) for name, pieces in pieces_by_name.items()}
 
-    def compare(
-        self, user_ids: np.ndarray, item: np.ndarray, time: np.ndarray, relevance: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def compare(self, user_ids: np.ndarray, new: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the mask of existing events, and each user's newest time (−inf: none).
 
-        An event exists if all four values are equal. Arrays are [events], of the types of EXISTING_EVENT.
+        `new` has the list columns of sequences; an event exists if all of its values are equal. Arrays are [events].
         """
         users, user = np.unique(user_ids, return_inverse=True)
         last = self.take(users, {TIME_COLUMN: np.float64}, last=True)[TIME_COLUMN]
         newest = np.full(len(users), -np.inf)
         newest[last.lengths > 0] = last.values
         repeated = np.zeros(len(user_ids), bool)
-        candidates = np.flatnonzero(time <= newest[user])
+        candidates = np.flatnonzero(new[TIME_COLUMN] <= newest[user])
         if len(candidates):
             old_users, new_user = np.unique(user_ids[candidates], return_inverse=True)
-            columns = {"items": np.int32, TIME_COLUMN: np.float64, "relevance": np.float32}
-            items, times, relevances = self.take(old_users, columns).values()
-            known_user = np.repeat(np.arange(len(old_users)), items.lengths)
-            existing = _events(known_user, items.values, times.values, relevances.values)
-            repeated[candidates] = np.isin(
-                _events(new_user, item[candidates], time[candidates], relevance[candidates]), existing
-            )
+            types = {name: np.int32 if name == "items" else values.dtype.type for name, values in new.items()}
+            stored = self.take(old_users, types)
+            known_user = np.repeat(np.arange(len(old_users)), stored["items"].lengths)
+            existing = _comparable(known_user, {name: column.values for name, column in stored.items()})
+            given = _comparable(new_user, {name: new[name][candidates].astype(types[name]) for name in types})
+            repeated[candidates] = np.isin(given, existing)
         return repeated, newest[user]
 
 
-def _events(user: np.ndarray, item: np.ndarray, time: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+def _comparable(user: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pack events into one comparable value each, [events]."""
-    events = np.empty(len(user), EXISTING_EVENT)
-    for name, values in zip(EXISTING_EVENT.names or (), (user, item, time, relevance), strict=True):
-        events[name] = values + 0  # −0.0 becomes 0.0: values are compared by bytes
-    return events.view(np.dtype((np.void, EXISTING_EVENT.itemsize)))
+    events = np.empty(len(user), [("user", np.int64), *((name, values.dtype) for name, values in columns.items())])
+    events["user"] = user
+    for name, values in columns.items():
+        events[name] = values + values.dtype.type(0)  # −0.0 becomes 0.0: values are compared by bytes
+    return events.view(np.dtype((np.void, events.dtype.itemsize)))
 
 
 @dataclass(frozen=True)
@@ -207,9 +204,10 @@ class Events:
     sequence: np.ndarray  # int32: within this range, from 0
     position: np.ndarray  # int32: within the new events of the sequence
     offsets: np.ndarray  # int64 [sequences + 1]
+    features: dict[str, np.ndarray]  # encoded, by name
 
     @classmethod
-    def of(cls, rows: pa.Table, lengths: np.ndarray) -> Events:
+    def of(cls, rows: pa.Table, lengths: np.ndarray, event: Mapping[str, Feature]) -> Events:
         """Group rows of BUCKET, in table order, into the events of sequences with these lengths."""
         by_time = stable_order(rows.column("time").to_numpy())
         order = by_time[np.argsort(rows.column("sequence").to_numpy()[by_time], kind="stable")]
@@ -219,11 +217,13 @@ class Events:
         offsets = offsets_of(lengths)
         sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         position = np.arange(len(item), dtype=np.int32) - offsets.astype(np.int32)[sequence]
-        return cls(item, time, relevance, ordinal, sequence, position, offsets)
+        encoded = encode_columns(canonical_columns(rows, "e", event), event, None, large=True)
+        features = {name: np.asarray(column)[order] for name, column in encoded.items()}
+        return cls(item, time, relevance, ordinal, sequence, position, offsets, features)
 
 
 def _cut_range(
-    buckets: Sequence[Path], sequences: RowTable, num_events: int, user: dict[str, Feature],
+    buckets: Sequence[Path], sequences: RowTable, num_events: int, user: dict[str, Feature], event: dict[str, Feature],
     text: TextTokenizer | None, how: str, thresholds: tuple[float, float, float], targets_per_row: int, seed: int,
     earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None, job: tuple[int, tuple[int, int]],
     folder: Path,
@@ -231,7 +231,7 @@ def _cut_range(
     """Cut a range of sequences, with its bucket of events, into a sequence file and rows; see `cut_sequences`."""
     number, (first, last) = job
     rows_of_users = sequences.read(first, last)
-    events = Events.of(read_bucket(buckets, number), rows_of_users.column("length").to_numpy())
+    events = Events.of(read_bucket(buckets, number), rows_of_users.column("length").to_numpy(), event)
     user_ids = rows_of_users.column("user_id").to_numpy()
     # the list columns of the sequences: existing events followed by the new ones
     lists = {"items": events.item, "relevance": events.relevance}
@@ -239,6 +239,7 @@ def _cut_range(
         lists[TIME_COLUMN] = events.time
     if versions is not None:
         lists[VERSION_COLUMN] = versions.find(events.item, events.time)
+    lists |= {EVENT_PREFIX + name: values for name, values in events.features.items()}
     before = earlier.take(user_ids, {name: values.dtype.type for name, values in lists.items()})
     columns = {
         "query_key": rows_of_users.column("key").combine_chunks().cast(pa.large_string()),
@@ -313,15 +314,15 @@ def _rows_of_targets(
 
 def cut_sequences(
     run: Ingestion, events: RowTable, sequences: RowTable, keys: SortedKeys, user: dict[str, Feature],
-    text: TextTokenizer | None, *, how: str, thresholds: tuple[float, float, float], targets_per_row: int, seed: int,
-    earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
+    event: dict[str, Feature], text: TextTokenizer | None, *, how: str, thresholds: tuple[float, float, float],
+    targets_per_row: int, seed: int, earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
 ) -> tuple[list[Path], list[dict[str, Any]]]:  # fmt: skip
     """Cut all sequences; create the table `cut_positives` of train positives.
 
     `events` are in the order of their table; `keys` finds sequences by user_id; `user` are the features of a sequence's
-    user; `how` is the split, with the start times (`thresholds`) of validation, test and train after it; `versions`: if
-    items have times. Returns the folders of the splits' rows, sorted by sequence and position, and {"file", "rows",
-    "checksum"} per sequence file.
+    user, `event` those of an event; `how` is the split, with the start times (`thresholds`) of validation, test and
+    train after it; `versions`: if items have times. Returns the folders of the splits' rows, sorted by sequence and
+    position, and {"file", "rows", "checksum"} per sequence file.
     """
     engine = run.engine
     # each file's range of sequences has at most EVENTS_PER_FILE events, or one sequence
@@ -334,11 +335,11 @@ def cut_sequences(
             file_ranges.append((first + start, first + stop))
             start, before = stop, int(ends[stop - 1])
     jobs = list(enumerate(file_ranges))
-    assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]))
+    assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]), spool_columns("e", event))
     buckets = write_buckets(engine, "event_buckets", events, assign, len(jobs))
     work = partial(
-        _cut_range, buckets, sequences, events.num_rows, user, text, how, thresholds, targets_per_row, seed, earlier,
-        has_times, versions,
+        _cut_range, buckets, sequences, events.num_rows, user, event, text, how, thresholds, targets_per_row, seed,
+        earlier, has_times, versions,
     )  # fmt: skip
     folders = engine.map("cut", jobs, work, rows=events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
@@ -358,9 +359,13 @@ def cut_sequences(
     return folders, move_files(folders, run.writer.partition_dir)
 
 
-def _by_range(keys: SortedKeys, firsts: np.ndarray, events: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    """Assign events to ranges of sequences, given by their first sequences."""
+def _by_range(
+    keys: SortedKeys, firsts: np.ndarray, features: Sequence[tuple[str, pa.DataType]], events: pa.Table
+) -> tuple[pa.Table, np.ndarray]:
+    """Assign events to ranges of sequences, given by their first sequences; `features` are columns of events."""
     sequence = keys.find(events.column("user_id").to_numpy())
     file = np.searchsorted(firsts, sequence, "right") - 1
-    columns = [events.column(name) for name in ("place", "item", "time", "relevance")]
-    return pa.table([*columns, sequence - firsts[file]], names=BUCKET.names).cast(BUCKET), file
+    schema = pa.schema([*BUCKET, *features])
+    columns = {name: events.column(name) for name in schema.names if name != "sequence"}
+    columns["sequence"] = pa.array(sequence - firsts[file])
+    return pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema), file

@@ -179,7 +179,8 @@ def fit(
         if base.siamese:  # each side keeps its source columns
             doc = fitted["doc"]
             fitted["query"] = {name: replace(doc[name], column=query.column) for name, query in base.query.items()}
-        schema = replace(base, query=base.query | fitted.get("query", {}), doc=base.doc | fitted.get("doc", {}))
+        query, doc, event = (getattr(base, side) | fitted.get(side, {}) for side in ("query", "doc", "event"))
+        schema = replace(base, query=query, doc=doc, event=event)
     if not schema.has_text:
         return schema, None
     if not folder.exists():

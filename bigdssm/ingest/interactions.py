@@ -21,10 +21,10 @@ from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_f
 from bigdssm.dataset.keys import SortedKeys, hash_rows
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
-from bigdssm.dataset.rows import TIME_COLUMN, VERSION_COLUMN
+from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Feature, TextTokenizer, encode_columns, stored_features
+from bigdssm.features import Elapsed, Feature, TextTokenizer, encode_columns, stored_features
 from bigdssm.features.canonical import canonical
 from bigdssm.features.columns import (
     RowCheck,
@@ -171,12 +171,15 @@ def make_interactions(
             f"{tables.items}, column {tables.items_time_column!r}": item_times,
             f"{tables.users}, column {tables.users_time_column!r}": user_times,
         }
-        sequences, event_rows = read_events(run, tables, user, documents, events, other_times, earlier)
+        event = stored_features(base.event)
+        sequences, event_rows = read_events(run, tables, user, event, documents, events, other_times, earlier)
         writer.quarantine.check()
         sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
         if user:
             fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
             sides.append(FittedSide("query", engine.select("fitted_users", fitted, order="place, user_id"), "u", user))
+        if event:
+            sides.append(FittedSide("event", event_rows, "e", event))
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
@@ -185,8 +188,8 @@ def make_interactions(
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
         features = stored_features(schema.query)
         folders, cut = cut_sequences(
-            run, event_rows, sequences, SortedKeys([key_file]), features, text, how=split,
-            thresholds=(split_times.validation, split_times.test, split_times.train_from),
+            run, event_rows, sequences, SortedKeys([key_file]), features, stored_features(schema.event), text,
+            how=split, thresholds=(split_times.validation, split_times.test, split_times.train_from),
             targets_per_row=config.targets_per_row, seed=target.seed, earlier=earlier,
             has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
@@ -245,6 +248,9 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
         raise ConfigError(f"{tables.interactions}: rows from Spark have no order; name a --time-column")
     if tables.users_time_column is not None and tables.users is None:
         raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
+    for name, feature in config.event.items():
+        if isinstance(feature, Elapsed) and tables.time_column is None:
+            raise ConfigError(f"data.event.{name}: type elapsed needs the times of events; name a --time-column")
     for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column)):
         if column is not None and tables.time_column is None:
             raise ConfigError(f"--{side}-time-column {column} needs a --time-column of the events")
@@ -395,10 +401,11 @@ def _read_user_part(
 
 
 def read_events(
-    run: Ingestion, tables: InteractionTables, user: dict[str, Feature], documents: DistinctDocuments, events: Source,
-    other_times: Mapping[str, Sequence[Mapping[str, Any]]], earlier: EarlierEvents,
+    run: Ingestion, tables: InteractionTables, user: dict[str, Feature], event: dict[str, Feature],
+    documents: DistinctDocuments, events: Source, other_times: Mapping[str, Sequence[Mapping[str, Any]]],
+    earlier: EarlierEvents,
 ) -> tuple[RowTable, RowTable]:  # fmt: skip
-    """Read the events; return the sequences, and the events in table order.
+    """Read the events, with their features `event`; return the sequences, and the events in table order.
 
     A sequence has user_id, key, `length` (events), and its user's newest features. `other_times` are the facts of time
     columns in other tables. Raises DataError: no events remain, or times in several units.
@@ -408,9 +415,10 @@ def read_events(
     until = None if split_times is None else split_times.until
     compared_with = earlier if earlier.parts and tables.time_column else None
     names = ("user_column", "item_column", "time_column", "rating_column")
-    columns = column_options(*((getattr(tables, name), f"--{name.replace('_', '-')}") for name in names))
-    work = partial(_read_event_part, columns, tables, documents.keys, until, compared_with)
-    folders = run.read("events", [events], columns, work)
+    options = ((getattr(tables, name), f"--{name.replace('_', '-')}") for name in names)
+    columns = column_options(*options, *feature_columns(event, "event"))
+    work = partial(_read_event_part, columns, tables, event, documents.keys, until, compared_with)
+    folders = run.read("events", [events], columns, work, event.values())
     facts = [read_facts(folder) for folder in folders]
     if compared_with is not None:  # before other checks: in another unit all events are older, or newer
         where = f"{events.name}, column {tables.time_column!r}, with the events of {run.writer.out},"
@@ -470,8 +478,8 @@ def _at_least(ratings: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _read_event_part(
-    columns: Mapping[str, str], tables: InteractionTables, known_items: SortedKeys, until: float | None,
-    earlier: EarlierEvents | None, part: TablePart, folder: Path,
+    columns: Mapping[str, str], tables: InteractionTables, event: dict[str, Feature], known_items: SortedKeys,
+    until: float | None, earlier: EarlierEvents | None, part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
     """Read a part of the events; those from `until` on, and those in `earlier` (for an append) are dropped."""
     num_repeated = 0
@@ -491,11 +499,16 @@ def _read_event_part(
         relevance = ratings if tables.positive_rating is None else _at_least(ratings, tables.positive_rating)
         relevance = relevance.astype(np.float32)
         user_ids = hash_strings(users)
+        features = canonical(check, event)
+        good = good & check.good
         units.add(time[good])
         if earlier is not None:
             # events older than their user's newest existing event are marked bad
             repeated, newest = np.zeros(len(good), bool), np.full(len(good), -np.inf)
-            repeated[good], newest[good] = earlier.compare(user_ids[good], item[good], time[good], relevance[good])
+            encoded = encode_columns(features, event, None, large=True)
+            of_event = {EVENT_PREFIX + name: np.asarray(column)[good] for name, column in encoded.items()}
+            new = {"items": item[good], TIME_COLUMN: time[good], "relevance": relevance[good], **of_event}
+            repeated[good], newest[good] = earlier.compare(user_ids[good], new)
             num_repeated += int(repeated.sum())
             older = ~repeated & (time < newest)
             older_rows = np.flatnonzero(older).tolist()
@@ -508,12 +521,14 @@ def _read_event_part(
             good = good & ~repeated & ~older
         ordinals = row_ordinals(part, check.batch)[good]
         added = [ordinals, user_ids[good], item[good], time[good], relevance[good]]
-        event_file.add(pa.table(added, schema=EVENT))
+        added += [column.filter(pa.array(good)) for column in features.columns]
+        event_file.add(pa.table(added, schema=schema))
         ones = np.ones(len(ordinals), np.int64)
         first.add(pa.table([ordinals, user_ids[good], users.filter(pa.array(good)), ones], schema=SEQUENCE))
 
+    schema = pa.schema([*EVENT, *spool_columns("e", event)])
     with (
-        RowFile(folder / "events.parquet", EVENT) as event_file,
+        RowFile(folder / "events.parquet", schema) as event_file,
         RowFile(folder / "sequences.parquet", SEQUENCE) as sequence_file,
         FirstRows(sequence_file, "user_id", count="length") as first,
     ):

@@ -16,7 +16,7 @@ from bigdssm.dataset.schema import QUARANTINE_FILE
 from bigdssm.errors import DataError
 from bigdssm.features import Decoder, Feature
 from bigdssm.features.ragged import Ragged
-from bigdssm.loader.batch import Collator
+from bigdssm.loader.batch import Collator, inputs_of_events
 
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000
@@ -83,7 +83,8 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         rows = dataset.rows(split, 0, index.first_row[block] + good, batch.take(pa.array(good)))
         for name, column in rows.query.items():
             if isinstance(column, Ragged):
-                lengths.setdefault(f"query.{name}", []).append(column.lengths)
+                if "." not in name:  # else of the history that it belongs to
+                    lengths.setdefault(f"query.{name}", []).append(column.lengths)
         pairs.append(pair_hash(rows.query_ids, rows.doc_rows))
     sample = np.unique(np.linspace(0, dataset.catalogue.num_docs - 1, MAX_SCAN_DOCS).astype(np.int64))
     for name, column in dataset.catalogue.columns(sample).items():
@@ -103,7 +104,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
             rows_queries_blocks = (content["rows"], content["queries"], content["blocks"])
             sizes.append(SplitSize(partition.name, split_name, *rows_queries_blocks, len(files), num_bytes))
     quarantine = dataset.dir / QUARANTINE_FILE
-    features = [(side, feature) for side in ("query", "doc") for feature in getattr(dataset.schema, side).values()]
+    features = [(side, feature) for side, by_name in dataset.schema.sides.items() for feature in by_name.values()]
     caps = {f"{side}.{feature.name}": feature.max_length for side, feature in features}
     return Description(
         sizes=sizes,
@@ -155,6 +156,10 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
         row: dict[str, Any] = {"row": int(batch.row_ids[i]), "relevance": float(batch.relevance[i])}
         for name, feature in dataset.schema.query.items():
             row[f"query.{name}"] = feature.display(batch.query[name][i].numpy(), decoder)
+            for event in inputs_of_events(name, batch.query):
+                of_event = dataset.schema.event[event.removeprefix(f"{name}.")]
+                values = batch.query[event][i][: batch.query_lengths[name].used[i]].numpy()
+                row[f"query.{event}"] = [of_event.display(value, decoder) for value in values]
         for name, feature in dataset.schema.doc.items():
             row[f"doc.{name}"] = feature.display(batch.doc[name][int(batch.positive[i])].numpy(), decoder)
         decoded.append(row)

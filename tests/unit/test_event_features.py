@@ -1,0 +1,224 @@
+"""Features of events: from a table to histories, by an independent reference; appends, requests, and refused input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigdssm.config import DataConfig, load_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Categorical, Elapsed, History, Numeric
+from bigdssm.features.canonical import columns_of_values
+from bigdssm.features.elapsed import elapsed_codes
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestReport, IngestTarget
+from bigdssm.loader.inspection import sample_rows
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.search import PastEvents, Queries, histories
+
+DAY = 86_400
+EVENT = {"action": Categorical(column="event_type"), "price": Numeric(log=True), "gap": Elapsed()}
+QUERY = {"past": History(of="item", max_items=6), "brands": History(of="brand", max_items=4)}
+DOC = {"item": Categorical(column="item_id"), "brand": Categorical()}
+CONFIG = DataConfig(dir="", query=QUERY, doc=DOC, event=EVENT, targets_per_row=4)
+ITEMS = pa.table({"item_id": [f"i{n}" for n in range(30)], "brand": [f"b{n % 7}" for n in range(30)]})
+
+
+def rows_of_events(seed: int, number: int, start: int, unit: int = 1) -> list[dict[str, Any]]:
+    """Draw events of 12 users in any order, some of them at one time, with missing actions and prices."""
+    random = np.random.RandomState(seed)
+    return [
+        {
+            "user_id": f"u{random.randint(12)}",
+            "item_id": f"i{random.randint(30)}",
+            "timestamp": (start + 7 * n // 3 * int(10 ** random.uniform(0, 3))) * unit,
+            "event_type": [None, "view", "cart", "buy"][random.randint(4)],
+            "price": None if random.rand() < 0.2 else float(random.randint(1, 99)),
+        }
+        for n in range(number)
+    ]
+
+
+def make(
+    folder: Path, rows: list[dict[str, Any]], partition: str | None = None, config: DataConfig = CONFIG, **options: Any
+) -> IngestReport:
+    pq.write_table(pa.Table.from_pylist(rows), folder / "events.parquet")
+    pq.write_table(ITEMS, folder / "items.parquet")
+    tables = InteractionTables(folder / "events.parquet", folder / "items.parquet", **{"split": "time", **options})
+    target = IngestTarget(folder / "out", partition or "base", append=partition is not None, processes=1)
+    return make_interactions(config, tables, target)
+
+
+def sequences(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the events by user, in order of time and then of the table."""
+    by_user: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["timestamp"]):
+        by_user.setdefault(row["user_id"], []).append(row)
+    return by_user
+
+
+def expected(events: list[dict[str, Any]], first: int, actions: list[str], unit: int = 1) -> dict[str, list[float]]:
+    """Return the features of the events from position `first` on."""
+    times = [None, *(event["timestamp"] for event in events)]
+    gaps = [np.nan if before is None else (now - before) / unit for before, now in pairwise(times)]
+    return {
+        "action": [0 if e["event_type"] is None else actions.index(e["event_type"]) + 2 for e in events[first:]],
+        "price": [np.nan if e["price"] is None else e["price"] for e in events[first:]],
+        "gap": elapsed_codes(np.array(gaps, float))[first:].tolist(),
+    }
+
+
+def assert_histories(dataset: Dataset, events: dict[str, list[dict[str, Any]]], split: str, unit: int = 1) -> int:
+    """Compare all histories of a split with the reference; return the number of events."""
+    actions, compared = list(dataset.schema.event["action"].vocabulary), 0  # type: ignore[attr-defined]
+    for rows in dataset.iterate(split, 16):
+        assert rows.sequences is not None and rows.sequence is not None and rows.position is not None
+        users = rows.sequences.strings("query_key", rows.sequence)
+        for i, (user, position) in enumerate(zip(users, rows.position.tolist(), strict=True)):
+            for history, feature in QUERY.items():
+                first = max(0, position - feature.max_items)
+                for name, values in expected(events[user][:position], first, actions, unit).items():
+                    column: Any = rows.query[f"{history}.{name}"]
+                    found = column.values[column.offsets[i] : column.offsets[i + 1]]
+                    np.testing.assert_array_equal(found, np.array(values, found.dtype), f"{user} {history}.{name}")
+                    compared += len(found)
+    return compared
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_histories_have_the_features_of_their_events(tmp_path: Path, unit: int) -> None:
+    rows = rows_of_events(0, 300, 1_700_000_000, unit)
+    make(tmp_path, rows)
+    dataset = Dataset.open(tmp_path / "out")
+    for name in ("dataset.json", "schema.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["format"] == 2
+    for split in ("train", "validation", "test"):
+        assert assert_histories(dataset, sequences(rows), split, unit) > 50
+    shown = sample_rows(dataset, count=3)[0]
+    assert set(shown["query.past.action"]) <= {"view", "cart", "buy", None} and len(shown["query.past.gap"]) > 0
+
+
+def test_datasets_without_features_of_events_stay_as_they_are(tmp_path: Path) -> None:
+    make(tmp_path, rows_of_events(0, 200, 1_700_000_000), config=replace(CONFIG, event={}))
+    content = json.loads((tmp_path / "out" / "schema.json").read_text())
+    assert content["format"] == 1 and "event" not in content
+    dataset = Dataset.open(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["format"] == 1
+    assert dataset.sequences is not None and not any(
+        name.startswith("event.") for name in dataset.sequences.schema.names
+    )
+    assert list(next(dataset.iterate("test", 5)).query) == list(QUERY)
+
+
+def test_an_append_compares_events_with_their_features(tmp_path: Path) -> None:
+    first = rows_of_events(1, 200, 1_700_000_000)
+    make(tmp_path, first)
+    newest = {user: events[-1] for user, events in sequences(first).items()}
+    same_time = [{**event, "event_type": "returned", "price": 5.0} for event in newest.values()]
+    later = rows_of_events(2, 60, 1_800_000_000)
+    report = make(tmp_path, [*first, *same_time, *later], "day2")
+    assert [note for note in report.notes if "already" in note] == [
+        f"200 interactions are in {tmp_path / 'out'} already and are dropped"
+    ]
+    dataset = Dataset.open(tmp_path / "out", ["day2"])
+    assert "returned" in list(dataset.schema.event["action"].vocabulary)  # type: ignore[attr-defined]
+    events = sequences([*first, *same_time, *later])
+    assert (
+        sum(
+            assert_histories(dataset, events, split)
+            for split in ("validation", "test", "train")
+            if dataset.num_rows(split)
+        )
+        > 50
+    )
+    # A view of the dataset by the schema of the first day: the new action is out of vocabulary.
+    sizes = dataset.schema.vocabulary_sizes()
+    view = dataset.with_schema(dataset.schema.cut({**sizes, "event": {"action": 3}}))
+    (rows,) = view.iterate("test", 1000)
+    values = rows.query["past.action"].values  # type: ignore[union-attr]
+    assert values.max() == 4 and (values == 1).any()
+
+
+def test_requests_have_the_features_of_stored_and_given_events(tmp_path: Path) -> None:
+    rows = rows_of_events(3, 150, 1_700_000_000)
+    make(tmp_path, rows)
+    dataset = Dataset.open(tmp_path / "out")
+    events, actions = sequences(rows), list(dataset.schema.event["action"].vocabulary)  # type: ignore[attr-defined]
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=False)
+    user = max(events, key=lambda key: len(events[key]))
+    now = events[user][-1]["timestamp"]
+    given = [Event("i3", now + 60, {"action": "buy", "price": 7.5}), Event("i4", now + DAY)]
+    query = queries.of(Request(user=user, events=given))
+    live = [
+        {"timestamp": now + 60, "event_type": "buy", "price": 7.5},
+        {"timestamp": now + DAY, "event_type": None, "price": None},
+    ]
+    every = [*events[user], *live]
+    reference = expected(every, len(every) - 6, actions)
+    for name, values in reference.items():
+        np.testing.assert_array_equal(query.columns[f"past.{name}"].values, values)  # type: ignore[union-attr]
+    # The same from Python values, and of stored users in bulk.
+    items = [event["item_id"] for event in events[user]] + ["i3", "i4"]
+    seconds = np.diff([event["timestamp"] for event in every], prepend=np.nan)
+    row = {
+        "past": items, "past.action": [event["event_type"] for event in every],
+        "past.price": [event["price"] for event in every], "past.gap": seconds,
+    }  # fmt: skip
+    columns, _ = columns_of_values([row], dataset.schema.query, dataset.schema.doc, None, dataset.schema.event)
+    for name, values in reference.items():
+        np.testing.assert_array_equal(columns[f"past.{name}"].values, values)  # type: ignore[union-attr]
+    assert (columns["brands.gap"].values == 1).all()  # type: ignore[union-attr]
+    table: Any = dataset.sequences
+    number = np.array([table.strings("query_key", np.arange(table.num_rows)).index(user)])
+    stored = histories(dataset, PastEvents.of_users(dataset, table, number))
+    for name, values in expected(events[user], max(0, len(events[user]) - 6), actions).items():
+        np.testing.assert_array_equal(stored[f"past.{name}"].values, values)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="'kind' is not a feature of events; they are: action, price"):
+        queries.of(Request(user=user, events=[Event("i3", now + 60, {"kind": "buy"})]))
+    with pytest.raises(ConfigError, match="price is 'dear', needs a number"):
+        queries.of(Request(user=user, events=[Event("i3", now + 60, {"price": "dear"})]))
+    with pytest.raises(DataError, match=r"past\.action has lists of other lengths than past"):
+        columns_of_values([{**row, "past.action": ["buy"]}], dataset.schema.query, dataset.schema.doc, None, EVENT)
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        ({"words": {"type": "text"}}, r"data\.event\.words: got type text .*, needs one value per event"),
+        ({"tags": {"type": "categorical", "multi": True}}, r"data\.event\.tags: .* categorical without multi"),
+        ({"past": {"type": "history", "of": "item"}}, r"data\.event\.past: got type=history on side event"),
+    ],
+)
+def test_types_of_several_values_are_refused(tmp_path: Path, event: dict[str, Any], sentence: str) -> None:
+    config = {
+        "run": {"dir": "r"}, "data": {"dir": "d", "query": {"past": {"type": "history", "of": "item"}}, "event": event,
+        "doc": {"item": {"type": "categorical"}}},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_refused_events(tmp_path: Path) -> None:
+    rows = rows_of_events(4, 100, 1_700_000_000)
+    with pytest.raises(ConfigError, match=r"data\.event\.gap: type elapsed needs the times of events"):
+        make(tmp_path, rows, time_column=None, split="leave-one-out")
+    with pytest.raises(DataError, match=r"event_type.*data\.event\.action"):
+        make(tmp_path, [{key: value for key, value in row.items() if key != "event_type"} for row in rows])
+    with pytest.raises(ConfigError, match=r"data\.doc\.gap: got type=elapsed on side doc"):
+        EVENT["gap"].check("data.doc.gap", "doc", DOC)
+    make(tmp_path, rows)
+    with pytest.raises(ConfigError, match=r"event features \[.*\] against \[.*\]"):
+        make(tmp_path, rows, "day2", replace(CONFIG, event={"action": EVENT["action"]}))
+    milliseconds = [{**row, "timestamp": row["timestamp"] * 1000} for row in rows]
+    with pytest.raises(DataError, match="mixes units of time"):
+        make(tmp_path, milliseconds, "day2")
