@@ -81,6 +81,11 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     if not kind.keeps_adapters:
         source = replace(source, model=without_adapters(source.model))
     target = kind.format
+    if source.model.schema.event and target != model_format.ModelExport.format:
+        raise ConfigError(
+            f"--format {target}: the model reads features of events ({', '.join(source.model.schema.event)}), which the "
+            "format has no inputs for; use --format model"
+        )
     if not kind.keeps_tables:
         source = replace(source, model=with_dense_tables(source.model, target))
     out = real_path(out)

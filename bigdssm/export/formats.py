@@ -89,6 +89,9 @@ class Probe:
                 columns[name] = encode_values(feature, self.texts[side][name], self._tokenizer)
             else:
                 columns[name] = feature.probe(self._random, self._rows, schema.doc)
+            if isinstance(feature, History) and isinstance(items := columns[name], Ragged):
+                of_events = {key: f.probe(self._random, len(items.values), {}) for key, f in schema.event.items()}
+                columns |= {f"{name}.{key}": Ragged(np.asarray(v), items.offsets) for key, v in of_events.items()}
         return to_features(schema.sides[side], columns)
 
 

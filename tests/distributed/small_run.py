@@ -80,12 +80,13 @@ def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
         words = " ".join(f"word{w}" for w in random.randint(0, 20, 1 + item % 4))
         items.append(f"i{item}\t{words} number {item}\tg{genre_of[item]} all")
     users = ["user_id\tage\tgender"] + [f"u{u}\t{20 + u % 40}\t{'MF'[u % 2]}" for u in range(NUM_USERS)]
-    events = ["user_id\titem_id\ttimestamp"]
+    events = ["user_id\titem_id\ttimestamp\taction\tprice"]
     for user in range(NUM_USERS):
         liked = np.flatnonzero(genre_of == user % NUM_GENRES)
         for time in range(14 + user % 9):
             item = time % 5 if time % 4 == 3 else liked[(time * 3 + user) % len(liked)]
-            events.append(f"u{user}\ti{item}\t{time}")
+            price = "" if time % 6 == 5 else f"{1 + (item * 3 + user) % 11}.5"
+            events.append(f"u{user}\ti{item}\t{time}\t{('view', 'buy', '')[(time + item) % 3]}\t{price}")
     for name, lines in (("items", items), ("users", users), ("events", events)):
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     content = {**CONFIG, "data": {**CONFIG["data"], "dir": str(folder / "dataset")}}

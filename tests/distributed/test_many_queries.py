@@ -24,7 +24,8 @@ from bigdssm.training.checks import check_stage
 from . import small_run
 from .spawn import Pool
 
-PIECES = ("data.targets_per_row=4", "model.query.history.positions=relative")
+EVENT = "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}}"
+PIECES = ("data.targets_per_row=4", "model.query.history.positions=relative", f"data.event={EVENT}")
 
 
 @pytest.fixture(scope="module")
