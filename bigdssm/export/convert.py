@@ -83,8 +83,8 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     target = kind.format
     if source.model.schema.event and target != model_format.ModelExport.format:
         raise ConfigError(
-            f"--format {target}: the model reads features of events ({', '.join(source.model.schema.event)}), which the "
-            "format has no inputs for; use --format model"
+            f"--format {target} has no inputs for features of events, which the model reads: "
+            f"{', '.join(source.model.schema.event)}; use --format model"
         )
     if not kind.keeps_tables:
         source = replace(source, model=with_dense_tables(source.model, target))

@@ -82,9 +82,8 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad if fault.rows])
         rows = dataset.rows(split, 0, index.first_row[block] + good, batch.take(pa.array(good)))
         for name, column in rows.query.items():
-            if isinstance(column, Ragged):
-                if "." not in name:  # else of the history that it belongs to
-                    lengths.setdefault(f"query.{name}", []).append(column.lengths)
+            if isinstance(column, Ragged) and "." not in name:  # else of the history that it belongs to
+                lengths.setdefault(f"query.{name}", []).append(column.lengths)
         pairs.append(pair_hash(rows.query_ids, rows.doc_rows))
     sample = np.unique(np.linspace(0, dataset.catalogue.num_docs - 1, MAX_SCAN_DOCS).astype(np.int64))
     for name, column in dataset.catalogue.columns(sample).items():

@@ -142,8 +142,11 @@ class HistoryEncoder(Encoder):
         if features:
             parts = [encoder(values.flatten()) for encoder, values in zip(self.event.values(), features, strict=True)]
             added = self.event_map(torch.cat(parts, dim=1))
-        layout = self._packed if isinstance(items, Packed) else self._padded
-        return cast(Tensor, self.norm(layout(items, added, query_positions)))
+        if isinstance(items, Packed):
+            vectors = self._packed(items, added, query_positions)
+        else:
+            vectors = self._padded(items, added, query_positions)
+        return cast(Tensor, self.norm(vectors))
 
     def _padded(self, items_RT: Tensor, added: Tensor | None, query_positions: QueryPositions | None) -> Tensor:
         num_rows, num_items = items_RT.shape
