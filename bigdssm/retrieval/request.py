@@ -47,7 +47,7 @@ class Request:
     )
     features: dict[str, Any] | None = field(default=None, metadata={HELP: "query feature values"})
     events: list[Event] | None = field(default=None, metadata={HELP: "recent events of the user"})
-    now: float | None = field(default=None, metadata={HELP: "later events are ignored"})
+    now: float | None = field(default=None, metadata={HELP: "later events are ignored, those of the user, too"})
     filter: str | None = field(
         default=None, metadata={HELP: "conditions that results must satisfy, such as 'year >= 1990'"}
     )

@@ -101,7 +101,7 @@ class Queries:
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
-            of_user, stored = read_user(dataset, request.user)
+            of_user, stored = read_user(dataset, request.user, request.now)
             columns |= of_user
         if request.document is not None:
             if not self._schema.siamese or dataset is None:
@@ -113,12 +113,6 @@ class Queries:
         columns |= {name: self.feature(name, value) for name, value in features.items()}
 
         live, unknown = self._events(request.events or [], request.now, stored)
-        if request.now is not None and len(stored.rows.values) and not (len(live.rows.values) or unknown):
-            # Stored events precede the given ones; without a given one, their times relative to now are unknown.
-            raise ConfigError(
-                f"now is given with the user {request.user!r}, whose events in the dataset have no times, and with no "
-                "event up to it; leave now out, or give features and events instead of the user"
-            )
         past = stored.followed_by(live)
         seen = past.rows.values
         if dataset is not None:
@@ -179,7 +173,8 @@ class Queries:
         if timed.all():
             try:
                 units = TimeUnits()
-                units.add(times if now is None else np.append(times, now))
+                newest = stored.newest_time[np.isfinite(stored.newest_time)]
+                units.add(np.concatenate([times, newest, [] if now is None else [now]]))
                 check_time_units([units.facts()], "the request")
             except DataError as error:
                 raise ConfigError(str(error)) from None
@@ -222,10 +217,15 @@ class PastEvents:
     newest_time: np.ndarray  # float64, per query; NaN without times or events
 
     @classmethod
-    def of_users(cls, dataset: Dataset, table: MappedTable, sequences: np.ndarray) -> PastEvents:
-        """Read all events of `sequences`, int64, of `table`."""
+    def of_users(
+        cls, dataset: Dataset, table: MappedTable, sequences: np.ndarray, now: float | None = None
+    ) -> PastEvents:
+        """Read all events of `sequences`, int64, of `table`; with `now`, of their times those up to it."""
         length = table.lengths("items", sequences)
         first = np.zeros_like(length)
+        if now is not None:
+            times = table.take_slices(TIME_COLUMN, sequences, first, length)
+            length = np.add.reduceat(np.append(times.values <= now, 0), times.offsets[:-1]) * (length > 0)
         items = table.take_slices("items", sequences, first, length)
         newest = np.full(len(sequences), np.nan)
         if TIME_COLUMN in table.schema.names:
@@ -257,10 +257,10 @@ class PastEvents:
         return PastEvents(joined([self.rows, later.rows]), features, later.newest_time)
 
 
-def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], PastEvents]:
-    """Read a user's feature columns, and all events.
+def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dict[str, Column], PastEvents]:
+    """Read a user's feature columns, and all events, up to `now` if given.
 
-    Raises DataError: no such user, or no sequences.
+    Raises: DataError: no such user, no sequences, or `now` in another unit; ConfigError: `now`, and no times.
     """
     table = dataset.sequences
     if table is None:
@@ -271,7 +271,13 @@ def read_user(dataset: Dataset, key: str) -> tuple[dict[str, Column], PastEvents
         raise DataError(f"no user is called {key!r}; existing users are: {some}")
     newest = rows[-1:]  # the latest partition has the full history
     columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
-    return columns, PastEvents.of_users(dataset, table, newest)
+    if now is not None:
+        if TIME_COLUMN not in table.schema.names:
+            raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
+        units = TimeUnits()
+        units.add(np.append(PastEvents.of_users(dataset, table, newest).newest_time, now))
+        check_time_units([units.facts()], f"now, and the events of {key!r}:")
+    return columns, PastEvents.of_users(dataset, table, newest, now)
 
 
 def first_users(table: MappedTable, most: int) -> list[str]:

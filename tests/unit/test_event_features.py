@@ -222,3 +222,23 @@ def test_refused_events(tmp_path: Path) -> None:
     milliseconds = [{**row, "timestamp": row["timestamp"] * 1000} for row in rows]
     with pytest.raises(DataError, match="mixes units of time"):
         make(tmp_path, milliseconds, "day2")
+
+
+def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
+    rows = rows_of_events(5, 150, 1_700_000_000)
+    make(tmp_path, rows)
+    dataset = Dataset.open(tmp_path / "out")
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=True)
+    user, events = max(sequences(rows).items(), key=lambda item: len(item[1]))
+    now = events[4]["timestamp"]
+    known = [event["item_id"] for event in events if event["timestamp"] <= now]
+    query = queries.of(Request(user=user, now=now))
+    assert dataset.catalogue.keys(query.seen) == known and len(known) < len(events)
+    assert dataset.catalogue.keys(query.excluded) == known
+    assert len(queries.of(Request(user=user, now=1_600_000_000)).seen) == 0
+    with pytest.raises(DataError, match=f"now, and the events of '{user}': mixes units of time"):
+        queries.of(Request(user=user, now=now * 1000))
+    make(tmp_path / "out", rows, config=replace(CONFIG, event={}), time_column=None, split="leave-one-out")
+    undated = Dataset.open(tmp_path / "out" / "out")
+    with pytest.raises(ConfigError, match="now is given, but the events of"):
+        Queries(undated.schema, None, undated, exclude_seen=True).of(Request(user=user, now=now))

@@ -157,8 +157,6 @@ def test_typed_features(dataset: Dataset) -> None:
         ({"user": "u7", "exclude_seen": 0}, "exclude_seen is 0, needs true or false"),
         ({"user": "u7", "top": True}, "top is True, needs a whole number"),
         ({"user": "u7", "top": 2.5}, "top is 2.5, needs a whole number"),
-        ({"user": "u7", "now": 1e9}, "events in the dataset have no times"),
-        ({"user": "u7", "events": [{"item": "i3", "time": 6}], "now": 5}, "with no event up to it"),
         ({"features": {"age": 3}, "now": "5"}, "now is '5', needs a number"),
         ({"features": {"age": 3}, "now": 10**400}, "needs a finite number"),
         ({"events": [{"item": 3}]}, "item of an event is 3, needs a text, such as '3'"),

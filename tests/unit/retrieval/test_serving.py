@@ -201,7 +201,6 @@ def test_the_nearest_documents_of_a_document(
         ({"features": {"occupation": ["a", 3, None]}}, 422, "features.occupation: needs a text of at most 10000"),
         ({"features": {"occupation": ["a", 3]}}, 400, "occupation: values of one feature need one type"),
         ({"user": "u7", "filter": 'genres = "\\ud800"'}, 400, "'\\ud800' is not valid UTF-8"),
-        ({"user": "u7", "now": 3}, 400, "events in the dataset have no times"),
         ({"user": "u7", "top": 0}, 422, "top: Input should be greater than or equal to 1, got '0'"),
         ({"user": "u7", "top": 101}, 422, "top: Input should be less than or equal to 100"),
         ({"user": "u7", "top": True}, 422, "top: Input should be a valid integer"),

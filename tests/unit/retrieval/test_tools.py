@@ -185,8 +185,9 @@ def test_search_for_a_typed_history_and_features(
 def test_search_for_a_request_as_json_is_that_of_the_options(
     tools: Tools, model_dir: Path, index_dir: Path, tmp_path: Path
 ) -> None:
-    events = [{"item": "i3", "time": 20}, {"item": "i9", "time": 10}, {"item": "i1", "time": 99}]
-    request = {"user": "u7", "features": {"age": 33}, "events": events, "now": 50, "filter": "year < 1990"}
+    times = {"i3": 1_000_020, "i9": 1_000_010, "i1": 1_000_099}  # later than the user's events
+    events = [{"item": item, "time": time} for item, time in times.items()]
+    request = {"user": "u7", "features": {"age": 33}, "events": events, "now": 1_000_050, "filter": "year < 1990"}
     (tmp_path / "request.json").write_text(json.dumps({**request, "exclude_seen": False, "top": 7}))
     command = ("search", "--model", model_dir, "--index", index_dir)
     out = tools.ran(
