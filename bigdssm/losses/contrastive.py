@@ -41,7 +41,7 @@ from bigdssm.losses.inputs import (
     raise_on_all_ranks,
     require,
 )
-from bigdssm.losses.kernels import Gradients, ScorePasses, gather_columns, product_precision, triton_passes
+from bigdssm.losses.kernels import GradientSums, ScorePasses, gather_columns, product_precision, triton_passes
 from bigdssm.losses.masks import (
     KnownPositives,
     find_false_negatives,
@@ -193,7 +193,7 @@ def contrastive_loss(
 
         # G of the shared columns, reduced to the ranks of its columns; then that of the candidates and the positives.
         if passes is None:
-            gradients = Gradients.zeros(x, sizes.grad_flags, n)
+            gradients = GradientSums.zeros(x, sizes.grad_flags, n)
         else:
             gradients = passes.reduce_to_local(result.column_gradients)
             if shared_index is not None:  # from the shared columns to all columns of this rank
@@ -255,7 +255,9 @@ def _shared_columns(x: LossInputs, columns: str, group: Group | None) -> tuple[L
         x = replace(x, doc_ids=torch.arange(first, first + x.W.shape[0], device=x.W.device))
     # values out of range are rejected later, on all ranks together
     positive = x.positive.clamp(0, max(0, x.W.shape[0] - 1))
-    index, positive = torch.unique(positive[: None if columns == "in_batch" else 0], return_inverse=True)
+    if columns == "none":
+        positive = positive[:0]
+    index, positive = torch.unique(positive, return_inverse=True)
     names = ("W", "beta", "neg_bias", "doc_ids")
     subset: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[index] for name in names}
     return x, replace(x, positive=positive, **subset), index
@@ -288,7 +290,7 @@ class _Candidates:
             score = score if bias is None else score + bias.detach().double()[column_mk]
         return torch.where(self.used_mk, score, -math.inf)
 
-    def add_gradients(self, G_mk: Tensor, sums: Gradients) -> None:
+    def add_gradients(self, G_mk: Tensor, sums: GradientSums) -> None:
         """Add the candidates' G to the gradient sums of this rank's vectors and biases."""
         x, column_mk, G = self._x, self._column_mk, G_mk.to(self._x.acc)
         for rows, vectors in self._chunks():
@@ -310,7 +312,7 @@ class _Candidates:
 
 
 def _finish_gradients(
-    x: LossInputs, sizes: GlobalSizes, sums: Gradients, positive_grad_m: Tensor, beta_grad_m: Tensor
+    x: LossInputs, sizes: GlobalSizes, sums: GradientSums, positive_grad_m: Tensor, beta_grad_m: Tensor
 ) -> Tensor | None:
     """Turn the sums over G into the gradients of U, W and beta, in place; return the gradient of alpha.
 
@@ -347,6 +349,7 @@ def reduce_output(
     counted = [value_sum, above, used.sum(), masked, entries, torch.ones_like(used).sum()]
     totals = torch.stack([count.double() for count in counted])
     distributed.all_reduce(totals, "sum", group)
+    # One maximum over all ranks of (−lse, lse) gives −minimum and maximum; a rank may have no used query.
     ends = torch.where(used, torch.stack([-lse_m, lse_m]), -math.inf).double().flatten(1)
     extremes = distributed.all_reduce(torch.nn.functional.pad(ends, (0, 1), value=-math.inf).amax(1), "max", group)
     loss = totals[0] / weight_sum if weight_sum > 0 else torch.zeros_like(totals[0])
@@ -390,6 +393,7 @@ def global_mean(local_sum: Tensor, local_weight: Tensor, group: Group | None) ->
     distributed.all_reduce(sums, "sum", group)
     factor = torch.where(sums[1] > 0, distributed.world_size(group) / sums[1], 0.0)
     share = local_sum * factor.to(local_sum.dtype)
+    # value: the global mean; gradient: that of `share`
     return share + (torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(local_sum.dtype) - share.detach())
 
 

@@ -1,9 +1,12 @@
 """The false-negative mask: excluded entries of the score matrix, exact across ranks, by 64-bit ids.
 
+The known positives of a query include its own positive. The mask excludes it with the others from the sums over
+negatives, and the loss adds its score.
+
 In the order of a step: the known positives of this rank's queries (`find_known_positives`, from the pairs of all
 ranks); which columns they exclude (`find_false_negatives`), as a matrix of bytes or as pairs; which candidates
 (`KnownPositives.contain`). `BlockMask.drop` in kernels/torch_passes.py sets the scores of masked columns to −inf, a
-tile at a time.
+tile at a time, and `_drop` in kernels/triton_kernels.py does so on CUDA.
 
 On a device, no function of this module synchronizes with the host.
 """
@@ -203,7 +206,10 @@ FalseNegatives = MaskMatrix | MaskPairs
 def find_false_negatives(
     positives: KnownPositives, docs: FactorizedIds, valid: Tensor, num_columns: int
 ) -> FalseNegatives:
-    """Find the masked entries of this rank's queries in columns [N]; `docs` are the documents of columns `valid`."""
+    """Find the masked entries of this rank's queries in columns [N], each query's own positive included.
+
+    `docs` are the documents of columns `valid`.
+    """
     column_doc = torch.zeros(num_columns, dtype=torch.int64, device=valid.device).index_copy_(0, valid, docs.codes)
     doc_columns = Groups(docs.positions.start, valid[docs.positions.values])
     num_queries = positives.num_queries

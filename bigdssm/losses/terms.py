@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bigdssm.config import DistillationConfig, LossConfig
 from bigdssm.losses.inputs import require, weighted
-from bigdssm.losses.kernels import Gradients, PairSums, RowSums, ScorePasses
+from bigdssm.losses.kernels import GradientSums, PairSums, RowSums, ScorePasses
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TermResult:
     candidate_grad_mk: Tensor
     largest_m: Tensor  # the best negative's score
     lse_m: Tensor  # [m], or [2, m] of both directions
-    column_gradients: Gradients | None  # None without passes, or if no gradient is required
+    column_gradients: GradientSums | None  # None without passes, or if no gradient is required
 
 
 class Term(ABC):

@@ -21,7 +21,7 @@ from bigdssm.losses.kernels import triton_passes
 from bigdssm.losses.kernels.columns import CACHED_ROWS, CACHED_WIDTH, Columns, gather_columns, strip_rows
 from bigdssm.losses.kernels.torch_passes import (
     Coefficients,
-    Gradients,
+    GradientSums,
     PairSums,
     PairValues,
     RowSums,
@@ -36,7 +36,7 @@ from bigdssm.losses.masks import FalseNegatives, mask_bytes
 
 __all__ = [
     "Columns",
-    "Gradients",
+    "GradientSums",
     "LogSums",
     "PairSums",
     "RowSums",
@@ -81,7 +81,7 @@ class ScorePasses:
 
     def softmax(
         self, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor
-    ) -> tuple[RowSums, Gradients | None]:
+    ) -> tuple[RowSums, GradientSums | None]:
         """Return the log-sum-exps over columns and extra negatives, and the sums over G = weight · softmax.
 
         A column is weighted by its count; the softmax is also normalized over the positive's score.
@@ -95,7 +95,9 @@ class ScorePasses:
             rows = softmax_rows(self._matrix(*biases), positive_m, weight_m, extra_log_sum_m, sums)
         return rows, sums
 
-    def pairs(self, pair_values: PairValues, positive_m: Tensor, scale_m: Tensor) -> tuple[PairSums, Gradients | None]:
+    def pairs(
+        self, pair_values: PairValues, positive_m: Tensor, scale_m: Tensor
+    ) -> tuple[PairSums, GradientSums | None]:
         """Return the sums of a pairwise loss over the columns, and the sums over G = scale · derivative."""
         matrix, counts_N, sums = (
             self._matrix(self.columns.beta, self.columns.neg_bias), self.columns.negative_counts(), self._new_sums()
@@ -114,7 +116,7 @@ class ScorePasses:
 
     def softmax_gradients(
         self, log_sums: LogSums, with_rows: bool, row_weight_m: Tensor, row_lse_m: Tensor, column_weight_m: Tensor
-    ) -> Gradients | None:
+    ) -> GradientSums | None:
         """Return the sums over G of both softmaxes; a collective.
 
         G = row_weight · softmax over columns, plus softmax over queries times the sum of column_weight over a column's
@@ -153,7 +155,7 @@ class ScorePasses:
         entries = (counts_N.sum() - counted_m.double()).sum()
         return entries, (counts_N.sum() - self.num_negatives_m).sum() - (masked_m & counted_m).sum()
 
-    def reduce_to_local(self, sums: Gradients | None) -> Gradients:
+    def reduce_to_local(self, sums: GradientSums | None) -> GradientSums:
         """Return the sums over G of this rank's queries and columns, reduced over ranks; a collective.
 
         Must be the last call: it frees the gathered columns, and the arrays of `sums`, as early as possible.
@@ -161,7 +163,7 @@ class ScorePasses:
         del self.columns
         self.__dict__.pop("_fused", None)
         if sums is None:
-            return Gradients(None, None, None)
+            return GradientSums(None, None, None)
         n = self._x.W.shape[0]
         if sums.W is not None:
             sums.W = distributed.reduce_scatter_rows(sums.W, self._group)[:n]
@@ -179,9 +181,9 @@ class ScorePasses:
         # within a column, beta is constant and cancels
         return (self.columns.beta, self.columns.neg_bias) if with_rows else (None, None)
 
-    def _new_sums(self) -> Gradients | None:
+    def _new_sums(self) -> GradientSums | None:
         grad_flags = self._sizes.grad_flags
-        return Gradients.zeros(self._x, grad_flags, self.columns.total) if grad_flags else None
+        return GradientSums.zeros(self._x, grad_flags, self.columns.total) if grad_flags else None
 
     def _matrix(self, *biases: Tensor | None) -> ScoreMatrix:
         x, bias_N = self._x, self.columns.bias(*biases)

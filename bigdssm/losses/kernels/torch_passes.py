@@ -1,9 +1,9 @@
 """The score matrix in plain torch: tiles of scores, and passes of the softmax and the pairwise losses over them.
 
-S = alpha · U Wᵀ + bias, for a block of rows and a tile of columns at a time. `ScoreMatrix.scores` and `Gradients.add`
-compute all products with W, with float32 (or float64) results for any dtype of U and W: rounding the *scores* to
-bfloat16 would cost 0.2 in the exponent at alpha = 100. A device multiplies bfloat16 vectors directly; for a CPU they
-are converted to float32, and `product_precision` enables its bfloat16 units.
+S = alpha · U Wᵀ + bias, for a block of rows and a tile of columns at a time. `ScoreMatrix.scores` and
+`GradientSums.add` compute all products with W, with float32 (or float64) results for any dtype of U and W: rounding the
+*scores* to bfloat16 would cost 0.2 in the exponent at alpha = 100. A device multiplies bfloat16 vectors directly; for a
+CPU they are converted to float32, and `product_precision` enables its bfloat16 units.
 
 Shape legend: m queries of this rank, N columns of all ranks, D vector size, r rows of a block, c columns of a tile.
 """
@@ -151,7 +151,7 @@ class ScoreMatrix:
 
 
 @dataclass
-class Gradients:
+class GradientSums:
     """Sums over G, the gradient of the scores; None if unused."""
 
     U: Tensor | None  # Σ_j G_ij w_j [m, D]
@@ -159,11 +159,11 @@ class Gradients:
     beta: Tensor | None  # Σ_i G_ij [N]
 
     @staticmethod
-    def zeros(x: LossInputs, grad_flags: int, num_columns: int) -> Gradients:
+    def zeros(x: LossInputs, grad_flags: int, num_columns: int) -> GradientSums:
         """Allocate the sums that any rank requires: every rank takes part in the reductions."""
         device, size = x.U.device, x.U.shape[1]
         # alpha's gradient is computed from the sums of U
-        return Gradients(
+        return GradientSums(
             torch.zeros(x.U.shape, dtype=x.acc, device=device) if grad_flags & (GRAD_U | GRAD_ALPHA) else None,
             torch.zeros((num_columns, size), dtype=x.acc, device=device) if grad_flags & GRAD_W else None,
             torch.zeros(num_columns, dtype=torch.float64, device=device) if grad_flags & GRAD_BETA else None,
@@ -220,7 +220,7 @@ class RowSums:
 
 
 def softmax_rows(
-    matrix: ScoreMatrix, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor, sums: Gradients | None
+    matrix: ScoreMatrix, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor, sums: GradientSums | None
 ) -> RowSums:
     """Return the row sums and add weight · softmax, the gradient of the negatives' scores, to `sums`.
 
@@ -243,7 +243,7 @@ def softmax_rows(
 
 def _softmax_of_block(
     bits: ScoreMatrix, block: RowBlock, buffer: Tensor, positive_r: Tensor, weight_r: Tensor, extra_log_sum_r: Tensor,
-    sums: Gradients | None,
+    sums: GradientSums | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return log-sum-exp and maximum [r] of a block whose scores against all columns are held at once.
 
@@ -386,7 +386,7 @@ class Coefficients:
     column_log_sum_N: Tensor
 
 
-def gradient_pass(matrix: ScoreMatrix, shift: float | None, c: Coefficients, sums: Gradients) -> None:
+def gradient_pass(matrix: ScoreMatrix, shift: float | None, c: Coefficients, sums: GradientSums) -> None:
     """Recompute the scores, replace them by G in place, and add G to `sums`; beta cancels in the column part."""
     height = _height(matrix)
     buffer, second = matrix.buffer(height, matrix.columns.widest), matrix.buffer(height, matrix.columns.widest)
@@ -454,7 +454,7 @@ def pairwise_pass(
     positive_m: Tensor,
     scale_m: Tensor,
     counts_N: Tensor,
-    sums: Gradients | None,
+    sums: GradientSums | None,
 ) -> PairSums:
     """Return the sums over the unmasked columns; add scale · count · derivative, as G, to `sums`."""
     result, dtype = PairSums.zero(positive_m), matrix.acc

@@ -14,7 +14,7 @@ from torch import Tensor
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputs
 from bigdssm.losses.kernels.columns import Columns
-from bigdssm.losses.kernels.torch_passes import Coefficients, Gradients, RowSums, log_sum_over_ranks
+from bigdssm.losses.kernels.torch_passes import Coefficients, GradientSums, RowSums, log_sum_over_ranks
 from bigdssm.losses.masks import FalseNegatives, MaskMatrix
 
 LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
@@ -175,7 +175,7 @@ def split(matrix: FusedMatrix, outer: int, tiles: int) -> int:
 
 def softmax_rows(
     matrix: FusedMatrix, bias_N: Tensor | None, positive_m: Tensor, weight_m: Tensor, extra_log_sum_m: Tensor,
-    sums: Gradients | None,
+    sums: GradientSums | None,
 ) -> RowSums:  # fmt: skip
     """Return the row sums and write weight · softmax to `sums`, as `torch_passes.softmax_rows` does."""
     offset_N = matrix.offsets(bias_N)
@@ -188,7 +188,7 @@ def softmax_rows(
             factor_sm = torch.where(weight_m > 0, weight_m * (largest_sm - lse_m).exp(), 0.0).float()
             for factor_m, weighted_mD in zip(factor_sm, weighted_smD, strict=True):
                 sums.U.addcmul_(weighted_mD, factor_m[:, None])
-        _write_gradients(matrix, _exponents(weight_m, lse_m), offset_N, None, Gradients(None, sums.W, sums.beta))
+        _write_gradients(matrix, _exponents(weight_m, lse_m), offset_N, None, GradientSums(None, sums.W, sums.beta))
     return RowSums(log_sum_m, largest_sm.amax(0))
 
 
@@ -204,7 +204,7 @@ def column_pass(
 
 
 def gradient_pass(
-    matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: Gradients
+    matrix: FusedMatrix, bias_N: Tensor | None, with_rows: bool, c: Coefficients, sums: GradientSums
 ) -> None:
     """Recompute the scores and write the sums of G, as `torch_passes.gradient_pass` does."""
     column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
@@ -263,7 +263,7 @@ def _merge(largest_bN: Tensor, total_bN: Tensor) -> Tensor:
 
 def _write_gradients(
     matrix: FusedMatrix, row_exponent_m: Tensor, row_offset_N: Tensor | None, column_offset_N: Tensor | None,
-    sums: Gradients,
+    sums: GradientSums,
 ) -> None:  # fmt: skip
     """Write the sums over G to `sums`, which must be zero; without row offsets, G has no row part."""
     (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
