@@ -45,6 +45,20 @@ class RowCounts(NamedTuple):
     rows_read: float
 
 
+class BadRowKind(NamedTuple):
+    """The first reason of a kind of bad rows, and the number of these rows."""
+
+    reason: str
+    rows: int
+
+
+class StreamReport(NamedTuple):
+    """State of a rank's stream at a check."""
+
+    counts: RowCounts
+    bad_kinds: dict[str, BadRowKind]
+
+
 class RowStream(ABC):
     """An endless iterator over this rank's rows of each step.
 
@@ -79,7 +93,7 @@ class RowStream(ABC):
         self._num_workers, self._max_bad_fraction, self._quarantine = num_workers, max_bad_fraction, quarantine
         self._recorded: set[tuple[str, int, int | None, int | None]] = set()
         self._written: set[bytes] | None = None  # lines of the quarantine file, including those before a resume
-        self._reasons: dict[str, tuple[str, int]] = {}  # by kind of bad row: the first reason, and the number of rows
+        self._bad_kinds: dict[str, BadRowKind] = {}
         self._failure: DataError | PeerError | None = None
         self._rows: Generator[Rows] | None = None
 
@@ -128,7 +142,7 @@ class RowStream(ABC):
         `make` runs in the loader processes, which end when the generator is closed. It gets empty rows if reading has
         failed: the caller compares the ranks' `counts`.
         """
-        if not self.rows_read:
+        if not self.rows_read:  # a resume sets `step` after the stream was built
             self._opened_at = self.step
         return self._map_steps(make, range(self.step, sys.maxsize if num is None else self.step + num))
 
@@ -173,29 +187,32 @@ class RowStream(ABC):
         All ranks must call it. Also call it before writing a checkpoint. Raises DataError; PeerError if a loader
         process died, and on the healthy ranks if another one failed.
         """
-        local = (self.rows_bad, self.rows_read, self._failure is not None, dict(self._reasons))
+        local = StreamReport(self.counts(), dict(self._bad_kinds))
+        # without peers: one rank, or the stream of one rank read outside a process group of `world_size` ranks
         alone = self.world_size == 1 or self.world_size != distributed.world_size()
         reports = [local] if alone else distributed.all_gather_object(local)
-        if any(failed for _, _, failed, _ in reports):
+        if any(report.counts.failed for report in reports):
             if not alone:
                 distributed.raise_together(self._failure)
             elif self._failure is not None:
                 raise self._failure
-        bad, read = sum(report[0] for report in reports), sum(report[1] for report in reports)
+        bad, read = (
+            sum(report.counts.rows_bad for report in reports),
+            sum(int(report.counts.rows_read) for report in reports),
+        )
         allowed = self._max_bad_fraction * self._rows_for_limit(read, self.step if step is None else step)
         if bad > allowed:
-            total: dict[str, tuple[str, int]] = {}  # by kind, over all ranks
-            for kind, (reason, rows) in (item for report in reports for item in report[3].items()):
-                first, before = total.get(kind, (reason, 0))
-                total[kind] = (first, before + rows)
-            commonest = ", ".join(
-                f"{reason} ({rows} row{'s' if rows > 1 else ''})"
-                for reason, rows in sorted(total.values(), key=lambda reason: -reason[1])[:MAX_LOGGED_KINDS]
-            )
+            total: dict[str, BadRowKind] = {}  # over all ranks
+            for report in reports:
+                for kind, (reason, rows) in report.bad_kinds.items():
+                    first, before = total.get(kind, (reason, 0))
+                    total[kind] = BadRowKind(first, before + rows)
+            most_frequent = sorted(total.values(), key=lambda kind: -kind.rows)[:MAX_LOGGED_KINDS]
+            reasons = ", ".join(f"{reason} ({rows} row{'s' if rows > 1 else ''})" for reason, rows in most_frequent)
             where = f"; see {self._quarantine}" if self._quarantine else ""
             raise DataError(
                 f"{self.dataset.dir}: {bad:.10g} of {read} rows read are bad, more than data.max_bad_fraction="
-                f"{self._max_bad_fraction} allows ({int(allowed)}): {commonest}{where}; "
+                f"{self._max_bad_fraction} allows ({int(allowed)}): {reasons}{where}; "
                 "repair the shards or raise the limit"
             )
 
@@ -212,9 +229,9 @@ class RowStream(ABC):
             return
         self._recorded.add(key)
         kind = re.sub(r"'[^']*'|\d+", "", fault.reason)  # without the row's values
-        first, count = self._reasons.get(kind, (fault.reason, 0))
-        if count or len(self._reasons) < MAX_KINDS:
-            self._reasons[kind] = (first, count + max(1, fault.rows))
+        first, count = self._bad_kinds.get(kind, (fault.reason, 0))
+        if count or len(self._bad_kinds) < MAX_KINDS:
+            self._bad_kinds[kind] = BadRowKind(first, count + max(1, fault.rows))
         row = "" if fault.row is None else f", row {fault.row}"
         row += "" if fault.position is None else f", position {fault.position}"
         log.warning("skipped: %s, block %d%s: %s", fault.shard, fault.block, row, fault.reason)
@@ -329,8 +346,11 @@ class PairStream(RowStream):
         """
         dataset, current = self.dataset, self.state()
         before, now = dict(state.get("partitions", [])), dict(current["partitions"])
+        # A new segment has no partition of `state`, or is a mixture with a partition that `state` does not have.
         mixed = bool(dataset.sources) and any(name not in before for name in now)
         new_segment = bool(before) and (mixed or not before.keys() & now.keys())
+
+        # Compare the values; a new segment may have other rows, and more values in its vocabularies.
         lengths = state.get("vocabularies")
         differences = []
         for key in {**current, **state}:
@@ -346,19 +366,25 @@ class PairStream(RowStream):
                 if grown:
                     continue
             differences.append(f"{key} was {state.get(key)!r}, is {current.get(key)!r}")
+
+        # Compare the partitions. In a new segment those of `state` are still on disk, and new ones are newer; otherwise
+        # they are the same, in the same order.
         hint = ""
         if new_segment:
             on_disk = {partition.name: partition.identity for partition in dataset.partitions_on_disk()}
             differences += _removed_or_changed(before, on_disk)
             if not mixed:
-                order = list(on_disk)
-                latest = max((order.index(name) for name in before if name in on_disk), default=-1)
-                differences += [f"partition {n} is older than {order[latest]}" for n in now if order.index(n) < latest]
+                by_age = list(on_disk)
+                latest = max((by_age.index(name) for name in before if name in on_disk), default=-1)
+                differences += [
+                    f"partition {n} is older than {by_age[latest]}" for n in now if by_age.index(n) < latest
+                ]
         else:
             names, new = list(now), [name for name in now if name not in before]
             differences += _removed_or_changed(before, now) + [f"partition {name} is new" for name in new]
             if not differences and list(before) != names:
                 differences.append(f"partitions were {list(before)}, are {names}")
+            # with new partitions, propose the config that reads them
             last = list(before)[-1] if before else None
             if new and last in now:
                 later = names[names.index(last) + 1 :]
@@ -392,7 +418,9 @@ class PairStream(RowStream):
 
     def _rows_for_limit(self, rows_read: int, step: int) -> int:
         rows, per_step = self.order.rows_per_epoch, self.order.rows_global
-        return rows * max(1, -(-step * per_step // rows) - self._opened_at * per_step // rows)
+        epochs_started = -(-step * per_step // rows)  # rounded up
+        epochs_complete_at_open = self._opened_at * per_step // rows
+        return rows * max(1, epochs_started - epochs_complete_at_open)
 
     def _empty_rows(self) -> Rows:
         return self.dataset.rows(self.split, self.step, np.empty(0, np.int64), empty_batch(self.dataset.layout))
