@@ -228,11 +228,14 @@ def _now() -> str:
 
 
 class RowLog:
-    """Log of row ids: `<name>-<rank>.jsonl` in a stage folder, one {"step": s, "row_ids": […]} per line."""
+    """Log of row ids: `<name>-<rank>.jsonl` in a stage folder, one {"step": s, "row_ids": […]} per line.
 
-    def __init__(self, folder: Path, name: str, rank: int, world_size: int, next_step: int) -> None:
-        """Truncate the log to the steps before `next_step`; rank 0 also truncates the logs of removed ranks."""
-        self.path = truncate_rank_records(folder, name, rank, world_size, lambda record: record["step"] < next_step)
+    Steps count from 1, as in metrics.jsonl and in the log lines.
+    """
+
+    def __init__(self, folder: Path, name: str, rank: int, world_size: int, step: int) -> None:
+        """Truncate the log to the first `step` steps; rank 0 also truncates the logs of removed ranks."""
+        self.path = truncate_rank_records(folder, name, rank, world_size, lambda record: record["step"] <= step)
 
     def write(self, step: int, row_ids: Tensor) -> None:
         """Append the rows of one step. Raises OSError, which names the file."""

@@ -207,10 +207,10 @@ class ChunkCounts(NamedTuple):
     Chunk order: queries, then documents. Graphs are retained from the end, so documents first.
     """
 
-    queries: int  # number of chunks
-    docs: int
-    first_query: int  # first chunk with a retained graph
-    first_doc: int
+    queries: int = 1  # number of chunks
+    docs: int = 1
+    first_query: int = 0  # first chunk with a retained graph
+    first_doc: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def plan_locally(batch: Batch, budget: TokenBudget) -> LocalStepPlan:
     """Return this rank's plan of a batch; graphs are retained from the last chunk backwards within the budget."""
     query, doc = _sides(batch, budget, budget.chunk_tokens)
     if budget.chunk_tokens == 0:
-        return LocalStepPlan(query, doc, StepPlan(query, doc, whole=True), ChunkCounts(1, 1, 0, 0))
+        return LocalStepPlan(query, doc, StepPlan(query, doc, whole=True), ChunkCounts())
     last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
     recomputed = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
     num_query, num_doc = len(query.chunks), len(doc.chunks)

@@ -137,13 +137,13 @@ def cached_step(
         raise ConfigError(f"loss: got {loss!r}, needs a loss such as bigdssm.losses.FPS(), or a function")
     function = loss_function(loss, batch) if isinstance(loss, LossConfig) else loss
     step_engine = _step_engine(engine, encode_side, alpha)
-    encoded, backward, plan = encode(step_engine, batch, plan_step(batch, budget), {})
+    encoded, towers_backward, plan = encode(step_engine, batch, plan_step(batch, budget), {})
     if not torch.is_grad_enabled():
         return function(encoded, batch)
 
     def add_gradients(leaves: Encoded) -> None:
         with _added_to_earlier(step_engine, plan.whole):
-            backward(leaves)
+            towers_backward(leaves)
 
     output = back_propagate(encoded, add_gradients, lambda leaves: function(leaves, batch))
     return LossOutput(output.loss.detach(), output.stats)
@@ -176,7 +176,7 @@ class ModuleStepEngine:
 
     @contextmanager
     def single_reduction(self) -> Iterator[None]:
-        """A context that accumulates the gradients of several backwards and averages them once, at exit."""
+        """A context that accumulates the gradients of several backward passes and averages them once, at exit."""
         self._accumulates = True
         try:
             yield
@@ -206,7 +206,7 @@ class ModuleStepEngine:
 
 @contextmanager
 def _added_to_earlier(step_engine: StepEngine, whole: bool) -> Iterator[None]:
-    """A context of a step's backwards in which ZeRO 1 and 2 add the gradients of all parameters to earlier ones.
+    """A context of a step's backward passes in which ZeRO 1 and 2 add the gradients of all parameters to earlier ones.
 
     By itself DeepSpeed replaces the gradients of an earlier step, and reduces those of the parameters that a rank uses
     as if all ranks used the same.

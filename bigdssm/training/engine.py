@@ -178,7 +178,7 @@ class DeepSpeedStepEngine:
 
     @contextmanager
     def single_reduction(self) -> Iterator[None]:
-        """A context that accumulates the gradients of several backwards and reduces them once, at exit."""
+        """A context that accumulates the gradients of several backward passes and reduces them once, at exit."""
         with ExitStack() as accumulation:
             engine = self.deepspeed
             accumulation.enter_context(engine.no_sync() if self.zero_stage == 0 else engine.coalesce_grad_reduction())

@@ -72,17 +72,18 @@ class HardNegativeRefresh:
             )
         return self._mine(mined_at)
 
-    def refresh(self, step: int, part_step: int) -> HardNegatives:
-        """Mine by the current weights for the steps from `step` on. All ranks must call it.
+    def refresh(self, step: int, segment_start_step: int) -> HardNegatives:
+        """Mine by the current weights for the steps from the segment's `step` on. All ranks must call it.
 
-        Removes the files that no checkpoint needs. part_step: the run's step at the start of the segment.
+        Removes the files that no checkpoint needs. segment_start_step: the run's step at the start of the segment.
         """
         with RandomState.now().replayed():  # a resumed run, which does not mine, has the same random states
             mined, _ = self._mine(step)
         if distributed.is_main():
             folder = self.config.stage_dir(self.name)
             saved = [int(path.name.removeprefix("step-")) for path in checkpoints_in(folder / CHECKPOINTS)]
-            oldest = self._mined_at(max(0, min(saved, default=part_step + step) - part_step))
+            oldest_saved = min(saved, default=segment_start_step + step) - segment_start_step
+            oldest = self._mined_at(max(0, oldest_saved))
             for old in range(0, oldest, self._every_steps):
                 self.path(old).unlink(missing_ok=True)
         return mined

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ from bigdssm.utils.bounds import RESUME, ResumeRule
 from bigdssm.utils.log import get_logger, metric_label
 
 logger = get_logger(__name__)
+# fields of StageProgress that have another name in checkpoints
+_SAVED_NAMES = {"segment_start_step": "part_step", "segment_start_applied": "part_applied"}
 
 
 def rule_of(config: Config, key: str, name: StageName) -> ResumeRule:
@@ -61,7 +63,7 @@ def rule_of(config: Config, key: str, name: StageName) -> ResumeRule:
 
 @dataclass
 class StageProgress:
-    """Progress of a stage; equal on every rank, saved in every checkpoint under these field names."""
+    """Progress of a stage; equal on every rank, saved in every checkpoint."""
 
     step: int = 0  # global batches consumed
     applied: int = 0  # steps with applied gradients; the schedule counts them
@@ -71,10 +73,19 @@ class StageProgress:
     validations_since_best: int = 0  # since the highest mean, which patience counts
     validated_at: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)  # every validation
-    # Values of `step` and `applied` at the start of the current segment ("part" in the checkpoint's field names); its
-    # steps and schedule count from there.
-    part_step: int = 0
-    part_applied: int = 0
+    # Values of `step` and `applied` at the start of the current segment; its steps and schedule count from there.
+    segment_start_step: int = 0
+    segment_start_applied: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields under their names in checkpoints."""
+        return {_SAVED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> StageProgress:
+        """Return the progress saved in a checkpoint."""
+        names = {saved: name for name, saved in _SAVED_NAMES.items()}
+        return cls(**{names.get(saved, saved): value for saved, value in state.items()})
 
     def describe_best(self, metric: str, *, decides: bool = True) -> str:
         """Format the best validation of the current segment, for example `best validation NDCG@10 0.1234`.
@@ -165,7 +176,7 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     if checkpoint is None:
         return StartPoint(run_id, StageProgress())
     before = _check_origin(checkpoint, run_id, config, name)
-    progress = StageProgress(**checkpoint.state["progress"])
+    progress = StageProgress.from_state_dict(checkpoint.state["progress"])
     same_segment = stream.check_state(checkpoint.state["stream"])
     if same_segment:
         if changed := [change for change in _changes(before, config, name, "segment") if change.startswith(name)]:
@@ -174,7 +185,7 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     else:
         # a new segment, whose validations are not comparable with earlier ones: they have other rows
         progress = replace(
-            progress, part_step=progress.step, part_applied=progress.applied, best=float("-inf"),
+            progress, segment_start_step=progress.step, segment_start_applied=progress.applied, best=float("-inf"),
             best_step=progress.step, validations_since_best=0, validated_at=-1,
         )  # fmt: skip
     return StartPoint(run_id, progress, checkpoint, same_segment)
@@ -248,7 +259,7 @@ def _check_length(
             f"the rows of these; start again in another run.dir, or mine with bigdssm mine_negatives for "
             f"{name}.negatives.mining.file"
         )
-    applied = progress.applied - progress.part_applied
+    applied = progress.applied - progress.segment_start_applied
     was, now = (
         stage.optimizer.learning_rate * schedule_factor(applied, total, stage.optimizer) for total in (before, steps)
     )

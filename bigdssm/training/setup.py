@@ -153,33 +153,35 @@ def build_trainer(
             raise Preempted(f"stopped on request while {task}; continue with --resume auto")
 
     mining = HardNegativeRefresh(config, name, engine, dataset, report_progress, documents)
-    hard_negatives, initial_documents = mining.load(progress.step - progress.part_step, start.same_segment)
+    hard_negatives, initial_documents = mining.load(progress.step - progress.segment_start_step, start.same_segment)
     if average is not None and read is not None:
         initial_documents = None  # they are of the weights, and not of the restored average
     batch_builder = BatchBuilder(
         stream, stage, config.run.seed, hard_negatives, documents, model.tables.sharded, config.model.tables.id_dropout
     )
 
-    total_steps = progress.part_step + segment_steps(stage, stream.steps_per_epoch)
-    warmup = warmup_steps(total_steps - progress.part_step, stage.optimizer)
+    num_segment_steps = segment_steps(stage, stream.steps_per_epoch)
+    total_steps = progress.segment_start_step + num_segment_steps
+    warmup = warmup_steps(num_segment_steps, stage.optimizer)
     if warmup < stage.optimizer.warmup_steps and distributed.is_main():
         logger.warning(
             "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
-            name, stage.optimizer.warmup_steps, total_steps - progress.part_step, warmup,
+            name, stage.optimizer.warmup_steps, num_segment_steps, warmup,
         )  # fmt: skip
     metrics_logger = MetricsLogger(
         name, engine, trackers, bar, total_steps, stage.rows_global, stage.log_every_steps,
         lambda: f"best {metric_label(stage.validation_metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
     )  # fmt: skip
-    row_log = partial(RowLog, folder, rank=rank, world_size=world_size, next_step=progress.step)
+    row_log = partial(RowLog, folder, rank=rank, world_size=world_size, step=progress.step)
     trainer = Trainer(
         name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
         batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
         validator=Validator(
-            dataset, config, name, 1024, documents, keeps_frozen=start.same_segment, continues=progress.part_step > 0
+            dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,
+            continues=progress.segment_start_step > 0,
         ),
         average=average,
-        starts_trained=config.initial_model(name) is not None or progress.part_step > 0,
+        starts_trained=config.initial_model(name) is not None or progress.segment_start_step > 0,
         initial_documents=initial_documents, store=store, async_checkpoints=engine_config.async_checkpoints,
         metrics_logger=metrics_logger, alert=SpikeAlert(folder, rank, world_size, progress.step),
         consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None, skipped_log=row_log(SKIPPED),

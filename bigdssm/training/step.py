@@ -9,7 +9,7 @@ Shapes: m queries, n documents, D vector width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,19 +46,35 @@ from bigdssm.utils.device import RandomState, to_device
 if TYPE_CHECKING:  # `cached_step` does not import DeepSpeed
     from bigdssm.training.engine import Engine
 
-Backward = Callable[[Encoded], None]  # takes leaf tensors with gradients set by the loss
+TowersBackward = Callable[[Encoded], None]  # back-propagates leaf tensors, whose gradients the loss has set
 LossFunction = Callable[[Encoded, Batch], LossOutput]
 OutputGradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gradient)
 
 
 class RankReport(NamedTuple):
-    """The values that a rank sends to all ranks in a step."""
+    """The numbers that a rank sends to all ranks in a step; a field is a number or a NamedTuple of numbers."""
 
     stop: float = 0.0  # 1 if a stop was requested
     save: float = 0.0  # 1 if a checkpoint is due
     queries: float = 0.0  # number of queries in the batch
     rows: RowCounts = RowCounts(0.0, 0.0, 0.0)
-    chunks: ChunkCounts = ChunkCounts(1, 1, 0, 0)  # of the next batch's plan
+    chunks: ChunkCounts = ChunkCounts()  # of the next batch's plan
+
+    def numbers(self) -> list[float]:
+        """Return the numbers of all fields, in their order."""
+        return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
+
+    @classmethod
+    def of_numbers(cls, numbers: Iterable[float]) -> RankReport:
+        """Return the report with these numbers, converted to the types of the defaults."""
+        remaining = iter(numbers)
+
+        def parse(default: Any) -> Any:
+            if isinstance(default, tuple):
+                return type(default)(*map(parse, default))
+            return type(default)(next(remaining))
+
+        return cls(*map(parse, cls()))
 
 
 def exchange_reports(
@@ -68,17 +84,14 @@ def exchange_reports(
 
     The returned function waits for it and returns the mean loss, alpha, and the reports by rank, equal on every rank.
     """
-    numbers = [report.stop, report.save, report.queries, *report.rows, *report.chunks]
     on_device = torch.stack([loss.detach().double().view(()), alpha.detach().double().view(())])
-    row = torch.cat([on_device, to_device(torch.tensor(numbers, dtype=torch.float64), loss.device)])
+    row = torch.cat([on_device, to_device(torch.tensor(report.numbers(), dtype=torch.float64), loss.device)])
     gathered = distributed.all_gather_padded(row[None], 1)
 
     def read() -> tuple[float, float, tuple[RankReport, ...]]:
         table = gathered.wait().tolist()
-        reports = []
-        for _, _, stop, save, queries, *others in table:
-            reports.append(RankReport(stop, save, queries, RowCounts(*others[:3]), ChunkCounts(*map(int, others[3:]))))
-        return sum(row[0] for row in table) / len(table), table[0][1], tuple(reports)
+        reports = tuple(RankReport.of_numbers(numbers) for _, _, *numbers in table)
+        return sum(row[0] for row in table) / len(table), table[0][1], reports
 
     return read
 
@@ -112,14 +125,14 @@ def train_step(
 ) -> StepResult:
     """Run one step on this rank's share of the global batch. All ranks must call it.
 
-    extra_inputs: see `encode`. make_report: called after the backward, while gradients are being reduced.
+    extra_inputs: see `encode`. make_report: called after the backward pass, while gradients are being reduced.
     """
     if batch.table_rows is not None:
         with timing.span("tables"):
             engine.fetch(batch.table_rows)
     with timing.span("encode"):
-        encoded, backward, plan = encode(engine, batch, plan, extra_inputs or {})
-    output = back_propagate(encoded, backward, lambda leaves: loss_function(leaves, batch))
+        encoded, towers_backward, plan = encode(engine, batch, plan, extra_inputs or {})
+    output = back_propagate(encoded, towers_backward, lambda leaves: loss_function(leaves, batch))
     with timing.span("optimizer"):
         read_reports = exchange_reports(output.loss, encoded.alpha, make_report())
         applied = engine.step(lr_factor)
@@ -141,10 +154,12 @@ class StepEngine(Protocol):
         """Back-propagate (output, gradient) pairs."""
 
     def single_reduction(self) -> AbstractContextManager[None]:
-        """A context that accumulates the gradients of several backwards and reduces them once, at exit."""
+        """A context that accumulates the gradients of several backward passes and reduces them once, at exit."""
 
 
-def back_propagate(encoded: Encoded, backward: Backward, loss_function: Callable[[Encoded], LossOutput]) -> LossOutput:
+def back_propagate(
+    encoded: Encoded, towers_backward: TowersBackward, loss_function: Callable[[Encoded], LossOutput]
+) -> LossOutput:
     """Compute the loss of encoded vectors and accumulate the gradients of the towers' weights. All ranks must call it.
 
     If this rank's loss is not finite, its gradients are NaN: after the reduction, all ranks can skip the step.
@@ -158,29 +173,31 @@ def back_propagate(encoded: Encoded, backward: Backward, loss_function: Callable
             if leaf is not None and leaf.grad is not None:
                 leaf.grad.add_(zero_or_nan)
     with timing.span("backward"):
-        backward(leaves)
+        towers_backward(leaves)
     return output
 
 
 def encode(
     engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
-) -> tuple[Encoded, Backward, StepPlan]:
-    """Encode a batch; return the embeddings U [m, D], W [n, D], the backward function and the executed plan.
+) -> tuple[Encoded, TowersBackward, StepPlan]:
+    """Encode a batch; return the embeddings U [m, D], W [n, D], the towers' backward pass and the executed plan.
 
     extra_inputs: inputs of the model's forward in addition to the features of both sides, by name; only if whole.
     """
     if isinstance(getattr(engine.module, "scorer", None), FeatureScorer):
         return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
     encoded = (
-        _whole(engine, batch, plan, extra_inputs)
+        _encode_whole(engine, batch, plan, extra_inputs)
         if plan.whole
-        else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+        else _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
     )
     return *encoded, plan
 
 
-def _whole(engine: StepEngine, batch: Batch, plan: StepPlan, features: Features) -> tuple[Encoded, Backward]:
-    """Encode in one forward, with one backward."""
+def _encode_whole(
+    engine: StepEngine, batch: Batch, plan: StepPlan, features: Features
+) -> tuple[Encoded, TowersBackward]:
+    """Encode in one forward pass, with one backward pass."""
     extra_inputs: dict[str, Any] = dict(at_least_one(features)) if features else {}
     if batch.query_positions is not None:
         extra_inputs["query_positions"] = batch.query_positions
@@ -194,12 +211,12 @@ def _whole(engine: StepEngine, batch: Batch, plan: StepPlan, features: Features)
     scores = None if full.scores is None else full.scores[:num_queries]
     encoded = Encoded(full.U[:num_queries], W[:num_docs], beta, full.alpha, scores)
 
-    def backward(leaves: Encoded) -> None:
+    def backward_whole(leaves: Encoded) -> None:
         sides = zip(encoded, leaves, strict=True)
         differentiable = ((out, leaf) for out, leaf in sides if out is not None and out.requires_grad)
         engine.backward([(out, _gradient(leaf)) for out, leaf in differentiable if leaf is not None])
 
-    return encoded, backward
+    return encoded, backward_whole
 
 
 def _fixed_columns(engine: StepEngine, batch: Batch, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -217,7 +234,7 @@ def whole_features(features: Features, side: SidePlan) -> Mapping[str, Values]:
 
 @dataclass
 class EncodedChunk:
-    """A chunk of one side; between forward and backward it has its graph, or the random state to recompute it."""
+    """A chunk of one side. Between its forward and backward it has its graph, or the random state to recompute it."""
 
     name: str  # of the side
     side: Chunked
@@ -269,18 +286,19 @@ def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
     ]
 
 
-def _in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, Backward]:
-    """Encode chunk by chunk; backward takes all retained graphs together, then other chunks one by one."""
+def _encode_in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, TowersBackward]:
+    """Encode chunk by chunk; see `_backward_in_chunks`."""
     _refuse_batch_statistics(engine.module)
     outputs = [chunk.encode(engine) for chunk in chunks]
     query, doc, alpha = chunks[0].side, chunks[-1].side, outputs[-1].alpha
     U = _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query])
     if batch.doc_vectors is None:
         doc_outputs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
-        W, beta = (_assembled(doc, [output[part] for output in doc_outputs]) for part in (1, 2))
+        W = _assembled(doc, [output.W for output in doc_outputs])
+        beta = _assembled(doc, [output.beta for output in doc_outputs])
     else:
         W, beta = _fixed_columns(engine, batch, alpha)
-    return Encoded(U, W, beta, alpha), partial(_backward, engine, chunks)
+    return Encoded(U, W, beta, alpha), partial(_backward_in_chunks, engine, chunks)
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
@@ -296,12 +314,15 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             )
 
 
-def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
-    """Back-propagate chunk by chunk: autograd adds to the weights' gradients, which are reduced over ranks once."""
+def _backward_in_chunks(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encoded) -> None:
+    """Back-propagate all retained graphs together, then encode the other chunks again, one by one.
+
+    Autograd adds to the weights' gradients, which are reduced over ranks once.
+    """
     retained = [chunk for chunk in chunks if chunk.retain_graph]
     groups = ([retained] if retained else []) + [[chunk] for chunk in chunks if not chunk.retain_graph]
     with engine.single_reduction():
-        for number, group in enumerate(groups):
+        for group in groups:
             pairs: OutputGradients = []
             for chunk in group:
                 if chunk.state is None:
@@ -311,8 +332,8 @@ def _backward(engine: StepEngine, chunks: Sequence[EncodedChunk], leaves: Encode
                     with timing.span("encode again"), chunk.state.replayed():
                         encoded = engine.forward(**chunk.inputs)
                 pairs.extend(chunk.gradients(encoded, leaves))
-            if number == 0:  # once: every chunk returns the same alpha
-                pairs.append((encoded.alpha, _gradient(leaves.alpha)))
+                if chunk is groups[0][-1]:  # once: alpha is the same in every chunk
+                    pairs.append((encoded.alpha, _gradient(leaves.alpha)))
             engine.backward(pairs)
 
 
@@ -333,7 +354,7 @@ class EncodedPairChunk(EncodedChunk):
 
 def encode_pairs(
     engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor
-) -> tuple[Encoded, Backward, StepPlan]:
+) -> tuple[Encoded, TowersBackward, StepPlan]:
     """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`.
 
     All ranks must call it. The score is the sum of the scorer's output and the towers' score, which has no
@@ -351,7 +372,9 @@ def encode_pairs(
     engine.module.eval()
     with torch.no_grad():
         towers, _ = (
-            _whole(engine, batch, plan, {}) if plan.whole else _in_chunks(engine, batch, encoded_chunks(batch, plan))
+            _encode_whole(engine, batch, plan, {})
+            if plan.whole
+            else _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
         )
     engine.module.train()
     assert towers.U is not None and towers.W is not None
@@ -359,7 +382,7 @@ def encode_pairs(
     documents = document_head(towers.W, towers.alpha.detach(), towers.beta)
     scores = scores.float() + torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
     encoded = Encoded(None, None, None, outputs[-1].alpha, scores)
-    return encoded, partial(_backward, engine, chunks), replace(plan, pairs=side.plan)
+    return encoded, partial(_backward_in_chunks, engine, chunks), replace(plan, pairs=side.plan)
 
 
 def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
@@ -383,12 +406,13 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
     )
     pairs = plan_side(lengths, candidates.numel(), budget.chunk_tokens)
     retained = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
-    dropped = len(pairs.chunks) - int(retained.sum()) if budget.chunk_tokens else 0  # chunks without a retained graph
-    number, most_dropped = distributed.all_reduce(torch.tensor([max(1, len(pairs.chunks)), dropped]), "max").tolist()
+    recomputed = len(pairs.chunks) - int(retained.sum()) if budget.chunk_tokens else 0  # the first ones
+    counts = torch.tensor([max(1, len(pairs.chunks)), recomputed])
+    number, first_retained = distributed.all_reduce(counts, "max").tolist()
     pairs = pairs.padded_to(number)
     side = Chunked(features, pairs)
     return [
-        EncodedPairChunk("pairs", side, chunk, retain_graph=i >= most_dropped) for i, chunk in enumerate(pairs.chunks)
+        EncodedPairChunk("pairs", side, chunk, retain_graph=i >= first_retained) for i, chunk in enumerate(pairs.chunks)
     ]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,6 +42,13 @@ from bigdssm.utils.log import Progress, get_logger
 logger = get_logger(__name__)
 
 
+class PlannedBatch(NamedTuple):
+    """A batch of this rank, and the rank's plan for it."""
+
+    batch: Batch
+    plan: LocalStepPlan
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """A stage on this rank: its model, data, loss and progress. All ranks must call each of the methods.
@@ -56,11 +63,13 @@ class Trainer:
     folder: Path
     origin: dict[str, Any]  # of the checkpoints: config, versions, run, precision
     stream: RowStream
-    stream_step: int  # the next step to consume; the stream reads ahead
+    # The next step of the stream to consume, counted from 0 in each segment; `stream.step` is the next one to read, and
+    # ahead of it. `progress.step` counts the steps of all segments, `progress.applied` those that were not skipped.
+    stream_step: int
     batch_builder: BatchBuilder
     engine: Engine
     objective: Objective
-    loss_function: LossFunction  # the objective
+    loss_function: LossFunction  # the objective, unless fault injection replaces it
     mining: HardNegativeRefresh
     validator: Validator
     average: WeightAverage | None
@@ -92,16 +101,18 @@ class Trainer:
             self._validate_at_start()
             while True:
                 # the steps until the stage ends or hard negatives are mined again
-                segment_step = self.progress.step - self.progress.part_step
+                segment_step = self.progress.step - self.progress.segment_start_step
                 steps = min(self.total_steps - self.progress.step, self.mining.steps_to_refresh(segment_step))
                 with closing(read_batches(self.stream, self.batch_builder, device(), steps)) as batches:
                     self._take_steps(batches)
                 if self.is_over():
                     break
                 self.store.wait()  # a checkpoint in progress needs the current file of hard negatives
-                part_step = self.progress.part_step
+                segment_start = self.progress.segment_start_step
                 with self.metrics_logger.timed("mining"):
-                    self.batch_builder.hard_negatives = self.mining.refresh(self.progress.step - part_step, part_step)
+                    self.batch_builder.hard_negatives = self.mining.refresh(
+                        self.progress.step - segment_start, segment_start
+                    )
             if self.progress.validated_at != self.progress.step:
                 self.validate()
             self.save(in_background=False)
@@ -117,15 +128,15 @@ class Trainer:
     def _take_steps(self, batches: Iterator[Batch]) -> None:
         """Take one step per batch, until the stage is over; validate and save when they are due."""
         stage, progress = self.stage, self.progress
-        following = self._fetch(batches) if not self.is_over() else None
+        upcoming = self._fetch(batches) if not self.is_over() else None
         # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers
         # of chunks in the collective of step s.
-        chunks = None if following is None else max_over_ranks(following[1].counts)
-        while following is not None and not self.is_over():
+        chunks = None if upcoming is None else max_over_ranks(upcoming.plan.counts)
+        while upcoming is not None and not self.is_over():
             assert chunks is not None
-            batch, plan = following[0], following[1].synchronized(chunks)
-            following = self._fetch(batches)
-            result = self.train_step(batch, plan, None if following is None else following[1])
+            batch, plan = upcoming.batch, upcoming.plan.synchronized(chunks)
+            upcoming = self._fetch(batches)
+            result = self.train_step(batch, plan, None if upcoming is None else upcoming.plan)
             chunks = ChunkCounts(*map(max, zip(*(report.chunks for report in result.reports), strict=True)))
             if self.stream.needs_check([report.rows for report in result.reports], self.stream_step):
                 self.stream.check(self.stream_step)
@@ -137,15 +148,15 @@ class Trainer:
             if is_save_due and not self.is_over():
                 self.save(self.async_checkpoints)
 
-    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, LocalStepPlan] | None:
+    def _fetch(self, batches: Iterator[Batch]) -> PlannedBatch | None:
         """Return the next batch and this rank's plan of it, None after the last."""
         self.watchdog.record_progress(f"step {self.progress.step}, waiting for rows")
         with timing.span("data wait"):
             batch = next(batches, None)
-        return None if batch is None else (batch, plan_locally(batch, self.engine.budget))
+        return None if batch is None else PlannedBatch(batch, plan_locally(batch, self.engine.budget))
 
-    def train_step(self, batch: Batch, plan: StepPlan, following: LocalStepPlan | None) -> StepResult:
-        """Take a step on a batch; count and log it. `following`: this rank's plan of the next step.
+    def train_step(self, batch: Batch, plan: StepPlan, next_plan: LocalStepPlan | None) -> StepResult:
+        """Take a step on a batch; count and log it. next_plan: this rank's plan of the next step, if any.
 
         Raises DivergedError: too many non-finite steps in a row.
         """
@@ -154,23 +165,29 @@ class Trainer:
         if self.store.has_failed():
             self.stop.request()  # the ranks stop together; saving then raises the error
 
-        def report() -> RankReport:
+        def make_report() -> RankReport:
             # a checkpoint is due if the last one is older than the config allows
             every_s = 60.0 * stage.save_every_minutes
             is_save_due = every_s > 0 and time.monotonic() - self.saved_at >= every_s
-            numbers = self.stop.requested, is_save_due, len(batch.query_ids), self.stream.counts()
-            return RankReport(*numbers) if following is None else RankReport(*numbers, following.counts)
+            return RankReport(
+                stop=self.stop.requested,
+                save=is_save_due,
+                queries=len(batch.query_ids),
+                rows=self.stream.counts(),
+                chunks=ChunkCounts() if next_plan is None else next_plan.counts,
+            )
 
         # the schedule counts the applied steps of the segment
-        segment_steps, applied = self.total_steps - progress.part_step, progress.applied - progress.part_applied
+        segment_steps = self.total_steps - progress.segment_start_step
+        applied = progress.applied - progress.segment_start_applied
         lr_factor = schedule_factor(applied, segment_steps, stage.optimizer)
         extra_inputs = self.objective.model_inputs(batch)
-        result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, extra_inputs, report)
+        result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, extra_inputs, make_report)
 
         progress.step += 1
         self.stream_step = batch.step + 1
         if self.consumed_log is not None:
-            self.consumed_log.write(progress.step - 1, batch.row_ids)
+            self.consumed_log.write(progress.step, batch.row_ids)
         if result.applied:
             progress.applied += 1
             progress.skipped_in_row = 0
@@ -179,7 +196,7 @@ class Trainer:
             self.alert.after_step(progress.step, result.loss, batch.row_ids)
         else:
             progress.skipped_in_row += 1
-            self.skipped_log.write(progress.step - 1, batch.row_ids)
+            self.skipped_log.write(progress.step, batch.row_ids)
             logger.warning(
                 "step %d skipped: loss or gradient not finite; this rank's rows, %s …, are listed in %s",
                 progress.step, batch.row_ids[:8].tolist(), self.skipped_log.path,
@@ -202,7 +219,7 @@ class Trainer:
         """Validate the initial model, or repeat a validation that the interrupted run did not finish."""
         progress = self.progress
         documents, self.initial_documents = self.initial_documents, None
-        if progress.step == progress.part_step:
+        if progress.step == progress.segment_start_step:
             if self.starts_trained:
                 self.validate(documents)  # so that best/ is never worse than the initial model
         elif progress.validated_at >= 0 and self.validator.is_best_missing():
@@ -227,7 +244,9 @@ class Trainer:
         with nullcontext() if self.average is None else self.average.swapped_in():
             evaluation = self.validator.evaluate(self.engine, self.report_progress, documents)
             progress.validated_at = progress.step
-            # without newer rows to select by, the newest weights are the best
+            # best/ takes the weights if `is_taken`; patience starts again if `is_highest`. They differ: weights whose
+            # score is within the error of the highest are taken, too. Where validations do not decide (no rows, or only
+            # rows older than the training data), the newest weights are taken.
             score, is_taken, is_highest = None, True, True
             if evaluation:
                 score = evaluation.metrics[metric]
@@ -258,7 +277,7 @@ class Trainer:
         return {
             "state": {
                 "stream": self.stream.state(self.stream_step),
-                "progress": asdict(self.progress),
+                "progress": self.progress.state_dict(),
                 **self.origin,
             },
             "common": self.objective.state_dict()

@@ -91,16 +91,16 @@ class Validator:
     def describe(self, progress: StageProgress, metric: str) -> str:
         """Format the weights in best/, the rows that they were validated on, and the values that were compared."""
         best = f"{progress.describe_best(metric, decides=self.decides)} at step {progress.best_step}"
-        at_start = [entry for entry in progress.history if entry["step"] == progress.part_step]
+        at_start = [entry for entry in progress.history if entry["step"] == progress.segment_start_step]
         # the last one: an earlier segment may have ended with a validation at this step
-        segment = at_start[-1:] + [entry for entry in progress.history if entry["step"] > progress.part_step]
+        segment = at_start[-1:] + [entry for entry in progress.history if entry["step"] > progress.segment_start_step]
         if not segment or not self._validation.num_rows(SPLIT):
             return best
         names = ", ".join(partition.name for partition in self._validation.partitions)
         data = f"validated on {self._validation.num_queries(SPLIT):,} queries of {names}"
         if not self.decides:
             data += ", which are older than the newest training data and select nothing"
-        if segment[0]["step"] == progress.part_step < segment[-1]["step"]:
+        if segment[0]["step"] == progress.segment_start_step < segment[-1]["step"]:
             data += (
                 f" ({metric_label(metric)} {segment[0][metric]:.4f} at the start, {segment[-1][metric]:.4f} at the end)"
             )

@@ -121,12 +121,12 @@ def test_the_rows_are_the_new_partitions_from_their_first_step_on(
     pools[2].run(small_run.run, config, run_dir, ON, "pretrain", True)
     old = row_ids(grown[1], 2)
     seen = row_ids(run_dir, 2)
-    assert list(seen) == list(range(STEPS + NEW_STEPS))
-    assert {step: seen[step] for step in range(STEPS)} == old
+    assert list(seen) == list(range(1, STEPS + NEW_STEPS + 1))
+    assert {step: seen[step] for step in range(1, STEPS + 1)} == old
     dataset = Dataset.open(config.parent / "dataset", first="day2")
     stream = PairStream(dataset, rows_global=96, lanes=6)
-    expected = {STEPS + step: sorted(next(stream).row_ids.tolist()) for step in range(NEW_STEPS)}
-    assert {step: seen[step] for step in range(STEPS, STEPS + NEW_STEPS)} == expected
+    expected = {STEPS + step: sorted(next(stream).row_ids.tolist()) for step in range(1, NEW_STEPS + 1)}
+    assert {step: ids for step, ids in seen.items() if step > STEPS} == expected
     curve = small_run.records(run_dir)
     assert [record["step"] for record in curve] == list(range(1, STEPS + NEW_STEPS + 1))
     assert np.isfinite([record["loss"] for record in curve]).all()
@@ -143,9 +143,9 @@ def test_an_unfinished_run_grows_on_another_number_of_ranks(
     shutil.rmtree(run_dir / "pretrain" / "checkpoints" / f"step-{STEPS:08d}")
     pools[1].run(small_run.run, config, run_dir, ON, "pretrain", True)
     stream = PairStream(Dataset.open(config.parent / "dataset", first="day2"), rows_global=96, lanes=6)
-    expected = {8 + step: sorted(next(stream).row_ids.tolist()) for step in range(NEW_STEPS)}
+    expected = {8 + step: sorted(next(stream).row_ids.tolist()) for step in range(1, NEW_STEPS + 1)}
     seen = row_ids(run_dir, 1)
-    assert {step: ids for step, ids in seen.items() if step >= 8} == expected
+    assert {step: ids for step, ids in seen.items() if step > 8} == expected
     progress = verify(run_dir / "pretrain" / "checkpoints" / f"step-{8 + NEW_STEPS:08d}").state["progress"]
     assert (progress["part_step"], progress["step"]) == (8, 8 + NEW_STEPS)
 
@@ -167,9 +167,9 @@ def test_old_rows_are_mixed_in_by_weight_and_a_resumed_mixture_is_exact(
         pools[1].run(small_run.run, config, run_dir, (changed, *MIXED[1:]), "pretrain", True)
     pools[1].run(small_run.run, config, run_dir, MIXED, "pretrain", True)
     stream = PairStream(open_dataset(load_config(config, MIXED).data), rows_global=96, lanes=6)
-    expected = {STEPS + step: sorted(next(stream).row_ids.tolist()) for step in range(NEW_STEPS)}
+    expected = {STEPS + step: sorted(next(stream).row_ids.tolist()) for step in range(1, NEW_STEPS + 1)}
     seen = row_ids(run_dir, 2)
-    assert {step: ids for step, ids in seen.items() if step >= STEPS} == expected
+    assert {step: ids for step, ids in seen.items() if step > STEPS} == expected
     rows_of_day2 = stream.dataset.partitions[0].content["splits"]["train"]["rows"]
     assert 0.5 < np.mean(np.concatenate(list(expected.values())) < rows_of_day2) < 1
     assert np.isfinite([record["loss"] for record in small_run.records(run_dir)]).all()

@@ -146,5 +146,5 @@ def test_the_start_of_a_segment_is_not_the_end_of_the_one_before(shop: Path) -> 
     config = load_config(str(shop / "config.yaml"))
     validator = Validator(open_dataset(config.data), config, "pretrain", rows_per_chunk=64, continues=True)
     history = [{"step": step, "ndcg_at_10": value} for step, value in ((4, 0.9), (4, 0.1), (8, 0.2))]
-    progress = StageProgress(step=8, best=0.2, best_step=8, part_step=4, history=history)
+    progress = StageProgress(step=8, best=0.2, best_step=8, segment_start_step=4, history=history)
     assert "(NDCG@10 0.1000 at the start, 0.2000 at the end)" in validator.describe(progress, "ndcg_at_10")

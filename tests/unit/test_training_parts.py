@@ -99,7 +99,7 @@ def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
     [
         (StageProgress(best=0.25, history=[{}]), "best validation NDCG@10 0.2500"),
         (StageProgress(), "no validation split"),
-        (StageProgress(history=[{"step": 1}], part_step=1), "no validation split"),  # in a new segment
+        (StageProgress(history=[{"step": 1}], segment_start_step=1), "no validation split"),  # in a new segment
     ],
 )
 def test_the_best_metric_is_described_if_it_exists(progress: StageProgress, words: str) -> None:
@@ -256,13 +256,13 @@ def test_a_replayed_state_draws_the_same_and_leaves_no_trace() -> None:
 
 def test_the_row_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     log = RowLog(tmp_path, CONSUMED, 0, 1, 0)
-    for step in range(4):
+    for step in range(1, 5):
         log.write(step, torch.tensor([step, step + 10]))
     with (tmp_path / "row_ids-00000.jsonl").open("a") as file:
-        file.write('{"step": 4, "row_i')  # killed while writing
-    RowLog(tmp_path, CONSUMED, 0, 1, 2).write(2, torch.tensor([7]))
+        file.write('{"step": 5, "row_i')  # killed while writing
+    RowLog(tmp_path, CONSUMED, 0, 1, 2).write(3, torch.tensor([7]))
     lines = [json.loads(line) for line in (tmp_path / "row_ids-00000.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[2]["row_ids"] == [7]
 
 
