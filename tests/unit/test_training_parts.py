@@ -29,7 +29,7 @@ from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.loader.batch import ListLengths, lengths_of, prefetch
 from bigdssm.loader.step_plan import ChunkCounts, Chunked, StepPlan, TokenBudget, plan_locally, plan_side
-from bigdssm.loader.stream import PairStream
+from bigdssm.loader.stream import PairStream, RowCounts
 from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
@@ -37,6 +37,7 @@ from bigdssm.training.batches import BatchBuilder, known_pairs, read_batches
 from bigdssm.training.objective import catalogue_share, in_catalogue_share
 from bigdssm.training.optimizers import AdamW, build_optimizer, parameter_groups, schedule_factor, warmup_steps
 from bigdssm.training.resume import StageProgress
+from bigdssm.training.step import RankReport
 from bigdssm.utils.device import RandomState
 from tests.conftest import NUM_ITEMS, TinyDataset
 
@@ -104,6 +105,17 @@ def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
 )
 def test_the_best_metric_is_described_if_it_exists(progress: StageProgress, words: str) -> None:
     assert words in progress.describe_best("ndcg_at_10") and "inf" not in progress.describe_best("ndcg_at_10")
+
+
+def test_progress_and_reports_are_read_as_they_were_written() -> None:
+    progress = StageProgress(step=9, applied=8, history=[{"step": 4}], segment_start_step=4, segment_start_applied=3)
+    state = progress.state_dict()
+    assert (state["part_step"], state["part_applied"], len(state)) == (4, 3, 10)
+    assert StageProgress.from_state_dict(state) == progress
+    report = RankReport(1.0, 0.0, 5.0, RowCounts(0.0, 1.5, 64.0), ChunkCounts(2, 3, 1, 0))
+    row = torch.tensor(report.numbers(), dtype=torch.float64).tolist()
+    assert RankReport.of_numbers(row) == report and len(row) == 10
+    assert all(type(number) is int for number in RankReport.of_numbers(row).chunks)
 
 
 def test_trailing_zeros_of_a_vector_are_not_padding() -> None:
