@@ -162,7 +162,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "less": (lambda d: edit(d, lambda c: described(c)["files"].pop()), "does not match"),
     "values": (lambda d: edit(d, lambda c: described(c).update(checksum="0")), "does not match"),
     "outside": (lambda d: edit(d, lambda c: described(c)["files"][0].update(file="vocabularies/../x")), "rejected"),
-    "format": (lambda d: edit(d, lambda c: c.update(format=2)), "has format 2, this version reads format 1; rebuild"),
+    "format": (
+        lambda d: edit(d, lambda c: c.update(format=3)),
+        "has format 3, this version reads formats 1 and 2; rebuild",
+    ),
     "nothing": (lambda d: edit(d, lambda c: c.pop("vocabularies")), "damaged or of another version"),
 }
 

@@ -73,7 +73,9 @@ PARTITION = "partitions/all"
 CASES = {
     "no folder": (shutil.rmtree, "dataset.json does not exist; .* is not a dataset; bigdssm make_shards builds one"),
     "no dataset.json": (remove("dataset.json"), "dataset.json does not exist"),
-    "another format": (lambda d: edit(d / "dataset.json", format=2), "has format 2, this version reads 1; rebuild it"),
+    "another format": (
+        lambda d: edit(d / "dataset.json", format=3), "has format 3, this version reads 1 and 2; rebuild it"
+    ),
     "broken JSON": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json is damaged"),
     "another schema": (lambda d: edit(d / "dataset.json", schema="00"), "schema.json does not match"),
     "no partitions": (lambda d: edit(d / "dataset.json", partitions=[]), "has no partitions"),
