@@ -57,6 +57,9 @@ def check_config(config: Config) -> None:
             key = f"data.{side}.{name}"
             require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature name without dots")
             feature.check(key, side, data.doc)
+    unknown = sorted(set(data.request) - set(data.event))
+    require(not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}")
+    require(not data.request or "request" not in data.query, "data.query", "a feature named request", "another name")
     if data.event:
         needed = "a query feature of type history, which reads the events"
         require(bool(histories_of(data.query)), "data.event", list(data.event), needed)

@@ -71,6 +71,9 @@ class DataConfig:
     doc: dict[str, Any] = named_components(FEATURES)
     # Features of an event (interaction), from columns of the table of interactions: every history reads them.
     event: dict[str, Any] = named_components(FEATURES)
+    # Features of data.event that a query has, too: in training those of its target's event (the wanted action, the time
+    # since the newest event of the history), in serving those of the request.
+    request: tuple[str, ...] = ()
     title: str | None = None  # column of the document table with display titles; by default the document id
     # Queries are documents: both sides declare the same features, from separate columns; one tower (model.doc) encodes
     # both; a query has its document's id and never returns itself; a pair applies in both directions.

@@ -326,32 +326,58 @@ class Dataset:
         sequence = sequence + self._sequence_base[partition]
         targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.valid(self.catalogue.num_docs))
+        single = self.num_queries(split) == self.num_rows(split)
+        known: np.ndarray | None = None
+        request: dict[str, Column] = {}
+        if self.schema.request:
+            known, request = self._requests(table, sequence, end, targets)
+        history_end = end - 1 if known is None or not single else known
         query: dict[str, Column] = {}
         history_start = np.zeros_like(end)
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
                 # the history of the last query; earlier queries of the row read a prefix of it
-                history, history_start = self._history(feature, table, sequence, end - 1)
+                history, history_start = self._history(feature, table, sequence, history_end)
                 query |= history
             else:
                 in_block = name in self.layout.query
                 query[name] = columns[name] if in_block else self.query_column(table, name, sequence)
-        single = self.num_queries(split) == self.num_rows(split)
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
-            position=targets.position, history_start=history_start, sequence=sequence, sequences=table,
+            position=targets.position, known=known, history_start=history_start, sequence=sequence, request=request,
+            sequences=table,
         )  # fmt: skip
+
+    def _requests(
+        self, table: MappedTable, sequence: np.ndarray, end: np.ndarray, targets: Targets
+    ) -> tuple[np.ndarray, dict[str, Column]]:
+        """Return the number of events before the time of each target, and the features of its request, int64 [m].
+
+        Other events at the time of a target are not known to its query: neither their items nor their number.
+        """
+        times = table.take_slices(TIME_COLUMN, sequence, np.zeros_like(end), end)
+        cell = np.arange(len(times.values))
+        is_later = np.diff(times.values, prepend=-np.inf) > 0
+        is_later[times.offsets[:-1]] = True  # rows are not empty
+        begin = times.offsets[:-1][targets.row]
+        first = np.maximum.accumulate(np.where(is_later, cell, 0))[begin + targets.position]  # event of this time
+        known = first - begin
+        seconds = np.where(known > 0, times.values[first] - times.values[first - 1], np.nan) * self.header.time_unit
+        position = targets.position
+        features = self.event_features(table, sequence[targets.row], position, position + 1)
+        elapsed = {name: elapsed_codes(seconds) for name, f in self.schema.event.items() if isinstance(f, Elapsed)}
+        return known, {name: elapsed.get(name, features[name].values) for name in self.schema.request}
 
     def one_query_per_row(self, rows: Rows) -> Rows:
         """Expand rows to one query per row, each with its newest history."""
-        if rows.row is None or rows.position is None or rows.sequence is None or self.sequences is None:
+        if rows.row is None or rows.prefix is None or rows.sequence is None or self.sequences is None:
             return rows
         sequence = rows.sequence[rows.row]
         query: dict[str, Column] = {}
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
-                query |= self._history(feature, self.sequences, sequence, rows.position)[0]
+                query |= self._history(feature, self.sequences, sequence, rows.prefix)[0]
             else:
                 query[name] = ragged.take(rows.query[name], rows.row)
         query_numbers = np.arange(rows.num_queries)  # not None, which would change the random draws of the queries

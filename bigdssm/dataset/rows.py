@@ -19,11 +19,12 @@ from bigdssm.features.ragged import Column, offsets_of
 
 EVENT_COLUMNS = ("items", "relevance")  # lists with one value per event, in addition to further event columns
 TIME_COLUMN = "event_time"  # list of float64, if events have times
+REQUEST_PREFIX = "request."  # of the names of a query's own features of events, see Schema.request
 EVENT_PREFIX = "event."  # of the columns of events' features
 VERSION_COLUMN = "version"  # list, if items have times: the item version that an event saw
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 ROW_ARRAYS = ("row_ids", "sequence", "history_start")  # of Rows: the arrays per row, and per query
-QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "doc_ids")
+QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "known", "doc_ids")
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ class Rows:
     query_ids: np.ndarray  # int64 [m]
     row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: one query per row
     position: np.ndarray | None = None  # int64 [m]: in the sequence; the query's history is items[:position]
+    known: np.ndarray | None = None  # int64 [m]: with requests, the history is items[:known], before the query's time
     history_start: np.ndarray | None = None  # int64 [R]: the history starts at items[history_start]
     sequence: np.ndarray | None = None  # int64 [R]: sequence number
     doc: dict[str, Column] = field(default_factory=dict)  # rows with inline documents: their features
     doc_ids: np.ndarray | None = None  # int64 [m], rows with inline documents
+    request: dict[str, Column] = field(default_factory=dict)  # per query: features of the request
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -104,6 +107,16 @@ class Rows:
         return np.arange(len(self)) if self.row is None else self.row
 
     @property
+    def prefix(self) -> np.ndarray | None:
+        """The number of events of each query's history, int64 [m]; None without sequences."""
+        return self.position if self.known is None else self.known
+
+    @property
+    def inputs(self) -> dict[str, Column]:
+        """The columns of the query side: features per row, and those of the requests, per query."""
+        return {**self.query, **{REQUEST_PREFIX + name: column for name, column in self.request.items()}}
+
+    @property
     def query_keys(self) -> np.ndarray:
         """Keys of the queries, int64 [m], ordered by (row id, position).
 
@@ -122,10 +135,10 @@ class Rows:
         without values if the dataset has no sequences.
         """
         queries = np.arange(self.num_queries) if queries is None else queries
-        if self.sequences is None or self.sequence is None or self.position is None:
+        if self.sequences is None or self.sequence is None or self.prefix is None:
             return np.empty(0, np.int64), np.zeros(len(queries) + 1, np.int64)
         sequence = self.sequence[self.row_of_query[queries]]
-        end = self.position[queries]
+        end = self.prefix[queries]
         start = np.zeros_like(end) if newest is None else np.maximum(end - newest, 0)
         seen = self.sequences.take_slices("items", sequence, start, end)
         return seen.values.astype(np.int64, copy=False), seen.offsets
@@ -151,6 +164,7 @@ class Rows:
             step=self.step,
             query={name: ragged.take(column, rows) for name, column in self.query.items()},
             doc={name: ragged.take(column, rows) for name, column in self.doc.items()},
+            request={name: ragged.take(column, queries) for name, column in self.request.items()},
             sequences=self.sequences,
             row=row,
             **arrays,
@@ -170,6 +184,7 @@ class Rows:
             step=parts[0].step,
             query={name: ragged.concat([part.query[name] for part in parts]) for name in parts[0].query},
             doc={name: ragged.concat([part.doc[name] for part in parts]) for name in parts[0].doc},
+            request={name: ragged.concat([part.request[name] for part in parts]) for name in parts[0].request},
             sequences=parts[0].sequences,
             row=row,
             **{

@@ -23,7 +23,7 @@ from bigdssm.features.base import from_dict
 from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
-SCHEMA_FILE, VOCABULARIES, SIAMESE = "schema.json", "vocabularies", "siamese"
+SCHEMA_FILE, VOCABULARIES, SIAMESE, REQUEST = "schema.json", "vocabularies", "siamese", "request"
 FORMAT, EVENT_FORMAT = 1, 2  # of schema.json and dataset.json; the second: events have features
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
 QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
@@ -38,6 +38,7 @@ class Schema:
     title: str | None = None
     siamese: bool = False  # queries are documents, see config.DataConfig
     event: dict[str, Feature] = field(default_factory=dict)  # of an event of a history
+    request: tuple[str, ...] = ()  # features of events that a query has, too
 
     @classmethod
     def declared(cls, config: DataConfig) -> Schema:
@@ -48,6 +49,7 @@ class Schema:
             title=config.title,
             siamese=config.siamese,
             event={name: feature.with_name(name) for name, feature in config.event.items()},
+            request=tuple(config.request),
         )
 
     @property
@@ -100,6 +102,8 @@ class Schema:
         """Describe the first difference in declarations from `other`, or return None."""
         if self.siamese != other.siamese:
             return f"siamese={self.siamese} against {other.siamese}"
+        if self.request != other.request:
+            return f"request={list(self.request)} against {list(other.request)}"
         for side in self.sides | other.sides:
             mine, theirs = self.sides.get(side, {}), other.sides.get(side, {})
             if mine.keys() != theirs.keys():
@@ -145,7 +149,10 @@ class Schema:
                 for name, feature in features.items():
                     feature.check(f"{side}.{name}", side, sides["doc"])
             described = content[VOCABULARIES]
-            schema = cls(**sides, title=content["title"], siamese=content.get(SIAMESE, False))._with_vocabularies(
+            siamese, request = content.get(SIAMESE, False), tuple(content.get(REQUEST, ()))
+            schema = cls(
+                sides["query"], sides["doc"], content["title"], siamese, sides.get("event", {}), request
+            )._with_vocabularies(
                 lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
             )
             if schema._to_dict(files=True)[VOCABULARIES] != described:
@@ -179,7 +186,16 @@ class Schema:
                 ]
         trained = {TRAINED: list(self.trained)} if files and self.trained else {}
         siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
-        return {"format": self.format, **sides, "title": self.title, **siamese, **trained, VOCABULARIES: vocabularies}
+        request = {REQUEST: list(self.request)} if self.request else {}
+        return {
+            "format": self.format,
+            **sides,
+            "title": self.title,
+            **siamese,
+            **request,
+            **trained,
+            VOCABULARIES: vocabularies,
+        }
 
     def _vocabularies(self) -> list[tuple[str, str, Categorical]]:
         """Return (side, name, feature) of all features with a vocabulary."""

@@ -77,7 +77,7 @@ def encoders_of(
         return tower_output(model, side, {name: values.to(device) for name, values in features.items()}).float()
 
     return ScoredEncoders(
-        lambda rows: output("query", collator.query_features(rows.query)),
+        lambda rows: output("query", collator.query_features(rows.inputs)),
         lambda doc_rows: output("doc", to_features(dataset.schema.doc, dataset.catalogue.columns(doc_rows))),
         scorer,
     )

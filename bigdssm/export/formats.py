@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
+from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.errors import CheckpointError
 from bigdssm.export.text_tower import SIDES, Side
 from bigdssm.features import Column, History, Ragged, TextTokenizer, encode_values, texts_of
@@ -92,6 +93,9 @@ class Probe:
             if isinstance(feature, History) and isinstance(items := columns[name], Ragged):
                 of_events = {key: f.probe(self._random, len(items.values), {}) for key, f in schema.event.items()}
                 columns |= {f"{name}.{key}": Ragged(np.asarray(v), items.offsets) for key, v in of_events.items()}
+        if side == "query":
+            requests = {name: schema.event[name].probe(self._random, self._rows, {}) for name in schema.request}
+            columns |= {REQUEST_PREFIX + name: values for name, values in requests.items()}
         return to_features(schema.sides[side], columns)
 
 

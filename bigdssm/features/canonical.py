@@ -49,14 +49,15 @@ def columns_of(
 
 def columns_of_values(
     rows: Any, features: Mapping[str, Feature], docs: Mapping[str, Feature], tokenizer: TextTokenizer | None,
-    events: Mapping[str, Feature] | None = None,
+    events: Mapping[str, Feature] | None = None, request: Sequence[str] = (),
 ) -> tuple[dict[str, Column], int]:  # fmt: skip
     """Return the encoded columns of `rows` by feature name, and the number of rows.
 
     rows: dicts of feature values, strings if exactly one of `features` is a text, or an Arrow table or data frame with
     columns named after features; omitted values are missing. docs: the document features, which encode the items of
     histories. events: the features of events; HISTORY.FEATURE has a list of values, aligned with the history's items
-    (of elapsed times in seconds). Raises DataError: an unknown feature, or a value that cannot be read.
+    (of elapsed times in seconds); request: names of those that a query has, too, as
+    request.FEATURE. Raises DataError: an unknown feature, or a value that cannot be read.
     """
     if is_table(rows):
         rows = as_table(rows)
@@ -66,7 +67,8 @@ def columns_of_values(
         rows = list(rows)
     num_rows = len(rows)
     of_events = {f"{name}.{key}": f for name in histories_of(features) for key, f in (events or {}).items()}
-    given = _by_feature(rows, {**features, **of_events})
+    of_request = {f"request.{key}": (events or {})[key] for key in request}
+    given = _by_feature(rows, {**features, **of_events, **of_request})
     columns: dict[str, Column] = {}
     for name, feature in features.items():
         absent = name not in given or pa.types.is_null(given[name].type)
@@ -84,10 +86,7 @@ def columns_of_values(
                 batch, ends = _flattened(column, given[column], f"values, one per item of {name}")
                 if not np.array_equal(ends, offsets):
                     raise DataError(f"{column} has lists of other lengths than {name}; give one value per item")
-                declared = Numeric() if isinstance(event, Elapsed) else event
-                declared = replace(declared, column=column, name=column)
-                read = np.asarray(columns_of(batch, {column: declared}, None, _refuse)[column])
-                lists[column] = elapsed_codes(read.astype(np.float64)) if isinstance(event, Elapsed) else read
+                lists[column] = _of_event(batch, column, event)
             first = np.maximum(offsets[1:] - feature.max_items, offsets[:-1])
             columns |= {column: gather_ranges(values, first, offsets[1:]) for column, values in lists.items()}
         elif absent:
@@ -96,7 +95,20 @@ def columns_of_values(
         else:
             batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
             columns |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
+    for name, event in of_request.items():
+        if name not in given or pa.types.is_null(given[name].type):
+            columns[name] = np.repeat(np.asarray(encode_values(event, [event.missing], None)), num_rows)
+        else:
+            batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
+            columns[name] = _of_event(batch, name, event)
     return columns, num_rows
+
+
+def _of_event(batch: SourceBatch, name: str, event: Feature) -> np.ndarray:
+    """Return the encoded values of a feature of events; elapsed times are given in seconds."""
+    declared = Numeric() if isinstance(event, Elapsed) else event
+    values = np.asarray(columns_of(batch, {name: replace(declared, column=name, name=name)}, None, _refuse)[name])
+    return elapsed_codes(values.astype(np.float64)) if isinstance(event, Elapsed) else values
 
 
 def is_table(rows: Any) -> bool:

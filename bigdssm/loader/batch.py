@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.dataset.catalogue import Catalogue
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.rows import REQUEST_PREFIX, Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, Feature, ragged
@@ -40,7 +40,8 @@ Paddings = dict[str, int]
 def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column]) -> Features:
     """Convert columns (one per declared feature, and those of a history's events) to tensors by name.
 
-    The column HISTORY.FEATURE has a value per event of a history; it is padded where the history is.
+    The column HISTORY.FEATURE has a value per event of a history; it is padded where the history is. The column
+    request.FEATURE has a value per query.
     """
     features = {name: as_tensor(feature.array(columns[name])) for name, feature in declared.items()}
     for name, column in columns.items():
@@ -48,6 +49,9 @@ def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column]) 
             is_float = column.values.dtype.kind == "f"
             padded = column.padded(np.nan if is_float else PADDING, np.float32 if is_float else np.int64)
             features[name] = as_tensor(padded)
+        elif name.startswith(REQUEST_PREFIX):
+            is_float = np.asarray(column).dtype.kind == "f"
+            features[name] = as_tensor(np.asarray(column, np.float32 if is_float else np.int64))
     return features
 
 
@@ -249,11 +253,12 @@ class Collator:
             doc = to_features(self._schema.doc, self._catalogue.columns(doc_rows)) if self._reads_documents else {}
         # The positions of the queries in their rows' histories, for several queries per row.
         query_positions, queries_of_row = None, None
-        if rows.row is not None and rows.position is not None and rows.history_start is not None:
-            prefix_length = rows.position - rows.history_start[rows.row]
-            query_positions = QueryPositions(as_tensor(rows.row), as_tensor(prefix_length))
+        if rows.row is not None and rows.prefix is not None and rows.history_start is not None:
+            prefix_length = np.maximum(rows.prefix - rows.history_start[rows.row], 0)
             queries_of_row = np.bincount(rows.row, minlength=len(rows))
-        query = self.query_features(rows.query)
+            most = int(queries_of_row.max(initial=1))
+            query_positions = QueryPositions(as_tensor(rows.row), as_tensor(prefix_length), most)
+        query = self.query_features(rows.inputs)
         return Batch(
             step=rows.step,
             row_ids=as_tensor(rows.row_ids),
@@ -273,7 +278,7 @@ class Collator:
         )
 
     def query_features(self, columns: Mapping[str, Column]) -> Features:
-        """Return the query columns of `Rows.query` as tensors."""
+        """Return the query columns of `Rows.inputs` as tensors."""
         return to_features(self._schema.query, columns)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import EngineConfig
+from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.features.ragged import gather_ranges, offsets_of
 from bigdssm.loader.batch import Batch, Features, Lengths, inputs_of_events
 from bigdssm.models import Packed, PackedLists, QueryPositions, RowGroup, Values, pack
@@ -289,7 +290,7 @@ class Chunked:
         self._query_positions = (
             None
             if query_positions is None
-            else QueryPositions(row_in_chunk, query_positions.prefix_length[self._outputs])
+            else QueryPositions(row_in_chunk, query_positions.prefix_length[self._outputs], query_positions.most)
         )
 
     def features(self, chunk: Chunk) -> dict[str, Values]:
@@ -310,8 +311,12 @@ class Chunked:
             for event, values in self._events.items()
             if (name := event.partition(".")[0]) in packed
         }
-        in_rows = self._features.keys() - packed.keys() - events.keys()
-        taken = {name: tensor[self._order[rows]] for name, tensor in self._features.items() if name in in_rows}
+        remaining = [name for name in self._features if name not in packed and name not in events]
+        per_query = self._outputs[chunk.outputs]
+        taken = {
+            name: self._features[name][per_query if name.startswith(REQUEST_PREFIX) else self._order[rows]]
+            for name in remaining
+        }
         return {
             **taken,
             **{name: taken[name][:, : chunk.widths[name]] for name in chunk.widths.keys() & taken},
@@ -321,11 +326,10 @@ class Chunked:
 
     def query_positions(self, chunk: Chunk) -> QueryPositions | None:
         """Return the positions of the chunk's queries in its rows; None: one query per row."""
-        return (
-            None
-            if self._query_positions is None
-            else QueryPositions(*(part[chunk.outputs] for part in self._query_positions))
-        )
+        if self._query_positions is None:
+            return None
+        row, prefix_length, most = self._query_positions
+        return QueryPositions(row[chunk.outputs], prefix_length[chunk.outputs], most)
 
     def outputs(self, chunk: Chunk) -> Tensor:
         """Return the indices of the chunk's queries or documents, int64; empty for a dummy chunk."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig, ScorerConfig
-from bigdssm.dataset.schema import Schema
+from bigdssm.dataset.rows import REQUEST_PREFIX
+from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -58,6 +60,10 @@ class Tower(nn.Module):
     def __init__(self, features: Mapping[str, Feature], context: BuildContext, dim: int) -> None:
         super().__init__()
         self.residual = context.config.residual
+        of_event = replace(context, side="event")
+        self.request = _ByFeature({name: build_encoder(context.event[name], of_event) for name in context.request})
+        request_dim = sum(cast(Encoder, encoder).dim for encoder in self.request.values())
+        context = replace(context, request_dim=request_dim)
         encoders = {name: build_encoder(feature, context) for name, feature in features.items()}
         self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_shared})
         self._shared_encoders = ({name: e for name, e in encoders.items() if e.is_shared},)  # not modules of the tower
@@ -73,7 +79,7 @@ class Tower(nn.Module):
                 f"model.dim={dim}; set both to the same (embedding_dim of model.doc for categorical features and "
                 f"histories)"
             )
-        width = sum(width for name, width in widths.items() if name != self.residual)
+        width = request_dim + sum(width for name, width in widths.items() if name != self.residual)
         self.mlp: nn.Sequential | None = None
         if width == 0:
             return
@@ -88,8 +94,17 @@ class Tower(nn.Module):
         self.mlp = nn.Sequential(*layers, head)
 
     def forward(self, features: Mapping[str, Values], query_positions: QueryPositions | None = None) -> Tensor:
-        """Return [R, D] for one side's features of R rows, or [m, D] for queries at `query_positions` of them."""
+        """Return [R, D] for one side's features of R rows, or [m, D] for queries at `query_positions` of them.
+
+        Features of requests, `request.NAME`, have one value per query.
+        """
         parts = {}
+        if self.request:
+            # A dummy row of features has no queries.
+            number = None if query_positions is None else len(query_positions.row)
+            requests = [encoder(features[REQUEST_PREFIX + name][:number]) for name, encoder in self.request.items()]
+            parts[REQUEST] = torch.cat(requests, dim=1)
+            features = {**features, REQUEST: parts[REQUEST]}
         for name, encoder in self._all().items():
             values = features[name]
             if query_positions is None:
@@ -277,7 +292,8 @@ class DualEncoder(nn.Module):
     def _build_context(self, side: str, text_key: str | None) -> BuildContext:
         text = None if text_key is None else cast(TextEncoder, self.text[text_key])
         width, tower = self.config.doc.embedding_dim, self.config.tower(side)
-        return BuildContext(side, tower, self.tables, width, text, self.schema.event)
+        request = self.schema.request if side == "query" else ()
+        return BuildContext(side, tower, self.tables, width, text, self.schema.event, request)
 
 
 def new_model(

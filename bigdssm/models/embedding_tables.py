@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
+from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import PADDING, Categorical, Feature, History, histories_of
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -119,6 +120,7 @@ def tables_of_features(schema: Schema, tables: Collection[str]) -> list[tuple[st
             if side == "event":  # read by every history
                 if (table := table_name(side, name)) in tables:
                     read += [("query", f"{history}.{name}", table) for history in histories_of(schema.query)]
+                    read += [("query", REQUEST_PREFIX + name, table)] * (name in schema.request)
                 continue
             table = table_name("doc", str(feature.of)) if isinstance(feature, History) else table_name(side, name)
             if side == "query" and schema.siamese and not isinstance(feature, History):

@@ -16,6 +16,7 @@ class QueryPositions(NamedTuple):
 
     row: Tensor  # int64 [m]: row in the batch
     prefix_length: Tensor  # int64 [m]: number of history items before the query
+    most: int = 0  # queries per row at most, a Python integer; 0: unknown
 
 
 class SequenceBounds(NamedTuple):

@@ -101,7 +101,7 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
     packed = towers.accepts_packed(training=False)
 
     def queries(rows: Rows) -> Tensor:
-        pads, features = paddings(dataset.schema.query), collator.query_features(rows.query)
+        pads, features = paddings(dataset.schema.query), collator.query_features(rows.inputs)
         return encode_in_chunks(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:

@@ -47,7 +47,8 @@ class Model:
         self, rows: Any, features: Mapping[str, Feature], encode: Callable[[nn.Module, Any], Tensor]
     ) -> np.ndarray:
         schema = self.folder.schema
-        columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event)
+        request = schema.request if features is schema.query else ()
+        columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event, request)
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)
         return encode_columns(features, columns, partial(encode, self.folder.model)).numpy()

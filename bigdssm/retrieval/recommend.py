@@ -24,15 +24,16 @@ from pyarrow import csv, parquet
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Column, Feature, Ragged, histories_of, stored_features
+from bigdssm.features import Column, Feature, Ragged, encode_values, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.search import PastEvents, histories
+from bigdssm.retrieval.search import PastEvents, histories, request_columns
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
@@ -191,11 +192,23 @@ class Users(QuerySource):
 
     identity = "users"
 
-    def __init__(self, dataset: Dataset) -> None:
-        """Raises DataError: the dataset has no users."""
+    def __init__(self, dataset: Dataset, now: float | None = None, context: Mapping[str, str] | None = None) -> None:
+        """With `now`, the events up to it; `context`: features of the requests (data.request), for all users.
+
+        Raises: DataError: the dataset has no users; ConfigError: `context` is invalid, or `now` and no times.
+        """
         if dataset.sequences is None:
             raise DataError(f"{dataset.dir} holds pairs, no users; recommend for a split or a table instead")
-        self._dataset, self._table = dataset, dataset.sequences
+        if now is not None and TIME_COLUMN not in dataset.sequences.schema.names:
+            raise ConfigError(f"--now {now}: the events of {dataset.dir} have no times; leave --now out")
+        self._dataset, self._table, self._now, self._context = dataset, dataset.sequences, now, {}
+        for name, value in (context or {}).items():
+            feature = dataset.schema.event.get(name)
+            if feature is None or name not in dataset.schema.request or feature.from_sequence:
+                raise ConfigError(f"--context {name}: needs a feature of requests, of {list(dataset.schema.request)}")
+            self._context[name] = encode_values(feature, [feature.parse(value)], None)
+        if now is not None or context:
+            self.identity = f"users now={now} {sorted((context or {}).items())}"
         ids = self._table.column("query_id")[::-1]  # the latest partition has a user's full history
         self._rows = np.sort(len(ids) - 1 - np.unique(ids, return_index=True)[1])
         self.num_rows = len(self._rows)
@@ -207,8 +220,10 @@ class Users(QuerySource):
             name: self._dataset.query_column(self._table, name, rows)
             for name in stored_features(self._dataset.schema.query)
         }
-        past = PastEvents.of_users(self._dataset, self._table, rows)
+        past = PastEvents.of_users(self._dataset, self._table, rows, self._now)
         columns |= histories(self._dataset, past)
+        unit = self._dataset.header.time_unit
+        columns |= request_columns(self._dataset.schema, past, self._context, self._now, unit)
         return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, past.rows)
 
 
@@ -232,7 +247,7 @@ class SplitRows(QuerySource):
         seen = Ragged(*rows.seen_ragged())
         if self._dataset.schema.siamese:
             seen = Ragged.of_lists(_query_documents(self._dataset, rows.query_ids), np.int64)
-        return QueryBatch(rows.row_ids, keys, rows.query, seen)
+        return QueryBatch(rows.row_ids, keys, rows.inputs, seen)
 
 
 class TableRows(QuerySource):
@@ -281,6 +296,7 @@ class TableRows(QuerySource):
         features = _of_columns(stored_features(self._dataset.schema.query))
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         past = PastEvents.of_items(self._dataset.schema, seen)
+        columns |= request_columns(self._dataset.schema, past, {}, None, self._dataset.header.time_unit)
         return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), seen)
 
 

@@ -47,6 +47,9 @@ class Request:
     )
     features: dict[str, Any] | None = field(default=None, metadata={HELP: "query feature values"})
     events: list[Event] | None = field(default=None, metadata={HELP: "recent events of the user"})
+    context: dict[str, Any] | None = field(
+        default=None, metadata={HELP: "features of the request (data.request), such as the wanted action"}
+    )
     now: float | None = field(default=None, metadata={HELP: "later events are ignored, those of the user, too"})
     filter: str | None = field(
         default=None, metadata={HELP: "conditions that results must satisfy, such as 'year >= 1990'"}

@@ -13,7 +13,7 @@ import numpy as np
 
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import TIME_COLUMN
+from bigdssm.dataset.rows import REQUEST_PREFIX, TIME_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
@@ -88,6 +88,7 @@ class Queries:
             texts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
         for event in request.events or ():
             texts += [event.item, *(value for value in (event.features or {}).values() if isinstance(value, str))]
+        texts += [value for value in (request.context or {}).values() if isinstance(value, str)]
         check_utf8(texts)
         values = (request.user, request.document, *features.values())
         blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
@@ -114,9 +115,20 @@ class Queries:
 
         live, unknown = self._events(request.events or [], request.now, stored)
         past = stored.followed_by(live)
+        unit = 1.0 if dataset is None else dataset.header.time_unit
         seen = past.rows.values
         if dataset is not None:
             columns |= histories(dataset, past)
+        context = {}
+        for name, value in (request.context or {}).items():
+            known = [key for key in self._schema.request if not self._schema.event[key].from_sequence]
+            if name not in known:
+                some = name[:COMPARED_CHARACTERS]
+                raise ConfigError(
+                    f"context: {some!r} is not a feature of requests; they are: {', '.join(known) or 'none'}"
+                )
+            context[name] = self._encoded(self._schema.event[name], value)
+        columns |= request_columns(self._schema, past, context, request.now, unit)
         allowed = None
         if request.filter is not None:
             if self._filters is None:
@@ -254,7 +266,8 @@ class PastEvents:
             return Ragged.of_lists([np.concatenate([part.values for part in parts])], parts[-1].values.dtype.type)
 
         features = {name: joined([self.features[name], values]) for name, values in later.features.items()}
-        return PastEvents(joined([self.rows, later.rows]), features, later.newest_time)
+        newest = later.newest_time if len(later.rows.values) else self.newest_time
+        return PastEvents(joined([self.rows, later.rows]), features, newest)
 
 
 def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dict[str, Column], PastEvents]:
@@ -278,6 +291,22 @@ def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dic
         units.add(np.append(PastEvents.of_users(dataset, table, newest).newest_time, now))
         check_time_units([units.facts()], f"now, and the events of {key!r}:")
     return columns, PastEvents.of_users(dataset, table, newest, now)
+
+
+def request_columns(
+    schema: Schema, past: PastEvents, context: Mapping[str, Column], now: float | None, time_unit: float
+) -> dict[str, Column]:
+    """Return the features of requests after `past` events: one value of `context` for all, and the time until `now`."""
+    columns: dict[str, Column] = {}
+    for name in schema.request:
+        feature = schema.event[name]
+        if isinstance(feature, Elapsed):
+            seconds = ((np.nan if now is None else now) - past.newest_time) * time_unit
+            columns[REQUEST_PREFIX + name] = elapsed_codes(seconds)
+        else:
+            value = context.get(name, encode_values(feature, [feature.missing], None))
+            columns[REQUEST_PREFIX + name] = np.repeat(np.asarray(value), len(past.rows))
+    return columns
 
 
 def first_users(table: MappedTable, most: int) -> list[str]:

@@ -56,6 +56,7 @@ def model(
     layers: int = 2,
     dropout: float = 0.0,
     event: dict[str, Any] | None = None,
+    request: tuple[str, ...] = (),
     **history: Any,
 ) -> DualEncoder:
     """A model in which every parameter affects the output."""
@@ -65,7 +66,7 @@ def model(
         dim=6, score="dot", query=TowerConfig(mlp=(7,), history=encoder), doc=TowerConfig(embedding_dim=WIDTH)
     )
     torch.manual_seed(0)
-    made = new_model(config, Schema(QUERY, DOC, event=event or {}))
+    made = new_model(config, Schema(QUERY, DOC, event=event or {}, request=request))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -101,7 +102,7 @@ def assert_one_pass_is_many(made: DualEncoder) -> None:
     query_positions = all_query_positions()
     together = made(query(ROWS), query_positions=query_positions).U
     alone = []
-    for row, seen in zip(*map(Tensor.tolist, query_positions), strict=True):
+    for row, seen in zip(*map(Tensor.tolist, query_positions[:2]), strict=True):
         features = query(ROWS)
         lists = {name: features[name][row : row + 1, :seen] for name in ("history", "history.action", "history.price")}
         alone.append(made({**lists, "age": features["age"][row : row + 1]}).U)
@@ -142,6 +143,48 @@ def test_a_query_depends_on_the_features_of_earlier_events_alone(block: str, pos
             blind = (query_positions.row != 0) | (query_positions.prefix_length <= j)
             assert torch.equal(after[blind], before[blind]), f"{name} {j} affects earlier queries"
             assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, f"{name} {j} has no effect"
+
+
+def requests() -> tuple[QueryPositions, dict[str, Tensor]]:
+    """All query positions of all rows, every third one twice, and their requests."""
+    row, seen = all_query_positions()[:2]
+    row, seen = torch.cat([row, row[::3]]), torch.cat([seen, seen[::3]])
+    m = len(row)
+    prices = torch.arange(m) * 0.3  # all different; one is missing
+    prices[1] = torch.nan
+    return QueryPositions(row, seen), {"request.action": torch.arange(m) % 4, "request.price": prices}
+
+
+@every_many
+def test_one_pass_of_requests_is_as_many_passes(block: str, positions: str) -> None:
+    made = model(block, positions, event=EVENT, request=("action", "price"))
+    query_positions, values = requests()
+    features = query(ROWS)
+    together = made({**features, **values}, query_positions=query_positions).U
+    alone = []
+    for number, (row, seen) in enumerate(zip(*map(Tensor.tolist, query_positions[:2]), strict=True)):
+        lists = {name: features[name][row : row + 1, :seen] for name in ("history", "history.action", "history.price")}
+        own = {name: of_all[number : number + 1] for name, of_all in values.items()}
+        alone.append(made({**lists, **own, "age": features["age"][row : row + 1]}).U)
+    apart = torch.cat(alone)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    assert (torch.pdist(together) > 1e-5).all(), "two requests at one prefix differ"
+    ours, theirs = gradients(made, together), gradients(made, apart)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_many
+def test_a_request_changes_its_own_query_alone(block: str, positions: str) -> None:
+    made = model(block, positions, event=EVENT, request=("action", "price"))
+    query_positions, values = requests()
+    before = made({**query(ROWS), **values}, query_positions=query_positions).U
+    for number in range(0, len(before), 5):
+        changed = {**values, "request.price": values["request.price"].clone()}
+        changed["request.price"][number] = 33.0
+        after = made({**query(ROWS), **changed}, query_positions=query_positions).U
+        assert (after != before).any(dim=1).nonzero().flatten().tolist() == [number]
 
 
 @every_many

@@ -56,7 +56,9 @@ DOC: dict[str, Feature] = {
 LISTS = {"query": {"history": 0, "words": PAD, "more": PAD}, "doc": {"title": PAD, "tags": 0}}
 
 
-def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, **history: Any) -> DualEncoder:
+def model(
+    pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0, request: Any = (), **history: Any
+) -> DualEncoder:
     """A model in which every parameter affects the output."""
     text = Transformer(hidden=16, pooling=pooling, dropout=text_dropout)
     encoder = HISTORY_BLOCKS.read(
@@ -67,7 +69,7 @@ def model(pooling: Any = "mean", dropout: float = 0.0, text_dropout: float = 0.0
         doc=TowerConfig(mlp=(7,), embedding_dim=16, text=text),
     )  # fmt: skip
     torch.manual_seed(0)
-    made = new_model(config, Schema(QUERY, DOC, event=EVENT), vocab_size=50)
+    made = new_model(config, Schema(QUERY, DOC, event=EVENT, request=request), vocab_size=50)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
@@ -117,8 +119,12 @@ def vectors(made: DualEncoder, side: str, chunk_tokens: int, query_positions: Qu
     device = made.log_alpha.device
     features = {name: values.to(device) for name, values in sides()[side].items()}
     query_positions = (
-        None if query_positions is None else QueryPositions(*(part.to(device) for part in query_positions))
+        None if query_positions is None else QueryPositions(*(part.to(device) for part in query_positions[:2]))
     )
+    if made.schema.request and side == "query":
+        number = 6 if query_positions is None else len(query_positions.row)
+        features["request.action"] = torch.arange(number, device=device) % 4
+        features["request.price"] = torch.arange(number, device=device) * 3 % 7.0
     per_row = None if query_positions is None else torch.bincount(query_positions.row, minlength=6).cpu().numpy()
     packed = getattr(made.accepts_packed(made.training), side)
     plan = plan_side(lengths(side), len(next(iter(features.values()))), chunk_tokens, per_row, packed)
@@ -215,6 +221,19 @@ def test_histories_that_no_kernel_attends_over_are_packed_in_groups(
 def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_tokens: int, many_groups: None) -> None:
     row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])
     assert_packed_is_padded("query", chunk_tokens, QueryPositions(row, seen), None, block=block, positions=positions)
+
+
+@SIZES
+@pytest.mark.parametrize("by", [None, within_rows])
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize(("block", "positions"), [("gated", "relative"), ("hstu", "relative"), ("sasrec", "rotary")])
+def test_requests_over_packed_histories(
+    block: str, positions: str, many: bool, by: Attention | None, chunk_tokens: int, many_groups: None
+) -> None:
+    row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 0, 4, 4, 1, 0, 7, 3]])
+    queries = QueryPositions(row, seen) if many else None
+    given = {"block": block, "positions": positions, "request": ("action", "price")}
+    assert_packed_is_padded("query", chunk_tokens, queries, by, **given)
 
 
 def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None:

@@ -100,6 +100,8 @@ class BuildContext:
     item_dim: int  # width of the tables of documents
     text: Encoder | None  # the model's text encoder of the side
     event: Mapping[str, Feature] = field(default_factory=dict)  # features of the events of histories
+    request: tuple[str, ...] = ()  # names of those that the queries of this side have, too
+    request_dim: int = 0  # width of the vectors of these
 
 
 def checked_output(part: nn.Module, output: Any, shape: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import HistoryEncoderConfig
+from bigdssm.dataset.schema import REQUEST
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout
@@ -33,6 +34,7 @@ class EventValues(NamedTuple):
 
     items: Values
     features: tuple[Tensor, ...]  # as the items: [R, T], or packed [P]
+    request: Tensor | None = None  # [m, K]: the vectors of the queries' requests
 
 
 @encodes(History)
@@ -40,7 +42,7 @@ class HistoryEncoder(Encoder):
     """A causal transformer over [start, oldest event, …, newest event]: the output at position j depends on j events.
 
     The vector of an event is that of its item, plus a linear map of its features' vectors: no key or value depends on
-    anything after the event.
+    anything after the event. A request enters in the last layer alone, as an addition to the query's position.
 
     The start token makes an empty history an ordinary one. The vector of a history is the output at its newest
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
@@ -52,9 +54,9 @@ class HistoryEncoder(Encoder):
 
     def __init__(
         self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables,
-        event: Mapping[str, Encoder] | None = None,
+        event: Mapping[str, Encoder] | None = None, request_dim: int = 0,
     ) -> None:  # fmt: skip
-        """`event`: the encoders of the features of an event.
+        """`event`: the encoders of the features of an event; request_dim: the width of the vectors of requests.
 
         Raises ConfigError: the heads do not divide the width, or have an odd one with positions=rotary.
         """
@@ -72,6 +74,9 @@ class HistoryEncoder(Encoder):
         if event:  # starts as a small addition to the item
             self.event_map = nn.Linear(sum(encoder.dim for encoder in event.values()), dim, bias=False)
             nn.init.normal_(self.event_map.weight, std=INIT_STD)
+        self.request_map = nn.Linear(request_dim, dim, bias=False) if request_dim else None
+        if self.request_map is not None:
+            nn.init.normal_(self.request_map.weight, std=INIT_STD)
         self.table = table
         self.dim = dim
         self.config = config
@@ -92,14 +97,15 @@ class HistoryEncoder(Encoder):
         table = table_name("doc", str(feature.of))
         of_event = replace(context, side="event")
         event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
-        return cls(context.config.history, feature, context.item_dim, table, context.tables, event)
+        return cls(context.config.history, feature, context.item_dim, table, context.tables, event, context.request_dim)
 
     def inputs(self, name: str, features: Mapping[str, Values]) -> EventValues | Values:
-        """Return the items of the history `name`, with the features of its events, if there are any."""
+        """Return the items of the history `name`, with the features of its events and the request, if any."""
         if not self.event:
             return features[name]
         of_event = (features[f"{name}.{key.removeprefix('of_')}"] for key in self.event)
-        return EventValues(features[name], tuple(cast(Tensor, values) for values in of_event))
+        request = None if self.request_map is None else cast(Tensor, features[REQUEST])
+        return EventValues(features[name], tuple(cast(Tensor, values) for values in of_event), request)
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the transformer layers."""
@@ -133,7 +139,7 @@ class HistoryEncoder(Encoder):
     def forward(self, events: EventValues | Values, query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
         assert query_positions is None or self.config.allows_many_queries
-        items, features = events if isinstance(events, EventValues) else (events, ())
+        items, features, request = events if isinstance(events, EventValues) else (events, (), None)
         if isinstance(items, Packed) and not self._has_kernel:
             # histories of one length are a tensor
             full = len(items.values) == items.num_rows * items.bounds.longest
@@ -143,12 +149,14 @@ class HistoryEncoder(Encoder):
             parts = [encoder(values.flatten()) for encoder, values in zip(self.event.values(), features, strict=True)]
             added = self.event_map(torch.cat(parts, dim=1))
         if isinstance(items, Packed):
-            vectors = self._packed(items, added, query_positions)
+            vectors = self._packed(items, added, request, query_positions)
         else:
-            vectors = self._padded(items, added, query_positions)
+            vectors = self._padded(items, added, request, query_positions)
         return cast(Tensor, self.norm(vectors))
 
-    def _padded(self, items_RT: Tensor, added: Tensor | None, query_positions: QueryPositions | None) -> Tensor:
+    def _padded(
+        self, items_RT: Tensor, added: Tensor | None, request: Tensor | None, query_positions: QueryPositions | None
+    ) -> Tensor:
         num_rows, num_items = items_RT.shape
         device = items_RT.device
         length_R = (items_RT != PADDING).sum(dim=1)
@@ -163,6 +171,8 @@ class HistoryEncoder(Encoder):
         context = self._context(position_T, position_T, bias)
         for layer in self.layers[:-1]:
             hidden = self.run_layer(layer, hidden, hidden, context)
+        if request is not None:
+            return self._at_requests(hidden, length_R, bias, request, query_positions)
         last = self.layers[-1]
         if query_positions is None:  # the last layer computes the newest position only
             newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
@@ -170,6 +180,33 @@ class HistoryEncoder(Encoder):
             return self.run_layer(last, newest, hidden, context).squeeze(1)
         # all positions: most are used, and rows share one mask
         return self.run_layer(last, hidden, hidden, context)[query_positions.row, query_positions.prefix_length]
+
+    def _at_requests(
+        self, hidden: Tensor, length_R: Tensor, bias: Tensor | None, request: Tensor,
+        query_positions: QueryPositions | None,
+    ) -> Tensor:  # fmt: skip
+        """Return the last layer's output [m, E] for requests [m, K], over padded histories `hidden` [R, T + 1, E].
+
+        The rows of the layer are requests: several may have one prefix, and none is a key of another.
+        """
+        assert self.request_map is not None
+        num_rows, width = hidden.shape[:2]
+        if query_positions is None:
+            query_positions = QueryPositions(torch.arange(num_rows, device=hidden.device), length_R, 1)
+        row, prefix_length, most = query_positions
+        count_R = torch.zeros_like(length_R).index_add_(0, row, torch.ones_like(row))
+        most = most or max(1, int(count_R.max()))
+        # The slot of a request is its number among those of its row.
+        order = row.argsort(stable=True)
+        slot = torch.empty_like(row)
+        slot[order] = torch.arange(len(row), device=row.device) - (count_R.cumsum(0) - count_R)[row[order]]
+        queries = hidden[row, prefix_length] + self.request_map(request).to(hidden.dtype)
+        cell = row * most + slot
+        padded = hidden.new_zeros(num_rows * most, hidden.shape[2]).index_copy(0, cell, queries)
+        position = prefix_length.new_zeros(num_rows * most).index_copy(0, cell, prefix_length).view(num_rows, most)
+        context = self._context(position, torch.arange(width, device=row.device), bias)
+        output = self.run_layer(self.layers[-1], padded.view(num_rows, most, -1), hidden, context)
+        return output.flatten(0, 1)[cell]
 
     def _items(self, items: Tensor) -> Tensor:
         vectors = self._tables[0].look_up(self.table, items)
@@ -183,7 +220,9 @@ class HistoryEncoder(Encoder):
             hidden = hidden + self.positions(position)
         return hidden
 
-    def _packed(self, items: Packed, added: Tensor | None, query_positions: QueryPositions | None) -> Tensor:
+    def _packed(
+        self, items: Packed, added: Tensor | None, request: Tensor | None, query_positions: QueryPositions | None
+    ) -> Tensor:
         length_R, device = items.lengths, items.row.device
         offsets, longest = items.bounds
         bounds = SequenceBounds(offsets + torch.arange(len(offsets), dtype=torch.int32, device=device), longest + 1)
@@ -202,6 +241,10 @@ class HistoryEncoder(Encoder):
         context = self._packed_context(items, position, bounds, bias, order)
         for layer in self.layers[:-1]:
             hidden = self.run_layer(layer, hidden, hidden, context)
+        if request is not None:
+            row = (position == 0).cumsum(0) - 1
+            padded = hidden.new_zeros(items.num_rows, longest + 1, self.dim).index_put((row, position), hidden[0])
+            return self._at_requests(padded, length_R, bias, request, query_positions)
         last = self.layers[-1]
         if query_positions is not None:
             return self.run_layer(last, hidden, hidden, context)[
