@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.config import DataConfig, load_config
+from bigdssm.config import DataConfig, check_config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Elapsed, History, Numeric
@@ -21,7 +21,9 @@ from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.elapsed import elapsed_codes
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
+from bigdssm.loader.batch import Collator
 from bigdssm.loader.inspection import sample_rows
+from bigdssm.retrieval.recommend import Users
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import PastEvents, Queries, histories
 
@@ -242,3 +244,90 @@ def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
     undated = Dataset.open(tmp_path / "out" / "out")
     with pytest.raises(ConfigError, match="now is given, but the events of"):
         Queries(undated.schema, None, undated, exclude_seen=True).of(Request(user=user, now=now))
+
+
+@pytest.mark.parametrize("targets_per_row", [1, 4])
+def test_requests_are_those_of_their_targets_and_know_nothing_of_their_time(
+    tmp_path: Path, targets_per_row: int
+) -> None:
+    config = replace(CONFIG, query={"past": QUERY["past"]}, request=("action", "gap"), targets_per_row=targets_per_row)
+    rows = [{**row, "timestamp": row["timestamp"] // 20_000 * 20_000} for row in rows_of_events(6, 250, 1_700_000_000)]
+    make(tmp_path, rows, config=config, split="leave-one-out")
+    dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
+    assert dataset.schema.request == ("action", "gap")
+    actions, tied = list(dataset.schema.event["action"].vocabulary), 0  # type: ignore[attr-defined]
+    for split in ("train", "test"):
+        stream = [dataset.rows(split, 0, *part) for part in blocks_of(dataset, split)]
+        for rows_of_split in [*stream, *map(dataset.one_query_per_row, stream)]:
+            batch = Collator(dataset.schema, dataset.catalogue)(rows_of_split)
+            table: Any = rows_of_split.sequences
+            for query, row in enumerate(rows_of_split.row_of_query.tolist()):
+                user = table.strings("query_key", rows_of_split.sequence[[row]])[0]  # type: ignore[index]
+                position = int(rows_of_split.position[query])  # type: ignore[index]
+                target = events[user][position]
+                known = [event for event in events[user] if event["timestamp"] < target["timestamp"]]
+                tied += len(known) < position
+                gap = target["timestamp"] - known[-1]["timestamp"] if known else np.nan
+                assert batch.query["request.gap"][query] == elapsed_codes(np.array([gap], float))[0]
+                code = 0 if target["event_type"] is None else actions.index(target["event_type"]) + 2
+                assert batch.query["request.action"][query] == code
+                # The history has the newest events before the time of the target, and no event of its time.
+                history = batch.query["past.gap"][row]
+                length = int(batch.query_lengths["past"].used[row])
+                if batch.query_positions is not None:
+                    length = int(batch.query_positions.prefix_length[query])
+                found = history[:length].tolist()
+                reference = expected(known, 0, actions)["gap"]
+                assert found == reference[len(reference) - len(found) :] and (len(found) > 0) == bool(known)
+    assert tied > 20
+
+
+def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordBatch]]:
+    """Return the rows of all blocks of a split."""
+    index = dataset.index(split)
+    return [dataset._good_rows(index, block) for block in range(index.num_blocks)]
+
+
+def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
+    config = replace(CONFIG, request=("action", "gap", "price"))
+    rows = rows_of_events(7, 150, 1_700_000_000)
+    make(tmp_path, rows, config=config)
+    dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
+    actions = list(dataset.schema.event["action"].vocabulary)  # type: ignore[attr-defined]
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=False)
+    user = max(events, key=lambda key: len(events[key]))
+    now = events[user][-1]["timestamp"] + 3600
+    query = queries.of(Request(user=user, now=now, context={"action": "buy", "price": 3}))
+    assert query.columns["request.action"].tolist() == [actions.index("buy") + 2]  # type: ignore[union-attr]
+    assert query.columns["request.gap"].tolist() == elapsed_codes(np.array([3600.0])).tolist()  # type: ignore[union-attr]
+    assert query.columns["request.price"].tolist() == [3.0]  # type: ignore[union-attr]
+    later = queries.of(Request(user=user, now=now, events=[Event("i3", now - 60)]))
+    assert later.columns["request.gap"].tolist() == elapsed_codes(np.array([60.0])).tolist()  # type: ignore[union-attr]
+    assert later.columns["request.action"].tolist() == [0] and np.isnan(later.columns["request.price"]).all()
+    bulk = Users(dataset, now, {"action": "buy"}).read(0, 100)
+    number = bulk.keys.index(user)  # type: ignore[union-attr]
+    for name, value in (
+        ("request.action", actions.index("buy") + 2),
+        ("request.gap", elapsed_codes(np.array([3600.0]))[0]),
+    ):
+        assert bulk.columns[name][number] == value  # type: ignore[index]
+    given, _ = columns_of_values(
+        [{"past": ["i3"], "request.action": "buy", "request.gap": 3600.0}, {"past": ["i3"]}],
+        dataset.schema.query, dataset.schema.doc, None, dataset.schema.event, dataset.schema.request,
+    )  # fmt: skip
+    assert given["request.action"].tolist() == [actions.index("buy") + 2, 0]  # type: ignore[union-attr]
+    assert given["request.gap"].tolist() == [elapsed_codes(np.array([3600.0]))[0], 1]  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="context: 'gap' is not a feature of requests; they are: action, price"):
+        queries.of(Request(user=user, context={"gap": 5}))
+    with pytest.raises(ConfigError, match=r"--context kind: needs a feature of requests, of \["):
+        Users(dataset, now, {"kind": "buy"})
+    with pytest.raises(ConfigError, match=r"data\.request: got kind, needs features of data\.event"):
+        check_config(replace(load(tmp_path), data=replace(config, dir="d", request=("kind",), targets_per_row=1)))
+
+
+def load(folder: Path) -> Any:
+    """Return a valid config."""
+    content = {"run": {"dir": "r"}, "data": {"dir": "d", "query": {"past": {"type": "history", "of": "item"}}}}
+    content["data"]["doc"] = {"item": {"type": "categorical"}}  # type: ignore[index]
+    (folder / "config.yaml").write_text(json.dumps(content))
+    return load_config(folder / "config.yaml")
