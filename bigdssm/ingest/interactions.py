@@ -251,6 +251,8 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     for name, feature in config.event.items():
         if isinstance(feature, Elapsed) and tables.time_column is None:
             raise ConfigError(f"data.event.{name}: type elapsed needs the times of events; name a --time-column")
+    if config.request and tables.time_column is None:
+        raise ConfigError("data.request needs the times of events, which its history precedes; name a --time-column")
     for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column)):
         if column is not None and tables.time_column is None:
             raise ConfigError(f"--{side}-time-column {column} needs a --time-column of the events")

@@ -12,6 +12,7 @@ import torch
 
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.errors import ConfigError
 from bigdssm.loader import step_plan
 from bigdssm.loader.batch import Collator
@@ -25,7 +26,10 @@ from . import small_run
 from .spawn import Pool
 
 EVENT = "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}}"
-PIECES = ("data.targets_per_row=4", "model.query.history.positions=relative", f"data.event={EVENT}")
+PIECES = (
+    "data.targets_per_row=4", "model.query.history.positions=relative", f"data.event={EVENT}",
+    "data.request=[action,gap]",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,11 @@ def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Pat
     assert batch.query_positions is not None and len(batch.query_positions.row) > 1.5 * len(batch.row_ids)
     with torch.no_grad():
         together = model(query=batch.query, query_positions=batch.query_positions).U
-        alone = {name: tensor[batch.query_positions.row].clone() for name, tensor in batch.query.items()}
+        row = batch.query_positions.row
+        alone = {
+            name: tensor.clone() if name.startswith(REQUEST_PREFIX) else tensor[row].clone()
+            for name, tensor in batch.query.items()
+        }
         for query, seen in enumerate(batch.query_positions.prefix_length.tolist()):
             alone["history"][query, seen:] = 0
         torch.testing.assert_close(together, model(query=alone).U, rtol=0, atol=1e-5)

@@ -214,6 +214,9 @@ def test_refused_events(tmp_path: Path) -> None:
     rows = rows_of_events(4, 100, 1_700_000_000)
     with pytest.raises(ConfigError, match=r"data\.event\.gap: type elapsed needs the times of events"):
         make(tmp_path, rows, time_column=None, split="leave-one-out")
+    with pytest.raises(ConfigError, match=r"data\.request needs the times of events"):
+        config = replace(CONFIG, event={"action": EVENT["action"]}, request=("action",))
+        make(tmp_path, rows, config=config, time_column=None, split="leave-one-out")
     with pytest.raises(DataError, match=r"event_type.*data\.event\.action"):
         make(tmp_path, [{key: value for key, value in row.items() if key != "event_type"} for row in rows])
     with pytest.raises(ConfigError, match=r"data\.doc\.gap: got type=elapsed on side doc"):
