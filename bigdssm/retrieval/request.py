@@ -47,9 +47,6 @@ class Request:
     )
     features: dict[str, Any] | None = field(default=None, metadata={HELP: "query feature values"})
     events: list[Event] | None = field(default=None, metadata={HELP: "recent events of the user"})
-    context: dict[str, Any] | None = field(
-        default=None, metadata={HELP: "features of the request (data.request), such as the wanted action"}
-    )
     now: float | None = field(default=None, metadata={HELP: "later events are ignored, those of the user, too"})
     filter: str | None = field(
         default=None, metadata={HELP: "conditions that results must satisfy, such as 'year >= 1990'"}
@@ -59,6 +56,9 @@ class Request:
     )
     top: int = field(default=10, metadata={HELP: "number of documents", BOUND: Bound(at_least=1)})
     document: str | None = field(default=None, metadata={HELP: "key of the query document, if queries are documents"})
+    context: dict[str, Any] | None = field(
+        default=None, metadata={HELP: "features of the request (data.request), such as the wanted action"}
+    )
 
     def __post_init__(self) -> None:
         """Raise ConfigError: a value of another type, or `top` below 1."""
