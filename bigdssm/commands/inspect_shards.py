@@ -91,7 +91,9 @@ def _inspect(args: argparse.Namespace) -> None:
     for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:
         console.print(f"\nrow {row.pop('row')}", style="bold")
         for name, value in row.items():
-            console.print(f"  {name}: {' | '.join(value) if isinstance(value, list) else value}", markup=False)
+            console.print(
+                f"  {name}: {' | '.join(map(str, value)) if isinstance(value, list) else value}", markup=False
+            )
 
 
 def _table(*headers: str) -> Table:

@@ -327,11 +327,11 @@ class Dataset:
         targets = Targets.of(table, sequence, first, end)
         targets = targets.take(targets.valid(self.catalogue.num_docs))
         single = self.num_queries(split) == self.num_rows(split)
-        known: np.ndarray | None = None
+        num_earlier: np.ndarray | None = None
         request: dict[str, Column] = {}
         if self.schema.request:
-            known, request = self._requests(table, sequence, end, targets)
-        history_end = end - 1 if known is None or not single else known
+            num_earlier, request = self._requests(table, sequence, end, targets)
+        history_end = end - 1 if num_earlier is None or not single else num_earlier
         query: dict[str, Column] = {}
         history_start = np.zeros_like(end)
         for name, feature in self.schema.query.items():
@@ -345,8 +345,8 @@ class Dataset:
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
-            position=targets.position, known=known, history_start=history_start, sequence=sequence, request=request,
-            sequences=table,
+            position=targets.position, num_earlier=num_earlier, history_start=history_start, sequence=sequence,
+            request=request, sequences=table,
         )  # fmt: skip
 
     def _requests(
@@ -362,12 +362,14 @@ class Dataset:
         is_later[times.offsets[:-1]] = True  # rows are not empty
         begin = times.offsets[:-1][targets.row]
         first = np.maximum.accumulate(np.where(is_later, cell, 0))[begin + targets.position]  # event of this time
-        known = first - begin
-        seconds = np.where(known > 0, times.values[first] - times.values[first - 1], np.nan) * self.header.time_unit
+        num_earlier = first - begin
+        seconds = (
+            np.where(num_earlier > 0, times.values[first] - times.values[first - 1], np.nan) * self.header.time_unit
+        )
         position = targets.position
         features = self.event_features(table, sequence[targets.row], position, position + 1)
         elapsed = {name: elapsed_codes(seconds) for name, f in self.schema.event.items() if isinstance(f, Elapsed)}
-        return known, {name: elapsed.get(name, features[name].values) for name in self.schema.request}
+        return num_earlier, {name: elapsed.get(name, features[name].values) for name in self.schema.request}
 
     def one_query_per_row(self, rows: Rows) -> Rows:
         """Expand rows to one query per row, each with its newest history."""
@@ -445,6 +447,8 @@ class Dataset:
             name: self.schema.doc[str(feature.of)] if isinstance(feature, History) else feature
             for name, feature in self.schema.query.items()
         }
+        histories = [name for name, feature in self.schema.query.items() if isinstance(feature, History)]
+        coded |= {f"{name}.{key}": event for name in histories for key, event in self.schema.event.items()}
         return {name: coded[name].without_unknown(column) for name, column in columns.items()}
 
     @cached_property

@@ -24,7 +24,7 @@ EVENT_PREFIX = "event."  # of the columns of events' features
 VERSION_COLUMN = "version"  # list, if items have times: the item version that an event saw
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 ROW_ARRAYS = ("row_ids", "sequence", "history_start")  # of Rows: the arrays per row, and per query
-QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "known", "doc_ids")
+QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "num_earlier", "doc_ids")
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Rows:
     relevance: np.ndarray  # float32 [m]
     query_ids: np.ndarray  # int64 [m]
     row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: one query per row
-    position: np.ndarray | None = None  # int64 [m]: in the sequence; the query's history is items[:position]
-    known: np.ndarray | None = None  # int64 [m]: with requests, the history is items[:known], before the query's time
+    position: np.ndarray | None = None  # int64 [m]: in the sequence; the query's history is items[:prefix]
+    num_earlier: np.ndarray | None = None  # int64 [m]: with requests, the history is items[:num_earlier], see `prefix`
     history_start: np.ndarray | None = None  # int64 [R]: the history starts at items[history_start]
     sequence: np.ndarray | None = None  # int64 [R]: sequence number
     doc: dict[str, Column] = field(default_factory=dict)  # rows with inline documents: their features
@@ -108,8 +108,11 @@ class Rows:
 
     @property
     def prefix(self) -> np.ndarray | None:
-        """The number of events of each query's history, int64 [m]; None without sequences."""
-        return self.position if self.known is None else self.known
+        """The number of events of each query's history, int64 [m]; None without sequences.
+
+        They are those before its target, or with requests those before the target's time.
+        """
+        return self.position if self.num_earlier is None else self.num_earlier
 
     @property
     def inputs(self) -> dict[str, Column]:
@@ -129,7 +132,7 @@ class Rows:
     def seen_ragged(
         self, queries: np.ndarray | None = None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return, per query, the catalogue rows of the events that precede its target.
+        """Return, per query, the catalogue rows of the events of its history (`prefix`).
 
         queries: query numbers (default: all); newest: the maximum number per query. Returns values and offsets [m + 1],
         without values if the dataset has no sequences.

@@ -100,7 +100,7 @@ class Tower(nn.Module):
         """
         parts = {}
         if self.request:
-            # A dummy row of features has no queries.
+            # A dummy chunk (loader/step_plan.py) has a row of features, but no queries.
             number = None if query_positions is None else len(query_positions.row)
             requests = [encoder(features[REQUEST_PREFIX + name][:number]) for name, encoder in self.request.items()]
             parts[REQUEST] = torch.cat(requests, dim=1)

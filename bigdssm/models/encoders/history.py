@@ -1,4 +1,4 @@
-"""Encoder of histories. Shapes: R rows, T items, A query positions, m queries, E table width."""
+"""Encoder of histories. Shapes: R rows, T items, A query positions, m queries, E table width, K width of requests."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from bigdssm.models.encoders.base import (
 from bigdssm.models.packed import Packed, QueryPositions, RowGroup, SequenceBounds, Values
 
 
-class EventValues(NamedTuple):
-    """The items of histories, and the values of their events' features. A tuple: ZeRO-3 hooks search tuples only."""
+class HistoryInputs(NamedTuple):
+    """Histories: items, features of events, and requests. A tuple: ZeRO-3 hooks search tuples only."""
 
     items: Values
     features: tuple[Tensor, ...]  # as the items: [R, T], or packed [P]
@@ -42,7 +42,8 @@ class HistoryEncoder(Encoder):
     """A causal transformer over [start, oldest event, …, newest event]: the output at position j depends on j events.
 
     The vector of an event is that of its item, plus a linear map of its features' vectors: no key or value depends on
-    anything after the event. A request enters in the last layer alone, as an addition to the query's position.
+    what follows the event (with positions=age: but for the number of events that follow). A request enters in the last
+    layer alone, as an addition to the query's position.
 
     The start token makes an empty history an ordinary one. The vector of a history is the output at its newest
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
@@ -99,13 +100,13 @@ class HistoryEncoder(Encoder):
         event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
         return cls(context.config.history, feature, context.item_dim, table, context.tables, event, context.request_dim)
 
-    def inputs(self, name: str, features: Mapping[str, Values]) -> EventValues | Values:
+    def inputs(self, name: str, features: Mapping[str, Values]) -> HistoryInputs | Values:
         """Return the items of the history `name`, with the features of its events and the request, if any."""
         if not self.event:
             return features[name]
-        of_event = (features[f"{name}.{key.removeprefix('of_')}"] for key in self.event)
+        columns = (features[f"{name}.{key.removeprefix('of_')}"] for key in self.event)
         request = None if self.request_map is None else cast(Tensor, features[REQUEST])
-        return EventValues(features[name], tuple(cast(Tensor, values) for values in of_event), request)
+        return HistoryInputs(features[name], tuple(cast(Tensor, values) for values in columns), request)
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the transformer layers."""
@@ -132,14 +133,14 @@ class HistoryEncoder(Encoder):
         )
         return self.packed_attention is not None and supported
 
-    def at_positions(self, values: EventValues | Values, query_positions: QueryPositions) -> Tensor:
+    def at_positions(self, values: HistoryInputs | Values, query_positions: QueryPositions) -> Tensor:
         """Return [m, E] for queries at positions of the rows [R, T]; queries of one row share a pass."""
         return cast(Tensor, self(values, query_positions))
 
-    def forward(self, events: EventValues | Values, query_positions: QueryPositions | None = None) -> Tensor:
+    def forward(self, events: HistoryInputs | Values, query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
         assert query_positions is None or self.config.allows_many_queries
-        items, features, request = events if isinstance(events, EventValues) else (events, (), None)
+        items, features, request = events if isinstance(events, HistoryInputs) else (events, (), None)
         if isinstance(items, Packed) and not self._has_kernel:
             # histories of one length are a tensor
             full = len(items.values) == items.num_rows * items.bounds.longest
