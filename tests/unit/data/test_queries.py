@@ -102,7 +102,7 @@ def test_a_batch_has_query_positions(folder: Path) -> None:
     assert batch.queries_of_row.tolist() == [1 + row % TARGETS for row in rows.row_ids.tolist()]
     assert len(batch.row_ids) == 50 and len(batch.query_ids) == len(batch.positive) == rows.num_queries
     for row, seen, column in zip(
-        *(part.tolist() for part in batch.query_positions), batch.positive.tolist(), strict=True
+        *(part.tolist() for part in batch.query_positions[:2]), batch.positive.tolist(), strict=True
     ):
         number = int(batch.row_ids[row])
         position = int(batch.doc_rows[column])
