@@ -224,9 +224,13 @@ def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_t
 
 
 @SIZES
-@pytest.mark.parametrize("by", [None, within_rows])
-@pytest.mark.parametrize("many", [True, False])
-@pytest.mark.parametrize(("block", "positions"), [("gated", "relative"), ("hstu", "relative"), ("sasrec", "rotary")])
+@pytest.mark.parametrize(
+    ("block", "positions", "many", "by"),
+    [
+        ("gated", "relative", True, None), ("hstu", "relative", False, None),
+        ("sasrec", "rotary", True, within_rows), ("gated", "rotary", False, within_rows),
+    ],
+)  # fmt: skip
 def test_requests_over_packed_histories(
     block: str, positions: str, many: bool, by: Attention | None, chunk_tokens: int, many_groups: None
 ) -> None:
