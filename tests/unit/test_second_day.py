@@ -52,16 +52,20 @@ def add_day(folder: Path, day: int, ids: list[str], without_events: list[str], *
     bigdssm.make_dataset(folder / "config.yaml", interactions=events, items=items, **options)
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a dataset of one day, and a run that trained on it."""
-    folder = tmp_path_factory.mktemp("shop")
+def first_day(folder: Path) -> Path:
+    """Return the folder, with a dataset of one day and a run that trained on it."""
     content = {**CONFIG, "run": {"dir": str(folder / "run"), "trackers": []}}
     content["data"] = {**CONFIG["data"], "dir": str(folder / "data")}
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     add_day(folder, 0, ITEMS, GHOSTS)
     bigdssm.pretrain(folder / "config.yaml")
     return folder
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the first day; the tests add days to it, one after another."""
+    return first_day(tmp_path_factory.mktemp("shop"))
 
 
 def vectors(folder: Path) -> dict[str, list[float]]:
@@ -72,8 +76,9 @@ def vectors(folder: Path) -> dict[str, list[float]]:
     return dict(zip(dataset.catalogue.keys(every), made.tolist(), strict=True))
 
 
-def test_an_id_without_a_positive_train_event_is_unknown_everywhere(shop: Path) -> None:
+def test_an_id_without_a_positive_train_event_is_unknown_everywhere(tmp_path: Path) -> None:
     """As a negative of every step it would have a trained vector that no positive has formed."""
+    shop = first_day(tmp_path)
     made, model = vectors(shop), bigdssm.load_model(shop / "run/pretrain/best")
     assert made["g0"] == pytest.approx(made["g1"], abs=1e-6) and made["g0"] != pytest.approx(made["i0"], abs=1e-2)
     features = [{"item_id": name, "price": 5.0} for name in ("g0", "never seen", "i0")]
