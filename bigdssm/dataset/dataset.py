@@ -366,10 +366,15 @@ class Dataset:
         seconds = (
             np.where(num_earlier > 0, times.values[first] - times.values[first - 1], np.nan) * self.header.time_unit
         )
-        position = targets.position
-        features = self.event_features(table, sequence[targets.row], position, position + 1)
-        elapsed = {name: elapsed_codes(seconds) for name, f in self.schema.event.items() if isinstance(f, Elapsed)}
-        return num_earlier, {name: elapsed.get(name, features[name].values) for name in self.schema.request}
+        columns: dict[str, Column] = {}
+        for name in self.schema.request:
+            feature, position = self.schema.event[name], targets.position
+            if isinstance(feature, Elapsed):
+                columns[name] = elapsed_codes(seconds)
+            else:
+                values = table.take_slices(EVENT_PREFIX + name, sequence[targets.row], position, position + 1).values
+                columns[name] = feature.without_unknown(values)
+        return num_earlier, columns
 
     def one_query_per_row(self, rows: Rows) -> Rows:
         """Expand rows to one query per row, each with its newest history."""

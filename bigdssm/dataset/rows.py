@@ -15,11 +15,11 @@ import numpy as np
 
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.features import ragged
+from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.ragged import Column, offsets_of
 
 EVENT_COLUMNS = ("items", "relevance")  # lists with one value per event, in addition to further event columns
 TIME_COLUMN = "event_time"  # list of float64, if events have times
-REQUEST_PREFIX = "request."  # of the names of a query's own features of events, see Schema.request
 EVENT_PREFIX = "event."  # of the columns of events' features
 VERSION_COLUMN = "version"  # list, if items have times: the item version that an event saw
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above

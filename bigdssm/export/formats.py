@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
-from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.errors import CheckpointError
 from bigdssm.export.text_tower import SIDES, Side
 from bigdssm.features import Column, History, Ragged, TextTokenizer, encode_values, texts_of
+from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.loader.batch import Features, to_features
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.utils.components import Registry

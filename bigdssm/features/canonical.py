@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.errors import DataError
-from bigdssm.features.base import Feature, encode_columns, encode_values
+from bigdssm.features.base import REQUEST_PREFIX, Feature, encode_columns, encode_values
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, plain
 from bigdssm.features.elapsed import Elapsed, elapsed_codes
 from bigdssm.features.history import History, histories_of, item_codes
@@ -67,7 +67,7 @@ def columns_of_values(
         rows = list(rows)
     num_rows = len(rows)
     of_events = {f"{name}.{key}": f for name in histories_of(features) for key, f in (events or {}).items()}
-    of_request = {f"request.{key}": (events or {})[key] for key in request}
+    of_request = {REQUEST_PREFIX + key: (events or {})[key] for key in request}
     given = _by_feature(rows, {**features, **of_events, **of_request})
     columns: dict[str, Column] = {}
     for name, feature in features.items():

@@ -366,6 +366,5 @@ def _by_range(
     sequence = keys.find(events.column("user_id").to_numpy())
     file = np.searchsorted(firsts, sequence, "right") - 1
     schema = pa.schema([*BUCKET, *features])
-    columns = {name: events.column(name) for name in schema.names if name != "sequence"}
-    columns["sequence"] = pa.array(sequence - firsts[file])
-    return pa.table([columns[name] for name in schema.names], names=schema.names).cast(schema), file
+    numbered = events.append_column("sequence", pa.array(sequence - firsts[file]))
+    return numbered.select(schema.names).cast(schema), file

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bigdssm.dataset.catalogue import Catalogue
-from bigdssm.dataset.rows import REQUEST_PREFIX, Rows
+from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, Feature, ragged
+from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.models import QueryPositions, SideSize
 from bigdssm.utils.device import to_device
@@ -45,13 +46,12 @@ def to_features(declared: Mapping[str, Feature], columns: Mapping[str, Column]) 
     """
     features = {name: as_tensor(feature.array(columns[name])) for name, feature in declared.items()}
     for name, column in columns.items():
-        if name not in declared and name.partition(".")[0] in declared and isinstance(column, Ragged):
-            is_float = column.values.dtype.kind == "f"
-            padded = column.padded(np.nan if is_float else PADDING, np.float32 if is_float else np.int64)
-            features[name] = as_tensor(padded)
-        elif name.startswith(REQUEST_PREFIX):
-            is_float = np.asarray(column).dtype.kind == "f"
-            features[name] = as_tensor(np.asarray(column, np.float32 if is_float else np.int64))
+        of_history = name not in declared and name.partition(".")[0] in declared
+        if of_history or name.startswith(REQUEST_PREFIX):
+            values = column.values if isinstance(column, Ragged) else np.asarray(column)
+            fill, dtype = (np.nan, np.float32) if values.dtype.kind == "f" else (PADDING, np.int64)
+            array = column.padded(fill, dtype) if isinstance(column, Ragged) else values.astype(dtype, copy=False)
+            features[name] = as_tensor(array)
     return features
 
 

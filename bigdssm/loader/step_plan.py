@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import EngineConfig
-from bigdssm.dataset.rows import REQUEST_PREFIX
+from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.ragged import gather_ranges, offsets_of
 from bigdssm.loader.batch import Batch, Features, Lengths, inputs_of_events
 from bigdssm.models import Packed, PackedLists, QueryPositions, RowGroup, Values, pack
@@ -312,7 +312,7 @@ class Chunked:
             if (name := event.partition(".")[0]) in packed
         }
         remaining = [name for name in self._features if name not in packed and name not in events]
-        per_query = self._outputs[chunk.outputs]
+        per_query = self.outputs(chunk)
         taken = {
             name: self._features[name][per_query if name.startswith(REQUEST_PREFIX) else self._order[rows]]
             for name in remaining

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig, ScorerConfig
-from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature
-from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
 from bigdssm.models.encoders import (
     BuildContext,

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import ModelConfig
-from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import PADDING, Categorical, Feature, History, histories_of
-from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
 from bigdssm.tables.rows import TableSpec
 
 INIT_STD = 0.02  # BERT's

@@ -202,11 +202,11 @@ class Users(QuerySource):
         if now is not None and TIME_COLUMN not in dataset.sequences.schema.names:
             raise ConfigError(f"--now {now}: the events of {dataset.dir} have no times; leave --now out")
         self._dataset, self._table, self._now, self._context = dataset, dataset.sequences, now, {}
+        known = stored_features({name: dataset.schema.event[name] for name in dataset.schema.request})
         for name, value in (context or {}).items():
-            feature = dataset.schema.event.get(name)
-            if feature is None or name not in dataset.schema.request or feature.from_sequence:
+            if name not in known:
                 raise ConfigError(f"--context {name}: needs a feature of requests, of {list(dataset.schema.request)}")
-            self._context[name] = encode_values(feature, [feature.parse(value)], None)
+            self._context[name] = encode_values(known[name], [known[name].parse(value)], None)
         if now is not None or context:
             self.identity = f"users now={now} {sorted((context or {}).items())}"
         ids = self._table.column("query_id")[::-1]  # the latest partition has a user's full history

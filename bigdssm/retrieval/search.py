@@ -13,7 +13,7 @@ import numpy as np
 
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import REQUEST_PREFIX, TIME_COLUMN
+from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
@@ -27,6 +27,7 @@ from bigdssm.features import (
     item_codes,
     stored_features,
 )
+from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import TimeUnits, check_time_units
 from bigdssm.features.elapsed import elapsed_codes
@@ -119,15 +120,14 @@ class Queries:
         seen = past.rows.values
         if dataset is not None:
             columns |= histories(dataset, past)
-        context = {}
+        context, known = {}, stored_features({name: self._schema.event[name] for name in self._schema.request})
         for name, value in (request.context or {}).items():
-            known = [key for key in self._schema.request if not self._schema.event[key].from_sequence]
             if name not in known:
                 some = name[:COMPARED_CHARACTERS]
                 raise ConfigError(
                     f"context: {some!r} is not a feature of requests; they are: {', '.join(known) or 'none'}"
                 )
-            context[name] = self._encoded(self._schema.event[name], value)
+            context[name] = self._encoded(known[name], value)
         columns |= request_columns(self._schema, past, context, request.now, unit)
         allowed = None
         if request.filter is not None:
@@ -198,19 +198,19 @@ class Queries:
             order = np.arange(len(events))
         rows = self.names.rows([events[i].item for i in order])
         unknown = tuple(events[i].item for i, row in zip(order, rows.tolist(), strict=True) if row < 0)
-        known, declared = order[rows >= 0], self._schema.event
+        known, given = order[rows >= 0], stored_features(self._schema.event)
         for event in events:
             for name in event.features or {}:
-                if name not in declared or declared[name].from_sequence:
-                    given = ", ".join(name for name, feature in declared.items() if not feature.from_sequence)
+                if name not in given:
                     raise ConfigError(
-                        f"{name[:COMPARED_CHARACTERS]!r} is not a feature of events; they are: {given or 'none'}"
+                        f"{name[:COMPARED_CHARACTERS]!r} is not a feature of events; they are: "
+                        f"{', '.join(given) or 'none'}"
                     )
         features = {}
-        for name, feature in declared.items():
+        for name, feature in self._schema.event.items():
             if isinstance(feature, Elapsed):
-                before = stored.newest_time if len(stored.rows.values) else np.full(1, np.nan)
-                values = elapsed_codes(np.diff(times[known], prepend=before) * self._dataset.header.time_unit)
+                seconds = np.diff(times[known], prepend=stored.newest_time) * self._dataset.header.time_unit
+                values = elapsed_codes(seconds)
             else:
                 every = ((events[i].features or {}).get(name) for i in known)
                 encoded = [self._encoded(feature, feature.missing if value is None else value) for value in every]
@@ -287,8 +287,9 @@ def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dic
     if now is not None:
         if TIME_COLUMN not in table.schema.names:
             raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
+        end = table.lengths(TIME_COLUMN, newest)
         units = TimeUnits()
-        units.add(np.append(PastEvents.of_users(dataset, table, newest).newest_time, now))
+        units.add(np.append(table.take_slices(TIME_COLUMN, newest, np.maximum(end - 1, 0), end).values, now))
         check_time_units([units.facts()], f"now, and the events of {key!r}:")
     return columns, PastEvents.of_users(dataset, table, newest, now)
 

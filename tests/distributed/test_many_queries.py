@@ -12,8 +12,8 @@ import torch
 
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import REQUEST_PREFIX
 from bigdssm.errors import ConfigError
+from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.loader import step_plan
 from bigdssm.loader.batch import Collator
 from bigdssm.loader.step_plan import Chunked, plan_side

@@ -98,14 +98,16 @@ def gradients(made: DualEncoder, vectors: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
 
 
-def assert_one_pass_is_many(made: DualEncoder) -> None:
-    query_positions = all_query_positions()
-    together = made(query(ROWS), query_positions=query_positions).U
-    alone = []
-    for row, seen in zip(*map(Tensor.tolist, query_positions[:2]), strict=True):
-        features = query(ROWS)
+def assert_one_pass_is_many(
+    made: DualEncoder, query_positions: QueryPositions, requests: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Return the vectors of the queries, with the `requests` of each, after a comparison with a pass for each."""
+    requests, features, alone = requests or {}, query(ROWS), []
+    together = made({**features, **requests}, query_positions=query_positions).U
+    for number, (row, seen) in enumerate(zip(*map(Tensor.tolist, query_positions[:2]), strict=True)):
         lists = {name: features[name][row : row + 1, :seen] for name in ("history", "history.action", "history.price")}
-        alone.append(made({**lists, "age": features["age"][row : row + 1]}).U)
+        own = {name: values[number : number + 1] for name, values in requests.items()}
+        alone.append(made({**lists, **own, "age": features["age"][row : row + 1]}).U)
     apart = torch.cat(alone)
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     assert together.std(dim=0).min() > 0.01, "the queries are hardly different"
@@ -113,21 +115,22 @@ def assert_one_pass_is_many(made: DualEncoder) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    return together
 
 
 @every_many
 def test_one_pass_is_as_many_passes_over_the_same_left_edge(block: str, positions: str) -> None:
-    assert_one_pass_is_many(model(block, positions))
+    assert_one_pass_is_many(model(block, positions), all_query_positions())
 
 
 @pytest.mark.parametrize("layers", [1, 4, 8])
 def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
-    assert_one_pass_is_many(model("gated", "relative", layers=layers))
+    assert_one_pass_is_many(model("gated", "relative", layers=layers), all_query_positions())
 
 
 @every_many
 def test_one_pass_is_as_many_passes_with_features_of_events(block: str, positions: str) -> None:
-    assert_one_pass_is_many(model(block, positions, event=EVENT))
+    assert_one_pass_is_many(model(block, positions, event=EVENT), all_query_positions())
 
 
 @every_many
@@ -158,21 +161,8 @@ def requests() -> tuple[QueryPositions, dict[str, Tensor]]:
 @every_many
 def test_one_pass_of_requests_is_as_many_passes(block: str, positions: str) -> None:
     made = model(block, positions, event=EVENT, request=("action", "price"))
-    query_positions, values = requests()
-    features = query(ROWS)
-    together = made({**features, **values}, query_positions=query_positions).U
-    alone = []
-    for number, (row, seen) in enumerate(zip(*map(Tensor.tolist, query_positions[:2]), strict=True)):
-        lists = {name: features[name][row : row + 1, :seen] for name in ("history", "history.action", "history.price")}
-        own = {name: of_all[number : number + 1] for name, of_all in values.items()}
-        alone.append(made({**lists, **own, "age": features["age"][row : row + 1]}).U)
-    apart = torch.cat(alone)
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    together = assert_one_pass_is_many(made, *requests())
     assert (torch.pdist(together) > 1e-5).all(), "two requests at one prefix differ"
-    ours, theirs = gradients(made, together), gradients(made, apart)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @every_many

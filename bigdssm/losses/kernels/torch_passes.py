@@ -247,7 +247,7 @@ def _softmax_of_block(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return log-sum-exp and maximum [r] of a block whose scores against all columns are held at once.
 
-    A function of its own, so that they are freed before those of the next block.
+    It is separate from its caller so that they are freed before those of the next block are computed.
     """
     # scores in bits, one tensor per tile, and the maximum of each row
     U_rD = block.U_rD

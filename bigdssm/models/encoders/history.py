@@ -235,7 +235,8 @@ class HistoryEncoder(Encoder):
         if added is not None:
             vectors = vectors.index_add(0, target, added.to(vectors.dtype))
         hidden = torch.where(position.unsqueeze(1) == 0, self.start.to(vectors.dtype), vectors)
-        length = length_R[(position == 0).cumsum(0) - 1]
+        row = (position == 0).cumsum(0) - 1
+        length = length_R[row]
         hidden = self.dropout(self._add_positions(hidden, position, length)).unsqueeze(0)
         bias = self._bias(hidden.dtype)
         order = None if self._has_kernel else items.longest_first
@@ -243,7 +244,6 @@ class HistoryEncoder(Encoder):
         for layer in self.layers[:-1]:
             hidden = self.run_layer(layer, hidden, hidden, context)
         if request is not None:
-            row = (position == 0).cumsum(0) - 1
             padded = hidden.new_zeros(items.num_rows, longest + 1, self.dim).index_put((row, position), hidden[0])
             return self._at_requests(padded, length_R, bias, request, query_positions)
         last = self.layers[-1]
