@@ -159,15 +159,26 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
 
 
 def _check_lists(path: Path, given: Any, later: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a mapping over a list, as of `key[0]=value`; omegaconf's TypeError names no key."""
+    """Raise ConfigError for a mapping over a list, a list over a mapping, and a container among texts.
+
+    OmegaConf's TypeError names no key, and it accepts containers in a list of texts.
+    """
     for key in later:
         before, block = given._get_node(key, validate_access=False), later._get_node(key)
-        if not isinstance(block, DictConfig) or block._is_none() or block._is_interpolation():
+        if not isinstance(block, DictConfig | Sequence) or isinstance(block, str):
             continue
-        if isinstance(before, Sequence):
-            raise ConfigError(f"{path}: {prefix}{key}: got a mapping, needs a list")
-        if isinstance(before, DictConfig) and not before._is_none():
-            _check_lists(path, before, block, f"{prefix}{key}.")
+        if block._is_none() or block._is_interpolation() or not isinstance(before, DictConfig | Sequence):
+            continue
+        name, is_list = f"{prefix}{key}", isinstance(block, Sequence)
+        if is_list != isinstance(before, Sequence):
+            got, needed = ("list", "mapping") if is_list else ("mapping", "list")
+            raise ConfigError(f"{path}: {name}: got a {got}, needs a {needed}")
+        if is_list and get_args(before._metadata.ref_type)[:1] == (str,):
+            for i, value in enumerate(block):
+                if isinstance(value, DictConfig | Sequence) and not isinstance(value, str):
+                    raise ConfigError(f"{path}: {name}[{i}]: got {value}, needs a text")
+        elif not is_list and not before._is_none():
+            _check_lists(path, before, block, f"{name}.")
 
 
 def _replace_components(kind: Any, given: Any, later: Any) -> None:
@@ -241,7 +252,8 @@ def _is_text(kind: Any, key: str, given: Sequence[DictConfig]) -> bool:
             selector = f"{path}.{registry.selector}"
             named = (OmegaConf.select(one, selector, throw_on_resolution_failure=False) for one in reversed(given))
             registry.names()  # imports the built-in components
-            hint = registry.classes.get(next(filter(None, named), None), type(default))
+            name = next((name for name in named if name and isinstance(name, str)), None)
+            hint = registry.classes.get(name, type(default))
         else:
             hint = _section(hint) or hint
     return hint in (str, str | None)

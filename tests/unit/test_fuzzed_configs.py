@@ -236,3 +236,11 @@ def test_valid_configs_train_and_others_are_refused(datasets: dict[str, Path], t
     tried = EXAMPLES / PARTS
     least = {"exit code 2": 0.1 * tried, "exit code 0": 0.13 * tried}
     assert answers.total() >= 0.75 * tried and all(answers[name] >= count for name, count in least.items()), answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["[]", "[[1]]", "{a: 1}", "'8'", "!!binary x"])
+def test_any_value_of_any_key_is_read_or_refused(datasets: dict[str, Path], value: str) -> None:
+    for key, _, _ in FIELDS:
+        with contextlib.suppress(BigDSSMError):
+            load_config(datasets["everything"], [f"{key}={value}".replace("STAGE", "pretrain")])
