@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from bigdssm.config.checks import check_config
@@ -165,17 +165,17 @@ def _check_lists(path: Path, given: Any, later: Any, prefix: str = "") -> None:
     """
     for key in later:
         before, block = given._get_node(key, validate_access=False), later._get_node(key)
-        if not isinstance(block, DictConfig | Sequence) or isinstance(block, str):
+        if not isinstance(block, Container):
             continue
-        if block._is_none() or block._is_interpolation() or not isinstance(before, DictConfig | Sequence):
+        if block._is_none() or block._is_interpolation() or not isinstance(before, Container):
             continue
-        name, is_list = f"{prefix}{key}", isinstance(block, Sequence)
-        if is_list != isinstance(before, Sequence):
+        name, is_list = f"{prefix}{key}", not isinstance(block, DictConfig)
+        if is_list != (not isinstance(before, DictConfig)):
             got, needed = ("list", "mapping") if is_list else ("mapping", "list")
             raise ConfigError(f"{path}: {name}: got a {got}, needs a {needed}")
         if is_list and get_args(before._metadata.ref_type)[:1] == (str,):
             for i, value in enumerate(block):
-                if isinstance(value, DictConfig | Sequence) and not isinstance(value, str):
+                if isinstance(value, Container):
                     raise ConfigError(f"{path}: {name}[{i}]: got {value}, needs a text")
         elif not is_list and not before._is_none():
             _check_lists(path, before, block, f"{name}.")
@@ -252,8 +252,7 @@ def _is_text(kind: Any, key: str, given: Sequence[DictConfig]) -> bool:
             selector = f"{path}.{registry.selector}"
             named = (OmegaConf.select(one, selector, throw_on_resolution_failure=False) for one in reversed(given))
             registry.names()  # imports the built-in components
-            name = next((name for name in named if name and isinstance(name, str)), None)
-            hint = registry.classes.get(name, type(default))
+            hint = registry.classes.get(next((n for n in named if n and isinstance(n, str)), ""), type(default))
         else:
             hint = _section(hint) or hint
     return hint in (str, str | None)
