@@ -11,6 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -566,8 +568,9 @@ def test_a_vector_of_any_allowed_length_is_a_value() -> None:
         RequestBody(features={"v": [0.5] * (MAX_DIM + 1)})
 
 
-def test_a_malformed_body_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """The server has answered such a request before the application does."""
+@contextmanager
+def served() -> Iterator[tuple[str, int]]:
+    """Serve an application without routes; yield its address."""
     app = fastapi.FastAPI()
     app.add_middleware(RequestLimits, hosts=None)
     config = uvicorn.Config(app, http=_Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
@@ -575,14 +578,33 @@ def test_a_malformed_body_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptu
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
+        yield listening.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_malformed_body_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The server has answered such a request before the application does."""
+    with served() as address:
         for chunks in (b"zz\r\nabc\r\n", b"-1\r\n", b"5\r\nabcde\r\n0\r\nno field\r\n\r\n"):
-            with socket.create_connection(listening.getsockname(), timeout=20) as connection:
+            with socket.create_connection(address, timeout=20) as connection:
                 connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
                 received = b"".join(iter(lambda: connection.recv(65536), b""))
             assert received.startswith(b"HTTP/1.1 400") and received.endswith(
                 b'{"error": "this is not an HTTP request"}'
             )
-    finally:
-        server.should_exit = True
-        thread.join()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_body_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
+    """A delayed ACK takes 40 ms, from the second request of a connection on."""
+    with served() as (host, port):
+        connection, seconds = HTTPConnection(host, port, timeout=20), []
+        for _ in range(8):
+            started = time.perf_counter()
+            connection.request("GET", "/none")
+            assert connection.getresponse().read() == b'{"detail":"Not Found"}'
+            seconds.append(time.perf_counter() - started)
+        connection.close()
+    assert min(seconds[2:]) < 0.03, seconds
