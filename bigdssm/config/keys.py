@@ -82,6 +82,9 @@ class DataConfig:
     # Maximum number of targets per train row built from interactions: one pass over a segment of a sequence encodes a
     # query per target.
     targets_per_row: int = bounded(1, 1, 65_536, resume="may")
+    # Whether a user's first event is a target, too, in datasets built with it: the model learns the choices of users
+    # without events, and serves unknown users.
+    empty_histories: bool = field(default=False, metadata={RESUME: "may"})
     # Whether a user's earlier items are excluded: from negatives, mining, evaluation, search, serve and recommend.
     # False for repeated consumption (music, groceries).
     exclude_seen: bool = True

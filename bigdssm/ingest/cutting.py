@@ -224,9 +224,9 @@ class Events:
 
 def _cut_range(
     buckets: Sequence[Path], sequences: RowTable, num_events: int, user: dict[str, Feature], event: dict[str, Feature],
-    text: TextTokenizer | None, how: str, thresholds: tuple[float, float, float], targets_per_row: int, seed: int,
-    earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None, job: tuple[int, tuple[int, int]],
-    folder: Path,
+    text: TextTokenizer | None, how: str, thresholds: tuple[float, float, float], targets_per_row: int,
+    min_history: int, seed: int, earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
+    job: tuple[int, tuple[int, int]], folder: Path,
 ) -> None:  # fmt: skip
     """Cut a range of sequences, with its bucket of events, into a sequence file and rows; see `cut_sequences`."""
     number, (first, last) = job
@@ -254,7 +254,7 @@ def _cut_range(
         columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
     columns |= encode_columns(canonical_columns(rows_of_users, "u", user), user, text, large=True)
     written = write_arrow(folder / f"sequences-{number:06d}.arrow", columns)
-    # the split of every event, an index into SPLITS; the first event of a sequence has no history
+    # the split of every event, an index into SPLITS; −1: too few events before it
     split = np.zeros(len(events.item), np.int8)
     if how == "leave-one-out":
         from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
@@ -263,7 +263,7 @@ def _cut_range(
         for which, threshold in zip((1, 2, 0), thresholds, strict=True):
             split[events.time >= threshold] = which
     position = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
-    split = np.where(position > 0, split, -1)
+    split = np.where(position >= min_history, split, -1)
     bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
     for which, name in enumerate(SPLITS):
         with RowFile(folder / f"{name}.parquet", ROW) as file:
@@ -315,14 +315,15 @@ def _rows_of_targets(
 def cut_sequences(
     run: Ingestion, events: RowTable, sequences: RowTable, keys: SortedKeys, user: dict[str, Feature],
     event: dict[str, Feature], text: TextTokenizer | None, *, how: str, thresholds: tuple[float, float, float],
-    targets_per_row: int, seed: int, earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
+    targets_per_row: int, min_history: int, seed: int, earlier: EarlierEvents, has_times: bool,
+    versions: ItemVersions | None,
 ) -> tuple[list[Path], list[dict[str, Any]]]:  # fmt: skip
     """Cut all sequences; create the table `cut_positives` of train positives.
 
     `events` are in the order of their table; `keys` finds sequences by user_id; `user` are the features of a sequence's
     user, `event` those of an event; `how` is the split, with the start times (`thresholds`) of validation, test and
-    train after it; `versions`: if items have times. Returns the folders of the splits' rows, sorted by sequence and
-    position, and {"file", "rows", "checksum"} per sequence file.
+    train after it; targets have at least `min_history` events before them; `versions`: if items have times. Returns the
+    folders of the splits' rows, sorted by sequence and position, and {"file", "rows", "checksum"} per sequence file.
     """
     engine = run.engine
     # each file's range of sequences has at most EVENTS_PER_FILE events, or one sequence
@@ -338,8 +339,8 @@ def cut_sequences(
     assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]), spool_columns("e", event))
     buckets = write_buckets(engine, "event_buckets", events, assign, len(jobs))
     work = partial(
-        _cut_range, buckets, sequences, events.num_rows, user, event, text, how, thresholds, targets_per_row, seed,
-        earlier, has_times, versions,
+        _cut_range, buckets, sequences, events.num_rows, user, event, text, how, thresholds, targets_per_row,
+        min_history, seed, earlier, has_times, versions,
     )  # fmt: skip
     folders = engine.map("cut", jobs, work, rows=events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])

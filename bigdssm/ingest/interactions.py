@@ -190,8 +190,8 @@ def make_interactions(
         folders, cut = cut_sequences(
             run, event_rows, sequences, SortedKeys([key_file]), features, stored_features(schema.event), text,
             how=split, thresholds=(split_times.validation, split_times.test, split_times.train_from),
-            targets_per_row=config.targets_per_row, seed=target.seed, earlier=earlier,
-            has_times=tables.time_column is not None, versions=versions,
+            targets_per_row=config.targets_per_row, min_history=0 if config.empty_histories else 1, seed=target.seed,
+            earlier=earlier, has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
         splits = {name: RowTable.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
         if versions is not None:

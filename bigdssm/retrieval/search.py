@@ -60,15 +60,17 @@ class Queries:
 
     def __init__(
         self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool,
-        num_docs: int | None = None,
+        num_docs: int | None = None, empty_histories: bool = False,
     ) -> None:  # fmt: skip
         """Users, events and filters need a dataset. `exclude_seen` is the default of requests.
 
-        `num_docs`: the first documents of the dataset, which the index has; None: all.
+        `num_docs`: the first documents of the dataset, which the index has; None: all. empty_histories: an unknown user
+        is one without events.
 
         Raises DataError: queries of `schema` have a history, and there is no dataset to look items up in.
         """
         self._schema, self._tokenizer, self._dataset, self._exclude_seen = schema, tokenizer, dataset, exclude_seen
+        self._empty_histories = empty_histories
         self.has_history = bool(histories_of(schema.query))
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
@@ -103,7 +105,7 @@ class Queries:
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
-            of_user, stored = read_user(dataset, request.user, request.now)
+            of_user, stored = read_user(dataset, request.user, request.now, allow_unknown=self._empty_histories)
             columns |= of_user
         if request.document is not None:
             if not self._schema.siamese or dataset is None:
@@ -270,8 +272,10 @@ class PastEvents:
         return PastEvents(joined([self.rows, later.rows]), features, newest)
 
 
-def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dict[str, Column], PastEvents]:
-    """Read a user's feature columns, and all events, up to `now` if given.
+def read_user(
+    dataset: Dataset, key: str, now: float | None = None, *, allow_unknown: bool = False
+) -> tuple[dict[str, Column], PastEvents]:
+    """Read a user's feature columns, and all events, up to `now` if given; `allow_unknown`: unknown users have none.
 
     Raises: DataError: no such user, no sequences, or `now` in another unit; ConfigError: `now`, and no times.
     """
@@ -279,6 +283,8 @@ def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dic
     if table is None:
         raise DataError(f"{dataset.dir} holds pairs, no users; describe the query by its features instead")
     rows = np.flatnonzero(table.column("query_id") == hash64(key))
+    if not len(rows) and allow_unknown:
+        return {}, PastEvents.none(dataset.schema)
     if not len(rows):
         some = "; ".join(first_users(table, NUM_SUGGESTIONS))
         raise DataError(f"no user is called {key!r}; existing users are: {some}")

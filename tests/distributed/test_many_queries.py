@@ -28,7 +28,7 @@ from .spawn import Pool
 EVENT = "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}}"
 PIECES = (
     "data.targets_per_row=4", "model.query.history.positions=relative", f"data.event={EVENT}",
-    "data.request=[action,gap]",
+    "data.request=[action,gap]", "data.empty_histories=true",
 )  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def test_one_pass_over_a_piece_is_a_pass_over_each_of_its_beginnings(config: Pat
     model = new_model(loaded.model, dataset.schema, dataset.vocab_size).eval()
     batch = Collator(dataset.schema, dataset.catalogue)(next(PairStream(dataset, rows_global=60, lanes=6)))
     assert batch.query_positions is not None and len(batch.query_positions.row) > 1.5 * len(batch.row_ids)
+    assert (batch.query_positions.prefix_length == 0).any()
     with torch.no_grad():
         together = model(query=batch.query, query_positions=batch.query_positions).U
         row = batch.query_positions.row

@@ -285,6 +285,36 @@ def test_requests_are_those_of_their_targets_and_know_nothing_of_their_time(
     assert tied > 20
 
 
+@pytest.mark.parametrize(("split", "targets_per_row"), [("leave-one-out", 1), ("time", 4)])
+def test_first_events_are_targets_with_empty_histories(tmp_path: Path, split: str, targets_per_row: int) -> None:
+    config = replace(CONFIG, query={"past": QUERY["past"]}, request=("gap",), targets_per_row=targets_per_row)
+    rows = [*rows_of_events(8, 120, 1_700_000_000), {**rows_of_events(8, 1, 1_700_000_000)[0], "user_id": "once"}]
+    every = {(user, position) for user, events in sequences(rows).items() for position in range(len(events))}
+    targets = {}
+    for allowed in (False, True):
+        (folder := tmp_path / str(allowed)).mkdir()
+        make(folder, rows, config=replace(config, empty_histories=allowed), split=split)
+        dataset, found = Dataset.open(folder / "out"), []
+        for name in ("train", "validation", "test"):
+            for part in dataset.iterate(name, 10):
+                users = part.sequences.strings("query_key", part.sequence)  # type: ignore[union-attr, arg-type]
+                found += list(zip(users, part.position.tolist(), strict=True))  # type: ignore[union-attr]
+                empty = np.diff(part.query["past"].offsets) == 0  # type: ignore[union-attr]
+                assert (empty >= (part.position == 0)).all()
+                np.testing.assert_array_equal(part.request["gap"] == 1, empty)
+        assert len(found) == len(set(found))
+        targets[allowed] = set(found)
+    assert targets[True] == every and targets[False] == {target for target in every if target[1]}
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=False, empty_histories=True)
+    given = {"now": 1_700_000_000, "context": {}}
+    unknown, without = queries.of(Request(user="nobody", **given)), queries.of(Request(events=[], **given))
+    assert without.columns.keys() == unknown.columns.keys() and not len(unknown.seen)
+    for name, column in without.columns.items():
+        np.testing.assert_array_equal(*(getattr(c, "values", c) for c in (unknown.columns[name], column)))
+    with pytest.raises(DataError, match="no user is called 'nobody'"):
+        Queries(dataset.schema, None, dataset, exclude_seen=False).of(Request(user="nobody", **given))
+
+
 def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordBatch]]:
     """Return the rows of all blocks of a split."""
     index = dataset.index(split)

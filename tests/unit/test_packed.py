@@ -240,6 +240,20 @@ def test_requests_over_packed_histories(
     assert_packed_is_padded("query", chunk_tokens, queries, by, **given)
 
 
+@pytest.mark.parametrize(("block", "positions", "by"), [("hstu", "relative", None), ("sasrec", "rotary", within_rows)])
+def test_requests_over_chunks_of_empty_histories(block: str, positions: str, by: Attention | None) -> None:
+    given = sides()
+    for name in ("history", "history.action", "history.price"):
+        given["query"][name][1:] = 0
+    row, seen = torch.tensor([[0, 1, 1, 2, 3, 4, 5, 0], [9, 0, 0, 0, 0, 0, 0, 0]])
+    with mock.patch(f"{__name__}.sides", lambda: given):
+        plan = plan_side(lengths("query"), 6, 9, np.bincount(row), frozenset({"history"}))
+        empty = [chunk.runs["history"].last == chunk.runs["history"].first for chunk in plan.chunks]
+        assert 1 < sum(empty) < len(empty)
+        options = {"block": block, "positions": positions, "request": ("action", "price")}
+        assert_packed_is_padded("query", 9, QueryPositions(row, seen), by, **options)
+
+
 def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None:
     """Under ZeRO-3 every call of a module gathers its weights on all ranks: the calls must not depend on groups."""
 

@@ -1019,4 +1019,11 @@ BUGS = [
     Bug("events", "stored_events_after_now_are_read", "retrieval.search:PastEvents.of_users",
         "times.values <= now", "times.values > -np.inf",
         f"{UNIT}/test_event_features.py::test_now_cuts_the_events_of_a_user"),
+    Bug("events", "first_events_are_no_targets", "ingest.cutting:_cut_range",
+        "position >= min_history", "position >= 1",
+        f"{UNIT}/test_event_features.py::test_first_events_are_targets_with_empty_histories"),
+    Bug("events", "unknown_users_are_refused", "serving.searcher:Searcher.__init__",
+        "index.meta.num_docs, data.empty_histories", "index.meta.num_docs, False",
+        f"{UNIT}/retrieval/test_serving.py::"
+        "test_an_unknown_user_is_one_without_events_if_the_model_learned_empty_histories"),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
     newest = resolve(dataset, user="u7").seen[::-1][:5]
     assert answer["history"] == dataset.catalogue.titles(newest)
     assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
+
+
+def test_an_unknown_user_is_one_without_events_if_the_model_learned_empty_histories(
+    model_dir: Path, index_dir: Path, dataset: Dataset
+) -> None:
+    folder = load_model_folder(model_dir)
+    config = replace(folder.config, data=replace(folder.config.data, empty_histories=True))
+    searcher = Searcher(replace(folder, config=config), open_index(index_dir), dataset)
+    features = {"age": 30}
+    unknown, without = searcher.search([Request("nobody", features), Request(features=features, events=[])])
+    assert unknown == without and len(unknown) == 10
 
 
 def test_a_profile_with_live_events_and_a_filter(
