@@ -22,10 +22,9 @@ from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, command_parser, refuse_options
-from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP
+from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP, feature_values
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
-from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
@@ -46,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--queries", type=Path, metavar="TABLE", help="table of queries: CSV, TSV, JSONL or Parquet")
     parser.add_argument("--key-column", metavar="NAME", help="column of TABLE with query keys")
     parser.add_argument("--events-column", metavar="NAME", help="column of TABLE with the document keys of the history")
-    parser.add_argument("--now", type=float, help="with --users: events up to this time, that of the requests")
+    parser.add_argument("--now", type=float, help="time of the requests; later events of users are ignored")
     parser.add_argument(
-        "--context", action="append", default=[], metavar="NAME=VALUE",
-        help="with --users: a feature of all requests (data.request), such as action=purchase; repeatable",
+        "--context", nargs="+", default=[], metavar="FEATURE=VALUE",
+        help="features of all requests (data.request), such as action=purchase",
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=10, help="documents per query (default: %(default)s)")
     parser.add_argument("--filter", metavar="CONDITIONS", help=HELPS["filter"])
@@ -62,10 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     as_csv = args.out.suffix == ".csv"
     if as_csv:
         check_file_to_write("--out", args.out, "recommend", overwrite=args.overwrite)
-    if wrong := [part for part in args.context if "=" not in part]:
-        raise ConfigError(f"--context {wrong[0]}: needs NAME=VALUE")
-    if not args.users:
-        refuse_options(parser, args, ["--now", "--context"], "without --users")
+    context = feature_values("--context", args.context)
+    if args.split is not None:
+        refuse_options(parser, args, ["--now", "--context"], "with --split, whose rows have them")
     if args.queries is None:
         refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
@@ -76,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
         queries: QuerySource
         if args.users:
-            queries = Users(folder.view(dataset), args.now, dict(part.split("=", 1) for part in args.context))
+            queries = Users(folder.view(dataset), args.now, context)
         elif args.split is not None:
             queries = SplitRows(dataset, args.split)
         else:
-            queries = TableRows(dataset, args.queries, args.key_column, args.events_column)
+            queries = TableRows(dataset, args.queries, args.key_column, args.events_column, args.now, context)
         overwrite = args.overwrite and not as_csv
         done = recommend(parts, folder, index, dataset, queries, options, work, overwrite=overwrite)
         if as_csv and done.finished:

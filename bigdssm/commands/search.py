@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--history", metavar="ITEMS", help="events to append: document keys or titles, oldest first, separated by ;"
     )
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features")
+    parser.add_argument("--now", type=float, help=f"time of the request; {HELPS['now']}")
+    parser.add_argument("--context", nargs="+", metavar="FEATURE=VALUE", help=HELPS["context"])
     parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
     parser.add_argument("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)")
     parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out {args.out}: needs a file name ending in .csv")
     check_file_to_write("--out", args.out, "search", overwrite=args.overwrite)
     if args.request is not None:
-        options = ["--user", "--document", "--history", "--text", "--filter", "--seen", "--top"]
+        options = ["--user", "--document", "--history", "--text", "--now", "--context", "--filter", "--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which contains them")
         try:
             text = sys.stdin.read() if args.request == "-" else Path(args.request).read_text(encoding="utf-8")
@@ -79,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         request = parse_request(content)
     else:
         titles = [title for title in (args.history or "").split(";") if title.strip()]
-        features = None if args.text is None else _feature_values(args.text)
+        features = None if args.text is None else feature_values("--text", args.text)
         request = Request(
-            args.user, features, [*map(Event, titles)] or None, filter=args.filter, document=args.document,
+            args.user, features, [*map(Event, titles)] or None, args.now, args.filter, document=args.document,
             exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
+            context=None if args.context is None else feature_values("--context", args.context),
         )  # fmt: skip
     searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
     query = searcher.queries.of(request)
@@ -108,14 +111,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))
 
 
-def _feature_values(pairs: list[str]) -> dict[str, str]:
+def feature_values(option: str, pairs: list[str]) -> dict[str, str]:
+    """Return the FEATURE=VALUE pairs of `option`. Raises ConfigError: not a pair, or a feature twice."""
     values = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name:
-            raise ConfigError(f"--text {pair!r}: needs feature=value, for example words='running shoes'")
+            raise ConfigError(f"{option} {pair!r}: needs feature=value, for example words='running shoes'")
         if name in values:
-            raise ConfigError(f"--text contains {name} twice")
+            raise ConfigError(f"{option} contains {name} twice")
         values[name] = value
     return values
 

@@ -60,6 +60,7 @@ def check_config(config: Config) -> None:
     unknown = sorted(set(data.request) - set(data.event))
     require(not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}")
     require(not data.request or "request" not in data.query, "data.query", "a feature named request", "another name")
+    require(bool(data.request) or data.ties == "exclude", "data.ties", data.ties, "exclude without data.request")
     if data.event:
         needed = "a query feature of type history, which reads the events"
         require(bool(histories_of(data.query)), "data.event", list(data.event), needed)
@@ -67,7 +68,7 @@ def check_config(config: Config) -> None:
         for name, feature in data.event.items():
             require(
                 pa.types.is_primitive(feature.arrow_type()), f"data.event.{name}", f"type {feature.type} with a list",
-                "one value per event: categorical without multi, numeric or elapsed",
+                "one value per event: categorical without multi, numeric, elapsed or calendar",
             )  # fmt: skip
     _check_tables(config)
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")

@@ -74,6 +74,8 @@ class DataConfig:
     # Features of data.event that a query has, too: in training those of its target's event (the wanted action, the time
     # since the newest event of the history), in serving those of the request.
     request: tuple[str, ...] = ()
+    # With `request`: events at the time of a target are no history of it, or those before it in the table are (order).
+    ties: Literal["exclude", "order"] = "exclude"
     title: str | None = None  # column of the document table with display titles; by default the document id
     # Queries are documents: both sides declare the same features, from separate columns; one tower (model.doc) encodes
     # both; a query has its document's id and never returns itself; a pair applies in both directions.

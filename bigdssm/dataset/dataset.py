@@ -9,8 +9,8 @@ id.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -46,10 +46,10 @@ from bigdssm.dataset.remote import COUNTS_FILE, FileCache, RemoteFolder
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN, Rows, Targets
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Elapsed, History, TextTokenizer, item_codes, ragged
+from bigdssm.features import EventTime, History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of
-from bigdssm.features.elapsed import elapsed_codes
+from bigdssm.features.columns import merged_units, unit_of_times
 from bigdssm.features.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.log import get_logger
@@ -70,7 +70,12 @@ class DatasetHeader:
     text: str = "tokens"  # encoding of texts in blocks; "raw": untokenized
     users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
     items: str = "partitions"  # item versions are selected by partition; "events": by the time of each event
-    time_unit: float = 1.0  # of the times of events, in seconds
+    times: Mapping[str, Any] = field(default_factory=lambda: merged_units([]))  # of events: see `TimeUnits.facts`
+
+    @property
+    def time_unit(self) -> float:
+        """The unit of the times of events, in seconds."""
+        return unit_of_times(self.times)
 
     @property
     def dated(self) -> bool:
@@ -187,9 +192,8 @@ class Dataset:
              for name in group]
             for group in (names, [name for name in partition_names if name in item_partition_names])
         )  # fmt: skip
-        options = {name: content[name] for name in ("text", "users", "items") if name in content}
-        power = max(content.get("times", {"units": []})["units"], key=lambda unit: unit[1], default=(0,))[0]
-        header = DatasetHeader(folder, content["name"], schema, **options, time_unit=10.0**-power)
+        options = {name: content[name] for name in ("text", "users", "items", "times") if name in content}
+        header = DatasetHeader(folder, content["name"], schema, **options)
         dataset = cls(
             header, row_partitions, files, later_files(folder, content, "withdrawals"), item_partitions, [extent]
         )
@@ -354,23 +358,22 @@ class Dataset:
     ) -> tuple[np.ndarray, dict[str, Column]]:
         """Return the number of events before the time of each target, and the features of its request, int64 [m].
 
-        Other events at the time of a target are not known to its query: neither their items nor their number.
+        Other events at the time of a target are not known to its query: neither their items nor their number. With
+        ties=order, those before it are.
         """
         times = table.take_slices(TIME_COLUMN, sequence, np.zeros_like(end), end)
         cell = np.arange(len(times.values))
-        is_later = np.diff(times.values, prepend=-np.inf) > 0
+        is_later = (np.diff(times.values, prepend=-np.inf) > 0) | (self.schema.ties == "order")
         is_later[times.offsets[:-1]] = True  # rows are not empty
         begin = times.offsets[:-1][targets.row]
         first = np.maximum.accumulate(np.where(is_later, cell, 0))[begin + targets.position]  # event of this time
         num_earlier = first - begin
-        seconds = (
-            np.where(num_earlier > 0, times.values[first] - times.values[first - 1], np.nan) * self.header.time_unit
-        )
+        previous = np.where(num_earlier > 0, times.values[first - 1], np.nan)
         columns: dict[str, Column] = {}
         for name in self.schema.request:
             feature, position = self.schema.event[name], targets.position
-            if isinstance(feature, Elapsed):
-                columns[name] = elapsed_codes(seconds)
+            if isinstance(feature, EventTime):
+                columns[name] = feature.codes(times.values[first], previous, self.header.time_unit)
             else:
                 values = table.take_slices(EVENT_PREFIX + name, sequence[targets.row], position, position + 1).values
                 columns[name] = feature.without_unknown(values)
@@ -419,15 +422,16 @@ class Dataset:
         """Return the features of the events [first, end) of sequences (int64 [rows]), by name."""
         columns = {}
         for name, feature in self.schema.event.items():
-            if isinstance(feature, Elapsed):
+            if isinstance(feature, EventTime):
                 # The event before the first one, too, which may be older than the history.
                 times = table.take_slices(TIME_COLUMN, sequence, np.maximum(first - 1, 0), end)
-                seconds = np.diff(times.values, prepend=np.nan) * self.header.time_unit
+                previous = np.concatenate([[np.nan], times.values])[:-1]
                 starts = times.offsets[:-1][times.lengths > 0]
-                seconds[starts] = np.nan
-                inside = np.ones(len(seconds), bool)
+                previous[starts] = np.nan
+                inside = np.ones(len(previous), bool)
                 inside[starts[(first > 0)[times.lengths > 0]]] = False
-                values = Ragged(elapsed_codes(seconds[inside]), offsets_of(end - first))
+                codes = feature.codes(times.values[inside], previous[inside], self.header.time_unit)
+                values = Ragged(codes, offsets_of(end - first))
             else:
                 values = table.take_slices(EVENT_PREFIX + name, sequence, first, end)
             columns[name] = cast(Ragged, feature.without_unknown(values))
@@ -627,5 +631,9 @@ def _check_same(first: Dataset, other: Dataset, name: str) -> None:
     ):
         if difference is None and first_has != other_has:
             difference, fix = f"only one of them has {name_of_part}", f"build both with {needed}, or both without"
+    units = [dataset.header.time_unit for dataset in (first, other)]
+    if difference is None and first.schema.event and units[0] != units[1]:
+        difference = f"the times of events are in units of {units[0]:g} s and {units[1]:g} s"
+        fix = "build both from times in one unit"
     if difference is not None:
         raise ConfigError(f"data.mixture: {name} cannot be mixed with {first.dir}: {difference}; {fix}")

@@ -23,7 +23,7 @@ from bigdssm.features.base import from_dict
 from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
-SCHEMA_FILE, VOCABULARIES, SIAMESE, REQUEST = "schema.json", "vocabularies", "siamese", "request"
+SCHEMA_FILE, VOCABULARIES, SIAMESE, REQUEST, TIES = "schema.json", "vocabularies", "siamese", "request", "ties"
 FORMAT, EVENT_FORMAT = 1, 2  # of schema.json and dataset.json; the second: events have features
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
 QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
@@ -39,6 +39,7 @@ class Schema:
     siamese: bool = False  # queries are documents, see config.DataConfig
     event: dict[str, Feature] = field(default_factory=dict)  # of an event of a history
     request: tuple[str, ...] = ()  # features of events that a query has, too
+    ties: str = "exclude"  # whether earlier events at the time of a query's target are history: exclude, or order
 
     @classmethod
     def declared(cls, config: DataConfig) -> Schema:
@@ -50,6 +51,7 @@ class Schema:
             siamese=config.siamese,
             event={name: feature.with_name(name) for name, feature in config.event.items()},
             request=tuple(config.request),
+            ties=config.ties,
         )
 
     @property
@@ -104,6 +106,8 @@ class Schema:
             return f"siamese={self.siamese} against {other.siamese}"
         if self.request != other.request:
             return f"request={list(self.request)} against {list(other.request)}"
+        if self.ties != other.ties:
+            return f"ties={self.ties} against {other.ties}"
         for side in self.sides | other.sides:
             mine, theirs = self.sides.get(side, {}), other.sides.get(side, {})
             if mine.keys() != theirs.keys():
@@ -150,8 +154,9 @@ class Schema:
                     feature.check(f"{side}.{name}", side, sides["doc"])
             described = content[VOCABULARIES]
             siamese, request = content.get(SIAMESE, False), tuple(content.get(REQUEST, ()))
+            ties = content.get(TIES, cls.ties)
             schema = cls(
-                sides["query"], sides["doc"], content["title"], siamese, sides.get("event", {}), request
+                sides["query"], sides["doc"], content["title"], siamese, sides.get("event", {}), request, ties
             )._with_vocabularies(
                 lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
             )
@@ -187,12 +192,14 @@ class Schema:
         trained = {TRAINED: list(self.trained)} if files and self.trained else {}
         siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
         request = {REQUEST: list(self.request)} if self.request else {}
+        ties = {} if self.ties == Schema.ties else {TIES: self.ties}
         return {
             "format": self.format,
             **sides,
             "title": self.title,
             **siamese,
             **request,
+            **ties,
             **trained,
             VOCABULARIES: vocabularies,
         }

@@ -10,8 +10,10 @@ from bigdssm.features.base import (
     encode_values,
     register,
 )
+from bigdssm.features.calendar_time import CalendarTime
 from bigdssm.features.categorical import Categorical
 from bigdssm.features.elapsed import Elapsed
+from bigdssm.features.event_time import EventTime
 from bigdssm.features.history import History, histories_of, item_codes, stored_features
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
@@ -24,10 +26,12 @@ __all__ = [
     "FIRST_CODE",
     "OUT_OF_VOCABULARY",
     "PADDING",
+    "CalendarTime",
     "Categorical",
     "Column",
     "Decoder",
     "Elapsed",
+    "EventTime",
     "Feature",
     "History",
     "Numeric",

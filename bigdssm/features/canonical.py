@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from bigdssm.errors import DataError
 from bigdssm.features.base import REQUEST_PREFIX, Feature, encode_columns, encode_values
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, plain
-from bigdssm.features.elapsed import Elapsed, elapsed_codes
+from bigdssm.features.event_time import EventTime
 from bigdssm.features.history import History, histories_of, item_codes
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, from_arrow, gather_ranges, offsets_of
@@ -106,9 +106,11 @@ def columns_of_values(
 
 def _of_event(batch: SourceBatch, name: str, event: Feature) -> np.ndarray:
     """Return the encoded values of a feature of events; elapsed times are given in seconds."""
-    declared = Numeric() if isinstance(event, Elapsed) else event
+    declared = Numeric() if isinstance(event, EventTime) else event
     values = np.asarray(columns_of(batch, {name: replace(declared, column=name, name=name)}, None, _refuse)[name])
-    return elapsed_codes(values.astype(np.float64)) if isinstance(event, Elapsed) else values
+    if isinstance(event, EventTime):
+        return replace(event, name=name).codes_of_values(values.astype(np.float64))
+    return values
 
 
 def is_table(rows: Any) -> bool:

@@ -343,6 +343,12 @@ def merged_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"num_times": total, "units": [[power, *unit] for power, unit in sorted(units.items())]}
 
 
+def unit_of_times(facts: Mapping[str, Any]) -> float:
+    """Return the unit of most times in seconds, from the facts of `TimeUnits`; 1 if none is recognized."""
+    power = max(facts["units"], key=lambda unit: unit[1], default=(0,))[0]
+    return float(10.0**-power)
+
+
 def parse_time(value: float | str | date) -> float:
     """Parse a single time as `times` does: a number, a date or ISO 8601; NaN if invalid."""
     if isinstance(value, date):

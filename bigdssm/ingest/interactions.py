@@ -24,7 +24,8 @@ from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Elapsed, Feature, TextTokenizer, encode_columns, stored_features
+from bigdssm.features import CalendarTime, EventTime, Feature, TextTokenizer, encode_columns, stored_features
+from bigdssm.features.calendar_time import END_SECOND, FIRST_SECOND
 from bigdssm.features.canonical import canonical
 from bigdssm.features.columns import (
     RowCheck,
@@ -35,6 +36,7 @@ from bigdssm.features.columns import (
     relevances,
     strings,
     times,
+    unit_of_times,
 )
 from bigdssm.ingest.cutting import EarlierEvents, ItemVersions, cut_sequences
 from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
@@ -173,6 +175,16 @@ def make_interactions(
         }
         event = stored_features(base.event)
         sequences, event_rows = read_events(run, tables, user, event, documents, events, other_times, earlier)
+        if any(isinstance(feature, CalendarTime) for feature in base.event.values()):
+            engine.table("event_times", map(Path, event_rows.files))
+            ((oldest, newest),) = engine.fetch("SELECT min(time), max(time) FROM event_times")
+            unit = unit_of_times(writer.content[TIMES])
+            if not FIRST_SECOND <= oldest * unit <= newest * unit < END_SECOND:
+                raise DataError(
+                    f"{tables.interactions}, column {tables.time_column!r}: got times from {oldest:.15g} to "
+                    f"{newest:.15g}, needs dates of 1900 to 2100 for features of type calendar; give seconds, ms, "
+                    "µs or ns since 1970"
+                )
         writer.quarantine.check()
         sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
         if user:
@@ -249,8 +261,8 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     if tables.users_time_column is not None and tables.users is None:
         raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
     for name, feature in config.event.items():
-        if isinstance(feature, Elapsed) and tables.time_column is None:
-            raise ConfigError(f"data.event.{name}: type elapsed needs the times of events; name a --time-column")
+        if isinstance(feature, EventTime) and tables.time_column is None:
+            raise ConfigError(f"data.event.{name}: type {feature.type} needs the times of events; name a --time-column")
     if config.request and tables.time_column is None:
         raise ConfigError("data.request needs the times of events, which its history precedes; name a --time-column")
     for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column)):

@@ -33,7 +33,7 @@ from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.search import PastEvents, histories, request_columns
+from bigdssm.retrieval.search import PastEvents, check_now, histories, request_columns
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
@@ -195,20 +195,15 @@ class Users(QuerySource):
     def __init__(self, dataset: Dataset, now: float | None = None, context: Mapping[str, str] | None = None) -> None:
         """With `now`, the events up to it; `context`: features of the requests (data.request), for all users.
 
-        Raises: DataError: the dataset has no users; ConfigError: `context` is invalid, or `now` and no times.
+        Raises: DataError: the dataset has no users; ConfigError: `context` or `now` is invalid, or `now` and no times.
         """
         if dataset.sequences is None:
             raise DataError(f"{dataset.dir} holds pairs, no users; recommend for a split or a table instead")
         if now is not None and TIME_COLUMN not in dataset.sequences.schema.names:
             raise ConfigError(f"--now {now}: the events of {dataset.dir} have no times; leave --now out")
-        self._dataset, self._table, self._now, self._context = dataset, dataset.sequences, now, {}
-        known = stored_features({name: dataset.schema.event[name] for name in dataset.schema.request})
-        for name, value in (context or {}).items():
-            if name not in known:
-                raise ConfigError(f"--context {name}: needs a feature of requests, of {list(dataset.schema.request)}")
-            self._context[name] = encode_values(known[name], [known[name].parse(value)], None)
-        if now is not None or context:
-            self.identity = f"users now={now} {sorted((context or {}).items())}"
+        self._dataset, self._table, self._now = dataset, dataset.sequences, now
+        self._context = _context(dataset, now, context or {})
+        self.identity += _identity(now, context)
         ids = self._table.column("query_id")[::-1]  # the latest partition has a user's full history
         self._rows = np.sort(len(ids) - 1 - np.unique(ids, return_index=True)[1])
         self.num_rows = len(self._rows)
@@ -222,8 +217,7 @@ class Users(QuerySource):
         }
         past = PastEvents.of_users(self._dataset, self._table, rows, self._now)
         columns |= histories(self._dataset, past)
-        unit = self._dataset.header.time_unit
-        columns |= request_columns(self._dataset.schema, past, self._context, self._now, unit)
+        columns |= request_columns(self._dataset, past, self._context, self._now)
         return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, past.rows)
 
 
@@ -253,12 +247,17 @@ class SplitRows(QuerySource):
 class TableRows(QuerySource):
     """The rows of a table with the columns of make_shards' query features."""
 
-    def __init__(self, dataset: Dataset, path: Path, key_column: str | None, events_column: str | None) -> None:
+    def __init__(
+        self, dataset: Dataset, path: Path, key_column: str | None, events_column: str | None, now: float | None = None,
+        context: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """`events_column` lists document keys of the history, oldest first; unknown keys are skipped.
 
-        Raises: ConfigError: the model has histories and there is no such column, or vice versa; DataError: the table is
-        not readable, or lacks a column.
+        now, context: time and features of the requests, for all rows. Raises: ConfigError: the model has histories and
+        there is no such column, or vice versa, or `now` or `context` is invalid; DataError: the table is not readable,
+        or lacks a column.
         """
+        self._now, self._context = now, _context(dataset, now, context or {})
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
             needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
             raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
@@ -276,7 +275,7 @@ class TableRows(QuerySource):
         self._rows = np.concatenate([batch.rows for batch in batches])  # from 1, without unusable ones
         self._path, self.num_rows = path, self._table.num_rows
         content = json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
-        self.identity = f"table {content} {key_column} {events_column}"
+        self.identity = f"table {content} {key_column} {events_column}{_identity(now, context)}"
 
     def read(self, first: int, last: int) -> QueryBatch:
         """Read the queries of the rows [first, last)."""
@@ -296,8 +295,21 @@ class TableRows(QuerySource):
         features = _of_columns(stored_features(self._dataset.schema.query))
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         past = PastEvents.of_items(self._dataset.schema, seen)
-        columns |= request_columns(self._dataset.schema, past, {}, None, self._dataset.header.time_unit)
+        columns |= request_columns(self._dataset, past, self._context, self._now)
         return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), seen)
+
+
+def _context(dataset: Dataset, now: float | None, context: Mapping[str, str]) -> dict[str, Column]:
+    """Return the encoded features of requests. Raises ConfigError: an unknown one, or see `check_now`."""
+    check_now(dataset, now)
+    known = stored_features({name: dataset.schema.event[name] for name in dataset.schema.request})
+    if unknown := sorted(context.keys() - known.keys()):
+        raise ConfigError(f"--context {unknown[0]}: needs a feature of requests, of {list(known)}")
+    return {name: encode_values(known[name], [known[name].parse(value)], None) for name, value in context.items()}
+
+
+def _identity(now: float | None, context: Mapping[str, str] | None) -> str:
+    return f" now={now} {sorted((context or {}).items())}" if now is not None or context else ""
 
 
 def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:

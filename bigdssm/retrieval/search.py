@@ -19,6 +19,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
     Column,
     Elapsed,
+    EventTime,
     Feature,
     Ragged,
     TextTokenizer,
@@ -30,7 +31,6 @@ from bigdssm.features import (
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import TimeUnits, check_time_units
-from bigdssm.features.elapsed import elapsed_codes
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
@@ -114,14 +114,13 @@ class Queries:
             if query_document[0] < 0:
                 raise DataError(f"no document has the key {request.document!r}")
             columns |= dataset.catalogue.columns(query_document)
+        if dataset is not None:
+            check_now(dataset, request.now)
         columns |= {name: self.feature(name, value) for name, value in features.items()}
 
         live, unknown = self._events(request.events or [], request.now, stored)
         past = stored.followed_by(live)
-        unit = 1.0 if dataset is None else dataset.header.time_unit
         seen = past.rows.values
-        if dataset is not None:
-            columns |= histories(dataset, past)
         context, known = {}, stored_features({name: self._schema.event[name] for name in self._schema.request})
         for name, value in (request.context or {}).items():
             if name not in known:
@@ -130,7 +129,8 @@ class Queries:
                     f"context: {some!r} is not a feature of requests; they are: {', '.join(known) or 'none'}"
                 )
             context[name] = self._encoded(known[name], value)
-        columns |= request_columns(self._schema, past, context, request.now, unit)
+        if dataset is not None:
+            columns |= histories(dataset, past) | request_columns(dataset, past, context, request.now)
         allowed = None
         if request.filter is not None:
             if self._filters is None:
@@ -192,6 +192,8 @@ class Queries:
                 check_time_units([units.facts()], "the request")
             except DataError as error:
                 raise ConfigError(str(error)) from None
+            if self._schema.event:
+                check_unit(self._dataset, "time of an event", times)
             order = np.argsort(times, kind="stable")
             order = order[times[order] <= (np.inf if now is None else now)]
         elif timed.any() or now is not None:
@@ -210,9 +212,9 @@ class Queries:
                     )
         features = {}
         for name, feature in self._schema.event.items():
-            if isinstance(feature, Elapsed):
-                seconds = np.diff(times[known], prepend=stored.newest_time) * self._dataset.header.time_unit
-                values = elapsed_codes(seconds)
+            if isinstance(feature, EventTime):
+                previous = np.concatenate([stored.newest_time, times[known]])[:-1]
+                values = feature.codes(times[known], previous, self._dataset.header.time_unit)
             else:
                 every = ((events[i].features or {}).get(name) for i in known)
                 encoded = [self._encoded(feature, feature.missing if value is None else value) for value in every]
@@ -277,7 +279,7 @@ def read_user(
 ) -> tuple[dict[str, Column], PastEvents]:
     """Read a user's feature columns, and all events, up to `now` if given; `allow_unknown`: unknown users have none.
 
-    Raises: DataError: no such user, no sequences, or `now` in another unit; ConfigError: `now`, and no times.
+    Raises: DataError: no such user, or no sequences; ConfigError: `now`, and no times.
     """
     table = dataset.sequences
     if table is None:
@@ -290,26 +292,53 @@ def read_user(
         raise DataError(f"no user is called {key!r}; existing users are: {some}")
     newest = rows[-1:]  # the latest partition has the full history
     columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
-    if now is not None:
-        if TIME_COLUMN not in table.schema.names:
-            raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
-        end = table.lengths(TIME_COLUMN, newest)
-        units = TimeUnits()
-        units.add(np.append(table.take_slices(TIME_COLUMN, newest, np.maximum(end - 1, 0), end).values, now))
-        check_time_units([units.facts()], f"now, and the events of {key!r}:")
+    if now is not None and TIME_COLUMN not in table.schema.names:
+        raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
     return columns, PastEvents.of_users(dataset, table, newest, now)
 
 
+def check_unit(dataset: Dataset, name: str, times: np.ndarray) -> None:
+    """Raise ConfigError: a date among `times`, float64, is in another unit than the events of `dataset`."""
+    units = TimeUnits()
+    units.add(times)
+    for power, _, example in units.facts()["units"]:
+        if dataset.header.times["units"] and 10.0**-power != dataset.header.time_unit:
+            raise ConfigError(
+                f"{name} is {example:.15g}, a time in units of {10.0**-power:g} s, needs units of "
+                f"{dataset.header.time_unit:g} s, as in {dataset.dir}"
+            )
+
+
+def times_of_requests(schema: Schema) -> list[str]:
+    """Return the names of the features of requests that are computed from their time."""
+    return [name for name in schema.request if isinstance(schema.event[name], EventTime)]
+
+
+def check_now(dataset: Dataset, now: float | None) -> None:
+    """Raise ConfigError: the time of requests is not finite, in another unit than events, or missing but needed."""
+    needed = times_of_requests(dataset.schema)
+    if now is None and needed:
+        raise ConfigError(
+            f"now is missing: the features {', '.join(needed)} of a request are computed from it; give it in the unit "
+            "of the events' times"
+        )
+    if now is not None and not np.isfinite(now):
+        raise ConfigError(f"now is {now}, needs a finite number")
+    if now is not None:
+        check_unit(dataset, "now", np.array([now]))
+
+
 def request_columns(
-    schema: Schema, past: PastEvents, context: Mapping[str, Column], now: float | None, time_unit: float
+    dataset: Dataset, past: PastEvents, context: Mapping[str, Column], now: float | None
 ) -> dict[str, Column]:
-    """Return the features of requests after `past` events: one value of `context` for all, and the time until `now`."""
+    """Return the features of requests after `past` events: one value of `context` for all, and those of `now`."""
     columns: dict[str, Column] = {}
-    for name in schema.request:
-        feature = schema.event[name]
-        if isinstance(feature, Elapsed):
-            seconds = ((np.nan if now is None else now) - past.newest_time) * time_unit
-            columns[REQUEST_PREFIX + name] = elapsed_codes(seconds)
+    for name in dataset.schema.request:
+        feature = dataset.schema.event[name]
+        if isinstance(feature, EventTime):
+            codes = feature.codes(np.full(len(past.rows), now), past.newest_time, dataset.header.time_unit)
+            undated = (past.rows.lengths > 0) & np.isnan(past.newest_time) & isinstance(feature, Elapsed)
+            columns[REQUEST_PREFIX + name] = np.where(undated, feature.missing, codes)
         else:
             value = context.get(name, encode_values(feature, [feature.missing], None))
             columns[REQUEST_PREFIX + name] = np.repeat(np.asarray(value), len(past.rows))

@@ -34,7 +34,7 @@ function input(name, placeholder, list, type = "text") {
 }
 
 // The name of a feature's input, which is also its parameter in the address.
-const RESERVED = ["user", "history", "filter", "similar"];
+const RESERVED = ["user", "history", "now", "filter", "similar"];
 const inputName = feature => RESERVED.includes(feature) ? `feature:${feature}` : feature;
 
 function field(name, placeholder, list) {
@@ -80,10 +80,11 @@ function currentRequest() {
   const form = new FormData($("ask"));
   const filter = filterOf(form);
   const entries = [...form].filter(([name, value]) => value.trim() && name !== "filter" && !/^(one|least|most):/.test(name));
-  const { user, history, ...given } = Object.fromEntries(entries);
+  const { user, history, now, ...given } = Object.fromEntries(entries);
   const features = Object.fromEntries(Object.entries(given).map(([name, value]) => [name.replace(/^feature:/, ""), value]));
   const body = {};
   if (user) body.user = user;
+  if (now) body.now = Number(now);
   if (Object.keys(features).length) body.features = features;
   if (history) body.events = history.split(";").filter(title => title.trim()).map(item => ({ item }));
   if (filter) body.filter = filter;
@@ -264,6 +265,7 @@ async function begin() {
     addDatalist("users", await call("/api/users"));
   }
   if (about.history) field("history", "titles, separated by semicolons");
+  if (about.now) field("now", "time of the request, in the unit of the events");
   for (const [name, type] of Object.entries(about.features)) field(inputName(name), type);
   const filters = Object.entries(about.filters);
   if (filters.length) {

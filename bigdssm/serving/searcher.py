@@ -29,7 +29,7 @@ from bigdssm.retrieval.index import Index, ScoredDocument, cosine_similarities, 
 from bigdssm.retrieval.index_types import set_search_threads
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.search import Queries, Query, first_users
+from bigdssm.retrieval.search import Queries, Query, first_users, times_of_requests
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 from bigdssm.retrieval.vectors import truncate_like
 from bigdssm.utils.arguments import checked
@@ -153,7 +153,7 @@ class Searcher:
             "score": self._folder.config.model.score, "exclude_seen": self._folder.config.data.exclude_seen,
             "features": {name: feature.type for name, feature in stored_features(schema.query).items()},
             "filters": self.queries.choices,
-            "history": self.queries.has_history, "users": bool(self.users),
+            "history": self.queries.has_history, "users": bool(self.users), "now": bool(times_of_requests(schema)),
         }  # fmt: skip
 
     @cached_property

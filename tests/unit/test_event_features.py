@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.config import DataConfig, check_config, load_config
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.config import DataConfig, SourceConfig, check_config, load_config
+from bigdssm.dataset.dataset import Dataset, join
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Categorical, Elapsed, History, Numeric
+from bigdssm.features import CalendarTime, Categorical, Elapsed, History, Numeric
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.elapsed import elapsed_codes
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.loader.batch import Collator
 from bigdssm.loader.inspection import sample_rows
-from bigdssm.retrieval.recommend import Users
+from bigdssm.retrieval.recommend import TableRows, Users
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import PastEvents, Queries, histories
 
 DAY = 86_400
-EVENT = {"action": Categorical(column="event_type"), "price": Numeric(log=True), "gap": Elapsed()}
+BERLIN = ZoneInfo("Europe/Berlin")
+EVENT = {
+    "action": Categorical(column="event_type"), "price": Numeric(log=True), "gap": Elapsed(),
+    "hour": CalendarTime(unit="hour_of_week", timezone="Europe/Berlin"),
+}  # fmt: skip
 QUERY = {"past": History(of="item", max_items=6), "brands": History(of="brand", max_items=4)}
 DOC = {"item": Categorical(column="item_id"), "brand": Categorical()}
 CONFIG = DataConfig(dir="", query=QUERY, doc=DOC, event=EVENT, targets_per_row=4)
@@ -76,7 +83,14 @@ def expected(events: list[dict[str, Any]], first: int, actions: list[str], unit:
         "action": [0 if e["event_type"] is None else actions.index(e["event_type"]) + 2 for e in events[first:]],
         "price": [np.nan if e["price"] is None else e["price"] for e in events[first:]],
         "gap": elapsed_codes(np.array(gaps, float))[first:].tolist(),
+        "hour": [hour_of_week(event["timestamp"] / unit) + 2 for event in events[first:]],
     }
+
+
+def hour_of_week(seconds: float, zone: ZoneInfo = BERLIN) -> int:
+    local = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=math.floor(seconds))
+    local = local.astimezone(zone)
+    return 24 * local.weekday() + local.hour
 
 
 def assert_histories(dataset: Dataset, events: dict[str, list[dict[str, Any]]], split: str, unit: int = 1) -> int:
@@ -174,11 +188,13 @@ def test_requests_have_the_features_of_stored_and_given_events(tmp_path: Path) -
     row = {
         "past": items, "past.action": [event["event_type"] for event in every],
         "past.price": [event["price"] for event in every], "past.gap": seconds,
+        "past.hour": [hour_of_week(event["timestamp"]) for event in every],
     }  # fmt: skip
     columns, _ = columns_of_values([row], dataset.schema.query, dataset.schema.doc, None, dataset.schema.event)
     for name, values in reference.items():
         np.testing.assert_array_equal(columns[f"past.{name}"].values, values)  # type: ignore[union-attr]
-    assert (columns["brands.gap"].values == 1).all()  # type: ignore[union-attr]
+    for name in ("gap", "hour"):
+        assert (columns[f"brands.{name}"].values == 0).all()  # type: ignore[union-attr]
     table: Any = dataset.sequences
     number = np.array([table.strings("query_key", np.arange(table.num_rows)).index(user)])
     stored = histories(dataset, PastEvents.of_users(dataset, table, number))
@@ -227,6 +243,20 @@ def test_refused_events(tmp_path: Path) -> None:
     milliseconds = [{**row, "timestamp": row["timestamp"] * 1000} for row in rows]
     with pytest.raises(DataError, match="mixes units of time"):
         make(tmp_path, milliseconds, "day2")
+    (tmp_path / "other").mkdir()
+    make(tmp_path / "other", milliseconds)
+    folders = [tmp_path / "out", tmp_path / "other" / "out"]
+    with pytest.raises(ConfigError, match=r"the times of events are in units of 1 s and 0\.001 s; build both from"):
+        join([*map(Dataset.open, folders)], [SourceConfig(str(f)) for f in folders], str(folders[0]), "mixed")
+    (tmp_path / "1997").mkdir()
+    with pytest.raises(
+        DataError, match=r"got times from 85\d+ to 8\d+, needs dates of 1900 to 2100 for features of type"
+    ):
+        make(tmp_path / "1997", [{**row, "timestamp": row["timestamp"] * 500} for row in rows])
+    with pytest.raises(ConfigError, match=r"data\.event\.hour\.timezone: got 'Europe/Paradise', needs a time zone"):
+        CalendarTime(timezone="Europe/Paradise").check("data.event.hour", "event", DOC)
+    with pytest.raises(ConfigError, match=r"data\.ties: got order, needs exclude without data\.request"):
+        check_config(replace(load(tmp_path), data=replace(load(tmp_path).data, ties="order")))
 
 
 def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
@@ -241,23 +271,25 @@ def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
     assert dataset.catalogue.keys(query.seen) == known and len(known) < len(events)
     assert dataset.catalogue.keys(query.excluded) == known
     assert len(queries.of(Request(user=user, now=1_600_000_000)).seen) == 0
-    with pytest.raises(DataError, match=f"now, and the events of '{user}': mixes units of time"):
-        queries.of(Request(user=user, now=now * 1000))
+    for request in (Request(user=user, now=now * 1000), Request(events=[], now=now * 1000)):
+        with pytest.raises(ConfigError, match=r"now is 17\d+, a time in units of 0.001 s, needs units of 1 s, as in"):
+            queries.of(request)
     make(tmp_path / "out", rows, config=replace(CONFIG, event={}), time_column=None, split="leave-one-out")
     undated = Dataset.open(tmp_path / "out" / "out")
     with pytest.raises(ConfigError, match="now is given, but the events of"):
         Queries(undated.schema, None, undated, exclude_seen=True).of(Request(user=user, now=now))
 
 
-@pytest.mark.parametrize("targets_per_row", [1, 4])
+@pytest.mark.parametrize(("targets_per_row", "ties"), [(1, "exclude"), (4, "exclude"), (1, "order"), (4, "order")])
 def test_requests_are_those_of_their_targets_and_know_nothing_of_their_time(
-    tmp_path: Path, targets_per_row: int
+    tmp_path: Path, targets_per_row: int, ties: Any
 ) -> None:
-    config = replace(CONFIG, query={"past": QUERY["past"]}, request=("action", "gap"), targets_per_row=targets_per_row)
+    config = replace(CONFIG, query={"past": QUERY["past"]}, request=("action", "gap", "hour"), ties=ties)
+    config = replace(config, targets_per_row=targets_per_row)
     rows = [{**row, "timestamp": row["timestamp"] // 20_000 * 20_000} for row in rows_of_events(6, 250, 1_700_000_000)]
     make(tmp_path, rows, config=config, split="leave-one-out")
     dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
-    assert dataset.schema.request == ("action", "gap")
+    assert dataset.schema.request == ("action", "gap", "hour")
     actions, tied = list(dataset.schema.event["action"].vocabulary), 0  # type: ignore[attr-defined]
     for split in ("train", "test"):
         stream = [dataset.rows(split, 0, *part) for part in blocks_of(dataset, split)]
@@ -268,10 +300,12 @@ def test_requests_are_those_of_their_targets_and_know_nothing_of_their_time(
                 user = table.strings("query_key", rows_of_split.sequence[[row]])[0]  # type: ignore[index]
                 position = int(rows_of_split.position[query])  # type: ignore[index]
                 target = events[user][position]
-                known = [event for event in events[user] if event["timestamp"] < target["timestamp"]]
-                tied += len(known) < position
+                earlier = [event for event in events[user] if event["timestamp"] < target["timestamp"]]
+                tied += len(earlier) < position
+                known = earlier if ties == "exclude" else events[user][:position]
                 gap = target["timestamp"] - known[-1]["timestamp"] if known else np.nan
                 assert batch.query["request.gap"][query] == elapsed_codes(np.array([gap], float))[0]
+                assert batch.query["request.hour"][query] == hour_of_week(target["timestamp"]) + 2
                 code = 0 if target["event_type"] is None else actions.index(target["event_type"]) + 2
                 assert batch.query["request.action"][query] == code
                 # The history has the newest events before the time of the target, and no event of its time.
@@ -322,7 +356,7 @@ def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordB
 
 
 def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
-    config = replace(CONFIG, request=("action", "gap", "price"))
+    config = replace(CONFIG, request=("action", "gap", "price", "hour"))
     rows = rows_of_events(7, 150, 1_700_000_000)
     make(tmp_path, rows, config=config)
     dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
@@ -334,6 +368,7 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     assert query.columns["request.action"].tolist() == [actions.index("buy") + 2]  # type: ignore[union-attr]
     assert query.columns["request.gap"].tolist() == elapsed_codes(np.array([3600.0])).tolist()  # type: ignore[union-attr]
     assert query.columns["request.price"].tolist() == [3.0]  # type: ignore[union-attr]
+    assert query.columns["request.hour"].tolist() == [hour_of_week(now) + 2]  # type: ignore[union-attr]
     later = queries.of(Request(user=user, now=now, events=[Event("i3", now - 60)]))
     assert later.columns["request.gap"].tolist() == elapsed_codes(np.array([60.0])).tolist()  # type: ignore[union-attr]
     assert later.columns["request.action"].tolist() == [0] and np.isnan(later.columns["request.price"]).all()
@@ -342,20 +377,71 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     for name, value in (
         ("request.action", actions.index("buy") + 2),
         ("request.gap", elapsed_codes(np.array([3600.0]))[0]),
+        ("request.hour", hour_of_week(now) + 2),
     ):
         assert bulk.columns[name][number] == value  # type: ignore[index]
+    (tmp_path / "new.jsonl").write_text('{"items": ["i3"]}\n{"items": []}\n')
+    table = TableRows(dataset, tmp_path / "new.jsonl", None, "items", now, {"action": "buy"}).read(0, 2)
+    assert table.columns["request.action"].tolist() == [actions.index("buy") + 2] * 2  # type: ignore[union-attr]
+    assert table.columns["request.hour"].tolist() == [hour_of_week(now) + 2] * 2  # type: ignore[union-attr]
+    assert table.columns["request.gap"].tolist() == [0, 1]  # type: ignore[union-attr]  # events without times, none
     given, _ = columns_of_values(
         [{"past": ["i3"], "request.action": "buy", "request.gap": 3600.0}, {"past": ["i3"]}],
         dataset.schema.query, dataset.schema.doc, None, dataset.schema.event, dataset.schema.request,
     )  # fmt: skip
     assert given["request.action"].tolist() == [actions.index("buy") + 2, 0]  # type: ignore[union-attr]
     assert given["request.gap"].tolist() == [elapsed_codes(np.array([3600.0]))[0], 1]  # type: ignore[union-attr]
+    assert given["request.hour"].tolist() == [0, 0]  # type: ignore[union-attr]
+    for value in (168, -1, 0.5):
+        with pytest.raises(DataError, match=r"request\.hour is .*, needs a whole hour_of_week from 0 to 167"):
+            columns_of_values(
+                [{"past": ["i3"], "request.hour": value}], dataset.schema.query, dataset.schema.doc, None,
+                dataset.schema.event, dataset.schema.request,
+            )  # fmt: skip
+    without_now = Request(user=user), Request(events=[Event("i3", now)])
+    for refused in (*(lambda r=r: queries.of(r) for r in without_now), lambda: Users(dataset)):
+        with pytest.raises(ConfigError, match="now is missing: the features gap, hour of a request are computed from"):
+            refused()
     with pytest.raises(ConfigError, match="context: 'gap' is not a feature of requests; they are: action, price"):
-        queries.of(Request(user=user, context={"gap": 5}))
+        queries.of(Request(user=user, now=now, context={"gap": 5}))
     with pytest.raises(ConfigError, match=r"--context kind: needs a feature of requests, of \["):
         Users(dataset, now, {"kind": "buy"})
     with pytest.raises(ConfigError, match=r"data\.request: got kind, needs features of data\.event"):
         check_config(replace(load(tmp_path), data=replace(config, dir="d", request=("kind",), targets_per_row=1)))
+
+
+@pytest.mark.parametrize("power", [0, 3, 6, 9])
+@pytest.mark.parametrize(
+    "zone", ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu", "Africa/Monrovia"]
+)
+def test_calendar_times_are_those_of_zoneinfo(zone: str, power: int) -> None:
+    random, place = np.random.RandomState(power), ZoneInfo(zone)
+    changes = [
+        (3, 28),
+        (3, 30),
+        (3, 14),
+        (3, 9),
+        (10, 31),
+        (10, 26),
+        (4, 4),
+        (4, 6),
+        (10, 3),
+        (10, 5),
+        (11, 7),
+        (11, 2),
+    ]
+    days = np.array([datetime(y, *day, tzinfo=timezone.utc).timestamp() for y in (2021, 2025) for day in changes])
+    seconds = np.concatenate([(days[:, None] + np.arange(-8, 40) * 1800).ravel(), random.uniform(-2e9, 4e9, 3000)])
+    seconds = np.concatenate([seconds, np.round(seconds), np.round(seconds) - 2**-10, [0, -1, -0.5, 63_593_069]])
+    times, nowhere = np.round(seconds * 10.0**power, 0 if power else 9), np.full(len(seconds), np.nan)
+    expected = np.array([hour_of_week(time / 10**power, place) for time in times.tolist()])
+    assert len(np.unique(expected)) == 168
+    for unit, values in (("hour_of_week", expected), ("hour", expected % 24), ("weekday", expected // 24)):
+        feature = CalendarTime(unit=unit, timezone=zone)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(feature.codes(times, nowhere, 10.0**-power), values + 2)
+        unknown = np.array([np.nan, np.inf, -np.inf, 5e9, -3e9]) * 10.0**power
+        assert feature.codes(unknown, unknown, 10.0**-power).tolist() == [0] * 5
+        assert feature.codes_of_values(values.astype(float)).max() == feature.num_codes - 1
 
 
 def load(folder: Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bigdssm.features import PADDING, Categorical, Elapsed, Numeric, Vector
+from bigdssm.features import PADDING, CalendarTime, Categorical, Elapsed, Numeric, Vector
 from bigdssm.models.embedding_tables import EmbeddingTables, table_name
 from bigdssm.models.encoders.base import BuildContext, Encoder, encodes
 
@@ -18,6 +18,7 @@ MAX_DEVIATIONS = 10.0
 
 @encodes(Categorical)
 @encodes(Elapsed)
+@encodes(CalendarTime)
 class CategoricalEncoder(Encoder):
     """The mean of the table's vectors over the values of a row."""
 
@@ -27,7 +28,7 @@ class CategoricalEncoder(Encoder):
         self._tables = (tables,)  # in a tuple, so that the tables are not a submodule of each encoder
 
     @classmethod
-    def build(cls, feature: Categorical | Elapsed, context: BuildContext) -> CategoricalEncoder:
+    def build(cls, feature: Categorical | Elapsed | CalendarTime, context: BuildContext) -> CategoricalEncoder:
         """Return the encoder of a feature."""
         return cls(table_name(context.side, feature.name), context.config.embedding_dim, context.tables)
 

@@ -150,6 +150,8 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
         (("--text", "age=1_0"), "age is '1_0', needs a number"),
         (("--text", "=3"), "--text '=3': needs feature=value"),
         (("--text", "age=3", "age=4"), "--text contains age twice"),
+        (("--user", "u7", "--context", "kind=3"), "context: 'kind' is not a feature of requests; they are: none"),
+        (("--user", "u7", "--now", "nan"), "now is nan, needs a finite number"),
     ],
 )
 def test_queries_of_other_types_are_refused(
