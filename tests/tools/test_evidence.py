@@ -24,7 +24,7 @@ from tools.evidence.benches import read_benchmarks, run_benchmarks
 from tools.evidence.claims import Expectation, read_claim
 from tools.evidence.page import OVERVIEW, as_markdown, tables_as_markdown, write_page
 from tools.evidence.results import CellResult, Result, SetResult, collect, together
-from tools.evidence.running import Trial, cpu_seconds, plan_trials, run_trial, run_trials, write_config
+from tools.evidence.running import Trial, _config_content, cpu_seconds, plan_trials, run_trial, run_trials, write_config
 from tools.evidence.stored import read_trials, with_finished, write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +195,15 @@ def test_infeasible_trials_are_refused_before_the_first(
     claim = read_claim(written(tmp_path, sets=sets, **changed))
     with pytest.raises(ConfigError, match=sentence):
         run_trials(plan_trials(claim, tmp_path / "out"), 1)
+
+
+def test_a_cell_without_a_feature_of_events_has_no_request_of_it(tmp_path: Path) -> None:
+    config = str(ROOT / "configs/evidence/sets/generated_shop.yaml")
+    cells = {"a": {}, "b": {"without": ["event.action", "event.gap"]}}
+    sets = {"shop": {"config": config, "make": "interactions"}}
+    trials = plan_trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path / "out")
+    (data,) = {str(_config_content(t).data.request): _config_content(t).data for t in trials if t.cell.without}.values()
+    assert (list(data.event), list(data.request)) == (["device"], ["device"])
 
 
 def test_a_record_that_a_kill_cut_off_does_not_take_the_next_with_it(tmp_path: Path, tiny_interactions: Any) -> None:
