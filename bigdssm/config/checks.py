@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.features import FIRST_CODE, texts_of
+from bigdssm.features import FIRST_CODE, Timestamp, texts_of
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
@@ -57,6 +57,10 @@ def check_config(config: Config) -> None:
             key = f"data.{side}.{name}"
             require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature name without dots")
             feature.check(key, side, data.doc)
+    times = [f"data.event.{name}" for name, feature in data.event.items() if isinstance(feature, Timestamp)]
+    require(len(times) <= 1, "data.event", f"{len(times)} features of type timestamp, {', '.join(times)}", "one")
+    by_time, needed = model.query.history.times, "a feature of data.event of type timestamp"
+    require(by_time == "none" or bool(times), "model.query.history.times", by_time, needed)
     unknown = sorted(set(data.request) - set(data.event))
     require(not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}")
     require(not data.request or "request" not in data.query, "data.query", "a feature named request", "another name")

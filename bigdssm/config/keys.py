@@ -192,6 +192,9 @@ class HistoryEncoderConfig(Component):
     # items as a learned bias (relative) or rotary embedding (rotary). Several queries per row exclude age; hstu has
     # relative only.
     positions: Literal["age", "absolute", "relative", "rotary"] = "age"
+    # Whether attention depends on the time between two events, and from the request in the last layer, as rotary
+    # embeddings; it needs a feature of data.event of type timestamp. hstu has none.
+    times: Literal["none", "rotary"] = "none"
     layers: int = bounded(1, 1, 1024)
     heads: int = bounded(2, 1, 1024)
     dropout: float = bounded(0.1, 0, below=1)

@@ -18,6 +18,7 @@ from bigdssm.features.history import History, histories_of, item_codes, stored_f
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.text import Text, texts_of
+from bigdssm.features.timestamp import Timestamp, timestamp_of
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.features.vector import Vector
 from bigdssm.features.vocabulary import Vocabulary
@@ -38,6 +39,7 @@ __all__ = [
     "Ragged",
     "Text",
     "TextTokenizer",
+    "Timestamp",
     "Vector",
     "Vocabulary",
     "encode_columns",
@@ -47,4 +49,5 @@ __all__ = [
     "register",
     "stored_features",
     "texts_of",
+    "timestamp_of",
 ]

@@ -19,6 +19,7 @@ from bigdssm.features.history import History, histories_of, item_codes
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, from_arrow, gather_ranges, offsets_of
 from bigdssm.features.text import texts_of
+from bigdssm.features.timestamp import UNKNOWN_TIME, Timestamp
 from bigdssm.features.tokenizer import TextTokenizer
 
 
@@ -56,7 +57,7 @@ def columns_of_values(
     rows: dicts of feature values, strings if exactly one of `features` is a text, or an Arrow table or data frame with
     columns named after features; omitted values are missing. docs: the document features, which encode the items of
     histories. events: the features of events; HISTORY.FEATURE has a list of values, aligned with the history's items
-    (of elapsed times in seconds); request: names of those that a query has, too, as
+    (of times and elapsed times in seconds); request: names of those that a query has, too, as
     request.FEATURE. Raises DataError: an unknown feature, or a value that cannot be read.
     """
     if is_table(rows):
@@ -86,7 +87,10 @@ def columns_of_values(
                 batch, ends = _flattened(column, given[column], f"values, one per item of {name}")
                 if not np.array_equal(ends, offsets):
                     raise DataError(f"{column} has lists of other lengths than {name}; give one value per item")
-                lists[column] = _of_event(batch, column, event)
+                lists[column] = values = _of_event(batch, column, event)
+                if isinstance(event, Timestamp) and (unknown := int((values == UNKNOWN_TIME).sum())):
+                    got = f"{column} has no value for {unknown} of {len(values)} events"
+                    raise DataError(f"{got}; give the times of all events or of none")
             first = np.maximum(offsets[1:] - feature.max_items, offsets[:-1])
             columns |= {column: gather_ranges(values, first, offsets[1:]) for column, values in lists.items()}
         elif absent:
@@ -105,12 +109,11 @@ def columns_of_values(
 
 
 def _of_event(batch: SourceBatch, name: str, event: Feature) -> np.ndarray:
-    """Return the encoded values of a feature of events; elapsed times are given in seconds."""
-    declared = Numeric() if isinstance(event, EventTime) else event
-    values = np.asarray(columns_of(batch, {name: replace(declared, column=name, name=name)}, None, _refuse)[name])
-    if isinstance(event, EventTime):
-        return replace(event, name=name).codes_of_values(values.astype(np.float64))
-    return values
+    """Return the encoded values of a feature of events; times and elapsed times are given in seconds."""
+    if isinstance(event, EventTime):  # canonical numbers are float64, encoded ones float32
+        numbers = canonical(RowCheck(batch, _refuse), {name: Numeric(column=name, name=name)})
+        return replace(event, name=name).codes_of_values(numbers.column(name).to_numpy())
+    return np.asarray(columns_of(batch, {name: replace(event, column=name, name=name)}, None, _refuse)[name])
 
 
 def is_table(rows: Any) -> bool:

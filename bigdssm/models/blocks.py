@@ -6,6 +6,7 @@ W width per head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from bigdssm.models.packed import Attention, RowGroup, SequenceBounds
 
 MASKED_SCORE = -1e9  # added to masked scores; -inf would give NaN through SiLU
 ROTARY_BASE = 10_000.0
+SHORTEST_PERIOD, LONGEST_PERIOD = 120e6, 180 * 86_400e6  # of rotary embeddings by time, microseconds
 
 
 class AttentionLayout(NamedTuple):
@@ -40,7 +42,8 @@ class AttentionContext(NamedTuple):
     # bool, or float: the learned bias of the distance, MASKED_SCORE where masked; [1 or R, 1 or h, A, T]
     mask: Tensor | None  # None: packed
     fused: bool  # by the fused kernel, else eager
-    rotary: bool
+    query_angle: Tensor | None  # of rotary embeddings, [A, W / 2] or [R, A, W / 2]
+    key_angle: Tensor | None
     attention: Attention | None = None  # kernel for packed histories at these offsets:
     query_offsets: Tensor | None = None
     key_offsets: Tensor | None = None
@@ -99,8 +102,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """Return [R, A, h * W]: masked softmax(q kᵀ / √W) v, for q [R, h, A, W] and k, v [R, h, T, W]."""
-    if context.rotary:
-        q, k = rotate(q, context.query_position), rotate(k, context.key_position)
+    if context.query_angle is not None and context.key_angle is not None:
+        q, k = rotate(q, context.query_angle), rotate(k, context.key_angle)
     if context.attention is not None:
         return context.apply_packed(q, k, v)
     attention = nn.functional.scaled_dot_product_attention if context.fused else _eager_attention
@@ -113,15 +116,26 @@ def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(scores + additive_mask(mask, scores.dtype), dim=3) @ v
 
 
-def rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Apply rotary embeddings to [R, h, A, W] by positions [A] or [R, A]; products then depend on the distance only.
+def position_angle(position: Tensor, number: int) -> Tensor:
+    """Return the angles of rotary embeddings by positions, [..., number]. Source: Su et al. 2021 (RoFormer), eq. 34."""
+    frequency = ROTARY_BASE ** (-torch.arange(number, device=position.device, dtype=torch.float32) / number)
+    return position.unsqueeze(-1) * frequency
 
-    The rotated pairs are (i, i + W / 2). Source: Su et al. 2021 (RoFormer), eq. 34.
+
+def time_angle(time: Tensor, number: int) -> Tensor:
+    """Return the angles of rotary embeddings by times, int64 microseconds: their phases, exact in int64."""
+    exponent = torch.arange(number, device=time.device, dtype=torch.float64) / max(number - 1, 1)
+    period = (SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** exponent).long()
+    return (time.unsqueeze(-1) % period).float() * (2 * math.pi / period.float())
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + W / 2) of [R, h, A, W] by angles [A, W / 2] or [R, A, W / 2].
+
+    Products of queries and keys then depend on the differences of their angles only.
     """
     half = x.shape[3] // 2
-    frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position.unsqueeze(-1) * frequency
-    angle = angle if position.dim() == 1 else angle.unsqueeze(1)  # all heads
+    angle = angle if angle.dim() == 2 else angle.unsqueeze(1)  # all heads
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)

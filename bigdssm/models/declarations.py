@@ -66,6 +66,7 @@ class Hstu(HistoryEncoderConfig):
 
     block: str = "hstu"
     positions: Literal["relative"] = "relative"
+    times: Literal["none"] = "none"
 
     def build(self, dim: int) -> nn.Module:
         """Return HSTU's layer."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature
+from bigdssm.features import Feature, timestamp_of
 from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
 from bigdssm.models.encoders import (
@@ -291,8 +291,12 @@ class DualEncoder(nn.Module):
     def _build_context(self, side: str, text_key: str | None) -> BuildContext:
         text = None if text_key is None else cast(TextEncoder, self.text[text_key])
         width, tower = self.config.doc.embedding_dim, self.config.tower(side)
-        request = self.schema.request if side == "query" else ()
-        return BuildContext(side, tower, self.tables, width, text, self.schema.event, request)
+        time, of_request = timestamp_of(self.schema.event), self.schema.request if side == "query" else ()
+        event = {name: feature for name, feature in self.schema.event.items() if name != time}
+        request = tuple(name for name in of_request if name != time)
+        return BuildContext(
+            side, tower, self.tables, width, text, event, request, time=time, request_time=time in of_request
+        )
 
 
 def new_model(

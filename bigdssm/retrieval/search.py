@@ -27,6 +27,7 @@ from bigdssm.features import (
     histories_of,
     item_codes,
     stored_features,
+    timestamp_of,
 )
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
@@ -196,7 +197,7 @@ class Queries:
                 check_unit(self._dataset, "time of an event", times)
             order = np.argsort(times, kind="stable")
             order = order[times[order] <= (np.inf if now is None else now)]
-        elif timed.any() or now is not None:
+        elif timed.any() or now is not None or (timestamp_of(self._schema.event) and np.isfinite(stored.newest_time)):
             raise ConfigError(f"{(~timed).sum()} of {len(events)} events have no time; give it for all")
         else:
             order = np.arange(len(events))

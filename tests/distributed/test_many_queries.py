@@ -25,10 +25,12 @@ from bigdssm.training.checks import check_stage
 from . import small_run
 from .spawn import Pool
 
-EVENT = "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}}"
+EVENT = (
+    "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}, when: {type: timestamp}}"
+)
 PIECES = (
-    "data.targets_per_row=4", "model.query.history.positions=relative", f"data.event={EVENT}",
-    "data.request=[action,gap]", "data.empty_histories=true",
+    "data.targets_per_row=4", "model.query.history.positions=relative", "model.query.history.times=rotary",
+    f"data.event={EVENT}", "data.request=[action,gap,when]", "data.empty_histories=true",
 )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ import pytest
 from bigdssm.config import DataConfig, SourceConfig, check_config, load_config
 from bigdssm.dataset.dataset import Dataset, join
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import CalendarTime, Categorical, Elapsed, History, Numeric
+from bigdssm.features import CalendarTime, Categorical, Elapsed, History, Numeric, Timestamp
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.elapsed import elapsed_codes
+from bigdssm.features.timestamp import UNKNOWN_TIME
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.loader.batch import Collator
@@ -34,7 +35,7 @@ DAY = 86_400
 BERLIN = ZoneInfo("Europe/Berlin")
 EVENT = {
     "action": Categorical(column="event_type"), "price": Numeric(log=True), "gap": Elapsed(),
-    "hour": CalendarTime(unit="hour_of_week", timezone="Europe/Berlin"),
+    "hour": CalendarTime(unit="hour_of_week", timezone="Europe/Berlin"), "when": Timestamp(),
 }  # fmt: skip
 QUERY = {"past": History(of="item", max_items=6), "brands": History(of="brand", max_items=4)}
 DOC = {"item": Categorical(column="item_id"), "brand": Categorical()}
@@ -84,6 +85,7 @@ def expected(events: list[dict[str, Any]], first: int, actions: list[str], unit:
         "price": [np.nan if e["price"] is None else e["price"] for e in events[first:]],
         "gap": elapsed_codes(np.array(gaps, float))[first:].tolist(),
         "hour": [hour_of_week(event["timestamp"] / unit) + 2 for event in events[first:]],
+        "when": [event["timestamp"] * 1_000_000 // unit for event in events[first:]],
     }
 
 
@@ -121,6 +123,7 @@ def test_histories_have_the_features_of_their_events(tmp_path: Path, unit: int) 
         assert assert_histories(dataset, sequences(rows), split, unit) > 50
     shown = sample_rows(dataset, count=3)[0]
     assert set(shown["query.past.action"]) <= {"view", "cart", "buy", None} and len(shown["query.past.gap"]) > 0
+    assert all(time.startswith("2023-") for time in shown["query.past.when"])
 
 
 def test_datasets_without_features_of_events_stay_as_they_are(tmp_path: Path) -> None:
@@ -189,12 +192,18 @@ def test_requests_have_the_features_of_stored_and_given_events(tmp_path: Path) -
         "past": items, "past.action": [event["event_type"] for event in every],
         "past.price": [event["price"] for event in every], "past.gap": seconds,
         "past.hour": [hour_of_week(event["timestamp"]) for event in every],
+        "past.when": [float(event["timestamp"]) for event in every],
     }  # fmt: skip
     columns, _ = columns_of_values([row], dataset.schema.query, dataset.schema.doc, None, dataset.schema.event)
     for name, values in reference.items():
         np.testing.assert_array_equal(columns[f"past.{name}"].values, values)  # type: ignore[union-attr]
     for name in ("gap", "hour"):
         assert (columns[f"brands.{name}"].values == 0).all()  # type: ignore[union-attr]
+    assert (columns["brands.when"].values == UNKNOWN_TIME).all()  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=r"past\.when has no value for 1 of 2 events; give the times of all"):
+        columns_of_values([{"past": ["i1", "i2"], "past.when": [1.0, None]}], dataset.schema.query, DOC, None, EVENT)
+    with pytest.raises(ConfigError, match="1 of 1 events have no time; give it for all"):
+        queries.of(Request(user=user, events=[Event("i3")]))
     table: Any = dataset.sequences
     number = np.array([table.strings("query_key", np.arange(table.num_rows)).index(user)])
     stored = histories(dataset, PastEvents.of_users(dataset, table, number))
@@ -284,12 +293,12 @@ def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
 def test_requests_are_those_of_their_targets_and_know_nothing_of_their_time(
     tmp_path: Path, targets_per_row: int, ties: Any
 ) -> None:
-    config = replace(CONFIG, query={"past": QUERY["past"]}, request=("action", "gap", "hour"), ties=ties)
+    config = replace(CONFIG, query={"past": QUERY["past"]}, request=("action", "gap", "hour", "when"), ties=ties)
     config = replace(config, targets_per_row=targets_per_row)
     rows = [{**row, "timestamp": row["timestamp"] // 20_000 * 20_000} for row in rows_of_events(6, 250, 1_700_000_000)]
     make(tmp_path, rows, config=config, split="leave-one-out")
     dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
-    assert dataset.schema.request == ("action", "gap", "hour")
+    assert dataset.schema.request == ("action", "gap", "hour", "when")
     actions, tied = list(dataset.schema.event["action"].vocabulary), 0  # type: ignore[attr-defined]
     for split in ("train", "test"):
         stream = [dataset.rows(split, 0, *part) for part in blocks_of(dataset, split)]
@@ -306,16 +315,17 @@ def test_requests_are_those_of_their_targets_and_know_nothing_of_their_time(
                 gap = target["timestamp"] - known[-1]["timestamp"] if known else np.nan
                 assert batch.query["request.gap"][query] == elapsed_codes(np.array([gap], float))[0]
                 assert batch.query["request.hour"][query] == hour_of_week(target["timestamp"]) + 2
+                assert batch.query["request.when"][query] == target["timestamp"] * 1_000_000
                 code = 0 if target["event_type"] is None else actions.index(target["event_type"]) + 2
                 assert batch.query["request.action"][query] == code
                 # The history has the newest events before the time of the target, and no event of its time.
-                history = batch.query["past.gap"][row]
                 length = int(batch.query_lengths["past"].used[row])
                 if batch.query_positions is not None:
                     length = int(batch.query_positions.prefix_length[query])
-                found = history[:length].tolist()
-                reference = expected(known, 0, actions)["gap"]
-                assert found == reference[len(reference) - len(found) :] and (len(found) > 0) == bool(known)
+                for name in ("gap", "when"):
+                    found = batch.query[f"past.{name}"][row][:length].tolist()
+                    reference = expected(known, 0, actions)[name]
+                    assert found == reference[len(reference) - len(found) :] and (len(found) > 0) == bool(known)
     assert tied > 20
 
 
@@ -356,7 +366,7 @@ def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordB
 
 
 def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
-    config = replace(CONFIG, request=("action", "gap", "price", "hour"))
+    config = replace(CONFIG, request=("action", "gap", "price", "hour", "when"))
     rows = rows_of_events(7, 150, 1_700_000_000)
     make(tmp_path, rows, config=config)
     dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
@@ -369,6 +379,7 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     assert query.columns["request.gap"].tolist() == elapsed_codes(np.array([3600.0])).tolist()  # type: ignore[union-attr]
     assert query.columns["request.price"].tolist() == [3.0]  # type: ignore[union-attr]
     assert query.columns["request.hour"].tolist() == [hour_of_week(now) + 2]  # type: ignore[union-attr]
+    assert query.columns["request.when"].tolist() == [now * 1_000_000]  # type: ignore[union-attr]
     later = queries.of(Request(user=user, now=now, events=[Event("i3", now - 60)]))
     assert later.columns["request.gap"].tolist() == elapsed_codes(np.array([60.0])).tolist()  # type: ignore[union-attr]
     assert later.columns["request.action"].tolist() == [0] and np.isnan(later.columns["request.price"]).all()
@@ -378,6 +389,7 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
         ("request.action", actions.index("buy") + 2),
         ("request.gap", elapsed_codes(np.array([3600.0]))[0]),
         ("request.hour", hour_of_week(now) + 2),
+        ("request.when", now * 1_000_000),
     ):
         assert bulk.columns[name][number] == value  # type: ignore[index]
     (tmp_path / "new.jsonl").write_text('{"items": ["i3"]}\n{"items": []}\n')
@@ -386,12 +398,13 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     assert table.columns["request.hour"].tolist() == [hour_of_week(now) + 2] * 2  # type: ignore[union-attr]
     assert table.columns["request.gap"].tolist() == [0, 1]  # type: ignore[union-attr]  # events without times, none
     given, _ = columns_of_values(
-        [{"past": ["i3"], "request.action": "buy", "request.gap": 3600.0}, {"past": ["i3"]}],
+        [{"past": ["i3"], "request.action": "buy", "request.gap": 3600.0, "request.when": now}, {"past": ["i3"]}],
         dataset.schema.query, dataset.schema.doc, None, dataset.schema.event, dataset.schema.request,
     )  # fmt: skip
     assert given["request.action"].tolist() == [actions.index("buy") + 2, 0]  # type: ignore[union-attr]
     assert given["request.gap"].tolist() == [elapsed_codes(np.array([3600.0]))[0], 1]  # type: ignore[union-attr]
     assert given["request.hour"].tolist() == [0, 0]  # type: ignore[union-attr]
+    assert given["request.when"].tolist() == [now * 1_000_000, UNKNOWN_TIME]  # type: ignore[union-attr]
     for value in (168, -1, 0.5):
         with pytest.raises(DataError, match=r"request\.hour is .*, needs a whole hour_of_week from 0 to 167"):
             columns_of_values(
@@ -400,7 +413,7 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
             )  # fmt: skip
     without_now = Request(user=user), Request(events=[Event("i3", now)])
     for refused in (*(lambda r=r: queries.of(r) for r in without_now), lambda: Users(dataset)):
-        with pytest.raises(ConfigError, match="now is missing: the features gap, hour of a request are computed from"):
+        with pytest.raises(ConfigError, match="now is missing: the features gap, hour, when of a request are"):
             refused()
     with pytest.raises(ConfigError, match="context: 'gap' is not a feature of requests; they are: action, price"):
         queries.of(Request(user=user, now=now, context={"gap": 5}))
@@ -408,6 +421,13 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
         Users(dataset, now, {"kind": "buy"})
     with pytest.raises(ConfigError, match=r"data\.request: got kind, needs features of data\.event"):
         check_config(replace(load(tmp_path), data=replace(config, dir="d", request=("kind",), targets_per_row=1)))
+    with pytest.raises(ConfigError, match=r"times: got rotary, needs a feature of data\.event of type timestamp"):
+        load(tmp_path, {"times": "rotary"})
+    with pytest.raises(
+        ConfigError, match=r"data\.event: got 2 features of type timestamp, data\.event\.a, data\.event\.b"
+    ):
+        two = replace(config, dir="d", event={"a": Timestamp(), "b": Timestamp()}, request=(), targets_per_row=1)
+        check_config(replace(load(tmp_path), data=two))
 
 
 @pytest.mark.parametrize("power", [0, 3, 6, 9])
@@ -444,9 +464,10 @@ def test_calendar_times_are_those_of_zoneinfo(zone: str, power: int) -> None:
         assert feature.codes_of_values(values.astype(float)).max() == feature.num_codes - 1
 
 
-def load(folder: Path) -> Any:
-    """Return a valid config."""
+def load(folder: Path, history: dict[str, Any] | None = None) -> Any:
+    """Return a valid config, with keys of model.query.history."""
     content = {"run": {"dir": "r"}, "data": {"dir": "d", "query": {"past": {"type": "history", "of": "item"}}}}
     content["data"]["doc"] = {"item": {"type": "categorical"}}  # type: ignore[index]
+    content["model"] = {"query": {"history": history or {}}}  # type: ignore[dict-item]
     (folder / "config.yaml").write_text(json.dumps(content))
     return load_config(folder / "config.yaml")

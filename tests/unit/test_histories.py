@@ -22,7 +22,8 @@ from bigdssm.config import (
 )
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Categorical, History, Numeric, Vocabulary
+from bigdssm.features import Categorical, History, Numeric, Timestamp, Vocabulary
+from bigdssm.features.timestamp import UNKNOWN_TIME
 from bigdssm.models import DualEncoder, QueryPositions, new_model, use_eager_attention
 from bigdssm.models.declarations import Sasrec
 
@@ -34,9 +35,14 @@ QUERY = {
 EVENT = {
     "action": Categorical(vocabulary=Vocabulary.of(("view", "buy"))).with_name("action"),
     "price": Numeric(mean=5.0, std=2.0).with_name("price"),
+    "when": Timestamp().with_name("when"),
 }
 ACTIONS = torch.tensor([[2, 3, 0, 3, 2, 2, 3], [3, 3, 2, 1, 0, 0, 0], [0] * 7, [2, 2, 3, 3, 2, 0, 0]])
 PRICES = torch.where(ACTIONS == 0, torch.nan, ACTIONS + torch.arange(7.0))
+# Seconds to weeks apart, in microseconds; one time goes back.
+SINCE_START = torch.tensor([[0, 5, 70, 65, 7200, 10**5, 2 * 10**6], [3, 4, 5, 10**5, 0, 0, 0], [0] * 7, [9] * 7])
+START = 1_700_000_000_123_457
+TIMES = START + SINCE_START * 10**6
 DOC = {"item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).with_name("item")}
 ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 5, 5, 5, 5, 0, 0]])
 LENGTHS = [7, 4, 0, 5]
@@ -48,6 +54,11 @@ MANY = [  # every block with all positions that support many queries per pass
 ALL = [*MANY, ("sasrec", "age"), ("gated", "age")]
 every = pytest.mark.parametrize(("block", "positions"), ALL)
 every_many = pytest.mark.parametrize(("block", "positions"), MANY)
+every_timed = pytest.mark.parametrize(
+    ("block", "positions", "times"),
+    [*((block, positions, "none") for block, positions in MANY), ("sasrec", "rotary", "rotary"),
+     ("gated", "relative", "rotary")],
+)  # fmt: skip
 
 
 def model(
@@ -75,11 +86,14 @@ def model(
     return made
 
 
+OF_EVENTS = ("history.action", "history.price", "history.when")
+
+
 def query(rows: Tensor) -> dict[str, Tensor]:
     """Features of rows [R, T], with those of their events, which models without event features do not read."""
     more = (0, rows.shape[1] - ACTIONS.shape[1])
-    of_events = (torch.nn.functional.pad(values[: len(rows)], more) for values in (ACTIONS, PRICES))
-    events = dict(zip(("history.action", "history.price"), of_events, strict=True))
+    of_events = (torch.nn.functional.pad(values[: len(rows)], more) for values in (ACTIONS, PRICES, TIMES))
+    events = dict(zip(OF_EVENTS, of_events, strict=True))
     return {"history": rows, **events, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
 
 
@@ -105,7 +119,7 @@ def assert_one_pass_is_many(
     requests, features, alone = requests or {}, query(ROWS), []
     together = made({**features, **requests}, query_positions=query_positions).U
     for number, (row, seen) in enumerate(zip(*map(Tensor.tolist, query_positions[:2]), strict=True)):
-        lists = {name: features[name][row : row + 1, :seen] for name in ("history", "history.action", "history.price")}
+        lists = {name: features[name][row : row + 1, :seen] for name in ("history", *OF_EVENTS)}
         own = {name: values[number : number + 1] for name, values in requests.items()}
         alone.append(made({**lists, **own, "age": features["age"][row : row + 1]}).U)
     apart = torch.cat(alone)
@@ -128,16 +142,17 @@ def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
     assert_one_pass_is_many(model("gated", "relative", layers=layers), all_query_positions())
 
 
-@every_many
-def test_one_pass_is_as_many_passes_with_features_of_events(block: str, positions: str) -> None:
-    assert_one_pass_is_many(model(block, positions, event=EVENT), all_query_positions())
+@every_timed
+def test_one_pass_is_as_many_passes_with_features_of_events(block: str, positions: str, times: str) -> None:
+    assert_one_pass_is_many(model(block, positions, event=EVENT, times=times), all_query_positions())
 
 
-@every_many
-def test_a_query_depends_on_the_features_of_earlier_events_alone(block: str, positions: str) -> None:
-    made, query_positions = model(block, positions, event=EVENT), all_query_positions()
+@every_timed
+def test_a_query_depends_on_the_features_of_earlier_events_alone(block: str, positions: str, times: str) -> None:
+    made, query_positions = model(block, positions, event=EVENT, times=times), all_query_positions()
     before = made(query(ROWS), query_positions=query_positions).U
-    for name, value in (("history.action", 1), ("history.price", 20.0)):
+    values = [("history.action", 1), ("history.price", 20.0), ("history.when", START - 1_234_567_891_011)]
+    for name, value in values[: 2 + (times != "none")]:
         for j in range(LENGTHS[0]):
             changed = query(ROWS)
             changed[name] = changed[name].clone()
@@ -145,7 +160,48 @@ def test_a_query_depends_on_the_features_of_earlier_events_alone(block: str, pos
             after = made(changed, query_positions=query_positions).U
             blind = (query_positions.row != 0) | (query_positions.prefix_length <= j)
             assert torch.equal(after[blind], before[blind]), f"{name} {j} affects earlier queries"
-            assert (after[~blind] - before[~blind]).abs().amax(dim=1).min() > 1e-5, f"{name} {j} has no effect"
+            # one event alone is at no distance of another
+            effect = ~blind & ((query_positions.prefix_length > 1) | (name != "history.when"))
+            assert (after[effect] - before[effect]).abs().amax(dim=1).min() > 1e-5, f"{name} {j} has no effect"
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("request_time", [False, True])
+def test_attention_depends_on_differences_of_times(many: bool, request_time: bool) -> None:
+    """Times since 1970 as times since START, to the last second; in milliseconds or seconds they are the same."""
+    request = ("action", "when") if request_time else ()
+    made = model("gated", "relative", event=EVENT, times="rotary", request=request)
+    query_positions = all_query_positions() if many else None
+    number = len(query_positions.row) if query_positions is not None else len(ROWS)
+    asked = torch.arange(number)
+
+    def vectors(start: int, seconds: Tensor, after: int = 10**7) -> Tensor:
+        times = {"history.when": start + seconds * 10**6, "request.when": start + (after + asked) * 10**6}
+        return made({**query(ROWS), "request.action": asked % 4, **times}, query_positions=query_positions).U
+
+    found = vectors(START, SINCE_START)
+    torch.testing.assert_close(found, vectors(0, SINCE_START), rtol=1e-5, atol=1e-5)
+    later = SINCE_START.clone()
+    later[:, 1] += 30
+    assert (found - vectors(START, later)).abs().max() > 1e-4, "30 seconds have no effect"
+    moved = (found - vectors(START, SINCE_START, 10**7 + 30)).abs().amax(dim=1)
+    has_events = query_positions.prefix_length > 0 if query_positions is not None else torch.tensor(LENGTHS) > 0
+    assert (moved[has_events] > 1e-5).all() if request_time else (moved == 0).all()
+    assert (moved[~has_events] == 0).all()
+
+
+def test_unknown_times_are_no_differences() -> None:
+    made = model("gated", "relative", event=EVENT, times="rotary", request=("action", "when"))
+    request = {"request.action": torch.arange(4)}
+
+    def vectors(times: Tensor, of_request: Tensor) -> Tensor:
+        return made({**query(ROWS), **request, "history.when": times, "request.when": of_request}).U
+
+    newest = TIMES[torch.arange(4), torch.tensor(LENGTHS) - 1]
+    unknown = torch.full_like(newest, UNKNOWN_TIME)
+    torch.testing.assert_close(vectors(TIMES, unknown), vectors(TIMES, newest))
+    none, one = torch.full_like(TIMES, UNKNOWN_TIME), torch.full_like(TIMES, START)
+    torch.testing.assert_close(vectors(none, newest), vectors(one, newest * 0 + START))
 
 
 def requests() -> tuple[QueryPositions, dict[str, Tensor]]:
@@ -155,24 +211,28 @@ def requests() -> tuple[QueryPositions, dict[str, Tensor]]:
     m = len(row)
     prices = torch.arange(m) * 0.3  # all different; one is missing
     prices[1] = torch.nan
-    return QueryPositions(row, seen), {"request.action": torch.arange(m) % 4, "request.price": prices}
+    when = START + 10**13 + torch.arange(m) * 10**10
+    values = {"request.action": torch.arange(m) % 4, "request.price": prices, "request.when": when}
+    return QueryPositions(row, seen), values
 
 
-@every_many
-def test_one_pass_of_requests_is_as_many_passes(block: str, positions: str) -> None:
-    made = model(block, positions, event=EVENT, request=("action", "price"))
+@every_timed
+def test_one_pass_of_requests_is_as_many_passes(block: str, positions: str, times: str) -> None:
+    made = model(block, positions, event=EVENT, request=tuple(EVENT), times=times)
     together = assert_one_pass_is_many(made, *requests())
     assert (torch.pdist(together) > 1e-5).all(), "two requests at one prefix differ"
 
 
-@every_many
-def test_a_request_changes_its_own_query_alone(block: str, positions: str) -> None:
-    made = model(block, positions, event=EVENT, request=("action", "price"))
+@every_timed
+def test_a_request_changes_its_own_query_alone(block: str, positions: str, times: str) -> None:
+    made = model(block, positions, event=EVENT, request=tuple(EVENT), times=times)
     query_positions, values = requests()
     before = made({**query(ROWS), **values}, query_positions=query_positions).U
     for number in range(0, len(before), 5):
         changed = {**values, "request.price": values["request.price"].clone()}
         changed["request.price"][number] = 33.0
+        changed["request.when"] = values["request.when"].clone()
+        changed["request.when"][number] += 10**11
         after = made({**query(ROWS), **changed}, query_positions=query_positions).U
         assert (after != before).any(dim=1).nonzero().flatten().tolist() == [number]
 
@@ -383,5 +443,7 @@ def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative"
 
 
 def test_rotary_turns_pairs() -> None:
-    with pytest.raises(ConfigError, match="positions=rotary needs heads of an even width, got 1"):
+    with pytest.raises(ConfigError, match="positions=rotary needs heads of an even width of at least 2, got 1"):
         model("sasrec", "rotary", heads=8)
+    with pytest.raises(ConfigError, match="positions and times=rotary needs heads of an even width of at least 4"):
+        model("sasrec", "rotary", heads=4, times="rotary")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
-from bigdssm.features import Categorical, Feature, History, Numeric, Text, Vocabulary
+from bigdssm.features import Categorical, Feature, History, Numeric, Text, Timestamp, Vocabulary
 from bigdssm.loader import step_plan as plan_module
 from bigdssm.loader.batch import Lengths, lengths_of
 from bigdssm.loader.step_plan import Chunked, StepPlan, group_by_length, plan_side
@@ -47,7 +47,9 @@ QUERY: dict[str, Feature] = {
 EVENT: dict[str, Feature] = {
     "action": Categorical(vocabulary=Vocabulary.of(("view", "buy"))).with_name("action"),
     "price": Numeric(mean=5.0, std=2.0).with_name("price"),
+    "when": Timestamp().with_name("when"),
 }
+START = 1_700_000_000_000_000  # microseconds
 DOC: dict[str, Feature] = {
     "item": Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS - 2)))).with_name("item"),
     "title": Text(max_tokens=12).with_name("title"),
@@ -98,7 +100,8 @@ def sides() -> dict[str, dict[str, Tensor]]:
     history = padded([9, 0, 4, 1, 0, 7], 0, 2)
     # one action and one price are missing within a history
     action, price = history % 4, torch.where(history % 5 == 0, torch.nan, history.float())
-    events = {"history.action": action, "history.price": price}
+    when = START + history.cumsum(1) ** 4 * 10**6
+    events = {"history.action": action, "history.price": price, "history.when": when}
     query = {
         "history": history,
         **events,
@@ -125,6 +128,7 @@ def vectors(made: DualEncoder, side: str, chunk_tokens: int, query_positions: Qu
         number = 6 if query_positions is None else len(query_positions.row)
         features["request.action"] = torch.arange(number, device=device) % 4
         features["request.price"] = torch.arange(number, device=device) * 3 % 7.0
+        features["request.when"] = START + torch.arange(1, number + 1, device=device) * 10**13
     per_row = None if query_positions is None else torch.bincount(query_positions.row, minlength=6).cpu().numpy()
     packed = getattr(made.accepts_packed(made.training), side)
     plan = plan_side(lengths(side), len(next(iter(features.values()))), chunk_tokens, per_row, packed)
@@ -243,15 +247,34 @@ def test_requests_over_packed_histories(
 @pytest.mark.parametrize(("block", "positions", "by"), [("hstu", "relative", None), ("sasrec", "rotary", within_rows)])
 def test_requests_over_chunks_of_empty_histories(block: str, positions: str, by: Attention | None) -> None:
     given = sides()
-    for name in ("history", "history.action", "history.price"):
+    for name in ("history", "history.action", "history.price", "history.when"):
         given["query"][name][1:] = 0
     row, seen = torch.tensor([[0, 1, 1, 2, 3, 4, 5, 0], [9, 0, 0, 0, 0, 0, 0, 0]])
     with mock.patch(f"{__name__}.sides", lambda: given):
         plan = plan_side(lengths("query"), 6, 9, np.bincount(row), frozenset({"history"}))
         empty = [chunk.runs["history"].last == chunk.runs["history"].first for chunk in plan.chunks]
         assert 1 < sum(empty) < len(empty)
-        options = {"block": block, "positions": positions, "request": ("action", "price")}
+        options = {"block": block, "positions": positions, "request": tuple(EVENT)}
+        options["times"] = "none" if block == "hstu" else "rotary"
         assert_packed_is_padded("query", 9, QueryPositions(row, seen), by, **options)
+
+
+@SIZES
+@pytest.mark.parametrize(
+    ("positions", "many", "request_times", "by"),
+    [("relative", True, True, None), ("relative", False, False, None), ("relative", True, False, None),
+     ("rotary", False, True, within_rows), ("absolute", True, False, within_rows),
+     ("rotary", False, False, within_rows)],
+)  # fmt: skip
+def test_times_of_packed_histories(
+    positions: str, many: bool, request_times: bool, by: Attention | None, chunk_tokens: int, many_groups: None
+) -> None:
+    row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 0, 4, 4, 1, 0, 7, 3]])
+    queries = QueryPositions(row, seen) if many else None
+    given = {"block": "gated", "positions": positions, "request": ("when",) if request_times else ()}
+    with_times, without = (vectors(model(times=t, **given), "query", 0, queries) for t in ("rotary", "none"))
+    assert (with_times - without).abs().max() > 1e-3
+    assert_packed_is_padded("query", chunk_tokens, queries, by, times="rotary", **given)
 
 
 def test_modules_are_called_as_often_packed_as_padded(many_groups: None) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bigdssm.config import HISTORY_BLOCKS, StageConfig, TablesConfig
-from bigdssm.loader.batch import Batch, on_device
+from bigdssm.features import Timestamp
+from bigdssm.loader.batch import Batch, lengths_of, on_device
 from bigdssm.loader.step_plan import TokenBudget, plan_locally
 from bigdssm.losses.declarations import Corrected, NoCorrection
 from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
@@ -65,6 +66,7 @@ class Case:
     frequency: str = "counts"
     kernel: bool = False  # a kernel for packed rows, including texts
     many: bool = False  # queries per row
+    times: Literal["none", "rotary"] = "none"
 
 
 CASES = [
@@ -72,6 +74,7 @@ CASES = [
     Case("hstu", "relative", many=True),
     Case("gated", "rotary", kernel=True),
     Case("gated", "rotary", "streaming", kernel=True, many=True),
+    Case("gated", "rotary", kernel=True, many=True, times="rotary"),
 ]
 
 
@@ -101,10 +104,11 @@ def _rows(bounds: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
 
 
 def new_engine(case: Case, sharding: Literal["replicated", "rows"] = "replicated") -> Engine:
-    history = HISTORY_BLOCKS.read("", {"block": case.block, "positions": case.positions})
+    history = HISTORY_BLOCKS.read("", {"block": case.block, "positions": case.positions, "times": case.times})
     model = replace(MODEL, query=replace(MODEL.query, history=history), tables=TablesConfig(sharding=sharding))
     torch.manual_seed(0)
-    module = new_model(model, SCHEMA, vocab_size=30).train()
+    event = {"when": Timestamp().with_name("when")} if case.times != "none" else {}
+    module = new_model(model, replace(SCHEMA, event=event), vocab_size=30).train()
     if case.kernel:
         use_packing(module, attend)
     engine = object.__new__(Engine)
@@ -116,6 +120,9 @@ def new_engine(case: Case, sharding: Literal["replicated", "rows"] = "replicated
 def batch_of(case: Case) -> Batch:
     """Return 24 queries, one per row or two per row."""
     batch = share_of(0, 1, 0)
+    if case.times != "none":
+        query = {**batch.query, "history.when": batch.query["history"].cumsum(1) * 10**9}
+        batch = replace(batch, query=query, query_lengths=lengths_of(query, {"words": -1, "history": 0}))
     if not case.many:
         return batch
     rows = torch.arange(12)

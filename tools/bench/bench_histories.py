@@ -20,8 +20,9 @@ import torch
 from bigdssm.cli import at_least
 from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
-from bigdssm.features import Categorical, History, Vocabulary
-from bigdssm.loader.batch import Lengths, lengths_of
+from bigdssm.features import Categorical, History, Timestamp, Vocabulary
+from bigdssm.features.timestamp import MICROSECONDS
+from bigdssm.loader.batch import Features, Lengths, lengths_of
 from bigdssm.loader.step_plan import Chunked, SidePlan, plan_side
 from bigdssm.models import DualEncoder, QueryPositions, flash_runs_on, new_model, use_packing
 
@@ -39,6 +40,7 @@ def main() -> None:
         default="relative",
         help=f"position encoding {default}",
     )
+    parser.add_argument("--times", choices=("none", "rotary"), default="none", help=f"time encoding {default}")
     parser.add_argument("--rows", type=at_least(1), default=64, help=f"number of histories {default}")
     parser.add_argument("--items", type=at_least(1), default=200, help=f"maximum history length {default}")
     parser.add_argument("--median", type=at_least(1), default=60, help=f"median history length {default}")
@@ -58,8 +60,10 @@ def compare(args: argparse.Namespace) -> str:
     length_R = np.clip(generator.lognormal(np.log(args.median), 1.0, args.rows).astype(int), 1, args.items)
     items_RT = np.where(np.arange(args.items) < length_R[:, None], generator.integers(1, NUM_ITEMS, (args.rows, 1)), 0)
     history = torch.from_numpy(items_RT)
-    lengths = lengths_of({"history": history}, {"history": 0})
-    history = history.to(device)
+    gaps = generator.lognormal(7.0, 3.0, items_RT.shape) * MICROSECONDS  # seconds to weeks
+    features = {"history": history, "history.when": torch.from_numpy(gaps.cumsum(axis=1).astype(np.int64))}
+    lengths = lengths_of(features, {"history": 0})
+    features = {name: tensor.to(device) for name, tensor in features.items()}
     row = torch.from_numpy(np.repeat(np.arange(args.rows), length_R))
     seen = torch.from_numpy(np.concatenate([np.arange(1, length + 1) for length in length_R]))
     query_positions, model = QueryPositions(row.to(device), seen.to(device)), tower(args).to(device)
@@ -67,13 +71,14 @@ def compare(args: argparse.Namespace) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(args.turns + 1):
         for name, plan in plans.items():
-            elapsed = timed(model, history, plan, query_positions, args)
+            elapsed = timed(model, features, plan, query_positions, args)
             if turn:  # the first warms up
                 seconds[name].append(elapsed)
     packed, padded = (statistics.median(times) for times in seconds.values())
     padding = 1 - plans["padded"].filled / plans["padded"].cells
     return (
-        f"{args.block}, {args.positions}, {args.precision}, {args.rows} x {args.items} items, width {args.width}: "
+        f"{args.block}, {args.positions}, times {args.times}, {args.precision}, {args.rows} x {args.items} items, "
+        f"width {args.width}: "
         f"packed {1e3 * packed:.1f} ms, padded {1e3 * padded:.1f} ms, "
         f"{statistics.median(a / b for a, b in zip(*seconds.values(), strict=True)):.2f} of it; {padding:.0%} padding"
     )
@@ -82,14 +87,16 @@ def compare(args: argparse.Namespace) -> str:
 def tower(args: argparse.Namespace) -> DualEncoder:
     """Return a model with a history as the query."""
     wide = {} if args.block == "hstu" else {"feedforward": 4}
-    block = {"block": args.block, "positions": args.positions, "layers": 2, "heads": 2, "item_scale": True}
+    block = {"block": args.block, "positions": args.positions, "times": args.times}
+    block |= {"layers": 2, "heads": 2, "item_scale": True}
     history = HISTORY_BLOCKS.read("", block | wide)
     config = ModelConfig(
         dim=args.width, score="dot", query=TowerConfig(residual="history", mlp=(), history=history),
         doc=TowerConfig(residual="item", mlp=(), embedding_dim=args.width),
     )  # fmt: skip
     items = Categorical(vocabulary=Vocabulary.of(map(str, range(NUM_ITEMS)))).with_name("item")
-    schema = Schema({"history": History(of="item", max_items=args.items).with_name("history")}, {"item": items})
+    feature = History(of="item", max_items=args.items).with_name("history")
+    schema = Schema({"history": feature}, {"item": items}, event={"when": Timestamp().with_name("when")})
     model = new_model(config, schema).train()
     if args.precision == "bf16" and flash_runs_on(torch.device(args.device)):
         use_packing(model)
@@ -102,14 +109,14 @@ def planned(args: argparse.Namespace, lengths: Lengths, length_R: np.ndarray, pa
 
 
 def timed(
-    model: DualEncoder, history: torch.Tensor, plan: SidePlan, query_positions: QueryPositions, args: argparse.Namespace
+    model: DualEncoder, features: Features, plan: SidePlan, query_positions: QueryPositions, args: argparse.Namespace
 ) -> float:
     """Return the seconds of packing, forward and backward of all chunks."""
     on_cpu = args.device == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
     begun = clock()
-    chunked = Chunked({"history": history}, plan, query_positions)
+    chunked = Chunked(features, plan, query_positions)
     for chunk in plan.chunks:
         with autocast:
             U = model(query=chunked.features(chunk), query_positions=chunked.query_positions(chunk)).U

@@ -46,13 +46,14 @@ def text_tower(bench: Bench, layers: int, width: int, rows: int, tokens: int) ->
 
 def history_tower(bench: Bench) -> tuple[nn.Module, TwoInputs, float]:
     """Return gated blocks over 200 items with one output per position, inputs, and the FLOPs of one side's forward."""
-    from bigdssm.models.blocks import AttentionContext
+    from bigdssm.models.blocks import AttentionContext, position_angle
     from bigdssm.models.declarations import Gated
 
     width, items, rows = (32, 16, 4) if bench.small else (128, 200, 256)
     config = Gated(positions="rotary", layers=2, heads=4)
     position = torch.arange(items, device=bench.device)
-    context = AttentionContext(position, position, (position[:, None] >= position)[None, None], True, True)
+    angle = position_angle(position, width // config.heads // 2)
+    context = AttentionContext(position, position, (position[:, None] >= position)[None, None], True, angle, angle)
 
     class Histories(nn.Module):
         def __init__(self) -> None:

@@ -102,6 +102,8 @@ class BuildContext:
     event: Mapping[str, Feature] = field(default_factory=dict)  # features of the events of histories
     request: tuple[str, ...] = ()  # names of those that the queries of this side have, too
     request_dim: int = 0  # width of the vectors of these
+    time: str | None = None  # name of the feature of events that is their time, which is not in `event`
+    request_time: bool = False  # whether queries have it, too
 
 
 def checked_output(part: nn.Module, output: Any, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,9 @@ from bigdssm.config import HistoryEncoderConfig
 from bigdssm.dataset.schema import REQUEST
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout
+from bigdssm.features.base import REQUEST_PREFIX
+from bigdssm.features.timestamp import UNKNOWN_TIME
+from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout, position_angle, time_angle
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders.base import (
     BuildContext,
@@ -35,6 +37,8 @@ class HistoryInputs(NamedTuple):
     items: Values
     features: tuple[Tensor, ...]  # as the items: [R, T], or packed [P]
     request: Tensor | None = None  # [m, K]: the vectors of the queries' requests
+    times: Tensor | None = None  # as the items, int64: of the events, in microseconds
+    request_times: Tensor | None = None  # int64 [m]
 
 
 @encodes(History)
@@ -50,25 +54,31 @@ class HistoryEncoder(Encoder):
     the newest item (`age`: the newest item has the same position in long and short histories), the distance from the
     start (`absolute`), or the distance of query and key, as a learned bias per head (`relative`) or as rotary
     embeddings (`rotary`). All layers share the biases: neither the mask nor its gradient grows with the depth.
+    With times=rotary, attention depends on the time between two events, and in the last layer on that between request
+    and event.
     Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; see `blocks` for the layers.
     """
 
     def __init__(
         self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables,
-        event: Mapping[str, Encoder] | None = None, request_dim: int = 0,
+        event: Mapping[str, Encoder] | None = None, request_dim: int = 0, time: str | None = None,
+        request_time: bool = False,
     ) -> None:  # fmt: skip
         """`event`: the encoders of the features of an event; request_dim: the width of the vectors of requests.
 
-        Raises ConfigError: the heads do not divide the width, or have an odd one with positions=rotary.
+        time: the feature that is the time of an event; request_time: whether requests have it, too. Raises ConfigError:
+        the heads do not divide the width, or have too small or an odd one with rotary embeddings.
         """
         super().__init__()
         if dim % config.heads:
             raise ConfigError(
                 f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
             )
-        if config.positions == "rotary" and dim // config.heads % 2:
+        rotary = [key for key in ("positions", "times") if getattr(config, key) == "rotary"]
+        if rotary and (dim // config.heads % 2 or dim // config.heads < 2 * len(rotary)):
             raise ConfigError(
-                f"model.query.history.positions=rotary needs heads of an even width, got {dim // config.heads}: "
+                f"model.query.history.{' and '.join(rotary)}=rotary needs heads of an even width of at least "
+                f"{2 * len(rotary)}, got {dim // config.heads}: "
                 f"model.doc.embedding_dim={dim} over model.query.history.heads={config.heads}; change one of them"
             )
         self.event = nn.ModuleDict({f"of_{name}": encoder for name, encoder in (event or {}).items()})
@@ -78,6 +88,8 @@ class HistoryEncoder(Encoder):
         self.request_map = nn.Linear(request_dim, dim, bias=False) if request_dim else None
         if self.request_map is not None:
             nn.init.normal_(self.request_map.weight, std=INIT_STD)
+        self.time = time if config.times == "rotary" else None
+        self.request_time = self.time is not None and request_time
         self.table = table
         self.dim = dim
         self.config = config
@@ -98,15 +110,21 @@ class HistoryEncoder(Encoder):
         table = table_name("doc", str(feature.of))
         of_event = replace(context, side="event")
         event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
-        return cls(context.config.history, feature, context.item_dim, table, context.tables, event, context.request_dim)
+        return cls(
+            context.config.history, feature, context.item_dim, table, context.tables, event, context.request_dim,
+            context.time, context.request_time,
+        )  # fmt: skip
 
     def inputs(self, name: str, features: Mapping[str, Values]) -> HistoryInputs | Values:
         """Return the items of the history `name`, with the features of its events and the request, if any."""
-        if not self.event:
+        if not self.event and self.time is None:
             return features[name]
         columns = (features[f"{name}.{key.removeprefix('of_')}"] for key in self.event)
         request = None if self.request_map is None else cast(Tensor, features[REQUEST])
-        return HistoryInputs(features[name], tuple(cast(Tensor, values) for values in columns), request)
+        times = None if self.time is None else cast(Tensor, features[f"{name}.{self.time}"])
+        request_times = cast(Tensor, features[f"{REQUEST_PREFIX}{self.time}"]) if self.request_time else None
+        of_events = tuple(cast(Tensor, values) for values in columns)
+        return HistoryInputs(features[name], of_events, request, times, request_times)
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the transformer layers."""
@@ -140,7 +158,8 @@ class HistoryEncoder(Encoder):
     def forward(self, events: HistoryInputs | Values, query_positions: QueryPositions | None = None) -> Tensor:
         """Return [R, E], or [m, E] at `query_positions`, for item codes [R, T], oldest first, padded or packed."""
         assert query_positions is None or self.config.allows_many_queries
-        items, features, request = events if isinstance(events, HistoryInputs) else (events, (), None)
+        inputs = events if isinstance(events, HistoryInputs) else HistoryInputs(events, ())
+        items, features = inputs[:2]
         if isinstance(items, Packed) and not self._has_kernel:
             # histories of one length are a tensor
             full = len(items.values) == items.num_rows * items.bounds.longest
@@ -150,13 +169,13 @@ class HistoryEncoder(Encoder):
             parts = [encoder(values.flatten()) for encoder, values in zip(self.event.values(), features, strict=True)]
             added = self.event_map(torch.cat(parts, dim=1))
         if isinstance(items, Packed):
-            vectors = self._packed(items, added, request, query_positions)
+            vectors = self._packed(items, added, inputs, query_positions)
         else:
-            vectors = self._padded(items, added, request, query_positions)
+            vectors = self._padded(items, added, inputs, query_positions)
         return cast(Tensor, self.norm(vectors))
 
     def _padded(
-        self, items_RT: Tensor, added: Tensor | None, request: Tensor | None, query_positions: QueryPositions | None
+        self, items_RT: Tensor, added: Tensor | None, inputs: HistoryInputs, query_positions: QueryPositions | None
     ) -> Tensor:
         num_rows, num_items = items_RT.shape
         device = items_RT.device
@@ -168,29 +187,36 @@ class HistoryEncoder(Encoder):
         start = self.start.to(vectors.dtype).expand(num_rows, 1, -1)
         hidden = self._add_positions(torch.cat([start, vectors], dim=1), position_T, length_R.unsqueeze(1))
         hidden = self.dropout(hidden)
-        bias = self._bias(hidden.dtype)
-        context = self._context(position_T, position_T, bias)
+        bias, times = self._bias(hidden.dtype), inputs.times
+        if times is not None:  # the start has the time of the first event
+            times = times.view_as(items_RT)
+            times = torch.cat([nn.functional.pad(times, (0, 1))[:, :1], times], dim=1)
+        angle = self._angle(position_T, times)
+        context = self._context(position_T, position_T, bias, angle, angle)
         for layer in self.layers[:-1]:
             hidden = self.run_layer(layer, hidden, hidden, context)
-        if request is not None:
-            return self._at_requests(hidden, length_R, bias, request, query_positions)
+        if inputs.request is not None or inputs.request_times is not None:
+            return self._at_requests(hidden, length_R, bias, times, inputs, query_positions)
         last = self.layers[-1]
         if query_positions is None:  # the last layer computes the newest position only
             newest = hidden[torch.arange(num_rows, device=device), length_R].unsqueeze(1)
-            context = self._context(length_R.unsqueeze(1), position_T, bias)
+            newest_R1 = length_R.unsqueeze(1)
+            of_newest = self._angle(newest_R1, None if times is None else times.gather(1, newest_R1))
+            context = self._context(newest_R1, position_T, bias, of_newest, angle)
             return self.run_layer(last, newest, hidden, context).squeeze(1)
         # all positions: most are used, and rows share one mask
         return self.run_layer(last, hidden, hidden, context)[query_positions.row, query_positions.prefix_length]
 
     def _at_requests(
-        self, hidden: Tensor, length_R: Tensor, bias: Tensor | None, request: Tensor,
+        self, hidden: Tensor, length_R: Tensor, bias: Tensor | None, times: Tensor | None, inputs: HistoryInputs,
         query_positions: QueryPositions | None,
     ) -> Tensor:  # fmt: skip
         """Return the last layer's output [m, E] for requests [m, K], over padded histories `hidden` [R, T + 1, E].
 
+        times: of the positions, int64 [R, T + 1].
+
         The rows of the layer are requests: several may have one prefix, and none is a key of another.
         """
-        assert self.request_map is not None
         num_rows, width = hidden.shape[:2]
         if query_positions is None:
             query_positions = QueryPositions(torch.arange(num_rows, device=hidden.device), length_R, 1)
@@ -201,11 +227,23 @@ class HistoryEncoder(Encoder):
         order = row.argsort(stable=True)
         slot = torch.empty_like(row)
         slot[order] = torch.arange(len(row), device=row.device) - (count_R.cumsum(0) - count_R)[row[order]]
-        queries = hidden[row, prefix_length] + self.request_map(request).to(hidden.dtype)
+        queries = hidden[row, prefix_length]
+        if self.request_map is not None:
+            queries = queries + self.request_map(inputs.request).to(hidden.dtype)
         cell = row * most + slot
         padded = hidden.new_zeros(num_rows * most, hidden.shape[2]).index_copy(0, cell, queries)
-        position = prefix_length.new_zeros(num_rows * most).index_copy(0, cell, prefix_length).view(num_rows, most)
-        context = self._context(position, torch.arange(width, device=row.device), bias)
+        empty, key_position = prefix_length.new_zeros(num_rows * most), torch.arange(width, device=row.device)
+        position = empty.index_copy(0, cell, prefix_length).view(num_rows, most)
+        query_times = None
+        if times is not None:
+            query_times = times[row, prefix_length]
+            if inputs.request_times is not None:  # a dummy chunk has a row of them, but no queries
+                request_times = inputs.request_times[: len(row)]
+                unknown = (request_times == UNKNOWN_TIME) | (query_times == UNKNOWN_TIME)
+                query_times = torch.where(unknown, query_times, request_times)
+            query_times = empty.index_copy(0, cell, query_times).view(num_rows, most)
+        angle, key_angle = self._angle(position, query_times), self._angle(key_position, times)
+        context = self._context(position, key_position, bias, angle, key_angle)
         output = self.run_layer(self.layers[-1], padded.view(num_rows, most, -1), hidden, context)
         return output.flatten(0, 1)[cell]
 
@@ -222,7 +260,7 @@ class HistoryEncoder(Encoder):
         return hidden
 
     def _packed(
-        self, items: Packed, added: Tensor | None, request: Tensor | None, query_positions: QueryPositions | None
+        self, items: Packed, added: Tensor | None, inputs: HistoryInputs, query_positions: QueryPositions | None
     ) -> Tensor:
         length_R, device = items.lengths, items.row.device
         offsets, longest = items.bounds
@@ -240,29 +278,40 @@ class HistoryEncoder(Encoder):
         hidden = self.dropout(self._add_positions(hidden, position, length)).unsqueeze(0)
         bias = self._bias(hidden.dtype)
         order = None if self._has_kernel else items.longest_first
-        context = self._packed_context(items, position, bounds, bias, order)
+        times = inputs.times
+        if times is not None:
+            times = empty.index_copy(0, target, times)
+            first = bounds.offsets[:-1].long()
+            times = times.index_copy(0, first, times[(first + 1).clamp(max=len(times) - 1)])
+        context = self._packed_context(items, position, bounds, bias, order, self._angle(position, times))
         for layer in self.layers[:-1]:
             hidden = self.run_layer(layer, hidden, hidden, context)
-        if request is not None:
+        if inputs.request is not None or inputs.request_times is not None:
             padded = hidden.new_zeros(items.num_rows, longest + 1, self.dim).index_put((row, position), hidden[0])
-            return self._at_requests(padded, length_R, bias, request, query_positions)
+            if times is not None:
+                times = times.new_zeros(items.num_rows, longest + 1).index_put((row, position), times)
+            return self._at_requests(padded, length_R, bias, times, inputs, query_positions)
         last = self.layers[-1]
         if query_positions is not None:
             return self.run_layer(last, hidden, hidden, context)[
                 0, bounds.offsets[query_positions.row] + query_positions.prefix_length
             ]
         # the newest position only, as above; it attends over its whole history
-        newest = self._newest_context(context, items, bias, order)
-        return self.run_layer(last, hidden[:, bounds.offsets[1:] - 1], hidden, newest).squeeze(0)
+        cell = bounds.offsets[1:] - 1
+        newest = self._newest_context(context, items, bias, order, cell)
+        return self.run_layer(last, hidden[:, cell], hidden, newest).squeeze(0)
 
     def _packed_context(
-        self, items: Packed, position: Tensor, bounds: SequenceBounds, bias: Tensor | None, order: Tensor | None
-    ) -> AttentionContext:
+        self, items: Packed, position: Tensor, bounds: SequenceBounds, bias: Tensor | None, order: Tensor | None,
+        angle: Tensor | None,
+    ) -> AttentionContext:  # fmt: skip
         """Return the context of packed histories: for the kernel, or per group of rows in `order`."""
-        rotary, device = self.config.positions == "rotary", position.device
+        device = position.device
         if order is None:
             both = (bounds.offsets, bounds.offsets, bounds.longest, bounds.longest)
-            return AttentionContext(position, position, None, True, rotary, self.packed_attention, *both, causal=True)
+            return AttentionContext(
+                position, position, None, True, angle, angle, self.packed_attention, *both, causal=True
+            )
         groups = tuple(RowGroup(group.rows, group.longest + 1) for group in items.groups)
         starts, masks, end = [], [], 0
         for rows, width in groups:
@@ -277,16 +326,19 @@ class HistoryEncoder(Encoder):
             position,
             None,
             self._fused(device),
-            rotary,
+            angle,
+            angle,
             layout=AttentionLayout(slot, slot, False, groups, tuple(masks)),
         )
 
     def _newest_context(
-        self, context: AttentionContext, items: Packed, bias: Tensor | None, order: Tensor | None
+        self, context: AttentionContext, items: Packed, bias: Tensor | None, order: Tensor | None, cell: Tensor
     ) -> AttentionContext:
-        """Return `context` restricted to the newest position of each packed history."""
+        """Return `context` restricted to the newest position of each packed history, which is at `cell`."""
         length_R, layout = items.lengths, context.layout
         number = torch.arange(items.num_rows + 1, device=length_R.device)
+        if context.query_angle is not None:
+            context = context._replace(query_angle=context.query_angle[cell])
         if order is None or layout is None:
             return context._replace(query_position=length_R, query_offsets=number.int(), query_longest=1, causal=False)
         lengths = length_R[order].split([group.rows for group in layout.groups])
@@ -298,10 +350,24 @@ class HistoryEncoder(Encoder):
         layout = layout._replace(query_slot=slot, newest_only=True, masks=masks)
         return context._replace(query_position=length_R, layout=layout)
 
-    def _context(self, query_position: Tensor, key_position: Tensor, bias: Tensor | None) -> AttentionContext:
-        """Return the context of query positions, [A] or [R, A], and key positions [T]."""
-        mask, rotary = _mask(query_position, key_position, bias), self.config.positions == "rotary"
-        return AttentionContext(query_position, key_position, mask, self._fused(key_position.device), rotary)
+    def _context(
+        self, query_position: Tensor, key_position: Tensor, bias: Tensor | None, query_angle: Tensor | None,
+        key_angle: Tensor | None,
+    ) -> AttentionContext:  # fmt: skip
+        """Return the context of query positions, [A] or [R, A], and key positions [T], and their angles."""
+        mask = _mask(query_position, key_position, bias)
+        fused = self._fused(key_position.device)
+        return AttentionContext(query_position, key_position, mask, fused, query_angle, key_angle)
+
+    def _angle(self, position: Tensor, times: Tensor | None) -> Tensor | None:
+        """Return the angles of rotary embeddings, [A, W / 2] or [R, A, W / 2], by positions, times or both."""
+        pairs = self.dim // self.config.heads // 2
+        if self.config.positions != "rotary":
+            return None if times is None else time_angle(times, pairs)
+        if times is None:
+            return position_angle(position, pairs)
+        by_position = position_angle(position, pairs - pairs // 2).expand(*times.shape, -1)
+        return torch.cat([by_position, time_angle(times, pairs // 2)], dim=-1)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the learned bias per distance, [T, h], for positions=relative.
