@@ -15,7 +15,6 @@ histories, and if the dataset has been moved since training. --out writes the do
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -35,7 +34,7 @@ from bigdssm.cli import (
 )
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import ScoredDocument
-from bigdssm.retrieval.request import HELP, Event, Request, parse_request
+from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import new_file
 
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_options(parser, args, options, "with --request, which contains them")
         try:
             text = sys.stdin.read() if args.request == "-" else Path(args.request).read_text(encoding="utf-8")
-            content = json.loads(text)
+            content = load_json(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"--request {args.request} is not JSON: {error}") from None
         if not isinstance(content, dict):

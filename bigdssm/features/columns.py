@@ -21,6 +21,7 @@ MAX_FIELD_BYTES = 1 << 20  # of a text
 BYTE_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
 EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # integers below 2^bits are exact
+DATED = 0.99  # share of times that are dates from which a column is one of dates
 THIS_CENTURY, EPOCH_POWERS = (946_684_800, 4_102_444_800), (0, 3, 6, 9)  # s since 1970; s, ms, µs, ns
 
 
@@ -325,7 +326,7 @@ def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
     `facts`: of the `TimeUnits` of each part.
     """
     merged = merged_units(facts)
-    if len(merged["units"]) > 1 and sum(count for _, count, _ in merged["units"]) >= 0.99 * merged["num_times"]:
+    if len(merged["units"]) > 1 and sum(count for _, count, _ in merged["units"]) >= DATED * merged["num_times"]:
         examples = ", ".join(f"{count} such as {example:.0f}" for _, count, example in merged["units"])
         raise DataError(
             f"{where} mixes units of time: {examples}; give all in seconds since 1970, or all in another unit"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -81,6 +83,19 @@ def parse_request(content: Mapping[str, Any]) -> Request:
             _check_keys(f"events[{number}]", event, Event)
         events = [Event(**{"item": None, **event}) for event in events]
     return Request(**{**content, "events": events})
+
+
+def load_json(text: str | bytes) -> Any:
+    """Parse a JSON text. Raises: ConfigError: a repeated key; ValueError, RecursionError: invalid JSON."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):  # the values but the last would be lost
+            key, number = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ConfigError(f"an object of the request has the key {key[:MAX_ERROR_CHARACTERS]!r} {number} times")
+        return content
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def check_utf8(texts: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ from bigdssm.features import (
 )
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.features.columns import TimeUnits, check_time_units
+from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_units
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
@@ -195,6 +195,11 @@ class Queries:
                 raise ConfigError(str(error)) from None
             if self._schema.event:
                 check_unit(self._dataset, "time of an event", times)
+                if (times < stored.newest_time).any():
+                    raise ConfigError(
+                        f"time of an event is {times.min():.15g}, needs at least {stored.newest_time[0]:.15g}, that of "
+                        "the user's newest stored event; give later events only"
+                    )
             order = np.argsort(times, kind="stable")
             order = order[times[order] <= (np.inf if now is None else now)]
         elif timed.any() or now is not None or (timestamp_of(self._schema.event) and np.isfinite(stored.newest_time)):
@@ -299,15 +304,20 @@ def read_user(
 
 
 def check_unit(dataset: Dataset, name: str, times: np.ndarray) -> None:
-    """Raise ConfigError: a date among `times`, float64, is in another unit than the events of `dataset`."""
-    units = TimeUnits()
-    units.add(times)
-    for power, _, example in units.facts()["units"]:
-        if dataset.header.times["units"] and 10.0**-power != dataset.header.time_unit:
-            raise ConfigError(
-                f"{name} is {example:.15g}, a time in units of {10.0**-power:g} s, needs units of "
-                f"{dataset.header.time_unit:g} s, as in {dataset.dir}"
-            )
+    """Raise ConfigError: one of `times`, float64, is in another unit than the events of `dataset`.
+
+    If the times of its events are dates of 2000 to 2100, all `times` must be.
+    """
+    facts, unit, units = dataset.header.times, dataset.header.time_unit, TimeUnits()
+    first, end = (second / unit for second in THIS_CENTURY)
+    wrong = times[~((times >= first) & (times < end))]
+    units.add(wrong)
+    dated = sum(count for _, count, _ in facts["units"]) >= DATED * facts["num_times"]
+    if len(wrong) and facts["units"] and (dated or units.facts()["units"]):
+        raise ConfigError(
+            f"{name} is {wrong[0]:.15g}, needs a date of 2000 to 2100 in units of {unit:g} s, as the events of "
+            f"{dataset.dir}"
+        )
 
 
 def times_of_requests(schema: Schema) -> list[str]:

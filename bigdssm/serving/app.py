@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import MISSING, asdict, fields
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import (
     BaseModel,
@@ -29,10 +31,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from bigdssm.errors import BigDSSMError, CheckpointError, DataError
+from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
 from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.index import ScoredDocument
-from bigdssm.retrieval.request import HELP, Event, Request, parse_request, value_type
+from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request, value_type
 from bigdssm.serving.batching import Overloaded
 from bigdssm.serving.limits import RequestLimits, error_response, validation_message
 from bigdssm.serving.live import ActiveSearcher, LiveSearcher
@@ -120,12 +122,36 @@ class ErrorBody(BaseModel):
     error: str
 
 
+class UniqueKeysRequest(HTTPRequest):
+    """An HTTP request whose JSON objects have distinct keys."""
+
+    async def json(self) -> Any:
+        """Parse the body. Raises JSONDecodeError: invalid JSON, or a repeated key."""
+        try:
+            return load_json(await self.body())
+        except ConfigError as error:  # FastAPI hides others
+            raise JSONDecodeError(str(error), "", 0) from None
+
+
+class UniqueKeysRoute(APIRoute):
+    """A route with `UniqueKeysRequest`."""
+
+    def get_route_handler(self) -> Callable[[HTTPRequest], Coroutine[Any, Any, Response]]:
+        """Return the handler."""
+        handler = super().get_route_handler()
+
+        async def handle(request: HTTPRequest) -> Response:
+            return await handler(UniqueKeysRequest(request.scope, request.receive))
+
+        return handle
+
+
 def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool) -> APIRouter:
     """Return the routes of one model; `active` returns the current searcher per request.
 
     `has_second` is reported to clients. Routes raise Overloaded and BigDSSMError, which the application handles.
     """
-    routes = APIRouter()
+    routes = APIRouter(route_class=UniqueKeysRoute)
 
     @routes.get("/api/about")
     async def about() -> dict[str, Any]:

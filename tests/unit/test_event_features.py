@@ -28,7 +28,7 @@ from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.loader.batch import Collator
 from bigdssm.loader.inspection import sample_rows
 from bigdssm.retrieval.recommend import TableRows, Users
-from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.request import Event, Request, load_json, parse_request
 from bigdssm.retrieval.search import PastEvents, Queries, histories
 
 DAY = 86_400
@@ -281,7 +281,7 @@ def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
     assert dataset.catalogue.keys(query.excluded) == known
     assert len(queries.of(Request(user=user, now=1_600_000_000)).seen) == 0
     for request in (Request(user=user, now=now * 1000), Request(events=[], now=now * 1000)):
-        with pytest.raises(ConfigError, match=r"now is 17\d+, a time in units of 0.001 s, needs units of 1 s, as in"):
+        with pytest.raises(ConfigError, match=r"now is 17\d+, needs a date of 2000 to 2100 in units of 1 s, as"):
             queries.of(request)
     make(tmp_path / "out", rows, config=replace(CONFIG, event={}), time_column=None, split="leave-one-out")
     undated = Dataset.open(tmp_path / "out" / "out")
@@ -428,6 +428,102 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     ):
         two = replace(config, dir="d", event={"a": Timestamp(), "b": Timestamp()}, request=(), targets_per_row=1)
         check_config(replace(load(tmp_path), data=two))
+
+
+def test_hostile_events_of_an_append_are_bad_rows(tmp_path: Path) -> None:
+    config, first = replace(CONFIG, max_bad_fraction=0.5), rows_of_events(9, 100, 1_700_000_000)
+    make(tmp_path, first, config=config)
+    later = [{**row, "user_id": "u1"} for row in rows_of_events(10, 20, 1_800_000_000)]
+    left_out = [
+        ("timestamp", math.nan, "timestamp is nan, needs a number or an ISO-8601 time"),
+        ("timestamp", math.inf, "timestamp is inf, needs a number or an ISO-8601 time"),
+        ("timestamp", 1_700_000_000, "timestamp is 1700000000, older than 17"),
+        ("item_id", None, "item_id is empty"),
+    ]
+    missing = [
+        ("price", math.inf, "price is inf, needs a finite 32-bit number; taken as missing"),
+        ("price", -5.0, "price is -5.0, needs a number ≥ 0 for its logarithm; taken as missing"),
+        ("price", math.nan, None),
+        ("event_type", None, None),
+    ]
+    for row, (column, value, _) in zip(later, [*left_out, *missing], strict=False):
+        row[column] = value
+    make(tmp_path, later, "day2", config)
+    bad = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    reasons = {line["row"]: line["reason"] for line in bad}
+    assert sorted(reasons) == [1, 2, 3, 4, 5, 6]
+    for number, (*_, reason) in enumerate([*left_out, *missing[:2]], 1):
+        assert reasons[number].startswith(reason)
+    dataset = Dataset.open(tmp_path / "out", ["day2"])
+    table: Any = dataset.sequences
+    known = sum(row["user_id"] == "u1" for row in first)
+    assert table.lengths("items", np.array([0])).tolist() == [known + 16]
+    rest = sequences(
+        [*first, *[{**row, "price": row["price"] if i > 6 else None} for i, row in enumerate(later) if i > 3]]
+    )
+    assert (
+        sum(
+            assert_histories(dataset, rest, split)
+            for split in ("test", "validation", "train")
+            if dataset.num_rows(split)
+        )
+        > 50
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "sentence"),
+    [
+        ("event_type", None, r"has no column 'event_type', which data\.event\.action names"),
+        ("event_type", [["view"]], "column 'event_type' holds list.*, needs single values"),
+        ("price", [[3.0]], "column 'price' holds list.*, needs numbers"),
+        ("price", ["dear"], r"rows are bad .* price is 'dear', needs a finite 32-bit number"),
+        ("timestamp", [1_800_000_000_000, *[1_800_000_000] * 59], "mixes units of time: .* 1 such as 1800000000000"),
+    ],
+)
+def test_hostile_tables(tmp_path: Path, column: str, values: Any, sentence: str) -> None:
+    for partition in (None, "day2"):
+        if partition:
+            make(tmp_path, rows_of_events(11, 100, 1_700_000_000))
+        later = rows_of_events(12, 60, 1_800_000_000)
+        for number, row in enumerate(later):
+            row |= {} if values is None else {column: values[number % len(values)]}
+        with pytest.raises(DataError, match=sentence):
+            make(tmp_path, [{k: v for k, v in row.items() if values or k != column} for row in later], partition)
+
+
+def test_hostile_requests(tmp_path: Path) -> None:
+    rows = rows_of_events(13, 150, 1_700_000_000)
+    make(tmp_path, rows, config=replace(CONFIG, request=("action", "gap", "price")))
+    dataset, (user, events) = Dataset.open(tmp_path / "out"), max(sequences(rows).items(), key=lambda kv: len(kv[1]))
+    queries, newest = Queries(dataset.schema, None, dataset, exclude_seen=False), events[-1]["timestamp"]
+
+    def query(**given: Any) -> Any:
+        return queries.of(parse_request({"user": user, "now": newest + DAY, **given})).columns
+
+    for given, sentence in (
+        ({"events": [{"time": newest}]}, "item of an event is missing"),
+        ({"events": [{"item": "i3", "time": newest - 1}]}, f"needs at least {newest}, that of the user's newest"),
+        ({"events": [{"item": "i3", "time": newest * 1000}]}, "the request mixes units of time"),
+        ({"events": [{"item": "i3", "time": 0}]}, "time of an event is 0, needs a date of 2000 to 2100"),
+        ({"events": [{"item": "i3", "time": math.nan}]}, "time of an event is nan, needs a finite number"),
+        ({"events": [{"item": "i3"}]}, "1 of 1 events have no time; give it for all"),
+        ({"now": newest * 1000}, "now is 17.*, needs a date of 2000 to 2100 in units of 1 s, as the events of"),
+        ({"now": 0}, "now is 0, needs a date of 2000 to 2100"),
+        ({"now": math.inf}, "now is inf, needs a finite number"),
+        ({"context": {"action": ["buy"]}}, "action: column 'action' holds list.*, needs single values"),
+        ({"context": {"price": "dear"}}, "price is 'dear', needs a number"),
+        ({"context": {"price": math.inf}}, "price is inf, needs a finite 32-bit number"),
+        ({"context": ["action"]}, "context is .*, needs a mapping"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=sentence):
+            query(**given)  # type: ignore[arg-type]
+    assert query(context={"action": "phoned"})["request.action"].tolist() == [1], "out of vocabulary"
+    future, before = query(now=newest + 10**9), query(now=1_600_000_000)
+    assert future["request.gap"].tolist() == elapsed_codes(np.array([1e9])).tolist()
+    assert before["request.gap"].tolist() == [1] and not len(before["past"].values)
+    with pytest.raises(ConfigError, match="an object of the request has the key 'action' 2 times"):
+        load_json('{"context": {"action": "view", "action": "buy"}}')
 
 
 @pytest.mark.parametrize("power", [0, 3, 6, 9])

@@ -237,9 +237,15 @@ def test_bad_queries_give_a_one_line_error(client: TestClient, body: object, sta
 def test_bad_requests_give_a_one_line_error(client: TestClient) -> None:
     as_json = {"Content-Type": "application/json"}
     half_a_key, half_a_name = b'{"features": {"\\ud800": "x"}}', b'{"user": "\\udfff"}'
+    twice = b'{"user": "u7", "context": {"a": 1, "a": 2}}'
     for answer, status, sentence in (
         (client.post("/api/search", content=b"{", headers=as_json), 422, "the request is not valid JSON: "),
         (client.post("/api/search", content=b'{"user": "\xc3("}', headers=as_json), 400, "POST /api/search: "),
+        (
+            client.post("/api/search", content=twice, headers=as_json),
+            422,
+            "JSON: an object of the request has the key 'a' 2",
+        ),
         (client.post("/api/search", content=b"{}"), 422, "the request: Input should be a valid dictionary"),
         (client.post("/api/search", content=b" " * (MOST_BYTES + 1)), 413, f"needs at most {MOST_BYTES}"),
         (client.post("/api/search", content=iter([b"{}"])), 411, "no Content-Length"),
