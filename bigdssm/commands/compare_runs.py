@@ -23,6 +23,7 @@ from bigdssm.cli import command, command_parser
 from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.comparison import System, differences, model_system, table
@@ -106,6 +107,7 @@ def compare(
         models = [load_model_folder(folder / "best") for folder in pair]
         config = models[0].config.data
         dataset = Dataset.open(data or config.dir, cache=FileCache.from_config(config))
+        dataset = dataset.with_rules(EventRules.of(config))
         if dataset.num_rows(split) == 0:
             reason = f"{dataset.dir} has no rows in split {split}"
         else:

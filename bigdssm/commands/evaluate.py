@@ -26,6 +26,7 @@ from rich.console import Console
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
 from bigdssm.evaluation.comparison import (
@@ -130,9 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _on_split(args: argparse.Namespace) -> None:
-    dataset = Dataset.open(args.data)
     name, *names = distinct_names([args.model, *args.compare])
     folder = load_model_folder(args.model)
+    dataset = Dataset.open(args.data).with_rules(EventRules.of(folder.config.data))
     how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     others = baseline_systems(**how) if args.baselines else []
     encode_in(folder.model, args.precision)

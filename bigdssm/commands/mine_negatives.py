@@ -23,6 +23,7 @@ from bigdssm.cli import add_overwrite, check_file_to_write, command, command_par
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    dataset = folder.view(dataset)
+    dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
     with ProgressBar() as progress:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:

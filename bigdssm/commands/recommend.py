@@ -24,6 +24,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP, feature_values
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
         folder, index = load_model_folder(args.model), open_index(args.index)
         dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
+        dataset = dataset.with_rules(EventRules.of(folder.config.data))
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
         queries: QuerySource
         if args.users:

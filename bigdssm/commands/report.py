@@ -30,6 +30,7 @@ from bigdssm.cli import add_overwrite, check_file_to_write, command, command_par
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.beir is None:
         data = next(iter(runs[0].values())).config.data
-        dataset = Dataset.open(args.data or data.dir, cache=FileCache.from_config(data))
+        dataset = Dataset.open(args.data or data.dir, cache=FileCache.from_config(data)).with_rules(EventRules.of(data))
         others = baseline_systems(dataset, args.split, data.exclude_seen)
         measure = partial(_evaluated, dataset=dataset, split=args.split)
         title, shown = f"{dataset.num_queries(args.split)} queries", table_metrics()

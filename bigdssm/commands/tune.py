@@ -24,6 +24,7 @@ from rich.table import Table
 from bigdssm.cli import at_least, command, command_parser
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES, check_options
 from bigdssm.evaluation.metrics import find_metric
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         for option, end in space.bounds():
             check_options(args.baseline, {option: end}, require_all=False)
-        dataset, metric = Dataset.open(config.data.dir), find_metric(config.stage(args.stage).validation_metric)
+        dataset = Dataset.open(config.data.dir).with_rules(EventRules.of(config.data))
+        metric = find_metric(config.stage(args.stage).validation_metric)
         first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
     trials = search(value, space, args.out, args.trials, first=first, seed=args.seed)
     table = Table("trial", "validation metric", "")

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         TextInputs,
         TokenizerConfig,
         TowerConfig,
+        VisitConfig,
         WarmStartConfig,
     )
     from bigdssm.config.loading import (
@@ -98,6 +99,7 @@ __all__ = [
     "TextInputs",
     "TokenizerConfig",
     "TowerConfig",
+    "VisitConfig",
     "WarmStartConfig",
     "check_config",
     "check_history_lengths",
@@ -154,6 +156,7 @@ __getattr__, __dir__ = lazy_attributes(
             "TextInputs",
             "TokenizerConfig",
             "TowerConfig",
+            "VisitConfig",
             "WarmStartConfig",
         ],
         "bigdssm.config.loading": [

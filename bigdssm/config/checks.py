@@ -7,10 +7,11 @@ from dataclasses import fields
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.config.keys import Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
+from bigdssm.config.keys import SPLITS, Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import FIRST_CODE, Timestamp, texts_of
 from bigdssm.features.categorical import categorical_of
+from bigdssm.features.conditions import check_events
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
 from bigdssm.utils.components import components_of
@@ -65,6 +66,25 @@ def check_config(config: Config) -> None:
     require(not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}")
     require(not data.request or "request" not in data.query, "data.query", "a feature named request", "another name")
     require(bool(data.request) or data.ties == "exclude", "data.ties", data.ties, "exclude without data.request")
+    needed = f"a condition, or a mapping of {', '.join(SPLITS)} to conditions"
+    is_valid = data.targets is None or isinstance(data.targets, dict)
+    require(is_valid and set(data.targets or {}) <= set(SPLITS), "data.targets", data.targets, needed)
+    conditions = {f"data.targets.{split}": text for split, text in (data.targets or {}).items()}
+    if not isinstance(data.exclude_seen, bool):
+        conditions["data.exclude_seen"] = data.exclude_seen
+    for key, text in conditions.items():
+        require(isinstance(text, str), key, text, "a condition, as in action = purchase")
+        check_events(text, key, data.event)
+    visit, sessions = data.visit, [name for name, feature in data.event.items() if not feature.is_input]
+    if visit.is_set:
+        require(visit.feature is None or visit.gap_s is None, "data.visit", visit, "feature or gap_s, not both")
+        of_session = visit.feature is None or visit.feature in sessions
+        needed = f"a feature of data.event of type session, of {sessions}"
+        require(of_session, "data.visit.feature", visit.feature, needed)
+        require(bool(histories_of(data.query)), "data.visit", visit, "a query feature of type history")
+        require(data.webdataset is None, "data.visit", visit, "none with data.webdataset")
+    wrong = sorted(set(data.request) & set(sessions))
+    require(not wrong, "data.request", ", ".join(wrong), "features that are inputs of a model, not sessions")
     if data.event:
         needed = "a query feature of type history, which reads the events"
         require(bool(histories_of(data.query)), "data.event", list(data.event), needed)
@@ -125,7 +145,12 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
             f"the same features as data.doc (columns may differ) {siamese} one tower encodes both",
         ),
         ("data.title", data.title, data.title is None, f"null {siamese} documents are displayed by id"),
-        ("data.exclude_seen", data.exclude_seen, data.exclude_seen, f"true {siamese} a query is never its own result"),
+        (
+            "data.exclude_seen",
+            data.exclude_seen,
+            data.exclude_seen is True,
+            f"true {siamese} a query is never its own result",
+        ),
         ("data.webdataset", data.webdataset, data.webdataset is None, f"null {siamese} documents need a catalogue"),
         (
             "model.query",
@@ -216,8 +241,9 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
     require(has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false")
     uniform = negatives.uniform
     require(over_all or uniform == 0, f"{key}.uniform", uniform, f"0: {loss.name} does not support uniform negatives")
+    needs_seen = negatives.mask == "user" or (negatives.mask == "past" and not data.visit.is_set)
     require(
-        data.exclude_seen or negatives.mask not in ("user", "past"), f"{key}.mask", negatives.mask,
+        bool(data.exclude_seen) or not needs_seen, f"{key}.mask", negatives.mask,
         "none or batch with data.exclude_seen=false: a user's earlier items may be negatives",
     )  # fmt: skip
     require(mining.first < mining.last, f"{key}.mining", f"[{mining.first}, {mining.last})", "first < last")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE_BYTES = 50 * 1024**3
 ARCHITECTURE_FILE = "config.json"
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,19 @@ class SourceConfig:
     partitions: tuple[str, ...] = ()  # empty: all partitions
     # Share of the rows, relative to the sum of all weights; rounded to a thousandth.
     weight: float = bounded(1.0, at_most=MAX_COUNT, above=0)
+
+
+@dataclass(frozen=True)
+class VisitConfig:
+    """Visits of a user, by session or by gaps: an item that the current visit already has is no target or answer."""
+
+    feature: str | None = None  # feature of data.event of type session; none: by gaps
+    gap_s: float | None = bounded(None, at_most=MAX_COUNT, above=0)  # maximum seconds between two events of a visit
+
+    @property
+    def is_set(self) -> bool:
+        """Return whether there are visits."""
+        return self.feature is not None or self.gap_s is not None
 
 
 @dataclass(frozen=True)
@@ -87,9 +101,14 @@ class DataConfig:
     # Whether a user's first event is a target, too, in datasets built with it: the model learns the choices of users
     # without events, and serves unknown users.
     empty_histories: bool = field(default=False, metadata={RESUME: "may"})
+    # Events that are targets: a condition on features of data.event, such as `action = purchase`, or a mapping of the
+    # splits train, validation and test to conditions; none: all events. Histories have all events.
+    targets: Any = None
     # Whether a user's earlier items are excluded: from negatives, mining, evaluation, search, serve and recommend.
-    # False for repeated consumption (music, groceries).
-    exclude_seen: bool = True
+    # False for repeated consumption (music, groceries). A condition on features of data.event, such as
+    # `action = purchase`: the items of the events that match it.
+    exclude_seen: bool | str = True
+    visit: VisitConfig = field(default_factory=VisitConfig)
     lanes: int = bounded(8, 1, 65_536)  # virtual data-parallel workers; divides rows_global, at least the world size
     num_workers: int = bounded(1, 0, 1024, resume="may")  # loader processes per rank
     max_bad_fraction: float = bounded(0.001, 0, 1, resume="may")  # of the rows read; the run stops above it
@@ -112,6 +131,8 @@ class DataConfig:
                 for name, content in getattr(self, side).items()
             }
             object.__setattr__(self, side, features)
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", dict.fromkeys(SPLITS, self.targets))
 
 
 @dataclass(frozen=True)
@@ -336,7 +357,7 @@ class NegativesConfig:
     uniform: int = bounded(0, 0, MAX_ROWS)
     # Documents that are masked as negatives: batch: positives of the same query id, on any rank; user: also the items
     # of its sequence up to its latest row; past: exactly the items before the query; none: only its positive; auto:
-    # batch, or none with data.exclude_seen=false.
+    # batch, or none with data.exclude_seen=false. With a condition in data.exclude_seen, of events that match it.
     mask: Literal["auto", "batch", "user", "past", "none"] = "auto"
     hard: int = bounded(0, 0, 65_536)  # hard negatives per row
     mining: MiningConfig = field(default_factory=MiningConfig)

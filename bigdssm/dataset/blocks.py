@@ -108,6 +108,8 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
         return whole("the bytes are damaged: their checksum is not the index's")
     try:
         batch = decode(content, layout)
+        if index.stored_row is not None:
+            batch = batch.take(pa.array(index.stored_row[index.first_row[block] : index.first_row[block + 1]]))
         if batch.num_rows != rows:
             return whole(f"it has {batch.num_rows} rows, the index has {rows}")
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -122,7 +124,8 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
     if layout.sequences:
         usable = np.setdiff1d(np.arange(rows), list(bad))
         columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in SEGMENT_COLUMNS]
-        targets = Targets.of(layout.sequences[partition], *(column.astype(np.int64) for column in columns))
+        sequence, first, end = (column.astype(np.int64) for column in columns)
+        targets = Targets.of(layout.sequences[partition], sequence, first, end, index.target_mask(partition))
         good = targets.valid(layout.num_docs[partition])
         num_usable = np.bincount(targets.row[good], minlength=len(usable))
         for target, reason in [] if good.all() else targets.faults(layout.num_docs[partition]):

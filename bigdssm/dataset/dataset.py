@@ -8,8 +8,9 @@ id.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from bigdssm.config import DataConfig, SourceConfig
-from bigdssm.dataset.blocks import SEGMENT_COLUMNS, BlockLayout, read_block
+from bigdssm.dataset.blocks import SEGMENT_COLUMNS, BlockLayout, read_block, read_blocks
 from bigdssm.dataset.catalogue import (
     Catalogue,
     CatalogueFile,
@@ -30,6 +31,7 @@ from bigdssm.dataset.catalogue import (
     later_files,
     withdrawn_documents,
 )
+from bigdssm.dataset.event_rules import EventRules, EventSlices
 from bigdssm.dataset.partition import (
     Extent,
     MixtureBatches,
@@ -46,10 +48,11 @@ from bigdssm.dataset.remote import COUNTS_FILE, FileCache, RemoteFolder
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN, Rows, Targets
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import EventTime, History, TextTokenizer, item_codes, ragged
+from bigdssm.features import EventTime, Feature, History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.columns import merged_units, unit_of_times
+from bigdssm.features.conditions import matching_events
 from bigdssm.features.ragged import Column, Ragged, from_arrow, offsets_of
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.log import get_logger
@@ -138,7 +141,9 @@ class Dataset:
         )  # fmt: skip
         self._first_doc = np.array([partition.first_doc for partition in partitions])
         self._numbers = np.array([partition.number for partition in partitions])
-        self._indexes: dict[str, SplitIndex] = {}
+        self._indexes: dict[str, SplitIndex | None] = {}
+        self._counts: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # train positives by partition, with `rules`
+        self.rules = EventRules()
         self.sources: tuple[MixturePart, ...] = ()  # of a mixture; empty: a single source
         self.batches: MixtureBatches = "mixed"  # data.mixture_batches
         self.siblings: tuple[Partition, ...] = ()  # for joined datasets: all their partitions on disk
@@ -204,7 +209,31 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by path and extent: each loader process maps the files itself."""
         assert self.pickled is not None
-        return self.pickled
+        return _restored, (*self.pickled, self.rules)
+
+    def with_rules(self, rules: EventRules) -> Dataset:
+        """Return a view with other rules on events: its rows have targets only.
+
+        Raises ConfigError: a condition or visit that the events do not have.
+        """
+        if rules == self.rules:
+            return self
+        if self._whole is not None:
+            return self._whole.with_rules(rules).with_schema(self.schema)
+        view = object.__new__(Dataset)
+        vars(view).update({name: value for name, value in vars(self).items() if name != "fingerprint"})
+        view.rules, view._indexes, view._counts = rules, {}, {}
+        keys = [f"data.targets.{split}" for split in rules.targets] + ["data.visit"] * rules.visit.is_set
+        table = self.sequences
+        if keys and (table is None or (rules.visit.is_set and rules.visit_column() not in table.schema.names)):
+            needed = "events; use make_shards interactions" if table is None else rules.visit_column()
+            raise ConfigError(f"{keys[-1]}: {self.dir} has no {needed}")
+        conditions = {f"data.targets.{split}": text for split, text in rules.targets.items()}
+        if isinstance(rules.exclude_seen, str):
+            conditions["data.exclude_seen"] = rules.exclude_seen
+        for key, text in conditions.items():
+            matching_events(text, key, self.schema.event, lambda name: np.zeros(0, np.int32))
+        return view
 
     def with_schema(self, schema: Schema) -> Dataset:
         """Return a view encoded by an earlier schema; unknown values are out of vocabulary."""
@@ -232,16 +261,20 @@ class Dataset:
         """
         if len({partition.folder.parent for partition in self.partitions}) > 1:
             return self
-        parts = [p for p in sorted(self.partitions, key=lambda p: p.number) if _num_rows(p, split)]
+        rows = self.sizes(split)[:, 0].tolist()
+        filled = [part for part, number in zip(self.partitions, rows, strict=True) if number]
+        parts = sorted(filled, key=lambda part: part.number)
         if parts:
             shared = self.catalogue_files, self.withdrawals, self.item_partitions, self.extents
-            return Dataset(self.header, parts[-1:], *shared).with_schema(self.schema)
-        names = [p.folder.name for p in self.partitions_on_disk() if _num_rows(p, split)]
-        if self.sources or not names:
-            return self
-        reopen, (where, *_) = self.whole.__reduce__()
-        part: Dataset = reopen(where, names[-1:])
-        return part.with_schema(self.schema)
+            return Dataset(self.header, parts[-1:], *shared).with_rules(self.rules).with_schema(self.schema)
+        names = [p.folder.name for p in self.partitions_on_disk() if p.content["splits"].get(split)]
+        for name in [] if self.sources else reversed(names):
+            assert self.whole.pickled is not None
+            reopen, (where, *_) = self.whole.pickled
+            part: Dataset = reopen(where, [name]).with_rules(self.rules)
+            if part.num_rows(split):
+                return part.with_schema(self.schema)
+        return self
 
     @property
     def whole(self) -> Dataset:
@@ -253,6 +286,8 @@ class Dataset:
         """A hash of the schema, the tokenizer, and the partitions' rows and documents."""
         parts = [*self.partitions, *self.item_partitions]
         identities = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in parts)]
+        if self.rules.row_keys:
+            identities.append(json.dumps(self.rules.row_keys, sort_keys=True))
         return short_hash("\n".join(identities).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
@@ -266,37 +301,107 @@ class Dataset:
 
     def index(self, split: str) -> SplitIndex:
         """Return the block index of a split. Raises DataError: no such split, or a damaged index."""
+        if (index := self._index(split)) is None:
+            split_names = sorted({name for partition in self.partitions for name in partition.content["splits"]})
+            raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {split_names}")
+        if not index.num_blocks:
+            rules = ", ".join(f"{key}={value}" for key, value in self.rules.row_keys.items())
+            raise DataError(f"{self.dir}: no event of split {split!r} is a target with {rules}; change the rule")
+        return index
+
+    def _index(self, split: str) -> SplitIndex | None:
         if split not in self._indexes:
             parts = []
             for number, partition in enumerate(self.partitions):
                 expected = partition.content["splits"].get(split)
                 if expected and expected["blocks"]:
                     parts.append(read_index(partition, split, number))
-            if not parts:
-                split_names = sorted({name for partition in self.partitions for name in partition.content["splits"]})
-                raise DataError(f"{self.dir} has no rows in split {split!r}; its splits are {split_names}")
-            self._indexes[split] = SplitIndex.concat(parts)
+            index = SplitIndex.concat(parts) if parts else None
+            if index is not None and self.rules.selects(split):
+                index = self._with_targets(split, index)
+            self._indexes[split] = index
         return self._indexes[split]
+
+    def _with_targets(self, split: str, index: SplitIndex) -> SplitIndex:
+        """Return the blocks and rows that have targets by the rules on events; reads all blocks.
+
+        Rows that cannot be read are retained: they are counted when they are read.
+        """
+        assert self.sequences is not None
+        schema = self.whole.schema
+        targets = self.rules.target_mask(self.sequences, schema, self.header.time_unit, split)
+        stored_row, queries = [], index.queries.copy()
+        positives: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in self.partitions]
+        for block, (batch, bad) in enumerate(read_blocks(index, range(index.num_blocks), self.layout)):
+            stored_row.append(np.arange(index.rows[block]))
+            if batch is None:
+                continue
+            partition, skipped = int(index.partition[block]), [fault.row for fault in bad if fault.rows]
+            good = np.setdiff1d(np.arange(batch.num_rows), np.array(skipped, np.int64))
+            sequence, first, end = (np.asarray(batch.column(name), np.int64)[good] for name in SEGMENT_COLUMNS)
+            sequence = sequence + self._sequence_base[partition]
+            found = Targets.of(self.sequences, sequence, first, end, targets)
+            found = found.take(found.valid(self.layout.num_docs[partition]))
+            number = np.ones(batch.num_rows, np.int64)
+            number[good] = np.bincount(found.row, minlength=len(good))
+            stored_row[block], queries[block] = np.flatnonzero(number), number.sum()
+            positives[partition].append(found.item[found.relevance > 0])
+        if split == "train":
+            for number_of_partition, items in enumerate(positives):
+                self._counts[number_of_partition] = np.unique(np.concatenate(items), return_counts=True)
+        rows = np.array([len(part) for part in stored_row], np.int32)
+        log.info("%s: %d of %d events of split %s are targets", self.dir, queries.sum(), index.queries.sum(), split)
+        keep = rows > 0
+        arrays = {
+            name: getattr(index, name)[keep] for name in ("shard", "partition", "block", "offset", "size", "checksum")
+        }
+        return replace(
+            index, **arrays, rows=rows[keep], queries=queries[keep], targets=targets,
+            first_sequence=self._sequence_base, stored_row=np.concatenate(stored_row),
+        )  # fmt: skip
+
+    def sizes(self, split: str) -> np.ndarray:
+        """Return the rows and queries of a split in each partition, int64 [partitions, 2]."""
+        if not self.rules.selects(split):
+            none = {"rows": 0, "queries": 0}
+            parts = [partition.content["splits"].get(split, none) for partition in self.partitions]
+            return np.array([(part["rows"], part["queries"]) for part in parts], np.int64).reshape(-1, 2)
+        sizes = np.zeros((len(self.partitions), 2), np.int64)
+        if (index := self._index(split)) is not None:
+            np.add.at(sizes, index.partition, np.stack([index.rows, index.queries], 1))
+        return sizes
 
     def num_rows(self, split: str) -> int:
         """Return the number of rows in a split, 0 without such a split."""
-        return sum(_num_rows(partition, split) for partition in self.partitions)
+        return int(self.sizes(split)[:, 0].sum())
 
     def num_queries(self, split: str) -> int:
         """Return the number of queries in a split, 0 without such a split."""
-        return sum(partition.content["splits"].get(split, {"queries": 0})["queries"] for partition in self.partitions)
+        return int(self.sizes(split)[:, 1].sum())
+
+    def has_segments(self, split: str) -> bool:
+        """Return whether rows of a split can have several targets."""
+        parts = [p.content["splits"][split] for p in self.partitions if split in p.content["splits"]]
+        return any(part["queries"] > part["rows"] for part in parts)
 
     def doc_counts(self, partitions: range | None = None) -> np.ndarray:
         """Return the train positives per document of all or some partitions, int64 [num_docs]."""
         total = np.zeros(self.catalogue.num_docs, np.int64)
-        for partition in self.partitions if partitions is None else self.partitions[partitions.start : partitions.stop]:
-            docs, counts = _positives(partition)
-            total[partition.first_doc + docs] += counts
+        for number in range(len(self.partitions)) if partitions is None else partitions:
+            docs, counts = self._positives(number)
+            total[self.partitions[number].first_doc + docs] += counts
         return total
 
     def has_positives(self) -> bool:
         """Return True if any train row has a relevance above 0."""
-        return any(len(_positives(partition)[0]) for partition in self.partitions)
+        return any(len(self._positives(number)[0]) for number in range(len(self.partitions)))
+
+    def _positives(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a partition's documents with train positives and their counts, int64."""
+        if not self.rules.selects("train"):
+            return _positives(self.partitions[number])
+        self._index("train")
+        return self._counts.get(number, (np.zeros(0, np.int64),) * 2)
 
     def check_against(self, config: DataConfig) -> None:
         """Raise ConfigError with the first feature that `config` declares differently."""
@@ -328,9 +433,14 @@ class Dataset:
         table = self.sequences
         sequence, first, end = (np.asarray(columns[name], np.int64) for name in SEGMENT_COLUMNS)
         sequence = sequence + self._sequence_base[partition]
-        targets = Targets.of(table, sequence, first, end)
-        targets = targets.take(targets.valid(self.catalogue.num_docs))
-        single = self.num_queries(split) == self.num_rows(split)
+        mask = self.index(split).targets if self.rules.selects(split) else None
+        targets = Targets.of(table, sequence, first, end, mask)
+        valid = targets.valid(self.catalogue.num_docs)
+        targets, single = targets.take(valid), not self.has_segments(split)
+        if mask is not None:  # histories end at the last target
+            last = np.zeros_like(end)
+            np.maximum.at(last, targets.row, targets.position + 1)
+            end = np.where(last > 0, last, end)
         num_earlier: np.ndarray | None = None
         request: dict[str, Column] = {}
         if self.schema.request:
@@ -350,7 +460,7 @@ class Dataset:
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
             position=targets.position, num_earlier=num_earlier, history_start=history_start, sequence=sequence,
-            request=request, sequences=table,
+            request=request, num_invalid=int((~valid).sum()), sequences=table,
         )  # fmt: skip
 
     def _requests(
@@ -361,13 +471,11 @@ class Dataset:
         Other events at the time of a target are not known to its query: neither their items nor their number. With
         ties=order, those before it are.
         """
-        times = table.take_slices(TIME_COLUMN, sequence, np.zeros_like(end), end)
-        cell = np.arange(len(times.values))
-        is_later = (np.diff(times.values, prepend=-np.inf) > 0) | (self.schema.ties == "order")
-        is_later[times.offsets[:-1]] = True  # rows are not empty
+        events = EventSlices(table, sequence, np.zeros_like(end), end)
+        times = events.column(TIME_COLUMN)
         begin = times.offsets[:-1][targets.row]
-        first = np.maximum.accumulate(np.where(is_later, cell, 0))[begin + targets.position]  # event of this time
-        num_earlier = first - begin
+        num_earlier = events.num_earlier(self.schema.ties)[begin + targets.position]
+        first = begin + num_earlier  # the first event of the target's time
         previous = np.where(num_earlier > 0, times.values[first - 1], np.nan)
         columns: dict[str, Column] = {}
         for name in self.schema.request:
@@ -378,6 +486,35 @@ class Dataset:
                 values = table.take_slices(EVENT_PREFIX + name, sequence[targets.row], position, position + 1).values
                 columns[name] = feature.without_unknown(values)
         return num_earlier, columns
+
+    def matching_targets(self, rows: Rows, condition: str, where: str) -> np.ndarray:
+        """Return whether the target of each query matches a condition of the key `where`, bool [m]."""
+        assert rows.sequence is not None and rows.position is not None and rows.sequences is not None
+        events = EventSlices(rows.sequences, rows.sequence[rows.row_of_query], rows.position, rows.position + 1)
+        return matching_events(condition, where, self.schema.event, events.feature)
+
+    def excluded(
+        self, rows: Rows, exclude_seen: bool | str, queries: np.ndarray | None = None, *, visits: bool = True
+    ) -> Ragged:
+        """Return, per query, the catalogue rows of its history that are no answers, see `EventRules.excluded`.
+
+        queries: query numbers (default: all); visits: include the items of the visit of the request.
+        """
+        queries = np.arange(rows.num_queries) if queries is None else queries
+        items = Ragged(*rows.seen_ragged(queries))
+        if rows.sequences is None or rows.sequence is None or rows.prefix is None or rows.position is None:
+            return items
+        sequence, end, position = (
+            rows.sequence[rows.row_of_query[queries]],
+            rows.prefix[queries],
+            rows.position[queries],
+        )
+        events = EventSlices(rows.sequences, sequence, np.zeros_like(end), end)
+        request, visit = EventSlices(rows.sequences, sequence, position, position + 1), self.rules.visit_column()
+        return self.rules.excluded(
+            items, exclude_seen, self.schema, events.feature,
+            (lambda: (events.column(visit), request.column(visit).values)) if visits else None, self.header.time_unit,
+        )  # fmt: skip
 
     def one_query_per_row(self, rows: Rows) -> Rows:
         """Expand rows to one query per row, each with its newest history."""
@@ -412,16 +549,17 @@ class Dataset:
         visible = self.catalogue.visible_rows(docs, np.repeat(partition, items.lengths), version)
         codes = item_codes(self.catalogue.codes(str(feature.of), docs if visible is None else visible))
         codes = codes if valid.all() else np.where(valid, codes, OUT_OF_VOCABULARY)
-        of_events = self.event_features(table, sequence, history_start, end).items()
+        of_events = self.event_features(table, sequence, history_start, end, self.schema.event_inputs).items()
         columns: dict[str, Column] = {f"{feature.name}.{name}": column for name, column in of_events}
         return {feature.name: Ragged(codes, items.offsets), **columns}, history_start
 
     def event_features(
-        self, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray
-    ) -> dict[str, Ragged]:
-        """Return the features of the events [first, end) of sequences (int64 [rows]), by name."""
+        self, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray,
+        features: Mapping[str, Feature],
+    ) -> dict[str, Ragged]:  # fmt: skip
+        """Return `features` of the events [first, end) of sequences (int64 [rows]), by name."""
         columns = {}
-        for name, feature in self.schema.event.items():
+        for name, feature in features.items():
             if isinstance(feature, EventTime):
                 # The event before the first one, too, which may be older than the history.
                 times = table.take_slices(TIME_COLUMN, sequence, np.maximum(first - 1, 0), end)
@@ -506,9 +644,9 @@ class Dataset:
         return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
 
 
-def _num_rows(partition: Partition, split: str) -> int:
-    rows: int = partition.content["splits"].get(split, {"rows": 0})["rows"]
-    return rows
+def _restored(reopen: Callable[..., Dataset], arguments: tuple[Any, ...], rules: EventRules) -> Dataset:
+    """Unpickle a dataset."""
+    return reopen(*arguments).with_rules(rules)
 
 
 def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
@@ -540,12 +678,13 @@ def open_dataset(config: DataConfig, extents: Sequence[Extent] = ()) -> Dataset:
     cache = FileCache.from_config(config)
     source_extents: Sequence[Extent | None] = extents or [None] * max(1, len(config.mixture))
     if not config.mixture:
-        return Dataset.open(config.dir, first=config.from_partition, cache=cache, extent=source_extents[0])
+        dataset = Dataset.open(config.dir, first=config.from_partition, cache=cache, extent=source_extents[0])
+        return dataset.with_rules(EventRules.of(config))
     parts = [
         Dataset.open(source.dir or config.dir, source.partitions or None, cache=cache, extent=extent)
         for source, extent in zip(config.mixture, source_extents, strict=True)
     ]
-    return join(parts, config.mixture, config.dir, config.mixture_batches)
+    return join(parts, config.mixture, config.dir, config.mixture_batches).with_rules(EventRules.of(config))
 
 
 def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:

@@ -21,7 +21,7 @@ import xxhash
 from bigdssm.dataset.remote import RemoteFile, RemoteFolder
 from bigdssm.dataset.schema import EVENT_FORMAT, FORMAT
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.ragged import offsets_of
+from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.utils.arguments import short_repr
 from bigdssm.utils.atomic import hidden_version
 
@@ -214,6 +214,11 @@ class SplitIndex:
     rows: np.ndarray  # int32
     queries: np.ndarray  # int64: of its rows
     checksum: np.ndarray  # uint64: xxh3_64 of the bytes
+    # With rules on events: whether each event of the sequences of all partitions is a target; each partition's first
+    # sequence, int64; and the rows with a target, block after block, by their number within the block, int64.
+    targets: Ragged | None = None
+    first_sequence: np.ndarray | None = None
+    stored_row: np.ndarray | None = None
 
     @cached_property
     def first_row(self) -> np.ndarray:
@@ -235,6 +240,12 @@ class SplitIndex:
         """The number of blocks."""
         return len(self.rows)
 
+    def target_mask(self, partition: int) -> Ragged | None:
+        """Return whether the events of a partition's sequences are targets; None: all are."""
+        if self.targets is None or self.first_sequence is None:
+            return None
+        return Ragged(self.targets.values, self.targets.offsets[self.first_sequence[partition] :])
+
     def name(self, block: int) -> str:
         """Format a block's shard and number for messages."""
         return f"{self.shards[self.shard[block]]}, block {self.block[block]}"
@@ -245,7 +256,7 @@ class SplitIndex:
         if len(parts) == 1:
             return parts[0]
         names = ("partition", "block", "offset", "size", "rows", "queries", "checksum")
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         bases = np.cumsum([0] + [len(part.shards) for part in parts[:-1]])
         shard = np.concatenate([part.shard + np.int32(base) for part, base in zip(parts, bases, strict=True)])
         return cls(shards=tuple(s for part in parts for s in part.shards), shard=shard, **arrays)

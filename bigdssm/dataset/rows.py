@@ -16,7 +16,7 @@ import numpy as np
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.features import ragged
 from bigdssm.features.base import REQUEST_PREFIX
-from bigdssm.features.ragged import Column, offsets_of
+from bigdssm.features.ragged import Column, Ragged, offsets_of
 
 EVENT_COLUMNS = ("items", "relevance")  # lists with one value per event, in addition to further event columns
 TIME_COLUMN = "event_time"  # list of float64, if events have times
@@ -37,13 +37,18 @@ class Targets:
     relevance: np.ndarray  # float32 [m]
 
     @classmethod
-    def of(cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray) -> Targets:
-        """Read the targets of rows (int64 [R], in range)."""
+    def of(
+        cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray, mask: Ragged | None = None
+    ) -> Targets:
+        """Read the targets of rows (int64 [R], in range): events, of sequences with `mask` those where it is true."""
         items = table.take_slices("items", sequence, first, end)
         relevance = table.take_slices("relevance", sequence, first, end)
         row = np.repeat(np.arange(len(sequence)), items.lengths)
         position = np.arange(len(row)) - offsets_of(items.lengths)[row] + first[row]
-        return cls(row, position, items.values.astype(np.int64), relevance.values)
+        targets = cls(row, position, items.values.astype(np.int64), relevance.values)
+        if mask is None:
+            return targets
+        return targets.take(mask.values[mask.offsets[sequence[row]] + position])
 
     def faults(self, num_docs: int) -> Iterator[tuple[int, str]]:
         """Yield (target number, reason) of the invalid targets."""
@@ -86,6 +91,7 @@ class Rows:
     doc: dict[str, Column] = field(default_factory=dict)  # rows with inline documents: their features
     doc_ids: np.ndarray | None = None  # int64 [m], rows with inline documents
     request: dict[str, Column] = field(default_factory=dict)  # per query: features of the request
+    num_invalid: int = 0  # targets that were skipped when the rows were read
     sequences: MappedTable | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -157,7 +163,7 @@ class Rows:
             edges = np.searchsorted(self.row, np.arange(len(self) + 1))
             selected = ragged.gather_ranges(np.arange(self.num_queries), edges[rows], edges[rows + 1])
             row, queries = np.repeat(np.arange(len(rows)), selected.lengths), selected.values
-        arrays = {
+        arrays: dict[str, Any] = {
             name: getattr(self, name)[numbers]
             for names, numbers in ((ROW_ARRAYS, rows), (QUERY_ARRAYS, queries))
             for name in names
@@ -183,6 +189,11 @@ class Rows:
         if parts[0].row is not None:
             bases = np.cumsum([0] + [len(part) for part in parts[:-1]])
             row = np.concatenate([part.row_of_query + base for part, base in zip(parts, bases, strict=True)])
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ROW_ARRAYS + QUERY_ARRAYS
+            if getattr(parts[0], name) is not None
+        }
         return cls(
             step=parts[0].step,
             query={name: ragged.concat([part.query[name] for part in parts]) for name in parts[0].query},
@@ -190,9 +201,5 @@ class Rows:
             request={name: ragged.concat([part.request[name] for part in parts]) for name in parts[0].request},
             sequences=parts[0].sequences,
             row=row,
-            **{
-                name: np.concatenate([getattr(part, name) for part in parts])
-                for name in ROW_ARRAYS + QUERY_ARRAYS
-                if getattr(parts[0], name) is not None
-            },
+            **arrays,
         )

@@ -60,6 +60,11 @@ class Schema:
         return {"query": self.query, "doc": self.doc, **({"event": self.event} if self.event else {})}
 
     @property
+    def event_inputs(self) -> dict[str, Feature]:
+        """The features of events that a model reads."""
+        return {name: feature for name, feature in self.event.items() if feature.is_input}
+
+    @property
     def format(self) -> int:
         """The version of a dataset's files that is needed to read it."""
         return EVENT_FORMAT if self.event else FORMAT

@@ -84,7 +84,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return [next("/".join(t) for t in of_path if sum(p[-len(t) :] == t for p in distinct) == 1) for of_path in tails]
 
 
-def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) -> list[System]:
+def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool | str = True) -> list[System]:
     """Fit and evaluate popularity and, if rows have histories, the Markov baseline."""
     kinds: dict[str, Any] = {"popularity": Popularity}
     if dataset.sequences is not None:
@@ -98,8 +98,8 @@ def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool = True) ->
 
 
 def model_system(
-    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool, *, rerank: int | None = None,
-    spent_s: float = 0.0, progress: Progress = no_progress,
+    name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool | str, *,
+    rerank: int | None = None, spent_s: float = 0.0, progress: Progress = no_progress,
 ) -> System:  # fmt: skip
     """Evaluate a model folder; `rerank`: its scorer re-ranks as many documents; `spent_s`: seconds of its training."""
     dataset = folder.view(dataset)
@@ -181,7 +181,7 @@ def differences_as_json(
 
 def save_comparison(
     path: Path, systems: Sequence[System], pairs: Sequence[tuple[System, System]], dataset: Dataset, split: str,
-    exclude_seen: bool = True,
+    exclude_seen: bool | str = True,
 ) -> None:  # fmt: skip
     """Write the comparison to the JSON file `path`, and each system's ranks to a .npy file next to it."""
     rows = {"split": split, "rows": MeasuredRows.of(dataset, split).checksum, "exclude_seen": exclude_seen}
@@ -225,9 +225,11 @@ class SavedRanks:
     seconds: float  # to build and evaluate it
     split: str
     rows: str  # checksum of MeasuredRows
-    exclude_seen: bool
+    exclude_seen: bool | str
 
-    def system(self, name: str, where: object, dataset: Dataset, rows: MeasuredRows, exclude_seen: bool) -> System:
+    def system(
+        self, name: str, where: object, dataset: Dataset, rows: MeasuredRows, exclude_seen: bool | str
+    ) -> System:
         """Return the system of these ranks. Raises DataError: they were measured on other rows."""
         if (len(self.ranks), self.rows) != (len(rows.query_ids), rows.checksum):
             raise DataError(
@@ -259,7 +261,7 @@ def read_ranks(path: Path) -> SavedRanks:
         raise DataError(f"{path} is not a comparison written by bigdssm evaluate: {error!r}") from None
 
 
-def load_system(path: Path, dataset: Dataset, split: str, exclude_seen: bool = True) -> System:
+def load_system(path: Path, dataset: Dataset, split: str, exclude_seen: bool | str = True) -> System:
     """Load the first system of a saved comparison; its features may differ from the dataset's.
 
     Raises DataError: missing, damaged, or measured on other rows or with another data.exclude_seen.

@@ -48,7 +48,7 @@ def evaluate_split(
     rank: int = 0,
     world_size: int = 1,
     rows_per_chunk: int = 1024,
-    exclude_seen: bool = True,
+    exclude_seen: bool | str = True,
     rerank: Reranking | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
@@ -89,7 +89,7 @@ def evaluate_scores(
     dataset: Dataset,
     split: str,
     *,
-    exclude_seen: bool = True,
+    exclude_seen: bool | str = True,
 ) -> Evaluation:
     """Evaluate a function from Rows of m queries to float scores [m, N], on one rank.
 

@@ -68,7 +68,14 @@ def model_card(
     if metrics is None:
         measured = "None were recorded for exactly these weights; `bigdssm evaluate` computes them."
     else:
-        seen = "excluded" if model.config.data.exclude_seen else "included"
+        exclude_seen = model.config.data.exclude_seen
+        seen = (
+            f"of {exclude_seen} excluded"
+            if isinstance(exclude_seen, str)
+            else "excluded"
+            if exclude_seen
+            else "included"
+        )
         values = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.metrics.items())
         table = f"| {metrics.split} | {metrics.source} |\n|---|---|\n{values}"
         measured = f"Over the full catalogue, seen documents {seen}:\n\n{table}"

@@ -81,10 +81,10 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     if not kind.keeps_adapters:
         source = replace(source, model=without_adapters(source.model))
     target = kind.format
-    if source.model.schema.event and target != model_format.ModelExport.format:
+    if source.model.schema.event_inputs and target != model_format.ModelExport.format:
         raise ConfigError(
             f"--format {target} has no inputs for features of events, which the model reads: "
-            f"{', '.join(source.model.schema.event)}; use --format model"
+            f"{', '.join(source.model.schema.event_inputs)}; use --format model"
         )
     if not kind.keeps_tables:
         source = replace(source, model=with_dense_tables(source.model, target))

@@ -91,7 +91,9 @@ class Probe:
             else:
                 columns[name] = feature.probe(self._random, self._rows, schema.doc)
             if isinstance(feature, History) and isinstance(items := columns[name], Ragged):
-                of_events = {key: f.probe(self._random, len(items.values), {}) for key, f in schema.event.items()}
+                of_events = {
+                    key: f.probe(self._random, len(items.values), {}) for key, f in schema.event_inputs.items()
+                }
                 columns |= {f"{name}.{key}": Ragged(np.asarray(v), items.offsets) for key, v in of_events.items()}
         if side == "query":
             requests = {name: schema.event[name].probe(self._random, self._rows, {}) for name in schema.request}

@@ -17,6 +17,7 @@ from bigdssm.features.event_time import EventTime
 from bigdssm.features.history import History, histories_of, item_codes, stored_features
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
+from bigdssm.features.session import Session
 from bigdssm.features.text import Text, texts_of
 from bigdssm.features.timestamp import Timestamp, timestamp_of
 from bigdssm.features.tokenizer import TextTokenizer
@@ -37,6 +38,7 @@ __all__ = [
     "History",
     "Numeric",
     "Ragged",
+    "Session",
     "Text",
     "TextTokenizer",
     "Timestamp",

@@ -75,6 +75,7 @@ class Feature(ABC):
 
     type: ClassVar[str]
     from_sequence: ClassVar[bool] = False  # values are the events before the row's event, not a column
+    is_input: ClassVar[bool] = True  # of models; else stored for the rules of events alone
     example: ClassVar[str] = '"a value"'  # Python code, for model cards
     # Functions that convert JSON values to an exported tower's input, with NumPy (`np`) only: their source is copied
     # into model cards. The last one takes (`exported()`, values, `Exported`).

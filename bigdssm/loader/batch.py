@@ -149,6 +149,7 @@ class Batch:
     table_rows: Mapping[str, np.ndarray] | None = None
     # int64 [p, 2]: further masked pairs (query id or, depending on negatives.mask, query index; doc id)
     known_positives: Tensor | None = None
+    is_known: Tensor | None = None  # bool [m]: whether a positive is one for all queries of its id; None: all are
 
     @property
     def nbytes(self) -> int:

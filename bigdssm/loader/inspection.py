@@ -100,8 +100,8 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
                 num_bytes = sum(path.stat().st_size for path in files if path.exists())
             else:  # without the tar headers
                 num_bytes = int(read_index(partition, split_name, number).size.sum())
-            rows_queries_blocks = (content["rows"], content["queries"], content["blocks"])
-            sizes.append(SplitSize(partition.name, split_name, *rows_queries_blocks, len(files), num_bytes))
+            rows, queries = dataset.sizes(split_name)[number].tolist()
+            sizes.append(SplitSize(partition.name, split_name, rows, queries, content["blocks"], len(files), num_bytes))
     quarantine = dataset.dir / QUARANTINE_FILE
     features = [(side, feature) for side, by_name in dataset.schema.sides.items() for feature in by_name.values()]
     caps = {f"{side}.{feature.name}": feature.max_length for side, feature in features}

@@ -335,6 +335,7 @@ class PairStream(RowStream):
             "extents": [list(extent) for extent in self.dataset.extents],
             "partitions": [[partition.name, partition.identity] for partition in self.dataset.partitions],
             **mixture,
+            **self.dataset.rules.row_keys,
         }
 
     def check_state(self, state: dict[str, Any]) -> bool:

@@ -241,12 +241,8 @@ class LaneReader:
         batch = pa.concat_batches(batches)
         rows = self._dataset.rows(self._split, step, np.concatenate(row_ids), batch)
         bad, self._bad = self._bad, []
-        targets_skipped = 0
-        if rows.position is not None:
-            begin, end = (batch.column(batch.schema.get_field_index(name)).to_numpy() for name in ("first", "end"))
-            targets_skipped = int(end.sum() - begin.sum()) - rows.num_queries
         planned = self._order.rows_per_lane_step * len(self._lanes)
-        return LoadedStep(step, rows, planned, planned - len(rows), targets_skipped, bad)
+        return LoadedStep(step, rows, planned, planned - len(rows), rows.num_invalid, bad)
 
     def _window(self, order: Order, epoch: int, lane: int, position: int) -> _LoadedWindow:
         """Return the lane's window that contains `position`, read unless it is loaded."""

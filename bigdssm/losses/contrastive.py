@@ -150,7 +150,7 @@ def contrastive_loss(
 
     with torch.no_grad(), product_precision(x):
         # Gather the shared columns and the known positives of all ranks; meanwhile, score the positives.
-        pairs = None if x.query_ids is None else local_pairs(x.query_ids, doc_m, x.weight, x.known)
+        pairs = None if x.query_ids is None else local_pairs(x.query_ids, doc_m, x.known_weight, x.known)
         if columns == "none":
             gathered, all_pairs = None, None if pairs is None else gather_pairs(pairs, sizes.num_known, group)
             positive_m = _positive_scores(x, sizes, with_beta=True)
@@ -163,7 +163,9 @@ def contrastive_loss(
 
         # Mask: a known positive of a query, on any rank, is not one of its negatives. This includes the row's own
         # positive: the mask removes its column from the sums over negatives, and the term adds its score, once.
-        known = find_known_positives(x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts)
+        known = find_known_positives(
+            x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts, all_known=x.is_known is None
+        )
         passes = None
         if gathered is not None:
             mask = find_false_negatives(known, gathered.docs, gathered.valid, gathered.total)

@@ -20,7 +20,7 @@ from bigdssm.losses.masks import count_known_positives
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA = 1, 2, 4, 8  # bits of grad_flags
-_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known")  # the ranks must agree on which are given
+_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known", "is_known")  # the ranks must agree on which are given
 
 # Exchanged by all ranks, in this order. minus_least and largest are of finite values and 0; bad is a number of values.
 _NUMBERS = (
@@ -105,6 +105,7 @@ class LossBatch:
     query_ids: Tensor | None = None  # [m] for the false-negative mask; by default each query is distinct
     doc_ids: Tensor | None = None  # [n] the same for columns
     known: Tensor | None = None  # [p, 2] additional known positives (query id, doc id); without query_ids (row, doc id)
+    is_known: Tensor | None = None  # bool [m]: whether a positive is known of all queries of its id; None: all are
     negatives: Tensor | None = None  # [m, k] columns of each query's candidates (hard negatives), −1 for none
     teacher: Tensor | None = None  # [m, 1 + k] a teacher's scores of the positive and the candidates
 
@@ -119,6 +120,11 @@ class LossInputs(LossBatch):
     acc: torch.dtype
     grad_flags: int  # bits of the inputs that require gradients: U, W, alpha, beta
     present: str  # names of the optional fields that are not None
+
+    @property
+    def known_weight(self) -> Tensor:
+        """The weight of each query's positive as a known positive of other queries, [m]."""
+        return self.weight if self.is_known is None else self.weight * self.is_known
 
     @property
     def operand(self) -> torch.dtype:
@@ -171,6 +177,7 @@ def check_inputs(batch: LossBatch) -> LossInputs:
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
     _check_rows({"positive": positive, "query_ids": batch.query_ids}, m, torch.int64)
     _check_rows({"doc_ids": batch.doc_ids}, n, torch.int64)
+    _check_rows({"is_known": batch.is_known}, m, torch.bool)
     _check_rows({"weight": weight}, m, None)
     _check_rows({"beta": batch.beta, "neg_bias": batch.neg_bias}, n, None)
     require(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")
@@ -211,7 +218,7 @@ def global_sizes(x: LossInputs, shared: LossInputs, loss: str, group: Group | No
     if x.known is not None and x.query_ids is None:  # it holds rows in place of query ids
         bad_known = ((x.known[:, 0] < 0) | (x.known[:, 0] >= x.U.shape[0])).sum()
     numbers: list[Number] = [
-        x.U.shape[0], x.W.shape[0], shared.W.shape[0], count_known_positives(x.query_ids, x.weight, x.known),
+        x.U.shape[0], x.W.shape[0], shared.W.shape[0], count_known_positives(x.query_ids, x.known_weight, x.known),
         x.weight.sum(), x.grad_flags, x.alpha.detach(), _largest_norm(x.U), _largest_norm(shared.W),
         *_range(shared.beta), *_range(shared.neg_bias), *_ends(x.positive),
         (~((x.weight >= 0) & x.weight.isfinite())).sum(),
@@ -309,5 +316,5 @@ def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dt
         if x is not None:
             require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
             is_valid = x.is_floating_point() if dtype is None else x.dtype == dtype
-            require(is_valid, f"{name} must be {'floating point' if dtype is None else 'int64'}, got {x.dtype}")
+            require(is_valid, f"{name} must be {str(dtype or 'floating point').removeprefix('torch.')}, got {x.dtype}")
             require(list(x.shape) == [rows], f"{name} must be [{rows}], got {list(x.shape)}")

@@ -88,12 +88,13 @@ class KnownPositives:
 
 def find_known_positives(
     query_ids: Tensor | None, doc_m: Tensor, weight_m: Tensor, known: Tensor | None, all_pairs: Tensor | None,
-    counts: Tensor,
+    counts: Tensor, *, all_known: bool = True,
 ) -> KnownPositives:  # fmt: skip
     """Select the known positives of this rank's queries from those of all ranks.
 
     all_pairs [world_size, pairs, 2]: `local_pairs` of each rank, of which the first `counts` [world_size] are valid;
-    None without query ids, when `known` holds rows in place of query ids.
+    None without query ids, when `known` holds rows in place of query ids. all_known: `all_pairs` has the positives of
+    all queries; else a positive that it lacks is known of its own query only.
     """
     m = doc_m.shape[0]
     if query_ids is None or all_pairs is None:
@@ -109,7 +110,16 @@ def find_known_positives(
         present, query = queries.find(pairs[:, 0])
         index = (present & valid).nonzero().squeeze(1)  # usually few
         parts.append((query[index], pairs[index, 1], valid[index]))
-    return KnownPositives(queries.codes, queries.limit, False, parts)
+    if all_known:
+        return KnownPositives(queries.codes, queries.limit, False, parts)
+    # Queries of one id differ in their own positives: each row is a query, with the pairs of its id.
+    rows, members = torch.arange(m, device=doc_m.device), queries.positions
+    of_rows = [(rows, doc_m, weight_m > 0)]
+    for query, docs, valid in parts:
+        lengths = members.lengths()[query]
+        pair, within = Groups.ranges(lengths, int(lengths.sum()))
+        of_rows.append((members.values[members.start[query][pair] + within], docs[pair], valid[pair]))
+    return KnownPositives(rows, m, True, of_rows)
 
 
 @dataclass

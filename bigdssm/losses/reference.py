@@ -29,11 +29,13 @@ def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: s
     if batch.beta is not None:
         scores = scores + batch.beta.double()
 
-    # known positives: the pairs of weight > 0 of any query with the same id, and the explicit ones
-    pairs = torch.stack([queries, docs[positive]], 1)[weight > 0]
+    # known positives: the own one, known pairs of weight > 0 of any query with the same id, and the explicit ones
+    is_known = torch.ones(m, dtype=torch.bool) if batch.is_known is None else batch.is_known
+    pairs = torch.stack([queries, docs[positive]], 1)[(weight > 0) & is_known]
     pairs = pairs if batch.known is None else torch.cat([pairs, batch.known])
     same_query, same_doc = queries[:, None] == pairs[:, 0], docs[:, None] == pairs[:, 1]  # [m, p], [n, p]
     known = (same_query.double() @ same_doc.double().T) > 0  # [m, n]
+    known |= (weight > 0)[:, None] & (docs == docs[positive][:, None])
 
     # a query's negatives: columns common to all queries, then its candidates, except known positives
     column = {"all": torch.arange(n), "in_batch": positive, "none": positive[:0]}[columns].expand(m, -1)

@@ -29,6 +29,7 @@ def scored_loss(
     query_ids: Tensor | None = None,
     doc_ids: Tensor | None = None,
     known: Tensor | None = None,
+    is_known: Tensor | None = None,
     teacher: Tensor | None = None,
     group: Group | None = None,
 ) -> LossOutput:
@@ -36,8 +37,9 @@ def scored_loss(
 
     Column 0 holds the positives, the others negatives, −inf if absent. weight [m] ≥ 0. query_ids [m] and doc_ids
     [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped. known
-    int64 [p, 2]: additional known positives (query id, document id). teacher [m, 1 + k]: a teacher's scores, for a
-    distillation. Raises: LossInputError (PeerError on ranks with valid input), on every rank.
+    int64 [p, 2]: additional known positives (query id, document id). is_known bool [m]: as of `LossBatch`. teacher
+    [m, 1 + k]: a teacher's scores, for a distillation. Raises: LossInputError (PeerError on ranks with valid input), on
+    every rank.
     """
     term, error = None, None
     numbers: dict[str, Number] = dict.fromkeys(("known", "weight_sum", "bad_weight", "queries"), 0.0)
@@ -49,13 +51,14 @@ def scored_loss(
         scores = scores if scores.dtype == torch.float64 else scores.float()  # terms and sums, not in bfloat16
         weight = torch.ones_like(scores[:, 0]) if weight is None else weight.detach().to(scores.dtype)
         bad = (~((weight >= 0) & weight.isfinite())).sum()
-        values = count_known_positives(query_ids, weight, known), weight.sum(), bad, scores.shape[0]
+        known_weight = weight if is_known is None else weight * is_known
+        values = count_known_positives(query_ids, known_weight, known), weight.sum(), bad, scores.shape[0]
         numbers = dict(zip(numbers, values, strict=True))
     except LossInputError as caught:
         error = caught
-    optional = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known}
+    optional = {"query_ids": query_ids, "doc_ids": doc_ids, "known": known, "is_known": is_known}
     words = ", ".join([str(term), *(name for name, value in optional.items() if value is not None)])
-    agreed = {"the loss, or on which of query_ids, doc_ids, known are given": words}
+    agreed = {"the loss, or on which of query_ids, doc_ids, known, is_known are given": words}
 
     def find_fault(x: Mapping[str, float]) -> str | None:
         return f"weight must be [{int(x['queries'])}], finite and not negative" if x["bad_weight"] else None
@@ -64,9 +67,11 @@ def scored_loss(
     assert term is not None and weight is not None
     drop = torch.zeros_like(scores[:, 1:], dtype=torch.bool)
     if query_ids is not None and doc_ids is not None:
-        pairs = local_pairs(query_ids, doc_ids[:, 0], weight, known)
+        pairs = local_pairs(query_ids, doc_ids[:, 0], known_weight, known)
         all_pairs = gather_pairs(pairs, [int(row["known"]) for row in of_ranks], group)
-        positives = find_known_positives(query_ids, doc_ids[:, 0], weight, known, all_pairs, table[:, 0].long())
+        positives = find_known_positives(
+            query_ids, doc_ids[:, 0], weight, known, all_pairs, table[:, 0].long(), all_known=is_known is None
+        )
         drop = positives.contain(doc_ids[:, 1:])
     positive_m, negative_mk = scores[:, 0], scores[:, 1:]
     present = negative_mk.detach() > -torch.inf

@@ -292,7 +292,7 @@ class DualEncoder(nn.Module):
         text = None if text_key is None else cast(TextEncoder, self.text[text_key])
         width, tower = self.config.doc.embedding_dim, self.config.tower(side)
         time, of_request = timestamp_of(self.schema.event), self.schema.request if side == "query" else ()
-        event = {name: feature for name, feature in self.schema.event.items() if name != time}
+        event = {name: feature for name, feature in self.schema.event_inputs.items() if name != time}
         request = tuple(name for name in of_request if name != time)
         return BuildContext(
             side, tower, self.tables, width, text, event, request, time=time, request_time=time in of_request

@@ -130,17 +130,18 @@ def rounds(
             yield SearchRound(rows, distributed.all_gather_padded(queries, longest).wait(), target, local)
 
 
-def excluded_documents(dataset: Dataset, exclude_seen: bool) -> Callable[[Rows], Pairs]:
-    """Return the exclusion function: seen documents, or in a siamese dataset the query itself."""
+def excluded_documents(dataset: Dataset, exclude_seen: bool | str) -> Callable[[Rows], Pairs]:
+    """Return the exclusion function: seen documents, or in a siamese dataset the query itself.
+
+    exclude_seen: as data.exclude_seen.
+    """
 
     def excluded(rows: Rows) -> Pairs:
         if dataset.schema.siamese:  # of pairs, without histories
             docs = dataset.catalogue.rows_by_id(rows.query_ids)
             return np.flatnonzero(docs >= 0), docs[docs >= 0]
-        if not exclude_seen:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        values, offsets = rows.seen_ragged()
-        return np.repeat(np.arange(len(rows)), np.diff(offsets)), values
+        seen = dataset.excluded(rows, exclude_seen)
+        return np.repeat(np.arange(len(rows)), seen.lengths), seen.values
 
     return excluded
 

@@ -1,21 +1,10 @@
-"""Filter expressions over document features.
-
-    genres = Comedy and year >= 1990
-    genres in (Comedy, "Film-Noir") and price < 12.5
-
-A condition is `FEATURE = VALUE`, `FEATURE in (VALUE, …)`, or for numbers also <, <=, >, >=; all must hold. A value with
-blanks or signs is double-quoted as in JSON. A feature with several values matches if any of them does. A document with
-a missing value matches no condition on that feature.
-"""
+"""Filters: conditions (features/conditions.py) on the features of documents."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import re
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -25,32 +14,12 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import filterable
+from bigdssm.features.conditions import Condition, parse_filter
 from bigdssm.retrieval.index_types import AllowedDocuments
-from bigdssm.retrieval.request import MAX_ERROR_CHARACTERS, check_utf8
+from bigdssm.utils.arguments import MAX_ERROR_CHARACTERS
 
 MOST_CONDITIONS = 64  # each scans every document; the server's 10,000 characters would allow a thousand
 CACHED_FILTERS = 32  # a byte and a bit per document and cached filter
-OPERATORS = ("<=", ">=", "=", "<", ">")
-_TOKEN = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(<=|>=|[=<>(),])|([^\s"=<>(),]+))')
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One condition on a feature."""
-
-    feature: str
-    operator: str  # one of OPERATORS, or in
-    values: tuple[str, ...]
-
-
-def parse_filter(text: str) -> tuple[Condition, ...]:
-    """Parse a filter into its conditions, all of which must hold. Raises ConfigError: a syntax error."""
-    parser = _Parser(text)
-    conditions = [parser.condition()]
-    while parser.tokens:
-        parser.expect("and")
-        conditions.append(parser.condition())
-    return tuple(conditions)
 
 
 class Filters:
@@ -107,55 +76,3 @@ def _by_feature(conditions: Iterable[Condition]) -> dict[str, list[Condition]]:
     for condition in distinct:
         by_feature.setdefault(condition.feature, []).append(condition)
     return by_feature
-
-
-class _Parser:
-    """Recursive-descent parser of filters."""
-
-    def __init__(self, text: str) -> None:
-        self._text, self.tokens, position = text, deque[str](), 0
-        while rest := text[position:].strip():
-            match = _TOKEN.match(text, position)
-            if match is None:
-                raise ConfigError(f"filter {text[:80]!r}: the quote in {rest[:20]!r} is not closed")
-            position = match.end()
-            self.tokens.append(match.group().strip())
-
-    def condition(self) -> Condition:
-        feature = self._word("the name of a feature")
-        operator = self._next_token()
-        if operator in OPERATORS:
-            return Condition(feature, operator, (self._word(f"a value after {feature} {operator}"),))
-        if operator.lower() != "in":
-            raise self._error(f"{operator or 'nothing'} after {feature}", f"one of {', '.join(OPERATORS)}, in")
-        self.expect("(")
-        values = [self._word("a value")]
-        while (sign := self._next_token()) == ",":
-            values.append(self._word("a value"))
-        if sign != ")":
-            raise self._error(sign or "its end", "a comma or )")
-        return Condition(feature, "in", tuple(values))
-
-    def expect(self, expected: str) -> None:
-        if (token := self._next_token()).lower() != expected:
-            raise self._error(token or "its end", expected)
-
-    def _next_token(self) -> str:
-        """Return the next token, quotes included; '' at the end."""
-        return self.tokens.popleft() if self.tokens else ""
-
-    def _word(self, what: str) -> str:
-        token = self._next_token()
-        if not token or token in OPERATORS or token in ("(", ")", ","):
-            raise self._error(token or "its end", what)
-        try:
-            word = str(json.loads(token)) if token.startswith('"') else token
-        except ValueError:
-            raise self._error(token, "a string as in JSON") from None
-        check_utf8([word])  # JSON can escape lone surrogates
-        return word
-
-    def _error(self, got: str, needed: str) -> ConfigError:
-        return ConfigError(
-            f"filter {self._text[:80]!r}: got {got[:80]}, needs {needed}, as in genre = Drama and year > 1990"
-        )

@@ -26,7 +26,6 @@ from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import check_width
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments, IndexBackend
 from bigdssm.retrieval.model import Model
-from bigdssm.retrieval.request import check_utf8
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
@@ -44,7 +43,7 @@ from bigdssm.retrieval.vectors import (
     truncate_like,
     write_meta,
 )
-from bigdssm.utils.arguments import checked, short_repr
+from bigdssm.utils.arguments import check_utf8, checked, short_repr
 from bigdssm.utils.atomic import new_folder, real_path
 from bigdssm.utils.log import get_logger
 from bigdssm.utils.string_hashing import hash_strings

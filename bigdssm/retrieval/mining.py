@@ -62,13 +62,16 @@ class TrainPositives:
     doc_rows: np.ndarray  # int64
 
     @classmethod
-    def of(cls, dataset: Dataset, share: Share | None = None) -> TrainPositives:
-        """Collect the positives of this rank's share of the train split."""
+    def of(cls, dataset: Dataset, share: Share | None = None, exclude_seen: bool | str = True) -> TrainPositives:
+        """Collect the positives of this rank's share of the train split; with a condition those that match it."""
         parts = []
         share = replace(share or Share(), rows_per_chunk=PASS_ROWS)
         for rows in iterate_share(dataset, "train", share, "known positives read"):
             if rows is not None:
-                queries, docs = rows.query_ids[rows.relevance > 0], rows.doc_rows[rows.relevance > 0]
+                known = rows.relevance > 0
+                if isinstance(exclude_seen, str):
+                    known &= dataset.matching_targets(rows, exclude_seen, "data.exclude_seen")
+                queries, docs = rows.query_ids[known], rows.doc_rows[known]
                 parts.append((queries, docs))
                 if dataset.schema.siamese:  # pairs are symmetric
                     query_docs = dataset.catalogue.rows_by_id(queries)
@@ -98,7 +101,7 @@ def mine(
     exact_up_to: int | None = None,
     documents: DocumentVectors | None = None,
     share: Share | None = None,
-    exclude_seen: bool = True,
+    exclude_seen: bool | str = True,
 ) -> np.ndarray:
     """Mine this rank's `window_records`: documents at ranks [first, last) per training query.
 
@@ -123,7 +126,7 @@ def mine(
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     last = min(last, num_docs)
     excluded = excluded_documents(dataset, exclude_seen)
-    known = TrainPositives.of(dataset, share).pairs if exclude_seen else None
+    known = TrainPositives.of(dataset, share, exclude_seen).pairs if exclude_seen else None
     approximate = exact_up_to is not None and num_docs > exact_up_to
     search = approximate_search(documents, num_docs, share) if approximate else exact_search(documents)
     keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]

@@ -48,7 +48,7 @@ class Model:
     ) -> np.ndarray:
         schema = self.folder.schema
         request = schema.request if features is schema.query else ()
-        columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event, request)
+        columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event_inputs, request)
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)
         return encode_columns(features, columns, partial(encode, self.folder.model)).numpy()

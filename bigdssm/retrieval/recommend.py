@@ -33,7 +33,7 @@ from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.search import PastEvents, check_now, histories, request_columns
+from bigdssm.retrieval.search import PastEvents, check_now, excluded_rows, histories, request_columns
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
@@ -95,7 +95,8 @@ def recommend(
     vector is not finite.
     """
     index.check_model(folder.doc_checksum)
-    source = source.with_dataset(folder.view(dataset))
+    exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
+    source = source.with_dataset(folder.view(dataset), exclude)
     index = index.of_dataset(dataset)
     out = real_path(out)
     check_replaceable(
@@ -109,7 +110,6 @@ def recommend(
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
     filters = Filters(dataset.whole.schema, dataset.whole.catalogue, index.meta.num_docs)
     allowed = None if options.filter is None else filters.allowed(options.filter)
-    exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
     job = {
         "kind": "recommendations", "format": FORMAT, **asdict(options), "exclude_seen": exclude,
         "source": source.identity, "model": folder.checksum, "index": index.meta.files, "dataset": dataset.fingerprint,
@@ -124,7 +124,7 @@ def recommend(
             vectors = encode_columns(folder.schema.query, batch.columns, partial(query_vectors, folder.model)).numpy()
             if not np.isfinite(vectors).all():
                 raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
-            excluded = [batch.seen[i] for i in range(len(batch.seen))] if exclude else None
+            excluded = [batch.excluded[i] for i in range(len(batch.excluded))]
             scores, rows = index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
         with new_file(shards.aside / f"part-{shard:07d}.parquet") as aside:
             parquet.write_table(_table(batch, scores, rows, documents), aside)
@@ -166,7 +166,7 @@ class QueryBatch:
     rows: np.ndarray  # int64 [m]: row numbers in the source
     keys: list[str] | None  # query keys, if the source has them
     columns: dict[str, Column]
-    seen: Ragged  # catalogue rows of the events, oldest first
+    excluded: Ragged  # catalogue rows that are no answers
 
 
 class QuerySource(ABC):
@@ -175,11 +175,12 @@ class QuerySource(ABC):
     identity: str  # identifies the queries within the dataset
     num_rows: int
     _dataset: Dataset
+    _exclude_seen: bool | str = True
 
-    def with_dataset(self, dataset: Dataset) -> QuerySource:
-        """Return the same queries with the features of `dataset`, see `Dataset.with_schema`."""
+    def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> QuerySource:
+        """Return the same queries with the features of `dataset`, see `Dataset.with_schema`, and these exclusions."""
         limited = copy(self)
-        limited._dataset = dataset
+        limited._dataset, limited._exclude_seen = dataset, exclude_seen
         return limited
 
     @abstractmethod
@@ -218,7 +219,8 @@ class Users(QuerySource):
         past = PastEvents.of_users(self._dataset, self._table, rows, self._now)
         columns |= histories(self._dataset, past)
         columns |= request_columns(self._dataset, past, self._context, self._now)
-        return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, past.rows)
+        excluded = excluded_rows(self._dataset, past, self._exclude_seen, self._now)
+        return QueryBatch(np.arange(first, last), self._table.strings("query_key", rows), columns, excluded)
 
 
 class SplitRows(QuerySource):
@@ -227,7 +229,7 @@ class SplitRows(QuerySource):
     def __init__(self, dataset: Dataset, split: str) -> None:
         """Raises DataError: no such split, or rows with several queries."""
         dataset.index(split)
-        if dataset.num_queries(split) != dataset.num_rows(split):
+        if dataset.has_segments(split):
             raise DataError(f"{dataset.dir}: rows of split {split} have several queries each; use validation or test")
         self._dataset, self._split = dataset, split
         self.identity, self.num_rows = f"split {split}", dataset.num_rows(split)
@@ -238,10 +240,10 @@ class SplitRows(QuerySource):
         keys = None
         if rows.sequences is not None and rows.sequence is not None:
             keys = rows.sequences.strings("query_key", rows.sequence)
-        seen = Ragged(*rows.seen_ragged())
-        if self._dataset.schema.siamese:
-            seen = Ragged.of_lists(_query_documents(self._dataset, rows.query_ids), np.int64)
-        return QueryBatch(rows.row_ids, keys, rows.inputs, seen)
+        excluded = self._dataset.excluded(rows, self._exclude_seen)
+        if self._dataset.schema.siamese and self._exclude_seen:
+            excluded = Ragged.of_lists(_query_documents(self._dataset, rows.query_ids), np.int64)
+        return QueryBatch(rows.row_ids, keys, rows.inputs, excluded)
 
 
 class TableRows(QuerySource):
@@ -289,14 +291,15 @@ class TableRows(QuerySource):
             docs = self._dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
             offsets = np.concatenate([[0], np.cumsum(docs >= 0)])
             seen = Ragged(docs[docs >= 0], offsets[np.asarray(lists.offsets)])
-        if keys is not None and self._dataset.schema.siamese:
-            ids = np.array([hash64(key) for key in keys], np.int64)
-            seen = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
         features = _of_columns(stored_features(self._dataset.schema.query))
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         past = PastEvents.of_items(self._dataset.schema, seen)
         columns |= request_columns(self._dataset, past, self._context, self._now)
-        return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), seen)
+        excluded = excluded_rows(self._dataset, past, self._exclude_seen, self._now)
+        if keys is not None and self._dataset.schema.siamese and self._exclude_seen:
+            ids = np.array([hash64(key) for key in keys], np.int64)
+            excluded = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
+        return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), excluded)
 
 
 def _context(dataset: Dataset, now: float | None, context: Mapping[str, str]) -> dict[str, Column]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from bigdssm.errors import ConfigError
+from bigdssm.utils.arguments import MAX_ERROR_CHARACTERS
 from bigdssm.utils.bounds import BOUND, Bound
 
-MAX_ERROR_CHARACTERS = 80
 HELP = "help"  # in the metadata of a field, with BOUND
 
 
@@ -96,13 +96,6 @@ def load_json(text: str | bytes) -> Any:
         return content
 
     return json.loads(text, object_pairs_hook=unique)
-
-
-def check_utf8(texts: Iterable[str]) -> None:
-    """Raise ConfigError if a text holds a lone surrogate (JSON's "\\ud800"), which UTF-8 cannot encode."""
-    for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ConfigError(f"{ascii(text)[:MAX_ERROR_CHARACTERS]} is not valid UTF-8")
 
 
 def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from bigdssm.config import VisitConfig
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
+    PADDING,
     Column,
     Elapsed,
     EventTime,
@@ -35,7 +37,8 @@ from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
-from bigdssm.retrieval.request import Event, Request, check_utf8
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.utils.arguments import check_utf8
 from bigdssm.utils.hashing import hash64
 
 NUM_SUGGESTIONS = 3
@@ -60,7 +63,7 @@ class Queries:
     """Resolves requests to one model."""
 
     def __init__(
-        self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool,
+        self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool | str,
         num_docs: int | None = None, empty_histories: bool = False,
     ) -> None:  # fmt: skip
         """Users, events and filters need a dataset. `exclude_seen` is the default of requests.
@@ -122,7 +125,9 @@ class Queries:
         live, unknown = self._events(request.events or [], request.now, stored)
         past = stored.followed_by(live)
         seen = past.rows.values
-        context, known = {}, stored_features({name: self._schema.event[name] for name in self._schema.request})
+        visit = VisitConfig() if dataset is None else dataset.rules.visit
+        names = [*self._schema.request, *([] if visit.feature is None else [visit.feature])]
+        context, known = {}, stored_features({name: self._schema.event[name] for name in names})
         for name, value in (request.context or {}).items():
             if name not in known:
                 some = name[:COMPARED_CHARACTERS]
@@ -138,7 +143,11 @@ class Queries:
                 raise ConfigError("a filter needs the documents' features; give the dataset with --data")
             allowed = self._filters.allowed(request.filter)
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
-        excluded = np.concatenate([seen if exclude else NOTHING, query_document])
+        of_events = NOTHING
+        if dataset is not None:
+            session = None if visit.feature is None else context.get(visit.feature)
+            of_events = excluded_rows(dataset, past, exclude, request.now, session).values
+        excluded = np.concatenate([of_events, query_document])
         return Query(columns, request.top, seen, unknown, excluded, allowed)
 
     def feature(self, name: str, value: Any) -> Column:
@@ -227,7 +236,8 @@ class Queries:
                 values = np.concatenate([none.features[name].values, *map(np.asarray, encoded)])
             features[name] = Ragged(values, np.array([0, len(known)]))
         newest = times[known[-1:]] if len(known) else np.full(1, np.nan)
-        return PastEvents(Ragged.of_lists([rows[rows >= 0]], np.int64), features, newest), unknown
+        of_known = Ragged.of_lists([times[known]], np.float64)
+        return PastEvents(Ragged.of_lists([rows[rows >= 0]], np.int64), features, newest, of_known), unknown
 
 
 @dataclass(frozen=True)
@@ -237,6 +247,7 @@ class PastEvents:
     rows: Ragged  # int64: catalogue rows
     features: Mapping[str, Ragged]  # of events, by name, aligned with `rows`
     newest_time: np.ndarray  # float64, per query; NaN without times or events
+    times: Ragged  # float64, aligned with `rows`; NaN unless visits are by gaps
 
     @classmethod
     def of_users(
@@ -252,8 +263,11 @@ class PastEvents:
         newest = np.full(len(sequences), np.nan)
         if TIME_COLUMN in table.schema.names:
             newest[length > 0] = table.take_slices(TIME_COLUMN, sequences, np.maximum(length - 1, 0), length).values
-        features = dataset.event_features(table, sequences, first, length)
-        return cls(Ragged(items.values.astype(np.int64), items.offsets), features, newest)
+        features = dataset.event_features(table, sequences, first, length, dataset.schema.event)
+        times = Ragged(np.full(len(items.values), np.nan), items.offsets)
+        if dataset.rules.visit.gap_s is not None:
+            times = table.take_slices(TIME_COLUMN, sequences, first, length)
+        return cls(Ragged(items.values.astype(np.int64), items.offsets), features, newest, times)
 
     @classmethod
     def of_items(cls, schema: Schema, rows: Ragged) -> PastEvents:
@@ -262,7 +276,7 @@ class PastEvents:
         for name, feature in schema.event.items():
             missing = np.asarray(encode_values(feature, [feature.missing], None))
             features[name] = Ragged(np.repeat(missing, len(rows.values)), rows.offsets)
-        return cls(rows, features, np.full(len(rows), np.nan))
+        return cls(rows, features, np.full(len(rows), np.nan), Ragged(np.full(len(rows.values), np.nan), rows.offsets))
 
     @classmethod
     def none(cls, schema: Schema) -> PastEvents:
@@ -277,7 +291,7 @@ class PastEvents:
 
         features = {name: joined([self.features[name], values]) for name, values in later.features.items()}
         newest = later.newest_time if len(later.rows.values) else self.newest_time
-        return PastEvents(joined([self.rows, later.rows]), features, newest)
+        return PastEvents(joined([self.rows, later.rows]), features, newest, joined([self.times, later.times]))
 
 
 def read_user(
@@ -339,6 +353,29 @@ def check_now(dataset: Dataset, now: float | None) -> None:
         check_unit(dataset, "now", np.array([now]))
 
 
+def excluded_rows(
+    dataset: Dataset, past: PastEvents, exclude_seen: bool | str, now: float | None = None,
+    session: Column | None = None,
+) -> Ragged:  # fmt: skip
+    """Return the catalogue rows that are no answers per query, see `EventRules.excluded`.
+
+    The visit of a request is that of its newest event, unless `now` or `session` differ from it.
+    """
+    visit = dataset.rules.visit
+
+    def visits() -> tuple[Ragged, np.ndarray]:
+        if visit.feature is None:
+            return past.times, past.newest_time if now is None else np.full(len(past.rows), now)
+        events = past.features[visit.feature]
+        newest = np.append(events.values, PADDING)[np.maximum(events.offsets[1:], 1) - 1]
+        return events, newest if session is None else np.repeat(np.asarray(session), len(past.rows))
+
+    return dataset.rules.excluded(
+        past.rows, exclude_seen, dataset.schema, lambda name: past.features[name].values, visits,
+        dataset.header.time_unit,
+    )  # fmt: skip
+
+
 def request_columns(
     dataset: Dataset, past: PastEvents, context: Mapping[str, Column], now: float | None
 ) -> dict[str, Column]:
@@ -370,7 +407,8 @@ def histories(dataset: Dataset, past: PastEvents) -> dict[str, Column]:
         first = np.maximum(end - feature.max_items, begin)
         newest = gather_ranges(past.rows.values, first, end)
         columns[name] = Ragged(item_codes(dataset.catalogue.codes(str(feature.of), newest.values)), newest.offsets)
-        columns |= {f"{name}.{key}": gather_ranges(f.values, first, end) for key, f in past.features.items()}
+        for key in dataset.schema.event_inputs:
+            columns[f"{name}.{key}"] = gather_ranges(past.features[key].values, first, end)
     return columns
 
 

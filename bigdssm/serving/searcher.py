@@ -18,6 +18,7 @@ import numpy as np
 from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import CheckpointError, ConfigError, DataError
@@ -106,7 +107,7 @@ class Searcher:
                 f"{folder.doc_checksum[:12]}; embed and index with the served model"
             )
         if dataset is not None:
-            dataset = folder.view(dataset)
+            dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
             index = index.of_dataset(dataset)
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)

@@ -95,9 +95,12 @@ class BatchBuilder:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
             batch = replace(batch, teacher_query=as_tensor(vectors[0]), teacher_doc=as_tensor(vectors[1]))
         if self._doc_ids is not None:
-            batch = replace(batch, known_positives=known_pairs(rows, self._config.mask, self._doc_ids))
+            batch = replace(batch, known_positives=known_pairs(rows, self._config.mask, self._doc_ids, self._dataset))
         elif self._dataset.schema.siamese:
             batch = replace(batch, known_positives=siamese_known_pairs(batch, self._config.mask))
+        if isinstance(condition := self._dataset.rules.exclude_seen, str):
+            is_known = self._dataset.matching_targets(rows, condition, "data.exclude_seen")
+            batch = replace(batch, is_known=torch.from_numpy(is_known))
         return batch
 
     def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
@@ -184,19 +187,22 @@ def row_stream(
     return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)
 
 
-def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray) -> Tensor:
+def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray, dataset: Dataset) -> Tensor:
     """Return int64 [p, 2] of the documents that `mask` adds to those no query has as negatives, for a Batch.
 
-    past: (query index, doc id) of the events before each query. user: (query id, doc id) of the events before the
-    latest position of each query id, which include those before earlier positions.
+    past: (query index, doc id) of the events before each query that serving excludes. user: (query id, doc id) of the
+    events before the latest position of each query id, which include those before earlier positions; with a condition
+    in data.exclude_seen those that match it.
     """
+    exclude_seen = dataset.rules.exclude_seen
     if mask == "past":
-        return history_pairs(np.arange(rows.num_queries), Ragged(*rows.seen_ragged()), doc_ids)
+        return history_pairs(np.arange(rows.num_queries), dataset.excluded(rows, exclude_seen), doc_ids)
     assert rows.position is not None
     order = np.lexsort((rows.position, rows.query_ids))
     is_latest = np.append(np.diff(rows.query_ids[order]) != 0, True)[: len(order)]
     latest = order[is_latest]
-    return history_pairs(rows.query_ids[latest], Ragged(*rows.seen_ragged(latest)), doc_ids)
+    before = dataset.excluded(rows, exclude_seen, latest, visits=False)
+    return history_pairs(rows.query_ids[latest], before, doc_ids)
 
 
 def siamese_known_pairs(batch: Batch, mask: str) -> Tensor:

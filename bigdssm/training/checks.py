@@ -51,7 +51,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
     check_settings(config, name)
     dataset = open_segment(config, name) if resume else open_dataset(config.data)
     dataset.check_against(config.data)
-    if dataset.num_queries("train") > dataset.num_rows("train"):
+    if dataset.has_segments("train"):
         check_many_queries(f"rows of several queries, as those of {dataset.dir} are,", config.data, config.model)
     elif config.data.targets_per_row > 1 and config.data.webdataset is None:
         logger.warning(  # no error: a small partition may have no user with several targets
@@ -76,7 +76,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
             )
         if not stage.steps:
             raise ConfigError(f"{name}.steps: got 0, needs a number of steps: plain shards have no epochs")
-    elif stage.rows_global > MAX_REPEATS * rows:
+    elif dataset.index("train") and stage.rows_global > MAX_REPEATS * rows:
         raise ConfigError(
             f"{name}.rows_global: got {stage.rows_global}, needs at most {MAX_REPEATS * rows} with a train split of "
             f"{rows} rows in partitions {', '.join(partition.name for partition in dataset.partitions)}: a step would "
@@ -211,7 +211,8 @@ def retained_settings(trained: Config, config: Config) -> str:
 
 def check_agreement(config: Config, dataset: Dataset) -> None:
     """Raise, on every rank, unless all ranks have equal configs, datasets and versions."""
-    local = {"config": config.to_dict(), "dataset": {"fingerprint": dataset.fingerprint}, "version": versions()}
+    opened = {"fingerprint": dataset.fingerprint, "rows": dataset.num_rows("train")}
+    local = {"config": config.to_dict(), "dataset": opened, "version": versions()}
     first = distributed.broadcast_object(local)
     error: BigDSSMError | None = None
     for part in local:

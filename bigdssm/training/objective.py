@@ -186,7 +186,7 @@ class Objective:
         gathered: replace None by globally unique ids, for a loss that compares the queries of all ranks.
         """
         if self._stage.negatives.mask not in ("past", "none"):  # without a config, the mask is batch
-            return {"query_ids": batch.query_ids, "known": batch.known_positives}
+            return {"query_ids": batch.query_ids, "known": batch.known_positives, "is_known": batch.is_known}
         if not gathered:
             return {"query_ids": None, "known": batch.known_positives}
         first = distributed.rank() << 40

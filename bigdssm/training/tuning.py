@@ -161,7 +161,7 @@ class TuningBaseline:
 
     name: str
     dataset: Dataset
-    exclude_seen: bool
+    exclude_seen: bool | str
     metric: str
 
     def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from functools import wraps
 from inspect import Parameter, signature
@@ -18,6 +18,7 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 
+MAX_ERROR_CHARACTERS = 80  # of a text in a message
 MAX_CHARS = 60  # characters of a value in a message
 TYPE_NAMES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path", date: "a date",
@@ -117,3 +118,10 @@ def _words(kind: Any) -> str:
     if issubclass(origin, Callable):  # type: ignore[arg-type]
         return "a function"
     return f"a {'dict' if issubclass(origin, Mapping) else 'list'}, each element {_words(get_args(kind)[-1])}"
+
+
+def check_utf8(texts: Iterable[str]) -> None:
+    """Raise ConfigError if a text holds a lone surrogate (JSON's "\\ud800"), which UTF-8 cannot encode."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{ascii(text)[:MAX_ERROR_CHARACTERS]} is not valid UTF-8")

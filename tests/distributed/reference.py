@@ -28,11 +28,12 @@ class Shard:
     query_ids: Tensor | None = None
     doc_ids: Tensor | None = None
     known: Tensor | None = None
+    is_known: Tensor | None = None
     negatives: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the optional arguments that are not None."""
-        names = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "known", "negatives")
+        names = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "known", "is_known", "negatives")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -133,6 +134,8 @@ def make_shards(
                 torch.randint(total_docs, (number,), generator=generator) + 2**61,
             ], 1)  # fmt: skip
             shard = replace(shard, known=known)
+        if "is_known" in options:
+            shard = replace(shard, is_known=torch.rand(m, generator=generator) < 0.5)
         if "negatives" in options:
             negatives = torch.randint(-1, n, (m, 4), generator=generator)
             shard = replace(shard, negatives=negatives)

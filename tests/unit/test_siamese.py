@@ -157,11 +157,11 @@ def test_a_search_for_a_document_returns_others(dataset: Dataset, model_dir: Pat
 def test_bulk_queries_exclude_their_own_documents(dataset: Dataset, tmp_path: Path) -> None:
     asked = SplitRows(dataset, "test").read(0, 5)
     ids = next(dataset.iterate("test", 1000)).query_ids[:5]
-    assert [asked.seen[i].tolist() for i in range(5)] == dataset.catalogue.rows_by_id(ids)[:, None].tolist()
+    assert [asked.excluded[i].tolist() for i in range(5)] == dataset.catalogue.rows_by_id(ids)[:, None].tolist()
     rows = [{"key": key, "a_text": "river stone", "a_kind": "k1", "a_size": 3} for key in ("d7", "new")]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = TableRows(dataset, tmp_path / "asked.jsonl", "key", None).read(0, 2)
-    assert asked.seen[0].tolist() == dataset.catalogue.rows_by_key(["d7"]).tolist() and not len(asked.seen[1])
+    assert asked.excluded[0].tolist() == dataset.catalogue.rows_by_key(["d7"]).tolist() and not len(asked.excluded[1])
 
 
 def test_a_collection_names_queries_as_documents(config_path: Path, model: DualEncoder, dataset: Dataset) -> None:

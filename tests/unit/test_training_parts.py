@@ -213,11 +213,11 @@ def test_known_pairs_are_the_events_before_each_query(tiny_interactions: TinyDat
     expected: set[tuple[int, int]] = set()
     for row, query in enumerate(rows.query_ids.tolist()):
         expected |= {(row if mask == "past" else query, int(ids[doc])) for doc in rows.seen(row)}
-    found = [tuple(pair) for pair in known_pairs(rows, mask, ids).tolist()]
+    found = [tuple(pair) for pair in known_pairs(rows, mask, ids, dataset).tolist()]
     assert set(found) == expected
     assert len(found) < len(expected) + 160 * 5  # an item that occurred twice is there twice, a row is not
     nothing = rows.take(np.empty(0, np.int64))
-    assert known_pairs(nothing, mask, ids).shape == (0, 2)
+    assert known_pairs(nothing, mask, ids, dataset).shape == (0, 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

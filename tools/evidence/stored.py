@@ -30,7 +30,7 @@ class StoredTrial:
     trial: str  # Trial.name
     split: str
     rows: str  # checksum of the split's rows
-    exclude_seen: bool
+    exclude_seen: bool | str
     cpu_seconds: float  # of training including pretraining
     ranks: str  # DTYPE [queries], deflated, base64
 

@@ -14,7 +14,8 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, Vocabulary
-from bigdssm.retrieval.filters import Condition, Filters, parse_filter
+from bigdssm.features.conditions import Condition, parse_filter
+from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta

@@ -1,0 +1,327 @@
+"""Rules on events (targets, exclusions, visits): every reader against a reference of plain Python."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigdssm.config import DataConfig, StageConfig, VisitConfig, check_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.features import Session
+from bigdssm.loader.inspection import describe
+from bigdssm.loader.stream import PairStream
+from bigdssm.losses.masks import find_known_positives, local_pairs
+from bigdssm.retrieval.exact_search import excluded_documents
+from bigdssm.retrieval.mining import TrainPositives
+from bigdssm.retrieval.recommend import Users
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.search import Queries
+from bigdssm.training.batches import BatchBuilder
+
+from .test_event_features import CONFIG, EVENT, load, make, rows_of_events, sequences
+
+RULED = replace(CONFIG, event={**EVENT, "session": Session()}, query={"past": CONFIG.query["past"]})
+BUY = "action = buy and price >= 20"
+NO_VISIT, BY_SESSION, BY_GAP = VisitConfig(), VisitConfig(feature="session"), VisitConfig(gap_s=3000.0)
+Known = set[tuple[str, int]]
+START = 1_700_000_000
+
+
+def drawn(seed: int, number: int = 250) -> list[dict[str, Any]]:
+    """Draw events with sessions, few items, and many at the time of another one."""
+    random = np.random.RandomState(seed)
+    return [
+        {
+            **row, "item_id": f"i{random.randint(6)}", "timestamp": row["timestamp"] // 60 * 60,
+            "session": [None, *"abcdefg"][random.randint(8)],
+        }
+        for row in rows_of_events(seed, number, START)
+    ]  # fmt: skip
+
+
+def is_bought(event: dict[str, Any]) -> bool:
+    return event["event_type"] == "buy" and event["price"] is not None and event["price"] >= 20
+
+
+def known_to(events: list[dict[str, Any]], position: int, request: bool) -> list[dict[str, Any]]:
+    """Return the history of the query of the event at `position`."""
+    if not request:
+        return events[:position]
+    return [event for event in events if event["timestamp"] < events[position]["timestamp"]]
+
+
+def of_visit(history: list[dict[str, Any]], session: str | None, now: float, visit: VisitConfig) -> list[str]:
+    """Return the items of the history that are in the visit of a request."""
+    if visit.feature:
+        return [event["item_id"] for event in history if session is not None and event["session"] == session]
+    items: list[str] = []
+    for event in reversed(history if visit.gap_s else []):
+        if now - event["timestamp"] > visit.gap_s:  # type: ignore[operator]
+            break
+        items.append(event["item_id"])
+        now = event["timestamp"]
+    return items
+
+
+def excluded_of(
+    history: list[dict[str, Any]], session: str | None, now: float, visit: VisitConfig, exclude_seen: bool | str
+) -> set[str]:
+    seen = [e["item_id"] for e in history if exclude_seen is True or (exclude_seen and is_bought(e))]
+    return {*seen, *of_visit(history, session, now, visit)}
+
+
+def keys_of(dataset: Dataset, rows: Any) -> list[tuple[str, int]]:
+    table, position = rows.sequences, rows.position
+    users = table.strings("query_key", rows.sequence[rows.row_of_query])
+    return list(zip(users, position.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("visit", [NO_VISIT, BY_SESSION, BY_GAP], ids=["all", "session", "gap"])
+@pytest.mark.parametrize(("split_by", "targets_per_row"), [("time", 4), ("leave-one-out", 1)])
+@pytest.mark.parametrize("request_names", [(), ("action", "gap")])
+def test_targets_and_exclusions_are_those_of_a_reference(
+    tmp_path: Path, visit: VisitConfig, split_by: str, targets_per_row: int, request_names: tuple[str, ...]
+) -> None:
+    config = replace(RULED, request=request_names, targets_per_row=targets_per_row)
+    rows = drawn(len(split_by) + len(request_names))
+    make(tmp_path, rows, config=config, split=split_by)
+    raw, events = Dataset.open(tmp_path / "out"), sequences(rows)
+    for exclude_seen in (True, False, BUY):
+        rules = EventRules({"train": BUY, "test": "action in (buy, cart)"}, exclude_seen, visit)
+        view = raw.with_rules(rules)
+        if exclude_seen is not BUY:  # the rows are the same
+            view = view.with_schema(raw.schema)
+        for split in ("train", "validation", "test"):
+            every = {key: r for r in raw.iterate(split, 50) for key in keys_of(raw, r)}
+            expected: Known = set()
+            for user, position in every:
+                event = events[user][position]
+                history = known_to(events[user], position, bool(request_names))
+                wanted = {"train": is_bought(event), "test": event["event_type"] in ("buy", "cart")}.get(split, True)
+                if wanted and event["item_id"] not in of_visit(history, event["session"], event["timestamp"], visit):
+                    expected.add((user, position))
+            assert 0 < len(expected) <= len(every) - (split == "train") * 40
+            found = [(key, r, i) for r in view.iterate(split, 7) for i, key in enumerate(keys_of(view, r))]
+            assert Counter(key for key, _, _ in found) == Counter(expected)
+            assert view.num_queries(split) == len(expected) and view.num_rows(split) <= len(expected)
+            # Histories have all events; what is excluded depends on the history and the request.
+            for (user, position), r, i in found:
+                event, history = events[user][position], known_to(events[user], position, bool(request_names))
+                before = every[user, position]
+                j = keys_of(raw, before).index((user, position))
+                for name, column in r.query.items():
+                    np.testing.assert_array_equal(column[i], before.query[name][j])  # type: ignore[index]
+                query, docs = excluded_documents(view, exclude_seen)(r)
+                excluded = set(view.catalogue.keys(docs[query == i]))
+                assert excluded == excluded_of(history, event["session"], event["timestamp"], visit, exclude_seen)
+        # The stream of training: every target once per epoch, as positives and in the counts.
+        stream = PairStream(view, rows_global=8, lanes=2, tail="carry")
+        targets = []
+        while sum(map(len, targets)) < view.num_queries("train"):
+            targets.append(keys_of(view, next(stream)))
+        of_train = {key for r in view.iterate("train", 50) for key in keys_of(view, r)}
+        assert set().union(*targets) == of_train and stream.step <= stream.steps_per_epoch
+        assert stream.state()["data.targets.train"] == BUY and stream.rows_bad == 0
+        items = Counter(events[user][position]["item_id"] for user, position in of_train)
+        assert dict(zip(view.catalogue.keys(np.arange(30)), view.doc_counts().tolist(), strict=True)) == {
+            f"i{n}": items.get(f"i{n}", 0) for n in range(30)
+        }
+        assert view.fingerprint != raw.fingerprint and pickle.loads(pickle.dumps(view)).fingerprint == view.fingerprint
+        sizes = {size.split: size.queries for size in describe(view).sizes}
+        assert sizes == {split: view.num_queries(split) for split in sizes}
+    assert (
+        raw.num_queries("train") > view.num_queries("train")
+        and "data.targets.train" not in PairStream(raw, rows_global=8, lanes=2).state()
+    )
+
+
+@pytest.mark.parametrize("mask", ["batch", "user", "past", "none"])
+@pytest.mark.parametrize("exclude_seen", [True, BUY])
+@pytest.mark.parametrize("targets_per_row", [1, 4])
+def test_masks_have_the_condition_of_serving(
+    tmp_path: Path, mask: str, exclude_seen: bool | str, targets_per_row: int
+) -> None:
+    config = replace(RULED, request=("action",), targets_per_row=targets_per_row)
+    rows = drawn(5)
+    make(tmp_path, rows, config=config)
+    events = sequences(rows)
+    visit = BY_SESSION if mask == "past" else NO_VISIT
+    view = Dataset.open(tmp_path / "out").with_rules(EventRules({}, exclude_seen, visit))
+    stage = replace(StageConfig(), rows_global=16)
+    stage = replace(stage, negatives=replace(stage.negatives, mask=mask))
+    stream = PairStream(view, rows_global=16, lanes=2)
+    batch_rows = next(stream)
+    batch = BatchBuilder(stream, stage)(batch_rows)
+    keys, masked = keys_of(view, batch_rows), 0
+    ids, known, docs = batch.query_ids, batch.known_positives, batch.doc_ids[batch.positive]
+    shared = mask in ("batch", "user")
+    assert (batch.is_known is not None) == (exclude_seen is BUY)
+    weight = torch.ones(len(keys))
+    sent = weight if batch.is_known is None else weight * batch.is_known
+    pairs = local_pairs(ids, docs, sent, known) if shared else None
+    if pairs is not None:
+        pairs = pairs[: int((sent > 0).sum()) + (0 if known is None else len(known))]
+    positives = find_known_positives(
+        ids if shared else None, docs, weight, known, None if pairs is None else pairs[None],
+        torch.tensor([0 if pairs is None else len(pairs)]), all_known=batch.is_known is None,
+    )  # fmt: skip
+    every = torch.from_numpy(view.catalogue.doc_ids.copy())
+    matrix = positives.contain(every.expand(len(keys), -1))
+    for i, (user, position) in enumerate(keys):
+        expected = {events[user][position]["item_id"]}
+        if shared:
+            of_user = [p for u, p in keys if u == user]
+            batched = [events[user][p] for p in of_user]
+            expected |= {e["item_id"] for e in batched if exclude_seen is True or is_bought(e)}
+        if mask == "user":
+            expected |= excluded_of(known_to(events[user], max(of_user), True), None, 0.0, NO_VISIT, exclude_seen)
+        if mask == "past":
+            event, history = events[user][position], known_to(events[user], position, True)
+            expected |= excluded_of(history, event["session"], 0.0, visit, exclude_seen)
+        assert set(view.catalogue.keys(np.flatnonzero(matrix[i].numpy()))) == expected
+        masked += len(expected)
+    assert masked > len(keys) or mask == "none"
+
+
+def test_mined_negatives_are_no_known_positives(tmp_path: Path) -> None:
+    rows = drawn(6)
+    make(tmp_path, rows, config=RULED)
+    dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
+    positives = TrainPositives.of(dataset, exclude_seen=BUY)
+    (batch,) = dataset.iterate("train", 1000)
+    keys = keys_of(dataset, batch)
+    bought = {(user, events[user][p]["item_id"]) for user, p in keys if is_bought(events[user][p])}
+    number, docs = positives.pairs(batch.query_ids)
+    users = [user for user, _ in keys]
+    assert {(users[i], key) for i, key in zip(number, dataset.catalogue.keys(docs), strict=True)} == bought
+    assert 3 < len(bought) < len({(user, events[user][p]["item_id"]) for user, p in keys})
+
+
+@pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
+@pytest.mark.parametrize("exclude_seen", [True, False, BUY])
+def test_serving_excludes_the_visit_and_the_condition(
+    tmp_path: Path, visit: VisitConfig, exclude_seen: bool | str
+) -> None:
+    rows = drawn(7, 150)
+    make(tmp_path, rows, config=RULED)
+    newest_row = max(row["timestamp"] for row in rows)
+    later = [{**row, "timestamp": row["timestamp"] - START + newest_row + 300} for row in drawn(8, 40)]
+    make(tmp_path, [*rows, *later], "day2", config=RULED)  # an append
+    every = sequences([*rows, *later])
+    dataset = Dataset.open(tmp_path / "out").with_rules(EventRules({}, exclude_seen, visit))
+    queries, sizes = Queries(dataset.schema, None, dataset, exclude_seen), set()
+    end = max(event["timestamp"] for events in every.values() for event in events)
+    for now in (None, START + 2000, end, end + 86_400):
+        bulk = Users(dataset, now).with_dataset(dataset, exclude_seen).read(0, 100)
+        for user, events in every.items():
+            history = [event for event in events if now is None or event["timestamp"] <= now]
+            newest = history[-1] if history else {"session": None, "timestamp": 0}
+            session, time = newest["session"], newest["timestamp"] if now is None else now
+            expected = excluded_of(history, session, time, visit, exclude_seen)
+            row = bulk.keys.index(user)  # type: ignore[union-attr]
+            assert set(dataset.catalogue.keys(bulk.excluded[row])) == expected
+            assert set(dataset.catalogue.keys(queries.of(Request(user=user, now=now)).excluded)) == expected
+            # Live events follow the stored ones; the session of the request is in its context.
+            live = [
+                {"item_id": "i9", "event_type": "buy", "price": 30.0, "session": "z", "timestamp": end + 90_000},
+                {"item_id": "i8", "event_type": "view", "price": 30.0, "session": "y", "timestamp": end + 90_300},
+            ]
+            given = [
+                Event(e["item_id"], e["timestamp"], {"action": e["event_type"], "price": 30.0, "session": e["session"]})
+                for e in live
+            ]
+            if now is None:
+                context = {"session": "z"} if visit.feature else None
+                query = queries.of(Request(user=user, events=given, context=context))
+                reference = excluded_of([*events, *live], "z", end + 90_300, visit, exclude_seen)
+                assert set(dataset.catalogue.keys(query.excluded)) == reference
+                assert ("i8" in reference) == (exclude_seen is True or visit is BY_GAP) and "i9" in reference
+            sizes.add(len(expected))
+    assert len(sizes) > 3
+    all_seen = queries.of(Request(user=user, exclude_seen=True)).excluded
+    assert set(dataset.catalogue.keys(all_seen)) == {event["item_id"] for event in every[user]}
+
+
+@pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
+def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: VisitConfig) -> None:
+    """Change the item at a time, and everything after it: neither inputs nor exclusions of its query change."""
+    config = replace(RULED, request=("action", "gap"), targets_per_row=1)
+    rows = sorted(drawn(9, 200), key=lambda row: row["timestamp"])
+    cut = rows[140]["timestamp"]
+    after = [row for row in rows if row["timestamp"] > cut]
+    changed = [
+        {**row, "item_id": "i20"} if row["timestamp"] == cut else row for row in rows if row["timestamp"] <= cut
+    ] + [
+        {**row, **{key: other[key] for key in ("item_id", "event_type", "price", "session")}}
+        for row, other in zip(after, after[7:] + after[:7], strict=True)
+    ]
+    found = []
+    for number, table in enumerate((rows, changed)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        times = {"validation_from": float(rows[100]["timestamp"]), "test_from": float(rows[190]["timestamp"])}
+        make(folder, table, config=config, **times)
+        view = Dataset.open(folder / "out").with_rules(EventRules({"validation": "price >= 1"}, BUY, visit))
+        queries = {}
+        for r in view.iterate("validation", 20):
+            assert r.sequences is not None
+            time = [sequences(table)[user][position]["timestamp"] for user, position in keys_of(view, r)]
+            query, docs = excluded_documents(view, BUY)(r)
+            for i, key in enumerate(keys_of(view, r)):
+                if time[i] <= cut:
+                    inputs = {name: np.asarray(column[i]).tolist() for name, column in r.inputs.items()}  # type: ignore[index]
+                    queries[key] = inputs, sorted(docs[query == i].tolist()), time[i] == cut
+        found.append(queries)
+    at_cut = [key for key, (_, _, is_cut) in found[1].items() if is_cut]
+    assert at_cut and set(found[0]) <= set(found[1]) and len(found[0]) > 20
+    for key, (inputs, excluded, _) in found[0].items():
+        np.testing.assert_equal(inputs, found[1][key][0])
+        assert excluded == found[1][key][1]
+
+
+def test_refused_rules(tmp_path: Path) -> None:
+    make(tmp_path, drawn(10, 100), config=RULED)
+    dataset = Dataset.open(tmp_path / "out")
+    for targets, sentence in (
+        ("action = purchse", r"data\.targets\.train 'action = purchse': no event has action = 'purchse'"),
+        ("action == buy", r"data\.targets\.train 'action == buy': got =, needs a value"),
+        ("gap < 5", r"data\.targets\.train 'gap < 5': got gap, needs categorical or numeric features of data\.event"),
+        ("price > dear", r"data\.targets\.train 'price > dear': price is 'dear', needs a number"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            dataset.with_rules(EventRules({"train": targets}))
+    nothing = dataset.with_rules(EventRules({"train": "price > 1000"}))
+    with pytest.raises(
+        DataError, match=r"no event of split 'train' is a target with data\.targets\.train=price > 1000"
+    ):
+        PairStream(nothing, rows_global=8, lanes=2)
+    assert nothing.num_rows("train") == 0 and not nothing.has_positives() and nothing.num_rows("test")
+    base = replace(load(tmp_path), data=replace(RULED, dir="d", targets_per_row=1))
+    check_config(replace(base, data=replace(base.data, targets="action = buy", exclude_seen=BUY, visit=BY_SESSION)))
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"targets": {"dev": "action = buy"}}, r"data\.targets: got .*dev.*, needs a condition, or a mapping of train"),
+        ({"targets": {"train": 3}}, r"data\.targets\.train: got 3, needs a condition"),
+        ({"exclude_seen": "kind = buy"}, r"data\.exclude_seen 'kind = buy': got kind, needs .*\['action', 'price'\]"),
+        ({"visit": VisitConfig("action")}, r"data\.visit\.feature: got action, needs .* type session"),
+        ({"visit": VisitConfig("session", 3.0)}, r"data\.visit: got .*, needs feature or gap_s, not both"),
+        ({"request": ("session",)}, r"data\.request: got session, needs features that are inputs"),
+    ]
+    for keys, sentence in refused:
+        with pytest.raises(ConfigError, match=sentence):
+            check_config(replace(base, data=replace(base.data, **keys)))
+    assert DataConfig(dir="d", targets="action = buy").targets == dict.fromkeys(
+        ("train", "validation", "test"), "action = buy"
+    )
+    undated = replace(RULED, event={"action": EVENT["action"]})
+    make(tmp_path / "out", drawn(10, 100), config=undated, time_column=None, split="leave-one-out")
+    with pytest.raises(ConfigError, match=r"data\.visit: .* has no event_time"):
+        Dataset.open(tmp_path / "out" / "out").with_rules(EventRules(visit=BY_GAP))
