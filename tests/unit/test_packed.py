@@ -423,7 +423,7 @@ def by_mask(
 @pytest.mark.parametrize(
     ("by", "history"),
     [(by_mask, {"layers": 1}), (None, {"layers": 1}), (None, {"positions": "relative", "block": "gated"}),
-     (None, {"positions": "rotary"})],
+     (None, {"positions": "rotary", "times": "rotary"})],
 )  # fmt: skip
 def test_compiled_layers_give_the_same_for_all_lengths_from_a_few_graphs(
     by: Attention | None, history: dict[str, Any]

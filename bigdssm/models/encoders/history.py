@@ -213,9 +213,8 @@ class HistoryEncoder(Encoder):
     ) -> Tensor:  # fmt: skip
         """Return the last layer's output [m, E] for requests [m, K], over padded histories `hidden` [R, T + 1, E].
 
-        times: of the positions, int64 [R, T + 1].
-
-        The rows of the layer are requests: several may have one prefix, and none is a key of another.
+        The rows of the layer are requests: several may have one prefix, and none is a key of another. times: of the
+        positions, int64 [R, T + 1]; a request without a time has that of its newest event.
         """
         num_rows, width = hidden.shape[:2]
         if query_positions is None:
