@@ -26,11 +26,12 @@ from . import small_run
 from .spawn import Pool
 
 EVENT = (
-    "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}, when: {type: timestamp}}"
+    "{action: {type: categorical}, price: {type: numeric, log: true}, gap: {type: elapsed}, when: {type: timestamp}, "
+    "hour: {type: calendar, timezone: Asia/Kathmandu}}"
 )
 PIECES = (
     "data.targets_per_row=4", "model.query.history.positions=relative", "model.query.history.times=rotary",
-    f"data.event={EVENT}", "data.request=[action,gap,when]", "data.empty_histories=true",
+    f"data.event={EVENT}", "data.request=[action,gap,when,hour]", "data.empty_histories=true",
 )  # fmt: skip
 
 
