@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--events-column", metavar="NAME", help="column of TABLE with the document keys of the history")
     parser.add_argument("--now", type=float, help="time of the requests; later events of users are ignored")
     parser.add_argument(
-        "--context", nargs="+", default=[], metavar="FEATURE=VALUE",
+        "--context", nargs="+", action="extend", default=[], metavar="FEATURE=VALUE",
         help="features of all requests (data.request), such as action=purchase",
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=10, help="documents per query (default: %(default)s)")

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features")
     parser.add_argument("--now", type=float, help=f"time of the request; {HELPS['now']}")
-    parser.add_argument("--context", nargs="+", metavar="FEATURE=VALUE", help=HELPS["context"])
+    parser.add_argument("--context", nargs="+", action="extend", metavar="FEATURE=VALUE", help=HELPS["context"])
     parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
     parser.add_argument("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)")
     parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)

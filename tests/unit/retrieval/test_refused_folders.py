@@ -151,6 +151,7 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
         (("--text", "=3"), "--text '=3': needs feature=value"),
         (("--text", "age=3", "age=4"), "--text contains age twice"),
         (("--user", "u7", "--context", "kind=3"), "context: 'kind' is not a feature of requests; they are: none"),
+        (("--user", "u7", "--context", "kind=3", "--context", "kind=4"), "--context contains kind twice"),
         (("--user", "u7", "--now", "nan"), "now is nan, needs a finite number"),
     ],
 )
