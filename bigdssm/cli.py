@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, Preempted
 from bigdssm.utils.atomic import WRITERS, is_written_by, real_path
 from bigdssm.utils.log import is_first_rank, setup_logging
+
+if TYPE_CHECKING:
+    from bigdssm.dataset.dataset import Dataset
 
 PLUGINS = "bigdssm.plugins"
 MISSING_PATH = FileNotFoundError, IsADirectoryError, NotADirectoryError  # missing data, such as a broken link
@@ -111,6 +115,23 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add the option --overwrite."""
     parser.add_argument("--overwrite", action="store_true", help="replace output that this command did not write")
+
+
+def add_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the option --config, for `open_with_rules`."""
+    parser.add_argument(
+        "--config", type=Path, help="config of the run, if it has data.targets or data.visit, which determine its rows"
+    )
+
+
+def open_with_rules(data: str, config: Path | None) -> Dataset:
+    """Open a dataset with the rules on events of a run's config, if given. Raises: ConfigError, DataError: invalid."""
+    from bigdssm.config import load_config
+    from bigdssm.dataset.dataset import Dataset
+    from bigdssm.dataset.event_rules import EventRules
+
+    dataset = Dataset.open(data)
+    return dataset if config is None else dataset.with_rules(EventRules.of(load_config(config).data))
 
 
 def check_file_to_write(option: str, path: Path | None, command: str, *, overwrite: bool) -> None:

@@ -15,4 +15,4 @@ def write_hard_negatives(path: Path, records: np.ndarray, dataset: Dataset) -> N
     """Write `window_records` of a dataset's train rows to a file."""
     with new_file(path) as aside:
         new_array(aside, records.dtype, records.shape)[:] = records
-        seal(aside, dataset.fingerprint)
+        seal(aside, dataset.rows_fingerprint)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import at_least, command, command_parser
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.cli import add_rules, at_least, command, command_parser, open_with_rules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS, resolve_precision
@@ -35,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
+    add_rules(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors")
     teacher = parser.add_mutually_exclusive_group(required=True)
     teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder of the teacher")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} exists; choose another folder, or remove it")
-    dataset = Dataset.open(args.data)
+    dataset = open_with_rules(args.data, args.config)
     if args.pretrained is not None:
         precision = resolve_precision(args.precision)
         encoders = text_encoders(args.pretrained, Texts(dataset), precision)

@@ -11,16 +11,12 @@ if anything is damaged.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import command_parser, run_main
-from bigdssm.config import load_config
-from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.cli import add_rules, command_parser, open_with_rules, run_main
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import PERCENTILES, describe, sample_rows
@@ -35,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--split", default="train", help="split for lengths, duplicates and rows (default: %(default)s)"
     )
-    parser.add_argument("--config", type=Path, help="config of a run with data.targets or data.visit")
+    add_rules(parser)
     parser.add_argument("--rows", type=int, default=10, help="number of decoded rows to print (default: %(default)s)")
     args = parser.parse_args(argv)
     return run_main(lambda: (_verify if args.verify else _inspect)(args))
@@ -54,9 +50,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     if args.rows < 0:
         raise ConfigError(f"--rows {args.rows}: needs at least 0")
-    dataset = Dataset.open(args.dataset)
-    if args.config is not None:
-        dataset = dataset.with_rules(EventRules.of(load_config(args.config).data))
+    dataset = open_with_rules(args.dataset, args.config)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     content = describe(dataset, args.split)
     sizes = _table("partition", "split", "rows", "queries", "blocks", "shards", "bytes", "bytes/row")

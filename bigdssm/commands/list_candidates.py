@@ -23,8 +23,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser, refuse_options
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.cli import (
+    add_overwrite,
+    add_rules,
+    at_least,
+    check_file_to_write,
+    command,
+    command_parser,
+    open_with_rules,
+    refuse_options,
+)
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.candidates import write_candidates, write_rated
 from bigdssm.retrieval.embed import Share
@@ -37,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the candidates")
+    add_rules(parser)
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
         "--graded", action="store_true", help="documents with ratings by the same query id in the train split"
@@ -62,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("--given needs --query-column and --column, the names of TABLE's columns")
     if not math.isfinite(args.low):
         raise ConfigError(f"--low {args.low}: needs a finite number")
-    dataset = Dataset.open(args.data)
+    dataset = open_with_rules(args.data, args.config)
     with ProgressBar() as progress:
         share = Share(progress=progress)
         if args.graded:

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command, command_parser
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.cli import add_rules, command, command_parser, open_with_rules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
 
@@ -27,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="file of hard negatives, written by fine-tuning or by bigdssm mine_negatives",
     )  # fmt: skip
     parser.add_argument("--data", required=True, help="dataset folder or URL")
+    add_rules(parser)
     parser.add_argument("--count", type=int, default=50, help="number of negatives (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the sampling, in training run.seed (default: %(default)s)"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ConfigError(f"--count {args.count}: needs at least 1")
-    hard, dataset = HardNegatives.open(args.mined), Dataset.open(args.data)
+    hard, dataset = HardNegatives.open(args.mined), open_with_rules(args.data, args.config)
     hard.check_against(dataset)
     for number, sample in enumerate(sample_negatives(dataset, hard, args.count, args.seed), start=1):
         print(f"{number}. row {sample.row_id}: {sample.query}")

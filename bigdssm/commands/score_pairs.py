@@ -10,6 +10,8 @@ of sentence-transformers (logits), unchanged Hugging Face text encoders (cosines
 teachers are averaged after standardization per query. All teachers except model folders read the dataset's texts as
 decoded by its tokenizer, truncated to max_tokens.
 
+The rules of --config are those of the run that reads the file, and of the one that mined NPY.
+
 An interrupted run continues from its finished shards when restarted, with any number of ranks.
 """
 
@@ -21,8 +23,15 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.cli import (
+    add_overwrite,
+    add_rules,
+    at_least,
+    check_file_to_write,
+    command,
+    command_parser,
+    open_with_rules,
+)
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import text_encoders
 from bigdssm.evaluation.teachers import (
@@ -45,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = command_parser(__doc__)
     parser.add_argument("--data", required=True, help="dataset folder or URL")
+    add_rules(parser)
     parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="file of hard negatives")
     parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives with scores")
     parser.add_argument(
@@ -67,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file_to_write("--out", args.out, "score_pairs", overwrite=args.overwrite)
     if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
         raise ConfigError("no teacher: needs at least one of --model, --cross-encoder, --pretrained and --bm25")
-    dataset, hard = Dataset.open(args.data), HardNegatives.open(args.mined)
+    dataset, hard = open_with_rules(args.data, args.config), HardNegatives.open(args.mined)
     hard.check_against(dataset)
     with ProgressBar() as progress:
         teachers: dict[str, PairTeacher] = {}  # by kind and checksum

@@ -221,7 +221,7 @@ class Dataset:
         if self._whole is not None:
             return self._whole.with_rules(rules).with_schema(self.schema)
         view = object.__new__(Dataset)
-        vars(view).update({name: value for name, value in vars(self).items() if name != "fingerprint"})
+        vars(view).update(vars(self))
         view.rules, view._indexes, view._counts = rules, {}, {}
         keys = [f"data.targets.{split}" for split in rules.targets] + ["data.visit"] * rules.visit.is_set
         table = self.sequences
@@ -286,9 +286,14 @@ class Dataset:
         """A hash of the schema, the tokenizer, and the partitions' rows and documents."""
         parts = [*self.partitions, *self.item_partitions]
         identities = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in parts)]
-        if self.rules.row_keys:
-            identities.append(json.dumps(self.rules.row_keys, sort_keys=True))
         return short_hash("\n".join(identities).encode())
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """A hash of the dataset and the rules on events, which number its rows; without rules the `fingerprint`."""
+        if not self.rules.row_keys:
+            return self.fingerprint
+        return short_hash(json.dumps([self.fingerprint, self.rules.row_keys], sort_keys=True).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
         """Read the metadata of all partitions in the folder, opened or not.

@@ -160,7 +160,7 @@ def score_pairs(
     def prepare(aside: Path) -> None:
         new_array(aside / FILE, record, (len(hard),))
 
-    job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.fingerprint}
+    job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.rows_fingerprint}
     shards = ShardedFolder(out, job, len(hard), work, prepare)
     records = open_memmap(shards.aside / FILE, "r+")
     for _, first, last in shards.pending("shards scored"):
@@ -176,5 +176,5 @@ def score_pairs(
             teacher_scores[positions] = scores
         records[first:last] = window_records(queries, windows, teacher_scores)
         records.flush()
-    finished = shards.finish(lambda path: seal(path, dataset.fingerprint), FILE)
+    finished = shards.finish(lambda path: seal(path, dataset.rows_fingerprint), FILE)
     return HardNegatives.open(out) if finished else None

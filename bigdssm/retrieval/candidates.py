@@ -169,7 +169,7 @@ def _write(
             readable = np.array(records_of_file[:position])
             with aside.open("wb") as file:
                 np.save(file, readable)
-        seal(aside, dataset.fingerprint)
+        seal(aside, dataset.rows_fingerprint)
     return HardNegatives.open(path)
 
 

@@ -19,7 +19,7 @@ from bigdssm.utils.array_file import check_seal
 from bigdssm.utils.hashing import derive_key, mix64
 
 ROWS_AT_ONCE = 1024
-REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs"
+REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs, by the same data.targets and data.visit"
 
 
 def window_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None) -> np.ndarray:
@@ -84,7 +84,7 @@ class HardNegatives:
     def check_against(self, dataset: Dataset) -> None:
         """Validate the whole file. Raises DataError: damaged, or of another dataset."""
         if self._path is not None:
-            check_seal(self._path, dataset.fingerprint, REMAKE)
+            check_seal(self._path, dataset.rows_fingerprint, REMAKE)
         queries, window = self.queries, self._records["window"]
         if queries.min(initial=0) < 0 or (queries[1:] <= queries[:-1]).any() or window.min(initial=-1) < -1:
             raise DataError(

@@ -177,7 +177,7 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
     records.flush()
     distributed.barrier()
     if distributed.is_main():
-        seal(aside, dataset.fingerprint)
+        seal(aside, dataset.rows_fingerprint)
         put_file(aside, path)
     distributed.barrier()
     return HardNegatives.open(path)

@@ -112,7 +112,8 @@ def recommend(
     allowed = None if options.filter is None else filters.allowed(options.filter)
     job = {
         "kind": "recommendations", "format": FORMAT, **asdict(options), "exclude_seen": exclude,
-        "source": source.identity, "model": folder.checksum, "index": index.meta.files, "dataset": dataset.fingerprint,
+        "source": source.identity, "model": folder.checksum, "index": index.meta.files,
+        "dataset": dataset.rows_fingerprint,
     }  # fmt: skip
     documents, started, queries = index.keys.combine_chunks(), time.perf_counter(), 0
     shards = ShardedFolder(out, job, source.num_rows, work, own=(META_FILE, "part-*.parquet"))

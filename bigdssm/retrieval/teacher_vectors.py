@@ -54,7 +54,7 @@ class TeacherVectors:
     def check_against(self, dataset: Dataset) -> None:
         """Validate both files. Raises DataError: damaged, or of another dataset."""
         for name in (DOCUMENTS, QUERIES):
-            check_seal(self.folder / name, dataset.fingerprint, "make it with bigdssm embed_teacher")
+            check_seal(self.folder / name, dataset.rows_fingerprint, "make it with bigdssm embed_teacher")
 
     @property
     def keys(self) -> np.ndarray:
@@ -88,7 +88,7 @@ def write_teacher_vectors(
         records["query"] = keys
         records.flush()
 
-    job = {"kind": "teacher", "name": name, "dataset": dataset.fingerprint}
+    job = {"kind": "teacher", "name": name, "dataset": dataset.rows_fingerprint}
     shards = ShardedFolder(out, job, num_docs + len(keys), work, prepare)
     documents, queries = (open_memmap(shards.aside / name, "r+") for name in (DOCUMENTS, QUERIES))
     for _, first, last in shards.pending("shards encoded"):
@@ -108,7 +108,7 @@ def write_teacher_vectors(
 
     def complete(aside: Path) -> None:
         for name in (DOCUMENTS, QUERIES):
-            seal(aside / name, dataset.fingerprint)
+            seal(aside / name, dataset.rows_fingerprint)
 
     return TeacherVectors(out) if shards.finish(complete) else None
 

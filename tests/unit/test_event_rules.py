@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from bigdssm.cli import open_with_rules
+from bigdssm.commands import list_candidates
 from bigdssm.config import DataConfig, StageConfig, VisitConfig, check_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
@@ -20,11 +23,14 @@ from bigdssm.features import Session
 from bigdssm.loader.inspection import describe
 from bigdssm.loader.stream import PairStream
 from bigdssm.losses.masks import find_known_positives, local_pairs
+from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.exact_search import excluded_documents
+from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.mining import TrainPositives
 from bigdssm.retrieval.recommend import Users
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries
+from bigdssm.retrieval.vectors import read_vectors, write_vectors
 from bigdssm.training.batches import BatchBuilder
 
 from .test_event_features import CONFIG, EVENT, load, make, rows_of_events, sequences
@@ -135,7 +141,8 @@ def test_targets_and_exclusions_are_those_of_a_reference(
         assert dict(zip(view.catalogue.keys(np.arange(30)), view.doc_counts().tolist(), strict=True)) == {
             f"i{n}": items.get(f"i{n}", 0) for n in range(30)
         }
-        assert view.fingerprint != raw.fingerprint and pickle.loads(pickle.dumps(view)).fingerprint == view.fingerprint
+        assert view.fingerprint == raw.fingerprint == raw.rows_fingerprint != view.rows_fingerprint
+        assert pickle.loads(pickle.dumps(view)).rows_fingerprint == view.rows_fingerprint
         sizes = {size.split: size.queries for size in describe(view).sizes}
         assert sizes == {split: view.num_queries(split) for split in sizes}
     assert (
@@ -286,6 +293,25 @@ def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: Vis
     for key, (inputs, excluded, _) in found[0].items():
         np.testing.assert_equal(inputs, found[1][key][0])
         assert excluded == found[1][key][1]
+
+
+def test_files_of_rows_belong_to_rules_and_vectors_to_the_dataset(tmp_path: Path) -> None:
+    make(tmp_path, drawn(11, 100), config=RULED)
+    config = replace(load(tmp_path), data=replace(RULED, dir=str(tmp_path / "out"), targets=BUY, targets_per_row=1))
+    (tmp_path / "run.yaml").write_text(json.dumps(config.to_dict()))
+    raw, out = Dataset.open(tmp_path / "out"), tmp_path / "graded.npy"
+    view = open_with_rules(str(raw.dir), tmp_path / "run.yaml")
+    command = ["--data", str(raw.dir), "--out", str(out), "--graded", "--config", str(tmp_path / "run.yaml")]
+    assert list_candidates.main(command) == 0
+    graded = HardNegatives.open(out)
+    graded.check_against(view)
+    assert len(graded) == view.num_queries("train") < raw.num_queries("train")
+    with pytest.raises(DataError, match=r"another dataset.* by the same data\.targets and data\.visit"):
+        graded.check_against(raw)
+    # The documents of a dataset, and their vectors, do not depend on rules.
+    encoders = Encoders(lambda rows: torch.ones(len(rows), 3), lambda docs: torch.ones(len(docs), 3))
+    write_vectors(tmp_path / "vectors", encoders, raw, "model")
+    assert read_vectors(tmp_path / "vectors", "model", view).shape == (30, 3)
 
 
 def test_refused_rules(tmp_path: Path) -> None:
