@@ -95,6 +95,21 @@ def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path
     assert record["queries_per_s"] > record["rows_per_s"] and record["queries_max_over_mean"] >= 1
 
 
+def test_ranks_change_no_loss_with_rules_on_events(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Known positives by a condition are shared by the queries of a user on all ranks; visits and targets hold, too."""
+    said = (
+        "data.targets.train=action in (view, buy)", "data.exclude_seen=action = buy", "data.visit.gap_s=1",
+        "pretrain.steps=3", "pretrain.negatives.mask=user", "pretrain.rows_global=48",
+    )  # fmt: skip
+    for ranks in (1, 2):
+        pools[ranks].run(small_run.run, config, tmp_path / str(ranks), (*said, "engine.chunk_tokens=100"))
+    pools[1].run(small_run.run, config, tmp_path / "all", (*said, "data.exclude_seen=true", "engine.chunk_tokens=100"))
+    one, two, seen = (losses(tmp_path / name) for name in ("1", "2", "all"))
+    assert len(one) == 3 and abs(one[0] - seen[0]) > 1e-3
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    assert len(small_run.validations(tmp_path / "1")) == 1
+
+
 def in_groups(rank: int, world_size: int, *given: Any) -> int:
     """Run a stage with small groups of similar length; return the maximum number of groups per chunk."""
     most, group_by_length = 0, step_plan.group_by_length
