@@ -280,6 +280,16 @@ class TableRows(QuerySource):
         content = json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
         self.identity = f"table {content} {key_column} {events_column}{_identity(now, context)}"
 
+    def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> QuerySource:
+        """As of `QuerySource`. Raises ConfigError: exclusions by features or times, which events of a table lack."""
+        by_item = isinstance(exclude_seen, bool) and (exclude_seen or not dataset.rules.visit.is_set)
+        if self._events_column is not None and not by_item:
+            raise ConfigError(
+                f"--events-column {self._events_column}: events of a table have no features or times, which the "
+                "condition in data.exclude_seen, or data.visit, needs; give --seen exclude"
+            )
+        return super().with_dataset(dataset, exclude_seen)
+
     def read(self, first: int, last: int) -> QueryBatch:
         """Read the queries of the rows [first, last)."""
         rows = self._rows[first:last]

@@ -359,9 +359,12 @@ def excluded_rows(
 ) -> Ragged:  # fmt: skip
     """Return the catalogue rows that are no answers per query, see `EventRules.excluded`.
 
-    The visit of a request is that of its newest event, unless `now` or `session` differ from it.
+    The visit of a request is that of its newest event, unless `now` or `session` differ from it. Raises ConfigError: a
+    visit needs the times of events, and some have none.
     """
     visit = dataset.rules.visit
+    if visit.gap_s is not None and exclude_seen is not True and np.isnan(past.times.values).any():
+        raise ConfigError("some events have no time, which data.visit.gap_s needs; give it for all")
 
     def visits() -> tuple[Ragged, np.ndarray]:
         if visit.feature is None:

@@ -27,7 +27,7 @@ from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.exact_search import excluded_documents
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.mining import TrainPositives
-from bigdssm.retrieval.recommend import Users
+from bigdssm.retrieval.recommend import TableRows, Users
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries
 from bigdssm.retrieval.vectors import read_vectors, write_vectors
@@ -293,6 +293,28 @@ def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: Vis
     for key, (inputs, excluded, _) in found[0].items():
         np.testing.assert_equal(inputs, found[1][key][0])
         assert excluded == found[1][key][1]
+
+
+def test_exclusions_without_the_features_or_times_of_events_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, drawn(12, 100), config=RULED)
+    raw = Dataset.open(tmp_path / "out")
+    undated = Request(events=[Event("i1"), Event("i2")])
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"did": ["i1", "i2"]}))
+    table = TableRows(raw, tmp_path / "queries.jsonl", None, "did")
+    for visit, exclude_seen in ((BY_GAP, False), (BY_GAP, BUY), (BY_SESSION, False), (NO_VISIT, BUY)):
+        dataset = raw.with_rules(EventRules({}, exclude_seen, visit))
+        queries = Queries(dataset.schema, None, dataset, exclude_seen)
+        if visit is BY_GAP:
+            with pytest.raises(ConfigError, match=r"no time, which data\.visit\.gap_s needs"):
+                queries.of(undated)
+        else:
+            assert not len(queries.of(undated).excluded)
+        with pytest.raises(ConfigError, match=r"events of a table have no features or times.* --seen exclude"):
+            table.with_dataset(dataset, exclude_seen)
+        expected = dataset.catalogue.rows_by_key(["i1", "i2"]).tolist()
+        assert queries.of(replace(undated, exclude_seen=True)).excluded.tolist() == expected
+        assert table.with_dataset(dataset, True).read(0, 1).excluded.values.tolist() == expected
+    assert not len(table.with_dataset(raw, False).read(0, 1).excluded.values)
 
 
 def test_files_of_rows_belong_to_rules_and_vectors_to_the_dataset(tmp_path: Path) -> None:

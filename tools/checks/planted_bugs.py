@@ -998,6 +998,12 @@ BUGS = [
         "formats_in(args.since)", "[]",
         f"{UNIT}/retrieval/test_grown_dataset.py::test_since_keeps_the_options_of_the_earlier_vectors"),
     # Rules on events: targets, exclusions and visits; training and serving have the same.
+    Bug("event_rules", "undated_events_in_no_visit", "retrieval.search:excluded_rows",
+        "if visit.gap_s is not None and exclude_seen is not True", "if False",
+        f"{UNIT}/test_event_rules.py::test_exclusions_without_the_features_or_times_of_events_are_refused"),
+    Bug("event_rules", "events_of_tables_in_no_condition", "retrieval.recommend:TableRows.with_dataset",
+        "and not by_item", "and False",
+        f"{UNIT}/test_event_rules.py::test_exclusions_without_the_features_or_times_of_events_are_refused"),
     Bug("event_rules", "files_of_rows_without_rules", "dataset.dataset:Dataset.rows_fingerprint",
         "if not self.rules.row_keys:", "if True:",
         f"{UNIT}/test_event_rules.py::test_files_of_rows_belong_to_rules_and_vectors_to_the_dataset"),
