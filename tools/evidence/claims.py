@@ -55,7 +55,7 @@ class Cell:
 
     set: tuple[str, ...] = ()  # key=value overrides of the data set's config
     per_set: dict[str, list[str]] = field(default_factory=dict)  # by set or pool: further overrides, or options
-    without: tuple[str, ...] = ()  # features to omit, such as query.age: the dataset is built without them
+    without: tuple[str, ...] = ()  # features to omit, such as query.age or request.device: the dataset is built without
     make: str | None = None  # arguments of make_shards for the training dataset; evaluated on the set's dataset
     after: str | None = None  # cell whose pretrained model is fine-tuned
     sft: bool = False  # fine-tune after pretraining; implied by `after`

@@ -294,10 +294,11 @@ def _content(claim: Claim, set_name: str, cell_name: str) -> Any:
     )
     for feature in cell.without:
         side, _, name = feature.partition(".")
-        if side not in ("query", "doc", "event") or name not in content.data.get(side, {}):
+        if side not in ("query", "doc", "event", "request") or name not in content.data.get(side, {}):
             raise ConfigError(f"cells.{cell_name}.without: {feature} is no feature of {data.config}")
-        del content.data[side][name]
-        if side == "event" and "request" in content.data:
+        if side != "request":
+            del content.data[side][name]
+        if side in ("event", "request") and "request" in content.data:
             content.data.request = [other for other in content.data.request if other != name]
     return content
 
