@@ -97,7 +97,10 @@ def keys_of(dataset: Dataset, rows: Any) -> list[tuple[str, int]]:
 def test_targets_and_exclusions_are_those_of_a_reference(
     tmp_path: Path, visit: VisitConfig, split_by: str, targets_per_row: int, request_names: tuple[str, ...]
 ) -> None:
-    config = replace(RULED, request=request_names, targets_per_row=targets_per_row)
+    ties: Any = "order" if request_names and split_by == "time" else "exclude"
+    config = replace(RULED, request=request_names, targets_per_row=targets_per_row, ties=ties)
+    excludes_ties = bool(request_names) and ties == "exclude"
+    config = replace(config, empty_histories=split_by == "time")
     rows = drawn(len(split_by) + len(request_names))
     make(tmp_path, rows, config=config, split=split_by)
     raw, events = Dataset.open(tmp_path / "out"), sequences(rows)
@@ -111,7 +114,7 @@ def test_targets_and_exclusions_are_those_of_a_reference(
             expected: Known = set()
             for user, position in every:
                 event = events[user][position]
-                history = known_to(events[user], position, bool(request_names))
+                history = known_to(events[user], position, excludes_ties)
                 wanted = {"train": is_bought(event), "test": event["event_type"] in ("buy", "cart")}.get(split, True)
                 if wanted and event["item_id"] not in of_visit(history, event["session"], event["timestamp"], visit):
                     expected.add((user, position))
@@ -121,7 +124,7 @@ def test_targets_and_exclusions_are_those_of_a_reference(
             assert view.num_queries(split) == len(expected) and view.num_rows(split) <= len(expected)
             # Histories have all events; what is excluded depends on the history and the request.
             for (user, position), r, i in found:
-                event, history = events[user][position], known_to(events[user], position, bool(request_names))
+                event, history = events[user][position], known_to(events[user], position, excludes_ties)
                 before = every[user, position]
                 j = keys_of(raw, before).index((user, position))
                 for name, column in r.query.items():
