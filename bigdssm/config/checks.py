@@ -73,16 +73,18 @@ def check_config(config: Config) -> None:
     if not isinstance(data.exclude_seen, bool):
         conditions["data.exclude_seen"] = data.exclude_seen
     for key, text in conditions.items():
-        require(isinstance(text, str), key, text, "a condition, as in action = purchase")
+        others = "true, false or " if key == "data.exclude_seen" else ""
+        require(isinstance(text, str), key, text, f"{others}a condition, as in action = purchase")
         check_events(text, key, data.event)
     visit, sessions = data.visit, [name for name, feature in data.event.items() if not feature.is_input]
     if visit.is_set:
-        require(visit.feature is None or visit.gap_s is None, "data.visit", visit, "feature or gap_s, not both")
+        given = {key: value for key, value in vars(visit).items() if value is not None}
+        require(len(given) == 1, "data.visit", given, "feature or gap_s, not both")
         of_session = visit.feature is None or visit.feature in sessions
         needed = f"a feature of data.event of type session, of {sessions}"
         require(of_session, "data.visit.feature", visit.feature, needed)
-        require(bool(histories_of(data.query)), "data.visit", visit, "a query feature of type history")
-        require(data.webdataset is None, "data.visit", visit, "none with data.webdataset")
+        require(bool(histories_of(data.query)), "data.visit", given, "a query feature of type history")
+        require(data.webdataset is None, "data.visit", given, "none with data.webdataset")
     wrong = sorted(set(data.request) & set(sessions))
     require(not wrong, "data.request", ", ".join(wrong), "features that are inputs of a model, not sessions")
     if data.event:

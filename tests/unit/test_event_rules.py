@@ -363,7 +363,11 @@ def test_refused_rules(tmp_path: Path) -> None:
         ({"targets": {"train": 3}}, r"data\.targets\.train: got 3, needs a condition"),
         ({"exclude_seen": "kind = buy"}, r"data\.exclude_seen 'kind = buy': got kind, needs .*\['action', 'price'\]"),
         ({"visit": VisitConfig("action")}, r"data\.visit\.feature: got action, needs .* type session"),
-        ({"visit": VisitConfig("session", 3.0)}, r"data\.visit: got .*, needs feature or gap_s, not both"),
+        (
+            {"visit": VisitConfig("session", 3.0)},
+            r"data\.visit: got \{'feature': 'session', 'gap_s': 3\.0\}, needs feature or",
+        ),
+        ({"exclude_seen": 3}, r"data\.exclude_seen: got 3, needs true, false or a condition"),
         ({"request": ("session",)}, r"data\.request: got session, needs features that are inputs"),
     ]
     for keys, sentence in refused:

@@ -11,6 +11,7 @@ import numpy as np
 
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import DataError
 from bigdssm.evaluation.comparison import MeasuredRows, System
 from tools.evidence.benches import BenchmarkResult
@@ -187,7 +188,7 @@ def _ranked(
 ) -> tuple[dict[str, list[System]], np.ndarray]:
     """Return the results of every cell on a set by seed, and the popularity of the rows' documents."""
     config = load_config(claim.sets[set_name].config, claim.sets[set_name].set)
-    dataset = Dataset.open(config.data.dir)
+    dataset = Dataset.open(config.data.dir).with_rules(EventRules.of(config.data))
     rows = MeasuredRows.of(dataset, claim.split)
     systems: dict[str, list[System]] = {name: [] for name in claim.cells_on(set_name)}
     for trial, stored in finished:

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from bigdssm.cluster.launcher import run_command
 from bigdssm.config import Config, StageName, config_from, load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import check_options, fit_baseline
 from bigdssm.evaluation.comparison import System, save_comparison
@@ -191,7 +192,7 @@ def run_trial(trial: Trial) -> None:
     measured = load_config(trial.data.config, trial.data.set).data.dir if trial.cell.make else config.data.dir
     if trial.cell.baseline is not None:
         with _fitting:
-            _measure_baseline(trial, config, Dataset.open(measured))
+            _measure_baseline(trial, config, Dataset.open(measured).with_rules(EventRules.of(config.data)))
         return
     overrides = [f"run.dir={trial.folder}", f"run.seed={trial.seed}"]
     if trial.start is not None:
@@ -317,7 +318,8 @@ def _name_of(claim: Claim, set_name: str, cell_name: str) -> str:
 def _measure_baseline(trial: Trial, config: Config, dataset: Dataset) -> None:
     assert trial.cell.baseline is not None
     started, used = perf_counter(), os.times()
-    scores = fit_baseline(trial.cell.baseline, Dataset.open(config.data.dir), trial.cell.options)
+    fitted = Dataset.open(config.data.dir).with_rules(EventRules.of(config.data))
+    scores = fit_baseline(trial.cell.baseline, fitted, trial.cell.options)
     how: dict[str, Any] = {"split": trial.claim.split, "exclude_seen": config.data.exclude_seen}
     evaluation = evaluate_scores(scores, dataset, **how)
     system = System.from_ranks(trial.cell_name, evaluation.ranks, evaluation.query_ids, perf_counter() - started)
