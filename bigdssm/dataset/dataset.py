@@ -689,6 +689,12 @@ def open_dataset(config: DataConfig, extents: Sequence[Extent] = ()) -> Dataset:
         Dataset.open(source.dir or config.dir, source.partitions or None, cache=cache, extent=extent)
         for source, extent in zip(config.mixture, source_extents, strict=True)
     ]
+    units = sorted({part.header.time_unit for part in parts})
+    if config.visit.gap_s is not None and len(units) > 1:
+        raise ConfigError(
+            f"data.visit.gap_s: the sources of data.mixture have times in units of {units[0]:g} s and {units[-1]:g} s; "
+            "build all from times in one unit"
+        )
     return join(parts, config.mixture, config.dir, config.mixture_batches).with_rules(EventRules.of(config))
 
 

@@ -15,8 +15,8 @@ import torch
 
 from bigdssm.cli import open_with_rules
 from bigdssm.commands import list_candidates
-from bigdssm.config import DataConfig, StageConfig, VisitConfig, check_config
-from bigdssm.dataset.dataset import Dataset
+from bigdssm.config import DataConfig, SourceConfig, StageConfig, VisitConfig, check_config
+from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Session
@@ -337,6 +337,18 @@ def test_files_of_rows_belong_to_rules_and_vectors_to_the_dataset(tmp_path: Path
     encoders = Encoders(lambda rows: torch.ones(len(rows), 3), lambda docs: torch.ones(len(docs), 3))
     write_vectors(tmp_path / "vectors", encoders, raw, "model")
     assert read_vectors(tmp_path / "vectors", "model", view).shape == (30, 3)
+
+
+def test_visits_of_a_mixture_need_one_unit_of_time(tmp_path: Path) -> None:
+    seconds = replace(RULED, event={})
+    rows, folders = drawn(13, 100), [tmp_path / "out", tmp_path / "other" / "out"]
+    folders[1].parent.mkdir()
+    make(tmp_path, rows, config=seconds)
+    make(tmp_path / "other", [{**row, "timestamp": row["timestamp"] * 1000} for row in rows], config=seconds)
+    mixed = replace(seconds, dir=str(folders[0]), mixture=[SourceConfig(str(folder)) for folder in folders])
+    assert open_dataset(mixed).num_queries("train") == 2 * Dataset.open(folders[0]).num_queries("train")
+    with pytest.raises(ConfigError, match=r"data\.visit\.gap_s: .* times in units of 0\.001 s and 1 s; build all from"):
+        open_dataset(replace(mixed, visit=BY_GAP))
 
 
 def test_refused_rules(tmp_path: Path) -> None:

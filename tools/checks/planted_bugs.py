@@ -998,6 +998,9 @@ BUGS = [
         "formats_in(args.since)", "[]",
         f"{UNIT}/retrieval/test_grown_dataset.py::test_since_keeps_the_options_of_the_earlier_vectors"),
     # Rules on events: targets, exclusions and visits; training and serving have the same.
+    Bug("event_rules", "visits_in_several_units", "dataset.dataset:open_dataset",
+        "config.visit.gap_s is not None and len(units) > 1", "False",
+        f"{UNIT}/test_event_rules.py::test_visits_of_a_mixture_need_one_unit_of_time"),
     Bug("event_rules", "undated_events_in_no_visit", "retrieval.search:excluded_rows",
         "if visit.gap_s is not None and exclude_seen is not True", "if False",
         f"{UNIT}/test_event_rules.py::test_exclusions_without_the_features_or_times_of_events_are_refused"),
