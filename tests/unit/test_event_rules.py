@@ -47,7 +47,7 @@ def drawn(seed: int, number: int = 250) -> list[dict[str, Any]]:
     random = np.random.RandomState(seed)
     return [
         {
-            **row, "item_id": f"i{random.randint(6)}", "timestamp": row["timestamp"] // 60 * 60,
+            **row, "item_id": f"i{random.randint(6)}", "timestamp": row["timestamp"] // 2000 * 2000,
             "session": [None, *"abcdefg"][random.randint(8)],
         }
         for row in rows_of_events(seed, number, START)
@@ -127,6 +127,7 @@ def test_targets_and_exclusions_are_those_of_a_reference(
                 event, history = events[user][position], known_to(events[user], position, excludes_ties)
                 before = every[user, position]
                 j = keys_of(raw, before).index((user, position))
+                assert "past.action" in r.query and "past.session" not in r.query
                 for name, column in r.query.items():
                     np.testing.assert_array_equal(column[i], before.query[name][j])  # type: ignore[index]
                 query, docs = excluded_documents(view, exclude_seen)(r)
