@@ -49,7 +49,7 @@ class EventRules:
     def target_mask(self, table: MappedTable, schema: Schema, time_unit: float, split: str) -> Ragged:
         """Return whether each event of all sequences is a target in `split`, bool.
 
-        An item that the visit of the event already has in the history of its query is none. Raises ConfigError: a
+        An event is not one if the history of its query contains its item in the same visit. Raises ConfigError: a
         condition is invalid.
         """
         every = np.arange(table.num_rows)
