@@ -100,7 +100,7 @@ class DataConfig:
     targets_per_row: int = bounded(1, 1, 65_536, resume="may")
     # Whether a user's first event is a target, too, in datasets built with it: the model learns the choices of users
     # without events, and serves unknown users.
-    empty_histories: bool = field(default=False, metadata={RESUME: "may"})
+    empty_histories: bool = False
     # Events that are targets: a condition on features of data.event, such as `action = purchase`, or a mapping of the
     # splits train, validation and test to conditions; none: all events. Histories have all events.
     targets: Any = None

@@ -24,6 +24,7 @@ from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
 SCHEMA_FILE, VOCABULARIES, SIAMESE, REQUEST, TIES = "schema.json", "vocabularies", "siamese", "request", "ties"
+EMPTY_HISTORIES = "empty_histories"
 FORMAT, EVENT_FORMAT = 1, 2  # of schema.json and dataset.json; the second: events have features
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
 QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
@@ -40,6 +41,7 @@ class Schema:
     event: dict[str, Feature] = field(default_factory=dict)  # of an event of a history
     request: tuple[str, ...] = ()  # features of events that a query has, too
     ties: str = "exclude"  # whether earlier events at the time of a query's target are history: exclude, or order
+    empty_histories: bool = False  # whether first events of users are targets
 
     @classmethod
     def declared(cls, config: DataConfig) -> Schema:
@@ -52,6 +54,7 @@ class Schema:
             event={name: feature.with_name(name) for name, feature in config.event.items()},
             request=tuple(config.request),
             ties=config.ties,
+            empty_histories=config.empty_histories,
         )
 
     @property
@@ -113,6 +116,8 @@ class Schema:
             return f"request={list(self.request)} against {list(other.request)}"
         if self.ties != other.ties:
             return f"ties={self.ties} against {other.ties}"
+        if self.empty_histories != other.empty_histories:
+            return f"empty_histories={self.empty_histories} against {other.empty_histories}"
         for side in self.sides | other.sides:
             mine, theirs = self.sides.get(side, {}), other.sides.get(side, {})
             if mine.keys() != theirs.keys():
@@ -159,9 +164,16 @@ class Schema:
                     feature.check(f"{side}.{name}", side, sides["doc"])
             described = content[VOCABULARIES]
             siamese, request = content.get(SIAMESE, False), tuple(content.get(REQUEST, ()))
-            ties = content.get(TIES, cls.ties)
+            ties, empty_histories = content.get(TIES, cls.ties), content.get(EMPTY_HISTORIES, False)
             schema = cls(
-                sides["query"], sides["doc"], content["title"], siamese, sides.get("event", {}), request, ties
+                sides["query"],
+                sides["doc"],
+                content["title"],
+                siamese,
+                sides.get("event", {}),
+                request,
+                ties,
+                empty_histories,
             )._with_vocabularies(
                 lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
             )
@@ -198,6 +210,7 @@ class Schema:
         siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
         request = {REQUEST: list(self.request)} if self.request else {}
         ties = {} if self.ties == Schema.ties else {TIES: self.ties}
+        empty_histories = {EMPTY_HISTORIES: True} if self.empty_histories else {}
         return {
             "format": self.format,
             **sides,
@@ -205,6 +218,7 @@ class Schema:
             **siamese,
             **request,
             **ties,
+            **empty_histories,
             **trained,
             VOCABULARIES: vocabularies,
         }

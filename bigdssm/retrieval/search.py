@@ -64,17 +64,15 @@ class Queries:
 
     def __init__(
         self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool | str,
-        num_docs: int | None = None, empty_histories: bool = False,
+        num_docs: int | None = None,
     ) -> None:  # fmt: skip
         """Users, events and filters need a dataset. `exclude_seen` is the default of requests.
 
-        `num_docs`: the first documents of the dataset, which the index has; None: all. empty_histories: an unknown user
-        is one without events.
+        `num_docs`: the first documents of the dataset, which the index has; None: all.
 
         Raises DataError: queries of `schema` have a history, and there is no dataset to look items up in.
         """
         self._schema, self._tokenizer, self._dataset, self._exclude_seen = schema, tokenizer, dataset, exclude_seen
-        self._empty_histories = empty_histories
         self.has_history = bool(histories_of(schema.query))
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
@@ -109,7 +107,7 @@ class Queries:
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
-            of_user, stored = read_user(dataset, request.user, request.now, allow_unknown=self._empty_histories)
+            of_user, stored = read_user(dataset, request.user, request.now, allow_unknown=self._schema.empty_histories)
             columns |= of_user
         if request.document is not None:
             if not self._schema.siamese or dataset is None:

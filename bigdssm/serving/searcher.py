@@ -118,10 +118,7 @@ class Searcher:
             self._scorer = PairScorer.from_folder(folder, dataset)
             self._scorer.require_scorer()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        data = folder.config.data
-        self.queries = Queries(
-            folder.schema, tokenizer, dataset, data.exclude_seen, index.meta.num_docs, data.empty_histories
-        )
+        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, index.meta.num_docs)
 
     @classmethod
     @checked

@@ -349,14 +349,16 @@ def test_first_events_are_targets_with_empty_histories(tmp_path: Path, split: st
         assert len(found) == len(set(found))
         targets[allowed] = set(found)
     assert targets[True] == every and targets[False] == {target for target in every if target[1]}
-    queries = Queries(dataset.schema, None, dataset, exclude_seen=False, empty_histories=True)
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=False)
     given = {"now": 1_700_000_000, "context": {}}
     unknown, without = queries.of(Request(user="nobody", **given)), queries.of(Request(events=[], **given))
     assert without.columns.keys() == unknown.columns.keys() and not len(unknown.seen)
     for name, column in without.columns.items():
         np.testing.assert_array_equal(*(getattr(c, "values", c) for c in (unknown.columns[name], column)))
+    schema = replace(dataset.schema, empty_histories=False)
+    assert "empty_histories=True against False" in str(dataset.schema.difference(schema))
     with pytest.raises(DataError, match="no user is called 'nobody'"):
-        Queries(dataset.schema, None, dataset, exclude_seen=False).of(Request(user="nobody", **given))
+        Queries(schema, None, dataset, exclude_seen=False).of(Request(user="nobody", **given))
 
 
 def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordBatch]]:

@@ -103,9 +103,8 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
 def test_an_unknown_user_is_one_without_events_if_the_model_learned_empty_histories(
     model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    folder = load_model_folder(model_dir)
-    config = replace(folder.config, data=replace(folder.config.data, empty_histories=True))
-    searcher = Searcher(replace(folder, config=config), open_index(index_dir), dataset)
+    searcher = Searcher(load_model_folder(model_dir), open_index(index_dir), dataset)
+    searcher.queries._schema = replace(searcher.queries._schema, empty_histories=True)
     features = {"age": 30}
     unknown, without = searcher.search([Request("nobody", features), Request(features=features, events=[])])
     assert unknown == without and len(unknown) == 10
