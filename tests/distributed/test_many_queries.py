@@ -19,6 +19,7 @@ from bigdssm.loader.batch import Collator
 from bigdssm.loader.step_plan import Chunked, plan_side
 from bigdssm.loader.stream import PairStream
 from bigdssm.models import RowGroup, new_model
+from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.training.checks import check_stage
 
@@ -136,6 +137,40 @@ def test_groups_of_like_length_change_no_loss_under_zero_3(
     groups = pools[2].run(in_groups, config, tmp_path / "two", (*said, *more))
     assert min(groups) > 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
+# A pairwise design: any two settings of two columns are together in a case.
+MATRIX = [  # zero_stage, ranks, packed, chunk_tokens, targets_per_row
+    (0, 1, False, 0, 4), (0, 2, True, 100, 1), (1, 1, False, 100, 1), (1, 2, True, 0, 4),
+    (2, 1, True, 0, 1), (2, 2, False, 100, 4), (3, 1, True, 100, 4), (3, 2, False, 0, 1),
+]  # fmt: skip
+
+
+def in_layout(rank: int, world_size: int, packed: bool, *given: Any) -> tuple[int, int]:
+    """Run a stage with packed or padded histories; return the number of calls of each layout."""
+    with (
+        mock.patch.object(HistoryEncoder, "accepts_packed", lambda self, training: packed),
+        mock.patch.object(HistoryEncoder, "_packed", autospec=True, side_effect=HistoryEncoder._packed) as as_packed,
+        mock.patch.object(HistoryEncoder, "_padded", autospec=True, side_effect=HistoryEncoder._padded) as as_padded,
+    ):
+        small_run.run(rank, world_size, *given)
+    return as_packed.call_count, as_padded.call_count
+
+
+@pytest.mark.slow
+def test_any_engine_computes_the_same_losses(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    single = small_run.write_dataset(tmp_path, ("data.targets_per_row=1", *PIECES[1:]))
+    said = ("pretrain.steps=3", "pretrain.negatives.mask=past")
+    references: dict[int, list[float]] = {}
+    for number, (stage, ranks, packed, tokens, targets) in enumerate([(0, 1, False, 0, 1), *MATRIX]):
+        folder, built = tmp_path / str(number), single if targets == 1 else config
+        engine = (f"engine.zero_stage={stage}", f"engine.chunk_tokens={tokens}")
+        calls = pools[ranks].run(in_layout, packed, built, folder, (*said, *engine))
+        assert all((as_packed > 0) == packed and (as_padded > 0 or packed) for as_packed, as_padded in calls)
+        found = losses(folder)
+        assert len(found) == 3 and found[-1] < found[0]
+        np.testing.assert_allclose(found, references.setdefault(targets, found), rtol=1e-4)
+    assert references.keys() == {1, 4}
 
 
 @pytest.mark.slow
