@@ -203,7 +203,7 @@ def test_masks_have_the_condition_of_serving(
     assert masked > len(keys) or mask == "none"
 
 
-def test_mined_negatives_are_no_known_positives(tmp_path: Path) -> None:
+def test_hard_negatives_are_no_known_positives(tmp_path: Path) -> None:
     rows = drawn(6)
     make(tmp_path, rows, config=RULED)
     dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)

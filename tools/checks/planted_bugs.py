@@ -1049,7 +1049,7 @@ BUGS = [
         f"{RANKS}/test_fps_parity.py::test_equals_dense_reference"),
     Bug("event_rules", "mined_without_all_train_positives", "retrieval.mining:TrainPositives.of",
         "isinstance(exclude_seen, str)", "False",
-        f"{UNIT}/test_event_rules.py::test_mined_negatives_are_no_known_positives"),
+        f"{UNIT}/test_event_rules.py::test_hard_negatives_are_no_known_positives"),
     Bug("event_rules", "sessions_are_inputs", "dataset.schema:Schema.event_inputs",
         "if feature.is_input", "if True",
         f"{UNIT}/test_event_rules.py::test_targets_and_exclusions_are_those_of_a_reference"),
