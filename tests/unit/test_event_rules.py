@@ -155,18 +155,20 @@ def test_targets_and_exclusions_are_those_of_a_reference(
     )
 
 
+@pytest.fixture(scope="module", params=[1, 4])
+def of_requests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a dataset of `drawn(5)`, by targets per row."""
+    folder = tmp_path_factory.mktemp("requests")
+    make(folder, drawn(5), config=replace(RULED, request=("action",), targets_per_row=request.param))
+    return folder / "out"
+
+
 @pytest.mark.parametrize("mask", ["batch", "user", "past", "none"])
 @pytest.mark.parametrize("exclude_seen", [True, BUY])
-@pytest.mark.parametrize("targets_per_row", [1, 4])
-def test_masks_have_the_condition_of_serving(
-    tmp_path: Path, mask: str, exclude_seen: bool | str, targets_per_row: int
-) -> None:
-    config = replace(RULED, request=("action",), targets_per_row=targets_per_row)
-    rows = drawn(5)
-    make(tmp_path, rows, config=config)
-    events = sequences(rows)
+def test_masks_have_the_condition_of_serving(of_requests: Path, mask: str, exclude_seen: bool | str) -> None:
+    events = sequences(drawn(5))
     visit = BY_SESSION if mask == "past" else NO_VISIT
-    view = Dataset.open(tmp_path / "out").with_rules(EventRules({}, exclude_seen, visit))
+    view = Dataset.open(of_requests).with_rules(EventRules({}, exclude_seen, visit))
     stage = replace(StageConfig(), rows_global=16)
     stage = replace(stage, negatives=replace(stage.negatives, mask=mask))
     stream = PairStream(view, rows_global=16, lanes=2)
@@ -217,18 +219,24 @@ def test_hard_negatives_are_no_known_positives(tmp_path: Path) -> None:
     assert 3 < len(bought) < len({(user, events[user][p]["item_id"]) for user, p in keys})
 
 
+@pytest.fixture(scope="module")
+def appended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Return a dataset with an append, and its events."""
+    folder, rows = tmp_path_factory.mktemp("appended"), drawn(7, 150)
+    make(folder, rows, config=RULED)
+    newest_row = max(row["timestamp"] for row in rows)
+    later = [{**row, "timestamp": row["timestamp"] - START + newest_row + 300} for row in drawn(8, 40)]
+    make(folder, [*rows, *later], "day2", config=RULED)
+    return folder / "out", [*rows, *later]
+
+
 @pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
 @pytest.mark.parametrize("exclude_seen", [True, False, BUY])
 def test_serving_excludes_the_visit_and_the_condition(
-    tmp_path: Path, visit: VisitConfig, exclude_seen: bool | str
+    appended: tuple[Path, list[dict[str, Any]]], visit: VisitConfig, exclude_seen: bool | str
 ) -> None:
-    rows = drawn(7, 150)
-    make(tmp_path, rows, config=RULED)
-    newest_row = max(row["timestamp"] for row in rows)
-    later = [{**row, "timestamp": row["timestamp"] - START + newest_row + 300} for row in drawn(8, 40)]
-    make(tmp_path, [*rows, *later], "day2", config=RULED)  # an append
-    every = sequences([*rows, *later])
-    dataset = Dataset.open(tmp_path / "out").with_rules(EventRules({}, exclude_seen, visit))
+    every = sequences(appended[1])
+    dataset = Dataset.open(appended[0]).with_rules(EventRules({}, exclude_seen, visit))
     queries, sizes = Queries(dataset.schema, None, dataset, exclude_seen), set()
     end = max(event["timestamp"] for events in every.values() for event in events)
     for now in (None, START + 2000, end, end + 86_400):
