@@ -23,8 +23,9 @@ from bigdssm.features.base import from_dict
 from bigdssm.features.categorical import Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
-SCHEMA_FILE, VOCABULARIES, SIAMESE, REQUEST, TIES = "schema.json", "vocabularies", "siamese", "request", "ties"
-EMPTY_HISTORIES = "empty_histories"
+SCHEMA_FILE, VOCABULARIES, REQUEST = "schema.json", "vocabularies", "request"
+# Fields that are in files only if they are not the default, so that fingerprints stay the same.
+OPTIONS = ("siamese", REQUEST, "ties", "empty_histories")
 FORMAT, EVENT_FORMAT = 1, 2  # of schema.json and dataset.json; the second: events have features
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
 QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
@@ -110,14 +111,10 @@ class Schema:
 
     def difference(self, other: Schema) -> str | None:
         """Describe the first difference in declarations from `other`, or return None."""
-        if self.siamese != other.siamese:
-            return f"siamese={self.siamese} against {other.siamese}"
-        if self.request != other.request:
-            return f"request={list(self.request)} against {list(other.request)}"
-        if self.ties != other.ties:
-            return f"ties={self.ties} against {other.ties}"
-        if self.empty_histories != other.empty_histories:
-            return f"empty_histories={self.empty_histories} against {other.empty_histories}"
+        options, others = self._options(), other._options()
+        for name in OPTIONS:
+            if options[name] != others[name]:
+                return f"{name}={options[name]} against {others[name]}"
         for side in self.sides | other.sides:
             mine, theirs = self.sides.get(side, {}), other.sides.get(side, {})
             if mine.keys() != theirs.keys():
@@ -158,23 +155,16 @@ class Schema:
                     f"{path} has format {version}, this version reads formats {FORMAT} and {EVENT_FORMAT}; rebuild it"
                 )
             declared = ["query", "doc", *(["event"] if version == EVENT_FORMAT else [])]
-            sides = {side: {name: from_dict(f) for name, f in content[side].items()} for side in declared}
+            sides: dict[str, Any] = {
+                side: {name: from_dict(f) for name, f in content[side].items()} for side in declared
+            }
             for side, features in sides.items():
                 for name, feature in features.items():
                     feature.check(f"{side}.{name}", side, sides["doc"])
             described = content[VOCABULARIES]
-            siamese, request = content.get(SIAMESE, False), tuple(content.get(REQUEST, ()))
-            ties, empty_histories = content.get(TIES, cls.ties), content.get(EMPTY_HISTORIES, False)
-            schema = cls(
-                sides["query"],
-                sides["doc"],
-                content["title"],
-                siamese,
-                sides.get("event", {}),
-                request,
-                ties,
-                empty_histories,
-            )._with_vocabularies(
+            options = {name: content[name] for name in OPTIONS if name in content}
+            options[REQUEST] = tuple(options.get(REQUEST, ()))
+            schema = cls(**sides, title=content["title"], **options)._with_vocabularies(
                 lambda side, name, _: _opened(folder, described.get(side, {}).get(name, {}).get("files", []))
             )
             if schema._to_dict(files=True)[VOCABULARIES] != described:
@@ -195,6 +185,10 @@ class Schema:
         sides = {side: {name: f.exported() for name, f in features.items()} for side, features in self.sides.items()}
         return {**sides, "title": self.title}
 
+    def _options(self) -> dict[str, Any]:
+        """Return OPTIONS, in JSON types."""
+        return {name: list(self.request) if name == REQUEST else getattr(self, name) for name in OPTIONS}
+
     def _to_dict(self, *, files: bool = False) -> dict[str, Any]:
         sides = {side: {name: f.to_dict() for name, f in features.items()} for side, features in self.sides.items()}
         vocabularies: dict[str, dict[str, Any]] = {side: {} for side in sides}
@@ -207,18 +201,13 @@ class Schema:
                     for part in vocabulary.files
                 ]
         trained = {TRAINED: list(self.trained)} if files and self.trained else {}
-        siamese = {SIAMESE: True} if self.siamese else {}  # omitted by default, so that fingerprints stay the same
-        request = {REQUEST: list(self.request)} if self.request else {}
-        ties = {} if self.ties == Schema.ties else {TIES: self.ties}
-        empty_histories = {EMPTY_HISTORIES: True} if self.empty_histories else {}
+        default = Schema()._options()
+        options = {name: value for name, value in self._options().items() if value != default[name]}
         return {
             "format": self.format,
             **sides,
             "title": self.title,
-            **siamese,
-            **request,
-            **ties,
-            **empty_histories,
+            **options,
             **trained,
             VOCABULARIES: vocabularies,
         }

@@ -69,13 +69,8 @@ def model_card(
         measured = "None were recorded for exactly these weights; `bigdssm evaluate` computes them."
     else:
         exclude_seen = model.config.data.exclude_seen
-        seen = (
-            f"of {exclude_seen} excluded"
-            if isinstance(exclude_seen, str)
-            else "excluded"
-            if exclude_seen
-            else "included"
-        )
+        words: dict[bool | str, str] = {True: "excluded", False: "included"}
+        seen = words.get(exclude_seen, f"of {exclude_seen} excluded")
         values = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.metrics.items())
         table = f"| {metrics.split} | {metrics.source} |\n|---|---|\n{values}"
         measured = f"Over the full catalogue, seen documents {seen}:\n\n{table}"

@@ -46,14 +46,16 @@ def parse_filter(text: str, where: str = "filter") -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
-def check_events(text: str, where: str, events: Mapping[str, Feature]) -> None:
-    """Raise ConfigError: a syntax error, or a condition on another feature than those of `events`, to name in a key."""
-    for condition in parse_filter(text, where):
+def parse_events(text: str, where: str, events: Mapping[str, Feature]) -> tuple[Condition, ...]:
+    """Parse conditions on features of `events`; `where` is the key. Raises ConfigError: invalid, or other features."""
+    conditions = parse_filter(text, where)
+    for condition in conditions:
         if condition.feature not in (known := filterable(events)):
             raise ConfigError(
                 f"{where} {text!r}: got {condition.feature}, needs categorical or numeric features of data.event, of "
                 f"{list(known)}"
             )
+    return conditions
 
 
 def matching_events(
@@ -63,9 +65,8 @@ def matching_events(
 
     `column` returns the encoded values of a feature of `events`. Raises ConfigError: no event has a value, or as above.
     """
-    check_events(text, where, events)
     masks = []
-    for condition in parse_filter(text, where):
+    for condition in parse_events(text, where, events):
         feature = events[condition.feature]
         try:
             masks.append(feature.matches(column(condition.feature), condition.operator, condition.values))

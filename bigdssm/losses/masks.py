@@ -94,7 +94,7 @@ def find_known_positives(
 
     all_pairs [world_size, pairs, 2]: `local_pairs` of each rank, of which the first `counts` [world_size] are valid;
     None without query ids, when `known` holds rows in place of query ids. all_known: `all_pairs` has the positives of
-    all queries; else a positive that it lacks is known of its own query only.
+    all queries; else each positive that is not in it is masked for one query, the one it belongs to.
     """
     m = doc_m.shape[0]
     if query_ids is None or all_pairs is None:

@@ -1103,7 +1103,7 @@ BUGS = [
         f"{UNIT}/retrieval/test_serving.py::"
         "test_an_unknown_user_is_one_without_events_if_the_model_learned_empty_histories"),
     Bug("events", "empty_histories_of_any_dataset", "dataset.schema:Schema.difference",
-        "if self.empty_histories != other.empty_histories:", "if False:",
+        "for name in OPTIONS:", "for name in OPTIONS[:-1]:",
         f"{UNIT}/test_event_features.py::test_first_events_are_targets_with_empty_histories"),
     Bug("events", "ties_have_no_order", "dataset.event_rules:EventSlices.num_earlier",
         '| (ties == "order")', "| False",
