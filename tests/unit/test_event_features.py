@@ -59,10 +59,11 @@ def rows_of_events(seed: int, number: int, start: int, unit: int = 1) -> list[di
 
 
 def make(
-    folder: Path, rows: list[dict[str, Any]], partition: str | None = None, config: DataConfig = CONFIG, **options: Any
-) -> IngestReport:
+    folder: Path, rows: list[dict[str, Any]], partition: str | None = None, config: DataConfig = CONFIG,
+    items: pa.Table = ITEMS, **options: Any,
+) -> IngestReport:  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), folder / "events.parquet")
-    pq.write_table(ITEMS, folder / "items.parquet")
+    pq.write_table(items, folder / "items.parquet")
     tables = InteractionTables(folder / "events.parquet", folder / "items.parquet", **{"split": "time", **options})
     target = IngestTarget(folder / "out", partition or "base", append=partition is not None, processes=1)
     return make_interactions(config, tables, target)

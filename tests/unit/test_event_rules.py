@@ -7,9 +7,12 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,10 +22,13 @@ from bigdssm.config import DataConfig, SourceConfig, StageConfig, VisitConfig, c
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Session
+from bigdssm.features import Numeric, Session
+from bigdssm.loader.batch import Collator
 from bigdssm.loader.inspection import describe
+from bigdssm.loader.step_plan import TokenBudget, plan_locally
 from bigdssm.loader.stream import PairStream
 from bigdssm.losses.masks import find_known_positives, local_pairs
+from bigdssm.models import PackedLists
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.exact_search import excluded_documents
 from bigdssm.retrieval.hard_negatives import HardNegatives
@@ -32,7 +38,9 @@ from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries
 from bigdssm.retrieval.vectors import read_vectors, write_vectors
 from bigdssm.training.batches import BatchBuilder
+from bigdssm.training.step import encode
 
+from .retrieval.conftest import random_model
 from .test_event_features import CONFIG, EVENT, load, make, rows_of_events, sequences
 
 RULED = replace(CONFIG, event={**EVENT, "session": Session()}, query={"past": CONFIG.query["past"]})
@@ -272,10 +280,14 @@ def test_serving_excludes_the_visit_and_the_condition(
 
 @pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
 def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: VisitConfig) -> None:
-    """Change the item at a time, and everything after it: neither inputs nor exclusions of its query change."""
-    config = replace(RULED, request=("action", "gap"), targets_per_row=1)
+    """Change the item at a time, and all that follows it: neither inputs nor exclusions of its query change.
+
+    What follows: events, and new features of users and items.
+    """
+    query = {"past": CONFIG.query["past"], "brands": CONFIG.query["brands"], "age": Numeric()}
+    config = replace(RULED, query=query, request=("action", "gap"), targets_per_row=1)
     rows = sorted(drawn(9, 200), key=lambda row: row["timestamp"])
-    cut = rows[140]["timestamp"]
+    start, cut, end = rows[0]["timestamp"], rows[140]["timestamp"], rows[-1]["timestamp"]
     after = [row for row in rows if row["timestamp"] > cut]
     changed = [
         {**row, "item_id": "i20"} if row["timestamp"] == cut else row for row in rows if row["timestamp"] <= cut
@@ -283,28 +295,77 @@ def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: Vis
         {**row, **{key: other[key] for key in ("item_id", "event_type", "price", "session")}}
         for row, other in zip(after, after[7:] + after[:7], strict=True)
     ]
-    found = []
-    for number, table in enumerate((rows, changed)):
+    random = np.random.RandomState(0)
+    users = [{"user_id": f"u{n % 12}", "since": random.randint(start, end), "age": float(n)} for n in range(60)]
+    times = [start if n < 30 else random.randint(start, end) for n in range(300)]
+    items = [{"item_id": f"i{n % 30}", "updated": time, "brand": f"b{n % 7}"} for n, time in enumerate(times)]
+    changed_users = [{**user, "age": 99.0} if user["since"] > cut else user for user in users]
+    changed_items = [{**item, "brand": "later"} if item["updated"] >= cut else item for item in items]
+    found, later = [], []
+    for number, (table, of_users, of_items) in enumerate(
+        ((rows, users, items), (changed, changed_users, changed_items))
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        times = {"validation_from": float(rows[100]["timestamp"]), "test_from": float(rows[190]["timestamp"])}
-        make(folder, table, config=config, **times)
+        pq.write_table(pa.Table.from_pylist(of_users), folder / "users.parquet")
+        dated = {"users": folder / "users.parquet", "users_time_column": "since", "items_time_column": "updated"}
+        dated |= {"validation_from": float(rows[100]["timestamp"]), "test_from": float(rows[190]["timestamp"])}
+        make(folder, table, config=config, items=pa.Table.from_pylist(of_items), **dated)
         view = Dataset.open(folder / "out").with_rules(EventRules({"validation": "price >= 1"}, BUY, visit))
-        queries = {}
+        queries, brands = {}, ["", "", *view.schema.doc["brand"].vocabulary]  # type: ignore[attr-defined]
         for r in view.iterate("validation", 20):
             assert r.sequences is not None
             time = [sequences(table)[user][position]["timestamp"] for user, position in keys_of(view, r)]
             query, docs = excluded_documents(view, BUY)(r)
             for i, key in enumerate(keys_of(view, r)):
+                inputs = {name: np.asarray(column[i]).tolist() for name, column in r.inputs.items()}  # type: ignore[index]
+                inputs["brands"] = [brands[code] for code in inputs["brands"]]
                 if time[i] <= cut:
-                    inputs = {name: np.asarray(column[i]).tolist() for name, column in r.inputs.items()}  # type: ignore[index]
                     queries[key] = inputs, sorted(docs[query == i].tolist()), time[i] == cut
+                else:
+                    later.append(inputs)
         found.append(queries)
     at_cut = [key for key, (_, _, is_cut) in found[1].items() if is_cut]
     assert at_cut and set(found[0]) <= set(found[1]) and len(found[0]) > 20
+    assert any(inputs["age"] == 99 for inputs in later) and any("later" in inputs["brands"] for inputs in later)
     for key, (inputs, excluded, _) in found[0].items():
         np.testing.assert_equal(inputs, found[1][key][0])
         assert excluded == found[1][key][1]
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 60])
+@pytest.mark.parametrize(("visit", "times"), [(BY_SESSION, "none"), (BY_GAP, "rotary")], ids=["session", "gap, times"])
+def test_rules_give_the_same_vectors_packed_padded_and_alone(
+    tmp_path: Path, visit: VisitConfig, times: str, chunk_tokens: int
+) -> None:
+    query = {"past": replace(CONFIG.query["past"], max_items=50)}  # type: ignore[call-arg]
+    data = replace(RULED, query=query, request=("action", "gap", "when"))
+    make(tmp_path, drawn(13), config=data)
+    raw = Dataset.open(tmp_path / "out")
+    view = raw.with_rules(EventRules({"train": "action in (cart, buy)"}, BUY, visit))
+    config = load(tmp_path, {"block": "gated", "positions": "relative", "layers": 2})
+    history = replace(config.model.query.history, times=times)  # type: ignore[call-arg]
+    config = replace(config, model=replace(config.model, query=replace(config.model.query, history=history)))
+    model = random_model(config, raw, seed=0)
+    stream = PairStream(view, rows_global=12, lanes=2)
+    rows = next(stream)
+    batch = BatchBuilder(stream, replace(StageConfig(), rows_global=12))(rows)
+    engine, packs = SimpleNamespace(module=model, forward=model), model.accepts_packed(training=False)
+    vectors = []
+    for packed in (packs, PackedLists()):
+        local = plan_locally(batch, TokenBudget(chunk_tokens, 0, packed))
+        plan = local.synchronized(local.counts)
+        assert plan.whole == (chunk_tokens == 0) and set(plan.query.packed) == packed.query
+        vectors.append(encode(engine, batch, plan, {})[0].U)  # type: ignore[arg-type]
+    assert packs.query == {"past"} and len(vectors[0]) == rows.num_queries > len(rows) > 6
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-5, atol=1e-5)
+    # The same queries without rules, each in a row of its own.
+    collate, alone = Collator(raw.schema, raw.catalogue), {}
+    for single in raw.iterate("train", 50):
+        encoded = model(query=collate(single).query).U
+        alone |= dict(zip(keys_of(raw, single), encoded, strict=True))
+    expected = torch.stack([alone[key] for key in keys_of(view, rows)])
+    torch.testing.assert_close(vectors[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_exclusions_without_the_features_or_times_of_events_are_refused(tmp_path: Path) -> None:
