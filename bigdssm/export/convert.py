@@ -83,7 +83,7 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     target = kind.format
     if source.model.schema.event_inputs and target != model_format.ModelExport.format:
         raise ConfigError(
-            f"--format {target} has no inputs for features of events, which the model reads: "
+            f"--format {target} has no inputs for the features of events "
             f"{', '.join(source.model.schema.event_inputs)}; use --format model"
         )
     if not kind.keeps_tables:

@@ -108,7 +108,7 @@ class OnnxExport(ExportFormat):
 
 def _inputs(model: ModelFolder) -> list[str]:
     """Return the source of the feature types' input functions, and code that registers them."""
-    types = {feature.type: feature for features in model.schema.sides.values() for feature in features.values()}
+    types = {feature.type: feature for side in SIDES for feature in getattr(model.schema, side).values()}
     functions = dict.fromkeys(function for feature in types.values() for function in feature.onnx_code)
     table = ", ".join(f'"{name}": {feature.onnx_code[-1].__name__}' for name, feature in types.items())
     code = [inspect.getsource(function).replace("  # type: ignore[no-untyped-def]", "") for function in functions]

@@ -32,7 +32,7 @@ from bigdssm.export.convert import ExportSource, export, folder_source, stage_so
 from bigdssm.export.formats import PARITY_LIMIT, Probe
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
 from bigdssm.export.text_tower import alpha
-from bigdssm.features import Ragged, TextTokenizer
+from bigdssm.features import CalendarTime, Feature, Ragged, Session, TextTokenizer, Timestamp
 from bigdssm.ingest.fitting import make_tokenizer
 from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
@@ -340,6 +340,53 @@ def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: str, tm
     with pytest.raises(ConfigError, match=r"the query tower reads history \(history\), age \(numeric\)"):
         export(folder_source(model_dir), tmp_path / "exported", target)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def of_events(config: Config, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from a feature of events to the folder of a random model with it."""
+
+    def make(feature: Feature) -> Path:
+        folder, schema = (
+            tmp_path_factory.mktemp("events"),
+            replace(dataset.schema, event={"it": feature.with_name("it")}),
+        )
+        changed = replace(config, data=replace(config.data, event=schema.event))
+        model = new_model(config.model, schema, dataset.vocab_size)
+        save_model_folder(folder / "model", model, changed, schema, dataset.tokenizer_dir, {"step": 3})
+        return folder / "model"
+
+    return make
+
+
+@pytest.mark.parametrize("target", ["onnx", "hf", "sentence-transformers"])
+@pytest.mark.parametrize("feature", [Timestamp(), CalendarTime(), Session()], ids=lambda feature: feature.type)
+def test_features_of_events_are_refused_in_one_sentence(
+    of_events: Any, feature: Feature, target: str, tmp_path: Path
+) -> None:
+    if target == "onnx" and not feature.is_input:
+        pytest.skip("exported: test_onnx_holds_histories_whose_events_have_sessions")
+    sentence = f"--format {target} has no inputs for the features of events it; use --format model"
+    with pytest.raises(
+        ConfigError, match=sentence if feature.is_input else r"the query tower reads history \(history\)"
+    ):
+        export(folder_source(of_events(feature)), tmp_path / "exported", target)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_onnx_holds_histories_whose_events_have_sessions(
+    of_events: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ONNX:
+        pytest.importorskip(package)
+    source = folder_source(of_events(Session()))
+    parity = export(source, tmp_path / "exported", "onnx")
+    assert max(parity.query, parity.doc) <= PARITY_LIMIT and source.model.schema.event
+    card = run_card(tmp_path / "exported", monkeypatch)
+    query = {"history": ["i3", "i4"], "age": 33.0}
+    expected = Model(source.model).encode_queries([query])
+    np.testing.assert_allclose(card["encode_query"]([query]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_foreign_files_are_not_replaced(make_source: Any, tmp_path: Path) -> None:
