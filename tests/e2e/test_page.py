@@ -19,10 +19,12 @@ import pytest
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.ingest.interactions import InteractionTables, make_interactions
+from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
-from tests.conftest import TinyDataset
+from tests.conftest import INTERACTIONS_DATA, TinyDataset, write_config
 from tests.e2e.browser import BROWSERS, Page, browser_path, browsing
 from tests.unit.retrieval.conftest import SMALL, random_model
 
@@ -102,6 +104,17 @@ def two_url(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
+def timed_url(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose requests have the time since the user's newest event."""
+    root, source = tmp_path_factory.mktemp("timed"), tiny_interactions.source
+    config = write_config(root, {**INTERACTIONS_DATA, "event": {"gap": {"type": "elapsed"}}, "request": ["gap"]})
+    tables = InteractionTables(source / "interactions.csv", source / "items.csv", source / "users.csv")
+    make_interactions(load_config(config).data, tables, IngestTarget(root / "dataset"))
+    with serving(TinyDataset(root / "dataset", config, source), root / "served") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """A page of a real browser."""
     browser = browser_path()
@@ -169,6 +182,25 @@ def test_the_page_takes_a_typed_text(page: Page, texts_url: str) -> None:
     assert len(documents) == 10 and text(page, "#title") == "stone bridge <river>" and "no user" not in text(page)
     names = page.js("[...document.querySelectorAll('#fields input')].map(input => input.name)")
     assert names == ["query"]
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_a_time_if_the_model_needs_it(page: Page, url: str, timed_url: str) -> None:
+    page.open(f"{timed_url}/?user=u7")
+    assert "now is missing: the features gap of a request are computed from it" in text(page, "#status")
+    answers = {}
+    for now in (41_010, 9_000_000):  # soon after the newest events, and months later
+        page.js(f"document.querySelector('[name=now]').value = '{now}'")
+        page.js("document.querySelector('#ask > button').click()")
+        page.wait_until_idle()
+        answers[now] = [(cells[1], cells[3]) for cells in rows(page)]
+        documents = post(timed_url, "/api/search", {"user": "u7", "now": now})["documents"]
+        assert answers[now] == [(f"{entry['score']:.4f}", entry["key"]) for entry in documents] != []
+    assert answers[41_010] != answers[9_000_000]
+    page.open(page.js("location.href"))
+    assert [(cells[1], cells[3]) for cells in rows(page)] == answers[9_000_000], "the address has the time"
+    page.open(f"{url}/?user=u7")
+    assert page.js("document.querySelector('[name=now]')") is None and rows(page)
 
 
 def test_the_page_shows_errors_as_escaped_text(page: Page, url: str) -> None:
