@@ -241,8 +241,8 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
     require(negatives.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")
     has_negatives = negatives.in_batch or negatives.hard > 0
     require(has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false")
-    uniform = negatives.uniform
-    require(over_all or uniform == 0, f"{key}.uniform", uniform, f"0: {loss.name} does not support uniform negatives")
+    for kind, drawn in (("uniform", negatives.uniform), ("popular", negatives.popular)):
+        require(over_all or not drawn, f"{key}.{kind}", drawn, f"0: {loss.name} does not support {kind} negatives")
     needs_seen = negatives.mask == "user" or (negatives.mask == "past" and not data.visit.is_set)
     require(
         bool(data.exclude_seen) or not needs_seen, f"{key}.mask", negatives.mask,
@@ -290,6 +290,7 @@ def _check_catalogue_columns(name: StageName, stage: StageConfig, config: Config
         (f"{name}.loss.direction", loss.direction, "q2d", "a document without a query has no term in its column"),
         (f"{name}.sampling.name", stage.sampling.name, "none", once),
         (f"{name}.negatives.uniform", negatives.uniform, 0, once),
+        (f"{name}.negatives.popular", negatives.popular, 0, once),
         (f"{name}.negatives.hard", negatives.hard, 0, once),
         ("data.webdataset", data.webdataset or "none", "none", "rows that contain their documents have no catalogue"),
         ("model.doc.dropout", model.doc.dropout, 0.0, same),

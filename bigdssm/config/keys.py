@@ -268,7 +268,9 @@ class TablesConfig:
     # which hashes of the id select; 0: each id has a row.
     hashes: int = bounded(1, 1, 16)
     hash_rows: int = bounded(0, 0, 2**40)
-    id_dropout: float = bounded(0.0, 0, below=1)  # share of ids that count as out of vocabulary in training
+    # Share of ids that are out of vocabulary in a step: of sharded tables, and of the items of histories, also where
+    # they are documents. It trains the vector of ids without a positive event.
+    id_dropout: float = bounded(0.0, 0, below=1)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of stored rows; states and updates are float32
 
     def is_sharded(self, side: str, feature: str, num_codes: int) -> bool:
@@ -355,6 +357,8 @@ class NegativesConfig:
     columns: Literal["batch", "catalogue"] = "batch"
     # For losses over all columns: documents per step drawn uniformly from the catalogue, as extra columns.
     uniform: int = bounded(0, 0, MAX_ROWS)
+    # For losses over all columns: documents per step drawn in proportion to their train positives, as extra columns.
+    popular: int = bounded(0, 0, MAX_ROWS)
     # Documents that are masked as negatives: batch: positives of the same query id, on any rank; user: also the items
     # of its sequence up to its latest row; past: exactly the items before the query; none: only its positive; auto:
     # batch, or none with data.exclude_seen=false. With a condition in data.exclude_seen, of events that match it.

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     )
     from bigdssm.losses.distillation import BatchTeacher, batch_kl
     from bigdssm.losses.inputs import LossBatch, LossInputError
-    from bigdssm.losses.sampling import CountedFrequency, StreamingFrequency, apply_sampling, sample_uniform
+    from bigdssm.losses.sampling import (
+        CountedFrequency,
+        StreamingFrequency,
+        apply_sampling,
+        drawn_weights,
+        sample_uniform,
+        sample_weighted,
+    )
     from bigdssm.losses.scored import scored_loss
 
 __all__ = [
@@ -52,6 +59,7 @@ __all__ = [
     "apply_sampling",
     "batch_kl",
     "contrastive_loss",
+    "drawn_weights",
     "fps_loss",
     "matryoshka_loss",
     "norm_penalty",
@@ -61,6 +69,7 @@ __all__ = [
     "register_sampling",
     "relevance_weight",
     "sample_uniform",
+    "sample_weighted",
     "scored_loss",
 ]
 
@@ -77,7 +86,10 @@ __getattr__, __dir__ = lazy_attributes(
             "relevance_weight",
         ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
-        "bigdssm.losses.sampling": ["CountedFrequency", "StreamingFrequency", "apply_sampling", "sample_uniform"],
+        "bigdssm.losses.sampling": [
+            "CountedFrequency", "StreamingFrequency", "apply_sampling", "drawn_weights", "sample_uniform",
+            "sample_weighted",
+        ],
         "bigdssm.losses.scored": ["scored_loss"],
     },
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Batches of a stage: rows of the stream with hard and uniform negatives and known positives."""
+"""Batches of a stage: rows of the stream with hard and drawn negatives and known positives."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from bigdssm.config import Config, StageConfig
 from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.features import PADDING
+from bigdssm.features import PADDING, histories_of
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Ragged
 from bigdssm.loader.batch import Batch, Collator, as_tensor, uploaded_batches
 from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.loader.stream import PairStream, RowStream
-from bigdssm.losses import sample_uniform
+from bigdssm.losses import drawn_weights, sample_uniform, sample_weighted
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
-from bigdssm.models.embedding_tables import tables_of_features
+from bigdssm.models.embedding_tables import table_name, tables_of_features
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.objective import catalogue_share
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 
-_UNIFORM, _DROPPED = 0x756E69666F726D, 0x64726F70706564  # keys that separate these random draws from the stream's
+# keys that separate these random draws from the stream's
+_UNIFORM, _POPULAR, _DROPPED = 0x756E69666F726D, 0x706F70756C6172, 0x64726F70706564
 
 
 class BatchBuilder:
@@ -52,8 +53,8 @@ class BatchBuilder:
     ) -> None:
         """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`.
 
-        documents: vectors that take the place of documents' features. tables: names of tables sharded by rows, of whose
-        ids the share `id_dropout` is out of vocabulary in each step.
+        documents: vectors that take the place of documents' features. tables: names of tables sharded by rows. Of their
+        ids, and of those of the items of histories, the share `id_dropout` is out of vocabulary in each step.
         """
         dataset = stream.dataset
         self.hard_negatives, self._documents = hard_negatives, documents
@@ -66,7 +67,12 @@ class BatchBuilder:
         catalogue = None if stream.inline else dataset.catalogue
         self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
         self._tabled = tables_of_features(dataset.schema, tables) if tables else []
+        items = {table_name("doc", str(history.of)) for history in histories_of(dataset.schema.query).values()}
+        self._dropped = tables_of_features(dataset.schema, {*tables, *items}) if id_dropout else []
         self._id_dropout = id_dropout
+        self._cumulative = None
+        if stage.negatives.popular:
+            self._cumulative = drawn_weights(stream.doc_weights(), dataset.catalogue.withdrawn).cumsum()
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
@@ -82,14 +88,14 @@ class BatchBuilder:
             if len(withdrawn):  # only positives are
                 batch = replace(batch, withdrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), withdrawn)))
         else:
-            batch = self._collator(rows, negatives=negatives, extra_docs=self.uniform(rows.step))
+            batch = self._collator(rows, negatives=negatives, extra_docs=self.drawn(rows.step))
         if scores is not None:
             batch = replace(batch, teacher=torch.from_numpy(scores))
         if self._documents is not None:
             batch = replace(batch, doc_vectors=as_tensor(self._documents.vectors[batch.doc_rows.numpy()]))
+        if self._dropped:
+            batch = drop_ids(batch, self._dropped, derive_key(self._seed, _DROPPED, rows.step), self._id_dropout)
         if self._tabled:
-            if self._id_dropout:
-                batch = drop_ids(batch, self._tabled, derive_key(self._seed, _DROPPED, rows.step), self._id_dropout)
             batch = with_positions(batch, self._tabled)
         if self._teacher is not None:
             vectors = self._teacher.queries(rows.query_keys), self._teacher.documents[batch.doc_rows.numpy()]
@@ -113,27 +119,31 @@ class BatchBuilder:
         chosen = self.hard_negatives.sample(rows, epoch, self._seed, k, self._teacher_margin)
         return chosen if self._distils else chosen._replace(teacher=None)
 
-    def uniform(self, step: int) -> np.ndarray | None:
-        """Return this rank's share of the step's uniform draws, which do not depend on the number of ranks."""
-        if self._config.uniform == 0:
-            return None
-        generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
-        catalogue = self._dataset.catalogue
-        draws = sample_uniform(self._config.uniform, catalogue.num_candidates, generator).numpy()
-        return candidate_rows(draws[self._rank :: self._world_size], catalogue.withdrawn)
+    def drawn(self, step: int) -> np.ndarray | None:
+        """Return this rank's share of the documents drawn in a step, which do not depend on the number of ranks."""
+        draws, catalogue = [], self._dataset.catalogue
+        if self._config.uniform:
+            generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
+            numbers = sample_uniform(self._config.uniform, catalogue.num_candidates, generator).numpy()
+            draws.append(candidate_rows(numbers[self._rank :: self._world_size], catalogue.withdrawn))
+        if self._cumulative is not None:
+            generator = torch.Generator().manual_seed(derive_key(self._seed, _POPULAR, step))
+            documents = sample_weighted(self._config.popular, self._cumulative, generator)
+            draws.append(documents[self._rank :: self._world_size])
+        return np.concatenate(draws) if draws else None
 
 
-def drop_ids(batch: Batch, tabled: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
+def drop_ids(batch: Batch, dropped: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
     """Return a batch with a share of the ids out of vocabulary, a function of key, row and position in the row."""
     sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
     row_keys = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
-    for side, name, _ in tabled:
+    for side, name, _ in dropped:
         if name in sides[side]:
             codes = sides[side][name].numpy()
             rows = mix64(row_keys[side].astype(np.uint64), key ^ hash64(f"{side}.{name}"))
             cells = rows.reshape(-1, *[1] * (codes.ndim - 1)) + np.arange(codes[:1].size, dtype=np.uint64)
-            dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
-            sides[side][name] = torch.from_numpy(np.where(dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
+            is_dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
+            sides[side][name] = torch.from_numpy(np.where(is_dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
     return replace(batch, query=sides["query"], doc=sides["doc"])
 
 

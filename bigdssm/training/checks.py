@@ -67,8 +67,8 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
     if shards is not None:  # no catalogue
         find_shards(shards)
         reason = f"{shards} stores documents with their queries, without a catalogue"
-        for kind, count in (("hard", stage.negatives.hard), ("uniform", stage.negatives.uniform)):
-            if count:
+        for kind in ("hard", "uniform", "popular"):
+            if count := getattr(stage.negatives, kind):
                 raise ConfigError(f"{name}.negatives.{kind}: got {count}, needs 0: {reason}")
         if isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts":
             raise ConfigError(
@@ -164,7 +164,8 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
     """Raise ConfigError if a stage cannot train a model with sharded tables; warn about their keys without any."""
     sharded, stage = sorted(model.tables.sharded), config.stage(name)
     if not sharded:
-        tables, how = config.model.tables, ("sharding", "rows_from", "rows", "replicated")
+        tables, how = config.model.tables, ["sharding", "rows_from", "rows", "replicated"]
+        how += ["id_dropout"] * bool(histories_of(model.schema.query))  # of the items of histories
         keys = [f.name for f in fields(tables) if f.name not in how and getattr(tables, f.name) != f.default]
         if keys:
             logger.warning(

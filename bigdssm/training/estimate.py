@@ -272,8 +272,8 @@ def estimate(
     stage, engine = config.stage(name), config.engine
     engine = resolve_engine_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
-    uniform = -(-stage.negatives.uniform // world_size)
-    share = replace(stage, negatives=replace(stage.negatives, uniform=uniform), distillation=None)
+    drawn = {kind: -(-getattr(stage.negatives, kind) // world_size) for kind in ("uniform", "popular")}
+    share = replace(stage, negatives=replace(stage.negatives, **drawn), distillation=None)
     negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
     documents = None
     if stage.documents.vectors:  # without their model

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import FrequencyCorrection, ModelConfig, StageConfig
+from bigdssm.dataset.catalogue import NO_ROWS
 from bigdssm.loader.batch import Batch, Features
 from bigdssm.losses import (
     BatchTeacher,
@@ -47,13 +48,13 @@ class Objective:
         doc_counts: np.ndarray | None,
         queries_per_step: float,
         operand: torch.dtype | None = None,
-        num_candidates: int | None = None,
+        withdrawn: np.ndarray = NO_ROWS,
     ) -> None:
         """Build the loss.
 
         doc_counts: number of times that each catalogue row is a positive, required by a sampling correction by counts.
-        operand: dtype that normalized vectors are rounded to for products; None: no rounding. num_candidates: documents
-        that uniform negatives are drawn from; None: all.
+        operand: dtype that normalized vectors are rounded to for products; None: no rounding. withdrawn: catalogue rows
+        that no negatives are drawn from.
         """
         self._stage, self._loss = stage, stage.loss
         self._normalize = model.score == "cosine"
@@ -64,7 +65,11 @@ class Objective:
         self._counted = None
         if doc_counts is not None:
             self._counted = CountedFrequency(
-                torch.from_numpy(doc_counts), queries_per_step, stage.negatives.uniform, num_candidates
+                torch.from_numpy(doc_counts),
+                queries_per_step,
+                stage.negatives.uniform,
+                stage.negatives.popular,
+                withdrawn,
             )
         sampling = stage.sampling
         self._sampling = sampling if isinstance(sampling, FrequencyCorrection) else None

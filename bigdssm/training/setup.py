@@ -143,7 +143,7 @@ def build_trainer(
     is_counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
     objective = Objective(
         stage, config.model, engine_config.loss_tile, stream.doc_weights() if is_counted else None,
-        stream.queries_per_step, engine.product_dtype, dataset.catalogue.num_candidates,
+        stream.queries_per_step, engine.product_dtype, dataset.catalogue.withdrawn,
     )  # fmt: skip
     average = WeightAverage(engine.module, stage.weight_average) if stage.weight_average else None
 

@@ -27,6 +27,7 @@ from .test_growth import append_day2
 from .test_training import assert_same_curve, stop_after
 
 SHARDED = ("model.tables.sharding=rows", "pretrain.table_optimizer={name: sgd, lr: 0.5}")
+DRAWN = (*SHARDED, "pretrain.negatives.popular=9", "model.tables.id_dropout=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
     """Return the run of one rank at ZeRO 0, without chunks."""
     folder = tmp_path_factory.mktemp("one")
-    pools[1].run(small_run.run, config, folder, (*SHARDED, "engine.zero_stage=0"))
+    pools[1].run(small_run.run, config, folder, (*DRAWN, "engine.zero_stage=0"))
     return folder
 
 
@@ -54,7 +55,7 @@ def one(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int,
 def test_one_curve_in_all_modes(
     config: Path, one: Path, tmp_path: Path, pools: dict[int, Pool], ranks: int, modes: tuple[str, ...]
 ) -> None:
-    pools[ranks].run(small_run.run, config, tmp_path, (*SHARDED, *modes))
+    pools[ranks].run(small_run.run, config, tmp_path, (*DRAWN, *modes))
     assert_same_curve(tmp_path, one)
     hits = [record["table_cache_hits"] for record in small_run.records(tmp_path) if "table_cache_hits" in record]
     assert bool(hits) == ("engine.table_cache_rows=9" in modes) and all(0 <= share < 1 for share in hits)
@@ -106,7 +107,7 @@ def vectors(folder: Any, dataset: Path) -> torch.Tensor:
 def test_model_folders_and_checkpoints_hold_the_rows(
     config: Path, one: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
-    pools[3].run(small_run.run, config, tmp_path, (*SHARDED, "pretrain.save_every_steps=6"))
+    pools[3].run(small_run.run, config, tmp_path, (*DRAWN, "pretrain.save_every_steps=6"))
     dataset = config.parent / "dataset"
     best = load_model_folder(tmp_path / "pretrain" / "best")
     assert len(list((tmp_path / "pretrain" / "best" / "tables").iterdir())) == 3

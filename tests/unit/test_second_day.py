@@ -10,17 +10,23 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 import yaml
+from pyarrow import parquet
 
 import bigdssm
 from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors
-from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
+from bigdssm.commands import build_index, embed, evaluate, recommend
 from bigdssm.config import DataConfig, SourceConfig, load_config
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of, codes_of
 from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.vectors import load_vectors, read_meta
+from bigdssm.serving.searcher import Searcher
 from bigdssm.training.resume import StageProgress
 from bigdssm.training.validation import BestSelection, Validator
 
@@ -63,6 +69,12 @@ def first_day(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def one_day(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the first day alone."""
+    return first_day(tmp_path_factory.mktemp("day"))
+
+
+@pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the first day; the tests add days to it, one after another."""
     return first_day(tmp_path_factory.mktemp("shop"))
@@ -76,9 +88,9 @@ def vectors(folder: Path) -> dict[str, list[float]]:
     return dict(zip(dataset.catalogue.keys(every), made.tolist(), strict=True))
 
 
-def test_an_id_without_a_positive_train_event_is_unknown_everywhere(tmp_path: Path) -> None:
+def test_an_id_without_a_positive_train_event_is_unknown_everywhere(one_day: Path) -> None:
     """As a negative of every step it would have a trained vector that no positive has formed."""
-    shop = first_day(tmp_path)
+    shop = one_day
     made, model = vectors(shop), bigdssm.load_model(shop / "run/pretrain/best")
     assert made["g0"] == pytest.approx(made["g1"], abs=1e-6) and made["g0"] != pytest.approx(made["i0"], abs=1e-2)
     features = [{"item_id": name, "price": 5.0} for name in ("g0", "never seen", "i0")]
@@ -153,3 +165,37 @@ def test_the_start_of_a_segment_is_not_the_end_of_the_one_before(shop: Path) -> 
     history = [{"step": step, "ndcg_at_10": value} for step, value in ((4, 0.9), (4, 0.1), (8, 0.2))]
     progress = StageProgress(step=8, best=0.2, best_step=8, segment_start_step=4, history=history)
     assert "(NDCG@10 0.1000 at the start, 0.2000 at the end)" in validator.describe(progress, "ndcg_at_10")
+
+
+def test_no_command_reads_the_vector_of_an_unknown_id(one_day: Path, tmp_path: Path) -> None:
+    """With other weights in the rows of unknown ids, every answer is the same, also with them in histories."""
+    shutil.copy(one_day / "config.yaml", tmp_path)
+    shutil.copytree(one_day / "data", tmp_path / "data")
+    add_day(tmp_path, 1, ["i0", "i1", "g0"], [], out=tmp_path / "data")
+    best = one_day / "run/pretrain/best"
+    loaded = load_model_folder(best)
+    table = loaded.model.tables.tables["doc_item_id"].weight
+    unknown = categorical_of(loaded.schema.doc)["item_id"].unknown(np.arange(len(table)))
+    assert unknown.sum() == len(GHOSTS)
+    with torch.no_grad():
+        table[torch.from_numpy(unknown)] += 9.0
+    save_model_folder(tmp_path / "changed", loaded.model, loaded.config, loaded.schema, None, {})
+
+    def answers(model: Path) -> list[Any]:
+        out, data = tmp_path / f"out-{model.name}", ["--model", model, "--data", tmp_path / "data"]
+        for main, arguments in (
+            (evaluate.main, [*data, "--split", "test", "--out", out / "test.json"]),
+            (embed.main, [*data, "--out", out / "vectors"]),
+            (build_index.main, ["--vectors", out / "vectors", "--out", out / "index"]),
+            (recommend.main, [*data, "--index", out / "index", "--users", "--out", out / "answers", "--top", 14]),
+        ):
+            main([str(argument) for argument in arguments])
+        searcher = Searcher.open(model, out / "index", str(tmp_path / "data"))
+        requests = [Request(user="u0", top=14), Request(events=[Event("g0"), Event("i3")], top=14)]
+        found = [[(d.key, d.score) for d in documents] for documents in searcher.search(requests)]
+        assert {key for key, _ in found[0]} >= {"g1"}
+        vectors = load_vectors(out / "vectors", read_meta(out / "vectors"))[:]
+        bulk = parquet.read_table(sorted((out / "answers").glob("part-*.parquet"))).to_pylist()
+        return [np.load(next(out.glob("test*.npy"))).tolist(), vectors.tolist(), found, bulk]
+
+    assert answers(tmp_path / "changed") == answers(best)

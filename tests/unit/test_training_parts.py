@@ -173,7 +173,7 @@ def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
     stage = StageConfig(negatives=NegativesConfig(uniform=5))
     drawn = {
-        (seed, step): tuple(BatchBuilder(stream, stage, seed).uniform(step))  # type: ignore[arg-type]
+        (seed, step): tuple(BatchBuilder(stream, stage, seed).drawn(step))  # type: ignore[arg-type]
         for seed in (0, 1, 20251123, 2**32 - 1)
         for step in (0, 1)
     }

@@ -19,6 +19,7 @@ from bigdssm.config import NegativesConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
+from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING
 from bigdssm.loader.batch import Batch, ListLengths
 from bigdssm.loader.stream import PairStream
 from bigdssm.losses import Softmax
@@ -70,7 +71,7 @@ def batches(
         start_step=start_step, window_blocks=2,
     )  # fmt: skip
     mask = "batch" if dataset.sequences is None else "user"
-    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, mask=mask))
+    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, popular=5, mask=mask))
     return read_batches(stream, BatchBuilder(stream, stage, 5, UniformNegatives(dataset.catalogue.num_docs)), CPU, num)
 
 
@@ -90,6 +91,32 @@ def test_batches_are_the_same_to_the_bit_on_any_number_of_loader_processes(
         one, other = (list(batches(dataset, number, 5, 3, rank, 2)) for number in (0, num_workers))
         assert all(len(batch.row_ids) == ROWS_GLOBAL // 2 for batch in one)
         assert [list(values(batch)) for batch in one] == [list(values(batch)) for batch in other]
+
+
+def test_dropped_ids_are_the_same_on_any_number_of_ranks(pieces: Dataset) -> None:
+    """Of documents and of histories, also without sharded tables; other features of documents stay."""
+    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(columns="catalogue", mask="none"))
+
+    def codes(share: float, world_size: int) -> dict[tuple[Any, ...], int]:
+        found: dict[tuple[Any, ...], int] = {}
+        for rank in range(world_size):
+            stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size)
+            for batch in read_batches(stream, BatchBuilder(stream, stage, 5, id_dropout=share), CPU, 3):
+                for name, ids, features in (("doc", batch.doc_ids, batch.doc), ("query", batch.row_ids, batch.query)):
+                    for feature, values in features.items():
+                        for row, cells in zip(ids.tolist(), values.reshape(len(ids), -1).tolist(), strict=True):
+                            filled = [cell for cell in cells if cell != PADDING]
+                            found |= {(batch.step, name, feature, row, at): cell for at, cell in enumerate(filled)}
+        return found
+
+    all_ids, some = codes(0.0, 1), codes(0.4, 1)
+    changed = {key: some[key] for key in some if some[key] != all_ids[key]}
+    assert codes(0.4, 2) == some and set(changed.values()) == {OUT_OF_VOCABULARY}
+    ids = {("doc", "item"), ("query", "history")}
+    assert {key[1:3] for key in changed} == ids
+    for side in ids:
+        number = sum(key[1:3] == side for key in some)
+        assert sum(key[1:3] == side for key in changed) / number == pytest.approx(0.4, abs=0.1)
 
 
 def where(rows: Rows) -> tuple[int, int]:

@@ -56,8 +56,17 @@ def batches(dataset: Dataset, world_size: int, **negatives: Any) -> Iterator[tup
 def test_uniform_and_catalogue_negatives(smaller: Dataset, world_size: int) -> None:
     drawn: list[int] = []
     for _, make in batches(smaller, world_size, uniform=64):
-        drawn += [int(row) for step in range(40) for row in make.uniform(step)]  # type: ignore[union-attr]
+        drawn += [int(row) for step in range(40) for row in make.drawn(step)]  # type: ignore[union-attr]
     assert sorted(set(drawn)) == AVAILABLE and len(drawn) == 40 * 64
+    counts = smaller.doc_counts()
+    popular: list[int] = []
+    for rank, (batch, make) in enumerate(batches(smaller, world_size, popular=63)):
+        made = make.drawn(batch.step)
+        assert made is not None and len(made) == -(-(63 - rank) // world_size)
+        assert np.isin(made, batch.doc_rows.numpy()).all()
+        popular += [int(row) for step in range(40) for row in make.drawn(step)]  # type: ignore[union-attr]
+    assert set(popular) <= set(AVAILABLE) and counts[popular].min() > 0
+    assert np.mean(counts[popular]) == pytest.approx((counts[AVAILABLE] ** 2).sum() / counts[AVAILABLE].sum(), rel=0.1)
     shares: list[int] = []
     positives = set()
     for rank, (batch, _) in enumerate(batches(smaller, world_size, columns="catalogue")):
@@ -130,7 +139,7 @@ def test_a_running_segment_keeps_its_catalogue(
     assert PairStream(continued, rows_global=24, lanes=4).check_state(state), "the same segment"
     with pytest.raises(DataError, match="extents was"):
         PairStream(now, rows_global=24, lanes=4).check_state(state)
-    draws = [next(batches(some, 1, uniform=64))[1].uniform(3) for some in (before, continued, now)]
+    draws = [next(batches(some, 1, uniform=64))[1].drawn(3) for some in (before, continued, now)]
     assert np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], draws[2])  # type: ignore[arg-type]
     state["partitions"] = [["other", "x"]]
     assert resume.open_segment(config, "pretrain").fingerprint == now.fingerprint, "a new segment begins with all"
