@@ -34,14 +34,25 @@ def test_distributions_sum_to_one() -> None:
     shop, n = Shop.of(0), 50
     items = np.arange(n) * 37
     context = (np.arange(n) % 3, np.arange(n) % 2, np.arange(n) // 3 % 2)
-    np.testing.assert_allclose(shop.following(items, context).sum(axis=1), 1)
-    assert shop.of_category().shape == (CATEGORIES, NUM_ITEMS)
-    np.testing.assert_allclose(shop.of_category().sum(axis=1), 1)
+    np.testing.assert_allclose(shop.following(items, context, np.zeros(n, int)).sum(axis=1), 1)
+    new = Shop.of(0, days=9, new_items_per_day=30)
+    following = new.following(items, context, np.arange(n) % 9)
+    np.testing.assert_allclose(following.sum(axis=1), 1)
+    has_new, is_first_day = following[:, NUM_ITEMS:].any(axis=1), np.arange(n) % 9 == 0
+    assert not has_new[is_first_day].any() and has_new[~is_first_day].mean() > 0.8
+    for each in (shop, new):
+        of_category = each.of_category()
+        assert of_category.shape == (len(each.within), len(each.style))
+        by_category = [of_category[:, each.category == number].sum(axis=1) for number in range(CATEGORIES)]
+        np.testing.assert_allclose(by_category, 1)
 
 
-def test_the_oracle_averages_over_all_categories_that_its_users_may_have(events: Events) -> None:
-    shop, compared = Shop.of(3), 0
-    of_category = shop.of_category()
+@pytest.mark.parametrize("new_items_per_day", [0, 40])
+def test_the_oracle_averages_over_all_categories_that_its_users_may_have(new_items_per_day: int) -> None:
+    shop, compared = Shop.of(3, 60, new_items_per_day), 0
+    events, num_items = generate(3, 20, 60, new_items_per_day), len(shop.style)
+    assert (shop.first_day[events.item] <= (events.time - START) // DAY).all()
+    assert (events.item >= NUM_ITEMS).mean() == pytest.approx(0.5 if new_items_per_day else 0, abs=0.15)
     for user in range(10):
         mine = events.take(np.flatnonzero(events.user == user))
         visit = np.r_[0, np.cumsum(mine.long_gap[1:])]
@@ -51,9 +62,11 @@ def test_the_oracle_averages_over_all_categories_that_its_users_may_have(events:
             weight[pair] *= DRIFT + (1 - DRIFT) * CATEGORIES * (pair[0] == pair[1])
         for k in range(last):
             context = (mine.action[[k - 1]], mine.long_gap[[k]].astype(int), (mine.action[[k]] == PURCHASE).astype(int))
-            follows = FOLLOWS * shop.following(mine.item[[k - 1]], context)[0] if k else np.zeros(NUM_ITEMS)
+            day = (mine.time[[k]] - START) // DAY
+            follows = FOLLOWS * shop.following(mine.item[[k - 1]], context, day)[0] if k else np.zeros(num_items)
+            of_category = shop.of_category()[day[0]]
             given = {
-                pair: follows + (TASTE if k else FOLLOWS + TASTE) * of_category[pair[visit[k]]]
+                pair: follows + (TASTE if k else FOLLOWS + TASTE) * of_category * (shop.category == pair[visit[k]])
                 + OF_DEVICE * shop.on_device[mine.device[k]]
                 for pair in weight
             }  # fmt: skip
