@@ -267,6 +267,13 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
         )  # fmt: skip
         every = mining.every_steps
         require(every == 0, f"{key}.mining.every_steps", every, f"0 with {key}.mining.file, which replaces mining")
+    every = negatives.refresh_every_steps
+    for where, got, needed in (
+        (f"{key}.columns", negatives.columns, "catalogue"),
+        ("data.doc", "no text" if not any(f.type == "text" for f in data.doc.values()) else "a text", "a text"),
+        (f"{name}.documents.model", stage.documents.model or "none", "none"),
+    ):
+        require(not every or got == needed, where, got, f"{needed} with {key}.refresh_every_steps={every}")
     if negatives.columns == "catalogue":
         _check_catalogue_columns(name, stage, config)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature, timestamp_of
+from bigdssm.features import Feature, texts_of, timestamp_of
 from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
 from bigdssm.models.encoders import (
@@ -67,6 +67,7 @@ class Tower(nn.Module):
         self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_shared})
         self._shared_encoders = ({name: e for name, e in encoders.items() if e.is_shared},)  # not modules of the tower
         widths = {name: encoder.dim for name, encoder in self._all().items()}
+        self.text_widths = {name: widths[name] for name in texts_of(features)}
         if self.residual is not None and self.residual not in widths:
             raise ConfigError(
                 f"model.{context.side}.residual={self.residual} is no {context.side} feature, "
@@ -106,7 +107,9 @@ class Tower(nn.Module):
             features = {**features, REQUEST: parts[REQUEST]}
         for name, encoder in self._all().items():
             values = features[name]
-            if query_positions is None:
+            if name in self.text_widths and isinstance(values, Tensor) and values.is_floating_point():
+                number, vectors = values.shape[0], values  # of `text_vectors`
+            elif query_positions is None:
                 # shape[0], not len(): an export would fix the number of rows
                 number = values.num_rows if isinstance(values, Packed) else values.shape[0]
                 vectors = encoder(encoder.inputs(name, features))
@@ -120,6 +123,14 @@ class Tower(nn.Module):
             return residual
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
         return output if residual is None else output + residual
+
+    def text_vectors(self, texts: Mapping[str, Values]) -> Tensor:
+        """Return the text encoder's outputs [R, ΣH] for the features of `text_widths`, one after the other.
+
+        `forward` accepts the part of a feature in place of its tokens.
+        """
+        encoders = self._all()
+        return torch.cat([encoders[name](encoders[name].inputs(name, texts)) for name in self.text_widths], dim=1)
 
     def accepts_packed(self, training: bool) -> frozenset[str]:
         """Return the features whose lists may be packed."""
@@ -216,18 +227,21 @@ class DualEncoder(nn.Module):
         candidates: Tensor | None = None,
         query_positions: QueryPositions | None = None,
         paired: bool = False,
+        doc_texts: Mapping[str, Values] | None = None,
     ) -> Encoded:
         """Encode queries, documents, or both; alpha is always returned (ZeRO-3 hides it outside the forward).
 
         Without `query_positions`, a row of `query` is one query with its whole history. With them, there are m queries,
         each with a prefix of its row's history: histories are encoded in one pass, other features once per row.
         candidates int64 [m, l]: rows of `doc` to score for each query with the MLP. paired: only score row i of both
-        sides as a pair, with a scorer that takes features.
+        sides as a pair, with a scorer that takes features. doc_texts: only return `Tower.text_vectors` of them, as W.
         """
         alpha: Tensor = _ClampAbove.apply(self.log_alpha.float().exp(), ALPHA_MAX)
         if paired:
             assert query is not None and doc is not None and self.scorer is not None
             return Encoded(None, None, None, alpha, self.scorer(query, doc))
+        if doc_texts is not None:
+            return Encoded(None, self.doc_tower.text_vectors(doc_texts), None, alpha)
         U = W = beta = scores = None
         if query is not None:
             U = self._normalized(self.query_tower(query, query_positions))

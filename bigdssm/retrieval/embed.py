@@ -245,7 +245,7 @@ def encode_columns(
 
 
 def encode(model: nn.Module, paired: bool = False, **sides: Mapping[str, Values]) -> Encoded:
-    """Run `model` on one side's features, or on pairs, in evaluation mode and without gradients."""
+    """Run `model` on features of a side, texts of documents, or pairs, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:

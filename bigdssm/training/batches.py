@@ -16,10 +16,18 @@ from bigdssm.config import Config, StageConfig
 from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
-from bigdssm.features import PADDING, histories_of
+from bigdssm.features import PADDING, histories_of, texts_of
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Ragged
-from bigdssm.loader.batch import Batch, Collator, as_tensor, uploaded_batches
+from bigdssm.loader.batch import (
+    Batch,
+    Collator,
+    as_tensor,
+    lengths_of,
+    paddings,
+    to_features,
+    uploaded_batches,
+)
 from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.loader.stream import PairStream, RowStream
 from bigdssm.losses import drawn_weights, sample_uniform, sample_weighted
@@ -82,9 +90,11 @@ class BatchBuilder:
         withdrawn = self._dataset.catalogue.withdrawn
         if self._config.columns == "catalogue":
             share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
-            batch = self._collator(
-                rows, negatives=negatives, extra_docs=np.setdiff1d(share, withdrawn, assume_unique=True)
-            )
+            share = np.setdiff1d(share, withdrawn, assume_unique=True)
+            if self._config.refresh_every_steps:
+                batch = self.with_stale(self._collator(rows), share)
+            else:
+                batch = self._collator(rows, negatives=negatives, extra_docs=share)
             if len(withdrawn):  # only positives are
                 batch = replace(batch, withdrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), withdrawn)))
         else:
@@ -108,6 +118,18 @@ class BatchBuilder:
             is_known = self._dataset.matching_targets(rows, condition, "data.exclude_seen")
             batch = replace(batch, is_known=torch.from_numpy(is_known))
         return batch
+
+    def with_stale(self, batch: Batch, share: np.ndarray) -> Batch:
+        """Return a batch of positives with the other documents of a share as stale columns, without their texts."""
+        schema, catalogue = self._dataset.schema, self._dataset.catalogue
+        rows = np.setdiff1d(share, batch.doc_rows.numpy(), assume_unique=True)
+        declared = {name: feature for name, feature in schema.doc.items() if name not in texts_of(schema.doc)}
+        stale = to_features(declared, {name: catalogue.column(name, rows) for name in declared})
+        return replace(
+            batch, stale=stale, stale_lengths=lengths_of(stale, paddings(declared)),
+            doc_rows=torch.cat([batch.doc_rows, as_tensor(rows)]),
+            doc_ids=torch.cat([batch.doc_ids, as_tensor(catalogue.ids(rows))]),
+        )  # fmt: skip
 
     def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
         """Return the hard negatives of each query, and the teacher's scores if they are distilled."""
@@ -135,16 +157,19 @@ class BatchBuilder:
 
 def drop_ids(batch: Batch, dropped: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
     """Return a batch with a share of the ids out of vocabulary, a function of key, row and position in the row."""
-    sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
-    row_keys = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
+    query, doc, stale = dict(batch.query), dict(batch.doc), dict(batch.stale or {})
+    doc_keys, fresh = batch.doc_ids.numpy(), batch.num_fresh
+    parts = {"query": [(query, batch.row_ids.numpy())], "doc": [(doc, doc_keys[:fresh]), (stale, doc_keys[fresh:])]}
     for side, name, _ in dropped:
-        if name in sides[side]:
-            codes = sides[side][name].numpy()
-            rows = mix64(row_keys[side].astype(np.uint64), key ^ hash64(f"{side}.{name}"))
+        for features, row_keys in parts[side]:
+            if name not in features:
+                continue
+            codes = features[name].numpy()
+            rows = mix64(row_keys.astype(np.uint64), key ^ hash64(f"{side}.{name}"))
             cells = rows.reshape(-1, *[1] * (codes.ndim - 1)) + np.arange(codes[:1].size, dtype=np.uint64)
             is_dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
-            sides[side][name] = torch.from_numpy(np.where(is_dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
-    return replace(batch, query=sides["query"], doc=sides["doc"])
+            features[name] = torch.from_numpy(np.where(is_dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
+    return replace(batch, query=query, doc=doc, stale=None if batch.stale is None else stale)
 
 
 def with_positions(batch: Batch, tabled: Iterable[tuple[str, str, str]]) -> Batch:

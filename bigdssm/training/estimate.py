@@ -327,6 +327,14 @@ def estimate(
     averaged = {"moving average of the weights": 2 * FP32 * sizes.trained} if stage.weight_average else {}
     in_tables = sum(stored[name] * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
     saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
+    texts_of_catalogue = {}
+    if batch.stale is not None:
+        text_widths = model.doc_tower.text_widths
+        num_stale, vectors_width = len(batch.doc_ids) - batch.num_fresh, sum(text_widths.values())
+        zeros = {name: torch.zeros(num_stale, width) for name, width in text_widths.items()}
+        batch = replace(batch, stale={**batch.stale, **zeros})
+        texts_of_catalogue = {"text vectors of the catalogue": FP32 * -(-num_docs // world_size) * vectors_width}
+        saved += num_docs * vectors_width
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
     sides, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
@@ -349,11 +357,11 @@ def estimate(
     query, doc = batch.sizes
     encoded = num_queries * model.query_tower.flops(query) / max(1, len(batch.query_ids))
     if documents is None:
-        encoded += num_docs * model.doc_tower.flops(doc) / max(1, len(batch.doc_ids))
+        encoded += num_docs * model.doc_tower.flops(replace(doc, rows=batch.num_fresh)) / max(1, batch.num_fresh)
     products = encoded + 2.0 * num_queries * num_docs * config.model.dim
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-FP32 * saved // world_size)} if behind else {}
-    resident |= averaged | copied
+    resident |= averaged | copied | texts_of_catalogue
     resident |= {"batch": 2 * batch.nbytes, "libraries at first use": RUNTIME_BYTES}  # the current batch and the next
     # a rank's share of index vectors; an approximate index has a copy of them
     mining = stage.negatives.mining
@@ -431,7 +439,8 @@ def _gathered_weights(model: DualEncoder, plan: StepPlan) -> int:
     if plan.whole:
         return 2 * sum(sizes.values())
     other = {"query": ("doc_tower.", "text.doc.", "beta"), "doc": ("query_tower.", "text.query.")}
-    sides = ["query"] * len(plan.query.chunks) + ["doc"] * len(plan.doc.chunks)
+    docs = plan.doc.chunks + (() if plan.stale is None else plan.stale.chunks)  # stale ones need fewer: an upper bound
+    sides = ["query"] * len(plan.query.chunks) + ["doc"] * len(docs)
     passes = dict.fromkeys(other, 0)
     for number, side in enumerate(sides):
         passes[side] += 2 if number >= len(sides) - plan.num_retained else 3
@@ -486,7 +495,7 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
     """Return the bytes of encoding the catalogue's documents without a graph; 0 if their vectors are fixed."""
     if batch.doc_vectors is not None:
         return 0
-    plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
+    plan = plan_side(batch.doc_lengths, batch.num_fresh, CHUNK_TOKENS_CPU)
     chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
     features = cast(Features, side.features(chunk))  # the plan packs nothing
     inputs = {name: mode.from_tensor(values) for name, values in features.items()}

@@ -29,6 +29,7 @@ from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder
+from bigdssm.training.cached_texts import CachedTexts
 from bigdssm.training.checks import model_difference, retained_settings
 from bigdssm.training.engine import Engine, device, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments
@@ -176,6 +177,9 @@ def build_trainer(
     trainer = Trainer(
         name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
         batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
+        texts=CachedTexts(engine, dataset, stage.negatives.refresh_every_steps)
+        if stage.negatives.refresh_every_steps
+        else None,
         validator=Validator(
             dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,
             continues=progress.segment_start_step > 0,

@@ -240,6 +240,7 @@ class EncodedChunk:
     side: Chunked
     chunk: Chunk
     retain_graph: bool
+    first: int = 0  # of the side's vectors, among those of the batch
     encoded: Encoded | None = None
     state: RandomState | None = None
 
@@ -264,7 +265,7 @@ class EncodedChunk:
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
         """Return the vectors and biases with their gradients."""
-        index = self.side.outputs(self.chunk)
+        index = self.first + self.side.outputs(self.chunk)
         sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
             (output[: len(index)], _gradient(leaf)[index])
@@ -274,15 +275,17 @@ class EncodedChunk:
 
 
 def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
-    """Return the chunks of a plan that is not whole, first those of queries, then those of documents, unless fixed."""
-    sides = {"query": Chunked(batch.query, plan.query, batch.query_positions)}
+    """Return the chunks of a plan that is not whole: of queries, of documents unless fixed, of stale documents."""
+    sides = [("query", Chunked(batch.query, plan.query, batch.query_positions), 0)]
     if batch.doc_vectors is None:
-        sides["doc"] = Chunked(batch.doc, plan.doc)
-    work = [("query", chunk) for chunk in plan.query.chunks] + [("doc", chunk) for chunk in plan.doc.chunks]
+        sides.append(("doc", Chunked(batch.doc, plan.doc), 0))
+    if batch.stale is not None and plan.stale is not None:
+        sides.append(("doc", Chunked(batch.stale, plan.stale), batch.num_fresh))
+    work = [(name, side, chunk, first) for name, side, first in sides for chunk in side.plan.chunks]
+    fixed = 0 if batch.doc_vectors is None else len(plan.doc.chunks)
     return [
-        EncodedChunk(name, sides[name], chunk, retain_graph=i >= len(work) - plan.num_retained)
-        for i, (name, chunk) in enumerate(work)
-        if name in sides
+        EncodedChunk(name, side, chunk, i >= len(work) + fixed - plan.num_retained, first)
+        for i, (name, side, chunk, first) in enumerate(work)
     ]
 
 
@@ -290,12 +293,14 @@ def _encode_in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChun
     """Encode chunk by chunk; see `_backward_in_chunks`."""
     _refuse_batch_statistics(engine.module)
     outputs = [chunk.encode(engine) for chunk in chunks]
-    query, doc, alpha = chunks[0].side, chunks[-1].side, outputs[-1].alpha
-    U = _assembled(query, [out.U for chunk, out in zip(chunks, outputs, strict=True) if chunk.side is query])
+    alpha = outputs[-1].alpha
+    by_side: dict[Chunked, list[Encoded]] = {}
+    for chunk, output in zip(chunks, outputs, strict=True):
+        by_side.setdefault(chunk.side, []).append(output)
+    U = _assembled(by_side, [chunks[0].side], "U")
+    documents = list(by_side)[1:]
     if batch.doc_vectors is None:
-        doc_outputs = [output for chunk, output in zip(chunks, outputs, strict=True) if chunk.side is doc]
-        W = _assembled(doc, [output.W for output in doc_outputs])
-        beta = _assembled(doc, [output.beta for output in doc_outputs])
+        W, beta = _assembled(by_side, documents, "W"), _assembled(by_side, documents, "beta")
     else:
         W, beta = _fixed_columns(engine, batch, alpha)
     return Encoded(U, W, beta, alpha), partial(_backward_in_chunks, engine, chunks)
@@ -416,10 +421,13 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
     ]
 
 
-def _assembled(side: Chunked, parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the outputs of a side in the order of the batch, None if the model has no such output."""
-    present = [part for part in parts if part is not None]
-    return side.assemble(present) if present else None
+def _assembled(outputs: Mapping[Chunked, list[Encoded]], sides: Sequence[Chunked], part: str) -> Tensor | None:
+    """Return a part of the outputs of `sides` in the order of the batch, None if the model has no such output."""
+    parts = [[getattr(output, part) for output in outputs[side]] for side in sides]
+    if not parts or parts[0][0] is None:
+        return None
+    assembled = [side.assemble(of_side) for side, of_side in zip(sides, parts, strict=True)]
+    return torch.cat(assembled) if len(assembled) > 1 else assembled[0]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

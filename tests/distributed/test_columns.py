@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,16 @@ from bigdssm.losses import Softmax
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
 from bigdssm.models.declarations import MlpConfig
-from bigdssm.training.batches import row_stream
+from bigdssm.training.batches import BatchBuilder, row_stream
+from bigdssm.training.cached_texts import CachedTexts
 from bigdssm.training.objective import Objective, catalogue_share
+from bigdssm.training.optimizers import build_optimizer, schedule_factor
+from bigdssm.training.trainer import Trainer
 
 from . import small_run
 from .parity import assert_close
 from .spawn import Pool
+from .test_training import common, merged, stop_after
 
 DOCS, ROWS, D = 41, 30, 6
 ALPHA = 7.0
@@ -236,3 +242,132 @@ def test_a_run_begins_at_the_softmax_over_all_documents(
     for curve in curves[1:]:
         for mine, first in zip(curve, curves[0], strict=True):
             assert mine == pytest.approx(first, rel=1e-5)
+
+
+REFRESHED = (
+    *CATALOGUE, "pretrain.rows_global=24", "pretrain.negatives.refresh_every_steps=2", "pretrain.steps=5",
+    "pretrain.optimizer.gradient_clipping=2.0",
+)  # fmt: skip
+
+
+WITHDRAWN = [3, 30]
+
+
+def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
+    """Return the losses and gradient norms of a plain loop over all documents, whose stale texts are constants."""
+    config = load_config(path, overrides)
+    stage, dataset = config.pretrain, open_dataset(config.data).with_trained_ids()
+    num_docs, curve = dataset.catalogue.num_docs, []
+    torch.manual_seed(config.run.seed)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
+    optimizer = build_optimizer(model, stage.optimizer)
+    doc = to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(num_docs)))
+    constants = torch.empty(0)
+    for step, rows in zip(range(stage.steps), row_stream(config, stage, dataset, 0, 1), strict=False):
+        texts = model.text["doc"](doc["title"])
+        if step % stage.negatives.refresh_every_steps == 0:
+            constants = texts.detach()
+        positive = torch.from_numpy(np.isin(np.arange(num_docs), rows.doc_rows))
+        assert 0 < int(positive.sum()) < num_docs
+        texts = torch.where(positive[:, None], texts, constants)
+        query = Collator(dataset.schema, dataset.catalogue)(rows).query
+        found = model(query=query, doc={**doc, "title": texts})
+        loss = cross_entropy(found.alpha * found.U @ found.W.T + found.beta, torch.tensor(rows.doc_rows))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.optimizer.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule_factor(step, stage.steps, stage.optimizer)
+        optimizer.step()
+        curve.append((loss.item(), float(norm)))
+    return curve
+
+
+@pytest.mark.slow
+def test_stale_texts_are_constants_of_the_last_refresh(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """Losses and gradients are those of a plain loop, at any number of ranks and chunks, and ZeRO stage."""
+    right = plain_curve(config, REFRESHED)
+    assert right[0][0] == pytest.approx(first_loss(config, REFRESHED), rel=1e-6)
+    for ranks, mode in (
+        (1, ("engine.chunk_tokens=100", "engine.keep_graph_tokens=60")),
+        (2, ("engine.zero_stage=0", "engine.chunk_tokens=60", "engine.keep_graph_tokens=0")),
+        (2, ("engine.zero_stage=2",)),
+        (3, ("engine.zero_stage=3", "engine.chunk_tokens=100")),
+    ):
+        run_dir = tmp_path / f"{ranks}-{len(mode)}"
+        pools[ranks].run(small_run.run, config, run_dir, (*REFRESHED, *mode))
+        records = small_run.records(run_dir)
+        for record, (loss, norm) in zip(records, right, strict=True):
+            assert record["loss"] == pytest.approx(loss, rel=1e-5)
+            assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert all("texts of the catalogue" in record["seconds"] for record in records[::2])
+        assert all("texts of the catalogue" not in record["seconds"] for record in records[1::2])
+
+
+def run_columns(rank: int, world_size: int, config: Path) -> tuple[Batch, Tensor, Tensor]:
+    """Return this rank's first batch with its stale columns, and the titles' vectors of its stale documents."""
+    loaded = load_config(config, REFRESHED)
+    dataset = open_dataset(loaded.data).with_trained_ids()
+    dataset.catalogue.withdrawn = np.array(WITHDRAWN)
+    model = new_model(loaded.model, dataset.schema, dataset.vocab_size).train()
+    stream = row_stream(loaded, loaded.pretrain, dataset, rank, world_size)
+    texts = CachedTexts(SimpleNamespace(module=model, deepspeed=model), dataset, 2)  # type: ignore[arg-type]
+    batch = texts.complete(BatchBuilder(stream, loaded.pretrain)(next(iter(stream))))
+    stale = batch.doc_rows[batch.num_fresh :].numpy()
+    titles = to_features({"title": dataset.schema.doc["title"]}, {"title": dataset.catalogue.column("title", stale)})
+    with torch.no_grad():
+        return batch, texts.state_dict()["catalogue_texts"], model.eval().text["doc"](titles["title"])
+
+
+def test_a_document_is_one_column_fresh_where_it_is_a_positive(config: Path, pools: dict[int, Pool]) -> None:
+    (first, table, titles), (second, same, _) = pools[2].run(run_columns, config)
+    assert first.stale is not None and first.columns is not None and second.columns is not None
+    torch.testing.assert_close(first.stale["title"], titles)
+    assert torch.equal(table, same) and len(table) == small_run.NUM_ITEMS
+    torch.testing.assert_close(table[first.doc_rows[first.num_fresh :]], titles)
+    positives = [set(batch.doc_rows[: batch.num_fresh].tolist()) for batch in (first, second)]
+    assert positives[0] & positives[1], "a positive of both ranks"
+    assert positives[0] & set(second.doc_rows[second.num_fresh :].tolist()), "a positive that is stale on another rank"
+    columns = [batch.doc_rows[batch.columns].tolist() for batch in (first, second)]
+    assert sorted(columns[0] + columns[1]) == [row for row in range(small_run.NUM_ITEMS) if row not in WITHDRAWN]
+    assert (positives[0] | positives[1]) & set(WITHDRAWN), "rows of withdrawn documents are learned"
+    for batch, fresh in zip((first, second), positives, strict=True):
+        used = set(batch.doc_rows[batch.columns].tolist())
+        assert not (used - fresh) & (positives[0] | positives[1])
+    assert sum(int(batch.counts.sum()) for batch in (first, second)) == 24 + len(columns[0] + columns[1])
+
+
+def restored_texts(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> Tensor:
+    """Resume without a step; return the text vectors of all documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+
+        def train(trainer: Trainer) -> Any:
+            assert trainer.texts is not None
+            found.append(trainer.texts.state_dict()["catalogue_texts"].clone())
+            return trainer.progress
+
+        patch.setattr(Trainer, "train", train)
+        small_run.run(rank, world_size, config, run_dir, overrides, resume=True)
+    return found[0]
+
+
+@pytest.mark.slow
+def test_a_resume_has_the_text_vectors_of_the_checkpoint(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """A resumed run ends with the same bits; on other ranks it begins with the same text vectors."""
+    options = (
+        *REFRESHED, "pretrain.negatives.refresh_every_steps=4", "pretrain.save_every_steps=3", "pretrain.steps=6",
+        "engine.chunk_tokens=100",
+    )  # fmt: skip
+    whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
+    pools[2].run(small_run.run, config, whole, options)
+    pools[2].run(stop_after, config, cut, options, 3)
+    saved = common(cut, 3)["catalogue_texts"]
+    shutil.copytree(cut, other)
+    pools[2].run(small_run.run, config, cut, options, "pretrain", True)
+    first, second = (merged(run_dir / "pretrain" / "checkpoints" / "step-00000006") for run_dir in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    refreshed = common(whole, 6)["catalogue_texts"]
+    assert torch.equal(refreshed, common(cut, 6)["catalogue_texts"]) and not torch.equal(refreshed, saved)
+    for restored in pools[3].run(restored_texts, config, other, options):
+        assert torch.equal(restored, saved)

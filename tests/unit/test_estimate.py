@@ -147,6 +147,17 @@ def test_memory_of_the_host_is_counted_apart(tiny_pairs: TinyDataset) -> None:
     assert on_host.host_bytes == on_host.resident["rows of sharded tables, and their states"] > 0
 
 
+def test_text_vectors_of_the_catalogue_are_resident_and_saved(tiny_interactions: TinyDataset) -> None:
+    columns = "pretrain.negatives={columns: catalogue, mask: past, refresh_every_steps: %d}"
+    for mode in ("engine.zero_stage=1", "engine.chunk_tokens=60", "engine.zero_stage=3"):
+        each, cached = (of(tiny_interactions, columns % steps, "pretrain.rows_global=6", mode) for steps in (0, 9))
+        size = 4 * NUM_ITEMS * load_config(tiny_interactions.config).model.doc.text.hidden
+        assert cached.resident["text vectors of the catalogue"] == size
+        assert cached.checkpoint_bytes == each.checkpoint_bytes + size
+        towers = "towers' activations and gradients"
+        assert cached.phases[towers] < each.phases[towers] and cached.negatives == each.negatives
+
+
 @pytest.mark.slow
 def test_catalogue_columns_are_sharded_and_sent(tiny_interactions: TinyDataset) -> None:
     batch = "columns: batch, mask: past"

@@ -5,7 +5,8 @@
 
 negatives: the other documents of the batch (`in-batch`), with the logQ correction (`corrected`), with additional
 uniformly sampled documents (`corrected + uniform`), or the whole catalogue. depth: number of history layers. items:
-random initialization of item embeddings, or a warm start from item co-occurrence.
+random initialization of item embeddings, or a warm start from item co-occurrence. refresh: steps between encodings of
+the texts of the whole catalogue (0: they are encoded in every step, with gradient).
 
 The dataset of the config must exist; runs are in RUN/CHOICE (RUN: run.dir of the config) and are resumed. Models are
 selected on validation and evaluated once on test, with a standard error over the queries.
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 from bigdssm.cli import run_main
 from bigdssm.config import load_config
@@ -35,6 +37,7 @@ CHOICES = {
     },
     "depth": {str(layers): [f"model.query.history.layers={layers}"] for layers in (1, 2, 4, 8)},
     "items": {start: [f"pretrain.warm_start.window={window}"] for start, window in {"random": 0, "warm": 8}.items()},
+    "refresh": {str(steps): [f"pretrain.negatives.refresh_every_steps={steps}"] for steps in (0, 1, 10, 50)},
 }  # fmt: skip
 
 
@@ -64,7 +67,16 @@ def bench(args: argparse.Namespace, overrides: list[str]) -> None:
         test = json.loads(report.read_text())[-1]
         records = [json.loads(line) for line in (run / "pretrain" / "metrics.jsonl").read_text().splitlines()]
         best = max((r for r in records if "validation" in r), key=lambda record: record["validation"]["ndcg_at_10"])
-        table.append({args.what: name, "step": best["step"], "validation": best["validation"], "test": test})
+        rows_per_s = median(record["rows_per_s"] for record in records if "loss" in record)
+        table.append(
+            {
+                args.what: name,
+                "step": best["step"],
+                "rows_per_s": rows_per_s,
+                "validation": best["validation"],
+                "test": test,
+            }
+        )
         args.out.write_text(json.dumps(table, indent=1))
         for split, metrics in (("validation", best["validation"]), ("test", test)):
             values = f"HR@10 {metrics['hr_at_10']:.4f}  NDCG@10 {metrics['ndcg_at_10']:.4f}"
