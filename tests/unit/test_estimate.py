@@ -150,7 +150,7 @@ def test_memory_of_the_host_is_counted_apart(tiny_pairs: TinyDataset) -> None:
 def test_text_vectors_of_the_catalogue_are_resident_and_saved(tiny_interactions: TinyDataset) -> None:
     columns = "pretrain.negatives={columns: catalogue, mask: past, refresh_every_steps: %d}"
     for mode in ("engine.zero_stage=1", "engine.chunk_tokens=60", "engine.zero_stage=3"):
-        each, cached = (of(tiny_interactions, columns % steps, "pretrain.rows_global=6", mode) for steps in (0, 9))
+        each, cached = (of(tiny_interactions, columns % steps, "pretrain.rows_global=8", mode) for steps in (0, 9))
         size = 4 * NUM_ITEMS * load_config(tiny_interactions.config).model.doc.text.hidden
         assert cached.resident["text vectors of the catalogue"] == size
         assert cached.checkpoint_bytes == each.checkpoint_bytes + size

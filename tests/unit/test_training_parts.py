@@ -114,7 +114,7 @@ def test_progress_and_reports_are_read_as_they_were_written() -> None:
     assert StageProgress.from_state_dict(state) == progress
     report = RankReport(1.0, 0.0, 5.0, RowCounts(0.0, 1.5, 64.0), ChunkCounts(2, 3, 1, 0))
     row = torch.tensor(report.numbers(), dtype=torch.float64).tolist()
-    assert RankReport.of_numbers(row) == report and len(row) == 10
+    assert RankReport.of_numbers(row) == report and len(row) == 12
     assert all(type(number) is int for number in RankReport.of_numbers(row).chunks)
 
 
