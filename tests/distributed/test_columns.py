@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from bigdssm.config import ModelConfig, NegativesConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import open_dataset
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.batch import Batch, Collator, distinct_in_order, to_features
 from bigdssm.losses import Softmax
 from bigdssm.losses.declarations import NoCorrection
@@ -312,7 +313,7 @@ def run_columns(rank: int, world_size: int, config: Path) -> tuple[Batch, Tensor
     model = new_model(loaded.model, dataset.schema, dataset.vocab_size).train()
     stream = row_stream(loaded, loaded.pretrain, dataset, rank, world_size)
     texts = CachedTexts(SimpleNamespace(module=model, deepspeed=model), dataset, 2)  # type: ignore[arg-type]
-    batch = texts.complete(BatchBuilder(stream, loaded.pretrain)(next(iter(stream))))
+    batch = texts.complete(BatchBuilder(stream, loaded.pretrain, id_dropout=0.4)(next(iter(stream))))
     stale = batch.doc_rows[batch.num_fresh :].numpy()
     titles = to_features({"title": dataset.schema.doc["title"]}, {"title": dataset.catalogue.column("title", stale)})
     with torch.no_grad():
@@ -331,6 +332,13 @@ def test_a_document_is_one_column_fresh_where_it_is_a_positive(config: Path, poo
     columns = [batch.doc_rows[batch.columns].tolist() for batch in (first, second)]
     assert sorted(columns[0] + columns[1]) == [row for row in range(small_run.NUM_ITEMS) if row not in WITHDRAWN]
     assert (positives[0] | positives[1]) & set(WITHDRAWN), "rows of withdrawn documents are learned"
+    dropped: dict[int, bool] = {}  # by document, the same in each of its copies
+    for batch in (first, second):
+        assert batch.stale is not None
+        codes = torch.cat([batch.doc["item_id"], batch.stale["item_id"]])
+        for row, is_dropped in zip(batch.doc_rows.tolist(), (codes == OUT_OF_VOCABULARY).tolist(), strict=True):
+            assert dropped.setdefault(row, is_dropped) == is_dropped
+    assert 10 < sum(dropped.values()) < 30
     for batch, fresh in zip((first, second), positives, strict=True):
         used = set(batch.doc_rows[batch.columns].tolist())
         assert not (used - fresh) & (positives[0] | positives[1])
