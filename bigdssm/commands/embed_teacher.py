@@ -19,8 +19,8 @@ from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_rules, at_least, command, command_parser, open_with_rules
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.pretrained import text_encoders
-from bigdssm.models.precision import PRECISION_HELP, PRECISIONS, resolve_precision
+from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
+from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out {args.out} exists; choose another folder, or remove it")
     dataset = open_with_rules(args.data, args.config)
     if args.pretrained is not None:
-        precision = resolve_precision(args.precision)
-        encoders = text_encoders(args.pretrained, Texts(dataset), precision)
-        name = json_checksum([folder_checksums(args.pretrained), precision])
+        pretrained = PretrainedEncoder(args.pretrained, precision=args.precision)
+        encoders = text_encoders(pretrained, Texts(dataset))
+        name = json_checksum([folder_checksums(args.pretrained), pretrained.precision])
     else:
         folder = load_model_folder(args.model)
         view = folder.view(dataset)

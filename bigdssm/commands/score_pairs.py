@@ -33,7 +33,7 @@ from bigdssm.cli import (
     open_with_rules,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.pretrained import text_encoders
+from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
     Bm25Teacher,
     CrossEncoderTeacher,
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in args.cross_encoder:
             teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = CrossEncoderTeacher(path, texts)
         for path in args.pretrained:
-            encoders = text_encoders(path, texts)
+            encoders = text_encoders(PretrainedEncoder(path), texts)
             name = f"encoder {json_checksum(folder_checksums(path))}"
             teachers[name] = VectorTeacher(encoders, dataset.catalogue.num_docs)
         if args.bm25:

@@ -307,7 +307,8 @@ class EngineConfig:
     """How steps are computed; none of these keys changes the trained function beyond rounding."""
 
     zero_stage: int = bounded(1, 0, 3)
-    # auto: bf16 on GPUs since Ampere and on processors with AMX or AVX512-BF16, else fp32; the same on all ranks.
+    # auto: bf16 on GPUs since Ampere and on processors with AMX; with AVX512-BF16 alone if texts are at least 64 wide,
+    # or other towers 256; else fp32; the same on all ranks.
     precision: Literal["auto", "fp32", "bf16", "bf16_pure"] = "auto"
     offload_optimizer: bool = False
     checkpoint_activations: bool = False  # recompute transformer layers in the backward

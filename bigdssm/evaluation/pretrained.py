@@ -32,10 +32,13 @@ class PretrainedEncoder:
     """Encodes texts to vectors of norm 1, with the pooling of the folder."""
 
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
-        """`prompts`: those of the folder. Raises ConfigError: `folder` holds no such encoder and tokenizer."""
+        """`prompts`: those of the folder; `precision`: fp32 or bf16, for auto the faster one.
+
+        Raises ConfigError: `folder` holds no such encoder and tokenizer.
+        """
         check_encoder(folder)
         self._encoder = pretrained_encoder(str(folder)).eval()
-        encode_in(self._encoder, precision)
+        self.precision = encode_in(self._encoder, precision)
         self.prompts = prompts_in(folder)
         self._tokenizer, self._max_tokens = TextTokenizer(folder), max_tokens
 
@@ -55,12 +58,8 @@ class PretrainedEncoder:
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
-def text_encoders(folder: Path, texts: Texts, precision: str = "fp32") -> Encoders:
-    """Return the Encoders of a pretrained encoder for a dataset's texts, with the prompts of the folder.
-
-    Raises ConfigError: `folder` holds none.
-    """
-    encoder = PretrainedEncoder(folder, precision=precision)
+def text_encoders(encoder: PretrainedEncoder, texts: Texts) -> Encoders:
+    """Return the Encoders of a pretrained encoder for a dataset's texts, with the prompts of its folder."""
     prompts = encoder.prompts
     return Encoders(
         lambda rows: encoder(texts.queries(rows), prompts.query),

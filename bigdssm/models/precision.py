@@ -11,17 +11,21 @@ from timeit import repeat
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from bigdssm import distributed
 from bigdssm.config import EngineConfig
+from bigdssm.models.encoders.text import TextEncoder
 from bigdssm.utils import device as devices
 from bigdssm.utils.log import get_logger
 
-# Instruction sets on which towers were measured to train faster in bfloat16; `auto` computes in float32 on all others.
-FASTER_IN_BF16 = {
-    "sm_80": "Ampere and later GPUs",
-    "amx": "2.6 times: MiniLM on a Xeon",
-    "avx512_bf16": "1.7 times: a tower of histories on an AMD EPYC",
+# The widths from which models were measured to train faster in bfloat16, by instruction set: of the products of texts,
+# and of all; `auto` computes in float32 if neither is reached, and on other instruction sets.
+FASTER_FROM_WIDTH = {
+    "sm_80": (0, 0),  # Ampere and later GPUs
+    "amx": (0, 0),  # 2.6 times: MiniLM on a Xeon
+    # CPU time of a step on an AMD EPYC, fp32 : bf16: texts 1.6 at width 128; histories 0.7 at 64, 1.0 at 128
+    "avx512_bf16": (64, 256),
 }
 
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -30,14 +34,32 @@ PRECISION_HELP = "precision of the products of towers; auto: the faster one on t
 logger = get_logger(__name__)
 
 
-def resolve_precision(requested: str, device: str = "cpu") -> str:
-    """Return `requested`, or for `auto` the faster one of fp32 and bf16 on this machine's device type.
+def product_width(model: nn.Module) -> int:
+    """Return the width of the widest matrix product: of all weight matrices, the largest smaller side; 0 without."""
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    layers = (part for part in model.modules() if not isinstance(part, tables))
+    weights = (weight for layer in layers for weight in layer.parameters(recurse=False))
+    shapes = [getattr(weight, "ds_shape", weight.shape) for weight in weights]  # ZeRO-3: of the whole weight
+    return max((min(shape) for shape in shapes if len(shape) == 2), default=0)
+
+
+def is_faster_in_bf16(model: nn.Module, instructions: str) -> bool:
+    """Return whether `model` was measured to train faster in bfloat16 with these instructions."""
+    if instructions not in FASTER_FROM_WIDTH:
+        return False
+    of_texts, of_all = FASTER_FROM_WIDTH[instructions]
+    texts = (part for part in model.modules() if isinstance(part, TextEncoder))
+    return product_width(model) >= of_all or any(product_width(text) >= of_texts for text in texts)
+
+
+def resolve_precision(requested: str, model: nn.Module, device: str = "cpu") -> str:
+    """Return `requested`, or for `auto` the faster one of fp32 and bf16 for `model` on this machine's device type.
 
     Logs a measured warning if bfloat16 is requested and emulated.
     """
     instructions = devices.instruction_set(device)
     if requested == "auto":
-        return "bf16" if instructions in FASTER_IN_BF16 else "fp32"
+        return "bf16" if is_faster_in_bf16(model, instructions) else "fp32"
     if requested != "fp32" and instructions == "none" and device == "cpu":
         logger.warning(
             "precision %s: the processor of %s emulates bfloat16; a product takes %.0f times as long as in fp32; "
@@ -55,14 +77,16 @@ def emulation_factor() -> float:
     return times[0] / times[1]
 
 
-def resolve_engine_precision(engine: EngineConfig, device: str, saved: dict[str, str] | None = None) -> EngineConfig:
-    """Return `engine` with the precision that all ranks compute in. All ranks must call it.
+def resolve_engine_precision(
+    engine: EngineConfig, model: nn.Module, device: str, saved: dict[str, str] | None = None
+) -> EngineConfig:
+    """Return `engine` with the precision that all ranks compute `model` in. All ranks must call it.
 
     `auto` is bf16 if that is the faster one on every rank. A resumed run keeps the precision that it began with if the
     config still requests the same; `saved`: both, from its checkpoint.
     """
     requested = engine.precision
-    choices = distributed.all_gather_object(resolve_precision(requested, device))
+    choices = distributed.all_gather_object(resolve_precision(requested, model, device))
     computed = choices[0] if len(set(choices)) == 1 else "fp32"
     if saved is not None and saved["requested"] == requested and saved["computed"] != computed:
         logger.warning(
@@ -71,5 +95,8 @@ def resolve_engine_precision(engine: EngineConfig, device: str, saved: dict[str,
         )  # fmt: skip
         computed = saved["computed"]
     elif requested == "auto":
-        logger.info("engine.precision=auto: computing in %s", computed)
+        instructions, width = devices.instruction_set(device), product_width(model)
+        logger.info(
+            "engine.precision=auto: computing in %s (%s, products up to %d wide)", computed, instructions, width
+        )
     return replace(engine, precision=cast(Any, computed))

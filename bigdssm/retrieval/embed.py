@@ -147,7 +147,7 @@ def encode_in(model: nn.Module, precision: str) -> str:
     AMX encodes 16,700 tokens per CPU-second in bf16 and 5,900 in fp32.
     """
     device_type = next(model.parameters()).device.type
-    resolved = resolve_precision(precision, device_type)
+    resolved = resolve_precision(precision, model, device_type)
     if resolved == "bf16":
         model.forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
     return resolved

@@ -269,8 +269,7 @@ def estimate(
 
     `stated` sizes replace those of the dataset. Raises ConfigError: a step encodes the catalogue, which is not built.
     """
-    stage, engine = config.stage(name), config.engine
-    engine = resolve_engine_precision(engine, "cuda" if torch.cuda.is_available() else "cpu")
+    stage = config.stage(name)
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     drawn = {kind: -(-getattr(stage.negatives, kind) // world_size) for kind in ("uniform", "popular")}
     share = replace(stage, negatives=replace(stage.negatives, **drawn), distillation=None)
@@ -292,6 +291,7 @@ def estimate(
     mode = FakeTensorMode()
     with torch.device("meta"):  # peft cannot build its layers of fake tensors
         model = DualEncoder(config.model, dataset.schema, texts, stage.scorer)
+    engine = resolve_engine_precision(config.engine, model, "cuda" if torch.cuda.is_available() else "cpu")
     with mode:
         _materialize(model)
         if engine.precision == "bf16_pure":

@@ -94,7 +94,7 @@ def build_trainer(
 
     # Precision and weights, then the engine, which copies the weights.
     precision = None if start.checkpoint is None else start.checkpoint.state["precision"]  # at the start of the run
-    engine_config = resolve_engine_precision(config.engine, device().type, precision)
+    engine_config = resolve_engine_precision(config.engine, model, device().type, precision)
     read = None
     if start.checkpoint is not None:  # in a new segment, with rows added for a larger model
         is_grown = not start.same_segment

@@ -15,6 +15,7 @@ import bigdssm
 from bigdssm.config import EngineConfig
 from bigdssm.losses.kernels import product_precision
 from bigdssm.models import precision
+from bigdssm.models.encoders.text import TextEncoder
 from bigdssm.retrieval.embed import encode_in
 from bigdssm.utils import device as devices
 from tests.distributed import small_run
@@ -65,7 +66,7 @@ BEGAN = "in which this run began"
         ("fp32", "none", ("auto", "bf16"), "fp32", None),
         ("auto", "none", None, "fp32", None),
         ("auto", "arm_bf16", None, "fp32", None),  # not measured
-        ("auto", "avx512_bf16", None, "bf16", None),
+        ("auto", "avx512_bf16", None, "bf16", None),  # 256 columns
         ("auto", "amx", None, "bf16", None),
         ("auto", "sm_80", None, "bf16", None),
         ("auto", "amx", ("auto", "fp32"), "fp32", BEGAN),
@@ -84,7 +85,7 @@ def test_the_precision_of_a_run(
     saved = None if began is None else dict(zip(("requested", "computed"), began, strict=True))
     engine = EngineConfig(precision=requested)
     with caplog.at_level(logging.WARNING, "bigdssm"):
-        resolved = precision.resolve_engine_precision(engine, "cpu", saved)
+        resolved = precision.resolve_engine_precision(engine, nn.Linear(256, 300), "cpu", saved)
     assert resolved.precision == computed
     assert [words in record.getMessage() for record in caplog.records if words] == ([] if words is None else [True])
     assert words is not None or not caplog.records
@@ -96,7 +97,34 @@ def test_the_emulation_is_measured() -> None:
 
 def settled_on(rank: int, world_size: int) -> str:
     devices.instruction_set = lambda device="cpu": "amx" if rank != 1 else "none"
-    return precision.resolve_engine_precision(EngineConfig(precision="auto"), "cpu").precision
+    return precision.resolve_engine_precision(EngineConfig(precision="auto"), nn.Linear(256, 256), "cpu").precision
+
+
+class Texts(TextEncoder):
+    def forward(self, tokens: Any) -> Any:
+        return self.layer(tokens)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "texts", "width", "computed"),
+    [
+        ("amx", 32, 64, "bf16"), ("sm_80", 32, 64, "bf16"), ("arm_bf16", 512, 512, "fp32"),
+        ("avx512_bf16", 63, 255, "fp32"), ("avx512_bf16", 63, 256, "bf16"), ("avx512_bf16", 64, 255, "bf16"),
+    ],
+)  # fmt: skip
+def test_narrow_towers_are_computed_in_float32_without_amx(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, instructions: str, texts: int, width: int,
+    computed: str,
+) -> None:  # fmt: skip
+    on(monkeypatch, instructions)
+    text = Texts(None, texts)
+    text.layer = nn.Linear(4 * texts, texts)
+    model = nn.Sequential(nn.Embedding(1000, 999), nn.Linear(2000, 32), nn.Linear(width, 3 * width), text)
+    with caplog.at_level(logging.INFO, "bigdssm"):
+        resolved = precision.resolve_engine_precision(EngineConfig(precision="auto"), model, "cpu")
+    assert resolved.precision == computed
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"engine.precision=auto: computing in {computed} ({instructions}, products up to {width} wide)"
 
 
 @pytest.mark.slow

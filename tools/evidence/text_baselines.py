@@ -20,7 +20,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import Count
-from bigdssm.evaluation.pretrained import check_encoder, text_encoders
+from bigdssm.evaluation.pretrained import PretrainedEncoder, check_encoder, text_encoders
 from bigdssm.models.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.texts import Texts
@@ -48,7 +48,7 @@ class PretrainedTexts(VectorTexts):
     @classmethod
     def fit(cls, dataset: Dataset, folder: str, precision: str = "fp32") -> PretrainedTexts:
         """Encode the catalogue. Raises ConfigError: a side without texts, or no encoder in `folder`."""
-        encoders = text_encoders(Path(folder), Texts(dataset), precision)
+        encoders = text_encoders(PretrainedEncoder(Path(folder), precision=precision), Texts(dataset))
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)))
 
 
@@ -91,7 +91,7 @@ class SentenceTransformerTexts(VectorTexts):
         with tempfile.TemporaryDirectory() as spool:
             arguments = Arguments(
                 spool, max_steps=steps, per_device_train_batch_size=rows, learning_rate=lr, warmup_steps=warmup_steps,
-                bf16=resolve_precision(precision) == "bf16",
+                bf16=resolve_precision(precision, model) == "bf16",
                 seed=seed, batch_sampler="no_duplicates", use_cpu=True, save_strategy="no",
                 logging_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
