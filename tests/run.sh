@@ -49,14 +49,15 @@ fi
 
 section lint ruff check bigdssm launch tools tests
 section format ruff format --check bigdssm launch tools tests
-section types mypy
+mypy & # uses one core: beside the first tests
+mypy=$!
 tests() { # name, selection, folder, pytest's further options
     local name=$1 selected=$2 folder=$3
     shift 3
     section "$name" pytest -q -rfEs --timeout "$timeout_s" --durations 5 "$@" -m "$selected" "tests/$folder"
 }
-tests unit "$selection" unit -n auto --dist worksteal
-tests tools "$selection" tools -n auto --dist worksteal
+tests "unit, tools" "$selection" unit tests/tools -n auto --dist worksteal
+section types wait "$mypy"
 tests distributed "$selection" distributed -n auto --dist worksteal
 tests e2e "($selection) and not alone" e2e -n auto --dist worksteal
 tests "e2e, alone" "($selection) and alone" e2e

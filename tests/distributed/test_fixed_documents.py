@@ -60,8 +60,12 @@ def test_the_loss_is_that_of_the_encoded_documents(trained: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("ranks", "modes"), [(1, CHUNKS), (2, ("engine.zero_stage=2",)), (2, ("engine.zero_stage=3", *CHUNKS))]
-)
+    ("ranks", "modes"),
+    [
+        (1, CHUNKS), (2, ("engine.zero_stage=2",)),
+        pytest.param(2, ("engine.zero_stage=3", *CHUNKS), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_any_ranks_and_chunks_train_the_query_tower_alone(
     trained: Path, tmp_path: Path, pools: dict[int, Pool], ranks: int, modes: tuple[str, ...]
 ) -> None:

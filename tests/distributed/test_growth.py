@@ -196,7 +196,9 @@ def test_another_run_starts_from_a_model_with_fewer_values(
     grown: tuple[Path, Path], tmp_path: Path, pools: dict[int, Pool]
 ) -> None:
     config, best = grown[0], grown[1] / "pretrain" / "best"
-    pools[2].run(small_run.run, config, tmp_path, (f"pretrain.init={best}", "pretrain.optimizer.lr=0.0"))
+    pools[2].run(
+        small_run.run, config, tmp_path, (f"pretrain.init={best}", "pretrain.optimizer.lr=0.0", "pretrain.steps=2")
+    )
     before, after = weights(grown[1]), weights(tmp_path)
     assert len(after["tables.tables.doc_item_id.weight"]) == 2 + small_run.NUM_ITEMS + 7
     for name, tensor in before.items():

@@ -96,6 +96,7 @@ def test_ranks_and_chunks_change_no_loss(case: str, config: Path, tmp_path: Path
     assert record["queries_per_s"] > record["rows_per_s"] and record["queries_max_over_mean"] >= 1
 
 
+@pytest.mark.slow
 def test_ranks_change_no_loss_with_rules_on_events(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """Known positives by a condition are shared by the queries of a user on all ranks; visits and targets hold, too."""
     said = (

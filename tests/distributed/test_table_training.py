@@ -49,7 +49,7 @@ def one(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int,
         (1, ("engine.zero_stage=1", "engine.table_memory=file")),
         (2, ("engine.zero_stage=2", "engine.chunk_tokens=150", "engine.keep_graph_tokens=0")),
         (3, ("engine.zero_stage=3", "engine.table_memory=host", "engine.table_cache_rows=9")),
-        (2, ("engine.zero_stage=0", "engine.chunk_tokens=400")),
+        pytest.param(2, ("engine.zero_stage=0", "engine.chunk_tokens=400"), marks=pytest.mark.slow),
     ],
 )
 def test_one_curve_in_all_modes(
@@ -193,7 +193,7 @@ def clipped(
     return [record["grad_norm"] for record in small_run.records(folder) if "grad_norm" in record], unchanged == [True]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_rows_are_skipped_with_the_weights(config: Path, tmp_path: Path, pools: dict[int, Pool], stage: int) -> None:
     options = (*SHARDED, f"engine.zero_stage={stage}", "pretrain.optimizer.gradient_clipping=0.05")
     for _, unchanged in pools[2].run(clipped, config, tmp_path, options):
@@ -269,6 +269,7 @@ def test_a_new_partition_appends_rows(tmp_path: Path, pools: dict[int, Pool]) ->
     assert (after.source.look_up("doc_item_id", added).abs().sum(1) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_resume_mines_with_the_trained_rows(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     hard = (
         *SHARDED, "pretrain.loss.name=pair_ce", "pretrain.sampling.name=none", "pretrain.save_every_steps=4",
@@ -284,6 +285,7 @@ def test_a_resume_mines_with_the_trained_rows(config: Path, tmp_path: Path, pool
 EXACT = "data.doc.item_id.hash_buckets=4611686018427387904"  # 2**62
 
 
+@pytest.mark.slow
 def test_ids_without_a_vocabulary(tmp_path: Path, pools: dict[int, Pool]) -> None:
     """From ingestion to vectors: codes of 62 bits, a resume on other ranks, a model folder."""
     config = small_run.write_dataset(tmp_path, [EXACT])
@@ -354,6 +356,7 @@ def test_a_checkpoint_has_the_admitted_rows_alone(config: Path, tmp_path: Path, 
     assert isinstance(listed, MappedTables) and len(listed.chains) == 2
 
 
+@pytest.mark.slow
 def test_a_table_that_grows_beyond_the_limit_stays_as_it_is(tmp_path: Path, pools: dict[int, Pool]) -> None:
     config = small_run.write_dataset(tmp_path)
     limit = 2 + small_run.NUM_ITEMS + 3
@@ -371,6 +374,7 @@ def test_a_table_that_grows_beyond_the_limit_stays_as_it_is(tmp_path: Path, pool
             assert len(folder.model.state_dict()["tables.tables.doc_item_id.weight"]) > limit
 
 
+@pytest.mark.slow
 def test_a_stage_from_a_checkpoint_has_states_of_its_own(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     options = (*SHARDED, "pretrain.table_optimizer={name: adagrad, lr: 0.1}", "pretrain.save_every_steps=12")
     pools[1].run(small_run.run, config, tmp_path / "run", options)

@@ -69,6 +69,7 @@ def test_validate_makes_a_batch_and_writes_nothing(config: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_pretraining_under_torchrun_then_fine_tuning_under_deepspeed(config: Path, tmp_path: Path) -> None:
     run_dir = f"run.dir={tmp_path}/run"
     tracked = "run.trackers=[tensorboard]"
