@@ -151,6 +151,8 @@ def generate(seed: int, users: int, days: int, new_items_per_day: int = 0) -> Ev
         predicted = without_taste + share[1] * prior[:, shop.category] * of_category[day]
         value = predicted[np.arange(n), drawn]
         rank = (predicted > value[:, None]).sum(axis=1)
+        if new_items_per_day:  # those of a style are tied, and count half
+            rank += (predicted == value[:, None]).sum(axis=1) // 2
         best = -np.sort(np.partition(-predicted, RANKED, axis=1)[:, :RANKED], axis=1)
         expected = best @ (1 / np.log2(np.arange(RANKED) + 2.0))
         of_drawn = np.zeros((n, CATEGORIES))
