@@ -45,7 +45,7 @@ class CountedFrequency:
     The counts are moved to the device of the first requested documents; a lookup reads only those documents' counts.
 
     On average, num_columns of the global batch follow the data distribution; num_uniform are drawn uniformly from the
-    catalogue, and num_popular in proportion to the counts, both without `withdrawn` documents. Source: Yang et al. 2020
+    catalogue, and num_popular in proportion to the counts, both without `undrawn` documents. Source: Yang et al. 2020
     (mixed negative sampling), eq. 4, times the number of columns.
     """
 
@@ -53,7 +53,7 @@ class CountedFrequency:
     num_columns: float
     num_uniform: int = 0
     num_popular: int = 0
-    withdrawn: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64: documents
+    undrawn: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64: documents
     total: Tensor = field(init=False)  # of all documents, float64
     drawn_total: float = field(init=False)
 
@@ -63,14 +63,14 @@ class CountedFrequency:
         if bool(torch.stack([(part < 0).any() for part in parts]).any()):
             raise LossInputError("counts hold negative values")
         self.total = torch.stack([part.double().clamp(min=1).sum() for part in parts]).sum()
-        self.drawn_total = float(drawn_weights(self.counts.numpy(), self.withdrawn).sum()) if self.num_popular else 1.0
+        self.drawn_total = float(drawn_weights(self.counts.numpy(), self.undrawn).sum()) if self.num_popular else 1.0
 
     def log_expected(self, documents: Tensor) -> Tensor:
         """Return log c float64 [n] of `documents` (catalogue rows)."""
         if self.counts.device != documents.device:
             self.counts, self.total = self.counts.to(documents.device), self.total.to(documents.device)
         counts = self.counts[documents].double()
-        uniform = self.num_uniform / (self.counts.shape[0] - len(self.withdrawn))
+        uniform = self.num_uniform / (self.counts.shape[0] - len(self.undrawn))
         popular = self.num_popular / self.drawn_total * counts
         return (self.num_columns * counts.clamp(min=1) / self.total + uniform + popular).log()
 
@@ -80,10 +80,10 @@ def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> 
     return torch.randint(num_documents, (num,), generator=generator)
 
 
-def drawn_weights(counts: np.ndarray, withdrawn: np.ndarray) -> np.ndarray:
-    """Return the counts [num_documents] as weights of draws, 0 for withdrawn documents."""
+def drawn_weights(counts: np.ndarray, undrawn: np.ndarray) -> np.ndarray:
+    """Return the counts [num_documents] as weights of draws, 0 for `undrawn` documents."""
     weights = counts.copy()
-    weights[withdrawn] = 0
+    weights[undrawn] = 0
     return weights
 
 

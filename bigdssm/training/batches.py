@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import Config, StageConfig
-from bigdssm.dataset.catalogue import candidate_rows
+from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.features import PADDING, histories_of, texts_of
@@ -62,7 +62,8 @@ class BatchBuilder:
         """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`.
 
         documents: vectors that take the place of documents' features. tables: names of tables sharded by rows. Of their
-        ids, and of those of the items of histories, the share `id_dropout` is out of vocabulary in each step.
+        ids, and of those of the items of histories, the share `id_dropout` is out of vocabulary in each step; items
+        that are always so are then no negatives.
         """
         dataset = stream.dataset
         self.hard_negatives, self._documents = hard_negatives, documents
@@ -75,28 +76,33 @@ class BatchBuilder:
         catalogue = None if stream.inline else dataset.catalogue
         self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
         self._tabled = tables_of_features(dataset.schema, tables) if tables else []
-        items = {table_name("doc", str(history.of)) for history in histories_of(dataset.schema.query).values()}
-        self._dropped = tables_of_features(dataset.schema, {*tables, *items}) if id_dropout else []
-        self._id_dropout = id_dropout
+        self._dropped, self._id_dropout = [], id_dropout
+        self.undrawn = NO_ROWS if catalogue is None else catalogue.withdrawn  # documents that are no negatives
+        if id_dropout:
+            items = {str(history.of) for history in histories_of(dataset.schema.query).values()}
+            of_items = {table_name("doc", name) for name in items}
+            self._dropped = tables_of_features(dataset.schema, {*tables, *of_items})
+            for name in items if catalogue is not None else ():  # as negatives of all steps they would never be answers
+                codes = catalogue.codes(name, np.arange(catalogue.num_docs))
+                self.undrawn = np.union1d(self.undrawn, np.flatnonzero(codes == OUT_OF_VOCABULARY))
         self._cumulative = None
         if stage.negatives.popular:
-            self._cumulative = drawn_weights(stream.doc_weights(), dataset.catalogue.withdrawn).cumsum()
+            self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum()
         # read before loader processes start, which then share its pages
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
     def __call__(self, rows: Rows) -> Batch:
         """Build the batch of a step, in host memory."""
         negatives, scores = self.negatives(rows)
-        withdrawn = self._dataset.catalogue.withdrawn
         if self._config.columns == "catalogue":
             share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
-            share = np.setdiff1d(share, withdrawn, assume_unique=True)
+            share = np.setdiff1d(share, self.undrawn, assume_unique=True)
             if self._config.refresh_every_steps:
                 batch = self.with_stale(self._collator(rows), share)
             else:
                 batch = self._collator(rows, negatives=negatives, extra_docs=share)
-            if len(withdrawn):  # only positives are
-                batch = replace(batch, withdrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), withdrawn)))
+            if len(self.undrawn):  # only positives are
+                batch = replace(batch, undrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), self.undrawn)))
         else:
             batch = self._collator(rows, negatives=negatives, extra_docs=self.drawn(rows.step))
         if scores is not None:
@@ -143,11 +149,12 @@ class BatchBuilder:
 
     def drawn(self, step: int) -> np.ndarray | None:
         """Return this rank's share of the documents drawn in a step, which do not depend on the number of ranks."""
-        draws, catalogue = [], self._dataset.catalogue
+        draws = []
         if self._config.uniform:
             generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
-            numbers = sample_uniform(self._config.uniform, catalogue.num_candidates, generator).numpy()
-            draws.append(candidate_rows(numbers[self._rank :: self._world_size], catalogue.withdrawn))
+            number = self._dataset.catalogue.num_docs - len(self.undrawn)
+            numbers = sample_uniform(self._config.uniform, number, generator).numpy()
+            draws.append(candidate_rows(numbers[self._rank :: self._world_size], self.undrawn))
         if self._cumulative is not None:
             generator = torch.Generator().manual_seed(derive_key(self._seed, _POPULAR, step))
             documents = sample_weighted(self._config.popular, self._cumulative, generator)

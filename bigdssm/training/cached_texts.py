@@ -55,8 +55,8 @@ class CachedTexts:
         owner[fresh] = self._rank
         owner = distributed.all_reduce(owner, "min")
         columns = torch.cat([owner[fresh] == self._rank, owner[stale] == self._world_size])
-        if batch.withdrawn is not None:
-            columns &= ~batch.withdrawn
+        if batch.undrawn is not None:
+            columns &= ~batch.undrawn
         counts = occurrences(batch.positive, len(columns)) + columns
         return replace(batch, stale={**batch.stale, **dict(zip(widths, parts, strict=True))}, columns=columns,
                        counts=counts)  # fmt: skip

@@ -48,12 +48,12 @@ class Objective:
         doc_counts: np.ndarray | None,
         queries_per_step: float,
         operand: torch.dtype | None = None,
-        withdrawn: np.ndarray = NO_ROWS,
+        undrawn: np.ndarray = NO_ROWS,
     ) -> None:
         """Build the loss.
 
         doc_counts: number of times that each catalogue row is a positive, required by a sampling correction by counts.
-        operand: dtype that normalized vectors are rounded to for products; None: no rounding. withdrawn: catalogue rows
+        operand: dtype that normalized vectors are rounded to for products; None: no rounding. undrawn: catalogue rows
         that no negatives are drawn from.
         """
         self._stage, self._loss = stage, stage.loss
@@ -69,7 +69,7 @@ class Objective:
                 queries_per_step,
                 stage.negatives.uniform,
                 stage.negatives.popular,
-                withdrawn,
+                undrawn,
             )
         sampling = stage.sampling
         self._sampling = sampling if isinstance(sampling, FrequencyCorrection) else None
@@ -238,6 +238,6 @@ def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
 
 
 def in_catalogue_share(batch: Batch, rank: int, world_size: int) -> Tensor:
-    """Return bool [n]: whether columns are in the rank's catalogue share, without withdrawn documents."""
+    """Return bool [n]: whether columns are in the rank's catalogue share, without those that are no negatives."""
     local = batch.doc_rows % world_size == rank
-    return local if batch.withdrawn is None else local & ~batch.withdrawn
+    return local if batch.undrawn is None else local & ~batch.undrawn

@@ -140,12 +140,7 @@ def build_trainer(
             unknown = tables.look_up(table, torch.tensor([OUT_OF_VOCABULARY]))
             tables.stores[table].initialize(codes, unknown.expand(len(codes), -1), tables.steps)
 
-    # The loss, and the hard negatives of the batches.
-    is_counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
-    objective = Objective(
-        stage, config.model, engine_config.loss_tile, stream.doc_weights() if is_counted else None,
-        stream.queries_per_step, engine.product_dtype, dataset.catalogue.withdrawn,
-    )  # fmt: skip
+    # The batches with their hard negatives, and the loss.
     average = WeightAverage(engine.module, stage.weight_average) if stage.weight_average else None
 
     def report_progress(task: str, done: int, total: int | None) -> None:
@@ -160,6 +155,11 @@ def build_trainer(
     batch_builder = BatchBuilder(
         stream, stage, config.run.seed, hard_negatives, documents, model.tables.sharded, config.model.tables.id_dropout
     )
+    is_counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
+    objective = Objective(
+        stage, config.model, engine_config.loss_tile, stream.doc_weights() if is_counted else None,
+        stream.queries_per_step, engine.product_dtype, batch_builder.undrawn,
+    )  # fmt: skip
 
     num_segment_steps = segment_steps(stage, stream.steps_per_epoch)
     total_steps = progress.segment_start_step + num_segment_steps

@@ -82,7 +82,7 @@ def test_expected_columns_from_counts() -> None:
 def test_drawn_documents_are_expected_as_often_as_they_are_drawn() -> None:
     """Uniform and popular draws together; withdrawn documents and those without a positive are in batches alone."""
     counts, withdrawn, steps = np.array([6.0, 0, 3, 11, 1]), np.array([3]), 4000
-    frequency = CountedFrequency(torch.from_numpy(counts), 0, num_uniform=8, num_popular=30, withdrawn=withdrawn)
+    frequency = CountedFrequency(torch.from_numpy(counts), 0, num_uniform=8, num_popular=30, undrawn=withdrawn)
     cumulative, generator = drawn_weights(counts, withdrawn).cumsum(), torch.Generator().manual_seed(0)
     popular = np.bincount(sample_weighted(30 * steps, cumulative, generator), minlength=5)
     uniform = np.bincount(candidate_rows(sample_uniform(8 * steps, 4, generator).numpy(), withdrawn), minlength=5)

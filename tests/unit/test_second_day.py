@@ -18,15 +18,17 @@ import bigdssm
 from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
 from bigdssm.commands import build_index, embed, evaluate, recommend
-from bigdssm.config import DataConfig, SourceConfig, load_config
+from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of, codes_of
+from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.serving.searcher import Searcher
+from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.resume import StageProgress
 from bigdssm.training.validation import BestSelection, Validator
 
@@ -199,3 +201,20 @@ def test_no_command_reads_the_vector_of_an_unknown_id(one_day: Path, tmp_path: P
         return [np.load(next(out.glob("test*.npy"))).tolist(), vectors.tolist(), found, bulk]
 
     assert answers(tmp_path / "changed") == answers(best)
+
+
+@pytest.mark.parametrize("negatives", [{"columns": "catalogue"}, {"uniform": 200, "popular": 20}])
+def test_unknown_ids_are_no_negatives_where_ids_are_dropped(one_day: Path, negatives: dict[str, Any]) -> None:
+    """The row out of vocabulary is a positive in dropped ids alone, and would be a negative in all new items."""
+    dataset = Dataset.open(one_day / "data").with_trained_ids()
+    unknown = set(dataset.catalogue.rows_by_key(GHOSTS).tolist())
+    stage = StageConfig(negatives=NegativesConfig(mask="none", **negatives))
+    for world_size in (1, 2):
+        for share in (0.0, 0.2):
+            columns: set[int] = set()
+            for rank in range(world_size):
+                stream = PairStream(dataset, rows_global=16, lanes=2, rank=rank, world_size=world_size)
+                batch = next(read_batches(stream, BatchBuilder(stream, stage, id_dropout=share), torch.device("cpu")))
+                columns |= set(batch.doc_rows.tolist())
+            every = set(range(dataset.catalogue.num_docs))
+            assert columns == (every if share == 0 else every - unknown)
