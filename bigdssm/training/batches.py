@@ -82,9 +82,10 @@ class BatchBuilder:
             items = {str(history.of) for history in histories_of(dataset.schema.query).values()}
             of_items = {table_name("doc", name) for name in items}
             self._dropped = tables_of_features(dataset.schema, {*tables, *of_items})
-            for name in items if catalogue is not None else ():  # as negatives of all steps they would never be answers
-                codes = catalogue.codes(name, np.arange(catalogue.num_docs))
-                self.undrawn = np.union1d(self.undrawn, np.flatnonzero(codes == OUT_OF_VOCABULARY))
+            if catalogue is not None:  # unknown items: as negatives of all steps they would never be answers
+                for name in items:
+                    codes = catalogue.codes(name, np.arange(catalogue.num_docs))
+                    self.undrawn = np.union1d(self.undrawn, np.flatnonzero(codes == OUT_OF_VOCABULARY))
         self._cumulative = None
         if stage.negatives.popular:
             self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum()
