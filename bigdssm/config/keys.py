@@ -243,6 +243,9 @@ class TowerConfig:
 
     mlp: tuple[int, ...] = bounded((128,), 1, MAX_WIDTH)  # hidden widths; empty: one linear layer
     residual: str | None = None  # feature whose vector (width model.dim) skips the MLP and is added to its output
+    # Largest norm of the vector of an id as the residual over that of the MLP's output: the other features decide, and
+    # alone if the id is unknown. None: no limit.
+    residual_limit: float | None = bounded(None, at_most=1_000_000, above=0)
     dropout: float = bounded(0.0, 0, below=1)
     embedding_dim: int = bounded(32, 1, MAX_WIDTH)  # of every categorical feature
     numeric_dim: int = bounded(16, 1, MAX_WIDTH)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Feature, texts_of, timestamp_of
+from bigdssm.features import PADDING, Categorical, Feature, texts_of, timestamp_of
 from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
-from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables
+from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders import (
     BuildContext,
     Encoder,
@@ -31,6 +31,7 @@ from bigdssm.models.packed import Packed, PackedLists, QueryPositions, Values
 from bigdssm.models.scorers import PREFIX, FeatureScorer, Scorer
 
 ALPHA_MAX = 100.0
+MIN_NORM = 1e-12  # a missing value has a vector of zeros
 DOCUMENT_WEIGHTS = ("doc_tower.", "text.doc.", "tables.tables.doc_", "beta", "log_alpha")  # beginnings of their names
 
 
@@ -58,7 +59,7 @@ class Tower(nn.Module):
 
     def __init__(self, features: Mapping[str, Feature], context: BuildContext, dim: int) -> None:
         super().__init__()
-        self.residual = context.config.residual
+        self.residual, self.residual_limit = context.config.residual, context.config.residual_limit
         of_event = replace(context, side="event")
         self.request = _ByFeature({name: build_encoder(context.event[name], of_event) for name in context.request})
         request_dim = sum(cast(Encoder, encoder).dim for encoder in self.request.values())
@@ -80,6 +81,18 @@ class Tower(nn.Module):
                 f"histories)"
             )
         width = request_dim + sum(width for name, width in widths.items() if name != self.residual)
+        if self.residual_limit is not None:
+            feature, where = features.get(self.residual or ""), f"model.{context.side}.residual"
+            if not isinstance(feature, Categorical) or feature.multi or width == 0:
+                raise ConfigError(
+                    f"{where}_limit={self.residual_limit} needs a single-valued categorical residual and other "
+                    f"features; got {where}={self.residual} of {list(widths)}"
+                )
+            if table_name(context.side, feature.name) in context.tables.sharded:
+                raise ConfigError(
+                    f"{where}_limit={self.residual_limit}: the table of {context.side}.{feature.name} is sharded; set "
+                    "model.tables.replicated"
+                )
         self.mlp: nn.Sequential | None = None
         if width == 0:
             return
@@ -99,6 +112,9 @@ class Tower(nn.Module):
         Features of requests, `request.NAME`, have one value per query.
         """
         parts = {}
+        if self.residual_limit is not None and self.residual is not None:  # unknown ids add nothing
+            codes = cast(Tensor, features[self.residual])
+            features = {**features, self.residual: codes.masked_fill(codes == OUT_OF_VOCABULARY, PADDING)}
         if self.request:
             # A dummy chunk (loader/step_plan.py) has a row of features, but no queries.
             number = None if query_positions is None else len(query_positions.row)
@@ -122,6 +138,9 @@ class Tower(nn.Module):
             assert residual is not None
             return residual
         output: Tensor = self.mlp(torch.cat(list(parts.values()), dim=1))
+        if residual is not None and self.residual_limit is not None:
+            limit = self.residual_limit * output.detach().norm(dim=1, keepdim=True)
+            residual = residual * (limit / residual.norm(dim=1, keepdim=True).clamp(min=MIN_NORM)).clamp(max=1)
         return output if residual is None else output + residual
 
     def text_vectors(self, texts: Mapping[str, Values]) -> Tensor:

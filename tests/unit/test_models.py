@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from bigdssm.config import ModelConfig, TowerConfig
+from bigdssm.config import ModelConfig, TablesConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
@@ -131,6 +131,34 @@ def test_a_residual_needs_the_models_width() -> None:
         model(doc=tower)
     with pytest.raises(ConfigError, match="is no doc feature"):
         model(doc=replace(CONFIG.doc, residual="itme"))
+
+
+def test_a_residual_is_no_longer_than_its_limit() -> None:
+    """A longer one is scaled, a shorter one stays, and an unknown id adds nothing."""
+    tower = model(doc=replace(CONFIG.doc, residual="item", embedding_dim=32, residual_limit=0.5)).doc_tower
+    free = model(doc=replace(CONFIG.doc, residual="item", embedding_dim=32)).doc_tower
+    documents = doc([[1, 2], [3, 0], [4, 0]], [[2, 3], [0, 0], [2, 0]])
+    documents["item"][2] = 1
+    with torch.no_grad():
+        table = tower.encoders["item"]._tables[0].tables["doc_item"].weight
+        free.encoders["item"]._tables[0].tables["doc_item"].weight.zero_()
+        table[2] *= 1000
+        content = free(documents)
+        added = tower(documents) - content
+    ratio, plain = added.norm(dim=1) / content.norm(dim=1), table[documents["item"]]
+    assert plain[2].norm() > 0
+    assert ratio[0].item() == pytest.approx(0.5, abs=1e-4) and 0 < ratio[1] < 0.5 and ratio[2] == 0
+    torch.testing.assert_close(torch.nn.functional.normalize(added[:2]), torch.nn.functional.normalize(plain[:2]))
+    torch.testing.assert_close(added[1], plain[1], rtol=1e-4, atol=1e-6)
+    tower(documents).sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in tower.parameters())
+    with pytest.raises(
+        ConfigError, match=r"model\.doc\.residual_limit=0\.5 needs a single-valued categorical residual"
+    ):
+        model(doc=replace(CONFIG.doc, residual_limit=0.5))
+    limited = replace(CONFIG.doc, residual="item", embedding_dim=32, residual_limit=0.5)
+    with pytest.raises(ConfigError, match=r"residual_limit=0\.5: the table of doc\.item is sharded"):
+        model(doc=limited, tables=TablesConfig(rows=("doc.item",)))
 
 
 def test_beta_is_per_document_one_for_all_or_none() -> None:
