@@ -330,7 +330,10 @@ def test_a_document_is_one_column_fresh_where_it_is_a_positive(config: Path, poo
     assert positives[0] & positives[1], "a positive of both ranks"
     assert positives[0] & set(second.doc_rows[second.num_fresh :].tolist()), "a positive that is stale on another rank"
     columns = [batch.doc_rows[batch.columns].tolist() for batch in (first, second)]
-    assert sorted(columns[0] + columns[1]) == [row for row in range(small_run.NUM_ITEMS) if row not in WITHDRAWN]
+    catalogue = open_dataset(load_config(config, REFRESHED).data).with_trained_ids().catalogue
+    unknown = np.flatnonzero(catalogue.codes("item_id", np.arange(small_run.NUM_ITEMS)) == OUT_OF_VOCABULARY)
+    expected = np.setdiff1d(np.arange(small_run.NUM_ITEMS), [*WITHDRAWN, *unknown])
+    assert sorted(columns[0] + columns[1]) == expected.tolist() and len(unknown) > 0
     assert (positives[0] | positives[1]) & set(WITHDRAWN), "rows of withdrawn documents are learned"
     dropped: dict[int, bool] = {}  # by document, the same in each of its copies
     for batch in (first, second):
