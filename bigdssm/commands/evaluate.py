@@ -1,11 +1,12 @@
 """Evaluate a model on a dataset split over the full catalogue, or on a BEIR collection.
 
-    bigdssm evaluate --model MODEL --data DATASET --split test [--baselines] [--compare OTHER] [--out JSON]
+    bigdssm evaluate --model MODEL --data DATASET --split test [--baselines] [--compare OTHER] [--by …] [--out JSON]
     bigdssm evaluate --beir DIR --split test [--model MODEL] [--bm25] [--pretrained FOLDER] [--save-run FILE]
     bigdssm evaluate --run FILE --qrels FILE
 
 The first form excludes seen documents according to the model's data.exclude_seen; documents with the same score as the
-positive count half in its rank. OTHER is another model folder, or the JSON file of an earlier evaluation. The rank of
+positive count half in its rank. If items have times (make_shards --items-time-column), a query ranks those that are
+available at its time. OTHER is another model folder, or the JSON file of an earlier evaluation. The rank of
 each query's document is saved as .npy next to the --out file. The second form reads a BEIR folder (corpus.jsonl,
 queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unchanged pretrained text encoder, and TREC runs
 (--compare). The third form evaluates a single TREC run. The metrics of runs equal those of trec_eval.
@@ -40,8 +41,11 @@ from bigdssm.evaluation.comparison import (
     load_system,
     model_system,
     save_comparison,
+    slice_tables,
     table,
 )
+from bigdssm.evaluation.evaluate import TOP
+from bigdssm.evaluation.slices import NUMBERS, read_slices
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import check_width, encode_in, truncate_vectors
@@ -61,10 +65,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="model folder")
     parser.add_argument("--data", help="dataset folder or URL")
     parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")
-    parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and the Markov baseline")
+    parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and Markov chains")
     parser.add_argument(
         "--compare", type=Path, metavar="OTHER", nargs="+", default=[],
         help="model folders, JSON files of earlier evaluations, or (with --beir) TREC runs (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--by", nargs="*", metavar="SLICES",
+        help="also report every metric by features, such as country, or conditions, such as 'item_age < 3', and the "
+        f"coverage of the top 10 (without a value: {', '.join(NUMBERS)})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="JSON", help="file for the metrics (default: printed only)")
     parser.add_argument(
@@ -105,14 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for option, path in written.items():
         check_file_to_write(option, path, "evaluate", overwrite=args.overwrite)
     if args.beir is not None:
-        ignored = ["--data", "--baselines", "--qrels"]
+        ignored = ["--data", "--baselines", "--by", "--qrels"]
         refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
         for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
                 refuse_options(parser, args, [option], f"without --{needed}")
         _on_collection(args)
     elif args.run is not None and args.qrels is not None:
-        ignored = ["--model", "--data", "--split", "--baselines", "--compare", "--precision", "--rerank", *BEIR_OPTIONS]
+        of_split = ["--model", "--data", "--split", "--baselines", "--by", "--compare", "--precision", "--rerank"]
+        ignored = [*of_split, *BEIR_OPTIONS]
         refuse_options(parser, args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
@@ -135,9 +145,11 @@ def _on_split(args: argparse.Namespace) -> None:
     folder = load_model_folder(args.model)
     dataset = Dataset.open(args.data).with_rules(EventRules.of(folder.config.data))
     how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
-    others = baseline_systems(**how) if args.baselines else []
+    slices = [] if args.by is None else read_slices(dataset, args.split, args.by)
+    coverage = args.by is not None
+    others = baseline_systems(**how, by_day=True, coverage=coverage) if args.baselines else []
     encode_in(folder.model, args.precision)
-    model = _evaluated(name, folder, **how)
+    model = _evaluated(name, folder, coverage=coverage, **how)
     if args.rerank is not None:
         others.insert(0, model)
         model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **how)
@@ -145,7 +157,7 @@ def _on_split(args: argparse.Namespace) -> None:
         if path.is_dir():
             other = load_model_folder(path)
             encode_in(other.model, args.precision)
-            others.append(_evaluated(name, other, **how))
+            others.append(_evaluated(name, other, coverage=coverage, **how))
         else:
             others.append(load_system(path, **how))
     pairs = [(model, other) for other in others]
@@ -154,8 +166,23 @@ def _on_split(args: argparse.Namespace) -> None:
     console.print(table([model, *others], f"{args.split}, {dataset.num_queries(args.split)} queries"))
     for line in differences(pairs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for drawn in slice_tables([model, *others], slices, "distinct queries" if dataset.sequences is None else "users"):
+        console.print(drawn)
+    covered = [f"{system.name} {system.coverage:.3f}" for system in (model, *others) if system.coverage is not None]
+    for line in [f"coverage of the top {TOP}: {', '.join(covered)}"] * bool(covered) + _notes(dataset):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
-        save_comparison(args.out, [model, *others], pairs, **how)
+        save_comparison(args.out, [model, *others], pairs, slices=slices, **how)
+
+
+def _notes(dataset: Dataset) -> list[str]:
+    """Return sentences on the candidates."""
+    notes = []
+    if dataset.header.dated:
+        notes.append("a query ranks the items whose first version or event is not later than its time")
+    if withdrawn := len(dataset.catalogue.withdrawn):
+        notes.append(f"{withdrawn} withdrawn items are no candidates, at any time: a withdrawal has no time")
+    return notes
 
 
 def _evaluated(name: str, folder: ModelFolder, **how: Any) -> System:

@@ -274,12 +274,12 @@ class Versions:
         `versions` are numbers among the newer versions in file order; −1, or a version of another document, selects the
         first version.
         """
-        valid = (versions >= 0) & (versions < len(self._document_of))
-        valid &= self._document_of[np.where(valid, versions, 0)] == documents
+        valid = (versions >= 0) & (versions < len(self.document_of))
+        valid &= self.document_of[np.where(valid, versions, 0)] == documents
         return self._rows(documents, np.where(valid, self.num_docs + versions.astype(np.int64), documents))
 
     @cached_property
-    def _document_of(self) -> np.ndarray:
+    def document_of(self) -> np.ndarray:
         """The documents of the newer versions, int64, in file order."""
         newer = self.file_row >= self.num_docs
         documents = np.empty(int(newer.sum()), np.int64)
@@ -347,6 +347,14 @@ class Catalogue:
     def doc_ids(self) -> np.ndarray:
         """The ids of all documents, int64 [num_docs]."""
         return self._table.column("doc_id")[: self.num_docs]
+
+    def first_times(self) -> np.ndarray:
+        """Return the start of each document's oldest version, float64 [num_docs], of a catalogue with times."""
+        since = self._table.column(SINCE_COLUMN)
+        first = since[: self.num_docs].copy()
+        if self.versions is not None:
+            np.minimum.at(first, self.versions.document_of, since[self.num_docs :])
+        return first
 
     def visible_rows(
         self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None

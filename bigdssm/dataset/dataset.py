@@ -31,7 +31,7 @@ from bigdssm.dataset.catalogue import (
     later_files,
     withdrawn_documents,
 )
-from bigdssm.dataset.event_rules import EventRules, EventSlices
+from bigdssm.dataset.event_rules import SEQUENCES_AT_ONCE, EventRules, EventSlices
 from bigdssm.dataset.partition import (
     Extent,
     MixtureBatches,
@@ -74,6 +74,7 @@ class DatasetHeader:
     users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
     items: str = "partitions"  # item versions are selected by partition; "events": by the time of each event
     times: Mapping[str, Any] = field(default_factory=lambda: merged_units([]))  # of events: see `TimeUnits.facts`
+    split: Mapping[str, Any] = field(default_factory=dict)  # how the splits were made, and the cut-off times
 
     @property
     def time_unit(self) -> float:
@@ -197,7 +198,7 @@ class Dataset:
              for name in group]
             for group in (names, [name for name in partition_names if name in item_partition_names])
         )  # fmt: skip
-        options = {name: content[name] for name in ("text", "users", "items", "times") if name in content}
+        options = {name: content[name] for name in ("text", "users", "items", "times", "split") if name in content}
         header = DatasetHeader(folder, content["name"], schema, **options)
         dataset = cls(
             header, row_partitions, files, later_files(folder, content, "withdrawals"), item_partitions, [extent]
@@ -491,6 +492,48 @@ class Dataset:
                 values = table.take_slices(EVENT_PREFIX + name, sequence[targets.row], position, position + 1).values
                 columns[name] = feature.without_unknown(values)
         return num_earlier, columns
+
+    @property
+    def has_times(self) -> bool:
+        """Whether events have times."""
+        return self.sequences is not None and TIME_COLUMN in self.sequences.schema.names
+
+    def request_times(self, rows: Rows) -> np.ndarray:
+        """Return the times of the targets of queries, float64 [m], in the unit of events; NaN without times."""
+        if not self.has_times or rows.sequences is None or rows.sequence is None or rows.position is None:
+            return np.full(rows.num_queries, np.nan)
+        sequence, position = rows.sequence[rows.row_of_query], rows.position
+        times: np.ndarray = rows.sequences.take_slices(TIME_COLUMN, sequence, position, position + 1).values
+        return times
+
+    @cached_property
+    def item_times(self) -> np.ndarray:
+        """The time of each document's first version or first event, float64 [num_docs]; infinity: neither has one."""
+        first = self.catalogue.first_times() if self.header.dated else np.full(self.catalogue.num_docs, np.inf)
+        if self.has_times and (table := self.sequences) is not None:
+            for begin in range(0, table.num_rows, SEQUENCES_AT_ONCE):
+                sequences = np.arange(begin, min(begin + SEQUENCES_AT_ONCE, table.num_rows))
+                events = EventSlices(table, sequences, np.zeros_like(sequences), table.lengths("items", sequences))
+                items, times = events.column("items").values, events.column(TIME_COLUMN).values
+                valid = (items >= 0) & (items < len(first))
+                np.minimum.at(first, items[valid], times[valid])
+        return first
+
+    @cached_property
+    def _newest_items(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.item_times, kind="stable")
+        return order, self.item_times[order]
+
+    def later_items(self, times: np.ndarray) -> Ragged:
+        """Return, per request at one of `times` (float64 [m]; NaN: unknown), the catalogue rows of later items.
+
+        These are not available yet, see `item_times`; none in a dataset whose items have no times.
+        """
+        if not self.header.dated:
+            return Ragged(np.zeros(0, np.int64), np.zeros(len(times) + 1, np.int64))
+        order, item_times = self._newest_items
+        first = np.searchsorted(item_times, times, "right")
+        return ragged.gather_ranges(order, first, np.full(len(times), len(order)))
 
     def matching_targets(self, rows: Rows, condition: str, where: str) -> np.ndarray:
         """Return whether the target of each query matches a condition of the key `where`, bool [m]."""

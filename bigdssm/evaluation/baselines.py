@@ -1,27 +1,33 @@
-"""Baselines: popularity, a Markov chain over the last items, and BM25; others register in BASELINES.
+"""Baselines: popularity, Markov chains over the last items, and BM25; others register in BASELINES.
 
-All are fitted on the train split and evaluated as a model is: same rows, exclusions and tie handling.
+All are evaluated as a model is: same rows, exclusions and tie handling. They are fitted on the train split, except that
+those by day are rebuilt at every day of the requests if the split is by time, from the events before it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import numpy as np
 from scipy.sparse.linalg import svds
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.event_rules import EventSlices
 from bigdssm.dataset.rows import Rows
-from bigdssm.dataset.transitions import MAX_WINDOW, Transitions, last_items
-from bigdssm.errors import ConfigError
+from bigdssm.dataset.transitions import MAX_WINDOW, QUERIES_AT_ONCE, Transitions, last_items
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.teachers import Bm25Teacher
+from bigdssm.features import Categorical, Feature
+from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.arguments import argument
 from bigdssm.utils.bounds import Bound, out_of_bounds
 
+DAY_S = 86_400
+SPLITS = ("train", "validation", "test")
 Count = Annotated[int, Bound(1)]  # types of options
 Window = Annotated[int, Bound(1, at_most=MAX_WINDOW)]
 
@@ -65,6 +71,144 @@ class Markov:
         cell = np.repeat(row, length) * chain.num_docs + chain.followers[entry]
         values = chain.counts[entry] * np.repeat(weights, length)
         return np.bincount(cell, values, len(rows) * chain.num_docs).reshape(len(rows), chain.num_docs)
+
+
+@dataclass(frozen=True)
+class DailyEvents:
+    """The positive events that a baseline counts, by day (UTC), and the last event before each; arrays are [events].
+
+    With a split by time they are the targets of all splits, and a request counts those before its day. Otherwise they
+    are those of train.
+    """
+
+    dataset: Dataset
+    rebuilt: bool  # whether a request counts earlier days alone
+    feature: Categorical | None  # of events, part of the state
+    day: np.ndarray  # int64, ascending
+    item: np.ndarray  # int64: catalogue rows
+    state: np.ndarray  # int64: the last item, its `feature`, and that of the request; -1: no last event
+
+    @classmethod
+    def of(cls, dataset: Dataset, feature: str | None = None) -> DailyEvents:
+        """Read the events of `dataset`. Raises: DataError: events have no times; ConfigError: no such feature."""
+        if not dataset.has_times:
+            raise DataError(f"{dataset.dir}: its events have no times; build it with --time-column")
+        named = None
+        if feature is not None:
+            known = single_valued(dataset.schema.event)
+            if feature not in known:
+                raise ConfigError(f"feature={feature}: needs a categorical feature of data.event, of {list(known)}")
+            named = known[feature]
+        rebuilt, targets = dataset.header.split.get("how") == "time", dict(dataset.rules.targets)
+        splits = ["train"]
+        if rebuilt:
+            splits = [split for split in SPLITS if dataset.num_rows(split)]
+            # the events of all splits that would be targets in train
+            targets = dict.fromkeys(splits, targets["train"]) if "train" in targets else {}
+        counted = dataset.with_rules(replace(dataset.rules, targets=targets))
+        empty = cls(counted, rebuilt, named, *(np.zeros(0, np.int64),) * 3)
+        parts = [(empty.day, empty.item, empty.state)]
+        for split in splits:
+            for rows in counted.iterate(split, QUERIES_AT_ONCE):
+                relevant = rows.relevance > 0
+                columns = empty.days(rows), rows.doc_rows, empty.states(rows)
+                parts.append((columns[0][relevant], columns[1][relevant], columns[2][relevant]))
+        day, item, state = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(day, kind="stable")
+        return cls(counted, rebuilt, named, day[order], item[order], state[order])
+
+    def days(self, rows: Rows) -> np.ndarray:
+        """Return the days of requests since 1970, int64 [m]."""
+        seconds = self.dataset.request_times(rows) * self.dataset.header.time_unit
+        return np.asarray(seconds // DAY_S, np.int64)
+
+    def states(self, rows: Rows) -> np.ndarray:
+        """Return the states of requests, int64 [m]; -1: without a last event."""
+        _, items, row = last_items(rows, 1)
+        states = np.full(rows.num_queries, -1)
+        values = items
+        if self.feature is not None and rows.sequences is not None:
+            assert rows.sequence is not None and rows.prefix is not None
+            name, codes = self.feature.name, self.feature.num_codes
+            sequence, end = rows.sequence[rows.row_of_query][row], rows.prefix[row]
+            last = EventSlices(rows.sequences, sequence, end - 1, end).feature(name)
+            wanted = np.asarray(rows.request[name])[row] if name in rows.request else 0
+            values = (items * codes + last) * codes + wanted
+        states[row] = values
+        return states
+
+    def counts(self, first_day: float, last_day: float) -> np.ndarray:
+        """Return the number of events per document on the days [first_day, last_day), float64 [N]."""
+        first, last = np.searchsorted(self.day, [first_day, last_day])
+        return np.bincount(self.item[first:last], minlength=self.dataset.catalogue.num_docs).astype(np.float64)
+
+    def per_day(self, rows: Rows, counts: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return `counts` of the day of each request, float64 [m, N]."""
+        days, nth = np.unique(self.days(rows), return_inverse=True)
+        return np.stack([counts(day) for day in days.tolist()])[nth]
+
+
+@dataclass(frozen=True)
+class RecentPopularity:
+    """Score documents by their number of positives in the `days` days before the day of the request."""
+
+    events: DailyEvents
+    days: int
+
+    @classmethod
+    def fit(cls, dataset: Dataset, days: Count = 7) -> RecentPopularity:
+        """Fit on `dataset`. Raises DataError: its events have no times."""
+        return cls(DailyEvents.of(dataset), days)
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        return self.events.per_day(rows, lambda day: self.events.counts(day - self.days, day))
+
+
+@dataclass(frozen=True)
+class MarkovByAction:
+    """Score document j by count(state → j): the last item, its action, and the wanted action if requests have one.
+
+    The action is a categorical feature of events. Popularity decides between equal counts.
+    """
+
+    events: DailyEvents
+    order: np.ndarray  # int64: the events by state, then by day
+    keys: np.ndarray  # int64, ascending: state · number of days + day
+
+    @classmethod
+    def fit(cls, dataset: Dataset, feature: str = "") -> MarkovByAction:
+        """Fit on `dataset`; `feature`: the action, by default the first categorical feature of events.
+
+        Raises: DataError: its events have no times or no categorical feature; ConfigError: no such feature.
+        """
+        known = list(single_valued(dataset.schema.event))
+        if not known:
+            raise DataError(f"{dataset.dir} has no categorical feature of events; declare one in data.event")
+        return cls.of(DailyEvents.of(dataset, feature or known[0]))
+
+    @classmethod
+    def of(cls, events: DailyEvents) -> MarkovByAction:
+        """Sort the events by state."""
+        first, last = events.day[[0, -1]] if len(events.day) else (0, 0)
+        keys = events.state * (last - first + 1) + events.day - first
+        order = np.flatnonzero(events.state >= 0)
+        order = order[np.argsort(keys[order], kind="stable")]
+        return cls(events, order, keys[order])
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        events, num_docs = self.events, self.events.dataset.catalogue.num_docs
+        first, last = events.day[[0, -1]] if len(events.day) else (0, 0)
+        num_days = last - first + 1
+        days = np.clip(events.days(rows) - first, 0, num_days) if events.rebuilt else num_days
+        states = events.states(rows)
+        begin, end = (np.searchsorted(self.keys, states * num_days + upto) for upto in (0, days))
+        entries = gather_ranges(self.order, begin, np.where(states < 0, begin, end))
+        cell = np.repeat(np.arange(len(rows)), entries.lengths) * num_docs + events.item[entries.values]
+        counts = np.bincount(cell, minlength=len(rows) * num_docs).reshape(len(rows), num_docs)
+        popularity = events.per_day(rows, lambda day: events.counts(-np.inf, day if events.rebuilt else np.inf))
+        return counts + popularity / (popularity.sum(axis=1, keepdims=True) + 1)
 
 
 @dataclass(frozen=True)
@@ -115,10 +259,17 @@ class Bm25Texts:
 
 BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options) and maps Rows to scores [m, N]
     "popularity": Popularity,
+    "popularity_by_day": RecentPopularity,
     "markov": Markov,
+    "markov_by_action": MarkovByAction,
     "markov_vectors": MarkovVectors,
     "bm25": Bm25Texts,
 }
+
+
+def single_valued(features: Mapping[str, Feature]) -> dict[str, Categorical]:
+    """Return the categorical features with one value."""
+    return {name: f for name, f in features.items() if isinstance(f, Categorical) and not f.multi}
 
 
 def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = True) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,11 +18,20 @@ from rich.table import Table
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
-from bigdssm.evaluation.baselines import Markov, Popularity
+from bigdssm.evaluation.baselines import (
+    DailyEvents,
+    Markov,
+    MarkovByAction,
+    Popularity,
+    RecentPopularity,
+    single_valued,
+)
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
 from bigdssm.evaluation.reranking import Reranking, encoders_of
+from bigdssm.evaluation.slices import Slice
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.utils.atomic import write_json
@@ -30,6 +40,7 @@ from bigdssm.utils.log import Progress, metric_label, no_progress
 
 RUN_METRICS = ("ndcg_at_10", "recall_at_100", "mrr")
 MARKOV = "Markov, window 3"
+RECENT_DAYS = (7, 30)  # of popularity
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class System:
     seconds: float  # to build and evaluate it
     ranks: np.ndarray | None = None  # float64 [rows of the split], if the values come from ranks
     query_ids: np.ndarray | None = None  # int64 [rows]: query of a value; default: a distinct query per value
+    coverage: float | None = None  # share of the candidates among the first answers, if computed
 
     def __post_init__(self) -> None:
         """Raise DataError if there are no values."""
@@ -48,9 +60,11 @@ class System:
             raise DataError(f"{self.name} cannot be measured: no row has a relevant document")
 
     @classmethod
-    def from_ranks(cls, name: str, ranks: np.ndarray, query_ids: np.ndarray, seconds: float) -> System:
+    def from_ranks(
+        cls, name: str, ranks: np.ndarray, query_ids: np.ndarray, seconds: float, coverage: float | None = None
+    ) -> System:
         """Return the system with these ranks on the rows of a split; `query_ids` are int64."""
-        return cls(name, row_metrics(ranks), seconds, ranks, query_ids[~np.isnan(ranks)])
+        return cls(name, row_metrics(ranks), seconds, ranks, query_ids[~np.isnan(ranks)], coverage)
 
     @classmethod
     def from_seeds(cls, systems: Sequence[System]) -> System:
@@ -65,6 +79,12 @@ class System:
     def difference(self, other: System, metric: str) -> Difference:
         """Return this system's mean `metric` minus the other's, paired by row."""
         return paired_bootstrap(self.values[metric], other.values[metric], self.query_ids)
+
+    def of_slice(self, rows: np.ndarray) -> System:
+        """Return the system on some of its rows, bool [rows]."""
+        assert self.query_ids is not None
+        values = {name: metric_values[..., rows] for name, metric_values in self.values.items()}
+        return System(self.name, values, self.seconds, query_ids=self.query_ids[rows])
 
     def errors(self) -> dict[str, float]:
         """Return the standard errors of the means of all metrics."""
@@ -84,22 +104,39 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     return [next("/".join(t) for t in of_path if sum(p[-len(t) :] == t for p in distinct) == 1) for of_path in tails]
 
 
-def baseline_systems(dataset: Dataset, split: str, exclude_seen: bool | str = True) -> list[System]:
-    """Fit and evaluate popularity and, if rows have histories, the Markov baseline."""
-    kinds: dict[str, Any] = {"popularity": Popularity}
-    if dataset.sequences is not None:
-        kinds[MARKOV] = Markov
-    systems = []
-    for name, kind in kinds.items():
+def baseline_systems(
+    dataset: Dataset, split: str, exclude_seen: bool | str = True, *, by_day: bool = False, coverage: bool = False
+) -> list[System]:
+    """Fit and evaluate popularity and, if rows have histories, the Markov baseline.
+
+    by_day: and recent popularity, if events are of several days, and a Markov chain by action, if they have one.
+    """
+    systems: list[System] = []
+
+    def add(name: str, fit: Callable[[], Callable[[Rows], np.ndarray]], spent_s: float = 0.0) -> None:
         started = perf_counter()
-        evaluation = evaluate_scores(kind.fit(dataset), dataset, split, exclude_seen=exclude_seen)
-        systems.append(System.from_ranks(name, evaluation.ranks, evaluation.query_ids, perf_counter() - started))
+        measured = evaluate_scores(fit(), dataset, split, exclude_seen=exclude_seen, coverage=coverage)
+        seconds = perf_counter() - started + spent_s
+        systems.append(System.from_ranks(name, measured.ranks, measured.query_ids, seconds, measured.coverage))
+
+    add("popularity", lambda: Popularity.fit(dataset))
+    if dataset.sequences is not None:
+        add(MARKOV, lambda: Markov.fit(dataset))
+    if by_day and dataset.has_times:
+        action, started = next(iter(single_valued(dataset.schema.event)), None), perf_counter()
+        events = DailyEvents.of(dataset, action)
+        reading_s = perf_counter() - started  # part of the seconds of every baseline that counts them
+        if len(np.unique(events.day)) > 1:
+            for days in RECENT_DAYS:
+                add(f"popularity, {days} days", partial(RecentPopularity, events, days), reading_s)
+        if action is not None:
+            add(f"Markov by {action}", partial(MarkovByAction.of, events), reading_s)
     return systems
 
 
 def model_system(
     name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool | str, *,
-    rerank: int | None = None, spent_s: float = 0.0, progress: Progress = no_progress,
+    rerank: int | None = None, spent_s: float = 0.0, coverage: bool = False, progress: Progress = no_progress,
 ) -> System:  # fmt: skip
     """Evaluate a model folder; `rerank`: its scorer re-ranks as many documents; `spent_s`: seconds of its training."""
     dataset = folder.view(dataset)
@@ -109,25 +146,78 @@ def model_system(
         reranking = Reranking(PairScorer.from_folder(folder, dataset), rerank)
         reranking.scorer.require_scorer()
         encoders = tower_encoders(folder.model, dataset)
-    evaluation = evaluate_split(
-        encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, progress=progress
+    measured = evaluate_split(
+        encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, coverage=coverage, progress=progress
     )  # fmt: skip
-    return System.from_ranks(name, evaluation.ranks, evaluation.query_ids, evaluation.seconds + spent_s)
+    return System.from_ranks(
+        name, measured.ranks, measured.query_ids, measured.seconds + spent_s, measured.coverage
+    )  # fmt: skip
 
 
 def table(systems: Sequence[System], title: str, metrics: Sequence[str] | None = None) -> Table:
     """Return a rich table of metrics (default: `table_metrics`) ± standard error, and seconds."""
-    metrics = metrics or table_metrics()
-    # At most 80 columns, rich's width without a terminal.
-    drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-    drawn.add_column("system", no_wrap=True)
-    for label in (*map(metric_label, metrics), "seconds"):
-        drawn.add_column(label, justify="right", no_wrap=True)
+    metrics, rows = metrics or table_metrics(), []
     for system in systems:
         average, errors = means(system.values), system.errors()
         cells = [f"{average[name]:.4f} ± {errors[name]:.4f}" for name in metrics]
-        drawn.add_row(system.name, *cells, f"{system.seconds:.1f}")
+        rows.append([system.name, *cells, f"{system.seconds:.1f}"])
+    return _drawn(title, [*map(metric_label, metrics), "seconds"], rows)
+
+
+def slice_tables(systems: Sequence[System], slices: Sequence[Slice], of: str) -> Iterator[Table]:
+    """Yield a table per slice with rows, as `table`; `of` is the name of distinct query ids, such as users."""
+    metrics = table_metrics()
+    for part in slices:
+        if not part.rows.any():
+            continue
+        rows = []
+        for system in systems:
+            of_slice = system.of_slice(part.rows)
+            average, errors = means(of_slice.values), of_slice.errors()
+            intervals = ["too few" if part.has_few else f"± {errors[name]:.4f}" for name in metrics]
+            rows.append([system.name, *(f"{average[m]:.4f} {i}" for m, i in zip(metrics, intervals, strict=True))])
+        title = f"{part.condition}: {part.rows.sum()} queries of {part.num_queries} {of}"
+        yield _drawn(title, [*map(metric_label, metrics)], rows)
+
+
+def _drawn(title: str, labels: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    # At most 80 columns, rich's width without a terminal.
+    drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
+    drawn.add_column("system", no_wrap=True)
+    for label in labels:
+        drawn.add_column(label, justify="right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
     return drawn
+
+
+def slices_as_json(
+    systems: Sequence[System], pairs: Sequence[tuple[System, System]], slices: Sequence[Slice]
+) -> list[dict[str, Any]]:
+    """Return one object per slice: option, condition, rows, queries, systems, differences; intervals if not too few."""
+    entries = []
+    for part in slices:
+        described: list[dict[str, Any]] = []
+        compared: list[dict[str, Any]] = []
+        if part.rows.any():
+            of_slice = {id(system): system.of_slice(part.rows) for system in systems}
+            described = as_json(list(of_slice.values()))
+            if not part.has_few:
+                for entry, system in zip(described, of_slice.values(), strict=True):
+                    entry["standard_errors"] = _without_nan(system.errors())
+                compared = differences_as_json([(of_slice[id(a)], of_slice[id(b)]) for a, b in pairs])
+        entries.append(
+            {
+                "by": part.by,
+                "condition": part.condition,
+                "rows": int(part.rows.sum()),
+                "queries": part.num_queries,
+                "too_few": part.has_few,
+                "systems": described,
+                "differences": compared,
+            }
+        )
+    return entries
 
 
 def differences(pairs: Sequence[tuple[System, System]], metrics: Sequence[str] | None = None) -> list[str]:
@@ -152,6 +242,8 @@ def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
             **_without_nan(means(system.values)),
             "seconds": round(system.seconds, 3),
         }
+        if system.coverage is not None:
+            entry["coverage"] = round(system.coverage, 6)
         number = max(len(rows) if rows.ndim == 2 else 0 for rows in system.values.values())
         if number:
             by_seed = ({name: rows[seed] for name, rows in system.values.items()} for seed in range(number))
@@ -181,7 +273,7 @@ def differences_as_json(
 
 def save_comparison(
     path: Path, systems: Sequence[System], pairs: Sequence[tuple[System, System]], dataset: Dataset, split: str,
-    exclude_seen: bool | str = True,
+    exclude_seen: bool | str = True, slices: Sequence[Slice] = (),
 ) -> None:  # fmt: skip
     """Write the comparison to the JSON file `path`, and each system's ranks to a .npy file next to it."""
     rows = {"split": split, "rows": MeasuredRows.of(dataset, split).checksum, "exclude_seen": exclude_seen}
@@ -194,6 +286,8 @@ def save_comparison(
         np.save(path.with_name(entry["ranks"]), system.ranks)
         entry["ranks_checksum"] = file_checksum(path.with_name(entry["ranks"]))
     content["differences"] = differences_as_json(pairs)
+    if slices:
+        content["slices"] = slices_as_json(systems, pairs, slices)
     write_json(path, content)
 
 

@@ -68,7 +68,7 @@ def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVect
     All ranks must call it.
     """
     target = batch.of_targets(documents, scoring.target)
-    counts = _counts(scoring, batch.vectors, documents.vectors, target, batch.excluded, documents.absent)
+    counts = _counts(scoring, batch.vectors, documents, target, batch.excluded)
     return 1 + distributed.reduce_scatter_rows(counts)[: len(batch.rows)]
 
 
@@ -79,20 +79,24 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: P
     """
     scoring = inner_product_scoring()
     target_scores = scoring.target(queries, documents[target])
-    return 1 + _counts(scoring, queries, documents, target_scores, _excluded(target, seen), target[:0])
+    return 1 + _counts(scoring, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
 
 
 def ranks_of_scores(
-    scores: Tensor, target: Tensor, seen: Pairs | None = None, withdrawn: Tensor | None = None
-) -> Tensor:
-    """Return ranks float64 [m] of document `target[i]` in row i of `scores` [m, N]; exact ties only.
+    scores: Tensor, target: Tensor, seen: Pairs | None = None, unavailable: Tensor | None = None, top: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the rank of document `target[i]` in row i of `scores`, and the `top` other candidates.
 
-    Documents at the rows `withdrawn` are no candidates, unless they are the target.
+    scores [m, N], exact ties only; ranks float64 [m], candidates int64 [m, top], −1 behind the last. Documents of
+    `seen`, and of `unavailable` (bool [N] or [m, N]) are no candidates, unless they are the target.
     """
     target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
-    pairs = _excluded(target, seen).block(0, len(scores))
-    scores = scores if withdrawn is None else _without(scores, withdrawn, 0)
-    return 1 + _count_above(scores, 0, target_score, torch.zeros_like(target_score), *pairs)
+    scores = scores.clone() if unavailable is None else scores.masked_fill(unavailable, float("-inf"))
+    excluded = _excluded(target, seen)
+    scores[excluded.rows, excluded.positions] = float("-inf")
+    best = scores.topk(min(top, scores.shape[1]), dim=1)
+    candidates = best.indices.masked_fill(best.values == float("-inf"), -1)
+    return 1 + _count_above(scores, target_score, torch.zeros_like(target_score)), candidates
 
 
 def _excluded(target: Tensor, seen: Pairs | None) -> ExcludedDocuments:
@@ -104,34 +108,23 @@ def _excluded(target: Tensor, seen: Pairs | None) -> ExcludedDocuments:
 
 
 def _counts(
-    scoring: Scoring, queries: Tensor, documents: Tensor, target: Tensor, excluded: ExcludedDocuments, absent: Tensor
+    scoring: Scoring, queries: Tensor, documents: DocumentVectors, target: Tensor, excluded: ExcludedDocuments
 ) -> Tensor:
-    """Return float64 [m]: the local documents, except `absent` ones, that score above the target, ties as halves."""
+    """Return float64 [m]: the local documents that score above the target, ties as halves."""
     counts = queries.new_zeros(len(queries), dtype=torch.float64)
     for first in range(0, len(queries), scoring.queries_at_once):
         last = min(first + scoring.queries_at_once, len(queries))
-        pairs = excluded.block(first, last)
+        block = excluded.block(first, last)
         tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # fewer rows are padded to LEAST_ROWS
         for column in range(0, len(documents), tile):
-            scores = scoring.matrix(queries[first:last], documents[column : column + tile])
-            scores = _without(scores, absent, column)
-            counts[first:last] += _count_above(scores, column, target[first:last, 0], target[first:last, 1], *pairs)
+            scores = scoring.matrix(queries[first:last], documents.vectors[column : column + tile])
+            block.mask(scores, documents, column)
+            counts[first:last] += _count_above(scores, target[first:last, 0], target[first:last, 1])
     return counts
 
 
-def _without(scores: Tensor, absent: Tensor, column: int) -> Tensor:
-    """Return the scores of a tile, which begins at `column`, with -inf for the positions `absent`."""
-    local = absent[(absent >= column) & (absent < column + scores.shape[1])] - column
-    return scores.index_fill(1, local, float("-inf")) if len(local) else scores
-
-
-def _count_above(
-    scores: Tensor, column: int, target_score: Tensor, tolerance: Tensor, rows: Tensor, columns: Tensor
-) -> Tensor:
-    """Count documents of a tile that score higher, ties as halves, except (rows, columns); float64 [m]."""
-    width = scores.shape[1]
-    inside = (columns >= column) & (columns < column + width)
-    scores = scores.index_put((rows[inside], columns[inside] - column), scores.new_tensor(float("-inf")))
+def _count_above(scores: Tensor, target_score: Tensor, tolerance: Tensor) -> Tensor:
+    """Count the documents of a tile that score higher, ties as halves; float64 [m]."""
     above = (scores > (target_score + tolerance).unsqueeze(1)).sum(dim=1)
     at_least = (scores >= (target_score - tolerance).unsqueeze(1)).sum(dim=1)
     return (above + at_least).double() / 2

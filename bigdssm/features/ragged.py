@@ -86,6 +86,13 @@ def concat(columns: Sequence[Column]) -> Column:
     return np.concatenate([np.asarray(column) for column in columns])
 
 
+def joined(first: Ragged, second: Ragged) -> Ragged:
+    """Return rows of the values of `first` followed by those of `second`, as many rows."""
+    pairs = np.arange(2 * len(first)).reshape(2, -1).T.ravel()
+    both = Ragged.concat([first, second]).take(pairs)
+    return Ragged(both.values, both.offsets[::2])
+
+
 def take(column: Column, rows: np.ndarray) -> Column:
     """Return the given rows of a column, in the given order."""
     return column.take(rows) if isinstance(column, Ragged) else column[rows]

@@ -24,7 +24,7 @@ from bigdssm.dataset.keys import SortedKeys, shuffle_keys, uniform
 from bigdssm.dataset.partition import Partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
-from bigdssm.features import Feature, TextTokenizer, encode_columns
+from bigdssm.features import Feature, TextTokenizer, encode_columns, ragged
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, spool_columns
 from bigdssm.ingest.engines.local import (
@@ -248,9 +248,7 @@ def _cut_range(
     for name, values in lists.items():
         rows = Ragged(values, events.offsets)
         if len(before[name].values):
-            pairs = np.arange(2 * len(rows)).reshape(2, -1).T.ravel()
-            joined = Ragged.concat([before[name], rows]).take(pairs)
-            rows = Ragged(joined.values, joined.offsets[::2])
+            rows = ragged.joined(before[name], rows)
         columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
     columns |= encode_columns(canonical_columns(rows_of_users, "u", user), user, text, large=True)
     written = write_arrow(folder / f"sequences-{number:06d}.arrow", columns)

@@ -50,6 +50,7 @@ class DocumentVectors:
     vectors: Tensor  # float32
     first: int = 0
     withdrawn: np.ndarray = field(default_factory=lambda: NO_ROWS)  # int64: catalogue rows that are no answers
+    since: Tensor | None = None  # float64 [n]: no answers to requests at earlier times; None: to all
 
     @cached_property
     def absent(self) -> Tensor:

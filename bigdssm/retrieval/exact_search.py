@@ -29,27 +29,41 @@ LAST_ROW = (1 << ROW_BITS) - 1
 
 Pairs = tuple[np.ndarray, np.ndarray]
 """(query row, catalogue row), both int64."""
-Search = Callable[[Tensor, int, Tensor, Tensor], Tensor]
-"""(queries [m, D+1], top, excluded rows, excluded positions) → sort keys [m, top] of local documents, best first."""
 
 
 @dataclass(frozen=True)
 class ExcludedDocuments:
-    """(query, local document) pairs to exclude, sorted by query."""
+    """(query, local document) pairs to exclude, sorted by query, and the times of queries, which exclude later ones."""
 
     rows: Tensor  # int64 [p]: query rows
     positions: Tensor  # int64 [p]: positions among the local documents
+    times: Tensor | None = None  # float64 [m]: of the queries; None: no document is too late
 
     @classmethod
-    def of(cls, rows: Tensor, positions: Tensor) -> ExcludedDocuments:
+    def of(cls, rows: Tensor, positions: Tensor, times: Tensor | None = None) -> ExcludedDocuments:
         """Sort pairs by query."""
         order = rows.argsort()
-        return cls(rows[order], positions[order])
+        return cls(rows[order], positions[order], times)
 
-    def block(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return (row − first, position), int64, for the queries [first, last)."""
+    def block(self, first: int, last: int) -> ExcludedDocuments:
+        """Return those of the queries [first, last)."""
         begin, end = torch.searchsorted(self.rows, self.rows.new_tensor([first, last])).tolist()
-        return self.rows[begin:end] - first, self.positions[begin:end]
+        times = None if self.times is None else self.times[first:last]
+        return ExcludedDocuments(self.rows[begin:end] - first, self.positions[begin:end], times)
+
+    def mask(self, scores: Tensor, documents: DocumentVectors, first: int) -> None:
+        """Set the scores [m, n] of excluded and absent documents to -inf; `first` is the position of column 0."""
+        last = first + scores.shape[1]
+        inside = (self.positions >= first) & (self.positions < last)
+        scores[self.rows[inside], self.positions[inside] - first] = float("-inf")
+        absent = documents.absent
+        scores[:, absent[(absent >= first) & (absent < last)] - first] = float("-inf")
+        if self.times is not None and documents.since is not None:
+            scores.masked_fill_(documents.since[first:last] > self.times[:, None], float("-inf"))
+
+
+Search = Callable[[Tensor, int, ExcludedDocuments], Tensor]
+"""(queries [m, D+1], top, excluded documents) → sort keys [m, top] of local documents, best first."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,11 @@ class SearchRound:
         offsets = torch.arange(size, device=self.target.device)
         positions = (torch.arange(world, device=offsets.device)[:, None] * longest + offsets).flatten()
         rank, offset = self.excluded.rows // longest, self.excluded.rows % longest
-        retained = offset < size
-        excluded = ExcludedDocuments((rank * size + offset)[retained], self.excluded.positions[retained])
+        retained, times = offset < size, self.excluded.times
+        excluded = ExcludedDocuments(
+            (rank * size + offset)[retained], self.excluded.positions[retained],
+            None if times is None else times[positions],
+        )  # fmt: skip
         return SearchRound(
             self.rows.take(np.arange(min(size, len(self.rows)))),
             self.vectors[positions],
@@ -93,13 +110,14 @@ class SearchRound:
 
 def rounds(
     chunks: Iterable[tuple[Rows, Tensor]], documents: DocumentVectors, excluded: Callable[[Rows], Pairs], at_once: int,
-    known: Callable[[np.ndarray], Pairs] | None = None,
+    known: Callable[[np.ndarray], Pairs] | None = None, times: Callable[[Rows], np.ndarray] | None = None,
 ) -> Iterator[SearchRound]:  # fmt: skip
     """Yield rounds of about `at_once` queries over all ranks, at least one per rank with queries left. Collectives.
 
     `chunks` are single-query rows and their index vectors, as many chunks on every rank. `excluded` returns the
     documents that this rank's queries exclude in addition to their target; `known` maps query ids of all ranks to this
-    rank's known positives, which are excluded, too.
+    rank's known positives, which are excluded, too. `times` returns the times of queries, float64, see `since` of
+    documents.
     """
     device, world = documents.vectors.device, distributed.world_size()
     most, pairs_at_once = max(1, at_once // world), max(1, PAIRS_AT_ONCE // world)
@@ -126,7 +144,11 @@ def rounds(
                 sent = [min(max(0, count - begin), pairs_at_once) for count in counts]
                 gathered = distributed.all_gather_rows(pairs[begin : begin + pairs_at_once], sent).long()
                 held.append(_local_positions(documents, gathered[:, 0], gathered[:, 1]))
-            local = ExcludedDocuments.of(*(torch.cat(side) for side in zip(*held, strict=True)))
+            of_round = None
+            if times is not None:
+                of_round = distributed.all_gather_padded(as_tensor(times(rows)).to(device), longest).wait()
+            excluded_rows, positions = (torch.cat(side) for side in zip(*held, strict=True))
+            local = ExcludedDocuments.of(excluded_rows, positions, of_round)
             yield SearchRound(rows, distributed.all_gather_padded(queries, longest).wait(), target, local)
 
 
@@ -176,7 +198,8 @@ def top_documents(
     queries [m, D+1] and documents [N, D+1] are index vectors; the pairs (excluded_rows, excluded_docs) are excluded.
     Ties rank by ascending row.
     """
-    return unpack_keys(exact_search(DocumentVectors(documents))(queries, top, excluded_rows, excluded_docs))
+    excluded = ExcludedDocuments(excluded_rows, excluded_docs)
+    return unpack_keys(exact_search(DocumentVectors(documents))(queries, top, excluded))
 
 
 def top_of_round(search: Search, batch: SearchRound, top: int) -> Tensor:
@@ -187,7 +210,7 @@ def top_of_round(search: Search, batch: SearchRound, top: int) -> Tensor:
     results = [batch.vectors.new_zeros(0, top, dtype=torch.int64)]
     for first in range(0, len(batch.vectors), TOP_QUERIES_AT_ONCE):
         queries = batch.vectors[first : first + TOP_QUERIES_AT_ONCE]
-        results.append(search(queries, top, *batch.excluded.block(first, first + len(queries))))
+        results.append(search(queries, top, batch.excluded.block(first, first + len(queries))))
     world, rows = distributed.world_size(), torch.cat(results)
     longest = [len(rows) // world] * world
     # [world, longest, top]: each rank's results for the queries of this one
@@ -195,18 +218,21 @@ def top_of_round(search: Search, batch: SearchRound, top: int) -> Tensor:
     return received.transpose(0, 1).flatten(1).topk(top, dim=1).values
 
 
-def exact_search(documents: DocumentVectors) -> Search:
-    """Return a Search that scores every document."""
+def exact_search(
+    documents: DocumentVectors, matrix: Callable[[Tensor, Tensor], Tensor] = inner_products, at_once: int | None = None
+) -> Search:
+    """Return a Search that scores every document by `matrix`, queries [m, …] and documents [n, …] to scores [m, n].
 
-    def search(queries: Tensor, top: int, rows: Tensor, positions: Tensor) -> Tensor:
-        best = pack_keys(queries.new_full((len(queries), top), float("-inf")), rows.new_tensor(-1))
-        for first in range(0, len(documents), TILE_DOCS):
-            tile = documents.vectors[first : first + TILE_DOCS]
-            scores = inner_products(queries, tile)
-            inside = (positions >= first) & (positions < first + len(tile))
-            scores[rows[inside], positions[inside] - first] = float("-inf")
-            absent = documents.absent
-            scores[:, absent[(absent >= first) & (absent < first + len(tile))] - first] = float("-inf")
+    at_once: documents per tile, default TILE_DOCS.
+    """
+
+    def search(queries: Tensor, top: int, excluded: ExcludedDocuments) -> Tensor:
+        best = pack_keys(queries.new_full((len(queries), top), float("-inf")), excluded.rows.new_tensor(-1))
+        tile_docs = at_once or TILE_DOCS
+        for first in range(0, len(documents), tile_docs):
+            tile = documents.vectors[first : first + tile_docs]
+            scores = matrix(queries, tile)
+            excluded.mask(scores, documents, first)
             best_of_tile = _best_positions(scores, min(top, len(tile)))
             keys = pack_keys(scores.gather(1, best_of_tile), best_of_tile + (documents.first + first))
             best = torch.cat([best, keys], dim=1).topk(top, dim=1).values
@@ -240,14 +266,15 @@ def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) 
         return exact_search(documents)
     of_hit = torch.from_numpy(np.append(present, -1)).to(documents.vectors.device)  # the last one: no hit
 
-    def search(queries: Tensor, top: int, rows: Tensor, positions: Tensor) -> Tensor:
+    def search(queries: Tensor, top: int, excluded: ExcludedDocuments) -> Tensor:
+        rows, positions = excluded.rows, excluded.positions
         # search deeper by the largest number of exclusions, so that `top` remain
         most = int(torch.bincount(rows, minlength=1).max())
         scores, hits = (torch.from_numpy(part) for part in index.search(queries.cpu().numpy(), top + most))
         scores, hits = scores.to(queries.device), of_hit[hits.to(queries.device)]
         pairs = torch.arange(len(queries), device=hits.device)[:, None] * num_docs + hits
-        excluded = (hits < 0) | torch.isin(pairs, rows * num_docs + positions)
-        keys = pack_keys(scores.masked_fill(excluded, float("-inf")), hits.clamp(min=0) + documents.first)
+        left_out = (hits < 0) | torch.isin(pairs, rows * num_docs + positions)
+        keys = pack_keys(scores.masked_fill(left_out, float("-inf")), hits.clamp(min=0) + documents.first)
         return keys.topk(top, dim=1).values
 
     return search

@@ -29,6 +29,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Feature, Ragged, encode_values, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
+from bigdssm.features.ragged import joined
 from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, query_vectors
 from bigdssm.retrieval.filters import Filters
@@ -241,7 +242,8 @@ class SplitRows(QuerySource):
         keys = None
         if rows.sequences is not None and rows.sequence is not None:
             keys = rows.sequences.strings("query_key", rows.sequence)
-        excluded = self._dataset.excluded(rows, self._exclude_seen)
+        later = self._dataset.later_items(self._dataset.request_times(rows))
+        excluded = joined(self._dataset.excluded(rows, self._exclude_seen), later)
         if self._dataset.schema.siamese and self._exclude_seen:
             excluded = Ragged.of_lists(_query_documents(self._dataset, rows.query_ids), np.int64)
         return QueryBatch(rows.row_ids, keys, rows.inputs, excluded)

@@ -34,7 +34,7 @@ from bigdssm.features import (
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_units
-from bigdssm.features.ragged import gather_ranges
+from bigdssm.features.ragged import gather_ranges, joined
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.request import Event, Request
@@ -355,10 +355,10 @@ def excluded_rows(
     dataset: Dataset, past: PastEvents, exclude_seen: bool | str, now: float | None = None,
     session: Column | None = None,
 ) -> Ragged:  # fmt: skip
-    """Return the catalogue rows that are no answers per query, see `EventRules.excluded`.
+    """Return the catalogue rows that are no answers per query, see `EventRules.excluded` and `Dataset.later_items`.
 
-    The visit of a request is that of its newest event, unless `now` or `session` differ from it. Raises ConfigError: a
-    visit needs the times of events, and some have none.
+    The visit of a request is that of its newest event, unless `now` or `session` differ from it. Without `now`, no item
+    is too late. Raises ConfigError: a visit needs the times of events, and some have none.
     """
     visit = dataset.rules.visit
     if visit.gap_s is not None and exclude_seen is not True and np.isnan(past.times.values).any():
@@ -371,10 +371,11 @@ def excluded_rows(
         newest = np.append(events.values, PADDING)[np.maximum(events.offsets[1:], 1) - 1]
         return events, newest if session is None else np.repeat(np.asarray(session), len(past.rows))
 
-    return dataset.rules.excluded(
+    excluded = dataset.rules.excluded(
         past.rows, exclude_seen, dataset.schema, lambda name: past.features[name].values, visits,
         dataset.header.time_unit,
     )  # fmt: skip
+    return joined(excluded, dataset.later_items(np.full(len(past.rows), np.nan if now is None else now)))
 
 
 def request_columns(

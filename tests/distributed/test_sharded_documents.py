@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def ranks_and_hard_negatives(rank: int, world_size: int, folder: Path, out: Path
             evaluate_split(encoders, dataset, "validation", **shared),
             evaluate_split(encoders, dataset, "test", exclude_seen=False, **shared),
         ]
+        dated = larger(folder, DOCS)
+        dated.header = replace(dated.header, items="events")
+        dated.__dict__["item_times"] = np.random.RandomState(0).randint(0, 40_000, DOCS).astype(float)
+        found.append(evaluate_split(encoders, dated, "test", coverage=True, **shared))
         share = Share(rank, world_size, 100)
         own = mine(encoders, dataset, first=FIRST, last=LAST, margin=MARGIN, share=share)
         everything = gather_hard_negatives(out, own, dataset)
@@ -87,11 +92,12 @@ def ranks_and_hard_negatives(rank: int, world_size: int, folder: Path, out: Path
         parts = [np.arange(90), np.arange(90, 100), np.arange(0)] if world_size > 1 else [np.arange(100)]
         pieces = [rows.take(parts[rank] + start) for start in (0, 100, 200)]  # of three ranks one has none
         some = mine(encoders, dataset, pieces, first=FIRST, last=LAST, share=share)
-    for evaluation, split in zip(found, ("validation", "test"), strict=True):
+    for evaluation, split in zip(found, ("validation", "test", "test"), strict=True):
         assert len(evaluation.ranks) == dataset.num_rows(split)
         np.testing.assert_array_equal(evaluation.query_ids, MeasuredRows.of(dataset, split).query_ids)
-    windows = everything.windows(everything.queries)
-    return [*(evaluation.ranks for evaluation in found), everything.queries, windows, some["query"], some["window"]]
+    windows, of_times = everything.windows(everything.queries), np.append(found[2].ranks, found[2].coverage)
+    mined = [everything.queries, windows, some["query"], some["window"]]
+    return [*(evaluation.ranks for evaluation in found[:2]), *mined, of_times]
 
 
 @pytest.mark.slow
@@ -106,11 +112,13 @@ def test_ranks_and_hard_negatives_equal_those_of_one_rank(
         for of_rank in each:
             for found, expected in zip(of_rank[:4], alone, strict=False):
                 np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(of_rank[6], alone[6])
         queries, windows = (np.concatenate([of_rank[part] for of_rank in each]) for part in (4, 5))
         order = np.argsort(queries)
         np.testing.assert_array_equal(queries[order], alone[4])
         np.testing.assert_array_equal(windows[order], alone[5])
     assert ((alone[0] % 1) == 0.5).any(), "no ties"
+    assert (alone[6][:-1] < alone[1]).all() and 0 < alone[6][-1] < 1, "later items are ranked"
 
 
 def test_ranks_and_hard_negatives_match_the_definition(

@@ -37,7 +37,7 @@ def test_agrees_with_trec_eval() -> None:
         random.permutation(200 * 300).reshape(200, 300).astype(np.float64)
     )  # no ties: trec_eval breaks them by name
     target = random.randint(0, 300, 200)
-    ranks = ranks_of_scores(torch.tensor(scores), torch.tensor(target)).numpy()
+    ranks = ranks_of_scores(torch.tensor(scores), torch.tensor(target))[0].numpy()
     run = {f"q{i}": {f"d{j}": float(score) for j, score in enumerate(row)} for i, row in enumerate(scores)}
     qrels = {f"q{i}": {f"d{j}": 1} for i, j in enumerate(target)}
     names = {"success_10": "hr_at_10", "ndcg_cut_10": "ndcg_at_10", "recip_rank": "mrr", "recall_100": "recall_at_100"}

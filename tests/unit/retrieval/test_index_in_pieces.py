@@ -9,7 +9,7 @@ import torch
 
 from bigdssm.retrieval import index_types
 from bigdssm.retrieval.embed import DocumentVectors, Share
-from bigdssm.retrieval.exact_search import approximate_search, exact_search, unpack_keys
+from bigdssm.retrieval.exact_search import ExcludedDocuments, approximate_search, exact_search, unpack_keys
 from bigdssm.retrieval.index_types import INDEX_TYPES, IVF_ROUNDS
 from bigdssm.retrieval.vectors import CodedVectors
 
@@ -65,7 +65,7 @@ def test_all_ranks_report_equally_often_for_any_share(
         first, last = share.of(num_docs)
         documents = DocumentVectors(torch.from_numpy(vectors[first:last]), first)
         found, exact = (
-            unpack_keys(search(queries, 1, nothing, nothing))[1]
+            unpack_keys(search(queries, 1, ExcludedDocuments(nothing, nothing)))[1]
             for search in (approximate_search(documents, num_docs, share), exact_search(documents))
         )
         assert torch.equal(found, exact)  # with one list

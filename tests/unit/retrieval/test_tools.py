@@ -237,6 +237,7 @@ def test_evaluate(
     out = tools.ran(
         "evaluate", "--model", model_dir, *common,
         "--baselines", "--compare", tmp_path / "other.json", "--out", tmp_path / "first.json",
+        "--by", "occupation", "history < 20",
     )  # fmt: skip
     content = json.loads((tmp_path / "first.json").read_text())
     assert [system["name"] for system in content["systems"]] == [
@@ -251,6 +252,15 @@ def test_evaluate(
         ("first", "popularity"), ("first", "Markov, window 3"), ("first", "second (other)"),
     ]  # fmt: skip
     assert "first − popularity: HR@10 " in out
+    assert "occupation = doctor: 20 queries of 20 users" in out and "too few" in out
+    coverage = [system.get("coverage") for system in content["systems"]]
+    assert f"coverage of the top 10: first {coverage[0]:.3f}, popularity {coverage[1]:.3f}" in out
+    assert coverage[3] is None and [part["condition"] for part in content["slices"][-2:]] == [
+        "history < 20", "not (history < 20)",
+    ]  # fmt: skip
+    assert sum(part["rows"] for part in content["slices"] if part["by"] == "occupation") == dataset.num_rows(
+        "validation"
+    )
     message = tools.refused(
         3, "evaluate", "--model", model_dir, "--data", dataset.dir, "--compare", tmp_path / "first.json"
     )  # the test split
