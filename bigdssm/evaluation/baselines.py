@@ -132,8 +132,8 @@ class DailyEvents:
             name, codes = self.feature.name, self.feature.num_codes
             sequence, end = rows.sequence[rows.row_of_query][row], rows.prefix[row]
             last = EventSlices(rows.sequences, sequence, end - 1, end).feature(name)
-            wanted = np.asarray(rows.request[name])[row] if name in rows.request else 0
-            values = (items * codes + last) * codes + wanted
+            requested = np.asarray(rows.request[name])[row] if name in rows.request else 0
+            values = (items * codes + last) * codes + requested
         states[row] = values
         return states
 
@@ -167,7 +167,7 @@ class RecentPopularity:
 
 @dataclass(frozen=True)
 class MarkovByAction:
-    """Score document j by count(state → j): the last item, its action, and the wanted action if requests have one.
+    """Score document j by count(state → j): the last item, its action, and the requested action if requests have one.
 
     The action is a categorical feature of events. Popularity decides between equal counts.
     """
