@@ -83,7 +83,8 @@ def ranks_and_hard_negatives(rank: int, world_size: int, folder: Path, out: Path
         ]
         dated = larger(folder, DOCS)
         dated.header = replace(dated.header, items="events")
-        dated.__dict__["item_times"] = np.random.RandomState(0).randint(0, 40_000, DOCS).astype(float)
+        item_times = np.random.RandomState(0).randint(0, 40_000, DOCS).astype(float)
+        vars(dated).update(item_times=item_times, _history=dataset._history)  # its items have times, but no versions
         found.append(evaluate_split(encoders, dated, "test", coverage=True, **shared))
         share = Share(rank, world_size, 100)
         own = mine(encoders, dataset, first=FIRST, last=LAST, margin=MARGIN, share=share)
