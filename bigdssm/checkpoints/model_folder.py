@@ -103,7 +103,8 @@ class ModelFolder:
                 f"the model's schema differs from that of the dataset {dataset.dir}: {difference}; use the model's "
                 f"dataset, build this one with bigdssm make_shards … --like {self.config.data.dir}, or train on it"
             )
-        return dataset.with_schema(self.schema)
+        rules = replace(dataset.rules, item_rows=self.config.model.query.history.items != "id")
+        return dataset.with_rules(rules).with_schema(self.schema)
 
 
 def save_model_folder(

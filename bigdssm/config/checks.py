@@ -96,6 +96,12 @@ def check_config(config: Config) -> None:
                 pa.types.is_primitive(feature.arrow_type()), f"data.event.{name}", f"type {feature.type} with a list",
                 "one value per event: categorical without multi, numeric, elapsed or calendar",
             )  # fmt: skip
+    if model.query.history.items != "id":
+        ids = {feature.of for feature in histories_of(data.query).values()}
+        require(
+            bool(ids) and set(data.doc) > ids, "model.query.history.items", model.query.history.items,
+            "id without a history, and another feature of data.doc, which is an item's content",
+        )  # fmt: skip
     _check_tables(config)
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")
     for name in names:

@@ -221,6 +221,10 @@ class HistoryEncoderConfig(Component):
     dropout: float = bounded(0.1, 0, below=1)
     item_dropout: float = bounded(0.1, 0, below=1)  # on the item vectors
     item_scale: bool = False  # item vectors times the square root of their width, as in SASRec
+    # What an item is to a history: the vector of its id; a linear map of its content, which is the document tower's
+    # vector for it with an unknown id; or the sum of both. Contents have no gradient; they are computed for the whole
+    # catalogue once per epoch, or every negatives.refresh_every_steps.
+    items: Literal["id", "content", "both"] = "id"
 
     @property
     def allows_many_queries(self) -> bool:
@@ -360,7 +364,7 @@ class NegativesConfig:
     # For losses over all columns: the documents of the global batch, or the whole catalogue in every step.
     columns: Literal["batch", "catalogue"] = "batch"
     # With columns: catalogue, for documents with texts: the outputs of the text encoder are computed for all documents
-    # every so many steps only, and in every step for its positives; 0: for all documents in every step.
+    # every so many steps only, and in every step for the gradient of its positives; 0: for all in every step.
     refresh_every_steps: int = bounded(0, 0, MAX_COUNT)
     # For losses over all columns: documents per step drawn uniformly from the catalogue, as extra columns.
     uniform: int = bounded(0, 0, MAX_ROWS)

@@ -49,7 +49,7 @@ from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN, Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import EventTime, Feature, History, TextTokenizer, item_codes, ragged
-from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.features.base import ITEM_ROW, OUT_OF_VOCABULARY, PADDING
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.columns import merged_units, unit_of_times
 from bigdssm.features.conditions import matching_events
@@ -599,6 +599,8 @@ class Dataset:
         codes = codes if valid.all() else np.where(valid, codes, OUT_OF_VOCABULARY)
         of_events = self.event_features(table, sequence, history_start, end, self.schema.event_inputs).items()
         columns: dict[str, Column] = {f"{feature.name}.{name}": column for name, column in of_events}
+        if self.rules.item_rows:
+            columns[f"{feature.name}.{ITEM_ROW}"] = Ragged(np.where(valid, docs + 1, PADDING), items.offsets)
         return {feature.name: Ragged(codes, items.offsets), **columns}, history_start
 
     def event_features(

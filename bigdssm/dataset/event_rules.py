@@ -30,6 +30,7 @@ class EventRules:
     targets: Mapping[str, str] = field(default_factory=dict)  # condition by split
     exclude_seen: bool | str = True
     visit: VisitConfig = field(default_factory=VisitConfig)
+    item_rows: bool = False  # whether histories have the catalogue rows of their items, for models of their contents
 
     @classmethod
     def of(cls, config: DataConfig) -> EventRules:

@@ -59,9 +59,14 @@ class OnnxExport(ExportFormat):
     int8: bool = True  # also write query.int8.onnx, the query tower quantized to int8
 
     def write(self, model: ModelFolder, out: Path) -> Parity:
-        """Write both towers. Raises ConfigError: a package is not installed."""
+        """Write both towers. Raises ConfigError: a package is not installed, or histories read contents of items."""
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
             raise ConfigError(f"--format {self.format} needs {', '.join(missing)}: pip install 'bigdssm[onnx]'")
+        if model.model.content_ids:
+            raise ConfigError(
+                f"--format {self.format}: got model.query.history.items={model.config.model.query.history.items}, "
+                "needs id: an exported query tower has no catalogue to read the contents of items from"
+            )
         write_json(out / SCHEMA_FILE, model.schema.exported())
         if model.tokenizer_dir is not None:
             shutil.copytree(model.tokenizer_dir, out / TOKENIZER_DIR)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # Codes of categorical values: padding or missing, out of vocabulary, first value of the vocabulary.
 PADDING, OUT_OF_VOCABULARY, FIRST_CODE = 0, 1, 2
 REQUEST_PREFIX = "request."  # of the columns of a query's own features of events, see Schema.request
+ITEM_ROW = "item row"  # HISTORY.ITEM_ROW: 1 + the catalogue row of each item, 0 for none
 FITTED: Mapping[str, Any] = {"fitted": True, "omegaconf_ignore": True}  # metadata of fields that are fitted to the data
 
 Fault = tuple[np.ndarray, Callable[[int], str]]

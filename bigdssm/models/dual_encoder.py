@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import PADDING, Categorical, Feature, texts_of, timestamp_of
+from bigdssm.features import PADDING, Categorical, Feature, histories_of, texts_of, timestamp_of
 from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders import (
@@ -27,11 +27,13 @@ from bigdssm.models.encoders import (
     text_keys,
 )
 from bigdssm.models.encoders.base import SideSize, checked_output, linear_flops
+from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.packed import Packed, PackedLists, QueryPositions, Values
 from bigdssm.models.scorers import PREFIX, FeatureScorer, Scorer
 
 ALPHA_MAX = 100.0
 MIN_NORM = 1e-12  # a missing value has a vector of zeros
+CACHED = "cached "  # prefix of a feature's text vectors of an earlier step, among the features of a side
 DOCUMENT_WEIGHTS = ("doc_tower.", "text.doc.", "tables.tables.doc_", "beta", "log_alpha")  # beginnings of their names
 
 
@@ -132,6 +134,8 @@ class Tower(nn.Module):
             else:
                 number = len(query_positions.row)
                 vectors = encoder.at_positions(encoder.inputs(name, features), query_positions)
+            if (cached := features.get(CACHED + name)) is not None:  # its value, and the gradient of this forward
+                vectors = cast(Tensor, cached) + (vectors - vectors.detach())
             parts[name] = checked_output(encoder, vectors, (number, encoder.dim))
         residual = parts.pop(self.residual) if self.residual else None
         if self.mlp is None:
@@ -146,7 +150,8 @@ class Tower(nn.Module):
     def text_vectors(self, texts: Mapping[str, Values]) -> Tensor:
         """Return the text encoder's outputs [R, ΣH] for the features of `text_widths`, one after the other.
 
-        `forward` accepts the part of a feature in place of its tokens.
+        `forward` accepts the part of a feature in place of its tokens, or beside them as CACHED + feature: it then has
+        this value, and the gradient of the text encoder.
         """
         encoders = self._all()
         return torch.cat([encoders[name](encoders[name].inputs(name, texts)) for name in self.text_widths], dim=1)
@@ -226,6 +231,18 @@ class DualEncoder(nn.Module):
     def has_beta(self) -> bool:
         """Return whether the score has a document bias, and index vectors a last number for it."""
         return self.config.beta != "none"
+
+    @property
+    def content_ids(self) -> list[str]:
+        """Return the document features that identify the items of histories that read contents; empty without any."""
+        histories = histories_of(self.schema.query).values()
+        return [] if self.config.query.history.items == "id" else [str(feature.of) for feature in histories]
+
+    def set_contents(self, contents: Tensor) -> None:
+        """Set the contents of items [1 + documents, D] that histories read; the first row is zero."""
+        for encoder in self.query_tower.encoders.values():
+            if isinstance(encoder, HistoryEncoder):
+                encoder.contents = contents
 
     def load_towers(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
         """Load all weights of a model without a scorer, and initialize this model's scorer, if any.
@@ -328,7 +345,16 @@ class DualEncoder(nn.Module):
         event = {name: feature for name, feature in self.schema.event_inputs.items() if name != time}
         request = tuple(name for name in of_request if name != time)
         return BuildContext(
-            side, tower, self.tables, width, text, event, request, time=time, request_time=time in of_request
+            side,
+            tower,
+            self.tables,
+            width,
+            text,
+            event,
+            request,
+            time=time,
+            request_time=time in of_request,
+            content_dim=self.config.dim,
         )
 
 

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigdssm import distributed
 from bigdssm.dataset.catalogue import NO_ROWS, Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, ragged
+from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column
 from bigdssm.loader.batch import Collator, paddings, to_features
 from bigdssm.loader.encode import encode_in_chunks
@@ -100,8 +102,13 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
 
     towers = cast(DualEncoder, getattr(model, "module", model))
     packed = towers.accepts_packed(training=False)
+    has_contents = not towers.content_ids
 
     def queries(rows: Rows) -> Tensor:
+        nonlocal has_contents
+        if not has_contents:  # once: those of the current weights
+            towers.set_contents(item_contents(model, dataset, device))
+            has_contents = True
         pads, features = paddings(dataset.schema.query), collator.query_features(rows.inputs)
         return encode_in_chunks(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
 
@@ -111,6 +118,38 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
         return encode_in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
 
     return Encoders(queries, documents, has_beta=towers.has_beta)
+
+
+def item_contents(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Tensor:
+    """Return the contents of all items, float32 [1 + N, D]: the document tower's vectors, with unknown ids.
+
+    The first row is zero. With a process group a call is a collective.
+    """
+    unknown = cast(DualEncoder, getattr(model, "module", model)).content_ids
+
+    def vectors(features: dict[str, Values]) -> Tensor:
+        ids = {name: torch.full_like(cast(Tensor, features[name]), OUT_OF_VOCABULARY) for name in unknown}
+        return tower_output(model, "doc", {**features, **ids}).float()
+
+    contents = encode_whole_catalogue(model, dataset, dataset.schema.doc, vectors, device)
+    return torch.cat([contents.new_zeros(1, contents.shape[1]), contents])
+
+
+def encode_whole_catalogue(
+    model: nn.Module, dataset: Dataset, declared: Mapping[str, Feature], encode: Callable[[dict[str, Values]], Tensor],
+    device: torch.device | str,
+) -> Tensor:  # fmt: skip
+    """Apply `encode` to features of all documents, and return its output [N, …] on every rank; each encodes a share."""
+    packed = cast(DualEncoder, getattr(model, "module", model)).accepts_packed(training=False).doc
+    catalogue, share = dataset.catalogue, Share(distributed.rank(), distributed.world_size())
+    begin, end = share.of(catalogue.num_docs)
+    parts = []
+    for chunk in range(share.num_chunks(catalogue.num_docs, ROWS_AT_ONCE)):
+        rows = np.arange(begin, end)[chunk * ROWS_AT_ONCE : (chunk + 1) * ROWS_AT_ONCE]
+        features = to_features(declared, {name: catalogue.column(name, rows) for name in declared})
+        parts.append(encode_in_chunks(features, paddings(declared), len(rows), encode, device, packed))
+    bounds = share.bounds(catalogue.num_docs)
+    return distributed.all_gather_rows(torch.cat(parts), [last - first for first, last in bounds])
 
 
 def check_width(option: str, width: int, dim: int) -> None:

@@ -31,7 +31,7 @@ from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.features.ragged import joined
 from bigdssm.features.vector import Vector
-from bigdssm.retrieval.embed import encode_columns, query_vectors
+from bigdssm.retrieval.embed import encode_columns, item_contents, query_vectors
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.search import PastEvents, check_now, excluded_rows, histories, request_columns
@@ -97,7 +97,10 @@ def recommend(
     """
     index.check_model(folder.doc_checksum)
     exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
-    source = source.with_dataset(folder.view(dataset), exclude)
+    view = folder.view(dataset)
+    if folder.model.content_ids:
+        folder.model.set_contents(item_contents(folder.model, view))
+    source = source.with_dataset(view, exclude)
     index = index.of_dataset(dataset)
     out = real_path(out)
     check_replaceable(

@@ -31,7 +31,7 @@ from bigdssm.features import (
     stored_features,
     timestamp_of,
 )
-from bigdssm.features.base import REQUEST_PREFIX
+from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_units
 from bigdssm.features.ragged import gather_ranges, joined
@@ -409,6 +409,8 @@ def histories(dataset: Dataset, past: PastEvents) -> dict[str, Column]:
         first = np.maximum(end - feature.max_items, begin)
         newest = gather_ranges(past.rows.values, first, end)
         columns[name] = Ragged(item_codes(dataset.catalogue.codes(str(feature.of), newest.values)), newest.offsets)
+        if dataset.rules.item_rows:
+            columns[f"{name}.{ITEM_ROW}"] = Ragged(newest.values + 1, newest.offsets)
         for key in dataset.schema.event_inputs:
             columns[f"{name}.{key}"] = gather_ranges(past.features[key].values, first, end)
     return columns

@@ -25,7 +25,7 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
 from bigdssm.loader.batch import to_features
-from bigdssm.retrieval.embed import query_vectors
+from bigdssm.retrieval.embed import item_contents, query_vectors
 from bigdssm.retrieval.index import Index, ScoredDocument, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
 from bigdssm.retrieval.pair_scorer import PairScorer
@@ -109,6 +109,8 @@ class Searcher:
         if dataset is not None:
             dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
             index = index.of_dataset(dataset)
+            if folder.model.content_ids:
+                folder.model.set_contents(item_contents(folder.model, dataset))
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
         self._rerank, self._scorer = rerank, None

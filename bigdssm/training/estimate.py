@@ -270,6 +270,7 @@ def estimate(
     `stated` sizes replace those of the dataset. Raises ConfigError: a step encodes the catalogue, which is not built.
     """
     stage = config.stage(name)
+    dataset = dataset.with_rules(replace(dataset.rules, item_rows=config.model.query.history.items != "id"))
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     drawn = {kind: -(-getattr(stage.negatives, kind) // world_size) for kind in ("uniform", "popular")}
     share = replace(stage, negatives=replace(stage.negatives, **drawn), distillation=None)
@@ -327,13 +328,16 @@ def estimate(
     averaged = {"moving average of the weights": 2 * FP32 * sizes.trained} if stage.weight_average else {}
     in_tables = sum(stored[name] * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
     saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
-    texts_of_catalogue = {}
+    of_catalogue: dict[str, int] = {}
+    if model.content_ids:
+        of_catalogue["contents of items"] = FP32 * num_docs * config.model.dim
+        saved += num_docs * config.model.dim
     if batch.stale is not None:
         text_widths = model.doc_tower.text_widths
         num_stale, vectors_width = len(batch.doc_ids) - batch.num_fresh, sum(text_widths.values())
         zeros = {name: torch.zeros(num_stale, width) for name, width in text_widths.items()}
         batch = replace(batch, stale={**batch.stale, **zeros})
-        texts_of_catalogue = {"text vectors of the catalogue": FP32 * -(-num_docs // world_size) * vectors_width}
+        of_catalogue["text vectors of the catalogue"] = FP32 * num_docs * vectors_width
         saved += num_docs * vectors_width
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
@@ -361,7 +365,7 @@ def estimate(
     products = encoded + 2.0 * num_queries * num_docs * config.model.dim
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-FP32 * saved // world_size)} if behind else {}
-    resident |= averaged | copied | texts_of_catalogue
+    resident |= averaged | copied | of_catalogue
     resident |= {"batch": 2 * batch.nbytes, "libraries at first use": RUNTIME_BYTES}  # the current batch and the next
     # a rank's share of index vectors; an approximate index has a copy of them
     mining = stage.negatives.mining

@@ -29,7 +29,7 @@ from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder
-from bigdssm.training.cached_texts import CachedTexts
+from bigdssm.training.cached_texts import CachedTexts, ItemContents
 from bigdssm.training.checks import model_difference, retained_settings
 from bigdssm.training.engine import Engine, device, partitioned_loading
 from bigdssm.training.fixed_documents import FixedDocuments
@@ -174,12 +174,12 @@ def build_trainer(
         lambda: f"best {metric_label(stage.validation_metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
     )  # fmt: skip
     row_log = partial(RowLog, folder, rank=rank, world_size=world_size, step=progress.step)
+    refresh = stage.negatives.refresh_every_steps
     trainer = Trainer(
         name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
         batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
-        texts=CachedTexts(engine, dataset, stage.negatives.refresh_every_steps)
-        if stage.negatives.refresh_every_steps
-        else None,
+        texts=CachedTexts(engine, dataset, refresh) if refresh else None,
+        contents=ItemContents(engine, dataset, refresh or stream.steps_per_epoch) if model.content_ids else None,
         validator=Validator(
             dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,
             continues=progress.segment_start_step > 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,6 +92,8 @@ def run_stage(
     validate_only: stop after the first batch was built, and return None.
     """
     dataset = check_stage(config, name, world_size, resume)
+    reads_contents = config.model.query.history.items != "id"
+    dataset = dataset.with_rules(replace(dataset.rules, item_rows=reads_contents))
     if not validate_only:
         check_folder(config, name, resume)
     stage_config, folder = config.stage(name), config.stage_dir(name)

@@ -28,7 +28,7 @@ from bigdssm.loader.step_plan import ChunkCounts, LocalStepPlan, StepPlan, max_o
 from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.cached_texts import CachedTexts
+from bigdssm.training.cached_texts import CachedTexts, ItemContents
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.negative_refresh import HardNegativeRefresh
@@ -73,6 +73,7 @@ class Trainer:
     loss_function: LossFunction  # the objective, unless fault injection replaces it
     mining: HardNegativeRefresh
     texts: CachedTexts | None  # of the catalogue, with negatives.refresh_every_steps
+    contents: ItemContents | None  # of items, with model.query.history.items
     validator: Validator
     average: WeightAverage | None
     starts_trained: bool  # from the weights of another stage or segment
@@ -185,6 +186,8 @@ class Trainer:
         lr_factor = schedule_factor(applied, segment_steps, stage.optimizer)
         if self.texts is not None:
             batch = self.texts.complete(batch)
+        if self.contents is not None:
+            self.contents.use(batch.step)
         extra_inputs = self.objective.model_inputs(batch)
         result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, extra_inputs, make_report)
 
@@ -287,6 +290,7 @@ class Trainer:
             "common": self.objective.state_dict()
             | ({} if self.average is None else self.average.state_dict())
             | ({} if self.texts is None else self.texts.state_dict())
+            | ({} if self.contents is None else self.contents.state_dict())
             | self.selection.state_dict()
             | {TRAINED_CODES + n: torch.tensor(codes) for n, codes in self.stream.dataset.schema.trained.items()},
             "rank_state": {"cpu": random.cpu} | ({} if random.device is None else {"device": random.device}),
@@ -311,6 +315,8 @@ class Trainer:
             self.selection.load_state_dict(common)
             if self.texts is not None:
                 self.texts.load_state_dict(common)
+            if self.contents is not None:
+                self.contents.load_state_dict(common)
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]
         names = ", ".join(partition.name for partition in self.stream.dataset.partitions)
         segment = "" if start.same_segment else f", at the beginning of {names}"

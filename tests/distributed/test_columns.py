@@ -22,6 +22,7 @@ from bigdssm.losses import Softmax
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
 from bigdssm.models.declarations import MlpConfig
+from bigdssm.retrieval.embed import item_contents
 from bigdssm.training.batches import BatchBuilder, row_stream
 from bigdssm.training.cached_texts import CachedTexts
 from bigdssm.training.objective import Objective, catalogue_share
@@ -207,10 +208,13 @@ def first_loss(path: Path, overrides: tuple[str, ...]) -> float:
     """Return the loss of the first step, computed from the initial model and the step's rows, densely."""
     config = load_config(path, overrides)
     dataset = open_dataset(config.data).with_trained_ids()
+    dataset = dataset.with_rules(replace(dataset.rules, item_rows=config.model.query.history.items != "id"))
     torch.manual_seed(config.run.seed)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
     rows = next(iter(row_stream(config, config.pretrain, dataset, 0, 1)))
     batch = Collator(dataset.schema, dataset.catalogue)(rows)
+    if model.content_ids:
+        model.set_contents(item_contents(model, dataset))
     with torch.no_grad():
         found = model(
             query=batch.query,
@@ -247,7 +251,7 @@ def test_a_run_begins_at_the_softmax_over_all_documents(
 
 REFRESHED = (
     *CATALOGUE, "pretrain.rows_global=24", "pretrain.negatives.refresh_every_steps=2", "pretrain.steps=5",
-    "pretrain.optimizer.gradient_clipping=2.0",
+    "pretrain.optimizer.gradient_clipping=2.0", "model.query.history.items=both",
 )  # fmt: skip
 
 
@@ -255,9 +259,13 @@ WITHDRAWN = [3, 30]
 
 
 def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
-    """Return the losses and gradient norms of a plain loop over all documents, whose stale texts are constants."""
+    """Return the losses and gradient norms of a plain loop over all documents, with the texts of the last refresh.
+
+    Those of the step's positives have the gradient of the text encoder.
+    """
     config = load_config(path, overrides)
     stage, dataset = config.pretrain, open_dataset(config.data).with_trained_ids()
+    dataset = dataset.with_rules(replace(dataset.rules, item_rows=True))
     num_docs, curve = dataset.catalogue.num_docs, []
     torch.manual_seed(config.run.seed)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
@@ -268,9 +276,13 @@ def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, flo
         texts = model.text["doc"](doc["title"])
         if step % stage.negatives.refresh_every_steps == 0:
             constants = texts.detach()
+            with torch.no_grad():
+                ids = torch.full((num_docs,), OUT_OF_VOCABULARY)
+                contents = model(doc={**doc, "item_id": ids}).W
+            model.set_contents(torch.cat([torch.zeros(1, config.model.dim), contents]))
         positive = torch.from_numpy(np.isin(np.arange(num_docs), rows.doc_rows))
         assert 0 < int(positive.sum()) < num_docs
-        texts = torch.where(positive[:, None], texts, constants)
+        texts = torch.where(positive[:, None], constants + texts - texts.detach(), constants)
         query = Collator(dataset.schema, dataset.catalogue)(rows).query
         found = model(query=query, doc={**doc, "title": texts})
         loss = cross_entropy(found.alpha * found.U @ found.W.T + found.beta, torch.tensor(rows.doc_rows))
@@ -286,8 +298,12 @@ def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, flo
 
 @pytest.mark.slow
 def test_stale_texts_are_constants_of_the_last_refresh(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """Losses and gradients are those of a plain loop, at any number of ranks and chunks, and ZeRO stage."""
-    right = plain_curve(config, REFRESHED)
+    """Losses and gradients are those of a plain loop, at any number of ranks and chunks, and ZeRO stage.
+
+    So are the contents of items in histories, which validations in between do not change.
+    """
+    validated = (*REFRESHED, "pretrain.validate_every_steps=1")
+    right = plain_curve(config, validated)
     assert right[0][0] == pytest.approx(first_loss(config, REFRESHED), rel=1e-6)
     for ranks, mode in (
         (1, ("engine.chunk_tokens=100", "engine.keep_graph_tokens=60")),
@@ -296,7 +312,7 @@ def test_stale_texts_are_constants_of_the_last_refresh(config: Path, tmp_path: P
         (3, ("engine.zero_stage=3", "engine.chunk_tokens=100")),
     ):
         run_dir = tmp_path / f"{ranks}-{len(mode)}"
-        pools[ranks].run(small_run.run, config, run_dir, (*REFRESHED, *mode))
+        pools[ranks].run(small_run.run, config, run_dir, (*validated, *mode))
         records = small_run.records(run_dir)
         for record, (loss, norm) in zip(records, right, strict=True):
             assert record["loss"] == pytest.approx(loss, rel=1e-5)
@@ -324,6 +340,7 @@ def test_a_document_is_one_column_fresh_where_it_is_a_positive(config: Path, poo
     (first, table, titles), (second, same, _) = pools[2].run(run_columns, config)
     assert first.stale is not None and first.columns is not None and second.columns is not None
     torch.testing.assert_close(first.stale["title"], titles)
+    assert torch.equal(first.doc["cached title"], table[first.doc_rows[: first.num_fresh]])
     assert torch.equal(table, same) and len(table) == small_run.NUM_ITEMS
     torch.testing.assert_close(table[first.doc_rows[first.num_fresh :]], titles)
     positives = [set(batch.doc_rows[: batch.num_fresh].tolist()) for batch in (first, second)]
@@ -348,14 +365,14 @@ def test_a_document_is_one_column_fresh_where_it_is_a_positive(config: Path, poo
     assert sum(int(batch.counts.sum()) for batch in (first, second)) == 24 + len(columns[0] + columns[1])
 
 
-def restored_texts(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> Tensor:
-    """Resume without a step; return the text vectors of all documents."""
+def restored(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> dict[str, Tensor]:
+    """Resume without a step; return the text vectors of all documents, and the contents of all items."""
     with pytest.MonkeyPatch.context() as patch:
         found = []
 
         def train(trainer: Trainer) -> Any:
-            assert trainer.texts is not None
-            found.append(trainer.texts.state_dict()["catalogue_texts"].clone())
+            assert trainer.texts is not None and trainer.contents is not None
+            found.append({**trainer.texts.state_dict(), **trainer.contents.state_dict()})
             return trainer.progress
 
         patch.setattr(Trainer, "train", train)
@@ -363,9 +380,15 @@ def restored_texts(rank: int, world_size: int, config: Path, run_dir: Path, over
     return found[0]
 
 
+def tables(run_dir: Path, step: int) -> dict[str, Tensor]:
+    return {name: common(run_dir, step)[name] for name in ("catalogue_texts", "item_contents")}
+
+
 @pytest.mark.slow
-def test_a_resume_has_the_text_vectors_of_the_checkpoint(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """A resumed run ends with the same bits; on other ranks it begins with the same text vectors."""
+def test_a_resume_has_the_text_vectors_and_contents_of_the_checkpoint(
+    config: Path, tmp_path: Path, pools: dict[int, Pool]
+) -> None:
+    """A resumed run ends with the same bits; on other ranks it begins with the same tables."""
     options = (
         *REFRESHED, "pretrain.negatives.refresh_every_steps=4", "pretrain.save_every_steps=3", "pretrain.steps=6",
         "engine.chunk_tokens=100",
@@ -373,12 +396,13 @@ def test_a_resume_has_the_text_vectors_of_the_checkpoint(config: Path, tmp_path:
     whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
     pools[2].run(small_run.run, config, whole, options)
     pools[2].run(stop_after, config, cut, options, 3)
-    saved = common(cut, 3)["catalogue_texts"]
+    saved = tables(cut, 3)
     shutil.copytree(cut, other)
     pools[2].run(small_run.run, config, cut, options, "pretrain", True)
     first, second = (merged(run_dir / "pretrain" / "checkpoints" / "step-00000006") for run_dir in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    refreshed = common(whole, 6)["catalogue_texts"]
-    assert torch.equal(refreshed, common(cut, 6)["catalogue_texts"]) and not torch.equal(refreshed, saved)
-    for restored in pools[3].run(restored_texts, config, other, options):
-        assert torch.equal(restored, saved)
+    refreshed, again = tables(whole, 6), tables(cut, 6)
+    for name, table in refreshed.items():
+        assert torch.equal(table, again[name]) and not torch.equal(table, saved[name])
+    for state in pools[3].run(restored, config, other, options):
+        assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)

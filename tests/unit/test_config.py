@@ -402,6 +402,16 @@ def test_the_catalogue_as_columns_needs_documents_that_are_the_same_on_all_ranks
     load_config(path, [*texts, *overrides])
 
 
+def test_contents_of_items_need_more_than_an_id(path: Path) -> None:
+    both = ["model.query.history.items=both"]
+    assert load_config(path, both).model.query.history.items == "both"
+    content = yaml.safe_load(path.read_text())
+    del content["data"]["doc"]["tags"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"model.query.history.items: got both, needs id without a history, and"):
+        load_config(path, both)
+
+
 def test_existing_hard_negatives_require_the_whole_dataset(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sft.negatives.mining.file: got x.npy"):
         load_config(path, ["sft.negatives.mining.file=x.npy", "data.from_partition=day2"])

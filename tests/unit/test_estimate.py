@@ -154,6 +154,8 @@ def test_text_vectors_of_the_catalogue_are_resident_and_saved(tiny_interactions:
         size = 4 * NUM_ITEMS * load_config(tiny_interactions.config).model.doc.text.hidden
         assert cached.resident["text vectors of the catalogue"] == size
         assert cached.checkpoint_bytes == each.checkpoint_bytes + size
+        contents = of(tiny_interactions, "model.query.history.items=both", "pretrain.rows_global=8", mode)
+        assert contents.resident["contents of items"] == 4 * NUM_ITEMS * load_config(tiny_interactions.config).model.dim
         towers = "towers' activations and gradients"
         assert cached.phases[towers] < each.phases[towers] and cached.negatives == each.negatives
 

@@ -23,6 +23,7 @@ from bigdssm.config import (
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Timestamp, Vocabulary
+from bigdssm.features.base import ITEM_ROW
 from bigdssm.features.timestamp import UNKNOWN_TIME
 from bigdssm.models import DualEncoder, QueryPositions, new_model, use_eager_attention
 from bigdssm.models.declarations import Sasrec
@@ -83,10 +84,12 @@ def model(
             parameter += 0.2 * torch.randn_like(parameter)
         for table in made.tables.tables.values():
             table.weight[0] = 0  # type: ignore[index, operator]
+    if made.content_ids:
+        made.set_contents(torch.cat([torch.zeros(1, 6), torch.randn(8, 6)]))
     return made
 
 
-OF_EVENTS = ("history.action", "history.price", "history.when")
+OF_EVENTS, ROW = ("history.action", "history.price", "history.when"), f"history.{ITEM_ROW}"
 
 
 def query(rows: Tensor) -> dict[str, Tensor]:
@@ -94,6 +97,7 @@ def query(rows: Tensor) -> dict[str, Tensor]:
     more = (0, rows.shape[1] - ACTIONS.shape[1])
     of_events = (torch.nn.functional.pad(values[: len(rows)], more) for values in (ACTIONS, PRICES, TIMES))
     events = dict(zip(OF_EVENTS, of_events, strict=True))
+    events[ROW] = torch.where(rows > 0, rows * 3 % 7 + 1, 0)
     return {"history": rows, **events, "age": torch.linspace(10.0, 60.0, 4)[: len(rows)]}
 
 
@@ -119,7 +123,7 @@ def assert_one_pass_is_many(
     requests, features, alone = requests or {}, query(ROWS), []
     together = made({**features, **requests}, query_positions=query_positions).U
     for number, (row, seen) in enumerate(zip(*map(Tensor.tolist, query_positions[:2]), strict=True)):
-        lists = {name: features[name][row : row + 1, :seen] for name in ("history", *OF_EVENTS)}
+        lists = {name: features[name][row : row + 1, :seen] for name in ("history", *OF_EVENTS, ROW)}
         own = {name: values[number : number + 1] for name, values in requests.items()}
         alone.append(made({**lists, **own, "age": features["age"][row : row + 1]}).U)
     apart = torch.cat(alone)
@@ -145,6 +149,17 @@ def test_one_pass_is_as_many_passes_at_any_depth(layers: int) -> None:
 @every_timed
 def test_one_pass_is_as_many_passes_with_features_of_events(block: str, positions: str, times: str) -> None:
     assert_one_pass_is_many(model(block, positions, event=EVENT, times=times), all_query_positions())
+
+
+@pytest.mark.parametrize("items", ["content", "both"])
+@pytest.mark.parametrize(("block", "positions"), [("sasrec", "rotary"), ("gated", "relative")])
+def test_one_pass_is_as_many_passes_with_contents_of_items(block: str, positions: str, items: str) -> None:
+    made = model(block, positions, items=items, item_scale=True, event=EVENT)
+    vectors = assert_one_pass_is_many(made, all_query_positions())
+    by_id = query(ROWS)
+    by_id["history"] = torch.where(ROWS > 0, 2, 0)
+    unchanged = torch.equal(made(by_id, query_positions=all_query_positions()).U, vectors)
+    assert unchanged == (items == "content"), "contents alone do not depend on ids"
 
 
 @every_timed

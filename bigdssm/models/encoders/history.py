@@ -14,7 +14,7 @@ from bigdssm.config import HistoryEncoderConfig
 from bigdssm.dataset.schema import REQUEST
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
-from bigdssm.features.base import REQUEST_PREFIX
+from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
 from bigdssm.features.timestamp import UNKNOWN_TIME
 from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout, position_angle, time_angle
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
@@ -39,15 +39,16 @@ class HistoryInputs(NamedTuple):
     request: Tensor | None = None  # [m, K]: the vectors of the queries' requests
     times: Tensor | None = None  # as the items, int64: of the events, in microseconds
     request_times: Tensor | None = None  # int64 [m]
+    rows: Tensor | None = None  # as the items, int64: of `contents`
 
 
 @encodes(History)
 class HistoryEncoder(Encoder):
     """A causal transformer over [start, oldest event, …, newest event]: the output at position j depends on j events.
 
-    The vector of an event is that of its item, plus a linear map of its features' vectors: no key or value depends on
-    what follows the event (with positions=age: but for the number of events that follow). A request enters in the last
-    layer alone, as an addition to the query's position.
+    The vector of an event is that of its item (of its id, a linear map of its content, or their sum), plus a linear map
+    of its features' vectors: no key or value depends on what follows the event (with positions=age: but for the number
+    of events that follow). A request enters in the last layer alone, as an addition to the query's position.
 
     The start token makes an empty history an ordinary one. The vector of a history is the output at its newest
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
@@ -59,15 +60,18 @@ class HistoryEncoder(Encoder):
     Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; see `blocks` for the layers.
     """
 
+    contents: Tensor  # of items
+
     def __init__(
         self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables,
         event: Mapping[str, Encoder] | None = None, request_dim: int = 0, time: str | None = None,
-        request_time: bool = False,
+        request_time: bool = False, content_dim: int = 0,
     ) -> None:  # fmt: skip
         """`event`: the encoders of the features of an event; request_dim: the width of the vectors of requests.
 
-        time: the feature that is the time of an event; request_time: whether requests have it, too. Raises ConfigError:
-        the heads do not divide the width, or have too small or an odd one with rotary embeddings.
+        time: the feature that is the time of an event; request_time: whether requests have it, too. content_dim: the
+        width of items' contents. Raises ConfigError: the heads do not divide the width, or have too small or an odd one
+        with rotary embeddings.
         """
         super().__init__()
         if dim % config.heads:
@@ -88,6 +92,12 @@ class HistoryEncoder(Encoder):
         self.request_map = nn.Linear(request_dim, dim, bias=False) if request_dim else None
         if self.request_map is not None:
             nn.init.normal_(self.request_map.weight, std=INIT_STD)
+        self.content_map = None
+        if config.items != "id":
+            self.content_map = nn.Linear(content_dim, dim, bias=False)
+            nn.init.normal_(self.content_map.weight, std=INIT_STD)
+            # [1 + documents, D], the first row is zero; a constant that the model's user sets, see `item_contents`
+            self.register_buffer("contents", torch.zeros(1, content_dim), persistent=False)
         self.time = time if config.times == "rotary" else None
         self.request_time = self.time is not None and request_time
         self.table = table
@@ -112,19 +122,27 @@ class HistoryEncoder(Encoder):
         event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
         return cls(
             context.config.history, feature, context.item_dim, table, context.tables, event, context.request_dim,
-            context.time, context.request_time,
+            context.time, context.request_time, context.content_dim,
         )  # fmt: skip
 
     def inputs(self, name: str, features: Mapping[str, Values]) -> HistoryInputs | Values:
         """Return the items of the history `name`, with the features of its events and the request, if any."""
-        if not self.event and self.time is None:
+        if not self.event and self.time is None and self.content_map is None:
             return features[name]
+        rows = None
+        if self.content_map is not None:
+            if (key := f"{name}.{ITEM_ROW}") not in features:
+                raise ConfigError(
+                    f"{name}: got items without catalogue rows, needs them with model.query.history.items="
+                    f"{self.config.items}, as in evaluate, search, serve and recommend; use them, or items=id"
+                )
+            rows = cast(Tensor, features[key])
         columns = (features[f"{name}.{key.removeprefix('of_')}"] for key in self.event)
         request = None if self.request_map is None else cast(Tensor, features[REQUEST])
         times = None if self.time is None else cast(Tensor, features[f"{name}.{self.time}"])
         request_times = cast(Tensor, features[f"{REQUEST_PREFIX}{self.time}"]) if self.request_time else None
         of_events = tuple(cast(Tensor, values) for values in columns)
-        return HistoryInputs(features[name], of_events, request, times, request_times)
+        return HistoryInputs(features[name], of_events, request, times, request_times, rows)
 
     def transformer_layers(self) -> list[nn.Module]:
         """Return the transformer layers."""
@@ -168,6 +186,10 @@ class HistoryEncoder(Encoder):
         if features:
             parts = [encoder(values.flatten()) for encoder, values in zip(self.event.values(), features, strict=True)]
             added = self.event_map(torch.cat(parts, dim=1))
+        if self.content_map is not None and inputs.rows is not None:
+            contents = self.contents[inputs.rows.flatten()].to(self.content_map.weight.dtype)
+            content = self._scaled(self.content_map(contents))
+            added = content if added is None else added + content
         if isinstance(items, Packed):
             vectors = self._packed(items, added, inputs, query_positions)
         else:
@@ -247,7 +269,11 @@ class HistoryEncoder(Encoder):
         return output.flatten(0, 1)[cell]
 
     def _items(self, items: Tensor) -> Tensor:
-        vectors = self._tables[0].look_up(self.table, items)
+        if self.config.items == "content":
+            return self.start.new_zeros(*items.shape, self.dim)
+        return self._scaled(self._tables[0].look_up(self.table, items))
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
         return vectors * self.dim**0.5 if self.config.item_scale else vectors
 
     def _add_positions(self, hidden: Tensor, position: Tensor, length: Tensor) -> Tensor:
