@@ -326,6 +326,7 @@ def run_columns(rank: int, world_size: int, config: Path) -> tuple[Batch, Tensor
     loaded = load_config(config, REFRESHED)
     dataset = open_dataset(loaded.data).with_trained_ids()
     dataset.catalogue.withdrawn = np.array(WITHDRAWN)
+    torch.manual_seed(0)  # the same model on all ranks
     model = new_model(loaded.model, dataset.schema, dataset.vocab_size).train()
     stream = row_stream(loaded, loaded.pretrain, dataset, rank, world_size)
     texts = CachedTexts(SimpleNamespace(module=model, deepspeed=model), dataset, 2)  # type: ignore[arg-type]
