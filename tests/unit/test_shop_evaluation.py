@@ -89,7 +89,7 @@ def undated(folder: Path) -> Dataset:
 
 
 def targets(dataset: Dataset, split: str = "test") -> list[tuple[Event, list[Event]]]:
-    """Return the events that are targets, and those that their queries know, in the order of rows."""
+    """Return the events that are targets, and the events before them, in the order of rows."""
     found = []
     assert dataset.sequences is not None
     for rows in dataset.iterate(split, 50):
