@@ -1,4 +1,4 @@
-"""What a step reads of the whole catalogue, computed every few steps: text vectors, and contents of items.
+"""Text vectors and contents of items of the whole catalogue, computed every few steps.
 
 All columns of a step have the text vectors of the last refresh, positives and negatives alike: newer ones of the
 positives alone would tell them from the negatives, and a model learns this in place of the documents. Positives are
