@@ -210,9 +210,9 @@ class HistoryEncoderConfig(Component):
 
     block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; hstu; or a registered one
     # Position of an item: its distance from the newest item (age) or from the oldest (absolute), or the distance of two
-    # items as a learned bias (relative) or rotary embedding (rotary). Several queries per row exclude age; hstu has
-    # relative only.
-    positions: Literal["age", "absolute", "relative", "rotary"] = "age"
+    # items as a learned bias (relative) or rotary embedding (rotary); none: the order of events does not matter, but by
+    # their times. Several queries per row exclude age; hstu has relative only.
+    positions: Literal["age", "absolute", "relative", "rotary", "none"] = "age"
     # Whether attention depends on the time between two events, and from the request in the last layer, as rotary
     # embeddings; it needs a feature of data.event of type timestamp. hstu has none.
     times: Literal["none", "rotary"] = "none"

@@ -50,6 +50,7 @@ LENGTHS = [7, 4, 0, 5]
 
 MANY = [  # every block with all positions that support many queries per pass
     *((block, positions) for block in ("sasrec", "gated") for positions in ("absolute", "relative", "rotary")),
+    ("gated", "none"),
     ("hstu", "relative"),
 ]
 ALL = [*MANY, ("sasrec", "age"), ("gated", "age")]
@@ -279,7 +280,7 @@ def test_padding_changes_nothing(block: str, positions: str) -> None:
         )
 
 
-@every
+@pytest.mark.parametrize(("block", "positions"), [case for case in ALL if case[1] != "none"])
 def test_positions_encode_the_order_of_items(block: str, positions: str) -> None:
     """With one layer, which without positions would only distinguish the newest item."""
     rows = torch.tensor([[2, 3, 4, 5], [3, 2, 4, 5], [2, 4, 3, 5]])
