@@ -54,8 +54,8 @@ class HistoryEncoder(Encoder):
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
     the newest item (`age`: the newest item has the same position in long and short histories), the distance from the
     start (`absolute`), or the distance of query and key, as a learned bias per head (`relative`) or as rotary
-    embeddings (`rotary`), or nothing (`none`). All layers share the biases: neither the mask nor its gradient grows with
-    the depth.
+    embeddings (`rotary`), or nothing (`none`). All layers share the biases: neither the mask nor its gradient grows
+    with the depth.
     With times=rotary, attention depends on the time between two events, and in the last layer on that between request
     and event.
     Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; see `blocks` for the layers.
