@@ -117,7 +117,10 @@ def vectors() -> tuple[Encoders, Tensor, Tensor]:
     return encoders, queries, documents
 
 
-def test_a_query_ranks_the_items_that_are_available_at_its_time(dated: Dataset, undated: Dataset) -> None:
+def test_a_query_ranks_the_items_that_are_available_at_its_time(
+    dated: Dataset, undated: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigdssm.evaluation.evaluate.TOP", top := 2)  # the coverage of more would be 1
     (encoders, _, documents), left_out = vectors(), 0
     for dataset in (dated, undated):
         expected, shown, keys = [], set(), dataset.catalogue.keys(np.arange(NUM_ITEMS))
@@ -132,10 +135,10 @@ def test_a_query_ranks_the_items_that_are_available_at_its_time(dated: Dataset, 
             above, ties = ((sign(of_query[others], of_query[own])).sum() for sign in (np.greater, np.equal))
             expected.append(1 + above + ties / 2 if target["rating"] else np.nan)
             order = sorted(others, key=lambda n: (-of_query[n], n))
-            shown |= set([*order[:9], own] if 1 + above + ties / 2 <= 10 else order[:10])
+            shown |= set([*order[: top - 1], own] if 1 + above + ties / 2 <= top else order[:top])
         evaluation = evaluate_split(encoders, dataset, "test", coverage=True)
         np.testing.assert_array_equal(evaluation.ranks, expected)
-        assert evaluation.coverage == len(shown) / NUM_ITEMS
+        assert evaluation.coverage == len(shown) / NUM_ITEMS < 1
         assert evaluate_split(encoders, dataset, "test").coverage is None
 
         def score(rows: Rows) -> np.ndarray:
@@ -148,6 +151,13 @@ def test_a_query_ranks_the_items_that_are_available_at_its_time(dated: Dataset, 
     by_product = evaluate_split(encoders, dated, "test", coverage=True)
     np.testing.assert_array_equal(by_pair.ranks, by_product.ranks)
     assert by_pair.coverage == by_product.coverage
+
+    def target_first(rows: Rows) -> np.ndarray:
+        return -np.arange(NUM_ITEMS) + 100.0 * (np.arange(NUM_ITEMS) == rows.doc_rows[:, None])
+
+    own = {int(row) for rows in undated.iterate("test", 50) for row in rows.doc_rows}
+    covered = evaluate_scores(target_first, undated, "test", exclude_seen=False, coverage=True).coverage
+    assert covered == len(own | {0, 1}) / NUM_ITEMS and len(own) > 4
 
 
 def test_answers_at_a_time_are_available_at_it(dated: Dataset, undated: Dataset) -> None:
