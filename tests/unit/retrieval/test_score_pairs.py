@@ -16,7 +16,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import fit_baseline
-from bigdssm.evaluation.pretrained import text_encoders
+from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import PairTeacher, VectorTeacher, ensemble, score_pairs
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
@@ -147,7 +147,7 @@ def test_a_pretrained_encoder_as_teacher(
             cosine = torch.nn.functional.cosine_similarity(query, vector(text), dim=0)
             assert scored[i, at] == pytest.approx(float(cosine), abs=1e-5)
     assert (np.isnan(scored) == (docs < 0)).all() and np.nanstd(scored) > 1e-3
-    encoders = text_encoders(tmp_path / "bert", texts)
+    encoders = text_encoders(PretrainedEncoder(tmp_path / "bert"), texts)
     everything = (encoders.queries(rows) @ encoders.documents(np.arange(dataset.catalogue.num_docs)).T).numpy()
     np.testing.assert_allclose(_of(everything, docs), scored, atol=1e-5)
 
