@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import numpy as np
 from scipy.sparse.linalg import svds
 
+from bigdssm.config.keys import SPLITS
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventSlices
 from bigdssm.dataset.rows import Rows
@@ -21,13 +22,12 @@ from bigdssm.dataset.transitions import MAX_WINDOW, QUERIES_AT_ONCE, Transitions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.teachers import Bm25Teacher
 from bigdssm.features import Categorical, Feature
+from bigdssm.features.calendar_time import DAY
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.arguments import argument
 from bigdssm.utils.bounds import Bound, out_of_bounds
 
-DAY_S = 86_400
-SPLITS = ("train", "validation", "test")
 Count = Annotated[int, Bound(1)]  # types of options
 Window = Annotated[int, Bound(1, at_most=MAX_WINDOW)]
 
@@ -120,7 +120,7 @@ class DailyEvents:
     def days(self, rows: Rows) -> np.ndarray:
         """Return the days of requests since 1970, int64 [m]."""
         seconds = self.dataset.request_times(rows) * self.dataset.header.time_unit
-        return np.asarray(seconds // DAY_S, np.int64)
+        return np.asarray(seconds // DAY, np.int64)
 
     def states(self, rows: Rows) -> np.ndarray:
         """Return the states of requests, int64 [m]; -1: without a last event."""

@@ -20,13 +20,13 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, Numeric, ragged
 from bigdssm.features.base import filterable
+from bigdssm.features.calendar_time import DAY
 from bigdssm.features.conditions import parse_filter
 from bigdssm.features.ragged import Column
 
 FEW_QUERIES = 200  # below, a mean has no interval: at an HR@10 of 0.05 it would rest on 10 hits
 MOST_VALUES = 10  # slices of a feature, by its most frequent values
 ROWS_AT_ONCE = 65_536
-DAY_S = 86_400
 TRAIN_EVENTS, ITEM_AGE, HISTORY = "train_events", "item_age", "history"
 # The numbers and their slices: positive train events of the item (0: it is cold), days from its first version or event
 # to the request, and events of the user before the request.
@@ -133,7 +133,7 @@ def _sources(dataset: Dataset) -> dict[str, Source]:
     counts = dataset.doc_counts()
     numbers: dict[str, Callable[[Rows], np.ndarray]] = {TRAIN_EVENTS: lambda rows: counts[rows.doc_rows]}
     if dataset.has_times:
-        days = dataset.header.time_unit / DAY_S
+        days = dataset.header.time_unit / DAY
         numbers[ITEM_AGE] = lambda rows: (dataset.request_times(rows) - dataset.item_times[rows.doc_rows]) * days
     if dataset.sequences is not None:
         numbers[HISTORY] = lambda rows: np.asarray(rows.prefix)

@@ -247,7 +247,7 @@ def plan_locally(batch: Batch, budget: TokenBudget) -> LocalStepPlan:
     """Return this rank's plan of a batch; graphs are retained from the last chunk backwards within the budget."""
     query, doc = _sides(batch, budget, budget.chunk_tokens)
     stale = None
-    if batch.stale is not None:  # a group of chunks of its own
+    if batch.stale is not None:  # own chunks: their texts are vectors
         stale = plan_side(batch.stale_lengths, len(batch.doc_ids) - batch.num_fresh, budget.chunk_tokens)
     if budget.chunk_tokens == 0:
         return LocalStepPlan(query, doc, StepPlan(query, doc, True), ChunkCounts(stale=int(stale is not None)), stale)

@@ -24,7 +24,6 @@ from pyarrow import csv, parquet
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import TIME_COLUMN
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Feature, Ragged, encode_values, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
@@ -205,7 +204,7 @@ class Users(QuerySource):
         """
         if dataset.sequences is None:
             raise DataError(f"{dataset.dir} holds pairs, no users; recommend for a split or a table instead")
-        if now is not None and TIME_COLUMN not in dataset.sequences.schema.names:
+        if now is not None and not dataset.has_times:
             raise ConfigError(f"--now {now}: the events of {dataset.dir} have no times; leave --now out")
         self._dataset, self._table, self._now = dataset, dataset.sequences, now
         self._context = _context(dataset, now, context or {})

@@ -310,7 +310,7 @@ def read_user(
         raise DataError(f"no user is called {key!r}; existing users are: {some}")
     newest = rows[-1:]  # the latest partition has the full history
     columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
-    if now is not None and TIME_COLUMN not in table.schema.names:
+    if now is not None and not dataset.has_times:
         raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
     return columns, PastEvents.of_users(dataset, table, newest, now)
 
