@@ -140,6 +140,8 @@ class Batch:
     query_positions: QueryPositions | None = None  # row after row; None: one query per row, at its newest position
     queries_of_row: np.ndarray | None = None  # int64 [R], on the host; None: one per row
     negatives: Tensor | None = None  # int64 [m, k]: columns of hard negatives, -1 for none
+    time: Tensor | None = None  # float64 [m]: of the queries' targets, with `since`; NaN: unknown
+    since: Tensor | None = None  # float64 [n]: time from which a document is available; None: items have no times
     undrawn: Tensor | None = None  # bool [n]: whether a catalogue column is no negative; None: all are negatives
     teacher: Tensor | None = None  # float32 [m, 1 + k]: teacher scores of the positive and the negatives, NaN for none
     teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores

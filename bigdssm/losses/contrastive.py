@@ -44,6 +44,8 @@ from bigdssm.losses.inputs import (
 from bigdssm.losses.kernels import GradientSums, ScorePasses, gather_columns, product_precision, triton_passes
 from bigdssm.losses.masks import (
     KnownPositives,
+    Mask,
+    MaskTimes,
     find_false_negatives,
     find_known_positives,
     gather_pairs,
@@ -85,7 +87,7 @@ def fps_loss(
     """Compute the softmax loss over all documents of all ranks; a collective.
 
     U [m, D] queries, W [n, D] documents, positive [m] the column of each query's document, arange(m) by default.
-    optional: beta, neg_bias, weight, query_ids, doc_ids, known, as in `LossBatch`. See `contrastive_loss`.
+    optional: beta, neg_bias, weight, query_ids, doc_ids, known, time, since, as in `LossBatch`. See `contrastive_loss`.
     Source: Yi et al. 2019 (in-batch softmax); the two-direction form is that of Radford et al. 2021, eq. in figure 3.
     """
     batch = LossBatch(U, W, positive, alpha=alpha, **optional)
@@ -163,12 +165,16 @@ def contrastive_loss(
 
         # Mask: a known positive of a query, on any rank, is not one of its negatives. This includes the row's own
         # positive: the mask removes its column from the sums over negatives, and the term adds its score, once.
+        # Nor is a document that is available only after a query's time.
         known = find_known_positives(
             x.query_ids, doc_m, x.weight, x.known, all_pairs, sizes.known_counts, all_known=x.is_known is None
         )
         passes = None
         if gathered is not None:
-            mask = find_false_negatives(known, gathered.docs, gathered.valid, gathered.total)
+            false_negatives = find_false_negatives(known, gathered.docs, gathered.valid, gathered.total)
+            mask: Mask = false_negatives
+            if x.time is not None and gathered.since is not None:
+                mask = MaskTimes(false_negatives, x.time, gathered.since)
             passes = ScorePasses(shared_x, sizes, gathered, mask, group)
             del gathered  # `passes` frees the columns
         candidates = _Candidates(x, sizes, docs_n, known)
@@ -260,7 +266,7 @@ def _shared_columns(x: LossInputs, columns: str, group: Group | None) -> tuple[L
     if columns == "none":
         positive = positive[:0]
     index, positive = torch.unique(positive, return_inverse=True)
-    names = ("W", "beta", "neg_bias", "doc_ids")
+    names = ("W", "beta", "neg_bias", "since", "doc_ids")
     subset: dict[str, Any] = {name: None if (v := getattr(x, name)) is None else v.detach()[index] for name in names}
     return x, replace(x, positive=positive, **subset), index
 
@@ -280,6 +286,8 @@ class _Candidates:
         self._column_mk, self.present_mk = negatives.clamp(min=0), negatives >= 0
         other_mk = self.present_mk & (self._column_mk != x.positive[:, None])
         known_mk = positives.contain(docs_n[self._column_mk])
+        if x.time is not None and x.since is not None:
+            known_mk |= x.since[self._column_mk] > x.time[:, None]
         self.masked_mk, self.used_mk = other_mk & known_mk, other_mk & ~known_mk
 
     def scores(self) -> Tensor:

@@ -20,7 +20,8 @@ from bigdssm.losses.masks import count_known_positives
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA = 1, 2, 4, 8  # bits of grad_flags
-_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known", "is_known")  # the ranks must agree on which are given
+# the ranks must agree on which are given
+_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known", "is_known", "time", "since")
 
 # Exchanged by all ranks, in this order. minus_least and largest are of finite values and 0; bad is a number of values.
 _NUMBERS = (
@@ -106,6 +107,8 @@ class LossBatch:
     doc_ids: Tensor | None = None  # [n] the same for columns
     known: Tensor | None = None  # [p, 2] additional known positives (query id, doc id); without query_ids (row, doc id)
     is_known: Tensor | None = None  # bool [m]: whether a positive is known of all queries of its id; None: all are
+    time: Tensor | None = None  # float64 [m]; documents with a later `since` are no negatives; NaN: unknown, all are
+    since: Tensor | None = None  # float64 [n]: time from which a document is available
     negatives: Tensor | None = None  # [m, k] columns of each query's candidates (hard negatives), −1 for none
     teacher: Tensor | None = None  # [m, 1 + k] a teacher's scores of the positive and the candidates
 
@@ -178,6 +181,9 @@ def check_inputs(batch: LossBatch) -> LossInputs:
     _check_rows({"positive": positive, "query_ids": batch.query_ids}, m, torch.int64)
     _check_rows({"doc_ids": batch.doc_ids}, n, torch.int64)
     _check_rows({"is_known": batch.is_known}, m, torch.bool)
+    _check_rows({"time": batch.time}, m, torch.float64)
+    _check_rows({"since": batch.since}, n, torch.float64)
+    require((batch.time is None) == (batch.since is None), "time of queries and since of documents need each other")
     _check_rows({"weight": weight}, m, None)
     _check_rows({"beta": batch.beta, "neg_bias": batch.neg_bias}, n, None)
     require(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")

@@ -1,7 +1,8 @@
-"""The false-negative mask: excluded entries of the score matrix, exact across ranks, by 64-bit ids.
+"""The mask: excluded entries of the score matrix, false negatives and documents that were not available.
 
-The known positives of a query include its own positive. The mask excludes it with the others from the sums over
-negatives, and the loss adds its score.
+The known positives of a query, exact across ranks by 64-bit ids, include its own positive. The mask excludes it with
+the others from the sums over negatives, and the loss adds its score. With times, it also excludes the documents that
+are available only after a query's time (`MaskTimes`).
 
 In the order of a step: the known positives of this rank's queries (`find_known_positives`, from the pairs of all
 ranks); which columns they exclude (`find_false_negatives`), as a matrix of bytes or as pairs; which candidates
@@ -199,7 +200,7 @@ class MaskPairs:
         first = self.doc_columns.start[self._doc[pair]] - (self._ends[pair] - self._lengths[pair])
         return row, self.doc_columns.values[first + position]
 
-    def matrix(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> Tensor:
         """Return uint8 [rows, N] of rows [start, stop): 1 if an entry is masked; undefined in unused columns."""
         query, height = self.row_query[start:stop], stop - start
         # of several rows of one query, one is marked for all
@@ -210,12 +211,35 @@ class MaskPairs:
         return marks[marked_Q[query]].index_select(1, self.column_doc)
 
 
-FalseNegatives = MaskMatrix | MaskPairs
+@dataclass
+class MaskTimes:
+    """A mask of known positives and of the documents that are not yet available at a row's time."""
+
+    known: MaskMatrix | MaskPairs
+    time_m: Tensor  # float64 [m]; NaN: unknown, when all documents are available
+    since_N: Tensor  # float64 [N]: the time from which a column's document is available
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return uint8 [rows, N] of rows [start, stop); undefined in unused columns."""
+        return self.known.rows(start, stop) | (self.since_N > self.time_m[start:stop, None])
+
+    def row_sums(self, values_N: Tensor) -> Tensor:
+        """Return float64 [m]: the sum of `values_N` over each row's masked columns; unused columns must hold 0."""
+        m, values_N = len(self.time_m), values_N.double()
+        sums = [torch.mv(self.rows(k, min(k + _MATRIX_ROWS, m)).double(), values_N) for k in range(0, m, _MATRIX_ROWS)]
+        return torch.cat([values_N[:0], *sums])
+
+    def contains(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return bool [k]: whether the entries (rows [k], columns [k]) are masked."""
+        return self.known.contains(rows, columns) | (self.since_N[columns] > self.time_m[rows])
+
+
+Mask = MaskMatrix | MaskPairs | MaskTimes
 
 
 def find_false_negatives(
     positives: KnownPositives, docs: FactorizedIds, valid: Tensor, num_columns: int
-) -> FalseNegatives:
+) -> MaskMatrix | MaskPairs:
     """Find the masked entries of this rank's queries in columns [N], each query's own positive included.
 
     `docs` are the documents of columns `valid`.

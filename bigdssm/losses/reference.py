@@ -36,6 +36,8 @@ def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: s
     same_query, same_doc = queries[:, None] == pairs[:, 0], docs[:, None] == pairs[:, 1]  # [m, p], [n, p]
     known = (same_query.double() @ same_doc.double().T) > 0  # [m, n]
     known |= (weight > 0)[:, None] & (docs == docs[positive][:, None])
+    if batch.time is not None and batch.since is not None:
+        known |= batch.since > batch.time[:, None]
 
     # a query's negatives: columns common to all queries, then its candidates, except known positives
     column = {"all": torch.arange(n), "in_batch": positive, "none": positive[:0]}[columns].expand(m, -1)

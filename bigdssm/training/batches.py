@@ -89,7 +89,8 @@ class BatchBuilder:
         self._cumulative = None
         if stage.negatives.popular:
             self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum()
-        # read before loader processes start, which then share its pages
+        # read before loader processes start, which then share their pages
+        self._since = dataset.item_times if catalogue is not None and dataset.header.dated else None
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
     def __call__(self, rows: Rows) -> Batch:
@@ -121,6 +122,9 @@ class BatchBuilder:
             batch = replace(batch, known_positives=known_pairs(rows, self._config.mask, self._doc_ids, self._dataset))
         elif self._dataset.schema.siamese:
             batch = replace(batch, known_positives=siamese_known_pairs(batch, self._config.mask))
+        if self._since is not None:
+            since = torch.from_numpy(self._since[batch.doc_rows.numpy()])
+            batch = replace(batch, time=torch.from_numpy(self._dataset.request_times(rows)), since=since)
         if isinstance(condition := self._dataset.rules.exclude_seen, str):
             is_known = self._dataset.matching_targets(rows, condition, "data.exclude_seen")
             batch = replace(batch, is_known=torch.from_numpy(is_known))

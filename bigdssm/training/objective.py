@@ -102,7 +102,10 @@ class Objective:
     def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         candidates = candidate_columns(batch)
         assert encoded.scores is not None and batch.negatives is not None
-        absent = torch.nn.functional.pad(batch.negatives < 0, (1, 0))  # the positive is always present
+        absent = batch.negatives < 0
+        if batch.time is not None and batch.since is not None:
+            absent |= batch.since[batch.negatives] > batch.time[:, None]
+        absent = torch.nn.functional.pad(absent, (1, 0))  # the positive is always present
         scores = encoded.scores.float().masked_fill(absent, -torch.inf)
         output = scored_loss(
             self._loss, scores, weight=weight, doc_ids=batch.doc_ids[candidates], **self._queries(batch, gathered=True)
@@ -145,7 +148,8 @@ class Objective:
             vectors = U.to(self._operand or U.dtype), W.to(self._operand or W.dtype)
             inputs = LossBatch(
                 *vectors, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
-                doc_ids=batch.doc_ids, negatives=None if self._loss.all_columns else batch.negatives, **queries,
+                doc_ids=batch.doc_ids, time=batch.time, since=batch.since,
+                negatives=None if self._loss.all_columns else batch.negatives, **queries,
             )  # fmt: skip
             columns: SharedColumns = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
             output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)

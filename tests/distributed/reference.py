@@ -29,12 +29,14 @@ class Shard:
     doc_ids: Tensor | None = None
     known: Tensor | None = None
     is_known: Tensor | None = None
+    time: Tensor | None = None
+    since: Tensor | None = None
     negatives: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the optional arguments that are not None."""
-        names = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "known", "is_known", "negatives")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        required = ("U", "W", "positive")
+        return {name: value for name, value in vars(self).items() if name not in required and value is not None}
 
 
 Dense = tuple[Tensor, list[Tensor | None]]  # the loss, and the gradients of U, W, alpha, beta
@@ -136,6 +138,10 @@ def make_shards(
             shard = replace(shard, known=known)
         if "is_known" in options:
             shard = replace(shard, is_known=torch.rand(m, generator=generator) < 0.5)
+        if "times" in options:
+            time = torch.rand(m, generator=generator, dtype=DOUBLE)
+            time[torch.rand(m, generator=generator) < 0.2] = torch.nan
+            shard = replace(shard, time=time, since=torch.rand(n, generator=generator, dtype=DOUBLE))
         if "negatives" in options:
             negatives = torch.randint(-1, n, (m, 4), generator=generator)
             shard = replace(shard, negatives=negatives)

@@ -20,7 +20,7 @@ from .parity import assert_close, check_fps, run, with_dense_mask
 from .reference import DOUBLE, Shard, make_shards
 from .spawn import Pool
 
-OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known", "is_known")
+OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known", "is_known", "times")
 
 
 @st.composite

@@ -50,17 +50,24 @@ def check(
 
 
 @pytest.mark.parametrize(
-    "loss", [fused_fps, partial(with_dense_mask, fused_fps_of_packed)], ids=["pairs", "matrix and W as it is sent"]
+    ("loss", "options"),
+    [
+        (fused_fps, OPTIONS),
+        (partial(with_dense_mask, fused_fps_of_packed), OPTIONS),
+        (fused_fps, OPTIONS | {"times"}),
+    ],
+    ids=["pairs", "matrix and W as it is sent", "times"],
 )
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_equals_the_dense_reference(
-    ranks: Pools, dtype: torch.dtype, tolerance: float, direction: str, loss: Callable[..., Any]
-) -> None:
+    ranks: Pools, dtype: torch.dtype, tolerance: float, direction: str, loss: Callable[..., Any],
+    options: frozenset[str],
+) -> None:  # fmt: skip
     """Several blocks in each direction, none of them full, and a vector size that is not a power of 2."""
     generator = torch.Generator().manual_seed(1)
     shards = make_shards(
-        generator, [(140, 270)], 24, num_queries=60, num_docs=150, options=OPTIONS, dtype=dtype
+        generator, [(140, 270)], 24, num_queries=60, num_docs=150, options=options, dtype=dtype
     )  # fmt: skip
     found = check(ranks, shards, 20.0, direction, tolerance, loss)
     plain = run_rank(0, 1, fps_loss, shards, 20.0, None, {"direction": direction})[2]

@@ -19,7 +19,7 @@ from .reference import Shard, make_shards
 from .spawn import Pool
 
 LOSSES = (Softmax(), PairCE(), Triplet(margin=0.3), Sigmoid())
-OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known", "is_known")
+OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known", "is_known", "times")
 
 
 def check(

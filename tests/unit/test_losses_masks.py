@@ -9,8 +9,10 @@ from bigdssm.losses import masks
 from bigdssm.losses.ids import FactorizedIds, IdTable, search
 from bigdssm.losses.kernels.torch_passes import BlockMask
 from bigdssm.losses.masks import (
+    KnownPositives,
     MaskMatrix,
     MaskPairs,
+    MaskTimes,
     find_false_negatives,
     find_known_positives,
     local_pairs,
@@ -70,8 +72,22 @@ def test_a_byte_matrix_equals_a_mask_of_pairs(monkeypatch: pytest.MonkeyPatch, o
             entries = torch.zeros(14, N, dtype=torch.bool)
             entries[mask.entries(3, 17, int(right[3:17].sum()))] = True
             assert torch.equal(entries, right[3:17])
-            assert torch.equal(mask.matrix(3, 17)[:, valid] > 0, right[3:17, valid])
+            assert torch.equal(mask.rows(3, 17)[:, valid] > 0, right[3:17, valid])
             assert mask.block_lengths(7) == [int(some.sum()) for some in right.split(7)]
+
+
+def test_a_mask_of_times_adds_the_columns_that_are_later_than_a_row() -> None:
+    m, N = 300, 40
+    rows, pairs = torch.arange(m), torch.randint(N, (m,), generator=GENERATOR)
+    found = KnownPositives(rows, m, True, [(rows, pairs, torch.rand(m, generator=GENERATOR) < 0.5)])
+    known = find_false_negatives(found, FactorizedIds(torch.arange(N)), torch.arange(N), N)
+    time, since = (torch.rand(number, generator=GENERATOR, dtype=torch.float64) for number in (m, N))
+    time[::7], since[3] = torch.nan, torch.inf
+    mask, right = MaskTimes(known, time, since), (known.rows(0, m) > 0) | (since > time[:, None])
+    assert torch.equal(mask.rows(10, 290) > 0, right[10:290]) and right[1].any() and not right[7, 3]
+    values = torch.rand(N, generator=GENERATOR, dtype=torch.float64)
+    torch.testing.assert_close(mask.row_sums(values), (right * values).sum(1))
+    assert torch.equal(mask.contains(rows, pairs), right[rows, pairs])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -57,8 +57,8 @@ def batch(m: int, D: int, known_each: int, num_docs: int, dtype: torch.dtype = B
 def test_device_results_equal_cpu_results(loss: str, world_size: int, dtype: torch.dtype, tolerance: float) -> None:
     """With every option, some queries of weight 0, and strips of few rows; gradients are rounded to their dtype."""
     options = OPTIONS if loss in ("softmax", "pair_ce") else OPTIONS - {"negatives"}
-    for num_docs, query_ids in ((50, True), (300, True), (50, False)):
-        given = options if query_ids else options - {"query_ids"}
+    for num_docs, query_ids, times in ((50, True, False), (300, True, False), (50, False, True)):
+        given = options - (set() if query_ids else {"query_ids"}) | ({"times"} if times else set())
         (shard,) = make_shards(
             torch.Generator().manual_seed(3), [(50, 60)], 8, num_queries=25, num_docs=num_docs, options=given,
             dtype=dtype,

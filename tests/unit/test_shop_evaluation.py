@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdssm.config import DataConfig
+from bigdssm.config import DataConfig, ModelConfig, NegativesConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.rows import Rows
@@ -26,10 +26,18 @@ from bigdssm.evaluation.slices import FEW_QUERIES, read_slices
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
+from bigdssm.loader.stream import PairStream
+from bigdssm.losses import FPS, Softmax
+from bigdssm.losses.declarations import NoCorrection
+from bigdssm.models import Encoded
+from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.retrieval.recommend import SplitRows, Users
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries
+from bigdssm.training.batches import BatchBuilder, read_batches
+from bigdssm.training.objective import Objective
 
 DAY, START, NUM_ITEMS, NUM_USERS, NUM_DAYS, D = 86_400, 1_699_920_000, 25, 30, 40, 8  # START is a midnight
 CONFIG = DataConfig(
@@ -91,15 +99,18 @@ def undated(folder: Path) -> Dataset:
 def targets(dataset: Dataset, split: str = "test") -> list[tuple[Event, list[Event]]]:
     """Return the events that are targets, and the events before them, in the order of rows."""
     found = []
-    assert dataset.sequences is not None
     for rows in dataset.iterate(split, 50):
-        assert rows.sequence is not None and rows.position is not None
-        users = dataset.sequences.strings("query_key", rows.sequence)
-        for user, position in zip(users, rows.position.tolist(), strict=True):
-            own = [event for event in EVENTS if event["user_id"] == user]
-            known = [event for event in own if event["timestamp"] < own[position]["timestamp"]]
-            found.append((own[position], known))
+        for target in targets_of(dataset, rows):
+            own = [event for event in EVENTS if event["user_id"] == target["user_id"]]
+            found.append((target, [event for event in own if event["timestamp"] < target["timestamp"]]))
     return found
+
+
+def targets_of(dataset: Dataset, rows: Rows) -> list[Event]:
+    assert dataset.sequences is not None and rows.sequence is not None and rows.position is not None
+    users = dataset.sequences.strings("query_key", rows.sequence)
+    of_users = [[event for event in EVENTS if event["user_id"] == user] for user in users]
+    return [own[position] for own, position in zip(of_users, rows.position.tolist(), strict=True)]
 
 
 def introduced(item: str, *, dated: bool = True) -> float:
@@ -115,6 +126,46 @@ def vectors() -> tuple[Encoders, Tensor, Tensor]:
         lambda rows: queries[torch.from_numpy(rows.query_keys % 97)], lambda rows: documents[torch.from_numpy(rows)]
     )
     return encoders, queries, documents
+
+
+@pytest.mark.parametrize("kind", ["columns", "candidates", "scorer"])
+def test_a_document_is_no_negative_of_a_query_before_its_time(dated: Dataset, undated: Dataset, kind: str) -> None:
+    negatives = NegativesConfig(columns="catalogue", mask="none")
+    if kind != "columns":
+        negatives = NegativesConfig(in_batch=False, hard=20, mask="none")
+    scorer = MlpConfig() if kind == "scorer" else None
+    loss = FPS() if kind == "columns" else Softmax()
+    stage = StageConfig(loss=loss, negatives=negatives, scorer=scorer, sampling=NoCorrection())
+    numbers = []
+    for dataset in (dated, undated):
+        stream = PairStream(dataset, rows_global=40, lanes=1)
+        build = BatchBuilder(stream, stage, 0, None if kind == "columns" else UniformNegatives(NUM_ITEMS))
+        batch = next(read_batches(stream, build, torch.device("cpu"), 1))
+        if batch.negatives is not None:  # without the positives
+            positives = batch.negatives == batch.positive[:, None]
+            batch = replace(batch, negatives=batch.negatives.masked_fill(positives, -1))
+        n, keys = len(batch.doc_ids), dataset.catalogue.keys(batch.doc_rows.numpy())
+        chosen = iter(dataset.iterate("train", 1))
+        by_row = {int(rows.row_ids[0]): targets_of(dataset, rows)[0]["timestamp"] for rows in chosen}
+        times = [by_row[row] for row in batch.row_ids.tolist()]
+        others = [range(n)] * len(times) if batch.negatives is None else batch.negatives.tolist()
+        allowed = [
+            [column for column in of_row if column not in (-1, positive)
+             and (dataset is undated or introduced(keys[column]) <= time)]
+            for of_row, positive, time in zip(others, batch.positive.tolist(), times, strict=True)
+        ]  # fmt: skip
+        U, W = torch.randn(len(times), D), torch.randn(n, D)
+        scores = torch.randn(len(times), 21) if scorer else None
+        objective = Objective(stage, ModelConfig(score="dot"), None, None, 40)
+        output = objective(Encoded(U, W, None, torch.tensor([1.0]), scores), batch)
+        numbers.append(float(output.stats["effective_negatives"]))
+        assert numbers[-1] == pytest.approx(sum(map(len, allowed)) / len(times)), kind
+        if kind == "columns":
+            used = batch.relevance.nonzero().squeeze(1).tolist()
+            tables = [U[row] @ W[[int(batch.positive[row]), *allowed[row]]].T for row in used]
+            expected = sum(float(table.logsumexp(0) - table[0]) for table in tables) / len(used)
+            assert float(output.loss) == pytest.approx(expected, rel=1e-5)
+    assert numbers[0] < 0.9 * numbers[1]
 
 
 def test_a_query_ranks_the_items_that_are_available_at_its_time(

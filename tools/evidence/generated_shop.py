@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 ACTIONS = ("view", "cart", "purchase")
 DEVICES = ("phone", "desktop")
 VIEW, CART, PURCHASE = range(3)
-CATEGORIES, STYLES, ITEMS_PER_STYLE = 20, 5, 20
+CATEGORIES, STYLES, ITEMS_PER_STYLE = 20, 20, 5
 NUM_ITEMS = CATEGORIES * STYLES * ITEMS_PER_STYLE  # of the first day
 NEW_ITEM_WEIGHT = 0.4  # of a new item within its style; the first ones have 1, 1/2, …, 1/ITEMS_PER_STYLE
 # Shares of events whose item follows the last item, is of the user's category, or is of the device.

@@ -32,7 +32,7 @@ from bigdssm.losses.kernels.torch_passes import (
     product_precision,
     softmax_rows,
 )
-from bigdssm.losses.masks import FalseNegatives, mask_bytes
+from bigdssm.losses.masks import Mask, mask_bytes
 
 __all__ = [
     "Columns",
@@ -66,9 +66,7 @@ class ScorePasses:
     over the negatives of each query, and sums over G, the gradient of the scores (None if no gradient is required).
     """
 
-    def __init__(
-        self, x: LossInputs, sizes: GlobalSizes, columns: Columns, mask: FalseNegatives, group: Group | None
-    ) -> None:
+    def __init__(self, x: LossInputs, sizes: GlobalSizes, columns: Columns, mask: Mask, group: Group | None) -> None:
         self.columns, self._mask = columns, mask
         self.positive_N = x.positive + columns.local_start  # [m] global column indices
         self._x, self._sizes, self._group = x, sizes, group
@@ -198,24 +196,22 @@ def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:
 
 def loss_bytes(
     num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
-    gathers_known: bool,
+    gathers_known: bool, dated: bool,
 ) -> int:  # fmt: skip
     """Return the bytes of a loss over all columns on a rank with a CPU, in addition to `vector_bytes`.
 
     They hold the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and values per row.
     both: the loss has the column direction. num_known: known pairs of this rank; gathers_known: pairs of all ranks are
-    compared.
+    compared. dated: documents have times, see `MaskTimes`.
     """
     columns = num_columns * world_size
     gathered = 4 * (columns if world_size > 1 else 0) * dim
     sums = 4 * (num_queries + columns) * dim
     pairs = (num_queries + num_known) * (world_size if gathers_known else 1)
     ids = 8 * (4 * columns + (2 * pairs if gathers_known else 2 * num_queries))
-    mask = mask_bytes(num_queries, columns, pairs)
-    if both:
-        scores = 2 * 4 * min(CACHED_ROWS, num_queries) * min(tile or CACHED_WIDTH, columns)
-    else:
-        scores = 4 * columns * min(num_queries, strip_rows(torch.device("cpu"), columns, 4))
+    rows = min(num_queries, CACHED_ROWS if both else strip_rows(torch.device("cpu"), columns, 4))
+    mask = mask_bytes(num_queries, columns, pairs) + (2 * columns * rows if dated else 0)
+    scores = 2 * 4 * rows * min(tile or CACHED_WIDTH, columns) if both else 4 * rows * columns
     return gathered + sums + scores + ids + mask + 8 * 8 * (num_queries + columns)
 
 

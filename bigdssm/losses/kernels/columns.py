@@ -51,6 +51,7 @@ class Columns:
     doc_ids: Tensor | None  # [N], None if each column is a distinct document
     beta: Tensor | None  # [N] float64
     neg_bias: Tensor | None  # [N] float64
+    since: Tensor | None  # [N] float64: time from which a document is available, None: all are
     counts: Tensor | None  # [N] float64: multiplicity of a column as a negative, None if 1 for all
     operand: torch.dtype  # dtype of matrix operands
     _wide: dict[int, Tensor] = field(default_factory=dict)
@@ -111,6 +112,7 @@ def gather_columns(
         "beta": None if x.beta is None else x.beta.detach().to(x.acc),
         "neg_bias": None if x.neg_bias is None else x.neg_bias.to(x.acc),
         "counts": None if counts_n is None else counts_n.to(x.acc),
+        "since": x.since,
     }
     sent = {name: value for name, value in values.items() if value is not None}
     longest, device = sizes.longest, x.W.device
@@ -145,6 +147,7 @@ def gather_columns(
             doc_ids=received["doc_ids"].contiguous() if "doc_ids" in received else None,
             beta=biases.get("beta"),
             neg_bias=biases.get("neg_bias"),
+            since=received.get("since"),
             counts=biases.get("counts"),
             operand=x.operand,
         )

@@ -23,7 +23,7 @@ from bigdssm import distributed
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import GRAD_ALPHA, GRAD_BETA, GRAD_U, GRAD_W, GlobalSizes, LossInputs, weighted
 from bigdssm.losses.kernels.columns import CACHED_PAIR_ROWS, Columns, block_rows, strip_rows
-from bigdssm.losses.masks import FalseNegatives, MaskMatrix, MaskPairs
+from bigdssm.losses.masks import Mask, MaskPairs
 from bigdssm.utils import device as devices
 
 # coordinates need about 64 bytes per masked entry while they are computed, a dense mask one byte per entry of the block
@@ -41,14 +41,14 @@ class BlockMask:
     dense: Tensor | None = None  # [rows, N]
 
     @staticmethod
-    def of(mask: FalseNegatives, columns: Columns, start: int, stop: int, total: int) -> BlockMask:
+    def of(mask: Mask, columns: Columns, start: int, stop: int, total: int) -> BlockMask:
         """Return the mask of rows [start, stop); `total` is the number of entries of a sparse mask."""
-        if isinstance(mask, MaskMatrix):
+        if not isinstance(mask, MaskPairs):
             return BlockMask(dense=mask.rows(start, stop))
         if total == 0:
             return BlockMask()
         if total > max(4096, int((stop - start) * columns.total * _DENSE_FROM)):
-            return BlockMask(dense=mask.matrix(start, stop))
+            return BlockMask(dense=mask.rows(start, stop))
         rows, masked = mask.entries(start, stop, total)
         if len(columns.tiles) == 1:
             return BlockMask(rows=rows, columns=masked, bounds={0: (0, total)})
@@ -86,7 +86,7 @@ class ScoreMatrix:
 
     U_mD: Tensor  # in the operand dtype
     columns: Columns
-    mask: FalseNegatives
+    mask: Mask
     alpha: float
     bias_N: Tensor | None  # added to the scores in this pass
 

@@ -15,7 +15,7 @@ from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputs
 from bigdssm.losses.kernels.columns import Columns
 from bigdssm.losses.kernels.torch_passes import Coefficients, GradientSums, RowSums, log_sum_over_ranks
-from bigdssm.losses.masks import FalseNegatives, MaskMatrix
+from bigdssm.losses.masks import Mask, MaskMatrix, MaskTimes
 
 LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
 SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 KB on a B200); both have 227 KB
@@ -25,6 +25,7 @@ _MASK_TILE = 128  # rows and columns of a mask tile: a 64-bit word per row and 6
 _MOST_SPLITS = 16
 _WRITING_TILES = 6  # cost of writing and adding up the sums of a program, in tiles
 _PAIRS_AT_ONCE = 1 << 23
+_CELLS_AT_ONCE = 1 << 28  # bytes of a matrix of times
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class FusedMatrix:
     bits: Tensor  # int64 [tiles, 2, 128]: a word per row and 64 columns, bit 1 for a masked entry
 
     @staticmethod
-    def of(U_mD: Tensor, alpha: float, columns: Columns, mask: FalseNegatives) -> FusedMatrix:
+    def of(U_mD: Tensor, alpha: float, columns: Columns, mask: Mask) -> FusedMatrix:
         """Pack the mask, and make the vectors contiguous if needed."""
         U_mD, W_ND = U_mD.detach().contiguous(), columns.W
         W_ND = W_ND if W_ND.stride(1) == 1 else W_ND.contiguous()
@@ -125,7 +126,7 @@ class FusedMatrix:
         return offset_N.index_copy_(0, self.valid, (bias_N[self.valid].double() * LOG2_E).float())
 
 
-def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+def mask_tiles(mask: Mask, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     """Pack a mask into `slots` and `bits`; the host synchronizes once, to read the number of entries."""
     shape = math.ceil(num_rows / _MASK_TILE), math.ceil(num_columns / _MASK_TILE)
     tiles = shape[0] * shape[1]
@@ -134,6 +135,16 @@ def mask_tiles(mask: FalseNegatives, num_rows: int, num_columns: int) -> tuple[T
         if tiles:
             launch("pack_kernel", shape, mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
         return torch.arange(tiles, dtype=torch.int32, device=bits.device).view(shape), bits
+    if isinstance(mask, MaskTimes):
+        device = mask.time_m.device
+        bits = torch.empty((tiles, 2, _MASK_TILE), dtype=torch.int64, device=device)
+        height = max(1, _CELLS_AT_ONCE // (_MASK_TILE * max(1, num_columns)))  # row tiles
+        for first in range(0, shape[0] if tiles else 0, height):
+            matrix = mask.rows(first * _MASK_TILE, min((first + height) * _MASK_TILE, num_rows))
+            row = torch.arange(len(matrix), device=device)
+            grid = math.ceil(len(matrix) / _MASK_TILE), shape[1]
+            launch("pack_kernel", grid, matrix, row, bits[first * shape[1] :], len(matrix), num_columns, shape[1])
+        return torch.arange(tiles, dtype=torch.int32, device=device).view(shape), bits
     device, lengths = mask.row_lengths.device, mask.block_lengths(_MASK_TILE)
     total = sum(lengths)
     slots = torch.full((tiles,), -1, dtype=torch.int32, device=device)
