@@ -17,7 +17,7 @@ from pyarrow import parquet
 import bigdssm
 from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
-from bigdssm.commands import build_index, embed, evaluate, recommend
+from bigdssm.commands import build_index, embed, evaluate, make_shards, recommend
 from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig, load_config
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.errors import ConfigError
@@ -218,3 +218,48 @@ def test_unknown_ids_are_no_negatives_where_ids_are_dropped(one_day: Path, negat
                 columns |= set(batch.doc_rows.tolist())
             every = set(range(dataset.catalogue.num_docs))
             assert columns == (every if share == 0 else every - unknown)
+
+
+def test_items_without_events_are_in_the_answers_of_the_evening(tmp_path: Path) -> None:
+    """A user buys items of one kind: the first six answers are its five known items and the new one."""
+    kinds, per_kind = "abc", 5
+    content = {**CONFIG, "run": {"dir": str(tmp_path / "run"), "trackers": []}, "data": {
+        **CONFIG["data"], "dir": str(tmp_path / "data"), "exclude_seen": False,
+        "doc": {"item_id": {"type": "categorical"}, "kind": {"type": "categorical"}},
+    }}  # fmt: skip
+    content["model"] = {**CONFIG["model"], "tables": {"id_dropout": 0.5}}
+    content["model"]["doc"] = {**CONFIG["model"]["doc"], "residual_limit": 0.2}
+    content["pretrain"] = {**CONFIG["pretrain"], "steps": 60, "validate_every_steps": 0}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    random, users = np.random.RandomState(0), np.repeat(np.arange(USERS), 8)
+    events = pd.DataFrame({
+        "user_id": [f"u{user}" for user in users], "timestamp": np.tile(np.arange(8), USERS),
+        "item_id": [f"{kinds[user % 3]}{random.randint(per_kind)}" for user in users],
+    })  # fmt: skip
+    ids = [f"{kind}{number}" for kind in kinds for number in range(per_kind)]
+    bigdssm.make_dataset(config, interactions=events, items=pd.DataFrame({"item_id": ids, "kind": [i[0] for i in ids]}))
+    model, data, out = bigdssm.pretrain(config).best, tmp_path / "data", tmp_path / "out"
+
+    def evening(*since: object) -> list[set[str]]:
+        """Return the first six answers of each user, by the commands of docs/tutorials/shop.md."""
+        for main, arguments in (
+            (embed.main, ["--model", model, "--data", data, *since, "--out", out / "vectors"]),
+            (build_index.main, ["--vectors", out / "vectors", "--out", out / "index"]),
+            (
+                recommend.main,
+                ["--model", model, "--index", out / "index", "--users", "--top", per_kind + 1, "--out", out / "a.csv"],
+            ),
+        ):
+            main([str(argument) for argument in [*arguments, "--overwrite"]])
+        answers = pd.read_csv(out / "a.csv")
+        return [set(documents) for _, documents in answers.groupby("row")["document"]]  # row n is user n
+
+    assert not any(f"{kind}-new" in found for found in evening() for kind in kinds)
+    pd.DataFrame({"item_id": [f"{kind}-new" for kind in kinds], "kind": list(kinds)}).to_csv(tmp_path / "new.csv")
+    tomorrow = ["items", "--config", config, "--items", tmp_path / "new.csv", "--append", "items-1"]
+    make_shards.main([str(argument) for argument in tomorrow])
+    found = evening("--since", out / "vectors")
+    own = sum(f"{kinds[user % 3]}-new" in answers for user, answers in enumerate(found))
+    of_others = sum(len([key for key in answers if key.endswith("-new")]) for answers in found) - own
+    assert own > 0.8 * USERS and of_others < own  # twice as many by chance
