@@ -166,6 +166,33 @@ class RecentPopularity:
 
 
 @dataclass(frozen=True)
+class NewestPopularity:
+    """Score documents by their number of positives before the day of the request, 0 unless they are new.
+
+    A document is new on the day of its first event, or first version if it is earlier, and on the `days` days after it.
+    """
+
+    events: DailyEvents
+    days: int
+
+    @classmethod
+    def fit(cls, dataset: Dataset, days: Count = 3) -> NewestPopularity:
+        """Fit on `dataset`. Raises DataError: its events have no times."""
+        return cls(DailyEvents.of(dataset), days)
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Return scores float64 [m, N]."""
+        dataset = self.events.dataset
+        first_day = np.floor(dataset.item_times * dataset.header.time_unit / DAY)
+
+        def counts(day: int) -> np.ndarray:
+            is_new = (first_day >= day - self.days) & (first_day <= day)
+            return np.where(is_new, self.events.counts(-np.inf, day) + 0.5, 0.0)  # one without events is new, too
+
+        return self.events.per_day(rows, counts)
+
+
+@dataclass(frozen=True)
 class MarkovByAction:
     """Score document j by count(state → j): the last item, its action, and the requested action if requests have one.
 
@@ -260,6 +287,7 @@ class Bm25Texts:
 BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options) and maps Rows to scores [m, N]
     "popularity": Popularity,
     "popularity_by_day": RecentPopularity,
+    "newest_by_day": NewestPopularity,
     "markov": Markov,
     "markov_by_action": MarkovByAction,
     "markov_vectors": MarkovVectors,

@@ -115,7 +115,7 @@ def targets_of(dataset: Dataset, rows: Rows) -> list[Event]:
 
 def introduced(item: str, *, dated: bool = True) -> float:
     times = [event["timestamp"] for event in EVENTS if event["item_id"] == item]
-    return float(min([*times, *([SINCE[item]] if dated else [])]))
+    return float(min([*times, *([SINCE[item]] if dated else [])], default=np.inf))
 
 
 def vectors() -> tuple[Encoders, Tensor, Tensor]:
@@ -243,15 +243,17 @@ def test_baselines_by_day(folder: Path, undated: Dataset, split: str) -> None:
     rebuilt, keys = split == "time", dataset.catalogue.keys(np.arange(NUM_ITEMS))
     rows = next(dataset.iterate("test", 1000))
     week = fit_baseline("popularity_by_day", dataset, {"days": 7})(rows)
+    newest = fit_baseline("newest_by_day", dataset, {"days": 2})(rows)
     chain = fit_baseline("markov_by_action", dataset, {})(rows)
-    matched, counted = 0, counted_events(dataset, rebuilt=rebuilt)
+    matched, num_new, counted = 0, 0, counted_events(dataset, rebuilt=rebuilt)
     for n, (target, known) in enumerate(targets(dataset)):
         today = target["timestamp"] // DAY * DAY
-        counts, popularity, recent = np.zeros((3, NUM_ITEMS))
+        counts, popularity, recent, earlier = np.zeros((4, NUM_ITEMS))
         state = (known[-1]["item_id"], known[-1]["event_type"], target["event_type"]) if known else None
         for event, before in counted:
             item = keys.index(event["item_id"])
             recent[item] += today - 7 * DAY <= event["timestamp"] < today
+            earlier[item] += event["timestamp"] < today
             if rebuilt and event["timestamp"] >= today:
                 continue
             popularity[item] += 1
@@ -260,8 +262,12 @@ def test_baselines_by_day(folder: Path, undated: Dataset, split: str) -> None:
                 counts[item] += of_event == state
         matched += counts.sum()
         np.testing.assert_array_equal(week[n], recent)
+        ages = [today - introduced(key, dated=False) // DAY * DAY for key in keys]
+        new = np.array([0 <= age <= 2 * DAY for age in ages])
+        np.testing.assert_array_equal(newest[n], np.where(new, earlier + 0.5, 0))
+        num_new += int((new & (earlier > 0)).sum())
         np.testing.assert_allclose(chain[n], counts + popularity / (popularity.sum() + 1))
-    assert matched > 20
+    assert matched > 20 and (num_new > 5 or not rebuilt)
 
 
 def test_baselines_by_day_count_the_targets_of_training(undated: Dataset) -> None:

@@ -76,6 +76,7 @@ class Expectation:
     no_better: str | None = None
     than: str = MISSING
     margin: float = 0.0  # in the metric
+    rows: Literal["all", "cold", "warm"] = "all"  # cold: the document is no train positive
 
     @property
     def cell(self) -> str:

@@ -176,7 +176,8 @@ def _of_sets(claim: Claim, finished: Mapping[str, Sequence[tuple[Trial, StoredTr
                 *_by_popularity(metric.mean(axis=0), popularity),
             )
         )
-    expected = [_compare(expected, values, claim.metric) for expected in claim.expect]
+    rows = {"all": popularity >= 0, "cold": popularity == 0, "warm": popularity > 0}
+    expected = [_compare(expected, values, claim.metric, rows[expected.rows]) for expected in claim.expect]
     query_ids = next(iter(values.values())).query_ids
     assert query_ids is not None
     num_queries, num_cold = len(np.unique(query_ids)), int((popularity == 0).sum())
@@ -197,10 +198,16 @@ def _ranked(
     return systems, _popularity(dataset, claim.split)
 
 
-def _compare(expected: Expectation, systems: dict[str, System], metric: str) -> Comparison | None:
+def _compare(
+    expected: Expectation, systems: dict[str, System], metric: str, rows: np.ndarray
+) -> Comparison | None:
+    """Compare two cells on `rows`, bool; None if a cell is not trained on this set."""
     if expected.cell not in systems or expected.than not in systems:
         return None
-    difference = systems[expected.cell].difference(systems[expected.than], metric)
+    cells = systems[expected.cell], systems[expected.than]
+    if not rows.all():
+        cells = cells[0].of_slice(rows), cells[1].of_slice(rows)
+    difference = cells[0].difference(cells[1], metric)
     low, high = difference.low, difference.high
     if np.isnan(low):
         raise DataError(f"{expected.cell} and {expected.than} cannot be compared: all rows are of one query id")
@@ -227,7 +234,8 @@ def _by_popularity(values: np.ndarray, popularity: np.ndarray) -> tuple[float | 
 def _in_words(expected: Expectation) -> str:
     how = "beats" if expected.better is not None else "does not beat"
     by = f" by more than {expected.margin:g}" if expected.margin else ""
-    return f"{expected.cell} {how} {expected.than}{by}"
+    on = "" if expected.rows == "all" else f" on {expected.rows} rows"
+    return f"{expected.cell} {how} {expected.than}{by}{on}"
 
 
 def _rounded(value: float) -> float:
