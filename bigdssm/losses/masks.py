@@ -29,6 +29,7 @@ _MATRIX_FROM = 1 / _PAIR_BYTES  # pairs per cell from which a matrix, one byte p
 _MATRIX_CELLS = 1 << 16  # up to this size, a matrix has no advantage
 _CHUNK_PAIRS = 1 << 16  # pairs per chunk on a CPU, to keep temporaries in cache
 _MATRIX_ROWS = 256  # matrix rows converted at a time on a CPU
+MASK_TILE = 128  # rows and columns of a tile of the kernels' mask: a 64-bit word per row and 64 columns
 _NO_COLUMN = 2**63 - 1  # key of a pair whose document has no column
 
 
@@ -226,8 +227,17 @@ class MaskTimes:
     def row_sums(self, values_N: Tensor) -> Tensor:
         """Return float64 [m]: the sum of `values_N` over each row's masked columns; unused columns must hold 0."""
         m, values_N = len(self.time_m), values_N.double()
-        sums = [torch.mv(self.rows(k, min(k + _MATRIX_ROWS, m)).double(), values_N) for k in range(0, m, _MATRIX_ROWS)]
-        return torch.cat([values_N[:0], *sums])
+        if isinstance(self.known, MaskMatrix):
+            strips = range(0, m, _MATRIX_ROWS)
+            sums = [torch.mv(self.rows(k, min(k + _MATRIX_ROWS, m)).double(), values_N) for k in strips]
+            return torch.cat([values_N[:0], *sums])
+        since_N, order = torch.sort(self.since_N)
+        sums_N = torch.nn.functional.pad(values_N[order].cumsum(0), (1, 0))
+        later_m = sums_N[-1] - sums_N[torch.searchsorted(since_N, self.time_m, right=True)]
+        # the known positives among them are in both sums
+        row, column = self.known.entries(0, m, sum(self.known.block_lengths(MASK_TILE)))
+        both = torch.where(self.since_N[column] > self.time_m[row], values_N[column], 0.0)
+        return self.known.row_sums(values_N) + later_m.index_add(0, row, -both)
 
     def contains(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return bool [k]: whether the entries (rows [k], columns [k]) are masked."""

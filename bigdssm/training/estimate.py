@@ -352,7 +352,7 @@ def estimate(
     if stage.scorer is None:  # a scorer compares only a few candidates per query
         loss = loss_bytes(
             *sides, width, world_size, both=both, tile=tile, num_known=num_known,
-            gathers_known=stage.negatives.mask in ("batch", "user"), dated=batch.since is not None,
+            gathers_known=stage.negatives.mask in ("batch", "user"),
         )  # fmt: skip
         sent = loss_sent_bytes(sides[1], width, world_size, both=both) | sent
     steps = segment_steps(stage, steps_per_epoch)

@@ -62,6 +62,14 @@ def test_one_curve_in_all_modes(
     assert not hits or max(hits) > 0
 
 
+@pytest.mark.slow
+def test_contents_of_items_with_sharded_tables(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    given = (*DRAWN, "model.query.history.items=both")
+    pools[1].run(small_run.run, config, tmp_path / "one", (*given, "engine.zero_stage=0"))
+    pools[2].run(small_run.run, config, tmp_path / "two", (*given, "engine.zero_stage=2", "engine.chunk_tokens=150"))
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+
+
 # A pairwise design: each two of optimizer, numbers, clipping, ranks, ZeRO stage, chunk tokens and memory meet.
 DESIGN = [
     ("sgd", "bf16", "clipped", 2, 3, 60, "file"),

@@ -367,13 +367,17 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
         read_trials(file)
 
 
-def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: Any) -> None:
+def test_sets_of_a_pool_are_counted_together(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of a user in both sets are resampled together; `per_set` of the pool applies to its sets."""
     years = {year: {"config": str(tiny_interactions.config), "seeds": [0, 1], "pool": "years"} for year in ("x", "y")}
     of_years = {"only": ["years"], "set": ["pretrain.epochs=2"], "per_set": {"years": ["pretrain.rows_global=8"]}}
     of_years["per_set"]["y"] = ["pretrain.rows_global=16"]  # type: ignore[index]
     cells = {"a": {}, "b": of_years}
-    claim = read_claim(written(tmp_path, sets={**years, "z": {**years["x"], "pool": None}}, cells=cells))
+    expect = [{**CLAIM["expect"][0], "rows": rows} for rows in ("all", "warm", "cold")]
+    sets = {**years, "z": {**years["x"], "pool": None}}
+    claim = read_claim(written(tmp_path, sets=sets, cells=cells, expect=expect))
     assert claim.pools == {"years": ["x", "y"], "z": ["z"]} and list(claim.cells_on("z")) == ["a"]
     assert claim.cell_on("x", "b").set == ("pretrain.epochs=2", "pretrain.rows_global=8")
     assert claim.cell_on("y", "b").set[1:] == ("pretrain.rows_global=8", "pretrain.rows_global=16")
@@ -387,21 +391,26 @@ def test_sets_of_a_pool_are_counted_together(tmp_path: Path, tiny_interactions: 
         save_comparison(trial.report, [System.from_ranks("x", own, query_ids, 1.0)], [], dataset, "test")
         spent = {"command": "pretrain", "cpu_seconds": 10.0 if trial.set_name == "x" else 20.0}
         (trial.folder / "commands.jsonl").write_text(json.dumps(spent) + "\n")
+    popularity = np.arange(len(query_ids)) % 3
+    monkeypatch.setattr("tools.evidence.results._popularity", lambda dataset, split: popularity)
     found = collect(claim, planned, with_finished({}, planned))
     one = found.sets["years"]
     assert (one.members, one.rows, one.query_ids) == (["x", "y"], 2 * len(query_ids), len(query_ids))
-    assert found.sets["z"].expected == [None] and [cell.cpu_seconds for cell in one.cells] == [15.0, 15.0]
+    assert found.sets["z"].expected == [None] * 3 and [cell.cpu_seconds for cell in one.cells] == [15.0, 15.0]
 
     def pooled(cell: str) -> np.ndarray:
         seeds = [np.concatenate([ranks[year, cell, seed] for year in "xy"]) for seed in (0, 1)]
         return np.stack([row_metrics(of_seed)["ndcg_at_10"] for of_seed in seeds])
 
-    (compared,) = one.expected
-    assert compared is not None
-    expected = paired_bootstrap(pooled("a"), pooled("b"), np.tile(query_ids, 2))
-    assert (compared.mean, compared.low, compared.high) == tuple(
-        round(value, 4) for value in (expected.mean, expected.low, expected.high)
-    )
+    is_warm = np.tile(popularity > 0, 2)
+    for compared, selected in zip(one.expected, (is_warm | True, is_warm, ~is_warm), strict=True):
+        assert compared is not None and selected.any()
+        values = pooled("a")[:, selected], pooled("b")[:, selected]
+        expected = paired_bootstrap(*values, np.tile(query_ids, 2)[selected])
+        assert (compared.mean, compared.low, compared.high) == tuple(
+            round(value, 4) for value in (expected.mean, expected.low, expected.high)
+        )
+    assert found.expect[1] == "a beats b on warm rows"
     assert f"years (x, y), test, {one.rows} rows of {one.query_ids} query ids, 2 seeds:" in tables_as_markdown(
         {"n": found}, "page.md"
     )

@@ -76,18 +76,25 @@ def test_a_byte_matrix_equals_a_mask_of_pairs(monkeypatch: pytest.MonkeyPatch, o
             assert mask.block_lengths(7) == [int(some.sum()) for some in right.split(7)]
 
 
-def test_a_mask_of_times_adds_the_columns_that_are_later_than_a_row() -> None:
+@pytest.mark.parametrize(("cells", "kind"), [(1 << 16, MaskPairs), (0, MaskMatrix)])
+def test_a_mask_of_times_adds_the_columns_that_are_later_than_a_row(
+    monkeypatch: pytest.MonkeyPatch, cells: int, kind: type
+) -> None:
+    monkeypatch.setattr(masks, "_MATRIX_CELLS", cells)
     m, N = 300, 40
-    rows, pairs = torch.arange(m), torch.randint(N, (m,), generator=GENERATOR)
-    found = KnownPositives(rows, m, True, [(rows, pairs, torch.rand(m, generator=GENERATOR) < 0.5)])
-    known = find_false_negatives(found, FactorizedIds(torch.arange(N)), torch.arange(N), N)
+    rows, known = torch.arange(m), torch.randint(N, (m,), generator=GENERATOR)
+    found = KnownPositives(rows, m, True, [(rows, known, torch.rand(m, generator=GENERATOR) < 0.5)])
+    false_negatives = find_false_negatives(found, FactorizedIds(torch.arange(N)), torch.arange(N), N)
+    assert isinstance(false_negatives, kind)
     time, since = (torch.rand(number, generator=GENERATOR, dtype=torch.float64) for number in (m, N))
     time[::7], since[3] = torch.nan, torch.inf
-    mask, right = MaskTimes(known, time, since), (known.rows(0, m) > 0) | (since > time[:, None])
-    assert torch.equal(mask.rows(10, 290) > 0, right[10:290]) and right[1].any() and not right[7, 3]
+    is_known, is_later = false_negatives.rows(0, m) > 0, since > time[:, None]
+    mask, right = MaskTimes(false_negatives, time, since), is_known | is_later
+    assert (is_known & is_later).any() and is_later[1].any() and not is_later[7, 3]
+    assert torch.equal(mask.rows(10, 290) > 0, right[10:290])
     values = torch.rand(N, generator=GENERATOR, dtype=torch.float64)
     torch.testing.assert_close(mask.row_sums(values), (right * values).sum(1))
-    assert torch.equal(mask.contains(rows, pairs), right[rows, pairs])
+    assert torch.equal(mask.contains(rows, known), right[rows, known])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -196,13 +196,13 @@ def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:
 
 def loss_bytes(
     num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
-    gathers_known: bool, dated: bool,
+    gathers_known: bool,
 ) -> int:  # fmt: skip
     """Return the bytes of a loss over all columns on a rank with a CPU, in addition to `vector_bytes`.
 
     They hold the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and values per row.
     both: the loss has the column direction. num_known: known pairs of this rank; gathers_known: pairs of all ranks are
-    compared. dated: documents have times, see `MaskTimes`.
+    compared.
     """
     columns = num_columns * world_size
     gathered = 4 * (columns if world_size > 1 else 0) * dim
@@ -210,7 +210,7 @@ def loss_bytes(
     pairs = (num_queries + num_known) * (world_size if gathers_known else 1)
     ids = 8 * (4 * columns + (2 * pairs if gathers_known else 2 * num_queries))
     rows = min(num_queries, CACHED_ROWS if both else strip_rows(torch.device("cpu"), columns, 4))
-    mask = mask_bytes(num_queries, columns, pairs) + (2 * columns * rows if dated else 0)
+    mask = mask_bytes(num_queries, columns, pairs)
     scores = 2 * 4 * rows * min(tile or CACHED_WIDTH, columns) if both else 4 * rows * columns
     return gathered + sums + scores + ids + mask + 8 * 8 * (num_queries + columns)
 

@@ -15,13 +15,12 @@ from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputs
 from bigdssm.losses.kernels.columns import Columns
 from bigdssm.losses.kernels.torch_passes import Coefficients, GradientSums, RowSums, log_sum_over_ranks
-from bigdssm.losses.masks import Mask, MaskMatrix, MaskTimes
+from bigdssm.losses.masks import MASK_TILE, Mask, MaskMatrix, MaskTimes
 
 LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
 SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 KB on a B200); both have 227 KB
 LOG2_E = 1 / math.log(2)  # kernels compute scores in base 2
 _LN_2 = math.log(2)
-_MASK_TILE = 128  # rows and columns of a mask tile: a 64-bit word per row and 64 columns
 _MOST_SPLITS = 16
 _WRITING_TILES = 6  # cost of writing and adding up the sums of a program, in tiles
 _PAIRS_AT_ONCE = 1 << 23
@@ -128,38 +127,38 @@ class FusedMatrix:
 
 def mask_tiles(mask: Mask, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     """Pack a mask into `slots` and `bits`; the host synchronizes once, to read the number of entries."""
-    shape = math.ceil(num_rows / _MASK_TILE), math.ceil(num_columns / _MASK_TILE)
+    shape = math.ceil(num_rows / MASK_TILE), math.ceil(num_columns / MASK_TILE)
     tiles = shape[0] * shape[1]
     if isinstance(mask, MaskMatrix):
-        bits = torch.empty((tiles, 2, _MASK_TILE), dtype=torch.int64, device=mask.matrix_QN.device)
+        bits = torch.empty((tiles, 2, MASK_TILE), dtype=torch.int64, device=mask.matrix_QN.device)
         if tiles:
             launch("pack_kernel", shape, mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
         return torch.arange(tiles, dtype=torch.int32, device=bits.device).view(shape), bits
     if isinstance(mask, MaskTimes):
         device = mask.time_m.device
-        bits = torch.empty((tiles, 2, _MASK_TILE), dtype=torch.int64, device=device)
-        height = max(1, _CELLS_AT_ONCE // (_MASK_TILE * max(1, num_columns)))  # row tiles
+        bits = torch.empty((tiles, 2, MASK_TILE), dtype=torch.int64, device=device)
+        height = max(1, _CELLS_AT_ONCE // (MASK_TILE * max(1, num_columns)))  # row tiles
         for first in range(0, shape[0] if tiles else 0, height):
-            matrix = mask.rows(first * _MASK_TILE, min((first + height) * _MASK_TILE, num_rows))
+            matrix = mask.rows(first * MASK_TILE, min((first + height) * MASK_TILE, num_rows))
             row = torch.arange(len(matrix), device=device)
-            grid = math.ceil(len(matrix) / _MASK_TILE), shape[1]
+            grid = math.ceil(len(matrix) / MASK_TILE), shape[1]
             launch("pack_kernel", grid, matrix, row, bits[first * shape[1] :], len(matrix), num_columns, shape[1])
         return torch.arange(tiles, dtype=torch.int32, device=device).view(shape), bits
-    device, lengths = mask.row_lengths.device, mask.block_lengths(_MASK_TILE)
+    device, lengths = mask.row_lengths.device, mask.block_lengths(MASK_TILE)
     total = sum(lengths)
     slots = torch.full((tiles,), -1, dtype=torch.int32, device=device)
-    bits = torch.zeros((max(1, min(total, tiles)), 2, _MASK_TILE), dtype=torch.int64, device=device)
+    bits = torch.zeros((max(1, min(total, tiles)), 2, MASK_TILE), dtype=torch.int64, device=device)
     used = torch.zeros((), dtype=torch.int64, device=device)
     height = max(1, _PAIRS_AT_ONCE * shape[0] // max(1, total))
     for first in range(0, shape[0] if total else 0, height):
-        start, stop = first * _MASK_TILE, min((first + height) * _MASK_TILE, num_rows)
+        start, stop = first * MASK_TILE, min((first + height) * MASK_TILE, num_rows)
         row, column = mask.entries(start, stop, sum(lengths[first : first + height]))
-        tile = (row + start) // _MASK_TILE * shape[1] + column // _MASK_TILE
+        tile = (row + start) // MASK_TILE * shape[1] + column // MASK_TILE
         here = torch.zeros(tiles, dtype=torch.bool, device=device).index_fill_(0, tile, True)
         order = torch.cumsum(here, 0) + used  # 1-based number of these tiles
         slots = torch.where(here, (order - 1).int(), slots)
         used = order[-1]
-        word = (slots[tile] * 2 + column % _MASK_TILE // 64) * _MASK_TILE + row % _MASK_TILE
+        word = (slots[tile] * 2 + column % MASK_TILE // 64) * MASK_TILE + row % MASK_TILE
         # entries are unique: the sum of bits is their union, in any order
         bits.view(-1).index_add_(0, word, torch.ones_like(column) << column % 64)
     return slots.view(shape), bits
