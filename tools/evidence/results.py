@@ -198,9 +198,7 @@ def _ranked(
     return systems, _popularity(dataset, claim.split)
 
 
-def _compare(
-    expected: Expectation, systems: dict[str, System], metric: str, rows: np.ndarray
-) -> Comparison | None:
+def _compare(expected: Expectation, systems: dict[str, System], metric: str, rows: np.ndarray) -> Comparison | None:
     """Compare two cells on `rows`, bool; None if a cell is not trained on this set."""
     if expected.cell not in systems or expected.than not in systems:
         return None
