@@ -1,6 +1,7 @@
 """Events of a generated shop whose next item has a known distribution, and the best possible ranking of them.
 
     python -m tools.evidence.generated_shop --out FOLDER [--seed 0] [--users 3000] [--days 90] [--new-items-per-day 0]
+                                            [--styles 5]
 
 Writes `events.parquet` (user_id, item_id, timestamp, event_type, device), `items.parquet` (item_id, category) and
 `ranks.parquet` (of every event the rank of its item by the oracle and by a Markov chain by action that is rebuilt every
@@ -28,9 +29,8 @@ import pyarrow.parquet as pq
 ACTIONS = ("view", "cart", "purchase")
 DEVICES = ("phone", "desktop")
 VIEW, CART, PURCHASE = range(3)
-CATEGORIES, STYLES, ITEMS_PER_STYLE = 20, 20, 5
-NUM_ITEMS = CATEGORIES * STYLES * ITEMS_PER_STYLE  # of the first day
-NEW_ITEM_WEIGHT = 0.4  # of a new item within its style; the first ones have 1, 1/2, …, 1/ITEMS_PER_STYLE
+CATEGORIES, STYLES, NUM_ITEMS = 20, 5, 2000  # styles per category, and items of the first day
+NEW_ITEM_WEIGHT = 0.4  # of a new item within its style; the first ones have 1, 1/2, 1/3, …
 # Shares of events whose item follows the last item, is of the user's category, or is of the device.
 FOLLOWS, TASTE, OF_DEVICE = 0.78, 0.17, 0.05
 SAME_STYLE = 0.85  # of the events that follow the last item
@@ -46,53 +46,55 @@ RANKED = 10  # NDCG@10
 class Shop:
     """The parameters: the items, which category follows, and the popularity within styles and on devices."""
 
-    style: np.ndarray  # int64 [items]: category · STYLES + style
+    styles: int  # per category
+    style: np.ndarray  # int64 [items]: category · styles + style
     first_day: np.ndarray  # int64 [items]
     within: np.ndarray  # float64 [days, items]: of the items of a style
     next_category: np.ndarray  # int64 [last action, long gap, wanted purchase, category]
     on_device: np.ndarray  # float64 [device, items]
 
     @classmethod
-    def of(cls, seed: int, days: int = 1, new_items_per_day: int = 0) -> Shop:
+    def of(cls, seed: int, days: int = 1, new_items_per_day: int = 0, styles: int = STYLES) -> Shop:
         """Draw the parameters."""
         random = np.random.default_rng([seed, 0])
-        contexts = len(ACTIONS) * 2 * 2
+        contexts, num_styles = len(ACTIONS) * 2 * 2, CATEGORIES * styles
+        items_per_style = NUM_ITEMS // num_styles
         next_category = np.stack([random.permutation(CATEGORIES) for _ in range(contexts)])
         on_device = random.gamma(0.05, size=(len(DEVICES), NUM_ITEMS)) + 1e-9
         on_device /= on_device.sum(axis=1, keepdims=True)
         num_new = new_items_per_day * (days - 1)
-        new_styles = np.random.default_rng([seed, 2]).integers(0, CATEGORIES * STYLES, num_new)
-        style = np.r_[np.arange(NUM_ITEMS) // ITEMS_PER_STYLE, new_styles]
+        new_styles = np.random.default_rng([seed, 2]).integers(0, num_styles, num_new)
+        style = np.r_[np.arange(NUM_ITEMS) // items_per_style, new_styles]
         first_day = np.r_[np.zeros(NUM_ITEMS, np.int64), 1 + np.arange(num_new) // max(1, new_items_per_day)]
-        weight = 1 / np.arange(1, ITEMS_PER_STYLE + 1)
-        new_per_style = np.zeros((days, CATEGORIES * STYLES))
+        weight = 1 / np.arange(1, items_per_style + 1)
+        new_per_style = np.zeros((days, num_styles))
         np.add.at(new_per_style, (first_day[NUM_ITEMS:], new_styles), NEW_ITEM_WEIGHT)
         total = weight.sum() + new_per_style.cumsum(axis=0)
-        weights = np.r_[np.tile(weight, CATEGORIES * STYLES), np.full(num_new, NEW_ITEM_WEIGHT)]
+        weights = np.r_[np.tile(weight, num_styles), np.full(num_new, NEW_ITEM_WEIGHT)]
         within = np.where(first_day <= np.arange(days)[:, None], weights / total[:, style], 0.0)
         return cls(
-            style, first_day, within, next_category.reshape(len(ACTIONS), 2, 2, CATEGORIES),
+            styles, style, first_day, within, next_category.reshape(len(ACTIONS), 2, 2, CATEGORIES),
             np.pad(on_device, ((0, 0), (0, num_new))),
         )  # fmt: skip
 
     @property
     def category(self) -> np.ndarray:
         """The category of each item, int64 [items]."""
-        return self.style // STYLES
+        return self.style // self.styles
 
     def following(self, last_item: np.ndarray, context: tuple[np.ndarray, ...], day: np.ndarray) -> np.ndarray:
         """Return the distribution of the items that follow the last one, [n, items]; context arrays and day are [n]."""
-        category, style = np.divmod(self.style[last_item], STYLES)
+        category, style = np.divmod(self.style[last_item], self.styles)
         last_action, long_gap, purchase = context
         target = self.next_category[last_action, long_gap, purchase, category]
-        styles = np.zeros((len(last_item), CATEGORIES, STYLES))
-        styles[np.arange(len(last_item)), target] = (1 - SAME_STYLE) / (STYLES - 1)
+        styles = np.zeros((len(last_item), CATEGORIES, self.styles))
+        styles[np.arange(len(last_item)), target] = (1 - SAME_STYLE) / (self.styles - 1)
         styles[np.arange(len(last_item)), target, style] = SAME_STYLE
-        return styles.reshape(-1, CATEGORIES * STYLES)[:, self.style] * self.within[day]
+        return styles.reshape(-1, CATEGORIES * self.styles)[:, self.style] * self.within[day]
 
     def of_category(self) -> np.ndarray:
         """Return the share of each item in the events of its category, [days, items]."""
-        return self.within / STYLES
+        return self.within / self.styles
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ class Events:
         return Events(*(getattr(self, name)[events] for name in self.__dataclass_fields__))
 
 
-def generate(seed: int, users: int, days: int, new_items_per_day: int = 0) -> Events:
+def generate(seed: int, users: int, days: int, new_items_per_day: int = 0, styles: int = STYLES) -> Events:
     """Draw the events, one of each user at a time, and rank their items by the oracle."""
-    shop, random = Shop.of(seed, days, new_items_per_day), np.random.default_rng([seed, 1])
+    shop, random = Shop.of(seed, days, new_items_per_day, styles), np.random.default_rng([seed, 1])
     of_category, num_items = shop.of_category(), len(shop.style)
     time = START + random.integers(0, 20 * DAY, users)
     category, device = random.integers(0, CATEGORIES, users), random.integers(0, len(DEVICES), users)
@@ -204,9 +206,10 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=3000)
     parser.add_argument("--days", type=int, default=90)
     parser.add_argument("--new-items-per-day", type=int, default=0)
+    parser.add_argument("--styles", type=int, default=STYLES, help="per category; a divisor of 100")
     args = parser.parse_args()
-    shop = Shop.of(args.seed, args.days, args.new_items_per_day)
-    events = generate(args.seed, args.users, args.days, args.new_items_per_day)
+    shop = Shop.of(args.seed, args.days, args.new_items_per_day, args.styles)
+    events = generate(args.seed, args.users, args.days, args.new_items_per_day, args.styles)
     chain = chain_ranks(events, len(shop.style))
     args.out.mkdir(parents=True, exist_ok=True)
     users, item_ids = ([f"{kind}{number}" for number in ids] for kind, ids in (("u", events.user), ("i", events.item)))
