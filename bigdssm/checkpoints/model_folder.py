@@ -136,7 +136,7 @@ def save_model_folder(
         if frozen is not None:
             link_or_copy(frozen, unfinished / FROZEN_FILE)
             # as written, before any damage
-            written_checksums = {FROZEN_FILE: _read_meta(frozen.parent)["checksums"][FROZEN_FILE]}
+            written_checksums = {FROZEN_FILE: read_model_meta(frozen.parent)["checksums"][FROZEN_FILE]}
         if tables is not None:
             os.replace(tables, unfinished / TABLES_DIR)
         elif model.tables.sharded:
@@ -156,9 +156,9 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     scorer: a new scorer to train, for a model without one.
     Raises CheckpointError: no such folder, a missing or damaged file, or weights that do not match config and schema.
     """
-    meta = _read_meta(folder)
+    meta = read_model_meta(folder)
     for name, checksum in meta["checksums"].items():
-        check_file(folder / name, checksum, META_FILE, _checksum)
+        check_file(folder / name, checksum, META_FILE, stored_checksum)
     try:
         config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
         own = trained_scorer(config, meta["provenance"])
@@ -208,7 +208,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     if schema.has_text and not listed:
         raise CheckpointError(f"{folder}: {META_FILE} does not list {TOKENIZER_DIR}/{TOKENIZER_FILE}; copy it again")
     return ModelFolder(
-        model, config, schema, folder / TOKENIZER_DIR if listed else None, meta["provenance"], _identity(meta)
+        model, config, schema, folder / TOKENIZER_DIR if listed else None, meta["provenance"], model_identity(meta)
     )
 
 
@@ -224,7 +224,7 @@ def model_checksum(
     files = _weights_files(model, model.state_dict())
     checksums |= {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
     config_checksum = _config_checksum(config.to_dict(), trained_scorer(config, provenance))
-    return _identity({"checksums": checksums, "config_checksum": config_checksum})
+    return model_identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
 def open_tables(model: DualEncoder, files: Sequence[Sequence[Path]]) -> None:
@@ -266,9 +266,9 @@ def _write_all_but_weights(
         text.write_architecture(cast(TextEncoder, model.text[key]).architecture, folder / TEXT_DIR / key)
 
 
-def _identity(meta: Mapping[str, Any]) -> str:
-    """Return the checksum of everything that affects scores."""
-    return json_checksum([meta["checksums"], meta["config_checksum"]])
+def model_identity(meta: Mapping[str, Any]) -> str:
+    """Return the checksum of everything that affects scores, as of before a deletion of users or items."""
+    return str(meta.get("identity") or json_checksum([meta["checksums"], meta["config_checksum"]]))
 
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
@@ -291,7 +291,8 @@ def _weights_files(model: DualEncoder, state: Mapping[str, Tensor]) -> dict[str,
     return {file: save(part, metadata={"format": "pt"}) for file, part in parts.items() if part or file == WEIGHTS_FILE}
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_model_meta(folder: Path) -> dict[str, Any]:
+    """Read the metadata of a model folder. Raises CheckpointError: no model folder, damaged, or another format."""
     path = folder / META_FILE
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise CheckpointError(f"{path} is damaged: it is not a file")
@@ -340,13 +341,13 @@ def trained_scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfi
 
 def _checksums(folder: Path, computed: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores; `known` by name."""
-    checksums = folder_checksums(folder, lambda path: computed.get(path.name) or _checksum(path))
+    checksums = folder_checksums(folder, lambda path: computed.get(path.name) or stored_checksum(path))
     checksums.pop(CONFIG_FILE)
     assert SCHEMA_FILE in checksums
     return checksums
 
 
-def _checksum(path: Path) -> str:
+def stored_checksum(path: Path) -> str:
     """Return the checksum of a file; rows of tables are left out, as they are verified when they are read."""
     return row_file_checksum(path) if path.parent.name == TABLES_DIR else file_checksum(path)
 

@@ -19,7 +19,7 @@ import xxhash
 
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.partition import SplitIndex
-from bigdssm.dataset.rows import Targets
+from bigdssm.dataset.rows import FORGOTTEN_DOC, Targets
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Feature, Text, stored_features
 from bigdssm.features.base import Fault, outside
@@ -29,6 +29,7 @@ from bigdssm.features.ragged import from_arrow
 MAX_DECODED_BYTES = 1 << 30
 CONNECTIONS = 8  # per reading process: for blocks of some 100 kB latency dominates
 SEGMENT_COLUMNS = ("sequence", "first", "end")  # of blocks, if the dataset has sequences
+FORGOTTEN = "its user or query is forgotten"  # reason of a `BadRow` that is neither counted nor recorded
 RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
 _IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
@@ -234,7 +235,10 @@ def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> I
         if unknown.any():
             yield unknown, lambda row: f"sequence {sequence[row]} is not a row of the partition's {table.num_rows}"
         lengths = table.lengths("items", np.where(unknown, 0, sequence)) if table.num_rows else np.zeros(len(sequence))
-        beyond = ~unknown & ((first < 0) | (end <= first) | (end > lengths))
+        emptied = ~unknown & (lengths == 0)
+        if emptied.any():
+            yield emptied, lambda row: FORGOTTEN
+        beyond = ~unknown & ~emptied & ((first < 0) | (end <= first) | (end > lengths))
         if beyond.any():
             where = "are outside its sequence of"
             yield beyond, lambda row: f"targets {first[row]} to {end[row]} {where} {lengths[row]} events"
@@ -250,6 +254,7 @@ def _row_faults(batch: pa.RecordBatch, layout: BlockLayout, partition: int) -> I
             wrong = ~(np.isfinite(relevance) & (relevance >= 0))
             yield wrong, lambda row: f"relevance is {relevance[row]}, needs a number of at least 0"
         if outside(doc, 0, num_docs):
+            yield doc == FORGOTTEN_DOC, lambda row: FORGOTTEN
             limit = f"not a row of the catalogue's {num_docs}"
             yield (doc < 0) | (doc >= num_docs), lambda row: f"unknown document: {doc[row]} is {limit}"
     for name, feature in layout.query.items():

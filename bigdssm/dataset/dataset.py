@@ -21,7 +21,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from bigdssm.config import DataConfig, SourceConfig
-from bigdssm.dataset.blocks import SEGMENT_COLUMNS, BlockLayout, read_block, read_blocks
+from bigdssm.dataset.blocks import FORGOTTEN, SEGMENT_COLUMNS, BlockLayout, read_block, read_blocks
 from bigdssm.dataset.catalogue import (
     Catalogue,
     CatalogueFile,
@@ -294,7 +294,12 @@ class Dataset:
         """A hash of the dataset and the rules on events, which number its rows; without rules the `fingerprint`."""
         if not self.rules.row_keys:
             return self.fingerprint
-        return short_hash(json.dumps([self.fingerprint, self.rules.row_keys], sort_keys=True).encode())
+        # The rules cannot be evaluated on emptied sequences, so their rows are numbered differently than before.
+        table, emptied = self.sequences, 0
+        if table is not None and table.num_rows:
+            emptied = int((table.lengths("items", np.arange(table.num_rows)) == 0).sum())
+        content = [self.fingerprint, self.rules.row_keys, *([emptied] if emptied else [])]
+        return short_hash(json.dumps(content, sort_keys=True).encode())
 
     def partitions_on_disk(self) -> list[Partition]:
         """Read the metadata of all partitions in the folder, opened or not.
@@ -683,7 +688,7 @@ class Dataset:
 
     def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:
         batch, bad = read_block(index, block, self.layout)
-        for fault in bad:
+        for fault in (fault for fault in bad if fault.reason != FORGOTTEN):
             where = "" if fault.row is None else f", row {fault.row}"
             where += "" if fault.position is None else f", position {fault.position}"
             log.warning("skipped: %s%s: %s", index.name(block), where, fault.reason)

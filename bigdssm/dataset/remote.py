@@ -132,6 +132,20 @@ class FileCache:
                 os.close(fd)
         return held
 
+    def entries(self) -> list[Path]:
+        """Return the files of all entries, finished or not, and the folders of links to them."""
+        return [*sorted(self.dir.glob("??/*")), *sorted(self.dir.glob("trees/*"))]
+
+    def clear(self) -> list[Path]:
+        """Remove all entries; return those that other processes use, which stay."""
+        with self._locked() as lock:
+            in_use = [path for path in self.entries() if path.is_file() and not _remove_unused(path)]
+            for tree in self.dir.glob("trees/*"):
+                if any(link.is_symlink() and not link.exists() for link in tree.rglob("*")):
+                    shutil.rmtree(tree)
+            os.pwrite(lock, b"%020d" % sum(path.stat().st_size for path in in_use), 0)
+        return in_use
+
     def link(self, name: str, url: str, entries: dict[str, str]) -> Path:
         """Return a folder `name` of symbolic links to cache entries.
 

@@ -20,7 +20,7 @@ from bigdssm.config import DataConfig
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import from_dict
-from bigdssm.features.categorical import Categorical, categorical_of
+from bigdssm.features.categorical import FIRST_CODE, Categorical, categorical_of
 from bigdssm.features.vocabulary import PartFile, Vocabulary
 
 SCHEMA_FILE, VOCABULARIES, REQUEST = "schema.json", "vocabularies", "request"
@@ -28,6 +28,7 @@ SCHEMA_FILE, VOCABULARIES, REQUEST = "schema.json", "vocabularies", "request"
 OPTIONS = ("siamese", REQUEST, "ties", "empty_histories")
 FORMAT, EVENT_FORMAT = 1, 2  # of schema.json and dataset.json; the second: events have features
 TRAINED = "trained"  # folder of the codes with a positive training event, by document feature, of a model
+NO_CODES = np.zeros(0, np.int64)
 QUARANTINE_FILE = "quarantine.jsonl"  # the bad rows of a dataset
 
 
@@ -137,9 +138,29 @@ class Schema:
         for name, codes in self.trained.items():
             (folder / TRAINED).mkdir(exist_ok=True)
             np.save(_trained_file(folder, name), codes)
-        text = json.dumps(saved._to_dict(files=True), ensure_ascii=False, indent=1)
-        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+        saved._write(folder)
         return saved
+
+    def erase(self, codes: Mapping[tuple[str, str], np.ndarray], folder: Path) -> None:
+        """Write the schema without the values of `codes` to `folder`: schema.json, and the files that change.
+
+        `codes` by side and feature, int64; those beyond the vocabulary are skipped. The fingerprint stays. Raises
+        OSError.
+        """
+        files = folder / VOCABULARIES
+        erased = self._with_vocabularies(
+            lambda side, name, known: known.erased(codes.get((side, name), NO_CODES) - FIRST_CODE, files)
+        )
+        for name, feature in categorical_of(self.doc).items():
+            if feature.hash_buckets and feature.trained is not None:  # the others are bits
+                path = _trained_file(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                np.save(path, np.setdiff1d(feature.trained, codes.get(("doc", name), NO_CODES)))
+        erased._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        text = json.dumps(self._to_dict(files=True), ensure_ascii=False, indent=1)
+        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Schema:

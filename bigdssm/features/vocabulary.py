@@ -96,6 +96,30 @@ class Vocabulary:
         parts = zip(self._parts, self._firsts.tolist(), strict=False)
         return Vocabulary([part.cut(size - first) for part, first in parts if first < size])
 
+    def erased(self, indices: np.ndarray, folder: Path) -> Vocabulary:
+        """Return it with '' at `indices`, ascending; the parts that change are written to `folder`.
+
+        '' is never looked up. The checksum stays: the other values keep their codes. Raises OSError.
+        """
+        parts = []
+        for part, first in zip(self._parts, self._firsts.tolist(), strict=False):
+            erased = indices[(indices >= first) & (indices < first + len(part.values))] - first
+            if pc.any(pc.not_equal(part.values.take(pa.array(erased)), "")).as_py():
+                folder.mkdir(parents=True, exist_ok=True)
+                is_erased = np.zeros(len(part.values), bool)
+                is_erased[erased] = True
+                values = pc.if_else(pa.array(is_erased), pa.scalar("", pa.large_string()), part.values)
+                assert part.file is not None
+                part = _Part.open(write_part(folder / part.file.path.name, [values], part.first, part.digest))
+            parts.append(part)
+        return Vocabulary(parts)
+
+    @property
+    def erased_indices(self) -> np.ndarray:
+        """The indices of ''."""
+        empty = [pc.equal(part.values, "").to_numpy(zero_copy_only=False) for part in self._parts]
+        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *empty]))
+
     def saved(self, folder: Path, stem: str) -> Vocabulary:
         """Save it in files STEM.NUMBER.arrow of `folder`; existing files are linked or copied. Raises OSError."""
         if self._parts:
@@ -210,20 +234,20 @@ class _Part:
             remaining, position = remaining[~same], position[~same] + 1
 
 
-def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartFile:
+def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0, digest: int | None = None) -> PartFile:
     """Write distinct strings, at least one, as the part of a vocabulary after `first` other values.
 
-    It needs one batch and 20 bytes per value in memory, and temporarily twice the file's size on disk. Raises
-    DataError: too many values; OSError.
+    `digest`: that of the strings before some of them were erased; None: of these. It needs one batch and 20 bytes per
+    value in memory, and temporarily twice the file's size on disk. Raises DataError: too many values; OSError.
     """
     with new_file(path) as unfinished, ExitStack() as stack:
         contents, ends, hashes = (stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) for _ in range(3))
         ends.write(np.int64(0).tobytes())
-        digest, rows, size = 0, 0, 0
+        computed, rows, size = 0, 0, 0
         for batch in batches:
             begins, content = flat_strings(batch.cast(pa.large_string()))
             hashed = hash_strings(batch).view(np.uint64)
-            digest += _digest(hashed, first + rows + np.arange(len(batch)))
+            computed += _digest(hashed, first + rows + np.arange(len(batch)))
             for file, array in ((contents, content), (ends, begins[1:] + size), (hashes, hashed)):
                 file.write(array.data)
             rows, size = rows + len(batch), size + len(content)
@@ -236,6 +260,7 @@ def write_part(path: Path, batches: Iterable[pa.Array], first: int = 0) -> PartF
         in_memory = np.fromfile(hashes, np.uint64)
         codes = np.argsort(in_memory, kind="stable").astype(np.int32)
         in_memory.sort()
+        digest = computed if digest is None else digest
         schema = pa.schema(list(_COLUMNS.items()), {"first": str(first), "digest": str(digest % 2**64)})
         columns = [values, pa.array(in_memory), pa.array(codes)]
         with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

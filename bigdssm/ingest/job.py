@@ -366,15 +366,20 @@ def write_split(engine: LocalEngine, split: str, table: RowTable, encode: Encode
         name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in INDEX_COLUMNS.items()
     }
     shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
-    named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
-    columns = {"shard": named, **{name: pa.array(values) for name, values in index.items()}}
     return {
         "rows": int(index["rows"].sum()),
         "queries": int(index["queries"].sum()),
         "blocks": len(shard),
         "shards": shards,
-        "index_checksum": write_arrow(folder / f"{split}.index.arrow", columns)["checksum"],
+        "index_checksum": write_index(folder, split, shards, shard, index),
     }
+
+
+def write_index(folder: Path, split: str, shards: Sequence[str], shard: np.ndarray, index: Mapping[str, Any]) -> str:
+    """Write the index of a split, of blocks in the files `shards` by number; return its checksum."""
+    named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
+    columns = {"shard": named, **{name: pa.array(index[name]) for name in INDEX_COLUMNS}}
+    return str(write_arrow(folder / f"{split}.index.arrow", columns)["checksum"])
 
 
 def _write_shard(
@@ -383,26 +388,44 @@ def _write_shard(
     """Write one shard, a plain tar of blocks as Arrow streams, and its index entries."""
     shard, (first, end) = job
     path = folder / f"{split}-{shard:06d}.tar"
-    entries: list[dict[str, int]] = []
-    blocks = _blocks(table, encode, rows_per_block, first, end)
-    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+    index: dict[str, list[int]] = {name: [] for name in INDEX_COLUMNS}
+
+    def contents() -> Iterator[tuple[int, bytes]]:
+        blocks = _blocks(table, encode, rows_per_block, first, end)
         for number, block in enumerate(blocks, first // rows_per_block):
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, block.schema, options=_IPC) as arrow:
-                arrow.write_batch(_compact(block))
-            content = bytes(sink.getvalue())
+            content = block_content(block)
             # one query per row or, for segments of sequences, one per target
             queries = block.num_rows
             if "first" in block.schema.names:
                 queries = int(block.column("end").to_numpy().sum() - block.column("first").to_numpy().sum())
-            entry = {"offset": tar.offset + TAR_HEADER_BYTES, "size": len(content), "rows": block.num_rows}
-            entries.append({**entry, "queries": queries, "checksum": xxhash.xxh3_64_intdigest(content)})
+            entry = (len(content), block.num_rows, queries, xxhash.xxh3_64_intdigest(content))
+            for name, value in zip(("size", "rows", "queries", "checksum"), entry, strict=True):
+                index[name].append(value)
+            yield number, content
+
+    index["offset"] = write_tar(path, contents())
+    write_facts(folder, made={"file": path.name, **index})
+
+
+def block_content(block: pa.RecordBatch) -> bytes:
+    """Return the bytes of a block, an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, block.schema, options=_IPC) as arrow:
+        arrow.write_batch(_compact(block))
+    return bytes(sink.getvalue())
+
+
+def write_tar(path: Path, contents: Iterable[tuple[int, bytes]]) -> list[int]:
+    """Write a shard of blocks (number in the split, bytes), and return their offsets."""
+    offsets = []
+    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+        for number, content in contents:
+            offsets.append(tar.offset + TAR_HEADER_BYTES)
             # the header that webdataset's TarWriter would write; importing it loads torch, seconds per worker
             member = tarfile.TarInfo(f"{number:08d}.arrow")
             member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
             tar.addfile(member, io.BytesIO(content))
-    index = {name: [entry[name] for entry in entries] for name in INDEX_COLUMNS}
-    write_facts(folder, made={"file": path.name, **index})
+    return offsets
 
 
 def _blocks(table: RowTable, encode: Encode, rows_per_block: int, first: int, end: int) -> Iterator[pa.RecordBatch]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigdssm.config import DEFAULT_CACHE_BYTES
-from bigdssm.dataset.blocks import read_block, read_range
+from bigdssm.dataset.blocks import FORGOTTEN, read_block, read_range
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import SplitIndex, read_dataset_json, read_index
 from bigdssm.dataset.remote import COUNTS_FILE, FileCache, catalogue_entries
@@ -70,7 +70,7 @@ def _compared(folder: Path, checksums: Mapping[str, str]) -> Iterator[str]:
 
 def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:
     name = index.name(block)
-    for bad in read_block(index, block, dataset.layout)[1]:
+    for bad in (bad for bad in read_block(index, block, dataset.layout)[1] if bad.reason != FORGOTTEN):
         row = "" if bad.row is None else f", row {bad.row}"
         yield f"{name}{row}{'' if bad.position is None else f', position {bad.position}'}: {bad.reason}"
     shard = index.shards[index.shard[block]]

@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from bigdssm.dataset.blocks import BadRow, read_blocks
+from bigdssm.dataset.blocks import FORGOTTEN, BadRow, read_blocks
 from bigdssm.dataset.dataset import Dataset, empty_batch
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import BigDSSMError, DataError, PeerError
@@ -209,6 +209,7 @@ class _LoadedWindow:
     batch: pa.RecordBatch
     row_ids: np.ndarray  # int64 [good rows]
     good_before: np.ndarray  # int64 [rows + 1]: good rows among the first i of the order
+    forgotten_before: np.ndarray  # int64 [rows + 1]: emptied rows, which are not bad
 
 
 class LaneReader:
@@ -226,7 +227,7 @@ class LaneReader:
 
     def read_step(self, step: int) -> LoadedStep[Rows]:
         """Return the lanes' rows of one global step, lane after lane."""
-        row_ids, batches = [], []
+        row_ids, batches, forgotten = [], [], 0
         for lane in self._lanes:
             order, source_step = self._order.source_step(step, lane)
             for epoch, first, last in order.ranges(source_step, lane):
@@ -235,6 +236,7 @@ class LaneReader:
                     start = window.plan.start
                     upto = min(last, start + len(window.plan.order))
                     a, b = (int(window.good_before[position - start]) for position in (first, upto))
+                    forgotten += int(np.diff(window.forgotten_before[[first - start, upto - start]])[0])
                     row_ids.append(window.row_ids[a:b])
                     batches.append(window.batch.slice(a, b - a))
                     first = upto
@@ -242,7 +244,7 @@ class LaneReader:
         rows = self._dataset.rows(self._split, step, np.concatenate(row_ids), batch)
         bad, self._bad = self._bad, []
         planned = self._order.rows_per_lane_step * len(self._lanes)
-        return LoadedStep(step, rows, planned, planned - len(rows), rows.num_invalid, bad)
+        return LoadedStep(step, rows, planned, planned - len(rows) - forgotten, rows.num_invalid, bad)
 
     def _window(self, order: Order, epoch: int, lane: int, position: int) -> _LoadedWindow:
         """Return the lane's window that contains `position`, read unless it is loaded."""
@@ -256,24 +258,29 @@ class LaneReader:
         loaded = None
         self._loaded.pop((order, lane), None)  # freed before the next one is read
         plan = order.window(epoch, lane, position)
-        batches, readable, good = [empty_batch(self._dataset.layout)], [], []
+        batches, readable, good, emptied = [empty_batch(self._dataset.layout)], [], [], []
         contents = read_blocks(self._index, plan.blocks.tolist(), self._dataset.layout)
         for (batch, faults), first, last in zip(contents, plan.first.tolist(), plan.last.tolist(), strict=True):
             usable = np.full(last - first, batch is not None)
             readable.append(usable.copy())
+            emptied.append(np.zeros(last - first, bool))
             if batch is not None:
                 batches.append(batch.slice(first, last - first))
             for fault in faults:
                 if fault.row is None:
                     self._bad.append(fault)
                 elif first <= fault.row < last:  # other rows belong to another lane
-                    self._bad.append(fault)
                     usable[fault.row - first] &= fault.rows == 0
+                    if fault.reason == FORGOTTEN:
+                        emptied[-1][fault.row - first] = True
+                    else:
+                        self._bad.append(fault)
             good.append(usable)
         # the good rows are reordered once, so that a step is a slice
         keep = np.concatenate(good)[plan.order]
         index = np.cumsum(np.concatenate(readable)) - 1
         batch = pa.concat_batches(batches).take(pa.array(index[plan.order[keep]]))
-        window = _LoadedWindow(plan, batch, plan.row_ids[plan.order[keep]], offsets_of(keep))
+        forgotten = np.concatenate(emptied)[plan.order]
+        window = _LoadedWindow(plan, batch, plan.row_ids[plan.order[keep]], offsets_of(keep), offsets_of(forgotten))
         self._loaded[order, lane] = window
         return window

@@ -24,6 +24,7 @@ from pyarrow import csv, parquet
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import FORGOTTEN_ID
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Feature, Ragged, encode_values, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
@@ -210,7 +211,8 @@ class Users(QuerySource):
         self._context = _context(dataset, now, context or {})
         self.identity += _identity(now, context)
         ids = self._table.column("query_id")[::-1]  # the latest partition has a user's full history
-        self._rows = np.sort(len(ids) - 1 - np.unique(ids, return_index=True)[1])
+        users, newest = np.unique(ids, return_index=True)
+        self._rows = np.sort(len(ids) - 1 - newest[users != FORGOTTEN_ID])
         self.num_rows = len(self._rows)
 
     def read(self, first: int, last: int) -> QueryBatch:

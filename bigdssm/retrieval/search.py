@@ -14,7 +14,7 @@ import numpy as np
 from bigdssm.config import VisitConfig
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import TIME_COLUMN
+from bigdssm.dataset.rows import FORGOTTEN_ID, TIME_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
@@ -397,7 +397,8 @@ def request_columns(
 
 def first_users(table: MappedTable, most: int) -> list[str]:
     """Return the keys of the first `most` distinct users of a dataset's sequences."""
-    first = np.sort(np.unique(table.column("query_id"), return_index=True)[1])[:most]
+    users, rows = np.unique(table.column("query_id"), return_index=True)
+    first = np.sort(rows[users != FORGOTTEN_ID])[:most]
     return table.strings("query_key", first)
 
 

@@ -123,6 +123,29 @@ def write_row_file(path: Path, sources: Mapping[str, RowSource]) -> None:
             write(name, 0, tensor)
 
 
+def holds_rows(path: Path, rows: Mapping[str, np.ndarray]) -> bool:
+    """Return whether a row file has one of `rows` (int64 ascending, by table)."""
+    file = RowFile(path)
+    return any(len(file.find(name, rows[name])[0]) for name in rows.keys() & set(file.tables))
+
+
+def write_without(path: Path, target: Path, rows: Mapping[str, np.ndarray]) -> None:
+    """Write the row file of a model folder without `rows` (int64, by table), which get their initial values."""
+    file = RowFile(path)
+
+    def source(name: str) -> RowSource:
+        saved = file.read(name, ROWS, np.arange(file.count(name)))[:, 0]
+        retained = np.flatnonzero(~np.isin(saved, rows.get(name, [])))
+
+        def read(part: slice) -> Content:
+            values = file.read(name, VALUES, retained[part])
+            return {ROWS: _tensor(saved[retained[part]]), VALUES: _tensor(values)}
+
+        return RowSource(file.key(name), saved[retained], read)
+
+    write_row_file(target, {name: source(name) for name in file.tables})
+
+
 def row_file_checksum(path: Path) -> str:
     """Return the xxh3_128 of a row file's header and index, which has the digests of its rows, in hex."""
     return RowFile(path).checksum
@@ -156,6 +179,11 @@ class RowFile:
             len(self._arrays.get(tensor, ())) == width * -(-len(of) // BLOCK_ROWS)
             for tensor, (width, of) in index.items()
         ) and all(tensor in self._arrays for tensor in index)
+
+    @property
+    def tables(self) -> list[str]:
+        """The names of the tables, in the order of the file."""
+        return [name.removesuffix(f"/{KEY}") for name in self._arrays if name.endswith(f"/{KEY}")]
 
     def keys(self, name: str) -> list[str]:
         """Return the keys of a table's tensors with a value or more per row."""

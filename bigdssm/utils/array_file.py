@@ -46,16 +46,21 @@ def seal(path: Path, dataset: str) -> None:
         file.write(content.ljust(SEAL_BYTES))
 
 
+def read_seal(path: Path, fix: str) -> tuple[str, str]:
+    """Return the dataset's fingerprint, and the checksum, of a seal. Raises DataError ending in `fix`: no seal."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - SEAL_BYTES))
+        try:
+            content = json.loads(file.read())
+            return str(content["dataset"]), str(content["xxh3_128"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{path} has no seal (dataset fingerprint and checksum at its end); {fix}") from None
+
+
 def check_seal(path: Path, dataset: str, fix: str) -> None:
     """Verify the seal and the checksum. Raises DataError ending in `fix`: damaged, no seal, or another dataset."""
     end = max(0, path.stat().st_size - SEAL_BYTES)
-    with path.open("rb") as file:
-        file.seek(end)
-        try:
-            content = json.loads(file.read())
-            made_of, checksum = str(content["dataset"]), content["xxh3_128"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DataError(f"{path} has no seal (dataset fingerprint and checksum at its end); {fix}") from None
+    made_of, checksum = read_seal(path, fix)
     if made_of != dataset:
         raise DataError(f"{path} belongs to another dataset, {made_of}, needs {dataset}; {fix}")
     if file_checksum(path, 0, end) != checksum:

@@ -1,0 +1,188 @@
+"""Remove users and items from a dataset, and from everything that was made from it.
+
+    bigdssm forget --data DATASET --user u17 --item i3 --run RUN --vectors VECTORS --index INDEX --out report.json
+    bigdssm forget --data DATASET --users-file ids.txt --run RUN --dry-run
+
+Rows become empty in place: orders, numbers and fingerprints stay, so training, resumes and search go on. A forgotten
+user is an unknown user, a forgotten item is no answer; events of other users with it stay. Give every folder that was
+made from the dataset: stage folders lose the checkpoints that may contain the ids, and indexes are built again. Stop
+trainings first. If the command was killed, start it again. The report has the checksum of every changed file, and what
+cannot be reached; it has no ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from bigdssm.checkpoints.forgetting import forget_in_model, forget_in_stage
+from bigdssm.checkpoints.model_folder import CONFIG_FILE
+from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
+from bigdssm.cluster.run_folder import is_locked
+from bigdssm.config import StageName, load_written_config
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.remote import FileCache
+from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
+from bigdssm.ingest.forgetting import Forgotten, forget
+from bigdssm.retrieval.forgetting import (
+    check_index,
+    forget_in_index,
+    forget_in_negatives,
+    forget_in_teacher,
+    forget_in_vectors,
+    row_ids,
+)
+from bigdssm.training.resume import open_segment
+from bigdssm.utils.atomic import write_json
+from bigdssm.utils.changes import Changes
+
+NOT_REACHED = (
+    "source tables: a dataset that is built again from them has the rows again",
+    "what the weights of a trained model may hold, other than the rows of its tables; train again to be sure",
+    "feature values, other than the id, of users without events: a vocabulary has them without their users",
+    "the tokenizer, which has parts of frequent texts; counts, means and other figures of the whole dataset",
+    "fingerprints, which are hashes of the dataset before; they confirm a guess to whoever has all the rest of it",
+    "output for other programs: exports, recommendations, search results, TREC runs, BEIR collections, reports, logs",
+    "vector stores, with their write-ahead logs and replicas; backups, snapshots, copies and uploads",
+    "blocks of the disk that are free now, but not overwritten",
+)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--data", required=True, help="dataset folder")
+    for option, file in (("--user", "--users-file"), ("--item", "--items-file")):
+        name = option.removeprefix("--")
+        parser.add_argument(option, action="append", default=[], metavar="ID", help=f"{name} to remove; repeatable")
+        parser.add_argument(file, type=Path, metavar="FILE", help=f"{name}s to remove, one id per line")
+    for option, metavar, what in (
+        ("--run", "RUN", "run folder, or the folder of a stage"),
+        ("--model", "MODEL", "model folder outside of these runs"),
+        ("--vectors", "VECTORS", "folder written by bigdssm embed"),
+        ("--index", "INDEX", "folder written by bigdssm build_index; needs its --vectors"),
+        ("--negatives", "FILE", "file of hard negatives or candidates"),
+        ("--teacher", "FOLDER", "folder written by bigdssm embed_teacher"),
+    ):
+        parser.add_argument(option, type=Path, action="append", default=[], metavar=metavar, help=f"{what}; repeatable")
+    parser.add_argument(
+        "--cache", nargs="?", const="", metavar="DIR",
+        help="also empty the cache of datasets at URLs (default: the user's), whose entries name neither",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="list what would change, and change nothing")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the report (JSON)")
+    add_overwrite(parser)
+    args = parser.parse_args(argv)
+    check_file_to_write("--out", args.out, "forget", overwrite=args.overwrite)
+    users, items = _ids(args.user, args.users_file), _ids(args.item, args.items_file)
+    if not users and not items:
+        raise ConfigError("no ids; give --user, --item, --users-file or --items-file")
+    stages = [folder for run in args.run for folder in _stages(run)]
+    indexes = [(folder, check_index(folder, args.vectors)) for folder in args.index]
+    changes = Changes(dry_run=args.dry_run)
+    with forget(args.data, users, items, changes) as forgotten:  # replaces the dataset's files at the end
+        dataset = Dataset.open(args.data)
+        rows = {
+            view.rows_fingerprint: row_ids(view, dataset.dir, forgotten.train_rows) for view in _views(dataset, stages)
+        }
+        for folder in stages:
+            forget_in_stage(folder, forgotten.codes, changes)
+        for folder in args.model:
+            forget_in_model(folder, forgotten.codes, changes)
+        for folder in args.vectors:
+            forget_in_vectors(folder, forgotten.documents, dataset, changes)
+        for folder, vectors in indexes:
+            forget_in_index(folder, vectors, forgotten.documents, dataset, changes)
+        for path in [
+            *args.negatives,
+            *(path for folder in stages for path in sorted(folder.glob("mined_negatives*.npy"))),
+        ]:
+            forget_in_negatives(path, rows, forgotten.documents, changes)
+        for folder in args.teacher:
+            forget_in_teacher(folder, rows, forgotten.documents, changes)
+        in_use = [] if args.cache is None else _empty_cache(args.cache, changes)
+    report = _report(args, forgotten, (users, items), changes, in_use)
+    if args.out is not None:
+        write_json(args.out, report)
+    _print(report)
+
+
+def _ids(given: Sequence[str], file: Path | None) -> list[str]:
+    """Return the distinct ids of options and a file."""
+    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    return sorted({text.strip() for text in [*given, *lines]} - {""})
+
+
+def _stages(run: Path) -> list[Path]:
+    """Return the stage folders in a run folder, or `run` itself. Raises ConfigError: none; CheckpointError: in use."""
+    folders = [
+        folder for folder in (run, *(run / name for name in get_args(StageName))) if (folder / CONFIG_FILE).is_file()
+    ]
+    if not folders:
+        raise ConfigError(f"--run {run}: neither a run folder nor a stage folder; it has no {CONFIG_FILE}")
+    for folder in folders:
+        if is_locked(folder):
+            raise CheckpointError(f"{folder} is in use by a training; stop it (bigdssm stop_run {run})")
+    return folders
+
+
+def _views(dataset: Dataset, stages: Sequence[Path]) -> Iterator[Dataset]:
+    """Yield the datasets whose rows files of negatives may have: all of it, and those of the stages."""
+    yield dataset
+    for folder in stages:
+        try:
+            view = open_segment(load_written_config(folder / CONFIG_FILE), cast(StageName, folder.name))
+        except BigDSSMError:  # a dataset that was moved or removed: its files are removed
+            continue
+        if not view.rules.row_keys:  # else the rows of emptied sequences are unknown
+            yield view
+
+
+def _empty_cache(folder: str, changes: Changes) -> list[Path]:
+    """Empty a cache, and return the entries in use."""
+    cache = FileCache.from_config()
+    if folder:
+        cache = FileCache(Path(folder), cache.max_bytes)
+    before = cache.entries()
+    in_use = [] if changes.dry_run else cache.clear()
+    changes.files += [{"file": str(path), "action": "removed"} for path in before if path not in in_use]
+    return in_use
+
+
+def _report(
+    args: argparse.Namespace, forgotten: Forgotten, ids: tuple[list[str], list[str]], changes: Changes,
+    in_use: Sequence[Path],
+) -> dict[str, Any]:  # fmt: skip
+    (users, items), shared = ids, forgotten.shared
+    not_reached = [f"{args.data}: an id is a value of {name} that other rows have, too" for name in shared]
+    not_reached += [f"{path}, which another process uses; end it, and start the command again" for path in in_use]
+    return {
+        "data": str(args.data),
+        "dry_run": args.dry_run,
+        "users": {"given": len(users), "found": forgotten.users},
+        "items": {"given": len(items), "found": forgotten.items},
+        "emptied_documents": len(forgotten.documents),
+        "emptied_train_rows": int(sum(len(rows) for rows in forgotten.train_rows.values())),
+        "files": changes.files,
+        "not_reached": [*not_reached, *NOT_REACHED],
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    for kind in ("users", "items"):
+        if report[kind]["given"]:
+            print(f"{report[kind]['found']} of {report[kind]['given']} {kind} found in {report['data']}")
+    would = "would be " if report["dry_run"] else ""
+    for entry in report["files"]:
+        print(f"  {would}{entry['action']}: {entry['file']}")
+    print("not reached:")
+    for line in report["not_reached"]:
+        print(f"  {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
