@@ -11,7 +11,7 @@ from bigdssm.config.keys import SPLITS, Config, DataConfig, ModelConfig, StageCo
 from bigdssm.errors import ConfigError
 from bigdssm.features import FIRST_CODE, Timestamp, texts_of
 from bigdssm.features.categorical import categorical_of
-from bigdssm.features.conditions import parse_events
+from bigdssm.features.conditions import check_features, parse_filter
 from bigdssm.features.history import histories_of
 from bigdssm.utils.bounds import out_of_bounds, require
 from bigdssm.utils.components import components_of
@@ -75,7 +75,7 @@ def check_config(config: Config) -> None:
     for key, text in conditions.items():
         others = "true, false or " if key == "data.exclude_seen" else ""
         require(isinstance(text, str), key, text, f"{others}a condition, as in action = purchase")
-        parse_events(text, key, data.event)
+        check_features(parse_filter(text, key), data.event, f"{key} {text!r}")
     visit, sessions = data.visit, [name for name, feature in data.event.items() if not feature.is_input]
     if visit.is_set:
         given = {key: value for key, value in vars(visit).items() if value is not None}

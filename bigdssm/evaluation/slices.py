@@ -21,7 +21,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, Numeric, ragged
 from bigdssm.features.base import filterable
 from bigdssm.features.calendar_time import DAY
-from bigdssm.features.conditions import parse_filter
+from bigdssm.features.conditions import conditions, evaluate, parse_filter, resolve
 from bigdssm.features.ragged import Column
 
 FEW_QUERIES = 200  # below, a mean has no interval: at an HR@10 of 0.05 it would rest on 10 hits
@@ -68,10 +68,10 @@ def read_slices(dataset: Dataset, split: str, by: Sequence[str]) -> list[Slice]:
     """
     sources = _sources(dataset)
     by = by or [name for name in NUMBERS if name in sources]
-    parsed = {text: [] if text in sources else parse_filter(text, "--by") for text in by}
     columns: dict[str, list[Column]] = {}
-    for text, conditions in parsed.items():
-        for name in [text] if text in sources else [condition.feature for condition in conditions]:
+    for text in by:
+        parsed = [] if text in sources else conditions(parse_filter(text, "--by"))
+        for name in [condition.feature for condition in parsed] or [text]:
             if name not in sources:
                 known = [own for own in sources if own.partition(".")[2] not in sources]
                 raise ConfigError(f"--by {text!r}: got {name}, needs one of {', '.join(known)}")
@@ -83,18 +83,12 @@ def read_slices(dataset: Dataset, split: str, by: Sequence[str]) -> list[Slice]:
         for name, parts in columns.items():
             parts.append(ragged.take(sources[name][1](rows), relevant))
     values, ids = {name: ragged.concat(parts) for name, parts in columns.items()}, np.concatenate(query_ids)
-    slices = []
-    for text in parsed:
+    slices, features = [], {name: feature for name, (feature, _) in sources.items()}
+    for text in dict.fromkeys(by):
         others = np.ones(len(ids), bool)
         for condition in _conditions(text, sources, values):
-            masks = []
-            for part in parse_filter(condition, "--by"):
-                try:
-                    masks.append(sources[part.feature][0].matches(values[part.feature], part.operator, part.values))
-                except ConfigError as error:
-                    reason = str(error).removeprefix("filter: ").replace("no document has", "no row has", 1)
-                    raise ConfigError(f"--by {text!r}: {reason}") from None
-            mask = np.all(masks, axis=0)
+            expression = resolve(parse_filter(condition, "--by"), features, f"--by {text!r}")
+            mask = evaluate(expression, features, values.__getitem__)
             slices.append(Slice(text, condition, mask, len(np.unique(ids[mask]))))
             others &= ~mask
         if others.any():

@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.errors import ConfigError
 from bigdssm.features.ragged import Column, Ragged, from_arrow
 from bigdssm.utils.bounds import out_of_bounds
 from bigdssm.utils.components import Registry
@@ -201,12 +200,16 @@ class Feature(ABC):
         """Return the number of rows of its embedding table, 0 without one."""
         return 0
 
-    def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
-        """Return the mask of encoded values that match a filter condition, bool [R]; only `in` has several `values`.
+    def operands(self, operator: str, values: Sequence[str]) -> tuple[str, ...] | tuple[float, ...]:
+        """Return the values of a condition as the rows have them: distinct, without missing ones.
 
         Raises ConfigError: the feature does not support the operator, or a value is invalid.
         """
-        raise ConfigError(f"filter: {self.name} is of type {self.type}, needs a categorical or numeric feature")
+        raise NotImplementedError
+
+    def matches(self, column: Column, operator: str, operands: Sequence[str] | Sequence[float]) -> np.ndarray:
+        """Return the mask of encoded values that match a condition (conditions.py), bool [R]; see `operands`."""
+        raise NotImplementedError
 
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the filter choices for these encoded values (`values`, or `least` and `most`); None without any."""

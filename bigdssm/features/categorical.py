@@ -243,25 +243,35 @@ class Categorical(Feature):
         """Yield unknown codes."""
         yield from code_faults(self.name, "code", column, 0, self.num_codes)
 
-    def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
-        """Return the mask of rows with one of the values, bool [R]. Raises ConfigError: an unknown value."""
-        if operator not in ("=", "in"):
-            raise ConfigError(f"filter: {self.name} {operator}: {self.name} is categorical, needs = or in")
+    def operands(self, operator: str, values: Sequence[str]) -> tuple[str, ...]:
+        """Return the values as in the vocabulary. Raises ConfigError: an unknown value, or another operator."""
+        if operator not in ("=", "!=", "in", "not in"):
+            raise ConfigError(f"{self.name} {operator}: {self.name} is categorical, needs =, !=, in or not in")
         if self.hash_buckets:
-            raise ConfigError(f"filter: {self.name} is hashed: its values cannot be distinguished")
+            raise ConfigError(f"{self.name} is hashed: its values cannot be distinguished")
         codes = self.codes(pa.array(values, pa.string()))
         if (unknown := codes == OUT_OF_VOCABULARY).any():
             value = values[int(np.argmax(unknown))]
             short = [other for other in self.vocabulary.cut(MAX_COMPARED) if len(other) <= MAX_COMPARED_CHARACTERS]
             near = difflib.get_close_matches(value[:MAX_COMPARED_CHARACTERS], short, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"filter: no document has {self.name} = {value[:80]!r}{hint}")
-        codes = codes[codes != PADDING]  # the code of an empty, hence missing value
-        if not isinstance(column, Ragged):
-            return np.isin(column, codes)
-        mask = np.zeros(len(column), bool)
-        mask[np.searchsorted(column.offsets, np.flatnonzero(np.isin(column.values, codes)), "right") - 1] = True
-        return mask
+            raise ConfigError(f"{self.name} has no value {value[:80]!r}{hint}")
+        return tuple(sorted({self.vocabulary[code - FIRST_CODE] for code in codes[codes != PADDING].tolist()}))
+
+    def matches(self, column: Column, operator: str, operands: Sequence[str] | Sequence[float]) -> np.ndarray:
+        """Return the mask of rows with one of the values, or for != and `not in` with others alone, bool [R]."""
+
+        def any_of(mask: np.ndarray) -> np.ndarray:
+            """Return whether any value of a row is in the mask of values."""
+            if not isinstance(column, Ragged):
+                return mask
+            rows = np.zeros(len(column), bool)
+            rows[np.searchsorted(column.offsets, np.flatnonzero(mask), "right") - 1] = True
+            return rows
+
+        values = column.values if isinstance(column, Ragged) else np.asarray(column)
+        found = any_of(np.isin(values, self.codes(pa.array(operands, pa.string()))))
+        return found if operator in ("=", "in") else any_of(values != PADDING) & ~found
 
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the existing values, most frequent first; None if each occurs once, as keys do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +19,8 @@ from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.bounds import BOUND, Bound
 
 COMPARISONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "=": np.equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "in": np.isin,
+    "=": np.equal, "!=": np.not_equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal,
+    "in": np.isin, "not in": partial(np.isin, invert=True),
 }  # fmt: skip
 
 
@@ -81,10 +83,14 @@ class Numeric(Feature):
         """Return the numbers as float32; models normalize them."""
         return pa.array(column.to_numpy(zero_copy_only=False).astype(np.float32))
 
-    def matches(self, column: Column, operator: str, values: Sequence[str]) -> np.ndarray:
-        """Return the mask of matching numbers, bool [R]; missing ones never match. Raises ConfigError: no number."""
-        operands = np.array([self.parse(value) for value in values], np.float32)
-        mask: np.ndarray = COMPARISONS[operator](np.asarray(column), operands)
+    def operands(self, operator: str, values: Sequence[str]) -> tuple[float, ...]:
+        """Return the numbers, rounded to float32 as those of rows. Raises ConfigError: no number."""
+        return tuple(sorted({float(np.float32(self.parse(value))) for value in values}))
+
+    def matches(self, column: Column, operator: str, operands: Sequence[str] | Sequence[float]) -> np.ndarray:
+        """Return the mask of matching numbers, bool [R]; missing ones never match."""
+        numbers = np.asarray(column)
+        mask: np.ndarray = COMPARISONS[operator](numbers, np.array(operands, np.float32)) & ~np.isnan(numbers)
         return mask
 
     def choices(self, column: Column) -> dict[str, Any] | None:

@@ -72,7 +72,8 @@ function filterOf(form) {
       conditions.push(`${quoted(key.slice(prefix.length))} ${sign} ${form.get(key)}`);
     }
   }
-  if (form.get("filter")?.trim()) conditions.push(form.get("filter").trim());
+  const text = form.get("filter")?.trim();
+  if (text) conditions.push(conditions.length ? `(${text})` : text);
   return conditions.join(" and ");
 }
 

@@ -425,9 +425,9 @@ def test_refused_rules(tmp_path: Path) -> None:
     make(tmp_path, drawn(10, 100), config=RULED)
     dataset = Dataset.open(tmp_path / "out")
     for targets, sentence in (
-        ("action = purchse", r"data\.targets\.train 'action = purchse': no event has action = 'purchse'"),
+        ("action = purchse", r"data\.targets\.train 'action = purchse': action has no value 'purchse'"),
         ("action == buy", r"data\.targets\.train 'action == buy': got =, needs a value"),
-        ("gap < 5", r"data\.targets\.train 'gap < 5': got gap, needs categorical or numeric features of data\.event"),
+        ("gap < 5", r"data\.targets\.train 'gap < 5': got 'gap', needs one of the categorical or numeric features"),
         ("price > dear", r"data\.targets\.train 'price > dear': price is 'dear', needs a number"),
     ):
         with pytest.raises(ConfigError, match=sentence):
@@ -443,7 +443,7 @@ def test_refused_rules(tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"targets": {"dev": "action = buy"}}, r"data\.targets: got .*dev.*, needs a condition, or a mapping of train"),
         ({"targets": {"train": 3}}, r"data\.targets\.train: got 3, needs a condition"),
-        ({"exclude_seen": "kind = buy"}, r"data\.exclude_seen 'kind = buy': got kind, needs .*\['action', 'price'\]"),
+        ({"exclude_seen": "kind = buy"}, r"data\.exclude_seen 'kind = buy': got 'kind', needs .* features action, price"),
         ({"visit": VisitConfig("action")}, r"data\.visit\.feature: got action, needs .* type session"),
         (
             {"visit": VisitConfig("session", 3.0)},

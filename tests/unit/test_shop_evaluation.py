@@ -350,8 +350,8 @@ def test_refused_slices(undated: Dataset) -> None:
         ),
         ("colour", "got nothing after colour"),
         ("item_age < old", "item_age is 'old', needs a number"),
-        ("country = C", "--by 'country = C': no row has country = 'C'"),
-        ("country < 3", "country is categorical, needs = or in"),
+        ("country = C", "--by 'country = C': country has no value 'C'"),
+        ("country < 3", "country is categorical, needs =, !=, in or not in"),
     ):
         with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
             read_slices(undated, "test", [by])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ from bigdssm.dataset.catalogue import Catalogue
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, Vocabulary
-from bigdssm.features.conditions import Condition, parse_filter
+from bigdssm.features.base import encode_values
+from bigdssm.features.conditions import And, Condition, Expression, Or, evaluate, parse_filter, resolve
 from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
+from tests.filters import FEATURES, random_filter, random_rows
 
 NUM_DOCS, WIDTH = 12_000, 9
 NAMES = pa.chunked_array([pa.nulls(0, pa.string())])
@@ -28,12 +32,54 @@ def test_filters_are_parsed_by_their_grammar() -> None:
     text = 'genre = Drama AND year>=1990 and tag in ("two words", and, "say \\"in\\"")and "odd name"=="x"'
     with pytest.raises(ConfigError, match="got =, needs a value after odd name ="):
         parse_filter(text)
-    assert parse_filter(text.replace("==", "=")) == (
-        Condition("genre", "=", ("Drama",)),
-        Condition("year", ">=", ("1990",)),
-        Condition("tag", "in", ("two words", "and", 'say "in"')),
-        Condition("odd name", "=", ("x",)),
+    assert parse_filter(text.replace("==", "=")) == And(
+        (
+            Condition("genre", "=", ("Drama",)),
+            Condition("year", ">=", ("1990",)),
+            Condition("tag", "in", ("and", 'say "in"', "two words")),
+            Condition("odd name", "=", ("x",)),
+        )
     )
+
+
+A, B, C = (Condition(name, "=", ("1",)) for name in "abc")
+
+
+@pytest.mark.parametrize(
+    ("text", "expression"),
+    [
+        ("a=1 or b=1 and c=1", Or((A, And((B, C))))),
+        ("(a=1 or b=1) AND c=1", And((Or((A, B)), C))),
+        ("a=1 and (b=1 and ((c=1)))", And((A, B, C))),
+        ("a=1 Or b=1 or a=1 or (b=1 or a=1)", Or((A, B))),
+        ("(a=1 and b=1) or (b=1 and a=1)", Or((And((A, B)), And((B, A))))),
+        ("((a=1))", A),
+        ("a!=1", Condition("a", "!=", ("1",))),
+        ("a NOT  in(2,1,2)", Condition("a", "not in", ("1", "2"))),
+        ("or = and or in in (not, or)", Or((Condition("or", "=", ("and",)), Condition("in", "in", ("not", "or"))))),
+        ("a!b = c!", Condition("a!b", "=", ("c!",))),
+        ("(" * 16 + "a=1" + ")" * 16, A),
+    ],
+)
+def test_or_binds_weaker_than_and(text: str, expression: Expression) -> None:
+    assert parse_filter(text) == expression
+
+
+def test_random_filters_match_their_definition() -> None:
+    """500 filters over rows with missing values, several values, values out of the vocabulary, and 25 bits."""
+    random = Random(0)
+    rows, selectivities, operators = random_rows(random, 300), Counter[str](), Counter[str]()
+    columns = {name: encode_values(f, [row[name] for row in rows], None) for name, f in FEATURES.items()}
+    for _ in range(500):
+        text, matches = random_filter(random)
+        expected = [matches(row) for row in rows]
+        mask = evaluate(resolve(parse_filter(text), FEATURES), FEATURES, columns.__getitem__)
+        assert mask.dtype == bool and mask.tolist() == expected, text
+        selectivities["all" if all(expected) else "some" if any(expected) else "none"] += 1
+        operators.update(sign for sign in ("!=", "not in", " or ", "(", ">=") if sign in text)
+    resolved = resolve(parse_filter("price in (16777217, 16777216)"), FEATURES)
+    assert resolved == Condition("price", "in", (16777216.0,)), "a store compares the numbers that the catalogue has"
+    assert selectivities["some"] > 300 and selectivities["none"] > 10 and min(operators.values()) > 100
 
 
 @pytest.mark.parametrize(
@@ -59,23 +105,33 @@ def test_a_filter_allows_the_matching_documents(dataset: Dataset, text: str, fit
     ("text", "sentence"),
     [
         ("", "got its end, needs the name of a feature"),
-        ("genres", "got nothing after genres, needs one of <=, >=, =, <, >, in"),
+        ("genres", "got nothing after genres, needs one of <=, >=, !=, =, <, >, in, not in"),
+        ("genres not Comedy", "got Comedy, needs in after genres not"),
+        ("not (genres = Comedy)", "got ( after not, needs one of"),
+        ("(genres = Comedy or year > 3", "got its end, needs 'and', 'or' or )"),
+        ("genres = Comedy)", "got ), needs 'and' or 'or'"),
+        ("genres = Comedy or", "got its end, needs the name of a feature"),
+        ("()", "got ), needs the name of a feature"),
+        ("(" * 5000, "got 17 levels of parentheses, needs at most 16"),
         ("genres in Comedy", "got Comedy, needs ("),
         ("genres in (Comedy", "got its end, needs a comma or )"),
-        ("genres = Comedy year > 3", "got year, needs and"),
+        ("genres = Comedy year > 3", "got year, needs 'and' or 'or', as in genre = Drama and ("),
         ('genres = "Comedy', "is not closed"),
         ('genres = "\\x"', "needs a string as in JSON"),
-        ("genre = Comedy", "'genre' is not a document feature; they are item_id, title, genres, year; did you mean"),
-        ("genres = Comdey", "no document has genres = 'Comdey'; did you mean 'Comedy'"),
-        ("genres < Comedy", "genres is categorical, needs = or in"),
-        ("title = anchor", "title is of type text, needs a categorical or numeric feature"),
+        ("genre = Comedy", "got 'genre', needs one of the categorical or numeric features item_id, genres, year; did "
+         "you mean genres?"),
+        ("genres = Comdey", "filter: genres has no value 'Comdey'; did you mean 'Comedy'"),
+        ("year = 1 or genres not in (Comdey)", "filter: genres has no value 'Comdey'; did you mean 'Comedy'"),
+        ("genres < Comedy", "genres is categorical, needs =, !=, in or not in"),
+        ("title = anchor", "got 'title', needs one of the categorical or numeric features item_id, genres, year"),
         ("year > old", "year is 'old', needs a number"),
         ("year > nan", "year is 'nan', needs a number"),
         ('genres = "\\ud800"', "'\\ud800' is not valid UTF-8"),
         ('genres in (Comedy, "\\udfff")', "'\\udfff' is not valid UTF-8"),
         ('"\\ud800" = 3', "'\\ud800' is not valid UTF-8"),
         (" and ".join(f"year > {n}" for n in range(100)), "filter: got 100 conditions, needs at most 64"),
-        (f"{'y' * 9000} = 3", f"'{'y' * 80}' is not a document feature"),
+        (" or ".join(f"(year > {n} and year < 9)" for n in range(33)), "got 66 conditions, needs at most 64"),
+        (f"{'y' * 9000} = 3", f"got '{'y' * 80}', needs one of"),
     ],
 )  # fmt: skip
 def test_an_invalid_filter_gives_a_one_line_error(dataset: Dataset, text: str, sentence: str) -> None:
@@ -101,7 +157,7 @@ def test_conditions_that_repeat_are_evaluated_once(dataset: Dataset, monkeypatch
     monkeypatch.setattr(Numeric, "matches", comparing)
     text = " and ".join(["year > 1970", "genres in (Comedy, Drama)", "genres in (Drama, Comedy)", "year <= 1980"] * 100)
     mask = filters.allowed(text).mask
-    assert (sorted(read), sorted(compared)) == (["genres", "year"], [("<=", ("1980",)), (">", ("1970",))])
+    assert (sorted(read), sorted(compared)) == (["genres", "year"], [("<=", (1980.0,)), (">", (1970.0,))])
     assert (mask == filters.allowed("year > 1970 and genres in (Comedy, Drama) and year <= 1980").mask).all()
 
 
@@ -114,14 +170,14 @@ def test_a_mistyped_value_is_compared_with_few(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(difflib, "get_close_matches", counting)
     shop = Categorical(vocabulary=Vocabulary.of(("x" * 10_000, *map(str, range(20_000))))).with_name("shop")
-    with pytest.raises(ConfigError, match="no document has shop"):
-        shop.matches(np.arange(3), "=", ["y" * 9000])
+    with pytest.raises(ConfigError, match="shop has no value"):
+        shop.operands("=", ["y" * 9000])
     assert compared == [(80, 4999, 4)]
 
 
 def test_hashed_features_cannot_be_filtered() -> None:
     with pytest.raises(ConfigError, match="shop is hashed"):
-        Categorical(hash_buckets=7).with_name("shop").matches(np.arange(3), "=", ["a"])
+        Categorical(hash_buckets=7).with_name("shop").operands("=", ["a"])
 
 
 @pytest.fixture(scope="module")
@@ -179,5 +235,11 @@ def test_an_ivf_index_without_a_filter_returns_the_requested_number(index: Index
 def test_an_empty_value_is_missing_and_matches_nothing() -> None:
     feature = Categorical(vocabulary=Vocabulary.of(["Drama"])).with_name("genre")
     codes = feature.codes(pa.array(["", "Drama"]))
-    assert not feature.matches(codes, "=", [""]).any()
-    assert feature.matches(codes, "in", ["", "Drama"]).tolist() == [False, True]
+    for text, expected in {
+        'genre = ""': [False, False],
+        'genre in ("", Drama)': [False, True],
+        'genre != ""': [False, True],
+        'genre not in ("", Drama)': [False, False],
+    }.items():
+        expression = resolve(parse_filter(text), {"genre": feature})
+        assert evaluate(expression, {"genre": feature}, lambda name: codes).tolist() == expected
