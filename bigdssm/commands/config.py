@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from bigdssm.training.checks import check_model, check_settings  # takes seconds
 
         if config.pretrain.init is None:
-            check_model(config.model, Schema.declared(config.data), 1)
+            check_model(config.model, Schema.declared(config.data).inputs, 1)
         for name in STAGES if config.sft else STAGES[:1]:
             check_settings(config, name)
         print(yaml.safe_dump(literal(config.to_dict()), sort_keys=False), end="")

@@ -7,9 +7,19 @@ from dataclasses import fields
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.config.keys import SPLITS, Config, DataConfig, ModelConfig, StageConfig, StageName, TowerConfig
+from bigdssm.config.keys import (
+    FEATURE_SIDES,
+    SPLITS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    StageConfig,
+    StageName,
+    TowerConfig,
+)
 from bigdssm.errors import ConfigError
 from bigdssm.features import FIRST_CODE, Timestamp, texts_of
+from bigdssm.features.base import filterable
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.conditions import check_features, parse_filter
 from bigdssm.features.history import histories_of
@@ -53,11 +63,18 @@ def check_config(config: Config) -> None:
             )  # fmt: skip
     if data.targets_per_row > 1:
         check_many_queries(f"data.targets_per_row={data.targets_per_row}", data, model)
-    for side, features in (("query", data.query), ("doc", data.doc), ("event", data.event)):
-        for name, feature in features.items():
+    for side in FEATURE_SIDES:
+        for name, feature in getattr(data, side).items():
             key = f"data.{side}.{name}"
             require(key.count(".") == 2 and not key.endswith("."), key, "this name", "a feature name without dots")
             feature.check(key, side, data.doc)
+    hashed = {name for name, feature in categorical_of(data.filter).items() if feature.hash_buckets}
+    for name, feature in data.filter.items():
+        got, needed = feature.type + " with hash_buckets" * (name in hashed), "categorical without them, or numeric"
+        require(name in filterable(data.filter).keys() - hashed, f"data.filter.{name}", got, needed)
+        require(name not in data.doc, f"data.filter.{name}", "the name of a feature of data.doc", "another name")
+    for key, is_set in (("data.siamese=true", data.siamese), ("data.webdataset", data.webdataset is not None)):
+        require(not (data.filter and is_set), "data.filter", list(data.filter), f"none with {key}")
     times = [f"data.event.{name}" for name, feature in data.event.items() if isinstance(feature, Timestamp)]
     require(len(times) <= 1, "data.event", f"{len(times)} features of type timestamp, {', '.join(times)}", "one")
     by_time, needed = model.query.history.times, "a feature of data.event of type timestamp"

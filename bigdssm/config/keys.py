@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 DEFAULT_CACHE_BYTES = 50 * 1024**3
 ARCHITECTURE_FILE = "config.json"
 SPLITS = ("train", "validation", "test")
+FEATURE_SIDES = ("query", "doc", "filter", "event")  # the keys of `data` with features
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class DataConfig:
     dir: str = field(default=MISSING, metadata={RESUME: "may"})
     query: dict[str, Any] = named_components(FEATURES)  # features by name, with the keys of their type
     doc: dict[str, Any] = named_components(FEATURES)
+    # Features of documents that are no inputs of the model, such as stock or region, of type categorical or numeric:
+    # filters and slices read them, and a change needs no new vectors.
+    filter: dict[str, Any] = named_components(FEATURES, resume="may")
     # Features of an event (interaction), from columns of the table of interactions: every history reads them.
     event: dict[str, Any] = named_components(FEATURES)
     # Features of data.event that a query has, too: in training those of its target's event (the wanted action, the time
@@ -125,7 +129,7 @@ class DataConfig:
     tail: Literal["carry", "drop"] = "carry"  # an epoch's last rows that fill no step: carried over, or dropped
 
     def __post_init__(self) -> None:
-        for side in ("query", "doc", "event"):
+        for side in FEATURE_SIDES:
             features = {
                 name: content if isinstance(content, Feature) else FEATURES.read(f"data.{side}.{name}", content)
                 for name, content in getattr(self, side).items()
@@ -491,7 +495,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved config as plain containers, for a YAML or JSON file."""
         content = asdict(self)
-        for side in ("query", "doc", "event"):
+        for side in FEATURE_SIDES:
             features: dict[str, Feature] = getattr(self.data, side)
             content["data"][side] = {name: feature.declaration() for name, feature in features.items()}
         return cast(dict[str, Any], json.loads(json.dumps(content, default=_plain)))

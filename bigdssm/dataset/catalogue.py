@@ -26,6 +26,7 @@ from bigdssm.dataset.partition import path_inside
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Feature, ragged
+from bigdssm.features.base import filterable
 from bigdssm.features.ragged import Column, Ragged, from_arrow
 from bigdssm.utils.array_file import open_arrow
 from bigdssm.utils.hashing import hash64
@@ -313,7 +314,7 @@ class Catalogue:
         self._schema = schema
         self._encoded_by: dict[str, Feature] | None = None  # document features of an earlier schema, see `with_schema`
         names = self._table.schema.names
-        for name in ("doc_key", "doc_id", "doc_title", *schema.doc):
+        for name in ("doc_key", "doc_id", "doc_title", *schema.documents):
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
@@ -322,6 +323,11 @@ class Catalogue:
         limited = copy(self)
         limited._encoded_by = schema.doc
         return limited
+
+    @property
+    def filterable(self) -> dict[str, Feature]:
+        """The features of documents that filters can read, in their whole vocabularies."""
+        return filterable(self._schema.documents)
 
     @property
     def num_docs(self) -> int:
@@ -378,13 +384,14 @@ class Catalogue:
         return np.asarray(self._table.take("doc_id", self._to_file_rows(rows)))
 
     def columns(self, rows: np.ndarray) -> dict[str, Column]:
-        """Return the features of the documents at `rows` (int64 [n]) as columns."""
+        """Return the features of the documents at `rows` (int64 [n]) that models read, as columns."""
         return {name: self.column(name, rows) for name in self._schema.doc}
 
     def column(self, feature: str, rows: np.ndarray) -> Column:
         """Return one feature of the documents at `rows` (int64 [n])."""
         column = self._table.take(feature, self._to_file_rows(rows))
-        return column if self._encoded_by is None else self._encoded_by[feature].without_unknown(column)
+        earlier = (self._encoded_by or {}).get(feature)  # columns that only filter are those of the whole schema
+        return column if earlier is None else earlier.without_unknown(column)
 
     def codes(self, feature: str, rows: np.ndarray) -> np.ndarray:
         """Return the codes of one categorical feature at `rows`."""

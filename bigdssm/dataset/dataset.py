@@ -102,7 +102,7 @@ class Dataset:
         self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
         self.withdrawals, self.item_partitions = tuple(withdrawals), tuple(item_partitions)
         self.extents = tuple(extents)  # of its sources
-        self.dir, self.name, self.schema = header.dir, header.name, header.schema
+        self.dir, self.name, self.schema = header.dir, header.name, header.schema.inputs
         self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
         self.vocab_size, self.tokenizer_hash = 0, ""
         if self.tokenizer_dir is not None:
@@ -416,7 +416,7 @@ class Dataset:
 
     def check_against(self, config: DataConfig) -> None:
         """Raise ConfigError with the first feature that `config` declares differently."""
-        difference = Schema.declared(config).difference(self.schema)
+        difference = Schema.declared(config).inputs.difference(self.schema)
         if difference is not None:
             raise ConfigError(
                 f"data.dir={self.dir} was built with another schema than this config's: {difference}; "
@@ -807,14 +807,15 @@ def _normalized(folder: str) -> str:
 
 
 def _check_same(first: Dataset, other: Dataset, name: str) -> None:
-    difference = first.schema.difference(other.schema)
-    if difference is None and first.schema != other.schema:
-        difference = f"data.title is {first.schema.title!r} and {other.schema.title!r}"
+    schemas = first.header.schema, other.header.schema
+    difference = schemas[0].difference(schemas[1])
+    if difference is None and schemas[0] != schemas[1]:
+        difference = f"data.title is {schemas[0].title!r} and {schemas[1].title!r}"
         fitted = [
-            (f"{side}.{key}", feature, other.schema.sides[side][key])
-            for side, features in first.schema.sides.items()
+            (f"{side}.{key}", feature, schemas[1].sides[side][key])
+            for side, features in schemas[0].sides.items()
             for key, feature in features.items()
-            if feature != other.schema.sides[side][key]
+            if feature != schemas[1].sides[side][key]
         ]
         if fitted:
             where, *features = fitted[0]

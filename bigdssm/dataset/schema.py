@@ -38,6 +38,7 @@ class Schema:
 
     query: dict[str, Feature] = field(default_factory=dict)
     doc: dict[str, Feature] = field(default_factory=dict)
+    filter: dict[str, Feature] = field(default_factory=dict, kw_only=True)  # of documents; no inputs of models
     title: str | None = None
     siamese: bool = False  # queries are documents, see config.DataConfig
     event: dict[str, Feature] = field(default_factory=dict)  # of an event of a history
@@ -51,6 +52,7 @@ class Schema:
         return cls(
             query={name: feature.with_name(name) for name, feature in config.query.items()},
             doc={name: feature.with_name(name) for name, feature in config.doc.items()},
+            filter={name: feature.with_name(name) for name, feature in config.filter.items()},
             title=config.title,
             siamese=config.siamese,
             event={name: feature.with_name(name) for name, feature in config.event.items()},
@@ -61,8 +63,19 @@ class Schema:
 
     @property
     def sides(self) -> dict[str, dict[str, Feature]]:
-        """The features by side; events are a side if they have features."""
-        return {"query": self.query, "doc": self.doc, **({"event": self.event} if self.event else {})}
+        """The features by side; columns that only filter, and events, are a side if there are any."""
+        more = {name: side for name, side in (("filter", self.filter), ("event", self.event)) if side}
+        return {"query": self.query, "doc": self.doc, **more}
+
+    @property
+    def inputs(self) -> Schema:
+        """The schema of models, without columns that only filter."""
+        return replace(self, filter={})
+
+    @property
+    def documents(self) -> dict[str, Feature]:
+        """The features in the catalogue: those of `doc`, then those of `filter`."""
+        return self.doc | self.filter
 
     @property
     def event_inputs(self) -> dict[str, Feature]:
@@ -175,7 +188,8 @@ class Schema:
                 raise DataError(
                     f"{path} has format {version}, this version reads formats {FORMAT} and {EVENT_FORMAT}; rebuild it"
                 )
-            declared = ["query", "doc", *(["event"] if version == EVENT_FORMAT else [])]
+            declared = ["query", "doc", *(["filter"] if "filter" in content else [])]
+            declared += ["event"] if version == EVENT_FORMAT else []
             sides: dict[str, Any] = {
                 side: {name: from_dict(f) for name, f in content[side].items()} for side in declared
             }
@@ -247,7 +261,8 @@ class Schema:
             | {n: replace(f, vocabulary=change(side, n, f.vocabulary)) for n, f in categorical_of(features).items()}
             for side, features in self.sides.items()
         }
-        return replace(self, query=sides["query"], doc=sides["doc"], event=sides.get("event", {}))
+        only_filter, event = sides.get("filter", {}), sides.get("event", {})
+        return replace(self, query=sides["query"], doc=sides["doc"], filter=only_filter, event=event)
 
 
 def _trained_file(folder: Path, name: str) -> Path:

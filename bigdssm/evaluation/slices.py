@@ -120,7 +120,7 @@ def _sources(dataset: Dataset) -> dict[str, Source]:
     sides: dict[str, Source] = {}
     for side, features, read in (
         ("query", schema.query, _query_column),
-        ("doc", schema.doc, partial(_doc_column, dataset)),
+        ("doc", schema.doc | dataset.header.schema.filter, partial(_doc_column, dataset)),
         ("event", schema.event, _event_column),
     ):
         sides |= {f"{side}.{name}": (f, partial(read, name)) for name, f in filterable(features).items()}

@@ -21,7 +21,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in
-from bigdssm.ingest.documents import canonical_columns
+from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, fitted_documents
 from bigdssm.ingest.engines.local import (
     LocalEngine,
     RowFile,
@@ -132,11 +132,12 @@ class FittedSide:
     table: RowTable
     prefix: str
     features: Mapping[str, Feature]
+    first: int = 0  # number of the first column
 
     def column(self, number: int, first: int, end: int) -> pa.Array:
         """Return rows [first, end) of a canonical feature, by number."""
         name = list(self.features)[number]
-        rows = self.table.read(first, end, [f"{self.prefix}{number}"]).rename_columns(["f0"])
+        rows = self.table.read(first, end, [f"{self.prefix}{self.first + number}"]).rename_columns(["f0"])
         return canonical_columns(rows, "f", {name: self.features[name]}).column(name).combine_chunks()
 
 
@@ -151,9 +152,23 @@ def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> 
     if fitted is None:
         return declared
     schema = Schema.load(fitted)
+    if like is not None and not schema.filter:  # columns that only filter can be added
+        schema = replace(schema, filter=declared.filter)
     if difference := declared.difference(schema):
         raise ConfigError(f"the config's schema is not that of {fitted}: {difference}")
     return schema
+
+
+def document_sides(
+    engine: LocalEngine, base: Schema, documents: DistinctDocuments, train: RowTable | None = None
+) -> list[FittedSide]:
+    """Return the sides in the catalogue: features of `doc` are fitted to `train`, those of `filter` to all documents.
+
+    train: None: all documents, too.
+    """
+    every = fitted_documents(engine, documents) if train is None or base.filter else train
+    doc = FittedSide("doc", every if train is None else train, "d", base.doc)
+    return [doc, FittedSide("filter", every, "d", base.filter, len(base.doc))] if base.filter else [doc]
 
 
 def of_tables(schema: Schema, config: DataConfig) -> Schema:
@@ -173,14 +188,17 @@ def fit(
     With `grow` the schema is extended, and the existing tokenizer is used. For siamese models, queries get the fitted
     document features.
     """
-    schema = base
+    sides_to_fit = sides
+    if like is not None:
+        sides_to_fit = [side for side in sides if side.name == "filter" and not Schema.load(like).filter]
+    fitted = {side.name: fit_side(engine, side, grow=grow) for side in sides_to_fit}
+    schema = replace(base, filter=base.filter | fitted.get("filter", {}))
     if like is None:
-        fitted = {side.name: fit_side(engine, side, grow=grow) for side in sides}
         if base.siamese:  # each side keeps its source columns
             doc = fitted["doc"]
             fitted["query"] = {name: replace(doc[name], column=query.column) for name, query in base.query.items()}
         query, doc, event = (getattr(base, side) | fitted.get(side, {}) for side in ("query", "doc", "event"))
-        schema = replace(base, query=query, doc=doc, event=event)
+        schema = replace(schema, query=query, doc=doc, event=event)
     if not schema.has_text:
         return schema, None
     if not folder.exists():

@@ -47,14 +47,13 @@ from bigdssm.ingest.documents import (
     document_rows,
     document_schema,
     first_rows,
-    fitted_documents,
     number_documents,
     number_versions,
     spool_columns,
     write_document_keys,
 )
 from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable, read_facts, write_facts
-from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
+from bigdssm.ingest.fitting import FittedSide, document_sides, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
@@ -186,7 +185,7 @@ def make_interactions(
                     "µs or ns since 1970"
                 )
         writer.quarantine.check()
-        sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
+        sides = document_sides(engine, base, documents)
         if user:
             fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
             sides.append(FittedSide("query", engine.select("fitted_users", fitted, order="place, user_id"), "u", user))
@@ -242,7 +241,9 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     """Validate the combination of options. Raises ConfigError."""
     items_have_times = tables.items_time_column is not None
     check_reserved_names(
-        config.doc, [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if items_have_times else [])], "doc"
+        [*config.doc, *config.filter],
+        [*CATALOGUE_COLUMNS, *([DOCUMENT_COLUMN, SINCE_COLUMN] if items_have_times else [])],
+        "doc",
     )
     event_columns = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if items_have_times else [])]
     check_reserved_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *event_columns], "query")
@@ -317,8 +318,8 @@ def read_items(
     engine, writer = run.engine, run.writer
     title = base.title or key
     options = (key, "--item-column"), (time_column, "--items-time-column"), (title, "data.title")
-    columns = column_options(*options, *feature_columns(base.doc, "doc"))
-    work = partial(_read_item_part, columns, key, time_column, title, base.doc, StoredDocuments.of(writer))
+    columns = column_options(*options, *feature_columns(base.doc, "doc"), *feature_columns(base.filter, "filter"))
+    work = partial(_read_item_part, columns, key, time_column, title, base.documents, StoredDocuments.of(writer))
     folders = run.read("items", [items], columns, work, base.doc.values())
     rows = engine.table("document_rows", [folder / "documents.parquet" for folder in folders])
     if time_column is not None:

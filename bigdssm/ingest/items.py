@@ -20,12 +20,11 @@ from bigdssm.ingest.dataset_writer import AS_OF, TIMES, WITHDRAWALS
 from bigdssm.ingest.documents import (
     DistinctDocuments,
     document_schema,
-    fitted_documents,
     number_documents,
     number_versions,
 )
 from bigdssm.ingest.engines.local import RowFile, RowTable
-from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
+from bigdssm.ingest.fitting import document_sides, fit, of_tables, schema_to_fit
 from bigdssm.ingest.interactions import read_items
 from bigdssm.ingest.job import Ingestion, IngestReport, IngestTarget, check_column_names, ingestion, write_arrow
 from bigdssm.ingest.reading import TablePart, column_options, read_part
@@ -68,7 +67,7 @@ def make_items(
         if items is None:
             dated = writer.content.get("items") == AS_OF["items"]
             path = engine.spool / "no_documents.parquet"
-            with RowFile(path, document_schema(base.doc, dated=dated)):
+            with RowFile(path, document_schema(base.documents, dated=dated)):
                 pass
             rows = engine.table("document_rows", [path])
             documents = number_versions(engine, writer, rows) if dated else number_documents(engine, writer)
@@ -79,7 +78,7 @@ def make_items(
             )
             where = f"{items.name}, column {tables.items_time_column!r}, with the events of {writer.out},"
             check_time_units([writer.content[TIMES], *times] if times else [], where)
-            sides = [FittedSide("doc", fitted_documents(engine, documents), "d", base.doc)]
+            sides = document_sides(engine, base, documents)
         withdrawals = _write_withdrawals(run, tables, documents, withdrawn)
         writer.quarantine.check()
         if not (documents.table.num_rows or documents.num_changed or withdrawals):

@@ -174,7 +174,7 @@ class Ingestion:
         columns = {"doc": pa.array(docs[order]), "count": pa.array(counts[order])}
         checksum = write_arrow(writer.partition_dir / COUNTS_FILE, columns)["checksum"]
         catalogue, versions = write_catalogue(
-            self.engine, documents, schema.doc, text, writer.catalogue_dir,
+            self.engine, documents, schema.documents, text, writer.catalogue_dir,
             len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
         )  # fmt: skip
         if writer.append and splits:

@@ -36,7 +36,7 @@ from bigdssm.ingest.documents import (
     spool_columns,
 )
 from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable
-from bigdssm.ingest.fitting import FittedSide, fit, of_tables, schema_to_fit
+from bigdssm.ingest.fitting import FittedSide, document_sides, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
@@ -149,6 +149,7 @@ def make_pairs(
         schema_read = of_tables(base, config)
         columns = column_options(
             *feature_columns(schema_read.query, "query"), *feature_columns(schema_read.doc, "doc"),
+            *feature_columns(schema_read.filter, "filter"),
             (schema_read.title, "data.title"), (tables.doc_id_column, "--doc-id-column"),
             (tables.query_id_column, "--query-id-column"), (tables.relevance_column, "--relevance-column"),
             *splitter.columns.items(), (tables.each_of, "--each-of"),
@@ -178,7 +179,7 @@ def make_pairs(
         train_ids = "SELECT doc_id FROM train" + (" UNION SELECT query_id AS doc_id FROM train" if base.siamese else "")
         query = f"SELECT * FROM unique_documents WHERE doc_id IN ({train_ids})"
         train_documents = engine.select("train_documents", query, order="place, doc_id")
-        sides = [FittedSide("doc", train_documents, "d", base.doc)]
+        sides = document_sides(engine, base, documents, train_documents)
         if not base.siamese:
             sides.append(FittedSide("query", splits["train"], "q", base.query))
         schema, text = fit(
@@ -196,7 +197,7 @@ def make_pairs(
 
 def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None:
     """Validate the combination of options. Raises ConfigError, DataError."""
-    check_reserved_names(config.doc, CATALOGUE_COLUMNS, "doc")
+    check_reserved_names([*config.doc, *config.filter], CATALOGUE_COLUMNS, "doc")
     check_reserved_names(config.query, BLOCK_COLUMNS, "query")
     if config.targets_per_row > 1:
         raise ConfigError(f"data.targets_per_row: got {config.targets_per_row}, needs 1: pairs are not sequences")
@@ -229,7 +230,7 @@ def _read_pairs_part(
     """Read a part of a table into rows, with features in columns q0, q1, …, and their distinct documents."""
 
     def add(check: RowCheck, units: TimeUnits) -> None:
-        query, doc = canonical(check, schema.query), canonical(check, schema.doc)
+        query, doc = canonical(check, schema.query), canonical(check, schema.documents)
         check.fail(missing(doc, schema.doc), "no document: its features are empty")
         if tables.query_id_column is None:
             query_ids = hash_rows(query)
@@ -237,7 +238,7 @@ def _read_pairs_part(
             query_ids = hash_strings(ids(check, tables.query_id_column))
         content_hash = hash_rows(doc)
         name = tables.doc_id_column
-        keys = row_keys(content_hash) if name is None else ids(check, name, lacks="document")
+        keys = row_keys(hash_rows(doc.select(list(schema.doc)))) if name is None else ids(check, name, lacks="document")
         doc_ids = hash_strings(keys)
         if schema.siamese:
             check.fail(query_ids == doc_ids, "the document is the query itself")
@@ -268,7 +269,7 @@ def _read_pairs_part(
     row_schema = pa.schema([*ROW_COLUMNS.items(), *spool_columns("q", schema.query)])
     with (
         RowFile(folder / "rows.parquet", row_schema) as row_file,
-        RowFile(folder / "documents.parquet", document_schema(schema.doc)) as file,
+        RowFile(folder / "documents.parquet", document_schema(schema.documents)) as file,
         FirstRows(file, "doc_id") as documents,
     ):
         read_part(part, columns, folder, add, each_of=tables.each_of)

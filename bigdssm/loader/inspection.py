@@ -103,7 +103,9 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
             rows, queries = dataset.sizes(split_name)[number].tolist()
             sizes.append(SplitSize(partition.name, split_name, rows, queries, content["blocks"], len(files), num_bytes))
     quarantine = dataset.dir / QUARANTINE_FILE
-    features = [(side, feature) for side, by_name in dataset.schema.sides.items() for feature in by_name.values()]
+    features = [
+        (side, feature) for side, by_name in dataset.header.schema.sides.items() for feature in by_name.values()
+    ]
     caps = {f"{side}.{feature.name}": feature.max_length for side, feature in features}
     return Description(
         sizes=sizes,

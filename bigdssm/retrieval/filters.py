@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 
 from bigdssm.dataset.catalogue import Catalogue
-from bigdssm.dataset.schema import Schema
-from bigdssm.features.base import filterable
 from bigdssm.features.conditions import evaluate, parse_filter, resolve
 from bigdssm.retrieval.index_types import AllowedDocuments
 
@@ -19,16 +17,16 @@ CACHED_FILTERS = 32  # a byte and a bit per document and cached filter
 class Filters:
     """Evaluates filters over the documents of one catalogue, with a cache."""
 
-    def __init__(self, schema: Schema, catalogue: Catalogue, num_docs: int | None = None) -> None:
+    def __init__(self, catalogue: Catalogue, num_docs: int | None = None) -> None:
         """`num_docs`: the first documents, which an index has; None: all."""
-        self._schema, self._catalogue, self._num_docs = schema, catalogue, num_docs
+        self._catalogue, self._num_docs = catalogue, num_docs
         self.allowed = lru_cache(CACHED_FILTERS)(self._allowed)
 
     @cached_property
     def choices(self) -> dict[str, dict[str, Any]]:
         """Return the type and `Feature.choices` per filterable feature."""
         every, choices = np.arange(self._catalogue.num_docs), {}
-        for name, feature in filterable(self._schema.doc).items():
+        for name, feature in self._catalogue.filterable.items():
             if values := feature.choices(self._catalogue.column(name, every)):
                 choices[name] = {"type": feature.type, **values}
         return choices
@@ -38,8 +36,9 @@ class Filters:
 
         Raises ConfigError: an unknown feature or value.
         """
-        expression = resolve(parse_filter(text), self._schema.doc)
+        features = self._catalogue.filterable
+        expression = resolve(parse_filter(text), features)
         every = np.arange(self._catalogue.num_docs)
-        passed = evaluate(expression, self._schema.doc, lambda name: self._catalogue.column(name, every))
+        passed = evaluate(expression, features, lambda name: self._catalogue.column(name, every))
         passed[self._catalogue.withdrawn] = False
         return AllowedDocuments(passed[: self._num_docs])

@@ -112,7 +112,7 @@ def recommend(
     )
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
-    filters = Filters(dataset.whole.schema, dataset.whole.catalogue, index.meta.num_docs)
+    filters = Filters(dataset.whole.catalogue, index.meta.num_docs)
     allowed = None if options.filter is None else filters.allowed(options.filter)
     job = {
         "kind": "recommendations", "format": FORMAT, **asdict(options), "exclude_seen": exclude,

@@ -77,8 +77,7 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        whole = None if dataset is None else dataset.whole
-        self._filters = None if whole is None else Filters(whole.schema, whole.catalogue, num_docs)
+        self._filters = None if dataset is None else Filters(dataset.whole.catalogue, num_docs)
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar, cast, get_args, overload
 
 from bigdssm.errors import ConfigError
-from bigdssm.utils.bounds import out_of_bounds
+from bigdssm.utils.bounds import RESUME, ResumeRule, out_of_bounds
 
 MISSING = "???"  # omegaconf's mark of a key without a default
 REGISTRY = "registry"  # metadata key of a field that is a component
@@ -152,9 +152,9 @@ def components_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Componen
             yield from components_of(value, f"{key}.")
 
 
-def named_components(registry: Registry[C]) -> dict[str, Any]:
+def named_components(registry: Registry[C], resume: ResumeRule | None = None) -> dict[str, Any]:
     """Return a dataclass field for a dict of components, empty by default."""
-    return field(default_factory=dict, metadata={EACH: registry})
+    return field(default_factory=dict, metadata={EACH: registry, **({} if resume is None else {RESUME: resume})})
 
 
 def keys_of(cls: Any) -> list[str]:

@@ -443,7 +443,10 @@ def test_refused_rules(tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"targets": {"dev": "action = buy"}}, r"data\.targets: got .*dev.*, needs a condition, or a mapping of train"),
         ({"targets": {"train": 3}}, r"data\.targets\.train: got 3, needs a condition"),
-        ({"exclude_seen": "kind = buy"}, r"data\.exclude_seen 'kind = buy': got 'kind', needs .* features action, price"),
+        (
+            {"exclude_seen": "kind = buy"},
+            r"data\.exclude_seen 'kind = buy': got 'kind', needs .* features action, price",
+        ),
         ({"visit": VisitConfig("action")}, r"data\.visit\.feature: got action, needs .* type session"),
         (
             {"visit": VisitConfig("session", 3.0)},

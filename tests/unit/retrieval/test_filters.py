@@ -96,7 +96,7 @@ def test_random_filters_match_their_definition() -> None:
     ],
 )
 def test_a_filter_allows_the_matching_documents(dataset: Dataset, text: str, fits: Callable[[int], bool]) -> None:
-    filters = Filters(dataset.schema, dataset.catalogue)
+    filters = Filters(dataset.catalogue)
     keys = dataset.catalogue.keys(np.flatnonzero(filters.allowed(text).mask))
     assert keys == [f"i{i}" for i in range(40) if fits(i)]
 
@@ -136,13 +136,13 @@ def test_a_filter_allows_the_matching_documents(dataset: Dataset, text: str, fit
 )  # fmt: skip
 def test_an_invalid_filter_gives_a_one_line_error(dataset: Dataset, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Filters(dataset.schema, dataset.catalogue).allowed(text)
+        Filters(dataset.catalogue).allowed(text)
     assert sentence in str(refused.value)
 
 
 def test_conditions_that_repeat_are_evaluated_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each distinct condition scans the documents once, in filters of any length."""
-    filters, read, compared = Filters(dataset.schema, dataset.catalogue), [], []
+    filters, read, compared = Filters(dataset.catalogue), [], []
     column, matches = Catalogue.column, Numeric.matches
 
     def reading(catalogue: Catalogue, name: str, rows: np.ndarray) -> Any:
