@@ -7,7 +7,9 @@
 
 OUT/part-*.parquet contain one row per query and document: row, query, rank, document, score. A table of queries has the
 columns of the query features, as for make_shards; --events-column is a list of document keys (history), oldest first.
-Seen documents are excluded unless the model's data.exclude_seen is false; --seen overrides it for one job.
+--exclude-column is a list of the keys of documents that are no answers to the query of the row; --exclude-table has a
+row per user and such a document. Seen documents are excluded unless the model's data.exclude_seen is false; --seen
+overrides it for one job.
 
 If OUT ends in .csv, the result is one CSV file with the same columns; OUT.parts/ is temporary.
 
@@ -27,7 +29,16 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
 from bigdssm.retrieval.index import open_index
-from bigdssm.retrieval.recommend import QuerySource, RecommendOptions, SplitRows, TableRows, Users, recommend, write_csv
+from bigdssm.retrieval.recommend import (
+    Exclusions,
+    QuerySource,
+    RecommendOptions,
+    SplitRows,
+    TableRows,
+    Users,
+    recommend,
+    write_csv,
+)
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.utils.progress import ProgressBar
 
@@ -46,6 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--queries", type=Path, metavar="TABLE", help="table of queries: CSV, TSV, JSONL or Parquet")
     parser.add_argument("--key-column", metavar="NAME", help="column of TABLE with query keys")
     parser.add_argument("--events-column", metavar="NAME", help="column of TABLE with the document keys of the history")
+    parser.add_argument(
+        "--exclude-column", metavar="NAME", help="column of TABLE with the keys of documents that are no answers"
+    )
+    parser.add_argument(
+        "--exclude-table", type=Path, metavar="TABLE",
+        help="table of documents that are no answers, with a row per user and document",
+    )  # fmt: skip
+    parser.add_argument(
+        "--user-column", default="user_id", metavar="NAME", help="column of --exclude-table (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--item-column", default="item_id", metavar="NAME", help="column of --exclude-table (default: %(default)s)"
+    )
     parser.add_argument("--now", type=float, help="time of the requests; later events of users are ignored")
     parser.add_argument(
         "--context", nargs="+", action="extend", default=[], metavar="FEATURE=VALUE",
@@ -66,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.split is not None:
         refuse_options(parser, args, ["--now", "--context"], "with --split, whose rows have them")
     if args.queries is None:
-        refuse_options(parser, args, ["--key-column", "--events-column"], "without --queries")
+        refuse_options(parser, args, ["--key-column", "--events-column", "--exclude-column"], "without --queries")
+    if args.exclude_table is None:
+        refuse_options(parser, args, ["--user-column", "--item-column"], "without --exclude-table")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
     with ProgressBar() as progress:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
@@ -80,9 +106,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.split is not None:
             queries = SplitRows(dataset, args.split)
         else:
-            queries = TableRows(dataset, args.queries, args.key_column, args.events_column, args.now, context)
+            columns = args.key_column, args.events_column
+            queries = TableRows(dataset, args.queries, *columns, args.now, context, args.exclude_column)
+        exclusions = None
+        if args.exclude_table is not None:
+            exclusions = Exclusions(dataset, args.exclude_table, args.user_column, args.item_column)
         overwrite = args.overwrite and not as_csv
-        done = recommend(parts, folder, index, dataset, queries, options, work, overwrite=overwrite)
+        done = recommend(
+            parts, folder, index, dataset, queries, options, work, exclusions=exclusions, overwrite=overwrite
+        )
         if as_csv and done.finished:
             write_csv(parts, args.out)
     resumed = f", {done.resumed_shards} shards were already finished" if done.resumed_shards else ""

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_search_options(parser)
     for name, metavar in (("user", "KEY"), ("document", "KEY"), ("filter", "CONDITIONS")):
         parser.add_argument(f"--{name}", metavar=metavar, help=HELPS[name])
+    parser.add_argument("--exclude", nargs="+", action="extend", metavar="KEY", help=HELPS["exclude"])
     parser.add_argument(
         "--history", metavar="ITEMS", help="events to append: document keys or titles, oldest first, separated by ;"
     )
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out {args.out}: needs a file name ending in .csv")
     check_file_to_write("--out", args.out, "search", overwrite=args.overwrite)
     if args.request is not None:
-        options = ["--user", "--document", "--history", "--text", "--now", "--context", "--filter", "--seen", "--top"]
+        options = ["--user", "--document", "--history", "--text", "--now", "--context", "--filter", "--exclude"]
+        options += ["--seen", "--top"]
         refuse_options(parser, args, options, "with --request, which contains them")
         try:
             text = sys.stdin.read() if args.request == "-" else Path(args.request).read_text(encoding="utf-8")
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         features = None if args.text is None else feature_values("--text", args.text)
         request = Request(
             args.user, features, [*map(Event, titles)] or None, args.now, args.filter, document=args.document,
+            exclude=args.exclude,
             exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
             context=None if args.context is None else feature_values("--context", args.context),
         )  # fmt: skip
@@ -95,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"history, newest first: {'; '.join(newest)}{more}", soft_wrap=True)
     for item in query.unknown:
         console.print(f"skipped: {searcher.queries.unknown(item)}", soft_wrap=True)
+    for key in query.unknown_excluded:
+        console.print(f"skipped: --exclude {key}: no document has this key", soft_wrap=True)
     table = Table()
     for column in ("rank", "score"):
         table.add_column(column, justify="right")

@@ -191,17 +191,18 @@ class Index:
             )  # fmt: skip
         return replace(self, answers=AllowedDocuments.without(catalogue.withdrawn, num_docs))
 
-    def similar(self, row: int, top: int) -> tuple[np.ndarray, np.ndarray]:
+    def similar(self, row: int, top: int, excluded: np.ndarray = NO_ROWS) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32, catalogue rows int64), [top], of the nearest documents, ignoring beta.
 
-        Cosine re-ranks the SIMILAR_CANDIDATES · (top + 1) documents with the largest inner products.
+        Cosine re-ranks the SIMILAR_CANDIDATES · (top + 1) documents with the largest inner products. excluded: int64,
+        rows that are no answers.
         """
         query = self.vectors_at([row])
         query[:, query.shape[1] - self.meta.has_beta :] = 0
         available = self.meta.num_docs if self.answers is None else self.answers.count
-        candidates = min(SIMILAR_CANDIDATES * (top + 1), available)
+        candidates = min(SIMILAR_CANDIDATES * (top + 1 + len(excluded)), available)
         rows = self._search(query, candidates, self.answers)[1][0] if candidates else NO_ROWS
-        rows = rows[rows != row]
+        rows = rows[(rows != row) & ~np.isin(rows, excluded)]
         cosines = cosine_similarities(query[0], self.vectors_at(rows), self.meta.has_beta)
         best = np.argsort(-cosines, kind="stable")[:top]
         return cosines[best], rows[best]
@@ -213,6 +214,12 @@ class Index:
         if row < 0:
             raise DataError(f"no document has the key {key!r}")
         return row
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Return the catalogue rows of documents, int64, -1 for an unknown key."""
+        check_utf8(keys)
+        rows = pc.index_in(pa.array(keys, pa.string()), value_set=self.keys.combine_chunks())
+        return np.asarray(rows.fill_null(-1), np.int64)
 
     def vectors_at(self, rows: Iterable[int]) -> np.ndarray:
         """Return the vectors of documents, float32 [n, D+1], with the precision of this index."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Column, Feature, Ragged, encode_values, histories_of, stored_features
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
-from bigdssm.features.ragged import joined
+from bigdssm.features.ragged import gather_ranges, joined
 from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, item_contents, query_vectors
 from bigdssm.retrieval.filters import Filters
@@ -40,6 +40,7 @@ from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, hash64, json_checksum
 from bigdssm.utils.log import get_logger
+from bigdssm.utils.string_hashing import hash_strings
 
 logger = get_logger(__name__)
 
@@ -87,13 +88,14 @@ def recommend(
     options: RecommendOptions,
     work: ShardWork,
     *,
+    exclusions: Exclusions | None = None,
     overwrite: bool = False,
 ) -> RecommendReport:
     """Write this rank's share of the recommendations for all queries of `source` into the folder `out`.
 
-    overwrite: `out` may hold something else; its files with other names are kept. Raises: CheckpointError: model, index
-    and dataset do not match; ConfigError: `out` holds something else, or an invalid filter; DataError: no queries, or a
-    vector is not finite.
+    exclusions: documents that are no answers, by the keys of queries. overwrite: `out` may hold something else; its
+    files with other names are kept. Raises: CheckpointError: model, index and dataset do not match; ConfigError: `out`
+    holds something else, or an invalid filter; DataError: no queries, or a vector is not finite.
     """
     index.check_model(folder.doc_checksum)
     exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
@@ -117,7 +119,7 @@ def recommend(
     job = {
         "kind": "recommendations", "format": FORMAT, **asdict(options), "exclude_seen": exclude,
         "source": source.identity, "model": folder.checksum, "index": index.meta.files,
-        "dataset": dataset.rows_fingerprint,
+        "dataset": dataset.rows_fingerprint, **({} if exclusions is None else {"exclusions": exclusions.identity}),
     }  # fmt: skip
     documents, started, queries = index.keys.combine_chunks(), time.perf_counter(), 0
     shards = ShardedFolder(out, job, source.num_rows, work, own=(META_FILE, "part-*.parquet"))
@@ -129,7 +131,8 @@ def recommend(
             vectors = encode_columns(folder.schema.query, batch.columns, partial(query_vectors, folder.model)).numpy()
             if not np.isfinite(vectors).all():
                 raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
-            excluded = [batch.excluded[i] for i in range(len(batch.excluded))]
+            left_out = batch.excluded if exclusions is None else joined(batch.excluded, exclusions.of(batch.keys))
+            excluded = [left_out[i] for i in range(len(left_out))]
             scores, rows = index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
         with new_file(shards.aside / f"part-{shard:07d}.parquet") as aside:
             parquet.write_table(_table(batch, scores, rows, documents), aside)
@@ -258,10 +261,11 @@ class TableRows(QuerySource):
 
     def __init__(
         self, dataset: Dataset, path: Path, key_column: str | None, events_column: str | None, now: float | None = None,
-        context: Mapping[str, str] | None = None,
+        context: Mapping[str, str] | None = None, exclude_column: str | None = None,
     ) -> None:  # fmt: skip
         """`events_column` lists document keys of the history, oldest first; unknown keys are skipped.
 
+        `exclude_column` lists those of documents that are no answers; unknown keys are skipped and counted in the log.
         now, context: time and features of the requests, for all rows. Raises: ConfigError: the model has histories and
         there is no such column, or vice versa, or `now` or `context` is invalid; DataError: the table is not readable,
         or lacks a column.
@@ -273,7 +277,7 @@ class TableRows(QuerySource):
         self._dataset, features = dataset, _of_columns(stored_features(dataset.schema.query))
         self._key_column, self._events_column = key_column, events_column
         required = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
-        options = {"--key-column": key_column, "--events-column": events_column}
+        options = {"--key-column": key_column, "--events-column": events_column, "--exclude-column": exclude_column}
         required |= {column: option for option, column in options.items() if column is not None}
         batches = list(read_table(path, required, _warn))
         try:
@@ -283,8 +287,16 @@ class TableRows(QuerySource):
         self._table = tables.combine_chunks()
         self._rows = np.concatenate([batch.rows for batch in batches])  # from 1, without unusable ones
         self._path, self.num_rows = path, self._table.num_rows
-        content = json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
-        self.identity = f"table {content} {key_column} {events_column}{_identity(now, context)}"
+        content = _table_checksum(path)
+        more = "" if exclude_column is None else f" exclude={exclude_column}"
+        self.identity = f"table {content} {key_column} {events_column}{_identity(now, context)}{more}"
+        self._excluded = Ragged(np.zeros(0, np.int64), np.zeros(self.num_rows + 1, np.int64))
+        if exclude_column is not None:
+            check = RowCheck(SourceBatch(str(path), self._table, self._rows), _warn)
+            lists = value_lists(check, exclude_column, " ")
+            rows = _known_rows(dataset, lists.flatten().to_pylist(), f"{path}, column {exclude_column!r}")
+            offsets = np.concatenate([[0], np.cumsum(rows >= 0)])
+            self._excluded = Ragged(rows[rows >= 0], offsets[np.asarray(lists.offsets)])
 
     def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> QuerySource:
         """As of `QuerySource`. Raises ConfigError: exclusions by features or times, which events of a table lack."""
@@ -316,7 +328,47 @@ class TableRows(QuerySource):
         if keys is not None and self._dataset.schema.siamese and self._exclude_seen:
             ids = np.array([hash64(key) for key in keys], np.int64)
             excluded = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
+        excluded = joined(excluded, self._excluded.take(np.arange(first, last)))
         return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), excluded)
+
+
+class Exclusions:
+    """Documents that are no answers for some users, from a table with a row per user and document."""
+
+    def __init__(
+        self, dataset: Dataset, path: Path, user_column: str = "user_id", item_column: str = "item_id"
+    ) -> None:
+        """Unknown documents are skipped and counted in the log. Raises DataError: unreadable, or lacks a column."""
+        columns = {user_column: "--user-column", item_column: "--item-column"}
+        batches = [RowCheck(batch, _warn) for batch in read_table(path, columns, _warn)]
+        users = [hash_strings(strings(check, user_column)) for check in batches]
+        items = [key for check in batches for key in strings(check, item_column).to_pylist()]
+        user, rows = np.concatenate(users), _known_rows(dataset, items, f"{path}, column {item_column!r}")
+        order = np.argsort(user, kind="stable")
+        order = order[rows[order] >= 0]
+        self._users, self._rows = user[order], rows[order]
+        self.identity = f"{_table_checksum(path)} {user_column} {item_column}"
+
+    def of(self, keys: Sequence[str] | None) -> Ragged:
+        """Return the catalogue rows, int64, per user. Raises ConfigError: queries without keys."""
+        if keys is None:
+            raise ConfigError("--exclude-table needs queries with keys: --users, or --queries with --key-column")
+        ids = hash_strings(pa.array(keys, pa.large_string()))
+        first, end = (np.searchsorted(self._users, ids, side) for side in ("left", "right"))
+        return gather_ranges(self._rows, first, end)
+
+
+def _table_checksum(path: Path) -> str:
+    return json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
+
+
+def _known_rows(dataset: Dataset, keys: Sequence[str], where: str) -> np.ndarray:
+    """Return the catalogue rows of documents by key, int64, -1 for unknown ones, which are counted in the log."""
+    rows = dataset.catalogue.rows_by_key(keys)
+    if unknown := [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0]:
+        some = len(unknown), len(keys), unknown[0]
+        logger.warning("%s: %d of %d keys are of no document, such as %r; they are skipped", where, *some)
+    return rows
 
 
 def _context(dataset: Dataset, now: float | None, context: Mapping[str, str]) -> dict[str, Column]:

@@ -58,6 +58,9 @@ class Request:
     )
     top: int = field(default=10, metadata={HELP: "number of documents", BOUND: Bound(at_least=1)})
     document: str | None = field(default=None, metadata={HELP: "key of the query document, if queries are documents"})
+    exclude: list[str] | None = field(
+        default=None, metadata={HELP: "keys of documents that are no answers; unknown keys are skipped"}
+    )
     context: dict[str, Any] | None = field(
         default=None, metadata={HELP: "features of the request (data.request), such as the wanted action"}
     )
@@ -127,6 +130,11 @@ def _check_values(values: Event | Request, owner: str = "") -> None:
                 finite = False
             if not finite:
                 raise _refused(where, value, "a finite number")
+        elif kind == "list[str]":
+            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+                raise _refused(where, value, "a list of texts")
+            for text in value:
+                _check_text(f"a value of {where}", text)
         elif kind == "list[Event]":
             if isinstance(value, str | bytes) or not isinstance(value, Sequence):
                 raise _refused(where, value, "a list of events")

@@ -55,6 +55,7 @@ class Query:
     top: int
     seen: np.ndarray  # int64: catalogue rows of the events, oldest first
     unknown: tuple[str, ...]  # event items that match no document
+    unknown_excluded: tuple[str, ...]  # keys of `Request.exclude` of no document
     excluded: np.ndarray  # int64: catalogue rows
     allowed: AllowedDocuments | None  # documents that pass the filter; None: all
 
@@ -93,7 +94,8 @@ class Queries:
         for event in request.events or ():
             texts += [event.item, *(value for value in (event.features or {}).values() if isinstance(value, str))]
         texts += [value for value in (request.context or {}).values() if isinstance(value, str)]
-        check_utf8(texts)
+        keys = list(request.exclude or ())
+        check_utf8([*texts, *keys])
         values = (request.user, request.document, *features.values())
         blank = all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
         if blank and request.events is None:
@@ -144,8 +146,12 @@ class Queries:
         if dataset is not None:
             session = None if visit.feature is None else context.get(visit.feature)
             of_events = excluded_rows(dataset, past, exclude, request.now, session).values
-        excluded = np.concatenate([of_events, query_document])
-        return Query(columns, request.top, seen, unknown, excluded, allowed)
+        if keys and dataset is None:
+            raise ConfigError("exclude needs the documents' keys; give the dataset with --data")
+        by_key = NOTHING if dataset is None else dataset.catalogue.rows_by_key(keys)
+        unknown_excluded = tuple(key for key, row in zip(keys, by_key.tolist(), strict=False) if row < 0)
+        excluded = np.concatenate([of_events, query_document, by_key[by_key >= 0]])
+        return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, allowed)
 
     def feature(self, name: str, value: Any) -> Column:
         """Encode one value as a column. Raises ConfigError: an unknown feature, or an invalid value."""

@@ -11,7 +11,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Query
 from fastapi import Request as HTTPRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -71,6 +71,7 @@ Value = Annotated[
     WrapValidator(_value),
 ]  # of a feature
 Top = Annotated[int, Field(ge=1, le=MOST_DOCUMENTS)]
+Excluded = Annotated[Sequence[ShortText], Query(max_length=MOST_ENTRIES, description="keys of no answers; repeatable")]
 Integral = BeforeValidator(  # to JSON Schema 10.0 is an integer
     lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
 )
@@ -84,6 +85,7 @@ def _body(kind: type[Event | Request]) -> Any:
         "bool": StrictBool,
         "int": Annotated[Top, Field(strict=True), Integral],
         "dict[str, Any]": Annotated[dict[ShortText, Value], Field(max_length=MOST_ENTRIES)],
+        "list[str]": Annotated[list[ShortText], Field(max_length=MOST_ENTRIES)],
         "list[Event]": Annotated[list[EventBody], Field(max_length=MOST_ENTRIES)] if kind is Request else None,
     }
     declared: dict[str, Any] = {}
@@ -174,19 +176,23 @@ def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: b
                 query = await run_in_threadpool(current.searcher.queries.of, body.request())
                 result = await current.batcher(query)
                 metrics.unknown_events.inc(len(query.unknown))
+                metrics.unknown_excluded.inc(len(query.unknown_excluded))
                 timing = {
                     "encode_ms": result.encode_ms, "search_ms": result.search_ms, "rerank_ms": result.rerank_ms,
                     "batch": result.batch,
                 }  # fmt: skip
-                history = {"history": current.searcher.seen(query), "unknown_events": len(query.unknown)}
+                unknown = {
+                    "unknown_events": len(query.unknown), "unknown_excluded": len(query.unknown_excluded),
+                }  # fmt: skip
+                history = {"history": current.searcher.seen(query), **unknown}
                 answer = {"documents": _ranked(result.documents), **history, **timing}
                 current.cache.put(key, answer)
         return {**answer, "cached": cached, "total_ms": _ms_since(started)}
 
     @routes.get("/api/similar")
-    async def similar(key: ShortText, top: Top = 10) -> dict[str, Any]:
+    async def similar(key: ShortText, top: Top = 10, exclude: Excluded = ()) -> dict[str, Any]:
         started = time.perf_counter()
-        name, documents = await run_in_threadpool(active().searcher.similar, key, top)
+        name, documents = await run_in_threadpool(active().searcher.similar, key, top, exclude)
         return {"of": name, "documents": _ranked(documents), "total_ms": _ms_since(started)}
 
     @routes.post("/api/why")

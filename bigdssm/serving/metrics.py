@@ -40,6 +40,9 @@ class Metrics:
         )
         self.cache = Counter("bigdssm_cache", "Cache lookups", ["result"], registry=registry)
         self.unknown_events = Counter("bigdssm_unknown_events", "Events with an unknown item", registry=registry)
+        self.unknown_excluded = Counter(
+            "bigdssm_unknown_excluded", "Unknown keys of documents to exclude", registry=registry
+        )
         self.reloads = Counter("bigdssm_model_loads", "Models and indexes reloaded while serving", registry=registry)
 
     def batch(self, result: SearchResult) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
+from bigdssm.dataset.catalogue import NO_ROWS
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.partition import read_dataset_json
@@ -223,11 +224,14 @@ class Searcher:
         )
         return np.asarray(vectors)[:, : self._folder.index_width]  # earlier exports always had [u, 1]
 
-    def similar(self, key: str, top: int) -> tuple[str, list[ScoredDocument]]:
-        """Return a document's title and its nearest documents. Raises DataError: no such document."""
-        row = self._index.row(key)
+    def similar(self, key: str, top: int, exclude: Sequence[str] = ()) -> tuple[str, list[ScoredDocument]]:
+        """Return a document's title and its nearest documents but those with the keys `exclude`.
+
+        Raises DataError: no such document.
+        """
+        row, excluded = self._index.row(key), self._index.rows(exclude) if exclude else NO_ROWS
         self._use_threads()
-        return self._index.title[row].as_py(), self._index.documents(*self._index.similar(row, top))
+        return self._index.title[row].as_py(), self._index.documents(*self._index.similar(row, top, excluded))
 
     def why(self, request: Request, key: str) -> Explanation:
         """Explain a document by the most similar parts of a request. Raises as `queries.of` and `similar`."""

@@ -18,10 +18,12 @@ from pyarrow import parquet
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.features.ragged import Ragged
 from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import Index, open_index
 from bigdssm.retrieval.recommend import (
+    Exclusions,
     QueryBatch,
     QuerySource,
     RecommendOptions,
@@ -91,6 +93,53 @@ def test_bulk_results_equal_search_results(
         "meta.json", *(f"part-000000{i}.parquet" for i in range(5)),
     }  # fmt: skip
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["queries"] == NUM_USERS
+
+
+def test_a_table_excludes_documents_per_user(
+    folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    before = {user: searcher.search([Request(user, top=3)])[0] for user in ("u3", "u40")}
+    pairs = [(user, one.key) for user, documents in before.items() for one in documents[:2]]
+    pairs = [pairs[0], ("nobody", "i1"), *pairs[1:], ("u3", "i999"), pairs[0]]
+    table = pa.table({"user": [user for user, _ in pairs], "doc": [key for _, key in pairs]})
+    parquet.write_table(table, tmp_path / "gone.parquet")
+    out, arguments = tmp_path / "out", (folder, index, dataset, Users(dataset), RecommendOptions(3))
+    exclusions = Exclusions(dataset, tmp_path / "gone.parquet", "user", "doc")
+    assert "column 'doc': 1 of 7 keys are of no document, such as 'i999'" in caplog.text
+    recommend(out, *arguments, ShardWork(rows_per_shard=SHARD), exclusions=exclusions)
+    requests = {user: Request(user, top=3) for user in by_query(out)}
+    for user, documents in before.items():
+        requests[user] = Request(user, top=3, exclude=[one.key for one in documents[:2]])
+    check_answers(by_query(out), requests, searcher)
+    assert by_query(out)["u3"][0][0] == before["u3"][2].key
+    job = json.loads((out / "meta.json").read_text())
+    recommend(out, *arguments, ShardWork(rows_per_shard=SHARD))
+    assert json.loads((out / "meta.json").read_text()) == {k: v for k, v in job.items() if k != "exclusions"}
+    assert job["exclusions"] == exclusions.identity, "shards of another job are not reused"
+    pairs_have_no_keys = QueryBatch(np.arange(1), None, {}, Ragged.of_lists([[]], np.int64))
+    with pytest.raises(ConfigError, match="--exclude-table needs queries with keys"):
+        exclusions.of(pairs_have_no_keys.keys)
+
+
+def test_a_column_excludes_documents_of_a_query(
+    folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    lists = [["i5", "i999"], [], ["i1", "i2"], None]
+    table = {"user": list("abcd"), "items": [["i7"]] * 4, "age": [30] * 4, "occupation": ["artist"] * 4, "no": lists}
+    parquet.write_table(pa.table(table), tmp_path / "new.parquet")
+    source = TableRows(dataset, tmp_path / "new.parquet", "user", "items", exclude_column="no")
+    assert "column 'no': 1 of 4 keys are of no document, such as 'i999'" in caplog.text
+    recommend(tmp_path / "out", folder, index, dataset, source, RecommendOptions(40), ShardWork(rows_per_shard=3))
+    features = {"age": 30, "occupation": "artist"}
+    requests = {
+        user: Request(features=features, events=[Event("i7")], exclude=exclude or (), top=40)
+        for user, exclude in zip("abcd", lists, strict=True)
+    }
+    found = by_query(tmp_path / "out")
+    check_answers(found, requests, searcher)
+    assert [len(found[user]) for user in "abcd"] == [38, 39, 37, 39]
 
 
 def test_rows_of_a_split_use_their_preceding_events(

@@ -100,6 +100,26 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
     assert answer["total_ms"] > 0 and answer["encode_ms"] > 0 and not answer["cached"]
 
 
+def test_excluded_keys_are_no_answers(client: TestClient, searcher: Searcher) -> None:
+    def keys(found: Any) -> list[str]:
+        return [entry["key"] for entry in found.json()["documents"]]
+
+    every = keys(client.post("/api/search", json={"user": "u7", "top": 40}))
+    body = {"user": "u7", "top": 40, "exclude": [*every[:3], every[0], "i999"]}
+    answer = client.post("/api/search", json=body)
+    assert keys(answer) == every[3:] and answer.json()["unknown_excluded"] == 1
+    assert answer.json()["unknown_events"] == 0
+    assert "bigdssm_unknown_excluded_total 1.0" in client.get("/metrics").text
+    (same,) = searcher.search([Request("u7", exclude=tuple(every[:3]), top=5)])
+    assert [document.key for document in same] == every[3:8], "as many as requested"
+    near = keys(client.get("/api/similar", params={"key": "i3", "top": 40}))
+    left = client.get("/api/similar", params={"key": "i3", "top": 5, "exclude": [near[0], near[2], "i999"]})
+    assert keys(left) == [near[1], *near[3:7]]
+    for exclude, sentence in (("i3", "exclude"), ([3], "exclude"), (["x"] * 1001, "1000")):
+        refused = client.post("/api/search", json={"user": "u7", "exclude": exclude})
+        assert refused.status_code == 422 and sentence in refused.json()["error"], exclude
+
+
 def test_an_unknown_user_is_one_without_events_if_the_model_learned_empty_histories(
     model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
