@@ -1,4 +1,4 @@
-"""Random filters with a plain definition of what matches them, and rows with missing, several and rounded values."""
+"""Random filters with a plain definition of a match, and rows with missing, several and rounded values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_rows(random: Random, number: int) -> list[Row]:
 
 
 def random_filter(random: Random, depth: int = 3) -> tuple[str, Callable[[Row], bool]]:
-    """Return the text of a filter, and whether it matches a row."""
+    """Return the text of a filter, and its definition."""
     text, matches, _ = _expression(random, depth)
     return text, matches
 

@@ -60,7 +60,7 @@ def make(config: Config, folder: Path, data: DataConfig = DATA, **options: Any) 
     return config
 
 
-def found(searcher: Searcher, condition: str) -> list[str]:
+def answers(searcher: Searcher, condition: str) -> list[str]:
     (documents,) = searcher.search([Request(user="u", filter=condition, exclude_seen=False, top=NUM_ITEMS)])
     return sorted((document.key for document in documents), key=lambda key: int(key[1:]))
 
@@ -86,8 +86,8 @@ def test_a_change_needs_no_new_vectors_and_no_new_index(
     run(build_index.main, "--vectors", tmp_path / "vectors", "--out", tmp_path / "index")
 
     searcher = Searcher.open(tmp_path / "model", tmp_path / "index")
-    assert found(searcher, "stock >= 5 and region = north") == ["i6", "i8", "i10"]
-    assert found(searcher, "region != north") == [f"i{n}" for n in range(1, NUM_ITEMS, 2)], "i0 has no region"
+    assert answers(searcher, "stock >= 5 and region = north") == ["i6", "i8", "i10"]
+    assert answers(searcher, "region != north") == [f"i{n}" for n in range(1, NUM_ITEMS, 2)], "i0 has no region"
     assert searcher.queries.choices["region"]["values"] == ["south", "north"]
     extents, stream = open_dataset(config.data).extents, PairStream(open_dataset(config.data), rows_global=2, lanes=1)
     assert not searcher.is_outdated()
@@ -97,8 +97,8 @@ def test_a_change_needs_no_new_vectors_and_no_new_index(
     assert (report.new_docs, report.changed_docs) == (0, NUM_ITEMS)
     assert searcher.is_outdated(), "a server reloads"
     searcher = Searcher.open(tmp_path / "model", tmp_path / "index")
-    assert found(searcher, "stock > 0") == [f"i{n}" for n in range(7, NUM_ITEMS)]
-    assert found(searcher, "region = east or stock = 9 and kind = b") == [f"i{n}" for n in range(1, NUM_ITEMS, 2)]
+    assert answers(searcher, "stock > 0") == [f"i{n}" for n in range(7, NUM_ITEMS)]
+    assert answers(searcher, "region = east or stock = 9 and kind = b") == [f"i{n}" for n in range(1, NUM_ITEMS, 2)]
     capsys.readouterr()
     run(embed.main, *folders, "--out", tmp_path / "again", "--since", tmp_path / "vectors")
     assert f"0 encoded, {NUM_ITEMS} unchanged" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_change_needs_no_new_vectors_and_no_new_index(
 
 
 def test_documents_without_ids_keep_their_identity(config: Config, tmp_path: Path) -> None:
-    """The content that identifies a document is what the model reads."""
+    """A document is identified by the features of data.doc."""
     data = replace(DATA, query={"word": Categorical()}, doc={"kind": Categorical()}, dir=str(tmp_path / "data"))
     config = replace(config, data=data)
     pairs = {"word": list("xyzxyz"), "kind": list("ababab"), "stock": [1, 2] * 3, "region": ["north", "south"] * 3}

@@ -248,7 +248,7 @@ def test_mismatched_models_and_datasets_are_refused(
 
     with pytest.raises(CheckpointError, match="holds vectors of model"):
         run(load_model_folder(other_model_dir))
-    with pytest.raises(ConfigError, match="'yeer' is not a document feature"):
+    with pytest.raises(ConfigError, match="got 'yeer', needs one of the categorical"):
         run(filter="yeer > 1")
     with pytest.raises(ConfigError, match="--top 0: needs at least 1"):
         run(top=0)

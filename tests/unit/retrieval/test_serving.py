@@ -101,8 +101,8 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
 
 
 def test_excluded_keys_are_no_answers(client: TestClient, searcher: Searcher) -> None:
-    def keys(found: Any) -> list[str]:
-        return [entry["key"] for entry in found.json()["documents"]]
+    def keys(answer: Any) -> list[str]:
+        return [entry["key"] for entry in answer.json()["documents"]]
 
     every = keys(client.post("/api/search", json={"user": "u7", "top": 40}))
     body = {"user": "u7", "top": 40, "exclude": [*every[:3], every[0], "i999"]}
@@ -220,7 +220,7 @@ def test_the_nearest_documents_of_a_document(
         ({"events": [{"item": "i2", "time": 3}, {"item": "i3"}]}, 400, "1 of 2 events have no time"),
         ({"user": "u7", "now": "3"}, 422, "now: Input should be a valid number"),
         ({"user": "u7", "exclude_seen": 1}, 422, "exclude_seen: Input should be a valid boolean"),
-        ({"user": "u7", "filter": "yeer > 3"}, 400, "'yeer' is not a document feature"),
+        ({"user": "u7", "filter": "yeer > 3"}, 400, "got 'yeer', needs one of the categorical"),
         ({"user": "nobody"}, 404, "no user is called 'nobody'"),
         ({"features": {"colour": "red"}}, 400, "colour is not a query feature that can be given"),
         ({"features": {"colour\n": "red"}}, 400, "'colour\\n' is not a query feature that can be given"),
