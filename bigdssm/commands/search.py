@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for item in query.unknown:
         console.print(f"skipped: {searcher.queries.unknown(item)}", soft_wrap=True)
     for key in query.unknown_excluded:
-        console.print(f"skipped: --exclude {key}: no document has this key", soft_wrap=True)
+        console.print(f"not excluded: no document has the key {key!r}", soft_wrap=True)
     table = Table()
     for column in ("rank", "score"):
         table.add_column(column, justify="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,17 @@ def test_the_recommend_command_writes_its_results(
     assert f"{NUM_USERS} queries in" in out and " per second" in out and "out: done" in out
     assert rows_of(tmp_path / "out").num_rows == 3 * NUM_USERS
     assert "would have no effect without --queries" in tools_.refused(2, *command, "--users", "--key-column", "x")
+    (tmp_path / "gone.csv").write_text("user_id,item_id\nu3,i1\n")
+    gone = ("--exclude-table", tmp_path / "gone.csv")
+    tools_.ran(*command[:-1], tmp_path / "fewer", "--users", "--top", 40, "--seen", "allow", *gone)
+    counts = {user: len(documents) for user, documents in by_query(tmp_path / "fewer").items()}
+    assert counts.pop("u3") == 39 and set(counts.values()) == {40}
+    missing = tools_.refused(3, *command, "--users", *gone, "--item-column", "item")
+    assert "'item'" in missing and "--item-column" in missing
+    refused = tools_.refused(2, *command, "--users", "--item-column", "x")
+    assert "would have no effect without --exclude-table" in refused
+    shutil.rmtree(tmp_path / "fewer")
+    (tmp_path / "gone.csv").unlink()
     file = tmp_path / "found.csv"
     tools_.ran(*command[:-1], file, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
     expected, found = rows_of(tmp_path / "out"), pa_csv.read_csv(file)

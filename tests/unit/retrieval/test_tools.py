@@ -188,12 +188,14 @@ def test_search_for_a_request_as_json_is_that_of_the_options(
     times = {"i3": 1_000_020, "i9": 1_000_010, "i1": 1_000_099}  # later than the user's events
     events = [{"item": item, "time": time} for item, time in times.items()]
     request = {"user": "u7", "features": {"age": 33}, "events": events, "now": 1_000_050, "filter": "year < 1990"}
+    request["exclude"] = ["i5", "i999"]
     (tmp_path / "request.json").write_text(json.dumps({**request, "exclude_seen": False, "top": 7}))
     command = ("search", "--model", model_dir, "--index", index_dir)
     out = tools.ran(
         *command, "--user", "u7", "--text", "age=33", "--history", "i9; i3", "--filter", "year < 1990",
-        "--seen", "allow", "--top", 7,
+        "--seen", "allow", "--top", 7, "--exclude", "i5", "i999",
     )  # fmt: skip
+    assert "not excluded: no document has the key 'i999'" in out and "'i5'" not in out
     assert out == tools.ran(*command, "--request", tmp_path / "request.json")
     assert len([line for line in out.splitlines() if "." in line]) == 7
     file = tmp_path / "found.csv"
