@@ -24,7 +24,7 @@ GROUPS = {
         "score_pairs", "sft", "tune", "seeds",
     ),
     "Evaluate": ("evaluate", "report", "compare_runs", "plot_run"),
-    "Search and serve": ("convert_checkpoint", "embed", "build_index", "search", "recommend", "serve"),
+    "Search and serve": ("convert_checkpoint", "embed", "build_index", "publish", "search", "recommend", "serve"),
     "Operate": ("watch_run", "stop_run", "forget"),
 }  # fmt: skip
 

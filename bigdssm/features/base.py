@@ -42,6 +42,9 @@ FITTED: Mapping[str, Any] = {"fitted": True, "omegaconf_ignore": True}  # metada
 Fault = tuple[np.ndarray, Callable[[int], str]]
 """Mask of invalid rows, bool [R], and the message for one of them."""
 
+ColumnType = Literal["category", "categories", "number"]
+"""Type of a column in a vector store: a string, a list of strings, a 32-bit number."""
+
 F = TypeVar("F", bound="Feature")
 
 
@@ -214,6 +217,15 @@ class Feature(ABC):
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the filter choices for these encoded values (`values`, or `least` and `most`); None without any."""
         return None
+
+    @property
+    def column_type(self) -> ColumnType | None:
+        """Return the type of its column in a vector store; None: it has none."""
+        return None
+
+    def column_values(self, column: Column) -> list[Any]:
+        """Return encoded values as a vector store has them, by `column_type`; None for a missing value."""
+        raise NotImplementedError
 
     # ----- encoded → array
 

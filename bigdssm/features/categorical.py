@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from bigdssm.features.base import (
     FITTED,
     OUT_OF_VOCABULARY,
     PADDING,
+    ColumnType,
     Decoder,
     Fault,
     Feature,
@@ -282,6 +284,24 @@ class Categorical(Feature):
             return None
         most = np.argsort(-counts, kind="stable")[:MAX_CHOICES]
         return {"values": [self.vocabulary[code] for code in most[counts[most] > 0].tolist()]}
+
+    @property
+    def column_type(self) -> ColumnType | None:
+        """Return a category, or categories; none for hashed values."""
+        return None if self.hash_buckets else "categories" if self.multi else "category"
+
+    def column_values(self, column: Column) -> list[Any]:
+        """Return the values; values out of vocabulary are UNKNOWN."""
+        codes = column.values if isinstance(column, Ragged) else np.asarray(column)
+        value_of: dict[int, str | None] = {PADDING: None, OUT_OF_VOCABULARY: UNKNOWN}
+        value_of |= {
+            code: self.vocabulary[code - FIRST_CODE] for code in np.unique(codes[codes >= FIRST_CODE]).tolist()
+        }
+        values = [value_of[code] for code in codes.tolist()]
+        if not isinstance(column, Ragged):
+            return values
+        rows = pairwise(column.offsets.tolist())
+        return [[value for value in values[first:last] if value is not None] or None for first, last in rows]
 
     @property
     def num_codes(self) -> int:

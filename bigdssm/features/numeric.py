@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError
-from bigdssm.features.base import FITTED, Decoder, Feature, register
+from bigdssm.features.base import FITTED, ColumnType, Decoder, Feature, register
 from bigdssm.features.columns import RowCheck, numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
@@ -101,6 +101,15 @@ class Numeric(Feature):
             return None
         least, most = (float(str(bound)) for bound in (present.min(), present.max()))  # 12.34, not 12.340000152587891
         return {"least": least, "most": most}
+
+    @property
+    def column_type(self) -> ColumnType:
+        """Return a number."""
+        return "number"
+
+    def column_values(self, column: Column) -> list[Any]:
+        """Return the numbers."""
+        return [None if math.isnan(value) else value for value in np.asarray(column).tolist()]
 
     def array(self, column: Column) -> np.ndarray:
         """Return float32 [R]."""

@@ -1,17 +1,22 @@
 """Components registered by an external module, with no change of the library.
 
 A feature type with its encoder, a sequence block, a text encoder, losses, a distillation, a sampling correction, an
-optimizer, a table source, an index, an export and a metric.
+optimizer, a table source, a store, an export and a metric.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import operator
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,11 +32,13 @@ from bigdssm.config import (
     TextEncoderConfig,
     TextInputs,
 )
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
 from bigdssm.features import Column, Decoder, Feature, TextTokenizer, register
+from bigdssm.features.base import FITTED
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
+from bigdssm.features.conditions import And, Expression, Or
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation
 from bigdssm.losses.terms import Scores, SoftmaxTerm, TermResult
@@ -40,10 +47,9 @@ from bigdssm.models.blocks import AttentionContext, attend, split_heads
 from bigdssm.models.declarations import VectorScorerConfig, register_block, register_scorer, register_text_encoder
 from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
-from bigdssm.retrieval.index_types import AllowedDocuments, IndexBackend, register_index
-from bigdssm.retrieval.vectors import CodedVectors
 from bigdssm.sources.base import FileSource, Part, register_source
 from bigdssm.sources.text import require_columns
+from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, register_store
 from bigdssm.training.optimizers import register_optimizer
 from bigdssm.utils.bounds import bounded
 
@@ -291,39 +297,113 @@ class OrcSource(FileSource):
         yield SourceBatch(self.name, table, np.arange(table.num_rows) + part.first_row)
 
 
-@register_index
+@register_store
 @dataclass(frozen=True)
-class NumpyIndex(IndexBackend):
-    """An exact index in plain NumPy."""
+class MemoryStore(Store):
+    """Collections in the memory of this process, searched exactly."""
 
-    type: ClassVar[str] = "numpy"
+    scheme: ClassVar[str] = "memory"
 
-    dtype: Literal["float32", "float16"] = "float32"  # storage type in the file
+    state: dict[str, Any] = field(default_factory=lambda: defaultdict(dict), metadata=FITTED)
 
-    def build(self, vectors: CodedVectors, after_chunk: Any = None) -> np.ndarray:
-        return vectors[:].astype(self.dtype)
+    def collections(self) -> dict[str, Collection]:
+        return dict(self.state["collections"])
 
-    def write(self, index: np.ndarray, path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, index)
+    def create(self, collection: Collection) -> None:
+        self.state["collections"][collection.name] = collection
 
-    def read(self, path: Path) -> np.ndarray:
-        return np.load(path, mmap_mode="r")
+    def publishing(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def shape(self, index: np.ndarray) -> tuple[int, int]:
-        return index.shape
+    def contents(self, collection: Collection) -> dict[str, int]:
+        return {key: row.content for key, row in self.state[collection.name].items() if row.vector is not None}
+
+    def write(self, collection: Collection, documents: Documents, version: int) -> None:
+        rows = self.state[collection.name]
+        for i, key in enumerate(documents.keys):
+            if key not in rows or rows[key].version + (rows[key].vector is None) <= version:
+                values = {name: column[i] for name, column in documents.columns.items()}
+                content = int(documents.contents[i])
+                rows[key] = StoredRow(
+                    version, collection.model, content, documents.titles[i], documents.vectors[i], values
+                )
+
+    def delete(self, collection: Collection, keys: Sequence[str], version: int) -> None:
+        rows = self.state[collection.name]
+        for key in keys:
+            if key not in rows or rows[key].version <= version:
+                rows[key] = StoredRow(version, collection.model)  # a tombstone
+
+    def finish(self, collection: Collection) -> None:
+        self.create(replace(collection, published=time.time()))
+
+    def compact(self, collection: Collection) -> None:
+        """A deleted document has no bytes."""
+
+    def drop(self, name: str) -> None:
+        if name in [alias.name for alias in self.aliases().values()]:
+            raise ConfigError(f"collection {name}: an alias names it; switch the alias first")
+        self.state["collections"].pop(name, None)
+        self.state.pop(name, None)
+
+    def count(self, collection: Collection, where: Expression | None = None) -> int:
+        return len(self._matching(collection, where))
+
+    def _matching(self, collection: Collection, where: Expression | None) -> dict[str, StoredRow]:
+        rows = {key: row for key, row in self.state[collection.name].items() if row.vector is not None}
+        if any(row.model != collection.model for row in rows.values()):
+            raise CheckpointError(f"collection {collection.name} has rows of another model; publish under another name")
+        return {key: row for key, row in rows.items() if where is None or matches(where, row.values)}
 
     def search(
-        self, index: np.ndarray, queries: np.ndarray, top: int, allowed: AllowedDocuments | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        scores = queries @ index.T.astype(np.float32)
-        if allowed is not None:
-            scores[:, ~allowed.mask] = -np.inf
-        rows = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-        return np.take_along_axis(scores, rows, 1), rows
+        self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
+        exclude: Sequence[Sequence[str]] | None = None,
+    ) -> list[list[StoredDocument]]:  # fmt: skip
+        rows, results = self._matching(collection, where), []
+        for query, excluded in zip(queries, exclude or [()] * len(queries), strict=True):
+            every = [
+                StoredDocument(float(row.vector @ query), key, row.title)
+                for key, row in rows.items() if key not in excluded
+            ]  # fmt: skip
+            results.append(sorted(every, key=lambda document: -document.score)[:top])
+        return results
 
-    def vectors_at(self, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return index[rows].astype(np.float32)
+    def vectors(self, collection: Collection, keys: Sequence[str]) -> np.ndarray:
+        rows = self._matching(collection, None)
+        if unknown := [key for key in keys if key not in rows]:
+            raise DataError(f"collection {collection.name} has no document with the key {unknown[0]!r}")
+        return np.stack([rows[key].vector for key in keys])
+
+    def aliases(self) -> dict[str, Alias]:
+        return dict(self.state["aliases"])
+
+    def switch(self, alias: str, name: str) -> None:
+        current = self.state["aliases"].get(alias, Alias(name, None))
+        self.state["aliases"][alias] = Alias(name, current.previous if current.name == name else current.name)
+
+
+class StoredRow(NamedTuple):
+    version: int
+    model: str
+    content: int = 0
+    title: str = ""
+    vector: Any = None  # None: deleted
+    values: Mapping[str, Any] = MappingProxyType({})
+
+
+def matches(where: Expression, values: Mapping[str, Any]) -> bool:
+    if isinstance(where, And | Or):
+        return (all if isinstance(where, And) else any)(matches(part, values) for part in where.parts)
+    value = values[where.feature]
+    if value is None:  # no condition matches a missing value
+        return False
+    if compare := COMPARISONS.get(where.operator):
+        return compare(value, where.values[0])
+    of_row = value if isinstance(value, list) else [value]
+    return (where.operator in ("=", "in")) != set(of_row).isdisjoint(where.values)
+
+
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 @register_export

@@ -73,7 +73,6 @@ def go_all_the_way(
     value: Any,
     source: str,
     stage: dict[str, Any],
-    index: dict[str, Any],
 ) -> dict[str, Any]:
     from . import outside  # noqa: F401, it registers what it holds
 
@@ -100,7 +99,7 @@ def go_all_the_way(
     small_run.run(rank, world_size, path, folder / "run")
     model = load_model_folder(folder / "run" / "pretrain" / "best")
     write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, ShardWork())
-    build_index(folder / "vectors", folder / "index", **index)
+    build_index(folder / "vectors", folder / "index")
     assert model.tokenizer_dir is not None
     queries = Queries(model.schema, TextTokenizer(model.tokenizer_dir), None, exclude_seen=True)
     typed = queries.of(Request(features={"asked": str(value), "word": "w1"}))
@@ -172,17 +171,15 @@ def test_a_feature_type_works_from_ingestion_to_serving(
     feature, value = CASES[case]
     if "matrix" in feature:
         feature = {**feature, "matrix": str(tmp_path / "near.npy")}
-    index: dict[str, Any] = {}
     source, stage = "pairs.parquet", {"optimizer": {"lr": 0.01, "warmup_steps": 1}}
     if case == "from outside":  # everything that the module registers
         source = "pairs.orc"
-        index = {"kind": "numpy", "options": {"dtype": "float32"}}
         stage = {
             "loss": {"name": "cubed", "margin": 0.5},
             "validation_metric": "hr_at_1",
             "optimizer": {"name": "heavy_ball", "lr": 0.02, "friction": 0.2},
         }
-    (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage, index)
+    (found,) = outside_pools[1].run(go_all_the_way, tmp_path, feature, value, source, stage)
     assert 0 <= found["validation"]["hr_at_1"] <= found["validation"]["hr_at_10"]
     assert found["selected_by"] == stage.get("validation_metric", "ndcg_at_10")
     assert found["losses"][-1] < found["losses"][0]

@@ -20,7 +20,7 @@ LAYERS = (
     ("utils",),
     ("features",),  # torch-free; configs declare them
     ("config", "distributed", "sources"),  # sources: open and read tables, for ingestion and for commands
-    ("dataset", "tables"),
+    ("dataset", "tables", "stores"),
     ("losses", "models"),
     ("cluster", "checkpoints", "loader"),
     ("retrieval",),

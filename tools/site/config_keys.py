@@ -42,6 +42,8 @@ from bigdssm.config.schema import comments, default_of
 from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
+from bigdssm.stores.base import STORES
+from bigdssm.stores.opening import BUILT_IN, store_class
 from bigdssm.utils.bounds import BOUND, RESUME
 from bigdssm.utils.components import REGISTRY, Registry, keys_of
 
@@ -89,6 +91,10 @@ INDEXES = """\
 ## Index types
 
 `bigdssm build_index --type TYPE KEY=VALUE …` accepts the options of a type:"""
+STORE_KINDS = """\
+## Stores
+
+`bigdssm publish --to SCHEME://… KEY=VALUE …` accepts the options of a [store](stores.md):"""
 EXPORTS = """\
 ## Export formats
 
@@ -136,12 +142,15 @@ COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (TABLE_OPTIMIZER_KINDS, TABLE_OPTIMIZERS, TableOptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
+    (STORE_KINDS, STORES, None),
     (EXPORTS, EXPORT_FORMATS, None),
 )
 
 
 def page() -> str:
     """Return the page as Markdown."""
+    for scheme in BUILT_IN:
+        store_class(f"{scheme}://")  # registers it
     components = [part for about, *args in COMPONENTS for part in (about, *component_sections(*args))]
     return "\n\n".join([START, *sections(Config), *components]) + "\n"
 

@@ -1,0 +1,109 @@
+"""Publish document vectors to a vector store, and select the collection that is served.
+
+    bigdssm publish --vectors VECTORS --data DATASET --to postgresql://HOST/DATABASE --verify --switch
+    bigdssm publish --to URL                     # lists collections and aliases
+    bigdssm publish --to URL --rollback          # back to the collection before the last switch
+    bigdssm publish --to URL --drop NAME
+
+The collection becomes equal to the vectors folder: new and changed documents are written, withdrawn ones deleted. The
+same command thus publishes everything, the changes of a day, or the rest after an interruption. Its name is by default
+the beginning of the model's checksum, so a new model has a new collection. --verify compares answers with exact inner
+products, and fails below a recall of 0.98. --switch then lets the alias name the collection. KEY=VALUE sets an option
+of the store (docs/config_keys.md). Passwords come from the environment or the files of the store's client.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bigdssm.cli import command, command_parser, refuse_options
+from bigdssm.config.loading import options_of
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.retrieval.publish import measure_recall, publish
+from bigdssm.stores.base import Store
+from bigdssm.stores.opening import open_store, store_class
+from bigdssm.utils.progress import ProgressBar
+
+LEAST_RECALL = 0.98
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--to", required=True, metavar="URL", help="the store: postgresql://USER@HOST:PORT/DATABASE")
+    parser.add_argument("--vectors", type=Path, help="folder written by bigdssm embed")
+    parser.add_argument("--data", help="dataset of the vectors, folder or URL, for the columns of filters")
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the store")
+    parser.add_argument("--as", metavar="NAME", help="collection (default: from the model's checksum)")
+    parser.add_argument(
+        "--verify", nargs="?", const=True, metavar="QUERIES.npy",
+        help="measure recall with these query vectors, float32 [m, D+1] (default: with vectors of documents)",
+    )  # fmt: skip
+    parser.add_argument("--alias", default="live", help="alias to switch or roll back (default: %(default)s)")
+    parser.add_argument("--switch", action="store_true", help="let the alias name the collection")
+    parser.add_argument("--rollback", action="store_true", help="let the alias name its previous collection")
+    parser.add_argument("--drop", metavar="NAME", help="remove a collection that no alias names")
+    args = parser.parse_intermixed_args(argv)
+    store = open_store(args.to, options_of(args.options, store_class(args.to)))
+    if args.vectors is None:
+        refuse_options(parser, args, ["--data", "--as", "--verify", "--switch"], "without --vectors")
+    elif args.rollback or args.drop:
+        raise ConfigError("--rollback and --drop need no --vectors; run them alone")
+    elif args.data is None:
+        raise ConfigError("--vectors needs --data, the dataset of the vectors")
+    else:
+        _publish(args, store)
+    if args.rollback:
+        alias = store.aliases().get(args.alias)
+        if alias is None or alias.previous is None:
+            raise ConfigError(f"--rollback: the alias {args.alias} has no previous collection")
+        store.switch(args.alias, alias.previous)
+    if args.drop:
+        store.drop(args.drop)
+    current = {name: alias for alias, (name, _) in store.aliases().items()}
+    for name, collection in store.collections().items():
+        age = f"{(time.time() - collection.published) / 3600:.1f} h old" if collection.published else "not complete"
+        live = f", {current[name]}" if name in current else ""
+        print(f"{name}: {store.count(collection)} documents of model {collection.model[:12]}, {age}{live}")
+
+
+def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
+    started = time.perf_counter()
+    with ProgressBar() as progress:
+        report = publish(store, args.vectors, Dataset.open(args.data), vars(args)["as"], progress)
+    name = report.collection.name
+    print(
+        f"{name}: {report.written} written, {report.deleted} deleted, {report.unchanged} unchanged in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
+    if args.verify:
+        queries = None
+        if args.verify is not True:
+            try:
+                queries = np.load(args.verify).astype(np.float32)
+            except (OSError, ValueError) as error:
+                raise DataError(f"--verify {args.verify} is not a NumPy array: {error}") from None
+        result = measure_recall(store, report.collection, args.vectors, queries)
+        print(
+            f"{name}: recall@{result.top} {result.recall:.4f} of {result.num_queries} queries, "
+            f"{1000 * result.seconds:.1f} ms per query, largest difference of a score {result.difference:.1e}"
+        )
+        if result.recall < LEAST_RECALL:
+            raise DataError(
+                f"{name}: recall@{result.top} is {result.recall:.4f}, needs {LEAST_RECALL}; publish again with larger "
+                "search or build options of the store"
+            )
+    if args.switch:
+        store.switch(args.alias, name)
+        print(f"{args.alias} is {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

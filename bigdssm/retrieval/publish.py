@@ -1,0 +1,216 @@
+"""Publish a vectors folder to a store: make a collection equal to the folder, and measure its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from bigdssm.checkpoints.checkpoint import check_file
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.features.base import ColumnType
+from bigdssm.retrieval.vectors import (
+    DOCUMENTS_FILE,
+    META_FILE,
+    VECTORS,
+    WITHDRAWN,
+    CodedVectors,
+    VectorsMeta,
+    load_vectors,
+    read_meta,
+)
+from bigdssm.stores.base import Collection, Documents, Store
+from bigdssm.utils.log import Progress, no_progress
+
+ROWS_AT_ONCE = 8192
+MARGIN = 1.1  # of the radius of a new collection over its longest vector
+NAME_DIGITS = 12  # of the model's checksum, the default name of a collection
+SAMPLE, TOP = 200, 100  # queries and documents per query of a measurement
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """Result of `publish`."""
+
+    collection: Collection
+    written: int  # new or changed documents
+    deleted: int
+    unchanged: int
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """Result of `measure_recall`."""
+
+    recall: float  # mean share of the exact best documents that the store returns
+    num_queries: int
+    top: int
+    seconds: float  # per query
+    difference: float  # the largest one between a score and the exact inner product, relative to the largest score
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A vectors folder opened for publishing."""
+
+    meta: VectorsMeta
+    vectors: CodedVectors
+    keys: pa.ChunkedArray
+    titles: pa.ChunkedArray
+    withdrawn: np.ndarray  # bool [N]
+
+    @classmethod
+    def open(cls, folder: Path) -> _Folder:
+        meta = read_meta(folder)
+        if meta.kind != VECTORS:
+            raise CheckpointError(f"{folder} is an index; give the folder of the vectors it was built from")
+        check_file(folder / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
+        with pa.memory_map(str(folder / DOCUMENTS_FILE)) as file:
+            documents = pa.ipc.open_file(file).read_all()
+        withdrawn = np.zeros(meta.num_docs, bool)
+        if WITHDRAWN in documents.column_names:
+            withdrawn = documents[WITHDRAWN].to_numpy()
+        return cls(meta, load_vectors(folder, meta), documents["doc_key"], documents["doc_title"], withdrawn)
+
+
+def publish(
+    store: Store, vectors_dir: Path, dataset: Dataset, name: str | None = None, progress: Progress = no_progress
+) -> PublishReport:
+    """Make the collection `name` equal to a vectors folder of `dataset`; only differences are written.
+
+    By default the name is the beginning of the model's checksum. Documents that are withdrawn, or no longer in the
+    folder, are deleted. An interrupted call is continued by the next one. Raises: CheckpointError: the vectors are of
+    another dataset; ConfigError: the collection is of another model or has other columns; DataError: it has a later
+    version of the dataset, or another process publishes to it.
+    """
+    folder, dataset = _Folder.open(vectors_dir), dataset.whole
+    meta = folder.meta
+    if meta.dataset_fingerprint != dataset.fingerprint:
+        raise CheckpointError(
+            f"{vectors_dir} holds vectors of dataset {meta.dataset_fingerprint[:12]}, --data is "
+            f"{dataset.fingerprint[:12]}; embed it again"
+        )
+    version = sum(extent.partitions for extent in dataset.extents)
+    filterable = dataset.catalogue.filterable.items()
+    features = {name: feature for name, feature in filterable if feature.column_type is not None}
+    types = {name: feature.column_type for name, feature in features.items()}
+    collection = Collection(
+        name or meta.model_checksum[:NAME_DIGITS], meta.model_checksum, meta.dataset_fingerprint, version, meta.width,
+        meta.has_beta, meta.score, 0.0, cast(dict[str, ColumnType], types), store.options(),
+    )  # fmt: skip
+    with store.publishing(collection.name):
+        existing = store.collections().get(collection.name)
+        if existing is not None:
+            for what in ("model", "width", "has_beta", "score", "columns"):
+                if (theirs := getattr(existing, what)) != (ours := getattr(collection, what)):
+                    raise ConfigError(
+                        f"collection {collection.name} has {what} {theirs}, these vectors have {ours}; choose another "
+                        "name with --as"
+                    )
+            if existing.version > version:
+                raise DataError(
+                    f"collection {collection.name} has version {existing.version} of the dataset, {vectors_dir} is of "
+                    f"version {version}: newer documents would be lost; embed the dataset again"
+                )
+            collection = replace(collection, published=existing.published, radius=existing.radius)
+        lengths = (float(np.linalg.norm(chunk, axis=1).max()) for chunk in folder.vectors.chunks(65_536))
+        if (longest := max(lengths)) > collection.radius:  # with another radius every row is written
+            collection = replace(collection, radius=MARGIN * longest)
+        store.create(collection)
+        stored, written = store.contents(collection), 0
+        for first, documents in _batches(folder, dataset, features, collection.radius):
+            pairs = zip(documents.keys, documents.contents.tolist(), strict=True)
+            new = np.array([stored.pop(key, None) != content for key, content in pairs], bool)
+            if new.any():
+                store.write(collection, _take(documents, np.flatnonzero(new)), version)
+            written += int(new.sum())
+            progress("documents compared", first + len(new), meta.num_docs)
+        deleted = list(stored)
+        withdrawn = folder.keys.filter(pa.array(folder.withdrawn)).to_pylist()
+        # Withdrawn documents that are not stored, too: a writer of an earlier version may be late.
+        if keys := sorted({*deleted, *withdrawn}):
+            for first in range(0, len(keys), ROWS_AT_ONCE):
+                store.delete(collection, keys[first : first + ROWS_AT_ONCE], version)
+        store.finish(collection)
+        unchanged = int((~folder.withdrawn).sum()) - written
+        return PublishReport(store.collection(collection.name), written, len(deleted), unchanged)
+
+
+def _batches(
+    folder: _Folder, dataset: Dataset, features: Mapping[str, Any], radius: float
+) -> Iterator[tuple[int, Documents]]:
+    """Yield (first row, documents that are not withdrawn)."""
+    for first in range(0, folder.meta.num_docs, ROWS_AT_ONCE):
+        rows = first + np.flatnonzero(~folder.withdrawn[first : first + ROWS_AT_ONCE])
+        keys, titles = (column.take(pa.array(rows)).to_pylist() for column in (folder.keys, folder.titles))
+        vectors = np.ascontiguousarray(folder.vectors[rows])
+        catalogue = dataset.catalogue
+        columns = {name: f.column_values(catalogue.column(name, rows)) for name, f in features.items()}
+        contents = np.empty(len(rows), np.int64)
+        for i, values in enumerate(zip(titles, *columns.values(), strict=True)):
+            digest = xxhash.xxh3_64(repr((radius, *values)).encode())
+            digest.update(vectors[i].tobytes())
+            contents[i] = np.uint64(digest.intdigest()).astype(np.int64)
+        yield first, Documents(keys, titles, vectors, contents, columns)
+
+
+def _take(documents: Documents, rows: np.ndarray) -> Documents:
+    def take(values: Any) -> list[Any]:
+        return [values[row] for row in rows.tolist()]
+
+    columns = {name: take(values) for name, values in documents.columns.items()}
+    return Documents(
+        take(documents.keys), take(documents.titles), documents.vectors[rows], documents.contents[rows], columns
+    )
+
+
+def measure_recall(
+    store: Store, collection: Collection, vectors_dir: Path, queries: np.ndarray | None = None
+) -> RecallReport:
+    """Compare answers of a store with the exact inner products of the vectors folder that it was published from.
+
+    `queries` are float32 [m, D+1]; None: SAMPLE document vectors, whose beta is replaced by 1 as that of queries, and
+    which have length 1 if the score is a cosine. Raises: CheckpointError: the folder is of another model; DataError:
+    the number of documents differs.
+    """
+    folder = _Folder.open(vectors_dir)
+    collection.check_model(folder.meta.model_checksum)
+    num_docs, stored = int((~folder.withdrawn).sum()), store.count(collection)
+    if num_docs != stored:
+        raise DataError(
+            f"collection {collection.name} has {stored} documents, {vectors_dir} has {num_docs}; publish it again"
+        )
+    if queries is None:
+        rows = np.flatnonzero(~folder.withdrawn)
+        rows = np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False)
+        queries = np.array(folder.vectors[np.sort(rows)])
+        values = queries[:, : queries.shape[1] - folder.meta.has_beta]
+        if folder.meta.score == "cosine":
+            values /= np.linalg.norm(values, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+        queries[:, values.shape[1] :] = 1
+    exact = np.empty((len(queries), folder.meta.num_docs), np.float32)
+    first = 0
+    for chunk in folder.vectors.chunks(65_536):
+        exact[:, first : first + len(chunk)] = queries @ chunk.T
+        first += len(chunk)
+    exact[:, folder.withdrawn] = -np.inf
+    top = min(TOP, num_docs)
+    least = -np.partition(-exact, top - 1, axis=1)[:, top - 1]
+    started = time.perf_counter()
+    results = [store.search(collection, query[None], top)[0] for query in queries]
+    seconds = (time.perf_counter() - started) / len(queries)
+    row_of = {key: row for row, key in enumerate(folder.keys.to_pylist())}
+    scale = np.abs(exact[np.isfinite(exact)]).max(initial=np.finfo(np.float32).tiny)
+    found, difference = 0, 0.0
+    for scores, bound, result in zip(exact, least, results, strict=True):
+        of_result = scores[[row_of[document.key] for document in result]]
+        found += int((of_result >= bound - 1e-6 * scale).sum())  # of equal scores any
+        difference = max(difference, float(np.abs(of_result - [document.score for document in result]).max() / scale))
+    return RecallReport(found / (top * len(queries)), len(queries), top, seconds, difference)

@@ -1,0 +1,1 @@
+"""Vector stores: systems outside this package that hold published document vectors and answer queries."""

@@ -1,0 +1,168 @@
+"""Base class of vector stores, and their registration by URL scheme.
+
+A collection holds the document vectors of one model with keys, titles and filterable columns. It is built by
+`retrieval.publish`; an alias such as `live` names the collection that is served. A store is one file: a frozen
+dataclass, registered with `register_store`, whose fields are options (`bigdssm publish … KEY=VALUE`).
+
+    create → contents, write, delete → finish → switch
+
+A write or delete has a version, an integer that grows with the dataset. Of several writes and deletes of one key, the
+one of the largest version wins, and of equal versions the delete, in whatever order they arrive.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from bigdssm.errors import CheckpointError, DataError
+from bigdssm.features.base import FITTED, ColumnType
+from bigdssm.features.conditions import Expression
+from bigdssm.utils.components import Registry, keys_of
+
+
+class StoredDocument(NamedTuple):
+    """A search result."""
+
+    score: float
+    key: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Description of a collection."""
+
+    name: str
+    model: str  # checksum of the document tower, `VectorsMeta.model_checksum`
+    dataset: str  # fingerprint
+    version: int  # of the dataset: the largest published one
+    width: int  # of the vectors: D+1, or D without beta
+    has_beta: bool
+    score: str  # dot or cosine; truncated cosine vectors are rescaled to their norm
+    radius: float = 0.0  # no vector is longer, so that a store can reduce inner products to distances
+    columns: Mapping[str, ColumnType] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the store
+    published: float = 0.0  # seconds since 1970; 0: not complete yet
+
+    def check_model(self, model: str) -> None:
+        """Raise CheckpointError if this collection holds vectors of a model other than `model`, a checksum."""
+        if model != self.model:
+            raise CheckpointError(
+                f"collection {self.name} holds vectors of model {self.model[:12]}, the queries are of model "
+                f"{model[:12]}; their scores are not comparable: publish the vectors of the model in use"
+            )
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A batch of n documents to write."""
+
+    keys: Sequence[str]
+    titles: Sequence[str]
+    vectors: np.ndarray  # float32 [n, width]
+    contents: np.ndarray  # int64 [n]: hash of title, vector and columns
+    columns: Mapping[str, Sequence[Any]]  # by name: str, list[str] or float per document; None: missing
+
+
+class Alias(NamedTuple):
+    """The collection that an alias names, and the one before the last switch."""
+
+    name: str
+    previous: str | None
+
+
+@dataclass(frozen=True)
+class Store(ABC):
+    """A vector store; dataclass fields are options of its collections.
+
+    Errors of the server are `UnavailableError` (try again) or `DataError`, in one sentence without credentials.
+    """
+
+    scheme: ClassVar[str]  # of URLs: SCHEME://…
+    url: str = field(default="", metadata=FITTED, repr=False)
+
+    @abstractmethod
+    def collections(self) -> dict[str, Collection]:
+        """Return all collections by name, complete or not."""
+
+    @abstractmethod
+    def create(self, collection: Collection) -> None:
+        """Create a collection, or replace the description of an existing one of the same model and columns."""
+
+    @abstractmethod
+    def publishing(self, name: str) -> AbstractContextManager[None]:
+        """Return a context in which no other process publishes to `name`. Raises DataError: one does."""
+
+    @abstractmethod
+    def contents(self, collection: Collection) -> dict[str, int]:
+        """Return `Documents.contents` of all stored documents by key."""
+
+    @abstractmethod
+    def write(self, collection: Collection, documents: Documents, version: int) -> None:
+        """Insert or replace documents by key, unless a later version of the key was written or deleted."""
+
+    @abstractmethod
+    def delete(self, collection: Collection, keys: Sequence[str], version: int) -> None:
+        """Delete documents, and reject their writes of versions up to `version`; the keys may be unknown."""
+
+    @abstractmethod
+    def finish(self, collection: Collection) -> None:
+        """Make a collection complete: build its index as `collection.options` define it, if there is no such index."""
+
+    @abstractmethod
+    def compact(self, collection: Collection) -> None:
+        """Remove the bytes of deleted documents from the files of the store."""
+
+    @abstractmethod
+    def drop(self, name: str) -> None:
+        """Remove a collection that no alias names, if it exists. Raises ConfigError: an alias names it."""
+
+    @abstractmethod
+    def count(self, collection: Collection, where: Expression | None = None) -> int:
+        """Return the number of documents that match `where`."""
+
+    @abstractmethod
+    def search(
+        self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
+        exclude: Sequence[Sequence[str]] | None = None,
+    ) -> list[list[StoredDocument]]:  # fmt: skip
+        """Return the `top` documents per query with the largest inner products, best first.
+
+        queries are float32 [m, width]; `exclude` holds keys to exclude per query. A query gets fewer documents only if
+        no more match. Raises CheckpointError: a row is of another model than the collection.
+        """
+
+    @abstractmethod
+    def vectors(self, collection: Collection, keys: Sequence[str]) -> np.ndarray:
+        """Return the vectors of documents, float32 [n, width]. Raises DataError: an unknown key."""
+
+    @abstractmethod
+    def aliases(self) -> dict[str, Alias]:
+        """Return all aliases."""
+
+    @abstractmethod
+    def switch(self, alias: str, name: str) -> None:
+        """Let `alias` name another collection, in one step; the one that it named becomes `Alias.previous`."""
+
+    def collection(self, name: str) -> Collection:
+        """Return a collection by name or alias. Raises DataError: none has it."""
+        aliases, collections = self.aliases(), self.collections()
+        found = collections.get(aliases[name].name if name in aliases else name)
+        if found is None:
+            names = ", ".join([*aliases, *collections]) or "nothing"
+            raise DataError(f"the store has no collection or alias {name!r}, only {names}; publish it first")
+        return found
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of collections."""
+        return {key: getattr(self, key) for key in keys_of(type(self))}
+
+
+STORES: Registry[Store] = Registry("a store", "scheme", Store)
+register_store = STORES.register

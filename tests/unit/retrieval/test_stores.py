@@ -1,0 +1,593 @@
+"""Stores: a collection equals its vectors folder after any changes, and answers with the training score.
+
+The contract is tested with PostgreSQL and with a store from outside the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pytest
+
+import tests.distributed.outside  # noqa: F401, registers a store
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.commands import publish as publish_command
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
+from bigdssm.features.base import encode_values
+from bigdssm.features.conditions import Condition, parse_filter, resolve
+from bigdssm.features.ragged import take
+from bigdssm.retrieval import publish as publishing
+from bigdssm.retrieval.embed import tower_encoders
+from bigdssm.retrieval.filters import Filters
+from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
+from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
+from bigdssm.stores import postgres
+from bigdssm.stores.base import Collection, Documents, Store
+from bigdssm.stores.opening import open_store
+from tests.filters import FEATURES, random_filter, random_rows
+from tests.postgres import Server, running_server
+
+# The planner would scan a small table
+INDEX_ALONE = "&options=" + "%20".join(f"-cenable_{plan}%3Doff" for plan in ("seqscan", "bitmapscan", "sort"))
+MODEL, OTHER_MODEL = "a1" * 16, "b2" * 16
+WIDTH = 5
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    yield from running_server()
+
+
+@pytest.fixture(params=["postgresql", "memory"])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "memory":
+        return "memory://here"
+    return str(request.getfixturevalue("server").new_database())
+
+
+@pytest.fixture
+def store(url: str) -> Store:
+    return open_store(url)
+
+
+@pytest.fixture
+def postgres_store(server: Server) -> Store:
+    return open_store(server.new_database())
+
+
+@dataclass
+class Shop:
+    """Documents of a shop, which change; `save` writes their vectors folder."""
+
+    random: Random
+    rows: list[dict[str, Any]]  # by document number
+    vectors: np.ndarray
+    withdrawn: set[int]
+    version: int = 1
+
+    @classmethod
+    def new(cls, random: Random, number: int) -> Shop:
+        vectors = np.random.default_rng(random.randrange(1000)).standard_normal((number, WIDTH)).astype(np.float32)
+        return cls(random, random_rows(random, number), vectors, set())
+
+    def change(self) -> None:
+        """Add, change, remove and withdraw documents, or bring them back."""
+        random, self.version = self.random, self.version + 1
+        for _ in range(random.randrange(4)):
+            self.rows += random_rows(random, 1)
+            self.vectors = np.append(self.vectors, np.float32([[random.random() for _ in range(WIDTH)]]), 0)
+        for _ in range(random.randrange(4)):
+            row = random.randrange(len(self.rows))
+            if random.random() < 0.5:
+                self.vectors[row] = random.random()
+            else:
+                self.rows[row] = random_rows(random, 1)[0]
+        if random.random() < 0.3:  # a dataset that was rebuilt
+            self.rows.pop()
+            self.vectors = self.vectors[:-1]
+            self.withdrawn.discard(len(self.rows))
+        self.withdrawn ^= {random.randrange(len(self.rows)) for _ in range(random.randrange(4))}
+
+    def save(self, folder: Path, model: str = MODEL) -> tuple[Path, Any]:
+        """Return a vectors folder and the part of its dataset that `publish` reads."""
+        folder.mkdir(parents=True)
+        number = len(self.rows)
+        withdrawn = np.isin(np.arange(number), list(self.withdrawn))
+        keys = [f"key {row}" for row in range(number)]
+        table = pa.table({"doc_key": keys, "doc_title": [f"Title {key}" for key in keys], "withdrawn": withdrawn})
+        with pa.OSFile(str(folder / "documents.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        np.save(folder / "vectors.npy", self.vectors)
+        fingerprint = f"fingerprint {self.version}"
+        write_meta(folder, VectorsMeta("vectors", model, fingerprint, number, WIDTH, score="dot"))
+        columns = {name: encode_values(f, [row[name] for row in self.rows], None) for name, f in FEATURES.items()}
+        dataset = SimpleNamespace(
+            fingerprint=fingerprint, extents=[SimpleNamespace(partitions=self.version)], dir=folder,
+            catalogue=SimpleNamespace(filterable=FEATURES, column=lambda name, rows: take(columns[name], rows)),
+        )  # fmt: skip
+        dataset.whole = dataset
+        return folder, dataset
+
+
+def state(store: Store, collection: Collection) -> dict[str, Any]:
+    """Return all documents with score, title and hash, and the answers to some filters."""
+    query = np.arange(1, WIDTH + 1, dtype=np.float32)[None]
+    (every,) = store.search(collection, query, 10_000)
+    texts = ("price > 1", "tags != red", "shop = corner or tags in (blue, and)")
+    found = [store.count(collection, resolve(parse_filter(text), FEATURES)) for text in texts]
+    vectors = store.vectors(collection, [document.key for document in every])
+    return {
+        "documents": sorted(every),
+        "keys": sorted(store.contents(collection)),
+        "counts": found,
+        "sum": vectors.sum(0).tolist(),
+    }
+
+
+@pytest.fixture(scope="module")
+def vectors_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return embedded(model_dir, dataset, tmp_path_factory.mktemp("vectors") / "first")
+
+
+@pytest.fixture(scope="module")
+def other_vectors_dir(other_model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return embedded(other_model_dir, dataset, tmp_path_factory.mktemp("vectors") / "second")
+
+
+def embedded(model_dir: Path, dataset: Dataset, out: Path) -> Path:
+    folder = load_model_folder(model_dir)
+    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.doc_checksum, score="dot")
+    return out
+
+
+def test_a_collection_answers_with_the_inner_products_of_its_folder(
+    store: Store, vectors_dir: Path, dataset: Dataset
+) -> None:
+    report = publish(store, vectors_dir, dataset)
+    collection = report.collection
+    assert report == PublishReport(collection, 40, 0, 0)
+    assert collection.name == collection.model[:12] and abs(collection.published - time.time()) < 60
+    assert collection.columns == {"item_id": "category", "genres": "categories", "year": "number"}
+    vectors = np.load(vectors_dir / "vectors.npy")
+    keys, titles = (getattr(dataset.catalogue, name)(np.arange(40)) for name in ("keys", "titles"))
+    queries = np.random.default_rng(0).standard_normal((3, vectors.shape[1])).astype(np.float32)
+    filters = Filters(dataset.catalogue)
+    for text in (None, "genres = Comedy", "year >= 1990 or genres != Drama", "item_id in (i3, i4)", "year > 3000"):
+        where = None if text is None else resolve(parse_filter(text), dataset.catalogue.filterable)
+        mask = np.ones(40, bool) if text is None else filters.allowed(text).mask
+        assert store.count(collection, where) == mask.sum()
+        results = store.search(collection, queries, 7, where, [["i3"], [], ["i4", "i5", "unknown"]])
+        for query, excluded, result in zip(queries, [["i3"], [], ["i4", "i5"]], results, strict=True):
+            scores = np.where(mask & ~np.isin(keys, excluded), vectors @ query, -np.inf)
+            order = np.argsort(-scores)[: min(7, int(np.isfinite(scores).sum()))]
+            assert [document.key for document in result] == [keys[row] for row in order]
+            assert [document.title for document in result] == [titles[row] for row in order]
+            np.testing.assert_allclose([document.score for document in result], scores[order], rtol=1e-5)
+    np.testing.assert_array_equal(store.vectors(collection, [keys[5], keys[2]]), vectors[[5, 2]])
+    with pytest.raises(DataError, match="no document with the key 'none'"):
+        store.vectors(collection, ["none"])
+    recall = measure_recall(store, collection, vectors_dir)
+    assert (recall.recall, recall.num_queries, recall.top) == (1.0, 40, 40) and recall.difference < 1e-6
+
+
+def test_random_filters_match_as_in_the_mask(store: Store, tmp_path: Path) -> None:
+    random = Random(1)
+    shop = Shop.new(random, 200)
+    collection = publish(store, *shop.save(tmp_path / "vectors")).collection
+    numbers = set()
+    for _ in range(500 if store.scheme == "postgresql" else 100):
+        text, fits = random_filter(random)
+        where = resolve(parse_filter(text), FEATURES)
+        expected = {f"key {row}" for row, values in enumerate(shop.rows) if fits(values)}
+        (result,) = store.search(collection, shop.vectors[:1], 200, where)
+        assert {document.key for document in result} == expected, text
+        numbers.add(len(expected))
+    assert len(numbers) > 30
+
+
+@pytest.mark.parametrize(
+    ("store", "sequences"),
+    [("postgresql", 4), ("memory", 50), pytest.param("postgresql", 50, marks=pytest.mark.slow)],
+)
+def test_random_changes_equal_a_rebuild(
+    store: str, sequences: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """After changes, with a late write of each earlier version, the collection is that of a new publication."""
+    opened = open_store("memory://" if store == "memory" else request.getfixturevalue("server").new_database())
+    changes = 0
+    for seed in range(sequences):
+        shop, name = Shop.new(Random(seed), 12), f"changed {seed}"
+        late: list[tuple[Documents, int]] = []
+        for step in range(1 + seed % 5):
+            saved = shop.save(tmp_path / f"{seed} {step}")
+            collection = publish(opened, *saved, name).collection
+            _, documents = next(
+                publishing._batches(publishing._Folder.open(saved[0]), saved[1], FEATURES, collection.radius)
+            )
+            late.append((documents, shop.version))
+            shop.change()
+        changes += step
+        for documents, version in late[:-1]:
+            opened.write(collection, documents, version)
+            opened.delete(collection, documents.keys, version - 1)
+        rebuilt = publish(opened, *saved, f"rebuilt {seed}").collection
+        assert state(opened, collection) == state(opened, rebuilt)
+        assert publish(opened, *saved, name).written == 0
+    assert changes >= sequences
+
+
+def test_the_largest_version_wins_in_any_order(store: Store, tmp_path: Path) -> None:
+    collection = publish(store, *Shop.new(Random(0), 2).save(tmp_path / "v")).collection
+    columns: dict[str, list[Any]] = {"shop": [None], "tags": [None], "price": [None]}
+    for seed in range(30):
+        random, key = Random(seed), f"key of {seed}"
+        versions = random.sample(range(100), 6)
+        is_write = [random.random() < 0.5 for _ in versions]
+        for version, writes in zip(versions, is_write, strict=True):
+            if writes:
+                vector = np.full((1, WIDTH), version, np.float32)
+                store.write(collection, Documents([key], [""], vector, np.array([version]), columns), version)
+            else:
+                store.delete(collection, [key, key], version)
+        newest = int(np.argmax(versions))
+        expected = versions[newest] if is_write[newest] else None
+        assert store.contents(collection).get(key) == expected
+        store.delete(collection, [key], 100)
+        store.write(collection, Documents([key], [""], np.ones((1, WIDTH), np.float32), np.array([1]), columns), 100)
+        assert key not in store.contents(collection), "of equal versions the delete wins"
+
+
+def test_the_command_switches_and_rolls_back(
+    url: str, vectors_dir: Path, other_vectors_dir: Path, tiny_interactions: Any, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store = open_store(url)
+    monkeypatch.setattr(publish_command, "open_store", lambda url, options: replace(store, **options))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = publish_command.main(["--to", url, *arguments])
+        return code, *capsys.readouterr()
+
+    data = ("--data", str(tiny_interactions.dir))
+    code, out, _ = run("--vectors", str(vectors_dir), *data, "--verify", "--switch", "--as", "first")
+    assert code == 0 and "first: 40 written, 0 deleted, 0 unchanged" in out and "live is first" in out
+    assert "first: recall@40 1.0000 of 40 queries" in out
+    code, _, error = run("--vectors", str(other_vectors_dir), *data, "--as", "first")
+    assert code == ConfigError.exit_code and "choose another name with --as" in error
+    code, out, _ = run("--vectors", str(other_vectors_dir), *data, "--as", "second", "--switch")
+    assert code == 0 and store.aliases()["live"] == ("second", "first")
+    assert store.collection("live").name == "second" != store.collection("first").name
+    code, _, error = run("--drop", "second")
+    assert code == ConfigError.exit_code and "switch the alias first" in error
+    code, out, _ = run("--rollback")
+    assert code == 0 and store.aliases()["live"].name == "first" and "40 documents of model" in out
+    assert run("--drop", "second")[0] == 0 and set(store.collections()) == {"first"}
+    if not url.startswith("memory"):
+        code, _, error = run("--rollback")
+        assert code == ConfigError.exit_code and "has no previous collection" in error
+    code, _, error = run("--rollback", "--alias", "none")
+    assert code == ConfigError.exit_code and "has no previous collection" in error
+    code, out, _ = run("--vectors", str(vectors_dir), *data, "--as", "first")
+    assert code == 0 and "0 written, 0 deleted, 40 unchanged" in out
+    monkeypatch.setattr(publish_command, "LEAST_RECALL", 1.1)
+    code, _, error = run("--vectors", str(vectors_dir), *data, "--as", "third", "--verify", "--switch")
+    assert code == DataError.exit_code and "recall@40 is 1.0000" in error
+    assert store.aliases()["live"].name == "first", "a collection that is not verified is not live"
+    code, _, error = run("--vectors", str(vectors_dir))
+    assert code == ConfigError.exit_code and "needs --data" in error
+
+
+def test_another_model_is_refused(store: Store, tmp_path: Path) -> None:
+    shop = Shop.new(Random(0), 6)
+    folder, dataset = shop.save(tmp_path / "v")
+    collection = publish(store, folder, dataset, "shop").collection
+    collection.check_model(MODEL)
+    with pytest.raises(
+        CheckpointError, match=f"vectors of model {MODEL[:12]}, the queries are of model {OTHER_MODEL[:12]}"
+    ):
+        collection.check_model(OTHER_MODEL)
+    others = shop.save(tmp_path / "other", OTHER_MODEL)
+    with pytest.raises(ConfigError, match="choose another name"):
+        publish(store, *others, "shop")
+    with pytest.raises(CheckpointError):
+        measure_recall(store, collection, others[0])
+    # A writer of another model, past `publish`
+    _, documents = next(publishing._batches(publishing._Folder.open(folder), dataset, FEATURES, 1.0))
+    store.write(replace(collection, model=OTHER_MODEL), documents, 2)
+    with pytest.raises(CheckpointError, match="rows of"):
+        store.search(collection, shop.vectors[:1], 3)
+    with pytest.raises(CheckpointError, match="rows of"):
+        store.vectors(collection, ["key 1"])
+
+
+def test_an_earlier_version_is_refused(store: Store, tmp_path: Path) -> None:
+    shop = Shop.new(Random(0), 6)
+    earlier = shop.save(tmp_path / "earlier")
+    shop.change()
+    publish(store, *shop.save(tmp_path / "later"), "shop")
+    with pytest.raises(DataError, match=r"has version 2 of the dataset, .*earlier is of version 1: newer documents"):
+        publish(store, *earlier, "shop")
+    with pytest.raises(CheckpointError, match="vectors of dataset fingerprint"):
+        publish(store, earlier[0], shop.save(tmp_path / "again")[1], "shop")
+
+
+# ----- PostgreSQL alone
+
+
+def big_collection(store: Store, number: int, width: int = WIDTH) -> tuple[Collection, np.ndarray]:
+    vectors = np.random.default_rng(0).standard_normal((number, width)).astype(np.float32)
+    radius = 1.1 * float(np.linalg.norm(vectors, axis=1).max())
+    collection = Collection(
+        "big", MODEL, "dataset", 1, width, True, "dot", radius, {"part": "number"}, store.options()
+    )  # fmt: skip
+    store.create(collection)
+    parts: list[Any] = [float(row % 1000) for row in range(number)]
+    keys = [f"k{row}" for row in range(number)]
+    store.write(collection, Documents(keys, keys, vectors, np.arange(number), {"part": parts}), 1)
+    store.finish(collection)
+    return collection, vectors
+
+
+@pytest.mark.parametrize("exact_rows", [0, 20_000])
+def test_a_filtered_search_returns_as_many_as_match(
+    postgres_store: Store, exact_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8,000 documents from none to all, by iterative scans alone or with exact ones."""
+    monkeypatch.setattr(postgres, "EXACT_ROWS", exact_rows)
+    store = open_store(postgres_store.url + INDEX_ALONE, {"ef_search": 10})
+    collection, vectors = big_collection(store, 8000)
+    for below in (0, 1, 8, 100, 500, 1000):
+        mask = np.arange(8000) % 1000 < below
+        where = Condition("part", "<", (float(below),))
+        for top in (1, 30, 300):
+            (result,) = store.search(collection, vectors[:1], top, where)
+            best = np.sort((vectors @ vectors[0])[mask])[::-1][:top]
+            assert len(result) == len(best)
+            scores = np.array([document.score for document in result])
+            assert (scores[:-1] >= scores[1:]).all() if len(scores) else not mask.any()
+            assert (scores >= best[-1] - 1e-5).mean() >= 0.9 if len(scores) else True
+
+
+def plan(store: Any, statement: str) -> str:
+    rows = store._run(lambda connection: connection.execute(f"EXPLAIN {statement}").fetchall())
+    return " ".join(line for (line,) in rows)
+
+
+def test_a_filter_is_scanned_iteratively(postgres_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan returns as many matches as requested: the exact query is not needed."""
+    monkeypatch.setattr(postgres, "EXACT_ROWS", 0)
+    store = open_store(postgres_store.url + INDEX_ALONE, {"ef_search": 10})
+    collection, vectors = big_collection(store, 3000)
+    statements: list[str] = []
+    run = psycopg.Connection.execute
+
+    def execute(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        statements.append(query if isinstance(query, str) else query.as_string(self))
+        return run(self, query, *arguments, **options)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", execute)
+    (result,) = store.search(collection, vectors[:1], 30, Condition("part", "<", (100.0,)))
+    searches = [statement for statement in statements if "doc_title" in statement]
+    assert len(result) == 30 and len(searches) == 1 and "<->" in searches[0]
+
+
+def test_a_longer_vector_is_found(postgres_store: Store, tmp_path: Path) -> None:
+    """A vector beyond the radius of the collection changes the radius."""
+    shop = Shop.new(Random(0), 400)
+    first = publish(postgres_store, *shop.save(tmp_path / "v"), "shop").collection
+    shop.vectors[7], shop.version = 30, 2
+    report = publish(postgres_store, *shop.save(tmp_path / "longer"), "shop")
+    assert report.written == 400 and report.collection.radius > 67 > first.radius
+    (result,) = postgres_store.search(report.collection, np.ones((1, WIDTH), np.float32), 1)
+    assert result[0].key == "key 7" and result[0].score == 150
+
+
+def test_wide_vectors_are_indexed_in_half_precision_and_rescored(postgres_store: Store) -> None:
+    for width, index in ((2000, "halfvec_l2_ops"), (1999, "vector_l2_ops"), (4000, None)):
+        collection, vectors = big_collection(postgres_store, 150, width)
+        (definitions,) = postgres_store._select(  # type: ignore[attr-defined]
+            "SELECT string_agg(indexdef, ' ') FROM pg_indexes WHERE indexdef ~ 'USING hnsw'"
+        )[0]
+        assert index in definitions if index else definitions is None
+        (result,) = postgres_store.search(collection, vectors[7:8], 20)
+        expected = np.sort(vectors @ vectors[7])[::-1][:20]
+        np.testing.assert_allclose([document.score for document in result], expected, rtol=1e-5)
+        postgres_store.drop("big")
+
+
+def test_the_index_follows_changed_options(postgres_store: Store, tmp_path: Path) -> None:
+    saved = Shop.new(Random(0), 9).save(tmp_path / "v")
+    publish(postgres_store, *saved)
+    collection = publish(replace(postgres_store, m=7, ef_search=33), *saved).collection
+    assert collection.options["ef_search"] == 33
+    select = "SELECT indexdef FROM pg_indexes WHERE indexdef ~ 'USING hnsw'"
+    ((definition,),) = postgres_store._select(select)  # type: ignore[attr-defined]
+    assert "m='7'" in definition
+
+
+def test_names_and_values_are_quoted(postgres_store: Store, tmp_path: Path) -> None:
+    store, name = postgres_store, 'a"b; DROP TABLE bigdssm_collections; --'
+    shop = Shop.new(Random(0), 9)
+    collection = publish(store, *shop.save(tmp_path / "v"), name).collection
+    assert store.search(collection, shop.vectors[:1], 3, Condition("shop", "=", ("' OR true; --",))) == [[]]
+    store.switch("it's", name)
+    assert store.collection("it's").name == name
+    for invalid in ("", "x" * 41, "a\nb"):
+        with pytest.raises(ConfigError, match="needs a name of 1 to 40"):
+            store.create(replace(collection, name=invalid))
+    with pytest.raises(ConfigError, match="'doc_key'"):
+        store.create(replace(collection, columns={"doc_key": "category"}))
+    with pytest.raises(ConfigError, match="unknown is not a column of the collection"):
+        store.count(collection, Condition("unknown", "=", ("x",)))
+    with pytest.raises(DataError, match="has no collection or alias 'none'"):
+        store.collection("none")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hidden@host/db", "postgresql://me:hid/den@host/db", "postgresql://host/db?password=hidden",
+        "postgresql://host/db?pass%77ord=hidden", "postgresql://me:hid@den@host/db", "postgresql://me:@host/db",
+        "postgresql://me:hid#den@host/db", "postgresql://me:hid?den@host/db",
+        "postgresql://me:hid[den@host/db",
+    ],
+)  # fmt: skip
+def test_a_password_in_the_url_is_refused_and_not_shown(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert publish_command.main(["--to", url]) == ConfigError.exit_code
+    out, error = capfd.readouterr()
+    assert "URL of the store" in error and "hid" not in out + error and "den@" not in error
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "mode"),
+    [
+        ("postgresql://db.example.com/x", {}, "verify-full"),
+        ("postgresql:///x?hostaddr=10.0.0.1", {}, "verify-full"),
+        ("postgresql:///x?host=/run/pg,db.example.com", {}, "verify-full"),
+        ("postgresql:///x", {"PGHOST": "db.example.com"}, "verify-full"),
+        ("postgresql:///?service=shop", {}, "verify-full"),
+        ("postgresql://db.example.com/x?sslmode=require", {}, "require"),
+        ("postgresql://db.example.com/x", {"PGSSLMODE": "disable"}, None),
+        ("postgresql:///x", {}, None),
+        ("postgresql://localhost/x", {}, None),
+        ("postgresql:///x?host=/run/pg", {}, None),
+    ],
+)
+def test_tls_is_verified_unless_the_server_is_local(
+    url: str, environment: dict[str, str], mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {}
+
+    def connect(**given: Any) -> None:
+        options.update(given)
+        raise psycopg.OperationalError("nobody is there")
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psycopg, "connect", connect)
+    with pytest.raises(UnavailableError, match="nobody is there; try again"):
+        open_store(url).collections()
+    assert options.get("sslmode") == mode
+    assert options.get("sslrootcert") == ("system" if mode == "verify-full" else None)
+
+
+def test_errors_of_the_server_are_one_sentence(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r'postgresql://.*/missing: .*"missing" does not exist; try again'):
+        open_store(server.url("missing")).collections()
+    store = open_store(server.new_database())
+    assert store.collections() == store.aliases() == {}
+    collection = publish(store, *Shop.new(Random(0), 6).save(tmp_path / "v"), "shop").collection
+    open_store(store.url).drop("shop")
+    for use in (store.count, store.contents, store.finish):
+        with pytest.raises(DataError, match="the collection was dropped; publish it again"):
+            use(collection)
+    with pytest.raises(DataError, match="collection shop was dropped"):
+        store.delete(collection, ["key 1"], 1)
+
+
+def test_two_publishers_at_once(postgres_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "LOCK_WAIT_S", 0.3)
+    saved = Shop.new(Random(0), 6).save(tmp_path / "v")
+    with postgres_store.publishing("shop"):
+        publish(postgres_store, *saved, "another")
+        with pytest.raises(DataError, match="another process publishes to shop"):
+            publish(open_store(postgres_store.url), *saved, "shop")
+    publish(postgres_store, *saved, "shop")
+
+
+def test_a_server_that_restarts_loses_no_answer(postgres_store: Store, server: Server, tmp_path: Path) -> None:
+    shop = Shop.new(Random(0), 30)
+    collection = publish(postgres_store, *shop.save(tmp_path / "v")).collection
+    expected, answers, stop = postgres_store.search(collection, shop.vectors[:2], 5), [], threading.Event()
+
+    def search() -> None:
+        while not stop.is_set():
+            answers.append(postgres_store.search(collection, shop.vectors[:2], 5))
+
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for mode in ("immediate", "fast"):
+        before = len(answers)
+        while len(answers) < before + 4:
+            time.sleep(0.01)
+        server.stop(mode)
+        server.start()
+    before = len(answers)
+    while len(answers) < before + 4 and any(thread.is_alive() for thread in threads):
+        time.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(answers) >= before + 4 and all(answer == expected for answer in answers)
+
+
+def test_a_deleted_document_leaves_no_byte(postgres_store: Store, server: Server, tmp_path: Path) -> None:
+    shop = Shop.new(Random(0), 30)
+    collection = publish(postgres_store, *shop.save(tmp_path / "v")).collection
+    secret = ["0f4c9a-hidden-identifier"]
+    columns: dict[str, list[Any]] = {"shop": secret, "tags": [secret], "price": [None]}
+    postgres_store.write(
+        collection, Documents(secret, secret, shop.vectors[:1], np.array([1]), columns), collection.version
+    )
+
+    def files() -> list[str]:
+        """Return the tables' files that contain the identifier."""
+        postgres_store._run(lambda connection: connection.execute("CHECKPOINT"))  # type: ignore[attr-defined]
+        base = server.folder / "data" / "base"
+        return [str(file) for file in base.rglob("*") if file.is_file() and secret[0].encode() in file.read_bytes()]
+
+    assert files()
+    postgres_store.delete(collection, secret, collection.version)
+    postgres_store.compact(collection)
+    assert not files()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from random import Random
+from bigdssm.retrieval import publish
+from bigdssm.stores.opening import open_store
+from tests.unit.retrieval.test_stores import Shop
+publish.ROWS_AT_ONCE = 50
+shop = Shop.new(Random(0), 2000)
+publish.publish(open_store(sys.argv[1]), *shop.save(Path(sys.argv[2])), "shop")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_publication_continues(server: Server, tmp_path: Path) -> None:
+    """Kill -9 at several points of writing; the content is that of one call."""
+    store, shop = open_store(server.new_database()), Shop.new(Random(0), 2000)
+    rows = 0
+    for number in range(2):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, store.url, str(tmp_path / str(number))])
+        while process.poll() is None:
+            with contextlib.suppress(DataError):
+                stored = store.count(store.collection("shop"))
+                if stored >= rows + 400:
+                    process.kill()
+                    break
+            time.sleep(0.005)
+        assert process.wait() == -9, "killed before its end"
+        rows = store.count(store.collection("shop"))
+        assert 0 < rows < 2000 and not store.collection("shop").published
+    saved = shop.save(tmp_path / "v")
+    report = publish(store, *saved, "shop")
+    assert 0 < report.written < 2000 and report.unchanged == 2000 - report.written >= rows
+    assert state(store, report.collection) == state(store, publish(store, *saved, "rebuilt").collection)
