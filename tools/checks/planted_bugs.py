@@ -1108,7 +1108,7 @@ BUGS = [
         "absent |= batch.since[batch.negatives] > batch.time[:, None]", "pass",
         f"{UNIT}/test_shop_evaluation.py::test_a_document_is_no_negative_of_a_query_before_its_time"),
     Bug("item_times", "kernels_mask_known_positives_alone", "losses.kernels.triton_passes:mask_tiles",
-        "mask.rows(first * _MASK_TILE,", "mask.known.rows(first * _MASK_TILE,",
+        "mask.rows(first * MASK_TILE,", "mask.known.rows(first * MASK_TILE,",
         f"{RANKS}/test_kernels.py::test_equals_the_dense_reference"),
     Bug("item_times", "times_of_later_versions", "dataset.catalogue:Catalogue.first_times",
         "since = self._table.column(SINCE_COLUMN)",
