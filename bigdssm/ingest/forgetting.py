@@ -99,9 +99,9 @@ class _Deletion:
         self, dataset: Dataset, content: dict[str, Any], users: Sequence[str], items: Sequence[str], aside: Path
     ) -> None:
         self._dataset, self._content, self._aside = dataset, content, aside
-        self._schema = dataset.schema
+        self._schema = dataset.header.schema
         self._users, self._items = set(users), set(items)
-        self._ids = {"query": list(users), "doc": list(items), "event": []}
+        self._ids = {"query": list(users), "doc": list(items), "filter": list(items), "event": []}
         if self._schema.siamese:
             self._ids["query"] = self._ids["doc"] = [*users, *items]
         self._query_ids = hash_strings(pa.array(self._ids["query"], pa.large_string()))
@@ -215,7 +215,7 @@ class _Deletion:
     # ----- catalogue
 
     def _write_catalogue(self) -> None:
-        folder, features = self._aside / CATALOGUE, self._schema.doc
+        folder, features = self._aside / CATALOGUE, self._schema.documents
         folder.mkdir()
         files = catalogue_files(self._dataset.dir, self._content)
         entries = [*self._content["catalogue"], *self._content.get("versions", [])]
@@ -227,7 +227,8 @@ class _Deletion:
             was_empty = pc.equal(batch["doc_key"], "").to_numpy(zero_copy_only=False)
             is_new = np.isin(numbers, self._documents) & ~was_empty
             documents.append(numbers[was_empty])
-            self._count_codes("doc", features, batch, is_new, ~is_new & ~was_empty)
+            for side, of_side in (("doc", self._schema.doc), ("filter", self._schema.filter)):
+                self._count_codes(side, of_side, batch, is_new, ~is_new & ~was_empty)
             if is_new.any():
                 blank = {name: self._missing(feature, batch[name].type) for name, feature in features.items()}
                 blank |= {name: _one(batch, name, "") for name in ("doc_key", "doc_title")}

@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
             "past": {"type": "history", "of": "item_id", "max_items": 4}, "user_id": {"type": "categorical"},
             "town": {"type": "categorical"},
         },
-        "event": {"session": {"type": "categorical"}},
+        "event": {"session": {"type": "categorical"}}, "filter": {"shelf": {"type": "categorical"}},
         "doc": {
             "item_id": {"type": "categorical"}, "title": {"type": "text", "max_tokens": 16},
             "maker": {"type": "categorical"}, "price": {"type": "numeric"},
@@ -85,6 +85,7 @@ def add_day(folder: Path, day: int, users: int, items: int, **options: Any) -> N
     rows = pd.DataFrame({
         "item_id": [item(n) for n in range(items)], "title": [f"tea of {item(n)}" for n in range(items)],
         "maker": [f"maker {n % 4}" if n % 3 else f"m-{item(n)}" for n in range(items)], "price": 1.0 + np.arange(items),
+        "shelf": [f"shelf {item(n)}" if n % 2 else "shelf" for n in range(items)],
         "color": [[n, 1.0, 2.0] for n in range(items)], "tags": [f"t-{item(n)}|common" for n in range(items)],
     })  # fmt: skip
     rows.loc[rows["item_id"] == item(1), "price"] = 100.0 + day
@@ -200,9 +201,10 @@ def test_a_dataset_has_no_byte_of_the_ids_and_keeps_orders_and_numbers(folder: P
     assert forgotten.documents.tolist() == documents.tolist() == after.catalogue.withdrawn.tolist()
     assert after.catalogue.keys(documents) == after.catalogue.titles(documents) == ["", "", ""]
     assert len(np.unique(after.catalogue.doc_ids)) == after.catalogue.num_docs
-    assert (after.catalogue.codes("item_id", documents) == 0).all()
+    for name in ("item_id", "shelf"):
+        assert (after.catalogue.codes(name, documents) == 0).all() and before.catalogue.codes(name, documents).all()
     others = np.setdiff1d(np.arange(after.catalogue.num_docs), documents)
-    for name in after.schema.doc:
+    for name in after.header.schema.documents:
         assert repr(after.catalogue.column(name, others)) == repr(before.catalogue.column(name, others)), name
 
 
@@ -291,6 +293,7 @@ def test_features_as_of_each_row_and_versions_by_time(tmp_path: Path) -> None:
         "price": [1.0, 2.0] * 12,
         "color": [[1.0, 2.0, 3.0]] * 24,
         "tags": [f"t-{key}" for key in items["item_id"]],
+        "shelf": [f"shelf {key}" for key in items["item_id"]],
     }
     bigdssm.make_dataset(
         tmp_path / "config.yaml", interactions=events, users=people, items=items, users_time_column="since",
