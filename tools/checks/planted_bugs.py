@@ -1383,7 +1383,7 @@ BUGS = [
         f"{UNIT}/retrieval/test_stores.py::test_random_changes_equal_a_rebuild"),
     Bug("hand-off", "longer_vectors_keep_the_radius", "retrieval.publish:publish",
         "> collection.radius:", "> collection.radius and existing is None:",
-        f"{UNIT}/retrieval/test_stores.py::test_a_longer_vector_is_found"),
+        f"{UNIT}/retrieval/test_stores.py::test_a_longer_vector_is_the_best_result"),
     Bug("hand-off", "rows_of_another_model", "stores.postgres:_check_models",
         "if model.hex != collection.model:", "if False:",
         f"{UNIT}/retrieval/test_stores.py::test_another_model_is_refused"),
