@@ -12,8 +12,8 @@ from bigdssm.training.resume import rule_of
 ROOT = Path(__file__).resolve().parents[2]
 RULES = {
     "may": (
-        "run.dir", "run.trackers", "data.dir", "data.tokenizer", "data.targets_per_row", "data.num_workers",
-        "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes", "engine", "debug",
+        "run.dir", "run.trackers", "data.dir", "data.filter", "data.tokenizer", "data.targets_per_row",
+        "data.num_workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes", "engine", "debug",
         "pretrain.validate_every_steps", "pretrain.patience", "pretrain.save_every_steps",
         "pretrain.save_every_minutes", "pretrain.keep_checkpoints", "pretrain.log_every_steps",
         "pretrain.max_skipped_steps", "sft",

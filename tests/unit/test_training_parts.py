@@ -169,7 +169,7 @@ def test_padding_tokens_within_a_row_are_not_cut_off() -> None:
 
 def test_uniform_draws_differ_by_step_and_seed_and_take_any_seed() -> None:
     catalogue = SimpleNamespace(num_docs=10**6, withdrawn=np.zeros(0, np.int64))
-    dataset = SimpleNamespace(schema=None, catalogue=catalogue)
+    dataset = SimpleNamespace(schema=None, catalogue=catalogue, header=SimpleNamespace(dated=False))
     stream = SimpleNamespace(dataset=dataset, inline=False, steps_per_epoch=1, rank=0, world_size=1)
     stage = StageConfig(negatives=NegativesConfig(uniform=5))
     drawn = {

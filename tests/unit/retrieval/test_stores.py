@@ -5,6 +5,7 @@ The contract is tested with PostgreSQL and with a store from outside the package
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ import psycopg
 import pyarrow as pa
 import pytest
 
-import tests.distributed.outside  # noqa: F401, registers a store
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.commands import publish as publish_command
 from bigdssm.dataset.dataset import Dataset
@@ -36,7 +36,7 @@ from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
 from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
 from bigdssm.stores import postgres
-from bigdssm.stores.base import Collection, Documents, Store
+from bigdssm.stores.base import STORES, Collection, Documents, Store
 from bigdssm.stores.opening import open_store
 from tests.filters import FEATURES, random_filter, random_rows
 from tests.postgres import Server, running_server
@@ -52,9 +52,24 @@ def server() -> Iterator[Server]:
     yield from running_server()
 
 
+@pytest.fixture(scope="module")
+def memory_store() -> Iterator[None]:
+    """Register the store of a module from outside the package, and none of its other components."""
+    path, module = Path(__file__).parents[2] / "distributed/outside.py", ModuleType("outside_store")
+    tree = ast.parse(path.read_text("utf-8"))
+    definitions = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    constants = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
+    tree.body = [*constants, *(definitions[name] for name in ("StoredRow", "matches", "MemoryStore"))]
+    sys.modules[module.__name__] = module
+    exec(compile(tree, path, "exec"), module.__dict__)
+    yield
+    del STORES.classes["memory"], sys.modules[module.__name__]
+
+
 @pytest.fixture(params=["postgresql", "memory"])
 def url(request: pytest.FixtureRequest) -> str:
     if request.param == "memory":
+        request.getfixturevalue("memory_store")
         return "memory://here"
     return str(request.getfixturevalue("server").new_database())
 
