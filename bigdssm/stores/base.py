@@ -7,7 +7,7 @@ dataclass, registered with `register_store`, whose fields are options (`bigdssm 
     create → contents, write, delete → finish → switch
 
 A write or delete has a version, an integer that grows with the dataset. Of several writes and deletes of one key, the
-one of the largest version wins, and of equal versions the delete, in whatever order they arrive.
+one of the largest version wins, and of equal versions the delete, in any order of arrival.
 """
 
 from __future__ import annotations
