@@ -34,6 +34,13 @@ class StoredDocument(NamedTuple):
     title: str
 
 
+class StoredVector(NamedTuple):
+    """Title and vector, float32 [width], of a document."""
+
+    title: str
+    vector: np.ndarray
+
+
 @dataclass(frozen=True)
 class Collection:
     """Description of a collection."""
@@ -139,8 +146,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def vectors(self, collection: Collection, keys: Sequence[str]) -> np.ndarray:
-        """Return the vectors of documents, float32 [n, width]. Raises DataError: an unknown key."""
+    def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
+        """Return the vectors of the existing documents among `keys`. Raises CheckpointError as `search` does."""
 
     @abstractmethod
     def aliases(self) -> dict[str, Alias]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ import numpy as np
 from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import And, Expression, Or
-from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, register_store
+from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
 from bigdssm.utils.bounds import bounded
 from bigdssm.utils.hashing import hash64
 
@@ -78,6 +77,14 @@ class _VectorDumper(Dumper):
         return struct.pack(">HH", len(obj), 0) + obj.tobytes()
 
 
+@dataclass
+class _Pool:
+    """Idle connections, which any thread may take, and whether the server was reached last time."""
+
+    idle: list[Any] = field(default_factory=list)
+    is_reached: bool = False
+
+
 @register_store
 @dataclass(frozen=True)
 class PostgresStore(Store):
@@ -89,7 +96,7 @@ class PostgresStore(Store):
     ef_construction: int = bounded(128, 4, 1000)  # candidates per document when the graph is built
     ef_search: int = bounded(200, 1, 1000)  # candidates per query, at least the number of requested documents
     build_memory_mb: int = bounded(512, 1, 10**6)  # maintenance_work_mem: a graph that exceeds it is built slowly
-    _local: threading.local = field(default_factory=threading.local, metadata=FITTED, repr=False, compare=False)
+    _pool: _Pool = field(default_factory=_Pool, metadata=FITTED, repr=False, compare=False)
 
     # ----- collections
 
@@ -294,15 +301,15 @@ class PostgresStore(Store):
 
         self._run(work)
 
-    def vectors(self, collection: Collection, keys: Sequence[str]) -> np.ndarray:
-        """Return the vectors of documents."""
-        statement = sql.SQL("SELECT doc_key, doc_vector::text, doc_model FROM {} WHERE doc_key = ANY(%s)")
+    def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
+        """Return the vectors of the existing documents among `keys`."""
+        statement = sql.SQL("SELECT doc_key, doc_title, doc_vector::text, doc_model FROM {} WHERE doc_key = ANY(%s)")
         rows = self._select(statement.format(_table(collection)), [list(keys)])
-        _check_models(collection, (model for _, _, model in rows))
-        vector_of = {key: json.loads(vector) for key, vector, _ in rows}
-        if unknown := [key for key in keys if key not in vector_of]:
-            raise DataError(f"collection {collection.name} has no document with the key {unknown[0]!r}")
-        return np.array([vector_of[key] for key in keys], np.float32).reshape(len(keys), -1)[:, : collection.width]
+        _check_models(collection, (model for *_, model in rows))
+        return {
+            key: StoredVector(title, np.array(json.loads(vector)[: collection.width], np.float32))
+            for key, title, vector, _ in rows
+        }
 
     def count(self, collection: Collection, where: Expression | None = None) -> int:
         """Count rows."""
@@ -398,17 +405,26 @@ class PostgresStore(Store):
             connection.execute("SET client_connection_check_interval = '1s'")
         return connection
 
-    def _connection(self) -> Any:
-        """Return this thread's connection."""
-        connection = getattr(self._local, "connection", None)
-        if connection is None or connection.closed:
-            connection = self._local.connection = self._connect()
-            self._local.has_vectors = False
-        if not self._local.has_vectors and (info := TypeInfo.fetch(connection, "vector")) is not None:
-            info.register(connection)
-            connection.adapters.register_dumper(np.ndarray, type("VectorDumper", (_VectorDumper,), {"oid": info.oid}))
-            self._local.has_vectors = True
-        return connection
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        """Return a connection that no other thread uses within the context."""
+        try:
+            connection = self._pool.idle.pop()
+        except IndexError:
+            connection = self._connect()
+        self._pool.is_reached = True
+        try:
+            no_vectors = connection.adapters.types.get("vector") is None
+            if no_vectors and (info := TypeInfo.fetch(connection, "vector")) is not None:
+                info.register(connection)
+                dumper = type("VectorDumper", (_VectorDumper,), {"oid": info.oid})
+                connection.adapters.register_dumper(np.ndarray, dumper)
+            yield connection
+        finally:
+            if connection.closed:
+                self._pool.idle.clear()  # the others are lost, too
+            elif connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+                self._pool.idle.append(connection)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -424,16 +440,21 @@ class PostgresStore(Store):
             raise DataError(f"{self.address}: {text}") from None
 
     def _run(self, work: Callable[[Any], T]) -> T:
-        """Return the result of `work`, which may be repeated, on a connection; reconnect if the server went away."""
+        """Return the result of `work`, which may be repeated, on a connection; reconnect if the server went away.
+
+        After waiting in vain, the next call waits no more.
+        """
         with self._errors():
-            had_connection = hasattr(self._local, "connection")
+            was_reached, connection = self._pool.is_reached, None
             for wait_s in (*WAITS_S, None):
                 try:
-                    return work(self._connection())
+                    with self._connection() as connection:
+                        return work(connection)
                 except psycopg.OperationalError:
-                    connection = getattr(self._local, "connection", None)
-                    is_lost = connection is None or connection.closed
-                    if not had_connection or not is_lost or wait_s is None:
+                    if connection is not None and not connection.closed:
+                        raise
+                    if not was_reached or wait_s is None:
+                        self._pool.is_reached = False
                         raise
                     time.sleep(wait_s)
         raise AssertionError("unreachable")

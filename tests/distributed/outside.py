@@ -32,7 +32,7 @@ from bigdssm.config import (
     TextEncoderConfig,
     TextInputs,
 )
-from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.metrics import register_metric
 from bigdssm.export.formats import ExportFormat, Parity, Probe, largest_difference, register_export
 from bigdssm.features import Column, Decoder, Feature, TextTokenizer, register
@@ -49,7 +49,7 @@ from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.sources.base import FileSource, Part, register_source
 from bigdssm.sources.text import require_columns
-from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, register_store
+from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
 from bigdssm.training.optimizers import register_optimizer
 from bigdssm.utils.bounds import bounded
 
@@ -368,11 +368,9 @@ class MemoryStore(Store):
             results.append(sorted(every, key=lambda document: -document.score)[:top])
         return results
 
-    def vectors(self, collection: Collection, keys: Sequence[str]) -> np.ndarray:
+    def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
         rows = self._matching(collection, None)
-        if unknown := [key for key in keys if key not in rows]:
-            raise DataError(f"collection {collection.name} has no document with the key {unknown[0]!r}")
-        return np.stack([rows[key].vector for key in keys])
+        return {key: StoredVector(rows[key].title, rows[key].vector) for key in keys if key in rows}
 
     def aliases(self) -> dict[str, Alias]:
         return dict(self.state["aliases"])

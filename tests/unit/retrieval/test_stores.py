@@ -149,7 +149,7 @@ def state(store: Store, collection: Collection) -> dict[str, Any]:
         "documents": sorted(every),
         "keys": sorted(store.contents(collection)),
         "counts": found,
-        "sum": vectors.sum(0).tolist(),
+        "sum": sum(vectors[key].vector for key in sorted(vectors)).tolist(),
     }
 
 
@@ -192,9 +192,10 @@ def test_a_collection_answers_with_the_inner_products_of_its_folder(
             assert [document.key for document in result] == [keys[row] for row in order]
             assert [document.title for document in result] == [titles[row] for row in order]
             np.testing.assert_allclose([document.score for document in result], scores[order], rtol=1e-5)
-    np.testing.assert_array_equal(store.vectors(collection, [keys[5], keys[2]]), vectors[[5, 2]])
-    with pytest.raises(DataError, match="no document with the key 'none'"):
-        store.vectors(collection, ["none"])
+    found = store.vectors(collection, [keys[5], "none", keys[2]])
+    assert {key: title for key, (title, _) in found.items()} == {keys[row]: titles[row] for row in (5, 2)}
+    for row in (5, 2):
+        np.testing.assert_array_equal(found[keys[row]].vector, vectors[row])
     recall = measure_recall(store, collection, vectors_dir)
     assert (recall.recall, recall.num_queries, recall.top) == (1.0, 40, 40) and recall.difference < 1e-6
 
@@ -606,3 +607,31 @@ def test_a_killed_publication_continues(server: Server, tmp_path: Path) -> None:
     report = publish(store, *saved, "shop")
     assert 0 < report.written < 2000 and report.unchanged == 2000 - report.written >= rows
     assert state(store, report.collection) == state(store, publish(store, *saved, "rebuilt").collection)
+
+
+def test_a_server_that_is_gone_is_waited_for_once(
+    postgres_store: Store, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop.new(Random(0), 30)
+    collection = publish(postgres_store, *shop.save(tmp_path / "v")).collection
+    expected, waited = postgres_store.search(collection, shop.vectors[:2], 5), list[float]()
+    monkeypatch.setattr(postgres.time, "sleep", waited.append)
+    server.stop()
+    try:
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="try again when this is fixed"):
+                postgres_store.search(collection, shop.vectors[:2], 5)
+        assert waited == list(postgres.WAITS_S)
+    finally:
+        server.start()
+    assert postgres_store.search(collection, shop.vectors[:2], 5) == expected
+
+
+def test_threads_share_connections(postgres_store: Store, tmp_path: Path) -> None:
+    shop = Shop.new(Random(0), 9)
+    collection = publish(postgres_store, *shop.save(tmp_path / "v")).collection
+    for _ in range(5):
+        thread = threading.Thread(target=postgres_store.search, args=(collection, shop.vectors[:1], 3))
+        thread.start()
+        thread.join()
+    assert len(postgres_store._pool.idle) == 1  # type: ignore[attr-defined]
