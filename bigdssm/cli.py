@@ -107,8 +107,12 @@ def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, op
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
     """Add the options --model, --index and --data."""
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--index", type=Path, required=True, help="index folder")
+    parser.add_argument("--model", type=Path, required=True, help="model folder, or a folder of model folders")
+    parser.add_argument(
+        "--index",
+        required=True,
+        help="index folder, or a vector store as URL#NAME of a collection or alias (default: live)",
+    )
     parser.add_argument("--data", help="dataset folder or URL (default: that of the model, if it needs one)")
 
 

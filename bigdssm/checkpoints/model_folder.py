@@ -80,7 +80,7 @@ class ModelFolder:
     @property
     def doc_checksum(self) -> str:
         """Identifies the document vectors: those of another model if it was trained against them."""
-        return str(self.provenance.get("documents") or self.checksum)
+        return doc_checksum({"identity": self.checksum, "provenance": self.provenance})
 
     @property
     def index_width(self) -> int:
@@ -269,6 +269,11 @@ def _write_all_but_weights(
 def model_identity(meta: Mapping[str, Any]) -> str:
     """Return the checksum of everything that affects scores, as of before a deletion of users or items."""
     return str(meta.get("identity") or json_checksum([meta["checksums"], meta["config_checksum"]]))
+
+
+def doc_checksum(meta: Mapping[str, Any]) -> str:
+    """Return the checksum of the model of the document vectors, see `ModelFolder.doc_checksum`."""
+    return str(meta["provenance"].get("documents") or model_identity(meta))
 
 
 def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:

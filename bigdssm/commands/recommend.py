@@ -28,6 +28,7 @@ from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP, feature_values
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
+from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import (
     Exclusions,
@@ -40,6 +41,7 @@ from bigdssm.retrieval.recommend import (
     write_csv,
 )
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
+from bigdssm.stores.opening import is_store
 from bigdssm.utils.progress import ProgressBar
 
 
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
+    if is_store(args.index):
+        raise ConfigError("--index: recommend needs an index folder, not a store; build one with bigdssm build_index")
     as_csv = args.out.suffix == ".csv"
     if as_csv:
         check_file_to_write("--out", args.out, "recommend", overwrite=args.overwrite)

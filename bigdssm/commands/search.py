@@ -3,6 +3,7 @@
     bigdssm search --model MODEL --index INDEX --user KEY
     bigdssm search --model MODEL --index INDEX --history "first title; second title" --text age=33
     bigdssm search --model MODEL --index INDEX --text "words=running shoes" --filter "section = sports and price < 50"
+    bigdssm search --model MODEL --index postgresql://HOST/DATABASE --user KEY
     bigdssm search --model MODEL --index INDEX --request request.json --out results.csv
 
 --user loads features and events of a user from the dataset, --text sets feature values, --history appends events

@@ -2,14 +2,17 @@
 
     bigdssm serve --model MODEL --index INDEX [--data DATASET] [--port 8000]
     bigdssm serve --model MODEL --index INDEX --second OTHER_MODEL OTHER_INDEX
+    bigdssm serve --model MODELS --index postgresql://HOST/DATABASE
 
 The page is at http://127.0.0.1:8000; docs/serving.md documents the API. Waiting queries are encoded and searched in one
 batch; the responses to the last --cache queries are cached. --workers N runs N processes, which share the memory of the
 index. --second serves a second model for comparison, under /second/api and on the page. If the model and index folders
-are replaced, the server loads the new ones within --poll-s seconds without dropping a request. By default it accepts
-connections from this machine only (--host), without authentication. The Host header must be localhost, the value of
---host, or a name in --allow-host, for example that of a proxy. SIGTERM and Ctrl-C stop it within --timeout-s seconds.
---data is required if queries have users, histories or filters and the dataset has been moved since training.
+are replaced, the server loads the new ones within --poll-s seconds without dropping a request. With a vector store it
+follows the alias `live` (URL#NAME: another alias or a collection) and opens the model of the collection among those in
+the folder MODELS; --vectors adds POST /api/vector, the vector of a query. By default it accepts connections from this
+machine only (--host), without authentication. The Host header must be localhost, the value of --host, or a name in
+--allow-host, for example that of a proxy. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required if
+queries have users, histories or filters and the dataset has been moved since training.
 """
 
 from __future__ import annotations
@@ -38,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = command_parser(__doc__)
     add_search_options(parser)
-    parser.add_argument(
-        "--second", type=Path, nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison"
-    )
+    parser.add_argument("--second", nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
     parser.add_argument(
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--poll-s", type=float, default=2.0, metavar="SECONDS",
         help="interval of checks for a replaced model or index (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--vectors", action="store_true", help="enable POST /api/vector, the vector of a query")
     parser.add_argument("--log-requests", action="store_true", help="write one JSON line per request to stderr")
     parser.add_argument(
         "--allow-host", nargs="+", default=[], metavar="NAME", help="further accepted host names (default: none)"
@@ -102,7 +104,7 @@ def _open(args: argparse.Namespace) -> Opened:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     folders = Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank)
-    second = None if args.second is None else Folders(args.second[0], args.second[1], args.data, args.threads)
+    second = None if args.second is None else Folders(Path(args.second[0]), args.second[1], args.data, args.threads)
     return folders.open(), folders, None if second is None else second.open(), second
 
 
@@ -120,7 +122,7 @@ def _serve(
     searcher, folders, second, second_folders = opened or _open(args)
     app = make_app(
         searcher, cache_size=args.cache, max_batch=args.max_batch, hosts=(args.host, *args.allow_host), folders=folders,
-        poll_s=args.poll_s, second=second, second_folders=second_folders,
+        poll_s=args.poll_s, second=second, second_folders=second_folders, has_vectors=args.vectors,
     )  # fmt: skip
     ready()
     run(app, listening, args.timeout_s)

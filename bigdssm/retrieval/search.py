@@ -34,8 +34,9 @@ from bigdssm.features import (
 from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_units
+from bigdssm.features.conditions import Expression
 from bigdssm.features.ragged import gather_ranges, joined
-from bigdssm.retrieval.filters import Filters
+from bigdssm.retrieval.filters import DocumentFilters, Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.utils.arguments import check_utf8
@@ -57,7 +58,8 @@ class Query:
     unknown: tuple[str, ...]  # event items that match no document
     unknown_excluded: tuple[str, ...]  # keys of `Request.exclude` of no document
     excluded: np.ndarray  # int64: catalogue rows
-    allowed: AllowedDocuments | None  # documents that pass the filter; None: all
+    exclude: tuple[str, ...]  # `Request.exclude`
+    allowed: AllowedDocuments | Expression | None  # filter as resolved by the index; None: all documents
 
 
 class Queries:
@@ -65,11 +67,11 @@ class Queries:
 
     def __init__(
         self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool | str,
-        num_docs: int | None = None,
+        filters: DocumentFilters | None = None,
     ) -> None:  # fmt: skip
-        """Users, events and filters need a dataset. `exclude_seen` is the default of requests.
+        """Users and events need a dataset. `exclude_seen` is the default of requests.
 
-        `num_docs`: the first documents of the dataset, which the index has; None: all.
+        `filters` are those of the index; None: of all documents of the dataset.
 
         Raises DataError: queries of `schema` have a history, and there is no dataset to look items up in.
         """
@@ -78,7 +80,9 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        self._filters = None if dataset is None else Filters(dataset.whole.catalogue, num_docs)
+        self._filters = filters
+        if filters is None and dataset is not None:
+            self._filters = Filters(dataset.whole.catalogue)
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:
@@ -146,12 +150,10 @@ class Queries:
         if dataset is not None:
             session = None if visit.feature is None else context.get(visit.feature)
             of_events = excluded_rows(dataset, past, exclude, request.now, session).values
-        if keys and dataset is None:
-            raise ConfigError("exclude needs the documents' keys; give the dataset with --data")
         by_key = NOTHING if dataset is None else dataset.catalogue.rows_by_key(keys)
         unknown_excluded = tuple(key for key, row in zip(keys, by_key.tolist(), strict=False) if row < 0)
         excluded = np.concatenate([of_events, query_document, by_key[by_key >= 0]])
-        return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, allowed)
+        return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, tuple(keys), allowed)
 
     def feature(self, name: str, value: Any) -> Column:
         """Encode one value as a column. Raises ConfigError: an unknown feature, or an invalid value."""

@@ -26,6 +26,7 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import Encoders, truncate_vectors
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.stores.base import Collection
 from bigdssm.utils.array_file import new_array
 from bigdssm.utils.atomic import check_replaceable, hidden_version, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
@@ -179,7 +180,7 @@ class ReusableVectors:
         return np.where(self._sorted[position] == documents, self._order[position], -1)
 
 
-def truncate_like(vectors: np.ndarray, meta: VectorsMeta) -> np.ndarray:
+def truncate_like(vectors: np.ndarray, meta: VectorsMeta | Collection) -> np.ndarray:
     """Return index vectors float32 [n, D+1], truncated to [n, meta.width]."""
     if vectors.shape[1] == meta.width:
         return vectors

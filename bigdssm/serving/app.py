@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError
+from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request, value_type
@@ -41,7 +41,7 @@ from bigdssm.serving.live import ActiveSearcher, LiveSearcher
 from bigdssm.serving.metrics import Metrics, RequestMetrics
 from bigdssm.serving.searcher import Folders, Searcher
 
-PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why")
+PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why", "/api/vector")
 SECOND_PREFIX = "/second"
 PAGE = Path(__file__).with_name("page.html")
 OTHER_PATHS = ("/", "/page.css", "/page.js", "/metrics", "/healthz", "/readyz", "/openapi.json")
@@ -148,10 +148,11 @@ class UniqueKeysRoute(APIRoute):
         return handle
 
 
-def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool) -> APIRouter:
+def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool, has_vectors: bool) -> APIRouter:
     """Return the routes of one model; `active` returns the current searcher per request.
 
-    `has_second` is reported to clients. Routes raise Overloaded and BigDSSMError, which the application handles.
+    `has_vectors` enables /api/vector, `has_second` is reported to clients. Routes raise Overloaded and BigDSSMError,
+    which the application handles.
     """
     routes = APIRouter(route_class=UniqueKeysRoute)
 
@@ -202,6 +203,13 @@ def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: b
             explanation = await run_in_threadpool(current.searcher.why, body.request(), body.answer)
         return {**asdict(explanation), "total_ms": _ms_since(started)}
 
+    @routes.post("/api/vector", include_in_schema=has_vectors)
+    async def vector(body: RequestBody) -> dict[str, Any]:
+        if not has_vectors:
+            raise HTTPException(404, "not enabled; start the server with --vectors")
+        with active().in_use() as current:
+            return asdict(await run_in_threadpool(current.searcher.query_vector, body.request()))
+
     return routes
 
 
@@ -220,20 +228,20 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     411: {"model": ErrorBody, "description": "Chunked request without Content-Length"},
     413: {"model": ErrorBody, "description": "Request too large"},
     422: {"model": ErrorBody, "description": "Invalid request body or parameters"},
-    503: {"model": ErrorBody, "description": "Overloaded; retry later"},
+    503: {"model": ErrorBody, "description": "Overloaded, or the vector store does not answer; retry later"},
 }
 
 
 def make_app(
     searcher: Searcher, *, cache_size: int = 10_000, max_batch: int = 32, hosts: Sequence[str] | None = None,
     folders: Folders | None = None, poll_s: float = 1.0, second: Searcher | None = None,
-    second_folders: Folders | None = None,
+    second_folders: Folders | None = None, has_vectors: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Return the application that serves `searcher`, and `second` under SECOND_PREFIX.
 
     `cache_size=0` disables the cache. `folders` are polled every `poll_s` seconds and reloaded when replaced. Requests
     must have a loopback Host or one of `hosts`, where 0.0.0.0 or :: allows any IP address (not any name); None disables
-    the check.
+    the check. `has_vectors` enables /api/vector.
     """
     metrics = Metrics()
     served = {"": (searcher, folders), **({} if second is None else {SECOND_PREFIX: (second, second_folders)})}
@@ -267,6 +275,8 @@ def make_app(
 
     @app.exception_handler(BigDSSMError)
     async def invalid(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
+        if isinstance(error, UnavailableError):
+            return error_response(503, str(error), {"Retry-After": "1"})
         if isinstance(error, CheckpointError):  # a row file of the model is damaged
             return error_response(500, str(error))
         return error_response(404 if isinstance(error, DataError) else 400, str(error))
@@ -284,7 +294,8 @@ def make_app(
         return error_response(503, f"{error}; retry later", {"Retry-After": "1"})
 
     for prefix in served:
-        app.include_router(api(active(prefix), metrics, has_second=second is not None), prefix=prefix)
+        routes = api(active(prefix), metrics, has_second=second is not None, has_vectors=has_vectors)
+        app.include_router(routes, prefix=prefix)
     page, style, script = (PAGE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js"))
 
     @app.get("/", response_class=HTMLResponse)
@@ -301,7 +312,10 @@ def make_app(
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def exposition() -> Response:
-        return Response(await run_in_threadpool(metrics.text), media_type=CONTENT_TYPE_LATEST)
+        def text() -> bytes:
+            return metrics.text({f"{prefix}/api": active(prefix)().searcher.about() for prefix in served})
+
+        return Response(await run_in_threadpool(text), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthy() -> str:
@@ -311,6 +325,9 @@ def make_app(
     async def ready() -> str:
         if any(active(prefix)().batcher.is_full for prefix in served):
             raise Overloaded("the queue is full")
+        for one in live.values():
+            if one.unavailable is not None:
+                raise one.unavailable
         return "ok"
 
     return app

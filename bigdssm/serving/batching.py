@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from bigdssm.errors import UnavailableError
+
 QueryT = TypeVar("QueryT")
 Answer = TypeVar("Answer")
 
@@ -61,11 +63,15 @@ class Batcher(Generic[QueryT, Answer]):
                 if not future.done():
                     future.set_result(answer)
         except Exception as error:
-            if len(batch) > 1:  # retry one by one, so that an invalid query fails alone
+            if len(batch) > 1 and not isinstance(
+                error, UnavailableError
+            ):  # retry one by one, so that an invalid query fails alone
                 for one in batch:
                     await self._answer([one])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(error)
+                return
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
 
 
 class AnswerCache(Generic[Answer]):

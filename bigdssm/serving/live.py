@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, TypeVar
 
+from bigdssm.errors import UnavailableError
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.batching import AnswerCache, Batcher
 from bigdssm.serving.metrics import Metrics
@@ -67,16 +68,21 @@ class LiveSearcher:
         self._metrics, self._options = metrics, (metrics, max_batch, cache_size)
         self._folders, self._poll_s, self._state = folders, poll_s, searcher.state
         self._failed, self._reason = (b"", 0.0), ""  # the last state that failed to open, when to retry it, and why
+        self.unavailable: UnavailableError | None = None  # of the store, when it was last polled
         self.active = ActiveSearcher(searcher, *self._options)
 
     async def watch(self) -> None:
         """Reload replaced folders until cancelled; if that fails, the current searcher stays."""
         while self._folders is not None:
             await asyncio.sleep(self._poll_s)
+            before = self.unavailable
             try:
                 await self._poll(self._folders)
+                self.unavailable = None
             except Exception as error:
-                logger.warning("cannot check %s: %s", self._folders.model, error or repr(error))
+                self.unavailable = error if isinstance(error, UnavailableError) else None
+                if str(error) != str(before):
+                    logger.warning("cannot check %s: %s", self._folders.model, error or repr(error))
 
     async def _poll(self, folders: Folders) -> None:
         state, (failed, until) = await _in_thread(folders.state), self._failed
@@ -96,7 +102,8 @@ class LiveSearcher:
         self._state, before = state, self.active
         self.active = ActiveSearcher(searcher, *self._options)
         self._metrics.reloads.inc()
-        logger.info("reloaded: model %s", searcher.about()["model"][:12])
+        about = searcher.about()
+        logger.info("reloaded: model %s, index %s", about["model"][:12], about["collection"] or about["index"])
         await before.end()
 
 

@@ -6,9 +6,13 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bigdssm.serving.searcher import SearchResult
@@ -51,13 +55,40 @@ class Metrics:
         self._search_s.observe(result.search_ms / 1000)
         self._batch.observe(result.batch)
 
-    def text(self) -> bytes:
-        """Return the metrics of all workers in Prometheus' text format."""
+    def text(self, served: Mapping[str, Mapping[str, Any]]) -> bytes:
+        """Return the metrics of all workers, and the indexes of this one, in Prometheus' text format.
+
+        `served` are `Searcher.about` by path of the API.
+        """
         registry = self._registry
         if METRICS_DIR in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
-        return generate_latest(registry)
+        own = CollectorRegistry()  # computed when read: values of workers that have reloaded or ended would remain
+        own.register(_Served(served))
+        return generate_latest(registry) + generate_latest(own)
+
+
+class _Served(Collector):
+    """Gauges of the served models and indexes."""
+
+    def __init__(self, served: Mapping[str, Mapping[str, Any]]) -> None:
+        self._served = served
+
+    def collect(self) -> Iterator[Metric]:
+        """Return one sample per model and gauge."""
+        labels = ("model", "index", "store", "collection", "dataset", "version")
+        info = InfoMetricFamily("bigdssm_index", "Live model and index", labels=["path"])
+        documents = GaugeMetricFamily("bigdssm_index_documents", "Documents when it was loaded", labels=["path"])
+        published = GaugeMetricFamily("bigdssm_index_published_seconds", "Since 1970", labels=["path"])
+        age = GaugeMetricFamily("bigdssm_index_age_seconds", "Since it was published", labels=["path"])
+        for path, about in self._served.items():
+            info.add_metric([path], {name: str(about[name]) for name in labels if about[name] is not None})
+            documents.add_metric([path], about["documents"])
+            if about["published"] is not None:
+                published.add_metric([path], about["published"])
+                age.add_metric([path], about["age_s"])
+        yield from (info, documents, published, age)
 
 
 class RequestMetrics:

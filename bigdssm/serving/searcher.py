@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from bigdssm.checkpoints.model_folder import (
+    BEST,
+    ModelFolder,
+    doc_checksum,
+    is_model_folder,
+    load_model_folder,
+    read_model_meta,
+)
 from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
-from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.dataset.catalogue import NO_ROWS
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.partition import read_dataset_json
@@ -26,6 +32,8 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
 from bigdssm.loader.batch import to_features
+from bigdssm.models import ALPHA_MAX
+from bigdssm.retrieval.document_index import DocumentIndex, FolderIndex, StoreIndex
 from bigdssm.retrieval.embed import item_contents, query_vectors
 from bigdssm.retrieval.index import Index, ScoredDocument, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
@@ -33,8 +41,12 @@ from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query, first_users, times_of_requests
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
-from bigdssm.retrieval.vectors import truncate_like
-from bigdssm.utils.arguments import checked
+from bigdssm.stores.base import Store, StoredVector
+from bigdssm.stores.opening import is_store, open_named
+from bigdssm.utils.arguments import check_utf8, checked
+from bigdssm.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 MOST_NEAR = 5  # items and words per explanation
 MOST_WORDS = 64  # encoded per explanation
@@ -71,6 +83,17 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class QueryVector:
+    """A query as a vector, for a search in a store of one's own."""
+
+    vector: list[float]  # with beta: 1 behind the others
+    width: int
+    metric: str  # the inner product with a published vector is the score of training
+    scale: float  # alpha, which published vectors contain
+    model: str  # checksum of the document tower, `doc_model` of a store
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """Documents and timings of one query."""
 
@@ -88,7 +111,7 @@ class Searcher:
 
     @checked
     def __init__(
-        self, folder: ModelFolder, index: Index, dataset: Dataset | None, threads: int | None = None,
+        self, folder: ModelFolder, index: Index | DocumentIndex, dataset: Dataset | None, threads: int | None = None,
         onnx: Path | None = None, rerank: int = 0,
     ) -> None:  # fmt: skip
         """Users, histories and re-ranking need the dataset.
@@ -102,17 +125,14 @@ class Searcher:
             raise ConfigError(f"rerank={rerank}: needs at least 2 documents, or 0 for none")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads={threads}: needs at least 1")
-        if index.meta.model_checksum != folder.doc_checksum:
-            raise CheckpointError(
-                f"the index holds vectors of model {index.meta.model_checksum[:12]}, --model is "
-                f"{folder.doc_checksum[:12]}; embed and index with the served model"
-            )
+        documents = FolderIndex(index) if isinstance(index, Index) else index
+        documents.check_model(folder.doc_checksum)
         if dataset is not None:
             dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
-            index = index.of_dataset(dataset)
+            documents = documents.of_dataset(dataset)
             if folder.model.content_ids:
                 folder.model.set_contents(item_contents(folder.model, dataset))
-        self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
+        self._folder, self._index, self._dataset, self._threads = folder, documents, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
         self._rerank, self._scorer = rerank, None
         if rerank:
@@ -121,7 +141,7 @@ class Searcher:
             self._scorer = PairScorer.from_folder(folder, dataset)
             self._scorer.require_scorer()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, index.meta.num_docs)
+        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, documents.filters)
 
     @classmethod
     @checked
@@ -129,16 +149,14 @@ class Searcher:
         cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
         onnx: Path | None = None, rerank: int = 0,
     ) -> Searcher:  # fmt: skip
-        """Open a model folder, an index folder and a dataset, by default the training dataset.
+        """Open a model folder, an index and a dataset, by default the training dataset.
 
-        If `data` is None and the model needs no dataset (no history, no re-ranking), none is opened. Raises
-        CheckpointError, DataError: missing, damaged, or not matching the model.
+        `index` is a folder or a vector store, URL#NAME, where NAME is a collection or an alias (default: live). `model`
+        may be a folder of model folders: that of the index is opened. If `data` is None and the model needs no dataset
+        (no history, no re-ranking), none is opened. Raises CheckpointError, DataError: missing, damaged, or not
+        matching the model.
         """
-        folder, opened = load_model_folder(Path(model)), open_index(index)
-        if data is None and not (histories_of(folder.schema.query) or folder.schema.siamese or rerank):
-            return cls(folder, opened, None, threads, onnx)
-        dataset = Dataset.open(data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
-        return cls(folder, opened, dataset, threads, onnx, rerank)
+        return Folders(Path(model), index, data, threads, onnx, rerank).open()
 
     def is_outdated(self) -> bool:
         """Return whether partitions have been added to the dataset since it was opened."""
@@ -147,10 +165,10 @@ class Searcher:
 
     def about(self) -> dict[str, Any]:
         """Return a description of model, index, features and filters for clients."""
-        meta = self._index.meta
-        schema = self._folder.schema
+        schema, description = self._folder.schema, self._index.description
+        age_s = None if description.published is None else time.time() - description.published
         return {
-            "model": self._folder.checksum, "index": meta.kind, "documents": meta.num_docs,
+            "model": self._folder.checksum, **asdict(description), "age_s": age_s,
             "score": self._folder.config.model.score, "exclude_seen": self._folder.config.data.exclude_seen,
             "features": {name: feature.type for name, feature in stored_features(schema.query).items()},
             "filters": self.queries.choices,
@@ -183,35 +201,32 @@ class Searcher:
             raise ConfigError("the vector of a query holds NaN or inf: a number of its features is too large")
         encoded = time.perf_counter()
         self._use_threads()
-        results = [(np.zeros(0, np.float32), np.zeros(0, np.int64))] * len(queries)
+        results: list[list[ScoredDocument]] = [[]] * len(queries)
         # Grouped by `top`, too: an approximate index probes more for a larger `top`.
         for allowed, requested in dict.fromkeys((query.allowed, query.top) for query in queries):
-            members = [i for i, query in enumerate(queries) if query.allowed is allowed and query.top == requested]
-            group = [queries[i] for i in members]
-            top = min(max(self._rerank, requested), self._index.meta.num_docs)
-            scores, rows = self._index.nearest(
-                vectors[members], top, self._folder.doc_checksum, [query.excluded for query in group], allowed,
-            )  # fmt: skip
-            for i, *result in zip(members, scores, rows, strict=True):
-                results[i] = result[0], result[1]
+            members = [i for i, query in enumerate(queries) if query.allowed == allowed and query.top == requested]
+            top = max(self._rerank, requested)
+            found = self._index.search(vectors[members], [queries[i] for i in members], top)
+            for i, documents in zip(members, found, strict=True):
+                results[i] = documents
         searched = time.perf_counter()
         if self._scorer is not None:
-            documents = np.full((len(queries), max(len(rows[: self._rerank]) for _, rows in results)), -1)
-            for i, (_, rows) in enumerate(results):
-                documents[i, : len(rows)] = rows[: self._rerank]
-            new = self._scorer.score(self._columns(queries), documents)
-            for i, (scores, rows) in enumerate(results):
-                by_scorer = new[i, : min(len(rows), self._rerank)]
-                order = np.argsort(-by_scorer, kind="stable")
-                rest = slice(len(order), None)  # keeps its order behind the others
-                results[i] = np.concatenate([by_scorer[order], scores[rest]]), np.concatenate([rows[order], rows[rest]])
+            assert self._dataset is not None
+            rows = np.full((len(queries), max(len(documents[: self._rerank]) for documents in results)), -1)
+            for i, documents in enumerate(results):
+                keys = [document.key for document in documents[: self._rerank]]
+                rows[i, : len(keys)] = self._dataset.catalogue.rows_by_key(keys)
+            new = self._scorer.score(self._columns(queries), rows)
+            for i, documents in enumerate(results):
+                known = np.flatnonzero(rows[i] >= 0)  # a store may have newer documents than the dataset
+                order = known[np.argsort(-new[i, known], kind="stable")].tolist()
+                rest = np.setdiff1d(np.arange(len(documents)), order).tolist()  # behind those, in their order
+                ranked_first = [documents[j]._replace(score=float(new[i, j])) for j in order]
+                results[i] = [*ranked_first, *(documents[j] for j in rest)]
         ranked = time.perf_counter()
         encode_ms, search_ms, rerank_ms = ((b - a) * 1000 for a, b in pairwise((started, encoded, searched, ranked)))
         times = (encode_ms, search_ms, rerank_ms, len(queries))
-        return [
-            SearchResult(self._index.documents(scores[: query.top], rows[: query.top]), *times)
-            for query, (scores, rows) in zip(queries, results, strict=True)
-        ]
+        return [SearchResult(documents[: query.top], *times) for query, documents in zip(queries, results, strict=True)]
 
     def _columns(self, queries: Sequence[Query]) -> dict[str, Column]:
         return {name: ragged.concat([query.columns[name] for query in queries]) for name in queries[0].columns}
@@ -224,27 +239,33 @@ class Searcher:
         )
         return np.asarray(vectors)[:, : self._folder.index_width]  # earlier exports always had [u, 1]
 
+    def query_vector(self, request: Request) -> QueryVector:
+        """Return the vector of a request, as wide as those of the index. Raises as `queries.of`."""
+        vector = self._index.query_vectors(self.encode([self.queries.of(request)]))[0].tolist()
+        alpha = float(self._folder.model.log_alpha.detach().exp().clamp(max=ALPHA_MAX))
+        return QueryVector(vector, len(vector), "inner product", alpha, self._folder.doc_checksum)
+
     def similar(self, key: str, top: int, exclude: Sequence[str] = ()) -> tuple[str, list[ScoredDocument]]:
         """Return a document's title and its nearest documents but those with the keys `exclude`.
 
         Raises DataError: no such document.
         """
-        row, excluded = self._index.row(key), self._index.rows(exclude) if exclude else NO_ROWS
+        title, _ = self._document(key)
+        check_utf8(exclude)
         self._use_threads()
-        return self._index.title[row].as_py(), self._index.documents(*self._index.similar(row, top, excluded))
+        return title, self._index.similar(key, top, exclude)
 
     def why(self, request: Request, key: str) -> Explanation:
         """Explain a document by the most similar parts of a request. Raises as `queries.of` and `similar`."""
-        query, row = self.queries.of(request), self._index.row(key)
-        vector, schema = self._index.vectors_at([row])[0], self._folder.schema
+        query, (title, vector), schema = self.queries.of(request), self._document(key), self._folder.schema
         # The distinct events within the histories' `max_items`; the index may lack new documents.
         most = max((feature.max_items for feature in histories_of(schema.query).values()), default=0)
         rows = np.unique(query.seen[len(query.seen) - min(most, len(query.seen)) :])
-        rows = rows[rows < self._index.meta.num_docs]
-        cosines = cosine_similarities(vector, self._index.vectors_at(rows), self._index.meta.has_beta)
-        nearest = np.argsort(-cosines, kind="stable")[:MOST_NEAR]
-        near = self._index.documents(cosines[nearest], rows[nearest])
-        items = [NearItem(document.key, document.title, document.score) for document in near]
+        seen = {} if self._dataset is None else self._index.vectors(self._dataset.catalogue.keys(rows))
+        others = np.stack([stored.vector for stored in seen.values()]) if seen else vector[None][:0]
+        cosines = cosine_similarities(vector, others, self._index.has_beta).tolist()
+        near = [NearItem(other, seen[other].title, cosine) for other, cosine in zip(seen, cosines, strict=True)]
+        items = sorted(near, key=lambda item: -item.cosine)[:MOST_NEAR]
 
         # The distinct words of the request's texts, each as the query's only text.
         given = request.features or {}
@@ -255,11 +276,19 @@ class Searcher:
             columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
             vectors = self.encode([replace(query, columns=some) for some in columns])
             if vectors.shape[1] != len(vector):  # the index holds truncated vectors only
-                vectors = truncate_like(self._index.with_beta(vectors), self._index.meta)
-            of_words = cosine_similarities(vector, vectors, self._index.meta.has_beta).tolist()
+                vectors = self._index.query_vectors(vectors)
+            of_words = cosine_similarities(vector, vectors, self._index.has_beta).tolist()
             near_words = [NearWord(*word, cosine) for word, cosine in zip(words, of_words, strict=True)]
         best_words = sorted(near_words, key=lambda word: -word.cosine)[:MOST_NEAR]
-        return Explanation(self._index.title[row].as_py(), items, best_words)
+        return Explanation(title, items, best_words)
+
+    def _document(self, key: str) -> StoredVector:
+        """Return title and vector of a document. Raises DataError: no document has this key."""
+        check_utf8([key])
+        found = self._index.vectors([key])
+        if key not in found:
+            raise DataError(f"no document has the key {key!r}")
+        return found[key]
 
     def _use_threads(self) -> None:
         if self._threads is not None:
@@ -270,8 +299,8 @@ class Searcher:
 class Folders:
     """Paths and options of a Searcher, which can be reopened."""
 
-    model: Path
-    index: Path
+    model: Path  # a model folder, or a folder of model folders
+    index: str | Path  # a folder, or a store: URL#NAME
     data: str | None = None
     threads: int | None = None
     onnx: Path | None = None  # file of the query tower to encode with
@@ -280,15 +309,76 @@ class Folders:
     def open(self) -> Searcher:
         """Open the current content. Raises as `Searcher.open` does."""
         state = self.state()  # read first, so that a concurrent replacement is detected
-        searcher = Searcher.open(self.model, self.index, self.data, self.threads, self.onnx, self.rerank)
+        model, index = self._pair()
+        folder, dataset = load_model_folder(model), None
+        if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
+            cache = FileCache.from_config(folder.config.data)
+            dataset = Dataset.open(self.data or folder.config.data.dir, cache=cache)
+        searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
         searcher.state = state
         return searcher
 
     def state(self) -> bytes:
-        """Return a digest that changes when a folder is replaced; the metas contain all checksums."""
+        """Return a digest that changes when a folder is replaced, an alias switched, or a collection published.
+
+        The metas contain all checksums. Raises UnavailableError, DataError: the store does not answer.
+        """
         digest = hashlib.sha256()
+        models = [folder / MODEL_META for folder in self._models]
         exported = [] if self.onnx is None else [self.onnx.parent / EXPORT_FILE]
-        for path in (self.model / MODEL_META, self.index / INDEX_META, *exported):
+        for path in (*models, self._index_meta, *exported):
             with suppress(OSError):
                 digest.update(path.read_bytes())
+        if self._named is not None:
+            store, name = self._named
+            digest.update(repr(store.named(name)).encode())
         return digest.digest()
+
+    @cached_property
+    def _named(self) -> tuple[Store, str] | None:
+        return open_named(str(self.index)) if is_store(self.index) else None
+
+    @property
+    def _index_meta(self) -> Path:
+        return Path(self.index) / INDEX_META
+
+    @property
+    def _models(self) -> list[Path]:
+        """Return the model folder, or those in the folder of model folders, which no stage of a run is."""
+        if is_model_folder(self.model):
+            return [self.model]
+        return sorted(path.parent for path in self.model.glob(f"*/{MODEL_META}") if path.parent.name != BEST)
+
+    def _pair(self) -> tuple[Path, DocumentIndex]:
+        """Return the index and the last model folder by name of its model.
+
+        Of an alias, the collection is that which it names, or else the one before. Raises CheckpointError: there is no
+        model folder for either.
+        """
+        models: dict[str, Path] = {}
+        for folder in self._models:
+            with suppress(CheckpointError):  # another one may be complete
+                models[doc_checksum(read_model_meta(folder))] = folder
+        if not models:
+            read_model_meta(self.model)  # raises
+        if self._named is None:
+            index = FolderIndex(open_index(self.index), published=self._index_meta.stat().st_mtime)
+            model, where = index.index.meta.model_checksum, f"the index {self.index}"
+            if model in models:
+                return models[model], index
+        else:
+            store, name = self._named
+            collections = store.named(name)
+            model, where = collections[0].model, f"{store.address}: {name}, collection {collections[0].name}"
+            for collection in collections:
+                if collection.model in models:
+                    if collection != collections[0]:
+                        logger.warning(
+                            "%s holds vectors of model %s, which %s is not: serving the previous collection, %s",
+                            where, model[:12], self.model, collection.name,
+                        )  # fmt: skip
+                    return models[collection.model], StoreIndex.open(store, collection)
+        raise CheckpointError(
+            f"{where} holds vectors of model {model[:12]}, --model {self.model} is "
+            f"{', '.join(one[:12] for one in models)}; embed and index or publish with the model in use"
+        )

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -157,14 +158,27 @@ class Store(ABC):
     def switch(self, alias: str, name: str) -> None:
         """Let `alias` name another collection, in one step; the one that it named becomes `Alias.previous`."""
 
-    def collection(self, name: str) -> Collection:
-        """Return a collection by name or alias. Raises DataError: none has it."""
+    @property
+    def address(self) -> str:
+        """The URL without user and options, for messages."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def named(self, name: str) -> list[Collection]:
+        """Return the collection of a name or alias, and the one that the alias named before, if it exists.
+
+        Raises DataError: no such name.
+        """
         aliases, collections = self.aliases(), self.collections()
-        found = collections.get(aliases[name].name if name in aliases else name)
-        if found is None:
+        found = [collections.get(one or "") for one in aliases.get(name, Alias(name, None))]
+        if found[0] is None:
             names = ", ".join([*aliases, *collections]) or "nothing"
             raise DataError(f"the store has no collection or alias {name!r}, only {names}; publish it first")
-        return found
+        return [collection for collection in found if collection is not None]
+
+    def collection(self, name: str) -> Collection:
+        """Return a collection by name or alias. Raises DataError: none has it."""
+        return self.named(name)[0]
 
     def options(self) -> dict[str, Any]:
         """Return the options of collections."""

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from bigdssm.errors import ConfigError
 from bigdssm.stores.base import STORES, Store
 
+LIVE = "live"  # the alias that is served by default
 BUILT_IN = {"postgresql": "bigdssm.stores.postgres"}  # by scheme; each module imports its client
 
 
@@ -23,6 +24,19 @@ def store_class(url: str) -> type[Store]:
         names = ", ".join(f"{name}://" for name in sorted({*BUILT_IN, *STORES.classes}))
         raise ConfigError(f"got a store at {scheme[:20]}://…, needs {names}, or a plugin (docs/extending.md)")
     return STORES.classes[scheme]
+
+
+def is_store(address: object) -> bool:
+    """Return whether this is a URL of a store, not a folder."""
+    return "://" in str(address)
+
+
+def open_named(address: str) -> tuple[Store, str]:
+    """Return the store at URL#NAME, and the name of a collection or alias, LIVE by default. Raises as `open_store`."""
+    url, _, name = address.partition("#")
+    if "@" in name:  # the rest of a password
+        raise ConfigError("the URL of the store is invalid; needs SCHEME://USER@HOST:PORT/DATABASE#NAME")
+    return open_store(url), unquote(name) or LIVE
 
 
 def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:

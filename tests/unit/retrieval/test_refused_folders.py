@@ -77,7 +77,7 @@ def test_an_index_requires_the_same_schema_tokenizer_and_architecture(tools: Too
     text = (model / file).read_text()
     (model / file).write_text(text + "\n")
     edit(model / "bigdssm.json", lambda meta: meta["checksums"].update({file: file_checksum(model / file)}))
-    assert "the index holds vectors of model" in tools.refused(4, *search(copies))
+    assert "holds vectors of model" in tools.refused(4, *search(copies))
 
 
 def test_a_model_folder_of_another_format_is_named(tools: Tools, copies: Path) -> None:  # noqa: F811
@@ -94,7 +94,7 @@ def test_a_run_is_not_a_model_folder_but_holds_some(tools: Tools, copies: Path) 
         assert f"has no bigdssm.json; did you mean {given / meant}?" in message
     shutil.copytree(copies / "model", run / "sft" / "best")
     assert f"did you mean {run / 'sft' / 'best'}?" in tools.refused(4, "search", "--model", run, *index)
-    assert "did you mean" not in tools.refused(4, "search", "--model", copies, *index)
+    assert tools.run("search", "--model", copies, *index)[0] == 0, "a folder of model folders"
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])

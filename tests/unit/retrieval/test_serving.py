@@ -556,7 +556,7 @@ def test_invalid_server_options_give_a_one_line_error(
 def test_another_models_index_is_refused(
     other_model_dir: Path, model_dir: Path, index_dir: Path, dataset: Dataset
 ) -> None:
-    with pytest.raises(CheckpointError, match="embed and index with the served model"):
+    with pytest.raises(CheckpointError, match="embed and index with the model in use"):
         Searcher(load_model_folder(other_model_dir), open_index(index_dir), dataset)
     with pytest.raises(DataError, match="have a history; give its dataset with --data"):
         Searcher(load_model_folder(model_dir), open_index(index_dir), None)
