@@ -75,13 +75,17 @@ class Index:
 
     @checked
     def search(
-        self, vectors: Any, top: int, exclude: Sequence[Sequence[str]] | None = None
+        self,
+        vectors: Any,
+        top: int,
+        exclude: Sequence[Sequence[str]] | None = None,
+        allowed: AllowedDocuments | None = None,
     ) -> list[list[ScoredDocument]]:
         """Return the `top` best documents per query, best first.
 
         vectors [m, D+1] come from `Model.encode_queries` of the index's model; `exclude` holds document keys to exclude
-        per query. Raises ConfigError: vectors of another width or not finite, `top` below 1, `exclude` of another
-        length.
+        per query; `allowed`: as in `nearest`. Raises ConfigError: vectors of another width or not finite, `top` below
+        1, `exclude` of another length.
         """
         width = self.meta.whole or self.meta.width
         try:
@@ -98,7 +102,7 @@ class Index:
             raise ConfigError(f"exclude has keys of {len(exclude)} queries, needs {len(vectors)}")
         row_of = self._row_of if exclude is not None else {}
         excluded = [np.array([row_of[key] for key in some if key in row_of], np.int64) for some in exclude or ()]
-        scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None)
+        scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None, allowed)
         return [self.documents(*result) for result in zip(scores, rows, strict=True)]
 
     def documents(self, scores: np.ndarray, rows: np.ndarray) -> list[ScoredDocument]:
@@ -176,15 +180,15 @@ class Index:
         Raises CheckpointError: the first documents of `dataset` are not those of the index.
         """
         catalogue, num_docs = dataset.catalogue, self.meta.num_docs
+        ids = hash_strings(self.keys.cast(pa.large_string()))
+        known = num_docs <= catalogue.num_docs
+        # forgotten documents have another id than before, and an empty key
+        if not known or any(catalogue.keys(np.flatnonzero(ids != catalogue.doc_ids[:num_docs]))):
+            raise CheckpointError(
+                f"the index was built from another dataset: its {num_docs} documents are not the first ones of "
+                f"{dataset.dir}; embed and index again"
+            )
         if self.meta.dataset_fingerprint != dataset.fingerprint:
-            ids = hash_strings(self.keys.cast(pa.large_string()))
-            known = num_docs <= catalogue.num_docs
-            # forgotten documents have another id than before, and an empty key
-            if not known or any(catalogue.keys(np.flatnonzero(ids != catalogue.doc_ids[:num_docs]))):
-                raise CheckpointError(
-                    f"the index was built from another dataset: its {num_docs} documents are not the first ones of "
-                    f"{dataset.dir}; embed and index again"
-                )
             logger.warning(
                 "the index was built before changes of %s and answers with the %d documents of then; add later ones by "
                 "bigdssm embed --since and build_index", dataset.dir, num_docs,

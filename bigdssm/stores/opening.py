@@ -12,7 +12,10 @@ from bigdssm.errors import ConfigError
 from bigdssm.stores.base import STORES, Store
 
 LIVE = "live"  # the alias that is served by default
-BUILT_IN = {"postgresql": "bigdssm.stores.postgres"}  # by scheme; each module imports its client
+BUILT_IN = {  # by scheme; each module imports its client, or FAISS
+    "postgresql": "bigdssm.stores.postgres",
+    "file": "bigdssm.retrieval.folder_store",
+}
 
 
 def store_class(url: str) -> type[Store]:

@@ -1,6 +1,6 @@
 """Stores: a collection equals its vectors folder after any changes, and answers with the training score.
 
-The contract is tested with PostgreSQL and with a store from outside the package.
+The contract is tested with PostgreSQL, a folder of indexes, and a store from outside the package.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableE
 from bigdssm.features.base import encode_values
 from bigdssm.features.conditions import Condition, parse_filter, resolve
 from bigdssm.features.ragged import take
+from bigdssm.retrieval import folder_store
 from bigdssm.retrieval import publish as publishing
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.filters import Filters
+from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
-from bigdssm.retrieval.vectors import VectorsMeta, write_meta, write_vectors
+from bigdssm.retrieval.vectors import VectorsMeta, read_meta, write_meta, write_vectors
 from bigdssm.stores import postgres
 from bigdssm.stores.base import STORES, Collection, Documents, Store
 from bigdssm.stores.opening import open_store
@@ -66,12 +68,19 @@ def memory_store() -> Iterator[None]:
     del STORES.classes["memory"], sys.modules[module.__name__]
 
 
-@pytest.fixture(params=["postgresql", "memory"])
-def url(request: pytest.FixtureRequest) -> str:
-    if request.param == "memory":
+def new_url(scheme: str, request: pytest.FixtureRequest, folder: Path) -> str:
+    """Return the URL of an empty store."""
+    if scheme == "memory":
         request.getfixturevalue("memory_store")
         return "memory://here"
-    return str(request.getfixturevalue("server").new_database())
+    if scheme == "postgresql":
+        return str(request.getfixturevalue("server").new_database())
+    return f"{scheme}://{folder}/store"
+
+
+@pytest.fixture(params=["postgresql", "memory", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return new_url(request.param, request, tmp_path)
 
 
 @pytest.fixture
@@ -216,15 +225,17 @@ def test_random_filters_match_as_in_the_mask(store: Store, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("store", "sequences"),
-    [("postgresql", 4), ("memory", 50), pytest.param("postgresql", 50, marks=pytest.mark.slow)],
-)
+    ("scheme", "sequences"),
+    [
+        ("postgresql", 4), ("memory", 50), ("file", 8), pytest.param("postgresql", 50, marks=pytest.mark.slow),
+        pytest.param("file", 30, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_random_changes_equal_a_rebuild(
-    store: str, sequences: int, tmp_path: Path, request: pytest.FixtureRequest
+    scheme: str, sequences: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """After changes, with a late write of each earlier version, the collection is that of a new publication."""
-    opened = open_store("memory://" if store == "memory" else request.getfixturevalue("server").new_database())
-    changes = 0
+    opened, changes = open_store(new_url(scheme, request, tmp_path)), 0
     for seed in range(sequences):
         shop, name = Shop.new(Random(seed), 12), f"changed {seed}"
         late: list[tuple[Documents, int]] = []
@@ -249,7 +260,7 @@ def test_random_changes_equal_a_rebuild(
 def test_the_largest_version_wins_in_any_order(store: Store, tmp_path: Path) -> None:
     collection = publish(store, *Shop.new(Random(0), 2).save(tmp_path / "v")).collection
     columns: dict[str, list[Any]] = {"shop": [None], "tags": [None], "price": [None]}
-    for seed in range(30):
+    for seed in range(10 if store.scheme == "file" else 30):  # changes that are not finished are files
         random, key = Random(seed), f"key of {seed}"
         versions = random.sample(range(100), 6)
         is_write = [random.random() < 0.5 for _ in versions]
@@ -323,6 +334,10 @@ def test_another_model_is_refused(store: Store, tmp_path: Path) -> None:
         measure_recall(store, collection, others[0])
     # A writer of another model, past `publish`
     _, documents = next(publishing._batches(publishing._Folder.open(folder), dataset, FEATURES, 1.0))
+    if store.scheme == "file":
+        with pytest.raises(CheckpointError, match="rows of"):
+            store.write(replace(collection, model=OTHER_MODEL), documents, 2)
+        return
     store.write(replace(collection, model=OTHER_MODEL), documents, 2)
     with pytest.raises(CheckpointError, match="rows of"):
         store.search(collection, shop.vectors[:1], 3)
@@ -339,6 +354,184 @@ def test_an_earlier_version_is_refused(store: Store, tmp_path: Path) -> None:
         publish(store, *earlier, "shop")
     with pytest.raises(CheckpointError, match="vectors of dataset fingerprint"):
         publish(store, earlier[0], shop.save(tmp_path / "again")[1], "shop")
+
+
+@pytest.mark.parametrize("url", ["postgresql", "file"], indirect=True)
+def test_two_publishers_at_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (postgres, folder_store):
+        monkeypatch.setattr(module, "LOCK_WAIT_S", 0.3)
+    saved = Shop.new(Random(0), 6).save(tmp_path / "v")
+    with store.publishing("shop"):
+        publish(store, *saved, "another")
+        with pytest.raises(DataError, match="another process publishes to shop"):
+            publish(open_store(store.url), *saved, "shop")
+    publish(store, *saved, "shop")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from random import Random
+from bigdssm.retrieval import publish
+from bigdssm.stores.opening import open_store
+from tests.unit.retrieval.test_stores import Shop
+publish.ROWS_AT_ONCE = 50
+shop = Shop.new(Random(0), 2000)
+publish.publish(open_store(sys.argv[1]), *shop.save(Path(sys.argv[2])), "shop")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["postgresql", "file"], indirect=True)
+def test_a_killed_publication_continues(store: Store, tmp_path: Path) -> None:
+    """Kill -9 at several points of writing; the content is that of one call."""
+    shop = Shop.new(Random(0), 2000)
+    rows = 0
+    for number in range(2):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, store.url, str(tmp_path / str(number))])
+        while process.poll() is None:
+            with contextlib.suppress(DataError):
+                if len(store.contents(store.collection("shop"))) >= rows + 400:
+                    process.kill()
+                    break
+            time.sleep(0.005)
+        assert process.wait() == -9, "killed before its end"
+        rows = len(store.contents(store.collection("shop")))
+        assert 0 < rows < 2000 and not store.collection("shop").published
+    saved = shop.save(tmp_path / "v")
+    report = publish(store, *saved, "shop")
+    assert 0 < report.written < 2000 and report.unchanged == 2000 - report.written >= rows
+    assert state(store, report.collection) == state(store, publish(store, *saved, "rebuilt").collection)
+
+
+def test_a_dropped_collection(store: Store, tmp_path: Path) -> None:
+    saved = Shop.new(Random(0), 6).save(tmp_path / "v")
+    collection = publish(store, *saved, "shop").collection
+    store.drop("shop")
+    store.drop("shop")
+    if store.scheme != "memory":
+        for use in (store.count, store.contents, store.finish):
+            with pytest.raises(DataError, match=r"collection.* was dropped; publish it again"):
+                use(collection)
+        with pytest.raises(DataError, match="shop was dropped"):
+            store.delete(collection, ["key 1"], 1)
+    assert publish(store, *saved, "shop").written == 6
+
+
+# ----- the folder of indexes alone
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Store:
+    return open_store(f"file://{tmp_path}/a%20store")
+
+
+def test_a_collection_is_an_index_folder(folder: Store, vectors_dir: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """An index folder of the same documents: `search` and `serve` open it, and its alias."""
+    publish(folder, vectors_dir, dataset, "first")
+    folder.switch("live", "first")
+    build_index(vectors_dir, tmp_path / "index")
+    built, checksum = open_index(tmp_path / "index").of_dataset(dataset), read_meta(vectors_dir).model_checksum
+    queries = np.random.default_rng(0).standard_normal((5, built.meta.width)).astype(np.float32)
+    for name in ("first", "live"):
+        index = open_index(tmp_path / "a store" / name).of_dataset(dataset)
+        assert index.keys == built.keys and index.title == built.title
+        for found, expected in zip(
+            index.nearest(queries, 9, checksum), built.nearest(queries, 9, checksum), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+    # Without a document, rows are no longer those of the dataset
+    collection = folder.collection("live")
+    folder.delete(collection, [built.keys[3].as_py()], collection.version)
+    folder.finish(collection)
+    with pytest.raises(CheckpointError, match="its 39 documents are not the first ones"):
+        open_index(tmp_path / "a store/live").of_dataset(dataset)
+
+
+def test_index_types_and_their_options(folder: Store, tmp_path: Path) -> None:
+    shop = Shop.new(Random(0), 300)
+    saved = shop.save(tmp_path / "v")
+    for options in (
+        {"type": "hnsw", "index": {"search_width": 77}}, {"type": "sq8", "rescore": 4}, {"type": "ivf"}, {}
+    ):  # fmt: skip
+        collection = publish(open_store(folder.url, options), *saved, "shop").collection
+        meta = read_meta(tmp_path / "a store/shop")
+        assert meta.kind == options.get("type", "flat") and meta.rescored == options.get("rescore", 0)
+        assert meta.options.get("search_width") == options.get("index", {}).get("search_width")
+        assert measure_recall(folder, collection, saved[0]).recall > 0.9
+        stored = folder.vectors(collection, ["key 7", "unknown"])
+        assert set(stored) == {"key 7"} and (stored["key 7"].vector == shop.vectors[7]).all()
+    for invalid, message in (
+        ({"type": "tree"}, "type: got tree"), ({"type": "binary"}, "needs candidates to rescore"),
+        ({"index": {"links": 3}}, "unknown key links"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            publish(open_store(folder.url, invalid), *saved, "other")
+        assert set(folder.collections()) == {"shop"}
+
+
+def test_changes_are_seen_at_once_and_by_open_stores(folder: Store, tmp_path: Path) -> None:
+    """Until `finish`, searches have the earlier documents; then every opened store has the later ones."""
+    shop, reader = Shop.new(Random(0), 9), open_store(folder.url)
+    folder_of, dataset = shop.save(tmp_path / "v")
+    collection = publish(folder, folder_of, dataset, "shop").collection
+    where = Condition("price", ">", (-1e38,))
+    before = state(reader, collection), reader.count(collection, where)
+    shop.vectors[:], shop.rows[2]["price"] = 1, 0.0
+    folder_of, dataset = shop.save(tmp_path / "later")
+    _, documents = next(publishing._batches(publishing._Folder.open(folder_of), dataset, FEATURES, collection.radius))
+    folder.write(collection, documents, 2)
+    folder.delete(collection, ["key 1"], 2)
+    assert (state(reader, collection) | {"keys": before[0]["keys"]}, reader.count(collection, where)) == before
+    assert len(reader.contents(collection)) == 8
+    folder.finish(collection)
+    (result,) = reader.search(collection, np.ones((1, WIDTH), np.float32), 9)
+    assert [document.score for document in result] == [WIDTH] * 8 and reader.count(collection) == 8
+    assert not list((tmp_path / "a store/.shop.changes").iterdir())
+
+
+def test_a_deleted_document_leaves_no_byte_in_the_folder(folder: Store, tmp_path: Path) -> None:
+    shop, secret = Shop.new(Random(0), 30), ["0f4c9a-hidden-identifier"]
+    collection = publish(folder, *shop.save(tmp_path / "v"), "shop").collection
+    columns: dict[str, list[Any]] = {"shop": secret, "tags": [secret], "price": [None]}
+    folder.write(collection, Documents(secret, secret, shop.vectors[:1] + 9, np.array([1]), columns), 1)
+
+    def files() -> list[str]:
+        contents = {str(file): file.read_bytes() for file in (tmp_path / "a store").rglob("*") if file.is_file()}
+        vector = (shop.vectors[0] + np.float32(9)).tobytes()
+        return [name for name, content in contents.items() if secret[0].encode() in content or vector in content]
+
+    assert len(files()) == 1, "a change"
+    folder.finish(collection)
+    assert len(files()) == 3, "documents, vectors, index"
+    folder.delete(collection, secret, 1)
+    folder.compact(collection)
+    assert not files() and folder.count(collection) == 30
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "..", "a\nb", "x" * 201])
+def test_names_of_folders(folder: Store, name: str, tmp_path: Path) -> None:
+    saved = Shop.new(Random(0), 3).save(tmp_path / "v")
+    with pytest.raises(ConfigError, match="needs a name of 1 to 200"), folder.publishing(name):
+        pass
+    publish(folder, *saved, "shop")
+    with pytest.raises(ConfigError, match="needs a name of 1 to 200"):
+        folder.switch(name, "shop")
+
+
+def test_collections_and_aliases_are_in_one_folder(folder: Store, tmp_path: Path) -> None:
+    saved = Shop.new(Random(0), 3).save(tmp_path / "v")
+    publish(folder, *saved, "shop")
+    folder.switch("live", "shop")
+    with pytest.raises(ConfigError, match="it is the name of an alias"):
+        publish(folder, *saved, "live")
+    with pytest.raises(ConfigError, match="it is the name of a collection"):
+        folder.switch("shop", "shop")
+    with pytest.raises(DataError, match="has no collection 'none'"):
+        folder.switch("live", "none")
+    for url in ("file://host/folder", "file:relative"):
+        with pytest.raises(ConfigError, match="needs the absolute path of a folder here"):
+            open_store(url).collections()
 
 
 # ----- PostgreSQL alone
@@ -515,16 +708,6 @@ def test_errors_of_the_server_are_one_sentence(server: Server, tmp_path: Path) -
         store.delete(collection, ["key 1"], 1)
 
 
-def test_two_publishers_at_once(postgres_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "LOCK_WAIT_S", 0.3)
-    saved = Shop.new(Random(0), 6).save(tmp_path / "v")
-    with postgres_store.publishing("shop"):
-        publish(postgres_store, *saved, "another")
-        with pytest.raises(DataError, match="another process publishes to shop"):
-            publish(open_store(postgres_store.url), *saved, "shop")
-    publish(postgres_store, *saved, "shop")
-
-
 def test_a_server_that_restarts_loses_no_answer(postgres_store: Store, server: Server, tmp_path: Path) -> None:
     shop = Shop.new(Random(0), 30)
     collection = publish(postgres_store, *shop.save(tmp_path / "v")).collection
@@ -571,42 +754,6 @@ def test_a_deleted_document_leaves_no_byte(postgres_store: Store, server: Server
     postgres_store.delete(collection, secret, collection.version)
     postgres_store.compact(collection)
     assert not files()
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from random import Random
-from bigdssm.retrieval import publish
-from bigdssm.stores.opening import open_store
-from tests.unit.retrieval.test_stores import Shop
-publish.ROWS_AT_ONCE = 50
-shop = Shop.new(Random(0), 2000)
-publish.publish(open_store(sys.argv[1]), *shop.save(Path(sys.argv[2])), "shop")
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_publication_continues(server: Server, tmp_path: Path) -> None:
-    """Kill -9 at several points of writing; the content is that of one call."""
-    store, shop = open_store(server.new_database()), Shop.new(Random(0), 2000)
-    rows = 0
-    for number in range(2):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, store.url, str(tmp_path / str(number))])
-        while process.poll() is None:
-            with contextlib.suppress(DataError):
-                stored = store.count(store.collection("shop"))
-                if stored >= rows + 400:
-                    process.kill()
-                    break
-            time.sleep(0.005)
-        assert process.wait() == -9, "killed before its end"
-        rows = store.count(store.collection("shop"))
-        assert 0 < rows < 2000 and not store.collection("shop").published
-    saved = shop.save(tmp_path / "v")
-    report = publish(store, *saved, "shop")
-    assert 0 < report.written < 2000 and report.unchanged == 2000 - report.written >= rows
-    assert state(store, report.collection) == state(store, publish(store, *saved, "rebuilt").collection)
 
 
 def test_a_server_that_is_gone_is_waited_for_once(

@@ -1,0 +1,470 @@
+"""A folder of FAISS indexes as a store: file:///FOLDER.
+
+FOLDER/NAME/            a collection: an index folder as `build_index` writes it (`index.py`), whose documents.arrow
+                        also has doc_version, doc_content and filter.COLUMN, with vectors.npy, tombstones.npy (hash of
+                        the key, version) and collection.json (a `Collection`)
+FOLDER/.NAME.changes/   writes and deletes that `finish` has not applied yet, an Arrow file each
+FOLDER/ALIAS            a link to a collection; the link .ALIAS.previous names the one before
+
+Changes are collected, and `finish` builds the index aside and exchanges the folders, so readers have the old collection
+or the new one, also after a kill. `IndexBackend` is the search structure inside a collection; a store has collections,
+aliases, versions and filters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pyarrow as pa
+
+from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.features import Categorical, Column, Feature, Numeric, Vocabulary
+from bigdssm.features.base import FITTED, ColumnType, encode_values
+from bigdssm.features.categorical import UNKNOWN
+from bigdssm.features.conditions import Expression, conditions, evaluate
+from bigdssm.retrieval.index import Index, index_meta, open_index
+from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
+from bigdssm.retrieval.vectors import (
+    DOCUMENTS_FILE,
+    INDEX_FILE,
+    META_FILE,
+    VECTORS,
+    VECTORS_FILE,
+    CodedVectors,
+    VectorsMeta,
+    read_meta,
+    write_meta,
+)
+from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
+from bigdssm.utils.atomic import new_file, new_folder, recover, remove, sync, temporary_path, write_json
+from bigdssm.utils.bounds import bounded
+from bigdssm.utils.hashing import hash64
+from bigdssm.utils.locks import WriterLock, lock_path
+
+COLLECTION_FILE, TOMBSTONES_FILE = "collection.json", "tombstones.npy"
+TOMBSTONE = np.dtype([("id", np.int64), ("version", np.int64)])
+NAME_BYTES = 200
+CACHED_FILTERS = 32
+OPENING_ATTEMPTS = 3
+LOCK_WAIT_S = 5.0  # for a publisher that was killed, or ends
+COLUMN = "filter."  # prefix of a filter's column, which `open_index` ignores
+TYPES: Mapping[ColumnType, pa.DataType] = {
+    "category": pa.string(), "categories": pa.list_(pa.string()), "number": pa.float32(),
+}  # fmt: skip
+
+
+@register_store
+@dataclass(frozen=True)
+class FolderStore(Store):
+    """Index folders on this machine."""
+
+    scheme: ClassVar[str] = "file"
+
+    type: str = "flat"  # of the index, as in `bigdssm build_index`
+    rescore: int = bounded(0, 0, 10_000)  # candidates per requested document to rescore with exact vectors
+    index: dict[str, Any] = field(default_factory=dict)  # options of the type, as in index.search_width=400
+    _opened: Any = field(default_factory=dict, metadata=FITTED, repr=False, compare=False)  # `_Opened` by path
+
+    # ----- collections
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder of collections. Raises ConfigError: a relative path, or another machine."""
+        parts = urlsplit(self.url)
+        path = Path(unquote(parts.path))
+        if parts.netloc not in ("", "localhost") or not path.is_absolute():
+            raise ConfigError(
+                f"got the store {self.url}, needs the absolute path of a folder here: file:///srv/vectors"
+            )
+        return path
+
+    def collections(self) -> dict[str, Collection]:
+        """Return all collections by name."""
+        files = self.root.glob(f"*/{COLLECTION_FILE}") if self.root.is_dir() else ()
+        folders = sorted(file.parent for file in files if not _is_hidden(file.parent) and not file.parent.is_symlink())
+        return {folder.name: _collection_of(folder) for folder in folders}
+
+    def create(self, collection: Collection) -> None:
+        """Create an empty index folder, or replace the description of an existing collection."""
+        name = collection.name
+        self._check_name(name)
+        if (self.root / name).is_symlink():
+            raise ConfigError(f"collection {name}: it is the name of an alias; choose another one")
+        existing = self.collections().get(name)
+        if existing is None:
+            columns = {f"{COLUMN}{column}": TYPES[type] for column, type in collection.columns.items()}
+            schema = {
+                "doc_key": pa.string(),
+                "doc_title": pa.string(),
+                "doc_version": pa.int64(),
+                "doc_content": pa.int64(),
+            }
+            documents = pa.schema({**schema, **columns}).empty_table()
+            vectors = np.zeros((0, collection.width), np.float32)
+            self._build(collection, documents, vectors, np.zeros(0, TOMBSTONE))
+        elif (existing.model, existing.columns) != (collection.model, collection.columns):
+            raise ConfigError(f"collection {name} has another model or other columns; choose another name")
+        else:
+            write_json(self.root / name / COLLECTION_FILE, asdict(collection))
+
+    @contextmanager
+    def publishing(self, name: str) -> Iterator[None]:
+        """Hold a lock file, which the system releases when the process ends."""
+        self._check_name(name)
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder, until = self.root / name, time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                lock = WriterLock(lock_path(folder), folder)
+                break
+            except DataError:
+                if time.monotonic() > until:
+                    raise DataError(
+                        f"{self.root}: another process publishes to {name}; wait for it, then try again"
+                    ) from None
+                time.sleep(0.1)
+        with lock:
+            recover(folder)
+            yield
+
+    def finish(self, collection: Collection) -> None:
+        """Apply all changes and build the index aside, if there are changes or other options; note the time."""
+        folder = self._folder(collection)
+        rows, built = self._rows(collection.name), read_meta(folder)
+        collection, meta = replace(collection, published=time.time()), _meta(collection, built.num_docs)
+        if rows.changes or (built.kind, built.options, built.rescored) != (meta.kind, meta.options, meta.rescored):
+            self._build(collection, *rows.merged())
+        else:
+            write_json(folder / COLLECTION_FILE, asdict(collection))
+        for path in rows.changes:
+            path.unlink(missing_ok=True)
+
+    def compact(self, collection: Collection) -> None:
+        """Apply all changes: a new index has no deleted document."""
+        self.finish(collection)
+
+    def drop(self, name: str) -> None:
+        """Remove the folders of a collection."""
+        if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
+            raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
+        if name in self.collections():
+            folder = self.root / name
+            aside = temporary_path(folder)
+            remove(aside)
+            os.replace(folder, aside)  # readers see all of it or nothing
+            remove(aside)
+            remove(self._changes(name))
+            self._opened.pop(name, None)
+
+    # ----- aliases
+
+    def aliases(self) -> dict[str, Alias]:
+        """Return the links of the folder."""
+        names, aliases = self.collections(), {}
+        for link in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if link.is_symlink() and not _is_hidden(link) and (name := os.readlink(link)) in names:
+                previous = os.readlink(before) if (before := _previous(link)).is_symlink() else None
+                aliases[link.name] = Alias(name, previous if previous in names and previous != name else None)
+        return aliases
+
+    def switch(self, alias: str, name: str) -> None:
+        """Replace the link of an alias. Raises ConfigError: the name of a collection; DataError: no such collection."""
+        self._check_name(alias)
+        link = self.root / alias
+        if name not in self.collections():
+            raise DataError(f"{self.root} has no collection {name!r}; publish it first")
+        if link.exists() and not link.is_symlink():
+            raise ConfigError(f"alias {alias}: it is the name of a collection or another file; choose another one")
+        current = self.aliases().get(alias)
+        if current is None or current.name != name:
+            # The earlier one first: after a kill between both, the same switch has the same result
+            for path, target in ((_previous(link), current and current.name), (link, name)):
+                if target is not None:
+                    aside = temporary_path(path)
+                    remove(aside)
+                    aside.symlink_to(target)
+                    os.replace(aside, path)
+            sync(self.root)
+
+    # ----- documents
+
+    def contents(self, collection: Collection) -> dict[str, int]:
+        """Return the hashes of all documents, changes included."""
+        return self._rows(self._folder(collection).name).contents()
+
+    def write(self, collection: Collection, documents: Documents, version: int) -> None:
+        """Add a file of written documents."""
+        folder = self._folder(collection)
+        if (model := _collection_of(folder).model) != collection.model:
+            raise CheckpointError(
+                f"collection {collection.name} of model {model[:12]} would have rows of model "
+                f"{collection.model[:12]}; publish under another name"
+            )
+        number, width = documents.vectors.shape
+        values = pa.array(np.ascontiguousarray(documents.vectors, np.float32).reshape(-1))
+        columns = {
+            f"{COLUMN}{name}": pa.array(documents.columns[name], TYPES[type])
+            for name, type in collection.columns.items()
+        }
+        table = pa.table({
+            "doc_key": pa.array(documents.keys, pa.string()),
+            "doc_title": pa.array(documents.titles, pa.string()),
+            "doc_version": pa.array(np.full(number, version)),
+            "doc_content": pa.array(np.asarray(documents.contents, np.int64)),
+            **columns,
+            "vector": pa.FixedSizeListArray.from_arrays(values, width),
+        })  # fmt: skip
+        self._add(collection.name, table)
+
+    def delete(self, collection: Collection, keys: Sequence[str], version: int) -> None:
+        """Add a file of deletions."""
+        self._folder(collection)
+        ids = np.unique(np.array([hash64(key) for key in keys], np.int64))
+        self._add(collection.name, pa.table({"id": ids, "version": np.full(len(ids), version)}))
+
+    def count(self, collection: Collection, where: Expression | None = None) -> int:
+        """Count documents of the index."""
+        opened = self._open(collection)
+        return opened.index.meta.num_docs if where is None else opened.allowed(where).count
+
+    def search(
+        self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
+        exclude: Sequence[Sequence[str]] | None = None,
+    ) -> list[list[StoredDocument]]:  # fmt: skip
+        """Search the index among the documents of a mask."""
+        opened = self._open(collection)
+        allowed = None if where is None else opened.allowed(where)
+        found = opened.index.search(queries, top, exclude, allowed)
+        return [[StoredDocument(*document) for document in result] for result in found]
+
+    def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
+        """Return the exact vectors of the existing documents among `keys`."""
+        opened = self._open(collection)
+        rows = opened.index.rows(list(keys))
+        found = {key: row for key, row in zip(keys, rows.tolist(), strict=True) if row >= 0}
+        titles = opened.index.title.take(pa.array(list(found.values()), pa.int64())).to_pylist()
+        return {
+            key: StoredVector(title, np.array(opened.vectors[row]))
+            for (key, row), title in zip(found.items(), titles, strict=True)
+        }
+
+    # ----- files
+
+    def _check_name(self, name: str) -> None:
+        if not name.isprintable() or not 0 < len(name.encode()) <= NAME_BYTES or "/" in name or name[0] == ".":
+            raise ConfigError(
+                f"collection {name!r}: needs a name of 1 to {NAME_BYTES} printable bytes, without / and a first dot"
+            )
+
+    def _folder(self, collection: Collection) -> Path:
+        folder = self.root / collection.name
+        if not (folder / COLLECTION_FILE).is_file():
+            raise DataError(f"collection {collection.name} was dropped; publish it again")
+        return folder
+
+    def _changes(self, name: str) -> Path:
+        return self.root / f".{name}.changes"
+
+    def _add(self, name: str, table: pa.Table) -> None:
+        folder = self._changes(name)
+        folder.mkdir(exist_ok=True)
+        # Later files have later names; of equal versions the later write wins
+        with (
+            new_file(folder / f"{time.time_ns():020}-{uuid.uuid4().hex}.arrow") as aside,
+            pa.OSFile(str(aside), "wb") as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
+
+    def _rows(self, name: str) -> _Rows:
+        return _Rows.read(self.root / name, sorted(self._changes(name).glob("[!.]*.arrow")))
+
+    def _build(self, collection: Collection, documents: pa.Table, vectors: np.ndarray, tombstones: np.ndarray) -> None:
+        """Replace the index folder of a collection."""
+        meta = _meta(collection, len(vectors))
+        backend = INDEX_TYPES.make(meta.kind, meta.options)
+        with new_folder(self.root / collection.name) as aside:
+            np.save(aside / VECTORS_FILE, vectors)
+            np.save(aside / TOMBSTONES_FILE, tombstones)
+            with (
+                pa.OSFile(str(aside / DOCUMENTS_FILE), "wb") as file,
+                pa.ipc.new_file(file, documents.schema) as writer,
+            ):
+                writer.write_table(documents)
+            backend.write(
+                backend.build(CodedVectors(vectors, "float32", meta.width, meta.has_beta)), aside / INDEX_FILE
+            )
+            write_json(aside / COLLECTION_FILE, asdict(collection))
+            write_meta(aside, meta)
+
+    def _open(self, collection: Collection) -> _Opened:
+        """Return the opened index, which is opened again when its folder was replaced."""
+        folder = self._folder(collection)
+        for attempt in range(OPENING_ATTEMPTS):
+            version, opened = _version(folder), self._opened.get(collection.name)
+            if opened is None or opened.version != version:
+                try:
+                    opened = _Opened.read(folder, version)
+                except (CheckpointError, OSError):
+                    if attempt + 1 == OPENING_ATTEMPTS or _version(folder) == version:
+                        raise
+                    continue  # the folder was replaced meanwhile
+            if _version(folder) == version:
+                break
+        self._opened[collection.name] = opened
+        collection.check_model(opened.index.meta.model_checksum)
+        return opened
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An opened collection."""
+
+    version: tuple[int, int]
+    index: Index
+    vectors: np.ndarray  # float32 [N, width]
+    documents: pa.Table
+    types: Mapping[str, ColumnType]
+
+    @classmethod
+    def read(cls, folder: Path, version: tuple[int, int]) -> _Opened:
+        """Open a collection. Raises CheckpointError: it is damaged."""
+        index = open_index(folder)
+        vectors = np.load(folder / VECTORS_FILE, mmap_mode="r")
+        return cls(version, index, vectors, _table(folder / DOCUMENTS_FILE), _collection_of(folder).columns)
+
+    @cached_property
+    def allowed(self) -> Callable[[Expression], AllowedDocuments]:
+        """Return the cached function from a resolved expression to the matching documents."""
+        return lru_cache(CACHED_FILTERS)(self._allowed)
+
+    def _allowed(self, where: Expression) -> AllowedDocuments:
+        for condition in conditions(where):
+            if condition.feature not in self.types:
+                raise ConfigError(
+                    f"filter: {condition.feature} is not a column of the collection; they are {', '.join(self.types)}"
+                )
+        columns = self._columns
+        features = {name: feature for name, (feature, _) in columns.items()}
+        return AllowedDocuments(evaluate(where, features, lambda name: columns[name][1]))
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[Feature, Column]]:
+        """Return the columns of filters, with features whose vocabularies are their values."""
+        columns: dict[str, tuple[Feature, Column]] = {}
+        for name, type in self.types.items():
+            column = self.documents[f"{COLUMN}{name}"].combine_chunks()
+            values = column.to_pylist()
+            feature: Feature = Numeric()
+            if type != "number":
+                texts = column.flatten() if type == "categories" else column
+                # With UNKNOWN, no vocabulary is one of booleans, whose spellings are equal
+                vocabulary = Vocabulary.of(dict.fromkeys([UNKNOWN, *texts.unique().drop_null().to_pylist()]))
+                feature = Categorical(multi=type == "categories", vocabulary=vocabulary)
+                values = [value or feature.missing for value in values]
+            feature = feature.with_name(name)
+            columns[name] = feature, encode_values(feature, values, None)
+        return columns
+
+
+@dataclass
+class _Rows:
+    """Stored documents with the changes that `finish` will apply."""
+
+    changes: list[Path]
+    tables: list[pa.Table] = field(default_factory=list)
+    vectors: list[np.ndarray] = field(default_factory=list)
+    row_of: dict[str, int] = field(default_factory=dict)  # by key, in the concatenated tables
+    version_of: dict[str, int] = field(default_factory=dict)  # by key
+    tombstones: dict[int, int] = field(default_factory=dict)  # version by hash of the key
+
+    @classmethod
+    def read(cls, folder: Path, changes: list[Path]) -> _Rows:
+        rows = cls(changes)
+        rows._write(_table(folder / DOCUMENTS_FILE), np.load(folder / VECTORS_FILE, mmap_mode="r"))
+        stored = np.load(folder / TOMBSTONES_FILE)
+        rows.tombstones = dict(zip(stored["id"].tolist(), stored["version"].tolist(), strict=True))
+        for path in changes:
+            table = _table(path)
+            if "vector" in table.column_names:
+                vector = table["vector"].combine_chunks()
+                rows._write(table.drop_columns("vector"), vector.flatten().to_numpy().reshape(len(vector), -1))
+            else:
+                rows._delete(dict(zip(table["id"].to_pylist(), table["version"].to_pylist(), strict=True)))
+        return rows
+
+    def _write(self, table: pa.Table, vectors: np.ndarray) -> None:
+        first = sum(map(len, self.vectors))
+        self.tables.append(table)
+        self.vectors.append(vectors)
+        keys, versions = table["doc_key"].to_pylist(), table["doc_version"].to_pylist()
+        for row, (key, version) in enumerate(zip(keys, versions, strict=True), first):
+            is_deleted = bool(self.tombstones) and self.tombstones.get(hash64(key), -1) >= version
+            if not is_deleted and self.version_of.get(key, version) <= version:
+                self.row_of[key], self.version_of[key] = row, version
+
+    def _delete(self, versions: dict[int, int]) -> None:
+        for id, version in versions.items():
+            self.tombstones[id] = max(version, self.tombstones.get(id, version))
+        for key in [key for key in self.row_of if versions.get(hash64(key), -1) >= self.version_of[key]]:
+            del self.row_of[key], self.version_of[key]
+
+    def contents(self) -> dict[str, int]:
+        """Return the hashes of documents by key."""
+        contents = np.concatenate([table["doc_content"].to_numpy() for table in self.tables])
+        return dict(zip(self.row_of, contents[list(self.row_of.values())].tolist(), strict=True))
+
+    def merged(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+        """Return the documents, their vectors, float32 [N, width], and the tombstones."""
+        rows = np.array(list(self.row_of.values()), np.int64)
+        vectors, first = np.empty((len(rows), self.vectors[0].shape[1]), np.float32), 0
+        for part in self.vectors:
+            inside = (rows >= first) & (rows < first + len(part))
+            vectors[inside] = part[rows[inside] - first]
+            first += len(part)
+        tombstones = np.array(sorted(self.tombstones.items()), TOMBSTONE)
+        return pa.concat_tables(self.tables).take(pa.array(rows)), vectors, tombstones
+
+
+def _meta(collection: Collection, num_docs: int) -> VectorsMeta:
+    """Return the meta of an index of a collection; an empty one is flat. Raises ConfigError: invalid options."""
+    meta = VectorsMeta(
+        VECTORS, collection.model, collection.dataset, num_docs, collection.width, score=collection.score,
+        has_beta=collection.has_beta,
+    )  # fmt: skip
+    options = collection.options
+    built = index_meta(meta, INDEX_TYPES.make(options["type"], options["index"]), None, options["rescore"])
+    return built if num_docs else index_meta(meta, INDEX_TYPES.make("flat"), None, 0)
+
+
+def _collection_of(folder: Path) -> Collection:
+    return Collection(**json.loads((folder / COLLECTION_FILE).read_text(encoding="utf-8")))
+
+
+def _table(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _version(folder: Path) -> tuple[int, int]:
+    status = (folder / META_FILE).stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _previous(link: Path) -> Path:
+    return link.with_name(f".{link.name}.previous")
