@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -83,6 +84,12 @@ class Queries:
         self._filters = filters
         if filters is None and dataset is not None:
             self._filters = Filters(dataset.whole.catalogue)
+
+    def with_filters(self, filters: DocumentFilters | None) -> Queries:
+        """Return the same with the filters of another index."""
+        other = copy(self)
+        other._filters = filters
+        return other
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:

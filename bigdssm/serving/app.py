@@ -313,7 +313,7 @@ def make_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def exposition() -> Response:
         def text() -> bytes:
-            return metrics.text({f"{prefix}/api": active(prefix)().searcher.about() for prefix in served})
+            return metrics.text({f"{prefix}/api": active(prefix)().searcher.identity for prefix in served})
 
         return Response(await run_in_threadpool(text), media_type=CONTENT_TYPE_LATEST)
 

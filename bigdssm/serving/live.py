@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -90,7 +91,7 @@ class LiveSearcher:
         if (state == self._state and not outdated) or (state == failed and time.monotonic() < until):
             return
         try:
-            searcher = await _in_thread(folders.open)
+            searcher = await _in_thread(partial(folders.open, self.active.searcher))
         except Exception as error:  # of any library that reads the folder, MemoryError and RecursionError included
             # Expected between the replacement of a model and of its index, which do not match yet.
             if (reason := str(error) or repr(error)) != self._reason or state != failed:
@@ -102,8 +103,8 @@ class LiveSearcher:
         self._state, before = state, self.active
         self.active = ActiveSearcher(searcher, *self._options)
         self._metrics.reloads.inc()
-        about = searcher.about()
-        logger.info("reloaded: model %s, index %s", about["model"][:12], about["collection"] or about["index"])
+        identity = searcher.identity
+        logger.info("reloaded: model %s, index %s", identity["model"][:12], identity["collection"] or identity["index"])
         await before.end()
 
 

@@ -58,7 +58,7 @@ class Metrics:
     def text(self, served: Mapping[str, Mapping[str, Any]]) -> bytes:
         """Return the metrics of all workers, and the indexes of this one, in Prometheus' text format.
 
-        `served` are `Searcher.about` by path of the API.
+        `served` are `Searcher.identity` by path of the API.
         """
         registry = self._registry
         if METRICS_DIR in os.environ:

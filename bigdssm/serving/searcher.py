@@ -7,11 +7,12 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,10 +105,19 @@ class SearchResult:
     batch: int  # number of queries in it
 
 
+class ModelSource(NamedTuple):
+    """What a loaded model depends on."""
+
+    folder: Path
+    meta: dict[str, Any]
+    export: bytes  # the metadata of the ONNX export
+
+
 class Searcher:
     """Answers requests with a model and an index."""
 
     state: bytes | None = None  # `Folders.state` when it was opened
+    source: ModelSource | None = None
 
     @checked
     def __init__(
@@ -158,18 +168,32 @@ class Searcher:
         """
         return Folders(Path(model), index, data, threads, onnx, rerank).open()
 
+    def on(self, index: DocumentIndex) -> Searcher:
+        """Return a searcher of this model and dataset with another index. Raises CheckpointError: of another model."""
+        index.check_model(self._folder.doc_checksum)
+        other = copy(self)
+        other._index = index if self._dataset is None else index.of_dataset(self._dataset)
+        other.queries = self.queries.with_filters(other._index.filters)
+        return other
+
     def is_outdated(self) -> bool:
         """Return whether partitions have been added to the dataset since it was opened."""
         dataset = self._dataset
         return dataset is not None and len(read_dataset_json(dataset.dir)["partitions"]) > dataset.extents[0].partitions
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the checksum of the model, the fields of the index' IndexDescription, and its age in seconds."""
+        description = self._index.description
+        age_s = None if description.published is None else time.time() - description.published
+        return {"model": self._folder.checksum, **asdict(description), "age_s": age_s}
+
     def about(self) -> dict[str, Any]:
         """Return a description of model, index, features and filters for clients."""
-        schema, description = self._folder.schema, self._index.description
-        age_s = None if description.published is None else time.time() - description.published
+        schema = self._folder.schema
         return {
-            "model": self._folder.checksum, **asdict(description), "age_s": age_s,
-            "score": self._folder.config.model.score, "exclude_seen": self._folder.config.data.exclude_seen,
+            **self.identity, "score": self._folder.config.model.score,
+            "exclude_seen": self._folder.config.data.exclude_seen,
             "features": {name: feature.type for name, feature in stored_features(schema.query).items()},
             "filters": self.queries.choices,
             "history": self.queries.has_history, "users": bool(self.users), "now": bool(times_of_requests(schema)),
@@ -306,16 +330,22 @@ class Folders:
     onnx: Path | None = None  # file of the query tower to encode with
     rerank: int = 0  # documents that the model's scorer re-ranks
 
-    def open(self) -> Searcher:
-        """Open the current content. Raises as `Searcher.open` does."""
+    def open(self, current: Searcher | None = None) -> Searcher:
+        """Open the current content; model and dataset of `current` are reused if they have not changed.
+
+        Raises as `Searcher.open` does.
+        """
         state = self.state()  # read first, so that a concurrent replacement is detected
-        model, index = self._pair()
-        folder, dataset = load_model_folder(model), None
-        if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
-            cache = FileCache.from_config(folder.config.data)
-            dataset = Dataset.open(self.data or folder.config.data.dir, cache=cache)
-        searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
-        searcher.state = state
+        source, index = self._pair(None if current is None else current.source)
+        if current is not None and current.source == source and not current.is_outdated():
+            searcher = current.on(index)
+        else:
+            folder, dataset = load_model_folder(source.folder), None
+            if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
+                cache = FileCache.from_config(folder.config.data)
+                dataset = Dataset.open(self.data or folder.config.data.dir, cache=cache)
+            searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
+        searcher.state, searcher.source = state, source
         return searcher
 
     def state(self) -> bytes:
@@ -325,10 +355,10 @@ class Folders:
         """
         digest = hashlib.sha256()
         models = [folder / MODEL_META for folder in self._models]
-        exported = [] if self.onnx is None else [self.onnx.parent / EXPORT_FILE]
-        for path in (*models, self._index_meta, *exported):
+        for path in (*models, self._index_meta):
             with suppress(OSError):
                 digest.update(path.read_bytes())
+        digest.update(self._export)
         if self._named is not None:
             store, name = self._named
             digest.update(repr(store.named(name)).encode())
@@ -349,16 +379,25 @@ class Folders:
             return [self.model]
         return sorted(path.parent for path in self.model.glob(f"*/{MODEL_META}") if path.parent.name != BEST)
 
-    def _pair(self) -> tuple[Path, DocumentIndex]:
+    @property
+    def _export(self) -> bytes:
+        with suppress(OSError):
+            return b"" if self.onnx is None else (self.onnx.parent / EXPORT_FILE).read_bytes()
+        return b""
+
+    def _pair(self, loaded: ModelSource | None) -> tuple[ModelSource, DocumentIndex]:
         """Return the index and the last model folder by name of its model.
 
-        Of an alias, the collection is that which it names, or else the one before. Raises CheckpointError: there is no
-        model folder for either.
+        Of an alias, the collection is that which it names, or else the one before. A `loaded` model serves a collection
+        after its folder was replaced. Raises CheckpointError: there is no model for either.
         """
-        models: dict[str, Path] = {}
+        models: dict[str, ModelSource] = {}
         for folder in self._models:
             with suppress(CheckpointError):  # another one may be complete
-                models[doc_checksum(read_model_meta(folder))] = folder
+                meta = read_model_meta(folder)
+                models[doc_checksum(meta)] = ModelSource(folder, meta, self._export)
+        if loaded is not None and self._named is not None:
+            models.setdefault(doc_checksum(loaded.meta), loaded)
         if not models:
             read_model_meta(self.model)  # raises
         if self._named is None:

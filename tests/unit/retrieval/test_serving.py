@@ -367,7 +367,7 @@ class Unopened(Folders):
 
     opens: Callable[[], Searcher]
 
-    def open(self) -> Searcher:
+    def open(self, current: Searcher | None = None) -> Searcher:
         return type(self).opens()
 
     def state(self) -> bytes:

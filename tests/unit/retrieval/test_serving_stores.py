@@ -1,11 +1,12 @@
 """Serving on a vector store: the answers are those of FAISS, and a request sees one model and one collection."""
-
 # ruff: noqa: F811
 
 from __future__ import annotations
 
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.commands import recommend as recommend_command
 from bigdssm.commands import search as search_command
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.serving.searcher import Searcher
+from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.stores.base import Store
+from bigdssm.utils.atomic import replace_folder
 from tests.unit.retrieval.test_stores import (  # noqa: F401
-    embedded,
     memory_store,
     other_vectors_dir,
     server,
@@ -34,7 +35,10 @@ from tests.unit.retrieval.test_stores import (  # noqa: F401
 )
 
 pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
 
+from bigdssm.serving.app import make_app
+from tests.unit.retrieval.test_serving import counted
 
 REQUESTS = [
     Request("u7", top=12), Request("u8", filter="genres = Comedy and year < 1995", top=40), Request("u9", top=100),
@@ -132,3 +136,180 @@ def test_the_commands(live: Store, model_dir: Path, capsys: pytest.CaptureFixtur
     assert all(f"{document.score:.4f}" in out for document in expected) and len(expected) == 4
     code = recommend_command.main([*search[:4], "--users", "--out", str(tmp_path / "out")])
     assert code == ConfigError.exit_code and "recommend needs an index folder, not a store" in capsys.readouterr().err
+
+
+# ----- the server
+
+
+def answers_of(client: TestClient, number: int) -> tuple[str, list[tuple[str, float]]]:
+    """Return the kind of the request `number`, and its documents with rounded scores."""
+    user, kind = f"u{number % 20}", ("search", "similar", "why")[number % 3]
+    if kind == "search":
+        response = client.post("/api/search", json={"user": user, "top": 5, "filter": "year >= 1970"})
+    elif kind == "similar":
+        response = client.get("/api/similar", params={"key": f"i{number % 20}", "top": 5})
+    else:
+        response = client.post("/api/why", json={"user": user, "answer": "i3"})
+    assert response.status_code == 200, response.text
+    content = response.json()
+    found = content["history"] if kind == "why" else content["documents"]
+    return f"{kind} {number % 20}", [(one["key"], one.get("score", one.get("cosine"))) for one in found]
+
+
+def same(some: list[tuple[str, float]], others: list[tuple[str, float]]) -> bool:
+    """Return whether two answers are of one model; scores depend a little on the batch."""
+    scores, other_scores = ([score for _, score in answer] for answer in (some, others))
+    return keys_of(some) == keys_of(others) and np.allclose(scores, other_scores, atol=1e-3)
+
+
+def keys_of(answer: list[tuple[str, float]]) -> list[str]:
+    return [key for key, _ in answer]
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("layout", ["model", pytest.param("models", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("url", ["memory", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
+def test_sixteen_clients_through_ten_switches(
+    layout: str, live: Store, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request fails or mixes two models, with a folder of models or one that is replaced before or after."""
+    names, folders = ("first", "second"), Folders(models, live.url)
+    own = []
+    for name in names:
+        with TestClient(make_app(Folders(models, f"{live.url}#{name}").open(), cache_size=0)) as client:
+            own.append(dict(answers_of(client, number) for number in range(60)))
+    assert len(own[0]) == 60 and all(not same(own[0][kind], own[1][kind]) for kind in own[0])
+    if layout == "model":
+        shutil.copytree(models / "night 0", tmp_path / "model")
+        folders = Folders(tmp_path / "model", live.url)
+    stop, failed, counts = threading.Event(), list[str](), [0, 0]
+
+    def ask(client: TestClient, number: int) -> None:
+        while not stop.is_set():
+            number += 7
+            try:
+                kind, found = answers_of(client, number)
+                counts[[same(answers[kind], found) for answers in own].index(True)] += 1
+            except Exception as error:
+                failed.append(repr(error))
+
+    def put_model(switch: int) -> None:
+        shutil.copytree(models / f"night {switch % 2}", tmp_path / "new")
+        replace_folder(tmp_path / "new", tmp_path / "model")
+
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
+        threads = [threading.Thread(target=ask, args=(client, number)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+
+        def served() -> str:
+            return str(client.get("/api/about").json()["collection"])
+
+        for switch in range(1, 11):
+            if layout == "model" and switch % 4 < 2:  # the model first
+                put_model(switch)
+                time.sleep(0.1)
+                assert served() == names[1 - switch % 2]
+            live.switch("live", names[switch % 2])
+            if layout == "model" and switch % 4 >= 2:
+                time.sleep(0.1)
+                assert served() == names[1 - switch % 2]
+                put_model(switch)
+            until(lambda switch=switch: served() == names[switch % 2])  # type: ignore[misc]
+            enough = counts[switch % 2] + 10
+            until(lambda switch=switch, enough=enough: counts[switch % 2] > enough or bool(failed))  # type: ignore[misc]
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed[:3]
+        assert min(counts) > 50 and counted(client)["bigdssm_model_loads_total"] >= 10
+    if layout == "model":
+        assert "serving the previous collection, first" in caplog.text
+
+
+def test_cached_answers_end_with_a_publication(live: Store, models: Path, vectors_dir: Path, dataset: Dataset) -> None:
+    folders = Folders(models, live.url)
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
+        first = client.post("/api/search", json={"user": "u7"}).json()["documents"]
+        assert client.post("/api/search", json={"user": "u7"}).json()["cached"]
+        collection = live.collection("first")
+        live.delete(collection, [first[0]["key"]], 1)
+        live.finish(collection)
+        until(lambda: not client.post("/api/search", json={"user": "u7"}).json()["cached"])
+        again = client.post("/api/search", json={"user": "u7"}).json()["documents"]
+        assert [one["key"] for one in again[:9]] == [one["key"] for one in first[1:]]
+
+
+def test_the_vector_of_a_query_finds_the_same_documents(live: Store, models: Path) -> None:
+    searcher = Folders(models, live.url).open()
+    with TestClient(make_app(searcher)) as client:
+        off = client.post("/api/vector", json={"user": "u7"})
+        assert off.status_code == 404 and "start the server with --vectors" in off.json()["error"]
+        assert "/api/vector" not in client.get("/openapi.json").json()["paths"]
+    with TestClient(make_app(searcher, has_vectors=True)) as client:
+        found = client.post("/api/vector", json={"user": "u7"}).json()
+        assert "/api/vector" in client.get("/openapi.json").json()["paths"]
+        assert client.post("/api/vector", json={"user": "nobody"}).status_code == 404
+        documents = client.post("/api/search", json={"user": "u7", "exclude_seen": False}).json()["documents"]
+    collection, model = live.collection("live"), load_model_folder(models / "night 0")
+    assert (found["model"], found["width"], found["metric"]) == (collection.model, collection.width, "inner product")
+    assert found["vector"][-1] == 1 and collection.has_beta
+    assert found["scale"] == pytest.approx(float(model.model.log_alpha.detach().exp()))
+    (result,) = live.search(collection, np.array([found["vector"]], np.float32), 10)
+    assert [(one.key, pytest.approx(one.score, rel=1e-5)) for one in result] == [
+        (one["key"], one["score"]) for one in documents
+    ]
+
+
+def test_the_metrics_name_model_and_index(live: Store, models: Path, tmp_path: Path, vectors_dir: Path) -> None:
+    build_index(vectors_dir, tmp_path / "index", "sq8")
+    second = Folders(models, tmp_path / "index").open()
+    with TestClient(make_app(Folders(models, live.url).open(), second=second)) as client:
+        text = client.get("/metrics").text
+    checksum, fingerprint = second.about()["model"], second.about()["dataset"]
+    info = {
+        "path": "/api", "model": checksum, "index": live.scheme, "store": live.address, "collection": "first",
+        "dataset": fingerprint, "version": "1",
+    }  # fmt: skip
+    lines = [line for line in text.splitlines() if line.startswith("bigdssm_index_info")]
+    assert len(lines) == 2 and all(f'{name}="{value}"' in lines[0] for name, value in info.items())
+    assert 'path="/second/api"' in lines[1] and 'index="sq8"' in lines[1] and 'collection=""' not in lines[1]
+    assert 'bigdssm_index_documents{path="/api"} 40.0' in text
+    for path in ("/api", "/second/api"):
+        (age,) = [line for line in text.splitlines() if line.startswith(f'bigdssm_index_age_seconds{{path="{path}"}}')]
+        assert 0 <= float(age.split()[1]) < 600
+
+
+def test_requests_are_refused_while_the_store_is_away(
+    live: Store, models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = UnavailableError("memory://here: the server is away; try again when this is fixed")
+    calls = []
+
+    def gone(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise away
+
+    folders = Folders(models, live.url)
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02, cache_size=0)) as client:
+        assert client.get("/readyz").status_code == 200
+        with monkeypatch.context() as patched:
+            for name in ("search", "vectors", "aliases"):
+                patched.setattr(type(live), name, gone)
+            until(lambda: client.get("/readyz").status_code == 503)
+            for response in (
+                client.post("/api/search", json={"user": "u7"}), client.get("/api/similar", params={"key": "i3"}),
+                client.get("/readyz"),
+            ):  # fmt: skip
+                assert response.status_code == 503 and response.json()["error"] == str(away)
+                assert response.headers["Retry-After"] == "1"
+            assert client.get("/healthz").status_code == client.get("/api/about").status_code == 200
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/api/search", json={"user": "u7"}).status_code == 200
+    assert caplog.text.count("cannot check") == 1
