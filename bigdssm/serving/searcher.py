@@ -106,7 +106,7 @@ class SearchResult:
 
 
 class ModelSource(NamedTuple):
-    """What a loaded model depends on."""
+    """Folder and metadata of a loaded model."""
 
     folder: Path
     meta: dict[str, Any]
