@@ -211,7 +211,11 @@ class Binary(FaissIndex):
 @register_index
 @dataclass(frozen=True)
 class Hnsw(FaissIndex):
-    """HNSW graph. Source: Malkov and Yashunin 2018."""
+    """HNSW graph of inner products. Source: Malkov and Yashunin 2018.
+
+    The graph is built on the vectors minus their mean, which changes no ranking: a part that all vectors share would
+    link each of them to the same few.
+    """
 
     type: ClassVar[str] = "hnsw"
 
@@ -223,6 +227,24 @@ class Hnsw(FaissIndex):
         """Return FAISS's HNSW over float32 vectors."""
         index: Any = faiss.IndexHNSWFlat(vectors.width, self.links, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = self.build_width, self.search_width
+        return index
+
+    def build(self, vectors: CodedVectors, after_chunk: Callable[[], None] = lambda: None) -> faiss.Index:
+        """Link the centred vectors, and store the vectors.
+
+        after_chunk: called after each ROWS_AT_ONCE vectors.
+        """
+        index: Any = self.empty(vectors, after_chunk)
+        mean = np.zeros(vectors.width)
+        for chunk in vectors.chunks(ROWS_AT_ONCE):
+            mean += chunk.sum(axis=0, dtype=np.float64) / len(vectors)
+        for chunk in vectors.chunks(ROWS_AT_ONCE):
+            index.add(chunk - mean.astype(np.float32))
+            after_chunk()
+        storage: Any = faiss.downcast_index(index.storage)
+        storage.reset()
+        for chunk in vectors.chunks(ROWS_AT_ONCE):
+            storage.add(np.ascontiguousarray(chunk))
         return index
 
     def _search(

@@ -164,6 +164,21 @@ def test_approximate_indexes_find_most(
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.8
 
 
+def test_a_graph_finds_documents_that_have_a_part_in_common() -> None:
+    """Linked by inner products of vectors with a mean, all documents would link to the same few."""
+    vectors = np.random.default_rng(0).standard_normal((4000, 16), np.float32) + 2
+    backend = INDEX_TYPES.make("hnsw")
+    index = backend.build(CodedVectors(vectors, "float32", 16))
+    queries = vectors[:100]
+    scores, rows = backend.search(index, queries, 100, None)
+    exact = queries @ vectors.T
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), rtol=1e-4)
+    np.testing.assert_array_equal(backend.vectors_at(index, np.array([7, 2])), vectors[[7, 2]])
+    assert backend.shape(index) == (4000, 16)
+    least = -np.partition(-exact, 99, axis=1)[:, 99:100]
+    assert (scores >= least - 1e-4).mean() > 0.99
+
+
 def cut(vectors: np.ndarray, width: int) -> np.ndarray:
     """Truncate index vectors of a cosine model to [n, width + 1], naively."""
     found = []
