@@ -21,13 +21,16 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.models.scorers import CrossEncoder, join_texts
 from bigdssm.retrieval import pair_scorer
+from bigdssm.retrieval.document_index import StoreIndex
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from bigdssm.sources.beir import Collection, CollectionEntry
+from bigdssm.stores.opening import open_store
 from tests.conftest import TinyDataset
 
 from .conftest import SMALL, random_model
@@ -198,6 +201,13 @@ def test_a_search_reranks_the_top_documents_of_the_index(
         expected = [best[i].key for i in np.argsort(-scores)][: request.top]
         assert [document.key for document in reranked.search([request])[0]][:5] == expected
     assert reranked.answer([reranked.queries.of(requests[0])])[0].rerank_ms > 0
+
+    store = open_store(f"file://{tmp_path}/store")
+    collection = publish(store, tmp_path / "vectors", pairs, "shop").collection
+    on_store = Searcher(folder, StoreIndex.open(store, collection), pairs, rerank=5)
+    for mine, other in zip(on_store.search(requests), reranked.search(requests), strict=True):
+        assert [document.key for document in mine] == [document.key for document in other]
+        np.testing.assert_allclose([document.score for document in mine], [document.score for document in other], 1e-5)
 
 
 def test_unsupported_datasets_and_scorers_are_refused(

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from bigdssm.commands import recommend as recommend_command
 from bigdssm.commands import search as search_command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
+from bigdssm.retrieval.filters import Filters, StoreFilters
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.serving.searcher import Folders, Searcher
+from bigdssm.stores import postgres
 from bigdssm.stores.base import Store
 from bigdssm.utils.atomic import replace_folder
+from tests.postgres import Server
 from tests.unit.retrieval.test_stores import (  # noqa: F401
     memory_store,
     other_vectors_dir,
@@ -38,6 +42,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from bigdssm.serving.app import make_app
+from bigdssm.serving.batching import Batcher
 from tests.unit.retrieval.test_serving import counted
 
 REQUESTS = [
@@ -111,6 +116,7 @@ def test_seen_documents_that_the_store_lacks_have_no_part_in_why(live: Store, mo
     searcher = Searcher.open(model_dir, live.url)
     before = keys(searcher.why(Request("u7"), "i3").history)
     live.delete(live.collection("first"), [before[1]], 9)
+    live.finish(live.collection("first"))
     after = keys(searcher.why(Request("u7"), "i3").history)
     assert before[0] == "i3" and after[:4] == [before[0], *before[2:]]
 
@@ -313,3 +319,62 @@ def test_requests_are_refused_while_the_store_is_away(
         until(lambda: client.get("/readyz").status_code == 200)
         assert client.post("/api/search", json={"user": "u7"}).status_code == 200
     assert caplog.text.count("cannot check") == 1
+
+
+def test_a_batch_waits_for_the_store_once() -> None:
+    waits = []
+
+    def work(queries: Sequence[int]) -> list[int]:
+        waits.append(len(queries))
+        raise UnavailableError("away")
+
+    async def ask() -> list[Any]:
+        batcher = Batcher(work)
+        answers = [asyncio.ensure_future(batcher(number)) for number in range(5)]
+        running = asyncio.create_task(batcher.run())
+        results = await asyncio.gather(*answers, return_exceptions=True)
+        running.cancel()
+        return results
+
+    assert [str(error) for error in asyncio.run(ask())] == ["away"] * 5 and waits == [5]
+
+
+def test_filters_without_a_dataset(live: Store, dataset: Dataset) -> None:
+    """A model without histories is served without a dataset: values are those of the collection's columns."""
+    collection, catalogue = live.collection("first"), dataset.whole.catalogue
+    without, masks = StoreFilters(collection.columns, None), Filters(catalogue)
+    for text in ("genres = Comedy and year < 1990.5", "genres not in (Comedy, Drama)", 'genres != "" or year = 1999'):
+        assert live.count(collection, without.allowed(text)) == masks.allowed(text).count > 0
+        assert without.allowed(text) == StoreFilters(collection.columns, catalogue).allowed(text)
+    assert (
+        live.count(collection, without.allowed("genres in (Comedy, Unknown)")) == masks.allowed("genres = Comedy").count
+    )
+    for text, error in (
+        ("genres < 3", "is categorical"),
+        ("year = old", "needs a number"),
+        ("title = x", "needs one of"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            without.allowed(text)
+    assert without.choices == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_server_that_returns_is_served_again(
+    live: Store, models: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "WAITS_S", (0.1,))
+    folders = Folders(models, live.url)
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.05, cache_size=0)) as client:
+        first = client.post("/api/search", json={"user": "u7"}).json()["documents"]
+        server.stop()
+        try:
+            until(lambda: client.get("/readyz").status_code == 503)
+            refused = client.post("/api/search", json={"user": "u7"})
+            assert refused.status_code == 503 and "try again when this is fixed" in refused.json()["error"]
+            assert "postgres@" not in refused.text
+        finally:
+            server.start()
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/api/search", json={"user": "u7"}).json()["documents"] == first
