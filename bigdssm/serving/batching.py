@@ -63,9 +63,8 @@ class Batcher(Generic[QueryT, Answer]):
                 if not future.done():
                     future.set_result(answer)
         except Exception as error:
-            if len(batch) > 1 and not isinstance(
-                error, UnavailableError
-            ):  # retry one by one, so that an invalid query fails alone
+            # Retry one by one, so that an invalid query fails alone.
+            if len(batch) > 1 and not isinstance(error, UnavailableError):
                 for one in batch:
                     await self._answer([one])
                 return

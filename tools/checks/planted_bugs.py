@@ -737,7 +737,7 @@ BUGS = [
         "if b\"DynamicQuantizeLinear\" in path.read_bytes():", "if False:",
         f"{UNIT}/retrieval/test_company.py::test_a_tower_that_scales_a_batch_together_is_refused"),
     Bug("batch mates", "result_depends_on_batch_mates", "serving.searcher:Searcher.answer",
-        "if query.allowed is allowed and query.top == requested]", "if query.allowed is allowed]",
+        "if query.allowed == allowed and query.top == requested]", "if query.allowed == allowed]",
         f"{UNIT}/retrieval/test_company.py::test_a_search_is_not_widened_by_another_requests_top"),
     Bug("batch mates", "numbers_not_clipped", "models.encoders.scalar:NumericEncoder.forward",
         ".clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)", "",
