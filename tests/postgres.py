@@ -19,8 +19,8 @@ EXTENSION = Path("/usr/share/postgresql/17/extension/vector.control")  # postgre
 class Server:
     """A cluster in a folder of its own, on a Unix socket."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="pg"))
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="pg")) if folder is None else folder
         self._user = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
         if self._user:  # the server refuses root
             shutil.chown(self.folder, "postgres", "postgres")
@@ -34,8 +34,8 @@ class Server:
         with (self.folder / "log").open("ab") as log:
             subprocess.run(command, cwd=self.folder, check=True, stdout=log, stderr=log, **self._user)  # type: ignore[call-overload]
 
-    def start(self) -> None:
-        options = f"-k {self.folder} -c listen_addresses= -c fsync=off -c max_wal_size=4GB"
+    def start(self, options: str = "-c listen_addresses= -c max_wal_size=4GB") -> None:
+        options = f"-k {self.folder} -c fsync=off {options}"
         self._run("pg_ctl", "-D", "data", "-o", options, "-w", "start")
 
     def stop(self, mode: str = "fast") -> None:
@@ -52,11 +52,16 @@ class Server:
         return self.url(f"test{self.databases}")
 
 
-def running_server() -> Iterator[Server]:
-    """Yield a server; the test is skipped, or with --full fails, if PostgreSQL is not installed."""
+def check_installed() -> None:
+    """Skip the test, or with --full fail it, if PostgreSQL is not installed."""
     if not (BINARIES / "initdb").exists() or not EXTENSION.exists():
         give_up = pytest.fail if "BIGDSSM_FULL" in os.environ else pytest.skip
         give_up("needs PostgreSQL 17 with pgvector: apt-get install postgresql-17-pgvector")
+
+
+def running_server() -> Iterator[Server]:
+    """Yield a server."""
+    check_installed()
     server = Server()
     try:
         server.start()

@@ -1,13 +1,15 @@
 """Remove users and items from a dataset, and from everything that was made from it.
 
     bigdssm forget --data DATASET --user u17 --item i3 --run RUN --vectors VECTORS --index INDEX --out report.json
+    bigdssm forget --data DATASET --item i3 --vectors VECTORS --store postgresql://HOST/DATABASE
     bigdssm forget --data DATASET --users-file ids.txt --run RUN --dry-run
 
 Rows become empty in place: orders, numbers and fingerprints stay, so training, resumes and search go on. A forgotten
 user is an unknown user, a forgotten item is no answer; events of other users with it stay. Give every folder that was
-made from the dataset: stage folders lose the checkpoints that may contain the ids, and indexes are built again. Stop
-trainings first. If the command was killed, start it again. The report has the checksum of every changed file, and what
-cannot be reached; it has no ids.
+made from the dataset: stage folders lose the checkpoints that may contain the ids, and indexes are built again.
+Collections of stores hold documents, so that only items leave them. Stop trainings first. If the command was killed,
+start it again. The report has the checksum of every changed file and collection, and what cannot be reached; it has no
+ids.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.ingest.forgetting import Forgotten, forget
 from bigdssm.retrieval.forgetting import (
     check_index,
+    forget_in_collection,
     forget_in_index,
     forget_in_negatives,
     forget_in_teacher,
     forget_in_vectors,
     row_ids,
 )
+from bigdssm.stores.base import Store
+from bigdssm.stores.opening import open_store
 from bigdssm.training.resume import open_segment
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.changes import Changes
@@ -46,7 +51,7 @@ NOT_REACHED = (
     "the tokenizer, which has parts of frequent texts; counts, means and other figures of the whole dataset",
     "fingerprints, which are hashes of the dataset before; they confirm a guess to whoever has all the rest of it",
     "output for other programs: exports, recommendations, search results, TREC runs, BEIR collections, reports, logs",
-    "vector stores, with their write-ahead logs and replicas; backups, snapshots, copies and uploads",
+    "vector stores that were not given (--store); backups, snapshots, copies and uploads",
     "blocks of the disk that are free now, but not overwritten",
 )
 
@@ -69,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--teacher", "FOLDER", "folder written by bigdssm embed_teacher"),
     ):
         parser.add_argument(option, type=Path, action="append", default=[], metavar=metavar, help=f"{what}; repeatable")
+    parser.add_argument("--store", action="append", default=[], metavar="URL", help="vector store; repeatable")
+    parser.add_argument(
+        "--collection", action="append", default=[], metavar="NAME",
+        help="collection of these stores (default: all of them); repeatable",
+    )  # fmt: skip
     parser.add_argument(
         "--cache", nargs="?", const="", metavar="DIR",
         help="also empty the cache of datasets at URLs (default: the user's), whose entries name neither",
@@ -83,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("no ids; give --user, --item, --users-file or --items-file")
     stages = [folder for run in args.run for folder in _stages(run)]
     indexes = [(folder, check_index(folder, args.vectors)) for folder in args.index]
-    changes = Changes(dry_run=args.dry_run)
+    collections = _collections(args.store, args.collection)
+    changes, stored, left = Changes(dry_run=args.dry_run), list[dict[str, Any]](), list[str]()
     with forget(args.data, users, items, changes) as forgotten:  # replaces the dataset's files at the end
         dataset = Dataset.open(args.data)
         rows = {
@@ -97,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             forget_in_vectors(folder, forgotten.documents, dataset, changes)
         for folder, vectors in indexes:
             forget_in_index(folder, vectors, forgotten.documents, dataset, changes)
+        for url, store, name in collections:
+            record, of_collection = forget_in_collection(store, name, users, items, dry_run=args.dry_run)
+            stored.append({"store": url, **record})
+            left += [line for line in of_collection if line not in left]
         for path in [
             *args.negatives,
             *(path for folder in stages for path in sorted(folder.glob("mined_negatives*.npy"))),
@@ -105,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for folder in args.teacher:
             forget_in_teacher(folder, rows, forgotten.documents, changes)
         in_use = [] if args.cache is None else _empty_cache(args.cache, changes)
-    report = _report(args, forgotten, (users, items), changes, in_use)
+    left += [f"{path}, which another process uses; end it, and start the command again" for path in in_use]
+    report = _report(args, forgotten, (users, items), changes, stored, left)
     if args.out is not None:
         write_json(args.out, report)
     _print(report)
@@ -128,6 +144,14 @@ def _stages(run: Path) -> list[Path]:
         if is_locked(folder):
             raise CheckpointError(f"{folder} is in use by a training; stop it (bigdssm stop_run {run})")
     return folders
+
+
+def _collections(urls: Sequence[str], names: Sequence[str]) -> list[tuple[str, Store, str]]:
+    """Return (URL, store, name) of the given collections, or of all. Raises ConfigError: no store has one of them."""
+    found = [(url, store, name) for url in urls for store in [open_store(url)] for name in store.collections()]
+    if missing := sorted(set(names) - {name for *_, name in found}):
+        raise ConfigError(f"--collection {missing[0]}: none of the stores (--store) has it")
+    return [entry for entry in found if not names or entry[2] in names]
 
 
 def _views(dataset: Dataset, stages: Sequence[Path]) -> Iterator[Dataset]:
@@ -155,11 +179,10 @@ def _empty_cache(folder: str, changes: Changes) -> list[Path]:
 
 def _report(
     args: argparse.Namespace, forgotten: Forgotten, ids: tuple[list[str], list[str]], changes: Changes,
-    in_use: Sequence[Path],
+    stored: list[dict[str, Any]], left: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     (users, items), shared = ids, forgotten.shared
     not_reached = [f"{args.data}: an id is a value of {name} that other rows have, too" for name in shared]
-    not_reached += [f"{path}, which another process uses; end it, and start the command again" for path in in_use]
     return {
         "data": str(args.data),
         "dry_run": args.dry_run,
@@ -168,7 +191,8 @@ def _report(
         "emptied_documents": len(forgotten.documents),
         "emptied_train_rows": int(sum(len(rows) for rows in forgotten.train_rows.values())),
         "files": changes.files,
-        "not_reached": [*not_reached, *NOT_REACHED],
+        "collections": stored,
+        "not_reached": [*not_reached, *left, *NOT_REACHED],
     }
 
 
@@ -179,6 +203,9 @@ def _print(report: dict[str, Any]) -> None:
     would = "would be " if report["dry_run"] else ""
     for entry in report["files"]:
         print(f"  {would}{entry['action']}: {entry['file']}")
+    for entry in report["collections"]:
+        documents = f"{entry['found']} of {entry['documents']['before']} documents"
+        print(f"  {would}removed: {documents} of collection {entry['collection']} at {entry['store']}")
     print("not reached:")
     for line in report["not_reached"]:
         print(f"  {line}")

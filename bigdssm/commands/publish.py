@@ -8,7 +8,8 @@
 The collection becomes equal to the vectors folder: new and changed documents are written, withdrawn ones deleted. The
 same command thus publishes everything, the changes of a day, or the rest after an interruption. Its name is by default
 the beginning of the model's checksum, so a new model has a new collection. --verify compares answers with exact inner
-products, and fails below a recall of 0.98. --switch then lets the alias name the collection. KEY=VALUE sets an option
+products, and fails below a recall of 0.98. A collection is compared with the one that the alias names: which share of
+the nearest documents of a sample both have. --switch then lets the alias name the collection. KEY=VALUE sets an option
 of the store (docs/config_keys.md). Passwords come from the environment or the files of the store's client.
 """
 
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--verify", nargs="?", const=True, metavar="QUERIES.npy",
         help="measure recall with these query vectors, float32 [m, D+1] (default: with vectors of documents)",
     )  # fmt: skip
+    parser.add_argument(
+        "--compare", metavar="NAME",
+        help="collection or alias whose nearest documents are compared (default: the collection that --alias names)",
+    )  # fmt: skip
     parser.add_argument("--alias", default="live", help="alias to switch or roll back (default: %(default)s)")
     parser.add_argument("--switch", action="store_true", help="let the alias name the collection")
     parser.add_argument("--rollback", action="store_true", help="let the alias name its previous collection")
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     store = open_store(args.to, options_of(args.options, store_class(args.to)))
     if args.vectors is None:
-        refuse_options(parser, args, ["--data", "--as", "--verify", "--switch"], "without --vectors")
+        refuse_options(parser, args, ["--data", "--as", "--verify", "--compare", "--switch"], "without --vectors")
     elif args.rollback or args.drop:
         raise ConfigError("--rollback and --drop need no --vectors; run them alone")
     elif args.data is None:
@@ -76,13 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
     started = time.perf_counter()
+    compare = args.compare or (args.alias if args.alias in store.aliases() else None)
     with ProgressBar() as progress:
-        report = publish(store, args.vectors, Dataset.open(args.data), vars(args)["as"], progress)
+        report = publish(store, args.vectors, Dataset.open(args.data), vars(args)["as"], progress, compare)
     name = report.collection.name
     print(
         f"{name}: {report.written} written, {report.deleted} deleted, {report.unchanged} unchanged in "
         f"{time.perf_counter() - started:.1f} s"
     )
+    if (overlap := report.overlap) is not None:
+        shares = " and ".join(f"{share:.2f} of the {number} nearest" for number, share in overlap.shares.items())
+        print(f"{name}: {shares} documents are those in {overlap.previous} ({overlap.num_documents} documents sampled)")
     if args.verify:
         queries = None
         if args.verify is not True:

@@ -150,9 +150,14 @@ class FolderStore(Store):
         for path in rows.changes:
             path.unlink(missing_ok=True)
 
-    def compact(self, collection: Collection) -> None:
+    def compact(self, collection: Collection) -> Sequence[str]:
         """Apply all changes: a new index has no deleted document."""
-        self.finish(collection)
+        rows = self._rows(self._folder(collection).name)
+        if rows.changes:
+            self._build(collection, *rows.merged())
+            for path in rows.changes:
+                path.unlink(missing_ok=True)
+        return [f"{self.root / collection.name / TOMBSTONES_FILE}, which has a 64-bit hash of each removed key"]
 
     def drop(self, name: str) -> None:
         """Remove the folders of a collection."""

@@ -1,4 +1,4 @@
-"""Remove users and items from vectors folders, indexes, hard negatives and teacher vectors.
+"""Remove users and items from vectors folders, indexes, collections of stores, hard negatives and teacher vectors.
 
 Documents and rows are known by their numbers in the dataset, see `ingest.forgetting.Forgotten`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,10 @@ from numpy.lib.format import open_memmap
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import CheckpointError
+from bigdssm.features.conditions import Condition
 from bigdssm.retrieval.hard_negatives import REMAKE, HardNegatives
 from bigdssm.retrieval.index import build_index
+from bigdssm.retrieval.publish import ROWS_AT_ONCE
 from bigdssm.retrieval.teacher_vectors import DOCUMENTS, QUERIES, TeacherVectors
 from bigdssm.retrieval.vector_files import formats_in, write_file
 from bigdssm.retrieval.vectors import (
@@ -30,8 +33,10 @@ from bigdssm.retrieval.vectors import (
     read_meta,
     write_meta,
 )
+from bigdssm.stores.base import Store
 from bigdssm.utils.array_file import open_arrow, read_seal, seal
 from bigdssm.utils.changes import Changes
+from bigdssm.utils.hashing import json_checksum
 from bigdssm.utils.string_hashing import hash_strings
 
 
@@ -93,6 +98,36 @@ def forget_in_index(folder: Path, vectors: Path, documents: np.ndarray, dataset:
         source = read_meta(vectors)
         width = None if meta.width == source.width else meta.width - meta.has_beta
         build_index(vectors, aside, meta.kind, width=width, rescore=meta.rescored, options=meta.options, overwrite=True)
+
+
+def forget_in_collection(
+    store: Store, name: str, users: Sequence[str], items: Sequence[str], *, dry_run: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Delete items from a collection and its files; return a record of the change, and what may still have the ids.
+
+    A tombstone rejects their late writes. Documents that have an id of `users` or `items` as a value stay. Raises
+    DataError: another process publishes to the collection.
+    """
+    with store.publishing(name):
+        collection, left = store.collections()[name], list[str]()
+        before = after = store.contents(collection)
+        if not dry_run:
+            if items:
+                for first in range(0, len(items), ROWS_AT_ONCE):
+                    store.delete(collection, items[first : first + ROWS_AT_ONCE], collection.version)
+                if collection.published:
+                    store.finish(collection)  # so that servers drop cached answers
+                left += store.compact(collection)  # without a match, too: of documents that were withdrawn before
+                after = store.contents(collection)
+            ids = tuple(sorted({*users, *items}))
+            for column in (column for column, kind in collection.columns.items() if kind != "number"):
+                if number := store.count(collection, Condition(column, "in", ids)):
+                    left.append(f"collection {name}: an id is a value of {column} in {number} documents")
+    return {
+        "collection": name, "found": len(before.keys() & set(items)),
+        "documents": {"before": len(before), "after": len(after)},
+        "content": {"before": json_checksum(before), "after": json_checksum(after)},
+    }, left  # fmt: skip
 
 
 def row_ids(view: Dataset, folder: Path, train_rows: Mapping[str, np.ndarray]) -> np.ndarray:

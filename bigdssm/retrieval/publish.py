@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,16 @@ ROWS_AT_ONCE = 8192
 MARGIN = 1.1  # of the radius of a new collection over its longest vector
 NAME_DIGITS = 12  # of the model's checksum, the default name of a collection
 SAMPLE, TOP = 200, 100  # queries and documents per query of a measurement
+NEIGHBOURS = (10, 50)  # numbers of nearest documents that two collections are compared by
+
+
+@dataclass(frozen=True)
+class NeighbourOverlap:
+    """Result of `measure_overlap`."""
+
+    previous: str  # the other collection
+    num_documents: int  # sampled from those that both collections have
+    shares: Mapping[int, float]  # by number of nearest documents: mean share that both collections have in common
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class PublishReport:
     written: int  # new or changed documents
     deleted: int
     unchanged: int
+    overlap: NeighbourOverlap | None = None  # with the collection to compare
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,14 @@ class _Folder:
 
 
 def publish(
-    store: Store, vectors_dir: Path, dataset: Dataset, name: str | None = None, progress: Progress = no_progress
-) -> PublishReport:
+    store: Store, vectors_dir: Path, dataset: Dataset, name: str | None = None, progress: Progress = no_progress,
+    compare: str | None = None,
+) -> PublishReport:  # fmt: skip
     """Make the collection `name` equal to a vectors folder of `dataset`; only differences are written.
 
     By default the name is the beginning of the model's checksum. Documents that are withdrawn, or no longer in the
-    folder, are deleted. An interrupted call is continued by the next one. Raises: CheckpointError: the vectors are of
+    folder, are deleted. An interrupted call is continued by the next one. `compare` is another collection, or an alias,
+    for `measure_overlap`. Raises: CheckpointError: the vectors are of
     another dataset; ConfigError: the collection is of another model or has other columns; DataError: it has a later
     version of the dataset, or another process publishes to it.
     """
@@ -105,6 +118,7 @@ def publish(
         name or meta.model_checksum[:NAME_DIGITS], meta.model_checksum, meta.dataset_fingerprint, version, meta.width,
         meta.has_beta, meta.score, 0.0, cast(dict[str, ColumnType], types), store.options(),
     )  # fmt: skip
+    previous = None if compare is None else store.collection(compare)
     with store.publishing(collection.name):
         existing = store.collections().get(collection.name)
         if existing is not None:
@@ -140,7 +154,45 @@ def publish(
                 store.delete(collection, keys[first : first + ROWS_AT_ONCE], version)
         store.finish(collection)
         unchanged = int((~folder.withdrawn).sum()) - written
-        return PublishReport(store.collection(collection.name), written, len(deleted), unchanged)
+        overlap, collection = None, store.collection(collection.name)
+        if previous is not None and previous.name != collection.name:
+            keys = folder.keys.filter(pa.array(~folder.withdrawn))
+            rows = np.random.default_rng(0).permutation(len(keys))[: 10 * SAMPLE]
+            overlap = measure_overlap(store, collection, previous, keys.take(pa.array(rows)).to_pylist())
+        return PublishReport(collection, written, len(deleted), unchanged, overlap)
+
+
+def measure_overlap(
+    store: Store, collection: Collection, previous: Collection, keys: Sequence[str]
+) -> NeighbourOverlap | None:
+    """Compare the nearest documents, by the scores of either collection, of SAMPLE documents that both have.
+
+    `keys` are candidates for the sample. Returns None if the collections have none of them in common.
+    """
+    stored = [store.vectors(each, keys) for each in (collection, previous)]
+    sample = [key for key in keys if all(key in vectors for vectors in stored)][:SAMPLE]
+    if not sample:
+        return None
+    nearest = []
+    for each, vectors in zip((collection, previous), stored, strict=True):
+        queries = _as_queries(np.stack([vectors[key].vector for key in sample]), each.has_beta, each.score)
+        results = store.search(each, queries, max(NEIGHBOURS), exclude=[[key] for key in sample])
+        nearest.append([[document.key for document in result] for result in results])
+    shares = {}
+    for number in NEIGHBOURS:
+        pairs = [(set(ours[:number]), set(theirs[:number])) for ours, theirs in zip(*nearest, strict=True)]
+        shares[number] = float(np.mean([len(ours & theirs) / max(1, len(ours), len(theirs)) for ours, theirs in pairs]))
+    return NeighbourOverlap(previous.name, len(sample), shares)
+
+
+def _as_queries(vectors: np.ndarray, has_beta: bool, score: str) -> np.ndarray:
+    """Return document vectors [n, D+1] with the beta of queries, 1, and of length 1 if the score is a cosine."""
+    queries = np.array(vectors)
+    values = queries[:, : queries.shape[1] - has_beta]
+    if score == "cosine":
+        values /= np.linalg.norm(values, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    queries[:, values.shape[1] :] = 1
+    return queries
 
 
 def _batches(
@@ -190,11 +242,7 @@ def measure_recall(
     if queries is None:
         rows = np.flatnonzero(~folder.withdrawn)
         rows = np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False)
-        queries = np.array(folder.vectors[np.sort(rows)])
-        values = queries[:, : queries.shape[1] - folder.meta.has_beta]
-        if folder.meta.score == "cosine":
-            values /= np.linalg.norm(values, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
-        queries[:, values.shape[1] :] = 1
+        queries = _as_queries(folder.vectors[np.sort(rows)], folder.meta.has_beta, folder.meta.score)
     exact = np.empty((len(queries), folder.meta.num_docs), np.float32)
     first = 0
     for chunk in folder.vectors.chunks(65_536):

@@ -124,8 +124,8 @@ class Store(ABC):
         """Make a collection complete: build its index as `collection.options` define it, if there is no such index."""
 
     @abstractmethod
-    def compact(self, collection: Collection) -> None:
-        """Remove the bytes of deleted documents from the files of the store."""
+    def compact(self, collection: Collection) -> Sequence[str]:
+        """Remove the bytes of deleted documents from the files of the store; return what may still have them."""
 
     @abstractmethod
     def drop(self, name: str) -> None:

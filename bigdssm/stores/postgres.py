@@ -145,8 +145,10 @@ class PostgresStore(Store):
 
     def _describe(self, connection: Any, collection: Collection) -> None:
         connection.execute(
-            "INSERT INTO bigdssm_collections VALUES (%s, %s) "
-            "ON CONFLICT (name) DO UPDATE SET description = EXCLUDED.description",
+            "INSERT INTO bigdssm_collections AS old VALUES (%s, %s) "
+            "ON CONFLICT (name) DO UPDATE SET description = EXCLUDED.description "
+            # the lock of a publisher is lost if the server restarts
+            "WHERE (old.description->>'version')::int8 <= (EXCLUDED.description->>'version')::int8",
             [collection.name, json.dumps(asdict(collection))],
         )
 
@@ -201,11 +203,58 @@ class PostgresStore(Store):
 
         self._run(work)
 
-    def compact(self, collection: Collection) -> None:
-        """Rewrite table, TOAST table and indexes."""
-        self._run(
-            lambda connection: connection.execute(sql.SQL("VACUUM (FULL, ANALYZE) {}").format(_table(collection)))
-        )
+    def compact(self, collection: Collection) -> Sequence[str]:
+        """Rewrite table, TOAST table and indexes, and the statistics of the planner, which have keys and titles.
+
+        Raises UnavailableError: an older transaction still needs the deleted rows.
+        """
+
+        def rewrite(connection: Any, table: Any) -> bool:
+            """Return whether the user may. Deleted rows are copied while a transaction may read them."""
+            details: list[str] = []
+
+            def note(notice: Any) -> None:
+                if notice.message_detail:
+                    details.append(notice.message_detail)
+
+            connection.add_notice_handler(note)
+            try:
+                until = time.monotonic() + LOCK_WAIT_S
+                while True:
+                    details.clear()
+                    connection.execute(sql.SQL("VACUUM (FULL, VERBOSE) {}").format(table))
+                    if not any(int(detail.split()[0]) for detail in details):  # "0 dead row versions cannot be removed"
+                        return bool(details)
+                    if time.monotonic() > until:
+                        raise UnavailableError(
+                            f"{self.address}: an older transaction keeps deleted rows of {table.as_string(connection)}"
+                            "; end it (pg_stat_activity, pg_prepared_xacts, pg_replication_slots), then try again"
+                        )
+                    time.sleep(0.2)
+            finally:
+                connection.remove_notice_handler(note)
+
+        def work(connection: Any) -> list[str]:
+            memory = f"{collection.options['build_memory_mb']}MB"
+            connection.execute("SELECT set_config('maintenance_work_mem', %s, false)", [memory])
+            table = _table(collection)
+            if not rewrite(connection, table):
+                raise DataError(f"{self.address}: only the owner of {table.as_string(connection)} may compact it")
+            connection.execute(sql.SQL("ANALYZE {}").format(table))
+            left = [
+                "write-ahead log, replicas, archives, backups, snapshots and statement logs of the server",
+                "bigdssm_tombstones, which has a 64-bit hash of each removed key",
+            ]
+            if not rewrite(connection, sql.Identifier("pg_catalog", "pg_statistic")):
+                left.append(
+                    "pg_statistic, samples of keys and titles, until the database's owner runs VACUUM FULL pg_statistic"
+                )
+            with suppress(psycopg.errors.InsufficientPrivilege):
+                connection.execute("CHECKPOINT")  # older segments of the log are no longer needed
+            connection.execute("RESET maintenance_work_mem")
+            return [f"{self.address}: {what}" for what in left]
+
+        return self._run(work)
 
     def drop(self, name: str) -> None:
         """Drop the table of a collection."""

@@ -337,8 +337,8 @@ class MemoryStore(Store):
     def finish(self, collection: Collection) -> None:
         self.create(replace(collection, published=time.time()))
 
-    def compact(self, collection: Collection) -> None:
-        """A deleted document has no bytes."""
+    def compact(self, collection: Collection) -> Sequence[str]:
+        return ()  # a deleted document has no bytes
 
     def drop(self, name: str) -> None:
         if name in [alias.name for alias in self.aliases().values()]:

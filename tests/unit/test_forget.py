@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psycopg
 import pyarrow as pa
 import pytest
 import yaml
 from pyarrow import parquet
 
 import bigdssm
-from bigdssm.commands import build_index, embed, mine_negatives
+from bigdssm.commands import build_index, embed, mine_negatives, publish
 from bigdssm.commands import forget as command
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
@@ -35,8 +36,10 @@ from bigdssm.ingest.forgetting import Forgotten, forget
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.stores.opening import open_store
 from bigdssm.utils.changes import Changes
 from bigdssm.utils.hashing import file_checksum, hash64
+from tests.postgres import running_server
 
 CONFIG: dict[str, Any] = {
     "data": {
@@ -132,6 +135,12 @@ def occurrences(folders: Sequence[Path], ids: Sequence[str]) -> list[str]:
         needles += [number.to_bytes(8, "little", signed=True) for number in (hashed, FIRST_CODE + hashed % 2**62)]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     return [str(path) for path in files if any(n in part for part in contents(path) for n in needles)]
+
+
+def found_in(folder: Path, needles: Sequence[bytes]) -> list[str]:
+    """Return the files of a server that contain one of `needles`."""
+    contents = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return [path for path, content in contents.items() if any(needle in content for needle in needles)]
 
 
 def checksums(*folders: Path) -> dict[str, str]:
@@ -429,7 +438,7 @@ def trained(folder: Path, users: int, items: int, overrides: Sequence[str] = ())
     return folder
 
 
-def arguments(folder: Path, users: Sequence[str], items: Sequence[str]) -> list[str]:
+def arguments(folder: Path, users: Sequence[str], items: Sequence[str], store: Sequence[str] = ()) -> list[str]:
     """Return the command line for all that `trained` wrote; it writes files of ids outside of the folder."""
     options = ["--data", str(folder / "data"), "--run", str(folder / "run"), "--vectors", str(folder / "vectors")]
     options += [word for path in sorted(folder.glob("*-index")) for word in ("--index", str(path))]
@@ -437,10 +446,12 @@ def arguments(folder: Path, users: Sequence[str], items: Sequence[str]) -> list[
         file = folder.with_name(f"{name}.txt")
         file.write_text("".join(f"{key}\n" for key in ids))
         options += [f"--{name}-file", str(file)]
-    return [*options, "--negatives", str(folder / "negatives.npy"), "--out", str(folder / "report.json")]
+    return [*options, *store, "--negatives", str(folder / "negatives.npy"), "--out", str(folder / "report.json")]
 
 
-def check_forgotten(folder: Path, users: Sequence[str], items: Sequence[str]) -> dict[str, Any]:
+def check_forgotten(
+    folder: Path, users: Sequence[str], items: Sequence[str], store: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run the command; check that the ids are gone, and that search and training go on. Return its report."""
     assert occurrences([folder], users) and occurrences([folder], items)
     vectors, checksum = (
@@ -448,11 +459,11 @@ def check_forgotten(folder: Path, users: Sequence[str], items: Sequence[str]) ->
         bigdssm.load_model(folder / "run/pretrain/best").checksum,
     )
     before = checksums(folder)
-    assert command.main([*arguments(folder, users, items), "--dry-run"]) == 0
+    assert command.main([*arguments(folder, users, items, store), "--dry-run"]) == 0
     planned = json.loads((folder / "report.json").read_text())["files"]
     (folder / "report.json").unlink()
     assert checksums(folder) == before
-    assert command.main(arguments(folder, users, items)) == 0
+    assert command.main(arguments(folder, users, items, store)) == 0
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     actions = [[(entry["file"], entry["action"]) for entry in entries] for entries in (planned, report["files"])]
     assert actions[0] == actions[1]
@@ -462,7 +473,7 @@ def check_forgotten(folder: Path, users: Sequence[str], items: Sequence[str]) ->
         *listed, str(folder / "report.json")
     }  # fmt: skip
     assert occurrences([folder], [*users, *items]) == []
-    assert command.main(arguments(folder, users, items)) == 0 and checksums(folder).keys() == after.keys()
+    assert command.main(arguments(folder, users, items, store)) == 0 and checksums(folder).keys() == after.keys()
     assert json.loads((folder / "report.json").read_text())["files"] == []
 
     # vectors and indexes: other documents as before, forgotten ones no answers
@@ -509,12 +520,36 @@ def test_a_run_and_its_vectors_have_no_byte_of_the_ids(tmp_path: Path, overrides
     assert result.metrics and occurrences([folder], [user(1), item(2)]) == []
 
 
+def published(folder: Path, url: str, items: Sequence[str]) -> None:
+    """Publish the vectors, and leave dead rows of `items`: of earlier writes, a withdrawal and a dropped collection."""
+    for name, more in (("dropped", []), ("first", ["--switch"])):
+        vectors = ["--vectors", str(folder / "vectors"), "--data", str(folder / "data")]
+        assert publish.main(["--to", url, *vectors, "--as", name, *more]) == 0
+    assert publish.main(["--to", url, "--drop", "dropped"]) == 0
+    store = open_store(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("UPDATE bigdssm_vectors_first SET doc_version = doc_version")
+    store.delete(store.collection("first"), items[:5], 1)
+    store.finish(store.collection("first"))
+
+
 @pytest.mark.slow
 def test_two_hundred_users_and_items(tmp_path: Path) -> None:
     folder, random = trained(tmp_path / "shop", 320, 300, SHARDED), np.random.RandomState(5)
     users, items = ([make(n) for n in random.choice(size, 200, False)] for make, size in ((user, 320), (item, 300)))
-    report = check_forgotten(folder, users, items)
-    assert (report["users"]["found"], report["items"]["found"]) == (200, 200)
+    for server in running_server():
+        url, catalogue = server.new_database(), Dataset.open(folder / "data").catalogue
+        published(folder, url, items)
+        vectors = np.load(folder / "vectors/vectors.npy")[catalogue.rows_by_key(items)]
+        needles = [key.encode() for key in items] + [vector.tobytes() for vector in vectors]
+        assert len(found_in(server.folder / "data/base", needles)) > 5
+        report = check_forgotten(folder, users, items, ["--store", url])
+        assert (report["users"]["found"], report["items"]["found"]) == (200, 200)
+        (collection,) = report["collections"]
+        assert (collection["found"], collection["documents"]) == (195, {"before": 295, "after": 100})
+        assert any("write-ahead log" in line for line in report["not_reached"])
+        assert found_in(server.folder / "data/base", needles) == []
+        print("write-ahead log:", len(found_in(server.folder / "data/pg_wal", needles)), "files")
     run = [sys.executable, "-m", "bigdssm.commands", "pretrain", "--config", str(folder / "config.yaml")]
     ended = subprocess.run([*run, "--ranks", "2", "--resume", "auto"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

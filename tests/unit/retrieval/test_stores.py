@@ -735,27 +735,6 @@ def test_a_server_that_restarts_loses_no_answer(postgres_store: Store, server: S
     assert len(answers) >= before + 4 and all(answer == expected for answer in answers)
 
 
-def test_a_deleted_document_leaves_no_byte(postgres_store: Store, server: Server, tmp_path: Path) -> None:
-    shop = Shop.new(Random(0), 30)
-    collection = publish(postgres_store, *shop.save(tmp_path / "v")).collection
-    secret = ["0f4c9a-hidden-identifier"]
-    columns: dict[str, list[Any]] = {"shop": secret, "tags": [secret], "price": [None]}
-    postgres_store.write(
-        collection, Documents(secret, secret, shop.vectors[:1], np.array([1]), columns), collection.version
-    )
-
-    def files() -> list[str]:
-        """Return the tables' files that contain the identifier."""
-        postgres_store._run(lambda connection: connection.execute("CHECKPOINT"))  # type: ignore[attr-defined]
-        base = server.folder / "data" / "base"
-        return [str(file) for file in base.rglob("*") if file.is_file() and secret[0].encode() in file.read_bytes()]
-
-    assert files()
-    postgres_store.delete(collection, secret, collection.version)
-    postgres_store.compact(collection)
-    assert not files()
-
-
 def test_a_server_that_is_gone_is_waited_for_once(
     postgres_store: Store, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
