@@ -531,6 +531,8 @@ def published(folder: Path, url: str, items: Sequence[str]) -> None:
         connection.execute("UPDATE bigdssm_vectors_first SET doc_version = doc_version")
     store.delete(store.collection("first"), items[:5], 1)
     store.finish(store.collection("first"))
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CHECKPOINT")
 
 
 @pytest.mark.slow
