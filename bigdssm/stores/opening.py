@@ -15,6 +15,7 @@ LIVE = "live"  # the alias that is served by default
 BUILT_IN = {  # by scheme; each module imports its client, or FAISS
     "postgresql": "bigdssm.stores.postgres",
     "file": "bigdssm.retrieval.folder_store",
+    "qdrant": "bigdssm.stores.qdrant",
 }
 
 

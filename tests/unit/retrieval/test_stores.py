@@ -1,6 +1,6 @@
 """Stores: a collection equals its vectors folder after any changes, and answers with the training score.
 
-The contract is tested with PostgreSQL, a folder of indexes, and a store from outside the package.
+The contract is tested with PostgreSQL, a folder of indexes, Qdrant's local mode, and a store from outside the package.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, write_meta, write_vectors
-from bigdssm.stores import postgres
+from bigdssm.stores import postgres, qdrant
 from bigdssm.stores.base import STORES, Collection, Documents, Store
 from bigdssm.stores.opening import open_store
 from tests.filters import FEATURES, random_filter, random_rows
@@ -78,7 +78,7 @@ def new_url(scheme: str, request: pytest.FixtureRequest, folder: Path) -> str:
     return f"{scheme}://{folder}/store"
 
 
-@pytest.fixture(params=["postgresql", "memory", "file"])
+@pytest.fixture(params=["postgresql", "memory", "file", "qdrant"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return new_url(request.param, request, tmp_path)
 
@@ -209,26 +209,36 @@ def test_a_collection_answers_with_the_inner_products_of_its_folder(
     assert (recall.recall, recall.num_queries, recall.top) == (1.0, 40, 40) and recall.difference < 1e-6
 
 
-def test_random_filters_match_as_in_the_mask(store: Store, tmp_path: Path) -> None:
-    random = Random(1)
+@pytest.mark.parametrize(
+    ("scheme", "number"),
+    [
+        ("postgresql", 500), ("memory", 100), ("file", 500), ("qdrant", 50),
+        *(pytest.param(scheme, 500, marks=pytest.mark.slow) for scheme in ("memory", "qdrant")),
+    ],
+)  # fmt: skip
+def test_random_filters_match_as_in_the_mask(
+    scheme: str, number: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    random, store = Random(1), open_store(new_url(scheme, request, tmp_path))
     shop = Shop.new(random, 200)
     collection = publish(store, *shop.save(tmp_path / "vectors")).collection
     numbers = set()
-    for _ in range(500 if store.scheme == "postgresql" else 100):
+    for _ in range(number):
         text, fits = random_filter(random)
         where = resolve(parse_filter(text), FEATURES)
         expected = {f"key {row}" for row, values in enumerate(shop.rows) if fits(values)}
         (result,) = store.search(collection, shop.vectors[:1], 200, where)
         assert {document.key for document in result} == expected, text
+        assert store.count(collection, where) == len(expected), text
         numbers.add(len(expected))
-    assert len(numbers) > 30
+    assert len(numbers) > 20
 
 
 @pytest.mark.parametrize(
     ("scheme", "sequences"),
     [
-        ("postgresql", 4), ("memory", 50), ("file", 8), pytest.param("postgresql", 50, marks=pytest.mark.slow),
-        pytest.param("file", 30, marks=pytest.mark.slow),
+        ("postgresql", 4), ("memory", 50), ("file", 4), ("qdrant", 3),
+        *(pytest.param(scheme, 50, marks=pytest.mark.slow) for scheme in ("postgresql", "file", "qdrant")),
     ],
 )  # fmt: skip
 def test_random_changes_equal_a_rebuild(
@@ -260,7 +270,7 @@ def test_random_changes_equal_a_rebuild(
 def test_the_largest_version_wins_in_any_order(store: Store, tmp_path: Path) -> None:
     collection = publish(store, *Shop.new(Random(0), 2).save(tmp_path / "v")).collection
     columns: dict[str, list[Any]] = {"shop": [None], "tags": [None], "price": [None]}
-    for seed in range(10 if store.scheme == "file" else 30):  # changes that are not finished are files
+    for seed in range(8 if store.scheme in ("file", "qdrant") else 30):  # of files
         random, key = Random(seed), f"key of {seed}"
         versions = random.sample(range(100), 6)
         is_write = [random.random() < 0.5 for _ in versions]
@@ -413,7 +423,7 @@ def test_a_dropped_collection(store: Store, tmp_path: Path) -> None:
         for use in (store.count, store.contents, store.finish):
             with pytest.raises(DataError, match=r"collection.* was dropped; publish it again"):
                 use(collection)
-        with pytest.raises(DataError, match="shop was dropped"):
+        with pytest.raises(DataError, match=r"was dropped; publish it again"):
             store.delete(collection, ["key 1"], 1)
     assert publish(store, *saved, "shop").written == 6
 
@@ -532,6 +542,106 @@ def test_collections_and_aliases_are_in_one_folder(folder: Store, tmp_path: Path
     for url in ("file://host/folder", "file:relative"):
         with pytest.raises(ConfigError, match="needs the absolute path of a folder here"):
             open_store(url).collections()
+
+
+# ----- Qdrant alone
+
+
+@pytest.fixture
+def qdrant_store(tmp_path: Path) -> Any:
+    return open_store(f"qdrant://{tmp_path}/store")
+
+
+def test_a_lease_excludes_other_publishers(qdrant_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of one server; a killed publisher's lease ends."""
+    saved, now = Shop.new(Random(0), 6).save(tmp_path / "v"), [1e9]
+    monkeypatch.setattr(qdrant.time, "time", lambda: now[0])
+    collection = publish(qdrant_store, *saved, "shop").collection
+    other = replace(qdrant_store, _state=qdrant._State(qdrant_store._state.client))
+    with qdrant_store.publishing("shop"):
+        now[0] += qdrant.LEASE_S - 1
+        qdrant_store.delete(collection, ["key 1"], 1)
+        now[0] += qdrant.LEASE_S - 1
+        with pytest.raises(DataError, match="another process publishes to shop"):
+            publish(other, *saved, "shop")
+        publish(other, *saved, "another")
+        now[0] += qdrant.LEASE_S
+        publish(other, *saved, "shop")
+        with other.publishing("shop"), pytest.raises(DataError, match="another process publishes to shop"):
+            qdrant_store.delete(collection, ["key 1"], 1)
+    publish(qdrant_store, *saved, "shop")
+    with pytest.raises(DataError, match="already accessed by another instance"):
+        open_store(qdrant_store.url).collections()
+
+
+def test_a_delete_during_a_write_wins(qdrant_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = publish(qdrant_store, *Shop.new(Random(0), 3).save(tmp_path / "v"), "shop").collection
+    deleted, columns = type(qdrant_store)._deleted, {"shop": [None], "tags": [None], "price": [None]}
+
+    def delete_then(self: Any, *arguments: Any) -> Any:
+        before = deleted(self, *arguments)
+        monkeypatch.setattr(type(qdrant_store), "_deleted", deleted)
+        qdrant_store.delete(collection, ["new"], 7)
+        return before
+
+    monkeypatch.setattr(type(qdrant_store), "_deleted", delete_then)
+    qdrant_store.write(collection, Documents(["new"], [""], np.ones((1, WIDTH), np.float32), np.array([1]), columns), 7)
+    assert sorted(qdrant_store.contents(collection)) == ["key 0", "key 1", "key 2"]
+
+
+def test_columns_of_any_name(qdrant_store: Any) -> None:
+    columns = {"price now": "number", "a.b[]": "category", "ключ": "category"}
+    collection = Collection("c", MODEL, "d", 1, WIDTH, True, "dot", 9.0, columns, qdrant_store.options())  # type: ignore[arg-type]
+    qdrant_store.create(collection)
+    values: dict[str, list[Any]] = {"price now": [1.0, None], "a.b[]": ["x", "y"], "ключ": ["я", "x"]}
+    documents = Documents(["k", "l"], ["", ""], np.ones((2, WIDTH), np.float32), np.arange(2), values)
+    qdrant_store.write(collection, documents, 1)
+    for name, value in (("price now", 1.0), ("a.b[]", "x"), ("ключ", "я")):
+        (result,) = qdrant_store.search(collection, documents.vectors[:1], 5, Condition(name, "=", (value,)))
+        assert [document.key for document in result] == ["k"], name
+    for name in ("doc_key", 'a"b'):
+        with pytest.raises(ConfigError, match="needs a name without double quotes"):
+            qdrant_store.create(replace(collection, columns={name: "number"}))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("qdrant://127.0.0.1:1", "Connection refused; try again"), ("qdrant://host:x", "URL of the store is invalid"),
+        ("qdrant://host/path", "URL of the store is invalid"), ("qdrant://me@host", "URL of the store is invalid"),
+        ("qdrant://host?tls=no", "URL of the store is invalid"), ("qdrant://", "URL of the store is invalid"),
+        ("qdrant://host?tls=off", "would send it unencrypted"),
+    ],
+)  # fmt: skip
+def test_errors_of_qdrant_are_one_sentence(
+    url: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(qdrant.KEY_VARIABLE, "hidden-key")
+    assert publish_command.main(["--to", url]) in (ConfigError.exit_code, DataError.exit_code)
+    out, error = capfd.readouterr()
+    assert message in error and "hidden-key" not in out + error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "query", "key", "https"),
+    [("host", "", "k", True), ("host", "?tls=off", None, False), ("localhost", "", "k", False)],
+)
+def test_tls_of_qdrant(
+    host: str, query: str, key: str | None, https: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    given: dict[str, Any] = {}
+
+    def connect(**options: Any) -> Any:
+        given.update(options)
+        return SimpleNamespace(info=lambda: SimpleNamespace(version="1.15.2"))
+
+    monkeypatch.delenv(qdrant.KEY_VARIABLE, raising=False)
+    if key is not None:
+        monkeypatch.setenv(qdrant.KEY_VARIABLE, key)
+    monkeypatch.setattr(qdrant, "QdrantClient", connect)
+    with pytest.raises(DataError, match=r"has Qdrant 1\.15\.2, needs 1\.16"):
+        open_store(f"qdrant://{host}:7{query}").collections()
+    assert (given["https"], given["api_key"], given["port"]) == (https, key, 7)
 
 
 # ----- PostgreSQL alone
