@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--negatives", "FILE", "file of hard negatives or candidates"),
         ("--teacher", "FOLDER", "folder written by bigdssm embed_teacher"),
     ):
-        parser.add_argument(option, type=Path, action="append", default=[], metavar=metavar, help=f"{what}; repeatable")
+        parser.add_argument(
+            option, type=Path, nargs="+", action="extend", default=[], metavar=metavar, help=f"{what}; one or more"
+        )
     parser.add_argument("--store", action="append", default=[], metavar="URL", help="vector store; repeatable")
     parser.add_argument(
         "--collection", action="append", default=[], metavar="NAME",

@@ -441,7 +441,7 @@ def trained(folder: Path, users: int, items: int, overrides: Sequence[str] = ())
 def arguments(folder: Path, users: Sequence[str], items: Sequence[str], store: Sequence[str] = ()) -> list[str]:
     """Return the command line for all that `trained` wrote; it writes files of ids outside of the folder."""
     options = ["--data", str(folder / "data"), "--run", str(folder / "run"), "--vectors", str(folder / "vectors")]
-    options += [word for path in sorted(folder.glob("*-index")) for word in ("--index", str(path))]
+    options += ["--index", *(str(path) for path in sorted(folder.glob("*-index")))]
     for name, ids in (("users", users), ("items", items)):
         file = folder.with_name(f"{name}.txt")
         file.write_text("".join(f"{key}\n" for key in ids))
