@@ -40,6 +40,8 @@ def new_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap
 
 def seal(path: Path, dataset: str) -> None:
     """Append the seal to a finished array file; `dataset` is a fingerprint. Raises OSError, which names the file."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    os.truncate(path, array.offset + array.nbytes)  # without a seal, or a part of it, of a process that was killed then
     content = json.dumps({"dataset": dataset, "xxh3_128": file_checksum(path)}).encode()
     assert len(content) <= SEAL_BYTES
     with path_in_errors(path), path.open("ab") as file:

@@ -36,7 +36,7 @@ from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
-from bigdssm.utils.array_file import new_array
+from bigdssm.utils.array_file import check_seal, new_array, seal
 from tests.hard_negatives import write_hard_negatives
 
 
@@ -216,3 +216,17 @@ def test_queries_of_a_table_in_a_folder(
     (tmp_path / "queries" / "part-1.parquet").symlink_to(tmp_path / "gone.parquet")
     assert recommend.main([str(word) for word in [*words, "--out", tmp_path / "again"]]) == 3
     assert "part-1.parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_killed_process_may_have_sealed_the_file(size: int, tmp_path: Path) -> None:
+    """Between the seal and the name of the file, or while it wrote the seal."""
+    path = tmp_path / "array.npy"
+    np.save(path, np.zeros(size, [("query", np.int64), ("vector", np.float16, (3,))]))
+    seal(path, "dataset")
+    whole = path.read_bytes()
+    for end in (len(whole), len(whole) - 100):
+        path.write_bytes(whole[:end])
+        seal(path, "dataset")
+        assert path.read_bytes() == whole
+    check_seal(path, "dataset", "")
