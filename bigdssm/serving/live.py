@@ -70,20 +70,21 @@ class LiveSearcher:
         self._folders, self._poll_s, self._state = folders, poll_s, searcher.state
         self._failed, self._reason = (b"", 0.0), ""  # the last state that failed to open, when to retry it, and why
         self.unavailable: UnavailableError | None = None  # of the store, when it was last polled
+        self._trouble = ""  # of the last poll
         self.active = ActiveSearcher(searcher, *self._options)
 
     async def watch(self) -> None:
         """Reload replaced folders until cancelled; if that fails, the current searcher stays."""
         while self._folders is not None:
             await asyncio.sleep(self._poll_s)
-            before = self.unavailable
             try:
                 await self._poll(self._folders)
-                self.unavailable = None
+                self.unavailable, self._trouble = None, ""
             except Exception as error:
                 self.unavailable = error if isinstance(error, UnavailableError) else None
-                if str(error) != str(before):
-                    logger.warning("cannot check %s: %s", self._folders.model, error or repr(error))
+                if (trouble := str(error) or repr(error)) != self._trouble:
+                    logger.warning("cannot check %s: %s", self._folders.model, trouble)
+                self._trouble = trouble
 
     async def _poll(self, folders: Folders) -> None:
         state, (failed, until) = await _in_thread(folders.state), self._failed
