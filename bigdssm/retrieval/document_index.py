@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import DataError, UnavailableError
 from bigdssm.features.conditions import Expression
 from bigdssm.retrieval.filters import DocumentFilters, Filters, StoreFilters
 from bigdssm.retrieval.index import SIMILAR_CANDIDATES, Index, ScoredDocument, cosine_similarities
@@ -188,7 +190,8 @@ class StoreIndex(DocumentIndex):
         exclude = [list(query.exclude) for query in queries]
         if self.dataset is not None:
             exclude = [[*self.dataset.catalogue.keys(query.excluded), *query.exclude] for query in queries]
-        results = self.store.search(self.collection, self.query_vectors(vectors), top, where, exclude)
+        with self._present():
+            results = self.store.search(self.collection, self.query_vectors(vectors), top, where, exclude)
         return [[ScoredDocument(*document) for document in result] for result in results]
 
     def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
@@ -207,4 +210,18 @@ class StoreIndex(DocumentIndex):
 
     def vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Read vectors from the store."""
-        return self.store.vectors(self.collection, keys)
+        with self._present():
+            return self.store.vectors(self.collection, keys)
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """Convert the error of a collection that was dropped while it is served."""
+        try:
+            yield
+        except DataError as error:
+            if isinstance(error, UnavailableError) or self.collection.name in self.store.collections():
+                raise
+            raise UnavailableError(
+                f"{self.store.address}: collection {self.collection.name} was dropped while it was served; switch the "
+                "alias before a collection is dropped"
+            ) from None

@@ -217,15 +217,19 @@ def test_sixteen_clients_through_ten_switches(
         def served() -> str:
             return str(client.get("/api/about").json()["collection"])
 
+        def loads() -> float:
+            return counted(client).get("bigdssm_model_loads_total", 0.0)
+
         for switch in range(1, 11):
+            before = loads()
             if layout == "model" and switch % 4 < 2:  # the model first
                 put_model(switch)
-                time.sleep(0.1)
-                assert served() == names[1 - switch % 2]
+                until(lambda before=before: loads() > before)  # type: ignore[misc]
+                assert served() == names[1 - switch % 2], "the model in memory serves its collection"
             live.switch("live", names[switch % 2])
             if layout == "model" and switch % 4 >= 2:
-                time.sleep(0.1)
-                assert served() == names[1 - switch % 2]
+                until(lambda before=before: loads() > before)  # type: ignore[misc]
+                assert served() == names[1 - switch % 2], "the previous collection is served"
                 put_model(switch)
             until(lambda switch=switch: served() == names[switch % 2])  # type: ignore[misc]
             enough = counts[switch % 2] + 10
@@ -378,3 +382,13 @@ def test_a_server_that_returns_is_served_again(
             server.start()
         until(lambda: client.get("/readyz").status_code == 200)
         assert client.post("/api/search", json={"user": "u7"}).json()["documents"] == first
+
+
+def test_a_dropped_collection_is_not_a_missing_document(live: Store, models: Path) -> None:
+    searcher = Folders(models, f"{live.url}#second").open()
+    if live.scheme == "memory":
+        pytest.skip("it has no error")
+    with TestClient(make_app(searcher)) as client:
+        live.drop("second")
+        for response in (client.post("/api/search", json={"user": "u7"}), client.get("/api/similar?key=i3")):
+            assert response.status_code == 503 and "second was dropped while it was served" in response.json()["error"]
