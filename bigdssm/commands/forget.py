@@ -76,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(
             option, type=Path, nargs="+", action="extend", default=[], metavar=metavar, help=f"{what}; one or more"
         )
-    parser.add_argument("--store", action="append", default=[], metavar="URL", help="vector store; repeatable")
-    parser.add_argument(
-        "--collection", action="append", default=[], metavar="NAME",
-        help="collection of these stores (default: all of them); repeatable",
-    )  # fmt: skip
+    for option, metavar, what in (
+        ("--store", "URL", "vector stores"),
+        ("--collection", "NAME", "collections of these stores (default: all of them)"),
+    ):
+        parser.add_argument(option, nargs="+", action="extend", default=[], metavar=metavar, help=what)
     parser.add_argument(
         "--cache", nargs="?", const="", metavar="DIR",
         help="also empty the cache of datasets at URLs (default: the user's), whose entries name neither",
