@@ -64,7 +64,7 @@ def live(
     publish(store, vectors_dir, dataset, "first")
     publish(store, other_vectors_dir, dataset, "second")
     store.switch("live", "first")
-    if store.scheme == "memory":  # its content is in the object
+    if store.scheme in ("memory", "qdrant"):  # its content, or the lock of its folder, is in the object
         monkeypatch.setattr("bigdssm.stores.opening.open_store", lambda url: replace(store, url=url))
     return store
 
