@@ -13,7 +13,8 @@ as its negatives.
 --given reads the column --column of TABLE (CSV, TSV, JSONL or Parquet), which contains lists of document ids, for
 example impressions without a click. --query-column contains ids of users or queries (in a dataset without ids, the text
 of single-text queries). With --positive-column, the id of the row's positive, a list applies to that row only. Train
-positives of the query are excluded.
+positives of the query are excluded. --position-column contains the positions where the positive and the documents were
+shown, for sft.loss.position_bias.
 """
 
 from __future__ import annotations
@@ -58,17 +59,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--positive-column", metavar="NAME", help="column of TABLE with the id of the row's positive")
     parser.add_argument("--column", metavar="NAME", help="column of TABLE with lists of document ids")
     parser.add_argument(
+        "--position-column", metavar="NAME", help="column of TABLE with lists of positions from 1, the positive's first"
+    )
+    parser.add_argument(
         "--width", type=at_least(1), default=50, help="maximum number of documents per query (default: %(default)s)"
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
     check_file_to_write("--out", args.out, "list_candidates", overwrite=args.overwrite)
     if args.graded:
-        refuse_options(parser, args, ["--query-column", "--positive-column", "--column"], "without --given")
+        refuse_options(
+            parser, args, ["--query-column", "--positive-column", "--column", "--position-column"], "without --given"
+        )
     else:
         refuse_options(parser, args, ["--low"], "without --graded")
         if args.query_column is None or args.column is None:
             raise ConfigError("--given needs --query-column and --column, the names of TABLE's columns")
+    if args.position_column is not None and args.positive_column is None:
+        raise ConfigError("--position-column needs --positive-column, the document that was clicked")
     if not math.isfinite(args.low):
         raise ConfigError(f"--low {args.low}: needs a finite number")
     dataset = open_with_rules(args.data, args.config)
@@ -77,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.graded:
             hard = write_rated(args.out, dataset, args.width, args.low, share)
         else:
-            columns = args.query_column, args.positive_column, args.column
+            columns = args.query_column, args.positive_column, args.column, args.position_column
             hard = write_candidates(args.out, dataset, args.given, columns, args.width, share)
     print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} documents per query")
 

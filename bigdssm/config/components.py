@@ -45,11 +45,24 @@ class LossConfig(StageComponent):
     widths: tuple[int, ...] | None = bounded(None, 1, MAX_WIDTH)
     # Weight of the mean squared norms of both towers' vectors, for model.score=dot.
     norm_penalty: float = bounded(0.0, 0, 1_000_000)
+    # Positions with a learned bias of the pairs shown there, in the loss alone; later ones have the last. 0: none.
+    position_bias: int = bounded(0, 0, 10_000)
+    position_bias_lr: float = bounded(0.05, 0, 10)  # its learning rate, by Adam; follows the stage's schedule
 
     @property
     def direction(self) -> str:
         """Return q2d (softmax over the documents of a query), d2q (over the queries of a document), or both."""
         return "q2d"
+
+    def check_in_stage(self, name: StageName, config: Any) -> None:
+        """Raise ConfigError: a bias of positions with negatives that were not shown."""
+        negatives = config.stage(name).negatives
+        is_shown = not self.all_columns and not negatives.in_batch and negatives.hard and negatives.mining.file
+        require(
+            self.position_bias == 0 or bool(is_shown), f"{name}.loss.position_bias", self.position_bias,
+            "0, or negatives that were shown: a loss other than fps, negatives.in_batch=false, negatives.hard and "
+            "negatives.mining.file",
+        )  # fmt: skip
 
     @abstractmethod
     def build(self) -> Any:

@@ -144,6 +144,7 @@ class Batch:
     since: Tensor | None = None  # float64 [n]: time from which a document is available; None: items have no times
     undrawn: Tensor | None = None  # bool [n]: whether a catalogue column is no negative; None: all are negatives
     teacher: Tensor | None = None  # float32 [m, 1 + k]: teacher scores of the positive and the negatives, NaN for none
+    shown: Tensor | None = None  # int64 [m, 1 + k]: positions where the pairs were shown, from 1; 0: unknown
     teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores
     teacher_doc: Tensor | None = None  # float16 [n, E]
     doc_vectors: Tensor | None = None  # float32 [n, D+1]: fixed index vectors; `doc` is then empty

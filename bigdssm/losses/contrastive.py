@@ -178,6 +178,8 @@ def contrastive_loss(
             passes = ScorePasses(shared_x, sizes, gathered, mask, group)
             del gathered  # `passes` frees the columns
         candidates = _Candidates(x, sizes, docs_n, known)
+        if x.score_bias is not None:
+            positive_m = positive_m + x.score_bias.detach()[:, 0]
 
         # The term computes the scores S of the columns, a tile at a time (`ScorePasses`, `ScoreMatrix.scores`), without
         # the masked ones (`BlockMask.drop`). It returns the values of the loss per query; with G = dL/dS, the sums G W,
@@ -211,8 +213,11 @@ def contrastive_loss(
                 )
         candidates.add_gradients(result.candidate_grad_mk, gradients)
         alpha_grad = _finish_gradients(x, sizes, gradients, result.positive_grad_m, result.beta_grad_m)
-        inputs = x.U, x.W, x.alpha, x.beta
-        return LossOutput(attach(mean, inputs, (gradients.U, gradients.W, alpha_grad, gradients.beta)), stats)
+        G_ml = torch.cat([result.positive_grad_m[:, None], result.candidate_grad_mk], 1)
+        bias_grad = None if x.score_bias is None else G_ml * sizes.gradient_factor
+        inputs = x.U, x.W, x.alpha, x.beta, x.score_bias
+        parts = gradients.U, gradients.W, alpha_grad, gradients.beta, bias_grad
+        return LossOutput(attach(mean, inputs, parts), stats)
 
 
 def build_term(loss: object) -> Term:
@@ -236,7 +241,13 @@ def _check_choice(term: Term, x: LossInputs, columns: str, direction: str, tile:
         kind = getattr(negatives, "dtype", type(negatives).__name__)
         require(kind == torch.int64, f"negatives must be int64, got {kind}")
         require(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
-    check_teacher(term, x.teacher, m, 0 if negatives is None else negatives.shape[1])
+    width = 0 if negatives is None else negatives.shape[1]
+    check_teacher(term, x.teacher, m, width)
+    if (bias := x.score_bias) is not None:
+        require(columns == "none", f"score_bias is of candidates: it needs columns='none', got {columns!r}")
+        is_valid = bias.is_floating_point() and list(bias.shape) == [m, 1 + width]
+        got = f"{bias.dtype} {list(bias.shape)}"
+        require(is_valid, f"score_bias must be floating point [{m}, {1 + width}], got {got}")
 
 
 def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
@@ -298,6 +309,8 @@ class _Candidates:
             score[rows] = torch.einsum("md,mkd->mk", x.U.detach()[rows].to(x.acc), vectors).double() * self._alpha
         for bias in (x.beta, x.neg_bias) if x.W.shape[0] else ():
             score = score if bias is None else score + bias.detach().double()[column_mk]
+        if x.score_bias is not None:
+            score = score + x.score_bias.detach()[:, 1:]
         return torch.where(self.used_mk, score, -math.inf)
 
     def add_gradients(self, G_mk: Tensor, sums: GradientSums) -> None:
@@ -329,7 +342,7 @@ def _finish_gradients(
     The score alpha <u_i, w_j> + beta_j has the gradient G_ij; `sums` lack the positives' gradients, of which
     beta_grad_m is the part that depends on beta. Every gradient is world_size times this rank's share.
     """
-    factor = sizes.world_size / sizes.weight_sum if sizes.weight_sum > 0 else 0.0
+    factor = sizes.gradient_factor
     grad_m1 = positive_grad_m.to(x.acc)[:, None]
     U_mD, alpha_grad = x.U.detach().to(x.acc), None
     if sums.U is not None:

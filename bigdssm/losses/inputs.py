@@ -19,9 +19,9 @@ from bigdssm.errors import DataError
 from bigdssm.losses.masks import count_known_positives
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA = 1, 2, 4, 8  # bits of grad_flags
+GRAD_U, GRAD_W, GRAD_ALPHA, GRAD_BETA, GRAD_SCORE_BIAS = 1, 2, 4, 8, 16  # bits of grad_flags
 # the ranks must agree on which are given
-_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known", "is_known", "time", "since")
+_OPTIONAL = ("beta", "neg_bias", "query_ids", "doc_ids", "known", "is_known", "time", "since", "score_bias")
 
 # Exchanged by all ranks, in this order. minus_least and largest are of finite values and 0; bad is a number of values.
 _NUMBERS = (
@@ -111,6 +111,7 @@ class LossBatch:
     since: Tensor | None = None  # float64 [n]: time from which a document is available
     negatives: Tensor | None = None  # [m, k] columns of each query's candidates (hard negatives), −1 for none
     teacher: Tensor | None = None  # [m, 1 + k] a teacher's scores of the positive and the candidates
+    score_bias: Tensor | None = None  # [m, 1 + k] added to the scores of the positive and the candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ class LossInputs(LossBatch):
     alpha: Tensor
     weight: Tensor
     acc: torch.dtype
-    grad_flags: int  # bits of the inputs that require gradients: U, W, alpha, beta
+    grad_flags: int  # bits of the inputs that require gradients: U, W, alpha, beta, score_bias
     present: str  # names of the optional fields that are not None
 
     @property
@@ -154,6 +155,11 @@ class GlobalSizes:
     def world_size(self) -> int:
         """Number of ranks."""
         return len(self.num_columns)
+
+    @property
+    def gradient_factor(self) -> float:
+        """The factor from the gradient of a sum of weighted values to world_size times that of their mean."""
+        return self.world_size / self.weight_sum if self.weight_sum > 0 else 0.0
 
     @property
     def longest(self) -> int:
@@ -200,7 +206,14 @@ def check_inputs(batch: LossBatch) -> LossInputs:
     require(alpha.numel() == 1 and alpha.is_floating_point(), f"alpha must be one float, got shape {list(alpha.shape)}")
     grad_flags = 0
     if torch.is_grad_enabled():
-        for bit, leaf in ((GRAD_U, U), (GRAD_W, W), (GRAD_ALPHA, alpha), (GRAD_BETA, batch.beta)):
+        leaves = (
+            (GRAD_U, U),
+            (GRAD_W, W),
+            (GRAD_ALPHA, alpha),
+            (GRAD_BETA, batch.beta),
+            (GRAD_SCORE_BIAS, batch.score_bias),
+        )
+        for bit, leaf in leaves:
             grad_flags |= bit if leaf is not None and leaf.requires_grad else 0
     acc = torch.float64 if U.dtype == torch.float64 else torch.float32
     checked = {"positive": positive, "alpha": alpha, "weight": weight.detach().double()}

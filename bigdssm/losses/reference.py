@@ -46,9 +46,12 @@ def dense_loss(loss: LossConfig | ListDistillation, batch: LossBatch, columns: s
     negative = (
         scores.gather(1, index) if batch.neg_bias is None else scores.gather(1, index) + batch.neg_bias.double()[index]
     )
+    own = scores.gather(1, positive[:, None])  # [m, 1]
+    if batch.score_bias is not None:
+        own = own + batch.score_bias[:, :1]
+        negative = negative + batch.score_bias[:, 1:]
     used = (column >= 0) & (index != positive[:, None]) & ~known.gather(1, index) & (negative > -torch.inf)
 
-    own = scores.gather(1, positive[:, None])  # [m, 1]
     value = _value(loss, own, negative.masked_fill(~used, 0.0), used, batch.teacher)
     # the softmax over the queries in the positive's column, or the mean of both
     if isinstance(loss, FPS) and loss.direction != "q2d":

@@ -165,6 +165,9 @@ def forget_in_negatives(path: Path, rows: Mapping[str, np.ndarray], documents: n
     if "teacher" in records.dtype.names:
         records["teacher"][:, 1:][absent] = np.nan
         records["teacher"][of_rows, 0] = np.nan
+    if "shown" in records.dtype.names:
+        records["shown"][:, 1:][absent] = 0
+        records["shown"][of_rows, 0] = 0
     with changes.new_file(path) as new:
         _write_sealed(new, records, dataset)
 

@@ -22,20 +22,25 @@ ROWS_AT_ONCE = 1024
 REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs, by the same data.targets and data.visit"
 
 
-def window_records(queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None) -> np.ndarray:
-    """Build records of ascending query keys int64 [m], windows [m, W], teacher scores [m, 1 + W]."""
-    records = np.empty(len(queries), record_dtype(windows.shape[1], scored=teacher is not None))
+def window_records(
+    queries: np.ndarray, windows: np.ndarray, teacher: np.ndarray | None = None, shown: np.ndarray | None = None
+) -> np.ndarray:
+    """Build records of ascending query keys int64 [m], windows [m, W], teacher scores and positions [m, 1 + W]."""
+    records = np.empty(len(queries), record_dtype(windows.shape[1], teacher is not None, shown is not None))
     records["query"], records["window"] = queries, windows
     if teacher is not None:
         records["teacher"] = teacher
+    if shown is not None:
+        records["shown"] = shown
     return records
 
 
-def record_dtype(width: int, scored: bool = False) -> np.dtype[np.void]:
-    """Return the dtype of a record with a window of `width` documents and, if `scored`, teacher scores."""
+def record_dtype(width: int, scored: bool = False, shown: bool = False) -> np.dtype[np.void]:
+    """Return the dtype of a record: a window of `width` documents, teacher scores, and positions where it was shown."""
     fields: list[tuple[str, type, tuple[int, ...]]] = [("query", np.int64, ()), ("window", np.int32, (width,))]
     teacher = [("teacher", np.float32, (1 + width,))] if scored else []
-    return np.dtype(fields + teacher, align=True)  # unaligned, searchsorted copies all rows
+    positions = [("shown", np.int32, (1 + width,))] if shown else []
+    return np.dtype(fields + teacher + positions, align=True)  # unaligned, searchsorted copies all rows
 
 
 def rows_of_queries(dataset: Dataset, keys: np.ndarray, queries_at_once: int) -> Iterator[Rows]:
@@ -54,6 +59,7 @@ class SampledNegatives(NamedTuple):
 
     documents: np.ndarray  # int64 [m, k]: catalogue rows, -1 if absent
     teacher: np.ndarray | None = None  # float32 [m, 1 + k]: teacher scores, the target's first
+    shown: np.ndarray | None = None  # int64 [m, 1 + k]: positions where the documents were shown, from 1; 0: unknown
 
 
 class HardNegatives:
@@ -74,10 +80,10 @@ class HardNegatives:
             raise DataError(f"{path} is not a hard-negatives file; make it with bigdssm mine_negatives") from None
         names = records.dtype.names or ()
         width = records.dtype["window"].shape[0] if "window" in names and records.dtype["window"].shape else 0
-        if not width or records.dtype != record_dtype(width, scored="teacher" in names):
+        if not width or records.dtype != record_dtype(width, "teacher" in names, "shown" in names):
             raise DataError(
-                f"{path} is not a hard-negatives file: got {records.dtype}, needs records of query and window, or of "
-                "query, window and teacher; make it with bigdssm mine_negatives"
+                f"{path} is not a hard-negatives file: got {records.dtype}, needs records of query, window and, "
+                "optionally, teacher and shown; make it with bigdssm mine_negatives"
             )
         return cls(records, path)
 
@@ -113,6 +119,11 @@ class HardNegatives:
     def scored(self) -> bool:
         """Return whether the file contains teacher scores."""
         return "teacher" in (self._records.dtype.names or ())
+
+    @property
+    def positioned(self) -> bool:
+        """Return whether the file contains the positions where documents were shown."""
+        return "shown" in (self._records.dtype.names or ())
 
     @property
     def width(self) -> int:
@@ -152,10 +163,14 @@ class HardNegatives:
             window = np.where(teacher[:, 1:] > teacher[:, :1] - teacher_margin, -1, window)
         positions = sample_positions(window, rows, epoch, seed, k)
         documents = take_positions(window, positions, -1).astype(np.int64)
+        shown = None
+        if self.positioned:
+            every = self._records["shown"][self._positions(rows.query_keys)].astype(np.int64)
+            shown = np.concatenate([every[:, :1], take_positions(every[:, 1:], positions, 0).astype(np.int64)], 1)
         if teacher is None:
-            return SampledNegatives(documents)
+            return SampledNegatives(documents, None, shown)
         sampled = take_positions(teacher[:, 1:], positions, np.nan)
-        return SampledNegatives(documents, np.concatenate([teacher[:, :1], sampled], 1).astype(np.float32))
+        return SampledNegatives(documents, np.concatenate([teacher[:, :1], sampled], 1).astype(np.float32), shown)
 
     def per_query(self) -> float:
         """Return the mean number of negatives per query."""

@@ -68,6 +68,7 @@ class BatchBuilder:
         dataset = stream.dataset
         self.hard_negatives, self._documents = hard_negatives, documents
         self._dataset, self._config, self._seed = dataset, stage.negatives, seed
+        self._is_position_biased = stage.loss.position_bias > 0
         self._distils = isinstance(stage.distillation, ListDistillation)
         self._teacher_margin, self._steps_per_epoch = stage.negatives.mining.teacher_margin, stream.steps_per_epoch
         teacher = stage.distillation.teacher if isinstance(stage.distillation, BatchDistillation) else None
@@ -95,7 +96,7 @@ class BatchBuilder:
 
     def __call__(self, rows: Rows) -> Batch:
         """Build the batch of a step, in host memory."""
-        negatives, scores = self.negatives(rows)
+        negatives, scores, shown = self.negatives(rows)
         if self._config.columns == "catalogue":
             share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
             share = np.setdiff1d(share, self.undrawn, assume_unique=True)
@@ -109,6 +110,8 @@ class BatchBuilder:
             batch = self._collator(rows, negatives=negatives, extra_docs=self.drawn(rows.step))
         if scores is not None:
             batch = replace(batch, teacher=torch.from_numpy(scores))
+        if shown is not None and self._is_position_biased:
+            batch = replace(batch, shown=torch.from_numpy(shown))
         if self._documents is not None:
             batch = replace(batch, doc_vectors=as_tensor(self._documents.vectors[batch.doc_rows.numpy()]))
         if self._dropped:
@@ -142,10 +145,10 @@ class BatchBuilder:
             doc_ids=torch.cat([batch.doc_ids, as_tensor(catalogue.ids(rows))]),
         )  # fmt: skip
 
-    def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None]:
+    def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None, None]:
         """Return the hard negatives of each query, and the teacher's scores if they are distilled."""
         if self.hard_negatives is None:
-            return None, None
+            return None, None, None
         epoch, k = rows.step // self._steps_per_epoch, self._config.hard
         if isinstance(self.hard_negatives, UniformNegatives):
             return self.hard_negatives.sample(rows, epoch, self._seed, k)

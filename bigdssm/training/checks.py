@@ -100,6 +100,11 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
                     f"{name}.{key}: got {value}, needs a teacher's scores, and {stage.negatives.mining.file} has none; "
                     "bigdssm score_pairs writes them"
                 )
+        if stage.loss.position_bias and not mined.positioned:
+            raise ConfigError(
+                f"{name}.loss.position_bias: got {stage.loss.position_bias}, needs the positions of documents, and "
+                f"{stage.negatives.mining.file} has none; bigdssm list_candidates --position-column writes them"
+            )
     if isinstance(stage.distillation, BatchDistillation):
         TeacherVectors(Path(stage.distillation.teacher)).check_against(dataset)
     folder = config.stage_dir(name)

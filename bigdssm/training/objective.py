@@ -49,12 +49,13 @@ class Objective:
         queries_per_step: float,
         operand: torch.dtype | None = None,
         undrawn: np.ndarray = NO_ROWS,
+        device: torch.device | None = None,
     ) -> None:
         """Build the loss.
 
         doc_counts: number of times that each catalogue row is a positive, required by a sampling correction by counts.
         operand: dtype that normalized vectors are rounded to for products; None: no rounding. undrawn: catalogue rows
-        that no negatives are drawn from.
+        that no negatives are drawn from. device: of the batches, None: the CPU.
         """
         self._stage, self._loss = stage, stage.loss
         self._normalize = model.score == "cosine"
@@ -77,6 +78,10 @@ class Objective:
         if self._sampling is not None and self._sampling.frequency == "streaming":
             self._streaming = StreamingFrequency(self._sampling.frequency_buckets)
 
+        self._position_bias = None
+        if self._loss.position_bias:
+            self._position_bias = PositionBias(self._loss.position_bias, self._loss.position_bias_lr, device)
+
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
         """Compute the loss of this rank's vectors; a collective.
 
@@ -86,6 +91,8 @@ class Objective:
         weight = relevance_weight(batch.relevance, loss.weight)
         score = self._on_scores if self._stage.scorer else self._on_vectors
         output = score(encoded, batch, weight)
+        if self._position_bias is not None:
+            output = replace(output, stats={**output.stats, "position_bias": self._position_bias.range()})
         if self._sampling is not None and self._sampling.gamma > 0:  # it would be of corrected scores
             stats = {name: value for name, value in output.stats.items() if name != "in_batch_accuracy"}
             output = replace(output, stats=stats)
@@ -94,6 +101,11 @@ class Objective:
         assert encoded.U is not None and encoded.W is not None
         norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.counts)
         return replace(output, loss=output.loss + loss.norm_penalty * norms)
+
+    def step(self, applied: bool, lr_factor: float) -> None:
+        """Update the weights of the loss itself, unless the step is skipped; a collective."""
+        if self._position_bias is not None:
+            self._position_bias.step(applied, lr_factor)
 
     def model_inputs(self, batch: Batch) -> Features:
         """Return the inputs of the model's forward, in addition to features, that this loss requires."""
@@ -107,8 +119,9 @@ class Objective:
             absent |= batch.since[batch.negatives] > batch.time[:, None]
         absent = torch.nn.functional.pad(absent, (1, 0))  # the positive is always present
         scores = encoded.scores.float().masked_fill(absent, -torch.inf)
+        biased = scores if self._position_bias is None else scores + self._position_bias(batch.shown)
         output = scored_loss(
-            self._loss, scores, weight=weight, doc_ids=batch.doc_ids[candidates], **self._queries(batch, gathered=True)
+            self._loss, biased, weight=weight, doc_ids=batch.doc_ids[candidates], **self._queries(batch, gathered=True)
         )
         distillation = self._stage.distillation
         if not isinstance(distillation, ListDistillation):
@@ -143,13 +156,14 @@ class Objective:
                 log_expected = self._counted.log_expected(batch.doc_rows)
             beta, neg_bias = apply_sampling(self._sampling, log_expected, beta=beta, neg_bias=neg_bias)
         queries = self._queries(batch)
+        score_bias = None if self._position_bias is None else self._position_bias(batch.shown)
 
         def loss(U: Tensor, W: Tensor) -> LossOutput:
             vectors = U.to(self._operand or U.dtype), W.to(self._operand or W.dtype)
             inputs = LossBatch(
                 *vectors, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
                 doc_ids=batch.doc_ids, time=batch.time, since=batch.since,
-                negatives=None if self._loss.all_columns else batch.negatives, **queries,
+                negatives=None if self._loss.all_columns else batch.negatives, score_bias=score_bias, **queries,
             )  # fmt: skip
             columns: SharedColumns = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
             output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)
@@ -210,12 +224,66 @@ class Objective:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the loss; the same on every rank."""
-        return {} if self._streaming is None else self._streaming.state_dict()
+        parts = (self._streaming, self._position_bias)
+        return {name: value for part in parts if part is not None for name, value in part.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the `state` of a checkpoint."""
         if self._streaming is not None:
             self._streaming.load_state_dict(state)
+        if self._position_bias is not None:
+            self._position_bias.load_state_dict(state)
+
+
+class PositionBias:
+    """A learned bias of the pairs shown at each position, part of the loss alone; the same on every rank.
+
+    Serving, evaluation and the model folder do not have it. It is no weight of the model, so that its gradient, summed
+    over ranks in float64, does not depend on ZeRO's partitions or on chunks. Updated by Adam (Kingma and Ba 2015).
+    """
+
+    STATE = "position_bias"  # in a checkpoint: the biases and both moments, and the number of updates
+
+    def __init__(self, positions: int, lr: float, device: torch.device | None) -> None:
+        self._state = torch.zeros(3, positions, dtype=torch.float64, device=device)
+        self._values, self._lr, self._updates = self._state[0].clone().requires_grad_(), lr, 0
+
+    def __call__(self, shown: Tensor | None) -> Tensor:
+        """Return the biases float64 [m, 1 + k] of positions from 1; 0 for an unknown one."""
+        assert shown is not None, "checks.py requires the positions of candidates"
+        return torch.cat([self._values.new_zeros(1), self._values])[shown.clamp(max=len(self._values))]
+
+    def range(self) -> Tensor:
+        """Return the bias of the first position minus that of the last."""
+        return (self._values[0] - self._values[-1]).detach()
+
+    def step(self, applied: bool, lr_factor: float) -> None:
+        """Update the biases by the mean gradient over the ranks; a collective."""
+        gradient = torch.zeros_like(self._values) if self._values.grad is None else self._values.grad
+        self._values.grad = None
+        distributed.all_reduce(gradient, "sum")
+        if not applied:
+            return
+        gradient /= distributed.world_size()
+        self._updates += 1
+        _, first, second = self._state
+        first.lerp_(gradient, 0.1)
+        second.lerp_(gradient.square(), 0.001)
+        change = first / (1 - 0.9**self._updates) / ((second / (1 - 0.999**self._updates)).sqrt() + 1e-8)
+        with torch.no_grad():
+            self._values -= self._lr * lr_factor * change
+        self._state[0] = self._values.detach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state, the same on every rank."""
+        return {self.STATE: self._state, f"{self.STATE}.updates": torch.tensor(self._updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the state of a checkpoint."""
+        self._state.copy_(state[self.STATE])
+        self._updates = int(state[f"{self.STATE}.updates"])
+        with torch.no_grad():
+            self._values.copy_(self._state[0])
 
 
 def candidate_columns(batch: Batch) -> Tensor:

@@ -190,6 +190,7 @@ class Trainer:
             self.contents.use(batch.step)
         extra_inputs = self.objective.model_inputs(batch)
         result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, extra_inputs, make_report)
+        self.objective.step(result.applied, lr_factor)
 
         progress.step += 1
         self.stream_step = batch.step + 1

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigdssm.checkpoints.checkpoint import checkpoints_in
-from bigdssm.checkpoints.model_folder import load_checkpoint_model
+from bigdssm.checkpoints.checkpoint import checkpoints_in, load_checkpoint, read_manifest
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
@@ -238,3 +238,42 @@ def test_teacher_scores_are_learned_on_any_number_of_ranks(
     write_hard_negatives(tmp_path / "scored.npy", window_records(mined["query"], mined["window"], scores), dataset)
     given = (start(reference), f"sft.negatives.mining.file={tmp_path / 'scored.npy'}", f"sft={loss}")
     assert_is_followed(config, tmp_path, pools, given)
+
+
+@pytest.mark.slow
+def test_a_position_bias_is_exact_on_any_number_of_ranks(
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+) -> None:  # fmt: skip
+    """At ZeRO 3, in chunks and after a resume; it is in checkpoints, and in no model folder."""
+    dataset = Dataset.open(load_config(config).data.dir)
+    parts = [(rows.query_keys, rows.doc_rows) for rows in dataset.iterate("train", 999)]
+    keys, own = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    random = np.random.RandomState(0)
+    window = (own[:, None] + 1 + np.argsort(random.rand(len(own), 47))[:, :6]) % 48
+    shown = 1 + np.argsort(random.rand(len(own), 7))
+    write_hard_negatives(tmp_path / "shown.npy", window_records(keys, window, shown=shown), dataset)
+    given = (
+        start(reference), f"sft.negatives.mining.file={tmp_path / 'shown.npy'}", "sft.steps=8",
+        "sft.save_every_steps=2", "sft.loss.position_bias=5",
+    )  # fmt: skip
+    other = ("engine.zero_stage=3", "engine.chunk_tokens=64")
+    pools[1].run(small_run.run, config, tmp_path / "1", given, "sft")
+    pools[2].run(small_run.run, config, tmp_path / "2", (*given, *other), "sft")
+    pools[1].run(break_off, config, tmp_path / "3", given, 5)
+    pools[2].run(small_run.run, config, tmp_path / "3", (*given, *other), "sft", True)
+    pools[1].run(small_run.run, config, tmp_path / "none", (*given, "sft.loss.position_bias=0"), "sft")
+    assert_same_curve(tmp_path / "2", tmp_path / "1", stage="sft")
+    without, curve = small_run.records(tmp_path / "none", "sft"), small_run.records(tmp_path / "1", "sft")
+    assert without[0]["loss"] == curve[0]["loss"] and abs(without[-1]["loss"] / curve[-1]["loss"] - 1) > 1e-4
+    biases = [checkpoints_in(tmp_path / run / "sft/checkpoints")[-1] for run in "123"]
+    read = [load_checkpoint(read_manifest(path), 0, 1) for path in biases]
+    first, *others = (checkpoint.common_tensors()["position_bias"] for checkpoint in read)
+    assert first.shape == (3, 5) and float(first[0].abs().min()) > 0.05
+    for bias in others:
+        torch.testing.assert_close(bias, first, rtol=1e-4, atol=1e-7)
+    records = {record["step"]: record for record in small_run.records(tmp_path / "3", "sft")}
+    for record in curve:
+        assert records[record["step"]]["loss"] == pytest.approx(record["loss"], rel=1e-5)
+        assert records[record["step"]]["position_bias"] == pytest.approx(record["position_bias"], rel=1e-4, abs=1e-9)
+    biased, plain = (load_model_folder(tmp_path / run / "sft/best").model.state_dict() for run in ("1", "none"))
+    assert biased.keys() == plain.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bigdssm.config import LossConfig
-from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import LossInputError, PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses.reference import dense_loss
 
 from . import reference
 from .parity import assert_close, assert_parity, run, with_dense_mask
@@ -145,3 +147,44 @@ def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:
     assert_close(found_grads[0], right_grads[0], 1e-12, "U")
     assert_close(found_grads[1], right_grads[1], 1e-12, "W")
     assert found_stats == right_stats
+
+
+def score_bias(U: torch.Tensor, W: torch.Tensor, positive: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    """Return biases [m, 1 + k] that depend on the vectors, so that their gradient reaches them."""
+    listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
+    return torch.sin(3 * torch.einsum("md,mkd->mk", U.double(), W.double()[listed]))
+
+
+def with_score_bias(
+    loss: LossConfig, U: torch.Tensor, W: torch.Tensor, positive: torch.Tensor, *, negatives: torch.Tensor, **given: Any
+) -> Any:
+    bias = score_bias(U, W, positive, negatives)
+    return ranking_loss(loss, U, W, positive, negatives=negatives, score_bias=bias, **given)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_biases_of_shown_pairs(pools: dict[int, Pool], loss: LossConfig) -> None:
+    options = frozenset({"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared", "negatives"})
+    shards = make_shards(
+        torch.Generator().manual_seed(4), [(7, 12), (2, 3), (9, 11)], 6, num_queries=6, num_docs=15, options=options
+    )
+    batch = reference.concatenate(shards, 5.0)
+    assert batch.positive is not None and batch.negatives is not None
+    batch = replace(batch, score_bias=score_bias(batch.U, batch.W, batch.positive, batch.negatives))
+    expected = reference.gradients(dense_loss(loss, batch, columns="none"), batch)
+    found = run(pools, partial(with_score_bias, loss), shards, 5.0)
+    assert_parity(shards, 5.0, found, expected, 1e-10)
+    assert abs(float(expected[0]) - float(reference.ranking(loss, shards, 5.0, False)[0])) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bias", "in_batch", "words"),
+    [
+        (torch.ones(3, 3), True, "score_bias is of candidates: it needs columns='none', got 'in_batch'"),
+        (torch.ones(3, 2), False, r"score_bias must be floating point \[3, 3\], got torch.float32 \[3, 2\]"),
+    ],
+)
+def test_invalid_biases_are_refused(bias: torch.Tensor, in_batch: bool, words: str) -> None:
+    U, negatives = torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(LossInputError, match=words):
+        ranking_loss(PairCE(), U, U, alpha=1.0, in_batch=in_batch, negatives=negatives, score_bias=bias)

@@ -70,7 +70,7 @@ def test_a_config_of_python_callers_may_hold_paths_and_numpys_numbers(path: Path
         ("sft.hard", "Did you mean sft.negatives.hard?"),
         ("sft.file", "Did you mean sft.negatives.mining.file?"),
         ("model.embedding_dim", "Did you mean model.query.embedding_dim or model.doc.embedding_dim?"),
-        ("pretrain.loss.nmae", "fps has name, weight, widths, norm_penalty, direction; did you mean name?"),
+        ("pretrain.loss.nmae", "norm_penalty, position_bias, position_bias_lr, direction; did you mean name?"),
         ("engin.precision", "Did you mean engine?"),
     ],
 )
@@ -333,6 +333,15 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             ["pretrain.sampling.frequency_buckets", "got 0"],
         ),
         ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),
+        (
+            "sft={loss: {name: pair_ce, position_bias: 3},"
+            " negatives: {in_batch: true, hard: 3, mining: {file: x.npy}}}",
+            ["sft.loss.position_bias: got 3, needs 0, or negatives that were shown"],
+        ),
+        (
+            "pretrain.loss.position_bias=3",
+            ["pretrain.loss.position_bias: got 3, needs 0, or negatives that"],
+        ),
         ("run.seed=-1", ["run.seed", "got -1"]),
         ("model.doc.mlp=[[1]]", ["model.doc.mlp[0]", "got [1]", "needs a number"]),
         ("data.num_workers=-1", ["data.num_workers", "at least 0"]),

@@ -50,12 +50,14 @@ model:
 pretrain:
   rows_global: 1024
   epochs: 10
-  loss: {{name: fps, sampling: corrected, gamma: 1.0}}
+  loss: {{name: fps}}
+  sampling: {{name: corrected, gamma: 1.0}}
   optimizer: {{lr: 1.0e-2, weight_decay: 0.0, warmup_steps: 20, gradient_clipping: 0.0}}
 sft:
   rows_global: 1024
   epochs: 5
-  loss: {{name: softmax, negatives: 8, in_batch: false}}
+  loss: {{name: softmax}}
+  negatives: {{hard: 8, in_batch: false}}
   optimizer: {{lr: 3.0e-3, weight_decay: 0.0, warmup_steps: 10, gradient_clipping: 0.0}}
 """
 RUNS = {

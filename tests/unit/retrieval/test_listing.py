@@ -34,7 +34,9 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path]:
                 grade = pick("grade", query, doc, turn, below=5)
                 pairs.write(json.dumps({**row, "section": "a", "tags": [], "size": 1, "relevance": grade}) + "\n")
                 beside = [f"d{pick('shown', query, turn, i, below=NUM_DOCS + 3)}" for i in range(turn % 4)]
-                shown.write(json.dumps({"user": f"u{query}", "doc": f"d{doc}", "beside": beside}) + "\n")
+                places = [1 + pick("at", query, turn, i, below=9) for i in range(1 + len(beside))]
+                row = {"user": f"u{query}", "doc": f"d{doc}", "beside": beside, "places": places}
+                shown.write(json.dumps(row) + "\n")
     path = root / "config.yaml"
     path.write_text(yaml.safe_dump({"run": {"dir": "run"}, "data": {"dir": str(root / "dataset"), **PAIRS_DATA}}))
     tables = PairTables(
@@ -117,6 +119,51 @@ def test_a_given_window_contains_the_candidates_of_the_table(
         assert {doc for doc in window if doc >= 0} == shown[name] - chosen[user] - {own}
         found += sum(doc >= 0 for doc in window)
     assert found > 100
+
+
+def test_a_given_window_has_the_positions_of_its_documents(
+    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Those of the first row of the table that has the pair; sampled documents have theirs, as do forgotten ones."""
+    (dataset, root), out = rated, tmp_path / "shown.npy"
+    columns = ("--query-column", "user", "--positive-column", "doc", "--column", "beside")
+    given = ("list_candidates", "--data", dataset.dir, "--out", out, "--given", root / "shown.jsonl", *columns)
+    tools.ran(*given, "--position-column", "places")
+    keys = dict(enumerate(dataset.catalogue.keys(np.arange(dataset.catalogue.num_docs))))
+    positions: dict[tuple[str, ...], int] = {}
+    for line in (root / "shown.jsonl").open():
+        row = json.loads(line)
+        for other, position in zip(("", *row["beside"]), row["places"], strict=True):
+            positions.setdefault((row["user"], row["doc"], other), position)
+    users = {words: f"u{query}" for query, words in enumerate(WORDS)}
+    rows = next(dataset.iterate("train", 10**6))
+    assert dataset.tokenizer is not None
+    asked = [users[text] for text in dataset.tokenizer.decode(rows.query["query"])]  # type: ignore[arg-type]
+    mined = HardNegatives.open(out)
+    mined.check_against(dataset)
+    sampled = mined.sample(rows, 0, 0, 2)
+    assert mined.positioned and not mined.scored and sampled.shown is not None and sampled.teacher is None
+    found = 0
+    for user, own, documents, shown in zip(
+        asked, rows.doc_rows.tolist(), sampled.documents.tolist(), sampled.shown.tolist(), strict=True
+    ):
+        expected = [positions[user, keys[own], keys[doc] if doc >= 0 else ""] if doc >= 0 else 0 for doc in documents]
+        assert shown == [positions[user, keys[own], ""], *expected]
+        found += len([doc for doc in documents if doc >= 0])
+    assert found > 100
+    wrong_places: list[tuple[list[object], str]] = [
+        ([1], "another number of them"),
+        ([0, 1], "got 0"),
+        (["a", 1], "'a'"),
+    ]
+    for number, (places, words) in enumerate(wrong_places):
+        row = {"user": "u1", "doc": "d1", "beside": ["d2"], "places": places}
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+        table = tmp_path / f"{number}.jsonl"
+        called = (*given[:6], table, *columns, "--position-column", "places", "--overwrite")
+        assert words in tools.refused(3, *called), places
+    alone = (*given[:7], "--query-column", "user", "--column", "beside", "--position-column", "places")
+    assert "--position-column needs --positive-column" in tools.refused(2, *alone)
 
 
 def test_each_query_of_a_sequence_has_the_rated_documents_of_its_user(dataset: Dataset, tmp_path: Path) -> None:
