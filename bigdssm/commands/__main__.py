@@ -25,7 +25,7 @@ GROUPS = {
     ),
     "Evaluate": ("evaluate", "report", "compare_runs", "plot_run"),
     "Search and serve": ("convert_checkpoint", "embed", "build_index", "publish", "search", "recommend", "serve"),
-    "Operate": ("watch_run", "stop_run", "forget"),
+    "Operate": ("watch_run", "stop_run", "replay", "forget"),
 }  # fmt: skip
 
 

@@ -62,7 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="interval of checks for a replaced model or index (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--vectors", action="store_true", help="enable POST /api/vector, the vector of a query")
-    parser.add_argument("--log-requests", action="store_true", help="write one JSON line per request to stderr")
+    parser.add_argument(
+        "--log-requests", type=Path, metavar="FOLDER", help="write searches and their answers to Parquet files"
+    )
+    parser.add_argument(
+        "--log-days", type=at_least(1), default=30, metavar="DAYS",
+        help="age at which files of --log-requests are removed (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--access-log", action="store_true", help="write one JSON line per request to stderr")
     parser.add_argument(
         "--allow-host", nargs="+", default=[], metavar="NAME", help="further accepted host names (default: none)"
     )
@@ -113,16 +120,17 @@ def _serve(
 ) -> None:
     """Serve in this process until a stop signal; `ready` is called when the searchers are open."""
     from bigdssm.serving.app import make_app
-    from bigdssm.serving.metrics import log_requests
+    from bigdssm.serving.metrics import log_accesses
     from bigdssm.serving.server import run
 
     setup_logging()
-    if args.log_requests:
-        log_requests()
+    if args.access_log:
+        log_accesses()
     searcher, folders, second, second_folders = opened or _open(args)
     app = make_app(
         searcher, cache_size=args.cache, max_batch=args.max_batch, hosts=(args.host, *args.allow_host), folders=folders,
         poll_s=args.poll_s, second=second, second_folders=second_folders, has_vectors=args.vectors,
+        log_folder=args.log_requests, log_days=args.log_days,
     )  # fmt: skip
     ready()
     run(app, listening, args.timeout_s)

@@ -21,11 +21,13 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
     PADDING,
     Column,
+    Decoder,
     Elapsed,
     EventTime,
     Feature,
     Ragged,
     TextTokenizer,
+    Vector,
     encode_values,
     histories_of,
     item_codes,
@@ -96,8 +98,11 @@ class Queries:
         """Return the filterable features and their values, see `Filters.choices`."""
         return {} if self._filters is None else self._filters.choices
 
-    def of(self, request: Request) -> Query:
-        """Resolve a request. Raises: ConfigError, DataError: invalid for this model, or an unknown user."""
+    def of(self, request: Request, as_of: float | None = None) -> Query:
+        """Resolve a request; stored events after `as_of`, in seconds since 1970, are ignored.
+
+        Raises: ConfigError, DataError: invalid for this model, or an unknown user.
+        """
         features, dataset = request.features or {}, self._dataset
         texts = [text for text in (request.user, request.document, request.filter) if text is not None]
         for value in features.values():
@@ -119,7 +124,10 @@ class Queries:
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
-            of_user, stored = read_user(dataset, request.user, request.now, allow_unknown=self._schema.empty_histories)
+            until = request.now
+            if as_of is not None and dataset.has_times:
+                until = min(as_of / dataset.header.time_unit, np.inf if until is None else until)
+            of_user, stored = read_user(dataset, request.user, until, allow_unknown=self._schema.empty_histories)
             columns |= of_user
         if request.document is not None:
             if not self._schema.siamese or dataset is None:
@@ -161,6 +169,29 @@ class Queries:
         unknown_excluded = tuple(key for key, row in zip(keys, by_key.tolist(), strict=False) if row < 0)
         excluded = np.concatenate([of_events, query_document, by_key[by_key >= 0]])
         return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, tuple(keys), allowed)
+
+    def decoded(self, columns: Mapping[str, Column]) -> dict[str, Any]:
+        """Return the readable values of one query's columns: items by their id, texts as their tokens."""
+
+        def item(of: str, code: int) -> str:
+            return str(self._schema.doc[of].display(np.array(code), decoder))
+
+        decoder, decoded = Decoder(self._tokenizer, item), dict[str, Any]()
+        for name, column in columns.items():
+            _, _, event = name.partition(".")
+            if name in self._schema.query:
+                feature = self._schema.query[name]
+                value = feature.array(column)[0]
+                is_whole = (
+                    isinstance(feature, Vector) and not np.isnan(value).any()
+                )  # its display has the first numbers
+                decoded[name] = value.tolist() if is_whole else feature.display(value, decoder)
+            elif event != ITEM_ROW:  # of an event per item of a history, or of the request
+                of_event = self._schema.event[event]
+                codes = column.values if isinstance(column, Ragged) else np.asarray(column)
+                values = [of_event.display(code, decoder) for code in codes]
+                decoded[name] = values[0] if name.startswith(REQUEST_PREFIX) else values
+        return decoded
 
     def feature(self, name: str, value: Any) -> Column:
         """Encode one value as a column. Raises ConfigError: an unknown feature, or an invalid value."""

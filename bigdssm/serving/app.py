@@ -39,6 +39,7 @@ from bigdssm.serving.batching import Overloaded
 from bigdssm.serving.limits import RequestLimits, error_response, validation_message
 from bigdssm.serving.live import ActiveSearcher, LiveSearcher
 from bigdssm.serving.metrics import Metrics, RequestMetrics
+from bigdssm.serving.request_log import RequestLog
 from bigdssm.serving.searcher import Folders, Searcher
 
 PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why", "/api/vector")
@@ -148,11 +149,14 @@ class UniqueKeysRoute(APIRoute):
         return handle
 
 
-def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool, has_vectors: bool) -> APIRouter:
+def api(
+    active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool, has_vectors: bool,
+    log: RequestLog | None,
+) -> APIRouter:  # fmt: skip
     """Return the routes of one model; `active` returns the current searcher per request.
 
-    `has_vectors` enables /api/vector, `has_second` is reported to clients. Routes raise Overloaded and BigDSSMError,
-    which the application handles.
+    `has_vectors` enables /api/vector, `has_second` is reported to clients. Searches are written to `log`. Routes raise
+    Overloaded and BigDSSMError, which the application handles.
     """
     routes = APIRouter(route_class=UniqueKeysRoute)
 
@@ -169,10 +173,10 @@ def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: b
         started = time.perf_counter()
         key = body.model_dump_json()
         with active().in_use() as current:
-            answer = current.cache.get(key)
-            cached = answer is not None
+            stored = current.cache.get(key)
+            cached = stored is not None
             metrics.cache.labels("hit" if cached else "miss").inc()
-            if answer is None:
+            if stored is None:
                 # In a thread: looking up users and titles may be slow and must not block the event loop.
                 query = await run_in_threadpool(current.searcher.queries.of, body.request())
                 result = await current.batcher(query)
@@ -186,8 +190,11 @@ def api(active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: b
                     "unknown_events": len(query.unknown), "unknown_excluded": len(query.unknown_excluded),
                 }  # fmt: skip
                 history = {"history": current.searcher.seen(query), **unknown}
-                answer = {"documents": _ranked(result.documents), **history, **timing}
-                current.cache.put(key, answer)
+                stored = {"documents": _ranked(result.documents), **history, **timing}, query.columns
+                current.cache.put(key, stored)
+            answer, columns = stored
+            if log is not None:
+                answer = {**answer, "request": log.put(key, columns, answer["documents"], current.searcher, cached)}
         return {**answer, "cached": cached, "total_ms": _ms_since(started)}
 
     @routes.get("/api/similar")
@@ -235,17 +242,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(
     searcher: Searcher, *, cache_size: int = 10_000, max_batch: int = 32, hosts: Sequence[str] | None = None,
     folders: Folders | None = None, poll_s: float = 1.0, second: Searcher | None = None,
-    second_folders: Folders | None = None, has_vectors: bool = False,
+    second_folders: Folders | None = None, has_vectors: bool = False, log_folder: Path | None = None,
+    log_days: float = 30.0,
 ) -> FastAPI:  # fmt: skip
     """Return the application that serves `searcher`, and `second` under SECOND_PREFIX.
 
     `cache_size=0` disables the cache. `folders` are polled every `poll_s` seconds and reloaded when replaced. Requests
     must have a loopback Host or one of `hosts`, where 0.0.0.0 or :: allows any IP address (not any name); None disables
-    the check. `has_vectors` enables /api/vector.
+    the check. `has_vectors` enables /api/vector. Searches are written to `log_folder`, and removed after `log_days`.
     """
     metrics = Metrics()
     served = {"": (searcher, folders), **({} if second is None else {SECOND_PREFIX: (second, second_folders)})}
     live: dict[str, LiveSearcher] = {}
+    log = None if log_folder is None else RequestLog(log_folder, log_days, metrics.logged)
 
     def active(prefix: str) -> Callable[[], ActiveSearcher]:
         def current() -> ActiveSearcher:
@@ -268,6 +277,8 @@ def make_app(
         await asyncio.gather(*watching, return_exceptions=True)
         for one in started:
             await one.active.end()
+        if log is not None:
+            await run_in_threadpool(log.close)
 
     app = FastAPI(title="bigdssm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(RequestLimits, hosts=hosts)
@@ -294,7 +305,7 @@ def make_app(
         return error_response(503, f"{error}; retry later", {"Retry-After": "1"})
 
     for prefix in served:
-        routes = api(active(prefix), metrics, has_second=second is not None, has_vectors=has_vectors)
+        routes = api(active(prefix), metrics, has_second=second is not None, has_vectors=has_vectors, log=log)
         app.include_router(routes, prefix=prefix)
     page, style, script = (PAGE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js"))
 

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from bigdssm.errors import UnavailableError
+from bigdssm.features import Column
 from bigdssm.retrieval.search import Query
 from bigdssm.serving.batching import AnswerCache, Batcher
 from bigdssm.serving.metrics import Metrics
@@ -33,7 +34,7 @@ class ActiveSearcher:
 
         self.searcher = searcher
         self.batcher: Batcher[Query, SearchResult] = Batcher(answer, max_batch)
-        self.cache: AnswerCache[dict[str, Any]] = AnswerCache(cache_size)
+        self.cache: AnswerCache[tuple[dict[str, Any], dict[str, Column]]] = AnswerCache(cache_size)
         self._requests = 0
         self._idle = asyncio.Event()
         self._idle.set()

@@ -47,6 +47,7 @@ class Metrics:
         self.unknown_excluded = Counter(
             "bigdssm_unknown_excluded", "Unknown keys of documents to exclude", registry=registry
         )
+        self.logged = Counter("bigdssm_logged_requests", "Of --log-requests", ["result"], registry=registry)
         self.reloads = Counter("bigdssm_model_loads", "Models and indexes reloaded while serving", registry=registry)
 
     def batch(self, result: SearchResult) -> None:
@@ -92,7 +93,7 @@ class _Served(Collector):
 
 
 class RequestMetrics:
-    """Middleware that counts requests, and logs them if `log_requests` was called."""
+    """Middleware that counts requests, and logs them if `log_accesses` was called."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
@@ -124,7 +125,7 @@ class RequestMetrics:
                 logger.info(json.dumps(record))
 
 
-def log_requests() -> None:
+def log_accesses() -> None:
     """Write one line of JSON per request to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

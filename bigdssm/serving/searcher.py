@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -175,6 +176,12 @@ class Searcher:
         other._index = index if self._dataset is None else index.of_dataset(self._dataset)
         other.queries = self.queries.with_filters(other._index.filters)
         return other
+
+    @property
+    def versions(self) -> tuple[str, str]:
+        """Return the checksum of the model, and the fields of the index' IndexDescription as JSON."""
+        described = {name: value for name, value in asdict(self._index.description).items() if value is not None}
+        return self._folder.checksum, json.dumps(described)
 
     def is_outdated(self) -> bool:
         """Return whether partitions have been added to the dataset since it was opened."""

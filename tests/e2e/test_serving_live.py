@@ -79,7 +79,7 @@ def until(what: str, holds: object, seconds: float = 60) -> None:
 def test_a_new_model_and_a_dead_worker_drop_no_request(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
     make_served(tiny_interactions, tmp_path)
     checksum = make_served(tiny_interactions, tmp_path / "new", seed=2)
-    with started(tmp_path, "--workers", "2", "--poll-s", "0.2", "--cache", "0", "--log-requests") as (address, server):
+    with started(tmp_path, "--workers", "2", "--poll-s", "0.2", "--cache", "0", "--access-log") as (address, server):
         until("it is ready", lambda: _status(address, "/readyz") == 200)
         assert get(address, "/healthz") == (200, "ok")
         before = json.loads(get(address, "/api/about")[1])["model"]

@@ -53,7 +53,7 @@ from pydantic import ValidationError  # noqa: E402
 from bigdssm.features.vector import MAX_DIM  # noqa: E402
 from bigdssm.serving.app import RequestBody, make_app  # noqa: E402
 from bigdssm.serving.limits import MOST_BYTES, RequestLimits  # noqa: E402
-from bigdssm.serving.metrics import log_requests  # noqa: E402
+from bigdssm.serving.metrics import log_accesses  # noqa: E402
 from bigdssm.serving.server import _Protocol  # noqa: E402
 
 
@@ -454,7 +454,7 @@ def test_requests_are_logged_as_json(searcher: Searcher, capsys: pytest.CaptureF
     logger = logging.getLogger("bigdssm.serving.requests")
     before = list(logger.handlers), logger.level, logger.propagate
     try:
-        log_requests()
+        log_accesses()
         with TestClient(make_app(searcher)) as client:
             client.post("/api/search", json={"user": "nobody"})
             client.get("/invented/path")

@@ -1,0 +1,57 @@
+"""Compute logged requests again from the dataset, and report where features or answers differ.
+
+    bigdssm replay --log FOLDER --model MODEL --index INDEX [--data DATASET] [--limit 0.01] [--out REPORT.json]
+
+FOLDER is that of bigdssm serve --log-requests. A request is computed with the events of its user up to the logged time.
+The report has the share of requests that differ by feature, the overlap of the answers, the largest difference of
+scores, and examples. The exit code is 3 if more than the share --limit of the requests differ.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigdssm.cli import add_overwrite, add_search_options, at_least, check_file_to_write, command, command_parser
+from bigdssm.commands.search import RERANK_HELP
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.serving.replay import replay
+from bigdssm.serving.request_log import read_log
+from bigdssm.serving.searcher import Searcher
+from bigdssm.utils.atomic import write_json
+from bigdssm.utils.progress import ProgressBar
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of serve --log-requests")
+    add_search_options(parser)
+    parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
+    parser.add_argument(
+        "--limit", type=float, default=1.0, metavar="SHARE",
+        help="maximum share of requests that may differ (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the report, with examples")
+    add_overwrite(parser)
+    args = parser.parse_args(argv)
+    check_file_to_write("--out", args.out, "replay", overwrite=args.overwrite)
+    if not 0 <= args.limit <= 1:
+        raise ConfigError(f"--limit {args.limit}: needs a share from 0 to 1")
+    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
+    with ProgressBar() as progress:
+        report = replay(searcher, read_log(args.log), lambda done: progress("requests replayed", done, None))
+    if args.out is not None:
+        write_json(args.out, report)
+    print(json.dumps({name: value for name, value in report.items() if name != "examples"}, indent=1))
+    if report["differing"] > args.limit:
+        raise DataError(
+            f"{args.log}: {report['differing']:.2%} of the requests differ, more than --limit {args.limit:.2%}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Compute logged requests again, and compare features, scores and answers: the skew of training and serving."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from bigdssm.errors import ConfigError, DataError
+from bigdssm.retrieval.request import parse_request
+from bigdssm.retrieval.search import Query
+from bigdssm.serving.searcher import Searcher
+
+AT_ONCE = 256  # requests per batch of the model
+MOST_EXAMPLES = 10
+
+
+def replay(
+    searcher: Searcher, log: Iterable[pa.RecordBatch], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """Return a report of the requests of a `log` of the searcher's model.
+
+    A request is computed with the stored events up to its time, and differs if a feature does, or the documents. The
+    report has counts of requests, shares of those compared, the mean overlap of the answers, and examples. Raises
+    DataError: no request of this model.
+    """
+    model, index = searcher.versions
+    counts, features, examples = Counter[str](), Counter[str](), list[dict[str, Any]]()
+    overlap = largest = 0.0
+
+    def compare(group: list[tuple[dict[str, Any], Query]]) -> None:
+        nonlocal overlap, largest
+        for (row, query), result in zip(group, searcher.answer([query for _, query in group]), strict=True):
+            logged, computed = (
+                json.loads(row["features"]),
+                json.loads(json.dumps(searcher.queries.decoded(query.columns))),
+            )
+            names = [name for name in sorted({*logged, *computed}) if logged.get(name) != computed.get(name)]
+            answer = zip(row["document"], row["score"], strict=True)
+            shown = {key: score for key, score in answer if key is not None}  # else it is forgotten
+            again = {document.key: float(document.score) for document in result.documents}
+            common = shown.keys() & again.keys()
+            overlap += len(common) / max(len(shown), len(again), 1)
+            largest = max([largest, *(abs(shown[key] - again[key]) for key in common)])
+            features.update(names)
+            counts["requests"] += 1
+            counts["other_index"] += row["index"] != index
+            if not names and shown.keys() == again.keys():
+                continue
+            counts["differing"] += 1
+            if len(examples) < MOST_EXAMPLES:
+                values = {name: {"logged": logged.get(name), "replayed": computed.get(name)} for name in names}
+                answers = {"logged": list(shown), "replayed": list(again)}
+                examples.append({"request": row["request"], "features": values, "documents": answers})
+
+    for batch in log:
+        group = []
+        for row in batch.to_pylist():
+            if row["model"] != model:
+                counts["other_model"] += 1
+                continue
+            try:
+                group.append((row, searcher.queries.of(parse_request(json.loads(row["body"])), as_of=row["time"])))
+            except (ConfigError, DataError) as error:  # a withdrawn user, or values that the model does not have
+                counts["invalid"] += 1
+                if len(examples) < MOST_EXAMPLES:
+                    examples.append({"request": row["request"], "error": str(error)})
+        for first in range(0, len(group), AT_ONCE):
+            compare(group[first : first + AT_ONCE])
+        progress(counts["requests"])
+    if not (number := counts["requests"]):
+        raise DataError(
+            f"the log has no request that model {model[:12]} answers: {dict(counts)}; give the logged model"
+        )
+    return {
+        **{name: counts[name] for name in ("requests", "invalid", "other_model", "other_index")},
+        "differing": counts["differing"] / number,
+        "features": {name: count / number for name, count in features.most_common()},
+        "overlap": overlap / number, "largest_score_difference": largest, "examples": examples,
+    }  # fmt: skip

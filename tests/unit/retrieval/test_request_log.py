@@ -1,0 +1,291 @@
+"""The log of requests: complete files whatever happens to a server, without delaying answers; replay and forget."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from bigdssm.checkpoints.checkpoint import checkpoints_in, load_checkpoint, read_manifest
+from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.cluster.launcher import run_command
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
+from bigdssm.retrieval.index import open_index
+from bigdssm.retrieval.request import parse_request
+from bigdssm.serving.searcher import Searcher
+from bigdssm.utils.changes import Changes
+from tests.unit.retrieval.conftest import SMALL
+from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
+from tools.checks.pages import code_of
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from bigdssm.serving import request_log
+from bigdssm.serving.app import make_app
+from bigdssm.serving.replay import replay
+from bigdssm.serving.request_log import RequestLog, forget_in_log, read_log
+
+
+@pytest.fixture(scope="module")
+def searcher(model_dir: Path, index_dir: Path, dataset: Dataset) -> Searcher:
+    return Searcher(load_model_folder(model_dir), open_index(index_dir), dataset)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for batch in read_log(folder) for row in batch.to_pylist()]
+
+
+def logged(searcher: Searcher, folder: Path, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the answers to `bodies`, logged in `folder`."""
+    with TestClient(make_app(searcher, log_folder=folder)) as client:
+        headers = {"Authorization": "Bearer s3cret", "Cookie": "session=s3cret"}
+        return [client.post("/api/search", json=body, headers=headers).json() for body in bodies]
+
+
+def counter() -> Counter:
+    return Counter("logged", "", ["result"], registry=CollectorRegistry())
+
+
+def lost(counter: Counter) -> float:
+    return float(counter.labels("lost")._value.get())
+
+
+def test_a_row_has_what_was_asked_and_served(searcher: Searcher, dataset: Dataset, tmp_path: Path) -> None:
+    first = {"user": "u7", "top": 4, "exclude": ["i3"], "events": [{"item": "i5", "time": 1e9}]}
+    answers = logged(searcher, tmp_path / "log", [first, {"user": "u8"}, first])
+    rows = {row["request"]: row for row in rows_of(tmp_path / "log")}
+    assert len(rows) == 3 and not list((tmp_path / "log").glob("*.part"))
+    for body, answer in zip([first, {"user": "u8"}, first], answers, strict=True):
+        row = rows[answer["request"]]
+        assert row["document"] == [document["key"] for document in answer["documents"]]
+        assert row["score"] == [document["score"] for document in answer["documents"]]
+        assert row["cached"] == answer["cached"] and row["user"] == body["user"]
+        assert (row["filter"], row["exclude"]) == (None, body.get("exclude"))
+        assert parse_request(json.loads(row["body"])) == parse_request({"top": 10, **body})
+        assert (row["model"], row["index"]) == searcher.versions and abs(row["time"] - time.time()) < 60
+    assert [answer["cached"] for answer in answers] == [False, False, True]
+    features = json.loads(rows[answers[0]["request"]]["features"])
+    assert features == json.loads(rows[answers[2]["request"]]["features"])  # a cached answer has them, too
+    of_request = searcher.queries.of(parse_request(first))
+    [history] = [name for name, feature in dataset.schema.query.items() if feature.type == "history"]
+    assert features[history][-1] == "i5" and len(features[history]) == len(of_request.columns[history][0])
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "log").iterdir()) + str(rows).encode()
+    assert b"s3cret" not in everything and b"testclient" not in everything
+
+
+def test_a_full_queue_and_a_full_disk_lose_records_and_no_answer(
+    searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "MOST_WAITING", 2)
+    monkeypatch.setattr(request_log, "FLUSH_S", 0.3)
+    results = counter()
+    log = RequestLog(tmp_path, 30, results)
+    columns = searcher.queries.of(parse_request({"user": "u7"})).columns
+    started = time.monotonic()
+    for _ in range(5):
+        log.put('{"user": "u7"}', columns, [], searcher, False)
+    assert time.monotonic() - started < 0.2 and lost(results) == 3
+    time.sleep(0.6)
+
+    def full(answer: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(request_log.LoggedAnswer, "row", full)
+        log.put('{"user": "u8"}', columns, [], searcher, False)
+        time.sleep(0.6)
+    assert lost(results) == 4
+    log.put('{"user": "u9"}', columns, [], searcher, False)
+    log.close()
+    assert [row["user"] for row in rows_of(tmp_path)] == ["u7", "u7", "u9"]
+
+
+def test_a_killed_server_loses_at_most_its_last_second(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys, time
+from pathlib import Path
+from prometheus_client import CollectorRegistry, Counter
+from bigdssm.serving import request_log
+request_log.LoggedAnswer.row = lambda answer: {{"request": answer.request, "user": answer.body}}
+counter = Counter("logged", "", ["result"], registry=CollectorRegistry())
+log = request_log.RequestLog(Path({str(tmp_path)!r}), 30, counter)
+for number in range(3):
+    log.put(f"u{{number}}", {{}}, [], None, False)
+time.sleep(2 * request_log.FLUSH_S)
+log.put("the last one", {{}}, [], None, False)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    [part] = [path for path in tmp_path.glob("*.part") if path.stat().st_size]
+    with part.open("ab") as file:
+        file.write(b"\xff\xff\xff\xff\x40\x00\x00\x00half of a batch")
+    old = tmp_path / "20200101T000000Z-1-0.parquet"
+    old.write_bytes(b"")
+    assert not request_log.complete_parts(tmp_path) and not list(tmp_path.glob("*.part"))
+    RequestLog(tmp_path, 30, counter()).close()
+    assert not old.exists(), "a file older than the retention"
+    assert [row["user"] for row in rows_of(tmp_path)] == ["u0", "u1", "u2"]
+
+
+def test_an_open_file_is_left_to_its_writer(searcher: Searcher, tmp_path: Path) -> None:
+    columns = searcher.queries.of(parse_request({"user": "u7"})).columns
+    log = RequestLog(tmp_path, 30, counter())
+    log.put('{"user": "u7"}', columns, [], searcher, False)
+    time.sleep(1.5 * request_log.FLUSH_S)
+    assert len(request_log.complete_parts(tmp_path)) == 1
+    assert len(forget_in_log(tmp_path, ["u7"], [], Changes())) == 1
+    with pytest.raises(ConfigError, match="no complete log"):
+        rows_of(tmp_path)
+    log.close()
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_forgotten_users_and_items_are_in_no_file(searcher: Searcher, tmp_path: Path) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"user": "u7"}, {"user": "u8", "exclude": ["i3", "i4"], "top": 40},
+        {"user": "u9", "events": [{"item": "i3", "time": 1e9}, {"item": "i30", "time": 1e9}], "top": 40},
+    ]  # fmt: skip
+    answers = logged(searcher, tmp_path, bodies)
+    [path] = tmp_path.iterdir()
+    before = rows_of(tmp_path)
+    forget_in_log(tmp_path, ["u7"], ["i3", "Item 3"], dry := Changes(dry_run=True))
+    assert [entry["file"] for entry in dry.files] == [str(path)] and rows_of(tmp_path) == before
+    forget_in_log(tmp_path, ["u7"], ["i3"], changes := Changes())
+    assert len(changes.files) == 1
+    rows = rows_of(tmp_path)
+    assert [row["user"] for row in rows] == ["u8", "u9"]
+    text = json.dumps(rows)
+    assert '"i3"' not in text and '\\"i3\\"' not in text and "u7" not in text and "i30" in text
+    keys = [document["key"] for document in answers[1]["documents"]]
+    assert rows[0]["document"] == [None if key == "i3" else key for key in keys], "positions stay"
+    for row in rows:
+        parse_request(json.loads(row["body"]))
+    forget_in_log(tmp_path, ["u8", "u9"], [], Changes())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(searcher: Searcher, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--log-requests .*file: cannot write: .*; choose another folder"):
+        make_app(searcher, log_folder=tmp_path / "file")
+
+
+def altered(folder: Path, request: str, **changes: Any) -> None:
+    """Change a row of the log."""
+    [path] = folder.glob("*.parquet")
+    rows = [row | (changes if row["request"] == request else {}) for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, request_log.COLUMNS), path)
+
+
+def test_a_replay_finds_altered_requests_alone(
+    searcher: Searcher, model_dir: Path, index_dir: Path, tools: Tools, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    folder = tmp_path / "log"
+    bodies: list[dict[str, Any]] = [{"user": f"u{number}", "top": 3 + number} for number in range(20)]
+    bodies += [{"features": {"age": 30, "occupation": "farmer"}, "events": [{"item": "i5"}], "exclude": ["i3"]}]
+    bodies += [{"user": "u1", "filter": "year >= 1980", "events": [{"item": "i9", "time": 1e9}]}]
+    ids = [answer["request"] for answer in logged(searcher, folder, bodies)]
+    report = replay(searcher, read_log(folder))
+    assert (report["requests"], report["invalid"], report["other_model"], report["other_index"]) == (22, 0, 0, 0)
+    assert (report["differing"], report["features"], report["examples"]) == (0, {}, [])
+    assert report["overlap"] == 1 and report["largest_score_difference"] < 1e-5
+
+    first, old, gone = ids[:3]
+    rows = {row["request"]: row for row in rows_of(folder)}
+    features = {**json.loads(rows[first]["features"]), "age": 77.0}
+    altered(folder, first, features=json.dumps(features))
+    altered(folder, old, time=5001.0)  # what came later is no event of that time
+    altered(folder, gone, body='{"user": "of no dataset"}')
+    altered(folder, ids[3], model="another")
+    altered(folder, ids[4], score=[score + 0.25 for score in rows[ids[4]]["score"]], index="another")
+    report = replay(searcher, read_log(folder))
+    assert (report["requests"], report["invalid"], report["other_model"], report["other_index"]) == (20, 1, 1, 1)
+    assert report["features"]["age"] == 1 / 20 and report["differing"] == 2 / 20
+    assert report["largest_score_difference"] >= 0.25 - 1e-5
+    examples = {example["request"]: example for example in report["examples"]}
+    assert examples.keys() == {first, old, gone} and "of no dataset" in examples[gone]["error"]
+    assert examples[first]["features"] == {
+        "age": {"logged": 77.0, "replayed": json.loads(rows[first]["features"])["age"]}
+    }
+    [longer, shorter] = examples[old]["features"]["history"].values()
+    assert 0 < len(shorter) < len(longer) and longer[: len(shorter)] != longer
+
+    arguments = ("--log", folder, "--model", model_dir, "--index", index_dir, "--out", tmp_path / "report.json")
+    assert json.loads(tools.ran("replay", *arguments, "--limit", "0.1"))["differing"] == 0.1
+    assert len(json.loads((tmp_path / "report.json").read_text())["examples"]) == 3
+    error = tools.refused(3, "replay", *arguments, "--limit", "0.09")
+    assert "10.00% of the requests differ, more than --limit 9.00%" in error
+    assert "needs a share from 0 to 1" in tools.refused(2, "replay", *arguments, "--limit", "2")
+    (tmp_path / "empty").mkdir()
+    assert "no complete log" in tools.refused(2, "replay", *arguments[2:], "--log", tmp_path / "empty")
+    for request in ids:
+        altered(folder, request, model="another")
+    assert "give the logged model" in tools.refused(3, "replay", *arguments)
+
+
+@pytest.mark.slow
+def test_clicks_on_logged_answers_become_pairs_of_fine_tuning(
+    searcher: Searcher, dataset: Dataset, model_dir: Path, tiny_interactions: Any, tools: Tools,  # noqa: F811
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the statements and options of the page."""
+    bodies = [{"user": f"u{number}", "top": 6, "exclude_seen": False} for number in range(40)]
+    answers = logged(searcher, tmp_path / "requests", bodies)
+    clicks = [(answer["request"], answer["documents"][place]["key"]) for answer in answers for place in (1, 4)]
+    requests, keys = zip(*clicks, strict=True)
+    pq.write_table(pa.table({"request": requests, "document": keys}), tmp_path / "clicks.parquet")
+    page = (Path(__file__).parents[3] / "docs/feedback.md").read_text("utf-8")
+    [statements] = [block for block in code_of(page) if "CREATE VIEW impressions" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(statements, {})
+    rows = pq.read_table("shown.parquet").to_pylist()
+    assert len(rows) == 80
+    asked = zip(bodies, answers, strict=True)
+    of_user = {body["user"]: [document["key"] for document in answer["documents"]] for body, answer in asked}
+    for row in rows:
+        answer = of_user[row["user_id"]]
+        assert row["clicked"] in (answer[1], answer[4])
+        assert row["shown"] == [answer[place] for place in (0, 2, 3, 5)]
+        assert row["positions"] == [1 + answer.index(row["clicked"]), 1, 3, 4, 6]
+
+    source = tiny_interactions.source
+    small = [f"model.{override}" for override in SMALL]
+    tools.ran(
+        "make_shards", "interactions", "--config", tiny_interactions.config, "--interactions", "clicked.parquet",
+        "--split", "train", "--like", dataset.dir, "--items", source / "items.csv", "--users", source / "users.csv",
+        "--out", "clicked",
+    )  # fmt: skip
+    listed = tools.ran(
+        "list_candidates", "--data", "clicked", "--out", "shown.npy", "--given", "shown.parquet", "--query-column",
+        "user_id", "--positive-column", "clicked", "--column", "shown", "--position-column", "positions",
+    )  # fmt: skip
+    assert "4.0 documents per query" in listed
+    loss, negatives = "{name: pair_ce, position_bias: 6}", "{in_batch: false, hard: 4, mining: {file: shown.npy}}"
+    given = ["data.dir=clicked", "run.dir=run", f"sft.init={model_dir}", f"sft.negatives={negatives}"]
+    command = [
+        "--config",
+        tiny_interactions.config,
+        *small,
+        *given,
+        f"sft.loss={loss}",
+        "sft.steps=3",
+        "sft.rows_global=16",
+    ]
+    run_command(tmp_path / "log.txt", "sft", *map(str, command)).check()
+    last = load_checkpoint(read_manifest(checkpoints_in(tmp_path / "run/sft/checkpoints")[-1]), 0, 1)
+    assert last.common_tensors()["position_bias"][0].abs().min() > 0
+    wrong = [str(word).replace("in_batch: false", "in_batch: true") for word in command]
+    log = tmp_path / "refused.txt"
+    assert run_command(log, "sft", *wrong).exit_code == 2
+    assert "sft.loss.position_bias" in log.read_text() and "negatives that were shown" in log.read_text()
