@@ -21,8 +21,8 @@ UNIT, RANKS, E2E = "tests/unit", "tests/distributed", "tests/e2e"
 
 BUGS = [
     # Scale: the mean over ranks of loss and gradients is the global value.
-    Bug("scale", "gradients_scaled_by_local_weight", "losses.contrastive:_finish_gradients",
-        "sizes.world_size / sizes.weight_sum if", "1.0 / sizes.weight_sum if",
+    Bug("scale", "gradients_scaled_by_local_weight", "losses.inputs:GlobalSizes.gradient_factor",
+        "self.world_size / self.weight_sum if", "1.0 / self.weight_sum if",
         f"{RANKS}/test_scale_contract.py::test_ddp"),
     Bug("scale", "beta_gradient_of_the_wrong_direction", "losses.contrastive:_finish_gradients",
         "beta_grad_m.to(sums.beta.dtype)", "positive_grad_m.to(sums.beta.dtype)",
