@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,17 @@ import bigdssm
 from bigdssm.checkpoints.checkpoint import checkpoints_in, load_checkpoint, read_manifest
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import run_main
+from bigdssm.cluster.launcher import run_command
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.comparison import System, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import means
 from bigdssm.retrieval.embed import tower_encoders
-from tools.bench.bench_impressions import CHOSEN, DOCS, USERS, WIDTH, by_taste, names, run, top
+from bigdssm.utils.string_hashing import hash_strings
 
+USERS, DOCS, WIDTH, CHOSEN = 3000, 1000, 6, 4
 SHOWN, EXAMINATION = 50, 0.7
 CONFIG = f"""
 run: {{{{dir: {{folder}}/run, seed: {{seed}}}}}}
@@ -132,6 +136,31 @@ def generate(folder: Path, seed: int) -> tuple[pa.Table, np.ndarray]:
     }  # fmt: skip
     pq.write_table(pa.table(impressions), folder / "shown.parquet")
     return pa.concat_tables([pa.table(part) for part in columns]), taste
+
+
+def by_taste(dataset: Dataset, taste: np.ndarray) -> Callable[[Rows], np.ndarray]:
+    """Return the scores of rows by taste: [m, N]."""
+    users, docs = (
+        {key: number for number, key in enumerate(hash_strings(pa.array(names(kind, np.arange(size)))).tolist())}
+        for kind, size in (("u", USERS), ("d", DOCS))
+    )
+    columns = [docs[key] for key in dataset.catalogue.ids(np.arange(dataset.catalogue.num_docs)).tolist()]
+    return lambda rows: taste[[users[key] for key in rows.query_ids.tolist()]][:, columns]
+
+
+def top(scores: np.ndarray, number: int) -> np.ndarray:
+    """Return the top columns per row, int64 [rows, number]; with Gumbel noise added, a softmax sample."""
+    return np.argpartition(-scores, number, axis=1)[:, :number]
+
+
+def names(kind: str, numbers: np.ndarray) -> list[str]:
+    """Return the ids of users (u…) or documents (d…)."""
+    return [f"{kind}{number}" for number in numbers]
+
+
+def run(log: Path, command: str, *arguments: object) -> None:
+    """Run `bigdssm command …`."""
+    run_command(log, command, *map(str, arguments)).check()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_a_full_queue_and_a_full_disk_lose_records_and_no_answer(
     assert lost(results) == 4
     log.put('{"user": "u9"}', columns, [], searcher, False)
     log.close()
-    assert [row["user"] for row in rows_of(tmp_path)] == ["u7", "u7", "u9"]
+    assert sorted(row["user"] for row in rows_of(tmp_path)) == ["u7", "u7", "u9"]  # two files, of one second
 
 
 def test_a_killed_server_loses_at_most_its_last_second(tmp_path: Path) -> None:
