@@ -7,6 +7,8 @@ Both sides train one BERT with mean pooling for queries and documents, from the 
 the same SGD, in-batch softmax over the documents of all ranks (cosine, scale 20), on CPU ranks. `in its Trainer`: by
 SentenceTransformerTrainer; `around`: the loss is called around the DeepSpeed engine; `inside`: it is in its module.
 `gradcache` is the package that tevatron uses, called as its GCTrainer calls it (and, `by chunks`, without no_sync).
+`nemo` are the cross-rank negatives of NeMo AutoModel's bi-encoder recipe (pip install --no-deps nemo-automodel), whose
+ranks are those of DistributedDataParallel or FSDP: by default without gradients to the documents of other ranks.
 The plain loss of either side is the reference: a cached step has to give its curve. Each case has separate processes.
 """
 
@@ -34,7 +36,10 @@ SCALE = 20.0
 WORDS = 500  # and five special tokens
 STAGES = (0, 1, 2, 3)
 TRAINER = "cached in its Trainer"
-CASES = ("plain", TRAINER, "cached around", "cached inside", "gradcache", "gradcache by chunks", "ours", "ours, chunks")
+CASES = (
+    "plain", TRAINER, "cached around", "cached inside", "gradcache", "gradcache by chunks", "nemo", "nemo, gradients",
+    "ours", "ours, chunks",
+)  # fmt: skip
 Step = Callable[[], float]  # the loss: of this rank, or its mean over ranks
 
 
@@ -223,6 +228,28 @@ def gradcache_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor,
     return step
 
 
+def nemo_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
+    """Return a step of NeMo AutoModel's bi-encoder recipe with cross-rank negatives, under DistributedDataParallel."""
+    import torch.distributed as dist
+    from nemo_automodel.components.models.common.inbatch_neg_utils import dist_gather_tensor
+
+    model = nn.parallel.DistributedDataParallel(_Pooled(folder).train())
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+    labels = torch.arange(args.rows) + dist.get_rank() * args.rows
+
+    def step() -> float:  # as TrainBiEncoderRecipe._forward_backward_step
+        queries, documents = model(tokens[0]), model(tokens[1])
+        every = dist_gather_tensor(documents, preserve_grad=args.case == "nemo, gradients")
+        loss = nn.functional.cross_entropy(SCALE * queries @ every.T, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # DeepSpeed's default
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
 def our_step(args: argparse.Namespace, folder: Path, tokens: tuple[Tensor, Tensor]) -> Step:
     """Return a cached step of this project around a DeepSpeed engine."""
     import bigdssm
@@ -266,7 +293,8 @@ def one_case(args: argparse.Namespace) -> None:
         trainer_steps(args, args.encoder, ranks, seen)
     else:
         tokens = local_tokens(args, args.rank, ranks)
-        of_case = {"ours": our_step, "gradcache": gradcache_step}.get(re.split("[, ]", args.case)[0], peer_step)
+        steps = {"ours": our_step, "gradcache": gradcache_step, "nemo": nemo_step}
+        of_case = steps.get(re.split("[, ]", args.case)[0], peer_step)
         step, base = of_case(args, args.encoder, tokens), _peak_mb()
         for _ in range(args.steps):
             started = time.perf_counter()
@@ -327,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.case:
         one_case(args)
         return
-    names = ("sentence-transformers", "gradcache", "deepspeed", "torch")
+    names = ("sentence-transformers", "gradcache", "nemo-automodel", "deepspeed", "torch")
     releases = ", ".join(f"{name} {version(name)}" for name in names)
     print(
         f"{releases}; {args.ranks} CPU ranks × {args.rows} rows of {args.tokens} tokens, chunks of {args.chunk} texts"
