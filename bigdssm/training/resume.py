@@ -174,6 +174,12 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     checkpoint = store.newest_valid() if resume else None
     run_id = run_identity(config.stage_dir(name), None if checkpoint is None else checkpoint.state["run_id"])
     if checkpoint is None:
+        if resume and config.data.from_partition is not None and config.initial_model(name) is None:
+            logger.warning(
+                "%s has no checkpoint: %s starts from random weights, and data.from_partition=%s leaves out the "
+                "earlier partitions; set %s.init to a model to continue from", config.stage_dir(name), name,
+                config.data.from_partition, name,
+            )  # fmt: skip
         return StartPoint(run_id, StageProgress())
     before = _check_origin(checkpoint, run_id, config, name)
     progress = StageProgress.from_state_dict(checkpoint.state["progress"])

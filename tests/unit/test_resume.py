@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from bigdssm.config import load_config
-from bigdssm.training.resume import rule_of
+from bigdssm.training.resume import find_start, rule_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = {
@@ -51,3 +54,23 @@ def test_the_page_of_faults_has_the_rules_of_the_code() -> None:
     assert page == made, "run PYTHONPATH=. python tools/site/config_keys.py"
     table = page[page.index("| rule | keys |") :].split("\n\n")[0]
     assert table.count("`STAGE.steps`") == table.count("`data.mixture`") == table.count("`engine`") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resume", "warned"),
+    [([], True, True), (["pretrain.init=model"], True, False), ([], False, False)],
+    ids=["random weights", "a model", "first start"],
+)
+def test_a_resume_without_checkpoint_on_later_partitions_is_a_warning(
+    overrides: list[str], resume: bool, warned: bool, tiny_interactions: Any, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = load_config(
+        tiny_interactions.config, [f"run.dir={tmp_path / 'run'}", "data.from_partition=day2", *overrides]
+    )
+    config.stage_dir("pretrain").mkdir(parents=True)
+    store: Any = SimpleNamespace(newest_valid=lambda: None)
+    stream: Any = None  # read only with a checkpoint
+    with caplog.at_level("WARNING", "bigdssm"):
+        assert find_start(config, "pretrain", store, stream, resume).checkpoint is None
+    assert ("data.from_partition=day2 leaves out" in caplog.text) == warned
