@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--index", "INDEX", "folder written by bigdssm build_index; needs its --vectors"),
         ("--negatives", "FILE", "file of hard negatives or candidates"),
         ("--teacher", "FOLDER", "folder written by bigdssm embed_teacher"),
+        ("--log", "FOLDER", "folder written by bigdssm serve --log-requests"),
     ):
         parser.add_argument(
             option, type=Path, nargs="+", action="extend", default=[], metavar=metavar, help=f"{what}; one or more"
@@ -121,6 +122,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             forget_in_negatives(path, rows, forgotten.documents, changes)
         for folder in args.teacher:
             forget_in_teacher(folder, rows, forgotten.documents, changes)
+        if args.log:
+            from bigdssm.serving.request_log import forget_in_log  # needs the extra serve
+
+            names = {*items, *dataset.catalogue.titles(forgotten.documents)} - {""}
+            for folder in args.log:
+                open_files = forget_in_log(folder, users, names, changes)
+                left += [
+                    f"{path}, which a server writes; start the command again in ten minutes" for path in open_files
+                ]
         in_use = [] if args.cache is None else _empty_cache(args.cache, changes)
     left += [f"{path}, which another process uses; end it, and start the command again" for path in in_use]
     report = _report(args, forgotten, (users, items), changes, stored, left)

@@ -37,6 +37,7 @@ from bigdssm.ingest.forgetting import Forgotten, forget
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.serving.request_log import COLUMNS
 from bigdssm.stores.opening import open_store
 from bigdssm.utils.changes import Changes
 from bigdssm.utils.hashing import file_checksum, hash64
@@ -401,6 +402,25 @@ def test_what_cannot_be_done_is_refused(folder: Path, tmp_path: Path, capsys: py
         assert command.main(options) != 0
         assert message in capsys.readouterr().err
     assert checksums(folder) == before
+
+
+def test_logs_of_requests_have_no_byte_of_the_ids(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"request": "a", "user": user(3), "body": json.dumps({"user": user(3)}), "features": "{}", "document": ["x"]},
+        {
+            "request": "b", "user": user(4), "features": "{}", "document": [item(2), item(5)],
+            "body": json.dumps({"user": user(4), "events": [{"item": f"tea of {item(2)}"}], "exclude": [item(2)]}),
+        },
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    log.mkdir()
+    parquet.write_table(pa.Table.from_pylist(rows, COLUMNS), log / "day.parquet")
+    arguments = ["--data", str(folder / "data"), "--user", user(3), "--item", item(2), "--log", str(log)]
+    assert command.main(arguments) == 0
+    [row] = parquet.read_table(log / "day.parquet").to_pylist()
+    assert row["user"] == user(4) and row["document"] == [None, item(5)]
+    assert json.loads(row["body"]) == {"user": user(4), "events": [], "exclude": []}
+    assert not any(name.encode() in (log / "day.parquet").read_bytes() for name in (user(3), item(2)))
 
 
 def test_downloads_are_removed(folder: Path, tmp_path: Path) -> None:
