@@ -54,7 +54,7 @@ from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.tables.files import MappedTables, row_file_checksum
+from bigdssm.tables.files import MappedTables, RowFile
 from bigdssm.utils.atomic import hidden_version, link_or_copy, new_folder, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
@@ -354,7 +354,7 @@ def _checksums(folder: Path, computed: Mapping[str, str] = MappingProxyType({}))
 
 def stored_checksum(path: Path) -> str:
     """Return the checksum of a file; rows of tables are left out, as they are verified when they are read."""
-    return row_file_checksum(path) if path.parent.name == TABLES_DIR else file_checksum(path)
+    return RowFile(path).checksum if path.parent.name == TABLES_DIR else file_checksum(path)
 
 
 def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | None = None) -> ModelFolder:

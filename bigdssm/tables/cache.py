@@ -43,14 +43,32 @@ class RowCache:
 
     def read(self, local: np.ndarray) -> dict[str, Tensor]:
         """Return the tensors [n, d] of positions, on the device, and keep them as long as there is space."""
-        slots = self._keep(local)
+        slots = self._slot_of[local].astype(np.int64) - 1
+        missing = np.flatnonzero(slots == ABSENT)
+        self._reads += 1
+        self._last_use[slots[slots != ABSENT]] = self._reads
+        # missing rows replace those that were used longest ago
+        unused = np.flatnonzero(self._last_use < self._reads)
+        missing = missing[: len(unused)]
+        if len(missing) < len(unused):
+            unused = unused[np.argpartition(self._last_use[unused], len(missing))[: len(missing)]]
+        self._write_back(unused[self._changed[unused]])
+        replaced, new = self._position[unused], local[missing]
+        self._slot_of[replaced[replaced != ABSENT]] = 0
+        self._slot_of[new] = unused + 1
+        self._position[unused], self._last_use[unused] = new, self._reads
+        for name, stored in self._stored.items():
+            rows = to_device(stored[torch.from_numpy(new)], self._device)
+            self._cached[name].index_copy_(0, self._index(unused), rows)
+        slots[missing] = unused
+        # positions without space are read from the storage
         inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
         tensors = {}
         for name, stored in self._stored.items():
             tensors[name] = torch.empty(len(local), stored.shape[1], dtype=stored.dtype, device=self._device)
             tensors[name].index_copy_(0, self._index(inside), self._cached[name][self._index(slots[inside])])
-            stored_rows = stored[torch.from_numpy(local[outside])]
-            tensors[name].index_copy_(0, self._index(outside), to_device(stored_rows, self._device))
+            stored_rows = to_device(stored[torch.from_numpy(local[outside])], self._device)
+            tensors[name].index_copy_(0, self._index(outside), stored_rows)
         return tensors
 
     def write(self, local: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
@@ -74,27 +92,6 @@ class RowCache:
         self._slot_of[self._position[self._position != ABSENT]] = 0
         self._position[:] = ABSENT
         self._last_use[:] = 0
-
-    def _keep(self, local: np.ndarray) -> np.ndarray:
-        """Return the slots of positions, ABSENT without space, after replacing the rows that were used longest ago."""
-        slots = self._slot_of[local].astype(np.int64) - 1
-        missing = np.flatnonzero(slots == ABSENT)
-        self._reads += 1
-        self._last_use[slots[slots != ABSENT]] = self._reads
-        unused = np.flatnonzero(self._last_use < self._reads)
-        missing = missing[: len(unused)]
-        if len(missing) < len(unused):
-            unused = unused[np.argpartition(self._last_use[unused], len(missing))[: len(missing)]]
-        self._write_back(unused[self._changed[unused]])
-        replaced, new = self._position[unused], local[missing]
-        self._slot_of[replaced[replaced != ABSENT]] = 0
-        self._slot_of[new] = unused + 1
-        self._position[unused], self._last_use[unused] = new, self._reads
-        for name, stored in self._stored.items():
-            rows = to_device(stored[torch.from_numpy(new)], self._device)
-            self._cached[name].index_copy_(0, self._index(unused), rows)
-        slots[missing] = unused
-        return slots
 
     def _write_back(self, slots: np.ndarray) -> None:
         for name, stored in self._stored.items():

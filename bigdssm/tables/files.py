@@ -18,8 +18,9 @@ import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def table_tensors(tables: ShardedTables, since: int | None = None) -> dict[str, 
             tensors[f"{name}/{key}{DIGESTS}"] = torch.from_numpy(_digests(tensor))
             if key in (ROWS, EVICTED):
                 tensors[f"{name}/{key}{FIRST}"] = torch.from_numpy(tensor.numpy()[::BLOCK_ROWS].copy())
-        tensors[f"{name}/{KEY}"] = _key_tensor(store.key)
+        tensors[f"{name}/{KEY}"] = torch.from_numpy(np.array([store.key], np.uint64).view(np.int64))
     index = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.dtype == torch.int64}
     tensors[DIGEST] = torch.from_numpy(_index_digest(index))
     return tensors
@@ -96,7 +97,7 @@ def write_row_file(path: Path, sources: Mapping[str, RowSource]) -> None:
     index: dict[str, Tensor] = {}
     layout: list[tuple[str, torch.dtype, int]] = []
     for name, source in sources.items():
-        index[f"{name}/{KEY}"] = _key_tensor(source.key)
+        index[f"{name}/{KEY}"] = torch.from_numpy(np.array([source.key], np.uint64).view(np.int64))
         index[f"{name}/{ROWS}{FIRST}"] = torch.from_numpy(source.rows[::BLOCK_ROWS].copy())
         for key, tensor in source.read(slice(0, 0)).items():
             index[f"{name}/{key}{DIGESTS}"] = torch.zeros(2 * -(-len(source.rows) // BLOCK_ROWS), dtype=torch.int64)
@@ -131,34 +132,36 @@ def holds_rows(path: Path, rows: Mapping[str, np.ndarray]) -> bool:
 
 def write_without(path: Path, target: Path, rows: Mapping[str, np.ndarray]) -> None:
     """Write the row file of a model folder without `rows` (int64, by table), which get their initial values."""
-    file = RowFile(path)
-
-    def source(name: str) -> RowSource:
-        saved = file.read(name, ROWS, np.arange(file.count(name)))[:, 0]
+    file, sources = RowFile(path), {}
+    for name in file.tables:
+        saved = _all_rows([file], name)
         retained = np.flatnonzero(~np.isin(saved, rows.get(name, [])))
-
-        def read(part: slice) -> Content:
-            values = file.read(name, VALUES, retained[part])
-            return {ROWS: _tensor(saved[retained[part]]), VALUES: _tensor(values)}
-
-        return RowSource(file.key(name), saved[retained], read)
-
-    write_row_file(target, {name: source(name) for name in file.tables})
-
-
-def row_file_checksum(path: Path) -> str:
-    """Return the xxh3_128 of a row file's header and index, which has the digests of its rows, in hex."""
-    return RowFile(path).checksum
+        sources[name] = _chain_source([file], name, saved[retained], np.zeros(len(retained), np.int64), retained)
+    write_row_file(target, sources)
 
 
 class RowFile:
-    """A memory-mapped row file."""
+    """A memory-mapped row file; `checksum`: the xxh3_128 of its header and index, which has the digests, in hex."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError: the file is missing, or its header or index is damaged."""
         self.path = path
         try:
-            self._map, self._start, self._arrays, header = _mapped(path)
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
+            content = np.frombuffer(self._map, np.uint8)
+            self._start = content.__array_interface__["data"][0]
+            size = 8 + int(content[:8].view(np.uint64)[0])
+            header = bytes(content[8:size])
+            entries: dict[str, Any] = json.loads(header)
+            end = size + max(entry["data_offsets"][1] for entry in entries.values())
+            if end != len(content):
+                raise ValueError(f"it has {len(content)} bytes, needs {end}")
+            self._arrays: dict[str, np.ndarray] = {}  # bfloat16 as uint16
+            for name, entry in entries.items():
+                first, last = entry["data_offsets"]
+                self._arrays[name] = content[size + first : size + last].view(_NUMPY[entry["dtype"]])
             needed = _index_digest(self._arrays)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a row file: {error}; copy the folder again") from None
@@ -203,8 +206,7 @@ class RowFile:
         values = self._arrays[f"{name}/{key}"]
         values = values.reshape(self.count(name), -1) if len(values) else values.reshape(0, 1)
         self._verify(f"{name}/{key}", values, np.unique(positions // BLOCK_ROWS))
-        verified: np.ndarray = values[positions]
-        return verified
+        return np.asarray(values[positions])
 
     def find(self, name: str, rows: np.ndarray, key: str = ROWS) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices of saved rows: in `rows`, and in the file. Raises CheckpointError: damaged.
@@ -246,14 +248,6 @@ class RowFile:
             verified[block] = True
 
 
-class _Found(NamedTuple):
-    """Saved rows of a chain of files."""
-
-    requested: np.ndarray  # positions among the requested rows
-    number: np.ndarray  # of the file in the chain
-    at: np.ndarray  # position in the file
-
-
 class MappedTables:
     """The tables in row files, for inference; rows that were never updated have their initial values."""
 
@@ -263,13 +257,12 @@ class MappedTables:
         Raises CheckpointError: a file is missing or damaged, or lacks a table.
         """
         self.specs = dict(specs)
-        self.chains = [[RowFile(path) for path in chain] for chain in chains]
-        for file in (file for chain in self.chains for file in chain):
-            for name, spec in specs.items():
-                if not file.holds(name, spec.dim):
-                    raise CheckpointError(
-                        f"{file.path} does not hold the table {name} of width {spec.dim} with digests; copy it again"
-                    )
+        self.chains = [[RowFile(path) for path in paths] for paths in chains]
+        for file, (name, spec) in product((file for files in self.chains for file in files), specs.items()):
+            if not file.holds(name, spec.dim):
+                raise CheckpointError(
+                    f"{file.path} does not hold the table {name} of width {spec.dim} with digests; copy it again"
+                )
         if specs and not chains:
             raise CheckpointError(f"no file holds the rows of the tables {', '.join(specs)}; copy the folder again")
 
@@ -287,10 +280,10 @@ class MappedTables:
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
         by_chain = [self._find(chain, name, distinct) for chain in self.chains]
         values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
-        for chain, saved in zip(self.chains, by_chain, strict=True):
-            values[saved.requested] = _tensor(_gather(chain, name, VALUES, saved.number, saved.at)).float().numpy()
+        for chain, (index, number, positions) in zip(self.chains, by_chain, strict=True):
+            values[index] = _tensor(_gather(chain, name, VALUES, number, positions)).float().numpy()
         if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary
-            admitted = np.isin(np.arange(len(distinct)), np.concatenate([saved.requested for saved in by_chain]))
+            admitted = np.isin(np.arange(len(distinct)), np.concatenate([index for index, _, _ in by_chain]))
             missing = ~admitted & (distinct != OUT_OF_VOCABULARY)
             if missing.any():
                 values[missing] = self._vectors(name, torch.tensor([OUT_OF_VOCABULARY])).numpy()
@@ -301,20 +294,13 @@ class MappedTables:
     def write(self, folder: Path) -> None:
         """Write the admitted rows, without states, to a row file per rank in a new folder. Raises OSError."""
         folder.mkdir()
-
-        def source(chain: Sequence[RowFile], name: str) -> RowSource:
-            rows = _all_rows(chain, name)
-            index, number, positions = self._find(chain, name, rows)
-            rows = rows[index]
-
-            def read(part: slice) -> Content:
-                values = _gather(chain, name, VALUES, number[part], positions[part])
-                return {ROWS: _tensor(rows[part]), VALUES: _tensor(values)}
-
-            return RowSource(chain[0].key(name), rows, read)
-
         for rank, chain in enumerate(self.chains):
-            write_row_file(folder / row_file(rank), {name: source(chain, name) for name in self.specs})
+            sources = {}
+            for name in self.specs:
+                rows = _all_rows(chain, name)
+                index, number, positions = self._find(chain, name, rows)
+                sources[name] = _chain_source(chain, name, rows[index], number, positions)
+            write_row_file(folder / row_file(rank), sources)
 
     def key(self, name: str) -> int:
         """Return the key of a table's initial values."""
@@ -336,8 +322,13 @@ class MappedTables:
                 content[ROWS] = torch.from_numpy(rows[part])
                 yield {key: tensor[:, 0] if key in COUNTS else tensor for key, tensor in content.items()}
 
-    def _find(self, chain: Sequence[RowFile], name: str, rows: np.ndarray, *, admitted: bool = True) -> _Found:
-        """Return the saved, by default admitted, rows among ascending ones; the last file with a row holds it."""
+    def _find(
+        self, chain: Sequence[RowFile], name: str, rows: np.ndarray, *, admitted: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the saved, by default admitted, rows among ascending ones; the last file with a row holds it.
+
+        As their indices in `rows`, the numbers of their files in the chain, and their positions in these.
+        """
         number, positions = np.full(len(rows), -1), np.zeros(len(rows), np.int64)
         for position, file in enumerate(chain):
             evicted, _ = file.find(name, rows, EVICTED)
@@ -349,7 +340,7 @@ class MappedTables:
             index = np.flatnonzero(stored)
             occurrences = _gather(chain, name, OCCURRENCES, number[index], positions[index])[:, 0]
             stored[index] = (occurrences >= self.specs[name].admit_after) | (rows[index] == OUT_OF_VOCABULARY)
-        return _Found(np.flatnonzero(stored), number[stored], positions[stored])
+        return np.flatnonzero(stored), number[stored], positions[stored]
 
 
 def _all_rows(chain: Sequence[RowFile], name: str) -> np.ndarray:
@@ -369,32 +360,24 @@ def _gather(chain: Sequence[RowFile], name: str, key: str, number: np.ndarray, p
     return values
 
 
+def _chain_source(
+    chain: Sequence[RowFile], name: str, rows: np.ndarray, number: np.ndarray, positions: np.ndarray
+) -> RowSource:
+    """Return a source of rows at positions of files of a chain, without states."""
+
+    def read(part: slice) -> Content:
+        values = _gather(chain, name, VALUES, number[part], positions[part])
+        return {ROWS: _tensor(rows[part]), VALUES: _tensor(values)}
+
+    return RowSource(chain[0].key(name), rows, read)
+
+
 def load_tables(tables: ShardedTables, saved: MappedTables, *, states: bool) -> None:
     """Set this rank's rows to saved ones; states: with states, step numbers and occurrences, to resume."""
     for name, store in tables.stores.items():
         store.key = saved.key(name)
         for content in saved.contents(name, tables.partition.owns, states=states):
             store.load(content)
-
-
-def _mapped(path: Path) -> tuple[mmap.mmap, int, dict[str, np.ndarray], bytes]:
-    """Memory-map a safetensors file; return the map, its address, the tensors, bfloat16 as uint16, and the header."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)  # a row is read without those around it
-    content = np.frombuffer(mapped, np.uint8)
-    size = int(content[:8].view(np.uint64)[0])
-    text = bytes(content[8 : 8 + size])
-    header: dict[str, Any] = json.loads(text)
-    start = 8 + size
-    end = start + max(entry["data_offsets"][1] for entry in header.values())
-    if end != len(content):
-        raise ValueError(f"it has {len(content)} bytes, needs {end}")
-    arrays = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        arrays[name] = content[start + first : start + last].view(_NUMPY[entry["dtype"]])
-    return mapped, content.__array_interface__["data"][0], arrays, text
 
 
 def _digests(values: np.ndarray | Tensor) -> np.ndarray:
@@ -416,10 +399,6 @@ def _bytes(values: np.ndarray | Tensor) -> memoryview:
     if isinstance(values, Tensor):
         values = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
     return np.ascontiguousarray(values).data
-
-
-def _key_tensor(key: int) -> Tensor:
-    return torch.from_numpy(np.array([key], np.uint64).view(np.int64))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -19,7 +19,7 @@ class RowIndex:
 
     def __init__(self) -> None:
         self.rows = np.full(FIRST_SLOTS, FREE, np.int64)  # [S]: the row in each slot
-        self._free: np.ndarray
+        self.free: np.ndarray  # slots without a row
         self._filled: int  # entries with a slot
         self._build()
 
@@ -34,16 +34,11 @@ class RowIndex:
             entry[pending] = (entry[pending] + 1) % len(self._entries)
         return slots
 
-    @property
-    def num_free(self) -> int:
-        """The number of slots without a row."""
-        return len(self._free)
-
     def add(self, rows: np.ndarray) -> np.ndarray:
-        """Assign free slots to distinct absent rows, at most `num_free`; return them, int64 [n]."""
+        """Assign free slots to distinct absent rows, at most as many as there are in `free`; return them, int64 [n]."""
         if self._filled + len(rows) > len(self._entries) * 3 // 4:
             self._build()
-        slots, self._free = self._free[: len(rows)], self._free[len(rows) :]
+        slots, self.free = self.free[: len(rows)], self.free[len(rows) :]
         self.rows[slots] = rows
         self._place(slots)
         return slots
@@ -51,7 +46,7 @@ class RowIndex:
     def remove(self, slots: np.ndarray) -> None:
         """Free slots; searches pass their entries until the table is built again."""
         self.rows[slots] = FREE
-        self._free = np.append(self._free, slots)
+        self.free = np.append(self.free, slots)
 
     def grow(self) -> None:
         """Double the number of slots."""
@@ -60,7 +55,7 @@ class RowIndex:
 
     def _build(self) -> None:
         self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0
-        self._free = np.flatnonzero(self.rows[1:] == FREE) + 1
+        self.free = np.flatnonzero(self.rows[1:] == FREE) + 1
         self._place(np.flatnonzero(self.rows != FREE))
 
     def _place(self, slots: np.ndarray) -> None:

@@ -70,8 +70,7 @@ class TableSpec:
             [FIRST_CODE + (mix64(codes, key) % np.uint64(self.hash_rows)).astype(np.int64) for key in keys], -1
         )
         first = np.where(np.arange(self.hashes) == 0, codes[..., None], 0)
-        shared: np.ndarray = np.where(codes[..., None] < FIRST_CODE, first, rows)
-        return shared
+        return np.asarray(np.where(codes[..., None] < FIRST_CODE, first, rows))
 
     @property
     def share(self) -> int:
@@ -88,13 +87,11 @@ class RowPartition:
 
     def owner(self, rows: np.ndarray) -> np.ndarray:
         """Return the rank of each row."""
-        owner: np.ndarray = shard_of(rows) * self.world_size // SHARDS
-        return owner
+        return np.asarray(shard_of(rows) * self.world_size // SHARDS)
 
     def owns(self, rows: np.ndarray) -> np.ndarray:
         """Return whether rows are this rank's, bool [n]."""
-        owned: np.ndarray = self.owner(rows) == self.rank
-        return owned
+        return np.asarray(self.owner(rows) == self.rank)
 
     @property
     def shards(self) -> tuple[int, int]:
@@ -104,14 +101,13 @@ class RowPartition:
     def local(self, rows: np.ndarray) -> np.ndarray:
         """Return the positions of this rank's rows in its storage; rows that are added later follow."""
         first, end = self.shards
-        position: np.ndarray = rows // SHARDS * (end - first) + shard_of(rows) - first
-        return position
+        return np.asarray(rows // SHARDS * (end - first) + shard_of(rows) - first)
 
     def rows(self, local: np.ndarray) -> np.ndarray:
         """Return the rows at positions of the storage; the inverse of `local`."""
         first, end = self.shards
-        rows: np.ndarray = local // (end - first) * SHARDS + (local % (end - first) + first) * _GATHER % SHARDS
-        return rows
+        size = end - first
+        return np.asarray(local // size * SHARDS + (local % size + first) * _GATHER % SHARDS)
 
     def capacity(self, rows: int) -> int:
         """Return the size of the storage for a table of `rows` rows."""
@@ -193,16 +189,17 @@ class RowStore:
         self._files: dict[str, SparseFile] = {}  # of values and states
         self._slots = RowIndex() if spec.is_keyed else None
         size = partition.capacity(spec.stored_rows) if self._slots is None else len(self._slots.rows)
-        self.values = self._allocate("values", size, spec.dim, spec.dtype)
         widths = optimizer.state_widths(spec.dim)
-        self.states = {name: self._allocate(name, size, width, torch.float32) for name, width in widths.items()}
-        self._cache = RowCache(self._stored, cache_rows, cache_device or device) if cache_rows and size else None
+        self._states = list(widths)
+        self.stored = {name: self._allocate(name, size, n) for name, n in {"values": spec.dim, **widths}.items()}
+        self._cache = RowCache(self.stored, cache_rows, cache_device or device) if cache_rows and size else None
         self.num_read = self.num_hits = 0  # stored rows that were read, and those of them that were in the cache
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
         self.updated: np.ndarray = self._on_host(size, 1, np.int32).reshape(-1)
-        counted = spec.admit_after > 1
-        self.occurrences: np.ndarray | None = self._on_host(size, 1, np.int16).reshape(-1) if counted else None
+        self.occurrences: np.ndarray | None = None
+        if spec.admit_after > 1:
+            self.occurrences = self._on_host(size, 1, np.int16).reshape(-1)
         self._released: list[tuple[int, np.ndarray]] = []  # a step, and rows that it evicted before they were replaced
         self.evictions_known_from = 0  # the first step from which all of them are listed
 
@@ -217,7 +214,9 @@ class RowStore:
             self._files[name] = file
         return np.frombuffer(file.mapped, dtype).reshape(size, width)
 
-    def _allocate(self, name: str, size: int, width: int, dtype: torch.dtype) -> Tensor:
+    def _allocate(self, name: str, size: int, width: int) -> Tensor:
+        """Return zeros [size, width] for values or a state."""
+        dtype = self.spec.dtype if name == "values" else torch.float32
         if self._folder is None:
             return torch.zeros(size, width, dtype=dtype, device=self._device)
         narrow = dtype == torch.bfloat16
@@ -238,9 +237,9 @@ class RowStore:
         """
         local = self._local(rows)
         if self._slots is not None:
-            if len(absent := np.flatnonzero(local == 0)) > self._slots.num_free:
+            if len(absent := np.flatnonzero(local == 0)) > len(self._slots.free):
                 self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)), step)
-                while self._slots.num_free < len(rows) + len(self.updated) // 4:
+                while len(self._slots.free) < len(rows) + len(self.updated) // 4:
                     self._grow()
                 local = self._local(rows)
                 absent = np.flatnonzero(local == 0)
@@ -259,8 +258,8 @@ class RowStore:
         self.updated[local] = 0
         if self.occurrences is not None:
             self.occurrences[local] = 0
-        for state in self.states.values():
-            state.index_fill_(0, self._index(local), 0)
+        for name in self._states:
+            self.stored[name].index_fill_(0, self._index(local), 0)
         if self._slots is not None:
             self._slots.remove(local)
 
@@ -271,57 +270,51 @@ class RowStore:
         if self._cache is not None:
             self._cache.clear()
         size = len(self._slots.rows)
-
-        def extended(name: str, stored: Tensor) -> Tensor:
-            larger = self._allocate(name, size, stored.shape[1], stored.dtype)
+        for name, stored in self.stored.items():
+            self.stored[name] = self._allocate(name, size, stored.shape[1])
             if name in self._files:
                 self._files[name].reserve(np.arange(len(stored)))
-            larger[: len(stored)] = stored
-            return larger
-
-        def extended_on_host(counts: np.ndarray) -> np.ndarray:
-            larger = self._on_host(size, 1, counts.dtype.type).reshape(-1)
-            larger[: len(counts)] = counts
-            return larger
-
-        self.values = extended("values", self.values)
-        for name in self.states:
-            self.states[name] = extended(name, self.states[name])
+            self.stored[name][: len(stored)] = stored
         if self._cache is not None:
-            self._cache.use(self._stored)
-        self.updated = extended_on_host(self.updated)
+            self._cache.use(self.stored)
+
+        updated = self._on_host(size, 1, np.int32).reshape(-1)
+        updated[: len(self.updated)] = self.updated
+        self.updated = updated
         if self.occurrences is not None:
-            self.occurrences = extended_on_host(self.occurrences)
+            occurrences = self._on_host(size, 1, np.int16).reshape(-1)
+            occurrences[: len(self.occurrences)] = self.occurrences
+            self.occurrences = occurrences
 
     def is_admitted(self, rows: np.ndarray, step: int) -> np.ndarray:
         """Return whether rows are used before `step`, bool [n]; the out-of-vocabulary row always is."""
         if self.occurrences is None:
             return np.ones(len(rows), bool)
         local = self._local(rows)
-        admitted: np.ndarray = (self.occurrences[local] >= self.spec.admit_after) & ~self._expired(local, step)
-        return admitted | (rows == OUT_OF_VOCABULARY)
+        admitted = (self.occurrences[local] >= self.spec.admit_after) & ~self._expired(local, step)
+        return np.asarray(admitted | (rows == OUT_OF_VOCABULARY))
 
     def _expired(self, local: np.ndarray, step: int) -> np.ndarray:
         last, limit = self.updated[local].astype(np.int64) - 1, self.spec.evict_after
-        expired: np.ndarray = (last >= 0) & (step - last > limit) if limit else np.zeros(len(local), bool)
-        return expired
+        return np.asarray((last >= 0) & (step - last > limit) if limit else np.zeros(len(local), bool))
 
     def read(self, rows: np.ndarray, step: int) -> Tensor:
         """Return this rank's rows before `step`, float32 [n, d] on the device of the storage, or of its cache."""
         local = self._local(rows)
         stored = np.flatnonzero(self.updated[local])
-        if self._files and (self._cache is None or not len(stored)):  # tmpfs adds blocks to pages that are read
+        if self._cache is not None and len(stored):
+            distinct, inverse = np.unique(local[stored], return_inverse=True)  # several ranks may request a row
+            self.num_read += len(distinct)
+            self.num_hits += self._cache.hits(distinct)
+            cached = self._cache.read(distinct)["values"].float()
+            values = cached.new_empty(len(rows), self.spec.dim)
+            index, source = (to_device(torch.from_numpy(numbers), values.device) for numbers in (stored, inverse))
+            values.index_copy_(0, index, cached[source])
+        elif self._files:  # only stored rows are read: tmpfs adds blocks to pages that are read
             values = torch.zeros(len(rows), self.spec.dim)
-            values[stored] = self.values[local[stored]].float()
-            return self._with_initial(values, rows, local, step)
-        if self._cache is None or not len(stored):
-            return self._with_initial(self.values[self._index(local)].float(), rows, local, step)
-        distinct, inverse = np.unique(local[stored], return_inverse=True)  # several ranks may request a row
-        self.num_read, self.num_hits = self.num_read + len(distinct), self.num_hits + self._cache.hits(distinct)
-        cached = self._cache.read(distinct)["values"].float()
-        values = cached.new_empty(len(rows), self.spec.dim)
-        index, source = (to_device(torch.from_numpy(numbers), values.device) for numbers in (stored, inverse))
-        values.index_copy_(0, index, cached[source])
+            values[stored] = self.stored["values"][local[stored]].float()
+        else:
+            values = self.stored["values"][self._index(local)].float()
         return self._with_initial(values, rows, local, step)
 
     def _with_initial(self, values: Tensor, rows: np.ndarray, local: np.ndarray, step: int) -> Tensor:
@@ -338,7 +331,7 @@ class RowStore:
         local = self._assign(rows, step)
         if self._cache is None:
             index = self._index(local)
-            states = {name: stored[index] for name, stored in self._stored.items()}
+            states = {name: stored[index] for name, stored in self.stored.items()}
         else:
             states = self._cache.read(local)
         values = self._with_initial(states.pop("values").float(), rows, local, step)
@@ -404,12 +397,12 @@ class RowStore:
         """Return the `content` of rows at positions of the storage."""
         if self._cache is not None:
             self._cache.flush()
-        content = {"rows": torch.from_numpy(rows), "values": self._copied(self.values, local)}
+        content = {"rows": torch.from_numpy(rows), "values": self._copied(self.stored["values"], local)}
         if states:
             content["updated"] = torch.from_numpy(self.updated[local])
             if self.occurrences is not None:
                 content["occurrences"] = torch.from_numpy(self.occurrences[local].astype(np.int32))
-            content |= {name: self._copied(state, local) for name, state in self.states.items()}
+            content |= {name: self._copied(self.stored[name], local) for name in self._states}
         return content
 
     def _copied(self, stored: Tensor, local: np.ndarray) -> Tensor:
@@ -423,7 +416,7 @@ class RowStore:
     def load(self, content: dict[str, Tensor]) -> None:
         """Set rows of this rank to saved ones, with their states if they were saved."""
         local = self._assign(content["rows"].numpy(), 0)
-        self._write(local, content["values"], {name: content[name] for name in self.states if name in content})
+        self._write(local, content["values"], {name: content[name] for name in self._states if name in content})
         self.updated[local] = content["updated"].numpy() if "updated" in content else 1
         if self.occurrences is not None:
             saved = content.get("occurrences")
@@ -434,8 +427,13 @@ class RowStore:
         owned = np.flatnonzero(self.partition.owns(rows))
         values = self.read(rows[owned], 0)
         values[:, : vectors.shape[1]] = vectors[torch.from_numpy(owned)].to(values)
-        updated = torch.full((len(owned),), max(1, step))
-        self.load({"rows": torch.from_numpy(rows[owned]), "values": values, "updated": updated})
+        self.load(
+            {
+                "rows": torch.from_numpy(rows[owned]),
+                "values": values,
+                "updated": torch.full((len(owned),), max(1, step)),
+            }
+        )
 
     def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         written = {"values": values, **states}
@@ -443,11 +441,7 @@ class RowStore:
             self._cache.write(local, written)
             return
         for name, rows in written.items():
-            self._stored[name].index_copy_(0, self._index(local), rows.to(self._stored[name]))
-
-    @property
-    def _stored(self) -> dict[str, Tensor]:
-        return {"values": self.values, **self.states}
+            self.stored[name].index_copy_(0, self._index(local), rows.to(self.stored[name]))
 
     def _index(self, local: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(local), self.values.device)
+        return to_device(torch.from_numpy(local), self.stored["values"].device)

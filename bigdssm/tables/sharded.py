@@ -34,7 +34,6 @@ class Route:
     """The exchange of rows of all tables of one width between this rank and their owners."""
 
     names: tuple[str, ...]
-    dim: int
     order: np.ndarray  # int64 [sent]: this rank's rows of all tables, by owner, then table
     sent: list[int]  # rows to each owner
     received: list[int]  # rows that each rank requests from this one
@@ -65,15 +64,6 @@ class WorkingSet:
         return (vectors.sum(-2) if name in self.hashed else vectors).to(self.dtype)
 
 
-@dataclass
-class PendingUpdate:
-    """The mean gradient of this rank's rows of one table in a step."""
-
-    name: str
-    rows: np.ndarray  # int64 [n], distinct
-    gradients: Tensor  # float32 [n, d]
-
-
 class ShardedTables:
     """Tables whose rows are divided over the ranks. `fetch`, `look_up` and `reduce` are collectives."""
 
@@ -96,7 +86,8 @@ class ShardedTables:
         self.stores = {
             spec.name: RowStore(spec, table_key(seed, spec.name), self.partition, optimizer, *where) for spec in specs
         }
-        self._pending: list[PendingUpdate] = []
+        # by table: distinct rows of this rank, int64 [n], and their mean gradients of a step, float32 [n, d]
+        self._pending: dict[str, tuple[np.ndarray, Tensor]] = {}
         self.steps = 0  # that have been applied
 
     def fetch(self, rows: Mapping[str, np.ndarray]) -> WorkingSet:
@@ -118,39 +109,47 @@ class ShardedTables:
                 distinct = np.append(distinct, OUT_OF_VOCABULARY)
             requested[name] = distinct
             widths.setdefault(spec.dim, []).append(name)
+        world = self.partition.world_size
         for dim, names in widths.items():
-            route = self._route(tuple(names), dim, [requested[name] for name in names])
-            owned = torch.empty(len(route.requested), dim, device=self._device)
+            # exchange the numbers of rows, and the rows, with their owners
+            lengths = [len(requested[name]) for name in names]
+            table_of = np.repeat(np.arange(len(names)), lengths)
+            all_rows = np.concatenate([requested[name] for name in names]).astype(np.int64)
+            owner = self.partition.owner(all_rows)
+            order = np.lexsort((table_of, owner))
+            counts = np.bincount(owner * len(names) + table_of, minlength=world * len(names)).reshape(world, len(names))
+            requested_counts = self._exchange(torch.from_numpy(counts), [1] * world, [1] * world).numpy()
+            sent, received = counts.sum(1).tolist(), requested_counts.sum(1).tolist()
+            owned_rows = self._exchange(torch.from_numpy(all_rows[order]), sent, received).numpy()
+            owned_table = np.repeat(np.tile(np.arange(len(names)), world), requested_counts.ravel())
+            working.routes.append(Route(tuple(names), order, sent, received, owned_rows, owned_table))
+            # read the rows that this rank owns, and return their values to the ranks that requested them
+            owned = torch.empty(len(owned_rows), dim, device=self._device)
+            admitted = np.zeros(len(owned_rows), np.int64)
+            by_admission = any(self.specs[name].admit_after > 1 for name in names)
             for number, name in enumerate(names):
-                rows_of_table = np.flatnonzero(route.table_of == number)
-                read = to_device(self.stores[name].read(route.requested[rows_of_table], self.steps), self._device)
-                owned.index_copy_(0, to_device(torch.from_numpy(rows_of_table), self._device), read)
-            values = self._exchange(owned, route.received, route.sent)
-            index = to_device(torch.from_numpy(route.order), self._device)
+                of_table = np.flatnonzero(owned_table == number)
+                read = to_device(self.stores[name].read(owned_rows[of_table], self.steps), self._device)
+                owned.index_copy_(0, to_device(torch.from_numpy(of_table), self._device), read)
+                if by_admission:
+                    admitted[of_table] = self.stores[name].is_admitted(owned_rows[of_table], self.steps)
+            values = self._exchange(owned, received, sent)
+            index = to_device(torch.from_numpy(order), self._device)
             in_order = torch.empty_like(values).index_copy_(0, index, values)
-            parts = in_order.split([len(requested[name]) for name in names])
-            for name, part in zip(names, parts, strict=True):
+            for name, part in zip(names, in_order.split(lengths), strict=True):
                 working.leaves[name] = torch.cat([part.new_zeros(1, dim), part]).requires_grad_()
-            working.routes.append(route)
-            if any(self.specs[name].admit_after > 1 for name in names):
-                self._redirect(working, route, [requested[name] for name in names])
+            if not by_admission:
+                continue
+            # rows that are not admitted look up the row out of vocabulary
+            answers = self._exchange(torch.from_numpy(admitted), received, sent)
+            used_rows = torch.empty_like(answers).index_copy_(0, torch.from_numpy(order), answers)
+            for name, used in zip(names, used_rows.split(lengths), strict=True):
+                if self.specs[name].admit_after > 1:
+                    unknown = int(np.flatnonzero(requested[name] == OUT_OF_VOCABULARY)[0]) + 1
+                    instead = np.where(used.numpy(), np.arange(1, len(used) + 1), unknown)
+                    instead = np.append(PADDING_POSITION, instead)
+                    working.instead[name] = to_device(torch.from_numpy(instead), self._device)
         return working
-
-    def _redirect(self, working: WorkingSet, route: Route, rows: Sequence[np.ndarray]) -> None:
-        """Map rows that are not admitted to the out-of-vocabulary row."""
-        admitted = np.zeros(len(route.requested), np.int64)
-        for number, name in enumerate(route.names):
-            index = np.flatnonzero(route.table_of == number)
-            admitted[index] = self.stores[name].is_admitted(route.requested[index], self.steps)
-        answers = self._exchange(torch.from_numpy(admitted), route.received, route.sent)
-        in_order = torch.empty_like(answers).index_copy_(0, torch.from_numpy(route.order), answers).numpy()
-        parts = np.split(in_order, np.cumsum([len(table_rows) for table_rows in rows])[:-1])
-        for name, table_rows, used in zip(route.names, rows, parts, strict=True):
-            if self.specs[name].admit_after > 1:
-                unknown = int(np.flatnonzero(table_rows == OUT_OF_VOCABULARY)[0]) + 1
-                instead = np.where(used, np.arange(1, len(used) + 1), unknown)
-                positions = torch.from_numpy(np.append(PADDING_POSITION, instead))
-                working.instead[name] = to_device(positions, self._device)
 
     @torch.no_grad()
     def look_up(self, name: str, rows: Tensor) -> Tensor:
@@ -165,7 +164,7 @@ class ShardedTables:
 
         Gradients are those of the mean over ranks of the ranks' losses; the result is float64 [], equal on every rank.
         """
-        square, self._pending = torch.zeros((), dtype=torch.float64, device=self._device), []
+        square, self._pending = torch.zeros((), dtype=torch.float64, device=self._device), {}
         for route in working.routes:
             leaves = [working.leaves[name] for name in route.names]
             gradients = torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
@@ -173,18 +172,24 @@ class ShardedTables:
             index = to_device(torch.from_numpy((np.arange(len(skipped)) + skipped)[route.order]), self._device)
             received = self._exchange(gradients[index], route.sent, route.received)
             for number, name in enumerate(route.names):
-                update = self._summed(route, number, name, received)
-                square += update.gradients.double().square().sum()
-                self._pending.append(update)
+                # summed in the order of ranks: the same bits in every run
+                of_table = np.flatnonzero(route.table_of == number)
+                order = np.argsort(route.requested[of_table], kind="stable")
+                rows, lengths = np.unique(route.requested[of_table], return_counts=True)
+                by_row, counts = (to_device(torch.from_numpy(n), self._device) for n in (of_table[order], lengths))
+                # one thread adds the gradients of a number; unsafe: without reading the lengths on the device
+                total = torch.segment_reduce(received[by_row], "sum", lengths=counts, axis=0, unsafe=True)
+                gradients_of_rows = total / self.partition.world_size
+                square += gradients_of_rows.double().square().sum()
+                self._pending[name] = rows, gradients_of_rows
         return distributed.all_reduce(square)
 
     def commit(self, coefficient: float | Tensor, lr_factor: float) -> None:
         """Update the rows of the last `reduce`, their gradients times `coefficient`."""
-        for update in self._pending:
-            if len(update.rows):
-                gradients = update.gradients * coefficient
-                self.stores[update.name].update(update.rows, gradients, self.optimizer.lr * lr_factor, self.steps)
-        self._pending = []
+        for name, (rows, gradients) in self._pending.items():
+            if len(rows):
+                self.stores[name].update(rows, gradients * coefficient, self.optimizer.lr * lr_factor, self.steps)
+        self._pending = {}
         self.steps += 1
         if self.steps % TRIM_STEPS == 0:
             for store in self.stores.values():
@@ -199,31 +204,7 @@ class ShardedTables:
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""
-        self._pending = []
-
-    def _route(self, names: tuple[str, ...], dim: int, rows: Sequence[np.ndarray]) -> Route:
-        """Exchange the numbers of rows, and the rows, with their owners."""
-        world, tables = self.partition.world_size, len(names)
-        table_of = np.repeat(np.arange(tables), [len(table_rows) for table_rows in rows])
-        all_rows = np.concatenate(rows).astype(np.int64)
-        owner = self.partition.owner(all_rows)
-        order = np.lexsort((table_of, owner))
-        counts = np.bincount(owner * tables + table_of, minlength=world * tables).reshape(world, tables)
-        requested_counts = self._exchange(torch.from_numpy(counts), [1] * world, [1] * world).numpy()
-        sent, received = counts.sum(1).tolist(), requested_counts.sum(1).tolist()
-        requested = self._exchange(torch.from_numpy(all_rows[order]), sent, received).numpy()
-        requested_table = np.repeat(np.tile(np.arange(tables), world), requested_counts.ravel())
-        return Route(names, dim, order, sent, received, requested, requested_table)
-
-    def _summed(self, route: Route, number: int, name: str, received: Tensor) -> PendingUpdate:
-        """Return the mean gradients of a table, summed in the order of ranks: the same bits in every run."""
-        index = np.flatnonzero(route.table_of == number)
-        order = np.argsort(route.requested[index], kind="stable")  # of a row, in the order of ranks
-        rows, lengths = np.unique(route.requested[index], return_counts=True)
-        by_row, counts = (to_device(torch.from_numpy(part), self._device) for part in (index[order], lengths))
-        # one thread adds the gradients of a number; unsafe: without reading the lengths on the device
-        total = torch.segment_reduce(received[by_row], "sum", lengths=counts, axis=0, unsafe=True)
-        return PendingUpdate(name, rows, total / self.partition.world_size)
+        self._pending = {}
 
     def _exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         others = len(rows) - sent[self.partition.rank]

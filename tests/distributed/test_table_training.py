@@ -189,9 +189,11 @@ def clipped(
     discard = ShardedTables.discard
 
     def noted(tables: ShardedTables) -> None:
-        before = {name: store.values.clone() for name, store in tables.stores.items()}
+        before = {name: store.stored["values"].clone() for name, store in tables.stores.items()}
         discard(tables)
-        unchanged.append(all(torch.equal(store.values, before[name]) for name, store in tables.stores.items()))
+        unchanged.append(
+            all(torch.equal(store.stored["values"], before[name]) for name, store in tables.stores.items())
+        )
 
     step.encode, ShardedTables.discard = spoiled, noted  # type: ignore[assignment, method-assign]
     try:

@@ -465,7 +465,7 @@ def test_slots_of_rows() -> None:
     random, index, slots = np.random.RandomState(0), row_index.RowIndex(), {}
     for _ in range(20):
         rows = np.unique(random.randint(0, 2**62, 400))
-        while index.num_free < len(rows):
+        while len(index.free) < len(rows):
             index.grow()
         slots |= dict(zip(rows.tolist(), index.add(rows).tolist(), strict=True))
         removed = random.permutation(list(slots))[:150]

@@ -16,7 +16,6 @@ from bigdssm.tables.files import (
     MappedTables,
     RowFile,
     RowSource,
-    row_file_checksum,
     store_sources,
     write_row_file,
 )
@@ -69,9 +68,9 @@ def test_a_row_file_has_the_updated_rows(path: Path) -> None:
 
 @pytest.mark.parametrize(("tensor", "bytes_per_row"), [("rows", 8), ("values", 4 * DIM)])
 def test_a_damaged_block_is_refused_when_it_is_read(path: Path, tensor: str, bytes_per_row: int) -> None:
-    tables, checksum = trained(), row_file_checksum(path)
+    tables, checksum = trained(), RowFile(path).checksum
     flip(path, f"items/{tensor}", (BLOCK_ROWS + 7) * bytes_per_row)
-    assert row_file_checksum(path) == checksum  # rows are not read
+    assert RowFile(path).checksum == checksum  # rows are not read
     mapped = MappedTables([[path]], SPECS)
     blocks = torch.arange(1, 3 * ROWS, 3).split(BLOCK_ROWS)
     message = rf"rows\.safetensors is damaged: block 1 of items/{tensor}, rows 4096 to 8191 of 12188 in the file, has "
