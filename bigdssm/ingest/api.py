@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -28,7 +28,7 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.sources.base import LocalFile, Source
+from bigdssm.sources.base import Source, TableFile
 from bigdssm.sources.columnar import ParquetSource
 from bigdssm.utils.arguments import argument, checked, short_repr
 from bigdssm.utils.log import Progress, no_progress
@@ -131,8 +131,7 @@ def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
     Raises ConfigError, DataError.
     """
     if isinstance(table, str | PathLike):
-        path_or_url: Path | str = argument(name, table, str if isinstance(table, str) else Path)
-        return path_or_url
+        return cast(Path | str, argument(name, table, str if isinstance(table, str) else Path))
     if not is_table(table) and not (isinstance(table, Mapping | list) and table):
         raise ConfigError(
             f"{name}={short_repr(table)}: needs the path or URL of a table, an Arrow table, a data frame, a dict of "
@@ -143,15 +142,13 @@ def _opened(spool: Path, name: str, table: Any) -> Path | str | Source:
         pq.write_table(as_table(table), path)
     except (pa.ArrowException, DataError) as error:
         raise DataError(f"{name}= cannot be read: {' '.join(str(error).split())}") from None
-    return ParquetSource(LocalFile(path, f"{name}="))
+    return ParquetSource(TableFile(path, f"{name}="))
 
 
 def _tables(cls: Callable[..., Any], options: dict[str, Any], **files: Any) -> Any:
     option_names = [field.name for field in fields(cls) if field.name not in files]  # type: ignore[arg-type]
-    for name in options:
-        if name not in option_names:
-            near = difflib.get_close_matches(name, option_names, 1)
-            meant = f"did you mean {near[0]}?" if near else f"options are {', '.join(option_names)}"
-            raise ConfigError(f"{name}= is not an option of such a dataset; {meant}")
-    types = get_type_hints(cls)
-    return cls(**files, **{name: argument(name, value, types[name]) for name, value in options.items()})
+    if unknown := [name for name in options if name not in option_names]:
+        near = difflib.get_close_matches(unknown[0], option_names, 1)
+        meant = f"did you mean {near[0]}?" if near else f"options are {', '.join(option_names)}"
+        raise ConfigError(f"{unknown[0]}= is not an option of such a dataset; {meant}")
+    return cls(**files, **{name: argument(name, value, get_type_hints(cls)[name]) for name, value in options.items()})

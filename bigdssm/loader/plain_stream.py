@@ -33,7 +33,7 @@ from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column, from_arrow
 from bigdssm.loader.stream import RowStream
 from bigdssm.loader.workers import LoadedStep, WorkerSteps
-from bigdssm.sources.base import LocalFile
+from bigdssm.sources.base import TableFile
 from bigdssm.sources.text import record_batch
 from bigdssm.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
 from bigdssm.utils.hashing import derive_key, hash64
@@ -192,7 +192,7 @@ def _checked_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
 
 @functools.cache
 def _check(url: str, size: int, mtime_ns: int) -> bool:
-    return check_shard(LocalFile(Path(url)))
+    return check_shard(TableFile(Path(url)))
 
 
 class _SampleConverter:

@@ -44,10 +44,14 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class TableFile(ABC):
-    """A file of a table. Picklable, without open handles."""
+class TableFile:
+    """A file of a table, on disk or, read by range requests, at a URL. Picklable, without open handles."""
 
-    name: str  # for messages
+    def __init__(self, location: Path | str, name: str = "") -> None:
+        """`location`: a path, or a URL as a string, which is also the default `name`, without credentials."""
+        self._location = location
+        self.is_remote = isinstance(location, str)
+        self.name = name or (redacted(location) if isinstance(location, str) else str(location))
 
     @property
     def suffix(self) -> str:
@@ -60,89 +64,47 @@ class TableFile(ABC):
         suffix = Path(self.name).suffix.lower()
         return suffix if suffix in COMPRESSIONS else ""
 
-    @abstractmethod
     def size(self) -> int:
-        """Return the size in bytes, without decompression."""
-
-    @abstractmethod
-    def version(self) -> str:
-        """Return a string that changes with the content."""
-
-    @abstractmethod
-    def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
-        """Open the raw bytes for Arrow's readers; `mapped`: memory-mapped if possible."""
-
-    @abstractmethod
-    def _raw(self) -> Path | BinaryIO:
-        """Return the path or raw stream for Python's decompressors."""
-
-    def open(self) -> BinaryIO:
-        """Open the decompressed content for reading and seeking."""
-        raw = self._raw()
-        if self.compression:
-            return cast(BinaryIO, COMPRESSIONS[self.compression](raw))
-        return raw.open("rb") if isinstance(raw, Path) else raw
-
-    def stream(self) -> BinaryIO:
-        """Open the decompressed content for one sequential read, with read-ahead in another thread."""
-        return cast(BinaryIO, io.BufferedReader(ReadAhead(self.open()), READ_AHEAD_BYTES))
-
-
-class LocalFile(TableFile):
-    """A file on disk."""
-
-    def __init__(self, path: Path, name: str = "") -> None:
-        """`name` defaults to the path."""
-        self.path, self.name = path, name or str(path)
-
-    def size(self) -> int:
-        """Return the size in bytes."""
-        return self.path.stat().st_size
+        """Return the size in bytes, without decompression. Raises FileNotFoundError."""
+        return size_of(self._location) if isinstance(self._location, str) else self._location.stat().st_size
 
     def version(self) -> str:
-        """Return the size and modification time."""
-        stat = self.path.stat()
+        """Return a string that changes with the content: size and modification time, of a URL also the ETag."""
+        if isinstance(self._location, str):
+            return version_of(self._location)
+        stat = self._location.stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
-        """Open or memory-map the file."""
-        return pa.memory_map(str(self.path)) if mapped else pa.OSFile(str(self.path))
+        """Open the raw bytes for Arrow's readers; `mapped`: memory-mapped if possible.
+
+        At a URL there is one request per read: Arrow reads only the required column chunks.
+        """
+        if isinstance(self._location, str):
+            return pa.PythonFile(RangeReader(self._location), mode="r")
+        return (pa.memory_map if mapped else pa.OSFile)(str(self._location))
+
+    def open(self) -> BinaryIO:
+        """Open the decompressed content for reading and seeking."""
+        raw: Any = self._location
+        if isinstance(raw, str):
+            raw = io.BufferedReader(RangeReader(raw), CHUNK_BYTES)
+        if self.compression:
+            raw = COMPRESSIONS[self.compression](raw)
+        return cast(BinaryIO, raw.open("rb") if isinstance(raw, Path) else raw)
 
     def stream(self) -> BinaryIO:
-        """Open for one sequential read; decompression runs in another thread."""
-        return super().stream() if self.compression else self.open()
-
-    def _raw(self) -> Path:
-        return self.path
-
-
-class RemoteFile(TableFile):
-    """A file at a URL, read by range requests."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.name = url, redacted(url)
-
-    def size(self) -> int:
-        """Return the size in bytes. Raises FileNotFoundError."""
-        return size_of(self.url)
-
-    def version(self) -> str:
-        """Return the size, and the ETag or modification time if the server sends one."""
-        return version_of(self.url)
-
-    def open_arrow(self, *, mapped: bool = False) -> pa.NativeFile:
-        """Open with one request per read: Arrow reads only the required column chunks."""
-        return pa.PythonFile(RangeReader(self), mode="r")
-
-    def _raw(self) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(RangeReader(self), CHUNK_BYTES))
+        """Open the decompressed content for one sequential read; requests and decompression run in another thread."""
+        if not (self.is_remote or self.compression):
+            return self.open()
+        return cast(BinaryIO, io.BufferedReader(ReadAhead(self.open()), READ_AHEAD_BYTES))
 
 
 class RangeReader(io.RawIOBase):
     """A seekable file at a URL, with one request per read."""
 
-    def __init__(self, file: RemoteFile) -> None:
-        self._file, self._size, self._position = file, file.size(), 0
+    def __init__(self, url: str) -> None:
+        self._url, self._size, self._position = url, size_of(url), 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -164,9 +126,11 @@ class RangeReader(io.RawIOBase):
         """
         size = max(0, min(len(target), self._size - self._position))
         if size:
-            content = fetch(self._file.url, self._position, size, lambda got: len(got) == size)
+            content = fetch(self._url, self._position, size, lambda got: len(got) == size)
             if len(content) < size:
-                raise DataError(f"{self._file.name} became shorter during reading; start again, without changing it")
+                raise DataError(
+                    f"{redacted(self._url)} became shorter during reading; start again, without changing it"
+                )
             target[:size] = content
             self._position += size
         return size
@@ -319,8 +283,7 @@ def as_utf8(batch: SourceBatch, report_bad: ReportBad) -> SourceBatch:
     """Cast byte columns to strings; rows with invalid UTF-8 are reported and dropped."""
     check = RowCheck(batch, report_bad)
     columns: dict[str, pa.ChunkedArray] = {}
-    for name in batch.table.column_names:
-        column = batch.table.column(name)
+    for name, column in zip(batch.table.column_names, batch.table.columns, strict=True):
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         if pa.types.is_fixed_size_list(column.type):

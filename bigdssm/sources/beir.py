@@ -42,12 +42,6 @@ class CollectionEntry:
     text: str
     metadata: dict[str, Any]
 
-    def column(self, feature: Feature) -> Any:
-        """Return the value of a feature from `metadata`, or the text for a text feature."""
-        if feature.source in self.metadata:
-            return self.metadata[feature.source]
-        return self.text if isinstance(feature, Text) else None
-
 
 @dataclass(frozen=True)
 class Collection:
@@ -71,7 +65,7 @@ def read_collection(folder: Path, split: str) -> Collection:
     keys = {entry.key for entry in corpus}
     judged = [entry for entry in queries if entry.key in qrels]
     if len(judged) < len(qrels):
-        unknown_query = sorted(qrels.keys() - {entry.key for entry in judged})[0]
+        unknown_query = min(qrels.keys() - {entry.key for entry in judged})
         raise DataError(f"{path} judges query {unknown_query!r}, which is not in {QUERIES_FILE}")
     for documents in qrels.values():
         if unknown := documents.keys() - keys:
@@ -115,8 +109,9 @@ def add_judgement(qrels: Qrels, query: str, document: str, grade: str, path: Pat
     """
     value = parse_integer(grade, "relevance", path, number)
     if qrels.setdefault(query, {}).setdefault(document, value) != value:
-        earlier = qrels[query][document]
-        raise DataError(f"{path}:{number} judges {document} for query {query} {value}, an earlier line {earlier}")
+        raise DataError(
+            f"{path}:{number} judges {document} for query {query} {value}, an earlier line {qrels[query][document]}"
+        )
 
 
 def check_judgements(qrels: Qrels, path: Path) -> None:
@@ -133,11 +128,15 @@ def parse_integer(text: str, field: str, path: Path, number: int) -> int:
 
 
 def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[CollectionEntry]) -> pa.Table:
-    """Return the features' source columns of `entries`, as input of `canonical`."""
+    """Return the features' source columns of `entries`, as input of `canonical`.
+
+    Values are those of `metadata`; of a text feature that it lacks, the text.
+    """
     columns: dict[str, list[Any]] = {feature.source: [] for feature in features.values()}
     for entry in entries:
         for feature in features.values():
-            columns[feature.source].append(entry.column(feature))
+            text = entry.text if isinstance(feature, Text) else None
+            columns[feature.source].append(entry.metadata.get(feature.source, text))
     return pa.table({name: typed(values) for name, values in columns.items()})
 
 
@@ -212,9 +211,9 @@ def _entries(path: Path) -> list[CollectionEntry]:
     entries: list[CollectionEntry] = []
     keys: set[str] = set()
     number = 0
-    hint = f"; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/"
     try:
-        for number, line in numbered_lines(path, hint):  # noqa: B007, used in the message below
+        lines = numbered_lines(path, f"; a BEIR folder has {CORPUS_FILE}, {QUERIES_FILE} and qrels/")
+        for number, line in lines:  # noqa: B007, used in the message below
             record = parse_object(line)
             key, text, title = record["_id"], record["text"], record.get("title") or ""
             metadata = record.get("metadata") or {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +21,7 @@ from bigdssm.sources.base import (
     READING_ERRORS,
     ROWS_PER_BATCH,
     FileSource,
-    LocalFile,
     Part,
-    RemoteFile,
     TableFile,
     as_utf8,
     reading_error,
@@ -35,6 +33,7 @@ ROWS_PER_PART = 1_000_000  # at most, unless a single chunk has more
 PARQUET_SUFFIX = ".parquet"
 FILE_MAGIC = b"ARROW1"
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 STATE_FILE, INFO_FILE, SPLITS_FILE = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
@@ -58,7 +57,7 @@ class ChunkedSource(FileSource):
         """Yield the rows of a part in order, in batches, with the columns of `stored_names`."""
 
     def split(self) -> Sequence[Part]:
-        """Return runs of chunks with at most ROWS_PER_PART rows in total.
+        """Return runs of chunks with at most ROWS_PER_PART rows in total, or a single chunk.
 
         Raises DataError: a file is damaged.
         """
@@ -69,10 +68,16 @@ class ChunkedSource(FileSource):
                 rows = self.chunk_rows(file)
             except READING_ERRORS as error:
                 raise reading_error(error, file.name, 0) from None
-            for chunks in _runs(rows):
-                num_rows = sum(rows[chunk] for chunk in chunks)
-                parts.append(ChunkedPart(len(parts), first_row, num_rows, file, chunks))
-                first_row += num_rows
+            starts, rows_of_run = [0], 0
+            for chunk, count in enumerate(rows):
+                if rows_of_run and rows_of_run + count > ROWS_PER_PART:
+                    starts.append(chunk)
+                    rows_of_run = 0
+                rows_of_run += count
+            for start, end in pairwise([*starts, len(rows)]):
+                if num_rows := sum(rows[start:end]):
+                    parts.append(ChunkedPart(len(parts), first_row, num_rows, file, range(start, end)))
+                    first_row += num_rows
         return parts or [ChunkedPart(0, 1, 0, self.files[0], range(0))]
 
     def read(self, part: Part, columns: Sequence[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
@@ -93,18 +98,6 @@ def stored_names(file: TableFile, stored: Sequence[str], columns: Sequence[str])
     names = dict(zip(column_names(file.name, stored), stored, strict=True))
     require_columns(file.name, names, columns)
     return [names[name] for name in columns]
-
-
-def _runs(rows: Sequence[int]) -> Iterator[range]:
-    """Yield ranges of chunks with at most ROWS_PER_PART rows in total, or a single chunk."""
-    start, together = 0, 0
-    for chunk, count in enumerate(rows):
-        if together and together + count > ROWS_PER_PART:
-            yield range(start, chunk)
-            start, together = chunk, 0
-        together += count
-    if together:
-        yield range(start, len(rows))
 
 
 @register_source
@@ -139,7 +132,7 @@ class ArrowSource(ChunkedSource):
         """Return the number of rows per record batch. Raises DataError: a stream at a URL, or one without its end."""
         with file.open_arrow(mapped=True) as opened:
             is_stream = not _has_index(opened)
-            if isinstance(file, RemoteFile) and is_stream:
+            if file.is_remote and is_stream:
                 raise DataError(
                     f"{file.name} is an Arrow stream, which has no index for reading by ranges; write an Arrow file "
                     f"(pyarrow.ipc.new_file), or copy it to a disk"
@@ -158,9 +151,23 @@ class ArrowSource(ChunkedSource):
             stored = reader.schema.names
             names = stored_names(part.file, stored, columns)
             fields = sorted({stored.index(name) for name in names})
-            batches = _batches(opened, fields, part.chunks.start, part.chunks.stop)
-            for table in _even(map(_validated, batches)):
-                yield table.select(names)
+            taken: list[pa.RecordBatch] = []
+            num_rows, num_bytes = 0, 0
+            for batch in _batches(opened, fields, part.chunks.start, part.chunks.stop):
+                # strings are read as bytes, whose UTF-8 is validated later; invalid offsets raise ArrowInvalid here
+                columns_of_bytes = [c.view(BYTES_OF[c.type]) if c.type in BYTES_OF else c for c in batch.columns]
+                valid = pa.RecordBatch.from_arrays(columns_of_bytes, names=batch.schema.names)
+                valid.validate(full=True)
+                # tables of about ROWS_PER_BATCH rows or BYTES_PER_BATCH bytes
+                step = min(ROWS_PER_BATCH, max(1, valid.num_rows * BYTES_PER_BATCH // max(1, valid.nbytes)))
+                for start in range(0, valid.num_rows, step):
+                    taken.append(valid.slice(start, step))
+                    num_rows, num_bytes = num_rows + taken[-1].num_rows, num_bytes + taken[-1].nbytes
+                    if num_rows >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
+                        yield pa.Table.from_batches(taken).select(names)
+                        taken, num_rows, num_bytes = [], 0, 0
+            if taken:
+                yield pa.Table.from_batches(taken).select(names)
 
 
 def _has_index(opened: pa.NativeFile) -> bool:
@@ -181,44 +188,16 @@ def _batches(
         yield from islice(pa.ipc.open_stream(opened, options=options), first, end)
 
 
-def _validated(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Validate a batch, and view its strings as bytes. Raises ArrowInvalid: invalid offsets."""
-    plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-    columns = [column.view(plain[column.type]) if column.type in plain else column for column in batch.columns]
-    batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-    batch.validate(full=True)
-    return batch
-
-
-def _even(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Merge and split batches to tables of about ROWS_PER_BATCH rows or BYTES_PER_BATCH bytes."""
-    taken: list[pa.RecordBatch] = []
-    num_rows, num_bytes = 0, 0
-    for batch in batches:
-        step = min(ROWS_PER_BATCH, max(1, batch.num_rows * BYTES_PER_BATCH // max(1, batch.nbytes)))
-        for start in range(0, batch.num_rows, step):
-            taken.append(batch.slice(start, step))
-            num_rows, num_bytes = num_rows + taken[-1].num_rows, num_bytes + taken[-1].nbytes
-            if num_rows >= ROWS_PER_BATCH or num_bytes >= BYTES_PER_BATCH:
-                yield pa.Table.from_batches(taken)
-                taken, num_rows, num_bytes = [], 0, 0
-    if taken:
-        yield pa.Table.from_batches(taken)
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Return True for a folder with a saved dataset or dataset dict."""
-    return (folder / SPLITS_FILE).is_file() or all((folder / name).is_file() for name in (STATE_FILE, INFO_FILE))
-
-
-def saved_dataset(folder: Path) -> ArrowSource:
-    """Open a saved dataset.
+def saved_dataset(folder: Path) -> ArrowSource | None:
+    """Open a saved dataset; None: the folder holds none.
 
     Raises DataError: several splits, damaged, a missing file, or an indices mapping.
     """
     if (folder / SPLITS_FILE).is_file():
         splits = ", ".join(str(folder / str(split)) for split in _json(folder / SPLITS_FILE).get("splits", []))
         raise DataError(f"{folder} has several splits of a dataset; give one of them: {splits}")
+    if not all((folder / name).is_file() for name in (STATE_FILE, INFO_FILE)):
+        return None
     state = _json(folder / STATE_FILE)
     if any(value for key, value in state.items() if "indices" in key):
         raise DataError(
@@ -236,7 +215,7 @@ def saved_dataset(folder: Path) -> ArrowSource:
             raise DataError(f"{folder / name} does not exist, but {STATE_FILE} names it; copy the dataset whole")
     if not names:
         raise DataError(f"{folder} has no rows: its {STATE_FILE} names no file")
-    return ArrowSource(*(LocalFile(folder / name) for name in names), name=str(folder))
+    return ArrowSource(*(TableFile(folder / name) for name in names), name=str(folder))
 
 
 def _json(path: Path) -> dict[str, Any]:

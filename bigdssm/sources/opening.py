@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,10 @@ from pathlib import Path
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.sources import webdataset  # noqa: F401, registers its format
-from bigdssm.sources.base import COMPRESSIONS, SOURCES, LocalFile, Part, RemoteFile, Source, TableFile
+from bigdssm.sources.base import COMPRESSIONS, SOURCES, Part, Source, TableFile
 from bigdssm.sources.columnar import (
     PARQUET_SUFFIX,
     ParquetSource,
-    is_saved_dataset,
     saved_dataset,
 )
 from bigdssm.sources.text import MissingColumn
@@ -65,24 +65,23 @@ def open_source(path: str | Path) -> Source:
     Raises DataError: missing, or an unknown format; ConfigError: a missing package for this kind of URL.
     """
     if isinstance(path, str) and is_url(path):
-        remote = RemoteFile(path)
+        remote = TableFile(path)
         try:
             if is_folder(path):
-                return _parquet_folder(remote.name, list_names(path), lambda name: RemoteFile(join(path, name)))
+                return _parquet_folder(remote.name, list_names(path), lambda name: TableFile(join(path, name)))
         except FileNotFoundError:
             raise DataError(f"table {remote.name} does not exist") from None
         return _of_suffix(remote)
     if str(path).startswith("pipe:"):
         raise DataError(f"{path}: commands are not run; write their output to a file first")
     local = Path(path)
-    if is_saved_dataset(local):
-        return saved_dataset(local)
+    if (saved := saved_dataset(local)) is not None:
+        return saved
     if local.is_dir():
-        names = [entry.name for entry in local.iterdir()]
-        return _parquet_folder(str(local), names, lambda name: LocalFile(local / name))
+        return _parquet_folder(str(local), os.listdir(local), lambda name: TableFile(local / name))
     if not local.is_file():
         raise DataError(f"table {local} {'is not a file' if local.exists() else 'does not exist'}")
-    return _of_suffix(LocalFile(local))
+    return _of_suffix(TableFile(local))
 
 
 def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad) -> Iterator[SourceBatch]:
@@ -116,12 +115,11 @@ def _of_suffix(file: TableFile) -> Source:
 
 def _parquet_folder(folder: str, names: Sequence[str], file: Callable[[str], TableFile]) -> Source:
     visible = sorted(name for name in names if not name.startswith((".", "_")))  # no hidden files and markers
-    for name in visible:
-        if not name.lower().endswith(PARQUET_SUFFIX):
-            raise DataError(
-                f"{folder} is read as a folder of {PARQUET_SUFFIX} files, but has {name!r}; move it away, or give "
-                f"the files or folders in it one by one"
-            )
+    if others := [name for name in visible if not name.lower().endswith(PARQUET_SUFFIX)]:
+        raise DataError(
+            f"{folder} is read as a folder of {PARQUET_SUFFIX} files, but has {others[0]!r}; move it away, or give "
+            f"the files or folders in it one by one"
+        )
     if not visible:
         raise DataError(f"table {folder} is not a file, and as a folder it has no {PARQUET_SUFFIX} files")
     return ParquetSource(*map(file, visible), name=folder)

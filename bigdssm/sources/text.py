@@ -39,18 +39,13 @@ TOO_DEEP = f"an object with more than {MAX_NESTING} levels"
 def column_names(table: str, header: Sequence[str]) -> list[str]:
     """Strip RecBole types from column names. Raises DataError: a duplicate column."""
     names = [HEADER_TYPE.sub("", name).strip() for name in header]
-    duplicates = [name for name in names if names.count(name) > 1]
-    if duplicates:
+    if duplicates := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{table} has the column {duplicates[0]!r} twice")
     return names
 
 
 class MissingColumn(DataError):
-    """A missing column; the caller adds the option or feature that names it."""
-
-    def __init__(self, table: str, column: str, hint: str) -> None:
-        super().__init__(table, column, hint)
-        self.column = column
+    """A missing column: table, column and hint; the caller adds the option or feature that names it."""
 
     def __str__(self) -> str:
         return self.message({})
@@ -58,8 +53,8 @@ class MissingColumn(DataError):
     def message(self, names: Mapping[str, str]) -> str:
         """Format the message; `names` maps columns to the options or features that name them."""
         table, column, hint = self.args
-        by = f", which {names[column]} names" if column in names else ""
-        return f"{table} has no column {column!r}{by}; {hint}"
+        source = f", which {names[column]} names" if column in names else ""
+        return f"{table} has no column {column!r}{source}; {hint}"
 
 
 def require_columns(table: str, present: Collection[str], required: Sequence[str]) -> None:
@@ -90,8 +85,8 @@ class QuotedStream:
         start = self._tail + chunk if self._tail else b"\n" + chunk.removeprefix(BOM_UTF8)
         data = start if chunk else start + b"\n"
         end = 1
-        while sound := SOUND_FIELDS.match(data, end):
-            end = sound.end()
+        while fields := SOUND_FIELDS.match(data, end):
+            end = fields.end()
         if end < len(data) and (not chunk or len(data) - end > BYTES_PER_BATCH):
             line = self._lines + data.count(b"\n", 0, end)
             raise DataError(
@@ -132,20 +127,22 @@ class DelimitedSource(FileSource):
             broken[number] = f"has {row.actual_columns} fields, the header has {row.expected_columns}"
             return "skip"
 
-        parsing = pa_csv.ParseOptions(
-            delimiter=delimiter,
-            quote_char='"' if quoted else False,
-            newlines_in_values=quoted,
-            invalid_row_handler=on_broken,
-        )
-        conversion = pa_csv.ConvertOptions(
-            check_utf8=False, column_types=dict.fromkeys(names, pa.binary()), include_columns=list(columns)
-        )
-        reading = pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names)
         with self.file.stream() as stream:
             first_row = 0  # names are explicit, so Arrow returns the header as row 0
-            content = QuotedStream(self.name, stream) if quoted else stream
-            for batch in pa_csv.open_csv(pa.PythonFile(content, mode="r"), reading, parsing, conversion):
+            batches = pa_csv.open_csv(
+                pa.PythonFile(QuotedStream(self.name, stream) if quoted else stream, mode="r"),
+                pa_csv.ReadOptions(use_threads=False, block_size=BYTES_PER_BATCH, column_names=names),
+                pa_csv.ParseOptions(
+                    delimiter=delimiter,
+                    quote_char='"' if quoted else False,
+                    newlines_in_values=quoted,
+                    invalid_row_handler=on_broken,
+                ),
+                pa_csv.ConvertOptions(
+                    check_utf8=False, column_types=dict.fromkeys(names, pa.binary()), include_columns=list(columns)
+                ),
+            )
+            for batch in batches:
                 candidates = np.arange(first_row, first_row + batch.num_rows + len(broken))
                 rows = np.setdiff1d(candidates, np.array(list(broken), np.int64))[: batch.num_rows]
                 first_row = int(rows[-1]) + 1 if len(rows) else first_row

@@ -53,13 +53,19 @@ class WebDatasetSource(FileSource):
             raise DataError(f"{self.name} has no usable samples")
 
     def _records(self, stream: BinaryIO, report_bad: ReportBad) -> Iterator[tuple[int, Record, int]]:
-        for row, sample in enumerate(_samples(self.name, stream), 1):
-            try:
-                record = record_of(sample)
-            except ValueError as error:
-                report_bad(self.name, row, f"sample {sample[KEY]!r}: {error}")
-                continue
-            yield row, record, sum(len(content) for content in sample.values())
+        from webdataset.tariterators import group_by_keys, tar_file_iterator  # imports torch: seconds per worker
+
+        members = ({**member, "__url__": self.name} for member in tar_file_iterator(stream, select_files=is_text))
+        try:
+            for row, sample in enumerate(group_by_keys(members), 1):
+                try:
+                    record = record_of(sample)
+                except ValueError as error:
+                    report_bad(self.name, row, f"sample {sample[KEY]!r}: {error}")
+                    continue
+                yield row, record, sum(len(content) for content in sample.values())
+        except ValueError as error:  # a duplicate member in a sample
+            raise DataError(f"{self.name}: {error.args[0]}; give every sample a unique key") from None
 
 
 def check_shard(file: TableFile) -> bool:
@@ -90,16 +96,6 @@ def check_shard(file: TableFile) -> bool:
     if len(end) < tarfile.BLOCKSIZE or any(end):
         raise DataError(f"{file.name} is damaged or truncated after {last}: no end-of-archive marker; get it again")
     return has_texts
-
-
-def _samples(name: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    from webdataset.tariterators import group_by_keys, tar_file_iterator  # imports torch: seconds per worker
-
-    members = tar_file_iterator(stream, select_files=is_text)
-    try:
-        yield from group_by_keys({**member, "__url__": name} for member in members)
-    except ValueError as error:  # a duplicate member in a sample
-        raise DataError(f"{name}: {error.args[0]}; give every sample a unique key") from None
 
 
 def is_text(name: str) -> bool:

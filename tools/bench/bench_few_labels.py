@@ -36,7 +36,7 @@ from bigdssm.evaluation.comparison import System, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.evaluation.metrics import means
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.sources.base import LocalFile
+from bigdssm.sources.base import TableFile
 from bigdssm.utils.hashing import hash64
 from tools.public_data.debian import read_build_depends
 
@@ -129,7 +129,7 @@ def measured(name: str, model: Path, data: Path) -> System:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a .jsonl.xz file."""
-    return map(json.loads, LocalFile(path).open())
+    return map(json.loads, TableFile(path).open())
 
 
 def other_tasks(source: Path) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigdssm.errors import DataError
-from bigdssm.sources.base import COMPRESSIONS, READING_ERRORS, LocalFile
+from bigdssm.sources.base import COMPRESSIONS, READING_ERRORS, TableFile
 
 
 def public_data_error(path: Path, where: str, got: str, needed: str, fix: str) -> DataError:
@@ -58,7 +58,7 @@ class PublicFile:
         Raises DataError: a damaged file, or bytes of another encoding.
         """
         try:
-            with LocalFile(self.path).stream() as stream:
+            with TableFile(self.path).stream() as stream:
                 for self.number, line in enumerate(stream, 1):
                     mark = b"\xef\xbb\xbf" if self.number == 1 else b""
                     text = line.removeprefix(mark).decode(encoding).rstrip("\r\n")

@@ -35,7 +35,7 @@ from bigdssm.ingest.engines.local import (
     finished_folder,
 )
 from bigdssm.ingest.reading import UnreadableTable
-from bigdssm.sources.base import LocalFile, Source
+from bigdssm.sources.base import Source, TableFile
 from bigdssm.sources.columnar import ParquetSource
 from bigdssm.sources.opening import SparkTable
 from bigdssm.sources.text import require_columns
@@ -91,12 +91,14 @@ class SparkEngine(LocalEngine):
             token.touch()
             try:
                 with _spark_errors(self.spool):
-                    answers = self._tasks(partial(_blind, token), self._processes).collect()
+                    answers = self._tasks(
+                        lambda _: None if token.exists() else socket.gethostname().encode(), self._processes
+                    ).collect()
             finally:
                 token.unlink(missing_ok=True)
-            if blind := sorted({answer.decode() for _, answer in answers if answer is not None}):
+            if hosts := sorted({answer.decode() for _, answer in answers if answer is not None}):
                 raise ConfigError(
-                    f"Spark's worker on {blind[0]} cannot access {self.spool}; choose an --out on a disk that this "
+                    f"Spark's worker on {hosts[0]} cannot access {self.spool}; choose an --out on a disk that this "
                     "machine and all workers share, by one path"
                 )
         except BaseException:
@@ -142,7 +144,7 @@ class SparkEngine(LocalEngine):
             quoted = [f"`{column.replace('`', '``')}`" for column in columns]
             with finished_folder(folder) as unfinished, _spark_errors(unfinished):
                 _write_numbered(frame.select(*quoted).orderBy(*quoted), unfinished)
-        return ParquetSource(*map(LocalFile, sorted(folder.glob("*.parquet"))), name=source.name)
+        return ParquetSource(*map(TableFile, sorted(folder.glob("*.parquet"))), name=source.name)
 
     def _read_max_driver_bytes(self) -> int:
         given = str(self._steps.conf.get(DRIVER_BYTES_KEY, str(MAX_DRIVER_BYTES)))
@@ -190,17 +192,18 @@ class SparkEngine(LocalEngine):
 
     def _register(self, name: str, table: RowTable, *, ordered: bool) -> None:
         super()._register(name, table, ordered=ordered)
-        self._bytes[name] = table.size
-        self._unregistered[name] = partial(self._define, name, table, ordered)
+        self._bytes[name] = sum(os.stat(file).st_size for file in table.files)
 
-    def _define(self, name: str, table: RowTable, ordered: bool) -> None:
-        # as URLs, with glob characters escaped
-        files = ["file://" + re.sub(r"([*?\[\]{}\\])", r"\\\1", file) for file in table.files]
-        frame = self._steps.read.parquet(*files)
-        if ordered:
-            first_row = f"CAST(left(_metadata.file_name, {FIRST_ROW_DIGITS}) AS BIGINT)"
-            frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
-        frame.createOrReplaceTempView(name)
+        def register() -> None:
+            # as URLs, with glob characters escaped
+            files = ["file://" + re.sub(r"([*?\[\]{}\\])", r"\\\1", file) for file in table.files]
+            frame = self._steps.read.parquet(*files)
+            if ordered:
+                first_row = f"CAST(left(_metadata.file_name, {FIRST_ROW_DIGITS}) AS BIGINT)"
+                frame = frame.selectExpr("*", f"{first_row} + _metadata.row_index AS number")
+            frame.createOrReplaceTempView(name)
+
+        self._unregistered[name] = register
 
     def _used(self, query: str) -> set[str]:
         """Return the registered names in a query, possibly with false positives."""
@@ -225,11 +228,6 @@ def _answers(answer: Callable[[int], bytes | None], batches: Iterator[pa.RecordB
         yield pa.RecordBatch.from_arrays([numbers, answers], ["number", "answer"])
 
 
-def _blind(file: Path, number: int) -> bytes | None:
-    """Return the worker's host name if it cannot access a file."""
-    return None if file.exists() else socket.gethostname().encode()
-
-
 def _do(work: StepFunction, jobs: Sequence[tuple[Any, Path]], home: str, number: int) -> bytes | None:
     """Run a job, and return a permanent error; on other errors Spark retries."""
     job, folder = jobs[number]
@@ -250,7 +248,7 @@ def _error_of(answer: bytes) -> BigDSSMError:
 
 
 def _write_numbered(frame: DataFrame, folder: Path) -> None:
-    """Write a sorted frame to `folder` as Parquet files named by their first row."""
+    """Write a sorted frame to `folder` as Parquet files messages by their first row."""
     parts = folder / "parts"
     options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
     frame.write.options(**options).parquet(f"file://{parts}")  # not a glob here
@@ -309,5 +307,5 @@ def _spark_errors(folder: Path) -> Iterator[None]:
 def _line(error: Exception) -> str:
     """Return the most informative line of an error, which in tracebacks is not the first."""
     text = str(error).strip() or repr(error)
-    named = re.findall(r"^(?:: )?[\w.]*(?:Error|Exception): .*$", text, re.MULTILINE)
-    return str([*named, *text.splitlines()][0])[:300]
+    messages = re.findall(r"^(?:: )?[\w.]*(?:Error|Exception): .*$", text, re.MULTILINE)
+    return str([*messages, *text.splitlines()][0])[:300]
