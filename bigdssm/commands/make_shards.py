@@ -274,7 +274,7 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
     print(f"{report.out}, partition {report.partition}: {rows or 'no'} rows")
     changed = f", {report.changed_docs:,} changed" if report.changed_docs else ""
     new = f" ({report.new_docs:,} of them new{changed})" if report.new_docs != report.num_docs else ""
-    speed = f", {report.rows_per_s:,.0f} rows/s" if rows else ""
+    speed = f", {sum(report.rows.values()) / report.seconds:,.0f} rows/s" if rows else ""
     print(f"{report.num_docs:,} documents{new}; {report.seconds:.1f} s{speed}")
     for note in report.notes:
         print(f"note: {note}")

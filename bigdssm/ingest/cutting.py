@@ -21,8 +21,6 @@ from bigdssm.dataset.catalogue import (
     distinct_documents,
 )
 from bigdssm.dataset.keys import SortedKeys, shuffle_keys, uniform
-from bigdssm.dataset.partition import Partition
-from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
 from bigdssm.features import Feature, TextTokenizer, encode_columns, ragged
 from bigdssm.features.ragged import Ragged, offsets_of
@@ -73,11 +71,6 @@ class EarlierEvents:
     """The sequences of existing partitions, oldest partition first; pickled by path."""
 
     parts: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file
-
-    @classmethod
-    def of(cls, partitions: Sequence[Partition]) -> EarlierEvents:
-        """Return the sequences of partitions."""
-        return cls(tuple((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions))
 
     def __reduce__(self) -> tuple[type[EarlierEvents], tuple[object]]:
         return EarlierEvents, (self.parts,)
@@ -144,184 +137,147 @@ class ItemVersions:
     num_docs: int
 
     @classmethod
-    def of(cls, engine: LocalEngine, known: Sequence[CatalogueFile], documents: DistinctDocuments) -> ItemVersions:
-        """Index the versions in existing catalogue files (`known`) and in new `documents`."""
+    def of(cls, engine: LocalEngine, existing: Sequence[CatalogueFile], documents: DistinctDocuments) -> ItemVersions:
+        """Index the versions in existing catalogue files and in new `documents`."""
         folder = engine.spool / "item_versions"
-        if not folder.exists():
-            versions, oldest = _versions(known, documents)
-            with finished_folder(folder) as aside:
-                np.save(aside / "oldest.npy", oldest)
-                for name in ARRAYS:
-                    np.save(aside / f"{name}.npy", getattr(versions, name))
+        if folder.exists():
+            return cls(folder, documents.total)
+        assert documents.changed is not None
+        rows = documents.changed.read(columns=[DOCUMENT_COLUMN, SINCE_COLUMN])
+        document, since = (rows.column(name).to_numpy() for name in (DOCUMENT_COLUMN, SINCE_COLUMN))
+        first = documents.table.read(columns=[SINCE_COLUMN]).column(SINCE_COLUMN).to_numpy()
+        if existing:
+            table = MappedTable([file.path for file in existing if file.since is None])
+            first = np.concatenate([table.column(SINCE_COLUMN), first])
+        if earlier := [file.path for file in existing if file.since is not None]:
+            table = MappedTable(earlier)
+            document = np.concatenate([table.column(DOCUMENT_COLUMN), document])
+            since = np.concatenate([table.column(SINCE_COLUMN), since])
+        versions = Versions.of(documents.total, document, since, first[distinct_documents(document)])
+        oldest = first.copy()  # start of every document's oldest version, float64 [documents]
+        np.minimum.at(oldest, document, since)
+        with finished_folder(folder) as unfinished:
+            np.save(unfinished / "oldest.npy", oldest)
+            for name in ARRAYS:
+                np.save(unfinished / f"{name}.npy", getattr(versions, name))
         return cls(folder, documents.total)
 
     @cached_property
     def _versions(self) -> Versions:
-        return Versions(self.num_docs, *map(self._array, ARRAYS))
+        arrays = (np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
+        return Versions(self.num_docs, *arrays)
 
-    def _array(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    def find(self, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the version numbers of items at times, int32, see `Versions.version_rows`.
 
-    def find(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Return the version numbers of items at times, int32, see `Versions.version_rows`."""
+        And the number of times before all versions of their items.
+        """
+        oldest = np.load(self.folder / "oldest.npy", mmap_mode="r", allow_pickle=False)
+        num_early = int((times < oldest[items]).sum())
         if not len(self._versions.begin):
-            return np.full(len(items), -1, np.int32)
+            return np.full(len(items), -1, np.int32), num_early
         file_rows = self._versions.file_rows_at(items.astype(np.int64), times)
-        return np.where(file_rows < self.num_docs, -1, file_rows - self.num_docs).astype(np.int32)
-
-    def num_early(self, items: np.ndarray, times: np.ndarray) -> int:
-        """Return the number of events older than all versions of their items."""
-        return int((times < self._array("oldest")[items]).sum())
-
-
-def _versions(known: Sequence[CatalogueFile], documents: DistinctDocuments) -> tuple[Versions, np.ndarray]:
-    """Return all versions, and the start of every document's oldest, float64 [documents]."""
-    assert documents.changed is not None
-    rows = documents.changed.read(columns=[DOCUMENT_COLUMN, SINCE_COLUMN])
-    document, since = (rows.column(name).to_numpy() for name in (DOCUMENT_COLUMN, SINCE_COLUMN))
-    first = documents.table.read(columns=[SINCE_COLUMN]).column(SINCE_COLUMN).to_numpy()
-    if known:
-        table = MappedTable([file.path for file in known if file.since is None])
-        first = np.concatenate([table.column(SINCE_COLUMN), first])
-    if earlier := [file.path for file in known if file.since is not None]:
-        table = MappedTable(earlier)
-        document = np.concatenate([table.column(DOCUMENT_COLUMN), document])
-        since = np.concatenate([table.column(SINCE_COLUMN), since])
-    versions = Versions.of(documents.total, document, since, first[distinct_documents(document)])
-    oldest = first.copy()
-    np.minimum.at(oldest, document, since)
-    return versions, oldest
-
-
-@dataclass(frozen=True)
-class Events:
-    """The concatenated events of a range of sequences; arrays are [events]."""
-
-    item: np.ndarray  # int32: catalogue row
-    time: np.ndarray  # float64
-    relevance: np.ndarray  # float32
-    ordinal: np.ndarray  # int64: source row ordinal
-    sequence: np.ndarray  # int32: within this range, from 0
-    position: np.ndarray  # int32: within the new events of the sequence
-    offsets: np.ndarray  # int64 [sequences + 1]
-    features: dict[str, np.ndarray]  # encoded, by name
-
-    @classmethod
-    def of(cls, rows: pa.Table, lengths: np.ndarray, event: Mapping[str, Feature]) -> Events:
-        """Group rows of BUCKET, in table order, into the events of sequences with these lengths."""
-        by_time = stable_order(rows.column("time").to_numpy())
-        order = by_time[np.argsort(rows.column("sequence").to_numpy()[by_time], kind="stable")]
-        item, time, relevance, ordinal = (
-            rows.column(name).to_numpy()[order] for name in ("item", "time", "relevance", "place")
-        )
-        offsets = offsets_of(lengths)
-        sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        position = np.arange(len(item), dtype=np.int32) - offsets.astype(np.int32)[sequence]
-        encoded = encode_columns(canonical_columns(rows, "e", event), event, None, large=True)
-        features = {name: np.asarray(column)[order] for name, column in encoded.items()}
-        return cls(item, time, relevance, ordinal, sequence, position, offsets, features)
+        return np.where(file_rows < self.num_docs, -1, file_rows - self.num_docs).astype(np.int32), num_early
 
 
 def _cut_range(
     buckets: Sequence[Path], sequences: RowTable, num_events: int, user: dict[str, Feature], event: dict[str, Feature],
-    text: TextTokenizer | None, how: str, thresholds: tuple[float, float, float], targets_per_row: int,
+    text: TextTokenizer | None, split_kind: str, thresholds: tuple[float, float, float], targets_per_row: int,
     min_history: int, seed: int, earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
     job: tuple[int, tuple[int, int]], folder: Path,
 ) -> None:  # fmt: skip
     """Cut a range of sequences, with its bucket of events, into a sequence file and rows; see `cut_sequences`."""
     number, (first, last) = job
     rows_of_users = sequences.read(first, last)
-    events = Events.of(read_bucket(buckets, number), rows_of_users.column("length").to_numpy(), event)
-    user_ids = rows_of_users.column("user_id").to_numpy()
+    user_ids, lengths = (rows_of_users.column(name).to_numpy() for name in ("user_id", "length"))
+    # the new events [events] by sequence (from 0 in this range), time and ordinal, and their positions in the sequences
+    bucket = read_bucket(buckets, number)
+    by_time = stable_order(bucket.column("time").to_numpy())
+    order = by_time[np.argsort(bucket.column("sequence").to_numpy()[by_time], kind="stable")]
+    names = ("item", "time", "relevance", "place")
+    item, time, relevance, ordinal = (bucket.column(name).to_numpy()[order] for name in names)
+    offsets = offsets_of(lengths)
+    sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    new_position = np.arange(len(item), dtype=np.int32) - offsets.astype(np.int32)[sequence]
     # the list columns of the sequences: existing events followed by the new ones
-    lists = {"items": events.item, "relevance": events.relevance}
+    lists = {"items": item, "relevance": relevance}
     if has_times:
-        lists[TIME_COLUMN] = events.time
+        lists[TIME_COLUMN] = time
+    facts: dict[str, Any] = {}
     if versions is not None:
-        lists[VERSION_COLUMN] = versions.find(events.item, events.time)
-    lists |= {EVENT_PREFIX + name: values for name, values in events.features.items()}
+        lists[VERSION_COLUMN], facts["num_early"] = versions.find(item, time)
+    encoded = encode_columns(canonical_columns(bucket, "e", event), event, None, large=True)
+    lists |= {EVENT_PREFIX + name: np.asarray(column)[order] for name, column in encoded.items()}
     before = earlier.take(user_ids, {name: values.dtype.type for name, values in lists.items()})
     columns = {
         "query_key": rows_of_users.column("key").combine_chunks().cast(pa.large_string()),
         "query_id": pa.array(user_ids),
     }
     for name, values in lists.items():
-        rows = Ragged(values, events.offsets)
+        rows = Ragged(values, offsets)
         if len(before[name].values):
             rows = ragged.joined(before[name], rows)
         columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
     columns |= encode_columns(canonical_columns(rows_of_users, "u", user), user, text, large=True)
-    written = write_arrow(folder / f"sequences-{number:06d}.arrow", columns)
+    facts["made"] = write_arrow(folder / f"sequences-{number:06d}.arrow", columns)
     # the split of every event, an index into SPLITS; −1: too few events before it
-    split = np.zeros(len(events.item), np.int8)
-    if how == "leave-one-out":
-        from_last = np.diff(events.offsets)[events.sequence] - 1 - events.position
+    split = np.zeros(len(item), np.int8)
+    if split_kind == "leave-one-out":
+        from_last = lengths[sequence] - 1 - new_position
         split[from_last == 1], split[from_last == 0] = 1, 2
-    elif how == "time":
+    elif split_kind == "time":
         for which, threshold in zip((1, 2, 0), thresholds, strict=True):
-            split[events.time >= threshold] = which
-    position = events.position + before["items"].lengths.astype(np.int32)[events.sequence]
+            split[time >= threshold] = which
+    position = new_position + before["items"].lengths.astype(np.int32)[sequence]
     split = np.where(position >= min_history, split, -1)
-    bounds = events.offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
+    # rows of at most targets_per_row consecutive targets of a sequence, cut from the newest
+    bounds = offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
     for which, name in enumerate(SPLITS):
+        most = targets_per_row if which == 0 else 1
         with RowFile(folder / f"{name}.parquet", ROW) as file:
             for begin, end in pairwise(bounds):
                 targets = begin + np.flatnonzero(split[begin:end] == which)
-                most = targets_per_row if which == 0 else 1
-                file.add(_rows_of_targets(which, first, events, position, targets, most, seed))
+                follows = np.zeros(len(targets), bool)
+                follows[1:] = (np.diff(targets) == 1) & (np.diff(sequence[targets]) == 0)
+                run_ends = np.append(np.flatnonzero(~follows)[1:], len(targets))
+                from_end = run_ends[np.cumsum(~follows) - 1] - 1 - np.arange(len(targets))
+                starts = np.flatnonzero(~follows | (from_end % most == most - 1))
+                newest = targets[np.append(starts[1:], len(targets))[: len(starts)] - 1]
+                oldest = targets[starts]
+                columns_of_rows = [
+                    np.full(len(starts), which, np.int32),
+                    sequence[oldest].astype(np.int64) + first,
+                    position[oldest],
+                    position[newest] + 1,
+                    shuffle_keys(ordinal[newest], seed),
+                    time[oldest],
+                ]
+                file.add(pa.table(columns_of_rows, schema=ROW))
     # train positives, facts and, for the estimate of leakage, times of sampled targets
-    docs, counts = np.unique(events.item[(split == 0) & (events.relevance > 0)], return_counts=True)
+    docs, counts = np.unique(item[(split == 0) & (relevance > 0)], return_counts=True)
     with RowFile(folder / "positives.parquet", POSITIVE) as file:
         file.add(pa.table([docs, counts], schema=POSITIVE))
-    facts: dict[str, Any] = {"made": written}
-    if versions is not None:
-        facts["num_early"] = versions.num_early(events.item, events.time)
-    if how == "leave-one-out":
-        share = MAX_SAMPLED_TIMES / max(1, num_events)
-        sampled = (split >= 0) & (uniform(events.ordinal, "leak", 0) < share)
+    if split_kind == "leave-one-out":
+        sampled = (split >= 0) & (uniform(ordinal, "leak", 0) < MAX_SAMPLED_TIMES / max(1, num_events))
         with RowFile(folder / "times.parquet", TARGET_TIME) as file:
-            file.add(pa.table([split[sampled].astype(np.int32), events.time[sampled]], schema=TARGET_TIME))
+            file.add(pa.table([split[sampled].astype(np.int32), time[sampled]], schema=TARGET_TIME))
         # whether times are just event numbers of each sequence, from 0 or 1
-        numbers = events.position
-        facts["counts_events"] = bool((events.time == numbers).all() or (events.time == numbers + 1).all())
+        facts["counts_events"] = bool((time == new_position).all() or (time == new_position + 1).all())
     write_facts(folder, **facts)
-
-
-def _rows_of_targets(
-    split: int, first: int, events: Events, position: np.ndarray, targets: np.ndarray, most: int, seed: int
-) -> pa.Table:
-    """Return the rows of `targets` (ascending event numbers), each with at most `most`, cut from the newest."""
-    follows = np.zeros(len(targets), bool)
-    follows[1:] = (np.diff(targets) == 1) & (np.diff(events.sequence[targets]) == 0)
-    run_starts = np.flatnonzero(~follows)
-    run_ends = np.append(run_starts[1:], len(targets))
-    from_end = run_ends[np.cumsum(~follows) - 1] - 1 - np.arange(len(targets))
-    starts = np.flatnonzero(~follows | (from_end % most == most - 1))
-    newest = targets[np.append(starts[1:], len(targets))[: len(starts)] - 1]
-    oldest = targets[starts]
-    columns = (
-        np.full(len(starts), split, np.int32),
-        events.sequence[oldest].astype(np.int64) + first,
-        position[oldest],
-        position[newest] + 1,
-        shuffle_keys(events.ordinal[newest], seed),
-        events.time[oldest],
-    )
-    return pa.table(list(columns), schema=ROW)
 
 
 def cut_sequences(
     run: Ingestion, events: RowTable, sequences: RowTable, keys: SortedKeys, user: dict[str, Feature],
-    event: dict[str, Feature], text: TextTokenizer | None, *, how: str, thresholds: tuple[float, float, float],
+    event: dict[str, Feature], text: TextTokenizer | None, *, split_kind: str, thresholds: tuple[float, float, float],
     targets_per_row: int, min_history: int, seed: int, earlier: EarlierEvents, has_times: bool,
     versions: ItemVersions | None,
 ) -> tuple[list[Path], list[dict[str, Any]]]:  # fmt: skip
     """Cut all sequences; create the table `cut_positives` of train positives.
 
     `events` are in the order of their table; `keys` finds sequences by user_id; `user` are the features of a sequence's
-    user, `event` those of an event; `how` is the split, with the start times (`thresholds`) of validation, test and
-    train after it; targets have at least `min_history` events before them; `versions`: if items have times. Returns the
-    folders of the splits' rows, sorted by sequence and position, and {"file", "rows", "checksum"} per sequence file.
+    user, `event` those of an event; `thresholds`: the start times of validation, test and train after it, of a split by
+    time; targets have at least `min_history` events before them; `versions`: if items have times. Returns the folders
+    of the splits' rows, sorted by sequence and position, and {"file", "rows", "checksum"} per sequence file.
     """
     engine = run.engine
     # each file's range of sequences has at most EVENTS_PER_FILE events, or one sequence
@@ -337,12 +293,12 @@ def cut_sequences(
     assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]), spool_columns("e", event))
     buckets = write_buckets(engine, "event_buckets", events, assign, len(jobs))
     work = partial(
-        _cut_range, buckets, sequences, events.num_rows, user, event, text, how, thresholds, targets_per_row,
+        _cut_range, buckets, sequences, events.num_rows, user, event, text, split_kind, thresholds, targets_per_row,
         min_history, seed, earlier, has_times, versions,
     )  # fmt: skip
     folders = engine.map("cut", jobs, work, rows=events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
-    if how == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
+    if split_kind == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
         times = RowTable.of(folder / "times.parquet" for folder in folders).read()
         split = times.column("split").to_numpy()
         time = times.column("time").to_numpy()

@@ -139,11 +139,6 @@ class DatasetWriter:
         self.staging.mkdir(parents=True, exist_ok=True)
 
     @property
-    def catalogue_parts(self) -> list[Path]:
-        """The existing catalogue files."""
-        return [self.out / part["file"] for part in self.content["catalogue"]]
-
-    @property
     def num_existing_docs(self) -> int:
         """The number of existing documents."""
         return sum(part["rows"] for part in self.content["catalogue"])
@@ -151,12 +146,8 @@ class DatasetWriter:
     @property
     def key_files(self) -> list[Path]:
         """The existing key files of documents; not every catalogue file has one."""
-        return [keys for path in self.catalogue_parts if (keys := path.with_suffix(KEYS_SUFFIX)).exists()]
-
-    @property
-    def new_key_file(self) -> Path:
-        """The path of the new documents' key file, next to their first catalogue file."""
-        return self.catalogue_dir / f"{len(self.catalogue_parts):06d}{KEYS_SUFFIX}"
+        files = [(self.out / part["file"]).with_suffix(KEYS_SUFFIX) for part in self.content["catalogue"]]
+        return [file for file in files if file.exists()]
 
     def record_id_sources(self, **ids: Literal["column", "content"]) -> None:
         """Record the identity of documents (`doc`) and queries: an id column, or their features.
@@ -173,18 +164,18 @@ class DatasetWriter:
                 )
         self.content["ids"] = recorded
 
-    def record_times(self, side: Literal["users", "items"], dated: bool) -> None:
+    def record_times(self, side: Literal["users", "items"], has_times: bool) -> None:
         """Record whether user features are as of each row, or item features as of each event.
 
         Raises ConfigError: it differs from the existing dataset's.
         """
-        recorded = side in self.content if self.append else dated
-        if recorded != dated:
+        recorded = side in self.content if self.append else has_times
+        if recorded != has_times:
             single = f"one row of features per {side[:-1]}"
             description = f"{side[:-1]} features as of each {AS_OF[side][:-1]}" if recorded else single
             fix = "give" if recorded else "leave out"
             raise ConfigError(f"{self.out} has {description}, so {fix} --{side}-time-column here, too")
-        if dated:
+        if has_times:
             self.content[side] = AS_OF[side]
 
     def record_event_times(self, has_times: bool) -> None:
@@ -218,7 +209,6 @@ class DatasetWriter:
         documents = [part["checksum"] for part in [*catalogue, *versions, *withdrawals]]  # rows have only their numbers
         digest = hashlib.sha256(json.dumps({**described, "documents": documents}, sort_keys=True).encode()).hexdigest()
         write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
-        new = [{**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue]
         later = {
             kind: [
                 *self.content.get(kind, []),
@@ -227,9 +217,8 @@ class DatasetWriter:
             for kind, parts in ((VERSIONS, versions), (WITHDRAWALS, withdrawals))
         }
         later[ITEM_PARTITIONS] = [*self.content.get(ITEM_PARTITIONS, []), *([] if splits else [self.partition])]
-        if self.append:
-            tokenizer = dict(self.content.get(TOKENIZER, {}))
-        else:
+        tokenizer = dict(self.content.get(TOKENIZER, {}))
+        if not self.append:
             tokenizer = {path.name: file_checksum(path, bits=64) for path in sorted(self.tokenizer_dir.glob("*"))}
         dataset = {
             "format": schema.format,
@@ -240,7 +229,10 @@ class DatasetWriter:
             **{name: self.content[name] for name in (*AS_OF, SPLIT, TIMES) if name in self.content},
             **{kind: entries for kind, entries in later.items() if entries},
             "tokenizer": tokenizer,
-            "catalogue": [*self.content["catalogue"], *new],
+            "catalogue": [
+                *self.content["catalogue"],
+                *({**part, "file": f"{CATALOGUE}/{part['file']}"} for part in catalogue),
+            ],
             PARTITIONS: [*self.content[PARTITIONS], self.partition],
         }
         schema = schema.save(self.staging)
@@ -261,8 +253,8 @@ class DatasetWriter:
                 if quarantine.exists():
                     with quarantine.open(encoding="utf-8") as existing:
                         file.writelines(line for line in existing if json.loads(line)["partition"] != self.partition)
-                with self.quarantine.path.open(encoding="utf-8") as own:
-                    file.writelines(own)
+                with self.quarantine.path.open(encoding="utf-8") as new_rows:
+                    file.writelines(new_rows)
             (self.out / VOCABULARIES).mkdir(exist_ok=True)
             for part in schema.vocabulary_files:  # existing ones are hard links to the same files
                 os.replace(part.path, self.out / VOCABULARIES / part.path.name)
@@ -301,12 +293,13 @@ class DatasetWriter:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    """Raise DataError unless a dataset can be written to `out`."""
     if not out.exists():
         return
     if not out.is_dir():
         raise DataError(f"{out} is a file, needs a folder; choose another --out")
-    if (out / DATASET_FILE).exists():
-        if not overwrite:
-            raise DataError(f"{out} already holds a dataset; use --overwrite, --append NAME or another --out")
-    elif any(out.iterdir()):
+    holds_dataset = (out / DATASET_FILE).exists()
+    if holds_dataset and not overwrite:
+        raise DataError(f"{out} already holds a dataset; use --overwrite, --append NAME or another --out")
+    if not holds_dataset and any(out.iterdir()):
         raise DataError(f"{out} is not empty and holds no dataset; choose another --out")

@@ -21,6 +21,7 @@ from bigdssm.dataset.catalogue import (
     catalogue_files,
 )
 from bigdssm.dataset.keys import SortedKeys, write_keys
+from bigdssm.dataset.remote import KEYS_SUFFIX
 from bigdssm.features import Feature
 from bigdssm.ingest.dataset_writer import AS_OF, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine, RowTable
@@ -43,13 +44,13 @@ class StoredDocuments:
 
     keys: SortedKeys  # of all documents
     files: tuple[CatalogueFile, ...]  # newer versions last
-    dated: bool  # versions have times
+    has_times: bool  # versions have times
 
     @classmethod
     def of(cls, writer: DatasetWriter) -> StoredDocuments:
         """Return the documents of the dataset to append to."""
-        files = tuple(catalogue_files(writer.out, writer.content))
-        return cls(SortedKeys(writer.key_files), files, writer.content.get("items") == AS_OF["items"])
+        files, has_times = catalogue_files(writer.out, writer.content), writer.content.get("items") == AS_OF["items"]
+        return cls(SortedKeys(writer.key_files), tuple(files), has_times)
 
     @cached_property
     def _table(self) -> MappedTable:
@@ -57,7 +58,7 @@ class StoredDocuments:
 
     @cached_property
     def _versions(self) -> Versions | None:
-        return Versions.read(self.files, dated=self.dated)
+        return Versions.read(self.files, dated=self.has_times)
 
     def compare(self, rows: pa.Table) -> pa.Table:
         """Match incoming rows against stored document versions.
@@ -71,7 +72,7 @@ class StoredDocuments:
         matched = np.flatnonzero(documents >= 0)
         if len(matched):
             stored = documents[matched]
-            if self.dated:
+            if self.has_times:
                 since = rows.column(SINCE_COLUMN).to_numpy()[matched]
                 stored = stored if self._versions is None else self._versions.file_rows_at(stored, since)
                 began = np.asarray(self._table.take(SINCE_COLUMN, stored))
@@ -83,9 +84,9 @@ class StoredDocuments:
             is_new[matched] |= pc.not_equal(title, self._table.arrow("doc_title", stored)).to_numpy(
                 zero_copy_only=False
             )
-            is_new[matched] |= np.isinf(known_since[matched]) & self.dated  # older than all stored versions
+            is_new[matched] |= np.isinf(known_since[matched]) & self.has_times  # older than all stored versions
         columns = {name: rows.column(name) for name in rows.column_names}
-        if self.dated:
+        if self.has_times:
             columns[KNOWN_SINCE] = pa.array(known_since)
         elif not is_new.all():
             for name in columns.keys() - {"place", "doc_id", "content", "doc_key"}:
@@ -93,13 +94,13 @@ class StoredDocuments:
         return pa.table({**columns, "document": pa.array(documents), IS_NEW: pa.array(is_new.astype(np.int32))})
 
 
-def document_schema(features: Mapping[str, Feature], *, dated: bool = False) -> pa.Schema:
+def document_schema(features: Mapping[str, Feature], *, has_times: bool = False) -> pa.Schema:
     """Return the schema of rows of `StoredDocuments.compare`, optionally with times.
 
     Canonical features are in columns d0, d1, …
     """
     compared = [("document", pa.int64()), (IS_NEW, pa.int32())]
-    times = [(SINCE_COLUMN, pa.float64()), (KNOWN_SINCE, pa.float64())] if dated else []
+    times = [(SINCE_COLUMN, pa.float64()), (KNOWN_SINCE, pa.float64())] if has_times else []
     return pa.schema([*DOCUMENT_COLUMNS.items(), *spool_columns("d", features), *times, *compared])
 
 
@@ -148,11 +149,6 @@ class DistinctDocuments:
     versions: RowTable | None = None  # of rows with times (`since`): new documents and new versions
 
     @property
-    def dated(self) -> bool:
-        """Whether versions have times."""
-        return self.versions is not None
-
-    @property
     def total(self) -> int:
         """The number of all documents, existing and new."""
         return self.first + self.table.num_rows
@@ -166,15 +162,6 @@ class DistinctDocuments:
         return len(np.unique(document[document < self.first]))
 
 
-def fitted_documents(engine: LocalEngine, documents: DistinctDocuments) -> RowTable:
-    """Return the new documents and the new versions of existing ones."""
-    if documents.versions is not None:
-        return documents.versions
-    if documents.changed is None:
-        return documents.table
-    return engine.select("fitted_documents", "SELECT * FROM unique_documents", order="place, doc_id")
-
-
 def number_documents(engine: LocalEngine, writer: DatasetWriter) -> DistinctDocuments:
     """Number the new documents of `document_rows`, and write their key file.
 
@@ -185,8 +172,9 @@ def number_documents(engine: LocalEngine, writer: DatasetWriter) -> DistinctDocu
     table = engine.select("documents", "SELECT * FROM unique_documents WHERE document < 0", order="place, doc_id")
     changed = None
     if writer.append:
-        query = "SELECT * FROM unique_documents WHERE document >= 0"
-        changed = engine.select("changed_documents", query, order="document")
+        changed = engine.select(
+            "changed_documents", "SELECT * FROM unique_documents WHERE document >= 0", order="document"
+        )
     return DistinctDocuments(table, writer.num_existing_docs, _keys(engine, writer, table), changed)
 
 
@@ -233,8 +221,9 @@ def _keys(engine: LocalEngine, writer: DatasetWriter, table: RowTable) -> Sorted
     """Return the keys of existing and new documents, writing the key file of the new ones."""
     if not table.num_rows:
         return SortedKeys(writer.key_files)
-    write_document_keys(engine, "documents", "doc_id", writer.num_existing_docs, writer.new_key_file)
-    return SortedKeys([*writer.key_files, writer.new_key_file])
+    file = writer.catalogue_dir / f"{len(writer.content['catalogue']):06d}{KEYS_SUFFIX}"
+    write_document_keys(engine, "documents", "doc_id", writer.num_existing_docs, file)
+    return SortedKeys([*writer.key_files, file])
 
 
 def first_rows(table: str, key: str) -> str:

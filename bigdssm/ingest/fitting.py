@@ -21,7 +21,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in
-from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, fitted_documents
+from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
 from bigdssm.ingest.engines.local import (
     LocalEngine,
     RowFile,
@@ -70,8 +70,15 @@ def make_tokenizer(config: TokenizerConfig, texts: Texts, folder: Path) -> None:
     tokenizer = train_wordpiece(texts, config.vocab_size, config.lowercase)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"pad_token": PAD, "unk_token": UNKNOWN, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "pad_token": PAD,
+        "unk_token": UNKNOWN,
+        "cls_token": CLS,
+        "sep_token": SEP,
+        "mask_token": MASK,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -87,8 +94,7 @@ def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer
     characters: set[str] = set()
     for chunk in _up_to(texts(), MAX_TRAINING_CHARACTERS):
         characters.update(*chunk)
-    raw = sorted(characters)
-    alphabet = sorted(set("".join(normalizer.normalize_str(c) for c in raw)) - {" "})
+    alphabet = sorted(set("".join(normalizer.normalize_str(c) for c in sorted(characters))) - {" "})
     words = {c: [word for word, _ in pre_tokenizer.pre_tokenize_str(f"a{c}a")] for c in alphabet}
     inside = [
         f"##{c}" for c in alphabet if len(words[c]) == 1
@@ -166,9 +172,12 @@ def document_sides(
 
     train: None: all documents, too.
     """
-    every = fitted_documents(engine, documents) if train is None or base.filter else train
-    doc = FittedSide("doc", every if train is None else train, "d", base.doc)
-    return [doc, FittedSide("filter", every, "d", base.filter, len(base.doc))] if base.filter else [doc]
+    all_documents = documents.table if documents.versions is None else documents.versions
+    if documents.changed is not None and documents.versions is None and (train is None or base.filter):
+        query = "SELECT * FROM unique_documents"  # new documents and the new versions of existing ones
+        all_documents = engine.select("fitted_documents", query, order="place, doc_id")
+    doc = FittedSide("doc", all_documents if train is None else train, "d", base.doc)
+    return [doc, FittedSide("filter", all_documents, "d", base.filter, len(base.doc))] if base.filter else [doc]
 
 
 def of_tables(schema: Schema, config: DataConfig) -> Schema:
@@ -233,8 +242,8 @@ def with_prompts(schema: Schema, pretrained: str | None, tokenizer: TextTokenize
             **{name: text.with_prompt(prompt, prompts.pooled, tokenizer) for name, text in texts.items()},
         }
 
-    query = prompts.doc if schema.siamese else prompts.query
-    return replace(schema, query=on_side(schema.query, query), doc=on_side(schema.doc, prompts.doc))
+    query_prompt = prompts.doc if schema.siamese else prompts.query
+    return replace(schema, query=on_side(schema.query, query_prompt), doc=on_side(schema.doc, prompts.doc))
 
 
 def fit_side(engine: LocalEngine, side: FittedSide, *, grow: bool) -> dict[str, Feature]:
@@ -282,8 +291,8 @@ def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
                 values, rows = counted
                 table = pa.table({"value": values.cast(pa.large_string()), "place": ordinals[rows]})
                 grouped = table.group_by("value", use_threads=False).aggregate([("value", "count"), ("place", "min")])
-                feature_number = pa.array(np.full(grouped.num_rows, number, np.int32))
-                columns = [feature_number, grouped["value"], grouped["value_count"], grouped["place_min"]]
+                numbers = pa.array(np.full(grouped.num_rows, number, np.int32))
+                columns = [numbers, grouped["value"], grouped["value_count"], grouped["place_min"]]
                 file.add(pa.Table.from_arrays(columns, schema=LEARNED))
     write_facts(folder, **states)
 

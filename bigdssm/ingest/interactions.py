@@ -28,8 +28,6 @@ from bigdssm.features import CalendarTime, EventTime, Feature, TextTokenizer, en
 from bigdssm.features.calendar_time import END_SECOND, FIRST_SECOND
 from bigdssm.features.canonical import canonical
 from bigdssm.features.columns import (
-    RowCheck,
-    TimeUnits,
     check_time_units,
     ids,
     merged_units,
@@ -58,10 +56,10 @@ from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
     SEQUENCE_COLUMNS,
+    ColumnOptions,
     Ingestion,
     IngestReport,
     IngestTarget,
-    check_column_names,
     check_reserved_names,
     ingestion,
 )
@@ -99,7 +97,7 @@ Split = Literal["leave-one-out", "time", "train"]
 
 
 @dataclass(frozen=True)
-class InteractionTables:
+class InteractionTables(ColumnOptions):
     """The source tables and their columns."""
 
     interactions: Path | str | Source
@@ -119,9 +117,6 @@ class InteractionTables:
     validation_from: SplitTime = None  # split=time: start of validation; with test_from, replaces both fractions
     test_from: SplitTime = None
     until: SplitTime = None  # in addition: later rows are dropped
-
-    def __post_init__(self) -> None:
-        check_column_names(self)
 
     @property
     def split_times(self) -> SplitTimes | None:
@@ -147,6 +142,7 @@ def make_interactions(
     sources = [source for source in (items, users, events) if source is not None]
     with ingestion(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
+        # an append must have the schema and the kinds of columns of the dataset
         writer.record_id_sources(doc="column", query="column")
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
         user = stored_features(base.query)
@@ -157,15 +153,16 @@ def make_interactions(
         writer.record_times("items", tables.items_time_column is not None)
         with_events = [n for n in writer.content[PARTITIONS] if n not in writer.content.get(ITEM_PARTITIONS, [])]
         partitions = [read_partition(writer.out, name) for name in with_events]
-        for partition in partitions:
-            if not partition.sequence_files:
-                raise DataError(f"{writer.out}: partition {partition.name!r} holds pairs, not interactions")
-        earlier = EarlierEvents.of(partitions)
+        if of_pairs := [partition.name for partition in partitions if not partition.sequence_files]:
+            raise DataError(f"{writer.out}: partition {of_pairs[0]!r} holds pairs, not interactions")
+        sequence_files = ((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions)
+        earlier = EarlierEvents(tuple(sequence_files))
         writer.record_event_times(tables.time_column is not None)
+        # items and users are read before the events, which refer to them
         existing_files = catalogue_files(writer.out, writer.content)
         schema_read = of_tables(base, config)
         documents, item_times = read_items(run, tables.item_column, tables.items_time_column, schema_read, items)
-        versions = ItemVersions.of(engine, existing_files, documents) if documents.dated else None
+        versions = ItemVersions.of(engine, existing_files, documents) if documents.versions is not None else None
         user_read = stored_features(schema_read.query)
         user_times = read_users(run, tables, user_read, users) if user and users is not None else []
         other_times = {
@@ -175,8 +172,7 @@ def make_interactions(
         event = stored_features(base.event)
         sequences, event_rows = read_events(run, tables, user, event, documents, events, other_times, earlier)
         if any(isinstance(feature, CalendarTime) for feature in base.event.values()):
-            engine.table("event_times", map(Path, event_rows.files))
-            ((oldest, newest),) = engine.fetch("SELECT min(time), max(time) FROM event_times")
+            ((oldest, newest),) = engine.fetch("SELECT min(time), max(time) FROM read_events")
             unit = unit_of_times(writer.content[TIMES])
             if not FIRST_SECOND <= oldest * unit <= newest * unit < END_SECOND:
                 raise DataError(
@@ -185,6 +181,7 @@ def make_interactions(
                     "µs or ns since 1970"
                 )
         writer.quarantine.check()
+        # fit the schema, then cut the events into sequences and rows
         sides = document_sides(engine, base, documents)
         if user:
             fitted = "SELECT * FROM users" if as_of else "SELECT * FROM newest_users"
@@ -200,7 +197,7 @@ def make_interactions(
         features = stored_features(schema.query)
         folders, cut = cut_sequences(
             run, event_rows, sequences, SortedKeys([key_file]), features, stored_features(schema.event), text,
-            how=split, thresholds=(split_times.validation, split_times.test, split_times.train_from),
+            split_kind=split, thresholds=(split_times.validation, split_times.test, split_times.train_from),
             targets_per_row=config.targets_per_row, min_history=0 if config.empty_histories else 1, seed=target.seed,
             earlier=earlier, has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
@@ -218,12 +215,13 @@ def make_interactions(
             if writer.append and split != "train":
                 before += f" for --split {split}; with --split train all events of the partition are trained on"
             raise DataError(f"{tables.interactions}: no train rows remain; every user has too few events{before}")
+        # rows get the features of their users as of their times; without times these are in the sequences
         if as_of:
-            splits, too_early = join_users(engine, splits, len(user))
-            if too_early:
-                run.notes.append(
-                    f"{too_early} rows are older than all rows of their users in {tables.users}: no user features"
-                )
+            splits = join_users(engine, splits, len(user))
+            run.note_count(
+                "SELECT count(*) FROM joined_rows WHERE too_early = 1",
+                f"rows are older than all rows of their users in {tables.users}: no user features",
+            )
         row_features = features if as_of else {}
         columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(row_features)))]
         splits["train"] = shuffled(engine, "train", splits["train"], columns)
@@ -255,23 +253,44 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
             test_from=tables.test_from, until=tables.until,
         )  # fmt: skip
     _ = tables.split_times  # validates them
-    if tables.split == "time" and tables.time_column is None:
+    no_times = tables.time_column is None
+    ratings = {"--min-rating": tables.min_rating, "--positive-rating": tables.positive_rating}
+    if tables.split == "time" and no_times:
         raise ConfigError("--split time needs a --time-column")
-    if isinstance(open_table(tables.interactions), SparkTable) and tables.time_column is None:
-        raise ConfigError(f"{tables.interactions}: rows from Spark have no order; name a --time-column")
-    if tables.users_time_column is not None and tables.users is None:
-        raise ConfigError(f"--users-time-column {tables.users_time_column} needs a users table; give --users")
-    for name, feature in config.event.items():
-        if isinstance(feature, EventTime) and tables.time_column is None:
-            raise ConfigError(f"data.event.{name}: type {feature.type} needs the times of events; name a --time-column")
-    if config.request and tables.time_column is None:
-        raise ConfigError("data.request needs the times of events, which its history precedes; name a --time-column")
-    for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column)):
-        if column is not None and tables.time_column is None:
-            raise ConfigError(f"--{side}-time-column {column} needs a --time-column of the events")
-    for option, rating in (("--min-rating", tables.min_rating), ("--positive-rating", tables.positive_rating)):
-        if rating is not None and (tables.rating_column is None or not np.isfinite(rating)):
-            raise ConfigError(f"{option} {rating} needs a finite number, and a --rating-column")
+    is_spark = isinstance(open_table(tables.interactions), SparkTable)
+    rules = [  # (whether it is violated, message)
+        (
+            no_times and is_spark,
+            f"{tables.interactions}: rows from Spark have no order; name a --time-column",
+        ),
+        (
+            tables.users_time_column is not None and tables.users is None,
+            f"--users-time-column {tables.users_time_column} needs a users table; give --users",
+        ),
+        *(
+            (no_times, f"data.event.{name}: type {feature.type} needs the times of events; name a --time-column")
+            for name, feature in config.event.items()
+            if isinstance(feature, EventTime)
+        ),
+        (
+            no_times and bool(config.request),
+            "data.request needs the times of events, which its history precedes; name a --time-column",
+        ),
+        *(
+            (no_times and column is not None, f"--{side}-time-column {column} needs a --time-column of the events")
+            for side, column in (("users", tables.users_time_column), ("items", tables.items_time_column))
+        ),
+        *(
+            (
+                rating is not None and (tables.rating_column is None or not np.isfinite(rating)),
+                f"{option} {rating} needs a finite number, and a --rating-column",
+            )
+            for option, rating in ratings.items()
+        ),
+    ]
+    for is_violated, message in rules:
+        if is_violated:
+            raise ConfigError(message)
 
 
 def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tuple[str, SplitTimes]:
@@ -280,25 +299,23 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
     An append without --split uses the recorded split; a new dataset records its split.
     """
     engine, content = run.engine, run.writer.content
-    never = SplitTimes(np.inf, np.inf, np.inf)
     recorded = dataset_split(run.writer, get_args(Split)) if tables.split is None else None
-    how = recorded["how"] if recorded else tables.split or "leave-one-out"
-    split_times = never
-    if recorded and how == "time":
+    kind = recorded["how"] if recorded else tables.split or "leave-one-out"
+    split_times = SplitTimes(np.inf, np.inf, np.inf)
+    if recorded and kind == "time":
         split_times = SplitTimes.of_dataset(recorded)
-    elif how == "time" and tables.split_times is not None:
+    elif kind == "time" and tables.split_times is not None:
         split_times = tables.split_times
-    elif how == "time":
+    elif kind == "time":
         until_test = 1 - tables.test_fraction
         first, second = quantiles(engine, events, (until_test - tables.validation_fraction, until_test))
         split_times = SplitTimes(first, second, np.inf)
     if not run.writer.append:
-        content[SPLIT] = {"how": how}
-        if how == "time":
-            engine.table("read_events", map(Path, events.files))
+        content[SPLIT] = {"how": kind}
+        if kind == "time":
             ((newest,),) = engine.fetch("SELECT max(time) FROM read_events")
             content[SPLIT] |= split_times.as_json(newest)
-    return how, split_times
+    return kind, split_times
 
 
 def _encoded(row_features: dict[str, Feature], text: TextTokenizer | None, rows: pa.Table) -> dict[str, pa.Array]:
@@ -329,33 +346,32 @@ def read_items(
         _report_repeated(run, items, "first_documents", "doc_key", key)
     if not documents.total:
         raise DataError(f"{items.name} has no usable rows{writer.quarantine.summary()}")
-    return documents, [read_facts(folder) for folder in folders] if documents.dated else []
+    return documents, [read_facts(folder) for folder in folders] if documents.versions is not None else []
 
 
 def _read_item_part(
     columns: Mapping[str, str], key: str, time_column: str | None, title: str, features: dict[str, Feature],
     stored: StoredDocuments, part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
-    def add(check: RowCheck, units: TimeUnits) -> None:
-        keys, titles = ids(check, key), strings(check, title)
-        since = None if time_column is None else times(check, time_column)
-        table = canonical(check, features)
-        rows = document_rows(row_ordinals(part, check.batch), hash_rows(table), keys, titles, table)
-        if since is not None:
-            rows = rows.append_column(SINCE_COLUMN, pa.array(since))
-            units.add(since[check.good])
-        file.add(stored.compare(rows.filter(pa.array(check.good))))
-
-    with RowFile(folder / "documents.parquet", document_schema(features, dated=time_column is not None)) as file:
-        read_part(part, columns, folder, add)
+    schema = document_schema(features, has_times=time_column is not None)
+    with RowFile(folder / "documents.parquet", schema) as file, read_part(part, columns, folder) as (batches, units):
+        for check in batches:
+            keys, titles = ids(check, key), strings(check, title)
+            since = None if time_column is None else times(check, time_column)
+            table = canonical(check, features)
+            rows = document_rows(row_ordinals(part, check.batch), hash_rows(table), keys, titles, table)
+            if since is not None:
+                rows = rows.append_column(SINCE_COLUMN, pa.array(since))
+                units.add(since[check.good])
+            file.add(stored.compare(rows.filter(pa.array(check.good))))
 
 
 def _report_repeated(run: Ingestion, source: Source, table: str, key: str, column: str) -> None:
     """Quarantine the rows of a table with a repeated key."""
-    again = run.engine.select(
+    repeated = run.engine.select(
         f"{table}_again", f"SELECT place, {key} FROM {table} WHERE nth > 1", order=f"place, {key}"
     )
-    for piece in again.batches():
+    for piece in repeated.batches():
         rows, keys = (piece.column(name).to_pylist() for name in ("place", key))
         run.writer.quarantine.num_good -= len(rows)
         run.writer.quarantine.add(
@@ -379,8 +395,9 @@ def read_users(
     engine, key, time_column = run.engine, tables.user_column, tables.users_time_column
     options = (key, "--user-column"), (time_column, "--users-time-column")
     columns = column_options(*options, *feature_columns(user, "query"))
-    work = partial(_read_user_part, columns, key, time_column, user)
-    folders = run.read("users", [users], columns, work, user.values())
+    folders = run.read(
+        "users", [users], columns, partial(_read_user_part, columns, key, time_column, user), user.values()
+    )
     engine.table("user_rows", [folder / "users.parquet" for folder in folders])
     if time_column is not None:
         # of rows with equal times, the later row in the table is newer
@@ -401,18 +418,16 @@ def _read_user_part(
     columns: Mapping[str, str], key: str, time_column: str | None, features: dict[str, Feature],
     part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
-    def add(check: RowCheck, units: TimeUnits) -> None:
-        keys = ids(check, key)
-        since = np.zeros(len(keys)) if time_column is None else times(check, time_column)
-        table = canonical(check, features)
-        own = [pa.array(row_ordinals(part, check.batch)), pa.array(hash_strings(keys)), keys, pa.array(since)]
-        rows = pa.Table.from_arrays([*own, *table.columns], names=schema.names)
-        units.add(since[check.good])
-        file.add(rows.filter(pa.array(check.good)))
-
     schema = pa.schema([*USER, ("time", pa.float64()), *spool_columns("u", features)])
-    with RowFile(folder / "users.parquet", schema) as file:
-        read_part(part, columns, folder, add)
+    with RowFile(folder / "users.parquet", schema) as file, read_part(part, columns, folder) as (batches, units):
+        for check in batches:
+            keys = ids(check, key)
+            since = np.zeros(len(keys)) if time_column is None else times(check, time_column)
+            table = canonical(check, features)
+            numbers = [pa.array(row_ordinals(part, check.batch)), pa.array(hash_strings(keys)), keys, pa.array(since)]
+            rows = pa.Table.from_arrays([*numbers, *table.columns], names=schema.names)
+            units.add(since[check.good])
+            file.add(rows.filter(pa.array(check.good)))
 
 
 def read_events(
@@ -438,18 +453,19 @@ def read_events(
     if compared_with is not None:  # before other checks: in another unit all events are older, or newer
         where = f"{events.name}, column {tables.time_column!r}, with the events of {run.writer.out},"
         check_time_units([run.writer.content[TIMES], *facts], where)
-    event_rows = RowTable.of(folder / "events.parquet" for folder in folders)
+    event_rows = engine.table("read_events", [folder / "events.parquet" for folder in folders])
     num_repeated = sum(part_facts["num_repeated"] for part_facts in facts)
     num_left_out = sum(part_facts["num_good"] for part_facts in facts) - num_repeated - event_rows.num_rows
     engine.table("sequence_parts", [folder / "sequences.parquet" for folder in folders])
-    repeat_notes = (
-        [f"{num_repeated} interactions are in {run.writer.out} already and are dropped"] if num_repeated else []
-    )
+    repeated = f"{num_repeated} interactions are in {run.writer.out} already and are dropped"
+    limits = {"rated below": tables.min_rating, "not before --until": tables.until}
+    left_out = " or ".join(f"{limit} {value}" for limit, value in limits.items() if value is not None)
     if not event_rows.num_rows:
-        drop_notes = [f"{num_left_out} are {_drop_reasons(tables)}"] if num_left_out else []
-        reasons = "".join(f"; {reason}" for reason in [*repeat_notes, *drop_notes])
+        causes = {repeated: num_repeated, f"{num_left_out} are {left_out}": num_left_out}
+        reasons = "".join(f"; {cause}" for cause, number in causes.items() if number)
         raise DataError(f"{events.name}: no interactions remain to train on{reasons}{quarantine.summary()}")
-    run.notes += repeat_notes
+    if num_repeated:
+        run.notes.append(repeated)
     check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
     for column, others in other_times.items():
         check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
@@ -458,7 +474,7 @@ def read_events(
     if tables.time_column is not None:
         run.writer.content[TIMES] = merged_units([run.writer.content[TIMES], *facts])
     if num_left_out:
-        run.notes.append(f"{num_left_out} interactions are {_drop_reasons(tables)} and dropped")
+        run.notes.append(f"{num_left_out} interactions are {left_out} and dropped")
     engine.view(
         "merged_sequences",
         "SELECT min(place) AS place, user_id, min_by(key, place) AS key, CAST(sum(length) AS BIGINT) AS length "
@@ -472,24 +488,11 @@ def read_events(
         order="place, user_id",
     )
     if user:
-        unknown = (
-            "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)"
+        run.note_count(
+            "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)",
+            "users are not in the users table: their features are missing",
         )
-        ((number,),) = engine.fetch(unknown)
-        if number:
-            run.notes.append(f"{number} users are not in the users table: their features are missing")
     return sequences, event_rows
-
-
-def _drop_reasons(tables: InteractionTables) -> str:
-    low = [] if tables.min_rating is None else [f"rated below {tables.min_rating}"]
-    late = [] if tables.until is None else [f"not before --until {tables.until}"]
-    return " or ".join([*low, *late])
-
-
-def _at_least(ratings: np.ndarray, threshold: float) -> np.ndarray:
-    """Compare in float32, in which tables may store ratings: its 4.1 is less than that of float64."""
-    return ratings.astype(np.float32) >= np.float32(threshold)
 
 
 def _read_event_part(
@@ -498,66 +501,64 @@ def _read_event_part(
 ) -> None:  # fmt: skip
     """Read a part of the events; those from `until` on, and those in `earlier` (for an append) are dropped."""
     num_repeated = 0
-
-    def add(check: RowCheck, units: TimeUnits) -> None:
-        nonlocal num_repeated
-        users, items = ids(check, tables.user_column), ids(check, tables.item_column)
-        item = known_items.find(hash_strings(items))
-        check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
-        time = np.zeros(len(item)) if tables.time_column is None else times(check, tables.time_column)
-        ratings = relevances(check, tables.rating_column) if tables.rating_column else np.ones(len(item))
-        good = check.good
-        if tables.min_rating is not None:
-            good = good & _at_least(ratings, tables.min_rating)
-        if until is not None:
-            good = good & (time < until)
-        relevance = ratings if tables.positive_rating is None else _at_least(ratings, tables.positive_rating)
-        relevance = relevance.astype(np.float32)
-        user_ids = hash_strings(users)
-        features = canonical(check, event)
-        good = good & check.good
-        units.add(time[good])
-        if earlier is not None:
-            # events older than their user's newest existing event are marked bad
-            repeated, newest = np.zeros(len(good), bool), np.full(len(good), -np.inf)
-            encoded = encode_columns(features, event, None, large=True)
-            of_event = {EVENT_PREFIX + name: np.asarray(column)[good] for name, column in encoded.items()}
-            new = {"items": item[good], TIME_COLUMN: time[good], "relevance": relevance[good], **of_event}
-            repeated[good], newest[good] = earlier.compare(user_ids[good], new)
-            num_repeated += int(repeated.sum())
-            older = ~repeated & (time < newest)
-            older_rows = np.flatnonzero(older).tolist()
-            described = {row: f"{time[row]:.15g}, older than {newest[row]:.15g}" for row in older_rows}
-            reason = (
-                f"{tables.time_column} is {{}}, the newest event of its user in the dataset; an append adds newer "
-                "events only, so rebuild the dataset to insert older ones"
-            )
-            check.fail(older, reason, described)
-            good = good & ~repeated & ~older
-        ordinals = row_ordinals(part, check.batch)[good]
-        added = [ordinals, user_ids[good], item[good], time[good], relevance[good]]
-        added += [column.filter(pa.array(good)) for column in features.columns]
-        event_file.add(pa.table(added, schema=schema))
-        ones = np.ones(len(ordinals), np.int64)
-        first.add(pa.table([ordinals, user_ids[good], users.filter(pa.array(good)), ones], schema=SEQUENCE))
-
     schema = pa.schema([*EVENT, *spool_columns("e", event)])
     with (
         RowFile(folder / "events.parquet", schema) as event_file,
         RowFile(folder / "sequences.parquet", SEQUENCE) as sequence_file,
         FirstRows(sequence_file, "user_id", count="length") as first,
+        read_part(part, columns, folder) as (batches, units),
     ):
-        read_part(part, columns, folder, add)
+        for check in batches:
+            users, items = ids(check, tables.user_column), ids(check, tables.item_column)
+            item = known_items.find(hash_strings(items))
+            check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
+            time = np.zeros(len(item)) if tables.time_column is None else times(check, tables.time_column)
+            ratings = relevances(check, tables.rating_column) if tables.rating_column else np.ones(len(item))
+            ratings = ratings.astype(np.float32)  # tables may store float32, whose 4.1 is less than that of float64
+            good = check.good
+            if tables.min_rating is not None:
+                good = good & (ratings >= np.float32(tables.min_rating))
+            if until is not None:
+                good = good & (time < until)
+            relevance = ratings
+            if tables.positive_rating is not None:
+                relevance = (ratings >= np.float32(tables.positive_rating)).astype(np.float32)
+            user_ids = hash_strings(users)
+            features = canonical(check, event)
+            good = good & check.good
+            units.add(time[good])
+            if earlier is not None:
+                # events older than their user's newest existing event are marked bad
+                repeated, newest = np.zeros(len(good), bool), np.full(len(good), -np.inf)
+                encoded = encode_columns(features, event, None, large=True)
+                of_event = {EVENT_PREFIX + name: np.asarray(column)[good] for name, column in encoded.items()}
+                new = {"items": item[good], TIME_COLUMN: time[good], "relevance": relevance[good], **of_event}
+                repeated[good], newest[good] = earlier.compare(user_ids[good], new)
+                num_repeated += int(repeated.sum())
+                older = ~repeated & (time < newest)
+                described = {
+                    row: f"{time[row]:.15g}, older than {newest[row]:.15g}" for row in np.flatnonzero(older).tolist()
+                }
+                reason = (
+                    f"{tables.time_column} is {{}}, the newest event of its user in the dataset; an append adds newer "
+                    "events only, so rebuild the dataset to insert older ones"
+                )
+                check.fail(older, reason, described)
+                good = good & ~repeated & ~older
+            ordinals = row_ordinals(part, check.batch)[good]
+            added = [ordinals, user_ids[good], item[good], time[good], relevance[good]]
+            added += [column.filter(pa.array(good)) for column in features.columns]
+            event_file.add(pa.table(added, schema=schema))
+            events_of_rows = [ordinals, user_ids[good], users.filter(pa.array(good)), np.ones(len(ordinals), np.int64)]
+            first.add(pa.table(events_of_rows, schema=SEQUENCE))
     write_facts(folder, **read_facts(folder), num_repeated=num_repeated)
 
 
-def join_users(
-    engine: LocalEngine, splits: Mapping[str, RowTable], num_features: int
-) -> tuple[dict[str, RowTable], int]:
+def join_users(engine: LocalEngine, splits: Mapping[str, RowTable], num_features: int) -> dict[str, RowTable]:
     """Join the splits' rows with user features as of their times (an as-of join).
 
     The order is unchanged. A row gets its user's newest row (`users`, from `user_rows`) up to the time of its first
-    target, or nulls. Also returns the number of rows older than all rows of their user.
+    target, or nulls. `too_early` in `joined_rows` is 1 for rows older than all rows of their user.
     """
     engine.table("cut_rows", (Path(file) for table in splits.values() for file in table.files))
     columns = ", ".join(f"r.{name}" for name in CUT_COLUMNS)
@@ -580,11 +581,9 @@ def join_users(
         "LEFT JOIN users ON r.user_id = users.user_id AND r.nth = users.nth WHERE r.split >= 0",
         order="split, sequence, first",
     )
-    ((too_early,),) = engine.fetch("SELECT count(*) FROM joined_rows WHERE too_early = 1")
-    joined = {
+    return {
         name: engine.select(
             f"joined_{name}", f"SELECT * FROM joined_rows WHERE split = {number}", order="sequence, first"
         )
         for number, name in enumerate(splits)
     }
-    return joined, int(too_early)

@@ -65,6 +65,18 @@ Encode = Callable[[pa.Table], dict[str, pa.Array]]
 """Returns block columns for rows of a split; picklable."""
 
 
+class ColumnOptions:
+    """Base of the dataclasses of source tables and their columns: '' for a column means None."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: the column is required."""
+        for option in fields(self):  # type: ignore[arg-type]
+            if option.name.endswith("_column") and getattr(self, option.name) == "":
+                if "None" not in str(option.type):
+                    raise ConfigError(f"--{option.name.replace('_', '-')} is '', needs the name of a column")
+                object.__setattr__(self, option.name, None)
+
+
 @dataclass(frozen=True)
 class IngestTarget:
     """The destination of a dataset, and the engine that builds it."""
@@ -93,11 +105,6 @@ class IngestReport:
     num_bad: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
-
-    @property
-    def rows_per_s(self) -> float:
-        """The number of rows written per second."""
-        return sum(self.rows.values()) / self.seconds
 
 
 @dataclass
@@ -136,27 +143,53 @@ class Ingestion:
         except UnreadableTable as error:
             finished = sorted(path for path in (self.engine.spool / step).glob("[0-9]*"))
             quarantine.add(bad_rows(finished))
-            quarantine.add(error.bad)
+            quarantine.add(error.args[1])
             raise DataError(f"{error}{quarantine.summary()}") from None
         quarantine.add(bad_rows(folders))
         facts = [read_facts(folder) for folder in folders]
         quarantine.num_good += int(sum(part_facts["num_good"] for part_facts in facts))
         usable = {job.number for job, part_facts in zip(jobs, facts, strict=True) if part_facts["num_rows"]}
-        for number, source in enumerate(sources):
-            if number not in usable:
-                raise DataError(f"{source.name} has no usable rows{quarantine.summary()}")
+        if unusable := [source for number, source in enumerate(sources) if number not in usable]:
+            raise DataError(f"{unusable[0].name} has no usable rows{quarantine.summary()}")
         for vector in vectors:
             vector.check_matrix(max(int(part_facts["last_row"]) for part_facts in facts), sources[0].name)
         return folders
 
+    def note_count(self, query: str, note: str) -> None:
+        """Add a note that begins with the number that a query returns, unless it is 0."""
+        ((number,),) = self.engine.fetch(query)
+        if number:
+            self.notes.append(f"{number} {note}")
+
     def write_splits(self, splits: Mapping[str, RowTable], encode: Encode) -> dict[str, Any]:
-        """Write every non-empty split as blocks, and return the splits' metadata."""
+        """Write every non-empty split as shards of encoded blocks and an index.
+
+        Returns the metadata {"rows", "queries", "blocks", "shards", "index_checksum"} by split.
+        """
         self.notes += [f"the split {name} is empty" for name, table in splits.items() if not table.num_rows]
-        return {
-            name: write_split(self.engine, name, table, encode, self.writer.partition_dir)
-            for name, table in splits.items()
-            if table.num_rows
-        }
+        written: dict[str, Any] = {}
+        for split, table in splits.items():
+            if not table.num_rows:
+                continue
+            rows_per_block = block_rows(table.num_rows)
+            jobs = list(enumerate(ranges(table, rows_per_block * BLOCKS_PER_SHARD)))
+            work = partial(_write_shard, split, table, encode, rows_per_block)
+            folders = self.engine.map(f"write_{split}", jobs, work, rows=table.num_rows)
+            entries = move_files(folders, self.writer.partition_dir)
+            shards = [entry["file"] for entry in entries]
+            shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
+            index = {
+                name: np.array([number for entry in entries for number in entry[name]], dtype)
+                for name, dtype in INDEX_COLUMNS.items()
+            }
+            written[split] = {
+                "rows": int(index["rows"].sum()),
+                "queries": int(index["queries"].sum()),
+                "blocks": len(shard),
+                "shards": shards,
+                "index_checksum": write_index(self.writer.partition_dir, split, shards, shard, index),
+            }
+        return written
 
     def finish(
         self, schema: Schema, text: TextTokenizer | None, documents: DistinctDocuments, splits: dict[str, Any],
@@ -166,17 +199,29 @@ class Ingestion:
         """Write counts and catalogue, commit the dataset and return the report.
 
         `positives`: catalogue rows of documents and their numbers of train positives, int64. A partition without
-        `splits` has items alone.
+        `splits` has items alone. Raises ConfigError: a feature has the reserved name of the versions' column.
         """
         writer = self.writer
         docs, counts = positives
         order = np.argsort(docs)
         columns = {"doc": pa.array(docs[order]), "count": pa.array(counts[order])}
         checksum = write_arrow(writer.partition_dir / COUNTS_FILE, columns)["checksum"]
-        catalogue, versions = write_catalogue(
-            self.engine, documents, schema.documents, text, writer.catalogue_dir,
-            len(writer.catalogue_parts), len(writer.content.get(VERSIONS, [])),
-        )  # fmt: skip
+        # the files of new documents, and those of new versions of documents
+        times = (SINCE_COLUMN,) if documents.versions is not None else ()
+        tables = [("catalogue", documents.table, "", times, len(writer.content["catalogue"]))]
+        if documents.changed is not None and documents.changed.num_rows:
+            if DOCUMENT_COLUMN in schema.documents:
+                raise ConfigError(
+                    f"data.doc.{DOCUMENT_COLUMN}: the name is reserved in files of document versions, and "
+                    f"{documents.changed.num_rows} documents have changed; rebuild the dataset with another name"
+                )
+            first_file = len(writer.content.get(VERSIONS, []))
+            tables.append(("versions", documents.changed, "versions-", (DOCUMENT_COLUMN, *times), first_file))
+        files: dict[str, list[dict[str, Any]]] = {"versions": []}
+        for step, table, prefix, columns_of_versions, first_file in tables:
+            jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), first_file))
+            work = partial(_write_documents, table, schema.documents, text, prefix, columns_of_versions)
+            files[step] = move_files(self.engine.map(step, jobs, work, rows=table.num_rows), writer.catalogue_dir)
         if writer.append and splits:
             partitions = {name: read_partition(writer.out, name) for name in writer.content[PARTITIONS]}
             same = [name for name, partition in partitions.items() if partition.content["splits"] == splits]
@@ -187,7 +232,7 @@ class Ingestion:
                 counted = f"most queries of the partition are held out: {held_out:,} of {total:,}"
                 self.notes.append(f"{counted}; with --split train all are trained on")
         changed_docs = documents.num_changed  # before the commit removes the spool
-        writer.commit(schema, catalogue, versions, splits, checksum, sequences, withdrawals)
+        writer.commit(schema, files["catalogue"], files["versions"], splits, checksum, sequences, withdrawals)
         query_notes = [
             f"the {entry['rows']:,} rows of split {split} have {entry['queries']:,} queries"
             for split, entry in splits.items()
@@ -198,9 +243,9 @@ class Ingestion:
             partition=writer.partition,
             rows={split: entry["rows"] for split, entry in splits.items()},
             num_docs=documents.total,
-            new_docs=sum(part["rows"] for part in catalogue),
+            new_docs=sum(part["rows"] for part in files["catalogue"]),
             changed_docs=changed_docs,
-            new_versions=sum(part["rows"] for part in versions),
+            new_versions=sum(part["rows"] for part in files["versions"]),
             num_bad=writer.quarantine.num_bad,
             seconds=time.monotonic() - self.started,
             notes=(*self.notes, *query_notes),
@@ -220,9 +265,22 @@ def ingestion(
     matrices = [feature.matrix for feature in features if isinstance(feature, Vector) and feature.matrix]
     if matrices and any(isinstance(source, SparkTable) for source in sources):
         raise ConfigError(f"{matrices[0]}: a matrix is indexed by row number, which rows of a Spark query do not have")
-    inputs = _inputs(config, target, sources, options, matrices)
+    # an interrupted ingestion is resumed if config, options, fingerprints of tables and code, and versions are equal
+    tokenizer = [] if config.tokenizer.path is None else sorted(Path(config.tokenizer.path).glob("*.json"))
+    other_files = [*([target.like / SCHEMA_FILE] if target.like else []), *tokenizer, *map(Path, matrices)]
+    inputs = [
+        asdict(config),
+        Schema.declared(config).fingerprint(),
+        asdict(options),
+        target.seed,
+        [(str(path.resolve()), path.stat().st_mtime_ns) for path in other_files if path.is_file()],
+        [source.fingerprint() for source in sources],
+        (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__),
+        "built-in" if target.spark is None else "spark",
+    ]
     writer = DatasetWriter(
-        target.out, target.partition, config.max_bad_fraction, source=inputs,
+        target.out, target.partition, config.max_bad_fraction,
+        source=json.dumps(inputs, default=str, sort_keys=True),
         overwrite=target.overwrite, append=target.append,
     )  # fmt: skip
     try:
@@ -240,39 +298,10 @@ def ingestion(
             engine.close()
 
 
-def _inputs(
-    config: DataConfig, target: IngestTarget, sources: Sequence[Source], options: Any, matrices: Sequence[str]
-) -> str:
-    """Serialize the inputs: config, options, fingerprints of sources and code, versions."""
-    like = [target.like / SCHEMA_FILE] if target.like else []
-    tokenizer = [] if config.tokenizer.path is None else sorted(Path(config.tokenizer.path).glob("*.json"))
-    other_files = [*like, *tokenizer, *map(Path, matrices)]
-    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in other_files if path.is_file()]
-    fingerprints = [source.fingerprint() for source in sources]
-    code = (code_checksum(), pa.__version__, tokenizers.__version__, np.__version__)
-    declared = Schema.declared(config).fingerprint()
-    engine = "built-in" if target.spark is None else "spark"
-    inputs = [asdict(config), declared, asdict(options), target.seed, files, fingerprints, code, engine]
-    return json.dumps(inputs, default=str, sort_keys=True)
-
-
-def check_column_names(tables: Any) -> None:
-    """Replace '' by None in column options of a dataclass.
-
-    Raises ConfigError: the column is required.
-    """
-    for option in fields(tables):
-        if option.name.endswith("_column") and getattr(tables, option.name) == "":
-            if "None" not in str(option.type):
-                raise ConfigError(f"--{option.name.replace('_', '-')} is '', needs the name of a column")
-            object.__setattr__(tables, option.name, None)
-
-
 def check_reserved_names(features: Iterable[str], reserved: Sequence[str], side: str) -> None:
     """Raise ConfigError if a feature has the name of a reserved column."""
-    for name in features:
-        if name in reserved:
-            raise ConfigError(f"data.{side}.{name}: the name is reserved for a column of the dataset; choose another")
+    if taken := [name for name in features if name in reserved]:
+        raise ConfigError(f"data.{side}.{taken[0]}: the name is reserved for a column of the dataset; choose another")
 
 
 def write_arrow(path: Path, columns: dict[str, pa.Array]) -> dict[str, Any]:
@@ -303,36 +332,6 @@ def move_files(folders: Sequence[Path], target: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def write_catalogue(
-    engine: LocalEngine, documents: DistinctDocuments, features: dict[str, Feature], text: TextTokenizer | None,
-    folder: Path,
-    first_file: int, first_of_versions: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
-    """Write new documents and new versions to `folder`.
-
-    Return {"file", "rows", "checksum"} of both kinds of files. Raises ConfigError: a feature has the reserved name of
-    the versions' column.
-    """
-    times = (SINCE_COLUMN,) if documents.dated else ()
-
-    def written(
-        step: str, table: RowTable, prefix: str, more_columns: Sequence[str], first: int
-    ) -> list[dict[str, Any]]:
-        jobs = list(enumerate(ranges(table, DOCUMENTS_PER_FILE), first))
-        work = partial(_write_documents, table, features, text, prefix, more_columns)
-        return move_files(engine.map(step, jobs, work, rows=table.num_rows), folder)
-
-    new = written("catalogue", documents.table, "", times, first_file)
-    if (changed := documents.changed) is None or not changed.num_rows:
-        return new, []
-    if DOCUMENT_COLUMN in features:
-        raise ConfigError(
-            f"data.doc.{DOCUMENT_COLUMN}: the name is reserved in files of document versions, and {changed.num_rows} "
-            "documents have changed; rebuild the dataset with another name"
-        )
-    return new, written("versions", changed, "versions-", (DOCUMENT_COLUMN, *times), first_of_versions)
-
-
 def _write_documents(
     table: RowTable, features: dict[str, Feature], text: TextTokenizer | None, prefix: str, more_columns: Sequence[str],
     job: tuple[int, tuple[int, int]], folder: Path,
@@ -352,33 +351,10 @@ def block_rows(num_rows: int) -> int:
     return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, num_rows // TARGET_BLOCKS))
 
 
-def write_split(engine: LocalEngine, split: str, table: RowTable, encode: Encode, folder: Path) -> dict[str, Any]:
-    """Write a split's encoded rows as shards and an index in `folder`.
-
-    Returns its metadata {"rows", "queries", "blocks", "shards", "index_checksum"}.
-    """
-    per_block = block_rows(table.num_rows)
-    jobs = list(enumerate(ranges(table, per_block * BLOCKS_PER_SHARD)))
-    work = partial(_write_shard, split, table, encode, per_block)
-    entries = move_files(engine.map(f"write_{split}", jobs, work, rows=table.num_rows), folder)
-    shards = [entry["file"] for entry in entries]
-    index = {
-        name: np.array([n for entry in entries for n in entry[name]], dtype) for name, dtype in INDEX_COLUMNS.items()
-    }
-    shard = np.repeat(np.arange(len(entries), dtype=np.int32), [len(entry["rows"]) for entry in entries])
-    return {
-        "rows": int(index["rows"].sum()),
-        "queries": int(index["queries"].sum()),
-        "blocks": len(shard),
-        "shards": shards,
-        "index_checksum": write_index(folder, split, shards, shard, index),
-    }
-
-
 def write_index(folder: Path, split: str, shards: Sequence[str], shard: np.ndarray, index: Mapping[str, Any]) -> str:
     """Write the index of a split, of blocks in the files `shards` by number; return its checksum."""
-    named = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
-    columns = {"shard": named, **{name: pa.array(index[name]) for name in INDEX_COLUMNS}}
+    shard_names = pa.DictionaryArray.from_arrays(shard, pa.array(shards, pa.string()))
+    columns = {"shard": shard_names, **{name: pa.array(index[name]) for name in INDEX_COLUMNS}}
     return str(write_arrow(folder / f"{split}.index.arrow", columns)["checksum"])
 
 
@@ -391,17 +367,20 @@ def _write_shard(
     index: dict[str, list[int]] = {name: [] for name in INDEX_COLUMNS}
 
     def contents() -> Iterator[tuple[int, bytes]]:
-        blocks = _blocks(table, encode, rows_per_block, first, end)
-        for number, block in enumerate(blocks, first // rows_per_block):
-            content = block_content(block)
-            # one query per row or, for segments of sequences, one per target
-            queries = block.num_rows
-            if "first" in block.schema.names:
-                queries = int(block.column("end").to_numpy().sum() - block.column("first").to_numpy().sum())
-            entry = (len(content), block.num_rows, queries, xxhash.xxh3_64_intdigest(content))
-            for name, value in zip(("size", "rows", "queries", "checksum"), entry, strict=True):
-                index[name].append(value)
-            yield number, content
+        rows_per_call = max(1, ROWS_PER_READ // rows_per_block) * rows_per_block  # several blocks are encoded at once
+        for start in range(first, end, rows_per_call):
+            rows = pa.RecordBatch.from_pydict(encode(table.read(start, min(start + rows_per_call, end))))
+            for start_of_block in range(0, rows.num_rows, rows_per_block):
+                block = rows.slice(start_of_block, rows_per_block)
+                content = block_content(block)
+                # one query per row or, for segments of sequences, one per target
+                queries = block.num_rows
+                if "first" in block.schema.names:
+                    queries = int(block.column("end").to_numpy().sum() - block.column("first").to_numpy().sum())
+                entry = (len(content), block.num_rows, queries, xxhash.xxh3_64_intdigest(content))
+                for name, value in zip(("size", "rows", "queries", "checksum"), entry, strict=True):
+                    index[name].append(value)
+                yield (start + start_of_block) // rows_per_block, content
 
     index["offset"] = write_tar(path, contents())
     write_facts(folder, made={"file": path.name, **index})
@@ -426,12 +405,3 @@ def write_tar(path: Path, contents: Iterable[tuple[int, bytes]]) -> list[int]:
             member.size, member.mode, member.uname, member.gname = len(content), 0o444, "bigdata", "bigdata"
             tar.addfile(member, io.BytesIO(content))
     return offsets
-
-
-def _blocks(table: RowTable, encode: Encode, rows_per_block: int, first: int, end: int) -> Iterator[pa.RecordBatch]:
-    """Yield rows [first, end) as blocks, encoding several at a time."""
-    rows_per_call = max(1, ROWS_PER_READ // rows_per_block) * rows_per_block
-    for start in range(first, end, rows_per_call):
-        rows = pa.RecordBatch.from_pydict(encode(table.read(start, min(start + rows_per_call, end))))
-        for start_of_block in range(0, rows.num_rows, rows_per_block):
-            yield rows.slice(start_of_block, rows_per_block)

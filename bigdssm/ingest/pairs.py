@@ -7,9 +7,10 @@ docs/ingestion.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +24,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
-from bigdssm.features.columns import RowCheck, TimeUnits, ids, relevances, strings
+from bigdssm.features.columns import ids, relevances, strings
 from bigdssm.ingest.dataset_writer import PARTITIONS, SPLIT
 from bigdssm.ingest.documents import (
     DistinctDocuments,
@@ -40,10 +41,10 @@ from bigdssm.ingest.fitting import FittedSide, document_sides, fit, of_tables, s
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
+    ColumnOptions,
     Ingestion,
     IngestReport,
     IngestTarget,
-    check_column_names,
     check_reserved_names,
     ingestion,
 )
@@ -90,7 +91,7 @@ WRITTEN = ("place", "query_id", "doc_id", "relevance")
 
 
 @dataclass(frozen=True)
-class PairTables:
+class PairTables(ColumnOptions):
     """The source tables (or plain WebDataset shards) and their columns.
 
     Feature columns are in the config.
@@ -113,15 +114,13 @@ class PairTables:
     raw_text: bool = False  # store query texts untokenized; loaders tokenize them
     dedup: bool = False  # drop repeated (query, document) rows, over all splits
 
-    def __post_init__(self) -> None:
-        check_column_names(self)
-
     @property
     def split_times(self) -> SplitTimes | None:
         """Explicit cut-off times; None: determined by fractions. Raises ConfigError."""
         fractions = self.validation_fraction, self.test_fraction
-        how = self.split or "random"
-        return SplitTimes.from_options(how, fractions, self.validation_from, self.test_from, self.until)
+        return SplitTimes.from_options(
+            self.split or "random", fractions, self.validation_from, self.test_from, self.until
+        )
 
 
 def make_pairs(
@@ -132,7 +131,10 @@ def make_pairs(
     Raises DataError, ConfigError.
     """
     _check(config, tables, target)
-    splitter = None if target.append and tables.split is None else _splitter(tables, target)
+    splitter = Splitter(
+        tables.split or "random", tables.split_column, (tables.validation_fraction, tables.test_fraction), target.seed,
+        tables.whole_documents, tables.split_times,
+    )  # fmt: skip
     sources = [open_table(path) for path in tables.files]
     with ingestion(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
@@ -143,9 +145,8 @@ def make_pairs(
         id_columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in id_columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        if splitter is None and (recorded := dataset_split(writer, get_args(PairSplit))):
+        if tables.split is None and (recorded := dataset_split(writer, get_args(PairSplit))):
             splitter = Splitter.of_dataset(recorded, tables.split_column)
-        splitter = splitter or _splitter(tables, target)
         schema_read = of_tables(base, config)
         columns = column_options(
             *feature_columns(schema_read.query, "query"), *feature_columns(schema_read.doc, "doc"),
@@ -154,8 +155,9 @@ def make_pairs(
             (tables.query_id_column, "--query-id-column"), (tables.relevance_column, "--relevance-column"),
             *splitter.columns.items(), (tables.each_of, "--each-of"),
         )  # fmt: skip
-        stored = StoredDocuments.of(writer)
-        work = partial(_read_pairs_part, columns, tables, schema_read, splitter, target.seed, stored)
+        work = partial(
+            _read_pairs_part, columns, tables, schema_read, splitter, target.seed, StoredDocuments.of(writer)
+        )
         features = [*schema_read.query.values(), *schema_read.doc.values()]
         folders = run.read("read", sources, columns, work, features)
         writer.quarantine.check()
@@ -199,15 +201,27 @@ def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None
     """Validate the combination of options. Raises ConfigError, DataError."""
     check_reserved_names([*config.doc, *config.filter], CATALOGUE_COLUMNS, "doc")
     check_reserved_names(config.query, BLOCK_COLUMNS, "query")
-    if config.targets_per_row > 1:
-        raise ConfigError(f"data.targets_per_row: got {config.targets_per_row}, needs 1: pairs are not sequences")
-    for name, feature in config.query.items():
-        if feature.from_sequence:
-            raise ConfigError(f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
-    if tables.beir and target.append:
-        raise ConfigError(f"--beir {tables.beir} would have the new partition only; leave it out with --append")
-    if config.siamese and not (tables.query_id_column and tables.doc_id_column):
-        raise ConfigError("data.siamese=true: a query is a document; give --query-id-column and --doc-id-column")
+    rules = [  # (whether it is violated, message)
+        (
+            config.targets_per_row > 1,
+            f"data.targets_per_row: got {config.targets_per_row}, needs 1: pairs are not sequences",
+        ),
+        *(
+            (feature.from_sequence, f"data.query.{name}: pairs have no histories; use the sub-command `interactions`")
+            for name, feature in config.query.items()
+        ),
+        (
+            bool(tables.beir) and target.append,
+            f"--beir {tables.beir} would have the new partition only; leave it out with --append",
+        ),
+        (
+            config.siamese and not (tables.query_id_column and tables.doc_id_column),
+            "data.siamese=true: a query is a document; give --query-id-column and --doc-id-column",
+        ),
+    ]
+    for is_violated, message in rules:
+        if is_violated:
+            raise ConfigError(message)
     if tables.beir:
         check_output_folder(tables.beir, overwrite=target.overwrite)
     if target.append and tables.split is None:
@@ -217,62 +231,65 @@ def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None
         )  # fmt: skip
 
 
-def _splitter(tables: PairTables, target: IngestTarget) -> Splitter:
-    """Return the splitter for the options."""
-    how, fractions = tables.split or "random", (tables.validation_fraction, tables.test_fraction)
-    return Splitter(how, tables.split_column, fractions, target.seed, tables.whole_documents, tables.split_times)
-
-
 def _read_pairs_part(
     columns: Mapping[str, str], tables: PairTables, schema: Schema, splitter: Splitter, seed: int,
     stored: StoredDocuments, part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
     """Read a part of a table into rows, with features in columns q0, q1, …, and their distinct documents."""
-
-    def add(check: RowCheck, units: TimeUnits) -> None:
-        query, doc = canonical(check, schema.query), canonical(check, schema.documents)
-        check.fail(missing(doc, schema.doc), "no document: its features are empty")
-        if tables.query_id_column is None:
-            query_ids = hash_rows(query)
-        else:
-            query_ids = hash_strings(ids(check, tables.query_id_column))
-        content_hash = hash_rows(doc)
-        name = tables.doc_id_column
-        keys = row_keys(hash_rows(doc.select(list(schema.doc)))) if name is None else ids(check, name, lacks="document")
-        doc_ids = hash_strings(keys)
-        if schema.siamese:
-            check.fail(query_ids == doc_ids, "the document is the query itself")
-        title = strings(check, schema.title) if schema.title else keys
-        relevance = np.ones(len(query_ids))
-        if tables.relevance_column:
-            relevance = relevances(check, tables.relevance_column)
-        split_columns = splitter.assign(check, query_ids)
-        # Rows of split `none` add documents alone; in siamese datasets their queries are documents, too.
-        no_query = missing(query, schema.query)
-        if not schema.siamese:
-            no_query &= split_columns[0] < len(SPLITS)
-        check.fail(no_query, "no query: its features are empty")
-        ordinals = row_ordinals(part, check.batch, several=tables.each_of is not None)
-        shuffle = shuffle_keys(ordinals, seed)
-        numbers = (ordinals, shuffle, query_ids, doc_ids, content_hash, relevance, *split_columns)
-        values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
-        good = pa.array(check.good)
-        rows = pa.Table.from_arrays([*values, *query.columns], names=row_schema.names)
-        row_file.add(rows.filter(good))
-        units.add(split_columns[2][check.good])
-        documents.add(stored.compare(document_rows(ordinals, content_hash, keys, title, doc).filter(good)))
-        if schema.siamese:  # the queries are documents, too
-            query_keys = strings(check, str(tables.query_id_column))
-            queries = document_rows(ordinals, hash_rows(query), query_keys, query_keys, query)
-            documents.add(stored.compare(queries.filter(good)))
-
     row_schema = pa.schema([*ROW_COLUMNS.items(), *spool_columns("q", schema.query)])
     with (
         RowFile(folder / "rows.parquet", row_schema) as row_file,
         RowFile(folder / "documents.parquet", document_schema(schema.documents)) as file,
         FirstRows(file, "doc_id") as documents,
+        read_part(part, columns, folder, each_of=tables.each_of) as (batches, units),
     ):
-        read_part(part, columns, folder, add, each_of=tables.each_of)
+        for check in batches:
+            query, doc = canonical(check, schema.query), canonical(check, schema.documents)
+            check.fail(missing(doc, schema.doc), "no document: its features are empty")
+            if tables.query_id_column is None:
+                query_ids = hash_rows(query)
+            else:
+                query_ids = hash_strings(ids(check, tables.query_id_column))
+            content_hash = hash_rows(doc)
+            name = tables.doc_id_column
+            keys = (
+                row_keys(hash_rows(doc.select(list(schema.doc))))
+                if name is None
+                else ids(check, name, lacks="document")
+            )
+            doc_ids = hash_strings(keys)
+            if schema.siamese:
+                check.fail(query_ids == doc_ids, "the document is the query itself")
+            title = strings(check, schema.title) if schema.title else keys
+            relevance = np.ones(len(query_ids))
+            if tables.relevance_column:
+                relevance = relevances(check, tables.relevance_column)
+            split_columns = splitter.assign(check, query_ids)
+            # Rows of split `none` add documents alone; in siamese datasets their queries are documents, too.
+            no_query = missing(query, schema.query)
+            if not schema.siamese:
+                no_query &= split_columns[0] < len(SPLITS)
+            check.fail(no_query, "no query: its features are empty")
+            ordinals = row_ordinals(part, check.batch, several=tables.each_of is not None)
+            numbers = (
+                ordinals,
+                shuffle_keys(ordinals, seed),
+                query_ids,
+                doc_ids,
+                content_hash,
+                relevance,
+                *split_columns,
+            )
+            values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
+            good = pa.array(check.good)
+            rows = pa.Table.from_arrays([*values, *query.columns], names=row_schema.names)
+            row_file.add(rows.filter(good))
+            units.add(split_columns[2][check.good])
+            documents.add(stored.compare(document_rows(ordinals, content_hash, keys, title, doc).filter(good)))
+            if schema.siamese:  # the queries are documents, too
+                query_keys = strings(check, str(tables.query_id_column))
+                queries = document_rows(ordinals, hash_rows(query), query_keys, query_keys, query)
+                documents.add(stored.compare(queries.filter(good)))
 
 
 def _sorted_splits(
@@ -283,42 +300,43 @@ def _sorted_splits(
     Raises DataError: no train rows.
     """
     engine = run.engine
-    every = "SELECT *, 1 AS nth FROM assigned_rows"
-    engine.view("numbered_rows", first_rows("assigned_rows", "query_id, doc_id") if tables.dedup else every)
-    columns = ", ".join([*WRITTEN, *query_columns])
-    unique = f"SELECT {columns} FROM numbered_rows WHERE nth = 1"
-    order = {name: "place" for name in SPLITS} | {"train": "shuffle"}
+    numbered = "SELECT *, 1 AS nth FROM assigned_rows"
+    engine.view("numbered_rows", first_rows("assigned_rows", "query_id, doc_id") if tables.dedup else numbered)
+    unique = f"SELECT {', '.join([*WRITTEN, *query_columns])} FROM numbered_rows WHERE nth = 1"
     splits = {
-        name: engine.select(name, f"{unique} AND split = {number}", order=order[name])
+        name: engine.select(name, f"{unique} AND split = {number}", order="shuffle" if name == "train" else "place")
         for number, name in enumerate(SPLITS)
     }
     ((num_rows, relevant),) = engine.fetch("SELECT count(*), CAST(max(relevance) > 0 AS INT) FROM train")
     if not num_rows:
-        reasons = splitter.no_train_hint + run.writer.quarantine.summary()
-        raise DataError(f"{tables.files[0]}: no rows remain for the train split{reasons}")
+        raise DataError(
+            f"{tables.files[0]}: no rows remain for the train split{splitter.no_train_hint}"
+            f"{run.writer.quarantine.summary()}"
+        )
     if not relevant:
         raise DataError("every relevance in the train split is 0: there are no positives to learn from")
     # notes on late rows, repeated pairs, and documents in several splits or forms
     if tables.until is not None:
-        ((late,),) = engine.fetch("SELECT (SELECT count(*) FROM pair_rows) - (SELECT count(*) FROM assigned_rows)")
-        if late:
-            run.notes.append(f"{late} rows are not before --until {tables.until} and dropped; their documents remain")
+        run.note_count(
+            "SELECT (SELECT count(*) FROM pair_rows) - (SELECT count(*) FROM assigned_rows)",
+            f"rows are not before --until {tables.until} and dropped; their documents remain",
+        )
     if tables.dedup:
-        ((repeated,),) = engine.fetch("SELECT count(*) FROM numbered_rows WHERE nth > 1")
-        if repeated:
-            run.notes.append(f"{repeated} rows repeat a (query, document) pair and are dropped")
-    several = "SELECT doc_id FROM assigned_rows GROUP BY doc_id HAVING min(split) < max(split)"
-    ((apart,),) = engine.fetch(f"SELECT count(*) FROM ({several})")
-    if apart:
-        have = "1 document has" if apart == 1 else f"{apart} documents have"
+        run.note_count(
+            "SELECT count(*) FROM numbered_rows WHERE nth > 1",
+            "rows repeat a (query, document) pair and are dropped",
+        )
+    in_several = "SELECT doc_id FROM assigned_rows GROUP BY doc_id HAVING min(split) < max(split)"
+    ((num_documents,),) = engine.fetch(f"SELECT count(*) FROM ({in_several})")
+    if num_documents:
+        have = "1 document has" if num_documents == 1 else f"{num_documents} documents have"
         run.notes.append(f"{have} rows in several splits; --whole-documents keeps each in one")
     if tables.doc_id_column:
         other = "r.doc_id = d.doc_id AND r.content <> d.content AND d.nth = 1"
-        ((rows,),) = engine.fetch(f"SELECT count(*) FROM pair_rows r JOIN first_documents d ON {other}")
-        if rows:
-            run.notes.append(
-                f"{rows} rows have other features for the same {tables.doc_id_column}; the first row's are used"
-            )
+        run.note_count(
+            f"SELECT count(*) FROM pair_rows r JOIN first_documents d ON {other}",
+            f"rows have other features for the same {tables.doc_id_column}; the first row's are used",
+        )
     return splits
 
 
@@ -361,18 +379,18 @@ def write_collection(
     with new_folder(real_path(folder), OWN_FILES) as unfinished:
         (unfinished / QRELS_DIR).mkdir()
         write_json(unfinished / META_FILE, COLLECTION)
-        write_entries(unfinished / CORPUS_FILE, schema.doc, _entries(documents.table, "doc_key", "d", schema.doc))
-        write_entries(unfinished / QUERIES_FILE, schema.query, _entries(queries, "query_key", "q", schema.query))
+        for name, table, key_column, prefix, features in (
+            (CORPUS_FILE, documents.table, "doc_key", "d", schema.doc),
+            (QUERIES_FILE, queries, "query_key", "q", schema.query),
+        ):
+            entries = (
+                (piece.column(key_column).to_pylist(), canonical_columns(piece, prefix, features))
+                for piece in table.batches()
+            )
+            write_entries(unfinished / name, features, entries)
         for number, split in enumerate(SPLITS):
             table = engine.select(f"judgements_{split}", f"{judgements}{number}", order="place, query_id, doc_key")
             if table.num_rows:
-                names = ("query_key", "doc_key", "relevance")
-                pieces = ([piece.column(name).to_pylist() for name in names] for piece in table.batches())
-                write_judgements(unfinished, split, (row for columns in pieces for row in zip(*columns, strict=True)))
-
-
-def _entries(
-    table: RowTable, key: str, prefix: str, features: Mapping[str, Feature]
-) -> Iterator[tuple[list[str], pa.Table]]:
-    for piece in table.batches():
-        yield piece.column(key).to_pylist(), canonical_columns(piece, prefix, features)
+                pieces = (piece.select(["query_key", "doc_key", "relevance"]) for piece in table.batches())
+                rows = (zip(*(column.to_pylist() for column in piece.columns), strict=True) for piece in pieces)
+                write_judgements(unfinished, split, chain.from_iterable(rows))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,7 @@ def explode(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch
     check.fail(lengths > MAX_VALUES, f"{name} holds {{}} values, at most {MAX_VALUES} are allowed", lengths)
     parent = np.repeat(np.flatnonzero(check.good), lengths[check.good])
     values = column.filter(pa.array(check.good)).flatten()
-    table = batch.table.take(pa.array(parent))
-    table = table.set_column(table.column_names.index(name), name, values)
+    table = batch.table.take(pa.array(parent)).set_column(batch.table.column_names.index(name), name, values)
     return SourceBatch(batch.file, table, batch.rows[parent])
 
 
@@ -96,27 +96,20 @@ def row_ordinals(part: TablePart, batch: SourceBatch, *, several: bool = False) 
 
 
 class UnreadableTable(DataError):
-    """A fatal error in a table, with the last bad rows before it."""
-
-    def __init__(self, message: str, bad: list[BadSourceRow]) -> None:
-        super().__init__(message, bad)
-        self.bad = bad
+    """A fatal error in a table: the message, and the last bad rows before it."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-BatchHandler = Callable[[RowCheck, TimeUnits], None]
-"""Validates the rows of a batch, and stores the good ones and their time units."""
-
-
+@contextmanager
 def read_part(
-    part: TablePart, columns: Mapping[str, str], folder: Path, handle: BatchHandler, *, each_of: str | None = None
-) -> None:
-    """Read a part's batches through `handle`; write counts and bad rows to `folder`.
+    part: TablePart, columns: Mapping[str, str], folder: Path, *, each_of: str | None = None
+) -> Iterator[tuple[Iterator[RowCheck], TimeUnits]]:
+    """Read a part: yield an iterator over its batches, to be validated, and the units, to add their times to.
 
-    `columns` maps required columns to the options that name them, for messages. The list column `each_of` is unnested.
-    Raises UnreadableTable.
+    At the end counts and bad rows are written to `folder`. `columns` maps required columns to the options that name
+    them, for messages. The list column `each_of` is unnested. Raises UnreadableTable.
     """
     num_rows, num_good, last_row, units = 0, 0, 0, TimeUnits()
     newest = deque[BadSourceRow](maxlen=MAX_REPORTED)
@@ -127,17 +120,21 @@ def read_part(
         newest.append((file, row, reason, left_out))
         lines.write(json.dumps(newest[-1]) + "\n")
 
+    def batches() -> Iterator[RowCheck]:
+        nonlocal num_rows, num_good, last_row
+        for batch in part.source.batches(part.part, list(columns), report_bad):
+            num_rows += len(batch.rows)
+            last_row = max(last_row, int(batch.rows.max(initial=0)))
+            check = RowCheck(explode(batch, each_of, report_bad) if each_of else batch, report_bad)
+            yield check
+            num_good += int(check.good.sum())
+
     with (folder / BAD).open("w", encoding="utf-8") as lines:
         try:
-            for batch in part.source.batches(part.part, list(columns), report_bad):
-                num_rows += len(batch.rows)
-                last_row = max(last_row, int(batch.rows.max(initial=0)))
-                check = RowCheck(explode(batch, each_of, report_bad) if each_of else batch, report_bad)
-                handle(check, units)
-                num_good += int(check.good.sum())
+            yield batches(), units
+        except UnavailableError:
+            raise
         except DataError as error:
-            if isinstance(error, UnavailableError):
-                raise
             message = error.message(columns) if isinstance(error, MissingColumn) else str(error)
             raise UnreadableTable(message, list(newest)) from None
     write_facts(folder, num_rows=num_rows, num_good=num_good, last_row=last_row, **units.facts())
@@ -160,9 +157,7 @@ class Quarantine:
         self._file = path.open("w", encoding="utf-8")
         self._first = ""
         self._kinds: Counter[str] = Counter()
-        self.num_bad = 0
-        self.num_left_out = 0
-        self.num_good = 0
+        self.num_bad = self.num_left_out = self.num_good = 0
 
     def add(self, rows: Iterable[BadSourceRow]) -> None:
         """Write bad rows."""

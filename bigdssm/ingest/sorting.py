@@ -93,10 +93,11 @@ def stable_order(numbers: np.ndarray) -> np.ndarray:
 def shuffled(engine: LocalEngine, name: str, table: RowTable, columns: Sequence[str]) -> RowTable:
     """Return the given columns with rows sorted by `shuffle`, a column of distinct int64 hashes."""
     bits = max(0, int(np.ceil(np.log2(max(1, table.num_rows) / ROWS_PER_BUCKET))))
-    assign = partial(_by_first_bits, bits)
-    folders = write_buckets(engine, f"dealt_{name}", table, assign, 1 << bits, [*columns, "shuffle"])
-    work = partial(_sort_by_shuffle, folders)
-    return RowTable.of(folder / SORTED for folder in engine.map(name, range(1 << bits), work, rows=table.num_rows))
+    buckets = write_buckets(
+        engine, f"buckets_{name}", table, partial(_by_first_bits, bits), 1 << bits, [*columns, "shuffle"]
+    )
+    folders = engine.map(name, range(1 << bits), partial(_sort_by_shuffle, buckets), rows=table.num_rows)
+    return RowTable.of(folder / SORTED for folder in folders)
 
 
 def _by_first_bits(bits: int, rows: pa.Table) -> tuple[pa.Table, np.ndarray]:

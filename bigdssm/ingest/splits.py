@@ -58,8 +58,8 @@ class SplitTimes:
         `newest` is the time of the newest row.
         """
         end = self.until if np.isfinite(self.until) else float(np.nextafter(newest, np.inf))
-        times = (self.validation, self.test, end)
-        return {name: time if np.isfinite(time) else None for name, time in zip(CUT_OFFS, times, strict=True)}
+        times = dict(zip(CUT_OFFS, (self.validation, self.test, end), strict=True))
+        return {name: time if np.isfinite(time) else None for name, time in times.items()}
 
     @classmethod
     def from_options(
@@ -73,19 +73,17 @@ class SplitTimes:
         """Return explicit cut-off times, or None if `fractions` determine them. Raises ConfigError."""
         options = {"--validation-from": validation_from, "--test-from": test_from, "--until": until}
         given = {option: parse_time(value) for option, value in options.items() if value is not None}
-        for option, time in given.items():
-            if not np.isfinite(time):
-                raise ConfigError(f"{option} {options[option]!r} is neither a number nor an ISO-8601 time")
+        if unparsed := [option for option, time in given.items() if not np.isfinite(time)]:
+            raise ConfigError(f"{unparsed[0]} {options[unparsed[0]]!r} is neither a number nor an ISO-8601 time")
         if not given:
             return None
         if split != "time":
             raise ConfigError(f"{next(iter(given))} needs --split time, not --split {split}")
-        for option in ("--validation-from", "--test-from"):
-            if option not in given:
-                raise ConfigError(
-                    f"{next(iter(given))} needs {option}, too; --validation-from and --test-from may be equal "
-                    "for an empty validation split"
-                )
+        if missing := [option for option in ("--validation-from", "--test-from") if option not in given]:
+            raise ConfigError(
+                f"{next(iter(given))} needs {missing[0]}, too; --validation-from and --test-from may be equal "
+                "for an empty validation split"
+            )
         text = ", ".join(f"{option} {options[option]}" for option in given)
         if fractions != DEFAULT_FRACTIONS:
             raise ConfigError(f"{text}: fractions of validation and test would have no effect; leave them out")
@@ -138,7 +136,7 @@ class Splitter:
 
     def __init__(
         self,
-        how: PairSplit,
+        kind: PairSplit,
         column: str | None,
         fractions: tuple[float, float],
         seed: int,
@@ -147,14 +145,14 @@ class Splitter:
     ) -> None:
         """`split_times` replace the fractions of validation and test in a split by time."""
         check_fractions(*fractions)
-        if whole_documents and how != "random":
-            raise ConfigError(f"--whole-documents needs --split random, not --split {how}")
-        if how in ("time", "column") and column is None:
-            raise ConfigError(f"--split {how} needs --{'time' if how == 'time' else 'split'}-column")
-        self._how, self._column, self._seed, self._whole_documents = how, column, seed, whole_documents
+        if whole_documents and kind != "random":
+            raise ConfigError(f"--whole-documents needs --split random, not --split {kind}")
+        if kind in ("time", "column") and column is None:
+            raise ConfigError(f"--split {kind} needs --{'time' if kind == 'time' else 'split'}-column")
+        self._kind, self._column, self._seed, self._whole_documents = kind, column, seed, whole_documents
         self._fractions, self._split_times = fractions, split_times
-        self.description: dict[str, Any] = {"how": how, "column": column}
-        if how == "random":
+        self.description: dict[str, Any] = {"how": kind, "column": column}
+        if kind == "random":
             self.description |= {"fractions": list(fractions), "seed": seed, "whole_documents": whole_documents}
 
     @classmethod
@@ -163,18 +161,17 @@ class Splitter:
         if column is not None and split["how"] == "random" and split.get("column") is None:
             raise ConfigError("--group-column: the dataset is split by query; leave it out, or give --split")
         split_times = SplitTimes.of_dataset(split) if split["how"] == "time" else None
-        fractions = split.get("fractions", DEFAULT_FRACTIONS)
         return cls(
-            split["how"], column or split.get("column"), tuple(fractions), split.get("seed", 0),
-            split.get("whole_documents", False), split_times,
+            split["how"], column or split.get("column"), tuple(split.get("fractions", DEFAULT_FRACTIONS)),
+            split.get("seed", 0), split.get("whole_documents", False), split_times,
         )  # fmt: skip
 
     @property
     def columns(self) -> dict[str, str]:
         """The required source column, if any, and the option that names it."""
-        if self._column is None or self._how == "train":
+        if self._column is None or self._kind == "train":
             return {}
-        return {self._column: {"random": "--group-column", "time": "--time-column"}.get(self._how, "--split-column")}
+        return {self._column: {"random": "--group-column", "time": "--time-column"}.get(self._kind, "--split-column")}
 
     @property
     def no_train_hint(self) -> str:
@@ -185,7 +182,7 @@ class Splitter:
             "column": f"; {self._column} is never train",
             "random": f"; nearly all rows are of one {self._column or 'query'}",
             "train": "",
-        }[self._how]
+        }[self._kind]
 
     def assign(self, check: RowCheck, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows' splits, units and times: int64, int64, float64 [rows].
@@ -194,14 +191,14 @@ class Splitter:
         documents.
         """
         nothing = np.zeros(len(query_ids), np.int64)
-        if self._how == "time":
+        if self._kind == "time":
             return nothing, nothing, times(check, str(self._column))
-        if self._how == "column":
+        if self._kind == "column":
             names = strings(check, str(self._column))
             numbers = np.array([NAMES.get(value.lower(), -1) for value in names.to_pylist()], np.int64)
             check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation, test or none", names)
             return numbers, nothing, nothing
-        if self._how == "train":
+        if self._kind == "train":
             return nothing, query_ids, nothing
         units = query_ids
         if self._column is not None:  # a row without a group is grouped by query
@@ -215,7 +212,7 @@ class Splitter:
         Completes `description`, from which `of_dataset` restores the splitter for an append. `folders` are the outputs
         of the read step. Raises DataError: times in several units.
         """
-        if self._how == "time":
+        if self._kind == "time":
             facts = [read_facts(folder) for folder in folders]
             check_time_units(facts, f"column {self._column!r}")
             split_times = self._split_times
@@ -227,16 +224,47 @@ class Splitter:
             else:
                 split_times.check_units(facts, f"column {self._column!r}")
             times = (split_times.validation, split_times.test, split_times.until, split_times.train_from)
-            from_validation, from_test, end, from_train = map(as_sql, times)
-            split = f"WHEN time >= {from_test} THEN 2 WHEN time >= {from_validation} THEN 1 ELSE 0 END"
-            split = f"CASE WHEN time >= {from_train} THEN 0 {split}"
+            from_validation, from_test, end, from_train = (  # exact literals
+                f"CAST('{'Infinity' if np.isinf(time) else repr(time)}' AS DOUBLE)" for time in times
+            )
+            split = (
+                f"CASE WHEN time >= {from_train} THEN 0 WHEN time >= {from_test} THEN 2 "
+                f"WHEN time >= {from_validation} THEN 1 ELSE 0 END"
+            )
             engine.view("assigned_rows", f"SELECT *, {split} AS split FROM pair_rows WHERE time < {end}")
             ((newest,),) = engine.fetch("SELECT max(time) FROM pair_rows")
             self.description |= split_times.as_json(newest)
         elif self._whole_documents:
-            labels = _joined_units(engine, siamese)
-            work = partial(self._split_units, labels)
-            split_folders = engine.map("assign_units", ranges(labels, UNITS_PER_JOB), work, rows=labels.num_rows)
+            # (unit, label): connected components of units by documents, siamese: also queries; label: the least unit
+            nodes = ["content", "doc_id", *(["query_id"] if siamese else [])]
+            both = " UNION ".join(f"SELECT unit, {name} AS content FROM pair_rows" for name in nodes)
+            engine.select("edges", both, order="unit, content")
+            labels = engine.select("labels0", "SELECT DISTINCT unit, unit AS label FROM edges", order="unit")
+            for step in range(1, 64):
+                previous = f"labels{step - 1}"
+                engine.view(
+                    "unit_labels",
+                    f"SELECT edges.unit, content, label FROM edges JOIN {previous} ON edges.unit = {previous}.unit",
+                )
+                engine.view("content_labels", "SELECT content, min(label) AS label FROM unit_labels GROUP BY content")
+                engine.view(
+                    "least_labels",
+                    "SELECT u.unit, min(c.label) AS label FROM unit_labels u JOIN content_labels c "
+                    "ON u.content = c.content GROUP BY u.unit",
+                )
+                # pointer jumping: halves the length of chains
+                jumped = (
+                    f"SELECT l.unit, {previous}.label FROM least_labels l JOIN {previous} ON l.label = {previous}.unit"
+                )
+                labels = engine.select(f"labels{step}", jumped, order="unit")
+                changed = (
+                    f"SELECT count(*) FROM labels{step} a JOIN {previous} b ON a.unit = b.unit WHERE a.label <> b.label"
+                )
+                if engine.fetch(changed) == [(0,)]:
+                    break
+            split_folders = engine.map(
+                "assign_units", ranges(labels, UNITS_PER_JOB), partial(self._split_units, labels), rows=labels.num_rows
+            )
             engine.table("unit_splits", [folder / "splits.parquet" for folder in split_folders])
             engine.view("assigned_rows", "SELECT r.*, u.split FROM pair_rows r JOIN unit_splits u ON r.unit = u.unit")
         else:
@@ -266,7 +294,7 @@ def quantiles(engine: LocalEngine, table: RowTable, shares: Sequence[float]) -> 
     """Return the exact quantiles of a table's times; infinity for a share of all rows."""
     folders = engine.map("times", ranges(table, ROWS_PER_RUN), partial(_sort_times, table), rows=table.num_rows)
     runs = [np.load(folder / TIMES, mmap_mode="r") for folder in folders]
-    ranks = [int(table.num_rows * share) for share in shares]
+    ranks = (int(table.num_rows * share) for share in shares)
     return [_time_at(runs, rank) if rank < table.num_rows else np.inf for rank in ranks]
 
 
@@ -284,35 +312,3 @@ def _time_at(runs: Sequence[np.ndarray], rank: int) -> float:
         else:
             low = middle + 1
     return sort_key_to_float(low)
-
-
-def as_sql(number: float) -> str:
-    """Format a float64 as an exact SQL literal."""
-    return f"CAST('{'Infinity' if np.isinf(number) else repr(number)}' AS DOUBLE)"
-
-
-def _joined_units(engine: LocalEngine, siamese: bool) -> RowTable:
-    """Return (unit, label): connected components of units by documents, siamese: also queries; label = least unit."""
-    nodes = ["content", "doc_id", *(["query_id"] if siamese else [])]
-    both = " UNION ".join(f"SELECT unit, {name} AS content FROM pair_rows" for name in nodes)
-    engine.select("edges", both, order="unit, content")
-    labels = engine.select("labels0", "SELECT DISTINCT unit, unit AS label FROM edges", order="unit")
-    for step in range(1, 64):
-        previous = f"labels{step - 1}"
-        engine.view(
-            "unit_labels",
-            f"SELECT edges.unit, content, label FROM edges JOIN {previous} ON edges.unit = {previous}.unit",
-        )
-        engine.view("content_labels", "SELECT content, min(label) AS label FROM unit_labels GROUP BY content")
-        engine.view(
-            "least_labels",
-            "SELECT u.unit, min(c.label) AS label FROM unit_labels u JOIN content_labels c ON u.content = c.content "
-            "GROUP BY u.unit",
-        )
-        # pointer jumping: halves the length of chains
-        jumped = f"SELECT l.unit, {previous}.label FROM least_labels l JOIN {previous} ON l.label = {previous}.unit"
-        labels = engine.select(f"labels{step}", jumped, order="unit")
-        changed = f"SELECT count(*) FROM labels{step} a JOIN {previous} b ON a.unit = b.unit WHERE a.label <> b.label"
-        if engine.fetch(changed) == [(0,)]:
-            break
-    return labels

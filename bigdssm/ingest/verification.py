@@ -10,7 +10,7 @@ from pathlib import Path
 from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.blocks import FORGOTTEN, read_block, read_range
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import SplitIndex, read_dataset_json, read_index
+from bigdssm.dataset.partition import read_dataset_json, read_index
 from bigdssm.dataset.remote import COUNTS_FILE, FileCache, catalogue_entries
 from bigdssm.dataset.schema import VOCABULARIES
 from bigdssm.errors import DataError
@@ -30,8 +30,8 @@ def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list
     if is_url(folder):
         with tempfile.TemporaryDirectory(prefix="verify-") as cache:
             return _damages(Dataset.open(folder, cache=FileCache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
-    content = read_dataset_json(Path(folder))
-    catalogue = {part["file"]: part["checksum"] for part in catalogue_entries(content)}
+    entries = catalogue_entries(read_dataset_json(Path(folder)))
+    catalogue = {part["file"]: part["checksum"] for part in entries}
     if damages := list(_compared(Path(folder), catalogue)):  # references into the catalogue cannot be validated
         return damages
     return _damages(Dataset.open(folder), progress)
@@ -51,10 +51,26 @@ def _damages(dataset: Dataset, progress: Progress) -> list[str]:
             except DataError as error:
                 damages.append(str(error))
                 continue
-            step = f"verifying {partition.name}/{split}"
             for block in range(index.num_blocks):
-                damages += _block_damages(dataset, index, block)
-                progress(step, block + 1, index.num_blocks)
+                name = index.name(block)
+                for bad in read_block(index, block, dataset.layout)[1]:
+                    if bad.reason != FORGOTTEN:
+                        row = "" if bad.row is None else f", row {bad.row}"
+                        position = "" if bad.position is None else f", position {bad.position}"
+                        damages.append(f"{name}{row}{position}: {bad.reason}")
+                shard = index.shards[index.shard[block]]
+                if isinstance(shard, Path) and shard.is_file():
+                    # this project ignores the headers, other tar readers do not
+                    header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
+                    recorded_size = int(index.size[block])
+                    try:
+                        size = tarfile.TarInfo.frombuf(header, "utf-8", "strict").size
+                    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+                        damages.append(f"{name}: its tar header is damaged ({error}); plain tar readers stop there")
+                    else:
+                        if size != recorded_size:
+                            damages.append(f"{name}: its tar header gives {size} bytes, the index {recorded_size}")
+                progress(f"verifying {partition.name}/{split}", block + 1, index.num_blocks)
     return damages
 
 
@@ -66,21 +82,3 @@ def _compared(folder: Path, checksums: Mapping[str, str]) -> Iterator[str]:
             yield f"{path} is missing"
         elif file_checksum(path, bits=64) != checksum:
             yield f"{path} is damaged: its checksum is not the recorded one"
-
-
-def _block_damages(dataset: Dataset, index: SplitIndex, block: int) -> Iterator[str]:
-    name = index.name(block)
-    for bad in (bad for bad in read_block(index, block, dataset.layout)[1] if bad.reason != FORGOTTEN):
-        row = "" if bad.row is None else f", row {bad.row}"
-        yield f"{name}{row}{'' if bad.position is None else f', position {bad.position}'}: {bad.reason}"
-    shard = index.shards[index.shard[block]]
-    if not isinstance(shard, Path) or not shard.is_file():
-        return
-    header = read_range(shard, int(index.offset[block]) - TAR_HEADER_BYTES, TAR_HEADER_BYTES)
-    try:  # this project ignores the headers, other tar readers do not
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        yield f"{name}: its tar header is damaged ({error}); plain tar readers stop there"
-        return
-    if member.size != int(index.size[block]):
-        yield f"{name}: its tar header gives {member.size} bytes, the index {int(index.size[block])}"

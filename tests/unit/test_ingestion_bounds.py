@@ -55,7 +55,7 @@ def test_unreachable_files_cost_no_finished_work(tmp_path: Path, monkeypatch: py
 def test_an_unavailable_engine_costs_no_finished_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, target = (write_pairs(tmp_path / "pairs.jsonl", 300),), IngestTarget(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bigdssm.ingest.job.write_split", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("bigdssm.ingest.job.write_index", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         make_pairs(PAIRS, PairTables(files), target)
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no engine"):
         patch.setattr(job, "LocalEngine", lambda *args, **options: (_ for _ in ()).throw(ConfigError("no engine")))

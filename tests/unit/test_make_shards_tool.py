@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_dataset_is_left_alone(tiny_pairs: Any, tmp_path: Pa
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_clears_up(tiny_pairs: Any, tmp_path: Path) -> None:
     code = (
         "import sys, time, runpy, bigdssm.ingest.job as m\n"
-        "m.write_catalogue = lambda *args: time.sleep(60);"
+        "m.Ingestion.finish = lambda *args: time.sleep(60);"
         f"sys.argv = {['make_shards', *pairs_command(tiny_pairs, tmp_path / 'out')]!r};"
         f"runpy.run_path({str(ROOT / 'tools/make_shards.py')!r}, run_name='__main__')"
     )

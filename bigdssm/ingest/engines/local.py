@@ -56,11 +56,6 @@ class RowTable:
         return list(accumulate(pq.read_metadata(file).num_rows for file in self.files))
 
     @property
-    def size(self) -> int:
-        """The total file size in bytes."""
-        return sum(os.stat(file).st_size for file in self.files)
-
-    @property
     def num_rows(self) -> int:
         """The number of rows in all files."""
         return self._ends[-1] if self.files else 0
@@ -142,23 +137,19 @@ class FirstRows:
 
     def _reduce(self, at_most: int) -> None:
         """Deduplicate the buffer, and write it if more rows remain."""
-        rows = self._first(pa.concat_tables(self._buffer))
+        rows = pa.concat_tables(self._buffer)
+        # dictionary codes are numbered by first occurrence, so a new maximum is a new value; no sort needed
+        codes = rows.column(self._key).combine_chunks().dictionary_encode().indices.to_numpy()
+        first = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))
+        if len(first) < rows.num_rows and self._count is not None:
+            sums = np.bincount(codes, rows.column(self._count).to_numpy()).astype(np.int64)
+            rows = rows.take(pa.array(first)).set_column(rows.schema.get_field_index(self._count), self._count, [sums])
+        elif len(first) < rows.num_rows:
+            rows = rows.take(pa.array(first))
         self._buffer = [rows]
         if rows.num_rows > at_most:
             self._file.add(rows)
             self._buffer = []
-
-    def _first(self, table: pa.Table) -> pa.Table:
-        # dictionary codes are numbered by first occurrence, so a new maximum is a new value; no sort needed
-        codes = table.column(self._key).combine_chunks().dictionary_encode().indices.to_numpy()
-        first = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))
-        if len(first) == table.num_rows:
-            return table
-        rows = table.take(pa.array(first))
-        if self._count is None:
-            return rows
-        counts = np.bincount(codes, table.column(self._count).to_numpy()).astype(np.int64)
-        return rows.set_column(rows.schema.get_field_index(self._count), self._count, [counts])
 
     def __enter__(self) -> FirstRows:
         return self
@@ -214,12 +205,13 @@ class LocalEngine:
         spool.mkdir(parents=True, exist_ok=True)
         self._processes = processes or cpu_count()
         self._pool: ProcessPoolExecutor | None = None
-        settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": MEMORY,
-            "temp_directory": str(spool / "sorting"),
-            "threads": min(self._processes, MAX_THREADS),
-        }
-        self._database = duckdb.connect(config=settings)
+        self._database = duckdb.connect(
+            config={
+                "memory_limit": MEMORY,
+                "temp_directory": str(spool / "sorting"),
+                "threads": min(self._processes, MAX_THREADS),
+            }
+        )
         with suppress(duckdb.InvalidInputException):  # raised in Jupyter without widgets
             self._database.execute("SET enable_progress_bar = false")  # it would interfere with the ingestion's own bar
 
@@ -275,15 +267,15 @@ class LocalEngine:
         if self._pool is not None:
             self._pool.shutdown(kill_workers=True)
 
-    def _spread(self, work: StepFunction, jobs: Sequence[tuple[Any, Path]]) -> Iterator[Any]:
-        """Run the jobs in any order, yielding as they finish.
+    def _spread(self, work: Callable[..., None], jobs: Sequence[tuple[Any, Path]]) -> Iterator[Any]:
+        """Run the jobs (`_finish`) in any order, yielding as they finish.
 
         Raises the error of the first failed job.
         """
         if self._pool is None:
             # not joblib's shared pool, which would stay alive for five minutes
             self._pool = ProcessPoolExecutor(self._processes, env={"OMP_NUM_THREADS": "1"})
-        futures = [self._pool.submit(_with_parent, work, os.getpid(), job, folder) for job, folder in jobs]
+        futures = [self._pool.submit(work, job, folder, parent=os.getpid()) for job, folder in jobs]
         try:
             for finished in as_completed(futures):
                 yield finished.result()
@@ -296,9 +288,9 @@ class LocalEngine:
         # V2 without dictionaries: delta encodings, faster and smaller
         options = "FORMAT parquet, PARQUET_VERSION V2, DICTIONARY_SIZE_LIMIT 1, COMPRESSION lz4_raw"
         options += f", ROW_GROUP_SIZE {ROWS_PER_READ}"
-        file = folder / f"{0:0{FIRST_ROW_DIGITS}d}.parquet"
+        file = _quoted(f"{folder}/{0:0{FIRST_ROW_DIGITS}d}.parquet")
         with disk_full_errors(folder):
-            self._database.execute(f"COPY ({query}) TO {_quoted(str(file))} ({options})")
+            self._database.execute(f"COPY ({query}) TO {file} ({options})")
 
     def _register(self, name: str, table: RowTable, *, ordered: bool) -> None:
         """Register a table as view `name`.
@@ -314,17 +306,15 @@ class LocalEngine:
         self._database.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
 
 
-def _finish(work: StepFunction, job: Any, folder: Path) -> None:
-    """Run a job; its folder appears when it has finished."""
-    with finished_folder(folder) as aside:
-        work(job, aside)
+def _finish(work: StepFunction, job: Any, folder: Path, parent: int | None = None) -> None:
+    """Run a job; its folder appears when it has finished.
 
-
-def _with_parent(work: StepFunction, parent: int, job: Any, folder: Path) -> None:
-    """Run a job unless the parent is gone: workers of a killed ingestion must not write."""
-    if os.getppid() != parent:
+    Unless the process `parent` is gone: workers of a killed ingestion must not write.
+    """
+    if parent is not None and os.getppid() != parent:
         os._exit(0)
-    work(job, folder)
+    with finished_folder(folder) as unfinished:
+        work(job, unfinished)
 
 
 def _quoted(text: str) -> str:
