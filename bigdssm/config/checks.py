@@ -23,14 +23,12 @@ from bigdssm.features.base import filterable
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.conditions import check_features, parse_filter
 from bigdssm.features.history import histories_of
-from bigdssm.utils.bounds import out_of_bounds, require
+from bigdssm.utils.bounds import require
 from bigdssm.utils.components import components_of
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for the first invalid value or conflict in `config`."""
-    for key, got, needed in out_of_bounds(config):
-        raise ConfigError(f"{key}: got {got}, needs {needed}")
     data, model, engine = config.data, config.model, config.engine
     for key, value in (("run.dir", config.run.dir), ("data.dir", data.dir)):
         require(bool(value.strip()), key, repr(value), "a folder")

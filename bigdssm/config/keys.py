@@ -33,7 +33,7 @@ from bigdssm.config.components import (
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import FEATURES
-from bigdssm.utils.bounds import RESUME, bounded, out_of_bounds
+from bigdssm.utils.bounds import RESUME, bounded
 from bigdssm.utils.components import MISSING, Component, Registry, component, named_components
 
 if TYPE_CHECKING:
@@ -511,9 +511,7 @@ def _plain(value: Any) -> Any:
 
 
 def _resolved(name: str, stage: StageConfig, config: Config) -> StageConfig:
-    """Return a stage with `auto` values and defaults resolved. Raises ConfigError: a key of `sampling` is invalid."""
-    for key, got, needed in out_of_bounds(stage.sampling, f"{name}.sampling"):
-        raise ConfigError(f"{key}: got {got}, needs {needed}")
+    """Return a stage with `auto` values and defaults resolved."""
     if stage.negatives.mask == "auto":
         mask: Literal["batch", "none"] = "batch" if config.data.exclude_seen else "none"
         stage = replace(stage, negatives=replace(stage.negatives, mask=mask))

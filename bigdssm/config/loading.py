@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf, read_write
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.config.checks import check_config
 from bigdssm.config.keys import Config
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
-from bigdssm.utils.components import EACH, REGISTRY, convert_whole_numbers, first_line, keys_of, literal
+from bigdssm.utils.components import EACH, REGISTRY, default_of, keys_of, literal, read_fields, section_of
 
 NO_VALUE = yaml.YAMLError, OmegaConfBaseException, RecursionError  # of an override
 Kind = TypeVar("Kind")
@@ -127,7 +125,7 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
     except OSError as error:  # omegaconf also raises OSError for a file with a single scalar
         raise ConfigError(f"{path} cannot be read, needs {needs}: {error.strerror or error}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key or 'key'}: {first_line(error)}") from None
+        raise ConfigError(f"{path}: {error.full_key or 'key'}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} contains a list, needs {needs}")
     return content
@@ -136,104 +134,53 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
 def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
     """Merge `contents`, later ones over earlier, into the dataclass `kind`. Raises ConfigError that names the key."""
     try:
-        schema = OmegaConf.structured(kind)
-        given: Any = OmegaConf.create({})
+        given: Any = {}
         for content in contents:
-            later = OmegaConf.create(content)
-            _replace_components(kind, given, later)
-            _check_lists(path, given, later)
-            given = OmegaConf.merge(given, later)
-        _name_components(path, schema, kind, given)
-        _check_lists(path, schema, given)
-        convert_whole_numbers(schema, given)
-        merged = OmegaConf.merge(schema, given)
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(f"{path}: required key {missing[0]} is missing; give it a value")
-        return cast(Kind, OmegaConf.to_object(merged))
-    except ConfigKeyError as error:
-        reason = first_line(error).partition(". Did you mean")[0]  # omegaconf's own hint omits the section
-        hint = _similar_keys(str(error.full_key), kind)
-        raise ConfigError(f"{path}: unknown key {error.full_key}: {reason}{hint}") from None
+            later = OmegaConf.to_container(OmegaConf.create(content))
+            _remove_replaced(kind, given, later)
+            given = OmegaConf.to_container(OmegaConf.merge(given, later))
+        # Interpolations may name keys that have their defaults.
+        complete = OmegaConf.create(_with_defaults(kind, given))
+        return read_fields(kind, "", OmegaConf.to_container(complete, resolve=True))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {first_line(error)}") from None
+        raise ConfigError(f"{path}: {error.full_key or kind.__name__.lower()}: {str(error).splitlines()[0]}") from None
 
 
-def _check_lists(path: Path, given: Any, later: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a mapping over a list, a list over a mapping, and a container among texts.
+def _remove_replaced(kind: Any, given: Any, later: Any) -> None:
+    """Remove from `given` what `later` does not merge with: a list or mapping in place of the other, other components.
 
-    OmegaConf's TypeError names no key, and it accepts containers in a list of texts.
+    If `later` selects a component by name, the keys that it has not are removed.
     """
-    for key in later:
-        before, block = given._get_node(key, validate_access=False), later._get_node(key)
-        if not isinstance(block, Container):
-            continue
-        if block._is_none() or block._is_interpolation() or not isinstance(before, Container):
-            continue
-        name, is_list = f"{prefix}{key}", not isinstance(block, DictConfig)
-        if is_list != (not isinstance(before, DictConfig)):
-            got, needed = ("list", "mapping") if is_list else ("mapping", "list")
-            raise ConfigError(f"{path}: {name}: got a {got}, needs a {needed}")
-        if is_list and get_args(before._metadata.ref_type)[:1] == (str,):
-            for i, value in enumerate(block):
-                if isinstance(value, Container):
-                    raise ConfigError(f"{path}: {name}[{i}]: got {value}, needs a text")
-        elif not is_list and not before._is_none():
-            _check_lists(path, before, block, f"{name}.")
-
-
-def _replace_components(kind: Any, given: Any, later: Any) -> None:
-    """Remove keys of `given` that are invalid for the components which `later` selects by name."""
-    if not isinstance(given, DictConfig) or not isinstance(later, DictConfig) or given._is_none() or later._is_none():
-        return
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        before, block = given._get_node(f.name), later._get_node(f.name)
-        registry = f.metadata.get(REGISTRY)
-        if registry is None:
-            if (section := _section(hints[f.name])) is not None:
-                _replace_components(section, before, block)
-        elif isinstance(before, DictConfig) and isinstance(block, DictConfig) and not before._is_none():
-            name = None if block._is_none() else block.get(registry.selector)
-            if name in registry.names() and name != before.get(registry.selector):
+    declared = {f.name: f for f in fields(kind)} if kind is not None else {}
+    for key, block in later.items():
+        before, field = given.get(key), declared.get(key)
+        if isinstance(before, list) != isinstance(block, list):
+            given.pop(key, None)
+        elif isinstance(before, dict) and isinstance(block, dict):
+            registry = None if field is None else field.metadata.get(REGISTRY)
+            if registry is None:
+                _remove_replaced(section_of(get_type_hints(kind)[key]) if field else None, before, block)
+            elif (name := block.get(registry.selector)) in registry.names() and name != before.get(registry.selector):
                 valid = {*keys_of(registry.find(name, "")), registry.selector}
-                for key in [key for key in before if key not in valid]:
-                    del before[key]
+                given[key] = {inner: value for inner, value in before.items() if inner in valid}
 
 
-def _name_components(path: Path, schema: DictConfig, kind: Any, given: Any, prefix: str = "") -> None:
-    """Declare in `schema` the components named in `given`. Raises ConfigError: one is unknown or invalid."""
-    if not isinstance(given, DictConfig) or given._is_interpolation() or given._is_none():
-        return
-    hints = get_type_hints(kind)
+def _with_defaults(kind: Any, content: dict[Any, Any]) -> dict[Any, Any]:
+    """Return plain content with the defaults of absent keys, those of components named in it included."""
+    result, hints = dict(content), get_type_hints(kind)
     for f in fields(kind):
-        key, block, registry = f"{prefix}{f.name}", given._get_node(f.name), f.metadata.get(REGISTRY)
-        if registry is not None and block is not None and block._is_interpolation():
-            block = given[f.name]
-        if not isinstance(block, DictConfig) or block._is_interpolation() or block._is_none():
+        default, section, registry = default_of(f), section_of(hints[f.name]), f.metadata.get(REGISTRY)
+        value = result.setdefault(f.name, {} if is_dataclass(default) else default)
+        if not isinstance(value, dict):
             continue
-        node = schema._get_node(f.name)
-        if not isinstance(node, DictConfig):
-            continue  # a mapping in place of a value: OmegaConf.merge in to_dataclass raises
-        if registry is None:
-            section = _section(hints[f.name])
-            if section is None:
-                continue
-            if node._is_none():
-                with read_write(schema):
-                    schema[f.name] = OmegaConf.structured(section)
-            _name_components(path, schema[f.name], section, block, f"{key}.")
-            continue
-        content = cast(dict[str, Any], OmegaConf.to_container(block))
-        if registry.selector in content:
-            content[registry.selector] = block[registry.selector]  # interpolated
-        try:
-            default = None if node._is_none() else getattr(OmegaConf.get_type(node), registry.selector)
-            declared = registry.declaration(key, content, default)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        with read_write(schema):
-            schema[f.name] = OmegaConf.structured(declared)
-        _name_components(path, schema[f.name], declared, block, f"{key}.")
+        if registry is not None:
+            name = value.get(registry.selector, getattr(default, registry.selector, None))
+            section = registry.classes.get(name) if isinstance(name, str) and name in registry.names() else None
+        if section is not None:
+            result[f.name] = _with_defaults(section, value)
+    return result
 
 
 def _is_text(kind: Any, key: str, given: Sequence[DictConfig]) -> bool:
@@ -254,32 +201,8 @@ def _is_text(kind: Any, key: str, given: Sequence[DictConfig]) -> bool:
             registry.names()  # imports the built-in components
             hint = registry.classes.get(next((n for n in named if n and isinstance(n, str)), ""), type(default))
         else:
-            hint = _section(hint) or hint
+            hint = section_of(hint) or hint
     return hint in (str, str | None)
-
-
-def _section(hint: Any) -> type | None:
-    """Return the dataclass of a field that is a (possibly optional) section."""
-    inner = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return next((cls for cls in inner if isinstance(cls, type) and is_dataclass(cls)), None)
-
-
-def _similar_keys(key: str, kind: type) -> str:
-    """Return `. Did you mean …?` with the keys of `kind` that are similar to the dotted `key`, or ''."""
-    keys = list(_dotted(kind))
-    section, _, name = key.partition(".")
-    inner = [other for other in keys if other.startswith(f"{section}.") and other.endswith(f".{name}")]
-    near = inner[:3] if name and inner else difflib.get_close_matches(key, keys, 1)
-    return f". Did you mean {' or '.join(near)}?" if near else ""
-
-
-def _dotted(kind: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a dataclass and its nested dataclasses."""
-    hints = get_type_hints(kind)
-    for f in fields(cast(Any, kind)):
-        yield f"{prefix}{f.name}"
-        if (section := _section(hints[f.name])) is not None:
-            yield from _dotted(section, f"{prefix}{f.name}.")
 
 
 def first_difference(before: Any, now: Any, key: str = "") -> str | None:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import ast
 import inspect
-import io
+import re
 import textwrap
-import tokenize
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-import omegaconf
-
 from bigdssm.config.keys import Config
 from bigdssm.utils.bounds import BOUND, Bound
-from bigdssm.utils.components import EACH, REGISTRY, Registry
+from bigdssm.utils.components import EACH, MISSING, REGISTRY, Registry, default_of
 
 Schema = dict[str, Any]
 
@@ -28,6 +25,7 @@ INTERPOLATION: Schema = {
     "description": "An OmegaConf interpolation, or ??? for a value given on the command line.",
     "pattern": r"\$\{|^\?\?\?$",
 }
+COMMENT = re.compile(r"(?:^|\s)# *(.*)")  # no default or bound contains a # after a space
 NUMBERS = {bool: "boolean", int: "integer", float: "number"}
 LIMITS = {"at_least": "minimum", "above": "exclusiveMinimum", "at_most": "maximum", "below": "exclusiveMaximum"}
 
@@ -47,22 +45,15 @@ def comments(cls: type) -> dict[str, str]:
             source = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):  # a class of a console or notebook has no source file
             continue
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        lines = {token.start[0]: (token.string.lstrip("# "), token.line.lstrip()[0] == "#") for token in tokens
-                 if token.type == tokenize.COMMENT}  # fmt: skip
+        lines = source.splitlines()
         for node in cast(ast.ClassDef, ast.parse(source).body[0]).body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno:
-                first = node.lineno
-                while lines.get(first - 1, ("", False))[1]:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                first = node.lineno - 1
+                while lines[first - 1].lstrip().startswith("#"):
                     first -= 1
-                result[node.target.id] = " ".join(lines[n][0] for n in range(first, node.end_lineno + 1) if n in lines)
+                found = (COMMENT.search(line) for line in lines[first : node.end_lineno])
+                result[node.target.id] = " ".join(match[1] for match in found if match)
     return result
-
-
-def default_of(field: Field[Any]) -> Any:
-    """Return the default of a field, `omegaconf.MISSING` if it is required."""
-    value = field.default if field.default_factory is MISSING else field.default_factory()
-    return omegaconf.MISSING if value is MISSING else value
 
 
 def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
@@ -76,7 +67,7 @@ def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
         default = default_of(field)
         schema = _field(field, hints[field.name], default, sections)
         section = sections.get(str(schema.get("$ref")).rpartition("/")[2], {})
-        if default == omegaconf.MISSING or "required" in section:
+        if default == MISSING or "required" in section:
             required.append(field.name)
         elif not is_dataclass(default):
             schema["default"] = list(default) if isinstance(default, tuple) else default

@@ -26,7 +26,7 @@ from bigdssm.features.calendar_time import DAY
 from bigdssm.features.ragged import gather_ranges
 from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.arguments import argument
-from bigdssm.utils.bounds import Bound, out_of_bounds
+from bigdssm.utils.bounds import Bound, require
 
 Count = Annotated[int, Bound(1)]  # types of options
 Window = Annotated[int, Bound(1, at_most=MAX_WINDOW)]
@@ -309,8 +309,8 @@ def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = 
             raise ConfigError(f"the baseline {name} has no option {option}; its options: {', '.join(known) or 'none'}")
         key, hint = f"the baseline {name}: {option}", hints[option]
         kind, bound = (hint.__origin__, hint.__metadata__[0]) if get_origin(hint) is Annotated else (hint, None)
-        for _, _, needed in out_of_bounds(argument(key, given, kind), key, bound):
-            raise ConfigError(f"{key}: got {given}, needs {needed}")
+        value = argument(key, given, kind)
+        require(bound is None or bound.holds(value), key, given, str(bound))
     for option, parameter in known.items():
         if require_all and parameter.default is inspect.Parameter.empty and option not in options:
             raise ConfigError(f"the baseline {name} needs the option {option}")

@@ -18,15 +18,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.features.ragged import Column, Ragged, from_arrow
-from bigdssm.utils.bounds import out_of_bounds
-from bigdssm.utils.components import Registry
+from bigdssm.utils.bounds import BOUND
+from bigdssm.utils.components import Registry, read_value
 
 if TYPE_CHECKING:
     from bigdssm.features.columns import RowCheck
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PADDING, OUT_OF_VOCABULARY, FIRST_CODE = 0, 1, 2
 REQUEST_PREFIX = "request."  # of the columns of a query's own features of events, see Schema.request
 ITEM_ROW = "item row"  # HISTORY.ITEM_ROW: 1 + the catalogue row of each item, 0 for none
-FITTED: Mapping[str, Any] = {"fitted": True, "omegaconf_ignore": True}  # metadata of fields that are fitted to the data
+FITTED: Mapping[str, Any] = {"fitted": True}  # metadata of fields that are fitted to the data
 
 Fault = tuple[np.ndarray, Callable[[int], str]]
 """Mask of invalid rows, bool [R], and the message for one of them."""
@@ -283,29 +283,11 @@ register = FEATURES.register
 
 
 def from_dict(content: Mapping[str, Any]) -> Feature:
-    """Inverse of `Feature.to_dict`. Raises TypeError, KeyError, ValueError: invalid content."""
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "type"}
-    feature = FEATURES.classes[content["type"]](**given)
-    hints = get_type_hints(type(feature))
-    for key, value in given.items():
-        if not _fits(value, hints[key]):
-            raise TypeError(f"{feature.name}.{key} is {value!r}, needs {hints[key]}")
-    for key, got, needed in out_of_bounds(feature):
-        raise ValueError(f"{feature.name}.{key} is {got!r}, needs {needed}")
-    return feature
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a JSON value has a field's declared type; types that do not exist in JSON are not checked."""
-    options = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in options
-    if options and get_origin(hint) is not tuple:
-        return any(_fits(value, option) for option in options)
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    numbers = {int: int, float: int | float}
-    return isinstance(value, numbers.get(hint, hint)) if isinstance(hint, type) else True
+    """Inverse of `Feature.to_dict`. Raises ConfigError, TypeError, KeyError: invalid content."""
+    cls = FEATURES.classes[content["type"]]
+    hints, bounds = get_type_hints(cls), {f.name: f.metadata.get(BOUND) for f in fields(cls)}
+    values = {key: value for key, value in content.items() if key != "type"}
+    return cls(**{key: read_value(key, value, hints[key], bounds[key]) for key, value in values.items()})
 
 
 def filterable(features: Mapping[str, Feature]) -> dict[str, Feature]:

@@ -31,7 +31,6 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.utils.bounds import out_of_bounds
 from bigdssm.utils.hashing import hex64
 from bigdssm.utils.locks import WriterLock
 from bigdssm.utils.log import get_logger
@@ -255,9 +254,10 @@ def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageN
             raise ConfigError(
                 f"the space's {key}: needs a key of {', '.join(sections)}: {stage} is trained for each value"
             )
-        config = read_config(path, [*overrides, f"{key}={json.dumps(value)}"])
-        for bad, got, needed in out_of_bounds(config):
-            raise ConfigError(f"the space's {bad}: got {got}, needs {needed}")
+        try:
+            read_config(path, [*overrides, f"{key}={json.dumps(value)}"])
+        except ConfigError as error:
+            raise ConfigError(f"the space's {key}={value}: {error}") from None
 
 
 def values_of(config: Config, space: Space) -> dict[str, Any]:

@@ -1,10 +1,8 @@
-"""Bounds of dataclass fields, and validation of all values in a dataclass."""
+"""Bounds of dataclass fields."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from bigdssm.errors import ConfigError
@@ -51,33 +49,6 @@ def bounded(
     """Return a dataclass field with a default, bounds, and its rule for a resume."""
     metadata: dict[str, Any] = {BOUND: Bound(at_least, above, at_most, below)}
     return field(default=default, metadata=metadata if resume is None else {**metadata, RESUME: resume})
-
-
-def out_of_bounds(value: Any, key: str = "", bound: Bound | None = None) -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, value, requirement) of every invalid value in a dataclass.
-
-    Invalid are non-finite numbers, numbers outside the bounds of their field, and text with a NUL character.
-    """
-    if is_dataclass(value):
-        for f in fields(value):
-            yield from out_of_bounds(getattr(value, f.name), f"{key}.{f.name}".lstrip("."), f.metadata.get(BOUND))
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from out_of_bounds(name, key)
-            yield from out_of_bounds(inner, f"{key}.{name}")
-    elif isinstance(value, tuple | list):
-        for number, inner in enumerate(value):
-            if bound is not None and isinstance(inner, tuple | list):  # a list of lists has no type in OmegaConf
-                yield f"{key}[{number}]", inner, "a number"
-                continue
-            yield from out_of_bounds(inner, f"{key}[{number}]", bound)
-    elif isinstance(value, str):
-        if "\0" in value:
-            yield key, ascii(value), "text without NUL"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield key, value, "a finite number" + (f", {bound}" if bound else "")
-    elif isinstance(value, int | float) and bound is not None and not bound.holds(value):
-        yield key, value, str(bound)
 
 
 def require(holds: bool, key: str, got: object, needed: str) -> None:

@@ -7,18 +7,30 @@ field is its description in the reference of keys. Its methods build the object 
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from importlib import import_module
-from typing import Any, Generic, TypeVar, cast, get_args, overload
+from types import NoneType, UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 from bigdssm.errors import ConfigError
-from bigdssm.utils.bounds import RESUME, ResumeRule, out_of_bounds
+from bigdssm.utils.bounds import BOUND, RESUME, Bound, ResumeRule
 
 MISSING = "???"  # omegaconf's mark of a key without a default
 REGISTRY = "registry"  # metadata key of a field that is a component
 EACH = "each"  # metadata key of a field that is a dict of components
+TYPE_NAMES = {
+    str: "a text", int: "an integer", float: "a finite number", bool: "true or false", NoneType: "null",
+    list: "a list", tuple: "a list", dict: "a mapping",
+}  # fmt: skip
+BOOLEANS = {
+    **dict.fromkeys(("true", "yes", "on", "y", "1"), True), **dict.fromkeys(("false", "no", "off", "n", "0"), False),
+}  # fmt: skip
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # including the backslashes that escape it
 C = TypeVar("C")
 D = TypeVar("D", bound=type)
@@ -82,24 +94,6 @@ class Registry(Generic[C]):
             )
         return self.classes[name]
 
-    def declaration(self, key: str, content: Any, default: str | None = None) -> type[C]:
-        """Return the class of the component that a block selects, after validating the block's keys.
-
-        Raises ConfigError: `key` names the block.
-        """
-        if not isinstance(content, dict):
-            example = f"{{{self.selector}: {self.names()[0]}}}"
-            raise ConfigError(f"{key}: got {content!r}, needs {self.noun} such as {example}")
-        cls = self.find(content.get(self.selector, default), key)
-        declared = keys_of(cls)
-        for name in content:
-            if name not in (*declared, self.selector):
-                near = difflib.get_close_matches(str(name), declared, 1)
-                meant = f"; did you mean {near[0]}?" if near else ""
-                has = ", ".join(declared) or "no keys"
-                raise ConfigError(f"unknown key {_dotted(key, name)}: {getattr(cls, self.selector)} has {has}{meant}")
-        return cls
-
     def make(self, kind: str | C, options: Mapping[str, Any] | None = None) -> C:
         """Return a component by name with its options, or validate an existing one. Raises ConfigError."""
         if isinstance(kind, str):
@@ -108,22 +102,12 @@ class Registry(Generic[C]):
 
     def read(self, key: str, content: Any) -> C:
         """Build the component of a block, without interpolation. Raises ConfigError: `key` names the block."""
-        cls = self.declaration(key, content)
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        given = {name: literal(value) for name, value in content.items() if name in keys_of(cls)}
-        if missing := sorted(OmegaConf.missing_keys(given)):  # a merge would replace them with defaults
-            raise ConfigError(f"{_dotted(key, missing[0])} is missing ('???'); give it a value")
-        try:
-            schema, values = OmegaConf.structured(cls), OmegaConf.create(given)
-            convert_whole_numbers(schema, values)
-            made = cast(C, OmegaConf.to_object(OmegaConf.merge(schema, values)))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{_dotted(key, error.full_key)}: {first_line(error)}") from None
-        for name, got, needed in out_of_bounds(made, key):
-            raise ConfigError(f"{name}: got {got}, needs {needed}")
-        return made
+        if not isinstance(content, dict):
+            example = f"{{{self.selector}: {self.names()[0]}}}"
+            raise ConfigError(f"{key}: got {content!r}, needs {self.noun} such as {example}")
+        cls = self.find(content.get(self.selector), key)
+        given = {name: value for name, value in content.items() if name != self.selector or name in keys_of(cls)}
+        return read_fields(cls, key, given, getattr(cls, self.selector))
 
 
 def _dotted(key: str, name: Any) -> str:
@@ -171,30 +155,108 @@ def literal(content: Any) -> Any:
     return _INTERPOLATION.sub(r"\1\1\\${", content) if isinstance(content, str) else content
 
 
-def convert_whole_numbers(schema: Any, given: Any) -> None:
-    """Convert floats such as 1.0 in `given` where `schema` has integers, as JSON Schema accepts them."""
-    from omegaconf import DictConfig, IntegerNode, ListConfig
-
-    for key in [] if given._is_none() or given._is_interpolation() else given.keys():
-        declared, node = schema._get_node(key, validate_access=False), given._get_node(key)
-        if isinstance(declared, DictConfig) and isinstance(node, DictConfig):
-            convert_whole_numbers(declared, node)
-        elif isinstance(declared, IntegerNode):
-            given[key] = _whole(node._value())
-        elif isinstance(node, ListConfig) and _element_type(declared) is int:
-            given[key] = [_whole(one) for one in node]
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a field, MISSING if it is required."""
+    value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+    return MISSING if value is NO_DEFAULT else value
 
 
-def _element_type(declared: Any) -> Any:
-    """Return the type of a list's elements; None for other nodes."""
-    inner = get_args(getattr(getattr(declared, "_metadata", None), "ref_type", None))
-    return inner[0] if inner else None
+def section_of(hint: Any) -> type | None:
+    """Return the dataclass of a field that is a (possibly optional) section."""
+    inner = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((cls for cls in inner if isinstance(cls, type) and is_dataclass(cls)), None)
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a dataclass and its sections."""
+    hints = get_type_hints(cls)
+    for f in fields(cast(Any, cls)):
+        yield f"{prefix}{f.name}"
+        if (section := section_of(hints[f.name])) is not None:
+            yield from dotted_keys(section, f"{prefix}{f.name}.")
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an omegaconf error; the others repeat the key."""
-    return str(error).splitlines()[0]
+def read_fields(cls: type[C], key: str, content: Any, title: str = "") -> C:
+    """Build a dataclass from plain containers; `key` is its dotted key, `title` its name in messages.
+
+    Raises ConfigError: a key is unknown or missing, or a value has another type or is out of bounds.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{key}: got {content!r:.80}, needs a mapping")
+    hints, declared = get_type_hints(cls), keys_of(cls)
+    for name in content:
+        if name not in declared:
+            inner = [dotted for dotted in dotted_keys(cls) if dotted.endswith(f".{name}")]
+            near = inner[:3] or difflib.get_close_matches(str(name), declared, 1)
+            meant = f"; did you mean {' or '.join(_dotted(key, one) for one in near)}?" if near else ""
+            has = f"{title or key or 'the file'} has {', '.join(declared) or 'no keys'}"
+            raise ConfigError(f"unknown key {_dotted(key, name)}: {has}{meant}")
+    values: dict[str, Any] = {}
+    for f in fields(cast(Any, cls)):
+        if f.name not in declared or (f.name not in content and default_of(f) != MISSING):
+            continue
+        dotted, value, registry = _dotted(key, f.name), content.get(f.name, MISSING), f.metadata.get(REGISTRY)
+        if registry is not None and (value is not None or f.default is not None):
+            values[f.name] = registry.read(dotted, value)
+        else:
+            values[f.name] = read_value(dotted, value, hints[f.name], f.metadata.get(BOUND))
+    return cls(**values)
+
+
+def read_value(key: str, value: Any, hint: Any, bound: Bound | None = None) -> Any:
+    """Convert a plain value to its declared type. Raises ConfigError: it has another type or is out of bounds.
+
+    A text may stand for a number or a boolean, as an interpolation such as `${oc.env:SEED}` does, and a number for a
+    text or, if whole, for an integer.
+    """
+    if isinstance(value, str) and value == MISSING:
+        raise ConfigError(f"required key {key} is missing; give it a value")
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    if (section := section_of(hint)) is not None:
+        return read_fields(section, key, value)
+    for kind in [kind for kind in kinds if type(value) is kind] or kinds:
+        with suppress(TypeError, ValueError, KeyError, OverflowError):
+            return _converted(key, value, kind, bound)
+    needed = [
+        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal
+        else TYPE_NAMES[get_origin(kind) or kind] + f", {bound}" * (bound is not None and kind in (int, float))
+        for kind in kinds
+    ]  # fmt: skip
+    raise ConfigError(f"{key}: got {value!r:.80}, needs {' or '.join(needed)}")
+
+
+def _converted(key: str, value: Any, kind: Any, bound: Bound | None) -> Any:
+    """Raises TypeError, ValueError, KeyError, OverflowError: another type; ConfigError: out of bounds."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is Any:
+        return value
+    if origin is Literal:
+        return inner[inner.index(value)]
+    if origin is bool:
+        return BOOLEANS[str(value).lower()]
+    accepted = {dict: dict, list: list | tuple, tuple: list | tuple, str: str | int | float | os.PathLike}
+    if not isinstance(value, accepted.get(origin, str | int | float)):
+        raise TypeError
+    if origin is dict:
+        return {read_value(key, name, str): read_value(f"{key}.{name}", one, inner[1]) for name, one in value.items()}
+    if origin in (list, tuple):
+        elements = inner[:1] * len(value) if origin is list or ... in inner else inner
+        if len(elements) != len(value):
+            raise ConfigError(f"{key}: got {value}, needs {len(elements)} values")
+        return origin(
+            read_value(f"{key}[{i}]", one, element, bound)
+            for i, (one, element) in enumerate(zip(value, elements, strict=True))
+        )
+    if origin is str:
+        if "\0" in str(value):
+            raise ConfigError(f"{key}: got {value!a}, needs text without NUL")
+        return str(value)
+    number = origin(value)
+    is_rounded = origin is int and isinstance(value, float) and number != value
+    if isinstance(value, bool) or is_rounded or not math.isfinite(number):
+        raise ValueError
+    if bound is not None and not bound.holds(number):
+        raise ConfigError(f"{key}: got {value}, needs {bound}")
+    return number

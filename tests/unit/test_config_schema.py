@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import random
+import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -17,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from bigdssm.commands import config as command
 from bigdssm.config import Config, load_config
-from bigdssm.config.loading import changes_of
+from bigdssm.config.loading import changes_of, to_dataclass
 from bigdssm.config.schema import comments
 from bigdssm.errors import ConfigError
-from bigdssm.utils.bounds import bounded
+from bigdssm.features.base import FEATURES
+from bigdssm.utils.bounds import BOUND, bounded
+from bigdssm.utils.components import REGISTRY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMA = CONFIGS / "config.schema.json"
@@ -159,6 +167,61 @@ def test_refused_as_the_loader_does(validator: Draft202012Validator, override: s
     assert f"{'.'.join(map(str, found.absolute_path))}: {found.message}".startswith(error)
     with pytest.raises(ConfigError):
         load_config(EXAMPLE, [override])
+
+
+def keys_and_values(rng: random.Random, cls: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a dataclass, and of a component of each kind, with a random value that JSON has."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("fitted"):
+            continue
+        name, registry = f"{key}.{field.name}", field.metadata.get(REGISTRY)
+        section = hints[field.name] if registry is None else registry.find(rng.choice(registry.names()), "")
+        if dataclasses.is_dataclass(section):
+            yield name, rng.choice([None, {}, [], "x", {"nothing": 1}])
+            if registry is not None:
+                yield f"{name}.{registry.selector}", rng.choice([*registry.names(), "nobody", None, [], {}])
+            yield from keys_and_values(rng, section, name)
+            continue
+        kinds = {hints[field.name], *get_args(hints[field.name])}
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        limits = dataclasses.astuple(field.metadata[BOUND]) if BOUND in field.metadata else ()
+        numbers = [limit + step for limit in limits if limit is not None for step in (-1, 0, 1)]
+        values = [*numbers, *choices, -1, 0.5, 1, 4, 2**70, 1e300, None, True, "x", [], {}, [[]], [None], {"a": 1}]
+        value = rng.choice([*values, [rng.choice(values)], [rng.choice(values), rng.choice(values)]])
+        # Not a number for a text or a boolean: the loader converts scalars, since an interpolation is a text.
+        scalars = value if isinstance(value, list) else [value]
+        if not {"str", "bool"} & set(re.findall(r"\w+", str(hints[field.name]))) or not any(
+            isinstance(one, int | float) for one in scalars
+        ):
+            yield name, value
+
+
+@pytest.mark.slow
+def test_the_schema_and_the_loader_accept_the_same_random_configs(validator: Draft202012Validator) -> None:
+    rng, counts = random.Random(0), Counter[bool]()
+    example = OmegaConf.to_container(OmegaConf.load(EXAMPLE))
+    for _ in range(1000):
+        content, keys = copy.deepcopy(example), list(keys_and_values(rng, Config, ""))
+        feature = f".data.{rng.choice(['query', 'doc', 'event', 'filter'])}.f"
+        kind = rng.choice(FEATURES.names())
+        of_feature = [(f"{feature}.type", kind), *keys_and_values(rng, FEATURES.find(kind, ""), feature)]
+        drawn = [*rng.sample(keys, rng.choice([0, 1, 1, 2, 3])), *of_feature[: rng.choice([0, 1, 3])]]
+        for key, value in drawn:
+            *sections, name = key.lstrip(".").split(".")
+            block: Any = content
+            for section in sections:
+                block[section] = block.get(section) if isinstance(block.get(section), dict) else {}
+                block = block[section]
+            block[name] = value
+        is_valid, reason = validator.is_valid(content), ""
+        try:
+            to_dataclass(Path("config.yaml"), Config, content)
+        except ConfigError as error:
+            reason = str(error)
+        assert is_valid == (not reason), (drawn, reason, best_match(validator.iter_errors(content)))
+        counts[is_valid] += 1
+    assert min(counts.values()) > 200, counts
 
 
 def test_folders_must_be_given(validator: Draft202012Validator) -> None:

@@ -158,7 +158,7 @@ def test_launchers_without_a_rendezvous_are_refused(
         (b"run: " + b"[" * 5000, "is not valid YAML"),
         (b"run: {dir: x}\nrun: {dir: y}\n", "is not valid YAML"),
         (b"", "required key"),
-        (b"run: [1]\n", "run: got a list, needs a mapping"),
+        (b"run: [1]\n", "run: got [1], needs a mapping"),
         (b"run: {dir: ${oc.env:HOME}}\n", "config"),
         (b"run: {dir: x}\ndata: {dir: x, query: {a: 1}}\n", "data.query.a: got 1"),
     ],

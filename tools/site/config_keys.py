@@ -17,8 +17,6 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import omegaconf
-
 from bigdssm.config.keys import (
     DISTILLATIONS,
     HISTORY_BLOCKS,
@@ -38,14 +36,14 @@ from bigdssm.config.keys import (
     TableOptimizerConfig,
     TextEncoderConfig,
 )
-from bigdssm.config.schema import comments, default_of
+from bigdssm.config.schema import comments
 from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.stores.base import STORES
 from bigdssm.stores.opening import BUILT_IN, store_class
 from bigdssm.utils.bounds import BOUND, RESUME
-from bigdssm.utils.components import REGISTRY, Registry, keys_of
+from bigdssm.utils.components import MISSING, REGISTRY, Registry, default_of, keys_of
 
 HEAD = "| key | type | default | bounds | description |\n|---|---|---|---|---|"
 PAGE = Path(__file__).parents[2] / "docs/config_keys.md"
@@ -247,9 +245,9 @@ def _type(source: str) -> str:
 def _default(field: Field[Any], component: Any) -> str:
     """Format a default as in YAML; a key without one takes the default component's value."""
     value = default_of(field)
-    if component is not None and value == omegaconf.MISSING:
+    if component is not None and value == MISSING:
         value = getattr(component, field.name)
-    return "required" if value == omegaconf.MISSING else f"`{json.dumps(value)}`"
+    return "required" if value == MISSING else f"`{json.dumps(value)}`"
 
 
 if __name__ == "__main__":
