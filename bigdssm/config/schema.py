@@ -10,7 +10,7 @@ import ast
 import inspect
 import re
 import textwrap
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -65,7 +65,15 @@ def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
         if field.metadata.get("fitted"):
             continue
         default = default_of(field)
-        schema = _field(field, hints[field.name], default, sections)
+        hint = hints[field.name]
+        if EACH in field.metadata:
+            block = _component(field.metadata[EACH], None, sections)
+            schema = {**_open("object"), "additionalProperties": block}
+        elif REGISTRY in field.metadata:
+            block = _component(field.metadata[REGISTRY], default, sections)
+            schema = _or_null(block) if NoneType in get_args(hint) else block
+        else:
+            schema = _value(hint, field.metadata.get(BOUND), sections)
         section = sections.get(str(schema.get("$ref")).rpartition("/")[2], {})
         if default == MISSING or "required" in section:
             required.append(field.name)
@@ -76,15 +84,6 @@ def _object(cls: Any, sections: dict[str, Schema]) -> Schema:
         properties[field.name] = schema
     needs = {"required": required} if required else {}
     return {"description": inspect.getdoc(cls), "properties": properties, **needs, "additionalProperties": False}
-
-
-def _field(field: Field[Any], hint: Any, default: Any, sections: dict[str, Schema]) -> Schema:
-    if EACH in field.metadata:
-        return {**_open("object"), "additionalProperties": _component(field.metadata[EACH], None, sections)}
-    if REGISTRY in field.metadata:
-        block = _component(field.metadata[REGISTRY], default, sections)
-        return _or_null(block) if NoneType in get_args(hint) else block
-    return _value(hint, field.metadata.get(BOUND), sections)
 
 
 def _component(registry: Registry[Any], default: Any, sections: dict[str, Schema]) -> Schema:

@@ -286,8 +286,14 @@ def from_dict(content: Mapping[str, Any]) -> Feature:
     """Inverse of `Feature.to_dict`. Raises ConfigError, TypeError, KeyError: invalid content."""
     cls = FEATURES.classes[content["type"]]
     hints, bounds = get_type_hints(cls), {f.name: f.metadata.get(BOUND) for f in fields(cls)}
-    values = {key: value for key, value in content.items() if key != "type"}
-    return cls(**{key: read_value(key, value, hints[key], bounds[key]) for key, value in values.items()})
+    values = {}
+    for key, value in content.items():
+        if key == "type":
+            continue
+        values[key] = read_value(f"{content['name']}.{key}", value, hints[key], bounds[key])
+        if any(isinstance(value, kind) != isinstance(values[key], kind) for kind in (str, bool)):
+            raise TypeError(f"{content['name']}.{key} is {value!r}, needs {hints[key]}")
+    return cls(**values)
 
 
 def filterable(features: Mapping[str, Feature]) -> dict[str, Feature]:

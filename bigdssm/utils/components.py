@@ -240,7 +240,8 @@ def _converted(key: str, value: Any, kind: Any, bound: Bound | None) -> Any:
     if not isinstance(value, accepted.get(origin, str | int | float)):
         raise TypeError
     if origin is dict:
-        return {read_value(key, name, str): read_value(f"{key}.{name}", one, inner[1]) for name, one in value.items()}
+        items = cast(dict[Any, Any], value).items()
+        return {read_value(key, name, str): read_value(f"{key}.{name}", one, inner[1]) for name, one in items}
     if origin in (list, tuple):
         elements = inner[:1] * len(value) if origin is list or ... in inner else inner
         if len(elements) != len(value):

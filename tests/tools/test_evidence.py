@@ -172,7 +172,7 @@ def test_cells_that_are_alike_share_a_folder(tmp_path: Path, tiny_interactions: 
     ("changed", "sentence"),
     [
         ({"cells": {**CLAIM["cells"], "d": {"set": ["pretrain.epoch=2"]}}}, "d on small: .*unknown key pretrain.epoch"),
-        ({"cells": {**CLAIM["cells"], "d": {"set": ["pretrain.steps=-1"]}}}, "d on small: pretrain.steps: got -1"),
+        ({"cells": {**CLAIM["cells"], "d": {"set": ["pretrain.steps=-1"]}}}, "d on small: .*pretrain.steps: got -1"),
         ({}, "cells.c on small: the config has no section `sft:`"),
         ({"cells": {**CLAIM["cells"], "d": {"without": ["doc.genre"]}}}, "cells.d.without: doc.genre is no feature"),
         ({"cells": {**CLAIM["cells"], "d": {"without": ["doc.genres"]}}}, "sets.small.make: missing"),
