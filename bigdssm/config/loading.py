@@ -149,9 +149,9 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
 
 
 def _remove_replaced(kind: Any, given: Any, later: Any) -> None:
-    """Remove from `given` what `later` does not merge with: a list or mapping in place of the other, other components.
+    """Remove from `given` what `later` replaces: a list by a mapping or the reverse, and keys of other components.
 
-    If `later` selects a component by name, the keys that it has not are removed.
+    If `later` selects another component by name, the keys that this one lacks are removed.
     """
     declared = {f.name: f for f in fields(kind)} if kind is not None else {}
     for key, block in later.items():

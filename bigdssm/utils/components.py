@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
@@ -25,7 +26,7 @@ MISSING = "???"  # omegaconf's mark of a key without a default
 REGISTRY = "registry"  # metadata key of a field that is a component
 EACH = "each"  # metadata key of a field that is a dict of components
 TYPE_NAMES = {
-    str: "a text", int: "an integer", float: "a finite number", bool: "true or false", NoneType: "null",
+    str: "a text", Path: "a path", int: "an integer", float: "a finite number", bool: "true or false", NoneType: "null",
     list: "a list", tuple: "a list", dict: "a mapping",
 }  # fmt: skip
 BOOLEANS = {
@@ -250,10 +251,10 @@ def _converted(key: str, value: Any, kind: Any, bound: Bound | None) -> Any:
             read_value(f"{key}[{i}]", one, element, bound)
             for i, (one, element) in enumerate(zip(value, elements, strict=True))
         )
-    if origin is str:
+    if origin in (str, Path):
         if "\0" in str(value):
             raise ConfigError(f"{key}: got {value!a}, needs text without NUL")
-        return str(value)
+        return origin(value)
     number = origin(value)
     is_rounded = origin is int and isinstance(value, float) and number != value
     if isinstance(value, bool) or is_rounded or not math.isfinite(number):

@@ -109,6 +109,8 @@ def test_whole_numbers_may_have_a_decimal_point_as_in_the_schema() -> None:
     given = ["data.lanes=8.0", "pretrain.loss.widths=[8.0, 4]", "data.doc.genres.min_count=2.0", "engine.loss_tile=1e3"]
     config = load_config(EXAMPLE, given)
     assert config == load_config(EXAMPLE, [key.replace(".0", "").replace("1e3", "1000") for key in given])
+    texts = ["data.lanes='8'", "engine.compile='yes'", "engine.peer_timeout_s='9.5'"]  # as of ${oc.env:…}
+    assert load_config(EXAMPLE, texts) == load_config(EXAMPLE, [word.replace("'", "") for word in texts])
     with pytest.raises(ConfigError, match=r"data\.lanes: .*8\.5"):
         load_config(EXAMPLE, ["data.lanes=8.5"])
 
