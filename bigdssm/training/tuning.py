@@ -257,7 +257,7 @@ def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageN
         try:
             read_config(path, [*overrides, f"{key}={json.dumps(value)}"])
         except ConfigError as error:
-            raise ConfigError(f"the space's {key}={value}: {error}") from None
+            raise ConfigError(f"the space's {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def values_of(config: Config, space: Space) -> dict[str, Any]:
