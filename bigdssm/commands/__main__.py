@@ -1,7 +1,5 @@
 """Entry point of the command line: `bigdssm COMMAND …` calls `main` of the module with that name."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import importlib
@@ -61,4 +59,4 @@ def print_commands() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,5 @@
 """Command line of both stages, `bigdssm STAGE --config F [key=value …]`: starts the ranks, or runs as a rank."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -12,9 +12,6 @@ candidates per requested document and re-ranks them with the full vectors, which
 index stores the checksum of its model and rejects queries of another model.
 """
 
-from __future__ import annotations
-
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -6,9 +6,6 @@ A and B are run folders or stage folders. Run folders are compared at the last s
 of both are evaluated on the same rows: those of A's dataset, or of --data.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,4 +155,4 @@ def _training(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

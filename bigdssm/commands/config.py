@@ -9,10 +9,7 @@ file whose first line names the schema: `# yaml-language-server: $schema=config.
 components of installed plugins.
 """
 
-from __future__ import annotations
-
 import json
-import sys
 from collections.abc import Sequence
 
 import yaml
@@ -51,4 +48,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -16,9 +16,6 @@ KEY=VALUE sets an option of the format (docs/config_keys.md). The last line of t
 between exported and original vectors of a probe batch; more than 1e-5 is an error.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

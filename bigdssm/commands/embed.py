@@ -14,9 +14,6 @@ model, the dataset and --out. --since EARLIER reuses the vectors of unchanged do
 those of EARLIER unless given.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -105,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

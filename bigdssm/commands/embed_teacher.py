@@ -9,9 +9,6 @@ those of a bigdssm model, or the cosines of an unchanged Hugging Face text encod
 decoded by its tokenizer, truncated to max_tokens. An interrupted run continues from its finished shards.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

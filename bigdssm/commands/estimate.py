@@ -10,10 +10,7 @@ durations are those recorded by the run in run.dir, if there is one. The memory 
 process after all imports, about 0.5 GB.
 """
 
-from __future__ import annotations
-
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,4 +69,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -12,10 +12,7 @@ queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unchanged p
 (--compare). The third form evaluates a single TREC run. The metrics of runs equal those of trec_eval.
 """
 
-from __future__ import annotations
-
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -271,4 +268,4 @@ def _show(args: argparse.Namespace, systems: list[System], num_queries: int) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -12,10 +12,7 @@ start it again. The report has the checksum of every changed file and collection
 ids.
 """
 
-from __future__ import annotations
-
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -224,4 +221,4 @@ def _print(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

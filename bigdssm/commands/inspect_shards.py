@@ -9,7 +9,6 @@ if anything is damaged.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -106,4 +105,4 @@ def _table(*headers: str) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

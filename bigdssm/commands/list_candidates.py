@@ -17,10 +17,7 @@ positives of the query are excluded. --position-column contains the positions wh
 shown, for sft.loss.position_bias.
 """
 
-from __future__ import annotations
-
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

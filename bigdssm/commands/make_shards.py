@@ -10,7 +10,6 @@ atomically at the end. After a kill, run the same command with the same files to
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -283,4 +282,4 @@ def _make(args: argparse.Namespace, **tables: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

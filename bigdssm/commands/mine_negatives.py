@@ -8,10 +8,7 @@ of the query are excluded, and with --margin also documents that score almost as
 document vectors that bigdssm embed wrote with the same model.
 """
 
-from __future__ import annotations
-
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

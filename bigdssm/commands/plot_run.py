@@ -5,9 +5,6 @@
 RUN is a run folder, whose stages are plotted consecutively, or a stage folder. Several runs are overlaid.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,4 +33,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -13,9 +13,6 @@ the nearest documents of a sample both have. --switch then lets the alias name t
 of the store (docs/config_keys.md). Passwords come from the environment or the files of the store's client.
 """
 
-from __future__ import annotations
-
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,4 +112,4 @@ def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

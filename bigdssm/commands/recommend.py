@@ -16,9 +16,6 @@ If OUT ends in .csv, the result is one CSV file with the same columns; OUT.parts
 An interrupted job continues from its finished shards when restarted, with any number of ranks.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

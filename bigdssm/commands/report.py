@@ -12,10 +12,7 @@ bootstrap over seeds and over clusters of queries (one per user or query text). 
 ndcg_at_10, …, seconds}; `seconds` includes training and evaluation; `seeds` contains the metrics per seed.
 """
 
-from __future__ import annotations
-
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -191,4 +188,4 @@ def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

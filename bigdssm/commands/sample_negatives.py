@@ -6,9 +6,6 @@ The queries are evenly spaced over the file, with one negative per query, sample
 negatives.mining.teacher_margin. Texts are printed after truncation by the tokenizer, as the towers receive them.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,4 +39,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -15,9 +15,6 @@ The rules of --config are those of the run that reads the file, and of the one t
 An interrupted run continues from its finished shards when restarted, with any number of ranks.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -13,8 +13,6 @@ model's data.exclude_seen is false; --seen overrides it. With --rerank K the mod
 histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score, key, title.
 """
 
-from __future__ import annotations
-
 import csv
 import sys
 from collections.abc import Sequence
@@ -130,4 +128,4 @@ def feature_values(option: str, pairs: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

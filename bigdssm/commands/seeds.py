@@ -8,8 +8,6 @@ as --beir DIR. Training runs on this machine; to train on several machines, run 
 `bigdssm report RUN/seed-*`.
 """
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys
@@ -63,4 +61,4 @@ def _run(*command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

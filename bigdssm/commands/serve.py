@@ -15,13 +15,10 @@ machine only (--host), without authentication. The Host header must be localhost
 queries have users, histories or filters and the dataset has been moved since training.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,4 +148,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

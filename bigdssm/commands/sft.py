@@ -5,7 +5,6 @@ deepspeed --module bigdssm.commands.sft --config my.yaml [key=value …]
 torchrun --nproc-per-node 2 -m bigdssm.commands.sft --config my.yaml [key=value …]
 """
 
-import sys
 from collections.abc import Sequence
 
 from bigdssm.commands._stage import run
@@ -17,4 +16,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

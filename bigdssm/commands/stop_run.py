@@ -6,9 +6,6 @@ RUN is a run folder or a stage folder. The ranks finish their step, save a check
 code 75; with --now they end at once, and the steps after the last checkpoint are lost.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -10,11 +10,8 @@ process and are not pruned. The test split is not used. Repeating the command re
 trials with a larger --trials. DIR/best.json contains the best values as key=value.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

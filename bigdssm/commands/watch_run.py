@@ -5,9 +5,6 @@
 RUN is a run folder, whose newest stage is displayed, or a stage folder. It may be on a shared disk.
 """
 
-from __future__ import annotations
-
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,4 +53,4 @@ def _render(run: RunState) -> Group:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

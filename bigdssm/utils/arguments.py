@@ -1,7 +1,5 @@
 """Validation of the arguments of Python functions against their annotations."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping

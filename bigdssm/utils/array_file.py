@@ -3,8 +3,6 @@
 A seal is SEAL_BYTES of JSON after the array, which .npy readers ignore; the checksum covers all bytes before it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

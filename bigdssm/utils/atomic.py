@@ -5,8 +5,6 @@ file system can; otherwise it is .NAME.replaced between two renames. A writer th
 those of a killed writer are removed, or restored, by the next writer of the path.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

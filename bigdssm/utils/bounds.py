@@ -1,7 +1,5 @@
 """Bounds of dataclass fields."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 

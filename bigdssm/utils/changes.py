@@ -1,7 +1,5 @@
 """New versions of existing folders and files, with a record of the checksums before and after."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase

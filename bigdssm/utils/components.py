@@ -4,8 +4,6 @@ The fields of a component are its config keys, with type, default and bounds (`u
 field is its description in the reference of keys. Its methods build the object and import torch when called.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import os

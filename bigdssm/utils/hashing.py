@@ -1,7 +1,5 @@
 """Stable hashes across machines and versions: 64-bit keys, checksums of files and source code."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lazy package attributes (PEP 562): importing the package does not import torch."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module

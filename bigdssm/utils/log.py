@@ -1,7 +1,5 @@
 """Rank-aware logging, and metrics as JSON records (one per line)."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """The header of a safetensors file whose tensors are written in parts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import accumulate

@@ -7,8 +7,6 @@ Source: https://github.com/Cyan4973/xxHash/blob/v0.8.3/doc/xxhash_spec.md, "XXH3
 Shapes: R strings, `data` uint8 [total bytes], `start` and `length` int64 [R]; hashes uint64 [R].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -5,8 +5,6 @@ span is measured between two events in the device's stream: its kernels count wh
 while the device is idle. Only `pop_seconds` synchronizes with the device.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Needs the extra `remote`; s3:// needs s3fs, gs:// needs gcsfs.
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import itertools
