@@ -149,7 +149,7 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
 
 
 def _remove_replaced(kind: Any, given: Any, later: Any) -> None:
-    """Remove from `given` what `later` replaces: a list by a mapping or the reverse, and keys of other components.
+    """Remove values of `given` that `later` replaces: a list by a mapping or the reverse, keys of other components.
 
     If `later` selects another component by name, the keys that this one lacks are removed.
     """

@@ -119,7 +119,7 @@ def test_the_declaration_of_a_feature_is_data_once_the_config_is_read(text: str)
 
 
 def test_the_mark_of_a_missing_value_is_refused_in_a_feature() -> None:
-    with pytest.raises(ConfigError, match=r"data\.doc\.tags\.separator is missing \('\?\?\?'\)"):
+    with pytest.raises(ConfigError, match=r"data\.doc\.tags\.separator is missing; give it a value"):
         DataConfig(dir="d", doc={"tags": {"type": "categorical", "multi": True, "separator": "???"}})  # type: ignore[dict-item]
 
 
