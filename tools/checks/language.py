@@ -3,7 +3,8 @@
     python tools/checks/language.py [FOLDER …]
 
 Checks the names of modules, public classes, functions, arguments and fields for words that have a standard term, and
-the first lines of docstrings for "what" clauses and personification. Findings are suggestions; review each one.
+the first lines of docstrings for "what" clauses and personification; in bigdssm/ also private names, local
+variables and SQL views. Findings are suggestions; review each one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ WORDS = {  # in a name → the standard term
     "moment": "time", "moments": "times", "place": "position, row, offset, path", "places": "positions, rows, offsets",
     "said": "reported", "sight": "mask, context", "spans": "bounds", "told": "explicit, reported", "wanted": "required",
 }  # fmt: skip
+LOCAL_WORDS = WORDS.keys() - {"gate", "spans"} | {"aside", "its"}  # gates of a network, spans of a timeline
+LOCAL_NAMES = {"at", "fits", "how", "some", "whole"}
+VIEWS = re.compile(r"\b(?:VIEW|TABLE|WITH|WITH RECURSIVE)\s+(asked|dated|divided|drawn|found|kept|told|wanted)\b", re.I)
 CLAUSE = re.compile(
     r"^(Return|Yield|Say|Tell|Note|Write|Read|Check|Find)s? (what|whatever|whether or not|how it|of)\b", re.I
 )
@@ -40,10 +44,12 @@ def words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)]
 
 
-def findings(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, sentence) for each finding in a module's source."""
+def findings(source: str, *, private: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (line, sentence) for each finding in a module's source; `private`: also in private and local names."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if private:
+            yield from _private_findings(node)
         for name in _public_names(node):
             for word in sorted(set(words(name)) & WORDS.keys()):
                 yield getattr(node, "lineno", 1), f"name {name}: use {WORDS[word]} in place of {word!r}"
@@ -52,6 +58,22 @@ def findings(source: str) -> Iterator[tuple[int, str]]:
             found = CLAUSE.search(first) or PEOPLE.search(first)
             if found:
                 yield getattr(node, "lineno", 1), f"docstring {first!r}: {found.group()!r}"
+
+
+def _private_findings(node: ast.AST) -> Iterator[tuple[int, str]]:
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+            is_public = False
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Attribute(attr=name, ctx=ast.Store()):
+            is_public = not name.startswith("_")
+        case ast.Constant(value=str(text)):
+            for view in VIEWS.finditer(text):
+                yield node.lineno, f"view {view[1]}: use a noun"
+            return
+        case _:
+            return
+    for word in [] if is_public else sorted(set(words(name)) & LOCAL_WORDS | {name} & LOCAL_NAMES):
+        yield node.lineno, f"name {name}: use {WORDS.get(word, 'a noun')} in place of {word!r}"
 
 
 def _public_names(node: ast.AST) -> list[str]:
@@ -79,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for word in sorted(set(words(path.stem)) & WORDS.keys()):
                 print(f"{path}: module: use {WORDS[word]} in place of {word!r}")
                 count += 1
-            for line, sentence in findings(path.read_text()):
+            for line, sentence in findings(path.read_text(), private=folder.resolve() == ROOT / "bigdssm"):
                 print(f"{path}:{line}: {sentence}")
                 count += 1
     print(f"{count} findings", file=sys.stderr)
