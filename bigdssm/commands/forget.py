@@ -92,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not users and not items:
         raise ConfigError("no ids; give --user, --item, --users-file or --items-file")
     stages = [folder for run in args.run for folder in _stages(run)]
+    for folder in args.log:
+        if not folder.is_dir():
+            raise ConfigError(f"--log {folder}: not a folder; bigdssm serve --log-requests writes one")
     indexes = [(folder, check_index(folder, args.vectors)) for folder in args.index]
     collections = _collections(args.store, args.collection)
     changes, stored, left = Changes(dry_run=args.dry_run), list[dict[str, Any]](), list[str]()

@@ -401,7 +401,7 @@ class PostgresStore(Store):
                 )
                 settings = {
                     "hnsw.ef_search": min(1000, max(collection.options["ef_search"], top)),
-                    "hnsw.iterative_scan": "strict_order",
+                    "hnsw.iterative_scan": "relaxed_order",  # the outer query sorts
                     "hnsw.max_scan_tuples": 2**31 - 1,
                     "hnsw.scan_mem_multiplier": 32,
                 }

@@ -416,6 +416,7 @@ def test_logs_of_requests_have_no_byte_of_the_ids(folder: Path, tmp_path: Path) 
     log.mkdir()
     parquet.write_table(pa.Table.from_pylist(rows, COLUMNS), log / "day.parquet")
     arguments = ["--data", str(folder / "data"), "--user", user(3), "--item", item(2), "--log", str(log)]
+    assert command.main([*arguments, str(tmp_path / "none")]) == 2, "refused before anything changes"
     assert command.main(arguments) == 0
     [row] = parquet.read_table(log / "day.parquet").to_pylist()
     assert row["user"] == user(4) and row["document"] == [None, item(5)]

@@ -1476,7 +1476,7 @@ BUGS = [
         '({{0}} IS NOT NULL AND {{0}} <> ALL({cast}))', '({{0}} IS NULL OR {{0}} <> ALL({cast}))',
         f"{UNIT}/retrieval/test_stores.py::test_random_filters_match_as_in_the_mask"),
     Bug("hand-off", "filtered_results_not_completed", "stores.postgres:PostgresStore.search",
-        '"strict_order"', '"off"', f"{UNIT}/retrieval/test_stores.py::test_a_filter_is_scanned_iteratively"),
+        '"relaxed_order"', '"off"', f"{UNIT}/retrieval/test_stores.py::test_a_filter_is_scanned_iteratively"),
     Bug("hand-off", "tls_not_verified", "stores.postgres:PostgresStore._connect",
         '"verify-full"', '"prefer"',
         f"{UNIT}/retrieval/test_stores.py::test_tls_is_verified_unless_the_server_is_local"),
