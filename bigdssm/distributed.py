@@ -107,11 +107,11 @@ def background_group() -> Group | None:
     """
     if world_size() == 1:
         return None
-    whole = dist.group.WORLD
-    assert whole is not None
-    if whole not in _background:
-        _background[whole] = dist.new_group(backend="gloo")
-    return _background[whole]
+    world = dist.group.WORLD
+    assert world is not None
+    if world not in _background:
+        _background[world] = dist.new_group(backend="gloo")
+    return _background[world]
 
 
 def broadcast_object(value: T) -> T:

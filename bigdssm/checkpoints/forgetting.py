@@ -49,22 +49,22 @@ def forget_in_model(folder: Path, codes: Codes, changes: Changes) -> None:
     Its checksum stays: no other vector changes. Raises CheckpointError: not a model folder, or damaged.
     """
     meta = read_model_meta(folder)
-    with changes.new_version(folder) as aside:
-        Schema.load(folder).erase(codes, aside)
+    with changes.new_version(folder) as temporary:
+        Schema.load(folder).erase(codes, temporary)
         rows = _rows_of_tables(folder, codes)
         for name in (WEIGHTS_FILE, FROZEN_FILE):
             if name in meta["checksums"]:
-                _zero_rows(folder / name, aside / name, rows)
+                _zero_rows(folder / name, temporary / name, rows)
         for name in meta["checksums"]:
             if name.startswith(f"{TABLES_DIR}/") and holds_rows(folder / name, rows):
-                (aside / TABLES_DIR).mkdir(exist_ok=True)
-                write_without(folder / name, aside / name, rows)
+                (temporary / TABLES_DIR).mkdir(exist_ok=True)
+                write_without(folder / name, temporary / name, rows)
         checksums = {
-            name: stored_checksum(aside / name) if (aside / name).exists() else checksum
+            name: stored_checksum(temporary / name) if (temporary / name).exists() else checksum
             for name, checksum in meta["checksums"].items()
         }
         if checksums != meta["checksums"]:
-            write_json(aside / META_FILE, {**meta, "checksums": checksums, "identity": model_identity(meta)})
+            write_json(temporary / META_FILE, {**meta, "checksums": checksums, "identity": model_identity(meta)})
 
 
 def forget_in_stage(folder: Path, codes: Codes, changes: Changes) -> None:
@@ -87,11 +87,11 @@ def _contains(folder: Path, codes: Codes) -> bool:
     schema = Schema.load(folder)
     for side, features in schema.sides.items():
         for name, feature in categorical_of(features).items():
-            some = codes.get((side, name), np.zeros(0, np.int64))
-            some = some[some < feature.num_codes]
+            forgotten = codes.get((side, name), np.zeros(0, np.int64))
+            forgotten = forgotten[forgotten < feature.num_codes]
             # hashed values have no vocabulary that would show an earlier deletion
-            if len(some) and (
-                feature.hash_buckets or len(np.setdiff1d(some - FIRST_CODE, feature.vocabulary.erased_indices))
+            if len(forgotten) and (
+                feature.hash_buckets or len(np.setdiff1d(forgotten - FIRST_CODE, feature.vocabulary.erased_indices))
             ):
                 return True
     return False
@@ -102,20 +102,20 @@ def _may_contain(path: Path, stage: Path, codes: Codes) -> bool:
     try:
         checkpoint = read_manifest(path)
         rows = _rows_of_tables(stage, codes)
-        for table, some in rows.items():
+        for table, table_rows in rows.items():
             spec = checkpoint.tensors.get(WEIGHT.format(table))
-            if spec is not None and (some < spec.shape[0]).any():
+            if spec is not None and (table_rows < spec.shape[0]).any():
                 return True
         if len(_tables_in(stage / BEST / FROZEN_FILE, rows)):  # a resume requires the same frozen weights
             return True
         if any(holds_rows(file, rows) for files in checkpoint.table_files() for file in files):
             return True
-        listed = [name for name in checkpoint.tensors if name.startswith(COMMON + TRAINED_CODES)]
-        tensors = open_tensors(path) if listed else None
-        for name in listed:  # of vocabularies, these are bits, which name no one
+        trained_codes = [name for name in checkpoint.tensors if name.startswith(COMMON + TRAINED_CODES)]
+        tensors = open_tensors(path) if trained_codes else None
+        for name in trained_codes:  # of vocabularies, these are bits, which name no one
             trained = tensors(name).numpy() if tensors is not None else np.zeros(0)
-            some = codes.get(("doc", name.removeprefix(COMMON + TRAINED_CODES)), np.zeros(0, np.int64))
-            if trained.dtype != np.uint8 and np.isin(some, trained).any():
+            table_rows = codes.get(("doc", name.removeprefix(COMMON + TRAINED_CODES)), np.zeros(0, np.int64))
+            if trained.dtype != np.uint8 and np.isin(table_rows, trained).any():
                 return True
     except (CheckpointError, OSError):
         return True
@@ -126,12 +126,12 @@ def _rows_of_tables(folder: Path, codes: Codes) -> dict[str, np.ndarray]:
     """Return the rows of `codes` by table; tables whose rows are shared by codes have none."""
     config = load_written_config(folder / CONFIG_FILE)
     rows: dict[str, np.ndarray] = {}
-    for (side, name), some in codes.items():
+    for (side, name), side_codes in codes.items():
         feature = getattr(config.data, side).get(name)
         if config.model.tables.hash_rows and isinstance(feature, Categorical) and feature.hash_buckets:
             continue
         table = table_name("doc" if config.data.siamese else side, name)
-        rows[table] = np.union1d(rows.get(table, some), some)
+        rows[table] = np.union1d(rows.get(table, side_codes), side_codes)
     return rows
 
 
@@ -142,9 +142,9 @@ def _zero_rows(path: Path, target: Path, rows: Mapping[str, np.ndarray]) -> None
     weights, changed = load_file(path), False
     for table in tables:
         weight = weights[WEIGHT.format(table)]
-        some = torch.from_numpy(rows[table][rows[table] < len(weight)])
-        changed |= bool(weight[some].any())
-        weight[some] = 0
+        zeroed = torch.from_numpy(rows[table][rows[table] < len(weight)])
+        changed |= bool(weight[zeroed].any())
+        weight[zeroed] = 0
     if changed:
         save_file(weights, target, metadata={"format": "pt"})
 

@@ -92,9 +92,9 @@ class ModelFolder:
 
         Raises CheckpointError unless the model was trained on this dataset, or on an earlier state of it.
         """
-        whole = dataset.whole.schema
-        difference = self.schema.difference(whole)
-        if difference is None and whole.cut(self.schema.vocabulary_sizes()) != self.schema:
+        dataset_schema = dataset.whole.schema
+        difference = self.schema.difference(dataset_schema)
+        if difference is None and dataset_schema.cut(self.schema.vocabulary_sizes()) != self.schema:
             difference = "the vocabulary or normalization differs in more than values added by appended partitions"
         if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
             difference = "the tokenizer differs"
@@ -204,11 +204,16 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
     ) as error:  # fmt: skip
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
     model.eval()
-    listed = f"{TOKENIZER_DIR}/{TOKENIZER_FILE}" in meta["checksums"]
-    if schema.has_text and not listed:
+    has_tokenizer = f"{TOKENIZER_DIR}/{TOKENIZER_FILE}" in meta["checksums"]
+    if schema.has_text and not has_tokenizer:
         raise CheckpointError(f"{folder}: {META_FILE} does not list {TOKENIZER_DIR}/{TOKENIZER_FILE}; copy it again")
     return ModelFolder(
-        model, config, schema, folder / TOKENIZER_DIR if listed else None, meta["provenance"], model_identity(meta)
+        model,
+        config,
+        schema,
+        folder / TOKENIZER_DIR if has_tokenizer else None,
+        meta["provenance"],
+        model_identity(meta),
     )
 
 

@@ -188,7 +188,7 @@ class CheckpointStore:
             damages = [reported for reported in distributed.all_gather_object(damage) if reported is not None]
             if not damages:
                 return read
-            self._run_collectively(partial(self._set_aside, checkpoint.path, damages[0]), "rename")
+            self._run_collectively(partial(self._move_damaged, checkpoint.path, damages[0]), "rename")
         return None
 
     def _newest(self) -> Checkpoint | None:
@@ -207,7 +207,7 @@ class CheckpointStore:
                 except UnsupportedFormatError:
                     raise
                 except CheckpointError as error:
-                    self._set_aside(path, str(error))
+                    self._move_damaged(path, str(error))
             return None
 
         return distributed.broadcast_object(self._run_collectively(find, "find"))
@@ -223,7 +223,7 @@ class CheckpointStore:
 
         return self._run_collectively(read, "read")
 
-    def _set_aside(self, path: Path, damage: str) -> None:
+    def _move_damaged(self, path: Path, damage: str) -> None:
         if distributed.is_main():
             logger.warning("%s; trying the previous checkpoint", damage)
             target = path.with_name(f"damaged-{path.name}")

@@ -72,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoders = truncate_encoders(encoders, args.width, model.score == "cosine")
     parity: dict[FileFormat, float] = {}
 
-    def write_files(aside: Path) -> None:
+    def write_files(temporary: Path) -> None:
         for target in dict.fromkeys(["npy", *formats]):
-            parity[target] = difference_from_model(write_file(aside, target), encoders)
-        write_card(aside, model.score, parity)
+            parity[target] = difference_from_model(write_file(temporary, target), encoders)
+        write_card(temporary, model.score, parity)
 
     with ProgressBar() as progress:
         work = ShardWork.from_launcher(args.rows_per_shard, progress)
-        whole = 0 if args.width in (None, model.dim) else model.dim + encoders.has_beta
+        full_width = 0 if args.width in (None, model.dim) else model.dim + encoders.has_beta
         written = write_vectors(
             args.out,
             encoders,
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder.doc_checksum,
             work,
             args.since,
-            whole=whole,
+            full_width=full_width,
             score=model.score,
             dtype=dtype,
             complete=write_files,

@@ -141,22 +141,22 @@ def _on_split(args: argparse.Namespace) -> None:
     name, *names = distinct_names([args.model, *args.compare])
     folder = load_model_folder(args.model)
     dataset = Dataset.open(args.data).with_rules(EventRules.of(folder.config.data))
-    how = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
+    options = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     slices = [] if args.by is None else read_slices(dataset, args.split, args.by)
     coverage = args.by is not None
-    others = baseline_systems(**how, by_day=True, coverage=coverage) if args.baselines else []
+    others = baseline_systems(**options, by_day=True, coverage=coverage) if args.baselines else []
     encode_in(folder.model, args.precision)
-    model = _evaluated(name, folder, coverage=coverage, **how)
+    model = _evaluated(name, folder, coverage=coverage, **options)
     if args.rerank is not None:
         others.insert(0, model)
-        model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **how)
+        model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **options)
     for name, path in zip(names, args.compare, strict=True):
         if path.is_dir():
             other = load_model_folder(path)
             encode_in(other.model, args.precision)
-            others.append(_evaluated(name, other, coverage=coverage, **how))
+            others.append(_evaluated(name, other, coverage=coverage, **options))
         else:
-            others.append(load_system(path, **how))
+            others.append(load_system(path, **options))
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -169,7 +169,7 @@ def _on_split(args: argparse.Namespace) -> None:
     for line in [f"coverage of the top {TOP}: {', '.join(covered)}"] * bool(covered) + _notes(dataset):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.out is not None:
-        save_comparison(args.out, [model, *others], pairs, slices=slices, **how)
+        save_comparison(args.out, [model, *others], pairs, slices=slices, **options)
 
 
 def _notes(dataset: Dataset) -> list[str]:
@@ -182,9 +182,9 @@ def _notes(dataset: Dataset) -> list[str]:
     return notes
 
 
-def _evaluated(name: str, folder: ModelFolder, **how: Any) -> System:
+def _evaluated(name: str, folder: ModelFolder, **options: Any) -> System:
     with ProgressBar() as progress:
-        return model_system(name, folder, progress=progress, **how)
+        return model_system(name, folder, progress=progress, **options)
 
 
 def _on_collection(args: argparse.Namespace) -> None:

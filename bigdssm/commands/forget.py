@@ -160,10 +160,10 @@ def _stages(run: Path) -> list[Path]:
 
 def _collections(urls: Sequence[str], names: Sequence[str]) -> list[tuple[str, Store, str]]:
     """Return (URL, store, name) of the given collections, or of all. Raises ConfigError: no store has one of them."""
-    found = [(url, store, name) for url in urls for store in [open_store(url)] for name in store.collections()]
-    if missing := sorted(set(names) - {name for *_, name in found}):
+    collections = [(url, store, name) for url in urls for store in [open_store(url)] for name in store.collections()]
+    if missing := sorted(set(names) - {name for *_, name in collections}):
         raise ConfigError(f"--collection {missing[0]}: none of the stores (--store) has it")
-    return [entry for entry in found if not names or entry[2] in names]
+    return [entry for entry in collections if not names or entry[2] in names]
 
 
 def _views(dataset: Dataset, stages: Sequence[Path]) -> Iterator[Dataset]:

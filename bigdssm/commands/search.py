@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row(str(rank), f"{document.score:.4f}", document.title, document.key)
     console.print(table)
     if args.out is not None:
-        with new_file(args.out) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        with new_file(args.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["rank", *ScoredDocument._fields])
             writer.writerows([rank, *document] for rank, document in enumerate(documents, start=1))

@@ -142,9 +142,9 @@ def _listen(host: str, port: int) -> socket.socket:
         why = error.strerror or error
         if error.errno is not None and error.errno > 0:  # errors of name resolution are negative
             why = os.strerror(error.errno)
-        at = f"--host {host} --port {port}"
+        address = f"--host {host} --port {port}"
         fix = "choose another port or address (--port 0 selects a free port)"
-        raise ConfigError(f"{at}: cannot listen: {why}; {fix}") from None
+        raise ConfigError(f"{address}: cannot listen: {why}; {fix}") from None
 
 
 if __name__ == "__main__":

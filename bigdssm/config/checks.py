@@ -122,8 +122,10 @@ def check_config(config: Config) -> None:
     for name in names:
         _check_stage(name, config)
     if model.beta == "scalar":
-        fits = any(not config.stage(name).loss.relative for name in names)
-        require(fits, "model.beta", "scalar", "document or none: a scalar beta has an effect only in sigmoid losses")
+        is_allowed = any(not config.stage(name).loss.relative for name in names)
+        require(
+            is_allowed, "model.beta", "scalar", "document or none: a scalar beta has an effect only in sigmoid losses"
+        )
 
 
 def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
@@ -160,7 +162,7 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
         for side in (data.query, data.doc)
     ]  # fmt: skip
     siamese = "with data.siamese=true:"
-    for key, got, fits, needed in (
+    for key, got, is_allowed, needed in (
         (
             "data.query",
             list(data.query),
@@ -183,7 +185,7 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
         ),
         ("model.share_text", True, not model.share_text, f"false {siamese} the whole tower is shared"),
     ):
-        require(fits, key, got, needed)
+        require(is_allowed, key, got, needed)
 
 
 def _check_stage(name: StageName, config: Config) -> None:
@@ -202,13 +204,13 @@ def _check_stage(name: StageName, config: Config) -> None:
     both = (documents.model is None) == (documents.vectors is None)
     require(both, f"{name}.documents", f"model={documents.model}, vectors={documents.vectors}", "both, or neither")
     if documents.model is not None:
-        for key, got, fits, needed in (
+        for key, got, is_allowed, needed in (
             ("data.siamese", data.siamese, not data.siamese, "false"),
             ("data.webdataset", data.webdataset, data.webdataset is None, "null"),
             ("model.share_text", model.share_text, not model.share_text, "false"),
             (f"{name}.scorer", stage.scorer, stage.scorer is None, "null"),
         ):
-            require(fits, key, got, f"{needed} with {name}.documents.model, whose document tower is not trained")
+            require(is_allowed, key, got, f"{needed} with {name}.documents.model, whose document tower is not trained")
 
     loss, key, widths = stage.loss, f"{name}.loss", stage.loss.widths or ()
     fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
@@ -234,9 +236,11 @@ def _check_tables(config: Config) -> None:
         require(not wrong, f"model.tables.{key}", ", ".join(wrong), f"categorical features, of {sorted(named)}")
     for side, features in sides.items():
         for name, feature in categorical_of(features).items():
-            fits = feature.num_codes <= np.iinfo(np.int32).max or tables.is_sharded(side, name, feature.num_codes)
+            is_sharded = tables.is_sharded(side, name, feature.num_codes)
+            is_allowed = is_sharded or feature.num_codes <= np.iinfo(np.int32).max
             require(
-                fits or (data.siamese and side == "query"), f"data.{side}.{name}.hash_buckets", feature.hash_buckets,
+                is_allowed or (data.siamese and side == "query"),
+                f"data.{side}.{name}.hash_buckets", feature.hash_buckets,
                 f"at most {np.iinfo(np.int32).max - FIRST_CODE:,} with a replicated table; shard it by "
                 f"model.tables.rows=[{side}.{name}]",
             )  # fmt: skip
@@ -277,8 +281,8 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
         require(mining.every_steps == 0, f"{key}.mining.every_steps", mining.every_steps, f"0 {setting}")
     if mining.file is None:
         window = mining.last - mining.first
-        fits = mining.uniform or negatives.hard <= window
-        require(fits, f"{key}.hard", negatives.hard, f"at most {window}, the size of the mining window")
+        is_allowed = mining.uniform or negatives.hard <= window
+        require(is_allowed, f"{key}.hard", negatives.hard, f"at most {window}, the size of the mining window")
         margin = mining.teacher_margin
         require(margin is None, f"{key}.mining.teacher_margin", margin, f"{key}.mining.file, with a teacher's scores")
     else:

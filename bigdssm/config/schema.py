@@ -51,8 +51,8 @@ def comments(cls: type) -> dict[str, str]:
                 first = node.lineno - 1
                 while lines[first - 1].lstrip().startswith("#"):
                     first -= 1
-                found = (COMMENT.search(line) for line in lines[first : node.end_lineno])
-                result[node.target.id] = " ".join(match[1] for match in found if match)
+                matches = (COMMENT.search(line) for line in lines[first : node.end_lineno])
+                result[node.target.id] = " ".join(match[1] for match in matches if match)
     return result
 
 

@@ -183,8 +183,8 @@ def max_decoded_size(stream: bytes) -> int:
     """
     data, position, total = memoryview(stream), 0, 0
 
-    def read(kind: str, at: int) -> int:
-        return int(struct.unpack_from(f"<{kind}", data, at)[0])
+    def read(kind: str, target: int) -> int:
+        return int(struct.unpack_from(f"<{kind}", data, target)[0])
 
     def field_of(table: int, number: int) -> int:
         """Return the position of a field's value in a flatbuffer table, 0 if the field is absent."""
@@ -194,8 +194,8 @@ def max_decoded_size(stream: bytes) -> int:
 
     def follow(table: int, number: int) -> int:
         """Return the target position of an offset field, 0 if the field is absent."""
-        at = field_of(table, number)
-        return at + read("I", at) if at else 0
+        target = field_of(table, number)
+        return target + read("I", target) if target else 0
 
     try:
         while position + 8 <= len(data):
@@ -210,14 +210,14 @@ def max_decoded_size(stream: bytes) -> int:
                 batch = follow(message, 2)
                 buffers, compressed = follow(batch, 2), field_of(batch, 3) != 0
                 for number in range(read("I", buffers) if buffers else 0):
-                    at = buffers + 4 + 16 * number
-                    offset, size = read("q", at), read("q", at + 8)
+                    target = buffers + 4 + 16 * number
+                    offset, size = read("q", target), read("q", target + 8)
                     plain = read("q", body + offset) if compressed and size >= 8 else -1
                     total += size if plain < 0 else plain
             elif kind != 1:
                 raise ValueError("an Arrow stream with dictionaries; blocks have none")
-            at = field_of(message, 3)
-            position = body + (read("q", at) if at else 0)
+            target = field_of(message, 3)
+            position = body + (read("q", target) if target else 0)
             if position < body:
                 raise ValueError("not an Arrow stream")
     except (struct.error, IndexError):

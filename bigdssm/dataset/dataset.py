@@ -351,12 +351,12 @@ class Dataset:
             good = np.setdiff1d(np.arange(batch.num_rows), np.array(skipped, np.int64))
             sequence, first, end = (np.asarray(batch.column(name), np.int64)[good] for name in SEGMENT_COLUMNS)
             sequence = sequence + self._sequence_base[partition]
-            found = Targets.of(self.sequences, sequence, first, end, targets)
-            found = found.take(found.valid(self.layout.num_docs[partition]))
+            result = Targets.of(self.sequences, sequence, first, end, targets)
+            result = result.take(result.valid(self.layout.num_docs[partition]))
             number = np.ones(batch.num_rows, np.int64)
-            number[good] = np.bincount(found.row, minlength=len(good))
+            number[good] = np.bincount(result.row, minlength=len(good))
             stored_row[block], queries[block] = np.flatnonzero(number), number.sum()
-            positives[partition].append(found.item[found.relevance > 0])
+            positives[partition].append(result.item[result.relevance > 0])
         if split == "train":
             for number_of_partition, items in enumerate(positives):
                 self._counts[number_of_partition] = np.unique(np.concatenate(items), return_counts=True)

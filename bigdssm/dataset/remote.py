@@ -154,9 +154,9 @@ class FileCache:
         folder = self.dir / "trees" / cache_key(url, json.dumps(entries, sort_keys=True)) / name
         with self._locked():
             if not folder.exists():
-                with new_folder(folder.parent) as aside:
+                with new_folder(folder.parent) as temporary:
                     for target, key in entries.items():
-                        path = aside / name / target
+                        path = temporary / name / target
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.symlink_to(self.path(key))
         return folder
@@ -191,9 +191,9 @@ class FileCache:
             for tree in self.dir.glob("trees/*") if removed else ():
                 if any(path.is_symlink() and not path.exists() for path in tree.rglob("*")):
                     shutil.rmtree(tree, ignore_errors=True)
-        fits = total + size <= self.max_bytes
-        os.pwrite(lock, b"%020d" % (total + size if fits else total), 0)
-        return fits
+        is_free = total + size <= self.max_bytes
+        os.pwrite(lock, b"%020d" % (total + size if is_free else total), 0)
+        return is_free
 
 
 def cache_key(*identity: object) -> str:

@@ -93,11 +93,11 @@ class System:
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Return the shortest distinct trailing parts of paths, without suffixes if possible."""
-    whole = [os.path.abspath(path) for path in paths]
-    bare = [os.path.splitext(name)[0] if path.is_file() else name for path, name in zip(paths, whole, strict=True)]
-    same = {name: {w for w, b in zip(whole, bare, strict=True) if b == name} for name in bare}
+    absolute = [os.path.abspath(path) for path in paths]
+    bare = [os.path.splitext(name)[0] if path.is_file() else name for path, name in zip(paths, absolute, strict=True)]
+    same = {name: {w for w, b in zip(absolute, bare, strict=True) if b == name} for name in bare}
     # A suffix is kept if two files differ in nothing else.
-    parts = [Path(b if len(same[b]) == 1 else w).parts for w, b in zip(whole, bare, strict=True)]
+    parts = [Path(b if len(same[b]) == 1 else w).parts for w, b in zip(absolute, bare, strict=True)]
     tails = ([path[-n:] for n in range(1, len(path) + 1)] for path in parts)
     # per path the first tail that no other distinct path has
     distinct = set(parts)

@@ -61,16 +61,16 @@ def encoders_of(
     model: nn.Module,
     dataset: Dataset,
     device: torch.device | str = "cpu",
-    whole: Callable[[], Mapping[str, Tensor]] | None = None,
+    gather: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Encoders:
     """Return the Encoders of `model`, a DualEncoder or an engine around one, for any score.
 
-    `whole`, a collective, gathers the weights of an engine that shards them: the scorer runs outside its forward.
+    `gather`, a collective, gathers the weights of an engine that shards them: the scorer runs outside its forward.
     """
     scorer = cast(DualEncoder, getattr(model, "module", model)).scorer
     if not isinstance(scorer, VectorScorer):  # one over features re-ranks their candidates
         return tower_encoders(model, dataset, device)
-    scorer = scorer if whole is None else scorer.copy(whole()).to(device)
+    scorer = scorer if gather is None else scorer.copy(gather()).to(device)
     collator = Collator(dataset.schema, dataset.catalogue)
 
     def output(side: str, features: Features) -> Tensor:

@@ -105,7 +105,7 @@ class CrossEncoderTeacher:
         distinct, number = np.unique(docs, return_inverse=True)
         documents = self._texts.documents(distinct)
         queries = np.repeat(np.array(self._texts.queries(rows), object), docs.shape[1])
-        pairs = [(query, documents[at]) for query, at in zip(queries, number.flatten(), strict=True)]
+        pairs = [(query, documents[index]) for query, index in zip(queries, number.flatten(), strict=True)]
         scores = self._model.predict(pairs, batch_size=PAIRS_AT_ONCE, show_progress_bar=False)
         return np.asarray(scores, np.float32).reshape(docs.shape)
 
@@ -157,8 +157,8 @@ def score_pairs(
     out = real_path(out)
     record = record_dtype(hard.width, scored=True)
 
-    def prepare(aside: Path) -> None:
-        new_array(aside / FILE, record, (len(hard),))
+    def prepare(temporary: Path) -> None:
+        new_array(temporary / FILE, record, (len(hard),))
 
     job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.rows_fingerprint}
     shards = ShardedFolder(out, job, len(hard), work, prepare)

@@ -52,10 +52,10 @@ def stage_source(stage_dir: Path, which: str) -> ExportSource:
     best = stage_dir / BEST
     if which == BEST:
         if not is_model_folder(best):
-            wanted = "has the stage validated or finished yet?"
+            hint = "has the stage validated or finished yet?"
             if checkpoints_in(stage_dir / CHECKPOINTS):
-                wanted = "the stage was stopped before its first validation; use --checkpoint latest"
-            raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; {wanted}")
+                hint = "the stage was stopped before its first validation; use --checkpoint latest"
+            raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; {hint}")
         folder = load_model_folder(best)
         return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
     path = find_checkpoint(stage_dir, which)
@@ -98,22 +98,22 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
         checksums = json.loads((out / marker).read_text(encoding="utf-8"))["checksums"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         checksums = {}
-    with new_folder(out, [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]) as aside:
-        parity = kind.write(source.model, aside)
+    with new_folder(out, [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]) as temporary:
+        parity = kind.write(source.model, temporary)
         parity.check(f"the {target} export")
-        whole = kind.format == model_format.ModelExport.format or source.model.model.scorer is None
-        metrics = source.metrics if whole else None  # validation used the scorer, which other formats leave out
+        is_exact = kind.format == model_format.ModelExport.format or source.model.model.scorer is None
+        metrics = source.metrics if is_exact else None  # validation used the scorer, which other formats leave out
         card = model_card(source.model, out.name, kind, parity, metrics)
-        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         if target != model_format.ModelExport.format:
             content = {
                 "format": target,
                 "model_checksum": source.model.checksum,
                 "provenance": source.model.provenance,
                 "parity": asdict(parity),
-                "checksums": folder_checksums(aside),
+                "checksums": folder_checksums(temporary),
             }
-            write_json(aside / EXPORT_FILE, content)
+            write_json(temporary / EXPORT_FILE, content)
     return parity
 
 

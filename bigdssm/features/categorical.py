@@ -207,10 +207,10 @@ class Categorical(Feature):
         if self.trained is None:
             return beyond
         if self.hash_buckets:
-            at = np.minimum(np.searchsorted(self.trained, codes), len(self.trained) - 1)
-            return beyond | (self.trained[at] != codes)
-        at = np.where(beyond, 0, codes)
-        return beyond | (self.trained[at >> 3] >> (at & 7) & 1 == 0)
+            index = np.minimum(np.searchsorted(self.trained, codes), len(self.trained) - 1)
+            return beyond | (self.trained[index] != codes)
+        index = np.where(beyond, 0, codes)
+        return beyond | (self.trained[index >> 3] >> (index & 7) & 1 == 0)
 
     def with_trained(self, codes: np.ndarray, earlier: Categorical | None) -> Categorical:
         """Return the feature in which all codes are unknown except `codes` and those known in `earlier`."""
@@ -272,8 +272,8 @@ class Categorical(Feature):
             return rows
 
         values = column.values if isinstance(column, Ragged) else np.asarray(column)
-        found = any_of(np.isin(values, self.codes(pa.array(operands, pa.string()))))
-        return found if operator in ("=", "in") else any_of(values != PADDING) & ~found
+        is_match = any_of(np.isin(values, self.codes(pa.array(operands, pa.string()))))
+        return is_match if operator in ("=", "in") else any_of(values != PADDING) & ~is_match
 
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the existing values, most frequent first; None if each occurs once, as keys do."""

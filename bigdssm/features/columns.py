@@ -216,8 +216,8 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
     check.fail(np.isin(np.arange(len(lengths)), parents[broken]), f"{name} has a value of invalid UTF-8")
     flat = pc.utf8_trim_whitespace(texts)
     keep = pc.not_equal(flat, "")
-    kept_before = np.concatenate([[0], np.cumsum(keep.to_numpy(zero_copy_only=False))])
-    offsets = kept_before[np.concatenate([[0], np.cumsum(lengths)])]
+    retained_before = np.concatenate([[0], np.cumsum(keep.to_numpy(zero_copy_only=False))])
+    offsets = retained_before[np.concatenate([[0], np.cumsum(lengths)])]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.filter(keep))
 
 

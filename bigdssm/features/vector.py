@@ -131,9 +131,9 @@ class Vector(Feature):
 
     def check_matrix(self, num_rows: int, table: str) -> None:
         """Raise DataError unless the matrix has as many rows as the table."""
-        if (found := len(_matrix_in(str(self.matrix), self.dim))) != num_rows:
+        if (matrix_rows := len(_matrix_in(str(self.matrix), self.dim))) != num_rows:
             raise DataError(
-                f"{self.matrix} has {found:,} rows, but {table} has {num_rows:,}; give the matrix of this table"
+                f"{self.matrix} has {matrix_rows:,} rows, but {table} has {num_rows:,}; give the matrix of this table"
             )
 
     def _lists(self, values: np.ndarray) -> pa.Array:

@@ -85,12 +85,12 @@ class EarlierEvents:
         Empty for unknown users. user_ids int64 [users]. The newest partition with a user has all of the user's events.
         """
         pieces_by_name = {name: [Ragged.of_lists([[]], dtype)] for name, dtype in columns.items()}
-        row_of_user, num_found = np.zeros(len(user_ids), np.int64), 1  # row 0 is the empty sequence
+        row_of_user, num_matches = np.zeros(len(user_ids), np.int64), 1  # row 0 is the empty sequence
         for table, keys in reversed(self._tables):
             rows = keys.find(user_ids)
             new = np.flatnonzero((rows >= 0) & (row_of_user == 0))
-            row_of_user[new] = num_found + np.arange(len(new))
-            num_found += len(new)
+            row_of_user[new] = num_matches + np.arange(len(new))
+            num_matches += len(new)
             if len(new):
                 for name, pieces in pieces_by_name.items():
                     ends = table.lengths(name, rows[new])

@@ -210,7 +210,10 @@ class Batch:
 
 
 def _views(buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:
-    return [buffer[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape) for at, dtype, shape in slots]
+    return [
+        buffer[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        for offset, dtype, shape in slots
+    ]
 
 
 def _unpacked(content: bytes, buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> Batch:

@@ -83,9 +83,9 @@ class Order:
         self.rows_global, self.lanes, self.seed = rows_global, lanes, seed
         self.tail, self.window_blocks = tail, window_blocks
         self.rows_per_lane_step = rows_global // lanes
-        whole = self.num_rows // rows_global
-        self.steps_per_epoch = whole if tail == "drop" else -(-self.num_rows // rows_global)
-        self.rows_per_epoch = whole * rows_global if tail == "drop" else self.num_rows
+        full_steps = self.num_rows // rows_global
+        self.steps_per_epoch = full_steps if tail == "drop" else -(-self.num_rows // rows_global)
+        self.rows_per_epoch = full_steps * rows_global if tail == "drop" else self.num_rows
         self.rows_dropped_per_epoch = self.num_rows - self.rows_per_epoch
         self._first_block, self._first_row_id = first_block, first_row
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()

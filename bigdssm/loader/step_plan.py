@@ -255,12 +255,12 @@ def plan_locally(batch: Batch, budget: TokenBudget) -> LocalStepPlan:
     last_first = [chunk.tokens for chunk in reversed(list(chain(*chunks)))]
     recomputed = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
     num_query, num_doc, num_stale = map(len, chunks)
-    whole = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
+    one_forward = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
     first_query, first_doc = min(recomputed, num_query), min(max(0, recomputed - num_query), num_doc)
     counts = ChunkCounts(
         num_query, num_doc, first_query, first_doc, num_stale, max(0, recomputed - num_query - num_doc)
     )
-    return LocalStepPlan(query, doc, whole, counts, stale)
+    return LocalStepPlan(query, doc, one_forward, counts, stale)
 
 
 def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
@@ -354,10 +354,10 @@ class Chunked:
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the outputs of all chunks, [outputs, …], in the order of queries or documents."""
-        whole = parts[0].new_empty((len(self._outputs), *parts[0].shape[1:]))
+        output = parts[0].new_empty((len(self._outputs), *parts[0].shape[1:]))
         for part, chunk in zip(parts, self.plan.chunks, strict=True):
-            whole[self.outputs(chunk)] = part[: chunk.num_outputs]
-        return whole
+            output[self.outputs(chunk)] = part[: chunk.num_outputs]
+        return output
 
 
 def at_least_one(features: Features) -> Features:

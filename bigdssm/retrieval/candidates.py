@@ -174,8 +174,8 @@ def _write(
     Raises DataError with the message `empty`: all windows are empty.
     """
     path, position, all_empty = real_path(path), 0, True
-    with new_file(path) as aside:
-        records_of_file = new_array(aside, record, (dataset.num_queries("train"),))
+    with new_file(path) as temporary:
+        records_of_file = new_array(temporary, record, (dataset.num_queries("train"),))
         for first in range(0, dataset.num_rows("train"), ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, dataset.num_rows("train"))
             for rows in dataset.iterate_range("train", first, last, dataset.rows_for_queries("train", ROWS_AT_ONCE)):
@@ -192,9 +192,9 @@ def _write(
         records_of_file.flush()
         if position < len(records_of_file):  # rows that cannot be read
             readable = np.array(records_of_file[:position])
-            with aside.open("wb") as file:
+            with temporary.open("wb") as file:
                 np.save(file, readable)
-        seal(aside, dataset.rows_fingerprint)
+        seal(temporary, dataset.rows_fingerprint)
     return HardNegatives.open(path)
 
 

@@ -200,13 +200,13 @@ class StoreIndex(DocumentIndex):
         query = vector.copy()[None]
         query[:, query.shape[1] - self.has_beta :] = 0
         candidates = SIMILAR_CANDIDATES * (top + 1)
-        (found,) = self.store.search(self.collection, query, candidates, None, [[key, *exclude]])
-        stored = self.vectors([document.key for document in found])
-        found = [document for document in found if document.key in stored]  # not deleted meanwhile
-        others = np.stack([stored[document.key].vector for document in found]) if found else vector[None][:0]
+        (documents,) = self.store.search(self.collection, query, candidates, None, [[key, *exclude]])
+        stored = self.vectors([document.key for document in documents])
+        documents = [document for document in documents if document.key in stored]  # not deleted meanwhile
+        others = np.stack([stored[document.key].vector for document in documents]) if documents else vector[None][:0]
         cosines = cosine_similarities(vector, others, self.has_beta)
         best = np.argsort(-cosines, kind="stable")[:top].tolist()
-        return [ScoredDocument(float(cosines[i]), found[i].key, found[i].title) for i in best]
+        return [ScoredDocument(float(cosines[i]), documents[i].key, documents[i].title) for i in best]
 
     def vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Read vectors from the store."""

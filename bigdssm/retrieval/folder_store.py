@@ -165,10 +165,10 @@ class FolderStore(Store):
             raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
         if name in self.collections():
             folder = self.root / name
-            aside = temporary_path(folder)
-            remove(aside)
-            os.replace(folder, aside)  # readers see all of it or nothing
-            remove(aside)
+            temporary = temporary_path(folder)
+            remove(temporary)
+            os.replace(folder, temporary)  # readers see all of it or nothing
+            remove(temporary)
             remove(self._changes(name))
             self._opened.pop(name, None)
 
@@ -196,10 +196,10 @@ class FolderStore(Store):
             # The earlier one first: after a kill between both, the same switch has the same result
             for path, target in ((_previous(link), current and current.name), (link, name)):
                 if target is not None:
-                    aside = temporary_path(path)
-                    remove(aside)
-                    aside.symlink_to(target)
-                    os.replace(aside, path)
+                    temporary = temporary_path(path)
+                    remove(temporary)
+                    temporary.symlink_to(target)
+                    os.replace(temporary, path)
             sync(self.root)
 
     # ----- documents
@@ -250,18 +250,18 @@ class FolderStore(Store):
         """Search the index among the documents of a mask."""
         opened = self._open(collection)
         allowed = None if where is None else opened.allowed(where)
-        found = opened.index.search(queries, top, exclude, allowed)
-        return [[StoredDocument(*document) for document in result] for result in found]
+        results = opened.index.search(queries, top, exclude, allowed)
+        return [[StoredDocument(*document) for document in result] for result in results]
 
     def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Return the exact vectors of the existing documents among `keys`."""
         opened = self._open(collection)
         rows = opened.index.rows(list(keys))
-        found = {key: row for key, row in zip(keys, rows.tolist(), strict=True) if row >= 0}
-        titles = opened.index.title.take(pa.array(list(found.values()), pa.int64())).to_pylist()
+        row_of = {key: row for key, row in zip(keys, rows.tolist(), strict=True) if row >= 0}
+        titles = opened.index.title.take(pa.array(list(row_of.values()), pa.int64())).to_pylist()
         return {
             key: StoredVector(title, np.array(opened.vectors[row]))
-            for (key, row), title in zip(found.items(), titles, strict=True)
+            for (key, row), title in zip(row_of.items(), titles, strict=True)
         }
 
     # ----- files
@@ -286,8 +286,8 @@ class FolderStore(Store):
         folder.mkdir(exist_ok=True)
         # Later files have later names; of equal versions the later write wins
         with (
-            new_file(folder / f"{time.time_ns():020}-{uuid.uuid4().hex}.arrow") as aside,
-            pa.OSFile(str(aside), "wb") as file,
+            new_file(folder / f"{time.time_ns():020}-{uuid.uuid4().hex}.arrow") as temporary,
+            pa.OSFile(str(temporary), "wb") as file,
             pa.ipc.new_file(file, table.schema) as writer,
         ):
             writer.write_table(table)
@@ -299,19 +299,19 @@ class FolderStore(Store):
         """Replace the index folder of a collection."""
         meta = _meta(collection, len(vectors))
         backend = INDEX_TYPES.make(meta.kind, meta.options)
-        with new_folder(self.root / collection.name) as aside:
-            np.save(aside / VECTORS_FILE, vectors)
-            np.save(aside / TOMBSTONES_FILE, tombstones)
+        with new_folder(self.root / collection.name) as temporary:
+            np.save(temporary / VECTORS_FILE, vectors)
+            np.save(temporary / TOMBSTONES_FILE, tombstones)
             with (
-                pa.OSFile(str(aside / DOCUMENTS_FILE), "wb") as file,
+                pa.OSFile(str(temporary / DOCUMENTS_FILE), "wb") as file,
                 pa.ipc.new_file(file, documents.schema) as writer,
             ):
                 writer.write_table(documents)
             backend.write(
-                backend.build(CodedVectors(vectors, "float32", meta.width, meta.has_beta)), aside / INDEX_FILE
+                backend.build(CodedVectors(vectors, "float32", meta.width, meta.has_beta)), temporary / INDEX_FILE
             )
-            write_json(aside / COLLECTION_FILE, asdict(collection))
-            write_meta(aside, meta)
+            write_json(temporary / COLLECTION_FILE, asdict(collection))
+            write_meta(temporary, meta)
 
     def _open(self, collection: Collection) -> _Opened:
         """Return the opened index, which is opened again when its folder was replaced."""

@@ -50,7 +50,7 @@ def forget_in_vectors(folder: Path, documents: np.ndarray, dataset: Dataset, cha
         raise CheckpointError(f"{folder} is an index of kind {meta.kind}, not a vectors folder; give it as --index")
     stored = _documents_of(folder, documents, dataset)
     documents = documents[documents < meta.num_docs]
-    with changes.new_version(folder) as aside:
+    with changes.new_version(folder) as temporary:
         if not any(stored["doc_key"].take(pa.array(documents)).to_pylist()):
             return
         emptied = np.zeros(meta.num_docs, bool)
@@ -58,16 +58,16 @@ def forget_in_vectors(folder: Path, documents: np.ndarray, dataset: Dataset, cha
         columns = {name: _without(stored[name], emptied) for name in ("doc_key", "doc_title")}
         withdrawn = np.asarray(stored[WITHDRAWN]) if WITHDRAWN in stored.column_names else np.zeros(len(emptied), bool)
         table = pa.table({**columns, WITHDRAWN: pa.array(withdrawn | emptied)})
-        with pa.OSFile(str(aside / DOCUMENTS_FILE), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with pa.OSFile(str(temporary / DOCUMENTS_FILE), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         for name in (VECTORS_FILE, CONTENTS_FILE):
-            shutil.copyfile(folder / name, aside / name)
-            array = open_memmap(aside / name, "r+")
+            shutil.copyfile(folder / name, temporary / name)
+            array = open_memmap(temporary / name, "r+")
             array[documents] = np.zeros((), array.dtype)
             array.flush()
-        write_meta(aside, meta)
+        write_meta(temporary, meta)
         for target in formats_in(folder):
-            write_file(aside, target)
+            write_file(temporary, target)
 
 
 def check_index(folder: Path, vectors: Sequence[Path]) -> Path:
@@ -88,7 +88,7 @@ def forget_in_index(folder: Path, vectors: Path, documents: np.ndarray, dataset:
     """Build an index with `documents` again, from its vectors without them, with the same options."""
     meta = read_meta(folder)
     stored = _documents_of(folder, documents, dataset)
-    with changes.new_version(folder) as aside:
+    with changes.new_version(folder) as temporary:
         if not any(stored["doc_key"].take(pa.array(documents[documents < meta.num_docs])).to_pylist()):
             return
         if changes.dry_run:  # the vectors are still those before
@@ -97,7 +97,9 @@ def forget_in_index(folder: Path, vectors: Path, documents: np.ndarray, dataset:
             return
         source = read_meta(vectors)
         width = None if meta.width == source.width else meta.width - meta.has_beta
-        build_index(vectors, aside, meta.kind, width=width, rescore=meta.rescored, options=meta.options, overwrite=True)
+        build_index(
+            vectors, temporary, meta.kind, width=width, rescore=meta.rescored, options=meta.options, overwrite=True
+        )
 
 
 def forget_in_collection(
@@ -182,12 +184,12 @@ def forget_in_teacher(folder: Path, rows: Mapping[str, np.ndarray], documents: n
     if dataset not in rows:
         changes.remove(folder)
         return
-    with changes.new_version(folder) as aside:
+    with changes.new_version(folder) as temporary:
         of_documents, queries = np.array(vectors.documents), np.load(folder / QUERIES, allow_pickle=False)
         of_documents[documents[documents < len(of_documents)]] = 0
         queries["vector"][np.isin(queries["query"] >> EVENT_BITS, rows[dataset])] = 0
-        _write_sealed(aside / DOCUMENTS, of_documents, dataset)
-        _write_sealed(aside / QUERIES, queries, dataset)
+        _write_sealed(temporary / DOCUMENTS, of_documents, dataset)
+        _write_sealed(temporary / QUERIES, queries, dataset)
 
 
 def _write_sealed(path: Path, array: np.ndarray, dataset: str) -> None:

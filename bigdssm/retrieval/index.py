@@ -101,7 +101,7 @@ class Index:
         if exclude is not None and len(exclude) != len(vectors):
             raise ConfigError(f"exclude has keys of {len(exclude)} queries, needs {len(vectors)}")
         row_of = self._row_of if exclude is not None else {}
-        excluded = [np.array([row_of[key] for key in some if key in row_of], np.int64) for some in exclude or ()]
+        excluded = [np.array([row_of[key] for key in keys if key in row_of], np.int64) for keys in exclude or ()]
         scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded or None, allowed)
         return [self.documents(*result) for result in zip(scores, rows, strict=True)]
 
@@ -245,7 +245,7 @@ class Index:
         available = self.meta.num_docs if allowed is None else allowed.count
         num_candidates = min(depth * self.meta.rescored, available)
         candidates = self._backend.search(self.index, truncated, num_candidates, allowed)[1]
-        scores = np.stack([self.vectors[some] @ query for some, query in zip(candidates, queries, strict=True)])
+        scores = np.stack([self.vectors[rows] @ query for rows, query in zip(candidates, queries, strict=True)])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
 
@@ -288,11 +288,11 @@ def build_index(
         vectors = CodedVectors(truncated, "float32", built.width, built.has_beta)
     check_file(vectors_dir / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
     check_output_folder(folder, CONTENTS_FILE, overwrite)
-    with new_folder(folder, OWN_FILES) as aside:
-        backend.write(backend.build(vectors), aside / INDEX_FILE)
+    with new_folder(folder, OWN_FILES) as temporary:
+        backend.write(backend.build(vectors), temporary / INDEX_FILE)
         for name in (DOCUMENTS_FILE, *([VECTORS_FILE] if rescore else [])):
-            shutil.copyfile(vectors_dir / name, aside / name)
-        write_meta(aside, built)
+            shutil.copyfile(vectors_dir / name, temporary / name)
+        write_meta(temporary, built)
     return built
 
 
@@ -309,9 +309,9 @@ def index_meta(meta: VectorsMeta, backend: IndexBackend, width: int | None, resc
     width += meta.has_beta
     if not meta.score:
         raise ConfigError(f"--width {width}: the meta of these vectors has no score type; embed again")
-    whole = meta.whole or meta.width
+    full_width = meta.whole or meta.width
     return replace(
-        meta, kind=kind, options=options, rescored=rescore, width=width, whole=0 if width == whole else whole
+        meta, kind=kind, options=options, rescored=rescore, width=width, whole=0 if width == full_width else full_width
     )
 
 

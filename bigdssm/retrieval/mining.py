@@ -164,20 +164,20 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
     """
     path = real_path(path)
     queries = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
-    aside = temporary_path(path)
+    temporary = temporary_path(path)
     full: BigDSSMError | None = None
     if distributed.is_main():
         try:
-            new_array(aside, local.dtype, (len(queries),))
+            new_array(temporary, local.dtype, (len(queries),))
         except OSError as error:
             full = BigDSSMError(f"{error.strerror}: {error.filename}")
     distributed.raise_together(full)
-    records = open_memmap(aside, "r+")
+    records = open_memmap(temporary, "r+")
     records[np.searchsorted(queries, local["query"])] = local
     records.flush()
     distributed.barrier()
     if distributed.is_main():
-        seal(aside, dataset.rows_fingerprint)
-        put_file(aside, path)
+        seal(temporary, dataset.rows_fingerprint)
+        put_file(temporary, path)
     distributed.barrier()
     return HardNegatives.open(path)

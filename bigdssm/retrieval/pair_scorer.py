@@ -109,7 +109,7 @@ class PairScorer:
             by = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
             features = to_features(self.schema.sides[side], columns)
             pads, num_rows = paddings(self.schema.sides[side]), len(next(iter(features.values())))
-            return encode_in_chunks(features, pads, num_rows, lambda some: by(some).float(), self.device)
+            return encode_in_chunks(features, pads, num_rows, lambda part: by(part).float(), self.device)
 
         q = encoded("query", queries, query_vectors)[torch.from_numpy(row)]
         d = encoded("doc", self.documents(distinct), document_vectors)[torch.from_numpy(column)]

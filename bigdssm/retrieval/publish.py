@@ -256,9 +256,9 @@ def measure_recall(
     seconds = (time.perf_counter() - started) / len(queries)
     row_of = {key: row for row, key in enumerate(folder.keys.to_pylist())}
     scale = np.abs(exact[np.isfinite(exact)]).max(initial=np.finfo(np.float32).tiny)
-    found, difference = 0, 0.0
+    matches, difference = 0, 0.0
     for scores, bound, result in zip(exact, least, results, strict=True):
         of_result = scores[[row_of[document.key] for document in result]]
-        found += int((of_result >= bound - 1e-6 * scale).sum())  # of equal scores any
+        matches += int((of_result >= bound - 1e-6 * scale).sum())  # of equal scores any
         difference = max(difference, float(np.abs(of_result - [document.score for document in result]).max() / scale))
-    return RecallReport(found / (top * len(queries)), len(queries), top, seconds, difference)
+    return RecallReport(matches / (top * len(queries)), len(queries), top, seconds, difference)

@@ -134,10 +134,10 @@ def recommend(
             left_out = batch.excluded if exclusions is None else joined(batch.excluded, exclusions.of(batch.keys))
             excluded = [left_out[i] for i in range(len(left_out))]
             scores, rows = index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
-        with new_file(shards.aside / f"part-{shard:07d}.parquet") as aside:
-            parquet.write_table(_table(batch, scores, rows, documents), aside)
+        with new_file(shards.aside / f"part-{shard:07d}.parquet") as temporary:
+            parquet.write_table(_table(batch, scores, rows, documents), temporary)
         queries += len(batch.rows)
-    finished = shards.finish(lambda aside: write_json(aside / META_FILE, {**job, "queries": source.num_rows}))
+    finished = shards.finish(lambda temporary: write_json(temporary / META_FILE, {**job, "queries": source.num_rows}))
     return RecommendReport(queries, shards.resumed, time.perf_counter() - started, finished)
 
 
@@ -145,7 +145,7 @@ def write_csv(parts: Path, file: Path) -> None:
     """Convert the recommendations in the folder `parts` to one CSV file, and remove the folder."""
     document = ROW_SCHEMA.get_field_index("document")
     plain = ROW_SCHEMA.set(document, pa.field("document", pa.string()))
-    with new_file(file) as aside, csv.CSVWriter(aside, plain) as writer:
+    with new_file(file) as temporary, csv.CSVWriter(temporary, plain) as writer:
         for part in sorted(parts.glob("part-*.parquet")):
             writer.write_table(parquet.read_table(part).cast(plain))
     shutil.rmtree(parts)
@@ -366,8 +366,8 @@ def _known_rows(dataset: Dataset, keys: Sequence[str], where: str) -> np.ndarray
     """Return the catalogue rows of documents by key, int64, -1 for unknown ones, which are counted in the log."""
     rows = dataset.catalogue.rows_by_key(keys)
     if unknown := [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0]:
-        some = len(unknown), len(keys), unknown[0]
-        logger.warning("%s: %d of %d keys are of no document, such as %r; they are skipped", where, *some)
+        numbers = len(unknown), len(keys), unknown[0]
+        logger.warning("%s: %d of %d keys are of no document, such as %r; they are skipped", where, *numbers)
     return rows
 
 

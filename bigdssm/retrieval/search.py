@@ -148,9 +148,9 @@ class Queries:
         context, known = {}, stored_features({name: self._schema.event[name] for name in names})
         for name, value in (request.context or {}).items():
             if name not in known:
-                some = name[:COMPARED_CHARACTERS]
+                beginning = name[:COMPARED_CHARACTERS]
                 raise ConfigError(
-                    f"context: {some!r} is not a feature of requests; they are: {', '.join(known) or 'none'}"
+                    f"context: {beginning!r} is not a feature of requests; they are: {', '.join(known) or 'none'}"
                 )
             context[name] = self._encoded(known[name], value)
         if dataset is not None:
@@ -219,8 +219,8 @@ class Queries:
         """Return a message about an unknown event item, with similar titles."""
         assert self.names is not None, "events require names"
         near = self.names.nearest(item)
-        some = f"; the nearest are: {'; '.join(near)}" if near else ", and none is similar"
-        return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{some}"
+        suggestions = f"; the nearest are: {'; '.join(near)}" if near else ", and none is similar"
+        return f"no document is called {item.strip()[:COMPARED_CHARACTERS]!r}{suggestions}"
 
     def _events(
         self, events: Sequence[Event], now: float | None, stored: PastEvents
@@ -351,8 +351,8 @@ def read_user(
     if not len(rows) and allow_unknown:
         return {}, PastEvents.none(dataset.schema)
     if not len(rows):
-        some = "; ".join(first_users(table, NUM_SUGGESTIONS))
-        raise DataError(f"no user is called {key!r}; existing users are: {some}")
+        suggestions = "; ".join(first_users(table, NUM_SUGGESTIONS))
+        raise DataError(f"no user is called {key!r}; existing users are: {suggestions}")
     newest = rows[-1:]  # the latest partition has the full history
     columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
     if now is not None and not dataset.has_times:

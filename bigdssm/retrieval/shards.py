@@ -51,7 +51,7 @@ class ShardedFolder:
 
     def __init__(
         self, folder: Path, job: Mapping[str, Any], num_rows: int, work: ShardWork,
-        prepare: Callable[[Path], None] = lambda aside: None, own: Iterable[str] | None = None,
+        prepare: Callable[[Path], None] = lambda temporary: None, own: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
         """Resume the unfinished folder of exactly this `job`, or start an empty one and call `prepare` on it.
 
@@ -136,8 +136,8 @@ class ShardedFolder:
         return self.aside / DONE_DIR / f"{shard:07d}"
 
 
-def _lock(aside: Path) -> IO[str]:
+def _lock(temporary: Path) -> IO[str]:
     """Acquire the folder's lock; closing the file or the end of the process releases it."""
-    file = (aside / LOCK_FILE).open("w")
+    file = (temporary / LOCK_FILE).open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file

@@ -82,9 +82,9 @@ def write_teacher_vectors(
     width, num_docs = encoders.documents(np.zeros(1, np.int64)).shape[1], dataset.catalogue.num_docs
     keys = np.concatenate([np.zeros(0, np.int64), *(r.query_keys for r in dataset.iterate("train", PASS_ROWS))])
 
-    def prepare(aside: Path) -> None:
-        new_array(aside / DOCUMENTS, np.float16, (num_docs, width))
-        records = new_array(aside / QUERIES, _record(width), (len(keys),))
+    def prepare(temporary: Path) -> None:
+        new_array(temporary / DOCUMENTS, np.float16, (num_docs, width))
+        records = new_array(temporary / QUERIES, _record(width), (len(keys),))
         records["query"] = keys
         records.flush()
 
@@ -106,9 +106,9 @@ def write_teacher_vectors(
         documents.flush()
         queries.flush()
 
-    def complete(aside: Path) -> None:
+    def complete(temporary: Path) -> None:
         for name in (DOCUMENTS, QUERIES):
-            seal(aside / name, dataset.rows_fingerprint)
+            seal(temporary / name, dataset.rows_fingerprint)
 
     return TeacherVectors(out) if shards.finish(complete) else None
 

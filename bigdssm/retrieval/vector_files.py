@@ -79,9 +79,9 @@ def write_file(folder: Path, target: FileFormat) -> Path:
     check_formats(meta.dtype, [target])
     path = folder / f"vectors.{target}"
     if target != "npy":
-        with new_file(path) as aside:
+        with new_file(path) as temporary:
             write = _write_fvecs if target == "fvecs" else _write_parquet
-            write(folder, load_vectors(folder, meta), aside)
+            write(folder, load_vectors(folder, meta), temporary)
     return path
 
 
@@ -180,15 +180,15 @@ def _write_parquet(folder: Path, vectors: CodedVectors, path: Path) -> None:
     schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string()), ("vector", vector), *extra, *withdrawn])
     with parquet.ParquetWriter(path, schema) as writer:
         for first in range(0, len(vectors), ROWS_AT_ONCE):
-            rows, listed = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
+            rows, titled = vectors.rows[first : first + ROWS_AT_ONCE], documents.slice(first, ROWS_AT_ONCE)
             flat = pa.array(np.ascontiguousarray(_numbers(rows)).reshape(-1))
             columns = [
-                listed["doc_key"],
-                listed["doc_title"],
+                titled["doc_key"],
+                titled["doc_title"],
                 pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1]),
             ]
             columns += [pa.array(np.ascontiguousarray(rows[field.name])) for field in extra]
-            columns += [listed[field.name] for field in withdrawn]
+            columns += [titled[field.name] for field in withdrawn]
             writer.write_table(pa.table(columns, schema=schema))
 
 

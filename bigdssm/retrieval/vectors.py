@@ -81,16 +81,16 @@ def write_vectors(
     work: ShardWork | None = None,
     since: Path | None = None,
     *,
-    whole: int = 0,
+    full_width: int = 0,
     score: str = "",
     dtype: Dtype = "float32",
     overwrite: bool = False,
-    complete: Callable[[Path], None] = lambda aside: None,
+    complete: Callable[[Path], None] = lambda temporary: None,
 ) -> VectorsReport:
     """Encode this rank's share of the catalogue into a vectors folder, resuming finished shards.
 
     `since` is an earlier vectors folder of the same model: vectors of unchanged documents are copied from it.
-    `whole`, `score` and `dtype` are stored in the meta: the width before truncation, the score type, the storage type.
+    `full_width`, `score` and `dtype` are stored in the meta: width before truncation, score type, storage type.
     overwrite: `folder` may hold something else; files with other names than these are kept.
     `complete` adds files to the folder before it gets its name, on the rank that finishes it.
     Raises: ConfigError: `folder` holds something else; CheckpointError: `since` is of another model; DataError: a
@@ -104,28 +104,28 @@ def write_vectors(
     earlier = None if since is None else ReusableVectors(since, model_checksum, width, dtype)
     has_beta = encoders.has_beta
     meta = VectorsMeta(
-        VECTORS, model_checksum, dataset.fingerprint, num_docs, width, whole, score, dtype, has_beta=has_beta
+        VECTORS, model_checksum, dataset.fingerprint, num_docs, width, full_width, score, dtype, has_beta=has_beta
     )
     element, shape = row_layout(dtype, width, has_beta)
     check_output_folder(folder, INDEX_FILE, overwrite)
 
-    def prepare(aside: Path) -> None:
-        new_array(aside / VECTORS_FILE, element, (num_docs, *shape))
-        new_array(aside / CONTENTS_FILE, DOCUMENT, (num_docs,))
+    def prepare(temporary: Path) -> None:
+        new_array(temporary / VECTORS_FILE, element, (num_docs, *shape))
+        new_array(temporary / CONTENTS_FILE, DOCUMENT, (num_docs,))
 
-    def finish(aside: Path) -> None:
+    def finish(temporary: Path) -> None:
         withdrawn = np.zeros(num_docs, bool)
         withdrawn[dataset.catalogue.withdrawn] = True
         schema = pa.schema([("doc_key", pa.string()), ("doc_title", pa.string())])
         if withdrawn.any():
             schema = schema.append(pa.field(WITHDRAWN, pa.bool_()))
-        with pa.OSFile(str(aside / DOCUMENTS_FILE), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        with pa.OSFile(str(temporary / DOCUMENTS_FILE), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for first in range(0, num_docs, ROWS_AT_ONCE):
                 rows = np.arange(first, min(first + ROWS_AT_ONCE, num_docs))
                 columns = [dataset.catalogue.keys(rows), dataset.catalogue.titles(rows), withdrawn[rows]]
                 writer.write_table(pa.table(columns[: len(schema)], schema=schema))
-        write_meta(aside, meta)
-        complete(aside)
+        write_meta(temporary, meta)
+        complete(temporary)
 
     shards = ShardedFolder(folder, asdict(meta), num_docs, work, prepare, OWN_FILES)
     vectors = open_memmap(shards.aside / VECTORS_FILE, "r+")
@@ -184,8 +184,8 @@ def truncate_like(vectors: np.ndarray, meta: VectorsMeta | Collection) -> np.nda
     """Return index vectors float32 [n, D+1], truncated to [n, meta.width]."""
     if vectors.shape[1] == meta.width:
         return vectors
-    whole, width = torch.from_numpy(np.array(vectors, np.float32)), meta.width - meta.has_beta
-    return np.asarray(truncate_vectors(whole, width, meta.score == "cosine", meta.has_beta))
+    full, width = torch.from_numpy(np.array(vectors, np.float32)), meta.width - meta.has_beta
+    return np.asarray(truncate_vectors(full, width, meta.score == "cosine", meta.has_beta))
 
 
 def read_vectors(

@@ -38,10 +38,10 @@ class RequestLimits:
                 error, more = (413, f"the request is larger than the limit of {MOST_BYTES} bytes"), False
         if error is not None:
             return await error_response(*error, {"Connection": "close"})(scope, receive, send)
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def received() -> Message:
-            return whole.pop() if whole else await receive()
+            return messages.pop() if messages else await receive()
 
         await self._app(scope, received, send)
 

@@ -181,8 +181,8 @@ def complete_parts(folder: Path) -> list[Path]:
             complete = path.with_suffix(COMPLETE)
             # else it is complete since a process was killed before it removed the other
             if path.exists() and not complete.exists() and (batches := list(_batches(part))):
-                with new_file(complete) as aside:
-                    pq.write_table(pa.Table.from_batches(batches, COLUMNS), aside, compression="zstd")
+                with new_file(complete) as temporary:
+                    pq.write_table(pa.Table.from_batches(batches, COLUMNS), temporary, compression="zstd")
             path.unlink()
     return in_use
 
@@ -241,6 +241,6 @@ def forget_in_log(folder: Path, users: Collection[str], items: Collection[str], 
         if not rows:
             changes.remove(path)
         elif not table.equals(pq.read_table(path)):
-            with changes.new_file(path) as aside:
-                pq.write_table(table, aside, compression="zstd")
+            with changes.new_file(path) as temporary:
+                pq.write_table(table, temporary, compression="zstd")
     return in_use

@@ -52,8 +52,8 @@ logger = get_logger(__name__)
 
 MOST_NEAR = 5  # items and words per explanation
 MOST_WORDS = 64  # encoded per explanation
-MOST_USERS_LISTED = 1000
-SEEN_LISTED = 5
+MAX_USERS_SHOWN = 1000
+MAX_SEEN_SHOWN = 5
 WORD = re.compile(r"\w+")
 
 
@@ -211,11 +211,11 @@ class Searcher:
         """Return the first users of the dataset; empty for a dataset of pairs."""
         if self._dataset is None or self._dataset.sequences is None:
             return []
-        return first_users(self._dataset.sequences, MOST_USERS_LISTED)
+        return first_users(self._dataset.sequences, MAX_USERS_SHOWN)
 
     def seen(self, query: Query) -> list[str]:
         """Return the titles of the newest documents of a query's events, newest first."""
-        newest = query.seen[::-1][:SEEN_LISTED]
+        newest = query.seen[::-1][:MAX_SEEN_SHOWN]
         return self._dataset.catalogue.titles(newest) if self._dataset is not None else []
 
     def search(self, requests: Sequence[Request]) -> list[list[ScoredDocument]]:
@@ -237,8 +237,8 @@ class Searcher:
         for allowed, requested in dict.fromkeys((query.allowed, query.top) for query in queries):
             members = [i for i, query in enumerate(queries) if query.allowed == allowed and query.top == requested]
             top = max(self._rerank, requested)
-            found = self._index.search(vectors[members], [queries[i] for i in members], top)
-            for i, documents in zip(members, found, strict=True):
+            results_of_group = self._index.search(vectors[members], [queries[i] for i in members], top)
+            for i, documents in zip(members, results_of_group, strict=True):
                 results[i] = documents
         searched = time.perf_counter()
         if self._scorer is not None:
@@ -305,7 +305,7 @@ class Searcher:
         near_words, words = [], list(dict.fromkeys(every))[:MOST_WORDS]
         if words:
             columns = [{**query.columns, name: self.queries.feature(name, word)} for name, word in words]
-            vectors = self.encode([replace(query, columns=some) for some in columns])
+            vectors = self.encode([replace(query, columns=changed) for changed in columns])
             if vectors.shape[1] != len(vector):  # the index holds truncated vectors only
                 vectors = self._index.query_vectors(vectors)
             of_words = cosine_similarities(vector, vectors, self._index.has_beta).tolist()
@@ -316,10 +316,10 @@ class Searcher:
     def _document(self, key: str) -> StoredVector:
         """Return title and vector of a document. Raises DataError: no document has this key."""
         check_utf8([key])
-        found = self._index.vectors([key])
-        if key not in found:
+        stored = self._index.vectors([key])
+        if key not in stored:
             raise DataError(f"no document has the key {key!r}")
-        return found[key]
+        return stored[key]
 
     def _use_threads(self) -> None:
         if self._threads is not None:

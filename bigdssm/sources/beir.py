@@ -63,9 +63,9 @@ def read_collection(folder: Path, split: str) -> Collection:
     check_judgements(qrels, path)
     corpus, queries = _entries(folder / CORPUS_FILE), _entries(folder / QUERIES_FILE)
     keys = {entry.key for entry in corpus}
-    judged = [entry for entry in queries if entry.key in qrels]
-    if len(judged) < len(qrels):
-        unknown_query = min(qrels.keys() - {entry.key for entry in judged})
+    with_grades = [entry for entry in queries if entry.key in qrels]
+    if len(with_grades) < len(qrels):
+        unknown_query = min(qrels.keys() - {entry.key for entry in with_grades})
         raise DataError(f"{path} judges query {unknown_query!r}, which is not in {QUERIES_FILE}")
     for documents in qrels.values():
         if unknown := documents.keys() - keys:
@@ -75,10 +75,10 @@ def read_collection(folder: Path, split: str) -> Collection:
         if other.name != path.name:
             for query, documents in read_qrels_tsv(other).items():
                 if query in qrels:
-                    judged_documents = qrels[query]
-                    positive = {key: n for key, n in documents.items() if n > 0 and judged_documents.get(key, 0) <= 0}
+                    graded_documents = qrels[query]
+                    positive = {key: n for key, n in documents.items() if n > 0 and graded_documents.get(key, 0) <= 0}
                     known_positives.setdefault(query, {}).update(positive)
-    return Collection(corpus, judged, qrels, known_positives)
+    return Collection(corpus, with_grades, qrels, known_positives)
 
 
 def read_qrels_tsv(path: Path) -> Qrels:
@@ -116,7 +116,7 @@ def add_judgement(qrels: Qrels, query: str, document: str, grade: str, path: Pat
 
 def check_judgements(qrels: Qrels, path: Path) -> None:
     """Raise DataError if no document is relevant, so metrics are undefined."""
-    if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
+    if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
         raise DataError(f"{path} has no relevant documents, so metrics are undefined")
 
 

@@ -170,11 +170,11 @@ class Store(ABC):
         Raises DataError: no such name.
         """
         aliases, collections = self.aliases(), self.collections()
-        found = [collections.get(one or "") for one in aliases.get(name, Alias(name, None))]
-        if found[0] is None:
+        candidates = [collections.get(one or "") for one in aliases.get(name, Alias(name, None))]
+        if candidates[0] is None:
             names = ", ".join([*aliases, *collections]) or "nothing"
             raise DataError(f"the store has no collection or alias {name!r}, only {names}; publish it first")
-        return [collection for collection in found if collection is not None]
+        return [collection for collection in candidates if collection is not None]
 
     def collection(self, name: str) -> Collection:
         """Return a collection by name or alias. Raises DataError: none has it."""

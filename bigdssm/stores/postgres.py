@@ -407,16 +407,18 @@ class PostgresStore(Store):
                 }
                 calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
                 connection.execute(f"SELECT {calls}", [str(part) for pair in settings.items() for part in pair])
-                found = []
+                of_queries = []
                 for number, vector in enumerate(vectors):
-                    some = [*values, [] if exclude is None else list(exclude[number])]
+                    operands = [*values, [] if exclude is None else list(exclude[number])]
                     rows = []
                     if not is_exact:
-                        rows = connection.execute(approximate, [vector, *some, vector, num_candidates, top]).fetchall()
+                        rows = connection.execute(
+                            approximate, [vector, *operands, vector, num_candidates, top]
+                        ).fetchall()
                     if len(rows) < top:
-                        rows = connection.execute(exact, [vector, *some, top]).fetchall()
-                    found.append(rows)
-            return found
+                        rows = connection.execute(exact, [vector, *operands, top]).fetchall()
+                    of_queries.append(rows)
+            return of_queries
 
         results = self._run(work)
         _check_models(collection, (model for rows in results for *_, model in rows))

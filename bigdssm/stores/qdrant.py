@@ -76,8 +76,8 @@ class QdrantStore(Store):
     def collections(self) -> dict[str, Collection]:
         """Return all collections by name; none before the first `create`."""
         points = self._admin("collection")
-        found = [Collection(**json.loads(point["description"])) for point in points]
-        return {collection.name: collection for collection in sorted(found, key=lambda one: one.name)}
+        stored = [Collection(**json.loads(point["description"])) for point in points]
+        return {collection.name: collection for collection in sorted(stored, key=lambda one: one.name)}
 
     def create(self, collection: Collection) -> None:
         """Create the points, tombstones and payload indexes of a collection, or replace its description."""
@@ -163,9 +163,9 @@ class QdrantStore(Store):
         if not names:
             return {}
         stored = self._run(lambda client: client.get_aliases()).aliases
-        found = {alias.alias_name: alias.collection_name.removeprefix(_vectors("")) for alias in stored}
+        current = {alias.alias_name: alias.collection_name.removeprefix(_vectors("")) for alias in stored}
         aliases = {
-            alias.removeprefix(_alias("")): name for alias, name in found.items() if alias.startswith(_alias(""))
+            alias.removeprefix(_alias("")): name for alias, name in current.items() if alias.startswith(_alias(""))
         }
         return {
             alias: Alias(name, before if (before := previous.get(alias)) in names and before != name else None)
@@ -210,21 +210,21 @@ class QdrantStore(Store):
             }  # fmt: skip
             points.append(models.PointStruct(id=_id(key), vector=documents.vectors[row].tolist(), payload=payload))
         for first in range(0, len(points), ROWS_AT_ONCE):
-            some = points[first : first + ROWS_AT_ONCE]
-            deleted = self._deleted(collection, [point.id for point in some])
-            some = [point for point in some if deleted.get(point.id, version - 1) < version]
-            self._put(_vectors(collection.name), some, _range("doc_version", lte=version))
-            self._erase(collection, [point.id for point in some])  # deleted meanwhile
+            batch = points[first : first + ROWS_AT_ONCE]
+            deleted = self._deleted(collection, [point.id for point in batch])
+            batch = [point for point in batch if deleted.get(point.id, version - 1) < version]
+            self._put(_vectors(collection.name), batch, _range("doc_version", lte=version))
+            self._erase(collection, [point.id for point in batch])  # deleted meanwhile
 
     def delete(self, collection: Collection, keys: Sequence[str], version: int) -> None:
         """Write tombstones, then delete points."""
         self._renew(collection.name)
         ids = sorted({_id(key) for key in keys})
         for first in range(0, len(ids), ROWS_AT_ONCE):
-            some = ids[first : first + ROWS_AT_ONCE]
-            tombstones = [models.PointStruct(id=id, vector={}, payload={"version": version}) for id in some]
+            batch = ids[first : first + ROWS_AT_ONCE]
+            tombstones = [models.PointStruct(id=id, vector={}, payload={"version": version}) for id in batch]
             self._put(_tombstones(collection.name), tombstones, _range("version", lt=version))
-            self._erase(collection, some)
+            self._erase(collection, batch)
 
     def count(self, collection: Collection, where: Expression | None = None) -> int:
         """Count points."""
@@ -257,14 +257,14 @@ class QdrantStore(Store):
                 ))  # fmt: skip
             return self._run(lambda client: client.query_batch_points(_vectors(collection.name), requests))
 
-        found = [response.points for response in search(range(len(queries)), False)] if len(queries) else []
-        if short := [number for number, points in enumerate(found) if len(points) < top]:
+        results = [response.points for response in search(range(len(queries)), False)] if len(queries) else []
+        if short := [number for number, points in enumerate(results) if len(points) < top]:
             for number, response in zip(short, search(short, True), strict=True):
-                found[number] = response.points
-        _check_models(collection, [point.payload for points in found for point in points])
+                results[number] = response.points
+        _check_models(collection, [point.payload for points in results for point in points])
         return [
             [StoredDocument(point.score, point.payload["doc_key"], point.payload["doc_title"]) for point in points]
-            for points in found
+            for points in results
         ]
 
     def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
@@ -332,8 +332,8 @@ class QdrantStore(Store):
             by_version.setdefault(version, []).append(id)
 
         def work(client: Any) -> None:
-            for version, some in by_version.items():
-                dead = models.Filter(must=[models.HasIdCondition(has_id=some), _range("doc_version", lte=version)])
+            for version, batch in by_version.items():
+                dead = models.Filter(must=[models.HasIdCondition(has_id=batch), _range("doc_version", lte=version)])
                 client.delete(_vectors(collection.name), dead)
 
         self._run(work)

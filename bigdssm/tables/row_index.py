@@ -40,7 +40,7 @@ class RowIndex:
             self._build()
         slots, self.free = self.free[: len(rows)], self.free[len(rows) :]
         self.rows[slots] = rows
-        self._place(slots)
+        self._insert(slots)
         return slots
 
     def remove(self, slots: np.ndarray) -> None:
@@ -56,9 +56,9 @@ class RowIndex:
     def _build(self) -> None:
         self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0
         self.free = np.flatnonzero(self.rows[1:] == FREE) + 1
-        self._place(np.flatnonzero(self.rows != FREE))
+        self._insert(np.flatnonzero(self.rows != FREE))
 
-    def _place(self, slots: np.ndarray) -> None:
+    def _insert(self, slots: np.ndarray) -> None:
         entry, self._filled = self._first(self.rows[slots]), self._filled + len(slots)
         while len(slots):
             empty = self._entries[entry] == 0

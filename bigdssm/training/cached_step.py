@@ -199,13 +199,13 @@ class ModuleStepEngine:
                     parameter.grad = torch.zeros_like(parameter)
                 by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in by_type.values():
-            whole = distributed.all_reduce(torch.cat([gradient.flatten() for gradient in gradients])) / ranks
-            for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+            mean = distributed.all_reduce(torch.cat([gradient.flatten() for gradient in gradients])) / ranks
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
 
 @contextmanager
-def _added_to_earlier(step_engine: StepEngine, whole: bool) -> Iterator[None]:
+def _added_to_earlier(step_engine: StepEngine, one_forward: bool) -> Iterator[None]:
     """A context of a step's backward passes in which ZeRO 1 and 2 add the gradients of all parameters to earlier ones.
 
     By itself DeepSpeed replaces the gradients of an earlier step, and reduces those of the parameters that a rank uses
@@ -225,7 +225,7 @@ def _added_to_earlier(step_engine: StepEngine, whole: bool) -> Iterator[None]:
     for parameter in chain(*optimizer.bit16_groups):
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    with step_engine.single_reduction() if whole else nullcontext():
+    with step_engine.single_reduction() if one_forward else nullcontext():
         yield
     for group, gradients in earlier.items():
         if gradients is not None:

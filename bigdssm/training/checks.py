@@ -88,19 +88,19 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
             "relevances, and build the dataset again"
         )
     if stage.negatives.hard and stage.negatives.mining.file is not None:
-        mined = HardNegatives.open(Path(stage.negatives.mining.file))
-        mined.check_against(dataset)
+        hard = HardNegatives.open(Path(stage.negatives.mining.file))
+        hard.check_against(dataset)
         distillation = stage.distillation if isinstance(stage.distillation, ListDistillation) else None
         for key, value in (
             ("distillation.name", None if distillation is None else distillation.name),
             ("negatives.mining.teacher_margin", stage.negatives.mining.teacher_margin),
         ):
-            if value is not None and not mined.scored:
+            if value is not None and not hard.scored:
                 raise ConfigError(
                     f"{name}.{key}: got {value}, needs a teacher's scores, and {stage.negatives.mining.file} has none; "
                     "bigdssm score_pairs writes them"
                 )
-        if stage.loss.position_bias and not mined.positioned:
+        if stage.loss.position_bias and not hard.positioned:
             raise ConfigError(
                 f"{name}.loss.position_bias: got {stage.loss.position_bias}, needs the positions of documents, and "
                 f"{stage.negatives.mining.file} has none; bigdssm list_candidates --position-column writes them"
@@ -169,9 +169,9 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
     """Raise ConfigError if a stage cannot train a model with sharded tables; warn about their keys without any."""
     sharded, stage = sorted(model.tables.sharded), config.stage(name)
     if not sharded:
-        tables, how = config.model.tables, ["sharding", "rows_from", "rows", "replicated"]
-        how += ["id_dropout"] * bool(histories_of(model.schema.query))  # of the items of histories
-        keys = [f.name for f in fields(tables) if f.name not in how and getattr(tables, f.name) != f.default]
+        tables, effective = config.model.tables, ["sharding", "rows_from", "rows", "replicated"]
+        effective += ["id_dropout"] * bool(histories_of(model.schema.query))  # of the items of histories
+        keys = [f.name for f in fields(tables) if f.name not in effective and getattr(tables, f.name) != f.default]
         if keys:
             logger.warning(
                 "%s: no effect without sharded tables; all have fewer than model.tables.rows_from=%d rows or are "

@@ -304,8 +304,8 @@ class Engine(DeepSpeedStepEngine):
         """Return the norm of gradients with those of the sharded tables, infinity if it is not finite."""
         if self._square is None:
             return norm
-        whole = (norm.double().square() + self._square.to(norm.device)).sqrt()
-        return torch.where((norm < 0) | ~whole.isfinite(), torch.inf, whole).to(norm.dtype)
+        total = (norm.double().square() + self._square.to(norm.device)).sqrt()
+        return torch.where((norm < 0) | ~total.isfinite(), torch.inf, total).to(norm.dtype)
 
     def gradient_norm(self) -> float | Tensor:
         """Return the global gradient norm of the last step, before clipping; a tensor if it is still on the device."""

@@ -467,12 +467,14 @@ def _towers(
     candidates = {} if model.scorer is None else {"candidates": candidate_columns(batch)}
     query = whole_features(batch.query, plan.query)
     doc = whole_features(batch.doc, plan.doc) if batch.doc_vectors is None else None
-    whole: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
+    batch_inputs: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
     fixed: list[dict[str, Any]] = []  # inputs of frozen towers
     if isinstance(model.scorer, FeatureScorer):
-        fixed = [chunk.inputs for chunk in chunks] or [whole]
+        fixed = [chunk.inputs for chunk in chunks] or [batch_inputs]
         chunks = [*pair_chunks(model.scorer, batch, candidates["candidates"], budget)]
-    retained_inputs = [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [{**whole, **candidates}]
+    retained_inputs = (
+        [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [{**batch_inputs, **candidates}]
+    )
     again = [chunk.inputs for side in ("query", "doc", "pairs") if (chunk := _largest(chunks, side)) is not None]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
 

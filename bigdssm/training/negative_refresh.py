@@ -57,20 +57,20 @@ class HardNegativeRefresh:
         if stage.negatives.mining.uniform:
             catalogue = self.dataset.catalogue
             return UniformNegatives(catalogue.num_docs, catalogue.withdrawn), None
-        mined_at = self._mined_at(step)
+        mining_step = self._mining_step(step)
         file = stage.negatives.mining.file
-        path = self.path(mined_at) if file is None else Path(file)
+        path = self.path(mining_step) if file is None else Path(file)
         if (resumed or file is not None) and distributed.broadcast_object(path.exists()):
-            mined = HardNegatives.open(path)
+            hard = HardNegatives.open(path)
             if file is None:  # the config's file was checked at the start
-                mined.check_against(self.dataset)
-            return mined, None
-        if resumed and (step != mined_at or self._every_steps == 0):
+                hard.check_against(self.dataset)
+            return hard, None
+        if resumed and (step != mining_step or self._every_steps == 0):
             raise CheckpointError(
                 f"{path} is missing: the run was trained with these negatives, and its current weights would mine "
                 "others; restore the file, or start again in another run.dir"
             )
-        return self._mine(mined_at)
+        return self._mine(mining_step)
 
     def refresh(self, step: int, segment_start_step: int) -> HardNegatives:
         """Mine by the current weights for the steps from the segment's `step` on. All ranks must call it.
@@ -78,20 +78,20 @@ class HardNegativeRefresh:
         Removes the files that no checkpoint needs. segment_start_step: the run's step at the start of the segment.
         """
         with RandomState.now().replayed():  # a resumed run, which does not mine, has the same random states
-            mined, _ = self._mine(step)
+            hard, _ = self._mine(step)
         if distributed.is_main():
             folder = self.config.stage_dir(self.name)
             saved = [int(path.name.removeprefix("step-")) for path in checkpoints_in(folder / CHECKPOINTS)]
             oldest_saved = min(saved, default=segment_start_step + step) - segment_start_step
-            oldest = self._mined_at(max(0, oldest_saved))
+            oldest = self._mining_step(max(0, oldest_saved))
             for old in range(0, oldest, self._every_steps):
                 self.path(old).unlink(missing_ok=True)
-        return mined
+        return hard
 
     def steps_to_refresh(self, step: int) -> int:
         """Return the number of steps from `step` until hard negatives are mined again."""
         again = self._every_steps > 0 and self.config.stage(self.name).negatives.hard > 0
-        return self._mined_at(step) + self._every_steps - step if again else sys.maxsize
+        return self._mining_step(step) + self._every_steps - step if again else sys.maxsize
 
     def path(self, step: int) -> Path:
         """Return the file mined at `step` for the training partitions."""
@@ -100,14 +100,14 @@ class HardNegativeRefresh:
             mixture = [(source.name, source.weight) for source in self.dataset.sources]
             fingerprint = hash64(repr([mixture, config.data.mixture_batches, self.dataset.rows_fingerprint])) % 2**64
             partitions = f".{fingerprint:016x}"
-        mined_at = f".step-{step:08d}" if self._every_steps else ""
-        return config.stage_dir(self.name) / f"mined_negatives{partitions}{mined_at}.npy"
+        mining_step = f".step-{step:08d}" if self._every_steps else ""
+        return config.stage_dir(self.name) / f"mined_negatives{partitions}{mining_step}.npy"
 
     @property
     def _every_steps(self) -> int:
         return self.config.stage(self.name).negatives.mining.every_steps
 
-    def _mined_at(self, step: int) -> int:
+    def _mining_step(self, step: int) -> int:
         return step // self._every_steps * self._every_steps if self._every_steps else 0
 
     def _mine(self, step: int) -> tuple[HardNegatives, DocumentVectors]:

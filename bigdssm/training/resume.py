@@ -258,8 +258,8 @@ def _check_length(
     if steps == before:
         return
     mining = stage.negatives.mining
-    mined_once = stage.negatives.hard and mining.file is None and mining.every_steps == 0
-    if mined_once and before < steps_per_epoch:
+    single_mining = stage.negatives.hard and mining.file is None and mining.every_steps == 0
+    if single_mining and before < steps_per_epoch:
         raise ConfigError(
             f"{name}.steps, {name}.epochs: got {steps} steps, needs {before} as before: negatives were mined only for "
             f"the rows of these; start again in another run.dir, or mine with bigdssm mine_negatives for "
@@ -320,12 +320,12 @@ class GrownReader(TensorReader):
     def __call__(self, name: str) -> Tensor:
         """Return the tensor `name`, on the CPU, with its new rows. Raises CheckpointError: no such tensor."""
         tensor = super().__call__(name)
-        moment, _, weight = name.rpartition("/")
+        state, _, weight = name.rpartition("/")
         new_rows = self._new_rows.get(weight)
         if new_rows is not None:
-            tensor = torch.cat([tensor, torch.zeros_like(new_rows) if moment else new_rows])
+            tensor = torch.cat([tensor, torch.zeros_like(new_rows) if state else new_rows])
         if weight in self._new_codes:
-            tensor[torch.from_numpy(self._new_codes[weight])] = 0.0 if moment else tensor[OUT_OF_VOCABULARY].clone()
+            tensor[torch.from_numpy(self._new_codes[weight])] = 0.0 if state else tensor[OUT_OF_VOCABULARY].clone()
         return tensor
 
 

@@ -72,8 +72,8 @@ def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool)
     difference = model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
-    if kept := retained_settings(loaded.config, config):
-        logger.warning("%s keeps the settings of %s: %s", name, source, kept)
+    if retained := retained_settings(loaded.config, config):
+        logger.warning("%s keeps the settings of %s: %s", name, source, retained)
     loaded.model.train()
     logger.info("%s starts from %s", name, source)
     return loaded.model, loaded.schema

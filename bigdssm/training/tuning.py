@@ -232,8 +232,8 @@ def _truncate_torn_record(journal: Path) -> None:
     Raises CheckpointError: another record is damaged.
     """
     content = journal.read_bytes() if journal.exists() else b""
-    whole, newline, torn = content.rpartition(b"\n")
-    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
+    complete, newline, torn = content.rpartition(b"\n")
+    for number, line in enumerate(complete.split(b"\n") if newline else [], start=1):
         try:
             json.loads(line)["op_code"]
         except (ValueError, KeyError, TypeError):
@@ -243,7 +243,7 @@ def _truncate_torn_record(journal: Path) -> None:
             ) from None
     if torn:
         logger.warning("%s: removed the last record, which was incomplete", journal)
-        os.truncate(journal, len(whole) + len(newline))
+        os.truncate(journal, len(complete) + len(newline))
 
 
 def check_space(space: Space, path: str, overrides: Sequence[str], stage: StageName) -> None:

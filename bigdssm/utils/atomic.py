@@ -109,13 +109,13 @@ def new_file(path: Path) -> Iterator[Path]:
     path = real_path(path)
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} exists and is no regular file; choose another path")
-    aside = temporary_path(path)
+    temporary = temporary_path(path)
     try:
-        with path_in_errors(aside):
-            yield aside
-            put_file(aside, path)
+        with path_in_errors(temporary):
+            yield temporary
+            put_file(temporary, path)
     except BaseException:
-        remove(aside)
+        remove(temporary)
         raise
 
 
@@ -125,21 +125,21 @@ def new_folder(folder: Path, own: Iterable[str] | None = None) -> Iterator[Path]
 
     own: as in `replace_folder`.
     """
-    aside = temporary_path(folder)
-    remove(aside)
-    aside.mkdir(parents=True)
+    temporary = temporary_path(folder)
+    remove(temporary)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
-        replace_folder(aside, folder, own)
+        yield temporary
+        replace_folder(temporary, folder, own)
     except BaseException:
-        remove(aside)
+        remove(temporary)
         raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically. Raises OSError, which names the file."""
-    with new_file(path) as aside:
-        aside.write_bytes(content)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -152,16 +152,16 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def put_file(aside: Path, path: Path) -> None:
+def put_file(temporary: Path, path: Path) -> None:
     """Sync the finished file `aside`, note its command (`WRITERS`), and rename it to `path`, in the same folder."""
     note = None
     if path in WRITERS:
-        note = _note(aside, WRITERS[path])
+        note = _note(temporary, WRITERS[path])
         with suppress(OSError):  # without extended attributes, the note is a file
-            os.setxattr(aside, ATTRIBUTE, note)
+            os.setxattr(temporary, ATTRIBUTE, note)
             note = None
-    sync(aside)
-    os.replace(aside, path)
+    sync(temporary)
+    os.replace(temporary, path)
     if note is not None:
         write_bytes(_note_file(path), note)
 

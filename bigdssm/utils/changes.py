@@ -24,30 +24,30 @@ class Changes:
         Other files of `folder` are hard-linked. Also removes what killed writers of `folder` have left next to it.
         """
         folder = real_path(folder)
-        aside = folder.with_name(f".{folder.name}.changed")
+        temporary = folder.with_name(f".{folder.name}.changed")
         if not self.dry_run:
             recover(folder)
         self.remove(temporary_path(folder))
-        remove(aside)
-        aside.mkdir()
+        remove(temporary)
+        temporary.mkdir()
         try:
-            yield aside
-            if self._compare(aside, folder) and not self.dry_run:
-                replace_folder(aside, folder, ())
+            yield temporary
+            if self._compare(temporary, folder) and not self.dry_run:
+                replace_folder(temporary, folder, ())
         finally:
-            remove(aside)
+            remove(temporary)
 
     @contextmanager
     def new_file(self, path: Path) -> Iterator[Path]:
         """Yield a path for the new version of a file, which replaces it at the end of the block."""
         path = real_path(path)
-        aside = path.with_name(f".{path.name}.changed")
+        temporary = path.with_name(f".{path.name}.changed")
         try:
-            yield aside
-            if self._record(path, aside) and not self.dry_run:
-                put_file(aside, path)
+            yield temporary
+            if self._record(path, temporary) and not self.dry_run:
+                put_file(temporary, path)
         finally:
-            remove(aside)
+            remove(temporary)
 
     def note(self, path: Path) -> None:
         """List a file that a dry run cannot compute."""
@@ -70,10 +70,10 @@ class Changes:
             if any(fnmatchcase(path.name, pattern) for pattern in patterns):
                 self.remove(path)
 
-    def _compare(self, aside: Path, folder: Path) -> bool:
+    def _compare(self, temporary: Path, folder: Path) -> bool:
         """Remove the files of `aside` that equal those of `folder`; return whether any are left."""
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        changed = [self._record(folder / path.relative_to(aside), path) for path in files]
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        changed = [self._record(folder / path.relative_to(temporary), path) for path in files]
         for path in (path for path, is_changed in zip(files, changed, strict=True) if not is_changed):
             path.unlink()
         return any(changed)

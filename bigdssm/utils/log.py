@@ -117,14 +117,14 @@ def truncate_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None
     """Rewrite a file of records with a `step`, retaining those that `keep` accepts; invalid lines are dropped."""
     if not path.exists():
         return
-    kept = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
-    write_text(path, "".join(kept))
+    retained = [json.dumps(record) + "\n" for record in read_records(path, "step") if keep(record)]
+    write_text(path, "".join(retained))
 
 
 def metric_label(name: str) -> str:
     """Return the display name of a metric, such as `NDCG@10` for ndcg_at_10."""
-    base, at, cut = name.partition("_at_")
-    return (base.upper() if len(base) <= 4 else base.capitalize()) + at.replace("_at_", "@") + cut
+    base, separator, cut = name.partition("_at_")
+    return (base.upper() if len(base) <= 4 else base.capitalize()) + separator.replace("_at_", "@") + cut
 
 
 def rank_file(folder: Path, name: str, rank: int) -> Path:

@@ -19,7 +19,7 @@ BATCH_SIZE = 1 << 14  # strings per batch: intermediate arrays fit into the core
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
 )
-_WORDS = [np.uint64(int.from_bytes(_SECRET[at : at + 8], "little")) for at in range(0, len(_SECRET), 8)]
+_WORDS = [np.uint64(int.from_bytes(_SECRET[i : i + 8], "little")) for i in range(0, len(_SECRET), 8)]
 _LOW = np.uint64(0xFFFFFFFF)
 _PRIME_MX = np.uint64(0x9FB21C651E98DF25)
 
@@ -55,7 +55,7 @@ def flat_strings(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _up_to_3(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    first, middle, last = (data[at].astype(np.uint64) for at in (start, start + (length >> 1), start + length - 1))
+    first, middle, last = (data[i].astype(np.uint64) for i in (start, start + (length >> 1), start + length - 1))
     h = first << np.uint64(16) | middle << np.uint64(24) | last | length.astype(np.uint64) << np.uint64(8)
     h ^= (_WORDS[0] ^ _WORDS[0] >> np.uint64(32)) & _LOW
     h ^= h >> np.uint64(33)

@@ -47,8 +47,10 @@ def words(name: str) -> list[str]:
 def findings(source: str, *, private: bool = False) -> Iterator[tuple[int, str]]:
     """Yield (line, sentence) for each finding in a module's source; `private`: also in private and local names."""
     tree = ast.parse(source)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    fields = [each.target for node in classes for each in node.body if isinstance(each, ast.AnnAssign)]
     for node in ast.walk(tree):
-        if private:
+        if private and node not in fields:
             yield from _private_findings(node)
         for name in _public_names(node):
             for word in sorted(set(words(name)) & WORDS.keys()):

@@ -87,9 +87,9 @@ def sums_kernel(
             column_largest = tl.max(s, 0)
             shift = tl.where(column_largest == float("-inf"), 0.0, column_largest)
             column_total = tl.sum(tl.exp2(s - shift[None, :]), 0)
-            at = block.to(tl.int64) * N + columns
-            tl.store(column_max_ptr + at, column_largest, mask=columns < N)
-            tl.store(column_sum_ptr + at, column_total, mask=columns < N)
+            offsets = block.to(tl.int64) * N + columns
+            tl.store(column_max_ptr + offsets, column_largest, mask=columns < N)
+            tl.store(column_sum_ptr + offsets, column_total, mask=columns < N)
         if NEG_BIAS:
             s += tl.load(neg_offset_ptr + columns, mask=columns < N, other=float("-inf"))[None, :]
         above = tl.maximum(largest, tl.max(s, 1))

@@ -1,4 +1,4 @@
-"""The log of requests: complete files whatever happens to a server, without delaying answers; replay and forget."""
+"""The log of requests: complete files after any end of a server, without delaying answers; replay and forget."""
 
 from __future__ import annotations
 
@@ -252,8 +252,8 @@ def test_clicks_on_logged_answers_become_pairs_of_fine_tuning(
     exec(statements, {})
     rows = pq.read_table("shown.parquet").to_pylist()
     assert len(rows) == 80
-    asked = zip(bodies, answers, strict=True)
-    of_user = {body["user"]: [document["key"] for document in answer["documents"]] for body, answer in asked}
+    pairs = zip(bodies, answers, strict=True)
+    of_user = {body["user"]: [document["key"] for document in answer["documents"]] for body, answer in pairs}
     for row in rows:
         answer = of_user[row["user_id"]]
         assert row["clicked"] in (answer[1], answer[4])
