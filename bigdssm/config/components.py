@@ -37,6 +37,7 @@ class LossConfig(StageComponent):
     all_columns: ClassVar[bool] = False  # over every column of the batch; else over in-batch and hard negatives
     relative: ClassVar[bool] = True  # depends on differences of a query's scores only: a scalar beta cancels
     softmax: ClassVar[bool] = False  # over sampled documents: `sampling: auto` applies the logQ correction
+    directions: ClassVar[tuple[str, ...]] = ("q2d",)
 
     name: str = MISSING  # fps, softmax, pair_ce, triplet, sigmoid, or a registered one
     weight: Literal["indicator", "relevance"] = "indicator"  # of a row: 1[r>0], or r itself
@@ -65,8 +66,8 @@ class LossConfig(StageComponent):
         )  # fmt: skip
 
     @abstractmethod
-    def build(self) -> Any:
-        """Return the loss as a function of the scores, a `losses.terms.Term`."""
+    def value_and_gradients(self, scores: Any) -> Any:
+        """Return the values and their gradients by `scores` (`losses.terms.Scores`), a `losses.terms.TermResult`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import LOSSES, LossConfig
 from bigdssm.distributed import Group
-from bigdssm.losses.declarations import FPS, ListDistillation
+from bigdssm.losses.declarations import FPS, ListDistillation, PairLoss
 from bigdssm.losses.ids import occurrences
 from bigdssm.losses.inputs import (
     GlobalSizes,
@@ -41,7 +41,14 @@ from bigdssm.losses.inputs import (
     raise_on_all_ranks,
     require,
 )
-from bigdssm.losses.kernels import GradientSums, ScorePasses, gather_columns, product_precision, triton_passes
+from bigdssm.losses.kernels import (
+    GradientSums,
+    ScorePasses,
+    gather_columns,
+    product_precision,
+    triton_passes,
+    value_and_derivative,
+)
 from bigdssm.losses.masks import (
     KnownPositives,
     Mask,
@@ -51,7 +58,7 @@ from bigdssm.losses.masks import (
     gather_pairs,
     local_pairs,
 )
-from bigdssm.losses.terms import Scores, Term, attach
+from bigdssm.losses.terms import Scores, attach
 
 Direction = Literal["q2d", "d2q", "both"]
 SharedColumns = Literal["all", "in_batch", "none"]
@@ -134,14 +141,13 @@ def contrastive_loss(
     """
     # Validate this rank's input; exchange the sizes and value ranges of all ranks.
     try:
-        term = build_term(loss)
-        direction = loss.direction if isinstance(loss, LossConfig) else "q2d"
+        named = describe_loss(loss)
         x = check_inputs(batch)
-        _check_choice(term, x, columns, direction, tile)
+        direction = _check_choice(loss, named, x, columns, tile)
         x, shared_x, shared_index = _shared_columns(x, columns, group)
     except LossInputError as error:
         raise_on_all_ranks(error, getattr(batch.U, "device", torch.device("cpu")), group)
-    description = f"{term} over {_SHARED[columns]}, {direction}"
+    description = f"{named} over {_SHARED[columns]}, {direction}"
     if triton_passes.available(shared_x):
         description += ", by Triton kernels"
     sizes = global_sizes(x, shared_x, description, group)
@@ -181,10 +187,10 @@ def contrastive_loss(
         if x.score_bias is not None:
             positive_m = positive_m + x.score_bias.detach()[:, 0]
 
-        # The term computes the scores S of the columns, a tile at a time (`ScorePasses`, `ScoreMatrix.scores`), without
-        # the masked ones (`BlockMask.drop`). It returns the values of the loss per query; with G = dL/dS, the sums G W,
-        # Gᵀ U and Σ G over the columns; and G of the positives and the candidates.
-        result = term.on_vectors(
+        # The loss computes the scores S of the columns, a tile at a time (`ScorePasses`, `ScoreMatrix.scores`), without
+        # the masked ones (`BlockMask.drop`). It returns its values per query; with G = dL/dS, the sums G W, Gᵀ U and
+        # Σ G over the columns; and G of the positives and the candidates.
+        result = loss.value_and_gradients(
             Scores(x.weight, positive_m, candidates.scores(), candidates.used_mk, passes, direction, x.teacher)
         )
 
@@ -220,42 +226,55 @@ def contrastive_loss(
         return LossOutput(attach(mean, inputs, parts), stats)
 
 
-def build_term(loss: object) -> Term:
-    """Build the term of a loss. Raises: LossInputError: not a loss."""
+def describe_loss(loss: object) -> str:
+    """Return the loss with the keys that affect its value, for messages and the comparison of ranks.
+
+    Raises: LossInputError: not a loss, or a pairwise loss that is not 0 where a negative is masked.
+    """
     require(
         isinstance(loss, LossConfig | ListDistillation),
         f"the loss must be one of {', '.join(LOSSES.names())}, got {loss!r}",
     )
-    return cast(LossConfig | ListDistillation, loss).build()
+    loss = cast(LossConfig | ListDistillation, loss)
+    common = {"direction", *(f.name for f in fields(LossConfig))}
+    keys = ", ".join(f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if f.name not in common)
+    named = f"{loss.name}({keys})" if keys else loss.name
+    if isinstance(loss, PairLoss):
+        masked = [float(x) for x in value_and_derivative(loss.value, torch.tensor([-torch.inf]))]
+        require(masked == [0, 0], f"{named}: value and derivative must be 0 at x = -inf (no negative), got {masked}")
+    return named
 
 
-def _check_choice(term: Term, x: LossInputs, columns: str, direction: str, tile: int | None) -> None:
-    require(not term.uses_teacher or columns == "none", f"{term} compares only candidates: it needs columns='none'")
+def _check_choice(
+    loss: LossConfig | ListDistillation, named: str, x: LossInputs, columns: str, tile: int | None
+) -> str:
+    """Validate the combination of arguments, and return the loss's direction."""
+    is_distillation = isinstance(loss, ListDistillation)
+    require(not is_distillation or columns == "none", f"{named} compares only candidates: it needs columns='none'")
     require(columns in _SHARED, f"columns must be one of {', '.join(_SHARED)}, got {columns!r}")
-    m, negatives = len(x.U), x.negatives
-    allowed = term.directions if columns == "all" and negatives is None else ("q2d",)
+    m, negatives, direction = len(x.U), x.negatives, getattr(loss, "direction", "q2d")
+    allowed = getattr(loss, "directions", ()) if columns == "all" and negatives is None else ("q2d",)
     require(direction in allowed, f"direction must be one of {', '.join(allowed)}, got {direction!r}")
     require(tile is None or tile >= 1, f"tile must be at least 1, got {tile}")
-    require(negatives is not None or columns != "none", f"{term} needs negatives, in_batch=True, or both")
+    require(negatives is not None or columns != "none", f"{named} needs negatives, in_batch=True, or both")
     if negatives is not None:
         kind = getattr(negatives, "dtype", type(negatives).__name__)
         require(kind == torch.int64, f"negatives must be int64, got {kind}")
         require(negatives.ndim == 2 and len(negatives) == m, f"negatives must be [{m}, k], got {list(negatives.shape)}")
     width = 0 if negatives is None else negatives.shape[1]
-    check_teacher(term, x.teacher, m, width)
+    check_teacher(loss, named, x.teacher, m, width)
     if (bias := x.score_bias) is not None:
         require(columns == "none", f"score_bias is of candidates: it needs columns='none', got {columns!r}")
         is_valid = bias.is_floating_point() and list(bias.shape) == [m, 1 + width]
         got = f"{bias.dtype} {list(bias.shape)}"
         require(is_valid, f"score_bias must be floating point [{m}, {1 + width}], got {got}")
+    return str(direction)
 
 
-def check_teacher(term: Term, teacher: Tensor | None, rows: int, width: int) -> None:
-    """Raise LossInputError unless valid teacher scores [rows, 1 + width] are passed iff the term uses them."""
-    require(
-        term.uses_teacher == (teacher is not None),
-        f"{term} {'needs' if term.uses_teacher else 'takes no'} scores of a teacher",
-    )
+def check_teacher(loss: object, named: str, teacher: Tensor | None, rows: int, width: int) -> None:
+    """Raise LossInputError unless valid teacher scores [rows, 1 + width] are passed iff the loss uses them."""
+    is_used = isinstance(loss, ListDistillation)
+    require(is_used == (teacher is not None), f"{named} {'needs' if is_used else 'takes no'} scores of a teacher")
     if teacher is not None:
         is_valid = teacher.is_floating_point() and list(teacher.shape) == [rows, 1 + width]
         got = f"{teacher.dtype} {list(teacher.shape)}"
@@ -391,11 +410,9 @@ def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"])
     good = relevance.isfinite() & (relevance >= 0)
     if relevance.device.type == "cpu" and not bool(good.all()):  # on a GPU this check would synchronize
         raise LossInputError("relevance holds NaN, infinite or negative values")
-    if kind == "indicator":
-        return (relevance > 0).to(relevance.dtype if relevance.is_floating_point() else torch.float32)
-    if kind == "relevance":
-        return relevance.float() if not relevance.is_floating_point() else relevance
-    raise LossInputError(f"weight must be indicator or relevance, got {kind!r}")
+    require(kind in ("indicator", "relevance"), f"weight must be indicator or relevance, got {kind!r}")
+    weight = relevance > 0 if kind == "indicator" else relevance
+    return weight.to(relevance.dtype if relevance.is_floating_point() else torch.float32)
 
 
 def norm_penalty(vectors: Tensor, counts: Tensor | None = None, group: Group | None = None) -> Tensor:
@@ -407,12 +424,8 @@ def norm_penalty(vectors: Tensor, counts: Tensor | None = None, group: Group | N
     """
     squares = vectors.float().pow(2).sum(1) if vectors.dtype == torch.bfloat16 else vectors.pow(2).sum(1)
     weight = torch.ones_like(squares) if counts is None else counts.to(squares.dtype)
-    return global_mean((squares * weight).sum(), weight.sum(), group)
-
-
-def global_mean(local_sum: Tensor, local_weight: Tensor, group: Group | None) -> Tensor:
-    """Return Σ local_sum / Σ local_weight over all ranks, with gradients world_size times this rank's share."""
-    sums = torch.stack([local_sum.detach().double(), local_weight.detach().double()])
+    local_sum = (squares * weight).sum()
+    sums = torch.stack([local_sum.detach().double(), weight.sum().double()])
     distributed.all_reduce(sums, "sum", group)
     factor = torch.where(sums[1] > 0, distributed.world_size(group) / sums[1], 0.0)
     share = local_sum * factor.to(local_sum.dtype)

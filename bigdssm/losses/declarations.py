@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bigdssm.config import Config, DataConfig, StageConfig
+    from bigdssm.losses.terms import Scores, TermResult
 
 register_loss = LOSSES.register
 Class = TypeVar("Class", bound=type)
@@ -69,12 +70,13 @@ class SoftmaxLoss(LossConfig):
     """The cross-entropy of the positive among its negatives."""
 
     softmax: ClassVar[bool] = True
+    directions: ClassVar[tuple[str, ...]] = ("q2d", "d2q", "both")
 
-    def build(self) -> Any:
-        """Build the term, a function of scores."""
-        from bigdssm.losses.terms import SoftmaxTerm
+    def value_and_gradients(self, scores: Scores) -> TermResult:
+        """Return the values of the loss and their gradients by the scores; a collective."""
+        from bigdssm.losses.terms import softmax_term
 
-        return SoftmaxTerm(self)
+        return softmax_term(scores)
 
 
 @register_loss
@@ -109,11 +111,11 @@ class PairLoss(LossConfig):
         if cls.all_columns:
             raise TypeError(f"{cls.__name__}: a PairLoss cannot use all columns; derive it from LossConfig")
 
-    def build(self) -> Any:
-        """Build the term, a function of scores."""
-        from bigdssm.losses.terms import PairTerm
+    def value_and_gradients(self, scores: Scores) -> TermResult:
+        """Return the values of the loss and their gradients by the scores; a collective."""
+        from bigdssm.losses.terms import pair_term
 
-        return PairTerm(self, self.value)
+        return pair_term(scores, self.value, self.relative)
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
@@ -226,11 +228,11 @@ class ListDistillation(DistillationConfig):
         Column 0, the positive, is always valid. Differentiable by autograd, with derivatives 0 where not `valid_ml`.
         """
 
-    def build(self) -> Any:
-        """Build the term, a function of scores."""
-        from bigdssm.losses.terms import DistillationTerm
+    def value_and_gradients(self, scores: Scores) -> TermResult:
+        """Return the values of the loss and their gradients by the scores."""
+        from bigdssm.losses.terms import distillation_term
 
-        return DistillationTerm(self, self.value)
+        return distillation_term(scores, self.value, self.temperature)
 
     def check_in_stage(self, name: StageName, config: Config) -> None:
         """Raise ConfigError unless hard negatives are read from a file with teacher scores."""

@@ -23,15 +23,6 @@ class BatchTeacher:
     documents: Tensor  # [n, E]
     temperature: float = 1.0  # divides the scores
 
-    def check(self, U: Tensor, W: Tensor) -> None:
-        """Raise LossInputError unless the shapes match these queries and columns."""
-        for name, vectors, rows in (("queries", self.queries, U), ("documents", self.documents, W)):
-            is_valid = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(rows)
-            require(
-                is_valid, f"the teacher's {name} must be floating point [{len(rows)}, E], got {list(vectors.shape)}"
-            )
-        require(self.queries.shape[1] == self.documents.shape[1], "the teacher's two sides must be of one width")
-
 
 def batch_kl(
     U: Tensor, W: Tensor, teacher: BatchTeacher, *, alpha: Tensor, beta: Tensor | None = None,
@@ -46,7 +37,12 @@ def batch_kl(
     """
     error, acc = None, torch.float64 if U.dtype == torch.float64 else torch.float32
     try:
-        teacher.check(U, W)
+        for name, vectors, rows in (("queries", teacher.queries, U), ("documents", teacher.documents, W)):
+            is_valid = vectors.is_floating_point() and vectors.dim() == 2 and len(vectors) == len(rows)
+            shape = list(vectors.shape)
+            require(is_valid, f"the teacher's {name} must be floating point [{len(rows)}, E], got {shape}")
+        is_valid = teacher.queries.shape[1] == teacher.documents.shape[1]
+        require(is_valid, "the teacher's two sides must be of one width")
         finite = torch.stack([x.isfinite().all() for x in (U, W, teacher.queries, teacher.documents)]).all()
     except LossInputError as caught:
         error, finite = caught, torch.ones((), dtype=torch.bool, device=U.device)
@@ -65,9 +61,9 @@ def batch_kl(
     scale = alpha.detach().to(acc)
     value, grad_W, grad_bias = weight.new_zeros(()), torch.zeros_like(W_ND), torch.zeros_like(bias_N)
     grad_U, grad_alpha = torch.zeros_like(U, dtype=acc), weight.new_zeros(())
-    rows = max(1, STRIP_CELLS // max(1, len(W_ND)))
-    for first in range(0, len(U), rows):
-        strip = slice(first, first + rows)
+    height = max(1, STRIP_CELLS // max(1, len(W_ND)))
+    for first in range(0, len(U), height):
+        strip = slice(first, first + height)
         U_sD, weight_s = U[strip].detach().to(acc), weight[strip]
         product_sN = U_sD @ W_ND.T
         log_q = (scale * product_sN + (bias_N + log_N)).log_softmax(1)

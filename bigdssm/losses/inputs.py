@@ -184,14 +184,20 @@ def check_inputs(batch: LossBatch) -> LossInputs:
         positive = torch.arange(m, device=U.device)
     if weight is None:
         weight = torch.ones(m, dtype=torch.float64, device=U.device)
-    _check_rows({"positive": positive, "query_ids": batch.query_ids}, m, torch.int64)
-    _check_rows({"doc_ids": batch.doc_ids}, n, torch.int64)
-    _check_rows({"is_known": batch.is_known}, m, torch.bool)
-    _check_rows({"time": batch.time}, m, torch.float64)
-    _check_rows({"since": batch.since}, n, torch.float64)
+    for name, given, rows, dtype in (
+        ("positive", positive, m, torch.int64), ("query_ids", batch.query_ids, m, torch.int64),
+        ("doc_ids", batch.doc_ids, n, torch.int64), ("is_known", batch.is_known, m, torch.bool),
+        ("time", batch.time, m, torch.float64), ("since", batch.since, n, torch.float64),
+        ("weight", weight, m, None), ("beta", batch.beta, n, None), ("neg_bias", batch.neg_bias, n, None),
+    ):  # fmt: skip
+        if given is not None:  # dtype None: any floating dtype
+            require(isinstance(given, Tensor), f"{name} must be a tensor, got {type(given).__name__}")
+            is_valid = given.is_floating_point() if dtype is None else given.dtype == dtype
+            require(
+                is_valid, f"{name} must be {str(dtype or 'floating point').removeprefix('torch.')}, got {given.dtype}"
+            )
+            require(list(given.shape) == [rows], f"{name} must be [{rows}], got {list(given.shape)}")
     require((batch.time is None) == (batch.since is None), "time of queries and since of documents need each other")
-    _check_rows({"weight": weight}, m, None)
-    _check_rows({"beta": batch.beta, "neg_bias": batch.neg_bias}, n, None)
     require(m == 0 or n > 0, f"U has {m} queries, W no columns for their documents")
     require(not weight.requires_grad, "weight is a constant of the data: it gets no gradient")
     constant = batch.neg_bias is None or not batch.neg_bias.requires_grad
@@ -327,13 +333,3 @@ def _ends(columns: Tensor | None) -> tuple[Number, Number]:
         return 0.0, 0.0
     least, most = columns.aminmax()
     return least, most
-
-
-def _check_rows(tensors: Mapping[str, Tensor | None], rows: int, dtype: torch.dtype | None) -> None:
-    """Check that the tensors that are not None have one entry per row; dtype None accepts any floating dtype."""
-    for name, x in tensors.items():
-        if x is not None:
-            require(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}")
-            is_valid = x.is_floating_point() if dtype is None else x.dtype == dtype
-            require(is_valid, f"{name} must be {str(dtype or 'floating point').removeprefix('torch.')}, got {x.dtype}")
-            require(list(x.shape) == [rows], f"{name} must be [{rows}], got {list(x.shape)}")

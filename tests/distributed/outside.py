@@ -27,7 +27,6 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.config import (
     FrequencyCorrection,
     HistoryEncoderConfig,
-    LossConfig,
     OptimizerConfig,
     TextEncoderConfig,
     TextInputs,
@@ -40,8 +39,8 @@ from bigdssm.features.base import FITTED
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, numbers
 from bigdssm.features.conditions import And, Expression, Or
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
-from bigdssm.losses.declarations import ListDistillation
-from bigdssm.losses.terms import Scores, SoftmaxTerm, TermResult
+from bigdssm.losses.declarations import ListDistillation, SoftmaxLoss
+from bigdssm.losses.terms import Scores, TermResult
 from bigdssm.models import VectorScorer
 from bigdssm.models.blocks import AttentionContext, attend, split_heads
 from bigdssm.models.declarations import VectorScorerConfig, register_block, register_scorer, register_text_encoder
@@ -190,25 +189,16 @@ class Cubed(PairLoss):
 
 @register_loss
 @dataclass(frozen=True)
-class AdditiveMargin(LossConfig):
+class AdditiveMargin(SoftmaxLoss):
     """Softmax over all columns, with an additive margin on the positive (AM-Softmax, Wang et al. 2018)."""
 
     all_columns: ClassVar[bool] = True
-    softmax: ClassVar[bool] = True  # the logQ correction applies by default
 
     name: str = "additive_margin"
     margin: float = bounded(0.1, 0)
 
-    def build(self) -> Any:
-        return AdditiveMarginTerm(self)
-
-
-class AdditiveMarginTerm(SoftmaxTerm):
-    def on_vectors(self, scores: Scores) -> TermResult:
-        return super().on_vectors(replace(scores, positive_m=scores.positive_m - self.loss.margin))
-
-    def on_scores(self, positive_m: Tensor, negative_mk: Tensor, used_mk: Tensor, teacher_ml: Any) -> Tensor:
-        return super().on_scores(positive_m - self.loss.margin, negative_mk, used_mk, teacher_ml)
+    def value_and_gradients(self, scores: Scores) -> TermResult:
+        return super().value_and_gradients(replace(scores, positive_m=scores.positive_m - self.margin))
 
 
 @register_distillation

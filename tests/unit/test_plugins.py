@@ -76,7 +76,7 @@ class NoShares(FrequencyCorrection):
         (register_loss, Unrelated, "Unrelated: a loss is a frozen dataclass, a subclass of LossConfig, with a name"),
         (register_optimizer, NoValue, "NoValue: an optimizer is .* a subclass of OptimizerConfig"),
         (register_loss, NoValue, r"NoValue lacks the method value of a loss \(PairLoss\)"),
-        (register_loss, NoTerm, r"NoTerm lacks the method build of a loss \(LossConfig\)"),
+        (register_loss, NoTerm, r"NoTerm lacks the method value_and_gradients of a loss \(LossConfig\)"),
         (register_sampling, NoShares, "NoShares lacks the method shares"),
     ],
 )

@@ -8,6 +8,7 @@ Shape legend: m queries and n columns of this rank, N columns of all ranks, D ve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +24,6 @@ from bigdssm.losses.kernels.torch_passes import (
     Coefficients,
     GradientSums,
     PairSums,
-    PairValues,
     RowSums,
     ScoreMatrix,
     column_pass,
@@ -31,6 +31,7 @@ from bigdssm.losses.kernels.torch_passes import (
     pairwise_pass,
     product_precision,
     softmax_rows,
+    value_and_derivative,
 )
 from bigdssm.losses.masks import Mask, mask_bytes
 
@@ -45,6 +46,7 @@ __all__ = [
     "loss_bytes",
     "loss_sent_bytes",
     "product_precision",
+    "value_and_derivative",
     "vector_bytes",
 ]
 
@@ -94,13 +96,12 @@ class ScorePasses:
         return rows, sums
 
     def pairs(
-        self, pair_values: PairValues, positive_m: Tensor, scale_m: Tensor
+        self, value: Callable[[Tensor], Tensor], relative: bool, positive_m: Tensor, scale_m: Tensor
     ) -> tuple[PairSums, GradientSums | None]:
         """Return the sums of a pairwise loss over the columns, and the sums over G = scale · derivative."""
-        matrix, counts_N, sums = (
-            self._matrix(self.columns.beta, self.columns.neg_bias), self.columns.negative_counts(), self._new_sums()
-        )  # fmt: skip
-        return pairwise_pass(matrix, pair_values, positive_m, scale_m, counts_N, sums), sums
+        columns, sums = self.columns, self._new_sums()
+        matrix, counts_N = self._matrix(columns.beta, columns.neg_bias), columns.negative_counts()
+        return pairwise_pass(matrix, value, relative, positive_m, scale_m, counts_N, sums), sums
 
     def log_sums(self, with_rows: bool) -> LogSums:
         """Return the column log-sum-exps and, if `with_rows`, the row log-sum-exps; a collective."""

@@ -48,12 +48,10 @@ class BlockMask:
         if isinstance(mask, MaskTimes):
             known = BlockMask.of(mask.known, columns, start, stop, total)
             return replace(known, time_r=mask.time_m[start:stop], since_N=mask.since_N)
-        if isinstance(mask, MaskMatrix):
+        if isinstance(mask, MaskMatrix) or total > max(4096, int((stop - start) * columns.total * _DENSE_FROM)):
             return BlockMask(dense=mask.rows(start, stop))
         if total == 0:
             return BlockMask()
-        if total > max(4096, int((stop - start) * columns.total * _DENSE_FROM)):
-            return BlockMask(dense=mask.rows(start, stop))
         rows, masked = mask.entries(start, stop, total)
         if len(columns.tiles) == 1:
             return BlockMask(rows=rows, columns=masked, bounds={0: (0, total)})
@@ -243,10 +241,9 @@ def softmax_rows(
     bits = matrix.in_bits()
     for block in matrix.blocks(height):
         rows = block.rows
-        log_sum_r, result.largest[rows] = _softmax_of_block(
+        result.log_sum[rows], result.largest[rows] = _softmax_of_block(
             bits, block, buffer, positive_m[rows], weight_m[rows], extra_log_sum_m[rows], sums
         )
-        result.log_sum[rows] = log_sum_r
     return result
 
 
@@ -361,11 +358,10 @@ def _logarithmic_sums(matrix: ScoreMatrix, neg_bias_N: Tensor | None, group: Gro
     for block in matrix.blocks(height):
         rows = block.rows
         for tile, _, S_rc in matrix.tiles(block, buffer):
-            cols = tile
             block.mask.drop(S_rc, tile)
-            log_N[cols] = torch.logaddexp(log_N[cols], torch.logsumexp(S_rc, 0).double())
+            log_N[tile] = torch.logaddexp(log_N[tile], torch.logsumexp(S_rc, 0).double())
             if neg_bias_N is not None:
-                S_rc += neg_bias_N[cols]
+                S_rc += neg_bias_N[tile]
             log_m[rows] = torch.logaddexp(log_m[rows], torch.logsumexp(S_rc, 1).double())
             rows_sums.largest[rows] = torch.maximum(rows_sums.largest[rows], S_rc.amax(1).double())
     return rows_sums, log_sum_over_ranks(log_N, group)
@@ -438,8 +434,15 @@ def gradient_pass(matrix: ScoreMatrix, shift: float | None, c: Coefficients, sum
             sums.add(block, tile, S_rc, W_cD, beta_c)
 
 
-# (scores of negatives, score of the positive, broadcast) → values and derivatives; may overwrite the scores
-PairValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+def value_and_derivative(value: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return value(x), elementwise or summed over rows, and its derivatives by x, from autograd."""
+    if torch.is_inference_mode_enabled():  # autograd is off, and no gradient is required
+        return value(x), torch.zeros_like(x)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = value(leaf)
+    (derivative,) = torch.autograd.grad(result, leaf, result.new_ones(()).expand_as(result))
+    return result.detach(), derivative
 
 
 @dataclass
@@ -458,14 +461,13 @@ class PairSums:
 
 
 def pairwise_pass(
-    matrix: ScoreMatrix,
-    pair_values: PairValues,
-    positive_m: Tensor,
-    scale_m: Tensor,
-    counts_N: Tensor,
-    sums: GradientSums | None,
-) -> PairSums:
-    """Return the sums over the unmasked columns; add scale · count · derivative, as G, to `sums`."""
+    matrix: ScoreMatrix, value: Callable[[Tensor], Tensor], relative: bool, positive_m: Tensor, scale_m: Tensor,
+    counts_N: Tensor, sums: GradientSums | None,
+) -> PairSums:  # fmt: skip
+    """Return the sums over the unmasked columns; add scale · count · derivative, as G, to `sums`.
+
+    value: the loss of a score, minus that of the positive if `relative`.
+    """
     result, dtype = PairSums.zero(positive_m), matrix.acc
     # a tile has scores, values and derivatives
     cell_bytes = matrix.cell_bytes + 2 * dtype.itemsize
@@ -477,7 +479,9 @@ def pairwise_pass(
         for tile, W_cD, S_rc in matrix.tiles(block, buffer):
             block.mask.drop(S_rc, tile)
             torch.maximum(result.largest[rows], S_rc.amax(1).double(), out=result.largest[rows])
-            value_rc, slope_rc = pair_values(S_rc, positive_m1[rows])
+            if relative:
+                S_rc -= positive_m1[rows]
+            value_rc, slope_rc = value_and_derivative(value, S_rc)
             counts_c = counts_N[tile]
             result.value[rows] += torch.mv(value_rc, counts_c)
             G_rc = torch.mul(slope_rc, counts_c, out=S_rc)

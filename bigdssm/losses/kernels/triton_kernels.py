@@ -193,17 +193,16 @@ def gradient_kernel(
 
 
 @triton.jit(do_not_specialize=("m", "N", "column_tiles"))
-def pack_kernel(matrix_ptr, row_query_ptr, bits_ptr, m, N, column_tiles):
-    """Pack a byte matrix [queries, N] into bits per row, given the query of each row."""
+def pack_kernel(matrix_ptr, bits_ptr, m, N, column_tiles):
+    """Pack a byte matrix [m, N] into bits per row."""
     row_tile, column_tile = tl.program_id(0), tl.program_id(1)
     within = tl.arange(0, 128)
     rows = row_tile * 128 + within
-    query = tl.load(row_query_ptr + rows, mask=rows < m, other=0)
     bits_ptr += (row_tile * column_tiles + column_tile).to(tl.int64) * 256
     for half in range(2):
         bit = tl.arange(0, 64)
         columns = column_tile * 128 + half * 64 + bit
         inside = (rows[:, None] < m) & (columns[None, :] < N)
-        entries = tl.load(matrix_ptr + query[:, None] * N + columns[None, :], mask=inside, other=0)
+        entries = tl.load(matrix_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], mask=inside, other=0)
         words = tl.sum(entries.to(tl.int64) << bit[None, :].to(tl.int64), 1)
         tl.store(bits_ptr + half * 128 + within, words)

@@ -15,7 +15,7 @@ from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputs
 from bigdssm.losses.kernels.columns import Columns
 from bigdssm.losses.kernels.torch_passes import Coefficients, GradientSums, RowSums, log_sum_over_ranks
-from bigdssm.losses.masks import MASK_TILE, Mask, MaskMatrix, MaskTimes
+from bigdssm.losses.masks import MASK_TILE, Mask, MaskPairs
 
 LARGEST_D = 256  # the largest vector size whose sums fit into a program's registers
 SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 KB on a B200); both have 227 KB
@@ -24,7 +24,7 @@ _LN_2 = math.log(2)
 _MOST_SPLITS = 16
 _WRITING_TILES = 6  # cost of writing and adding up the sums of a program, in tiles
 _PAIRS_AT_ONCE = 1 << 23
-_CELLS_AT_ONCE = 1 << 28  # bytes of a matrix of times
+_CELLS_AT_ONCE = 1 << 28  # bytes of the rows that are packed at once
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,6 @@ class Blocks:
     inner: int
     warps: int
     stages: int
-
-    @property
-    def programs(self) -> int:
-        """Number of programs that a multiprocessor runs concurrently."""
-        return 8 // self.warps
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the compiler."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
@@ -59,18 +49,13 @@ def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
 def available(x: LossInputs) -> bool:
     """Return whether the kernels apply: CUDA, bfloat16 or float32, D ≤ LARGEST_D, enough shared memory."""
     is_supported = x.U.is_cuda and x.U.dtype in (torch.bfloat16, torch.float32) and x.U.shape[1] <= LARGEST_D
-    return is_supported and _installed() and _shared_bytes(x.U.device) >= SHARED_BYTES
+    return is_supported and _can_run(x.U.device)
 
 
 @cache
-def _installed() -> bool:
-    return torch.cuda.is_available() and find_spec("triton") is not None
-
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
+def _can_run(device: torch.device) -> bool:
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    return find_spec("triton") is not None and properties.shared_memory_per_block_optin >= SHARED_BYTES
 
 
 @cache
@@ -94,7 +79,8 @@ class FusedMatrix:
         """Pack the mask, and make the vectors contiguous if needed."""
         U_mD, W_ND = U_mD.detach().contiguous(), columns.W
         W_ND = W_ND if W_ND.stride(1) == 1 else W_ND.contiguous()
-        return FusedMatrix(U_mD, W_ND, columns.valid, alpha, *mask_tiles(mask, *U_mD.shape[:1], *W_ND.shape[:1]))
+        slots, bits = mask_tiles(mask, len(U_mD), len(W_ND), U_mD.device)
+        return FusedMatrix(U_mD, W_ND, columns.valid, alpha, slots, bits)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -103,9 +89,10 @@ class FusedMatrix:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Compile-time constants."""
-        D = self.U_mD.shape[1]
-        return {"ALIGNED": self._aligned, "D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length()), **self.blocks.options}
+        """Compile-time constants, and options of the compiler."""
+        D, blocks = self.U_mD.shape[1], self.blocks
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+        return {"ALIGNED": self._aligned, "D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length()), **options}
 
     @property
     def _aligned(self) -> int:
@@ -125,26 +112,19 @@ class FusedMatrix:
         return offset_N.index_copy_(0, self.valid, (bias_N[self.valid].double() * LOG2_E).float())
 
 
-def mask_tiles(mask: Mask, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+def mask_tiles(mask: Mask, num_rows: int, num_columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pack a mask into `slots` and `bits`; the host synchronizes once, to read the number of entries."""
     shape = math.ceil(num_rows / MASK_TILE), math.ceil(num_columns / MASK_TILE)
     tiles = shape[0] * shape[1]
-    if isinstance(mask, MaskMatrix):
-        bits = torch.empty((tiles, 2, MASK_TILE), dtype=torch.int64, device=mask.matrix_QN.device)
-        if tiles:
-            launch("pack_kernel", shape, mask.matrix_QN, mask.row_query, bits, num_rows, num_columns, shape[1])
-        return torch.arange(tiles, dtype=torch.int32, device=bits.device).view(shape), bits
-    if isinstance(mask, MaskTimes):
-        device = mask.time_m.device
+    if not isinstance(mask, MaskPairs):  # pack the rows of bytes of all tiles
         bits = torch.empty((tiles, 2, MASK_TILE), dtype=torch.int64, device=device)
         height = max(1, _CELLS_AT_ONCE // (MASK_TILE * max(1, num_columns)))  # row tiles
         for first in range(0, shape[0] if tiles else 0, height):
             matrix = mask.rows(first * MASK_TILE, min((first + height) * MASK_TILE, num_rows))
-            row = torch.arange(len(matrix), device=device)
             grid = math.ceil(len(matrix) / MASK_TILE), shape[1]
-            launch("pack_kernel", grid, matrix, row, bits[first * shape[1] :], len(matrix), num_columns, shape[1])
+            launch("pack_kernel", grid, matrix, bits[first * shape[1] :], len(matrix), num_columns, shape[1])
         return torch.arange(tiles, dtype=torch.int32, device=device).view(shape), bits
-    device, lengths = mask.row_lengths.device, mask.block_lengths(MASK_TILE)
+    lengths = mask.block_lengths(MASK_TILE)
     total = sum(lengths)
     slots = torch.full((tiles,), -1, dtype=torch.int32, device=device)
     bits = torch.zeros((max(1, min(total, tiles)), 2, MASK_TILE), dtype=torch.int64, device=device)
@@ -174,7 +154,8 @@ def launch(kernel: str, grid: tuple[int, int], first: Tensor, *arguments: object
 
 def split(matrix: FusedMatrix, outer: int, tiles: int) -> int:
     """Return the number of programs that share each of `outer` blocks' sums over `tiles`, to fill the device."""
-    concurrent, tiles = _multiprocessors(matrix.U_mD.device) * matrix.blocks.programs, max(1, tiles)
+    programs = 8 // matrix.blocks.warps  # per multiprocessor, at the same time
+    concurrent, tiles = _multiprocessors(matrix.U_mD.device) * programs, max(1, tiles)
 
     def cost(splits: int) -> int:
         return math.ceil(outer * splits / concurrent) * (math.ceil(tiles / splits) + _WRITING_TILES)
@@ -257,18 +238,14 @@ def _sums(
         )  # fmt: skip
     elif weighted_smD is not None:
         weighted_smD.zero_()
-    log_N = None if of_columns is None else _merge(*of_columns)
+    log_N = None
+    if of_columns is not None:  # combine the maxima (in base 2) and sums relative to them of all blocks of rows
+        largest_bN, total_bN = of_columns
+        largest_N = largest_bN.amax(0) if grid[0] else new(N).fill_(-math.inf)
+        shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
+        total_N = (largest_bN - shift_N).exp2_().mul_(total_bN).sum(0, dtype=torch.float64)
+        log_N = total_N.log_() + shift_N.double() * _LN_2
     return largest_sm.double() * _LN_2, total_sm.double(), weighted_smD, log_N
-
-
-def _merge(largest_bN: Tensor, total_bN: Tensor) -> Tensor:
-    """Combine maxima (in base 2) and sums of exp relative to them, of blocks of rows, into log-sum-exps float64 [N]."""
-    if not largest_bN.shape[0]:
-        return torch.full(largest_bN.shape[1:], -math.inf, dtype=torch.float64, device=largest_bN.device)
-    largest_N = largest_bN.amax(0)
-    shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
-    total_N = (largest_bN - shift_N).exp2_().mul_(total_bN).sum(0, dtype=torch.float64)
-    return total_N.log_() + shift_N.double() * _LN_2
 
 
 def _write_gradients(
