@@ -285,7 +285,7 @@ PAIR_CE = {"loss": PairCE(), "columns": "in_batch"}
          ["fps over all columns, q2d", "fps over all columns, both"]),
         ([PAIR_CE, {**PAIR_CE, "alpha": 3.0}], "alpha", ["2.0", "3.0"]),
         ([PAIR_CE, {**PAIR_CE, "beta": torch.zeros(2), "doc_ids": torch.arange(2)}],
-         "which of beta, neg_bias, query_ids, doc_ids, known, is_known, time, since are given",
+         "which of beta, neg_bias, query_ids, doc_ids, known, is_known, time, since, score_bias are given",
           ["none", "beta, doc_ids"]),
         ([PAIR_CE, {**PAIR_CE, "U": torch.ones(2, 3).double(), "W": torch.ones(2, 3).double()}], "the dtype",
          ["float32", "float64"]),
