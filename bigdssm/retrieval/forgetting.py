@@ -105,7 +105,7 @@ def forget_in_index(folder: Path, vectors: Path, documents: np.ndarray, dataset:
 def forget_in_collection(
     store: Store, name: str, users: Sequence[str], items: Sequence[str], *, dry_run: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """Delete items from a collection and its files; return a record of the change, and what may still have the ids.
+    """Delete items from a collection and its files; return a record, and the places that may still have the ids.
 
     A tombstone rejects their late writes. Documents that have an id of `users` or `items` as a value stay. Raises
     DataError: another process publishes to the collection.

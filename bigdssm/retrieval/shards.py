@@ -114,6 +114,7 @@ class ShardedFolder:
                 return False
             complete(self.aside / file)
             if file:
+                (self.aside / JOB_FILE).unlink()  # after a kill from here on, the job starts from the beginning
                 put_file(self.aside / file, self._folder)
                 shutil.rmtree(self.aside)
             else:

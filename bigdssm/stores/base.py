@@ -125,7 +125,7 @@ class Store(ABC):
 
     @abstractmethod
     def compact(self, collection: Collection) -> Sequence[str]:
-        """Remove the bytes of deleted documents from the files of the store; return what may still have them."""
+        """Remove the bytes of deleted documents from the files of the store; return the places that may have them."""
 
     @abstractmethod
     def drop(self, name: str) -> None:

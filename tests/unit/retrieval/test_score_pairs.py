@@ -21,12 +21,14 @@ from bigdssm.evaluation.teachers import PairTeacher, VectorTeacher, ensemble, sc
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
+from bigdssm.retrieval import shards
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.pair_scorer import PairScorer
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.texts import Texts
+from bigdssm.utils.atomic import put_file
 from tests.hard_negatives import write_hard_negatives
 from tests.unit.retrieval.conftest import SMALL, random_model
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
@@ -263,6 +265,30 @@ def test_ranks_share_the_queries_and_resume_after_a_kill(
     make(counted, 0, ["two"])
     make(counted, 1, ["two"])
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), given.queries)
+
+
+def test_a_kill_after_the_file_has_its_name(
+    negatives: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the rest of the unfinished folder is removed: the same command ends with the same file."""
+
+    def make() -> HardNegatives | None:
+        def teacher(rows: Rows, docs: np.ndarray) -> np.ndarray:
+            return np.ones(docs.shape, np.float32)
+
+        return score_pairs(tmp_path / "scored.npy", given, dataset, [teacher], ["one"], ShardWork())
+
+    def killed(aside: Path, path: Path) -> None:
+        put_file(aside, path)
+        raise KeyboardInterrupt
+
+    given = HardNegatives.open(negatives)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shards, "put_file", killed)
+        make()
+    first = (tmp_path / "scored.npy").read_bytes()
+    assert make() is not None and (tmp_path / "scored.npy").read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["scored.npy"]
 
 
 def test_non_finite_scores_are_refused(negatives: Path, dataset: Dataset, tmp_path: Path) -> None:

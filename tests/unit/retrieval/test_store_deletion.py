@@ -125,13 +125,13 @@ def test_a_forgotten_document_leaves_no_byte_in_a_folder(tmp_path: Path) -> None
     write(store, collection, SECRET, vector)
     needles = [SECRET.encode(), vector.tobytes()]
 
-    def found() -> list[Path]:
+    def files_left() -> list[Path]:
         files = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
         return [path for path, content in files.items() if any(needle in content for needle in needles)]
 
-    assert len(found()) >= 4
+    assert len(files_left()) >= 4
     record, left = forget_in_collection(store, "first", [], [SECRET])
-    assert record["found"] == 1 and found() == []
+    assert record["found"] == 1 and files_left() == []
     assert left == [f"{tmp_path}/store/first/tombstones.npy, which has a 64-bit hash of each removed key"]
 
 
@@ -172,7 +172,7 @@ def test_rows_that_a_transaction_may_still_read_are_no_success(
     assert not files_with(server, store, [b"Title key 3"])
 
 
-def test_a_user_without_rights_on_statistics_is_told_so(server: Server, tmp_path: Path) -> None:
+def test_rights_on_statistics_that_are_missing_are_reported(server: Server, tmp_path: Path) -> None:
     store = open_store(server.new_database())
     database = store.url.split("/")[3].split("?")[0]
     with psycopg.connect(store.url, autocommit=True) as connection:

@@ -182,9 +182,9 @@ def test_a_publication_continues_when_a_full_disk_has_space_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["writing", "indexing"])
+@pytest.mark.parametrize("phase", ["writing", "indexing"])
 def test_a_server_that_stops_in_the_middle_of_a_publication(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It restarts, the publication ends, and the collection equals the folder."""
     check_installed()
@@ -208,7 +208,7 @@ def test_a_server_that_stops_in_the_middle_of_a_publication(
                     written = connection.execute('SELECT count(*) FROM "bigdssm_vectors_shop"').fetchone()
                     building = connection.execute("SELECT count(*) FROM pg_stat_progress_create_index").fetchone()
                     assert written is not None and building is not None
-                    if (written[0] >= 400) if moment == "writing" else building[0]:
+                    if (written[0] >= 400) if phase == "writing" else building[0]:
                         break
         assert thread.is_alive(), "stopped in the middle"
         server.stop("immediate")
