@@ -78,13 +78,13 @@ def forget(folder: str | Path, users: Sequence[str], items: Sequence[str], chang
         dataset = Dataset.open(folder)
         if users and content.get("ids", {}).get("query") == "content":
             raise ConfigError(f"--user: {folder} identifies queries by their features, so it has no users")
-        aside = stack.enter_context(changes.new_version(folder))
+        target = stack.enter_context(changes.new_version(folder))
         changes.remove_all(folder, [UNFINISHED, f"{UNFINISHED}-spool"])  # of an interrupted append
         changes.remove_all(folder.parent, [f".{folder.name}{UNFINISHED}-spool"])
-        deletion = _Deletion(dataset, content, users, items, aside)
+        deletion = _Deletion(dataset, content, users, items, target)
         deletion.write()
         ids = [*users, *items]
-        _redact(folder / QUARANTINE_FILE, aside / QUARANTINE_FILE, ids)
+        _redact(folder / QUARANTINE_FILE, target / QUARANTINE_FILE, ids)
         outside = folder.parent / f"{folder.name}.{QUARANTINE_FILE}"
         if outside.exists():
             with changes.new_file(outside) as new:
@@ -93,12 +93,12 @@ def forget(folder: str | Path, users: Sequence[str], items: Sequence[str], chang
 
 
 class _Deletion:
-    """The new files of a dataset, in the folder `aside`."""
+    """The new files of a dataset, in the folder `target`."""
 
     def __init__(
-        self, dataset: Dataset, content: dict[str, Any], users: Sequence[str], items: Sequence[str], aside: Path
+        self, dataset: Dataset, content: dict[str, Any], users: Sequence[str], items: Sequence[str], target: Path
     ) -> None:
-        self._dataset, self._content, self._aside = dataset, content, aside
+        self._dataset, self._content, self._target = dataset, content, target
         self._schema = dataset.header.schema
         self._users, self._items = set(users), set(items)
         self._ids = {"query": list(users), "doc": list(items), "filter": list(items), "event": []}
@@ -109,7 +109,7 @@ class _Deletion:
         self._documents = np.unique(rows[rows >= 0])
         self._removed: dict[tuple[str, str], list[np.ndarray]] = {}  # codes of forgotten rows
         self._used: dict[tuple[str, str], np.ndarray] = {}  # mask of the codes of other rows
-        self._found: set[int] = set()  # query ids
+        self._removed_ids: set[int] = set()  # query ids
         self.forgotten = Forgotten(items=len(self._documents))
 
     def write(self) -> None:
@@ -117,21 +117,36 @@ class _Deletion:
         for number, partition in enumerate(self._dataset.partitions):
             self._write_partition(number, partition)
         self._write_catalogue()
-        self.forgotten.users = len(self._found)
-        self._schema.erase(self._erased_codes(), self._aside)
-        write_json(self._aside / DATASET_FILE, self._content)
+        self.forgotten.users = len(self._removed_ids)
+        self._schema.erase(self._erased_codes(), self._target)
+        write_json(self._target / DATASET_FILE, self._content)
 
     # ----- partitions
 
     def _write_partition(self, number: int, partition: Partition) -> None:
-        folder = self._aside / PARTITIONS / partition.name
+        folder = self._target / PARTITIONS / partition.name
         folder.mkdir(parents=True)
         described = json.loads(json.dumps(partition.content))
         emptied, first = [np.zeros(0, np.int64)], 0
         new = [np.zeros(0, np.int64)]
+        user = stored_features(self._schema.query)
+        event = {EVENT_PREFIX + name: feature for name, feature in stored_features(self._schema.event).items()}
         for entry, path in zip(described.get("sequences", []), partition.sequence_files, strict=True):
-            batch = _batch(path)
-            of_users, was_empty = self._write_sequences(batch, folder / entry["file"], entry)
+            batch = open_arrow(path).get_batch(0)
+            ids = batch["query_id"].to_numpy()
+            was_empty = np.diff(np.asarray(batch["items"].offsets)) == 0
+            of_users = np.isin(ids, self._query_ids) & ~was_empty
+            keys = batch["query_key"].take(pa.array(np.flatnonzero(of_users))).to_pylist()
+            of_users[of_users] = [key in self._users for key in keys]  # no hash collision
+            self._removed_ids |= set(ids[of_users].tolist())
+            self._count_codes("query", user, batch, of_users, ~of_users & ~was_empty)
+            self._count_codes("event", event, batch, of_users, ~of_users & ~was_empty, EVENT_PREFIX)
+            if of_users.any():
+                blank = {name: self._missing(feature, batch[name].type) for name, feature in user.items()}
+                blank |= {"query_key": _one(batch, "query_key", ""), "query_id": _one(batch, "query_id", FORGOTTEN_ID)}
+                blank |= {name: _one(batch, name, []) for name in batch.schema.names if name not in blank}
+                written = write_arrow(folder / entry["file"], _blanked(batch, of_users, blank))
+                entry["checksum"] = written["checksum"]
             new.append(first + np.flatnonzero(of_users))
             emptied.append(first + np.flatnonzero(of_users | was_empty))
             first += batch.num_rows
@@ -144,33 +159,12 @@ class _Deletion:
         if described != partition.content:
             write_json(folder / "partition.json", {**described, "identity": partition.identity})
 
-    def _write_sequences(
-        self, batch: pa.RecordBatch, path: Path, entry: dict[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Write a file without the sequences of users; return the masks of these, and of sequences that are empty."""
-        ids = batch["query_id"].to_numpy()
-        was_empty = np.diff(np.asarray(batch["items"].offsets)) == 0
-        of_users = np.isin(ids, self._query_ids) & ~was_empty
-        keys = batch["query_key"].take(pa.array(np.flatnonzero(of_users))).to_pylist()
-        of_users[of_users] = [key in self._users for key in keys]  # no hash collision
-        self._found |= set(ids[of_users].tolist())
-        user = stored_features(self._schema.query)
-        event = {EVENT_PREFIX + name: feature for name, feature in stored_features(self._schema.event).items()}
-        self._count_codes("query", user, batch, of_users, ~of_users & ~was_empty)
-        self._count_codes("event", event, batch, of_users, ~of_users & ~was_empty, EVENT_PREFIX)
-        if of_users.any():
-            blank = {name: self._missing(feature, batch[name].type) for name, feature in user.items()}
-            blank |= {"query_key": _one(batch, "query_key", ""), "query_id": _one(batch, "query_id", FORGOTTEN_ID)}
-            blank |= {name: _one(batch, name, []) for name in batch.schema.names if name not in blank}
-            entry["checksum"] = write_arrow(path, _blanked(batch, of_users, blank))["checksum"]
-        return of_users, was_empty
-
     def _write_split(
         self, number: int, partition: Partition, split: str, sequences: np.ndarray, entry: dict[str, Any]
     ) -> np.ndarray:
         """Write the shards of a split with rows to empty, and its index; return the numbers of all empty rows."""
         index, layout = read_index(partition, split, number), self._dataset.layout
-        query = {name: feature for name, feature in layout.query.items()}
+        query = dict(layout.query)
         rows, contents = [np.zeros(0, np.int64)], {}
         for block in range(index.num_blocks):
             if (batch := _block(index, block)) is None:  # damaged: it is skipped by readers, too
@@ -183,7 +177,7 @@ class _Deletion:
                 was_empty = batch["doc"].to_numpy() == FORGOTTEN_DOC
                 is_new = np.isin(batch["query_id"].to_numpy(), self._query_ids) & ~was_empty
                 is_empty = is_new | was_empty
-                self._found |= set(batch["query_id"].to_numpy()[is_new].tolist())
+                self._removed_ids |= set(batch["query_id"].to_numpy()[is_new].tolist())
                 values = {"query_id": FORGOTTEN_ID, "doc": FORGOTTEN_DOC, "relevance": 0}
                 blank = {name: _one(batch, name, value) for name, value in values.items()}
             rows.append(index.first_row[block] + np.flatnonzero(is_empty))
@@ -192,36 +186,34 @@ class _Deletion:
                 blank |= {name: self._missing(feature, batch[name].type) for name, feature in query.items()}
                 columns = _blanked(batch, is_new, blank)
                 contents[block] = block_content(pa.RecordBatch.from_pydict(columns, schema=batch.schema))
-        if contents:
-            entry["index_checksum"] = self._write_shards(partition, split, index, contents)
-        return np.concatenate(rows)
-
-    def _write_shards(self, partition: Partition, split: str, index: SplitIndex, contents: Mapping[int, bytes]) -> str:
-        """Write the shards with blocks of new contents, and the index; return its checksum."""
-        folder = self._aside / PARTITIONS / partition.name
+        if not contents:
+            return np.concatenate(rows)
+        # the shards with blocks of new contents, and the index
+        folder = self._target / PARTITIONS / partition.name
         arrays = {name: getattr(index, name).copy() for name in INDEX_COLUMNS}
         for shard in np.unique(index.shard[list(contents)]).tolist():
             blocks = np.flatnonzero(index.shard == shard).tolist()
-            old = ((block, _bytes_of(index, block)) for block in blocks)
-            offsets = write_tar(
+            stored = ((block, _bytes_of(index, block)) for block in blocks)
+            arrays["offset"][blocks] = write_tar(
                 folder / index.shards[shard].name,
-                ((int(index.block[block]), contents.get(block, content)) for block, content in old),
+                ((int(index.block[block]), contents.get(block, content)) for block, content in stored),
             )
-            arrays["offset"][blocks] = offsets
         for block, content in contents.items():
             arrays["size"][block], arrays["checksum"][block] = len(content), xxhash.xxh3_64_intdigest(content)
-        return write_index(folder, split, [shard.name for shard in index.shards], index.shard, arrays)
+        names = [shard.name for shard in index.shards]
+        entry["index_checksum"] = write_index(folder, split, names, index.shard, arrays)
+        return np.concatenate(rows)
 
     # ----- catalogue
 
     def _write_catalogue(self) -> None:
-        folder, features = self._aside / CATALOGUE, self._schema.documents
+        folder, features = self._target / CATALOGUE, self._schema.documents
         folder.mkdir()
         files = catalogue_files(self._dataset.dir, self._content)
         entries = [*self._content["catalogue"], *self._content.get("versions", [])]
         first, documents = 0, [self._documents]
         for file, entry in zip(files, entries, strict=True):
-            batch = _batch(file.path)
+            batch = open_arrow(file.path).get_batch(0)
             numbers = first + np.arange(batch.num_rows) if file.since is None else batch[DOCUMENT_COLUMN].to_numpy()
             first += batch.num_rows * (file.since is None)
             was_empty = pc.equal(batch["doc_key"], "").to_numpy(zero_copy_only=False)
@@ -234,8 +226,9 @@ class _Deletion:
                 blank |= {name: _one(batch, name, "") for name in ("doc_key", "doc_title")}
                 columns = _blanked(batch, is_new, {**blank, "content": _one(batch, "content", 0)})
                 # ids stay distinct: equal ids would be one document
-                ids = np.where(is_new, forgotten_ids(numbers), batch["doc_id"].to_numpy())
-                written = write_arrow(self._aside / entry["file"], {**columns, "doc_id": pa.array(ids)})
+                forgotten_ids = mix(numbers, "forgotten", 0).view(np.int64)  # unrelated to the keys
+                ids = np.where(is_new, forgotten_ids, batch["doc_id"].to_numpy())
+                written = write_arrow(self._target / entry["file"], {**columns, "doc_id": pa.array(ids)})
                 entry["checksum"] = written["checksum"]
         self.forgotten.documents = np.unique(np.concatenate(documents))
         if not len(self._documents):
@@ -274,8 +267,8 @@ class _Deletion:
         codes = {}
         for side, features in self._schema.sides.items():
             for name, feature in categorical_of(features).items():
-                known = np.unique(feature.codes(pa.array(self._ids[side], pa.large_string()))).astype(np.int64)
-                codes[side, name] = known[known >= FIRST_CODE]
+                of_ids = np.unique(feature.codes(pa.array(self._ids[side], pa.large_string()))).astype(np.int64)
+                codes[side, name] = of_ids[of_ids >= FIRST_CODE]
         return codes
 
     def _erased_codes(self) -> dict[tuple[str, str], np.ndarray]:
@@ -306,15 +299,6 @@ class _Deletion:
         if isinstance(feature, Text) and stored == feature.raw_type:
             return feature.encode_raw(value)
         return feature.encode(value, self._dataset.tokenizer, large=True).cast(stored)
-
-
-def forgotten_ids(numbers: np.ndarray) -> np.ndarray:
-    """Return the ids of forgotten documents by number, int64: distinct, and unrelated to their keys."""
-    return mix(numbers, "forgotten", 0).view(np.int64)
-
-
-def _batch(path: Path) -> pa.RecordBatch:
-    return open_arrow(path).get_batch(0)
 
 
 def _bytes_of(index: SplitIndex, block: int) -> bytes:
@@ -360,10 +344,10 @@ def _redact(path: Path, target: Path, ids: Sequence[str]) -> None:
     """Write bad rows, without the reasons that name an id; long values are cut off in them."""
     if not path.exists():
         return
-    spelled = {text for key in ids for text in (key, repr(key)[1:-1])}
-    whole = [rf"(?<!\w){re.escape(text)}(?!\w)" for text in spelled if len(text) <= QUOTED_CHARACTERS]
-    begun = [re.escape(text[:QUOTED_CHARACTERS]) for text in spelled if len(text) > QUOTED_CHARACTERS]
-    names_id = re.compile("|".join([*whole, *begun]) or r"(?!)")
+    texts = {text for key in ids for text in (key, repr(key)[1:-1])}
+    complete = [rf"(?<!\w){re.escape(text)}(?!\w)" for text in texts if len(text) <= QUOTED_CHARACTERS]
+    cut_off = [re.escape(text[:QUOTED_CHARACTERS]) for text in texts if len(text) > QUOTED_CHARACTERS]
+    names_id = re.compile("|".join([*complete, *cut_off]) or r"(?!)")
     with path.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as file:
         for line in lines:
             record = json.loads(line)
