@@ -153,8 +153,8 @@ def test_an_open_file_is_left_to_its_writer(searcher: Searcher, tmp_path: Path) 
 
 def test_forgotten_users_and_items_are_in_no_file(searcher: Searcher, tmp_path: Path) -> None:
     bodies: list[dict[str, Any]] = [
-        {"user": "u7"}, {"user": "u8", "exclude": ["i3", "i4"], "top": 40},
-        {"user": "u9", "events": [{"item": "i3", "time": 1e9}, {"item": "i30", "time": 1e9}], "top": 40},
+        {"user": "u7"}, {"user": "u8", "exclude_seen": False, "exclude": ["i4"], "top": 40},
+        {"user": "u9", "events": [{"item": "i3", "time": 1e9}, {"item": "i30", "time": 1e9}], "exclude": ["i3", "i5"]},
     ]  # fmt: skip
     answers = logged(searcher, tmp_path, bodies)
     [path] = tmp_path.iterdir()
@@ -168,6 +168,7 @@ def test_forgotten_users_and_items_are_in_no_file(searcher: Searcher, tmp_path: 
     text = json.dumps(rows)
     assert '"i3"' not in text and '\\"i3\\"' not in text and "u7" not in text and "i30" in text
     keys = [document["key"] for document in answers[1]["documents"]]
+    assert "i3" in keys
     assert rows[0]["document"] == [None if key == "i3" else key for key in keys], "positions stay"
     for row in rows:
         parse_request(json.loads(row["body"]))
