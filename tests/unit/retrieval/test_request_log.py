@@ -61,7 +61,7 @@ def lost(counter: Counter) -> float:
     return float(counter.labels("lost")._value.get())
 
 
-def test_a_row_has_what_was_asked_and_served(searcher: Searcher, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_row_has_the_request_and_the_answer(searcher: Searcher, dataset: Dataset, tmp_path: Path) -> None:
     first = {"user": "u7", "top": 4, "exclude": ["i3"], "events": [{"item": "i5", "time": 1e9}]}
     answers = logged(searcher, tmp_path / "log", [first, {"user": "u8"}, first])
     rows = {row["request"]: row for row in rows_of(tmp_path / "log")}
