@@ -193,8 +193,8 @@ def test_negatives_that_the_teacher_scores_above_the_positive_are_not_drawn(tiny
     def drawn(teacher_margin: float | None) -> tuple[set[int], np.ndarray]:
         negatives = NegativesConfig(hard=5, mining=MiningConfig(teacher_margin=teacher_margin))
         stage = StageConfig(loss=Softmax(), negatives=negatives, distillation=ListwiseKL())
-        drawn, scores = BatchBuilder(stream, stage, 0, mined).negatives(rows)
-        assert scores is not None and (scores[:, 0] == 1).all()
+        drawn, scores, positions = BatchBuilder(stream, stage, 0, mined).negatives(rows)
+        assert positions is None and scores is not None and (scores[:, 0] == 1).all()
         np.testing.assert_array_equal(scores[:, 1:], np.where(drawn < 0, np.nan, teacher[0, 1:][drawn]))
         return set(drawn[drawn >= 0].tolist()), scores
 

@@ -519,7 +519,7 @@ def test_onnx_holds_towers_of_all_features(
     ("arguments", "error"),
     [
         (["onnx", "int9=false"], "unknown key int9: onnx has int8; did you mean int8?"),
-        (["onnx", "int8=some"], "int8: Value 'some' is not a valid bool"),
+        (["onnx", "int8=some"], "int8: got 'some', needs true or false"),
         (["hf", "int8=false"], "unknown key int8: hf has no keys"),
         (
             ["tf"],

@@ -112,7 +112,7 @@ def test_the_file_contains_all_rows_or_the_requested_ones(model: DualEncoder, da
         with pytest.raises(DataError, match=f"mined.npy has no negatives for row {others[-1]} "):
             mined.windows(keys[others])
     np.save(path, windows)
-    with pytest.raises(DataError, match="needs records of query and window"):
+    with pytest.raises(DataError, match="needs records of query, window and"):
         HardNegatives.open(path)
 
 
@@ -132,7 +132,7 @@ def test_the_file_may_contain_teacher_scores(dataset: Dataset, tmp_path: Path) -
     narrow = np.dtype([("query", np.int64), ("window", np.int32, (2,)), ("teacher", np.float32, (2,))], align=True)
     for wrong in (narrow, np.dtype([("query", np.int64), ("window", np.int32)])):
         np.save(path, np.zeros(3, wrong))
-        with pytest.raises(DataError, match="needs records of query and window, or of query, window and teacher"):
+        with pytest.raises(DataError, match="needs records of query, window and"):
             HardNegatives.open(path)
 
 
