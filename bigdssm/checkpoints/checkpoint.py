@@ -28,11 +28,11 @@ from bigdssm.utils.safetensors_header import DTYPES
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-TABLES = "tables-"  # prefix of the names of row files
+TABLES = "tables-"  # file name prefix of row files
 CHECKPOINTS = "checkpoints"  # subfolder of a stage's folder
 LATEST = "latest"
-COMMON = "common/"  # name prefix of tensors other than weights that are equal on every rank
-TRAINED_CODES = "trained."  # and of those of `Schema.trained` among them
+COMMON = "common/"  # tensor name prefix: tensors other than weights that are equal on every rank
+TRAINED_CODES = "trained."  # prefix after COMMON: the tensors of `Schema.trained`
 
 
 class UnsupportedFormatError(CheckpointError):
@@ -55,14 +55,14 @@ class Checkpoint:
         return [share for share in self.shares if share.file == tensors_file(share.owner)]
 
     def table_shares(self, rank: int) -> list[FileShare]:
-        """Return the shares with the rows of sharded tables of rank `rank`; later ones precede earlier ones."""
+        """Return the shares with the table rows of rank `rank`; later ones replace rows of earlier ones."""
         shares = [share for share in self.shares if share.owner == rank and share.file.startswith(TABLES)]
         return sorted(shares, key=lambda share: share.file)
 
     def table_files(self) -> list[list[Path]]:
-        """Return the files with the rows of sharded tables of each rank, in their order."""
-        files = [[self.path / share.file for share in self.table_shares(rank)] for rank in range(self.world_size)]
-        return [chain for chain in files if chain]
+        """Return the files of `table_shares` for each rank that has any."""
+        chains = [[self.path / share.file for share in self.table_shares(rank)] for rank in range(self.world_size)]
+        return [chain for chain in chains if chain]
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
@@ -83,15 +83,15 @@ def write_manifest(
     shares: Sequence[FileShare],
 ) -> None:  # fmt: skip
     """Write the manifest to the folder `path`."""
-    number = {name: n for n, name in enumerate(tensors)}
+    index_of = {name: index for index, name in enumerate(tensors)}
     content = {
         "format": FORMAT, "step": step, "world_size": world_size, "state": state,
-        "tensors": [[name, kind.dtype, kind.shape] for name, kind in tensors.items()],
+        "tensors": [[name, spec.dtype, spec.shape] for name, spec in tensors.items()],
         "shares": [
             {
                 "owner": share.owner, "file": share.file, "range": share.range,
                 "block": share.block, "xxh3_128": share.xxh3_128,
-                "places": [[number[item.name], item.first, item.count, item.offset] for item in share.locations],
+                "places": [[index_of[item.name], item.first, item.count, item.offset] for item in share.locations],
             }
             for share in shares
         ],
@@ -128,11 +128,14 @@ def read_manifest(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
     if path.name != checkpoint_name(checkpoint.step):
         raise CheckpointError(f"checkpoint {path} was written as {checkpoint_name(checkpoint.step)}; restore that name")
-    # the stage's state has the same step; a stream counts from the start of its segment
     progress, stream = checkpoint.state.get("progress", {}), checkpoint.state.get("stream", {})
-    first = progress.get("part_step", 0)
-    for part, recorded, before in (("progress", progress, 0), ("stream", stream, first)):
-        if "step" in recorded and (step := recorded["step"] + before) != checkpoint.step:
+    steps = {}
+    if "step" in progress:
+        steps["progress"] = progress["step"]
+    if "step" in stream:  # a stream counts from the start of its segment
+        steps["stream"] = progress.get("part_step", 0) + stream["step"]
+    for part, step in steps.items():
+        if step != checkpoint.step:
             raise CheckpointError(f"{file} is damaged: the step of its {part} is {step}, its own {checkpoint.step}")
     return checkpoint
 
@@ -198,7 +201,7 @@ class TensorReader:
     """Assembles whole tensors from the blocks that the ranks have read; calls are collectives if `collective`."""
 
     def __init__(self, read: LoadedCheckpoint) -> None:
-        self._kinds, self._collective = read.checkpoint.tensors, read.collective
+        self._specs, self._collective = read.checkpoint.tensors, read.collective
         self._blocks: dict[str, list[VerifiedRange]] = {}
         self._locations: dict[str, list[tuple[str, TensorLocation]]] = {}
         for block in read.blocks:
@@ -210,33 +213,35 @@ class TensorReader:
     def __call__(self, name: str) -> Tensor:
         """Return the tensor `name`, on the CPU. Raises CheckpointError: no such tensor."""
         shape = self.shape(name)
-        kind = self._kinds[name]
-        content = torch.zeros(-(-kind.nbytes // 4) * 4, dtype=torch.uint8)
+        spec = self._specs[name]
+        num_words = -(-spec.nbytes // 4)  # rounded up, as the sum over ranks is of int32
+        content = torch.zeros(4 * num_words, dtype=torch.uint8)
         for file, location in self._locations[name]:
             for block in self._blocks.get(file, ()):
+                # bytes [first, last) of the file are in the tensor and in the block
                 first = max(location.offset, block.first)
-                last = min(location.offset + location.count * kind.itemsize, block.first + len(block.content))
+                last = min(location.offset + location.count * spec.itemsize, block.first + len(block.content))
                 if first < last:
-                    into = location.first * kind.itemsize + first - location.offset
-                    content[into : into + last - first] = block.content[first - block.first : last - block.first]
-        if self._collective:  # one rank has each byte, the others have 0: the integer sum is exact
+                    target = location.first * spec.itemsize + first - location.offset
+                    content[target : target + last - first] = block.content[first - block.first : last - block.first]
+        if self._collective:  # a byte is set on one rank and 0 on the others: the integer sum is exact
             distributed.all_reduce(content.view(torch.int32))
-        return content[: kind.nbytes].view(DTYPES[kind.dtype]).view(shape)
+        return content[: spec.nbytes].view(DTYPES[spec.dtype]).view(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor `name`. Raises CheckpointError: no such tensor."""
-        if name not in self._kinds:
+        if name not in self._specs:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}; it was written for another model")
-        return self._kinds[name].shape
+        return self._specs[name].shape
 
     @property
     def names(self) -> list[str]:
         """The names of all tensors."""
-        return list(self._kinds)
+        return list(self._specs)
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights, without optimizer states."""
-        return {name: self(name) for name in self._kinds if "/" not in name}
+        return {name: self(name) for name in self._specs if "/" not in name}
 
 
 def verify(path: Path) -> Checkpoint:
@@ -261,10 +266,10 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
     assigned = assign_blocks(checkpoint.tensor_shares(), rank, world_size)
     blocks = tuple(_read_blocks(path, *part) for part in assigned)
     rank_state = None
-    for owner in range(rank, checkpoint.world_size, world_size):
-        for rows in checkpoint.table_shares(owner):
-            for number in range(len(rows.xxh3_128)):  # verified here, and read by the ranks that own the rows
-                _read_blocks(path, rows, number, number + 1)
+    for owner in range(rank, checkpoint.world_size, world_size):  # every file of a rank is verified by one rank
+        for table_share in checkpoint.table_shares(owner):
+            for number in range(len(table_share.xxh3_128)):  # verified only; the ranks that own the rows read them
+                _read_blocks(path, table_share, number, number + 1)
         share = next(share for share in checkpoint.shares if share.file == rank_file(owner))
         block = _read_blocks(path, share, 0, len(share.xxh3_128))
         if owner == rank and checkpoint.world_size == world_size:

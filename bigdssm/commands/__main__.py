@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: bigdssm has no command {command!r}; {meant}\n")
         return ConfigError.exit_code
     sys.argv[0] = f"bigdssm {command}"  # the name in its --help
-    if argv is None:
+    if argv is None:  # the command parses sys.argv; a launcher of ranks repeats the process's command line
         sys.argv[1:] = arguments
     return importlib.import_module(f"bigdssm.commands.{command}").main(None if argv is None else arguments)
 

@@ -116,29 +116,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
                 refuse_options(parser, args, [option], f"without --{needed}")
-        _on_collection(args)
+        _evaluate_collection(args)
     elif args.run is not None and args.qrels is not None:
         of_split = ["--model", "--data", "--split", "--baselines", "--by", "--compare", "--precision", "--rerank"]
         ignored = [*of_split, *BEIR_OPTIONS]
         refuse_options(parser, args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
-        _show(
-            args, [System(args.run.stem, run_metrics(qrels, read_run(args.run)), perf_counter() - started)], len(qrels)
-        )
+        metrics = run_metrics(qrels, read_run(args.run))
+        _print_and_save(args, [System(args.run.stem, metrics, perf_counter() - started)], len(qrels))
     elif args.model is not None:
         refuse_options(parser, args, ["--run"], "without --qrels")
         refuse_options(parser, args, ["--qrels"], "without --run")
         refuse_options(parser, args, BEIR_OPTIONS, "without --beir")
         if args.data is None:
             raise ConfigError(f"--model {args.model}: needs --data or --beir")
-        _on_split(args)
+        _evaluate_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
 
 
-def _on_split(args: argparse.Namespace) -> None:
-    name, *names = distinct_names([args.model, *args.compare])
+def _evaluate_split(args: argparse.Namespace) -> None:
+    name, *other_names = distinct_names([args.model, *args.compare])
     folder = load_model_folder(args.model)
     dataset = Dataset.open(args.data).with_rules(EventRules.of(folder.config.data))
     options = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
@@ -146,15 +145,15 @@ def _on_split(args: argparse.Namespace) -> None:
     coverage = args.by is not None
     others = baseline_systems(**options, by_day=True, coverage=coverage) if args.baselines else []
     encode_in(folder.model, args.precision)
-    model = _evaluated(name, folder, coverage=coverage, **options)
+    model = _evaluate_model(name, folder, coverage=coverage, **options)
     if args.rerank is not None:
         others.insert(0, model)
-        model = _evaluated(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **options)
-    for name, path in zip(names, args.compare, strict=True):
+        model = _evaluate_model(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **options)
+    for other_name, path in zip(other_names, args.compare, strict=True):
         if path.is_dir():
             other = load_model_folder(path)
             encode_in(other.model, args.precision)
-            others.append(_evaluated(name, other, coverage=coverage, **options))
+            others.append(_evaluate_model(other_name, other, coverage=coverage, **options))
         else:
             others.append(load_system(path, **options))
     pairs = [(model, other) for other in others]
@@ -163,40 +162,38 @@ def _on_split(args: argparse.Namespace) -> None:
     console.print(table([model, *others], f"{args.split}, {dataset.num_queries(args.split)} queries"))
     for line in differences(pairs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for drawn in slice_tables([model, *others], slices, "distinct queries" if dataset.sequences is None else "users"):
-        console.print(drawn)
-    covered = [f"{system.name} {system.coverage:.3f}" for system in (model, *others) if system.coverage is not None]
-    for line in [f"coverage of the top {TOP}: {', '.join(covered)}"] * bool(covered) + _notes(dataset):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if args.out is not None:
-        save_comparison(args.out, [model, *others], pairs, slices=slices, **options)
-
-
-def _notes(dataset: Dataset) -> list[str]:
-    """Return sentences on the candidates."""
+    unit = "distinct queries" if dataset.sequences is None else "users"
+    for slice_table in slice_tables([model, *others], slices, unit):
+        console.print(slice_table)
     notes = []
+    coverages = [f"{system.name} {system.coverage:.3f}" for system in (model, *others) if system.coverage is not None]
+    if coverages:
+        notes.append(f"coverage of the top {TOP}: {', '.join(coverages)}")
     if dataset.header.dated:
         notes.append("a query ranks the items whose first version or event is not later than its time")
     if withdrawn := len(dataset.catalogue.withdrawn):
         notes.append(f"{withdrawn} withdrawn items are no candidates, at any time: a withdrawal has no time")
-    return notes
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    if args.out is not None:
+        save_comparison(args.out, [model, *others], pairs, slices=slices, **options)
 
 
-def _evaluated(name: str, folder: ModelFolder, **options: Any) -> System:
+def _evaluate_model(name: str, folder: ModelFolder, **options: Any) -> System:
     with ProgressBar() as progress:
         return model_system(name, folder, progress=progress, **options)
 
 
-def _on_collection(args: argparse.Namespace) -> None:
+def _evaluate_collection(args: argparse.Namespace) -> None:
     collection = read_collection(args.beir, args.split)
-    known = args.filter_known
+    filter_known = args.filter_known
     runs: list[tuple[str, Run, float]] = []
     paths = [path for path in (args.model, args.run, *args.compare) if path is not None]
     names = dict(zip(paths, distinct_names(paths), strict=True))
 
-    def add(name: str, make: Callable[[], Run], spent_s: float = 0.0) -> None:
+    def add(name: str, compute: Callable[[], Run], spent_s: float = 0.0) -> None:
         started = perf_counter()
-        runs.append((name, make(), perf_counter() - started + spent_s))
+        runs.append((name, compute(), perf_counter() - started + spent_s))
 
     with ProgressBar() as progress:
         if args.model is not None:
@@ -206,35 +203,37 @@ def _on_collection(args: argparse.Namespace) -> None:
                 check_width("--widths", width, folder.config.model.dim)
             encode_in(folder.model, args.precision)
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
-            encoding_s = perf_counter() - started  # part of the seconds of every system that uses these vectors
-            search = partial(vectors_run, collection, queries, documents, known)
+            encoding_s = perf_counter() - started  # counts for every system that uses these vectors
+            search = partial(vectors_run, collection, queries, documents, filter_known)
             if args.rerank is not None:
                 reranked = f"{name}, top {args.rerank} re-ranked"
                 add(reranked, lambda: reranked_run(collection, search(), folder, args.rerank), encoding_s)
             add(name, search, encoding_s)
             normalize = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):
-                cut = partial(truncate_vectors, width=width, normalize=normalize, has_beta=folder.model.has_beta)
+                truncate = partial(truncate_vectors, width=width, normalize=normalize, has_beta=folder.model.has_beta)
                 add(
                     f"{name} truncated to {width}",
-                    partial(vectors_run, collection, cut(queries), cut(documents), known),
+                    partial(vectors_run, collection, truncate(queries), truncate(documents), filter_known),
                     encoding_s,
                 )
         if args.run is not None:
             add(names[args.run], partial(read_run, args.run))
         if args.bm25:
-            add("BM25", partial(bm25_run, collection, filter_known=known))
+            add("BM25", partial(bm25_run, collection, filter_known=filter_known))
         if args.pretrained is not None:
             options = {
                 "max_tokens": args.max_tokens,
                 "precision": args.precision,
-                "filter_known": known,
+                "filter_known": filter_known,
                 "progress": progress,
             }
             add(f"{args.pretrained.name}, unchanged", partial(pretrained_run, args.pretrained, collection, **options))
         for path in args.compare:
-            of_model = partial(_run_of_model, path, collection, args.precision, known, progress)
-            add(names[path], of_model if path.is_dir() else partial(read_run, path))
+            if path.is_dir():
+                add(names[path], partial(_load_and_run, path, collection, args.precision, filter_known, progress))
+            else:
+                add(names[path], partial(read_run, path))
     if not runs:
         raise ConfigError("--beir needs a system to evaluate: --model, --run, --bm25, --pretrained or --compare")
     if args.save_run is not None:
@@ -242,10 +241,10 @@ def _on_collection(args: argparse.Namespace) -> None:
     if args.save_qrels is not None:
         write_qrels(args.save_qrels, collection.qrels)
     systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
-    _show(args, systems, len(collection.qrels))
+    _print_and_save(args, systems, len(collection.qrels))
 
 
-def _run_of_model(path: Path, collection: Collection, precision: str, filter_known: bool, progress: ProgressBar) -> Run:
+def _load_and_run(path: Path, collection: Collection, precision: str, filter_known: bool, progress: ProgressBar) -> Run:
     folder = load_model_folder(path)
     encode_in(folder.model, precision)
     return model_run(
@@ -253,7 +252,7 @@ def _run_of_model(path: Path, collection: Collection, precision: str, filter_kno
     )
 
 
-def _show(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:
+def _print_and_save(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:
     pairs = [(systems[0], other) for other in systems[1:]]
     console = Console()
     title = f"{num_queries} queries" if args.beir is None else f"{args.split}, {num_queries} queries"

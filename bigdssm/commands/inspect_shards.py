@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_rules(parser)
     parser.add_argument("--rows", type=int, default=10, help="number of decoded rows to print (default: %(default)s)")
     args = parser.parse_args(argv)
-    return run_main(lambda: (_verify if args.verify else _inspect)(args))
+    action = _verify if args.verify else _inspect
+    return run_main(lambda: action(args))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -65,10 +66,11 @@ def _inspect(args: argparse.Namespace) -> None:
     console.print(schema)
     lengths = _table("lengths", *(f"{p}%" for p in PERCENTILES), "truncated", "histogram (0 to maximum length)")
     for entry in content.lengths:
-        cut = "" if entry.cut is None else f"{entry.cut:.1%}"
-        # Relative to the largest count; a blank is 0.
-        bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // max(1, *entry.histogram))] for count in entry.histogram)
-        lengths.add_row(entry.feature, *map(str, entry.percentiles), cut, bars)
+        truncated = "" if entry.cut is None else f"{entry.cut:.1%}"
+        largest = max(1, *entry.histogram)
+        # eighths of the largest count, rounded up, so that only 0 is blank
+        bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // largest)] for count in entry.histogram)
+        lengths.add_row(entry.feature, *map(str, entry.percentiles), truncated, bars)
     console.print(lengths)
     top = _table("most frequent documents", "train positives")
     for title, count in content.top_docs:
@@ -92,9 +94,8 @@ def _inspect(args: argparse.Namespace) -> None:
     for row in sample_rows(dataset, args.split, args.rows) if args.rows else []:
         console.print(f"\nrow {row.pop('row')}", style="bold")
         for name, value in row.items():
-            console.print(
-                f"  {name}: {' | '.join(map(str, value)) if isinstance(value, list) else value}", markup=False
-            )
+            text = " | ".join(map(str, value)) if isinstance(value, list) else value
+            console.print(f"  {name}: {text}", markup=False)
 
 
 def _table(*headers: str) -> Table:

@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count < 1:
         raise ConfigError(f"--count {args.count}: needs at least 1")
-    hard, dataset = HardNegatives.open(args.mined), open_with_rules(args.data, args.config)
-    hard.check_against(dataset)
-    for number, sample in enumerate(sample_negatives(dataset, hard, args.count, args.seed), start=1):
+    negatives = HardNegatives.open(args.mined)
+    dataset = open_with_rules(args.data, args.config)
+    negatives.check_against(dataset)
+    for number, sample in enumerate(sample_negatives(dataset, negatives, args.count, args.seed), start=1):
         print(f"{number}. row {sample.row_id}: {sample.query}")
         print(f"   document: {sample.document}\n   negative: {sample.negative}")
 

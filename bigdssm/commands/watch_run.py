@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 live.update(_render(state), refresh=True)
                 time.sleep(args.every_s)
             live.update(_render(state), refresh=True)
-    except KeyboardInterrupt:  # the regular exit
+    except KeyboardInterrupt:  # Ctrl-C is the way to exit
         pass
 
 
@@ -47,8 +47,8 @@ def _render(run: RunState) -> Group:
         figures.add_row(name, f"{values[-1]:.4g}", sparkline(values, 40))
     for name, value in run.figures.items():
         figures.add_row(name, value)
-    total = max(run.total_steps, run.step)
-    bar = Bar(total=total or 1, completed=run.step, width=60)
+    total = max(run.total_steps, run.step, 1)  # 0 steps are known before the stage has started
+    bar = Bar(total=total, completed=run.step, width=60)
     return Group(head, Text(f"step {run.step} of {run.total_steps or '?'}"), bar, figures, *map(Text, run.alerts))
 
 
