@@ -1,4 +1,4 @@
-"""Rules on the events of sequences: which are targets, which are excluded from answers, and which form a visit.
+"""Rules on the events of sequences: which are targets, which items are excluded from answers, and what is a visit.
 
 They belong to a run, not to a dataset: runs with other rules read the same dataset (`Dataset.with_rules`). Whether an
 event is a target, and what its query excludes, depends on earlier events and on the event's request (time, session).
@@ -44,17 +44,17 @@ class EventRules:
         return {f"data.targets.{split}": text for split, text in self.targets.items()} | visit
 
     def selects(self, split: str) -> bool:
-        """Return whether some events of a split may be no targets."""
+        """Return whether the rules can reject events of a split as targets."""
         return split in self.targets or self.visit.is_set
 
     def target_mask(self, table: MappedTable, schema: Schema, time_unit: float, split: str) -> Ragged:
         """Return whether each event of all sequences is a target in `split`, bool.
 
-        An event is not one if the history of its query contains its item in the same visit. Raises ConfigError: a
+        An event is no target if the history of its query contains its item in the same visit. Raises ConfigError: a
         condition is invalid.
         """
         every = np.arange(table.num_rows)
-        masks = [np.zeros(0, bool)]
+        masks = [np.zeros(0, bool)]  # of a table without rows
         for begin in range(0, table.num_rows, SEQUENCES_AT_ONCE):
             sequences = every[begin : begin + SEQUENCES_AT_ONCE]
             events = EventSlices(table, sequences, np.zeros_like(sequences), table.lengths("items", sequences))
@@ -71,7 +71,7 @@ class EventRules:
         self, items: Ragged, exclude_seen: bool | str, schema: Schema, feature: Callable[[str], np.ndarray],
         visit: Callable[[], tuple[Ragged, np.ndarray]] | None = None, time_unit: float = 1.0,
     ) -> Ragged:  # fmt: skip
-        """Return the `items` of histories that are no answers: seen ones, and those of the visit of the request.
+        """Return the `items` of histories to exclude from answers: seen ones, and those of the request's visit.
 
         `feature` returns a feature of all events; `visit` their sessions or times, and those of the requests. Raises
         ConfigError: a condition is invalid.
@@ -86,12 +86,13 @@ class EventRules:
             of_request = np.repeat(request, events.lengths)
             if self.visit.feature is not None:
                 mask |= (events.values == of_request) & (of_request != PADDING)
-            else:  # no longer gap from the event to the request
-                following = np.append(events.values[1:], np.nan)
-                ends = events.offsets[1:][events.lengths > 0] - 1
-                following[ends] = of_request[ends]
-                breaks = np.append(0, np.cumsum(~(following - events.values <= self._gap(time_unit))))
-                mask |= breaks[:-1] == np.repeat(breaks[events.offsets[1:]], events.lengths)
+            else:  # the events of the visit are those without a break between them and the request
+                next_time = np.append(events.values[1:], np.nan)
+                last = events.offsets[1:][events.lengths > 0] - 1  # the request follows the last event of a history
+                next_time[last] = of_request[last]
+                is_break = ~(next_time - events.values <= self._gap(time_unit))  # also after an unknown time, NaN
+                num_breaks = np.append(0, np.cumsum(is_break))
+                mask |= num_breaks[:-1] == np.repeat(num_breaks[events.offsets[1:]], events.lengths)
         return Ragged(items.values[mask], np.append(0, np.cumsum(mask))[items.offsets])
 
     def visit_column(self) -> str:
@@ -108,7 +109,7 @@ class EventRules:
             return values.values
         begins = ~(np.diff(values.values, prepend=np.nan) <= self._gap(time_unit))
         begins[values.offsets[:-1][values.lengths > 0]] = True
-        return PADDING + np.cumsum(begins)
+        return PADDING + np.cumsum(begins)  # from PADDING + 1
 
 
 @dataclass(frozen=True)
@@ -131,25 +132,27 @@ class EventSlices:
     def num_earlier(self, ties: str) -> np.ndarray:
         """Return the number of events before the time of each event, int64 [events]; `first` is 0.
 
-        ties: as data.ties; with order, those before it at its time are earlier, too.
+        ties: as data.ties; with `order`, preceding events of the same time are earlier, too.
         """
         times = self.column(TIME_COLUMN)
-        cell = np.arange(len(times.values))
+        index = np.arange(len(times.values))
         is_later = (np.diff(times.values, prepend=-np.inf) > 0) | (ties == "order")
         is_later[times.offsets[:-1][times.lengths > 0]] = True
-        earlier: np.ndarray = np.maximum.accumulate(np.where(is_later, cell, 0))
-        return earlier - np.repeat(times.offsets[:-1], times.lengths)
+        first_of_time: np.ndarray = np.maximum.accumulate(np.where(is_later, index, 0))
+        return first_of_time - np.repeat(times.offsets[:-1], times.lengths)
 
 
 def _repeated(items: Ragged, visits: np.ndarray, num_earlier: np.ndarray | None) -> np.ndarray:
     """Return whether the visit of an event has its item among the first `num_earlier` events (None: all before it)."""
     sequence = np.repeat(np.arange(len(items)), items.lengths)
     position = np.arange(len(sequence)) - items.offsets[sequence]
+    # the events of one (sequence, visit, item) become neighbours, the earliest first, as lexsort is stable
     order = np.lexsort((items.values, visits, sequence))
     keys = np.stack([sequence[order], visits[order], items.values[order]])
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
-    earliest = position[order][np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+    first = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    earliest = position[order][first]
     repeated = np.empty(len(order), bool)
     repeated[order] = earliest < (position if num_earlier is None else num_earlier)[order]
     return repeated & (visits != PADDING)

@@ -62,11 +62,11 @@ class Probe:
         self._folder, self._rows = folder, rows
         self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
         self._random = np.random.RandomState(0)  # frozen stream; a Generator's may change between versions
-        words = self._tokenizer.words() if self._tokenizer is not None else []
+        words = [] if self._tokenizer is None else self._tokenizer.words()
         self.texts: dict[Side, dict[str, list[str]]] = {}  # by side and text feature
         for side in SIDES:
-            declared = texts_of(folder.schema.sides[side]).items()
-            self.texts[side] = {name: text.texts(self._random, rows, words) for name, text in declared}
+            text_features = texts_of(folder.schema.sides[side])
+            self.texts[side] = {name: text.texts(self._random, rows, words) for name, text in text_features.items()}
         self.features = {side: self._features(side) for side in SIDES}
 
     @cached_property
@@ -91,10 +91,9 @@ class Probe:
             else:
                 columns[name] = feature.probe(self._random, self._rows, schema.doc)
             if isinstance(feature, History) and isinstance(items := columns[name], Ragged):
-                of_events = {
-                    key: f.probe(self._random, len(items.values), {}) for key, f in schema.event_inputs.items()
-                }
-                columns |= {f"{name}.{key}": Ragged(np.asarray(v), items.offsets) for key, v in of_events.items()}
+                for key, event in schema.event_inputs.items():
+                    values = event.probe(self._random, len(items.values), {})
+                    columns[f"{name}.{key}"] = Ragged(np.asarray(values), items.offsets)
         if side == "query":
             requests = {name: schema.event[name].probe(self._random, self._rows, {}) for name in schema.request}
             columns |= {REQUEST_PREFIX + name: values for name, values in requests.items()}
@@ -144,5 +143,5 @@ def python_block(*parts: str) -> str:
 
 
 def source_of(module: str) -> str:
-    """Return the source of a module of this package without its docstring, for a card."""
+    """Return the source of a module of this package without its docstring, for the model card."""
     return Path(__file__).with_name(module).read_text(encoding="utf-8").split('"""', 2)[2].strip()

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 try:
     from sentence_transformers.base.modules import Module
-except ImportError:  # before 6
+except ImportError:  # before version 6
     from sentence_transformers.models import Module
 
 

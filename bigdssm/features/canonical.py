@@ -1,4 +1,7 @@
-"""Read canonical tables of one side from source tables or Python values (dicts, strings, Arrow tables, data frames)."""
+"""Read the features of one side from source tables or Python values (dicts, strings, Arrow tables, data frames).
+
+Canonical columns are the validated values of features, one Arrow type per feature type; they are encoded for the model.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def columns_of_values(
     rows: dicts of feature values, strings if exactly one of `features` is a text, or an Arrow table or data frame with
     columns named after features; omitted values are missing. docs: the document features, which encode the items of
     histories. events: the features of events; HISTORY.FEATURE has a list of values, aligned with the history's items
-    (of times and elapsed times in seconds); request: names of those that a query has, too, as
+    (times and elapsed times in seconds). request: the names of event features that the query itself has, too, as
     request.FEATURE. Raises DataError: an unknown feature, or a value that cannot be read.
     """
     if is_table(rows):
@@ -67,14 +70,13 @@ def columns_of_values(
     else:
         rows = list(rows)
     num_rows = len(rows)
-    of_events = {f"{name}.{key}": f for name in histories_of(features) for key, f in (events or {}).items()}
-    of_request = {REQUEST_PREFIX + key: (events or {})[key] for key in request}
-    given = _by_feature(rows, {**features, **of_events, **of_request})
+    event_features = {f"{name}.{key}": f for name in histories_of(features) for key, f in (events or {}).items()}
+    request_features = {REQUEST_PREFIX + key: (events or {})[key] for key in request}
+    given = _given_columns(rows, {**features, **event_features, **request_features})
     columns: dict[str, Column] = {}
     for name, feature in features.items():
         absent = name not in given or pa.types.is_null(given[name].type)
         if isinstance(feature, History) and (not absent or events):
-            # the codes of the newest `max_items` items per row
             items = pa.nulls(num_rows, pa.list_(pa.string())) if absent else given[name]
             batch, offsets = _flattened(name, items, "item values, oldest first")
             item = replace(docs[str(feature.of)], column=name)
@@ -87,30 +89,32 @@ def columns_of_values(
                 batch, ends = _flattened(column, given[column], f"values, one per item of {name}")
                 if not np.array_equal(ends, offsets):
                     raise DataError(f"{column} has lists of other lengths than {name}; give one value per item")
-                lists[column] = values = _of_event(batch, column, event)
+                values = lists[column] = _event_values(batch, column, event)
                 if isinstance(event, Timestamp) and (unknown := int((values == UNKNOWN_TIME).sum())):
-                    got = f"{column} has no value for {unknown} of {len(values)} events"
-                    raise DataError(f"{got}; give the times of all events or of none")
-            first = np.maximum(offsets[1:] - feature.max_items, offsets[:-1])
+                    raise DataError(
+                        f"{column} has no value for {unknown} of {len(values)} events; give the times of all events or "
+                        "of none"
+                    )
+            first = np.maximum(offsets[1:] - feature.max_items, offsets[:-1])  # the newest items of each row
             columns |= {column: gather_ranges(values, first, offsets[1:]) for column, values in lists.items()}
         elif absent:
-            missing = pa.array([feature.missing] * num_rows, feature.canonical_type)
-            columns[name] = from_arrow(feature.encode(missing, tokenizer, large=True))
+            defaults = pa.array([feature.missing] * num_rows, feature.canonical_type)
+            columns[name] = from_arrow(feature.encode(defaults, tokenizer, large=True))
         else:
             batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
             columns |= columns_of(batch, {name: replace(feature, column=name)}, tokenizer, _refuse)
-    for name, event in of_request.items():
+    for name, event in request_features.items():
         if name not in given or pa.types.is_null(given[name].type):
             columns[name] = np.repeat(np.asarray(encode_values(event, [event.missing], None)), num_rows)
         else:
             batch = SourceBatch(name, pa.table({name: given[name]}), np.arange(num_rows))
-            columns[name] = _of_event(batch, name, event)
+            columns[name] = _event_values(batch, name, event)
     return columns, num_rows
 
 
-def _of_event(batch: SourceBatch, name: str, event: Feature) -> np.ndarray:
+def _event_values(batch: SourceBatch, name: str, event: Feature) -> np.ndarray:
     """Return the encoded values of a feature of events; times and elapsed times are given in seconds."""
-    if isinstance(event, EventTime):  # canonical numbers are float64, encoded ones float32
+    if isinstance(event, EventTime):  # from the canonical float64: encoded numbers are float32
         numbers = canonical(RowCheck(batch, _refuse), {name: Numeric(column=name, name=name)})
         return replace(event, name=name).codes_of_values(numbers.column(name).to_numpy())
     return np.asarray(columns_of(batch, {name: replace(event, column=name, name=name)}, None, _refuse)[name])
@@ -120,11 +124,10 @@ def is_table(rows: Any) -> bool:
     """Return whether `rows` is an Arrow table, a data frame, or a table with Arrow's C interface (not a series)."""
     if isinstance(rows, pa.Table):
         return True
-    kind = type(rows)
-    exported = hasattr(kind, "__arrow_c_stream__") or hasattr(kind, "__arrow_c_array__")
-    return (exported or kind.__module__.partition(".")[0] == "pandas") and (
-        hasattr(rows, "columns") or hasattr(rows, "schema")
-    )
+    cls = type(rows)
+    is_frame = cls.__module__.partition(".")[0] == "pandas"
+    is_exported = hasattr(cls, "__arrow_c_stream__") or hasattr(cls, "__arrow_c_array__")
+    return (is_frame or is_exported) and (hasattr(rows, "columns") or hasattr(rows, "schema"))
 
 
 def as_table(rows: Any) -> pa.Table:
@@ -154,15 +157,15 @@ def columns_of_dicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _flattened(name: str, lists: pa.Array, needed: str) -> tuple[SourceBatch, np.ndarray]:
     """Return the values of lists as rows, and the lists' offsets, int64. Raises DataError: the column has no lists."""
     lists = plain(lists)
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(lists.type) for is_kind in kinds):
+    list_types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_type(lists.type) for is_type in list_types):
         raise DataError(f"{name} holds {lists.type}, needs lists of {needed}")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     row = np.repeat(np.arange(len(lengths)), lengths)
     return SourceBatch(name, pa.table({name: lists.flatten()}), row), offsets_of(lengths)
 
 
-def _by_feature(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Array]:
+def _given_columns(rows: Any, features: Mapping[str, Feature]) -> dict[str, pa.Array]:
     """Return the given columns. Raises DataError: a column is not a feature."""
     if is_table(rows):
         table = as_table(rows)
@@ -197,27 +200,28 @@ def _array(name: str, values: Any) -> pa.Array:
         raise DataError(f"{name}: got {type(values).__name__}, needs a list of values, one per row")
     if hasattr(values, "__arrow_c_stream__"):  # a series or a chunked array
         return pa.chunked_array(values).combine_chunks()
-    kind = None
+    arrow_type = None
     if not hasattr(values, "dtype") or getattr(values, "ndim", 1) > 1:
-        # for Arrow's type inference, NumPy's dates become datetimes, tensors and series become arrays
-        values = [
-            value.astype("datetime64[us]").item()
-            if isinstance(value, np.datetime64)
-            else np.asarray(value)
-            if getattr(value, "ndim", 0) and hasattr(value, "__array__")
-            else value
-            for value in values
-        ]
+        values = [_inferable(value) for value in values]
         # Arrow does not infer uint64 for integers beyond int64
         lists = [value for value in values if isinstance(value, list | tuple)]
         numbers = [number for value in lists for number in value] if lists else values
         integers = all(isinstance(number, int | np.integer | None) for number in numbers)
         if integers and max((number or 0 for number in numbers), default=0) >= 2**63:
-            kind = pa.list_(pa.uint64()) if lists else pa.uint64()
+            arrow_type = pa.list_(pa.uint64()) if lists else pa.uint64()
     try:
-        return pa.array(values, kind, from_pandas=True)
+        return pa.array(values, arrow_type, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: values of one feature need one type: {' '.join(str(error).split())}") from None
+
+
+def _inferable(value: Any) -> Any:
+    """Return a value whose type Arrow infers: NumPy's dates become datetimes, tensors and series become arrays."""
+    if isinstance(value, np.datetime64):
+        return value.astype("datetime64[us]").item()
+    if getattr(value, "ndim", 0) and hasattr(value, "__array__"):
+        return np.asarray(value)
+    return value
 
 
 def _refuse(file: str, row: int, reason: str, left_out: bool = True) -> None:

@@ -47,9 +47,9 @@ def is_adapter(name: str) -> bool:
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the state of the same model without adapters, their updates added to its weights."""
+    """Return the state dict without adapters, under the base model's names, with their updates added to the weights."""
     state = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-    if not any(map(is_adapter, model.state_dict())):
+    if not any(map(is_adapter, model.state_dict())):  # peft may not be installed
         return state
     from peft.tuners.lora import LoraLayer
 
