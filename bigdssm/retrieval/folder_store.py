@@ -139,7 +139,7 @@ class FolderStore(Store):
             yield
 
     def finish(self, collection: Collection) -> None:
-        """Apply all changes and build the index aside, if there are changes or other options; note the time."""
+        """Apply all changes and build the index aside, if there are changes or other options; record the time."""
         folder = self._folder(collection)
         rows, built = self._rows(collection.name), read_meta(folder)
         collection, meta = replace(collection, published=time.time()), _meta(collection, built.num_docs)
@@ -179,7 +179,8 @@ class FolderStore(Store):
         names, aliases = self.collections(), {}
         for link in sorted(self.root.iterdir()) if self.root.is_dir() else ():
             if link.is_symlink() and not _is_hidden(link) and (name := os.readlink(link)) in names:
-                previous = os.readlink(before) if (before := _previous(link)).is_symlink() else None
+                previous_link = _previous(link)
+                previous = os.readlink(previous_link) if previous_link.is_symlink() else None
                 aliases[link.name] = Alias(name, previous if previous in names and previous != name else None)
         return aliases
 
@@ -193,13 +194,13 @@ class FolderStore(Store):
             raise ConfigError(f"alias {alias}: it is the name of a collection or another file; choose another one")
         current = self.aliases().get(alias)
         if current is None or current.name != name:
-            # The earlier one first: after a kill between both, the same switch has the same result
-            for path, target in ((_previous(link), current and current.name), (link, name)):
-                if target is not None:
-                    temporary = temporary_path(path)
-                    remove(temporary)
-                    temporary.symlink_to(target)
-                    os.replace(temporary, path)
+            # the previous one first: after a kill between both, the same switch has the same result
+            links = [(link, name)] if current is None else [(_previous(link), current.name), (link, name)]
+            for path, target in links:
+                temporary = temporary_path(path)
+                remove(temporary)
+                temporary.symlink_to(target)
+                os.replace(temporary, path)
             sync(self.root)
 
     # ----- documents
@@ -216,7 +217,7 @@ class FolderStore(Store):
                 f"collection {collection.name} of model {model[:12]} would have rows of model "
                 f"{collection.model[:12]}; publish under another name"
             )
-        number, width = documents.vectors.shape
+        num_docs, width = documents.vectors.shape
         values = pa.array(np.ascontiguousarray(documents.vectors, np.float32).reshape(-1))
         columns = {
             f"{COLUMN}{name}": pa.array(documents.columns[name], TYPES[type])
@@ -225,7 +226,7 @@ class FolderStore(Store):
         table = pa.table({
             "doc_key": pa.array(documents.keys, pa.string()),
             "doc_title": pa.array(documents.titles, pa.string()),
-            "doc_version": pa.array(np.full(number, version)),
+            "doc_version": pa.array(np.full(num_docs, version)),
             "doc_content": pa.array(np.asarray(documents.contents, np.int64)),
             **columns,
             "vector": pa.FixedSizeListArray.from_arrays(values, width),
@@ -284,7 +285,7 @@ class FolderStore(Store):
     def _add(self, name: str, table: pa.Table) -> None:
         folder = self._changes(name)
         folder.mkdir(exist_ok=True)
-        # Later files have later names; of equal versions the later write wins
+        # in the order of the names, later changes come last: of writes with equal versions the last one wins
         with (
             new_file(folder / f"{time.time_ns():020}-{uuid.uuid4().hex}.arrow") as temporary,
             pa.OSFile(str(temporary), "wb") as file,
@@ -317,15 +318,15 @@ class FolderStore(Store):
         """Return the opened index, which is opened again when its folder was replaced."""
         folder = self._folder(collection)
         for attempt in range(OPENING_ATTEMPTS):
-            version, opened = _version(folder), self._opened.get(collection.name)
-            if opened is None or opened.version != version:
+            identity, opened = _identity(folder), self._opened.get(collection.name)
+            if opened is None or opened.identity != identity:
                 try:
-                    opened = _Opened.read(folder, version)
+                    opened = _Opened.read(folder, identity)
                 except (CheckpointError, OSError):
-                    if attempt + 1 == OPENING_ATTEMPTS or _version(folder) == version:
+                    if attempt + 1 == OPENING_ATTEMPTS or _identity(folder) == identity:
                         raise
                     continue  # the folder was replaced meanwhile
-            if _version(folder) == version:
+            if _identity(folder) == identity:
                 break
         self._opened[collection.name] = opened
         collection.check_model(opened.index.meta.model_checksum)
@@ -336,18 +337,18 @@ class FolderStore(Store):
 class _Opened:
     """An opened collection."""
 
-    version: tuple[int, int]
+    identity: tuple[int, int]  # of the folder, see `_identity`
     index: Index
     vectors: np.ndarray  # float32 [N, width]
     documents: pa.Table
     types: Mapping[str, ColumnType]
 
     @classmethod
-    def read(cls, folder: Path, version: tuple[int, int]) -> _Opened:
+    def read(cls, folder: Path, identity: tuple[int, int]) -> _Opened:
         """Open a collection. Raises CheckpointError: it is damaged."""
         index = open_index(folder)
         vectors = np.load(folder / VECTORS_FILE, mmap_mode="r")
-        return cls(version, index, vectors, _table(folder / DOCUMENTS_FILE), _collection_of(folder).columns)
+        return cls(identity, index, vectors, _table(folder / DOCUMENTS_FILE), _collection_of(folder).columns)
 
     @cached_property
     def allowed(self) -> Callable[[Expression], AllowedDocuments]:
@@ -374,7 +375,7 @@ class _Opened:
             feature: Feature = Numeric()
             if type != "number":
                 texts = column.flatten() if type == "categories" else column
-                # With UNKNOWN, no vocabulary is one of booleans, whose spellings are equal
+                # UNKNOWN is no boolean: in a vocabulary of booleans alone, `true` and `1` would be one value
                 vocabulary = Vocabulary.of(dict.fromkeys([UNKNOWN, *texts.unique().drop_null().to_pylist()]))
                 feature = Categorical(multi=type == "categories", vocabulary=vocabulary)
                 values = [value or feature.missing for value in values]
@@ -449,6 +450,7 @@ def _meta(collection: Collection, num_docs: int) -> VectorsMeta:
         has_beta=collection.has_beta,
     )  # fmt: skip
     options = collection.options
+    # of an empty collection, too, the options are validated
     built = index_meta(meta, INDEX_TYPES.make(options["type"], options["index"]), None, options["rescore"])
     return built if num_docs else index_meta(meta, INDEX_TYPES.make("flat"), None, 0)
 
@@ -462,7 +464,8 @@ def _table(path: Path) -> pa.Table:
         return pa.ipc.open_file(file).read_all()
 
 
-def _version(folder: Path) -> tuple[int, int]:
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return numbers that change when the index folder is replaced."""
     status = (folder / META_FILE).stat()
     return status.st_ino, status.st_mtime_ns
 

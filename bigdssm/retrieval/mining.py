@@ -64,19 +64,19 @@ class TrainPositives:
     @classmethod
     def of(cls, dataset: Dataset, share: Share | None = None, exclude_seen: bool | str = True) -> TrainPositives:
         """Collect the positives of this rank's share of the train split; with a condition those that match it."""
-        parts = []
+        parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
         share = replace(share or Share(), rows_per_chunk=PASS_ROWS)
         for rows in iterate_share(dataset, "train", share, "known positives read"):
             if rows is not None:
-                known = rows.relevance > 0
+                is_known = rows.relevance > 0
                 if isinstance(exclude_seen, str):
-                    known &= dataset.matching_targets(rows, exclude_seen, "data.exclude_seen")
-                queries, docs = rows.query_ids[known], rows.doc_rows[known]
+                    is_known &= dataset.matching_targets(rows, exclude_seen, "data.exclude_seen")
+                queries, docs = rows.query_ids[is_known], rows.doc_rows[is_known]
                 parts.append((queries, docs))
                 if dataset.schema.siamese:  # pairs are symmetric
                     query_docs = dataset.catalogue.rows_by_id(queries)
                     parts.append((dataset.catalogue.ids(docs[query_docs >= 0]), query_docs[query_docs >= 0]))
-        ids, docs = (np.concatenate([part[side] for part in parts] or [np.zeros(0, np.int64)]) for side in (0, 1))
+        ids, docs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)
         return cls(query_ids, np.append(starts, len(order)), docs[order])
@@ -113,11 +113,11 @@ def mine(
     `documents` are the rank's share of the catalogue's index vectors, if already encoded. All ranks must call it.
     Raises: ConfigError: no document has a rank of at least `first`; DivergedError: a vector is not finite.
     """
-    num_docs, ranked = dataset.catalogue.num_docs, dataset.catalogue.num_candidates
-    if first >= ranked:
+    num_docs, num_candidates = dataset.catalogue.num_docs, dataset.catalogue.num_candidates
+    if first >= num_candidates:
         raise ConfigError(
-            f"hard negatives from first={first}: the ranks of {ranked} documents are 0 to {ranked - 1}; choose a "
-            "lower one"
+            f"hard negatives from first={first}: the ranks of {num_candidates} documents are 0 to "
+            f"{num_candidates - 1}; choose a lower one"
         )
     share = share or Share()
     if documents is None:
@@ -126,20 +126,22 @@ def mine(
     distributed.raise_together(None if all_finite(documents.vectors) else error)
     last = min(last, num_docs)
     excluded = excluded_documents(dataset, exclude_seen)
-    known = TrainPositives.of(dataset, share, exclude_seen).pairs if exclude_seen else None
+    known_positives = TrainPositives.of(dataset, share, exclude_seen).pairs if exclude_seen else None
     approximate = exact_up_to is not None and num_docs > exact_up_to
     search = approximate_search(documents, num_docs, share) if approximate else exact_search(documents)
-    keys, windows = [np.zeros(0, np.int64)], [np.zeros((0, last - first), np.int32)]
+    keys = [np.zeros(0, np.int64)]
+    windows = [np.zeros((0, last - first), np.int32)]
     chunks = encode_queries(encoders, dataset, "train", share, rows)
     at_once = min(QUERIES_AT_ONCE, RESULTS_AT_ONCE // last)
-    for number, batch in enumerate(rounds(chunks, documents, excluded, at_once, known)):
+    for number, batch in enumerate(rounds(chunks, documents, excluded, at_once, known_positives)):
         if not all_finite(batch.vectors):  # replicated: all ranks raise
             raise error
         if approximate and number == 0:
             sample = batch.head(max(1, SAMPLE // distributed.world_size()))
-            both = (exact_search(documents), search)
-            exact, approximated = (unpack_keys(top_of_round(one, sample, last))[1] for one in both)
-            relevant, query = exact >= 0, torch.arange(len(exact), device=exact.device)[:, None] << 32
+            _, exact = unpack_keys(top_of_round(exact_search(documents), sample, last))
+            _, approximated = unpack_keys(top_of_round(search, sample, last))
+            relevant = exact >= 0
+            query = torch.arange(len(exact), device=exact.device)[:, None] << 32  # query + document: one key per pair
             hit = torch.isin(query + exact, query + approximated) & relevant
             hits, total = distributed.all_reduce(torch.stack([hit.sum(), relevant.sum()])).tolist()
             logger.info(
@@ -152,8 +154,8 @@ def mine(
             best = best.masked_fill(scores > (target - margin).unsqueeze(1), -1)
         keys.append(batch.rows.query_keys)
         windows.append(best[:, first:].cpu().numpy().astype(np.int32))
-    queries, first_of = np.unique(np.concatenate(keys), return_index=True)
-    return window_records(queries, np.concatenate(windows)[first_of])
+    queries, index = np.unique(np.concatenate(keys), return_index=True)  # sorted, as records are
+    return window_records(queries, np.concatenate(windows)[index])
 
 
 def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> HardNegatives:
@@ -165,13 +167,13 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
     path = real_path(path)
     queries = np.unique(np.concatenate(distributed.all_gather_object(local["query"])))
     temporary = temporary_path(path)
-    full: BigDSSMError | None = None
+    failure: BigDSSMError | None = None
     if distributed.is_main():
         try:
             new_array(temporary, local.dtype, (len(queries),))
         except OSError as error:
-            full = BigDSSMError(f"{error.strerror}: {error.filename}")
-    distributed.raise_together(full)
+            failure = BigDSSMError(f"{error.strerror}: {error.filename}")
+    distributed.raise_together(failure)
     records = open_memmap(temporary, "r+")
     records[np.searchsorted(queries, local["query"])] = local
     records.flush()

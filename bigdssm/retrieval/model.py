@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,17 +37,18 @@ class Model:
 
     def encode_queries(self, rows: Any) -> np.ndarray:
         """Encode queries to [m, D+1], or [m, D] without beta. Raises DataError: an unknown feature or bad value."""
-        return self._encode(rows, self.folder.schema.query, query_vectors)
+        schema = self.folder.schema
+        return self._encode(rows, schema.query, query_vectors, schema.request)
 
     def encode_documents(self, rows: Any) -> np.ndarray:
         """Encode documents to [n, D+1], or [n, D] without beta. Raises DataError: an unknown feature or bad value."""
         return self._encode(rows, self.folder.schema.doc, document_vectors)
 
     def _encode(
-        self, rows: Any, features: Mapping[str, Feature], encode: Callable[[nn.Module, Any], Tensor]
-    ) -> np.ndarray:
+        self, rows: Any, features: Mapping[str, Feature], encode: Callable[[nn.Module, Any], Tensor],
+        request: Sequence[str] = (),
+    ) -> np.ndarray:  # fmt: skip
         schema = self.folder.schema
-        request = schema.request if features is schema.query else ()
         columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event_inputs, request)
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)

@@ -93,9 +93,9 @@ def recommend(
 ) -> RecommendReport:
     """Write this rank's share of the recommendations for all queries of `source` into the folder `out`.
 
-    exclusions: documents that are no answers, by the keys of queries. overwrite: `out` may hold something else; its
-    files with other names are kept. Raises: CheckpointError: model, index and dataset do not match; ConfigError: `out`
-    holds something else, or an invalid filter; DataError: no queries, or a vector is not finite.
+    exclusions: documents that must not be recommended, by the keys of queries. overwrite: `out` may hold something
+    else; its files with other names are kept. Raises: CheckpointError: model, index and dataset do not match;
+    ConfigError: `out` holds something else, or an invalid filter; DataError: no queries, or a vector is not finite.
     """
     index.check_model(folder.doc_checksum)
     exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
@@ -121,7 +121,8 @@ def recommend(
         "source": source.identity, "model": folder.checksum, "index": index.meta.files,
         "dataset": dataset.rows_fingerprint, **({} if exclusions is None else {"exclusions": exclusions.identity}),
     }  # fmt: skip
-    documents, started, queries = index.keys.combine_chunks(), time.perf_counter(), 0
+    document_keys = index.keys.combine_chunks()
+    started, queries = time.perf_counter(), 0
     shards = ShardedFolder(out, job, source.num_rows, work, own=(META_FILE, "part-*.parquet"))
     for shard, first, last in shards.pending("shards recommended"):
         batch = source.read(first, last)
@@ -131,11 +132,11 @@ def recommend(
             vectors = encode_columns(folder.schema.query, batch.columns, partial(query_vectors, folder.model)).numpy()
             if not np.isfinite(vectors).all():
                 raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
-            left_out = batch.excluded if exclusions is None else joined(batch.excluded, exclusions.of(batch.keys))
-            excluded = [left_out[i] for i in range(len(left_out))]
-            scores, rows = index.nearest(vectors, top, folder.doc_checksum, excluded, allowed)
+            excluded = batch.excluded if exclusions is None else joined(batch.excluded, exclusions.of(batch.keys))
+            per_query = [excluded[i] for i in range(len(excluded))]
+            scores, rows = index.nearest(vectors, top, folder.doc_checksum, per_query, allowed)
         with new_file(shards.aside / f"part-{shard:07d}.parquet") as temporary:
-            parquet.write_table(_table(batch, scores, rows, documents), temporary)
+            parquet.write_table(_table(batch, scores, rows, document_keys), temporary)
         queries += len(batch.rows)
     finished = shards.finish(lambda temporary: write_json(temporary / META_FILE, {**job, "queries": source.num_rows}))
     return RecommendReport(queries, shards.resumed, time.perf_counter() - started, finished)
@@ -151,19 +152,19 @@ def write_csv(parts: Path, file: Path) -> None:
     shutil.rmtree(parts)
 
 
-def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, documents: pa.StringArray) -> pa.Table:
+def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, document_keys: pa.StringArray) -> pa.Table:
     """Return search results as a table of ROW_SCHEMA."""
     present = rows >= 0
-    query, rank = np.nonzero(present)
+    query, rank = np.nonzero(present)  # ordered by query, then by rank
     distinct, code = np.unique(rows[present], return_inverse=True)
-    names = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), documents.take(pa.array(distinct)))
+    documents = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), document_keys.take(pa.array(distinct)))
     keys = pa.nulls(len(query), pa.string()) if batch.keys is None else pa.array(batch.keys).take(pa.array(query))
-    columns = [pa.array(batch.rows[query]), keys, pa.array(rank + 1, pa.int32()), names, pa.array(scores[present])]
+    columns = [pa.array(batch.rows[query]), keys, pa.array(rank + 1, pa.int32()), documents, pa.array(scores[present])]
     return pa.table(columns, schema=ROW_SCHEMA)
 
 
 def _of_columns(features: Mapping[str, Feature]) -> dict[str, Feature]:
-    """Return the features as read from their columns; the rows of a matrix are those of the training table."""
+    """Return the features as read from their columns: without matrices, whose rows are those of the training table."""
     return {name: replace(f, matrix=None) if isinstance(f, Vector) else f for name, f in features.items()}
 
 
@@ -174,7 +175,7 @@ class QueryBatch:
     rows: np.ndarray  # int64 [m]: row numbers in the source
     keys: list[str] | None  # query keys, if the source has them
     columns: dict[str, Column]
-    excluded: Ragged  # catalogue rows that are no answers
+    excluded: Ragged  # catalogue rows that must not be recommended
 
 
 class QuerySource(ABC):
@@ -187,9 +188,9 @@ class QuerySource(ABC):
 
     def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> QuerySource:
         """Return the same queries with the features of `dataset`, see `Dataset.with_schema`, and these exclusions."""
-        limited = copy(self)
-        limited._dataset, limited._exclude_seen = dataset, exclude_seen
-        return limited
+        source = copy(self)
+        source._dataset, source._exclude_seen = dataset, exclude_seen
+        return source
 
     @abstractmethod
     def read(self, first: int, last: int) -> QueryBatch:
@@ -265,15 +266,17 @@ class TableRows(QuerySource):
     ) -> None:  # fmt: skip
         """`events_column` lists document keys of the history, oldest first; unknown keys are skipped.
 
-        `exclude_column` lists those of documents that are no answers; unknown keys are skipped and counted in the log.
+        `exclude_column` lists keys of documents that must not be recommended; unknown ones are counted in the log.
         now, context: time and features of the requests, for all rows. Raises: ConfigError: the model has histories and
         there is no such column, or vice versa, or `now` or `context` is invalid; DataError: the table is not readable,
         or lacks a column.
         """
         self._now, self._context = now, _context(dataset, now, context or {})
         if bool(histories_of(dataset.schema.query)) != (events_column is not None):
-            needed = "none, as the model's queries have no" if events_column else "the documents of the queries'"
-            raise ConfigError(f"--events-column {events_column}: needs {needed} histories")
+            needed = "the documents of the queries' histories"
+            if events_column:
+                needed = "none, as the model's queries have no histories"
+            raise ConfigError(f"--events-column {events_column}: needs {needed}")
         self._dataset, features = dataset, _of_columns(stored_features(dataset.schema.query))
         self._key_column, self._events_column = key_column, events_column
         required = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
@@ -287,16 +290,14 @@ class TableRows(QuerySource):
         self._table = tables.combine_chunks()
         self._rows = np.concatenate([batch.rows for batch in batches])  # from 1, without unusable ones
         self._path, self.num_rows = path, self._table.num_rows
-        content = _table_checksum(path)
-        more = "" if exclude_column is None else f" exclude={exclude_column}"
-        self.identity = f"table {content} {key_column} {events_column}{_identity(now, context)}{more}"
+        self.identity = f"table {_table_checksum(path)} {key_column} {events_column}{_identity(now, context)}"
         self._excluded = Ragged(np.zeros(0, np.int64), np.zeros(self.num_rows + 1, np.int64))
         if exclude_column is not None:
+            self.identity += f" exclude={exclude_column}"
             check = RowCheck(SourceBatch(str(path), self._table, self._rows), _warn)
             lists = value_lists(check, exclude_column, " ")
-            rows = _known_rows(dataset, lists.flatten().to_pylist(), f"{path}, column {exclude_column!r}")
-            offsets = np.concatenate([[0], np.cumsum(rows >= 0)])
-            self._excluded = Ragged(rows[rows >= 0], offsets[np.asarray(lists.offsets)])
+            docs = _catalogue_rows(dataset, lists.flatten().to_pylist(), f"{path}, column {exclude_column!r}")
+            self._excluded = _without_unknown(lists, docs)
 
     def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> QuerySource:
         """As of `QuerySource`. Raises ConfigError: exclusions by features or times, which events of a table lack."""
@@ -317,9 +318,7 @@ class TableRows(QuerySource):
         seen = Ragged(np.zeros(0, np.int64), np.zeros(len(rows) + 1, np.int64))
         if self._events_column is not None:
             lists = value_lists(check, self._events_column, " ")
-            docs = self._dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
-            offsets = np.concatenate([[0], np.cumsum(docs >= 0)])
-            seen = Ragged(docs[docs >= 0], offsets[np.asarray(lists.offsets)])
+            seen = _without_unknown(lists, self._dataset.catalogue.rows_by_key(lists.flatten().to_pylist()))
         features = _of_columns(stored_features(self._dataset.schema.query))
         columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
         past = PastEvents.of_items(self._dataset.schema, seen)
@@ -333,7 +332,7 @@ class TableRows(QuerySource):
 
 
 class Exclusions:
-    """Documents that are no answers for some users, from a table with a row per user and document."""
+    """Documents that must not be recommended to some users, from a table with a row per user and document."""
 
     def __init__(
         self, dataset: Dataset, path: Path, user_column: str = "user_id", item_column: str = "item_id"
@@ -343,7 +342,7 @@ class Exclusions:
         batches = [RowCheck(batch, _warn) for batch in read_table(path, columns, _warn)]
         users = [hash_strings(strings(check, user_column)) for check in batches]
         items = [key for check in batches for key in strings(check, item_column).to_pylist()]
-        user, rows = np.concatenate(users), _known_rows(dataset, items, f"{path}, column {item_column!r}")
+        user, rows = np.concatenate(users), _catalogue_rows(dataset, items, f"{path}, column {item_column!r}")
         order = np.argsort(user, kind="stable")
         order = order[rows[order] >= 0]
         self._users, self._rows = user[order], rows[order]
@@ -362,25 +361,34 @@ def _table_checksum(path: Path) -> str:
     return json_checksum(folder_checksums(path)) if path.is_dir() else file_checksum(path)
 
 
-def _known_rows(dataset: Dataset, keys: Sequence[str], where: str) -> np.ndarray:
+def _catalogue_rows(dataset: Dataset, keys: Sequence[str], where: str) -> np.ndarray:
     """Return the catalogue rows of documents by key, int64, -1 for unknown ones, which are counted in the log."""
     rows = dataset.catalogue.rows_by_key(keys)
     if unknown := [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0]:
-        numbers = len(unknown), len(keys), unknown[0]
-        logger.warning("%s: %d of %d keys are of no document, such as %r; they are skipped", where, *numbers)
+        logger.warning(
+            "%s: %d of %d keys are of no document, such as %r; they are skipped",
+            where, len(unknown), len(keys), unknown[0],
+        )  # fmt: skip
     return rows
+
+
+def _without_unknown(lists: pa.ListArray, rows: np.ndarray) -> Ragged:
+    """Return the catalogue rows of lists of keys; `rows` has -1 for the unknown keys, which are skipped."""
+    offsets = np.append(0, np.cumsum(rows >= 0))
+    return Ragged(rows[rows >= 0], offsets[np.asarray(lists.offsets)])
 
 
 def _context(dataset: Dataset, now: float | None, context: Mapping[str, str]) -> dict[str, Column]:
     """Return the encoded features of requests. Raises ConfigError: an unknown one, or see `check_now`."""
     check_now(dataset, now)
-    known = stored_features({name: dataset.schema.event[name] for name in dataset.schema.request})
-    if unknown := sorted(context.keys() - known.keys()):
-        raise ConfigError(f"--context {unknown[0]}: needs a feature of requests, of {list(known)}")
-    return {name: encode_values(known[name], [known[name].parse(value)], None) for name, value in context.items()}
+    features = stored_features({name: dataset.schema.event[name] for name in dataset.schema.request})
+    if unknown := sorted(context.keys() - features.keys()):
+        raise ConfigError(f"--context {unknown[0]}: needs a feature of requests, of {list(features)}")
+    return {name: encode_values(features[name], [features[name].parse(value)], None) for name, value in context.items()}
 
 
 def _identity(now: float | None, context: Mapping[str, str] | None) -> str:
+    """Return the part of a source's identity that the requests' time and features add."""
     return f" now={now} {sorted((context or {}).items())}" if now is not None or context else ""
 
 

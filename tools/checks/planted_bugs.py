@@ -1511,7 +1511,7 @@ BUGS = [
         'glob("[!.]*.arrow")', 'glob("none")',
         f"{UNIT}/retrieval/test_stores.py::test_changes_are_seen_at_once_and_by_open_stores"),
     Bug("hand-off", "replaced_index_not_opened_again", "retrieval.folder_store:FolderStore._open",
-        "if opened is None or opened.version != version:", "if opened is None:",
+        "if opened is None or opened.identity != identity:", "if opened is None:",
         f"{UNIT}/retrieval/test_stores.py::test_changes_are_seen_at_once_and_by_open_stores"),
     Bug("hand-off", "late_write_wins_in_a_folder", "retrieval.folder_store:_Rows._write",
         "self.version_of.get(key, version) <= version", "True",
