@@ -1,4 +1,4 @@
-"""Compute logged requests again, and compare features, scores and answers: the skew of training and serving."""
+"""Compute logged requests again and compare features, scores and answers, to measure training-serving skew."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ def replay(
     DataError: no request of this model.
     """
     model, index = searcher.versions
-    counts, features, examples = Counter[str](), Counter[str](), list[dict[str, Any]]()
-    overlap = largest = 0.0
+    counts: Counter[str] = Counter()
+    differing_features: Counter[str] = Counter()
+    examples: list[dict[str, Any]] = []
+    overlap = largest_difference = 0.0
 
     def compare(group: list[tuple[dict[str, Any], Query]]) -> None:
-        nonlocal overlap, largest
+        nonlocal overlap, largest_difference
         for (row, query), result in zip(group, searcher.answer([query for _, query in group]), strict=True):
-            logged, computed = (
-                json.loads(row["features"]),
-                json.loads(json.dumps(searcher.queries.decoded(query.columns))),
-            )
+            logged = json.loads(row["features"])
+            computed = json.loads(json.dumps(searcher.queries.decoded(query.columns)))  # in JSON types, as the log
             names = [name for name in sorted({*logged, *computed}) if logged.get(name) != computed.get(name)]
             answer = zip(row["document"], row["score"], strict=True)
-            shown = {key: score for key, score in answer if key is not None}  # else it is forgotten
-            again = {document.key: float(document.score) for document in result.documents}
-            common = shown.keys() & again.keys()
-            overlap += len(common) / max(len(shown), len(again), 1)
-            largest = max([largest, *(abs(shown[key] - again[key]) for key in common)])
-            features.update(names)
+            logged_scores = {key: score for key, score in answer if key is not None}  # None: a forgotten document
+            scores = {document.key: float(document.score) for document in result.documents}
+            common = logged_scores.keys() & scores.keys()
+            overlap += len(common) / max(len(logged_scores), len(scores), 1)
+            largest_difference = max([largest_difference, *(abs(logged_scores[key] - scores[key]) for key in common)])
+            differing_features.update(names)
             counts["requests"] += 1
             counts["other_index"] += row["index"] != index
-            if not names and shown.keys() == again.keys():
+            if not names and logged_scores.keys() == scores.keys():
                 continue
             counts["differing"] += 1
             if len(examples) < MOST_EXAMPLES:
                 values = {name: {"logged": logged.get(name), "replayed": computed.get(name)} for name in names}
-                answers = {"logged": list(shown), "replayed": list(again)}
+                answers = {"logged": list(logged_scores), "replayed": list(scores)}
                 examples.append({"request": row["request"], "features": values, "documents": answers})
 
     for batch in log:
@@ -71,13 +71,14 @@ def replay(
         for first in range(0, len(group), AT_ONCE):
             compare(group[first : first + AT_ONCE])
         progress(counts["requests"])
-    if not (number := counts["requests"]):
+    num_requests = counts["requests"]
+    if not num_requests:
         raise DataError(
             f"the log has no request that model {model[:12]} answers: {dict(counts)}; give the logged model"
         )
     return {
         **{name: counts[name] for name in ("requests", "invalid", "other_model", "other_index")},
-        "differing": counts["differing"] / number,
-        "features": {name: count / number for name, count in features.most_common()},
-        "overlap": overlap / number, "largest_score_difference": largest, "examples": examples,
+        "differing": counts["differing"] / num_requests,
+        "features": {name: count / num_requests for name, count in differing_features.most_common()},
+        "overlap": overlap / num_requests, "largest_score_difference": largest_difference, "examples": examples,
     }  # fmt: skip

@@ -42,29 +42,29 @@ def run(app: FastAPI, listening: socket.socket, timeout_s: int) -> None:
 class _Protocol(H11Protocol):
     """One connection with a time limit on requests."""
 
-    _late: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # asyncio sets it for its own sockets alone; without it a body waits 40 ms for the delayed ACK of its head.
+        # asyncio sets it on the sockets that it opens; without it a body waits 40 ms for the delayed ACK of its head
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._watch()
+        self._update_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._update_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timeout()
+        self._cancel_timer()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
         """Close immediately unless a complete request waits for its answer."""
-        if self._incomplete():
+        if self._is_incomplete():
             self.transport.close()
         else:
             super().shutdown()
@@ -77,22 +77,22 @@ class _Protocol(H11Protocol):
     def _timeout_s(self) -> int:
         return self.config.timeout_graceful_shutdown or 0
 
-    def _incomplete(self) -> bool:
+    def _is_incomplete(self) -> bool:
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
-    def _watch(self) -> None:
-        """Start one timeout per request; further data does not extend it."""
-        if not self._incomplete():
-            self._cancel_timeout()
-        elif self._late is None:
-            self._late = self.loop.call_later(self._timeout_s, self._too_late)
+    def _update_timer(self) -> None:
+        """Start the timer of an incomplete request, stop that of a complete one; further data does not extend it."""
+        if not self._is_incomplete():
+            self._cancel_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._timeout_s, self._on_timeout)
 
-    def _cancel_timeout(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _too_late(self) -> None:
+    def _on_timeout(self) -> None:
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._send_error(408, f"the request did not arrive completely within {self._timeout_s} s")
         self.transport.close()
@@ -104,7 +104,7 @@ class _Protocol(H11Protocol):
             answer = h11.Response(status_code=status, headers=[*headers, ("connection", "close")])
             for event in (answer, h11.Data(data=content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        if self.cycle is not None:  # its answer, which may be on its way, is dropped
+        if self.cycle is not None:  # drop the answer of a request that is being processed
             self.cycle.disconnected = True
         self.transport.close()
 
@@ -139,7 +139,7 @@ def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...
             for i, (process, ready) in enumerate(workers):
                 if process.is_alive() or stopping.is_set() or time.monotonic() < retry_at.get(i, 0):
                     continue
-                if i not in retry_at and not ready.is_set():
+                if i not in retry_at and not ready.is_set():  # ended before it was ready: restart it later
                     code = process.exitcode
                     if not any(other.is_alive() and serves.is_set() for other, serves in workers):
                         raise WorkersFailed(f"a worker ended with code {code} before it was ready; see above")
@@ -149,26 +149,26 @@ def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...
                     )  # fmt: skip
                     retry_at[i] = time.monotonic() + RETRY_S
                     continue
-                if retry_at.pop(i, None) is None:
+                if retry_at.pop(i, None) is None:  # it has served
                     logger.warning("worker %s ended with code %s; restarting it", process.pid, process.exitcode)
                 workers[i] = start()
     finally:
-        _end([process for process, _ in workers], timeout_s + KILLED_AFTER_S)
+        _terminate([process for process, _ in workers], timeout_s + KILLED_AFTER_S)
 
 
 def _worker(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def end_with_parent() -> None:
         parent.join()  # returns also if the parent is killed
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     work(*arguments)
 
 
-def _end(processes: list[BaseProcess], timeout_s: float) -> None:
+def _terminate(processes: list[BaseProcess], timeout_s: float) -> None:
     for process in processes:
         process.terminate()
     until = time.monotonic() + timeout_s
