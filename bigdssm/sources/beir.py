@@ -24,7 +24,8 @@ from bigdssm.utils.atomic import check_replaceable
 CORPUS_FILE, QUERIES_FILE, QRELS_DIR = "corpus.jsonl", "queries.jsonl", "qrels"
 SPLIT_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}  # BEIR calls validation dev
 
-META_FILE, COLLECTION = "meta.json", {"kind": "collection", "format": 1}
+META_FILE = "meta.json"
+COLLECTION = {"kind": "collection", "format": 1}  # the content of META_FILE
 OWN_FILES = (META_FILE, CORPUS_FILE, QUERIES_FILE, *(f"{QRELS_DIR}/{name}" for name in SPLIT_FILES.values()))
 
 UNWRITABLE = re.compile(r"[\t\r\n]")
@@ -63,9 +64,9 @@ def read_collection(folder: Path, split: str) -> Collection:
     check_judgements(qrels, path)
     corpus, queries = _entries(folder / CORPUS_FILE), _entries(folder / QUERIES_FILE)
     keys = {entry.key for entry in corpus}
-    with_grades = [entry for entry in queries if entry.key in qrels]
-    if len(with_grades) < len(qrels):
-        unknown_query = min(qrels.keys() - {entry.key for entry in with_grades})
+    judged = [entry for entry in queries if entry.key in qrels]
+    if len(judged) < len(qrels):
+        unknown_query = min(qrels.keys() - {entry.key for entry in judged})
         raise DataError(f"{path} judges query {unknown_query!r}, which is not in {QUERIES_FILE}")
     for documents in qrels.values():
         if unknown := documents.keys() - keys:
@@ -75,10 +76,10 @@ def read_collection(folder: Path, split: str) -> Collection:
         if other.name != path.name:
             for query, documents in read_qrels_tsv(other).items():
                 if query in qrels:
-                    graded_documents = qrels[query]
-                    positive = {key: n for key, n in documents.items() if n > 0 and graded_documents.get(key, 0) <= 0}
+                    own = qrels[query]
+                    positive = {key: grade for key, grade in documents.items() if grade > 0 and own.get(key, 0) <= 0}
                     known_positives.setdefault(query, {}).update(positive)
-    return Collection(corpus, with_grades, qrels, known_positives)
+    return Collection(corpus, judged, qrels, known_positives)
 
 
 def read_qrels_tsv(path: Path) -> Qrels:
@@ -87,7 +88,7 @@ def read_qrels_tsv(path: Path) -> Qrels:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-                if not row or (number == 1 and row[-1:] == ["score"]):
+                if not row or (number == 1 and row[-1:] == ["score"]):  # an empty line, or the header
                     continue
                 if len(row) != 3:
                     raise DataError(f"{path}:{number} has {len(row)} fields, needs query-id, corpus-id and score")
@@ -130,7 +131,7 @@ def parse_integer(text: str, field: str, path: Path, number: int) -> int:
 def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[CollectionEntry]) -> pa.Table:
     """Return the features' source columns of `entries`, as input of `canonical`.
 
-    Values are those of `metadata`; of a text feature that it lacks, the text.
+    A value is that in `metadata`; a text feature without one takes the entry's text.
     """
     columns: dict[str, list[Any]] = {feature.source: [] for feature in features.values()}
     for entry in entries:
@@ -141,7 +142,7 @@ def texts_and_metadata(features: Mapping[str, Feature], entries: Iterable[Collec
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError if `folder` holds something else than a collection that ingestion wrote, unless `overwrite`."""
+    """Raise ConfigError if `folder` holds anything but a collection that ingestion wrote, unless `overwrite`."""
     check_replaceable(
         folder, META_FILE, lambda meta: meta == COLLECTION, "holds no collection that bigdssm make_shards wrote",
         overwrite=overwrite,
@@ -161,7 +162,7 @@ def write_entries(path: Path, features: Mapping[str, Feature], pieces: Iterable[
                 for name, feature in features.items()
             }
             for row, key in enumerate(keys):
-                metadata = {
+                metadata = {  # a single text feature is the entry's text alone
                     feature.source: values[name][row]
                     for name, feature in features.items()
                     if not omitted[name][row] and (len(texts) != 1 or name not in texts)

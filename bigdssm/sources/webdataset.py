@@ -22,7 +22,7 @@ from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.sources.base import FileSource, Part, TableFile, register_source
 from bigdssm.sources.text import MAX_RECORD_BYTES, Record, parse_object, record_batches
 
-UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")
+UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")  # by webdataset's decoders
 TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
 KEY = "__key__"
 
@@ -70,7 +70,8 @@ class WebDatasetSource(FileSource):
 
 def check_shard(file: TableFile) -> bool:
     """Return whether there are texts. Raises DataError: a damaged tar header, a member that readers would unpickle."""
-    last, has_texts = "the beginning", False
+    last = "the beginning"
+    has_texts = False
     with file.open() as compressed, tempfile.TemporaryFile() as unpacked:
         stream = compressed
         if not compressed.seekable():  # zstd
@@ -84,11 +85,13 @@ def check_shard(file: TableFile) -> bool:
                     last = f"member {member.name!r}"
                     if member.name.lower().endswith(tuple(f".{suffix}" for suffix in UNPICKLED_SUFFIXES)):
                         raise DataError(f"{file.name}: {last} is a pickle, which can run code; rejected, omit it")
-                    has_texts |= is_text(member.name)
-                    if is_text(member.name) and member.size > MAX_RECORD_BYTES:
-                        raise DataError(
-                            f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"
-                        )
+                    if is_text(member.name):
+                        has_texts = True
+                        if member.size > MAX_RECORD_BYTES:
+                            raise DataError(
+                                f"{file.name}: {last} has {member.size:,} bytes, at most {MAX_RECORD_BYTES:,} are read"
+                            )
+                # tarfile takes an early end for that of the archive, which is a block of zeros
                 stream.seek(tar.offset)
                 end = stream.read(tarfile.BLOCKSIZE)
         except (tarfile.TarError, EOFError, OSError) as error:
@@ -99,7 +102,7 @@ def check_shard(file: TableFile) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Return True if a member has the suffix of a text file."""
+    """Return whether a member has the suffix of a text file."""
     return name.lower().endswith(tuple(f".{suffix}" for suffix in TEXT_SUFFIXES))
 
 
