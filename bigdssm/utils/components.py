@@ -68,10 +68,12 @@ class Registry(Generic[C]):
 
         Raises TypeError: another class, or one without a name or a method; ValueError: the name is taken.
         """
-        name, declared = getattr(cls, self.selector, MISSING), is_dataclass(cls) and issubclass(cls, self.base)
-        if not declared or name == MISSING:
-            noun = f"{self.noun} is a frozen dataclass, a subclass of {self.base.__name__}, with a {self.selector}"
-            raise TypeError(f"{cls.__name__}: {noun}")
+        name = getattr(cls, self.selector, MISSING)
+        if not is_dataclass(cls) or not issubclass(cls, self.base) or name == MISSING:
+            raise TypeError(
+                f"{cls.__name__}: {self.noun} is a frozen dataclass, a subclass of {self.base.__name__}, with a "
+                f"{self.selector}"
+            )
         if missing := [key for key in dir(cls) if getattr(getattr(cls, key, None), "__isabstractmethod__", False)]:
             raise TypeError(f"{cls.__name__} lacks the method {missing[0]} of {self.noun} ({cls.__mro__[1].__name__})")
         add_named(self.classes, name, cls, self.noun)
@@ -105,8 +107,9 @@ class Registry(Generic[C]):
             example = f"{{{self.selector}: {self.names()[0]}}}"
             raise ConfigError(f"{key}: got {content!r}, needs {self.noun} such as {example}")
         cls = self.find(content.get(self.selector), key)
-        given = {name: value for name, value in content.items() if name != self.selector or name in keys_of(cls)}
-        return read_fields(cls, key, given, getattr(cls, self.selector))
+        # the selector may be a key of the component, too
+        options = {name: value for name, value in content.items() if name != self.selector or name in keys_of(cls)}
+        return read_fields(cls, key, options, getattr(cls, self.selector))
 
 
 def _dotted(key: str, name: Any) -> str:
@@ -151,7 +154,9 @@ def literal(content: Any) -> Any:
         return {key: literal(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [literal(value) for value in content]
-    return _INTERPOLATION.sub(r"\1\1\\${", content) if isinstance(content, str) else content
+    if isinstance(content, str):
+        return _INTERPOLATION.sub(r"\1\1\\${", content)  # backslashes before `${` doubled, and one more
+    return content
 
 
 def default_of(field: Field[Any]) -> Any:
@@ -194,8 +199,9 @@ def read_fields(cls: type[C], key: str, content: Any, title: str = "") -> C:
     for f in fields(cast(Any, cls)):
         if f.name not in declared or (f.name not in content and default_of(f) != MISSING):
             continue
-        dotted, value, registry = _dotted(key, f.name), content.get(f.name, MISSING), f.metadata.get(REGISTRY)
-        if registry is not None and (value is not None or f.default is not None):
+        dotted, value = _dotted(key, f.name), content.get(f.name, MISSING)
+        registry = f.metadata.get(REGISTRY)
+        if registry is not None and (value is not None or f.default is not None):  # else null: no component
             values[f.name] = registry.read(dotted, value)
         else:
             values[f.name] = read_value(dotted, value, hints[f.name], f.metadata.get(BOUND))
@@ -215,19 +221,26 @@ def read_value(key: str, value: Any, hint: Any, bound: Bound | None = None) -> A
         return None
     if (section := section_of(hint)) is not None:
         return read_fields(section, key, value)
-    for kind in [kind for kind in kinds if type(value) is kind] or kinds:
+    exact = [kind for kind in kinds if type(value) is kind]
+    for kind in exact or kinds:  # of `int | str`, "5" is a text and no integer
         with suppress(TypeError, ValueError, KeyError, OverflowError):
             return _converted(key, value, kind, bound)
-    needed = [
-        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal
-        else TYPE_NAMES[get_origin(kind) or kind] + f", {bound}" * (bound is not None and kind in (int, float))
-        for kind in kinds
-    ]  # fmt: skip
+    needed = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            needed.append(f"one of {', '.join(get_args(kind))}")
+        elif bound is not None and kind in (int, float):
+            needed.append(f"{TYPE_NAMES[kind]}, {bound}")
+        else:
+            needed.append(TYPE_NAMES[get_origin(kind) or kind])
     raise ConfigError(f"{key}: got {value!r:.80}, needs {' or '.join(needed)}")
 
 
 def _converted(key: str, value: Any, kind: Any, bound: Bound | None) -> Any:
-    """Raises TypeError, ValueError, KeyError, OverflowError: another type; ConfigError: out of bounds."""
+    """Convert a value to one type.
+
+    Raises TypeError, ValueError, KeyError, OverflowError: another type; ConfigError: out of bounds.
+    """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is Any:
         return value
@@ -242,7 +255,7 @@ def _converted(key: str, value: Any, kind: Any, bound: Bound | None) -> Any:
         items = cast(dict[Any, Any], value).items()
         return {read_value(key, name, str): read_value(f"{key}.{name}", one, inner[1]) for name, one in items}
     if origin in (list, tuple):
-        elements = inner[:1] * len(value) if origin is list or ... in inner else inner
+        elements = inner[:1] * len(value) if origin is list or ... in inner else inner  # tuple[X, ...]
         if len(elements) != len(value):
             raise ConfigError(f"{key}: got {value}, needs {len(elements)} values")
         return origin(
@@ -254,8 +267,8 @@ def _converted(key: str, value: Any, kind: Any, bound: Bound | None) -> Any:
             raise ConfigError(f"{key}: got {value!a}, needs text without NUL")
         return origin(value)
     number = origin(value)
-    is_rounded = origin is int and isinstance(value, float) and number != value
-    if isinstance(value, bool) or is_rounded or not math.isfinite(number):
+    is_truncated = origin is int and isinstance(value, float) and number != value
+    if isinstance(value, bool) or is_truncated or not math.isfinite(number):
         raise ValueError
     if bound is not None and not bound.holds(number):
         raise ConfigError(f"{key}: got {value}, needs {bound}")
