@@ -55,22 +55,22 @@ def _train(config: Config, stage: StageName, resume: bool) -> StageResult:
             stop=StopRequest(handle_signals=False),
         )  # fmt: skip
     assert progress is not None
-    # the best validation of the current segment
-    chosen = (entry for entry in reversed(progress.history) if entry["step"] == progress.best_step)
-    metrics: dict[str, Any] = next(chosen, {}) if isfinite(progress.best) else {}
+    # the newest record of the best step: an earlier one may be of another segment
+    records = (record for record in reversed(progress.history) if record["step"] == progress.best_step)
+    metrics: dict[str, Any] = next(records, {}) if isfinite(progress.best) else {}
     return StageResult(config.stage_dir(stage) / "best", metrics)
 
 
 @contextmanager
 def _restored_process() -> Iterator[None]:
     """Restore the process group, the environment, random states and threads at exit."""
-    joined, environment = distributed.is_distributed(), dict(os.environ)
+    was_distributed, environment = distributed.is_distributed(), dict(os.environ)
     random, threads = RandomState.now(), torch.get_num_threads()
     try:
         with warnings.catch_warnings():
             yield
     finally:
-        if not joined:
+        if not was_distributed:
             leave_process_group()
         for name in set(os.environ) - set(environment):
             del os.environ[name]

@@ -27,7 +27,7 @@ from bigdssm.utils.progress import ProgressBar
 
 logger = get_logger(__name__)
 
-SLOW_PRODUCT_S = 0.02  # after it no larger product is timed: emulated bfloat16 would take half a minute
+SLOW_PRODUCT_S = 0.02  # no larger product is timed after such a one: emulated bfloat16 would take half a minute
 NON_TRAINING_SPANS = ("validation", "model folder", "checkpoint")
 TOWER_SPANS = ("encode", "backward", "backward/encode again")  # contain the towers' matrix products
 
@@ -39,10 +39,12 @@ class MetricsLogger:
         self, name: str, engine: Engine, trackers: Trackers, bar: ProgressBar, total_steps: int, rows_global: int,
         log_every_steps: int, describe_best: Callable[[], str],
     ) -> None:  # fmt: skip
-        self._describe_best, self._speed = describe_best, ""
+        self._describe_best = describe_best
+        self._speed = ""  # of the last interval, for the progress bar
         self._name, self._engine, self._trackers, self._bar = name, engine, trackers, bar
         self._total_steps, self._rows_global, self._every = total_steps, rows_global, log_every_steps
-        self._whole = TimeTable()
+        self._run_times = TimeTable()
+        # since the last log line
         self._started, self._steps, self._flops = time.perf_counter(), 0, 0.0
         self._tokens = 0
         self._queries = [0.0] * distributed.world_size()  # by rank
@@ -62,20 +64,21 @@ class MetricsLogger:
         plan = result.plan
         self._flops += step_flops(cast(DualEncoder, self._engine.module), batch, plan)
         self._tokens += plan.tokens
-        counts = zip(self._queries, result.reports, strict=True)
-        self._queries = [queries + report.queries for queries, report in counts]
+        for rank, report in enumerate(result.reports):
+            self._queries[rank] += report.queries
         self._bar(self._name, step, self._total_steps, f"loss {result.loss:.4f}{self._speed}  {self._describe_best()}")
         is_due = step % self._every == 0 or step == self._total_steps
-        if not is_due and self._whole.steps:  # the first step of a process always logs a line
+        if not is_due and self._run_times.steps:  # the first step of a process always logs a line
             return
         interval = self._interval()
         seconds = interval.training_s
         # one read of the device for all values on it
         on_device = [*result.stats.values(), batch.counts.sum()]
-        *values, columns = torch.stack([value.double() for value in on_device]).tolist()
+        *values, num_columns = torch.stack([value.double() for value in on_device]).tolist()
         stats = dict(zip(result.stats, values, strict=True))
         gradient_norm = float(result.gradient_norm)
         rows_per_s = self._rows_global * interval.steps / seconds
+        tables = self._engine.tables
         query_rates = {}
         if batch.query_positions is not None:  # several queries per row: their imbalance across ranks matters, too
             total = sum(self._queries)
@@ -95,15 +98,11 @@ class MetricsLogger:
             "tokens_per_s": self._tokens * distributed.world_size() / seconds,  # extrapolated from this rank
             "data_wait_fraction": interval.seconds.get("data wait", 0.0) / seconds,
             "padding_fraction": plan.padding,  # this rank's
-            "distinct_fraction": len(batch.doc_ids) / max(1.0, columns),
+            "distinct_fraction": len(batch.doc_ids) / max(1.0, num_columns),
             "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **({"gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
-            **(
-                {"table_cache_hits": tables.cache_hits()}
-                if (tables := self._engine.tables) and tables.cache_rows
-                else {}
-            ),
+            **({"table_cache_hits": tables.cache_hits()} if tables and tables.cache_rows else {}),
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
         if is_due:
@@ -128,7 +127,7 @@ class MetricsLogger:
     def after_run(self) -> None:
         """Log the time table of the run."""
         self._interval()
-        table = self._whole.lines(peak_flops(device(), self._engine.product_dtype))
+        table = self._run_times.lines(peak_flops(device(), self._engine.product_dtype))
         logger.info("%s, time of this rank by span: %s", self._name, "\n    ".join(table))
 
     def after_validation(self, step: int, evaluation: Evaluation, selected_by: str) -> None:
@@ -146,7 +145,7 @@ class MetricsLogger:
         """Return the times since the last call, and add them to the run's."""
         started, self._started = self._started, time.perf_counter()
         interval = TimeTable(self._started - started, self._steps, self._flops, timing.pop_seconds())
-        self._whole.add(interval)
+        self._run_times.add(interval)
         self._steps, self._flops = 0, 0.0
         return interval
 
@@ -172,22 +171,22 @@ class TimeTable:
 
     def add(self, more: TimeTable) -> None:
         """Add the times of another table."""
-        self.elapsed_s, self.steps, self.flops = (
-            self.elapsed_s + more.elapsed_s, self.steps + more.steps, self.flops + more.flops
-        )  # fmt: skip
+        self.elapsed_s += more.elapsed_s
+        self.steps += more.steps
+        self.flops += more.flops
         for name, seconds in more.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @property
     def training_s(self) -> float:
         """The elapsed seconds without non-training spans."""
-        apart = sum(seconds for name, seconds in self.seconds.items() if name.split("/")[0] in NON_TRAINING_SPANS)
-        return max(1e-9, self.elapsed_s - apart)
+        other = sum(seconds for name, seconds in self.seconds.items() if name.split("/")[0] in NON_TRAINING_SPANS)
+        return max(1e-9, self.elapsed_s - other)
 
     def lines(self, peak_flops: float) -> list[str]:
         """Format the table; `peak_flops` is the processor's FLOP/s in a large matrix product."""
-        named = sum(self.seconds.values())
-        rows = [*sorted(self.seconds.items()), ("other", max(0.0, self.elapsed_s - named))]
+        other = max(0.0, self.elapsed_s - sum(self.seconds.values()))
+        rows = [*sorted(self.seconds.items()), ("other", other)]
         elapsed = max(1e-9, self.elapsed_s)
         lines = [f"{self.elapsed_s:.1f} s in {self.steps} steps"]
         lines += [f"{name:28s} {seconds:9.2f} s {seconds / elapsed:6.1%}" for name, seconds in rows]

@@ -1,8 +1,8 @@
 """One training step: forward of both towers, one loss over the global batch, backward, and the ranks' agreement.
 
 A whole batch is one forward, which retains its graph. In chunks (gradient cache, Gao et al. 2021), the last ones,
-within the budget, retain their graphs. The others are encoded without, and again with a graph in backward, with the
-same random state, so that dropout masks are equal.
+within the budget, retain their graphs. The others are encoded without a graph, and in backward again with one and with
+the same random state, so that dropout masks are equal.
 
 Shapes: m queries, n documents, D vector width.
 """
@@ -91,7 +91,8 @@ def exchange_reports(
     def read() -> tuple[float, float, tuple[RankReport, ...]]:
         table = gathered.wait().tolist()
         reports = tuple(RankReport.of_numbers(numbers) for _, _, *numbers in table)
-        return sum(row[0] for row in table) / len(table), table[0][1], reports
+        losses = [loss for loss, *_ in table]
+        return sum(losses) / len(table), table[0][1], reports
 
     return read
 
@@ -186,35 +187,39 @@ def encode(
     """
     if isinstance(getattr(engine.module, "scorer", None), FeatureScorer):
         return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
-    encoded = (
-        _encode_whole(engine, batch, plan, extra_inputs)
-        if plan.whole
-        else _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
-    )
-    return *encoded, plan
+    if plan.whole:
+        encoded, towers_backward = _encode_whole(engine, batch, plan, extra_inputs)
+    else:
+        encoded, towers_backward = _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
+    return encoded, towers_backward, plan
 
 
 def _encode_whole(
-    engine: StepEngine, batch: Batch, plan: StepPlan, features: Features
+    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
 ) -> tuple[Encoded, TowersBackward]:
     """Encode in one forward pass, with one backward pass."""
-    extra_inputs: dict[str, Any] = dict(at_least_one(features)) if features else {}
+    inputs: dict[str, Any] = dict(at_least_one(extra_inputs)) if extra_inputs else {}
     if batch.query_positions is not None:
-        extra_inputs["query_positions"] = batch.query_positions
+        inputs["query_positions"] = batch.query_positions
     query = whole_features(batch.query, plan.query)
     doc = None if batch.doc_vectors is not None else whole_features(batch.doc, plan.doc)
-    full = engine.forward(query, doc, **extra_inputs)
+    padded = engine.forward(query, doc, **inputs)
     num_queries, num_docs = len(batch.query_ids), len(batch.doc_ids)
-    W, beta = (full.W, full.beta) if batch.doc_vectors is None else _fixed_columns(engine, batch, full.alpha)
-    assert full.U is not None and W is not None
+    W, beta = (padded.W, padded.beta) if batch.doc_vectors is None else _fixed_columns(engine, batch, padded.alpha)
+    assert padded.U is not None and W is not None
+    # without the row of padding that stands for an empty side
     beta = None if beta is None else beta[:num_docs]
-    scores = None if full.scores is None else full.scores[:num_queries]
-    encoded = Encoded(full.U[:num_queries], W[:num_docs], beta, full.alpha, scores)
+    scores = None if padded.scores is None else padded.scores[:num_queries]
+    encoded = Encoded(padded.U[:num_queries], W[:num_docs], beta, padded.alpha, scores)
 
     def backward_whole(leaves: Encoded) -> None:
-        sides = zip(encoded, leaves, strict=True)
-        differentiable = ((out, leaf) for out, leaf in sides if out is not None and out.requires_grad)
-        engine.backward([(out, _gradient(leaf)) for out, leaf in differentiable if leaf is not None])
+        engine.backward(
+            [
+                (output, _gradient(leaf))
+                for output, leaf in zip(encoded, leaves, strict=True)
+                if output is not None and output.requires_grad and leaf is not None
+            ]
+        )
 
     return encoded, backward_whole
 
@@ -240,7 +245,7 @@ class EncodedChunk:
     side: Chunked
     chunk: Chunk
     retain_graph: bool
-    first: int = 0  # of the side's vectors, among those of the batch
+    first: int = 0  # index of the side's first vector among those of the batch
     encoded: Encoded | None = None
     state: RandomState | None = None
 
@@ -266,10 +271,10 @@ class EncodedChunk:
     def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
         """Return the vectors and biases with their gradients."""
         index = self.first + self.side.outputs(self.chunk)
-        sides = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
+        outputs = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
             (output[: len(index)], _gradient(leaf)[index])
-            for output, leaf in sides
+            for output, leaf in outputs
             if output is not None and leaf is not None
         ]
 
@@ -281,11 +286,13 @@ def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
         sides.append(("doc", Chunked(batch.doc, plan.doc), 0))
     if batch.stale is not None and plan.stale is not None:
         sides.append(("doc", Chunked(batch.stale, plan.stale), batch.num_fresh))
-    work = [(name, side, chunk, first) for name, side, first in sides for chunk in side.plan.chunks]
-    fixed = 0 if batch.doc_vectors is None else len(plan.doc.chunks)
+    chunks = [(name, side, chunk, first) for name, side, first in sides for chunk in side.plan.chunks]
+    # the last chunks of the plan retain their graphs, those of fixed documents included, which are not encoded
+    num_fixed = 0 if batch.doc_vectors is None else len(plan.doc.chunks)
+    first_retained = len(chunks) + num_fixed - plan.num_retained
     return [
-        EncodedChunk(name, side, chunk, i >= len(work) + fixed - plan.num_retained, first)
-        for i, (name, side, chunk, first) in enumerate(work)
+        EncodedChunk(name, side, chunk, i >= first_retained, first)
+        for i, (name, side, chunk, first) in enumerate(chunks)
     ]
 
 
@@ -298,7 +305,7 @@ def _encode_in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChun
     for chunk, output in zip(chunks, outputs, strict=True):
         by_side.setdefault(chunk.side, []).append(output)
     U = _assembled(by_side, [chunks[0].side], "U")
-    documents = list(by_side)[1:]
+    documents = list(by_side)[1:]  # fresh and stale ones
     if batch.doc_vectors is None:
         W, beta = _assembled(by_side, documents, "W"), _assembled(by_side, documents, "beta")
     else:
@@ -376,11 +383,10 @@ def encode_pairs(
     # the towers' scores float32 [m, l], without a graph, in evaluation mode
     engine.module.eval()
     with torch.no_grad():
-        towers, _ = (
-            _encode_whole(engine, batch, plan, {})
-            if plan.whole
-            else _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
-        )
+        if plan.whole:
+            towers, _ = _encode_whole(engine, batch, plan, {})
+        else:
+            towers, _ = _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
     engine.module.train()
     assert towers.U is not None and towers.W is not None
     queries = query_head(towers.U, towers.beta is not None)
@@ -395,12 +401,12 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
 
     All ranks must call it. The ranks agree on the number of chunks, and on the number of those that retain their graph.
     """
-    row = (
-        torch.arange(len(candidates), device=candidates.device)
-        if batch.query_positions is None
-        else batch.query_positions.row
-    )
-    row, column = row.repeat_interleave(candidates.shape[1]), candidates.flatten()
+    if batch.query_positions is None:
+        row_of_query = torch.arange(len(candidates), device=candidates.device)
+    else:
+        row_of_query = batch.query_positions.row
+    row = row_of_query.repeat_interleave(candidates.shape[1])
+    column = candidates.flatten()
     query, doc = scorer.features["query"], scorer.features["doc"]
     features = join_sides(
         {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
@@ -413,8 +419,8 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
     retained = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
     recomputed = len(pairs.chunks) - int(retained.sum()) if budget.chunk_tokens else 0  # the first ones
     counts = torch.tensor([max(1, len(pairs.chunks)), recomputed])
-    number, first_retained = distributed.all_reduce(counts, "max").tolist()
-    pairs = pairs.padded_to(number)
+    num_chunks, first_retained = distributed.all_reduce(counts, "max").tolist()
+    pairs = pairs.padded_to(num_chunks)
     side = Chunked(features, pairs)
     return [
         EncodedPairChunk("pairs", side, chunk, retain_graph=i >= first_retained) for i, chunk in enumerate(pairs.chunks)

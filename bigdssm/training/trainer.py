@@ -35,9 +35,10 @@ from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.resume import StageProgress, StartPoint
-from bigdssm.training.step import LossFunction, RandomState, RankReport, StepResult, train_step
+from bigdssm.training.step import LossFunction, RankReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.utils import timing
+from bigdssm.utils.device import RandomState
 from bigdssm.utils.log import Progress, get_logger
 
 logger = get_logger(__name__)
@@ -77,9 +78,7 @@ class Trainer:
     validator: Validator
     average: WeightAverage | None
     starts_trained: bool  # from the weights of another stage or segment
-    initial_documents: (
-        DocumentVectors | None
-    )  # this rank's index vectors of the initial weights, if mining encoded them
+    initial_documents: DocumentVectors | None  # index vectors of the initial weights, if mining encoded them
     store: CheckpointStore
     async_checkpoints: bool
     metrics_logger: MetricsLogger
@@ -104,18 +103,17 @@ class Trainer:
             self._validate_at_start()
             while True:
                 # the steps until the stage ends or hard negatives are mined again
-                segment_step = self.progress.step - self.progress.segment_start_step
+                segment_start = self.progress.segment_start_step
+                segment_step = self.progress.step - segment_start
                 steps = min(self.total_steps - self.progress.step, self.mining.steps_to_refresh(segment_step))
                 with closing(read_batches(self.stream, self.batch_builder, device(), steps)) as batches:
                     self._take_steps(batches)
                 if self.is_over():
                     break
                 self.store.wait()  # a checkpoint in progress needs the current file of hard negatives
-                segment_start = self.progress.segment_start_step
                 with self.metrics_logger.timed("mining"):
-                    self.batch_builder.hard_negatives = self.mining.refresh(
-                        self.progress.step - segment_start, segment_start
-                    )
+                    segment_step = self.progress.step - segment_start
+                    self.batch_builder.hard_negatives = self.mining.refresh(segment_step, segment_start)
             if self.progress.validated_at != self.progress.step:
                 self.validate()
             self.save(in_background=False)
@@ -134,13 +132,14 @@ class Trainer:
         upcoming = self._fetch(batches) if not self.is_over() else None
         # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers
         # of chunks in the collective of step s.
-        chunks = None if upcoming is None else max_over_ranks(upcoming.plan.counts)
+        counts = None if upcoming is None else max_over_ranks(upcoming.plan.counts)
         while upcoming is not None and not self.is_over():
-            assert chunks is not None
-            batch, plan = upcoming.batch, upcoming.plan.synchronized(chunks)
+            assert counts is not None
+            batch, plan = upcoming.batch, upcoming.plan.synchronized(counts)
             upcoming = self._fetch(batches)
             result = self.train_step(batch, plan, None if upcoming is None else upcoming.plan)
-            chunks = ChunkCounts(*map(max, zip(*(report.chunks for report in result.reports), strict=True)))
+            reported = [report.chunks for report in result.reports]
+            counts = ChunkCounts(*map(max, zip(*reported, strict=True)))  # the maximum over ranks, per field
             if self.stream.needs_check([report.rows for report in result.reports], self.stream_step):
                 self.stream.check(self.stream_step)
             if _is_due(progress.step, stage.validate_every_steps):
@@ -238,7 +237,7 @@ class Trainer:
             )  # fmt: skip
             progress.best, self.selection = float("-inf"), BestSelection()
             self.validate()
-            progress.validations_since_best = since  # patience does not start again
+            progress.validations_since_best = since  # the replacement is no improvement
         elif _is_due(progress.step, self.stage.validate_every_steps) and progress.validated_at != progress.step:
             self.validate()  # the run was stopped during this validation
 
@@ -255,7 +254,8 @@ class Trainer:
             # best/ takes the weights if `is_taken`; patience starts again if `is_highest`. They differ: weights whose
             # score is within the error of the highest are taken, too. Where validations do not decide (no rows, or only
             # rows older than the training data), the newest weights are taken.
-            score, is_taken, is_highest = None, True, True
+            score = None
+            is_taken = is_highest = True
             if evaluation:
                 score = evaluation.metrics[metric]
                 progress.history.append({"step": progress.step, **evaluation.metrics})
