@@ -785,7 +785,7 @@ BUGS = [
         f"{UNIT}/retrieval/test_request_log.py::test_a_killed_server_loses_at_most_its_last_second"),
     Bug("feedback", "cached_answers_are_not_logged", "serving.app:api",
         "if log is not None:", "if log is not None and not cached:",
-        f"{UNIT}/retrieval/test_request_log.py::test_a_row_has_what_was_asked_and_served"),
+        f"{UNIT}/retrieval/test_request_log.py::test_a_row_has_the_request_and_the_answer"),
     Bug("feedback", "forgotten_items_move_positions", "serving.request_log:forget_in_log",
         "return [without(one) for one in value] if", "return [one for one in map(without, value) if one] if",
         f"{UNIT}/retrieval/test_request_log.py::test_forgotten_users_and_items_are_in_no_file"),
