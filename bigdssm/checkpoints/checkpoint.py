@@ -129,13 +129,10 @@ def read_manifest(path: Path) -> Checkpoint:
     if path.name != checkpoint_name(checkpoint.step):
         raise CheckpointError(f"checkpoint {path} was written as {checkpoint_name(checkpoint.step)}; restore that name")
     progress, stream = checkpoint.state.get("progress", {}), checkpoint.state.get("stream", {})
-    steps = {}
-    if "step" in progress:
-        steps["progress"] = progress["step"]
-    if "step" in stream:  # a stream counts from the start of its segment
-        steps["stream"] = progress.get("part_step", 0) + stream["step"]
+    first = progress.get("part_step", 0)  # a stream counts from the start of its segment
+    steps = {"progress": progress.get("step"), "stream": first + stream["step"] if "step" in stream else None}
     for part, step in steps.items():
-        if step != checkpoint.step:
+        if step not in (None, checkpoint.step):
             raise CheckpointError(f"{file} is damaged: the step of its {part} is {step}, its own {checkpoint.step}")
     return checkpoint
 

@@ -28,8 +28,7 @@ def replay(
     DataError: no request of this model.
     """
     model, index = searcher.versions
-    counts: Counter[str] = Counter()
-    differing_features: Counter[str] = Counter()
+    counts, differing_features = Counter[str](), Counter[str]()
     examples: list[dict[str, Any]] = []
     overlap = largest_difference = 0.0
 

@@ -91,8 +91,7 @@ def exchange_reports(
     def read() -> tuple[float, float, tuple[RankReport, ...]]:
         table = gathered.wait().tolist()
         reports = tuple(RankReport.of_numbers(numbers) for _, _, *numbers in table)
-        losses = [loss for loss, *_ in table]
-        return sum(losses) / len(table), table[0][1], reports
+        return sum(loss for loss, *_ in table) / len(table), table[0][1], reports
 
     return read
 
@@ -187,11 +186,15 @@ def encode(
     """
     if isinstance(getattr(engine.module, "scorer", None), FeatureScorer):
         return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
+    return *_encode_towers(engine, batch, plan, extra_inputs), plan
+
+
+def _encode_towers(
+    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
+) -> tuple[Encoded, TowersBackward]:
     if plan.whole:
-        encoded, towers_backward = _encode_whole(engine, batch, plan, extra_inputs)
-    else:
-        encoded, towers_backward = _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
-    return encoded, towers_backward, plan
+        return _encode_whole(engine, batch, plan, extra_inputs)
+    return _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
 
 
 def _encode_whole(
@@ -213,13 +216,12 @@ def _encode_whole(
     encoded = Encoded(padded.U[:num_queries], W[:num_docs], beta, padded.alpha, scores)
 
     def backward_whole(leaves: Encoded) -> None:
-        engine.backward(
-            [
-                (output, _gradient(leaf))
-                for output, leaf in zip(encoded, leaves, strict=True)
-                if output is not None and output.requires_grad and leaf is not None
-            ]
-        )
+        pairs = [
+            (output, _gradient(leaf))
+            for output, leaf in zip(encoded, leaves, strict=True)
+            if output is not None and output.requires_grad and leaf is not None
+        ]
+        engine.backward(pairs)
 
     return encoded, backward_whole
 
@@ -383,10 +385,7 @@ def encode_pairs(
     # the towers' scores float32 [m, l], without a graph, in evaluation mode
     engine.module.eval()
     with torch.no_grad():
-        if plan.whole:
-            towers, _ = _encode_whole(engine, batch, plan, {})
-        else:
-            towers, _ = _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
+        towers, _ = _encode_towers(engine, batch, plan, {})
     engine.module.train()
     assert towers.U is not None and towers.W is not None
     queries = query_head(towers.U, towers.beta is not None)
@@ -401,12 +400,9 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
 
     All ranks must call it. The ranks agree on the number of chunks, and on the number of those that retain their graph.
     """
-    if batch.query_positions is None:
-        row_of_query = torch.arange(len(candidates), device=candidates.device)
-    else:
-        row_of_query = batch.query_positions.row
-    row = row_of_query.repeat_interleave(candidates.shape[1])
-    column = candidates.flatten()
+    positions = batch.query_positions
+    row_of_query = torch.arange(len(candidates), device=candidates.device) if positions is None else positions.row
+    row, column = row_of_query.repeat_interleave(candidates.shape[1]), candidates.flatten()
     query, doc = scorer.features["query"], scorer.features["doc"]
     features = join_sides(
         {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}

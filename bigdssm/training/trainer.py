@@ -78,7 +78,7 @@ class Trainer:
     validator: Validator
     average: WeightAverage | None
     starts_trained: bool  # from the weights of another stage or segment
-    initial_documents: DocumentVectors | None  # index vectors of the initial weights, if mining encoded them
+    initial_documents: DocumentVectors | None  # this rank's, of the initial weights, if mining encoded them
     store: CheckpointStore
     async_checkpoints: bool
     metrics_logger: MetricsLogger
@@ -237,7 +237,7 @@ class Trainer:
             )  # fmt: skip
             progress.best, self.selection = float("-inf"), BestSelection()
             self.validate()
-            progress.validations_since_best = since  # the replacement is no improvement
+            progress.validations_since_best = since  # patience does not start again
         elif _is_due(progress.step, self.stage.validate_every_steps) and progress.validated_at != progress.step:
             self.validate()  # the run was stopped during this validation
 
@@ -254,8 +254,7 @@ class Trainer:
             # best/ takes the weights if `is_taken`; patience starts again if `is_highest`. They differ: weights whose
             # score is within the error of the highest are taken, too. Where validations do not decide (no rows, or only
             # rows older than the training data), the newest weights are taken.
-            score = None
-            is_taken = is_highest = True
+            score, is_taken, is_highest = None, True, True
             if evaluation:
                 score = evaluation.metrics[metric]
                 progress.history.append({"step": progress.step, **evaluation.metrics})

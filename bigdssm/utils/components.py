@@ -201,7 +201,7 @@ def read_fields(cls: type[C], key: str, content: Any, title: str = "") -> C:
             continue
         dotted, value = _dotted(key, f.name), content.get(f.name, MISSING)
         registry = f.metadata.get(REGISTRY)
-        if registry is not None and (value is not None or f.default is not None):  # else null: no component
+        if registry is not None and (value is not None or f.default is not None):  # null as the default: no component
             values[f.name] = registry.read(dotted, value)
         else:
             values[f.name] = read_value(dotted, value, hints[f.name], f.metadata.get(BOUND))
@@ -225,14 +225,12 @@ def read_value(key: str, value: Any, hint: Any, bound: Bound | None = None) -> A
     for kind in exact or kinds:  # of `int | str`, "5" is a text and no integer
         with suppress(TypeError, ValueError, KeyError, OverflowError):
             return _converted(key, value, kind, bound)
-    needed = []
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            needed.append(f"one of {', '.join(get_args(kind))}")
-        elif bound is not None and kind in (int, float):
-            needed.append(f"{TYPE_NAMES[kind]}, {bound}")
-        else:
-            needed.append(TYPE_NAMES[get_origin(kind) or kind])
+    within = "" if bound is None else f", {bound}"
+    needed = [
+        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal
+        else TYPE_NAMES[get_origin(kind) or kind] + (within if kind in (int, float) else "")
+        for kind in kinds
+    ]  # fmt: skip
     raise ConfigError(f"{key}: got {value!r:.80}, needs {' or '.join(needed)}")
 
 
