@@ -91,6 +91,7 @@ def write_manifest(
             {
                 "owner": share.owner, "file": share.file, "range": share.range,
                 "block": share.block, "xxh3_128": share.xxh3_128,
+                # `places` is the key of the locations in this format
                 "places": [[index_of[item.name], item.first, item.count, item.offset] for item in share.locations],
             }
             for share in shares
@@ -280,7 +281,7 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
 def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
     try:
         return read_blocks(path, share, first, last)
-    except FileNotFoundError:
+    except FileNotFoundError:  # no damage: `check_sizes` has found the file
         raise
     except OSError as error:
         raise CheckpointError(f"checkpoint file {path / share.file} cannot be read: {error.strerror}") from None

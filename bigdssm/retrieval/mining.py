@@ -84,10 +84,11 @@ class TrainPositives:
     def pairs(self, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (row, catalogue row), int64, of every known positive of the queries `query_ids` [m]."""
         position, present = find_sorted(self.query_ids, query_ids)
+        following = np.minimum(position + 1, len(self.starts) - 1)  # without positives, `starts` has one entry
         first = np.where(present, self.starts[position], 0)
-        length = np.where(present, self.starts[np.minimum(position + 1, len(self.starts) - 1)], 0) - first
-        docs = gather_ranges(self.doc_rows, first, first + length)
-        return np.repeat(np.arange(len(query_ids)), length), docs.values
+        end = np.where(present, self.starts[following], 0)
+        docs = gather_ranges(self.doc_rows, first, end)
+        return np.repeat(np.arange(len(query_ids)), end - first), docs.values
 
 
 def mine(

@@ -216,7 +216,7 @@ class Users(QuerySource):
         self.identity += _identity(now, context)
         ids = self._table.column("query_id")[::-1]  # the latest partition has a user's full history
         users, newest = np.unique(ids, return_index=True)
-        self._rows = np.sort(len(ids) - 1 - newest[users != FORGOTTEN_ID])
+        self._rows = np.sort(len(ids) - 1 - newest[users != FORGOTTEN_ID])  # table rows of the reversed ones
         self.num_rows = len(self._rows)
 
     def read(self, first: int, last: int) -> QueryBatch:
@@ -328,6 +328,7 @@ class TableRows(QuerySource):
             ids = np.array([hash64(key) for key in keys], np.int64)
             excluded = Ragged.of_lists(_query_documents(self._dataset, ids), np.int64)
         excluded = joined(excluded, self._excluded.take(np.arange(first, last)))
+        # queries count rows from 0, as every source, and messages from 1
         return QueryBatch(rows - 1, keys, columns | histories(self._dataset, past), excluded)
 
 

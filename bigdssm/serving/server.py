@@ -93,7 +93,7 @@ class _Protocol(H11Protocol):
             self._timer = None
 
     def _on_timeout(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
+        if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:  # a head, or a part of one, arrived
             self._send_error(408, f"the request did not arrive completely within {self._timeout_s} s")
         self.transport.close()
 
