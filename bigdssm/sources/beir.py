@@ -76,8 +76,8 @@ def read_collection(folder: Path, split: str) -> Collection:
         if other.name != path.name:
             for query, documents in read_qrels_tsv(other).items():
                 if query in qrels:
-                    own = qrels[query]
-                    positive = {key: grade for key, grade in documents.items() if grade > 0 and own.get(key, 0) <= 0}
+                    grades = qrels[query]
+                    positive = {key: grade for key, grade in documents.items() if grade > 0 and grades.get(key, 0) <= 0}
                     known_positives.setdefault(query, {}).update(positive)
     return Collection(corpus, judged, qrels, known_positives)
 

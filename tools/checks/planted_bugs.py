@@ -472,7 +472,7 @@ BUGS = [
         "> 0", ">= 0",
         f"{UNIT}/retrieval/test_evaluation.py::test_rows_without_relevance_have_no_rank"),
     Bug("metrics", "positives_of_the_split_excluded", "sources.beir:read_collection",
-        "if grade > 0 and own.get(key, 0) <= 0", "if grade > 0",
+        "if grade > 0 and grades.get(key, 0) <= 0", "if grade > 0",
         f"{UNIT}/retrieval/test_collection.py::test_positives_of_the_split_are_not_excluded"),
     Bug("metrics", "markov_without_distance", "evaluation.baselines:Markov.__call__",
         "chain.counts[entry] * np.repeat(weights, length)", "chain.counts[entry]",
