@@ -27,7 +27,9 @@ from bigdssm.retrieval.vectors import (
     read_meta,
 )
 from bigdssm.stores.base import Collection, Documents, Store
-from bigdssm.utils.log import Progress, no_progress
+from bigdssm.utils.log import Progress, get_logger, no_progress
+
+logger = get_logger(__name__)
 
 ROWS_AT_ONCE = 8192
 MARGIN = 1.1  # of the radius of a new collection over its longest vector
@@ -134,9 +136,16 @@ def publish(
                     f"version {version}: newer documents would be lost; embed the dataset again"
                 )
             collection = replace(collection, published=existing.published, radius=existing.radius)
-        lengths = (float(np.linalg.norm(chunk, axis=1).max()) for chunk in folder.vectors.chunks(65_536))
-        if (longest := max(lengths)) > collection.radius:  # with another radius every row is written
-            collection = replace(collection, radius=MARGIN * longest)
+        lengths = np.concatenate([np.linalg.norm(chunk, axis=1) for chunk in folder.vectors.chunks(65_536)])
+        if not collection.radius:
+            collection = replace(collection, radius=MARGIN * float(lengths.max()))
+        elif store.uses_radius and (longer := int((lengths > collection.radius).sum())):
+            # Rows of two radii cannot be compared in an index: a new radius needs a new collection
+            logger.warning(
+                "collection %s: %d vectors are longer than its radius %.4g and are indexed less exactly; publish under "
+                "a new name (--as) to index them exactly",
+                collection.name, longer, collection.radius,
+            )  # fmt: skip
         store.create(collection)
         stored, written = store.contents(collection), 0
         for first, documents in _batches(folder, dataset, features, collection.radius):

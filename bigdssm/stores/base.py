@@ -53,7 +53,7 @@ class Collection:
     width: int  # of the vectors: D+1, or D without beta
     has_beta: bool
     score: str  # dot or cosine; truncated cosine vectors are rescaled to their norm
-    radius: float = 0.0  # no vector is longer, so that a store can reduce inner products to distances
+    radius: float = 0.0  # above the length of the first vectors: a store can reduce inner products to distances
     columns: Mapping[str, ColumnType] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # of the store
     published: float = 0.0  # seconds since 1970; 0: not complete yet
@@ -93,6 +93,7 @@ class Store(ABC):
     """
 
     scheme: ClassVar[str]  # of URLs: SCHEME://…
+    uses_radius: ClassVar[bool] = False  # whether vectors longer than `Collection.radius` are indexed less exactly
     url: str = field(default="", metadata=FITTED, repr=False)
 
     @abstractmethod

@@ -7,7 +7,9 @@ bigdssm_vectors_NAME      doc_key, doc_title, doc_vector, doc_model, doc_version
 
 doc_vector has one dimension more than the vectors x: sqrt(radius² - |x|²). All rows thus have the same length, and the
 nearest rows to [query, 0] are those of the largest inner product, which HNSW finds far better than by inner products
-(at 50,000 vectors with lengths of 0.4 to 11, recall@100 is 0.997 and not 0.42). Source: Bachrach et al. 2014.
+(at 50,000 vectors with lengths of 0.4 to 11, recall@100 is 0.997 and not 0.42). Source: Bachrach et al. 2014. A row
+beyond the radius has 0 there; the index searches for [FAR * radius * query / |query|, 0], since the order by distance
+approaches the order by inner products with the length of the query.
 
 They are in the first schema of the connection's search path. The connection is libpq's: the password comes from
 PGPASSWORD, .pgpass or a service file.
@@ -45,6 +47,7 @@ except ImportError as error:
 
 INDEXED_WIDTH, HALF_WIDTH = 2000, 4000  # of HNSW: of float32, and of float16, whose results are rescored
 RESCORED = 4  # float16 candidates per requested document
+FAR, MOST_LENGTH = 100, 60_000.0  # length of an index query, in radii; float16 ends at 65,504
 EXACT_ROWS = 20_000  # a filter with at most as many matches is evaluated exactly
 WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2)  # before reconnecting: longer than the restart of a server
 LOCK_WAIT_S = 5.0  # until the server notices that a publisher was killed
@@ -91,6 +94,7 @@ class PostgresStore(Store):
     """Tables of PostgreSQL, searched by pgvector."""
 
     scheme: ClassVar[str] = "postgresql"
+    uses_radius: ClassVar[bool] = True
 
     m: int = bounded(24, 2, 100)  # links per document in the HNSW graph
     ef_construction: int = bounded(128, 4, 1000)  # candidates per document when the graph is built
@@ -380,7 +384,10 @@ class PostgresStore(Store):
             raise ConfigError(
                 f"got queries {list(vectors.shape)}, needs [queries, {collection.width}] for {collection.name}"
             )
-        vectors = np.pad(vectors, ((0, 0), (0, 1))).astype(">f4")  # the inner product is without the last dimension
+        vectors = np.pad(vectors, ((0, 0), (0, 1)))  # the inner product is without the last dimension
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+        distant = (vectors / lengths * min(FAR * collection.radius, MOST_LENGTH)).astype(">f4")
+        vectors = vectors.astype(">f4")
         exact = sql.SQL(
             "SELECT doc_key, doc_title, doc_vector <#> %s AS distance, doc_model FROM {} "
             "WHERE {} AND doc_key <> ALL(%s) ORDER BY distance LIMIT %s"
@@ -413,7 +420,7 @@ class PostgresStore(Store):
                     rows = []
                     if not is_exact:
                         rows = connection.execute(
-                            approximate, [vector, *operands, vector, num_candidates, top]
+                            approximate, [vector, *operands, distant[number], num_candidates, top]
                         ).fetchall()
                     if len(rows) < top:
                         rows = connection.execute(exact, [vector, *operands, top]).fetchall()

@@ -704,15 +704,25 @@ def test_a_filter_is_scanned_iteratively(postgres_store: Store, monkeypatch: pyt
     assert len(result) == 30 and len(searches) == 1 and "<->" in searches[0]
 
 
-def test_a_longer_vector_is_the_best_result(postgres_store: Store, tmp_path: Path) -> None:
-    """A vector beyond the radius of the collection changes the radius."""
-    shop = Shop.new(Random(0), 400)
-    first = publish(postgres_store, *shop.save(tmp_path / "v"), "shop").collection
-    shop.vectors[7], shop.version = 30, 2
-    report = publish(postgres_store, *shop.save(tmp_path / "longer"), "shop")
-    assert report.written == 400 and report.collection.radius > 67 > first.radius
-    (result,) = postgres_store.search(report.collection, np.ones((1, WIDTH), np.float32), 1)
-    assert result[0].key == "key 7" and result[0].score == 150
+def test_a_longer_vector_is_the_best_result(
+    postgres_store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Vectors beyond the radius of the collection leave radius and other rows as they are, and the index finds them."""
+    store, shop = open_store(postgres_store.url + INDEX_ALONE), Shop.new(Random(0), 1000)
+    first = publish(store, *shop.save(tmp_path / "v"), "shop").collection
+    directions = shop.vectors[:20] / np.linalg.norm(shop.vectors[:20], axis=1, keepdims=True)
+    for times in (1.2, 3):
+        shop.vectors[:20], shop.version = times * first.radius * directions, shop.version + 1
+        with caplog.at_level("WARNING"):
+            report = publish(store, *shop.save(tmp_path / f"{times}"), "shop")
+        assert report.written == 20 and report.collection.radius == first.radius
+        assert "20 vectors are longer than its radius" in caplog.text
+        results = store.search(report.collection, directions, 20)
+        assert [result[0].key for result in results] == [f"key {row}" for row in range(20)]
+        scores = np.array([[document.score for document in result] for result in results])
+        np.testing.assert_allclose(scores[:, 0], times * first.radius, rtol=1e-5)
+        best = np.sort(directions @ shop.vectors.T, 1)[:, -20]
+        assert (scores >= best[:, None] - 1e-5).mean() > 0.95
 
 
 def test_wide_vectors_are_indexed_in_half_precision_and_rescored(postgres_store: Store) -> None:
