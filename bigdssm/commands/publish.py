@@ -80,7 +80,8 @@ def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
     started = time.perf_counter()
     compare = args.compare or (args.alias if args.alias in store.aliases() else None)
     with ProgressBar() as progress:
-        report = publish(store, args.vectors, Dataset.open(args.data), vars(args)["as"], progress, compare)
+        dataset = Dataset.open(args.data)
+        report = publish(store, args.vectors, dataset, vars(args)["as"], progress, compare)
     name = report.collection.name
     print(
         f"{name}: {report.written} written, {report.deleted} deleted, {report.unchanged} unchanged in "
@@ -96,7 +97,7 @@ def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
                 queries = np.load(args.verify).astype(np.float32)
             except (OSError, ValueError) as error:
                 raise DataError(f"--verify {args.verify} is not a NumPy array: {error}") from None
-        result = measure_recall(store, report.collection, args.vectors, queries)
+        result = measure_recall(store, report.collection, args.vectors, queries, dataset)
         print(
             f"{name}: recall@{result.top} {result.recall:.4f} of {result.num_queries} queries, "
             f"{1000 * result.seconds:.1f} ms per query, largest difference of a score {result.difference:.1e}"

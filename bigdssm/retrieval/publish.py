@@ -80,7 +80,8 @@ class _Folder:
     withdrawn: np.ndarray  # bool [N]
 
     @classmethod
-    def open(cls, folder: Path) -> _Folder:
+    def open(cls, folder: Path, dataset: Dataset | None = None) -> _Folder:
+        """Open a folder, with the withdrawals of `dataset`. Raises CheckpointError: it has other documents."""
         meta = read_meta(folder)
         if meta.kind != VECTORS:
             raise CheckpointError(f"{folder} is an index; give the folder of the vectors it was built from")
@@ -89,7 +90,18 @@ class _Folder:
             documents = pa.ipc.open_file(file).read_all()
         withdrawn = np.zeros(meta.num_docs, bool)
         if WITHDRAWN in documents.column_names:
-            withdrawn = documents[WITHDRAWN].to_numpy()
+            withdrawn = np.array(documents[WITHDRAWN])
+        if dataset is not None:  # forgets and withdraws documents that an older folder still has
+            for first in range(0, meta.num_docs, ROWS_AT_ONCE):
+                rows = np.arange(first, min(first + ROWS_AT_ONCE, meta.num_docs))
+                ours = documents["doc_key"].slice(first, ROWS_AT_ONCE).to_pylist()
+                for row, key, current in zip(rows.tolist(), ours, dataset.catalogue.keys(rows), strict=True):
+                    if key and current not in ("", key):
+                        raise CheckpointError(
+                            f"{folder} has document {key!r} in row {row}, the dataset has {current!r}; embed it again"
+                        )
+                    withdrawn[row] |= not current
+            withdrawn |= np.isin(np.arange(meta.num_docs), dataset.catalogue.withdrawn)
         return cls(meta, load_vectors(folder, meta), documents["doc_key"], documents["doc_title"], withdrawn)
 
 
@@ -105,13 +117,13 @@ def publish(
     another dataset; ConfigError: the collection is of another model or has other columns; DataError: it has a later
     version of the dataset, or another process publishes to it.
     """
-    folder, dataset = _Folder.open(vectors_dir), dataset.whole
-    meta = folder.meta
+    dataset, meta = dataset.whole, read_meta(vectors_dir)
     if meta.dataset_fingerprint != dataset.fingerprint:
         raise CheckpointError(
             f"{vectors_dir} holds vectors of dataset {meta.dataset_fingerprint[:12]}, --data is "
             f"{dataset.fingerprint[:12]}; embed it again"
         )
+    folder = _Folder.open(vectors_dir, dataset)
     version = sum(extent.partitions for extent in dataset.extents)
     filterable = dataset.catalogue.filterable.items()
     features = {name: feature for name, feature in filterable if feature.column_type is not None}
@@ -233,15 +245,16 @@ def _take(documents: Documents, rows: np.ndarray) -> Documents:
 
 
 def measure_recall(
-    store: Store, collection: Collection, vectors_dir: Path, queries: np.ndarray | None = None
-) -> RecallReport:
+    store: Store, collection: Collection, vectors_dir: Path, queries: np.ndarray | None = None,
+    dataset: Dataset | None = None,
+) -> RecallReport:  # fmt: skip
     """Compare answers of a store with the exact inner products of the vectors folder that it was published from.
 
     `queries` are float32 [m, D+1]; None: SAMPLE document vectors, whose beta is replaced by 1 as that of queries, and
-    which have length 1 if the score is a cosine. Raises: CheckpointError: the folder is of another model; DataError:
-    the number of documents differs.
+    which have length 1 if the score is a cosine. `dataset` has the withdrawals of `publish`. Raises: CheckpointError:
+    the folder is of another model; DataError: the number of documents differs.
     """
-    folder = _Folder.open(vectors_dir)
+    folder = _Folder.open(vectors_dir, None if dataset is None else dataset.whole)
     collection.check_model(folder.meta.model_checksum)
     num_docs, stored = int((~folder.withdrawn).sum()), store.count(collection)
     if num_docs != stored:

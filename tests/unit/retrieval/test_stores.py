@@ -141,7 +141,10 @@ class Shop:
         columns = {name: encode_values(f, [row[name] for row in self.rows], None) for name, f in FEATURES.items()}
         dataset = SimpleNamespace(
             fingerprint=fingerprint, extents=[SimpleNamespace(partitions=self.version)], dir=folder,
-            catalogue=SimpleNamespace(filterable=FEATURES, column=lambda name, rows: take(columns[name], rows)),
+            catalogue=SimpleNamespace(
+                filterable=FEATURES, column=lambda name, rows: take(columns[name], rows), withdrawn=np.zeros(0, int),
+                keys=lambda rows: [keys[row] for row in rows.tolist()],
+            ),
         )  # fmt: skip
         dataset.whole = dataset
         return folder, dataset
@@ -364,6 +367,22 @@ def test_an_earlier_version_is_refused(store: Store, tmp_path: Path) -> None:
         publish(store, *earlier, "shop")
     with pytest.raises(CheckpointError, match="vectors of dataset fingerprint"):
         publish(store, earlier[0], shop.save(tmp_path / "again")[1], "shop")
+
+
+def test_documents_that_the_dataset_has_forgotten_or_withdrawn_are_not_published(store: Store, tmp_path: Path) -> None:
+    """An older vectors folder still has them."""
+    folder, dataset = Shop.new(Random(0), 9).save(tmp_path / "v")
+    assert publish(store, folder, dataset, "shop").written == 9
+    catalogue = dataset.catalogue
+    catalogue.withdrawn = np.array([5])
+    catalogue.keys = lambda rows: ["" if row == 3 else f"key {row}" for row in rows.tolist()]
+    for name in ("shop", "another"):
+        collection = publish(store, folder, dataset, name).collection
+        assert set(store.contents(collection)) == {f"key {row}" for row in (0, 1, 2, 4, 6, 7, 8)}
+        assert measure_recall(store, collection, folder, dataset=dataset).recall == 1
+    catalogue.keys = lambda rows: [f"key {row + (row > 6)}" for row in rows.tolist()]
+    with pytest.raises(CheckpointError, match=r"v has document 'key 7' in row 7, the dataset has 'key 8'"):
+        publish(store, folder, dataset, "shop")
 
 
 @pytest.mark.parametrize("url", ["postgresql", "file"], indirect=True)
