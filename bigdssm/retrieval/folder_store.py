@@ -78,6 +78,13 @@ class FolderStore(Store):
 
     # ----- collections
 
+    def options(self, existing: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Keep the options of an existing collection unless its type changes; those of the type one by one."""
+        options = super().options(existing)
+        if existing is None or options["type"] != existing["type"]:
+            return {**super().options(), "type": options["type"]}
+        return {**options, "index": {**existing["index"], **self.index}}
+
     @cached_property
     def root(self) -> Path:
         """The folder of collections. Raises ConfigError: a relative path, or another machine."""

@@ -147,7 +147,8 @@ def publish(
                     f"collection {collection.name} has version {existing.version} of the dataset, {vectors_dir} is of "
                     f"version {version}: newer documents would be lost; embed the dataset again"
                 )
-            collection = replace(collection, published=existing.published, radius=existing.radius)
+            options = store.options(existing.options)
+            collection = replace(collection, published=existing.published, radius=existing.radius, options=options)
         lengths = np.concatenate([np.linalg.norm(chunk, axis=1) for chunk in folder.vectors.chunks(65_536)])
         if not collection.radius:
             collection = replace(collection, radius=MARGIN * float(lengths.max()))

@@ -95,6 +95,7 @@ class Store(ABC):
     scheme: ClassVar[str]  # of URLs: SCHEME://…
     uses_radius: ClassVar[bool] = False  # whether vectors longer than `Collection.radius` are indexed less exactly
     url: str = field(default="", metadata=FITTED, repr=False)
+    given: frozenset[str] = field(default=frozenset(), metadata=FITTED, repr=False)  # explicit options of `open_store`
 
     @abstractmethod
     def collections(self) -> dict[str, Collection]:
@@ -181,9 +182,14 @@ class Store(ABC):
         """Return a collection by name or alias. Raises DataError: none has it."""
         return self.named(name)[0]
 
-    def options(self) -> dict[str, Any]:
-        """Return the options of collections."""
-        return {key: getattr(self, key) for key in keys_of(type(self))}
+    def options(self, existing: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the options of a new collection, or those of an `existing` one with the explicit ones replaced."""
+        options = {key: getattr(self, key) for key in keys_of(type(self))}
+        if existing is None:
+            return options
+        defaults = type(self)()
+        changed = {key for key in options if key in self.given or options[key] != getattr(defaults, key)}
+        return {key: options[key] if key in changed else existing.get(key, options[key]) for key in options}
 
 
 STORES: Registry[Store] = Registry("a store", "scheme", Store)

@@ -58,4 +58,4 @@ def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
             "got a password in the URL of the store, where logs and process lists show it; use the environment or the "
             "files of the store's client (docs/stores.md)"
         )
-    return replace(STORES.make(store.scheme, options), url=url)
+    return replace(STORES.make(store.scheme, options), url=url, given=frozenset(options or ()))

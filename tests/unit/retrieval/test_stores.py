@@ -481,7 +481,7 @@ def test_index_types_and_their_options(folder: Store, tmp_path: Path) -> None:
     shop = Shop.new(Random(0), 300)
     saved = shop.save(tmp_path / "v")
     for options in (
-        {"type": "hnsw", "index": {"search_width": 77}}, {"type": "sq8", "rescore": 4}, {"type": "ivf"}, {}
+        {"type": "hnsw", "index": {"search_width": 77}}, {"type": "sq8", "rescore": 4}, {"type": "ivf"}, {"type": "flat"}
     ):  # fmt: skip
         collection = publish(open_store(folder.url, options), *saved, "shop").collection
         meta = read_meta(tmp_path / "a store/shop")
@@ -765,6 +765,26 @@ def test_the_index_follows_changed_options(postgres_store: Store, tmp_path: Path
     select = "SELECT indexdef FROM pg_indexes WHERE indexdef ~ 'USING hnsw'"
     ((definition,),) = postgres_store._select(select)  # type: ignore[attr-defined]
     assert "m='7'" in definition
+
+
+@pytest.mark.parametrize("url", ["postgresql", "file"], indirect=True)
+def test_options_stay_unless_given(url: str, tmp_path: Path) -> None:
+    saved = Shop.new(Random(0), 9).save(tmp_path / "v")
+    first, second, merged, back = {
+        "file": (
+            {"type": "hnsw", "index": {"search_width": 77}}, {"index": {"links": 9}},
+            {"index": {"search_width": 77, "links": 9}}, {"type": "flat"},
+        ),
+        "postgresql": ({"ef_search": 800, "m": 32}, {"m": 16}, {"m": 16}, {"m": 24, "ef_search": 200}),
+    }[url.partition(":")[0]]  # fmt: skip
+
+    def published(options: dict[str, Any] | None) -> dict[str, Any]:
+        return dict(publish(open_store(url, options), *saved, "shop").collection.options)
+
+    created = published(first)
+    assert created == open_store(url, first).options() and published(None) == created
+    assert published(second) == {**created, **merged}
+    assert published(back) == open_store(url).options()
 
 
 def test_names_and_values_are_quoted(postgres_store: Store, tmp_path: Path) -> None:
