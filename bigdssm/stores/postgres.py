@@ -450,8 +450,10 @@ class PostgresStore(Store):
             ) from None
         if "password" in known:
             raise ConfigError("got a password in the URL of the store; use PGPASSWORD, .pgpass or a service file")
-        hosts = str(known.get("hostaddr") or known.get("host") or os.environ.get("PGHOST") or "").split(",")
-        is_local = "service" not in known and all(not host or host[0] in "/@" or host in LOCAL for host in hosts)
+        address = known.get("hostaddr") or os.environ.get("PGHOSTADDR")  # libpq connects there, whatever the host
+        hosts = str(address or known.get("host") or os.environ.get("PGHOST") or "").split(",")
+        has_service = "service" in known or "PGSERVICE" in os.environ
+        is_local = not has_service and all(not host or host[0] in "/@" or host in LOCAL for host in hosts)
         if not is_local and "sslmode" not in known and "PGSSLMODE" not in os.environ:
             known["sslmode"] = "verify-full"
             if "sslrootcert" not in known and "PGSSLROOTCERT" not in os.environ:
