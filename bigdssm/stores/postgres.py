@@ -295,7 +295,7 @@ class PostgresStore(Store):
 
     def contents(self, collection: Collection) -> dict[str, int]:
         """Return the hashes of all rows."""
-        return dict(self._select(sql.SQL("SELECT doc_key, doc_content FROM {}").format(_table(collection))))
+        return dict(self._select(sql.SQL("SELECT doc_key, doc_content FROM {}").format(_escaped_table(collection))))
 
     def write(self, collection: Collection, documents: Documents, version: int) -> None:
         """Copy the batch to a temporary table and merge it."""
@@ -343,7 +343,9 @@ class PostgresStore(Store):
             with connection.transaction():
                 _lock_rows(connection, collection)
                 connection.execute(
-                    sql.SQL("DELETE FROM {} WHERE doc_key = ANY(%s) AND doc_version <= %s").format(_table(collection)),
+                    sql.SQL("DELETE FROM {} WHERE doc_key = ANY(%s) AND doc_version <= %s").format(
+                        _escaped_table(collection)
+                    ),
                     [list(keys), version],
                 )
                 connection.execute(
@@ -357,7 +359,7 @@ class PostgresStore(Store):
     def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Return the vectors of the existing documents among `keys`."""
         statement = sql.SQL("SELECT doc_key, doc_title, doc_vector::text, doc_model FROM {} WHERE doc_key = ANY(%s)")
-        rows = self._select(statement.format(_table(collection)), [list(keys)])
+        rows = self._select(statement.format(_escaped_table(collection)), [list(keys)])
         _check_models(collection, (model for *_, model in rows))
         return {
             key: StoredVector(title, np.array(json.loads(vector)[: collection.width], np.float32))
@@ -367,7 +369,7 @@ class PostgresStore(Store):
     def count(self, collection: Collection, where: Expression | None = None) -> int:
         """Count rows."""
         condition, values = _condition(where, collection.columns)
-        statement = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(_table(collection), condition)
+        statement = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(_escaped_table(collection), condition)
         return int(self._select(statement, values)[0][0])
 
     def search(
@@ -379,7 +381,7 @@ class PostgresStore(Store):
         A result with fewer than `top` documents is completed by an exact search.
         """
         condition, values = _condition(where, collection.columns)
-        table, vectors = _table(collection), np.asarray(queries)
+        table, vectors = _escaped_table(collection), np.asarray(queries)
         if vectors.ndim != 2 or vectors.shape[1] != collection.width:
             raise ConfigError(
                 f"got queries {list(vectors.shape)}, needs [queries, {collection.width}] for {collection.name}"
@@ -527,6 +529,17 @@ class PostgresStore(Store):
         return self._select("SELECT to_regclass('bigdssm_aliases') IS NULL")[0][0]
 
 
+class _Escaped(sql.Identifier):
+    """An identifier in a statement with parameters, where % begins a placeholder."""
+
+    def as_bytes(self, context: Any = None) -> bytes:
+        return super().as_bytes(context).replace(b"%", b"%%")
+
+
+def _escaped_table(collection: Collection) -> Any:
+    return _Escaped(f"bigdssm_vectors_{collection.name}")
+
+
 def _table(collection: Collection | str) -> Any:
     name = collection if isinstance(collection, str) else collection.name
     return sql.Identifier(f"bigdssm_vectors_{name}")
@@ -565,7 +578,7 @@ def _condition(where: Expression | None, columns: Mapping[str, ColumnType]) -> t
         return sql.SQL("({})").format(joined), [value for _, values in parts for value in values]
     if where.feature not in columns:
         raise ConfigError(f"filter: {where.feature} is not a column of the collection; they are {', '.join(columns)}")
-    type, column = columns[where.feature], sql.Identifier(where.feature)
+    type, column = columns[where.feature], _Escaped(where.feature)
     if where.operator in ("<", "<=", ">", ">="):
         return sql.SQL(f"{{}} {where.operator} %s").format(column), list(where.values)
     is_in = where.operator in ("=", "in")

@@ -792,6 +792,18 @@ def test_names_and_values_are_quoted(postgres_store: Store, tmp_path: Path) -> N
     shop = Shop.new(Random(0), 9)
     collection = publish(store, *shop.save(tmp_path / "v"), name).collection
     assert store.search(collection, shop.vectors[:1], 3, Condition("shop", "=", ("' OR true; --",))) == [[]]
+    columns: dict[str, Any] = {"sale %s%": "number"}
+    half = replace(collection, name="50%off %(x)s", columns=columns)
+    store.create(half)
+    documents = Documents(["a", "b"], ["", ""], shop.vectors[:2], np.arange(2), {"sale %s%": [1.0, 2.0]})
+    store.write(half, documents, 1)
+    store.delete(half, ["a"], 1)
+    store.finish(half)
+    where = Condition("sale %s%", ">", (1.0,))
+    assert set(store.contents(half)) == set(store.vectors(half, ["a", "b"])) == {"b"} and store.count(half, where) == 1
+    assert [document.key for document in store.search(half, shop.vectors[:1], 3, where)[0]] == ["b"]
+    store.compact(half)
+    store.drop(half.name)
     store.switch("it's", name)
     assert store.collection("it's").name == name
     for invalid in ("", "x" * 41, "a\nb"):
