@@ -16,6 +16,7 @@ of the store (docs/config_keys.md). Passwords come from the environment or the f
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from bigdssm.config.loading import options_of
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.retrieval.publish import measure_recall, publish
+from bigdssm.retrieval.vectors import read_meta
 from bigdssm.stores.base import Store
 from bigdssm.stores.opening import open_store, store_class
 from bigdssm.utils.progress import ProgressBar
@@ -76,8 +78,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {store.count(collection)} documents of model {collection.model[:12]}, {age}{live}")
 
 
+def _queries(path: str, width: int) -> np.ndarray:
+    """Read the query vectors of --verify, float32 [m, width]. Raises DataError: the file has something else."""
+    try:
+        queries = np.load(path)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise DataError(f"--verify {path} is not a NumPy array: {error}") from None
+    shape = getattr(queries, "shape", "an archive")  # .npz
+    if len(shape) != 2 or 0 in shape or shape[1] != width or queries.dtype.kind not in "fiu":
+        raise DataError(f"--verify {path}: got {shape}, needs numbers [m, {width}] of at least one query")
+    if not np.isfinite(queries).all():
+        raise DataError(f"--verify {path}: got values that are not finite")
+    return np.asarray(queries, np.float32)
+
+
 def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
     started = time.perf_counter()
+    queries = None if args.verify in (None, True) else _queries(args.verify, read_meta(args.vectors).width)
     compare = args.compare or (args.alias if args.alias in store.aliases() else None)
     with ProgressBar() as progress:
         dataset = Dataset.open(args.data)
@@ -91,12 +108,6 @@ def _publish(args, store: Store) -> None:  # type: ignore[no-untyped-def]
         shares = " and ".join(f"{share:.2f} of the {number} nearest" for number, share in overlap.shares.items())
         print(f"{name}: {shares} documents are those in {overlap.previous} ({overlap.num_documents} documents sampled)")
     if args.verify:
-        queries = None
-        if args.verify is not True:
-            try:
-                queries = np.load(args.verify).astype(np.float32)
-            except (OSError, ValueError) as error:
-                raise DataError(f"--verify {args.verify} is not a NumPy array: {error}") from None
         result = measure_recall(store, report.collection, args.vectors, queries, dataset)
         print(
             f"{name}: recall@{result.top} {result.recall:.4f} of {result.num_queries} queries, "

@@ -331,6 +331,26 @@ def test_the_command_switches_and_rolls_back(
     assert code == ConfigError.exit_code and "needs --data" in error
 
 
+def test_query_files_of_verify(tmp_path: Path) -> None:
+    path = tmp_path / "q.npy"
+    for values, message in (
+        (np.ones((2, 3)), r"got \(2, 3\), needs numbers \[m, 5\]"), (np.ones((0, 5)), "at least one query"),
+        (np.ones(5), r"got \(5,\)"), (np.full((1, 5), np.nan), "not finite"), (np.full((1, 5), "x"), "needs numbers"),
+    ):  # fmt: skip
+        np.save(path, values)
+        with pytest.raises(DataError, match=message):
+            publish_command._queries(str(path), 5)
+    np.save(path, np.ones((2, 5)))
+    assert publish_command._queries(str(path), 5).shape == (2, 5)
+    np.savez(tmp_path / "q.npz", a=np.ones((2, 5)))
+    for content in (b"", b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="is not a NumPy array"):
+            publish_command._queries(str(path), 5)
+    with pytest.raises(DataError, match="got an archive, needs numbers"):
+        publish_command._queries(str(tmp_path / "q.npz"), 5)
+
+
 def test_another_model_is_refused(store: Store, tmp_path: Path) -> None:
     shop = Shop.new(Random(0), 6)
     folder, dataset = shop.save(tmp_path / "v")
