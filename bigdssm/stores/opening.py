@@ -46,7 +46,7 @@ def open_named(address: str) -> tuple[Store, str]:
 def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
     """Return the store at a URL; a connection is opened by its first use.
 
-    Raises ConfigError: a scheme without store, an invalid option, or a password in the URL.
+    Raises ConfigError: a scheme without store, an invalid option, or a password or #NAME in the URL.
     """
     store = store_class(url)
     try:
@@ -57,5 +57,10 @@ def open_store(url: str, options: Mapping[str, Any] | None = None) -> Store:
         raise ConfigError(
             "got a password in the URL of the store, where logs and process lists show it; use the environment or the "
             "files of the store's client (docs/stores.md)"
+        )
+    if "#" in url:
+        raise ConfigError(
+            "got #NAME in the URL of the store, which search and serve alone take; name a collection by an option "
+            "(publish --as, forget --collection)"
         )
     return replace(STORES.make(store.scheme, options), url=url, given=frozenset(options or ()))
