@@ -18,6 +18,7 @@ from bigdssm.features.conditions import Expression, evaluate, parse_filter, reso
 from bigdssm.features.numeric import Numeric
 from bigdssm.retrieval.index_types import AllowedDocuments
 
+BOOLEANS = (("true", "True", "TRUE", "1"), ("false", "False", "FALSE", "0"))  # as in `boolean_indices`
 CACHED_FILTERS = 32  # a byte and a bit per document and cached filter
 
 
@@ -87,8 +88,9 @@ class StoreFilters:
 
 
 class _AnyCategory(Categorical):
-    """A category with an unknown vocabulary."""
+    """A category with an unknown vocabulary; it may be one of booleans, so a boolean has all its spellings."""
 
     def operands(self, operator: str, values: Sequence[str]) -> tuple[str, ...]:
         super().operands(operator, ())
-        return tuple(sorted({*values} - {""}))
+        spellings = {text for value in values for group in BOOLEANS if value in group for text in group}
+        return tuple(sorted({*values, *spellings} - {""}))

@@ -26,7 +26,8 @@ from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.stores import postgres
-from bigdssm.stores.base import Store
+from bigdssm.stores.base import Collection, Documents, Store
+from bigdssm.stores.opening import open_store
 from bigdssm.utils.atomic import replace_folder
 from tests.postgres import Server
 from tests.unit.retrieval.test_stores import (  # noqa: F401
@@ -341,6 +342,24 @@ def test_a_batch_waits_for_the_store_once() -> None:
         return results
 
     assert [str(error) for error in asyncio.run(ask())] == ["away"] * 5 and waits == [5]
+
+
+def test_booleans_without_a_dataset(url: str) -> None:
+    """The collection has one spelling, of its dataset's vocabulary; a filter may have any."""
+    store, vectors = open_store(url), np.ones((4, 3), np.float32)
+    columns: dict[str, Any] = {"flag": "category", "flags": "categories"}
+    collection = Collection("booleans", "a" * 32, "d", 1, 3, True, "dot", 9.0, columns, store.options())
+    store.create(collection)
+    values = {"flag": ["true", "true", "false", None], "flags": [["1"], ["1", "0"], ["0"], None]}
+    store.write(collection, Documents(["a", "b", "c", "d"], [""] * 4, vectors, np.arange(4), values), 1)
+    store.finish(collection)
+    filters = StoreFilters(columns, None)
+    for text, keys in (
+        ("flag = True", "ab"), ("flag = 1", "ab"), ("flag != TRUE", "c"), ("flag in (0, 1)", "abc"),
+        ("flags = true", "ab"), ("flags != true", "c"), ("flags not in (False, 2)", "a"), ("flag = yes", ""),
+    ):  # fmt: skip
+        (result,) = store.search(collection, vectors[:1], 4, filters.allowed(text))
+        assert "".join(sorted(document.key for document in result)) == keys, text
 
 
 def test_filters_without_a_dataset(live: Store, dataset: Dataset) -> None:

@@ -39,7 +39,7 @@ from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, write_meta, write_vectors
 from bigdssm.stores import postgres, qdrant
 from bigdssm.stores.base import STORES, Collection, Documents, Store
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.opening import open_named, open_store
 from tests.filters import FEATURES, random_filter, random_rows
 from tests.postgres import Server, running_server
 
@@ -501,7 +501,8 @@ def test_index_types_and_their_options(folder: Store, tmp_path: Path) -> None:
     shop = Shop.new(Random(0), 300)
     saved = shop.save(tmp_path / "v")
     for options in (
-        {"type": "hnsw", "index": {"search_width": 77}}, {"type": "sq8", "rescore": 4}, {"type": "ivf"}, {"type": "flat"}
+        {"type": "hnsw", "index": {"search_width": 77}}, {"type": "sq8", "rescore": 4}, {"type": "ivf"},
+        {"type": "flat"},
     ):  # fmt: skip
         collection = publish(open_store(folder.url, options), *saved, "shop").collection
         meta = read_meta(tmp_path / "a store/shop")
@@ -581,6 +582,13 @@ def test_collections_and_aliases_are_in_one_folder(folder: Store, tmp_path: Path
     for url in ("file://host/folder", "file:relative"):
         with pytest.raises(ConfigError, match="needs the absolute path of a folder here"):
             open_store(url).collections()
+
+
+def test_a_fragment_is_refused(tmp_path: Path) -> None:
+    for url in (f"file://{tmp_path}/store#second", "postgresql://me@localhost/shop#old", f"file://{tmp_path}/store#"):
+        with pytest.raises(ConfigError, match="got #NAME in the URL of the store"):
+            open_store(url)
+    assert open_named(f"file://{tmp_path}/store#second")[1] == "second"
 
 
 # ----- Qdrant alone
