@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
+
 from bigdssm.checkpoints.forgetting import forget_in_model, forget_in_stage
 from bigdssm.checkpoints.model_folder import CONFIG_FILE
 from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
@@ -125,9 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.log:
             from bigdssm.serving.request_log import forget_in_log  # needs the extra serve
 
-            names = {*items, *dataset.catalogue.titles(forgotten.documents)} - {""}
+            catalogue = dataset.catalogue
+            titles = sorted({*catalogue.titles(forgotten.documents)})
+            others = np.setdiff1d(catalogue.rows_by_key(titles), [*forgotten.documents, -1])
+            titles = sorted({*titles} - {*catalogue.keys(others)})  # a request with such a text means the other item
             for folder in args.log:
-                open_files = forget_in_log(folder, users, names, changes)
+                open_files = forget_in_log(folder, users, items, changes, titles, dataset)
                 left += [
                     f"{path}, which a server writes; start the command again in ten minutes" for path in open_files
                 ]

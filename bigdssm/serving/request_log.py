@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import queue
-import re
 import threading
 import time
 import uuid
@@ -17,11 +16,16 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.features import Column
+from bigdssm.features import Categorical, Column, Feature, Numeric, histories_of
+from bigdssm.features.base import FIRST_CODE
+from bigdssm.features.conditions import conditions, parse_filter
+from bigdssm.retrieval.search import DocumentNames, first_users
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import new_file
 from bigdssm.utils.changes import Changes
@@ -43,7 +47,7 @@ COLUMNS = pa.schema(
         "index": pa.string(),
         "document": pa.list_(pa.string()),  # keys of the answer, in the order shown
         "score": pa.list_(pa.float64()),
-        "cached": pa.bool_(),
+        "cached": pa.bool_(),  # null: `forget_in_log` changed the row
     }
 )
 FLUSH_S, ROLL_S, ROLL_BYTES = 1.0, 600.0, 64 << 20
@@ -51,6 +55,7 @@ MOST_WAITING = 10_000  # records of a worker
 PART, COMPLETE = ".part", ".parquet"  # suffixes of an open Arrow stream, and of a file that no one changes
 NAME_TIME = "%Y%m%dT%H%M%SZ"  # the beginning of names: when a file was opened
 DAY_S = 86_400
+COMPARED_USERS, LEAST_SHARE = 1000, 0.25  # of users whose keys are values: their id, and not such as an age
 logger = get_logger(__name__)
 
 
@@ -202,45 +207,112 @@ def read_log(folder: Path) -> Iterator[pa.RecordBatch]:
         yield from pq.ParquetFile(path).iter_batches(1024)
 
 
-def forget_in_log(folder: Path, users: Collection[str], items: Collection[str], changes: Changes) -> list[Path]:
-    """Remove the requests of `users`, and empty `items` (keys and titles) in those of others.
+def forget_in_log(
+    folder: Path, users: Collection[str], items: Collection[str], changes: Changes, titles: Collection[str] = (),
+    dataset: Dataset | None = None,
+) -> list[Path]:  # fmt: skip
+    """Remove the requests of `users`, and empty `items` (keys) and their `titles` in those of others.
 
-    A user's id also counts as a value of a request's features. Positions of other documents stay. Returns files that a
+    Ids of users and items may be equal, so that only fields of the same kind are compared: with a `dataset`, features
+    by their types. Positions of other documents stay, and `cached` of a changed row is null. Returns files that a
     server is writing, which are not changed: they are complete after ROLL_S at the latest.
     """
-    in_use, item_ids = complete_parts(folder) if not changes.dry_run else sorted(folder.glob(f"*{PART}")), set(items)
-    named = re.compile("|".join(rf"(?<!\w){re.escape(item)}(?!\w)" for item in item_ids)) if item_ids else None
-
-    def without(value: Any, name: str = "") -> Any:
-        if isinstance(value, str):
-            is_named = value in item_ids or (name == "filter" and named is not None and named.search(value))
-            return None if is_named else value
-        if isinstance(value, dict):
-            return {key: without(one, key) for key, one in value.items()}
-        return [without(one) for one in value] if isinstance(value, list) else value
-
-    def values(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list | dict):
-            for one in value.values() if isinstance(value, dict) else value:
-                yield from values(one)
-
+    in_use = complete_parts(folder) if not changes.dry_run else sorted(folder.glob(f"*{PART}"))
+    ids = _Ids.of(users, items, titles, dataset)
     for path in sorted(folder.glob(f"*{COMPLETE}")):
-        rows = []
-        for row in pq.read_table(path).to_pylist():
-            row |= {name: json.loads(row[name]) for name in ("body", "features")}
-            if not set(users).isdisjoint(values([row["user"], row["body"], row["features"]])):
-                continue
-            row = without(row)
-            for name in {"events", "exclude"} & set(row["body"]):
-                entries = [one["item"] if name == "events" else one for one in row["body"][name]]
-                row["body"][name] = list(compress(row["body"][name], [one is not None for one in entries]))
-            rows.append(row | {name: json.dumps(row[name], ensure_ascii=False) for name in ("body", "features")})
-        table = pa.Table.from_pylist(rows, COLUMNS)
+        before = pq.read_table(path).to_pylist()
+        rows = [ids.rewrite(row) for row in before if not ids.is_of_user(row)]
         if not rows:
             changes.remove(path)
-        elif not table.equals(pq.read_table(path)):
+        elif rows != before:
             with changes.new_file(path) as temporary:
-                pq.write_table(table, temporary, compression="zstd")
+                pq.write_table(pa.Table.from_pylist(rows, COLUMNS), temporary, compression="zstd")
     return in_use
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """Forgotten ids, and the fields of a row that may have them."""
+
+    users: frozenset[str]
+    items: frozenset[str]
+    names: DocumentNames  # of the items, as in requests
+    other: frozenset[str]  # query features without ids of users
+    histories: frozenset[str] | None  # query features; None: unknown
+    numeric: frozenset[str]  # features of filters
+
+    @classmethod
+    def of(
+        cls, users: Collection[str], items: Collection[str], titles: Collection[str], dataset: Dataset | None
+    ) -> _Ids:
+        names = DocumentNames(sorted(items), sorted(title for title in titles if title.strip()))
+        other, histories, numeric = frozenset[str](), None, frozenset[str]()
+        if dataset is not None:
+            query = dataset.schema.query
+            histories = frozenset(histories_of(query))
+            keys = [] if dataset.sequences is None else first_users(dataset.sequences, COMPARED_USERS)
+            other = frozenset(name for name, feature in query.items() if not _has_users(feature, keys))
+            filters = dataset.catalogue.filterable
+            numeric = frozenset(name for name, feature in filters.items() if isinstance(feature, Numeric))
+        return cls(frozenset(users), frozenset(items), names, other, histories, numeric)
+
+    def is_of_user(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the user, or a single value of a query feature, is one of `users`."""
+        body = json.loads(row["body"])
+        values = [row["user"], body.get("user")]
+        for features in (body.get("features") or {}, json.loads(row["features"])):
+            values += [value for name, value in features.items() if "." not in name and name not in self.other]
+        return any(_text(value) in self.users for value in values)
+
+    def rewrite(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the row without items."""
+        body, features = json.loads(row["body"]), json.loads(row["features"])
+        for values in (row_filter := {"filter": row["filter"]}, body):
+            if self._is_in_filter(values.get("filter")):
+                values["filter"] = None
+        if body.get("document") in self.items:  # the features are those of the item
+            body["document"], features = None, {}
+        if body.get("exclude"):
+            body["exclude"] = [key for key in body["exclude"] if key not in self.items]
+        if body.get("events"):
+            unknown = self.names.rows([event["item"] for event in body["events"]]) < 0
+            body["events"] = list(compress(body["events"], unknown.tolist()))
+        for name, value in features.items():
+            is_history = "." not in name if self.histories is None else name in self.histories
+            if is_history and isinstance(value, list):
+                features[name] = self._emptied(value)
+        exclude = row["exclude"] and [key for key in row["exclude"] if key not in self.items]
+        new = {**row, **row_filter, "exclude": exclude, "document": self._emptied(row["document"])}
+        for name, content in (("body", body), ("features", features)):
+            if content != json.loads(row[name]):
+                new[name] = json.dumps(content, ensure_ascii=False)
+        return new if new == row else new | {"cached": None}
+
+    def _emptied(self, keys: Sequence[Any]) -> list[Any]:
+        return [None if isinstance(key, str) and key in self.items else key for key in keys]
+
+    def _is_in_filter(self, text: str | None) -> bool:
+        if text is None or not self.items:
+            return False
+        try:
+            parts = [part for part in conditions(parse_filter(text)) if part.feature not in self.numeric]
+        except ConfigError:
+            return True
+        return any((self.names.rows([str(value) for value in part.values]) >= 0).any() for part in parts)
+
+
+def _has_users(feature: Feature, keys: Sequence[str]) -> bool:
+    """Return whether the values of a query feature are ids of users, to judge by some users' keys."""
+    if not isinstance(feature, Categorical) or feature.multi:
+        return False
+    if feature.hash_buckets or not keys:
+        return True
+    codes = np.asarray(feature.codes(pa.array(keys, pa.large_string())))
+    return bool((codes >= FIRST_CODE).mean() >= LEAST_SHARE)
+
+
+def _text(value: Any) -> str | None:
+    """Return a single value as the text of an id."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None

@@ -159,7 +159,7 @@ def test_forgotten_users_and_items_are_in_no_file(searcher: Searcher, tmp_path: 
     answers = logged(searcher, tmp_path, bodies)
     [path] = tmp_path.iterdir()
     before = rows_of(tmp_path)
-    forget_in_log(tmp_path, ["u7"], ["i3", "Item 3"], dry := Changes(dry_run=True))
+    forget_in_log(tmp_path, ["u7"], ["i3"], dry := Changes(dry_run=True), ["Item 3"])
     assert [entry["file"] for entry in dry.files] == [str(path)] and rows_of(tmp_path) == before
     forget_in_log(tmp_path, ["u7"], ["i3"], changes := Changes())
     assert len(changes.files) == 1
@@ -174,6 +174,61 @@ def test_forgotten_users_and_items_are_in_no_file(searcher: Searcher, tmp_path: 
         parse_request(json.loads(row["body"]))
     forget_in_log(tmp_path, ["u8", "u9"], [], Changes())
     assert not list(tmp_path.iterdir())
+
+
+def log_of(folder: Path, bodies: Sequence[dict[str, Any]], **columns: Any) -> Path:
+    """Write a log with a row per body."""
+    folder.mkdir(exist_ok=True)
+    given = {"features": "{}", "document": ["5", "9"], "score": [1.0, 0.5], "cached": False, **columns}
+    rows = [
+        {**given, "request": str(number), "body": json.dumps(body)}
+        | {name: body.get(name) for name in ("user", "filter", "exclude")}
+        for number, body in enumerate(bodies)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, request_log.COLUMNS), folder / "20260101T000000Z-1-0.parquet")
+    return folder
+
+
+def test_a_user_and_an_item_of_the_same_id_are_two(tmp_path: Path, dataset: Dataset) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"user": "1", "top": 2}, {"user": "2", "exclude": ["5", "50"]}, {"user": "3", "events": [{"item": "50"}]},
+        {"features": {"occupation": "50", "age": 50}}, {"user": "50", "exclude": ["1"]},
+    ]  # fmt: skip
+    features = json.dumps({"history": ["50", "7"], "occupation": "5"})
+    log = log_of(tmp_path, bodies, features=features)
+    before = rows_of(log)
+    forget_in_log(log, ["5", "9", "7"], [], Changes(), dataset=dataset)
+    assert rows_of(log) == before, "no user is an item, or a feature that is no id"
+    forget_in_log(log, ["50"], [], Changes(), dataset=dataset)
+    assert rows_of(log) == before[:4]
+    forget_in_log(log, [], ["1", "2", "3"], Changes(), dataset=dataset)
+    assert rows_of(log) == before[:4], "no item is a user"
+    forget_in_log(log, [], ["5"], Changes(), dataset=dataset)
+    rows = rows_of(log)
+    assert [row["document"] for row in rows] == [[None, "9"]] * 4 and [row["features"] for row in rows] == [
+        features
+    ] * 4, "a category is no item"
+    assert rows[1]["exclude"] == ["50"] and json.loads(rows[1]["body"])["exclude"] == ["50"]
+    forget_in_log(log, [], ["50"], Changes(), dataset=dataset)
+    rows = rows_of(log)
+    assert {json.loads(row["features"])["history"][0] for row in rows} == {None}
+    assert json.loads(rows[2]["body"])["events"] == [] and {row["cached"] for row in rows} == {None}
+
+
+def test_other_spellings_of_an_id_or_title_are_removed(tmp_path: Path) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"features": {"user_id": 17}}, {"user": "x", "events": [{"item": " alien "}, {"item": " i3 "}]},
+        {"user": "x", "filter": 'item_id = "caf\\u00e9"'}, {"user": "x", "filter": "kind in (tea, i3)"},
+        {"user": "x", "filter": "kind = i30"}, {"features": {"user_id": 170}},
+    ]  # fmt: skip
+    log = log_of(tmp_path, bodies)
+    forget_in_log(log, ["17"], ["i3", "café"], Changes(), ["Alien"])
+    rows = rows_of(log)
+    assert [json.loads(row["body"]) for row in rows] == [
+        {"user": "x", "events": []}, {"user": "x", "filter": None}, {"user": "x", "filter": None}, *bodies[4:],
+    ]  # fmt: skip
+    assert [row["filter"] for row in rows] == [None, None, None, "kind = i30", None]
+    assert [row["cached"] for row in rows] == [None, None, None, False, False]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(searcher: Searcher, tmp_path: Path) -> None:
