@@ -4,6 +4,7 @@ FOLDER/NAME/            a collection: an index folder as `build_index` writes it
                         also has doc_version, doc_content and filter.COLUMN, with vectors.npy, tombstones.npy (hash of
                         the key, version) and collection.json (a `Collection`)
 FOLDER/.NAME.changes/   writes and deletes that `finish` has not applied yet, an Arrow file each
+FOLDER/.NAME.dropped/   a dropped collection that is being removed
 FOLDER/ALIAS            a link to a collection; the link .ALIAS.previous names the one before
 
 Changes are collected, and `finish` builds the index aside and exchanges the folders, so readers have the old collection
@@ -18,7 +19,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -53,6 +54,7 @@ from bigdssm.utils.hashing import hash64
 from bigdssm.utils.locks import WriterLock, lock_path
 
 COLLECTION_FILE, TOMBSTONES_FILE = "collection.json", "tombstones.npy"
+CHANGES, DROPPED = ".changes", ".dropped"
 TOMBSTONE = np.dtype([("id", np.int64), ("version", np.int64)])
 NAME_BYTES = 200
 CACHED_FILTERS = 32
@@ -119,6 +121,7 @@ class FolderStore(Store):
             }
             documents = pa.schema({**schema, **columns}).empty_table()
             vectors = np.zeros((0, collection.width), np.float32)
+            remove(self._changes(name))  # of a dropped collection, left by a kill
             self._build(collection, documents, vectors, np.zeros(0, TOMBSTONE))
         elif (existing.model, existing.columns) != (collection.model, collection.columns):
             raise ConfigError(f"collection {name} has another model or other columns; choose another name")
@@ -158,26 +161,44 @@ class FolderStore(Store):
             path.unlink(missing_ok=True)
 
     def compact(self, collection: Collection) -> Sequence[str]:
-        """Apply all changes: a new index has no deleted document."""
+        """Apply all changes: a new index has no deleted document. Remove what killed commands left in the store."""
         rows = self._rows(self._folder(collection).name)
         if rows.changes:
             self._build(collection, *rows.merged())
             for path in rows.changes:
                 path.unlink(missing_ok=True)
+        for path in self._changes(collection.name).glob(".*"):  # unfinished ones
+            remove(path)
+        for path in self.root.glob(f".*{DROPPED}"):
+            with suppress(FileNotFoundError):  # its `drop` goes on
+                remove(path)
+        for path in self.root.glob(f".*{CHANGES}"):
+            self._remove_if_dropped(path.name[1 : -len(CHANGES)], [path])
         return [f"{self.root / collection.name / TOMBSTONES_FILE}, which has a 64-bit hash of each removed key"]
 
     def drop(self, name: str) -> None:
-        """Remove the folders of a collection."""
+        """Remove the folders of a collection, and what a killed command left of it."""
+        self._check_name(name)
         if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
             raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
+        folder, dropped = self.root / name, self.root / f".{name}{DROPPED}"
         if name in self.collections():
+            remove(self._changes(name))  # first: after a kill, a new collection would have them
+            remove(dropped)
+            os.replace(folder, dropped)  # readers see all of it or nothing
+        remove(dropped)
+        self._remove_if_dropped(name, [self._changes(name), temporary_path(folder)])
+        self._opened.pop(name, None)
+
+    def _remove_if_dropped(self, name: str, paths: Sequence[Path]) -> None:
+        """Remove `paths` if there is no such collection, and no process writes it."""
+        if self.root.is_dir():
             folder = self.root / name
-            temporary = temporary_path(folder)
-            remove(temporary)
-            os.replace(folder, temporary)  # readers see all of it or nothing
-            remove(temporary)
-            remove(self._changes(name))
-            self._opened.pop(name, None)
+            with suppress(DataError), WriterLock(lock_path(folder), folder):
+                recover(folder)
+                if not folder.exists():
+                    for path in paths:
+                        remove(path)
 
     # ----- aliases
 
@@ -287,7 +308,7 @@ class FolderStore(Store):
         return folder
 
     def _changes(self, name: str) -> Path:
-        return self.root / f".{name}.changes"
+        return self.root / f".{name}{CHANGES}"
 
     def _add(self, name: str, table: pa.Table) -> None:
         folder = self._changes(name)

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from bigdssm.errors import DataError, UnavailableError
+from bigdssm.retrieval import folder_store
 from bigdssm.retrieval.forgetting import forget_in_collection
 from bigdssm.retrieval.publish import publish
 from bigdssm.stores import postgres
@@ -133,6 +134,56 @@ def test_a_forgotten_document_leaves_no_byte_in_a_folder(tmp_path: Path) -> None
     record, left = forget_in_collection(store, "first", [], [SECRET])
     assert record["found"] == 1 and files_left() == []
     assert left == [f"{tmp_path}/store/first/tombstones.npy, which has a 64-bit hash of each removed key"]
+
+
+def test_a_killed_drop_leaves_no_byte_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after another drop, nor in a new collection, nor after `forget` in another collection."""
+    store, shop = open_store(f"file://{tmp_path}/store"), Shop.new(Random(0), 30)
+    saved = shop.save(tmp_path / "v")
+    vector = np.random.default_rng(7).standard_normal(WIDTH).astype(np.float32)
+
+    def files_left() -> list[Path]:
+        files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+        return [path for path in files if SECRET.encode() in path.read_bytes()]
+
+    def killed(last: int) -> None:
+        """Drop a collection with an unapplied change, up to its removal number `last`."""
+        write(store, publish(store, *saved, "dropped").collection, SECRET, vector)
+        removed: list[Path] = []
+
+        def remove(path: Path) -> None:
+            removed.append(path)
+            if len(removed) == last:
+                raise KeyboardInterrupt
+            folder_remove(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(folder_store, "remove", remove)
+            with pytest.raises(KeyboardInterrupt):
+                store.drop("dropped")
+
+    folder_remove = folder_store.remove
+    for last in (1, 2, 3):
+        killed(last)
+        store.drop("dropped")
+        assert files_left() == [] and store.collections().keys() == set()
+    assert not list((tmp_path / "store").iterdir())
+    changes = tmp_path / "store/.dropped.changes"  # of an earlier version, which removed them last
+    write(store, publish(store, *saved, "dropped").collection, SECRET, vector)
+    changes.rename(tmp_path / "changes")
+    store.drop("dropped")
+    (tmp_path / "changes").rename(changes)
+    assert len(files_left()) == 1
+    assert SECRET not in store.contents(publish(store, *saved, "dropped").collection)
+    store.drop("dropped")
+    publish(store, *saved, "first")
+    for folder in (changes, tmp_path / "store/.dropped.dropped"):
+        folder.mkdir()
+        (folder / "1.arrow").write_bytes(SECRET.encode())
+    (tmp_path / "store/.first.changes/.2.arrow.unfinished").write_bytes(SECRET.encode())
+    assert len(files_left()) == 3
+    forget_in_collection(store, "first", [], [SECRET])
+    assert files_left() == []
 
 
 def test_a_document_that_was_withdrawn_before_leaves_no_byte(server: Server, tmp_path: Path) -> None:
