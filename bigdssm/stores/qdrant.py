@@ -74,10 +74,10 @@ class QdrantStore(Store):
     # ----- collections
 
     def collections(self) -> dict[str, Collection]:
-        """Return all collections by name; none before the first `create`."""
-        points = self._admin("collection")
-        stored = [Collection(**json.loads(point["description"])) for point in points]
-        return {collection.name: collection for collection in sorted(stored, key=lambda one: one.name)}
+        """Return all collections by name; none before the first `create`, and none whose `drop` was killed."""
+        described = self._described()
+        existing = {one.name for one in self._run(lambda client: client.get_collections()).collections}
+        return {name: collection for name, collection in described.items() if _vectors(name) in existing}
 
     def create(self, collection: Collection) -> None:
         """Create the points, tombstones and payload indexes of a collection, or replace its description."""
@@ -146,7 +146,7 @@ class QdrantStore(Store):
         """Drop the points, tombstones and description of a collection."""
         if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
             raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
-        if name in self.collections():
+        if name in self._described():
 
             def work(client: Any) -> None:
                 client.delete_collection(_vectors(name))
@@ -294,6 +294,11 @@ class QdrantStore(Store):
         if not self._run(lambda client: client.collection_exists(ADMIN)):
             return []
         return self._scroll(ADMIN, models.Filter(must=[_match("kind", [kind])]), True)
+
+    def _described(self) -> dict[str, Collection]:
+        """Return all descriptions by name."""
+        stored = [Collection(**json.loads(point["description"])) for point in self._admin("collection")]
+        return {collection.name: collection for collection in sorted(stored, key=lambda one: one.name)}
 
     def _describe(self, collection: Collection) -> None:
         payload = {"kind": "collection", "description": json.dumps(asdict(collection))}

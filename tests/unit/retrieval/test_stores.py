@@ -636,6 +636,17 @@ def test_a_delete_during_a_write_wins(qdrant_store: Any, tmp_path: Path, monkeyp
     assert sorted(qdrant_store.contents(collection)) == ["key 0", "key 1", "key 2"]
 
 
+def test_a_killed_drop_hides_its_collection_alone(qdrant_store: Any, tmp_path: Path) -> None:
+    saved = Shop.new(Random(0), 3).save(tmp_path / "v")
+    for name in ("shop", "other"):
+        publish(qdrant_store, *saved, name)
+    qdrant_store._client().delete_collection("bigdssm_vectors_shop")  # the first step
+    assert {name: qdrant_store.count(one) for name, one in qdrant_store.collections().items()} == {"other": 3}
+    qdrant_store.drop("shop")
+    assert qdrant_store._described().keys() == {"other"}
+    assert "bigdssm_tombstones_shop" not in {one.name for one in qdrant_store._client().get_collections().collections}
+
+
 def test_columns_of_any_name(qdrant_store: Any) -> None:
     columns = {"price now": "number", "a.b[]": "category", "ключ": "category"}
     collection = Collection("c", MODEL, "d", 1, WIDTH, True, "dot", 9.0, columns, qdrant_store.options())  # type: ignore[arg-type]
