@@ -132,9 +132,8 @@ class RequestLog:
             try:
                 if answers:
                     self._write(answers)
-                if self._part is not None and (
-                    stopping or time.monotonic() >= self._roll_at or self._part.tell() >= ROLL_BYTES
-                ):
+                is_full = self._part is not None and self._part.tell() >= ROLL_BYTES
+                if stopping or is_full or time.monotonic() >= self._roll_at:  # without a file, too: old ones
                     self._roll()
             except Exception as error:  # such as a full disk: requests are answered all the same
                 self._part = None
@@ -144,7 +143,7 @@ class RequestLog:
         try:
             batch = pa.RecordBatch.from_pylist([answer.row() for answer in answers], COLUMNS)
             if self._part is None:
-                self._part, self._roll_at = _open_part(self._folder), time.monotonic() + ROLL_S
+                self._part = _open_part(self._folder)
                 self._writer = pa.ipc.new_stream(self._part, COLUMNS)
             self._writer.write_batch(batch)
             self._part.flush()
@@ -155,6 +154,7 @@ class RequestLog:
 
     def _roll(self) -> None:
         """Complete the open file and those of killed processes, and remove old ones."""
+        self._roll_at = time.monotonic() + ROLL_S
         if self._part is not None:
             part, self._part = self._part, None
             part.close()

@@ -138,6 +138,20 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [row["user"] for row in rows_of(tmp_path)] == ["u0", "u1", "u2"]
 
 
+def test_old_files_are_removed_while_no_request_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_log, "FLUSH_S", 0.05)
+    monkeypatch.setattr(request_log, "ROLL_S", 0.2)
+    log = RequestLog(tmp_path, 30, counter())
+    time.sleep(0.1)
+    old = tmp_path / "20200101T000000Z-1-0.parquet"
+    old.write_bytes(b"")
+    until = time.monotonic() + 10
+    while old.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not old.exists()
+    log.close()
+
+
 def test_an_open_file_is_left_to_its_writer(searcher: Searcher, tmp_path: Path) -> None:
     columns = searcher.queries.of(parse_request({"user": "u7"})).columns
     log = RequestLog(tmp_path, 30, counter())
