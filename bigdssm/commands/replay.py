@@ -3,8 +3,9 @@
     bigdssm replay --log FOLDER --model MODEL --index INDEX [--data DATASET] [--limit 0.01] [--out REPORT.json]
 
 FOLDER is that of bigdssm serve --log-requests. A request is computed with the events of its user up to the logged time.
-The report has the share of requests that differ by feature, the overlap of the answers, the largest difference of
-scores, and examples. The exit code is 3 if more than the share --limit of the requests differ.
+It differs if a feature, a document, the order or a score does. The report has the share of requests that differ by
+feature, the overlap of the answers, the largest difference of scores, and examples. The exit code is 3 if more than the
+share --limit of the requests differ.
 """
 
 from __future__ import annotations

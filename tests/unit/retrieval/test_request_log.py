@@ -33,7 +33,7 @@ from fastapi.testclient import TestClient
 
 from bigdssm.serving import request_log
 from bigdssm.serving.app import make_app
-from bigdssm.serving.replay import replay
+from bigdssm.serving.replay import _is_same, replay
 from bigdssm.serving.request_log import RequestLog, forget_in_log, read_log
 
 
@@ -281,10 +281,10 @@ def test_a_replay_finds_altered_requests_alone(
     altered(folder, ids[4], score=[score + 0.25 for score in rows[ids[4]]["score"]], index="another")
     report = replay(searcher, read_log(folder))
     assert (report["requests"], report["invalid"], report["other_model"], report["other_index"]) == (20, 1, 1, 1)
-    assert report["features"]["age"] == 1 / 20 and report["differing"] == 2 / 20
+    assert report["features"]["age"] == 1 / 20 and report["differing"] == 3 / 20
     assert report["largest_score_difference"] >= 0.25 - 1e-5
     examples = {example["request"]: example for example in report["examples"]}
-    assert examples.keys() == {first, old, gone} and "of no dataset" in examples[gone]["error"]
+    assert examples.keys() == {first, old, gone, ids[4]} and "of no dataset" in examples[gone]["error"]
     assert examples[first]["features"] == {
         "age": {"logged": 77.0, "replayed": json.loads(rows[first]["features"])["age"]}
     }
@@ -292,17 +292,40 @@ def test_a_replay_finds_altered_requests_alone(
     assert 0 < len(shorter) < len(longer) and longer[: len(shorter)] != longer
 
     arguments = ("--log", folder, "--model", model_dir, "--index", index_dir, "--out", tmp_path / "report.json")
-    assert json.loads(tools.ran("replay", *arguments, "--limit", "0.1"))["differing"] == 0.1
-    assert len(json.loads((tmp_path / "report.json").read_text())["examples"]) == 3
-    code, out, error = tools.run("replay", *arguments, "--limit", "0.09")
-    assert code == 3 and json.loads(out)["differing"] == 0.1
-    assert "10.00% of the requests differ, more than --limit 9.00%" in error
+    assert json.loads(tools.ran("replay", *arguments, "--limit", "0.15"))["differing"] == 0.15
+    assert len(json.loads((tmp_path / "report.json").read_text())["examples"]) == 4
+    code, out, error = tools.run("replay", *arguments, "--limit", "0.14")
+    assert code == 3 and json.loads(out)["differing"] == 0.15
+    assert "15.00% of the requests differ, more than --limit 14.00%" in error
     assert "needs a share from 0 to 1" in tools.refused(2, "replay", *arguments, "--limit", "2")
     (tmp_path / "empty").mkdir()
     assert "no complete log" in tools.refused(2, "replay", *arguments[2:], "--log", tmp_path / "empty")
     for request in ids:
         altered(folder, request, model="another")
     assert "give the logged model" in tools.refused(3, "replay", *arguments)
+
+
+def test_order_and_scores_are_compared_up_to_ties() -> None:
+    logged = {"a": 9.0, "b": 5.0, "c": 5.0}
+    for same in (logged, {"a": 9.0005, "c": 5.0004, "b": 5.0}, {"a": 9.0, "b": 5.0, "tie": 5.0}):
+        assert _is_same(logged, same), same
+    for other in (
+        {"b": 9.0, "a": 5.0, "c": 5.0}, {"b": 5.0, "c": 5.0, "a": 9.0}, {"a": 9.002, "b": 5.0, "c": 5.0},
+        {"other": 9.0, "b": 5.0, "c": 5.0}, {"a": 9.0, "b": 5.0}, {"a": 900.0, "b": 500.0, "c": 500.0},
+    ):  # fmt: skip
+        assert not _is_same(logged, other) and not _is_same(other, logged), other
+    assert _is_same({}, {}) and not _is_same({}, logged)
+
+
+def test_a_replay_skips_requests_that_forget_changed(searcher: Searcher, tmp_path: Path) -> None:
+    bodies: list[dict[str, Any]] = [{"user": "u1"}, {"user": "u2", "filter": "year != 1901"}, {"user": "u3", "top": 40}]
+    answers = logged(searcher, tmp_path, bodies)
+    [forgotten] = {document["key"] for document in answers[2]["documents"][:1]}
+    in_first = forgotten in [document["key"] for document in answers[0]["documents"]]
+    forget_in_log(tmp_path, [], [forgotten], Changes())
+    report = replay(searcher, read_log(tmp_path))
+    assert report["forgotten"] >= 1 + in_first and report["requests"] + report["forgotten"] == 3
+    assert report["differing"] == 0
 
 
 @pytest.mark.slow
