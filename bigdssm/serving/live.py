@@ -69,7 +69,9 @@ class LiveSearcher:
     ) -> None:  # fmt: skip
         self._metrics, self._options = metrics, (metrics, max_batch, cache_size)
         self._folders, self._poll_s, self._state = folders, poll_s, searcher.state
-        self._failed, self._reason = (b"", 0.0), ""  # the last state that failed to open, when to retry it, and why
+        # The last state, of folders and dataset, that failed to open; when to retry it; and why
+        self._failed: tuple[bytes, object] = b"", None
+        self._retry_at, self._reason = 0.0, ""
         self.unavailable: UnavailableError | None = None  # of the store, when it was last polled
         self._trouble = ""  # of the last poll
         self.active = ActiveSearcher(searcher, *self._options)
@@ -88,19 +90,21 @@ class LiveSearcher:
                 self._trouble = trouble
 
     async def _poll(self, folders: Folders) -> None:
-        state, (failed, until) = await _in_thread(folders.state), self._failed
-        outdated = await _in_thread(self.active.searcher.is_outdated)
-        if (state == self._state and not outdated) or (state == failed and time.monotonic() < until):
+        state = await _in_thread(folders.state)
+        if state == self._state and not await _in_thread(self.active.searcher.is_outdated):
+            return
+        both = state, await _in_thread(self.active.searcher.dataset_state)
+        if both == self._failed and time.monotonic() < self._retry_at:
             return
         try:
             searcher = await _in_thread(partial(folders.open, self.active.searcher))
         except Exception as error:  # of any library that reads the folder, MemoryError and RecursionError included
             # Expected between the replacement of a model and of its index, which do not match yet.
-            if (reason := str(error) or repr(error)) != self._reason or state != failed:
+            if (reason := str(error) or repr(error)) != self._reason or both != self._failed:
                 logger.warning("cannot reload %s: %s; it is tried again every %.0f s", folders.model, reason, RETRY_S)
-            self._failed, self._reason = (state, time.monotonic() + RETRY_S), reason
+            self._failed, self._retry_at, self._reason = both, time.monotonic() + RETRY_S, reason
             return
-        if await _in_thread(folders.state) != state:
+        if await _in_thread(folders.state) != state or await _in_thread(searcher.is_outdated):
             return  # replaced while it was read
         self._state, before = state, self.active
         self.active = ActiveSearcher(searcher, *self._options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -119,6 +120,7 @@ class Searcher:
 
     state: bytes | None = None  # `Folders.state` when it was opened
     source: ModelSource | None = None
+    inode: int | None = None  # of the dataset's folder, read before it was opened; None: unknown, or a URL
 
     @checked
     def __init__(
@@ -183,10 +185,22 @@ class Searcher:
         described = {name: value for name, value in asdict(self._index.description).items() if value is not None}
         return self._folder.checksum, json.dumps(described)
 
+    def dataset_state(self) -> tuple[int | None, int] | None:
+        """Return what tells versions of the dataset's folder apart: inode (None: not compared), number of partitions.
+
+        An append adds partitions, `forget` replaces the folder. None without a dataset.
+        """
+        if self._dataset is None:
+            return None
+        inode = None if self.inode is None else _inode(self._dataset.dir)
+        return inode, len(read_dataset_json(self._dataset.dir)["partitions"])
+
     def is_outdated(self) -> bool:
-        """Return whether partitions have been added to the dataset since it was opened."""
-        dataset = self._dataset
-        return dataset is not None and len(read_dataset_json(dataset.dir)["partitions"]) > dataset.extents[0].partitions
+        """Return whether the dataset has been appended to, or its folder replaced, since it was opened."""
+        if self._dataset is None or (state := self.dataset_state()) is None:
+            return False
+        inode, partitions = state
+        return inode != self.inode or partitions > self._dataset.extents[0].partitions
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -347,11 +361,14 @@ class Folders:
         if current is not None and current.source == source and not current.is_outdated():
             searcher = current.on(index)
         else:
-            folder, dataset = load_model_folder(source.folder), None
+            folder, dataset, inode = load_model_folder(source.folder), None, None
             if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
                 cache = FileCache.from_config(folder.config.data)
-                dataset = Dataset.open(self.data or folder.config.data.dir, cache=cache)
+                where = self.data or folder.config.data.dir
+                inode = _inode(where)  # first, so that a concurrent replacement is detected
+                dataset = Dataset.open(where, cache=cache)
             searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
+            searcher.inode = inode
         searcher.state, searcher.source = state, source
         return searcher
 
@@ -428,3 +445,10 @@ class Folders:
             f"{where} holds vectors of model {model[:12]}, --model {self.model} is "
             f"{', '.join(one[:12] for one in models)}; embed and index or publish with the model in use"
         )
+
+
+def _inode(folder: str | Path) -> int | None:
+    """Return the inode of a folder; None: a URL, or missing."""
+    with suppress(OSError):
+        return os.stat(folder).st_ino
+    return None

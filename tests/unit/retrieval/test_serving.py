@@ -24,6 +24,7 @@ import torch
 from pydantic import TypeAdapter
 
 from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.commands import forget as forget_command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, DataError
 from bigdssm.loader.batch import Collator
@@ -360,6 +361,84 @@ def test_a_new_model_and_index_are_loaded_together(
         assert not found["cached"] and found["documents"] != first["documents"]
         assert [entry["key"] for entry in found["documents"]] == [document.key for document in expected]
         assert counted(client)["bigdssm_model_loads_total"] == 1
+
+
+@pytest.fixture
+def forgetful(model_dir: Path, index_dir: Path, dataset: Dataset, tmp_path: Path) -> tuple[Folders, dict[str, Path]]:
+    """Folders of copies, and the paths of these by option of `bigdssm forget`."""
+    sources = {"data": dataset.dir, "model": model_dir, "vectors": index_dir.parent / "vectors", "index": index_dir}
+    paths = {name: Path(shutil.copytree(source, tmp_path / name)) for name, source in sources.items()}
+    return Folders(paths["model"], paths["index"], str(paths["data"])), paths
+
+
+def until(holds: Callable[[], Any]) -> None:
+    end = time.monotonic() + 15  # less than the 30 s after which a failed reload is tried again
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def forget(paths: dict[str, Path], options: Sequence[str], *ids: str) -> None:
+    assert forget_command.main([*ids, *(word for name in options for word in (f"--{name}", str(paths[name])))]) == 0
+
+
+def test_a_forgotten_user_has_no_answers(forgetful: tuple[Folders, dict[str, Path]]) -> None:
+    """Neither cached nor new ones: the model and index stay the same, and no partition is added."""
+    folders, paths = forgetful
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
+        for _ in range(2):
+            cached = client.post("/api/search", json={"user": "u7"}).json()["cached"]
+        assert cached and {"u7", "u8"} < set(client.get("/api/users").json())
+        forget(paths, ["data"], "--user", "u7", "--user", "u8")
+        until(lambda: counted(client)["bigdssm_model_loads_total"] == 1)
+        for user in ("u7", "u8"):
+            assert client.post("/api/search", json={"user": user}).status_code == 404
+        assert not {"u7", "u8"} & set(client.get("/api/users").json())
+        assert client.post("/api/search", json={"user": "u9"}).status_code == 200
+        time.sleep(0.3)
+        assert counted(client)["bigdssm_model_loads_total"] == 1
+
+
+@pytest.mark.parametrize("options", [["data", "vectors", "index"], ["data", "model", "vectors", "index"]])
+def test_a_forgotten_item_is_no_answer(
+    options: list[str],
+    forgetful: tuple[Folders, dict[str, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The new model is loaded, and the new index refused, before the dataset is replaced."""
+    folders, paths = forgetful
+    of_vectors, of_index, opened = forget_command.forget_in_vectors, forget_command.forget_in_index, Folders.open
+    refused = []
+    body = {"features": {"age": 30}, "events": [], "top": 39}
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
+
+        def loads() -> float:
+            return counted(client).get("bigdssm_model_loads_total", 0.0)
+
+        def opens(folders: Folders, current: Searcher | None = None) -> Searcher:
+            try:
+                return opened(folders, current)
+            except CheckpointError as error:
+                refused.append(str(error))
+                raise
+
+        def slow_vectors(*arguments: Any) -> None:
+            until(lambda: loads() == ("model" in options))
+            of_vectors(*arguments)
+
+        def slow_index(*arguments: Any) -> None:
+            of_index(*arguments)
+            until(lambda: any("built from another dataset" in error for error in refused))
+
+        monkeypatch.setattr(Folders, "open", opens)
+        monkeypatch.setattr(forget_command, "forget_in_vectors", slow_vectors)
+        monkeypatch.setattr(forget_command, "forget_in_index", slow_index)
+        keys = [one["key"] for one in client.post("/api/search", json=body).json()["documents"]]
+        forget(paths, options, "--item", keys[0])
+        until(lambda: loads() == 1 + ("model" in options))
+        after = [one["key"] for one in client.post("/api/search", json=body).json()["documents"]]
+        assert len(keys) == 39 and set(after) >= set(keys[1:]) and keys[0] not in after
+        assert client.get("/api/similar", params={"key": keys[0]}).status_code == 404
 
 
 class Unopened(Folders):
