@@ -213,11 +213,10 @@ class FolderStore(Store):
         return aliases
 
     def switch(self, alias: str, name: str) -> None:
-        """Replace the link of an alias. Raises ConfigError: the name of a collection; DataError: no such collection."""
+        """Replace the link of an alias. Raises ConfigError: the name of a collection; DataError: `check_complete`."""
         self._check_name(alias)
         link = self.root / alias
-        if name not in self.collections():
-            raise DataError(f"{self.root} has no collection {name!r}; publish it first")
+        self.check_complete(name)
         if link.exists() and not link.is_symlink():
             raise ConfigError(f"alias {alias}: it is the name of a collection or another file; choose another one")
         current = self.aliases().get(alias)

@@ -158,7 +158,10 @@ class Store(ABC):
 
     @abstractmethod
     def switch(self, alias: str, name: str) -> None:
-        """Let `alias` name another collection, in one step; the one that it named becomes `Alias.previous`."""
+        """Let `alias` name another collection, in one step; the one that it named becomes `Alias.previous`.
+
+        Raises DataError: as `check_complete`.
+        """
 
     @property
     def address(self) -> str:
@@ -166,17 +169,26 @@ class Store(ABC):
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    def named(self, name: str) -> list[Collection]:
-        """Return the collection of a name or alias, and the one that the alias named before, if it exists.
+    def check_complete(self, name: str) -> None:
+        """Raise DataError if there is no collection `name`, or its first publication has not ended."""
+        collection = self.collections().get(name)
+        if collection is None:
+            raise DataError(f"{self.address} has no collection {name!r}; publish it first")
+        if not collection.published:
+            raise DataError(f"{self.address}: collection {name} is not complete; publish it again")
 
-        Raises DataError: no such name.
+    def named(self, name: str) -> list[Collection]:
+        """Return the collection of a name or alias, and the one that the alias named before, if it is complete.
+
+        Raises DataError: no such name, or its collection is not complete.
         """
         aliases, collections = self.aliases(), self.collections()
         candidates = [collections.get(one or "") for one in aliases.get(name, Alias(name, None))]
         if candidates[0] is None:
             names = ", ".join([*aliases, *collections]) or "nothing"
             raise DataError(f"the store has no collection or alias {name!r}, only {names}; publish it first")
-        return [collection for collection in candidates if collection is not None]
+        self.check_complete(candidates[0].name)
+        return [collection for collection in candidates if collection is not None and collection.published]
 
     def collection(self, name: str) -> Collection:
         """Return a collection by name or alias. Raises DataError: none has it."""

@@ -283,6 +283,7 @@ class PostgresStore(Store):
 
     def switch(self, alias: str, name: str) -> None:
         """Update the row of an alias."""
+        self.check_complete(name)
         self._run(
             lambda connection: connection.execute(
                 "INSERT INTO bigdssm_aliases AS old VALUES (%s, %s, NULL) ON CONFLICT (alias) DO UPDATE SET previous = "

@@ -175,8 +175,7 @@ class QdrantStore(Store):
     def switch(self, alias: str, name: str) -> None:
         """Replace the alias in one step."""
         self._check_name(alias)
-        if name not in self.collections():
-            raise DataError(f"{self.address} has no collection {name!r}; publish it first")
+        self.check_complete(name)
         current = self.aliases().get(alias)
         if current is not None and current.name == name:
             return

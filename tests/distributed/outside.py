@@ -366,6 +366,7 @@ class MemoryStore(Store):
         return dict(self.state["aliases"])
 
     def switch(self, alias: str, name: str) -> None:
+        self.check_complete(name)
         current = self.state["aliases"].get(alias, Alias(name, None))
         self.state["aliases"][alias] = Alias(name, current.previous if current.name == name else current.name)
 

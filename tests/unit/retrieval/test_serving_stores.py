@@ -135,6 +135,27 @@ def test_the_model_of_the_collection_is_opened(live: Store, models: Path, second
         Searcher.open(models, f"{live.url}#none")
 
 
+def test_a_collection_that_is_not_complete_is_not_served(
+    live: Store, model_dir: Path, vectors_dir: Path, dataset: Dataset
+) -> None:
+    """A publication was killed before `finish`; the alias cannot name it, and the next publication completes it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(live), "finish", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            publish(live, vectors_dir, dataset, "half")
+    for refused in (
+        lambda: Searcher.open(model_dir, f"{live.url}#half"),
+        lambda: live.switch("live", "half"),
+        lambda: live.collection("half"),
+    ):
+        with pytest.raises(DataError, match="collection half is not complete; publish it again"):
+            refused()
+    assert live.aliases()["live"].name == "first" and Searcher.open(model_dir, live.url).about()["documents"] == 40
+    publish(live, vectors_dir, dataset, "half")
+    live.switch("live", "half")
+    assert Searcher.open(model_dir, live.url).about()["collection"] == "half"
+
+
 def test_the_commands(live: Store, model_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     search = ["--model", str(model_dir), "--index", live.url, "--user", "u7", "--top", "4"]
     assert search_command.main(search) == 0

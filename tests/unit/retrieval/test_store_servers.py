@@ -169,8 +169,8 @@ def test_a_publication_continues_when_a_full_disk_has_space_again(
             publish(store, *saved, "shop")
         assert "No space left on device; try again when this is fixed" in str(caught.value)
         assert "\n" not in str(caught.value)
-        before = store.count(store.collection("shop"))
-        assert 0 < before < 6000 and not store.collection("shop").published
+        before = store.count(store.collections()["shop"])
+        assert 0 < before < 6000 and not store.collections()["shop"].published
         subprocess.run(["mount", "-o", "remount,size=300m", str(disk)], check=True)
         report = publish(store, *saved, "shop")
         assert report.unchanged == before and report.written == 6000 - before
