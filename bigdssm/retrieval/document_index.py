@@ -195,12 +195,16 @@ class StoreIndex(DocumentIndex):
         return [[ScoredDocument(*document) for document in result] for result in results]
 
     def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
-        """Re-rank the documents with the largest inner products by cosine."""
-        vector = self.vectors([key])[key].vector
+        """Re-rank the documents with the largest inner products by cosine. Raises DataError: no such document."""
+        found = self.vectors([key])
+        if key not in found:  # deleted since the caller read it
+            raise DataError(f"no document has the key {key!r}")
+        vector = found[key].vector
         query = vector.copy()[None]
         query[:, query.shape[1] - self.has_beta :] = 0
         candidates = SIMILAR_CANDIDATES * (top + 1)
-        (documents,) = self.store.search(self.collection, query, candidates, None, [[key, *exclude]])
+        with self._present():
+            (documents,) = self.store.search(self.collection, query, candidates, None, [[key, *exclude]])
         stored = self.vectors([document.key for document in documents])
         documents = [document for document in documents if document.key in stored]  # not deleted meanwhile
         others = np.stack([stored[document.key].vector for document in documents]) if documents else vector[None][:0]

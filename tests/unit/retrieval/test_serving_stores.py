@@ -135,6 +135,30 @@ def test_the_model_of_the_collection_is_opened(live: Store, models: Path, second
         Searcher.open(models, f"{live.url}#none")
 
 
+@pytest.mark.parametrize("url", ["file"], indirect=True)
+def test_changes_between_the_reads_of_similar(live: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document is deleted after its title was read, or the collection dropped after its vector was."""
+    vectors, reads = type(live).vectors, []
+
+    def deleted_at_once(store: Store, collection: Any, keys: Sequence[str]) -> dict[str, Any]:
+        reads.append(keys)
+        return vectors(store, collection, keys) if len(reads) == 1 else {}
+
+    def dropped(store: Store, collection: Any, *arguments: Any) -> None:
+        store.drop(collection.name)
+        raise DataError("no such table")
+
+    with TestClient(make_app(Folders(models, f"{live.url}#second").open())) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(live), "vectors", deleted_at_once)
+            response = client.get("/api/similar?key=i3")
+        assert response.status_code == 404 and "no document has the key 'i3'" in response.json()["error"], response.text
+        assert len(reads) == 2
+        monkeypatch.setattr(type(live), "search", dropped)
+        response = client.get("/api/similar?key=i3")
+        assert response.status_code == 503 and "second was dropped while it was served" in response.json()["error"]
+
+
 def test_a_collection_that_is_not_complete_is_not_served(
     live: Store, model_dir: Path, vectors_dir: Path, dataset: Dataset
 ) -> None:
