@@ -57,7 +57,7 @@ def test_a_bad_key_is_reported_once_for_all_ranks(config: Path, tmp_path: Path) 
     done = deepspeed("launch/pretrain.py", "--config", config, f"run.dir={tmp_path}/run", "pretrain.rows_globl=1")
     assert done.returncode == 2
     assert len(errors(done)) == 1
-    assert "rows_globl" in errors(done)[0] and "Did you mean pretrain.rows_global?" in errors(done)[0]
+    assert "rows_globl" in errors(done)[0] and "did you mean pretrain.rows_global?" in errors(done)[0]
     assert not (tmp_path / "run").exists()
 
 
