@@ -1,4 +1,4 @@
-"""Rules on the events of sequences: which are targets, which items are excluded from answers, and what is a visit.
+"""Rules on the events of sequences: which are targets, which items are excluded from answers, and visits.
 
 They belong to a run, not to a dataset: runs with other rules read the same dataset (`Dataset.with_rules`). Whether an
 event is a target, and what its query excludes, depends on earlier events and on the event's request (time, session).

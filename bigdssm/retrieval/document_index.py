@@ -196,10 +196,10 @@ class StoreIndex(DocumentIndex):
 
     def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
         """Re-rank the documents with the largest inner products by cosine. Raises DataError: no such document."""
-        found = self.vectors([key])
-        if key not in found:  # deleted since the caller read it
+        own = self.vectors([key])
+        if key not in own:  # deleted since the caller read it
             raise DataError(f"no document has the key {key!r}")
-        vector = found[key].vector
+        vector = own[key].vector
         query = vector.copy()[None]
         query[:, query.shape[1] - self.has_beta :] = 0
         candidates = SIMILAR_CANDIDATES * (top + 1)

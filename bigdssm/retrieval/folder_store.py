@@ -161,7 +161,7 @@ class FolderStore(Store):
             path.unlink(missing_ok=True)
 
     def compact(self, collection: Collection) -> Sequence[str]:
-        """Apply all changes: a new index has no deleted document. Remove what killed commands left in the store."""
+        """Apply all changes: a new index has no deleted document. Remove the leftovers of killed commands."""
         rows = self._rows(self._folder(collection).name)
         if rows.changes:
             self._build(collection, *rows.merged())
@@ -177,7 +177,7 @@ class FolderStore(Store):
         return [f"{self.root / collection.name / TOMBSTONES_FILE}, which has a 64-bit hash of each removed key"]
 
     def drop(self, name: str) -> None:
-        """Remove the folders of a collection, and what a killed command left of it."""
+        """Remove the folders of a collection, and the leftovers of a killed command."""
         self._check_name(name)
         if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
             raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")

@@ -93,9 +93,9 @@ def _is_same(logged: Mapping[str, float], replayed: Mapping[str, float]) -> bool
     if len(logged) != len(replayed):
         return False
     return all(
-        abs(score - at_place) <= tolerance
+        abs(score - at_position) <= tolerance
         # A document that a tie has cut off has the last score
         and abs(score - replayed.get(key, last)) <= tolerance
         for last in [*replayed.values()][-1:]
-        for (key, score), at_place in zip(logged.items(), replayed.values(), strict=True)
+        for (key, score), at_position in zip(logged.items(), replayed.values(), strict=True)
     )

@@ -186,7 +186,7 @@ class Searcher:
         return self._folder.checksum, json.dumps(described)
 
     def dataset_state(self) -> tuple[int | None, int] | None:
-        """Return what tells versions of the dataset's folder apart: inode (None: not compared), number of partitions.
+        """Return the version of the dataset's folder: its inode (None: not compared) and number of partitions.
 
         An append adds partitions, `forget` replaces the folder. None without a dataset.
         """

@@ -64,9 +64,9 @@ def read_collection(folder: Path, split: str) -> Collection:
     check_judgements(qrels, path)
     corpus, queries = _entries(folder / CORPUS_FILE), _entries(folder / QUERIES_FILE)
     keys = {entry.key for entry in corpus}
-    judged = [entry for entry in queries if entry.key in qrels]
-    if len(judged) < len(qrels):
-        unknown_query = min(qrels.keys() - {entry.key for entry in judged})
+    graded = [entry for entry in queries if entry.key in qrels]
+    if len(graded) < len(qrels):
+        unknown_query = min(qrels.keys() - {entry.key for entry in graded})
         raise DataError(f"{path} judges query {unknown_query!r}, which is not in {QUERIES_FILE}")
     for documents in qrels.values():
         if unknown := documents.keys() - keys:
@@ -79,7 +79,7 @@ def read_collection(folder: Path, split: str) -> Collection:
                     grades = qrels[query]
                     positive = {key: grade for key, grade in documents.items() if grade > 0 and grades.get(key, 0) <= 0}
                     known_positives.setdefault(query, {}).update(positive)
-    return Collection(corpus, judged, qrels, known_positives)
+    return Collection(corpus, graded, qrels, known_positives)
 
 
 def read_qrels_tsv(path: Path) -> Qrels:
