@@ -45,7 +45,7 @@ from bigdssm.utils.changes import Changes
 
 NOT_REACHED = (
     "source tables: a dataset that is built again from them has the rows again",
-    "what the weights of a trained model may contain, except the rows of its tables; a new training excludes it",
+    "traces in the weights of a trained model, except the rows of its tables; only a new training excludes them",
     "feature values, other than the id, of users without events: a vocabulary has them without their users",
     "the tokenizer, which has parts of frequent texts; counts, means and other figures of the whole dataset",
     "fingerprints, which are hashes of the dataset before; they confirm a guess to whoever has all the rest of it",

@@ -32,9 +32,9 @@ from bigdssm.cli import (
     refuse_options,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request
 from bigdssm.serving.searcher import Searcher
+from bigdssm.stores.base import ScoredDocument
 from bigdssm.utils.atomic import new_file
 
 HELPS = {field.name: field.metadata[HELP] for field in fields(Request)}

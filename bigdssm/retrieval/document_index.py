@@ -13,11 +13,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError, UnavailableError
 from bigdssm.features.conditions import Expression
 from bigdssm.retrieval.filters import DocumentFilters, Filters, StoreFilters
-from bigdssm.retrieval.index import SIMILAR_CANDIDATES, Index, ScoredDocument, cosine_similarities
+from bigdssm.retrieval.index import SIMILAR_CANDIDATES, Index, cosine_similarities
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.search import Query
 from bigdssm.retrieval.vectors import truncate_like
-from bigdssm.stores.base import Collection, Store, StoredVector
+from bigdssm.stores.base import Collection, ScoredDocument, Store, StoredVector
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,7 @@ class StoreIndex(DocumentIndex):
         if self.dataset is not None:
             exclude = [[*self.dataset.catalogue.keys(query.excluded), *query.exclude] for query in queries]
         with self._present():
-            results = self.store.search(self.collection, self.query_vectors(vectors), top, where, exclude)
-        return [[ScoredDocument(*document) for document in result] for result in results]
+            return self.store.search(self.collection, self.query_vectors(vectors), top, where, exclude)
 
     def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
         """Re-rank the documents with the largest inner products by cosine. Raises DataError: no such document."""

@@ -47,7 +47,7 @@ from bigdssm.retrieval.vectors import (
     read_meta,
     write_meta,
 )
-from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
+from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
 from bigdssm.utils.atomic import new_file, new_folder, recover, remove, sync, temporary_path, write_json
 from bigdssm.utils.bounds import bounded
 from bigdssm.utils.hashing import hash64
@@ -274,12 +274,11 @@ class FolderStore(Store):
     def search(
         self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
         exclude: Sequence[Sequence[str]] | None = None,
-    ) -> list[list[StoredDocument]]:  # fmt: skip
+    ) -> list[list[ScoredDocument]]:  # fmt: skip
         """Search the index among the documents of a mask."""
         opened = self._open(collection)
         allowed = None if where is None else opened.allowed(where)
-        results = opened.index.search(queries, top, exclude, allowed)
-        return [[StoredDocument(*document) for document in result] for result in results]
+        return opened.index.search(queries, top, exclude, allowed)
 
     def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Return the exact vectors of the existing documents among `keys`."""
@@ -368,14 +367,14 @@ class _Opened:
     index: Index
     vectors: np.ndarray  # float32 [N, width]
     documents: pa.Table
-    types: Mapping[str, ColumnType]
+    collection: Collection
 
     @classmethod
     def read(cls, folder: Path, identity: tuple[int, int]) -> _Opened:
         """Open a collection. Raises CheckpointError: it is damaged."""
         index = open_index(folder)
         vectors = np.load(folder / VECTORS_FILE, mmap_mode="r")
-        return cls(identity, index, vectors, _table(folder / DOCUMENTS_FILE), _collection_of(folder).columns)
+        return cls(identity, index, vectors, _table(folder / DOCUMENTS_FILE), _collection_of(folder))
 
     @cached_property
     def allowed(self) -> Callable[[Expression], AllowedDocuments]:
@@ -384,10 +383,7 @@ class _Opened:
 
     def _allowed(self, where: Expression) -> AllowedDocuments:
         for condition in conditions(where):
-            if condition.feature not in self.types:
-                raise ConfigError(
-                    f"filter: {condition.feature} is not a column of the collection; they are {', '.join(self.types)}"
-                )
+            self.collection.column_type(condition.feature)  # is a column
         columns = self._columns
         features = {name: feature for name, (feature, _) in columns.items()}
         return AllowedDocuments(evaluate(where, features, lambda name: columns[name][1]))
@@ -396,7 +392,7 @@ class _Opened:
     def _columns(self) -> dict[str, tuple[Feature, Column]]:
         """Return the columns of filters, with features whose vocabularies are their values."""
         columns: dict[str, tuple[Feature, Column]] = {}
-        for name, type in self.types.items():
+        for name, type in self.collection.columns.items():
             column = self.documents[f"{COLUMN}{name}"].combine_chunks()
             values = column.to_pylist()
             feature: Feature = Numeric()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,7 @@ from bigdssm.retrieval.vectors import (
     truncate_like,
     write_meta,
 )
+from bigdssm.stores.base import ScoredDocument
 from bigdssm.utils.arguments import check_utf8, checked, short_repr
 from bigdssm.utils.atomic import new_folder, real_path
 from bigdssm.utils.log import get_logger
@@ -52,14 +53,6 @@ logger = get_logger(__name__)
 
 SIMILAR_CANDIDATES = 20
 NO_ROWS = np.zeros(0, np.int64)
-
-
-class ScoredDocument(NamedTuple):
-    """A search result."""
-
-    score: float
-    key: str
-    title: str
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from starlette.exceptions import HTTPException
 
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.features.vector import MAX_DIM
-from bigdssm.retrieval.index import ScoredDocument
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request, value_type
 from bigdssm.serving.batching import Overloaded
 from bigdssm.serving.limits import RequestLimits, error_response, validation_message
@@ -41,6 +40,7 @@ from bigdssm.serving.live import ActiveSearcher, LiveSearcher
 from bigdssm.serving.metrics import Metrics, RequestMetrics
 from bigdssm.serving.request_log import RequestLog
 from bigdssm.serving.searcher import Folders, Searcher
+from bigdssm.stores.base import ScoredDocument
 
 PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why", "/api/vector")
 SECOND_PREFIX = "/second"

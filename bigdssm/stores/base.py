@@ -13,7 +13,7 @@ one of the largest version wins, and of equal versions the delete, in any order 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from bigdssm.errors import CheckpointError, DataError
+from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import Expression
 from bigdssm.utils.components import Registry, keys_of
 
 
-class StoredDocument(NamedTuple):
+class ScoredDocument(NamedTuple):
     """A search result."""
 
     score: float
@@ -65,6 +65,26 @@ class Collection:
                 f"collection {self.name} holds vectors of model {self.model[:12]}, the queries are of model "
                 f"{model[:12]}; their scores are not comparable: publish the vectors of the model in use"
             )
+
+    def check_rows(self, models: Iterable[str]) -> None:
+        """Raise CheckpointError if a stored document is of another model; `models` are checksums."""
+        for model in set(models):
+            if model != self.model:
+                raise CheckpointError(
+                    f"collection {self.name} of model {self.model[:12]} has rows of model {model[:12]}; publish under "
+                    "another name"
+                )
+
+    def check_queries(self, queries: np.ndarray) -> None:
+        """Raise ConfigError unless the shape of query vectors is [m, width]."""
+        if queries.ndim != 2 or queries.shape[1] != self.width:
+            raise ConfigError(f"got queries {list(queries.shape)}, needs [queries, {self.width}] for {self.name}")
+
+    def column_type(self, name: str) -> ColumnType:
+        """Return the type of a filter's column. Raises ConfigError: no such column."""
+        if name not in self.columns:
+            raise ConfigError(f"filter: {name} is not a column of the collection; they are {', '.join(self.columns)}")
+        return self.columns[name]
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,7 @@ class Store(ABC):
     def search(
         self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
         exclude: Sequence[Sequence[str]] | None = None,
-    ) -> list[list[StoredDocument]]:  # fmt: skip
+    ) -> list[list[ScoredDocument]]:  # fmt: skip
         """Return the `top` documents per query with the largest inner products, best first.
 
         queries are float32 [m, width]; `exclude` holds keys to exclude per query. A query gets fewer documents only if

@@ -29,10 +29,10 @@ from uuid import UUID
 
 import numpy as np
 
-from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
+from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import And, Expression, Or
-from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
+from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
 from bigdssm.utils.bounds import bounded
 from bigdssm.utils.hashing import hash64
 
@@ -361,7 +361,7 @@ class PostgresStore(Store):
         """Return the vectors of the existing documents among `keys`."""
         statement = sql.SQL("SELECT doc_key, doc_title, doc_vector::text, doc_model FROM {} WHERE doc_key = ANY(%s)")
         rows = self._select(statement.format(_escaped_table(collection)), [list(keys)])
-        _check_models(collection, (model for *_, model in rows))
+        collection.check_rows(model.hex for *_, model in rows)
         return {
             key: StoredVector(title, np.array(json.loads(vector)[: collection.width], np.float32))
             for key, title, vector, _ in rows
@@ -369,24 +369,21 @@ class PostgresStore(Store):
 
     def count(self, collection: Collection, where: Expression | None = None) -> int:
         """Count rows."""
-        condition, values = _condition(where, collection.columns)
+        condition, values = _condition(where, collection)
         statement = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(_escaped_table(collection), condition)
         return int(self._select(statement, values)[0][0])
 
     def search(
         self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
         exclude: Sequence[Sequence[str]] | None = None,
-    ) -> list[list[StoredDocument]]:  # fmt: skip
+    ) -> list[list[ScoredDocument]]:  # fmt: skip
         """Search the HNSW index in iterative scans, or every match if there are few.
 
         A result with fewer than `top` documents is completed by an exact search.
         """
-        condition, values = _condition(where, collection.columns)
+        condition, values = _condition(where, collection)
         table, vectors = _escaped_table(collection), np.asarray(queries)
-        if vectors.ndim != 2 or vectors.shape[1] != collection.width:
-            raise ConfigError(
-                f"got queries {list(vectors.shape)}, needs [queries, {collection.width}] for {collection.name}"
-            )
+        collection.check_queries(vectors)
         vectors = np.pad(vectors, ((0, 0), (0, 1)))  # the inner product is without the last dimension
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
         distant = (vectors / lengths * min(FAR * collection.radius, MOST_LENGTH)).astype(">f4")
@@ -431,8 +428,8 @@ class PostgresStore(Store):
             return of_queries
 
         results = self._run(work)
-        _check_models(collection, (model for rows in results for *_, model in rows))
-        return [[StoredDocument(-distance, key, title) for key, title, distance, _ in rows] for rows in results]
+        collection.check_rows(model.hex for rows in results for *_, model in rows)
+        return [[ScoredDocument(-distance, key, title) for key, title, distance, _ in rows] for rows in results]
 
     # ----- connection
 
@@ -559,27 +556,15 @@ def _lock_rows(connection: Any, collection: Collection) -> None:
         raise DataError(f"collection {collection.name} was dropped; publish it again")
 
 
-def _check_models(collection: Collection, models: Iterator[Any]) -> None:
-    """Raise CheckpointError if a row is of another model."""
-    for model in set(models):
-        if model.hex != collection.model:
-            raise CheckpointError(
-                f"collection {collection.name} of model {collection.model[:12]} has rows of model {model.hex[:12]}; "
-                "publish under another name"
-            )
-
-
-def _condition(where: Expression | None, columns: Mapping[str, ColumnType]) -> tuple[Any, list[Any]]:
+def _condition(where: Expression | None, collection: Collection) -> tuple[Any, list[Any]]:
     """Translate a resolved expression to SQL and its values. Raises ConfigError: not a column."""
     if where is None:
         return sql.SQL("true"), []
     if isinstance(where, And | Or):
-        parts = [_condition(part, columns) for part in where.parts]
+        parts = [_condition(part, collection) for part in where.parts]
         joined = sql.SQL(" AND " if isinstance(where, And) else " OR ").join(part for part, _ in parts)
         return sql.SQL("({})").format(joined), [value for _, values in parts for value in values]
-    if where.feature not in columns:
-        raise ConfigError(f"filter: {where.feature} is not a column of the collection; they are {', '.join(columns)}")
-    type, column = columns[where.feature], _Escaped(where.feature)
+    type, column = collection.column_type(where.feature), _Escaped(where.feature)
     if where.operator in ("<", "<=", ">", ">="):
         return sql.SQL(f"{{}} {where.operator} %s").format(column), list(where.values)
     is_in = where.operator in ("=", "in")

@@ -26,10 +26,10 @@ from uuid import UUID, uuid4
 import numpy as np
 import xxhash
 
-from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError, UnavailableError
+from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableError
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import And, Condition, Expression, Or
-from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
+from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
 from bigdssm.utils.bounds import bounded
 
 try:
@@ -227,19 +227,16 @@ class QdrantStore(Store):
 
     def count(self, collection: Collection, where: Expression | None = None) -> int:
         """Count points."""
-        matching = _filter(where, collection.columns)
+        matching = _filter(where, collection)
         return int(self._run(lambda client: client.count(_vectors(collection.name), matching, exact=True)).count)
 
     def search(
         self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
         exclude: Sequence[Sequence[str]] | None = None,
-    ) -> list[list[StoredDocument]]:  # fmt: skip
+    ) -> list[list[ScoredDocument]]:  # fmt: skip
         """Search the graph; a result with fewer than `top` documents is repeated exactly."""
-        if queries.ndim != 2 or queries.shape[1] != collection.width:
-            raise ConfigError(
-                f"got queries {list(queries.shape)}, needs [queries, {collection.width}] for {collection.name}"
-            )
-        matching = _filter(where, collection.columns)
+        collection.check_queries(queries)
+        matching = _filter(where, collection)
 
         def search(numbers: Sequence[int], exact: bool) -> list[Any]:
             parameters = None  # local mode is exact
@@ -260,9 +257,9 @@ class QdrantStore(Store):
         if short := [number for number, points in enumerate(results) if len(points) < top]:
             for number, response in zip(short, search(short, True), strict=True):
                 results[number] = response.points
-        _check_models(collection, [point.payload for points in results for point in points])
+        collection.check_rows(point.payload["doc_model"] for points in results for point in points)
         return [
-            [StoredDocument(point.score, point.payload["doc_key"], point.payload["doc_title"]) for point in points]
+            [ScoredDocument(point.score, point.payload["doc_key"], point.payload["doc_title"]) for point in points]
             for points in results
         ]
 
@@ -270,7 +267,7 @@ class QdrantStore(Store):
         """Return the vectors of the existing documents among `keys`."""
         name, ids = _vectors(collection.name), [_id(key) for key in keys]
         points = self._run(lambda client: client.retrieve(name, ids, with_payload=True, with_vectors=True))
-        _check_models(collection, [point.payload for point in points])
+        collection.check_rows(point.payload["doc_model"] for point in points)
         return {
             point.payload["doc_key"]: StoredVector(point.payload["doc_title"], np.array(point.vector, np.float32))
             for point in points
@@ -455,30 +452,19 @@ def _range(key: str, **bounds: Any) -> Any:
     return models.FieldCondition(key=key, range=models.Range(**bounds))
 
 
-def _check_models(collection: Collection, payloads: Sequence[Mapping[str, Any]]) -> None:
-    """Raise CheckpointError if a point is of another model."""
-    for model in {payload["doc_model"] for payload in payloads}:
-        if model != collection.model:
-            raise CheckpointError(
-                f"collection {collection.name} of model {collection.model[:12]} has rows of model {model[:12]}; "
-                "publish under another name"
-            )
-
-
-def _filter(where: Expression | None, columns: Mapping[str, ColumnType]) -> Any:
+def _filter(where: Expression | None, collection: Collection) -> Any:
     """Translate a resolved expression to a filter. Raises ConfigError: not a column."""
     if where is None:
         return None
     if isinstance(where, And | Or):
-        parts = [_filter(part, columns) for part in where.parts]
+        parts = [_filter(part, collection) for part in where.parts]
         return models.Filter(must=parts) if isinstance(where, And) else models.Filter(should=parts)
-    if where.feature not in columns:
-        raise ConfigError(f"filter: {where.feature} is not a column of the collection; they are {', '.join(columns)}")
+    type = collection.column_type(where.feature)
     path, operator = _path(where.feature), where.operator
     if operator in ("<", "<=", ">", ">="):
         name = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}[operator]
         return models.Filter(must=[_range(path, **{name: where.values[0]})])
-    has_value = _equals(where, path, columns[where.feature])
+    has_value = _equals(where, path, type)
     if operator in ("=", "in"):
         return models.Filter(should=has_value or [models.HasIdCondition(has_id=[])])
     is_missing = models.FieldCondition(key=path, is_empty=True)

@@ -48,7 +48,7 @@ from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.sources.base import FileSource, Part, register_source
 from bigdssm.sources.text import require_columns
-from bigdssm.stores.base import Alias, Collection, Documents, Store, StoredDocument, StoredVector, register_store
+from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
 from bigdssm.training.optimizers import register_optimizer
 from bigdssm.utils.bounds import bounded
 
@@ -348,11 +348,11 @@ class MemoryStore(Store):
     def search(
         self, collection: Collection, queries: np.ndarray, top: int, where: Expression | None = None,
         exclude: Sequence[Sequence[str]] | None = None,
-    ) -> list[list[StoredDocument]]:  # fmt: skip
+    ) -> list[list[ScoredDocument]]:  # fmt: skip
         rows, results = self._matching(collection, where), []
         for query, excluded in zip(queries, exclude or [()] * len(queries), strict=True):
             every = [
-                StoredDocument(float(row.vector @ query), key, row.title)
+                ScoredDocument(float(row.vector @ query), key, row.title)
                 for key, row in rows.items() if key not in excluded
             ]  # fmt: skip
             results.append(sorted(every, key=lambda document: -document.score)[:top])
