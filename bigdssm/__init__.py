@@ -1,7 +1,5 @@
 """Two-tower retrieval (DSSM) training with the Full Product Softmax loss over the global batch."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from bigdssm.utils.lazy import lazy_attributes

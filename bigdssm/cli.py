@@ -1,7 +1,5 @@
 """Common parts of all commands: one-line errors, exit codes, option helpers."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import subprocess
@@ -128,7 +126,7 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_with_rules(data: str, config: Path | None) -> Dataset:
+def open_with_rules(data: str, config: Path | None) -> "Dataset":
     """Open a dataset with the rules on events of a run's config, if given. Raises: ConfigError, DataError: invalid."""
     from bigdssm.config import load_config
     from bigdssm.dataset.dataset import Dataset

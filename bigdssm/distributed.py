@@ -4,8 +4,6 @@ All functions work without a process group (world size 1). Collectives take an o
 differentiable: the losses compute and reduce their gradients explicitly.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import socket

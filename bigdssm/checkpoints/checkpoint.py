@@ -1,7 +1,5 @@
 """Checkpoints, written atomically with checksums: the manifest, verification, and reading."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,7 +180,7 @@ class LoadedCheckpoint:
         """The state that is equal on every rank."""
         return self.checkpoint.state
 
-    def reader(self) -> TensorReader:
+    def reader(self) -> "TensorReader":
         """Return a reader of single tensors by name."""
         return TensorReader(self)
 

@@ -1,7 +1,5 @@
 """Remove users and items from the models of a run: values, rows of tables, and checkpoints that have them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Only the files of a model folder are transferred; its checksums are verified bef
 loaded. HF_TOKEN authenticates; HF_HUB_OFFLINE=1 uses only the local cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

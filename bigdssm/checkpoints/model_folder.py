@@ -11,8 +11,6 @@ schema, tokenizer, architectures, the config's model section and the scorer. Oth
 data.dir after a dataset was moved.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

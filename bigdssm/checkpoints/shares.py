@@ -4,8 +4,6 @@ ZeRO's partitioning determines the pieces that a rank writes. Reading is indepen
 separate checksums. On resume, any number of ranks reads every block exactly once in total.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +30,7 @@ class TensorPiece:
     first: int
     values: Tensor  # [n]; may be a view of a tensor in training
 
-    def on_host(self, copy: bool) -> TensorPiece:
+    def on_host(self, copy: bool) -> "TensorPiece":
         """Return the piece with its values in host memory; a copy is unaffected by further steps."""
         return replace(self, values=self.values.detach().to("cpu", copy=copy))
 

@@ -4,8 +4,6 @@ Writing runs in a thread with a separate process group, concurrently with traini
 Rows of sharded tables that are unchanged since the checkpoint before are not written again: its row files are linked.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -161,7 +159,7 @@ class CheckpointStore:
         """Return True if the write in progress has already failed on this rank. Not a collective."""
         return self._error is not None
 
-    def __enter__(self) -> CheckpointStore:
+    def __enter__(self) -> "CheckpointStore":
         # created early: the ranks connect through their launcher, which may have exited before the last save
         distributed.background_group()
         return self

@@ -12,8 +12,6 @@ checkpoint written after `step` consumed batches.
     kill-save disk-full      SIGKILL or ENOSPC during a checkpoint, between this rank's files
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -54,7 +52,7 @@ class Faults:
     faults: tuple[Fault, ...] = ()
 
     @classmethod
-    def from_environment(cls) -> Faults:
+    def from_environment(cls) -> "Faults":
         """Parse this rank's faults from the environment variable. Raises ConfigError."""
         text = os.environ.get(VARIABLE, "")
         rank = int(os.environ.get("RANK", "0"))

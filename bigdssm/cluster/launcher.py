@@ -1,7 +1,5 @@
 """Detect this rank's launcher, start ranks on this machine, and run commands in subprocesses."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Metrics of a run: write them to metrics.jsonl and trackers, read them as curves, plot them."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import warnings

@@ -1,7 +1,5 @@
 """Monitoring of a run: loss alerts, and its current state read from its folder."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Stage folder of a run: exclusive lock, start and end records, logs of row ids."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import functools
@@ -50,7 +48,7 @@ class FolderLock:
         self._recording = threading.Lock()
         self._open = False  # locked, and no end recorded yet
 
-    def __enter__(self) -> FolderLock:
+    def __enter__(self) -> "FolderLock":
         """Acquire the lock.
 
         All ranks must call it. Raises CheckpointError if another process holds it.

@@ -1,7 +1,5 @@
 """Stop requests: between two steps the ranks agree whether any of them has received SIGTERM or SIGINT."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

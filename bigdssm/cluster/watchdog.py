@@ -12,8 +12,6 @@ The first rank that detects a fault writes the verdict; every rank logs it with 
 PeerError's exit code. Nothing is saved: the ranks can no longer synchronize.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import json
 import os
@@ -104,7 +102,7 @@ class Watchdog:
         self._wake, self._closed = threading.Event(), threading.Event()
         self._main_thread = threading.main_thread().ident
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> "Watchdog":
         """Start the threads. All ranks must call it."""
         me = Peer(self._rank, socket.gethostname(), os.getpid(), _machine())
         self._peers: list[Peer] = distributed.all_gather_object(me)

@@ -8,8 +8,6 @@ feature, the overlap of the answers, the largest difference of scores, and examp
 share --limit of the requests differ.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A YAML file has the sections `run`, `data`, `model`, `engine`, `pretrain` and (o
 rejected with the most similar name; every message contains the dotted key, the value and the requirement.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from bigdssm.utils.lazy import lazy_attributes

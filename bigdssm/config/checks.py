@@ -1,7 +1,5 @@
 """Validation of a config as a whole; the bounds of single values are in `keys`."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The keys of a run's YAML as frozen dataclasses, with defaults and bounds."""
 
-from __future__ import annotations
-
 import json
 import os
 from abc import abstractmethod
@@ -166,10 +164,10 @@ class TextEncoderConfig(Component):
         return inputs
 
     @abstractmethod
-    def build(self, architecture: Any) -> nn.Module:
+    def build(self, architecture: Any) -> "nn.Module":
         """Return an encoder with new weights, a `models.encoders.TextEncoder`."""
 
-    def build_pretrained(self, architecture: Any) -> nn.Module:
+    def build_pretrained(self, architecture: Any) -> "nn.Module":
         """Return an encoder with pretrained weights, by default new ones. Raises ConfigError: they do not load."""
         return self.build(architecture)
 
@@ -236,7 +234,7 @@ class HistoryEncoderConfig(Component):
         return self.positions != "age"
 
     @abstractmethod
-    def build(self, dim: int) -> nn.Module:
+    def build(self, dim: int) -> "nn.Module":
         """Return a layer over vectors of width `dim`, with the `forward` of `models.blocks.SasrecBlock`."""
 
 

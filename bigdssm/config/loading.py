@@ -1,7 +1,5 @@
 """Read YAML files and `key=value` overrides into a Config or another dataclass, and compare two configs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

@@ -4,8 +4,6 @@ A value may also be an OmegaConf interpolation: strings are restricted by a patt
 the keywords for objects, lists and numbers do not apply to strings.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

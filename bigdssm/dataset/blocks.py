@@ -4,8 +4,6 @@ Damage never raises here: an unusable block or row is returned as a `BadRow`. On
 offsets and UTF-8 are validated before they are used as indices.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +59,7 @@ class BlockLayout:
     def of(
         cls, schema: Schema, *, num_docs: tuple[int, ...], vocab_size: int,
         sequences: tuple[MappedTable, ...], raw_text: bool = False, row_features: bool = False,
-    ) -> BlockLayout:  # fmt: skip
+    ) -> "BlockLayout":  # fmt: skip
         """Derive the layout from the schema and the presence of sequences.
 
         `raw_text`: blocks store untokenized texts. `row_features`: blocks store user features, as sequences do.

@@ -10,8 +10,6 @@ recognized by any feature that depends on time. The items of a history have the 
 partition was added or, if versions have times, at the time of their event (stored in the sequences).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -210,7 +208,7 @@ class Versions:
         self._document = begin // self._steps
 
     @classmethod
-    def of(cls, num_docs: int, document: np.ndarray, since: np.ndarray, first: np.ndarray | None = None) -> Versions:
+    def of(cls, num_docs: int, document: np.ndarray, since: np.ndarray, first: np.ndarray | None = None) -> "Versions":
         """Build the index from newer versions, in file order, and the documents' first versions.
 
         `document` int64, `since` float64 [versions]: the document and start (time or partition) of each newer version.
@@ -230,7 +228,7 @@ class Versions:
         return cls(num_docs, times, begin, file_row[order])
 
     @classmethod
-    def read(cls, files: Sequence[CatalogueFile], *, dated: bool) -> Versions | None:
+    def read(cls, files: Sequence[CatalogueFile], *, dated: bool) -> "Versions | None":
         """Read the versions in a catalogue's files, with times (`dated`) or without.
 
         None if there are none. Raises DataError: versions of unknown documents.
@@ -318,7 +316,7 @@ class Catalogue:
             if name not in names:
                 raise DataError(f"{self._table.paths[0].parent}: the catalogue has no column {name}, only {names}")
 
-    def with_schema(self, schema: Schema) -> Catalogue:
+    def with_schema(self, schema: Schema) -> "Catalogue":
         """Return a view encoded by an earlier schema; unknown values are out of vocabulary."""
         limited = copy(self)
         limited._encoded_by = schema.doc

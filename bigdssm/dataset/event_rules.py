@@ -4,8 +4,6 @@ They belong to a run, not to a dataset: runs with other rules read the same data
 event is a target, and what its query excludes, depends on earlier events and on the event's request (time, session).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,7 +31,7 @@ class EventRules:
     item_rows: bool = False  # whether histories have the catalogue rows of their items, for models of their contents
 
     @classmethod
-    def of(cls, config: DataConfig) -> EventRules:
+    def of(cls, config: DataConfig) -> "EventRules":
         """Return the rules of a config."""
         return cls(dict(config.targets or {}), config.exclude_seen, config.visit)
 
@@ -102,7 +100,7 @@ class EventRules:
     def _gap(self, time_unit: float) -> float:
         return (self.visit.gap_s or 0.0) / time_unit
 
-    def _visits(self, events: EventSlices, time_unit: float) -> np.ndarray:
+    def _visits(self, events: "EventSlices", time_unit: float) -> np.ndarray:
         """Return the visit of each event, int64, distinct within its sequence; PADDING: none."""
         values = events.column(self.visit_column())
         if self.visit.feature is not None:

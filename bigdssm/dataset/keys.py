@@ -4,8 +4,6 @@ All randomness in a dataset is a function of the seed and a row's ordinal or key
 bytes on every machine and library version.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +65,7 @@ class SortedKeys:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
 
-    def __reduce__(self) -> tuple[type[SortedKeys], tuple[Sequence[Path]]]:
+    def __reduce__(self) -> "tuple[type[SortedKeys], tuple[Sequence[Path]]]":
         return SortedKeys, (self.files,)
 
     @cached_property

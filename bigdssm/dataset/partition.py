@@ -4,8 +4,6 @@ Row order, reads and counts all use the index; tar headers of shards are not rea
 shard therefore appears as unreadable blocks, never as silently missing rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,7 +253,7 @@ class SplitIndex:
         return f"{self.shards[self.shard[block]]}, block {self.block[block]}"
 
     @classmethod
-    def concat(cls, parts: Sequence[SplitIndex]) -> SplitIndex:
+    def concat(cls, parts: "Sequence[SplitIndex]") -> "SplitIndex":
         """Concatenate the indexes of several partitions."""
         if len(parts) == 1:
             return parts[0]

@@ -6,8 +6,6 @@ under a temporary name, verified, and renamed: with its final name it is complet
 the system releases them when the process exits, so `kill -9` leaves no stale locks.
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import hashlib
@@ -46,7 +44,7 @@ class FileCache:
     max_bytes: int
 
     @classmethod
-    def from_config(cls, config: DataConfig | None = None) -> FileCache:
+    def from_config(cls, config: DataConfig | None = None) -> "FileCache":
         """Return the cache configured by `data.cache_dir` and `data.cache_bytes`, or the default cache of the user."""
         named = config.cache_dir if config else None
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bigdssm"

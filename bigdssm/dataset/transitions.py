@@ -1,7 +1,5 @@
 """Transition counts between documents, for Markov baselines and warm starts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import lcm
 
@@ -31,7 +29,7 @@ class Transitions:
     counts: np.ndarray  # int64
 
     @classmethod
-    def of(cls, dataset: Dataset, window: int) -> Transitions:
+    def of(cls, dataset: Dataset, window: int) -> "Transitions":
         """Count the transitions in `dataset`.
 
         Raises ConfigError: invalid window; DataError: rows without histories.

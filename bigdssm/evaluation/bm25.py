@@ -1,7 +1,5 @@
 """BM25 over full texts, without English stop words, stemmed (Snowball). Source: Robertson and Zaragoza 2009."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shapes: m queries, N documents, D+1 the width of index vectors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path

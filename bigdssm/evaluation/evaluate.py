@@ -1,7 +1,5 @@
 """Full-catalogue evaluation of a split, on one rank or distributed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ A row has one relevant document; rows without one have rank NaN and do not count
 as a user at several times, or a text with several documents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A pretrained Hugging Face text encoder without fine-tuning: a reference system and a teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

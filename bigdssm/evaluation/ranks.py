@@ -4,8 +4,6 @@ rank = 1 + documents that score higher + half of those that tie. Seen documents 
 Shapes: m queries, N documents, D+1 the width of index vectors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shapes: m queries of this rank in a round, `top` re-ranked documents per query.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast

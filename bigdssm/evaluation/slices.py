@@ -4,8 +4,6 @@ A condition (features/conditions.py) is on features of the query, of the documen
 same), and on three numbers that every dataset of events has: see NUMBERS. None is computed from the present.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +95,7 @@ def read_slices(dataset: Dataset, split: str, by: Sequence[str]) -> list[Slice]:
     return slices
 
 
-def _conditions(text: str, sources: Mapping[str, Source], values: Mapping[str, Column]) -> list[str]:
+def _conditions(text: str, sources: "Mapping[str, Source]", values: Mapping[str, Column]) -> list[str]:
     """Return the conditions of a feature's slices, or `text` if it is a condition."""
     if text not in sources:
         return [text]

@@ -1,7 +1,5 @@
 """Teachers that score query–document pairs, and files of hard negatives with their scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ float32) by descending document id, and a relevance above 0 is relevant. A query
 0 (trec_eval -c).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 OUT/NAME/   adapter_config.json, adapter_model.safetensors of the text encoder NAME (shared, query or doc)
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path

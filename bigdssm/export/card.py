@@ -1,7 +1,5 @@
 """The model card (README.md) of exported folders, generated from the model's metadata."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Export a stage's weights or a model folder: write aside, compare with the trainer, rename."""
 
-from __future__ import annotations
-
 import glob
 import json
 from dataclasses import asdict, dataclass, replace

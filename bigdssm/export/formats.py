@@ -3,8 +3,6 @@
 A new format is a subclass of `ExportFormat`, registered with `register_export`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ class Parity:
     rows: int = PROBE_ROWS
 
     @classmethod
-    def of(cls, ours: Mapping[Side, Tensor], trainers: Mapping[Side, Tensor]) -> Parity:
+    def of(cls, ours: Mapping[Side, Tensor], trainers: Mapping[Side, Tensor]) -> "Parity":
         """Compare the vectors of both sides with the trainer's."""
         query, doc = (largest_difference(ours[side], trainers[side]) for side in SIDES)
         return cls(query, doc)

@@ -3,8 +3,6 @@
 OUT/query/, OUT/document/   config.json, model.safetensors, tokenizer files; projection.safetensors, projection.json
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent

@@ -1,7 +1,5 @@
 """Encoding with a folder of `--format hf`: a standalone script, copied into the folder's model card."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`--format model`: a model folder for the other commands' --model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent

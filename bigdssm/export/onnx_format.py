@@ -5,8 +5,6 @@ OUT/query.int8.onnx            the query tower for online serving, quantized to 
 OUT/schema.json, OUT/tokenizer/
 """
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import json

@@ -4,8 +4,6 @@ onnxruntime's dynamic quantization uses one scale per tensor, so a query's vecto
 its batch. Here activations have a scale per row (token or vector).
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Encoding with a folder of `--format onnx`; copied into its card with input functions by type."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Read exported folders: their marker file, and their towers in onnxruntime."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

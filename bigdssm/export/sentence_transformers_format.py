@@ -8,8 +8,6 @@ contains a custom module (sentence_transformers_module.py): queries are [√alph
 [√alpha * w, beta]. A shared beta does not affect cosine rankings and is dropped.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from collections.abc import Sequence

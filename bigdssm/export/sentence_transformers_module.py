@@ -1,7 +1,5 @@
 """Custom module of sentence-transformers exports: normalizes all but the last number of a vector."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize

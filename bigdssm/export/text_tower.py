@@ -1,7 +1,5 @@
 """Decompose a tower of exactly one text feature, for export formats limited to texts."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The hour or weekday of an event in a time zone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone

@@ -3,8 +3,6 @@
 Canonical columns are the validated values of features, one Arrow type per feature type; they are encoded for the model.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Categorical features: values of an exact vocabulary or hashed into buckets, one or several per row."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,7 +153,7 @@ class Categorical(Feature):
         """Return `min_count`."""
         return self.min_count
 
-    def with_values(self, path: Path, values: Iterable[pa.Array]) -> Categorical:
+    def with_values(self, path: Path, values: Iterable[pa.Array]) -> "Categorical":
         """Return the feature with values (strings, at least one) appended to its vocabulary, written to `path`."""
         num_existing, batches = len(self.vocabulary), iter(values)
         new = next(batches).to_pylist()
@@ -212,7 +210,7 @@ class Categorical(Feature):
         index = np.where(beyond, 0, codes)
         return beyond | (self.trained[index >> 3] >> (index & 7) & 1 == 0)
 
-    def with_trained(self, codes: np.ndarray, earlier: Categorical | None) -> Categorical:
+    def with_trained(self, codes: np.ndarray, earlier: "Categorical | None") -> "Categorical":
         """Return the feature in which all codes are unknown except `codes` and those known in `earlier`."""
         if self.hash_buckets:
             before = np.arange(FIRST_CODE) if earlier is None else earlier.trained
@@ -224,7 +222,7 @@ class Categorical(Feature):
             is_trained |= ~earlier.unknown(np.arange(self.num_codes))
         return replace(self, trained=None if is_trained.all() else np.packbits(is_trained, bitorder="little"))
 
-    def newly_trained(self, earlier: Categorical) -> np.ndarray:
+    def newly_trained(self, earlier: "Categorical") -> np.ndarray:
         """Return the codes, int64 ascending, that are unknown in `earlier` and known here."""
         if self.hash_buckets:
             codes = np.empty(0, np.int64) if self.trained is None else self.trained

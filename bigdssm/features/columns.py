@@ -4,8 +4,6 @@ An invalid required value (id, relevance, time) fails the row; an invalid featur
 missing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timezone
@@ -40,7 +38,7 @@ class SourceBatch:
     table: pa.Table
     rows: np.ndarray
 
-    def keep(self, mask: np.ndarray) -> SourceBatch:
+    def keep(self, mask: np.ndarray) -> "SourceBatch":
         """Return the rows where `mask` (bool) is true."""
         return SourceBatch(self.file, self.table.filter(pa.array(mask)), self.rows[mask])
 

@@ -9,8 +9,6 @@ blanks or signs is double-quoted as in JSON. A feature with several values match
 not in if none does. A missing value matches no condition.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
@@ -44,14 +42,14 @@ class Condition:
 class And:
     """A conjunction of two or more distinct expressions, none of which is a conjunction."""
 
-    parts: tuple[Expression, ...]
+    parts: "tuple[Expression, ...]"
 
 
 @dataclass(frozen=True)
 class Or:
     """A disjunction of two or more distinct expressions, none of which is a disjunction."""
 
-    parts: tuple[Expression, ...]
+    parts: "tuple[Expression, ...]"
 
 
 Expression = Condition | And | Or

@@ -1,7 +1,5 @@
 """The time since the previous event, as a code of logarithmic buckets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

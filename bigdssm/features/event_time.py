@@ -1,7 +1,5 @@
 """Base class of the features that are computed from the times of events: they have no column."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

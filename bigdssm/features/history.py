@@ -1,7 +1,5 @@
 """History features: the documents of a user's earlier events, oldest first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Numeric features, normalized by mean and standard deviation of the train rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,7 +59,7 @@ class Numeric(Feature):
         """Return the mask of NaN, bool [R]."""
         return np.isnan(column.to_numpy())
 
-    def fitter(self) -> _RunningMeanStd:
+    def fitter(self) -> "_RunningMeanStd":
         """Return the fitter of mean and deviation."""
         return _RunningMeanStd(self.log)
 

@@ -1,7 +1,5 @@
 """Ragged columns: rows of different lengths, stored as one value array and offsets."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,19 +29,19 @@ class Ragged:
         return np.diff(self.offsets)
 
     @classmethod
-    def of_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int32) -> Ragged:
+    def of_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int32) -> "Ragged":
         """Return the rows of a list of lists."""
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         parts: list[np.ndarray] = [np.asarray(row, dtype) for row in rows]
         return cls(np.concatenate(parts) if parts else np.empty(0, dtype), offsets_of(lengths))
 
     @classmethod
-    def concat(cls, parts: Sequence[Ragged]) -> Ragged:
+    def concat(cls, parts: "Sequence[Ragged]") -> "Ragged":
         """Concatenate the rows of all parts."""
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(np.concatenate([part.values for part in parts]), offsets_of(lengths))
 
-    def take(self, rows: np.ndarray) -> Ragged:
+    def take(self, rows: np.ndarray) -> "Ragged":
         """Return the given rows, in the given order."""
         return gather_ranges(self.values, self.offsets[rows], self.offsets[rows + 1])
 

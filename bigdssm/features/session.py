@@ -1,7 +1,5 @@
 """The visit of an event, such as a session id: events with equal values are one visit. It is no input of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Text features: tokenized, truncated to their first tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -75,7 +73,7 @@ class Text(Feature):
             return pa.LargeListArray.from_arrays(pa.array(offsets), ids)
         return pa.ListArray.from_arrays(offsets.astype(np.int32), ids)
 
-    def with_prompt(self, default: str, pooled: bool, tokenizer: TextTokenizer) -> Text:
+    def with_prompt(self, default: str, pooled: bool, tokenizer: TextTokenizer) -> "Text":
         """Return the feature with its prompt, and the number of first tokens that are not pooled.
 
         These are the prompt's, and those before it. `default` and `pooled` replace values that are not declared. Raises

@@ -1,7 +1,5 @@
 """The time of an event, for attention by time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Encode and decode texts with the tokenizer of a dataset or a model folder."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Vector features: precomputed vectors, as columns of lists or as the rows of a .npy matrix."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -62,7 +60,7 @@ class Vector(Feature):
         if self.dim < 1:
             raise ConfigError(f"{key}.dim: got {self.dim}, needs the length of the vectors")
 
-    def of_table(self, own: Feature) -> Vector:
+    def of_table(self, own: Feature) -> "Vector":
         """Return the feature with the matrix of `own`."""
         return replace(self, matrix=own.matrix) if isinstance(own, Vector) else self
 

@@ -1,7 +1,5 @@
 """Building a dataset from Python: tables are files, Arrow tables or data frames."""
 
-from __future__ import annotations
-
 import difflib
 import shutil
 import tempfile

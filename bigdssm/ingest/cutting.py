@@ -1,7 +1,5 @@
 """Cutting sorted events into sequences and rows, with one job per range of sequences."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -72,7 +70,7 @@ class EarlierEvents:
 
     parts: tuple[tuple[tuple[Path, ...], Path], ...]  # sequence files and key file
 
-    def __reduce__(self) -> tuple[type[EarlierEvents], tuple[object]]:
+    def __reduce__(self) -> "tuple[type[EarlierEvents], tuple[object]]":
         return EarlierEvents, (self.parts,)
 
     @cached_property
@@ -137,7 +135,7 @@ class ItemVersions:
     num_docs: int
 
     @classmethod
-    def of(cls, engine: LocalEngine, existing: Sequence[CatalogueFile], documents: DistinctDocuments) -> ItemVersions:
+    def of(cls, engine: LocalEngine, existing: Sequence[CatalogueFile], documents: DistinctDocuments) -> "ItemVersions":
         """Index the versions in existing catalogue files and in new `documents`."""
         folder = engine.spool / "item_versions"
         if folder.exists():

@@ -5,8 +5,6 @@ dataset and moved in, with `dataset.json` replaced last. An ingestion with the s
 resumes its finished steps; otherwise they are deleted.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -266,7 +264,7 @@ class DatasetWriter:
         remove(self._used_spool)
         self._locks.close()
 
-    def __enter__(self) -> DatasetWriter:
+    def __enter__(self) -> "DatasetWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:

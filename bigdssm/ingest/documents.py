@@ -1,7 +1,5 @@
 """Distinct documents, numbered in order of first occurrence after the existing ones."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ class StoredDocuments:
     has_times: bool  # versions have times
 
     @classmethod
-    def of(cls, writer: DatasetWriter) -> StoredDocuments:
+    def of(cls, writer: DatasetWriter) -> "StoredDocuments":
         """Return the documents of the dataset to append to."""
         files, has_times = catalogue_files(writer.out, writer.content), writer.content.get("items") == AS_OF["items"]
         return cls(SortedKeys(writer.key_files), tuple(files), has_times)

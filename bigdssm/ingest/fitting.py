@@ -1,7 +1,5 @@
 """Fitting the schema to rows: vocabularies, normalization, and the tokenizer."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A user is a sequence, or the rows of pairs with its query id; an item is a docum
 written to new files, and the dataset's folder is replaced at once.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ ordinal; cut ranges of sequences into rows; sort train rows by a hash of their o
 catalogue. See docs/ingestion.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Append items to a dataset without events: new ones, new versions of features, withdrawals."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

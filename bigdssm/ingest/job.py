@@ -4,8 +4,6 @@ Each file is written by one job, with a fixed number of rows or blocks, so its b
 workers.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

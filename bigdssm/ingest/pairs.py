@@ -5,8 +5,6 @@ train rows by a hash of their ordinal, other rows by ordinal; fit the schema to 
 docs/ingestion.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The first step of an ingestion: read, number and validate rows; quarantine bad ones."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter, deque

@@ -3,8 +3,6 @@
 Buckets are in sort order; within a bucket, rows are in the order of their table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise

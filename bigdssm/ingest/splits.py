@@ -1,7 +1,5 @@
 """Assignment of rows to splits: by a hash of their group, by time, or by a column."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -44,7 +42,7 @@ class SplitTimes:
     train_from: float = np.inf  # later rows are train rows; takes precedence over the others
 
     @classmethod
-    def of_dataset(cls, split: Mapping[str, Any]) -> SplitTimes:
+    def of_dataset(cls, split: Mapping[str, Any]) -> "SplitTimes":
         """Return the cut-off times of an existing dataset (`as_json`).
 
         Rows after the last are train rows.
@@ -69,7 +67,7 @@ class SplitTimes:
         validation_from: SplitTime,
         test_from: SplitTime,
         until: SplitTime,
-    ) -> SplitTimes | None:
+    ) -> "SplitTimes | None":
         """Return explicit cut-off times, or None if `fractions` determine them. Raises ConfigError."""
         options = {"--validation-from": validation_from, "--test-from": test_from, "--until": until}
         given = {option: parse_time(value) for option, value in options.items() if value is not None}
@@ -156,7 +154,7 @@ class Splitter:
             self.description |= {"fractions": list(fractions), "seed": seed, "whole_documents": whole_documents}
 
     @classmethod
-    def of_dataset(cls, split: Mapping[str, Any], column: str | None) -> Splitter:
+    def of_dataset(cls, split: Mapping[str, Any], column: str | None) -> "Splitter":
         """Return the splitter for a recorded split; `column` replaces its column. Raises ConfigError: it has none."""
         if column is not None and split["how"] == "random" and split.get("column") is None:
             raise ConfigError("--group-column: the dataset is split by query; leave it out, or give --split")

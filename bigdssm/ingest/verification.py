@@ -1,7 +1,5 @@
 """Verification of every byte of a dataset against its checksums."""
 
-from __future__ import annotations
-
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping

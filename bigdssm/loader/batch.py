@@ -1,7 +1,5 @@
 """Batches: one rank's rows of a step as tensors, their building from rows, and their transfer to the device."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -90,7 +88,7 @@ class ListLengths:
     fill: int  # padding value
     inputs: tuple[str, ...] = ()  # of a model: tensors of the same width, which are cut with the list
 
-    def take(self, rows: Tensor) -> ListLengths:
+    def take(self, rows: Tensor) -> "ListLengths":
         """Return the lengths of the given rows, int64."""
         indices = rows.cpu().numpy()
         return replace(self, filled=self.filled[indices], used=self.used[indices])
@@ -177,7 +175,7 @@ class Batch:
         num_queries = None if self.query_positions is None else len(self.query_ids)
         return SideSize(len(self.row_ids), query, num_queries), SideSize(len(self.doc_ids), doc)
 
-    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+    def __reduce__(self) -> "tuple[Callable[..., Batch], tuple[Any, ...]]":
         """Pickle with all tensors as one: between processes each tensor is a shared memory file to open."""
         tensors: list[Tensor] = []
 

@@ -1,7 +1,5 @@
 """Encode the features of one side outside of training, in chunks of rows of similar length."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

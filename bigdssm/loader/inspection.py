@@ -1,7 +1,5 @@
 """Describe a dataset: sizes, schema, lengths, popular documents, duplicates, and decoded sample rows."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

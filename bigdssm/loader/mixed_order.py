@@ -10,8 +10,6 @@ mixed       every lane draws independently: a step has rows of several sources
 one_source  all lanes draw the same source: a step has rows of one source
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

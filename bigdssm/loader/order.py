@@ -18,8 +18,6 @@ drop   an epoch has steps_per_epoch = floor(N / rows_global) full steps; the las
        (different ones in each epoch) are dropped, and logged.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,7 +88,7 @@ class Order:
         self._first_block, self._first_row_id = first_block, first_row
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
-    def source_step(self, step: int, lane: int) -> tuple[Order, int]:
+    def source_step(self, step: int, lane: int) -> "tuple[Order, int]":
         """Return (self, `step`), as `MixedOrder.source_step` does for several sources."""
         return self, step
 

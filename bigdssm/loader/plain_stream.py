@@ -8,8 +8,6 @@ of shards is not divisible by the number of readers. Without an index there is n
 checksum. A shard with incomplete headers, or with members that readers unpickle, is rejected.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator

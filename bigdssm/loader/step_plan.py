@@ -3,8 +3,6 @@
 Plans are computed on the host from the lengths in a batch; no device tensor is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -36,7 +34,7 @@ class TokenBudget:
     packed: PackedLists = NOTHING_PACKED  # lists without padding
 
     @classmethod
-    def of(cls, config: EngineConfig, packed: PackedLists = NOTHING_PACKED) -> TokenBudget:
+    def of(cls, config: EngineConfig, packed: PackedLists = NOTHING_PACKED) -> "TokenBudget":
         """Return the budget of a config; by default the retained graphs are as large as one chunk."""
         retained = config.keep_graph_tokens
         return cls(config.chunk_tokens, config.chunk_tokens if retained is None else retained, packed)
@@ -99,7 +97,7 @@ class SidePlan:
         """Return the number of encoded cells, including padding."""
         return sum(chunk.cells for chunk in self.chunks)
 
-    def padded_to(self, num_chunks: int) -> SidePlan:
+    def padded_to(self, num_chunks: int) -> "SidePlan":
         """Return the plan with dummies appended up to `num_chunks` chunks, at least one."""
         return replace(self, chunks=self.chunks + (self.dummy,) * (max(1, num_chunks) - len(self.chunks)))
 

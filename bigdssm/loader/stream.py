@@ -3,8 +3,6 @@
 A stream counts and records bad rows, and stops all ranks together if one cannot read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -124,7 +122,7 @@ class RowStream(ABC):
     def _empty_rows(self) -> Rows:
         """Return empty rows of the current step."""
 
-    def __iter__(self) -> RowStream:
+    def __iter__(self) -> "RowStream":
         """Return the stream itself."""
         return self
 

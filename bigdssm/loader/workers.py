@@ -4,8 +4,6 @@ A rank's lanes are divided among its processes. Each process reads its lanes of 
 time, and sends the rows of step i to process i mod n, for n processes, which joins the parts and builds the batch.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

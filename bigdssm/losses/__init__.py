@@ -1,7 +1,5 @@
 """Losses on plain tensors, without a model, exact over any number of ranks."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from bigdssm.utils.lazy import lazy_attributes

@@ -16,8 +16,6 @@ the passes over tiles of kernels/), gradients of U, W, alpha and beta.
 Shape legend: m queries, n columns and k candidates of this rank, N columns of all ranks, D vector size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """Distillation from a teacher's scores of all documents of the global batch; that of candidates is a term."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

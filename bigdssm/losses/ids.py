@@ -3,8 +3,6 @@
 On a device, no function of this module synchronizes with the host.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,7 +59,7 @@ class FactorizedIds:
         return self._table.find(ids)
 
     @cached_property
-    def _table(self) -> IdTable:
+    def _table(self) -> "IdTable":
         return IdTable(Groups(self.positions.start, self._sorted).first())
 
 

@@ -1,7 +1,5 @@
 """Validation of loss inputs, and one small all-gather of sizes, ranges and errors before each loss."""
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -12,8 +12,6 @@ tile at a time, and `_drop` in kernels/triton_kernels.py does so on CUDA.
 On a device, no function of this module synchronizes with the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

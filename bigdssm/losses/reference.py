@@ -4,8 +4,6 @@ The tests compare it with `contrastive_loss` at any number of ranks, tiles and c
 columns, k candidates, p known positives, L negatives of a query.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ The serving score is not corrected. c is computed from the catalogue's counts or
 a constant factor of c cancels; in `corrected` it does not, so c must be a number of columns and not a share.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -5,8 +5,6 @@ Masks, weights and the scale of loss and gradients are those of `contrastive_los
 Shape legend: m queries of this rank and k candidates per query.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ a scorer.
 Shape legend: m queries of this rank and k candidates per query, l = 1 + k with its positive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Towers, encoders and the dual encoder. Importing the package does not import torch."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from bigdssm.utils.lazy import lazy_attributes

@@ -4,8 +4,6 @@ Shapes: R rows, h heads, A query positions, T key positions, E width, F feed-for
 W width per head.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -52,7 +50,7 @@ class AttentionContext(NamedTuple):
     causal: bool = False  # else a query position attends over its whole history
     layout: AttentionLayout | None = None  # of packed histories, without a kernel
 
-    def apply_masked(self, attention: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def apply_masked(self, attention: "MaskedAttention", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return [R, A, h * W]: `attention` over padded histories, or over each group of packed ones."""
         if self.layout is None:
             assert self.mask is not None

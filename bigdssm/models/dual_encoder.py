@@ -1,7 +1,5 @@
 """The dual encoder: two towers and the scalars of the score S = alpha * <u, w> + beta."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext

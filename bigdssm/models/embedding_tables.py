@@ -4,8 +4,6 @@ A replicated table is a weight of the model. The rows of a sharded one are outsi
 is a step's working set in training (the batch then has positions in it for codes), else the tables themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol, cast

@@ -1,7 +1,5 @@
 """Packed (unpadded) sequences: packing, attention within rows, query positions."""
 
-from __future__ import annotations
-
 import inspect
 from typing import NamedTuple, Protocol
 
@@ -57,7 +55,7 @@ class Packed(NamedTuple):
         """Return the rows in the order of `groups`, int64 [R]."""
         return self.lengths.argsort(descending=True, stable=True)
 
-    def slice_rows(self, rows: slice, cells: slice, groups: tuple[RowGroup, ...]) -> Packed:
+    def slice_rows(self, rows: slice, cells: slice, groups: tuple[RowGroup, ...]) -> "Packed":
         """Return the rows in `rows`; `cells` is the range of their values."""
         bounds = SequenceBounds(self.bounds.offsets[rows.start : rows.stop + 1] - cells.start, groups[0].longest)
         return Packed(self.values[cells], self.row[cells] - rows.start, self.position[cells], bounds, groups)

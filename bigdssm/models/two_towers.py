@@ -1,7 +1,5 @@
 """Two ordinary encoders as one model of two towers, for `bigdssm.cached_step`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, get_args

@@ -6,8 +6,6 @@ holds documents of other train rows with the same query id.
 Shapes: p (query, document) pairs, m queries, W window positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +46,7 @@ class CandidateRows:
     def of(
         cls, queries: np.ndarray, docs: np.ndarray, relevance: np.ndarray | None, low: float = 0.0,
         shown: np.ndarray | None = None,
-    ) -> CandidateRows:  # fmt: skip
+    ) -> "CandidateRows":  # fmt: skip
         """Sort and deduplicate pairs: relevance of at most `low` first, else in pseudo-random order.
 
         A repeated pair keeps its greatest relevance, and its first position.

@@ -1,7 +1,5 @@
 """The documents that a Searcher searches: a FAISS folder, or a collection of a vector store."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +47,7 @@ class DocumentIndex(ABC):
         """Raise CheckpointError if the vectors are of a model other than `model`, a checksum."""
 
     @abstractmethod
-    def of_dataset(self, dataset: Dataset) -> DocumentIndex:
+    def of_dataset(self, dataset: Dataset) -> "DocumentIndex":
         """Return the index with its dataset. Raises CheckpointError: it is of another dataset."""
 
     @abstractmethod
@@ -101,7 +99,7 @@ class FolderIndex(DocumentIndex):
         """Compare with the model of the index."""
         self.index.check_model(model)
 
-    def of_dataset(self, dataset: Dataset) -> FolderIndex:
+    def of_dataset(self, dataset: Dataset) -> "FolderIndex":
         """Return the index with the withdrawals of its dataset."""
         return replace(self, index=self.index.of_dataset(dataset), dataset=dataset)
 
@@ -154,7 +152,7 @@ class StoreIndex(DocumentIndex):
         object.__setattr__(self, "filters", StoreFilters(self.collection.columns, catalogue))
 
     @classmethod
-    def open(cls, store: Store, collection: Collection) -> StoreIndex:
+    def open(cls, store: Store, collection: Collection) -> "StoreIndex":
         """Return the index of a collection."""
         return cls(store, collection, num_docs=store.count(collection))
 
@@ -176,7 +174,7 @@ class StoreIndex(DocumentIndex):
         """Compare with the model of the collection; a search compares with that of every row."""
         self.collection.check_model(model)
 
-    def of_dataset(self, dataset: Dataset) -> StoreIndex:
+    def of_dataset(self, dataset: Dataset) -> "StoreIndex":
         """Return the index with a dataset, from whose documents it may differ."""
         return replace(self, dataset=dataset)
 

@@ -5,8 +5,6 @@ model without beta are alpha * w and u, of width D where D+1 is written here.
 Shapes: m queries, n documents, N catalogue rows, D the towers' width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial

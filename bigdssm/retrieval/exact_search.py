@@ -1,7 +1,5 @@
 """Exact and approximate search over document vectors distributed over ranks."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,12 +38,12 @@ class ExcludedDocuments:
     times: Tensor | None = None  # float64 [m]: of the queries; None: no document is too late
 
     @classmethod
-    def of(cls, rows: Tensor, positions: Tensor, times: Tensor | None = None) -> ExcludedDocuments:
+    def of(cls, rows: Tensor, positions: Tensor, times: Tensor | None = None) -> "ExcludedDocuments":
         """Sort pairs by query."""
         order = rows.argsort()
         return cls(rows[order], positions[order], times)
 
-    def block(self, first: int, last: int) -> ExcludedDocuments:
+    def block(self, first: int, last: int) -> "ExcludedDocuments":
         """Return those of the queries [first, last)."""
         begin, end = torch.searchsorted(self.rows, self.rows.new_tensor([first, last])).tolist()
         times = None if self.times is None else self.times[first:last]
@@ -75,7 +73,7 @@ class SearchRound:
     target: Tensor  # int64 [B]: catalogue row of the query's target document
     excluded: ExcludedDocuments  # of this rank's documents
 
-    def head(self, most: int) -> SearchRound:
+    def head(self, most: int) -> "SearchRound":
         """Return the first `most` queries per rank."""
         world = distributed.world_size()
         longest = len(self.vectors) // world

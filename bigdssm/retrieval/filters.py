@@ -3,8 +3,6 @@
 An index resolves the text of a filter to the form that it searches with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Protocol

@@ -12,8 +12,6 @@ or the new one, also after a kill. `IndexBackend` is the search structure inside
 aliases, versions and filters.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -319,7 +317,7 @@ class FolderStore(Store):
         ):
             writer.write_table(table)
 
-    def _rows(self, name: str) -> _Rows:
+    def _rows(self, name: str) -> "_Rows":
         return _Rows.read(self.root / name, sorted(self._changes(name).glob("[!.]*.arrow")))
 
     def _build(self, collection: Collection, documents: pa.Table, vectors: np.ndarray, tombstones: np.ndarray) -> None:
@@ -340,7 +338,7 @@ class FolderStore(Store):
             write_json(temporary / COLLECTION_FILE, asdict(collection))
             write_meta(temporary, meta)
 
-    def _open(self, collection: Collection) -> _Opened:
+    def _open(self, collection: Collection) -> "_Opened":
         """Return the opened index, which is opened again when its folder was replaced."""
         folder = self._folder(collection)
         for attempt in range(OPENING_ATTEMPTS):
@@ -370,7 +368,7 @@ class _Opened:
     collection: Collection
 
     @classmethod
-    def read(cls, folder: Path, identity: tuple[int, int]) -> _Opened:
+    def read(cls, folder: Path, identity: tuple[int, int]) -> "_Opened":
         """Open a collection. Raises CheckpointError: it is damaged."""
         index = open_index(folder)
         vectors = np.load(folder / VECTORS_FILE, mmap_mode="r")
@@ -419,7 +417,7 @@ class _Rows:
     tombstones: dict[int, int] = field(default_factory=dict)  # version by hash of the key
 
     @classmethod
-    def read(cls, folder: Path, changes: list[Path]) -> _Rows:
+    def read(cls, folder: Path, changes: list[Path]) -> "_Rows":
         rows = cls(changes)
         rows._write(_table(folder / DOCUMENTS_FILE), np.load(folder / VECTORS_FILE, mmap_mode="r"))
         stored = np.load(folder / TOMBSTONES_FILE)

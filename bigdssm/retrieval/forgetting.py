@@ -3,8 +3,6 @@
 Documents and rows are known by their numbers in the dataset, see `ingest.forgetting.Forgotten`.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Hard negatives on disk, and their per-epoch sampling."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +68,7 @@ class HardNegatives:
         self._records, self._path = records, path
 
     @classmethod
-    def open(cls, path: Path) -> HardNegatives:
+    def open(cls, path: Path) -> "HardNegatives":
         """Memory-map a hard-negatives file. Raises DataError: not such a file."""
         try:
             records = np.load(path, mmap_mode="r", allow_pickle=False)

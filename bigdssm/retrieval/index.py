@@ -6,8 +6,6 @@ INDEX/    index.faiss, documents.arrow (doc_key, doc_title), meta.json (checksum
 Files are memory-mapped, so processes on a machine share their pages.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -167,7 +165,7 @@ class Index:
                 f"{model_checksum[:12]}; their scores are not comparable: embed and index with the model in use"
             )
 
-    def of_dataset(self, dataset: Dataset) -> Index:
+    def of_dataset(self, dataset: Dataset) -> "Index":
         """Return the index with the withdrawals of its dataset, to which documents may have been added since.
 
         Raises CheckpointError: the first documents of `dataset` are not those of the index.

@@ -3,8 +3,6 @@
 A new type is a subclass of `IndexBackend` (or of `FaissIndex`), registered with `register_index`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ class AllowedDocuments:
     mask: np.ndarray  # bool [N]
 
     @classmethod
-    def without(cls, withdrawn: np.ndarray, num_docs: int) -> AllowedDocuments | None:
+    def without(cls, withdrawn: np.ndarray, num_docs: int) -> "AllowedDocuments | None":
         """Return the first `num_docs` documents without those at the rows `withdrawn`; None if none is withdrawn."""
         mask = np.ones(num_docs, bool)
         mask[withdrawn[withdrawn < num_docs]] = False

@@ -7,8 +7,6 @@ validation or test items would leak them.
 Shapes: m rows, N documents, W = last − first window positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +60,7 @@ class TrainPositives:
     doc_rows: np.ndarray  # int64
 
     @classmethod
-    def of(cls, dataset: Dataset, share: Share | None = None, exclude_seen: bool | str = True) -> TrainPositives:
+    def of(cls, dataset: Dataset, share: Share | None = None, exclude_seen: bool | str = True) -> "TrainPositives":
         """Collect the positives of this rank's share of the train split; with a condition those that match it."""
         parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
         share = replace(share or Share(), rows_per_chunk=PASS_ROWS)

@@ -1,7 +1,5 @@
 """Python API of a model folder: encode dicts, texts, Arrow tables and data frames."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -5,8 +5,6 @@
 Shapes: m queries, k candidates per query, p pairs, n distinct documents, D vector width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +42,7 @@ class PairScorer:
     device: torch.device | str = "cpu"
 
     @classmethod
-    def from_folder(cls, folder: ModelFolder, dataset: Dataset) -> PairScorer:
+    def from_folder(cls, folder: ModelFolder, dataset: Dataset) -> "PairScorer":
         """Return the PairScorer of a model folder over a dataset's catalogue."""
         return cls(folder.model, folder.schema, dataset.catalogue.columns)
 

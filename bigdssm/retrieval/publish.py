@@ -1,7 +1,5 @@
 """Publish a vectors folder to a store: make a collection equal to the folder, and measure its answers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +78,7 @@ class _Folder:
     withdrawn: np.ndarray  # bool [N]
 
     @classmethod
-    def open(cls, folder: Path, dataset: Dataset | None = None) -> _Folder:
+    def open(cls, folder: Path, dataset: Dataset | None = None) -> "_Folder":
         """Open a folder, with the withdrawals of `dataset`. Raises CheckpointError: it has other documents."""
         meta = read_meta(folder)
         if meta.kind != VECTORS:

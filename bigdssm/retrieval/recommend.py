@@ -6,8 +6,6 @@ A part holds the queries of one shard, is written atomically and does not depend
 with the missing parts (see shards.py).
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -84,11 +82,11 @@ def recommend(
     folder: ModelFolder,
     index: Index,
     dataset: Dataset,
-    source: QuerySource,
+    source: "QuerySource",
     options: RecommendOptions,
     work: ShardWork,
     *,
-    exclusions: Exclusions | None = None,
+    exclusions: "Exclusions | None" = None,
     overwrite: bool = False,
 ) -> RecommendReport:
     """Write this rank's share of the recommendations for all queries of `source` into the folder `out`.
@@ -152,7 +150,7 @@ def write_csv(parts: Path, file: Path) -> None:
     shutil.rmtree(parts)
 
 
-def _table(batch: QueryBatch, scores: np.ndarray, rows: np.ndarray, document_keys: pa.StringArray) -> pa.Table:
+def _table(batch: "QueryBatch", scores: np.ndarray, rows: np.ndarray, document_keys: pa.StringArray) -> pa.Table:
     """Return search results as a table of ROW_SCHEMA."""
     present = rows >= 0
     query, rank = np.nonzero(present)  # ordered by query, then by rank
@@ -186,7 +184,7 @@ class QuerySource(ABC):
     _dataset: Dataset
     _exclude_seen: bool | str = True
 
-    def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> QuerySource:
+    def with_dataset(self, dataset: Dataset, exclude_seen: bool | str) -> "QuerySource":
         """Return the same queries with the features of `dataset`, see `Dataset.with_schema`, and these exclusions."""
         source = copy(self)
         source._dataset, source._exclude_seen = dataset, exclude_seen

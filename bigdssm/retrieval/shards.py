@@ -6,8 +6,6 @@ Ranks need no process group, only this folder: rank k writes the unfinished shar
 that completes the last shard renames the folder.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -40,7 +38,7 @@ class ShardWork:
             raise ConfigError(f"--rows-per-shard {self.rows_per_shard}: needs at least 1")
 
     @classmethod
-    def from_launcher(cls, rows_per_shard: int, progress: Progress) -> ShardWork:
+    def from_launcher(cls, rows_per_shard: int, progress: Progress) -> "ShardWork":
         """Read rank and world size from torchrun or deepspeed. Raises ConfigError: they are invalid."""
         rank, world_size = rank_and_world_size()
         return cls(rank, world_size, rows_per_shard, progress)

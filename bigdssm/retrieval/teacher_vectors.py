@@ -8,8 +8,6 @@ Both end in a seal with the dataset's fingerprint (see array_file.py).
 Written in resumable shards by any number of ranks (retrieval/shards.py), read memory-mapped.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

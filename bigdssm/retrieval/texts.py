@@ -1,7 +1,5 @@
 """Texts of queries and documents without prompts: truncated, and lowercased if the tokenizer does so."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import cast
 

@@ -5,8 +5,6 @@ vectors.parquet   doc_key, doc_title, vector (list of float32 or float16, or a c
                   beta): Qdrant, Vespa, Elasticsearch, DuckDB, pandas
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args

@@ -5,8 +5,6 @@ VECTORS/   vectors.npy (`CodedVectors`, by default float32 [N, D+1]), documents.
 .VECTORS.unfinished/   the same while it grows, see shards.py
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -198,7 +196,7 @@ def read_vectors(
     return np.array(open_vectors(folder, model_checksum, dataset, width)[first:last])
 
 
-def open_vectors(folder: Path, model_checksum: str, dataset: Dataset, width: int = 0) -> CodedVectors:
+def open_vectors(folder: Path, model_checksum: str, dataset: Dataset, width: int = 0) -> "CodedVectors":
     """Memory-map the vectors of a model and dataset. Raises CheckpointError: of another one, or of another `width`."""
     meta = read_meta(folder)
     if meta.kind != VECTORS:
@@ -221,7 +219,7 @@ def open_vectors(folder: Path, model_checksum: str, dataset: Dataset, width: int
     return load_vectors(folder, meta)
 
 
-def load_vectors(folder: Path, meta: VectorsMeta) -> CodedVectors:
+def load_vectors(folder: Path, meta: VectorsMeta) -> "CodedVectors":
     """Memory-map the vectors of a folder. Raises CheckpointError: they do not match `meta`."""
     rows = _load(folder, VECTORS_FILE, meta)
     element, shape = row_layout(meta.dtype, meta.width, meta.has_beta)

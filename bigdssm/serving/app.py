@@ -1,7 +1,5 @@
 """HTTP API and search page (FastAPI)."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence

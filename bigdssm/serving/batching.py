@@ -1,7 +1,5 @@
 """Dynamic batching of concurrent queries without added latency, and an LRU cache of answers."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

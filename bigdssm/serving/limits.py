@@ -1,7 +1,5 @@
 """Middleware that validates Host and size of requests, and error responses."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Hot reload: replace a served model or index without dropping requests."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +39,7 @@ class ActiveSearcher:
         self._running = asyncio.create_task(self.batcher.run())
 
     @contextmanager
-    def in_use(self) -> Iterator[ActiveSearcher]:
+    def in_use(self) -> "Iterator[ActiveSearcher]":
         """Keep the batcher running within the context."""
         self._requests += 1
         self._idle.clear()

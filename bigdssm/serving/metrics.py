@@ -1,7 +1,5 @@
 """Prometheus metrics over all worker processes, and a JSON access log."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

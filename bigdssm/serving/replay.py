@@ -1,7 +1,5 @@
 """Compute logged requests again and compare features, scores and answers, to measure training-serving skew."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """A log of answered requests as a table of Parquet files, written by a thread of each worker."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -92,7 +90,7 @@ class RequestLog:
     that was killed is completed by the next writer.
     """
 
-    def __init__(self, folder: Path, days: float, counter: Counter) -> None:
+    def __init__(self, folder: Path, days: float, counter: "Counter") -> None:
         """`counter` has the label `result`: written or lost. Raises ConfigError: the folder cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +242,7 @@ class _Ids:
     @classmethod
     def of(
         cls, users: Collection[str], items: Collection[str], titles: Collection[str], dataset: Dataset | None
-    ) -> _Ids:
+    ) -> "_Ids":
         names = DocumentNames(sorted(items), sorted(title for title in titles if title.strip()))
         other, histories, numeric = frozenset[str](), None, frozenset[str]()
         if dataset is not None:

@@ -1,7 +1,5 @@
 """Searcher: answers requests with a model, its index and its dataset; independent of HTTP."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -161,7 +159,7 @@ class Searcher:
     def open(
         cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
         onnx: Path | None = None, rerank: int = 0,
-    ) -> Searcher:  # fmt: skip
+    ) -> "Searcher":  # fmt: skip
         """Open a model folder, an index and a dataset, by default the training dataset.
 
         `index` is a folder or a vector store, URL#NAME, where NAME is a collection or an alias (default: live). `model`
@@ -171,7 +169,7 @@ class Searcher:
         """
         return Folders(Path(model), index, data, threads, onnx, rerank).open()
 
-    def on(self, index: DocumentIndex) -> Searcher:
+    def on(self, index: DocumentIndex) -> "Searcher":
         """Return a searcher of this model and dataset with another index. Raises CheckpointError: of another model."""
         index.check_model(self._folder.doc_checksum)
         other = copy(self)

@@ -1,7 +1,5 @@
 """The HTTP server: connection time limits, and several worker processes on one socket."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import multiprocessing

@@ -3,8 +3,6 @@
 Files are on disk or at a URL, with transparent decompression (.gz, .xz, .zst).
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io
@@ -30,7 +28,7 @@ from bigdssm.utils.urls import CHUNK_BYTES, fetch, redacted, size_of, version_of
 
 # exceptions of readers for damaged files
 READING_ERRORS = (pa.ArrowException, OSError, lzma.LZMAError, zlib.error, EOFError, csv.Error)
-SOURCES: dict[str, type[FileSource]] = {}  # by suffix
+SOURCES: "dict[str, type[FileSource]]" = {}  # by suffix
 ROWS_PER_BATCH = 16384
 BYTES_PER_BATCH = 8 << 20
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)

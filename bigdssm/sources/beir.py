@@ -4,8 +4,6 @@ Features other than the text are in `metadata`, by source column; text-only read
 2021 (BEIR).
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

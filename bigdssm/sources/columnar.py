@@ -1,7 +1,5 @@
 """Tables in chunks of known sizes: Parquet, Arrow IPC, saved Hugging Face datasets."""
 
-from __future__ import annotations
-
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The entrance of tables: a path, a URL or an address of Spark is opened as the source of its format."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 CSV columns are strings, so an id such as `007` is preserved.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import json

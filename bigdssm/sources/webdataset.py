@@ -8,8 +8,6 @@ Other members (images, …) are skipped unread. Nothing is unpickled, no command
 shards and damaged headers are rejected; webdataset's reader would silently stop there.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tarfile

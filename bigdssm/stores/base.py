@@ -10,8 +10,6 @@ A write or delete has a version, an integer that grows with the dataset. Of seve
 one of the largest version wins, and of equal versions the delete, in any order of arrival.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Open a store by URL."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module

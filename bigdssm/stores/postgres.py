@@ -15,8 +15,6 @@ They are in the first schema of the connection's search path. The connection is 
 PGPASSWORD, .pgpass or a service file.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

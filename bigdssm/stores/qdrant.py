@@ -9,8 +9,6 @@ The id of a point is the 128-bit hash of its key. Versions are compared by the s
 versions only. The API key comes from QDRANT_API_KEY.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

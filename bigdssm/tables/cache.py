@@ -1,7 +1,5 @@
 """Rows of a table that are kept on the device, while the table is in the memory of the host or in files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

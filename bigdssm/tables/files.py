@@ -12,8 +12,6 @@ NAME/rows/first and NAME/evicted/first int64 [blocks] the first row of each bloc
 of this index. A file is opened by its header and index; a block is verified when it is first read.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Shapes: n rows, S slots. A slot is a position in the arrays of a RowStore; slot 0 is that of absent rows.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from bigdssm.utils.hashing import mix64

@@ -5,8 +5,6 @@ ranks can be read by any other. A row that was never updated is not stored: its 
 row). Shapes: n rows, d width of a row.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile

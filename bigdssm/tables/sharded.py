@@ -10,8 +10,6 @@ occurrences; their sizes follow the distinct rows of the
 batches, and not the tables. Every rank calls `fetch` and `reduce` in every step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Python API: stages train in this process, alone or as a rank of a launcher."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Batches of a stage: rows of the stream with hard and drawn negatives and known positives."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace

@@ -9,8 +9,6 @@ The engine is one of DeepSpeed (ZeRO 0 to 3), DistributedDataParallel, or a plai
 backward over the whole batch. No dataset, config file or Trainer is needed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

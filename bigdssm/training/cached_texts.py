@@ -7,8 +7,6 @@ encoded in the step, for the gradient of the text encoder. MLP and tables are th
 Shapes: n documents of this rank's batch, N of the catalogue, D of vectors, H total width of the text vectors.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import cast
 

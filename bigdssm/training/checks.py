@@ -1,7 +1,5 @@
 """Validation of a stage before anything is written: on each rank, then across ranks."""
 
-from __future__ import annotations
-
 import os
 import socket
 from dataclasses import fields

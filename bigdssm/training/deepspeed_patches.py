@@ -3,8 +3,6 @@
 `Engine` applies them, and undoes them when it is destroyed. Both functions may be called repeatedly.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable

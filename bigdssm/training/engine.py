@@ -3,8 +3,6 @@
 `backward` takes output vectors of the towers with their gradients in place of a loss.
 """
 
-from __future__ import annotations
-
 import gc
 import inspect
 import math

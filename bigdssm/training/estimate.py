@@ -1,7 +1,5 @@
 """Estimate a stage before it runs: memory per rank, communication per step, checkpoint size, duration."""
 
-from __future__ import annotations
-
 import ast
 import weakref
 from collections.abc import Mapping, Sequence
@@ -66,7 +64,7 @@ class ModelSizes:
     states: int  # optimizer states
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: OptimizerConfig) -> ModelSizes:
+    def of(cls, model: nn.Module, optimizer: OptimizerConfig) -> "ModelSizes":
         """Return the sizes of a model; meta and fake tensors are accepted."""
         trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         weights = sum(parameter.numel() for parameter in model.parameters())

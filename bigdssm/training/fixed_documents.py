@@ -3,8 +3,6 @@
 The trained model has that model's document tower, so its queries can be searched in existing indexes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run monitoring: log lines, metrics records, trackers and a progress bar."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import time
@@ -141,7 +139,7 @@ class MetricsLogger:
             "%s %d/%d  validation: %s  (%.1f s)", self._name, step, self._total_steps, shown, evaluation.seconds
         )
 
-    def _interval(self) -> TimeTable:
+    def _interval(self) -> "TimeTable":
         """Return the times since the last call, and add them to the run's."""
         started, self._started = self._started, time.perf_counter()
         interval = TimeTable(self._started - started, self._steps, self._flops, timing.pop_seconds())
@@ -169,7 +167,7 @@ class TimeTable:
     flops: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, more: TimeTable) -> None:
+    def add(self, more: "TimeTable") -> None:
         """Add the times of another table."""
         self.elapsed_s += more.elapsed_s
         self.steps += more.steps

@@ -1,7 +1,5 @@
 """Muon and AdamW as one optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ the last mining step before the checkpoint, since the checkpoint's weights would
 again only if the checkpoint is of the mining step.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import closing

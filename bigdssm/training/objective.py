@@ -5,8 +5,6 @@ The logQ correction applies to negatives only (`corrected`) or to every column (
 Shapes: m queries, n document columns.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

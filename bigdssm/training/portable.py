@@ -4,8 +4,6 @@ An engine returns pieces, each rank those that it stores, and loads whole tensor
 ZeRO stage or world size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod

@@ -4,8 +4,6 @@ A segment is the part of a stage over one set of training partitions; new partit
 tables may grow. `check_folder` runs before anything is built, `find_start` once model and stream exist.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -82,7 +80,7 @@ class StageProgress:
         return {_SAVED_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> StageProgress:
+    def from_state_dict(cls, state: dict[str, Any]) -> "StageProgress":
         """Return the progress saved in a checkpoint."""
         names = {saved: name for name, saved in _SAVED_NAMES.items()}
         return cls(**{names.get(saved, saved): value for saved, value in state.items()})

@@ -1,7 +1,5 @@
 """The set-up of a stage: model, engine, data and loss from the config, restored to the start point."""
 
-from __future__ import annotations
-
 from functools import partial
 from math import isfinite
 from pathlib import Path

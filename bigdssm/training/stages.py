@@ -1,7 +1,5 @@
 """Run a stage: pretraining, or fine-tuning (SFT) from its result."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager

@@ -7,8 +7,6 @@ the same random state, so that dropout masks are equal.
 Shapes: m queries, n documents, D vector width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -65,7 +63,7 @@ class RankReport(NamedTuple):
         return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
 
     @classmethod
-    def of_numbers(cls, numbers: Iterable[float]) -> RankReport:
+    def of_numbers(cls, numbers: Iterable[float]) -> "RankReport":
         """Return the report with these numbers, converted to the types of the defaults."""
         remaining = iter(numbers)
 
@@ -115,7 +113,7 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine,
+    engine: "Engine",
     batch: Batch,
     plan: StepPlan,
     loss_function: LossFunction,

@@ -4,8 +4,6 @@ setup.py builds the trainer of a stage. A step is in step.py, its batches are in
 and its record in metrics_logger.py, the state of a resume in resume.py.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext

@@ -1,7 +1,5 @@
 """Hyperparameter search with Optuna over the keys of a YAML search space."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Full-catalogue validation during training, the moving average of weights, the best/ model folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast

@@ -5,8 +5,6 @@ Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix Factorization"
 of PPMI, Lebret and Collobert 2014, "Word Embeddings through Hellinger PCA".
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Devices: copies of tensors from the host, instructions of this machine, states of random generators."""
 
-from __future__ import annotations
-
 import platform
 import random
 from collections.abc import Iterator
@@ -46,7 +44,7 @@ class RandomState:
     numpy: Any = None
 
     @classmethod
-    def now(cls) -> RandomState:
+    def now(cls) -> "RandomState":
         """Return the current state."""
         device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(torch.get_rng_state(), device, random.getstate(), np.random.get_state())

@@ -1,7 +1,5 @@
 """Lock files that allow one writer per path."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from pathlib import Path
@@ -45,7 +43,7 @@ class WriterLock:
         except FileNotFoundError:
             return False
 
-    def __enter__(self) -> WriterLock:
+    def __enter__(self) -> "WriterLock":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,5 @@
 """A progress bar on the terminal."""
 
-from __future__ import annotations
-
 import time
 
 from rich.console import Console
@@ -23,7 +21,7 @@ class ProgressBar:
         self._progress: Progress | None = None
         self._phase = ""
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -4,8 +4,6 @@ Intermediate files are Parquet tables, and scalar results. A step's output appea
 complete, and is never written again.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -47,7 +45,7 @@ class RowTable:
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, files: Iterable[Path]) -> RowTable:
+    def of(cls, files: Iterable[Path]) -> "RowTable":
         """Return the table of these files."""
         return cls(tuple(map(str, files)))
 
@@ -105,7 +103,7 @@ class RowFile:
         if table.num_rows:
             self._writer.write_table(table.cast(self.schema), row_group_size=ROWS_PER_READ)
 
-    def __enter__(self) -> RowFile:
+    def __enter__(self) -> "RowFile":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -151,7 +149,7 @@ class FirstRows:
             self._file.add(rows)
             self._buffer = []
 
-    def __enter__(self) -> FirstRows:
+    def __enter__(self) -> "FirstRows":
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:

@@ -3,8 +3,6 @@
 All workers must have access to the spool folder by the same path, because steps exchange files in it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -179,7 +177,7 @@ class SparkEngine(LocalEngine):
             raise _error_of(failed[0][1])
         yield from remaining
 
-    def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> DataFrame:
+    def _tasks(self, answer: Callable[[int], bytes | None], number: int) -> "DataFrame":
         """Return a DataFrame of the answers of `number` tasks, called with their numbers from 0."""
         return self._steps.range(0, number, 1, number).mapInArrow(partial(_answers, answer), ANSWERS)
 
@@ -212,7 +210,7 @@ class SparkEngine(LocalEngine):
     def _is_small(self, query: str) -> bool:
         return sum(self._bytes[name] for name in self._used(query)) <= self._max_driver_bytes
 
-    def _sql(self, query: str, used: Iterable[str]) -> DataFrame:
+    def _sql(self, query: str, used: Iterable[str]) -> "DataFrame":
         """Run a query in Spark, after registering the names in it."""
         for name in used:
             if register := self._unregistered.pop(name, None):
@@ -247,7 +245,7 @@ def _error_of(answer: bytes) -> BigDSSMError:
     return ERRORS.get(name, DataError)(*args)
 
 
-def _write_numbered(frame: DataFrame, folder: Path) -> None:
+def _write_numbered(frame: "DataFrame", folder: Path) -> None:
     """Write a sorted frame to `folder` as Parquet files messages by their first row."""
     parts = folder / "parts"
     options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
@@ -259,7 +257,7 @@ def _write_numbered(frame: DataFrame, folder: Path) -> None:
     shutil.rmtree(parts)
 
 
-def _session(cluster: Cluster) -> tuple[SparkSession, bool]:
+def _session(cluster: Cluster) -> "tuple[SparkSession, bool]":
     """Return a Spark session, and whether it is new."""
     try:
         from pyspark.sql import SparkSession

@@ -6,8 +6,6 @@ softmax losses are Triton kernels if `triton_passes.available`, else plain torch
 Shape legend: m queries and n columns of this rank, N columns of all ranks, D vector size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The gather of a loss: document columns of all ranks with ids, biases and known positives; and tile sizes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

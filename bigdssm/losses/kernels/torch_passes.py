@@ -8,8 +8,6 @@ CPU they are converted to float32, and `product_precision` enables its bfloat16 
 Shape legend: m queries of this rank, N columns of all ranks, D vector size, r rows of a block, c columns of a tile.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +41,7 @@ class BlockMask:
     since_N: Tensor | None = None
 
     @staticmethod
-    def of(mask: Mask, columns: Columns, start: int, stop: int, total: int) -> BlockMask:
+    def of(mask: Mask, columns: Columns, start: int, stop: int, total: int) -> "BlockMask":
         """Return the mask of rows [start, stop); `total` is the number of entries of a sparse mask."""
         if isinstance(mask, MaskTimes):
             known = BlockMask.of(mask.known, columns, start, stop, total)
@@ -96,7 +94,7 @@ class ScoreMatrix:
     alpha: float
     bias_N: Tensor | None  # added to the scores in this pass
 
-    def in_bits(self) -> ScoreMatrix:
+    def in_bits(self) -> "ScoreMatrix":
         """Return the scores divided by log 2, for exp2: on some CPUs 3 times as fast as exp."""
         bias_N = None if self.bias_N is None else self.bias_N / LOG_2
         return replace(self, alpha=self.alpha / LOG_2, bias_N=bias_N)
@@ -166,7 +164,7 @@ class GradientSums:
     beta: Tensor | None  # Σ_i G_ij [N]
 
     @staticmethod
-    def zeros(x: LossInputs, grad_flags: int, num_columns: int) -> GradientSums:
+    def zeros(x: LossInputs, grad_flags: int, num_columns: int) -> "GradientSums":
         """Allocate the sums that any rank requires: every rank takes part in the reductions."""
         device, size = x.U.device, x.U.shape[1]
         # alpha's gradient is computed from the sums of U
@@ -454,7 +452,7 @@ class PairSums:
     largest: Tensor
 
     @staticmethod
-    def zero(positive_m: Tensor) -> PairSums:
+    def zero(positive_m: Tensor) -> "PairSums":
         """Return the sums of no negatives."""
         zeros = torch.zeros_like(positive_m)
         return PairSums(zeros, zeros.clone(), zeros - math.inf)

@@ -10,8 +10,6 @@ Masked entries are bits in tiles of 128 × 128: `slots` [row tiles, column tiles
 Shape legend: m queries of this rank, N columns of all ranks, D vector size; s splits: programs that share a sum.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Passes of the softmax losses with Triton kernels: availability, block sizes, the packed mask."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -75,7 +73,7 @@ class FusedMatrix:
     bits: Tensor  # int64 [tiles, 2, 128]: a word per row and 64 columns, bit 1 for a masked entry
 
     @staticmethod
-    def of(U_mD: Tensor, alpha: float, columns: Columns, mask: Mask) -> FusedMatrix:
+    def of(U_mD: Tensor, alpha: float, columns: Columns, mask: Mask) -> "FusedMatrix":
         """Pack the mask, and make the vectors contiguous if needed."""
         U_mD, W_ND = U_mD.detach().contiguous(), columns.W
         W_ND = W_ND if W_ND.stride(1) == 1 else W_ND.contiguous()

@@ -3,8 +3,6 @@
 Shapes: R rows, m queries, T tokens or history items, K values, E table width, H encoder width.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from bigdssm.models.embedding_tables import EmbeddingTables
 from bigdssm.models.packed import FLASH_WIDTHS, Attention, QueryPositions, Values, flash_attention
 
 RECOMPILE_LIMIT = 64  # compiled graphs per layer; torch's default is 8
-_ENCODERS: dict[str, Callable[[Feature, BuildContext], Encoder]] = {}
+_ENCODERS: "dict[str, Callable[[Feature, BuildContext], Encoder]]" = {}
 
 
 class Encoder(nn.Module, ABC):
@@ -71,7 +69,7 @@ class Encoder(nn.Module, ABC):
     def use_eager_attention(self) -> None:
         """Use eager attention in training, if it has any."""
 
-    def flops(self, name: str, size: SideSize) -> float:
+    def flops(self, name: str, size: "SideSize") -> float:
         """Return the operations of a forward's matrix products for the feature `name` of a side, padding left out."""
         return size.rows * linear_flops(self)
 

@@ -1,7 +1,5 @@
 """Encoder of histories. Shapes: R rows, T items, A query positions, m queries, E table width, K width of requests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -116,7 +114,7 @@ class HistoryEncoder(Encoder):
         self._eager_in_training = False
 
     @classmethod
-    def build(cls, feature: History, context: BuildContext) -> HistoryEncoder:
+    def build(cls, feature: History, context: BuildContext) -> "HistoryEncoder":
         """Return the encoder of a feature; it shares the embedding table of its items."""
         table = table_name("doc", str(feature.of))
         of_event = replace(context, side="event")

@@ -1,7 +1,5 @@
 """LoRA adapters of text encoders, by peft: low-rank updates of a frozen transformer. Source: Hu et al. 2021."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Pretrained text encoders: folders of transformers and sentence-transformers, by path or by name on the Hub."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

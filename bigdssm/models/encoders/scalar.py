@@ -3,8 +3,6 @@
 Shapes: R rows, K values, E table width, H encoder width, d numbers per vector.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ class CategoricalEncoder(Encoder):
         self._tables = (tables,)  # in a tuple, so that the tables are not a submodule of each encoder
 
     @classmethod
-    def build(cls, feature: Categorical | Elapsed | CalendarTime, context: BuildContext) -> CategoricalEncoder:
+    def build(cls, feature: Categorical | Elapsed | CalendarTime, context: BuildContext) -> "CategoricalEncoder":
         """Return the encoder of a feature."""
         return cls(table_name(context.side, feature.name), context.config.embedding_dim, context.tables)
 
@@ -51,7 +49,7 @@ class NumericEncoder(Encoder):
         self.layer = nn.Linear(2, dim)
 
     @classmethod
-    def build(cls, feature: Numeric, context: BuildContext) -> NumericEncoder:
+    def build(cls, feature: Numeric, context: BuildContext) -> "NumericEncoder":
         """Return the encoder of a feature."""
         return cls(feature, context.config.numeric_dim)
 
@@ -76,7 +74,7 @@ class VectorEncoder(Encoder):
         self.layer = nn.Linear(feature.dim + 1, dim)
 
     @classmethod
-    def build(cls, feature: Vector, context: BuildContext) -> VectorEncoder:
+    def build(cls, feature: Vector, context: BuildContext) -> "VectorEncoder":
         """Return the encoder of a feature."""
         return cls(feature, context.config.vector_dim)
 

@@ -1,7 +1,5 @@
 """Text encoders: their base class, and their assignment to the sides of a model."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, cast
 
 import torch

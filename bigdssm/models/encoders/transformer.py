@@ -1,7 +1,5 @@
 """The text encoder `transformer`, of Hugging Face: any encoder or decoder, its pooling, attention over packed texts."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,7 +124,7 @@ class TransformerEncoder(TextEncoder):
         if self._packable:
             self.transformer.set_attn_implementation(NAME)
 
-    def train(self, mode: bool = True) -> TransformerEncoder:
+    def train(self, mode: bool = True) -> "TransformerEncoder":
         """Set the mode, and the attention that is faster in it."""
         super().train(mode)
         if self.default_attention is not None:
