@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bigdssm.utils.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from bigdssm.checkpoints.hub import push_to_hub
+    from bigdssm.checkpoints.model_folder import push_to_hub
     from bigdssm.config import load_config
     from bigdssm.dataset.dataset import Dataset
     from bigdssm.ingest.api import make_dataset
@@ -42,7 +42,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
-        "bigdssm.checkpoints.hub": ["push_to_hub"],
+        "bigdssm.checkpoints.model_folder": ["push_to_hub"],
         "bigdssm.config": ["load_config"],
         "bigdssm.dataset.dataset": ["Dataset"],
         "bigdssm.ingest.api": ["make_dataset"],

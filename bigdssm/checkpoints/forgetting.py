@@ -34,8 +34,7 @@ from bigdssm.errors import CheckpointError
 from bigdssm.features.categorical import FIRST_CODE, Categorical, categorical_of
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.tables.files import holds_rows, write_without
-from bigdssm.utils.atomic import write_json
-from bigdssm.utils.changes import Changes
+from bigdssm.utils.atomic import Changes, write_json
 
 Codes = Mapping[tuple[str, str], np.ndarray]  # int64 ascending, by side and feature
 WEIGHT = "tables.tables.{}.weight"

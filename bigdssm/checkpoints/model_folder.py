@@ -1,4 +1,4 @@
-"""Save, load and identify model folders.
+"""Save, load and identify model folders, also on the Hugging Face Hub.
 
 Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors, bigdssm.json; frozen.safetensors
 with the weights that were not trained, if there are any, which successive folders of a stage share by a hard link;
@@ -9,14 +9,17 @@ so that the pretrained folder may be removed. Nothing in it is unpickled or exec
 Its checksum identifies the model in vectors, indexes and exports. It covers everything that affects scores: weights,
 schema, tokenizer, architectures, the config's model section and the scorer. Other config keys may be edited, such as
 data.dir after a dataset was moved.
+
+On the Hub, only the files of a model folder are transferred; its checksums are verified before the upload and when the
+model is loaded. HF_TOKEN authenticates; HF_HUB_OFFLINE=1 uses only the local cache.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +28,7 @@ from typing import Any, cast
 import torch
 import xxhash
 import yaml
+from huggingface_hub import HfApi, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -47,12 +51,13 @@ from bigdssm.config import (
     load_written_config,
 )
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, open_dataset, tokenizer_hash
-from bigdssm.dataset.schema import SCHEMA_FILE, Schema
+from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.tables.files import MappedTables, RowFile
+from bigdssm.utils.arguments import checked
 from bigdssm.utils.atomic import hidden_version, link_or_copy, new_folder, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
@@ -442,3 +447,46 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     provenance = {"stage": stage_dir.name, "checkpoint": path.name, **documents}
     checksum = model_checksum(model, config, schema, tokenizer_dir, provenance)
     return ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, checksum)
+
+
+FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR, TABLES_DIR)
+FILES = [META_FILE, CONFIG_FILE, WEIGHTS_FILE, FROZEN_FILE, SCHEMA_FILE, "README.md"]
+PATTERNS = [*FILES, *(f"{folder}/*" for folder in FOLDERS)]
+
+
+@checked
+def push_to_hub(folder: str | Path, repo_id: str, *, revision: str | None = None, private: bool = False) -> str:
+    """Upload a model folder to the repository OWNER/NAME, created if missing; return the commit's URL.
+
+    The model card README.md, if `bigdssm convert_checkpoint` wrote one, is included. `revision` is an existing branch,
+    main by default. Raises CheckpointError: no complete model folder, unknown owner, no write permission, no network.
+    """
+    load_model_folder(Path(folder))
+    with _errors_of(repo_id):
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        message = "Upload a bigdssm model folder"
+        done = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=PATTERNS,
+            delete_patterns=[f"{TABLES_DIR}/*"], commit_message=message,
+        )  # fmt: skip
+    return done.commit_url
+
+
+def fetch_from_hub(repo_id: str, revision: str | None = None) -> Path:
+    """Download the model of a repository at a branch, tag or commit; return its folder in the Hub's cache.
+
+    Raises CheckpointError: unknown repository or revision, no read permission, no network and not cached.
+    """
+    with _errors_of(repo_id):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=PATTERNS))
+
+
+@contextmanager
+def _errors_of(repo_id: str) -> Iterator[None]:
+    """Convert errors of the Hub client to a CheckpointError with a one-line message."""
+    try:
+        yield
+    except (errors.HTTPError, OSError, errors.HFValidationError) as error:  # HTTPError: base class of the HTTP library
+        first = next(iter(str(error).strip().splitlines()), repr(error))
+        raise CheckpointError(f"the Hub rejected the request for {repo_id}, or cannot be reached: {first}") from None

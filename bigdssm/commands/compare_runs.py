@@ -24,8 +24,7 @@ from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.comparison import System, differences, model_system, table
-from bigdssm.utils.log import Progress, metric_label, no_progress
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import Progress, ProgressBar, metric_label, no_progress
 
 ABSENT = "—"
 

@@ -32,7 +32,7 @@ from bigdssm.retrieval.vector_files import (
     write_file,
 )
 from bigdssm.retrieval.vectors import Dtype, read_meta, write_vectors
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

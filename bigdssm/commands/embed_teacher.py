@@ -16,14 +16,14 @@ from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_rules, at_least, command, command_parser, open_with_rules
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
+from bigdssm.evaluation.teachers import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders
+from bigdssm.retrieval.model import Texts
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
-from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.hashing import json_checksum
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

@@ -48,7 +48,7 @@ from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import check_width, encode_in, truncate_vectors
 from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import write_json
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 BEIR_OPTIONS = (
     "--widths", "--bm25", "--pretrained", "--max-tokens", "--filter-known", "--save-run", "--save-qrels",

@@ -37,11 +37,9 @@ from bigdssm.retrieval.forgetting import (
     forget_in_vectors,
     row_ids,
 )
-from bigdssm.stores.base import Store
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.base import Store, open_store
 from bigdssm.training.resume import open_segment
-from bigdssm.utils.atomic import write_json
-from bigdssm.utils.changes import Changes
+from bigdssm.utils.atomic import Changes, write_json
 
 NOT_REACHED = (
     "source tables: a dataset that is built again from them has the rows again",

@@ -19,7 +19,7 @@ from bigdssm.cli import add_rules, command_parser, open_with_rules, run_main
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import PERCENTILES, describe, sample_rows
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from bigdssm.cli import (
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.candidates import write_candidates, write_rated
 from bigdssm.retrieval.embed import Share
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

@@ -18,7 +18,7 @@ from bigdssm.cli import command_parser, refuse_options, run_main
 from bigdssm.errors import ConfigError
 from bigdssm.ingest.api import EngineName, make_dataset
 from bigdssm.sources.opening import SPARK_PREFIX
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 from bigdssm.utils.urls import is_url
 
 SPLIT_OPTIONS = ("split", "validation_fraction", "test_fraction", "validation_from", "test_from", "until")

@@ -23,9 +23,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.event_rules import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
-from bigdssm.retrieval.mining import gather_hard_negatives, mine
+from bigdssm.retrieval.hard_negatives import gather_hard_negatives, mine
 from bigdssm.retrieval.vectors import read_vectors
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

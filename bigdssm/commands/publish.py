@@ -26,9 +26,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.retrieval.publish import measure_recall, publish
 from bigdssm.retrieval.vectors import read_meta
-from bigdssm.stores.base import Store
-from bigdssm.stores.opening import open_store, store_class
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.stores.base import Store, open_store, store_class
+from bigdssm.utils.log import ProgressBar
 
 LEAST_RECALL = 0.98
 

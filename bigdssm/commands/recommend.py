@@ -38,8 +38,8 @@ from bigdssm.retrieval.recommend import (
     write_csv,
 )
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
-from bigdssm.stores.opening import is_store
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.stores.base import is_store
+from bigdssm.utils.log import ProgressBar
 
 
 @command

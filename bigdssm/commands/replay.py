@@ -20,7 +20,7 @@ from bigdssm.serving.replay import replay
 from bigdssm.serving.request_log import read_log
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import write_json
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

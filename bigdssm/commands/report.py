@@ -47,7 +47,7 @@ from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
 from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import write_json
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

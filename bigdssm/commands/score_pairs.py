@@ -30,20 +30,21 @@ from bigdssm.cli import (
     open_with_rules,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
     Bm25Teacher,
     CrossEncoderTeacher,
     PairTeacher,
+    PretrainedEncoder,
     VectorTeacher,
     model_teacher,
     score_pairs,
+    text_encoders,
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.retrieval.model import Texts
 from bigdssm.retrieval.shards import ShardWork
-from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.hashing import file_checksum, json_checksum
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 
 @command

@@ -21,8 +21,7 @@ from bigdssm.features.base import filterable
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.conditions import check_features, parse_filter
 from bigdssm.features.history import histories_of
-from bigdssm.utils.bounds import require
-from bigdssm.utils.components import components_of
+from bigdssm.utils.components import components_of, require
 
 
 def check_config(config: Config) -> None:

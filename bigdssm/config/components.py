@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bigdssm.utils.bounds import bounded, require
-from bigdssm.utils.components import MISSING, Component, Registry
+from bigdssm.utils.components import MISSING, Component, Registry, bounded, require
 
 if TYPE_CHECKING:
     import torch

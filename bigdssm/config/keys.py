@@ -31,8 +31,7 @@ from bigdssm.config.components import (
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import FEATURES
-from bigdssm.utils.bounds import RESUME, bounded
-from bigdssm.utils.components import MISSING, Component, Registry, component, named_components
+from bigdssm.utils.components import MISSING, RESUME, Component, Registry, bounded, component, named_components
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,8 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from bigdssm.config.keys import Config
-from bigdssm.utils.bounds import BOUND, Bound
-from bigdssm.utils.components import EACH, MISSING, REGISTRY, Registry, default_of
+from bigdssm.utils.components import BOUND, EACH, MISSING, REGISTRY, Bound, Registry, default_of
 
 Schema = dict[str, Any]
 

@@ -22,11 +22,11 @@ from bigdssm.dataset.transitions import MAX_WINDOW, QUERIES_AT_ONCE, Transitions
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.teachers import Bm25Teacher
 from bigdssm.features import Categorical, Feature
-from bigdssm.features.calendar_time import DAY
+from bigdssm.features.event_time import DAY
 from bigdssm.features.ragged import gather_ranges
-from bigdssm.retrieval.texts import Texts
+from bigdssm.retrieval.model import Texts
 from bigdssm.utils.arguments import argument
-from bigdssm.utils.bounds import Bound, require
+from bigdssm.utils.components import Bound, require
 
 Count = Annotated[int, Bound(1)]  # types of options
 Window = Annotated[int, Bound(1, at_most=MAX_WINDOW)]

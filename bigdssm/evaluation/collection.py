@@ -14,8 +14,7 @@ from torch import Tensor
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DivergedError
-from bigdssm.evaluation.bm25 import Bm25
-from bigdssm.evaluation.pretrained import MAX_TOKENS, PretrainedEncoder
+from bigdssm.evaluation.teachers import MAX_TOKENS, Bm25, PretrainedEncoder
 from bigdssm.evaluation.trec import Run
 from bigdssm.features import Feature, TextTokenizer, histories_of
 from bigdssm.features.canonical import columns_of
@@ -24,7 +23,7 @@ from bigdssm.features.ragged import Column
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
 from bigdssm.retrieval.exact_search import top_documents
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.model import PairScorer
 from bigdssm.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.utils.log import Progress, no_progress
 

@@ -28,12 +28,11 @@ from bigdssm.evaluation.baselines import (
     RecentPopularity,
     single_valued,
 )
-from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
+from bigdssm.evaluation.evaluate import Reranking, encoders_of, evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
-from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.evaluation.slices import Slice
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.model import PairScorer
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import file_checksum
 from bigdssm.utils.log import Progress, metric_label, no_progress

@@ -1,37 +1,225 @@
-"""Full-catalogue evaluation of a split, on one rank or distributed."""
+"""Full-catalogue evaluation of a split, on one rank or distributed: exact ranks, re-ranking, metrics.
+
+rank = 1 + documents that score higher + half of those that tie. Seen documents are excluded, the target never is.
+Shapes: m queries, N documents, D+1 the width of index vectors.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.evaluation.ranks import (
-    inner_product_scoring,
-    pair_scoring,
-    ranks_of_round,
-    ranks_of_scores,
+from bigdssm.loader.batch import Collator, Features, as_tensor, to_features
+from bigdssm.models import DualEncoder, VectorScorer
+from bigdssm.retrieval.embed import (
+    DocumentVectors,
+    Encoders,
+    Share,
+    all_finite,
+    encode_catalogue,
+    encode_queries,
+    tower_encoders,
+    tower_output,
 )
-from bigdssm.evaluation.reranking import RERANKED_AT_ONCE, Reranking, ScoredEncoders
-from bigdssm.loader.batch import as_tensor
-from bigdssm.retrieval.embed import DocumentVectors, Encoders, Share, all_finite, encode_catalogue, encode_queries
 from bigdssm.retrieval.exact_search import (
+    LEAST_ROWS,
     QUERIES_AT_ONCE,
     TOP_QUERIES_AT_ONCE,
+    ExcludedDocuments,
+    SearchRound,
     exact_search,
     excluded_documents,
+    inner_products,
     rounds,
     top_of_round,
     unpack_keys,
 )
+from bigdssm.retrieval.model import PairScorer
 from bigdssm.utils.log import Progress, no_progress
+
+PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # per tile of a pair scorer, which builds a vector per pair
+TILE_SCORES = 8_388_608  # per tile, 32 MiB of float32
+# Vectors depend on the batch size in their last bits, so scores within rounding error are ties. Otherwise noise would
+# rank the documents of a collapsed model, whose scores are all equal.
+TIE_RELATIVE = 16 * torch.finfo(torch.float32).eps
+
+Pairs = tuple[Tensor, Tensor]
+"""(query, catalogue row) of documents to exclude, both int64."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Scoring functions, and their tile sizes."""
+
+    matrix: Callable[[Tensor, Tensor], Tensor]  # queries [m, …], documents [n, …] -> scores [m, n]
+    target: Callable[[Tensor, Tensor], Tensor]  # queries [m, …], targets [m, …] -> [m, 2]: score, tolerance
+    queries_at_once: int
+    scores_at_once: int
+
+
+def _target_product(queries: Tensor, documents: Tensor) -> Tensor:
+    tolerance = TIE_RELATIVE * queries.norm(dim=1) * documents.norm(dim=1)
+    return torch.stack([(queries * documents).sum(dim=1), tolerance], dim=1)
+
+
+def inner_product_scoring() -> Scoring:
+    """Score index vectors by inner product."""
+    return Scoring(inner_products, _target_product, 512, TILE_SCORES)
+
+
+def pair_scoring(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
+    """Score vectors by `scorer`, which broadcasts queries and documents […, D] to scores […]."""
+
+    @torch.no_grad()
+    def matrix(queries: Tensor, documents: Tensor) -> Tensor:
+        return scorer(queries[:, None], documents)
+
+    @torch.no_grad()
+    def target(queries: Tensor, documents: Tensor) -> Tensor:
+        score = scorer(queries, documents)
+        return torch.stack([score, TIE_RELATIVE * (1 + score.abs())], dim=1)
+
+    return Scoring(matrix, target, PAIRED_QUERIES, PAIRED_QUERIES * PAIRED_DOCS)
+
+
+def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVectors) -> Tensor:
+    """Return the target ranks of this rank's queries in a round, float64 [m].
+
+    All ranks must call it.
+    """
+    target = batch.of_targets(documents, scoring.target)
+    counts = _counts(scoring, batch.vectors, documents, target, batch.excluded)
+    return 1 + distributed.reduce_scatter_rows(counts)[: len(batch.rows)]
+
+
+def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: Pairs | None = None) -> Tensor:
+    """Return ranks float64 [m] of document `target[i]` for `queries[i]` by inner product, locally.
+
+    queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
+    """
+    scoring = inner_product_scoring()
+    target_scores = scoring.target(queries, documents[target])
+    return 1 + _counts(scoring, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
+
+
+def ranks_of_scores(
+    scores: Tensor, target: Tensor, seen: Pairs | None = None, unavailable: Tensor | None = None, top: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the rank of document `target[i]` in row i of `scores`, and the `top` other candidates.
+
+    scores [m, N], exact ties only; ranks float64 [m], candidates int64 [m, top], −1 behind the last. Documents of
+    `seen`, and of `unavailable` (bool [N] or [m, N]) are no candidates, unless they are the target.
+    """
+    target_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
+    scores = scores.clone() if unavailable is None else scores.masked_fill(unavailable, float("-inf"))
+    excluded = _excluded(target, seen)
+    scores[excluded.rows, excluded.positions] = float("-inf")
+    best = scores.topk(min(top, scores.shape[1]), dim=1)
+    candidates = best.indices.masked_fill(best.values == float("-inf"), -1)
+    return 1 + _count_above(scores, target_score, torch.zeros_like(target_score)), candidates
+
+
+def _excluded(target: Tensor, seen: Pairs | None) -> ExcludedDocuments:
+    """Return the seen documents and the target itself."""
+    rows, columns = torch.arange(len(target), device=target.device), target
+    if seen is not None:
+        rows, columns = torch.cat([rows, seen[0]]), torch.cat([columns, seen[1]])
+    return ExcludedDocuments.of(rows, columns)
+
+
+def _counts(
+    scoring: Scoring, queries: Tensor, documents: DocumentVectors, target: Tensor, excluded: ExcludedDocuments
+) -> Tensor:
+    """Return float64 [m]: the local documents that score above the target, ties as halves."""
+    counts = queries.new_zeros(len(queries), dtype=torch.float64)
+    for first in range(0, len(queries), scoring.queries_at_once):
+        last = min(first + scoring.queries_at_once, len(queries))
+        block = excluded.block(first, last)
+        tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # fewer rows are padded to LEAST_ROWS
+        for column in range(0, len(documents), tile):
+            scores = scoring.matrix(queries[first:last], documents.vectors[column : column + tile])
+            block.mask(scores, documents, column)
+            counts[first:last] += _count_above(scores, target[first:last, 0], target[first:last, 1])
+    return counts
+
+
+def _count_above(scores: Tensor, target_score: Tensor, tolerance: Tensor) -> Tensor:
+    """Count the documents of a tile that score higher, ties as halves; float64 [m]."""
+    above = (scores > (target_score + tolerance).unsqueeze(1)).sum(dim=1)
+    at_least = (scores >= (target_score - tolerance).unsqueeze(1)).sum(dim=1)
+    return (above + at_least).double() / 2
+
+
+RERANKED_AT_ONCE = 1024  # queries per round, over all ranks
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """Re-ranks the `top` best documents; the rest keep their rank."""
+
+    scorer: PairScorer
+    top: int
+
+    def ranks(self, before: Tensor, batch: SearchRound, documents: DocumentVectors) -> Tensor:
+        """Return the re-ranked target ranks of this rank's queries, float64 [m]; `before`: by inner product.
+
+        All ranks must call it.
+        """
+        others = unpack_keys(top_of_round(exact_search(documents), batch, self.top - 1))[1].cpu().numpy()
+        within = np.flatnonzero((before <= self.top).cpu().numpy())
+        rows = batch.rows.take(within)
+        scores = torch.from_numpy(
+            self.scorer.score(rows.query, np.concatenate([rows.doc_rows[:, None], others[within]], axis=1))
+        )
+        target = scores[:, :1]
+        tolerance = TIE_RELATIVE * (1 + target.abs())
+        above, at_least = ((scores[:, 1:] > target + sign * tolerance).sum(1).double() for sign in (1, -1))
+        ranks = before.clone()
+        ranks[torch.from_numpy(within).to(ranks.device)] = (1 + (above + at_least) / 2).to(ranks.device)
+        return ranks
+
+
+@dataclass(frozen=True)
+class ScoredEncoders(Encoders):
+    """Both towers as functions from rows to tower outputs [.., D], which `scorer` scores in pairs."""
+
+    scorer: VectorScorer
+
+
+def encoders_of(
+    model: nn.Module,
+    dataset: Dataset,
+    device: torch.device | str = "cpu",
+    gather: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Encoders:
+    """Return the Encoders of `model`, a DualEncoder or an engine around one, for any score.
+
+    `gather`, a collective, gathers the weights of an engine that shards them: the scorer runs outside its forward.
+    """
+    scorer = cast(DualEncoder, getattr(model, "module", model)).scorer
+    if not isinstance(scorer, VectorScorer):  # one over features re-ranks their candidates
+        return tower_encoders(model, dataset, device)
+    scorer = scorer if gather is None else scorer.copy(gather()).to(device)
+    collator = Collator(dataset.schema, dataset.catalogue)
+
+    def output(side: str, features: Features) -> Tensor:
+        return tower_output(model, side, {name: values.to(device) for name, values in features.items()}).float()
+
+    return ScoredEncoders(
+        lambda rows: output("query", collator.query_features(rows.inputs)),
+        lambda doc_rows: output("doc", to_features(dataset.schema.doc, dataset.catalogue.columns(doc_rows))),
+        scorer,
+    )
+
 
 TOP = 10  # answers of a query that count for the coverage
 SCORES_PER_CHUNK = 16_777_216  # of `evaluate_scores`, 128 MiB of float64

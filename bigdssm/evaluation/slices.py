@@ -18,8 +18,8 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, Numeric, ragged
 from bigdssm.features.base import filterable
-from bigdssm.features.calendar_time import DAY
 from bigdssm.features.conditions import conditions, evaluate, parse_filter, resolve
+from bigdssm.features.event_time import DAY
 from bigdssm.features.ragged import Column
 
 FEW_QUERIES = 200  # below, a mean has no interval: at an HR@10 of 0.05 it would rest on 10 hits

@@ -1,7 +1,8 @@
-"""Teachers that score query–document pairs, and files of hard negatives with their scores."""
+"""Teachers that score query–document pairs: models, pretrained encoders, BM25; files of their scores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,104 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.bm25 import Bm25
-from bigdssm.evaluation.reranking import ScoredEncoders, encoders_of
-from bigdssm.models import FeatureScorer
-from bigdssm.retrieval.embed import Encoders
+from bigdssm.evaluation.evaluate import ScoredEncoders, encoders_of
+from bigdssm.features import Text, TextTokenizer
+from bigdssm.features.canonical import columns_of_values
+from bigdssm.features.tokenizer import prompts_in
+from bigdssm.models import FeatureScorer, Values
+from bigdssm.models.encoders.pretrained import pretrained_encoder
+from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype, rows_of_queries, window_records
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.model import PairScorer, Texts
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
-from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.array_file import new_array, seal
 from bigdssm.utils.atomic import real_path
 from bigdssm.utils.log import Progress, no_progress
+
+K1, B = 0.9, 0.4  # Anserini's defaults, used for BEIR's published results
+
+
+class Bm25:
+    """BM25 index of N texts."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Raises ConfigError: bm25s or PyStemmer is not installed."""
+        try:
+            import bm25s
+            import Stemmer
+        except ImportError as error:
+            raise ConfigError(f"BM25 needs the package {error.name}; install bigdssm[bm25]") from None
+        self._tokenize, self._stemmer = bm25s.tokenize, Stemmer.Stemmer("english")
+        self._index = bm25s.BM25(k1=K1, b=B)
+        self._index.index(self._words(texts), show_progress=False)
+        self._num_texts = len(texts)
+
+    def search(self, queries: Sequence[str], top: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (text numbers, scores), both [m, top], best first."""
+        numbers, scores = self._index.retrieve(self._words(queries), k=top, show_progress=False)
+        return numbers, scores
+
+    def scores(self, query: str) -> np.ndarray:
+        """Return the scores of all texts, float32 [N]."""
+        words = self._words([query], return_ids=False)[0]
+        ids = self._index.get_tokens_ids(words)
+        if not ids:
+            return np.zeros(self._num_texts, np.float32)
+        return self._index.get_scores_from_ids(ids)
+
+    def _words(self, texts: Sequence[str], return_ids: bool = True) -> list[list[str]]:
+        return self._tokenize(
+            list(texts), stopwords="en", stemmer=self._stemmer, return_ids=return_ids, show_progress=False
+        )
+
+
+MAX_TOKENS = 256
+
+
+def check_encoder(folder: Path) -> None:
+    """Raise ConfigError if `folder` does not hold a Hugging Face model with its tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json; give the folder of a Hugging Face model and its tokenizer")
+
+
+class PretrainedEncoder:
+    """Encodes texts to vectors of norm 1, with the pooling of the folder."""
+
+    def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
+        """`prompts`: those of the folder; `precision`: fp32 or bf16, for auto the faster one.
+
+        Raises ConfigError: `folder` holds no such encoder and tokenizer.
+        """
+        check_encoder(folder)
+        self._encoder = pretrained_encoder(str(folder)).eval()
+        self.precision = encode_in(self._encoder, precision)
+        self.prompts = prompts_in(folder)
+        self._tokenizer, self._max_tokens = TextTokenizer(folder), max_tokens
+
+    def __call__(
+        self, texts: Sequence[str], prompt: str = "", what: str = "texts encoded", progress: Progress = no_progress
+    ) -> Tensor:
+        """Return float32 [n, H] for n texts, at least one, after `prompt`."""
+        feature = Text(max_tokens=self._max_tokens, prompt=prompt).with_name("text")
+        feature = feature.with_prompt("", self.prompts.pooled, self._tokenizer)
+        columns, _ = columns_of_values(texts, {"text": feature}, {}, self._tokenizer)
+        encode = partial(self._encode, feature.prompt_tokens)
+        return encode_columns({"text": feature}, columns, encode, what, progress)
+
+    def _encode(self, skip: int, values: dict[str, Values]) -> Tensor:
+        with torch.no_grad():
+            vectors = self._encoder(values["text"], skip=skip)
+        return torch.nn.functional.normalize(vectors.float(), dim=1)
+
+
+def text_encoders(encoder: PretrainedEncoder, texts: Texts) -> Encoders:
+    """Return the Encoders of a pretrained encoder for a dataset's texts, with the prompts of its folder."""
+    prompts = encoder.prompts
+    return Encoders(
+        lambda rows: encoder(texts.queries(rows), prompts.query),
+        lambda doc_rows: encoder(texts.documents(doc_rows), prompts.doc),
+    )
+
 
 PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
 """Maps m Rows and catalogue rows int64 [m, l] to scores [m, l]."""

@@ -3,6 +3,9 @@
 OUT/query.onnx, OUT/doc.onnx   inputs by feature name, as in `dataset.tensors.Features`; output vectors [n, D+1]
 OUT/query.int8.onnx            the query tower for online serving, quantized to int8 (onnx_int8)
 OUT/schema.json, OUT/tokenizer/
+
+onnxruntime's dynamic quantization uses one scale per tensor, so a query's vector would depend on the other queries of
+its batch. Here activations have a scale per row (token or vector).
 """
 
 import importlib.util
@@ -14,15 +17,16 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.checkpoints.model_folder import TOKENIZER_DIR, ModelFolder
 from bigdssm.dataset.schema import SCHEMA_FILE
-from bigdssm.errors import ConfigError
+from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.formats import (
     ExportFormat,
     Parity,
@@ -32,14 +36,143 @@ from bigdssm.export.formats import (
     register_export,
     source_of,
 )
-from bigdssm.export.onnx_int8 import quantize
-from bigdssm.export.onnx_model import onnx_session, run_onnx
 from bigdssm.export.text_tower import SIDES, Side, alpha
 from bigdssm.features import Feature
 from bigdssm.loader.batch import Features, paddings
 from bigdssm.models import DualEncoder
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.utils.atomic import write_json
+
+EXPORT_FILE = "bigdssm_export.json"
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """Read an export's marker and verify its files. Raises CheckpointError: not an export, or a damaged file."""
+    try:
+        marker: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+        checksums = marker["checksums"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder} is not an export of this version with a complete {EXPORT_FILE} ({error!r}); export again"
+        ) from None
+    for name, checksum in checksums:
+        check_file(folder / name, checksum, EXPORT_FILE)
+    return marker
+
+
+def run_onnx(session: Any, features: Features) -> Tensor:
+    """Run an onnxruntime session on features of n rows; returns vectors [n, D+1]."""
+    return torch.from_numpy(session.run(["vectors"], {name: values.numpy() for name, values in features.items()})[0])
+
+
+def query_tower(path: Path, model_checksum: str, threads: int = 0) -> Any:
+    """Open a query tower, such as EXPORT/query.int8.onnx, in onnxruntime.
+
+    Raises: CheckpointError: a damaged export, or of another model; ConfigError: onnxruntime is not installed.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ConfigError("--onnx needs onnxruntime: pip install 'bigdssm[onnx]'")
+    if not (path.name.startswith("query") and path.suffix == ".onnx" and path.is_file()):
+        raise ConfigError(f"--onnx {path}: needs the file of a query tower, such as EXPORT/query.int8.onnx")
+    if (theirs := read_export(path.parent).get("model_checksum")) != model_checksum:
+        raise CheckpointError(
+            f"{path} is the tower of model {str(theirs)[:12]}, --model is {model_checksum[:12]}; export the served "
+            "model with bigdssm convert_checkpoint --format onnx"
+        )
+    if b"DynamicQuantizeLinear" in path.read_bytes():
+        raise CheckpointError(
+            f"{path} quantizes activations per batch: answers depend on the other requests in it; export the "
+            "model again with bigdssm convert_checkpoint --format onnx"
+        )
+    return onnx_session(path, threads)
+
+
+def onnx_session(path: Path, threads: int = 0) -> Any:
+    """Return an onnxruntime session on the CPU; threads 0: one per core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+LEVELS, ZERO_POINT = 127, 128  # of activations: uint8 ZERO_POINT ± LEVELS
+LEAST_SCALE = 1e-30  # of a row of zeros, such as padding
+
+
+def quantize(path: Path, out: Path) -> None:
+    """Quantize the tower `path` to `out`: int8 weights per output channel, activations per row.
+
+    Weights use 7 bits because AVX2 accumulates products in 16 bits with saturation; so the vectors do not depend on
+    the processor.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # hides advice on static quantization
+    try:
+        quantize_dynamic(str(path), str(out), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    finally:
+        root.setLevel(level)
+    model = onnx.load(str(out))
+    _scale_rows(model.graph)
+    onnx.save(model, str(out))
+
+
+def _scale_rows(graph: Any) -> None:
+    """Replace each DynamicQuantizeLinear (one scale per tensor) by nodes with one scale per row."""
+    from onnx import helper, numpy_helper
+
+    def named(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, f"rows.{name}"))
+        return f"rows.{name}"
+
+    def number(name: str, value: float) -> str:
+        return named(name, np.array(value, np.float32))
+
+    last, least, one = named("last", np.array([-1])), number("least", LEAST_SCALE), number("one", 1)
+    zero_point, per_level = named("zero_point", np.array(ZERO_POINT, np.uint8)), number("per_level", 1 / LEVELS)
+    nodes: list[Any] = []
+    scales: dict[str, str] = {}  # row scale by tensor scale, which becomes 1
+    zero_points: set[str] = set()
+    scale_of: dict[str, str] = {}  # row scale by the product of a tensor's scale and the weights'
+
+    for node in graph.node:
+        if node.op_type == "DynamicQuantizeLinear":
+            (given,), (codes, scale, point) = node.input, node.output
+            row_scale = f"{scale}.row"
+            nodes += [
+                helper.make_node("Abs", [given], [f"{scale}.abs"]),
+                helper.make_node("ReduceMax", [f"{scale}.abs", last], [f"{scale}.max"]),
+                helper.make_node("Mul", [f"{scale}.max", per_level], [f"{scale}.step"]),
+                helper.make_node("Max", [f"{scale}.step", least], [row_scale]),
+                helper.make_node("Reciprocal", [row_scale], [f"{scale}.inverse"]),
+                helper.make_node("Mul", [given, f"{scale}.inverse"], [f"{scale}.scaled"]),
+                helper.make_node("QuantizeLinear", [f"{scale}.scaled", one, zero_point], [codes]),
+            ]
+            scales[scale] = row_scale
+            zero_points.add(point)
+            continue
+        for i, name in enumerate(node.input):
+            if name in zero_points:
+                node.input[i] = zero_point
+            elif name in scales:
+                scale_of[node.output[0]] = scales[name]
+                node.input[i] = one
+            elif name in scale_of:
+                # Applied outside of the product of both scales: onnxruntime fuses that with the matrix product even if
+                # it is not a scalar per tensor and channel, and then uses the first row's scale for every row.
+                (product,) = node.output
+                node.output[0] = f"{product}.unscaled"
+                nodes += [node, helper.make_node("Mul", [f"{product}.unscaled", scale_of[name]], [product])]
+                break
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18

@@ -10,16 +10,12 @@ from bigdssm.features.base import (
     encode_values,
     register,
 )
-from bigdssm.features.calendar_time import CalendarTime
 from bigdssm.features.categorical import Categorical
-from bigdssm.features.elapsed import Elapsed
-from bigdssm.features.event_time import EventTime
+from bigdssm.features.event_time import CalendarTime, Elapsed, EventTime, Session, Timestamp, timestamp_of
 from bigdssm.features.history import History, histories_of, item_codes, stored_features
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, Ragged
-from bigdssm.features.session import Session
 from bigdssm.features.text import Text, texts_of
-from bigdssm.features.timestamp import Timestamp, timestamp_of
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.features.vector import Vector
 from bigdssm.features.vocabulary import Vocabulary

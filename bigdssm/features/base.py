@@ -25,8 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.features.ragged import Column, Ragged, from_arrow
-from bigdssm.utils.bounds import BOUND
-from bigdssm.utils.components import Registry, read_value
+from bigdssm.utils.components import BOUND, Registry, read_value
 
 if TYPE_CHECKING:
     from bigdssm.features.columns import RowCheck

@@ -15,12 +15,11 @@ import pyarrow.compute as pc
 from bigdssm.errors import DataError
 from bigdssm.features.base import REQUEST_PREFIX, Feature, encode_columns, encode_values
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, plain
-from bigdssm.features.event_time import EventTime
+from bigdssm.features.event_time import UNKNOWN_TIME, EventTime, Timestamp
 from bigdssm.features.history import History, histories_of, item_codes
 from bigdssm.features.numeric import Numeric
 from bigdssm.features.ragged import Column, from_arrow, gather_ranges, offsets_of
 from bigdssm.features.text import texts_of
-from bigdssm.features.timestamp import UNKNOWN_TIME, Timestamp
 from bigdssm.features.tokenizer import TextTokenizer
 
 

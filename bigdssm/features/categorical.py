@@ -29,8 +29,8 @@ from bigdssm.features.columns import RowCheck, is_empty, strings, value_lists
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.features.vocabulary import Vocabulary, write_part
-from bigdssm.utils.bounds import bounded
-from bigdssm.utils.string_hashing import hash_strings
+from bigdssm.utils.components import bounded
+from bigdssm.utils.hashing import hash_strings
 
 UNKNOWN = "<out of vocabulary>"
 # Limits of the search for a similar value: number of values of the vocabulary, and their length; within a second.

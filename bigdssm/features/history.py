@@ -13,7 +13,7 @@ from bigdssm.features.categorical import UNKNOWN, Categorical, boolean_indices, 
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 
 def history_input(feature, values, exported):  # type: ignore[no-untyped-def]

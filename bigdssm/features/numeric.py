@@ -14,7 +14,7 @@ from bigdssm.features.base import FITTED, ColumnType, Decoder, Feature, register
 from bigdssm.features.columns import RowCheck, numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.utils.bounds import BOUND, Bound
+from bigdssm.utils.components import BOUND, Bound
 
 COMPARISONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "=": np.equal, "!=": np.not_equal, "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal,

@@ -13,7 +13,7 @@ from bigdssm.features.base import FITTED, Decoder, Fault, Feature, code_faults, 
 from bigdssm.features.columns import MAX_FIELD_BYTES, RowCheck, strings
 from bigdssm.features.ragged import Column, Ragged, gather_ranges
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 NO_TOKEN = -1  # fills the cells after the end of a text
 

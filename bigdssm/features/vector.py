@@ -17,7 +17,7 @@ from bigdssm.features.base import Decoder, Fault, Feature, register
 from bigdssm.features.columns import RowCheck, as_texts, parse_numbers
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 MAX_DIM = 2**14
 DISPLAYED_NUMBERS = 4  # of a vector

@@ -31,8 +31,7 @@ import pyarrow.compute as pc
 from bigdssm.errors import DataError
 from bigdssm.utils.array_file import open_arrow
 from bigdssm.utils.atomic import link_or_copy, new_file
-from bigdssm.utils.hashing import file_checksum, mix64
-from bigdssm.utils.string_hashing import flat_strings, hash_strings
+from bigdssm.utils.hashing import file_checksum, flat_strings, hash_strings, mix64
 
 MAX_VALUES = 2**31 - 8  # codes are int32, and the first ones are reserved
 ITERATION_BATCH = 1 << 16

@@ -23,9 +23,8 @@ from bigdssm.ingest.dataset_writer import DATASET_FILE, TOKENIZER
 from bigdssm.ingest.engines.spark import Cluster
 from bigdssm.ingest.fitting import with_prompts
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
-from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestReport, IngestTarget
-from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
 from bigdssm.sources.base import Source, TableFile
 from bigdssm.sources.columnar import ParquetSource
 from bigdssm.utils.arguments import argument, checked, short_repr

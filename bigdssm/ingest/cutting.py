@@ -18,8 +18,8 @@ from bigdssm.dataset.catalogue import (
     Versions,
     distinct_documents,
 )
-from bigdssm.dataset.keys import SortedKeys, shuffle_keys, uniform
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
+from bigdssm.dataset.schema import SortedKeys, shuffle_keys, uniform
 from bigdssm.features import Feature, TextTokenizer, encode_columns, ragged
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, spool_columns

@@ -25,6 +25,8 @@ from bigdssm.features.columns import TimeUnits
 from bigdssm.ingest.reading import Quarantine
 from bigdssm.utils.atomic import (
     UNFINISHED,
+    WriterLock,
+    lock_path,
     new_file,
     real_path,
     recover,
@@ -35,7 +37,6 @@ from bigdssm.utils.atomic import (
     write_json,
 )
 from bigdssm.utils.hashing import file_checksum
-from bigdssm.utils.locks import WriterLock, lock_path
 
 DATASET_FILE = "dataset.json"
 TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions", "partitions"

@@ -14,8 +14,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.dataset.keys import uniform
-from bigdssm.dataset.schema import Schema
+from bigdssm.dataset.schema import Schema, uniform
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in

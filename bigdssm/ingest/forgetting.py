@@ -21,11 +21,10 @@ import xxhash
 from bigdssm.dataset.blocks import read_range
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, catalogue_files
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import mix
 from bigdssm.dataset.partition import INDEX_COLUMNS, Partition, SplitIndex, read_dataset_json, read_index
 from bigdssm.dataset.remote import KEYS_SUFFIX, SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, FORGOTTEN_DOC, FORGOTTEN_ID
-from bigdssm.dataset.schema import QUARANTINE_FILE
+from bigdssm.dataset.schema import QUARANTINE_FILE, mix
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, Text, stored_features
 from bigdssm.features.base import FIRST_CODE
@@ -33,10 +32,8 @@ from bigdssm.features.categorical import boolean_indices, categorical_of
 from bigdssm.ingest.dataset_writer import CATALOGUE, DATASET_FILE, LOCK, PARTITIONS, WITHDRAWALS
 from bigdssm.ingest.job import block_content, write_arrow, write_index, write_tar
 from bigdssm.utils.array_file import open_arrow
-from bigdssm.utils.atomic import UNFINISHED, real_path, recover, write_json
-from bigdssm.utils.changes import Changes
-from bigdssm.utils.locks import WriterLock, lock_path
-from bigdssm.utils.string_hashing import hash_strings
+from bigdssm.utils.atomic import UNFINISHED, Changes, WriterLock, lock_path, real_path, recover, write_json
+from bigdssm.utils.hashing import hash_strings
 from bigdssm.utils.urls import is_url
 
 REDACTED = "forgotten"  # the reason of a bad row in quarantine.jsonl that named a forgotten id

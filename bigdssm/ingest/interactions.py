@@ -16,14 +16,12 @@ import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_history_lengths
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
-from bigdssm.dataset.keys import SortedKeys, hash_rows
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN
-from bigdssm.dataset.schema import Schema
+from bigdssm.dataset.schema import Schema, SortedKeys, hash_rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import CalendarTime, EventTime, Feature, TextTokenizer, encode_columns, stored_features
-from bigdssm.features.calendar_time import END_SECOND, FIRST_SECOND
 from bigdssm.features.canonical import canonical
 from bigdssm.features.columns import (
     check_time_units,
@@ -34,6 +32,7 @@ from bigdssm.features.columns import (
     times,
     unit_of_times,
 )
+from bigdssm.features.event_time import END_SECOND, FIRST_SECOND
 from bigdssm.ingest.cutting import EarlierEvents, ItemVersions, cut_sequences
 from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
 from bigdssm.ingest.documents import (
@@ -75,8 +74,8 @@ from bigdssm.ingest.splits import (
 )
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable, open_table
+from bigdssm.utils.hashing import hash_strings
 from bigdssm.utils.log import Progress, no_progress
-from bigdssm.utils.string_hashing import hash_strings
 
 CUT_COLUMNS = ("split", "sequence", "first", "end_", "shuffle")
 USER = pa.schema([("place", pa.int64()), ("user_id", pa.int64()), ("key", pa.large_string())])

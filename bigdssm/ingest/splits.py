@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.dataset.keys import uniform
+from bigdssm.dataset.schema import uniform
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, parse_time, strings, times
 from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.engines.local import LocalEngine, RowFile, RowTable, ranges, read_facts
 from bigdssm.ingest.sorting import float_sort_keys, sort_key_to_float
-from bigdssm.utils.string_hashing import hash_strings
+from bigdssm.utils.hashing import hash_strings
 
 DEFAULT_FRACTIONS = (0.05, 0.05)  # validation, test
 CUT_OFFS = ("validation_from", "test_from", "train_from")

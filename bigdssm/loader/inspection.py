@@ -8,9 +8,8 @@ import pyarrow as pa
 
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import pair_hash
 from bigdssm.dataset.partition import read_index
-from bigdssm.dataset.schema import QUARANTINE_FILE
+from bigdssm.dataset.schema import QUARANTINE_FILE, pair_hash
 from bigdssm.errors import DataError
 from bigdssm.features import Decoder, Feature
 from bigdssm.features.ragged import Ragged

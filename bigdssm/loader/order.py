@@ -1,4 +1,4 @@
-"""The order of rows: a pure function of (seed, step), independent of the world size and the number of workers.
+"""The order of rows and of a mixture: a pure function of (seed, step), independent of the numbers of ranks and workers.
 
 An epoch permutes the blocks and concatenates them; each of L lanes (virtual data-parallel workers) covers an equal
 range of the rows (a block may be shared by two lanes). A lane is read in windows of window_blocks blocks, the rows of a
@@ -16,15 +16,25 @@ carry  lane l has n_l rows (all lanes together: every row exactly once), and con
        steps every row was read.
 drop   an epoch has steps_per_epoch = floor(N / rows_global) full steps; the last N mod rows_global rows of its order
        (different ones in each epoch) are dropped, and logged.
+
+In a mixture, the steps of a lane are divided into rounds of ROUND_STEPS. In each round every source has exactly as many
+steps as its weight requires, in the order of a counter hash, so that the number of a source's earlier steps follows
+without counting from the beginning. In its i-th step in a lane, a source contributes the rows of that lane in step i of
+its own `Order`: each source has separate epochs.
+
+batches
+mixed       every lane draws independently: a step has rows of several sources
+one_source  all lanes draw the same source: a step has rows of one source
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from bigdssm.dataset.partition import ROUND_STEPS, MixtureBatches
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.ragged import offsets_of
 from bigdssm.utils.hashing import derive_key, mix64
@@ -151,3 +161,56 @@ class Order:
             while len(self._epochs) > 2:  # lanes drift apart by one row per epoch: at most two epochs are in use
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
+
+
+_PURPOSE = 0x6D6978  # separates these hashes from those of an order
+
+
+class MixedOrder:
+    """The plan of a mixture: an `Order` per source, and the source of each step and lane."""
+
+    def __init__(
+        self, orders: Sequence[Order], steps_per_round: Sequence[int], batches: MixtureBatches, seed: int
+    ) -> None:
+        """`orders` have the same lanes, rows_global, tail and window; `steps_per_round` sums to ROUND_STEPS."""
+        first = orders[0]
+        self.orders, self.steps_per_round = tuple(orders), tuple(steps_per_round)
+        self.batches, self.seed = batches, seed
+        self.rows_global, self.lanes, self.tail, self.window_blocks = (
+            first.rows_global, first.lanes, first.tail, first.window_blocks
+        )  # fmt: skip
+        self.rows_per_lane_step = first.rows_per_lane_step
+        self.rows_per_epoch = sum(order.rows_per_epoch for order in orders)
+        self.rows_dropped_per_epoch = sum(order.rows_dropped_per_epoch for order in orders)
+        self.steps_per_epoch = -(-self.rows_per_epoch // self.rows_global)
+        self._rounds: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def source_step(self, step: int, lane: int) -> tuple[Order, int]:
+        """Return the source order of a lane's rows in a global step, and the step of that order."""
+        number, index = divmod(step, ROUND_STEPS)
+        sources, before = self._round(number, lane if self.batches == "mixed" else -1)
+        source = int(sources[index])
+        return self.orders[source], number * self.steps_per_round[source] + int(before[index])
+
+    def row_ids(self, step: int, lanes: range | None = None) -> np.ndarray:
+        """Return the row ids of a global step, lane after lane, int64."""
+        out = []
+        for lane in range(self.lanes) if lanes is None else lanes:
+            order, source_step_number = self.source_step(step, lane)
+            out.append(order.row_ids(source_step_number, range(lane, lane + 1)))
+        return np.concatenate(out)
+
+    def _round(self, number: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a round's sources, int64 [ROUND_STEPS], and per step the source's number of earlier steps in it."""
+        key = (number, lane)
+        if key not in self._rounds:
+            hashes = mix64(np.arange(ROUND_STEPS), derive_key(self.seed, _PURPOSE, number, lane))
+            sources = np.repeat(np.arange(len(self.orders)), self.steps_per_round)[np.argsort(hashes, kind="stable")]
+            before = np.empty(ROUND_STEPS, np.int64)
+            for source in range(len(self.orders)):
+                mask = sources == source
+                before[mask] = np.arange(np.count_nonzero(mask))
+            self._rounds[key] = sources, before
+            while len(self._rounds) > self.lanes:
+                self._rounds.popitem(last=False)
+        return self._rounds[key]

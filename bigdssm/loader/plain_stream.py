@@ -22,8 +22,8 @@ from braceexpand import braceexpand
 
 from bigdssm.dataset.blocks import BadRow
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import hash_rows, row_keys
 from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.schema import hash_rows, row_keys
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
@@ -34,9 +34,8 @@ from bigdssm.loader.workers import LoadedStep, WorkerSteps
 from bigdssm.sources.base import TableFile
 from bigdssm.sources.text import record_batch
 from bigdssm.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
-from bigdssm.utils.hashing import derive_key, hash64
+from bigdssm.utils.hashing import derive_key, hash64, hash_strings
 from bigdssm.utils.log import get_logger
-from bigdssm.utils.string_hashing import hash_strings
 from bigdssm.utils.urls import is_url
 
 T = TypeVar("T")

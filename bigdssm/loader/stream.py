@@ -22,8 +22,7 @@ from bigdssm.dataset.dataset import Dataset, empty_batch
 from bigdssm.dataset.partition import ROUND_STEPS, steps_per_round
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
-from bigdssm.loader.mixed_order import MixedOrder
-from bigdssm.loader.order import WINDOW_BLOCKS, Order, Tail
+from bigdssm.loader.order import WINDOW_BLOCKS, MixedOrder, Order, Tail
 from bigdssm.loader.workers import LaneSteps, WorkerSteps, load
 from bigdssm.utils.hashing import derive_key
 from bigdssm.utils.log import get_logger

@@ -29,8 +29,7 @@ from bigdssm.dataset.dataset import Dataset, empty_batch
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import BigDSSMError, DataError, PeerError
 from bigdssm.features.ragged import offsets_of
-from bigdssm.loader.mixed_order import MixedOrder
-from bigdssm.loader.order import Order, Window
+from bigdssm.loader.order import MixedOrder, Order, Window
 from bigdssm.utils.log import get_logger
 
 T = TypeVar("T")

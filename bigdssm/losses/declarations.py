@@ -36,8 +36,7 @@ from bigdssm.config.components import (
     SamplingConfig,
     StageName,
 )
-from bigdssm.utils.bounds import bounded, require
-from bigdssm.utils.components import MISSING
+from bigdssm.utils.components import MISSING, bounded, require
 
 if TYPE_CHECKING:
     from torch import Tensor

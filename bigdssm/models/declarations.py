@@ -18,7 +18,7 @@ from bigdssm.config import (
 )
 from bigdssm.config.components import MAX_WIDTH, FeatureScorerConfig, VectorScorerConfig
 from bigdssm.errors import ConfigError
-from bigdssm.utils.bounds import bounded, require
+from bigdssm.utils.components import bounded, require
 
 if TYPE_CHECKING:
     from torch import nn

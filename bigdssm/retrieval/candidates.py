@@ -14,19 +14,17 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import find_sorted, pair_hash
 from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.schema import find_sorted, pair_hash
 from bigdssm.errors import DataError
 from bigdssm.features.columns import RowCheck, strings, value_lists
 from bigdssm.retrieval.embed import Share, iterate_share
-from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype
-from bigdssm.retrieval.mining import TrainPositives
+from bigdssm.retrieval.hard_negatives import HardNegatives, TrainPositives, record_dtype
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.array_file import new_array, seal
 from bigdssm.utils.atomic import new_file, real_path
-from bigdssm.utils.hashing import mix64
+from bigdssm.utils.hashing import hash_strings, mix64
 from bigdssm.utils.log import get_logger
-from bigdssm.utils.string_hashing import hash_strings
 
 log = get_logger(__name__)
 

@@ -46,10 +46,19 @@ from bigdssm.retrieval.vectors import (
     write_meta,
 )
 from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
-from bigdssm.utils.atomic import new_file, new_folder, recover, remove, sync, temporary_path, write_json
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.atomic import (
+    WriterLock,
+    lock_path,
+    new_file,
+    new_folder,
+    recover,
+    remove,
+    sync,
+    temporary_path,
+    write_json,
+)
+from bigdssm.utils.components import bounded
 from bigdssm.utils.hashing import hash64
-from bigdssm.utils.locks import WriterLock, lock_path
 
 COLLECTION_FILE, TOMBSTONES_FILE = "collection.json", "tombstones.npy"
 CHANGES, DROPPED = ".changes", ".dropped"

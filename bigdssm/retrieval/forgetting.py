@@ -33,9 +33,8 @@ from bigdssm.retrieval.vectors import (
 )
 from bigdssm.stores.base import Store
 from bigdssm.utils.array_file import open_arrow, read_seal, seal
-from bigdssm.utils.changes import Changes
-from bigdssm.utils.hashing import json_checksum
-from bigdssm.utils.string_hashing import hash_strings
+from bigdssm.utils.atomic import Changes
+from bigdssm.utils.hashing import hash_strings, json_checksum
 
 
 def forget_in_vectors(folder: Path, documents: np.ndarray, dataset: Dataset, changes: Changes) -> None:

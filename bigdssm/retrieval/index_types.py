@@ -15,8 +15,7 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.vectors import CodedVectors
-from bigdssm.utils.bounds import bounded
-from bigdssm.utils.components import Registry
+from bigdssm.utils.components import Registry, bounded
 
 _untyped: Any = faiss  # its stubs lack keyword constructors
 PROBE_FRACTION = 8  # by default an inverted file probes 1 list in 8; at 8 times the effort, all

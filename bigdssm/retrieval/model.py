@@ -1,20 +1,147 @@
-"""Python API of a model folder: encode dicts, texts, Arrow tables and data frames."""
+"""Python API of a model folder: encode dicts, texts, Arrow tables and data frames; score pairs.
+
+PairScorer.from_folder(folder, dataset).score(rows.query, documents)
+
+Shapes: m queries, k candidates per query, p pairs, n distinct documents, D vector width.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from bigdssm.checkpoints.hub import fetch_from_hub
-from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.features import Feature, TextTokenizer
+from bigdssm import distributed
+from bigdssm.checkpoints.model_folder import ModelFolder, fetch_from_hub, load_model_folder
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.schema import Schema
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.features import Column, Feature, Ragged, Text, TextTokenizer, ragged, texts_of
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
+from bigdssm.loader.batch import join_sides, paddings, split_sides, to_features
+from bigdssm.loader.encode import encode_in_chunks
+from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
+from bigdssm.retrieval.embed import document_vectors, encode, encode_columns, query_vectors, tower_output
 from bigdssm.utils.arguments import checked
+
+
+class Texts:
+    """The texts of a dataset's rows; several text features are joined by a bar."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        """Raises ConfigError: a side has no text feature."""
+        self._query, self._doc = texts_of(dataset.schema.query), texts_of(dataset.schema.doc)
+        if not (self._query and self._doc) or dataset.tokenizer is None:
+            raise ConfigError(f"{dataset.dir}: needs a text feature on both sides")
+        self._catalogue, self._tokenizer = dataset.catalogue, dataset.tokenizer
+
+    def queries(self, rows: Rows) -> list[str]:
+        """Return the texts of the rows' queries."""
+        return _read(rows.query, self._query, self._tokenizer)
+
+    def documents(self, doc_rows: np.ndarray) -> list[str]:
+        """Return the texts of catalogue rows, int64 [n]."""
+        return _read(self._catalogue.columns(doc_rows), self._doc, self._tokenizer)
+
+
+def _read(columns: Mapping[str, Column], features: Mapping[str, Text], tokenizer: TextTokenizer) -> list[str]:
+    parts = [feature.decode(cast(Ragged, columns[name]), tokenizer) for name, feature in features.items()]
+    return [" | ".join(row) for row in zip(*parts, strict=True)]
+
+
+PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
+
+Columns = Mapping[str, Column]
+Tower = Callable[[nn.Module, Mapping[str, Values]], Tensor]
+
+
+@dataclass(frozen=True)
+class PairScorer:
+    """Scores pairs by the model's scorer, or by inner product if it has none."""
+
+    model: nn.Module  # a DualEncoder, or an engine around one
+    schema: Schema
+    documents: Callable[[np.ndarray], Columns]  # features of documents by row, int64 [n]
+    device: torch.device | str = "cpu"
+
+    @classmethod
+    def from_folder(cls, folder: ModelFolder, dataset: Dataset) -> "PairScorer":
+        """Return the PairScorer of a model folder over a dataset's catalogue."""
+        return cls(folder.model, folder.schema, dataset.catalogue.columns)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """Return the model's scorer."""
+        return cast(DualEncoder, getattr(self.model, "module", self.model)).scorer
+
+    def require_scorer(self) -> None:
+        """Raise CheckpointError if the model has no scorer: re-ranking would have no effect."""
+        if self.scorer is None:
+            raise CheckpointError(
+                "--rerank needs a model with a scorer in addition to its vectors; fine-tune one with sft.scorer"
+            )
+
+    def score(self, queries: Columns, documents: np.ndarray) -> np.ndarray:
+        """Score candidates int64 [m, k] (catalogue rows; -1: absent, scored -inf) as float32 [m, k].
+
+        `queries` are feature columns of m queries, as in Rows.query. If an engine shards the model, all ranks must call
+        this method.
+        """
+        scores = torch.full(documents.shape, float("-inf"))
+        row, column = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
+        pairs = queries, row.numpy(), documents[documents >= 0]
+        of_pairs = self._by_vectors(*pairs).float().cpu()
+        if isinstance(self.scorer, FeatureScorer):
+            of_pairs = of_pairs + self._by_features(*pairs)
+        scores[row, column] = of_pairs
+        return np.asarray(scores)
+
+    def _by_features(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
+        """Return the scorer's term of the scores, [p]."""
+        assert isinstance(self.scorer, FeatureScorer)
+
+        def score(pairs: Mapping[str, Values]) -> Tensor:
+            scores = encode(self.model, **split_sides(pairs), paired=True).scores
+            assert scores is not None
+            return scores.float()
+
+        sides = self.scorer.features.items()
+        features_of_side = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
+        declared: dict[str, Feature] = join_sides(features_of_side["query"], features_of_side["doc"])
+        pads, parts = paddings(declared), [torch.zeros(0)]
+        pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
+        for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
+            piece = slice(first, first + PAIRS_AT_ONCE)
+            of_docs = self.documents(docs[piece])
+            of_queries = {name: ragged.take(queries[name], row[piece]) for name in features_of_side["query"]}
+            columns = join_sides(of_queries, {name: of_docs[name] for name in features_of_side["doc"]})
+            features = to_features(declared, columns)
+            parts.append(encode_in_chunks(features, pads, len(row[piece]), score, self.device).cpu())
+        return torch.cat(parts)
+
+    def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
+        """Return the vectors' scores of pairs, [p]."""
+        distinct, column = np.unique(docs, return_inverse=True)
+        scorer = self.scorer if isinstance(self.scorer, VectorScorer) else None
+
+        def encoded(
+            side: str, columns: Columns, vectors: Callable[[nn.Module, Mapping[str, Values]], Tensor]
+        ) -> Tensor:
+            by = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
+            features = to_features(self.schema.sides[side], columns)
+            pads, num_rows = paddings(self.schema.sides[side]), len(next(iter(features.values())))
+            return encode_in_chunks(features, pads, num_rows, lambda part: by(part).float(), self.device)
+
+        q = encoded("query", queries, query_vectors)[torch.from_numpy(row)]
+        d = encoded("doc", self.documents(distinct), document_vectors)[torch.from_numpy(column)]
+        with torch.no_grad():
+            pieces = zip(q.split(VECTORS_AT_ONCE), d.split(VECTORS_AT_ONCE), strict=True)
+            return torch.cat([(u * w).sum(1) if scorer is None else scorer(u, w) for u, w in pieces])
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,8 @@ from bigdssm.retrieval.search import PastEvents, check_now, excluded_rows, histo
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.sources.opening import read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
-from bigdssm.utils.hashing import file_checksum, hash64, json_checksum
+from bigdssm.utils.hashing import file_checksum, hash64, hash_strings, json_checksum
 from bigdssm.utils.log import get_logger
-from bigdssm.utils.string_hashing import hash_strings
 
 logger = get_logger(__name__)
 

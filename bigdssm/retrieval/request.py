@@ -14,7 +14,7 @@ import numpy as np
 
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import MAX_ERROR_CHARACTERS
-from bigdssm.utils.bounds import BOUND, Bound
+from bigdssm.utils.components import BOUND, Bound
 
 HELP = "help"  # in the metadata of a field, with BOUND
 

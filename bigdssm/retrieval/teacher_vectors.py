@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import find_sorted
 from bigdssm.dataset.rows import EVENT_BITS
+from bigdssm.dataset.schema import find_sorted
 from bigdssm.errors import DataError
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import rows_of_queries

@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 
 from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import find_sorted
+from bigdssm.dataset.schema import find_sorted
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import Encoders, truncate_vectors

@@ -25,8 +25,7 @@ from bigdssm.features.base import FIRST_CODE
 from bigdssm.features.conditions import conditions, parse_filter
 from bigdssm.retrieval.search import DocumentNames, first_users
 from bigdssm.serving.searcher import Searcher
-from bigdssm.utils.atomic import new_file
-from bigdssm.utils.changes import Changes
+from bigdssm.utils.atomic import Changes, new_file
 from bigdssm.utils.log import get_logger
 
 if TYPE_CHECKING:

@@ -30,20 +30,18 @@ from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
+from bigdssm.export.onnx_format import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
 from bigdssm.loader.batch import to_features
 from bigdssm.models import ALPHA_MAX
-from bigdssm.retrieval.document_index import DocumentIndex, FolderIndex, StoreIndex
 from bigdssm.retrieval.embed import item_contents, query_vectors
-from bigdssm.retrieval.index import Index, cosine_similarities, open_index
+from bigdssm.retrieval.index import DocumentIndex, FolderIndex, Index, StoreIndex, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.model import PairScorer
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries, Query, first_users, times_of_requests
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
-from bigdssm.stores.base import ScoredDocument, Store, StoredVector
-from bigdssm.stores.opening import is_store, open_named
+from bigdssm.stores.base import ScoredDocument, Store, StoredVector, is_store, open_named
 from bigdssm.utils.arguments import check_utf8, checked
 from bigdssm.utils.log import get_logger
 

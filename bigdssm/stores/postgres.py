@@ -31,7 +31,7 @@ from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import And, Expression, Or
 from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 from bigdssm.utils.hashing import hash64
 
 try:

@@ -28,7 +28,7 @@ from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableErro
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import And, Condition, Expression, Or
 from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 try:
     from qdrant_client import QdrantClient, models

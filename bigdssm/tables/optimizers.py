@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigdssm.config.components import TABLE_OPTIMIZERS, TableOptimizerConfig
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 if TYPE_CHECKING:
     from torch import Tensor

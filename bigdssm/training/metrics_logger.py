@@ -20,8 +20,7 @@ from bigdssm.models import DualEncoder, FeatureScorer
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
 from bigdssm.utils import timing
-from bigdssm.utils.log import get_logger, metric_label
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar, get_logger, metric_label
 
 logger = get_logger(__name__)
 

@@ -19,8 +19,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError
 from bigdssm.retrieval.embed import DocumentVectors, Share, encode_catalogue, tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
-from bigdssm.retrieval.mining import gather_hard_negatives, mine
+from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, gather_hard_negatives, mine
 from bigdssm.training.batches import row_stream
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments

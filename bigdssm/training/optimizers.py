@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bigdssm.config import OPTIMIZERS, OptimizerConfig
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 if TYPE_CHECKING:
     import torch

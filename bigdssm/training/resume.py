@@ -37,7 +37,7 @@ from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.training.optimizers import schedule_factor
-from bigdssm.utils.bounds import RESUME, ResumeRule
+from bigdssm.utils.components import RESUME, ResumeRule
 from bigdssm.utils.log import get_logger, metric_label
 
 logger = get_logger(__name__)

@@ -1,35 +1,215 @@
-"""Run a stage: pretraining, or fine-tuning (SFT) from its result."""
+"""Set up and run a stage: pretraining, or fine-tuning (SFT) from its result."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from bigdssm import distributed
-from bigdssm.checkpoints.checkpoint import CHECKPOINTS
+from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
+from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cluster.faults import Faults
 from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
-from bigdssm.cluster.run_folder import STOP_FILE, FolderLock, record_start
+from bigdssm.cluster.monitor import SpikeAlert
+from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, STOP_FILE, FolderLock, RowLog, record_start, versions
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, StageName
-from bigdssm.errors import ConfigError
+from bigdssm.config import Config, FrequencyCorrection, StageName
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.schema import Schema
+from bigdssm.errors import ConfigError, Preempted
+from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.loader.stream import RowStream
+from bigdssm.models import DualEncoder, new_model
+from bigdssm.models.precision import resolve_engine_precision
+from bigdssm.tables.files import MappedTables, load_tables
+from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, check_tables
-from bigdssm.training.deepspeed_patches import undo_patches
-from bigdssm.training.engine import device, init_process_group
-from bigdssm.training.fixed_documents import fix_documents
-from bigdssm.training.resume import StageProgress, check_folder, find_start, limit_ids, segment_steps
-from bigdssm.training.setup import build_model, build_trainer
+from bigdssm.training.cached_texts import CachedTexts, ItemContents
+from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference, retained_settings
+from bigdssm.training.engine import Engine, device, init_process_group, partitioned_loading, undo_patches
+from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
+from bigdssm.training.metrics_logger import MetricsLogger
+from bigdssm.training.negative_refresh import HardNegativeRefresh
+from bigdssm.training.objective import Objective
+from bigdssm.training.optimizers import warmup_steps
+from bigdssm.training.portable import frozen_checksum, set_weights
+from bigdssm.training.resume import (
+    GrownReader,
+    StageProgress,
+    StartPoint,
+    check_folder,
+    find_start,
+    grow_model,
+    limit_ids,
+    segment_steps,
+)
+from bigdssm.training.trainer import Trainer
+from bigdssm.training.validation import Validator, WeightAverage
+from bigdssm.training.warm_start import initialize_item_embeddings
 from bigdssm.utils import atomic
-from bigdssm.utils.log import get_logger
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar, get_logger, metric_label
+
+logger = get_logger(__name__)
+
+
+def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> tuple[DualEncoder, Schema | None]:
+    """Build a new model, or load the initial model and check it against dataset and config; return it with its schema.
+
+    A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
+    from the checkpoint; tables that were weights in it are not sharded if they have grown.
+    """
+    source, scorer = config.initial_model(name), config.stage(name).scorer
+    if source is None:
+        # .train(), since transformers returns pretrained encoders in evaluation mode
+        saved = checkpoints_in(config.stage_dir(name) / CHECKPOINTS)[-1:] if resume else []
+        dense = dense_tables(name for path in saved for name in tensor_names(path))
+        loading = None  # a document tower that is copied is whole
+        if config.stage(name).documents.model is None:
+            loading = partitioned_loading(config.engine, config.stage(name).optimizer)
+        model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense)
+        return model.train(), None
+    loaded = load_initial_model(source, config.model, scorer)
+    if loaded.model.scorer is not None and scorer is None:
+        raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
+    loaded.view(dataset)
+    grow_model(loaded.model, dataset.schema)
+    difference = model_difference(loaded.config, config)
+    if difference:
+        raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
+    if retained := retained_settings(loaded.config, config):
+        logger.warning("%s keeps the settings of %s: %s", name, source, retained)
+    loaded.model.train()
+    logger.info("%s starts from %s", name, source)
+    return loaded.model, loaded.schema
+
+
+def build_trainer(
+    config: Config, name: StageName, model: DualEncoder, stream: RowStream, start: StartPoint,
+    documents: FixedDocuments | None = None, *,
+    store: CheckpointStore, trackers: Trackers, bar: ProgressBar, watchdog: Watchdog, stop: StopRequest,
+) -> Trainer:  # fmt: skip
+    """Build the trainer of a stage and restore it to `start`. All ranks must call it.
+
+    Raises CheckpointError: hard negatives of a resumed run are missing; Preempted: a stop is requested while they are
+    mined.
+    """
+    stage, progress, dataset = config.stage(name), start.progress, stream.dataset
+    rank, world_size, folder = distributed.rank(), distributed.world_size(), config.stage_dir(name)
+
+    # Precision and weights, then the engine, which copies the weights.
+    precision = None if start.checkpoint is None else start.checkpoint.state["precision"]  # at the start of the run
+    engine_config = resolve_engine_precision(config.engine, model, device().type, precision)
+    read = None
+    if start.checkpoint is not None:  # in a new segment, with rows added for a larger model
+        is_grown = not start.same_segment
+        read = GrownReader(start.checkpoint, model, start.new_codes) if is_grown else start.checkpoint.reader()
+    if read is None:
+        model.tables.start_unknown(start.new_codes)
+    else:
+        set_weights(model, read)
+    if engine_config.checkpoint_activations:
+        model.checkpoint_activations()
+    tables = None
+    if specs := model.tables.sharded:
+        memory = engine_config.table_memory
+        table_folder = Path(config.engine.table_dir or config.stage_dir(name) / "table_rows")
+        tables = ShardedTables(
+            list(specs.values()), stage.table_optimizer, config.run.seed, device=device(),
+            storage=device() if memory == "device" else torch.device("cpu"),
+            folder=table_folder if memory == "file" else None, cache_rows=config.engine.table_cache_rows,
+            dtype=torch.bfloat16 if config.engine.precision == "bf16_pure" else torch.float32,
+        )  # fmt: skip
+        # the rows of a resumed stage, from which rows may have been evicted, are in its checkpoint
+        if isinstance(model.tables.source, MappedTables) and read is None:
+            load_tables(tables, model.tables.source, states=False)
+        for spec in specs.values():
+            share = tables.partition.capacity(spec.stored_rows)
+            here = "stored as they are trained" if spec.is_keyed else f"up to {share} here"
+            logger.info("table %s: %d rows of width %d sharded over the ranks, %s, in %s memory",
+                        spec.name, spec.stored_rows, spec.dim, here, memory)  # fmt: skip
+    if read is None and stage.warm_start.window:
+        initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
+    engine = Engine(model, engine_config, stage.optimizer, max(1, stage.rows_global // world_size), tables)
+    origin: dict[str, Any] = {
+        "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
+        "precision": {"requested": config.engine.precision, "computed": engine_config.precision},
+        "frozen": start.check_frozen(frozen_checksum(model)),
+    }  # fmt: skip
+    if read is not None and tables is not None:  # before negatives are mined
+        assert start.checkpoint is not None
+        load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs), states=True)
+        tables.steps = progress.applied
+    for table, codes in start.new_codes.items():
+        if tables is not None and table in tables.stores and not tables.specs[table].hash_rows:
+            unknown = tables.look_up(table, torch.tensor([OUT_OF_VOCABULARY]))
+            tables.stores[table].initialize(codes, unknown.expand(len(codes), -1), tables.steps)
+
+    # The batches with their hard negatives, and the loss.
+    average = WeightAverage(engine.module, stage.weight_average) if stage.weight_average else None
+
+    def report_progress(task: str, done: int, total: int | None) -> None:
+        watchdog.record_progress(f"{task}: {done} of {total}")
+        if stop.any_rank_requested():
+            raise Preempted(f"stopped on request while {task}; continue with --resume auto")
+
+    mining = HardNegativeRefresh(config, name, engine, dataset, report_progress, documents)
+    hard_negatives, initial_documents = mining.load(progress.step - progress.segment_start_step, start.same_segment)
+    if average is not None and read is not None:
+        initial_documents = None  # they are of the weights, and not of the restored average
+    batch_builder = BatchBuilder(
+        stream, stage, config.run.seed, hard_negatives, documents, model.tables.sharded, config.model.tables.id_dropout
+    )
+    is_counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
+    objective = Objective(
+        stage, config.model, engine_config.loss_tile, stream.doc_weights() if is_counted else None,
+        stream.queries_per_step, engine.product_dtype, batch_builder.undrawn, device(),
+    )  # fmt: skip
+
+    num_segment_steps = segment_steps(stage, stream.steps_per_epoch)
+    total_steps = progress.segment_start_step + num_segment_steps
+    warmup = warmup_steps(num_segment_steps, stage.optimizer)
+    if warmup < stage.optimizer.warmup_steps and distributed.is_main():
+        logger.warning(
+            "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
+            name, stage.optimizer.warmup_steps, num_segment_steps, warmup,
+        )  # fmt: skip
+    metrics_logger = MetricsLogger(
+        name, engine, trackers, bar, total_steps, stage.rows_global, stage.log_every_steps,
+        lambda: f"best {metric_label(stage.validation_metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
+    )  # fmt: skip
+    row_log = partial(RowLog, folder, rank=rank, world_size=world_size, step=progress.step)
+    refresh = stage.negatives.refresh_every_steps
+    trainer = Trainer(
+        name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
+        batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
+        texts=CachedTexts(engine, dataset, refresh) if refresh else None,
+        contents=ItemContents(engine, dataset, refresh or stream.steps_per_epoch) if model.content_ids else None,
+        validator=Validator(
+            dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,
+            continues=progress.segment_start_step > 0,
+        ),
+        average=average,
+        starts_trained=config.initial_model(name) is not None or progress.segment_start_step > 0,
+        initial_documents=initial_documents, store=store, async_checkpoints=engine_config.async_checkpoints,
+        metrics_logger=metrics_logger, alert=SpikeAlert(folder, rank, world_size, progress.step),
+        consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None, skipped_log=row_log(SKIPPED),
+        watchdog=watchdog, stop=stop, report_progress=report_progress, progress=progress, total_steps=total_steps,
+    )  # fmt: skip
+    torch.manual_seed(config.run.seed * 1_000_003 + rank + 1)  # dropout differs between ranks
+    if read is not None:
+        trainer.load_state_dict(start, read)
+    return trainer
+
 
 logger = get_logger(__name__)
 _training = threading.Lock()

@@ -29,8 +29,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.evaluate import evaluate_scores
+from bigdssm.utils.atomic import WriterLock
 from bigdssm.utils.hashing import hex64
-from bigdssm.utils.locks import WriterLock
 from bigdssm.utils.log import get_logger
 
 DISTRIBUTION_KEYS = ("low", "high", "log", "choices")

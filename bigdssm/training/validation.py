@@ -14,12 +14,11 @@ from bigdssm.checkpoints.model_folder import FROZEN_FILE, holds_weights, is_mode
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
+from bigdssm.evaluation.evaluate import Evaluation, Reranking, encoders_of, evaluate_split
 from bigdssm.evaluation.metrics import means, row_metrics, standard_errors
-from bigdssm.evaluation.reranking import Reranking, encoders_of
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer
 from bigdssm.retrieval.embed import DocumentVectors
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.model import PairScorer
 from bigdssm.tables.files import row_file, store_sources, write_row_file
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.fixed_documents import FixedDocuments

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders: write to a temporary sibling, fsync, rename.
+"""Atomic writes of files and folders, locks that allow one writer, and records of changed files.
 
 The temporary sibling is .NAME.unfinished. A replaced folder is exchanged with the new one in one system call where the
 file system can; otherwise it is .NAME.replaced between two renames. A writer that fails removes its temporary files;
@@ -6,16 +6,17 @@ those of a killed writer are removed, or restored, by the next writer of the pat
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bigdssm.errors import ConfigError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.hashing import file_checksum
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
@@ -249,3 +250,131 @@ def hidden_version(folder: Path) -> str:
 
 def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{REPLACED}")
+
+
+class WriterLock:
+    """Exclusive lock of a writer; the system releases it when the process ends.
+
+    Read the state that a decision depends on while holding the lock.
+    """
+
+    def __init__(self, path: Path, target: Path, fix: str = "wait for it or choose another --out") -> None:
+        """Lock the file `path`. Raises DataError if another process or thread is writing `target`."""
+        while True:
+            self._path, self._file = path, path.open("a")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise DataError(f"another process is writing {target}; {fix}") from None
+            except OSError:
+                self._file.close()
+                raise
+            if self._is_current():
+                return
+            self._file.close()  # its holder removed the file between the two calls
+
+    def close(self) -> None:
+        """Release the lock and remove its file; idempotent."""
+        if not self._file.closed:
+            if self._is_current():
+                self._path.unlink()
+            self._file.close()
+
+    def _is_current(self) -> bool:
+        """Return whether the path still names the locked file: a lock on a removed file excludes no other writer."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> "WriterLock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def lock_path(path: Path) -> Path:
+    """Return the path of the lock file for an atomically written file or folder."""
+    return path.with_name(f".{path.name}.lock")
+
+
+class Changes:
+    """The files that a command changes or removes; with `dry_run` it only lists them."""
+
+    def __init__(self, *, dry_run: bool = False) -> None:
+        self.dry_run = dry_run
+        self.files: list[dict[str, Any]] = []  # file, action, its xxh3_128 before and, unless `dry_run`, after
+
+    @contextmanager
+    def new_version(self, folder: Path) -> Iterator[Path]:
+        """Yield an empty folder for new versions of files of `folder`; replace these at the end of the block, at once.
+
+        Other files of `folder` are hard-linked. Also removes what killed writers of `folder` have left next to it.
+        """
+        folder = real_path(folder)
+        temporary = folder.with_name(f".{folder.name}.changed")
+        if not self.dry_run:
+            recover(folder)
+        self.remove(temporary_path(folder))
+        remove(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if self._compare(temporary, folder) and not self.dry_run:
+                replace_folder(temporary, folder, ())
+        finally:
+            remove(temporary)
+
+    @contextmanager
+    def new_file(self, path: Path) -> Iterator[Path]:
+        """Yield a path for the new version of a file, which replaces it at the end of the block."""
+        path = real_path(path)
+        temporary = path.with_name(f".{path.name}.changed")
+        try:
+            yield temporary
+            if self._record(path, temporary) and not self.dry_run:
+                put_file(temporary, path)
+        finally:
+            remove(temporary)
+
+    def note(self, path: Path) -> None:
+        """List a file that a dry run cannot compute."""
+        self._add(path, file_checksum(path), "unknown")
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or a folder, if it exists."""
+        if not path.exists():
+            return
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            self._add(file, file_checksum(file), None)
+        if not self.dry_run:
+            remove(path)
+
+    def remove_all(self, folder: Path, patterns: Sequence[str]) -> None:
+        """Remove the files and folders of `folder` whose names match a pattern."""
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in paths:
+            if any(fnmatchcase(path.name, pattern) for pattern in patterns):
+                self.remove(path)
+
+    def _compare(self, temporary: Path, folder: Path) -> bool:
+        """Remove the files of `aside` that equal those of `folder`; return whether any are left."""
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        changed = [self._record(folder / path.relative_to(temporary), path) for path in files]
+        for path in (path for path, is_changed in zip(files, changed, strict=True) if not is_changed):
+            path.unlink()
+        return any(changed)
+
+    def _record(self, path: Path, new: Path) -> bool:
+        before, after = file_checksum(path) if path.is_file() else None, file_checksum(new)
+        if before != after:
+            self._add(path, before, after)
+        return before != after
+
+    def _add(self, path: Path, before: str | None, after: str | None) -> None:
+        action = "removed" if after is None else "changed" if before else "written"
+        checksums = {"before": before} if self.dry_run else {"before": before, "after": after}
+        self.files.append({"file": str(path), "action": action, **checksums})

@@ -50,7 +50,7 @@ from bigdssm.sources.base import FileSource, Part, register_source
 from bigdssm.sources.text import require_columns
 from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
 from bigdssm.training.optimizers import register_optimizer
-from bigdssm.utils.bounds import bounded
+from bigdssm.utils.components import bounded
 
 
 def angle_input(feature, values, exported):  # type: ignore[no-untyped-def]

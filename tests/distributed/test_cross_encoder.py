@@ -15,10 +15,9 @@ import torch
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.reranking import Reranking
+from bigdssm.evaluation.evaluate import Reranking, evaluate_split
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.model import PairScorer
 
 from . import small_run
 from .spawn import Pool

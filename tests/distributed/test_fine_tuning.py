@@ -16,8 +16,7 @@ from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_f
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
-from bigdssm.retrieval.mining import mine
+from bigdssm.retrieval.hard_negatives import HardNegatives, mine, window_records
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from tests.hard_negatives import write_hard_negatives
@@ -66,8 +65,7 @@ def ranked_by_best(rank: int, world_size: int, run_dir: Path) -> float:
     """Return NDCG@10 of the validation rows by best/ and its scorer."""
     from bigdssm.checkpoints.model_folder import load_model_folder
     from bigdssm.dataset.dataset import Dataset
-    from bigdssm.evaluation.evaluate import evaluate_split
-    from bigdssm.evaluation.reranking import encoders_of
+    from bigdssm.evaluation.evaluate import encoders_of, evaluate_split
 
     from . import outside
 

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
+from bigdssm.evaluation import evaluate as ranks_module
 from bigdssm.evaluation import evaluate as split_module
-from bigdssm.evaluation import ranks as ranks_module
 from bigdssm.evaluation.comparison import MeasuredRows
-from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.reranking import ScoredEncoders
+from bigdssm.evaluation.evaluate import ScoredEncoders, evaluate_split
 from bigdssm.retrieval import exact_search as rounds_module
 from bigdssm.retrieval import exact_search as top_module
-from bigdssm.retrieval import mining as mine_module
+from bigdssm.retrieval import hard_negatives as mine_module
 from bigdssm.retrieval.embed import Encoders, Share
-from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
+from bigdssm.retrieval.hard_negatives import TrainPositives, gather_hard_negatives, mine
 from bigdssm.training.estimate import LiveBytes
 
 from .spawn import Pool

@@ -30,9 +30,8 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.engines.local import LocalEngine
 from bigdssm.ingest.engines.spark import Cluster, SparkEngine
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
-from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
 from tests.conftest import WORDS
 from tests.e2e.runs import ROOT
 

@@ -16,7 +16,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.retrieval.texts import Texts
+from bigdssm.retrieval.model import Texts
 
 
 @pytest.fixture(scope="module")

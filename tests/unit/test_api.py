@@ -192,10 +192,10 @@ def test_a_stage_that_fails_with_an_engine_leaves_none_of_its_patches(
     """The trainer is not complete, and does not destroy its engine."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    from bigdssm.training import setup
+    from bigdssm.training import stages
 
     before, patched, engines = state_of_process(), [], []
-    kind = setup.Engine
+    kind = stages.Engine
 
     def engine(*args: Any) -> Any:
         engines.append(kind(*args))
@@ -206,8 +206,8 @@ def test_a_stage_that_fails_with_an_engine_leaves_none_of_its_patches(
         engines.pop().deepspeed.destroy()  # for the tests that follow
         raise DataError("a shard is damaged")
 
-    monkeypatch.setattr(setup, "Engine", engine)
-    monkeypatch.setattr(setup, "Validator", fail)
+    monkeypatch.setattr(stages, "Engine", engine)
+    monkeypatch.setattr(stages, "Validator", fail)
     with pytest.raises(DataError, match="damaged"):
         bigdssm.pretrain(folder / "config.yaml", [*SHORT, f"run.dir={tmp_path}", "engine.zero_stage=1"])
     assert patched == [True] and state_of_process() == before

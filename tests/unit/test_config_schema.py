@@ -27,8 +27,7 @@ from bigdssm.config.loading import changes_of, to_dataclass
 from bigdssm.config.schema import comments
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FEATURES
-from bigdssm.utils.bounds import BOUND, bounded
-from bigdssm.utils.components import REGISTRY
+from bigdssm.utils.components import BOUND, REGISTRY, bounded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMA = CONFIGS / "config.schema.json"

@@ -21,8 +21,7 @@ from bigdssm.dataset.dataset import Dataset, join
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import CalendarTime, Categorical, Elapsed, History, Numeric, Timestamp
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.features.elapsed import elapsed_codes
-from bigdssm.features.timestamp import UNKNOWN_TIME
+from bigdssm.features.event_time import UNKNOWN_TIME, elapsed_codes
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.loader.batch import Collator

@@ -38,8 +38,8 @@ from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.serving.request_log import COLUMNS
-from bigdssm.stores.opening import open_store
-from bigdssm.utils.changes import Changes
+from bigdssm.stores.base import open_store
+from bigdssm.utils.atomic import Changes
 from bigdssm.utils.hashing import file_checksum, hash64
 from tests.postgres import running_server
 
@@ -280,7 +280,7 @@ def test_a_killed_deletion_ends_alike(folder: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         patched.setattr(forgetting, killed_in, kill)
         if killed_in == "_redact":  # a kill removes nothing
-            patched.setattr("bigdssm.utils.changes.remove", lambda path: None)
+            patched.setattr("bigdssm.utils.atomic.remove", lambda path: None)
             (folder / "data.quarantine.jsonl").write_text("")
         with pytest.raises(KeyboardInterrupt):
             deleted(folder, USERS, ITEMS)

@@ -39,7 +39,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
 from bigdssm.models.declarations import MlpConfig
 from bigdssm.training.checks import check_stage
-from bigdssm.utils.bounds import BOUND, Bound
+from bigdssm.utils.components import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
 
 EXAMPLES, PARTS = 32, 2  # parts may run at the same time

@@ -24,7 +24,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, History, Numeric, Timestamp, Vocabulary
 from bigdssm.features.base import ITEM_ROW
-from bigdssm.features.timestamp import UNKNOWN_TIME
+from bigdssm.features.event_time import UNKNOWN_TIME
 from bigdssm.models import DualEncoder, QueryPositions, new_model, use_eager_attention
 from bigdssm.models.declarations import Sasrec
 

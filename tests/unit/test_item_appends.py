@@ -18,9 +18,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
-from bigdssm.ingest.items import ItemTables, make_items
 from bigdssm.ingest.job import IngestReport, IngestTarget
-from bigdssm.ingest.pairs import PairTables, make_pairs
+from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
 from bigdssm.ingest.verification import verify_dataset
 from bigdssm.loader.inspection import describe
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation import metrics
 from bigdssm.evaluation.comparison import System, differences, differences_as_json, table
+from bigdssm.evaluation.evaluate import ranks_of_scores
 from bigdssm.evaluation.metrics import mean_metrics, means, paired_bootstrap, row_metrics, standard_errors
-from bigdssm.evaluation.ranks import ranks_of_scores
 from bigdssm.utils.log import metric_label
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdssm.evaluation import ranks as ranks_module
-from bigdssm.evaluation.ranks import Pairs, ranks_of_scores, ranks_of_vectors
+from bigdssm.evaluation import evaluate as ranks_module
+from bigdssm.evaluation.evaluate import Pairs, ranks_of_scores, ranks_of_vectors
 
 
 def seen_of(rows: list[list[int]]) -> Pairs:

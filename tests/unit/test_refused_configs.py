@@ -13,8 +13,7 @@ import pytest
 from bigdssm.commands import _stage
 from bigdssm.config import Config
 from bigdssm.training import stages
-from bigdssm.utils.bounds import BOUND
-from bigdssm.utils.components import REGISTRY
+from bigdssm.utils.components import BOUND, REGISTRY
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., tuple[int, str]]

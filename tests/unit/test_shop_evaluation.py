@@ -20,8 +20,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import DailyEvents, fit_baseline
 from bigdssm.evaluation.comparison import System, baseline_systems, slice_tables, slices_as_json
-from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
-from bigdssm.evaluation.reranking import ScoredEncoders
+from bigdssm.evaluation.evaluate import ScoredEncoders, evaluate_scores, evaluate_split
 from bigdssm.evaluation.slices import FEW_QUERIES, read_slices
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.dataset.keys import SortedKeys, write_keys
+from bigdssm.dataset.schema import SortedKeys, write_keys
 from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable
 from bigdssm.ingest.sorting import (
     float_sort_keys,

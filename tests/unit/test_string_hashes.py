@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bigdssm.utils.hashing import hash64
-from bigdssm.utils.string_hashing import BATCH_SIZE, hash_strings
+from bigdssm.utils.hashing import BATCH_SIZE, hash64, hash_strings
 
 # all lengths from 0 to 40 bytes and some longer ones, with one, two and four bytes per character
 LETTERS = ("abcdefg", "é", "😀x")

@@ -333,7 +333,7 @@ after = attributes()
 assert before == after, {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 assert ops == deepspeed.ops.__compatible_ops__
 
-from bigdssm.training.deepspeed_patches import MUON, apply_patches, undo_patches
+from bigdssm.training.engine import MUON, apply_patches, undo_patches
 for name in [name for name in sys.modules if name.startswith(MUON)]:
     del sys.modules[name]
 before = attributes()
@@ -416,7 +416,7 @@ def test_deepspeed_still_compiles_muon_on_import() -> None:
 def test_a_norm_is_marked_as_by_deepspeed() -> None:
     from deepspeed.runtime import utils
 
-    from bigdssm.training.deepspeed_patches import _mark
+    from bigdssm.training.engine import _mark
 
     for value in (0.0, 2.5, math.inf, -math.inf, math.nan):
         norms = torch.tensor(value), torch.tensor(value)

@@ -19,7 +19,7 @@ from bigdssm.errors import DataError
 from bigdssm.features import Categorical, vocabulary
 from bigdssm.features.categorical import codes_of
 from bigdssm.features.vocabulary import Vocabulary, write_part
-from bigdssm.utils.string_hashing import hash_strings
+from bigdssm.utils.hashing import hash_strings
 
 VALUES = [f"{'ü' * (number % 5)} value {number}" for number in range(1000)]
 FILE = "doc.kind.000000.arrow"

@@ -118,6 +118,6 @@ def test_a_warm_started_run_resumes_from_its_checkpoint(
         return dict(load_model_folder(folder).model.named_parameters())[NAME].detach()
 
     assert torch.allclose(table(trained.best), weight, atol=1e-7)
-    monkeypatch.setattr("bigdssm.training.setup.initialize_item_embeddings", None)  # a run that is resumed has its own
+    monkeypatch.setattr("bigdssm.training.stages.initialize_item_embeddings", None)  # a run that is resumed has its own
     more = bigdssm.pretrain(tiny_interactions.config, [*where, *still, "pretrain.steps=2"], resume=True)
     assert torch.allclose(table(more.best), weight, atol=1e-7)

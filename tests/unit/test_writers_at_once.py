@@ -21,7 +21,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.retrieval.shards import ShardedFolder, ShardWork
 from bigdssm.training.tuning import read_space, search
-from bigdssm.utils.locks import WriterLock
+from bigdssm.utils.atomic import WriterLock
 
 CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
 PROCESSES = 4

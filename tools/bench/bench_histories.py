@@ -21,7 +21,7 @@ from bigdssm.cli import at_least
 from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Timestamp, Vocabulary
-from bigdssm.features.timestamp import MICROSECONDS
+from bigdssm.features.event_time import MICROSECONDS
 from bigdssm.loader.batch import Features, Lengths, lengths_of
 from bigdssm.loader.step_plan import Chunked, SidePlan, plan_side
 from bigdssm.models import DualEncoder, QueryPositions, flash_runs_on, new_model, use_packing

@@ -45,7 +45,7 @@ from bigdssm.retrieval.vectors import (
     truncate_like,
 )
 from bigdssm.utils.atomic import write_json
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 TOP = 100
 ROWS_PER_BATCH = 1024

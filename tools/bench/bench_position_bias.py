@@ -31,7 +31,7 @@ from bigdssm.evaluation.comparison import System, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import means
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.utils.string_hashing import hash_strings
+from bigdssm.utils.hashing import hash_strings
 
 USERS, DOCS, WIDTH, CHOSEN = 3000, 1000, 6, 4
 SHOWN, EXAMINATION = 50, 0.7

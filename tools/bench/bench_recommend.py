@@ -32,7 +32,7 @@ from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import write_vectors
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 YEARS = (1960, 2020)
 CONFIG = {

@@ -40,9 +40,9 @@ from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES, set_search_threads
 from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.vectors import VECTORS, VectorsMeta, load_vectors, read_meta, write_meta
-from bigdssm.stores.opening import open_store, store_class
+from bigdssm.stores.base import open_store, store_class
 from bigdssm.utils.atomic import write_json
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 
 DIM, CLUSTERS, TOP, MODEL = 64, 1000, 100, "b" * 32
 SHARES = {"": 1.0, "part < 100": 0.1, "part < 10": 0.01, "part < 1": 0.001}  # by filter

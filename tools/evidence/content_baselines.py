@@ -29,7 +29,7 @@ from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import Markov, Window
 from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.features import Categorical
-from bigdssm.features.calendar_time import DAY
+from bigdssm.features.event_time import DAY
 from bigdssm.features.ragged import Ragged
 from tools.evidence.item_baselines import Seed, history
 

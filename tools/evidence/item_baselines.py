@@ -21,7 +21,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import Count
-from bigdssm.utils.bounds import Bound
+from bigdssm.utils.components import Bound
 
 Positive = Annotated[float, Bound(above=0)]  # types of options
 Seed = Annotated[int, Bound(0)]

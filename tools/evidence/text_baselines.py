@@ -20,11 +20,11 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import Count
-from bigdssm.evaluation.pretrained import PretrainedEncoder, check_encoder, text_encoders
+from bigdssm.evaluation.teachers import PretrainedEncoder, check_encoder, text_encoders
 from bigdssm.models.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
-from bigdssm.retrieval.texts import Texts
-from bigdssm.utils.bounds import Bound
+from bigdssm.retrieval.model import Texts
+from bigdssm.utils.components import Bound
 from tools.evidence.item_baselines import Positive, Seed
 
 ROWS_PER_BATCH = 16_384

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import at_least, run_main
-from bigdssm.utils.progress import ProgressBar
+from bigdssm.utils.log import ProgressBar
 from tools.public_data.docstrings import write_functions
 from tools.public_data.movielens_100k import TERMS, copy_movielens, fetch_movielens
 from tools.public_data.tables import READERS, make_tables

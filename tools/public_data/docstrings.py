@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigdssm.dataset.keys import mix
+from bigdssm.dataset.schema import mix
 from bigdssm.errors import DataError
 from bigdssm.utils.atomic import put_file, temporary_path
 from bigdssm.utils.hashing import hash64

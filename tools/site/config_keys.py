@@ -9,13 +9,13 @@ Types, defaults and bounds are those of the dataclasses; the description of a ke
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bigdssm.config.keys import (
     DISTILLATIONS,
@@ -40,10 +40,8 @@ from bigdssm.config.schema import comments
 from bigdssm.export.formats import EXPORT_FORMATS
 from bigdssm.features.base import FEATURES
 from bigdssm.retrieval.index_types import INDEX_TYPES
-from bigdssm.stores.base import STORES
-from bigdssm.stores.opening import BUILT_IN, store_class
-from bigdssm.utils.bounds import BOUND, RESUME
-from bigdssm.utils.components import MISSING, REGISTRY, Registry, default_of, keys_of
+from bigdssm.stores.base import BUILT_IN, STORES, store_class
+from bigdssm.utils.components import BOUND, MISSING, REGISTRY, RESUME, Registry, default_of, keys_of
 
 HEAD = "| key | type | default | bounds | description |\n|---|---|---|---|---|"
 PAGE = Path(__file__).parents[2] / "docs/config_keys.md"
@@ -222,7 +220,7 @@ def _rows(cls: type, without: Sequence[str] = (), default: Any = None) -> Iterat
         if field.metadata.get("fitted") or is_dataclass(field.default_factory) or _is_section(hints[field.name]):
             continue
         cells = (
-            _type(str(field.type)),
+            _type(hints[field.name]),
             _default(field, default),
             field.metadata.get(BOUND, ""),
             notes.get(field.name, ""),
@@ -234,12 +232,11 @@ def _is_section(hint: Any) -> bool:
     return any(is_dataclass(inner) for inner in get_args(hint)) and getattr(hint, "__origin__", None) is not list
 
 
-def _type(source: str) -> str:
-    """Format an annotation: the choices of a Literal, otherwise its source."""
-    node = ast.parse(source, mode="eval").body
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
-        return ", ".join(f"`{choice}`" for choice in ast.literal_eval(node.slice))
-    return f"`{source}`"
+def _type(hint: Any) -> str:
+    """Format a type: the choices of a Literal, otherwise as in source."""
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    return f"`{re.sub(r'[A-Za-z_]+[.]', '', inspect.formatannotation(hint))}`"
 
 
 def _default(field: Field[Any], component: Any) -> str:

@@ -13,7 +13,7 @@ from bigdssm.dataset.schema import REQUEST
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
-from bigdssm.features.timestamp import UNKNOWN_TIME
+from bigdssm.features.event_time import UNKNOWN_TIME
 from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout, position_angle, time_angle
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders.base import (

@@ -23,8 +23,7 @@ from bigdssm.features import Categorical, Numeric, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.batch import Collator
-from bigdssm.loader.mixed_order import MixedOrder
-from bigdssm.loader.order import Order
+from bigdssm.loader.order import MixedOrder, Order
 from bigdssm.loader.stream import PairStream
 
 NUMBERS = {"rows_global": 48, "lanes": 8}

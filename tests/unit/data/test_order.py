@@ -10,7 +10,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigdssm.dataset.keys import shuffle_keys
+from bigdssm.dataset.schema import shuffle_keys
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.job import block_rows
 from bigdssm.loader.order import Order

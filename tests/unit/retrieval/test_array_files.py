@@ -25,8 +25,8 @@ from bigdssm.commands import (
 )
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.keys import write_keys
 from bigdssm.dataset.rows import EVENT_BITS
+from bigdssm.dataset.schema import write_keys
 from bigdssm.errors import DataError
 from bigdssm.features import Vector
 from bigdssm.features.columns import RowCheck, SourceBatch

@@ -13,7 +13,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.export.convert import export, folder_source
-from bigdssm.export.onnx_model import query_tower
+from bigdssm.export.onnx_format import query_tower
 from bigdssm.features import Numeric
 from bigdssm.models.encoders.scalar import MAX_DEVIATIONS, NumericEncoder
 from bigdssm.retrieval.index import Index, build_index, open_index
@@ -103,7 +103,7 @@ def test_a_tower_that_scales_a_batch_together_is_refused(
     checksum = load_model_folder(model_dir).checksum
     assert query_tower(exported / tower, checksum) is not None
     quantize_dynamic(str(exported / "query.onnx"), str(tmp_path / tower))
-    monkeypatch.setattr("bigdssm.export.onnx_model.read_export", lambda _: {"model_checksum": checksum})
+    monkeypatch.setattr("bigdssm.export.onnx_format.read_export", lambda _: {"model_checksum": checksum})
     with pytest.raises(CheckpointError, match="answers depend on the other requests"):
         query_tower(tmp_path / tower, checksum)
 

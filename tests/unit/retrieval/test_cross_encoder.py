@@ -13,24 +13,22 @@ from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import entry_columns, reranked_run
-from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.reranking import Reranking
+from bigdssm.evaluation.evaluate import Reranking, evaluate_split
 from bigdssm.features import TextTokenizer
 from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.models.scorers import CrossEncoder, join_texts
-from bigdssm.retrieval import pair_scorer
-from bigdssm.retrieval.document_index import StoreIndex
+from bigdssm.retrieval import model as model_module
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.index import StoreIndex, build_index, open_index
+from bigdssm.retrieval.model import PairScorer
 from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from bigdssm.sources.beir import Collection, CollectionEntry
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.base import open_store
 from tests.conftest import TinyDataset
 
 from .conftest import SMALL, random_model
@@ -129,8 +127,8 @@ def test_candidates_are_scored_alike_in_any_chunks(
     np.testing.assert_array_equal(np.isneginf(scores), docs < 0)
     assert scorer.score(rows.query, docs[:, :0]).shape == (9, 0)
     assert np.isneginf(scorer.score(rows.query, np.full((9, 2), -1))).all()
-    monkeypatch.setattr(pair_scorer, "PAIRS_AT_ONCE", 5)
-    monkeypatch.setattr(pair_scorer, "VECTORS_AT_ONCE", 4)
+    monkeypatch.setattr(model_module, "PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr(model_module, "VECTORS_AT_ONCE", 4)
     np.testing.assert_allclose(scorer.score(rows.query, docs), scores, rtol=1e-5, atol=1e-5)
     model, encoders = folder.model, tower_encoders(folder.model, pairs)
     if which == "product":

@@ -27,10 +27,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
-from bigdssm.export.card import ReportedMetrics
 from bigdssm.export.convert import ExportSource, export, folder_source, stage_source
-from bigdssm.export.formats import PARITY_LIMIT, Probe
-from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
+from bigdssm.export.formats import PARITY_LIMIT, Probe, ReportedMetrics
+from bigdssm.export.onnx_format import EXPORT_FILE, query_tower
 from bigdssm.export.text_tower import alpha
 from bigdssm.features import CalendarTime, Feature, Ragged, Session, TextTokenizer, Timestamp
 from bigdssm.ingest.fitting import make_tokenizer

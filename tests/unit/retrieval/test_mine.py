@@ -17,13 +17,15 @@ from bigdssm.retrieval.embed import DocumentVectors, Encoders, Share, tower_enco
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.hard_negatives import (
     HardNegatives,
+    TrainPositives,
     UniformNegatives,
+    gather_hard_negatives,
+    mine,
     sample_positions,
     sample_window,
     take_positions,
     window_records,
 )
-from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
 from tests.hard_negatives import write_hard_negatives
 
 

@@ -15,8 +15,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folde
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
-from bigdssm.evaluation.evaluate import evaluate_split
-from bigdssm.evaluation.reranking import encoders_of
+from bigdssm.evaluation.evaluate import encoders_of, evaluate_split
 from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import MlpConfig

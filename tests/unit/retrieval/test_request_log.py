@@ -23,7 +23,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.request import parse_request
 from bigdssm.serving.searcher import Searcher
-from bigdssm.utils.changes import Changes
+from bigdssm.utils.atomic import Changes
 from tests.unit.retrieval.conftest import SMALL
 from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 from tools.checks.pages import code_of

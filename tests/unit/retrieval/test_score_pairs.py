@@ -16,18 +16,22 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import fit_baseline
-from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
-from bigdssm.evaluation.teachers import PairTeacher, VectorTeacher, ensemble, score_pairs
+from bigdssm.evaluation.teachers import (
+    PairTeacher,
+    PretrainedEncoder,
+    VectorTeacher,
+    ensemble,
+    score_pairs,
+    text_encoders,
+)
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
 from bigdssm.retrieval import shards
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
-from bigdssm.retrieval.mining import gather_hard_negatives, mine
-from bigdssm.retrieval.pair_scorer import PairScorer
+from bigdssm.retrieval.hard_negatives import HardNegatives, gather_hard_negatives, mine, window_records
+from bigdssm.retrieval.model import PairScorer, Texts
 from bigdssm.retrieval.shards import ShardWork
-from bigdssm.retrieval.texts import Texts
 from bigdssm.utils.atomic import put_file
 from tests.hard_negatives import write_hard_negatives
 from tests.unit.retrieval.conftest import SMALL, random_model

@@ -52,8 +52,7 @@ from prometheus_client.parser import text_string_to_metric_families  # noqa: E40
 from pydantic import ValidationError  # noqa: E402
 
 from bigdssm.features.vector import MAX_DIM  # noqa: E402
-from bigdssm.serving.app import RequestBody, make_app  # noqa: E402
-from bigdssm.serving.limits import MOST_BYTES, RequestLimits  # noqa: E402
+from bigdssm.serving.app import MOST_BYTES, RequestBody, RequestLimits, make_app  # noqa: E402  # noqa: E402
 from bigdssm.serving.metrics import log_accesses  # noqa: E402
 from bigdssm.serving.server import _Protocol  # noqa: E402
 

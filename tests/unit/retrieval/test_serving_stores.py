@@ -26,8 +26,7 @@ from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.stores import postgres
-from bigdssm.stores.base import Collection, Documents, Store
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.base import Collection, Documents, Store, open_store
 from bigdssm.utils.atomic import replace_folder
 from tests.postgres import Server
 from tests.unit.retrieval.test_stores import (  # noqa: F401
@@ -66,7 +65,7 @@ def live(
     publish(store, other_vectors_dir, dataset, "second")
     store.switch("live", "first")
     if store.scheme in ("memory", "qdrant"):  # its content, or the lock of its folder, is in the object
-        monkeypatch.setattr("bigdssm.stores.opening.open_store", lambda url: replace(store, url=url))
+        monkeypatch.setattr("bigdssm.stores.base.open_store", lambda url: replace(store, url=url))
     return store
 
 

@@ -17,8 +17,7 @@ from bigdssm.retrieval import folder_store
 from bigdssm.retrieval.forgetting import forget_in_collection
 from bigdssm.retrieval.publish import publish
 from bigdssm.stores import postgres
-from bigdssm.stores.base import Collection, Documents, Store
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.base import Collection, Documents, Store, open_store
 from tests.postgres import Server, running_server
 from tests.unit.retrieval import test_stores
 from tests.unit.retrieval.test_stores import OTHER_MODEL, WIDTH, Shop

@@ -20,8 +20,7 @@ from bigdssm.commands import publish as publish_command
 from bigdssm.errors import BigDSSMError, UnavailableError
 from bigdssm.retrieval import publish as publishing
 from bigdssm.retrieval.publish import publish
-from bigdssm.stores.base import Store
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.base import Store, open_store
 from tests.postgres import Server, check_installed
 from tests.unit.retrieval.test_stores import Shop, state
 

@@ -38,8 +38,7 @@ from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, write_meta, write_vectors
 from bigdssm.stores import postgres, qdrant
-from bigdssm.stores.base import STORES, Collection, Documents, Store
-from bigdssm.stores.opening import open_named, open_store
+from bigdssm.stores.base import STORES, Collection, Documents, Store, open_named, open_store
 from tests.filters import FEATURES, random_filter, random_rows
 from tests.postgres import Server, running_server
 
@@ -422,7 +421,7 @@ import sys
 from pathlib import Path
 from random import Random
 from bigdssm.retrieval import publish
-from bigdssm.stores.opening import open_store
+from bigdssm.stores.base import open_store
 from tests.unit.retrieval.test_stores import Shop
 publish.ROWS_AT_ONCE = 50
 shop = Shop.new(Random(0), 2000)
