@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing as mp
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,26 +21,16 @@ from bigdssm.errors import DataError, PeerError
 from bigdssm.loader import workers as workers_module
 from bigdssm.loader.order import Order
 from bigdssm.loader.stream import CHECK_EVERY_STEPS, PairStream
+from tests.tiny_datasets import Writer
 
 from .spawn import Pool
 
 ROWS_GLOBAL, LANES, SAVE_EVERY_STEPS = 32, 4, 5
 
 
-def writer() -> ModuleType:
-    """Return the module that writes tiny datasets."""
-    path = Path(__file__).parents[1] / "unit" / "data" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_datasets", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_datasets"] = module  # required by dataclasses
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return writer().Writer(tmp_path_factory.mktemp("ranks") / "data").write()
+    return Writer(tmp_path_factory.mktemp("ranks") / "data").write()
 
 
 @pytest.fixture(scope="module")

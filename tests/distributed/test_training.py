@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from bigdssm.checkpoints.checkpoint import open_tensors, verify
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.checkpoints.shares import TensorPiece
-from tests.unit.data.conftest import Writer
+from tests.tiny_datasets import Writer
 
 from . import small_run
 from .spawn import Pool, RankFailed, run_ranks

@@ -26,7 +26,7 @@ from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
 from tests.conftest import INTERACTIONS_DATA, TinyDataset, write_config
 from tests.e2e.browser import BROWSERS, Page, browser_path, browsing
-from tests.unit.retrieval.conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

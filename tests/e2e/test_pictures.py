@@ -21,7 +21,7 @@ from bigdssm.training.api import pretrain
 from tests.conftest import TinyDataset
 from tests.e2e.browser import Page, browser_path, browsing
 from tests.e2e.test_page import started
-from tests.unit.retrieval.conftest import SMALL
+from tests.unit.conftest import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 pytest.importorskip("fastapi")

@@ -16,8 +16,8 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate, stand_in_dataset
+from tests.command_line import Tools
 from tests.conftest import NUM_ITEMS, TinyDataset
-from tests.unit.retrieval.test_tools import Tools
 
 ROOT = Path(__file__).resolve().parents[2]
 

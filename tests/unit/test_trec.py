@@ -11,7 +11,7 @@ import pytrec_eval
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.trec import ranked, read_qrels, read_run, run_metrics, write_qrels, write_run
-from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, a fixture
+from tests.command_line import Tools
 
 THEIRS = {"ndcg_at_10": "ndcg_cut_10", "recall_at_100": "recall_100", "mrr": "recip_rank", "hr_at_10": "success_10"}
 
@@ -123,13 +123,13 @@ def on_files(folder: Path) -> list[tuple[object, ...]]:
     ],
 )  # fmt: skip
 def test_files_that_would_give_wrong_figures_are_refused(
-    tools: Tools, tmp_path: Path, form: int, changed: dict[str, str | bytes], sentence: str  # noqa: F811
+    tools: Tools, tmp_path: Path, form: int, changed: dict[str, str | bytes], sentence: str
 ) -> None:  # fmt: skip
     command = on_files(write_collection(tmp_path, **changed))[form]
     assert sentence in tools.refused(3, *command)
 
 
-def test_a_byte_order_mark_and_carriage_returns_change_nothing(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+def test_a_byte_order_mark_and_carriage_returns_change_nothing(tools: Tools, tmp_path: Path) -> None:
     """With the line ends and byte order marks of Windows editors, and a trailing empty line."""
 
     def figures(folder: Path) -> list[str]:
@@ -148,7 +148,7 @@ def test_a_byte_order_mark_and_carriage_returns_change_nothing(tools: Tools, tmp
     assert figures(write_collection(tmp_path / "headless", **headless)) == plain
 
 
-def test_files_that_cannot_be_read_or_written_are_named_first(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+def test_files_that_cannot_be_read_or_written_are_named_first(tools: Tools, tmp_path: Path) -> None:
     folder, a_file = write_collection(tmp_path / "c"), tmp_path / "file"
     a_file.write_text("x")
     for form in on_files(folder):

@@ -21,8 +21,8 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.models import new_model
+from tests.command_line import Tools
 from tests.conftest import TinyDataset
-from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 START = {"event": "start", "step": 0, "total_steps": 40, "ranks": 2, "versions": {"torch": "2.13.0", "code": "abc"}}
@@ -45,7 +45,7 @@ def write_stage(run: Path, *, end: dict[str, object] | None, losses: list[float]
     return folder
 
 
-def test_a_run_that_ended_is_shown_with_its_end(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_that_ended_is_shown_with_its_end(tools: Tools, tmp_path: Path) -> None:
     end = {"event": "end", "exit_code": 75, "reason": "stopped on request after step 20, saved"}
     folder = write_stage(tmp_path, end=end, losses=[4.0 - 0.1 * step for step in range(20)])
     alert = {"step": 7, "loss": 40.0, "usual": 3.5, "row_ids": [1]}
@@ -81,7 +81,7 @@ def test_sparklines() -> None:
 
 @pytest.mark.slow
 def test_two_runs_are_compared_in_all_they_differ_in(
-    tools: Tools,  # noqa: F811
+    tools: Tools,
     tmp_path: Path,
     tiny_pairs: TinyDataset,
 ) -> None:
@@ -113,7 +113,7 @@ def test_two_runs_are_compared_in_all_they_differ_in(
 
 
 def test_a_missing_dataset_leaves_the_rest_of_the_comparison(
-    tools: Tools,  # noqa: F811
+    tools: Tools,
     tmp_path: Path,
     tiny_pairs: TinyDataset,
 ) -> None:

@@ -33,9 +33,9 @@ from bigdssm.models.encoders.pretrained import build_pretrained, pretrained_arch
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
 from bigdssm.retrieval.hard_negatives import HardNegatives, mine, sample_negatives
 from bigdssm.sources.beir import Collection, CollectionEntry, read_collection
+from tests.command_line import Tools
 from tests.hard_negatives import write_hard_negatives
-from tests.unit.retrieval.conftest import SMALL, random_model
-from tests.unit.retrieval.test_tools import Tools
+from tests.unit.conftest import SMALL, random_model
 
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 

@@ -31,7 +31,7 @@ from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
-from tests.unit.retrieval.conftest import random_model
+from tests.unit.conftest import random_model
 
 NEW_ITEMS, NEW_USERS = 3, 4
 

@@ -16,8 +16,8 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.retrieval.candidates import write_rated
 from bigdssm.retrieval.hard_negatives import HardNegatives
+from tests.command_line import Tools
 from tests.conftest import PAIRS_DATA, WORDS, pick
-from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
 
 NUM_QUERIES, NUM_DOCS = 30, 40
 
@@ -56,7 +56,7 @@ def train_rows(dataset: Dataset) -> list[tuple[int, int, int, float]]:
 
 
 def test_a_graded_window_contains_the_rated_documents(
-    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path  # noqa: F811
+    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path
 ) -> None:  # fmt: skip
     dataset, out = rated[0], tmp_path / "graded.npy"
     rows = train_rows(dataset)
@@ -91,7 +91,7 @@ def test_a_graded_window_contains_the_rated_documents(
 
 @pytest.mark.parametrize("own_column", [False, True])
 def test_a_given_window_contains_the_candidates_of_the_table(
-    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path, own_column: bool  # noqa: F811
+    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path, own_column: bool
 ) -> None:  # fmt: skip
     """Per query, or per row; without the query's other train positives."""
     (dataset, root), out = rated, tmp_path / "shown.npy"
@@ -122,7 +122,7 @@ def test_a_given_window_contains_the_candidates_of_the_table(
 
 
 def test_a_given_window_has_the_positions_of_its_documents(
-    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path  # noqa: F811
+    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path
 ) -> None:  # fmt: skip
     """Those of the first row of the table that has the pair; sampled documents have theirs, as do forgotten ones."""
     (dataset, root), out = rated, tmp_path / "shown.npy"
@@ -178,7 +178,7 @@ def test_each_query_of_a_sequence_has_the_rated_documents_of_its_user(dataset: D
 
 
 def test_invalid_candidate_options_are_refused(
-    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path  # noqa: F811
+    tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path
 ) -> None:  # fmt: skip
     dataset, root = rated
     arguments = ("--data", dataset.dir, "--out", tmp_path / "listed.npy")

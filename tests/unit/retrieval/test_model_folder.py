@@ -20,7 +20,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.features import Vocabulary
 from bigdssm.loader.batch import Collator
 from bigdssm.models import DualEncoder, new_model
-from tests.unit.retrieval.conftest import random_model
+from tests.unit.conftest import random_model
 
 
 def outputs(model: DualEncoder, dataset: Dataset) -> list[torch.Tensor]:

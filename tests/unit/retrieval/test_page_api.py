@@ -22,7 +22,7 @@ from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
-from tests.unit.retrieval.conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model
 from tests.unit.retrieval.test_serving import counted
 
 pytest.importorskip("fastapi")

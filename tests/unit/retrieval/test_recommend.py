@@ -38,9 +38,8 @@ from bigdssm.retrieval.recommend import (
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.serving.searcher import Searcher
+from tests.command_line import Tools
 from tests.conftest import NUM_USERS, TinyDataset
-
-from .test_tools import Tools
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD = 13  # of 60 users, so that there are 5 shards
@@ -263,38 +262,33 @@ def test_mismatched_models_and_datasets_are_refused(
 
 
 def test_the_recommend_command_writes_its_results(
-    tools_: Tools, model_dir: Path, index_dir: Path, tmp_path: Path
+    tools: Tools, model_dir: Path, index_dir: Path, tmp_path: Path
 ) -> None:
     command = ("recommend", "--model", model_dir, "--index", index_dir, "--out", tmp_path / "out")
-    out = tools_.ran(*command, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
+    out = tools.ran(*command, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
     assert f"{NUM_USERS} queries in" in out and " per second" in out and "out: done" in out
     assert rows_of(tmp_path / "out").num_rows == 3 * NUM_USERS
-    assert "would have no effect without --queries" in tools_.refused(2, *command, "--users", "--key-column", "x")
+    assert "would have no effect without --queries" in tools.refused(2, *command, "--users", "--key-column", "x")
     (tmp_path / "gone.csv").write_text("user_id,item_id\nu3,i1\n")
     gone = ("--exclude-table", tmp_path / "gone.csv")
-    tools_.ran(*command[:-1], tmp_path / "fewer", "--users", "--top", 40, "--seen", "allow", *gone)
+    tools.ran(*command[:-1], tmp_path / "fewer", "--users", "--top", 40, "--seen", "allow", *gone)
     counts = {user: len(documents) for user, documents in by_query(tmp_path / "fewer").items()}
     assert counts.pop("u3") == 39 and set(counts.values()) == {40}
-    missing = tools_.refused(3, *command, "--users", *gone, "--item-column", "item")
+    missing = tools.refused(3, *command, "--users", *gone, "--item-column", "item")
     assert "'item'" in missing and "--item-column" in missing
-    refused = tools_.refused(2, *command, "--users", "--item-column", "x")
+    refused = tools.refused(2, *command, "--users", "--item-column", "x")
     assert "would have no effect without --exclude-table" in refused
     shutil.rmtree(tmp_path / "fewer")
     (tmp_path / "gone.csv").unlink()
     file = tmp_path / "found.csv"
-    tools_.ran(*command[:-1], file, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
+    tools.ran(*command[:-1], file, "--users", "--top", 3, "--filter", "genres = Comedy", "--seen", "allow")
     expected, found = rows_of(tmp_path / "out"), pa_csv.read_csv(file)
     assert found.column_names == expected.column_names and sorted(os.listdir(tmp_path)) == ["found.csv", "out"]
     for name in ("row", "query", "rank", "document"):
         assert found[name].to_pylist() == expected[name].to_pylist()
     np.testing.assert_allclose(found["score"], expected["score"], rtol=1e-5)
     (tmp_path / "folder.csv").mkdir()
-    assert "is a folder; name a file" in tools_.refused(2, *command[:-1], tmp_path / "folder.csv", "--users")
-
-
-@pytest.fixture
-def tools_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
-    return Tools(monkeypatch, capsys)
+    assert "is a folder; name a file" in tools.refused(2, *command[:-1], tmp_path / "folder.csv", "--users")
 
 
 KILLED = """

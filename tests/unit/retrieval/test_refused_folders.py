@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from bigdssm.dataset.dataset import Dataset
+from tests.command_line import Tools
 from tests.conftest import NUM_ITEMS
-from tests.unit.retrieval.test_tools import Tools, run_dir, tools  # noqa: F401, fixtures
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def flip(path: Path) -> None:
         lambda config: config.pop("model"),
     ],
 )
-def test_a_config_that_changes_scores_is_refused(tools: Tools, copies: Path, change: Any) -> None:  # noqa: F811
+def test_a_config_that_changes_scores_is_refused(tools: Tools, copies: Path, change: Any) -> None:
     edit(copies / "model" / "config.yaml", change)
     message = tools.refused(4, *search(copies))
     assert "the model section of config.yaml, or sft.scorer, differs from the model's training" in message
 
 
-def test_edits_that_change_no_score_are_allowed(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_edits_that_change_no_score_are_allowed(tools: Tools, copies: Path, dataset: Dataset) -> None:
     """A moved dataset, and reordered or commented YAML."""
     expected = tools.ran(*search(copies))
     shutil.copytree(dataset.dir, copies / "moved")
@@ -69,7 +69,7 @@ def test_edits_that_change_no_score_are_allowed(tools: Tools, copies: Path, data
 
 
 @pytest.mark.parametrize("file", ["schema.json", "tokenizer/tokenizer.json", "text/doc/config.json"])
-def test_an_index_requires_the_same_schema_tokenizer_and_architecture(tools: Tools, copies: Path, file: str) -> None:  # noqa: F811
+def test_an_index_requires_the_same_schema_tokenizer_and_architecture(tools: Tools, copies: Path, file: str) -> None:
     """The same weights with another schema, tokenizer or architecture are another model."""
     from bigdssm.checkpoints.checkpoint import file_checksum
 
@@ -80,13 +80,13 @@ def test_an_index_requires_the_same_schema_tokenizer_and_architecture(tools: Too
     assert "holds vectors of model" in tools.refused(4, *search(copies))
 
 
-def test_a_model_folder_of_another_format_is_named(tools: Tools, copies: Path) -> None:  # noqa: F811
+def test_a_model_folder_of_another_format_is_named(tools: Tools, copies: Path) -> None:
     edit(copies / "model" / "bigdssm.json", lambda meta: meta.update(format=2))
     message = tools.refused(4, *search(copies))
     assert "is a model folder of format 2, this version reads format 1" in message
 
 
-def test_a_run_is_not_a_model_folder_but_holds_some(tools: Tools, copies: Path) -> None:  # noqa: F811
+def test_a_run_is_not_a_model_folder_but_holds_some(tools: Tools, copies: Path) -> None:
     run, index = copies / "run", ("--index", copies / "index", "--user", "u7")
     shutil.copytree(copies / "model", run / "pretrain" / "best")
     for given, meant in ((run, "pretrain/best"), (run / "pretrain", "best")):
@@ -99,7 +99,7 @@ def test_a_run_is_not_a_model_folder_but_holds_some(tools: Tools, copies: Path) 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])
 @pytest.mark.parametrize("file", ["index.faiss", "documents.arrow", "meta.json"])
-def test_a_damaged_index_is_named(tools: Tools, copies: Path, damage: Any, file: str) -> None:  # noqa: F811
+def test_a_damaged_index_is_named(tools: Tools, copies: Path, damage: Any, file: str) -> None:
     damage(copies / "index" / file)
     assert file in tools.refused(4, *search(copies))
 
@@ -108,7 +108,7 @@ def test_a_damaged_index_is_named(tools: Tools, copies: Path, damage: Any, file:
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])
 @pytest.mark.parametrize("file", ["vectors.npy", "documents.arrow", "contents.npy", "meta.json"])
 def test_damaged_vectors_are_named(
-    tools: Tools, copies: Path, dataset: Dataset, damage: Any, file: str  # noqa: F811
+    tools: Tools, copies: Path, dataset: Dataset, damage: Any, file: str
 ) -> None:  # fmt: skip
     damage(copies / "vectors" / file)
     if file == "contents.npy":  # used by --since only
@@ -121,13 +121,13 @@ def test_damaged_vectors_are_named(
 
 
 @pytest.mark.parametrize("key", ["kind", "model_checksum", "dataset_fingerprint", "num_docs", "width", "files"])
-def test_an_edited_meta_is_refused(tools: Tools, copies: Path, key: str) -> None:  # noqa: F811
+def test_an_edited_meta_is_refused(tools: Tools, copies: Path, key: str) -> None:
     """For example the index of another model."""
     edit(copies / "index" / "meta.json", lambda meta: meta.update({key: "other"}))
     assert "meta.json is damaged: its checksum" in tools.refused(4, *search(copies))
 
 
-def test_top_is_cut_to_the_documents(tools: Tools, copies: Path) -> None:  # noqa: F811
+def test_top_is_cut_to_the_documents(tools: Tools, copies: Path) -> None:
     """Filling 10⁹ positions would take most of a minute."""
     everything = tools.ran(*search(copies, "--user", "u7", "--top", 40))
     assert tools.ran(*search(copies, "--user", "u7", "--top", 10**15)) == everything
@@ -137,7 +137,7 @@ def test_top_is_cut_to_the_documents(tools: Tools, copies: Path) -> None:  # noq
     "query",
     [("--text", "age="), ("--text", "age= ", "occupation="), ("--history", ""), ("--history", " ; ;"), ("--user", "")],
 )
-def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str, ...]) -> None:  # noqa: F811
+def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str, ...]) -> None:
     assert "the query is empty" in tools.refused(2, *search(copies, *query))
 
 
@@ -156,12 +156,12 @@ def test_an_empty_query_is_refused(tools: Tools, copies: Path, query: tuple[str,
     ],
 )
 def test_queries_of_other_types_are_refused(
-    tools: Tools, copies: Path, query: tuple[str, ...], sentence: str  # noqa: F811
+    tools: Tools, copies: Path, query: tuple[str, ...], sentence: str
 ) -> None:  # fmt: skip
     assert sentence in tools.refused(2, *search(copies, *query))
 
 
-def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Path, dataset: Dataset) -> None:
     """Vectors may have taken days to encode."""
     vectors, index = copies / "vectors", copies / "index"
     embed = ("embed", "--model", copies / "model", "--data", dataset.dir, "--out")
@@ -174,7 +174,7 @@ def test_vectors_and_indexes_do_not_replace_each_other(tools: Tools, copies: Pat
 
 
 @pytest.mark.slow
-def test_targets_of_links_are_written(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_targets_of_links_are_written(tools: Tools, copies: Path, dataset: Dataset) -> None:
     """Twice, and the link is preserved."""
     for name in ("v", "i", "m"):
         (copies / f"disk-{name}").mkdir()
@@ -188,7 +188,7 @@ def test_targets_of_links_are_written(tools: Tools, copies: Path, dataset: Datas
     tools.ran("search", "--model", copies / "m", "--index", copies / "disk-i", "--user", "u7")
 
 
-def test_files_that_were_not_written_with_a_model_are_not_read(tools: Tools, copies: Path) -> None:  # noqa: F811
+def test_files_that_were_not_written_with_a_model_are_not_read(tools: Tools, copies: Path) -> None:
     expected = tools.ran(*search(copies))
     shutil.copytree(copies / "model" / "text" / "doc", copies / "model" / "text" / "query")
     (copies / "model" / "text" / "junk").mkdir()
@@ -205,7 +205,7 @@ def test_files_that_were_not_written_with_a_model_are_not_read(tools: Tools, cop
     ],
 )
 def test_an_embedding_that_would_do_nothing_is_refused(
-    tools: Tools, copies: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    tools: Tools, copies: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch,
     ranks: tuple[str, str], rows: int, sentence: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("RANK", ranks[0])
@@ -215,7 +215,7 @@ def test_an_embedding_that_would_do_nothing_is_refused(
     assert not (copies / "v").exists()
 
 
-def test_an_unknown_split_is_refused(tools: Tools, model_dir: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_an_unknown_split_is_refused(tools: Tools, model_dir: Path, dataset: Dataset) -> None:
     message = tools.refused(3, "evaluate", "--model", model_dir, "--data", dataset.dir, "--split", "nope")
     assert "has no rows in split 'nope'; its splits are ['test', 'train', 'validation']" in message
 
@@ -234,7 +234,7 @@ def test_an_unknown_split_is_refused(tools: Tools, model_dir: Path, dataset: Dat
     ],
 )
 def test_a_damaged_export_is_named(
-    tools: Tools, copies: Path, dataset: Dataset, marker: str | None, sentence: str  # noqa: F811
+    tools: Tools, copies: Path, dataset: Dataset, marker: str | None, sentence: str
 ) -> None:  # fmt: skip
     export = copies / "export"
     export.mkdir()
@@ -245,7 +245,7 @@ def test_a_damaged_export_is_named(
     assert sentence in tools.refused(4, "bench_onnx", "--onnx", export, *rest)
 
 
-def test_mining_beyond_the_catalogue_uses_all_documents(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_mining_beyond_the_catalogue_uses_all_documents(tools: Tools, copies: Path, dataset: Dataset) -> None:
     out, rest = copies / "mined.npy", ("--model", copies / "model", "--data", dataset.dir)
     tools.ran("mine_negatives", "--out", out, *rest, "--first", 3, "--last", 10**8)
     assert np.load(out)["window"].shape == (dataset.num_rows("train"), NUM_ITEMS - 3)
@@ -262,7 +262,7 @@ def test_mining_beyond_the_catalogue_uses_all_documents(tools: Tools, copies: Pa
 
 
 @pytest.mark.slow
-def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:  # noqa: F811
+def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, dataset: Dataset) -> None:
     """Ranks below 1 would give metrics above 1; ranks of other shapes or rows do not pair."""
     command = ("evaluate", "--model", copies / "model", "--data", dataset.dir)
     tools.ran(*command, "--out", copies / "one.json")
@@ -281,7 +281,7 @@ def test_an_edited_comparison_is_not_compared_with(tools: Tools, copies: Path, d
 
 @pytest.mark.slow
 def test_files_are_written_where_a_link_leads_and_over_no_device(
-    tools: Tools, copies: Path, dataset: Dataset, run_dir: Path  # noqa: F811
+    tools: Tools, copies: Path, dataset: Dataset, run_dir: Path
 ) -> None:  # fmt: skip
     """For example /dev/null, which root could otherwise replace by a file."""
     data = ("--model", copies / "model", "--data", dataset.dir)
@@ -297,7 +297,7 @@ def test_files_are_written_where_a_link_leads_and_over_no_device(
     assert (copies / "pipe").is_fifo()
 
 
-def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: Path, run_dir: Path) -> None:  # noqa: F811
+def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: Path, run_dir: Path) -> None:
     data = Dataset.open(yaml.safe_load((copies / "model" / "config.yaml").read_text())["data"]["dir"]).dir
     assert "--rows -1: needs at least 0" in tools.refused(2, "inspect_shards", data, "--rows", -1)
     sample = ("sample_negatives", "--mined", copies / "none.npy", "--data", data)
@@ -308,7 +308,7 @@ def test_numbers_and_names_that_mean_nothing_are_refused(tools: Tools, copies: P
     assert f"{run_dir} has the same seed as {run_dir}" in message
 
 
-def test_a_load_test_without_a_server_is_refused(tools: Tools, tmp_path: Path) -> None:  # noqa: F811
+def test_a_load_test_without_a_server_is_refused(tools: Tools, tmp_path: Path) -> None:
     (tmp_path / "queries").write_text("stone\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     command = ("bench_serve", "--url", "http://127.0.0.1:9", "--queries")

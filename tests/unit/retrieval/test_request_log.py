@@ -24,8 +24,8 @@ from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.request import parse_request
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import Changes
-from tests.unit.retrieval.conftest import SMALL
-from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
+from tests.command_line import Tools
+from tests.unit.conftest import SMALL
 from tools.checks.pages import code_of
 
 pytest.importorskip("fastapi")
@@ -259,7 +259,7 @@ def altered(folder: Path, request: str, **changes: Any) -> None:
 
 
 def test_a_replay_finds_altered_requests_alone(
-    searcher: Searcher, model_dir: Path, index_dir: Path, tools: Tools, tmp_path: Path  # noqa: F811
+    searcher: Searcher, model_dir: Path, index_dir: Path, tools: Tools, tmp_path: Path
 ) -> None:  # fmt: skip
     folder = tmp_path / "log"
     bodies: list[dict[str, Any]] = [{"user": f"u{number}", "top": 3 + number} for number in range(20)]
@@ -330,7 +330,7 @@ def test_a_replay_skips_requests_that_forget_changed(searcher: Searcher, tmp_pat
 
 @pytest.mark.slow
 def test_clicks_on_logged_answers_become_pairs_of_fine_tuning(
-    searcher: Searcher, dataset: Dataset, model_dir: Path, tiny_interactions: Any, tools: Tools,  # noqa: F811
+    searcher: Searcher, dataset: Dataset, model_dir: Path, tiny_interactions: Any, tools: Tools,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """By the statements and options of the page."""

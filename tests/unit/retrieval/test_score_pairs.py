@@ -33,9 +33,9 @@ from bigdssm.retrieval.hard_negatives import HardNegatives, gather_hard_negative
 from bigdssm.retrieval.model import PairScorer, Texts
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.utils.atomic import put_file
+from tests.command_line import Tools
 from tests.hard_negatives import write_hard_negatives
-from tests.unit.retrieval.conftest import SMALL, random_model
-from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
+from tests.unit.conftest import SMALL, random_model
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def assert_scores(path: Path, expected: np.ndarray, tolerance: float = 1e-5) -> 
 
 @pytest.mark.slow
 def test_a_models_scores_are_its_products(
-    tools: Tools, negatives: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
+    tools: Tools, negatives: Path, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:  # fmt: skip
     out = tools.ran(
         "score_pairs", "--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "scored.npy",
@@ -91,7 +91,7 @@ def test_a_models_scores_are_its_products(
 
 
 def test_an_mlp_as_teacher(
-    tools: Tools, negatives: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path  # noqa: F811
+    tools: Tools, negatives: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path
 ) -> None:  # fmt: skip
     loss = "{loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2}, scorer: {name: mlp, hidden: [5]}}"
     config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), f"sft={loss}"])
@@ -110,7 +110,7 @@ def test_an_mlp_as_teacher(
 
 
 def test_a_trained_cross_encoder_as_teacher(
-    tools: Tools, pairs: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path  # noqa: F811
+    tools: Tools, pairs: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path
 ) -> None:  # fmt: skip
     dataset, path, _ = pairs
     loss = "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false}, scorer: {name: cross_encoder}}"
@@ -126,7 +126,7 @@ def test_a_trained_cross_encoder_as_teacher(
 
 
 def test_a_pretrained_encoder_as_teacher(
-    tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
+    tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path
 ) -> None:  # fmt: skip
     """Compared with transformers on the same texts."""
     dataset, negatives, _ = pairs
@@ -173,7 +173,7 @@ def test_several_teachers_are_averaged_on_one_scale(pairs: tuple[Dataset, Path, 
 
 
 def test_bm25_and_a_cross_encoder_read_the_texts(
-    tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path  # noqa: F811
+    tools: Tools, pairs: tuple[Dataset, Path, Config], tmp_path: Path
 ) -> None:  # fmt: skip
     """Each teacher separately, compared with BM25 and transformers on the same texts."""
     for package in ("bm25s", "Stemmer", "sentence_transformers"):
@@ -305,7 +305,7 @@ def test_non_finite_scores_are_refused(negatives: Path, dataset: Dataset, tmp_pa
 
 
 def test_invalid_teachers_are_refused(
-    tools: Tools, negatives: Path, dataset: Dataset, pairs: tuple[Dataset, Path, Config], tmp_path: Path,  # noqa: F811
+    tools: Tools, negatives: Path, dataset: Dataset, pairs: tuple[Dataset, Path, Config], tmp_path: Path,
 ) -> None:  # fmt: skip
     out = ("--out", tmp_path / "scored.npy")
     arguments = ("--data", dataset.dir, "--mined", negatives, *out)

@@ -43,7 +43,7 @@ from bigdssm.serving.app import Value
 from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
-from tests.unit.retrieval.test_tools import Tools
+from tests.command_line import Tools
 
 fastapi = pytest.importorskip("fastapi")
 import uvicorn  # noqa: E402

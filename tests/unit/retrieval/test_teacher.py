@@ -17,12 +17,12 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.teacher_vectors import TeacherVectors, write_teacher_vectors
-from tests.unit.retrieval.conftest import random_model
-from tests.unit.retrieval.test_tools import Tools, tools  # noqa: F401, fixtures
+from tests.command_line import Tools
+from tests.unit.conftest import random_model
 
 
 def test_products_are_the_teachers_scores(
-    tools: Tools, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path  # noqa: F811
+    tools: Tools, other_model_dir: Path, config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:  # fmt: skip
     out = ("--data", dataset.dir, "--out", tmp_path / "teacher")
     stdout = tools.ran("embed_teacher", *out, "--model", other_model_dir, "--rows-per-shard", 100)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -21,75 +19,13 @@ import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cluster.metrics import read_stage, stage_folders, training_seconds
-from bigdssm.config import Config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
+from tests.command_line import Tools
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-class Tools:
-    """Runs commands in this process, to import torch only once."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def run(self, name: str, *arguments: object) -> tuple[int, str, str]:
-        """Return exit code, stdout and stderr of `python tools/<name>.py <arguments>`."""
-        path = str(next((ROOT / "tools").rglob(f"{name}.py")))
-        self._monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        self._monkeypatch.setenv("COLUMNS", "100")
-        logger = logging.getLogger("bigdssm")
-        before = list(logger.handlers), logger.level, logger.propagate
-        self._capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as stopped:
-                runpy.run_path(path, run_name="__main__")
-        finally:
-            logger.handlers[:], logger.level, logger.propagate = before
-        captured = self._capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    def ran(self, name: str, *arguments: object) -> str:
-        """Return the stdout of a command that succeeds."""
-        code, out, err = self.run(name, *arguments)
-        assert code == 0, err
-        return out
-
-    def refused(self, expected: int, name: str, *arguments: object) -> str:
-        """Return the error message of a command that fails with the exit code `expected`."""
-        code, out, err = self.run(name, *arguments)
-        assert (code, out) == (expected, ""), err
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-
-@pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
-    return Tools(monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def run_dir(config: Config, model_dir: Path, other_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as after training, without checkpoints."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    for stage, best in (("pretrain", model_dir), ("sft", other_model_dir)):
-        shutil.copytree(best, run / stage / "best")
-        content = {**config.to_dict(), "sft": config.to_dict()["pretrain"]}
-        (run / stage / "config.yaml").write_text(yaml.safe_dump(content))
-        with (run / stage / "metrics.jsonl").open("w") as file:
-            for step in range(10, 110, 10):
-                record = {"step": step, "loss": 5 / step, "alpha": 10 + step / 10, "rows_per_s": 2048.0, "lr": 0.1}
-                file.write(json.dumps(record) + "\n")
-                if step % 50 == 0:
-                    validation = {"hr_at_10": 0.1, "ndcg_at_10": step / 1000, "mrr": 0.1}
-                    record = {"step": step, "validation": validation, "selected_by": "ndcg_at_10", "seconds": 0.5}
-                    file.write(json.dumps(record) + "\n")
-            file.write('{"step": 110, "lo')  # killed while writing
-    return run
 
 
 @pytest.mark.slow

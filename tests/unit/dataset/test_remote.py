@@ -31,6 +31,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.utils import urls
 from bigdssm.utils.atomic import temporary_path
 from tests.conftest import QuietServer
+from tests.tiny_datasets import Writer
 from tests.unit.data.test_versions import make_day
 
 pytest.importorskip("aiohttp")
@@ -132,7 +133,7 @@ def slow(handler, content: bytes) -> None:
 
 
 @pytest.fixture
-def server(interactions: Path, tmp_path: Path, tools) -> Iterator[Server]:
+def server(interactions: Path, tmp_path: Path) -> Iterator[Server]:
     shutil.copytree(interactions, tmp_path / "served" / "a" / "data")
     server = Server(tmp_path / "served")
     yield server
@@ -354,9 +355,9 @@ def test_cached_files_are_not_fetched_again(server: Server, store: FileCache) ->
     assert all(path.endswith((".json", ".txt")) for path in server.requests)
 
 
-def test_same_names_in_other_folders_are_other_files(server: Server, store: FileCache, tools) -> None:
+def test_same_names_in_other_folders_are_other_files(server: Server, store: FileCache) -> None:
     """Two datasets whose files have the same names, the second of other rows; each is read after the other."""
-    tools.Writer(server.folder / "b/data").write("first", "all")  # a second partition has other values
+    Writer(server.folder / "b/data").write("first", "all")  # a second partition has other values
     for _ in range(2):
         for folder in "ab":
             there = Dataset.open(f"{server.url}/{folder}/data", ["all"], cache=store)
@@ -419,8 +420,8 @@ def test_the_cap_holds_and_the_least_recently_used_go(server: Server, tmp_path: 
     assert all(path.exists() for path in held.dir.rglob("*") if path.is_symlink())
 
 
-def test_a_closed_dataset_is_evicted(server: Server, store: FileCache, tools) -> None:
-    tools.Writer(server.folder / "b/data").write()
+def test_a_closed_dataset_is_evicted(server: Server, store: FileCache) -> None:
+    Writer(server.folder / "b/data").write()
     first = Dataset.open(f"{server.url}/a/data", cache=store)
     tree, size = first.dir, used(store)
     small = FileCache(store.dir, size + size // 2)

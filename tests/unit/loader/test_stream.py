@@ -30,6 +30,7 @@ from bigdssm.loader.order import Order
 from bigdssm.loader.stream import PairStream
 from bigdssm.loader.workers import LoadedStep, WorkerSteps, load
 from bigdssm.utils.hashing import hash64
+from tests.tiny_datasets import NUM_DOCS, Writer
 
 ROWS_GLOBAL, LANES = 48, 8
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -78,17 +79,17 @@ def test_rows_are_equal_for_every_number_of_workers(kind: str, request: pytest.F
         assert all(same(a, b) for a, b in zip(plain, loaded, strict=True))
 
 
-def test_every_row_carries_its_own_values(interactions: Path, tools) -> None:
+def test_every_row_carries_its_own_values(interactions: Path) -> None:
     for rows in steps(interactions, 22):
         ids = rows.row_ids
-        docs = (ids % 11 + ids % 30) % tools.NUM_DOCS
+        docs = (ids % 11 + ids % 30) % NUM_DOCS
         assert rows.query_ids.tolist() == [hash64(f"u{row % 11}") for row in ids.tolist()]
         assert np.array_equal(rows.doc_rows, docs)
         assert np.array_equal(rows.relevance, (docs % 3 / 2).astype(np.float32))
         assert np.array_equal(rows.query["age"], ids % 11)
         history, (seen, offsets) = rows.query["history"], rows.seen_ragged()
         for i, row in enumerate(ids.tolist()):
-            events = [(row % 11 + event) % tools.NUM_DOCS for event in range(row % 30)]
+            events = [(row % 11 + event) % NUM_DOCS for event in range(row % 30)]
             assert history[i].tolist() == [event + 2 for event in events[-5:]]  # codes; the newest five, newest last
             assert seen[offsets[i] : offsets[i + 1]].tolist() == rows.seen(i).tolist() == events
 
@@ -101,19 +102,19 @@ def test_text_rows_carry_their_own_tokens(texts: Path) -> None:
         assert rows.seen_ragged()[1].tolist() == [0] * (len(rows) + 1)
 
 
-def test_two_partitions_are_one_order_with_their_own_sequences(tmp_path: Path, tools) -> None:
-    folder = tools.Writer(tmp_path / "data", rows=300).write("day1", "day2")
+def test_two_partitions_are_one_order_with_their_own_sequences(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "data", rows=300).write("day1", "day2")
     for rows in steps(folder, 14, num_workers=1):
         day, local = np.divmod(rows.row_ids, 300)
         assert np.array_equal(rows.position, (local + day) % 30)
         assert np.array_equal(rows.query["age"], local % 11 + 100 * day)
         assert np.array_equal(rows.sequence, local % 11 + 11 * day)
         for i in range(len(rows)):
-            first = (local[i] % 11 + day[i]) % tools.NUM_DOCS
+            first = (local[i] % 11 + day[i]) % NUM_DOCS
             assert rows.seen(i)[:1].tolist() == [first][: (local[i] + day[i]) % 30]
     only = Dataset.open(folder, partitions=["day2"])
     assert only.num_rows("train") == 300
-    assert only.doc_counts().tolist() == [2] * tools.NUM_DOCS
+    assert only.doc_counts().tolist() == [2] * NUM_DOCS
     assert all((rows.query["age"] >= 100).all() for rows in steps(only, 5))
 
 
@@ -143,7 +144,7 @@ def test_a_stream_resumes_from_any_step_on_other_ranks_and_workers(
         assert all(rows[i].step == expected.step for rows in ranks)
 
 
-def test_changes_are_refused_by_name(interactions: Path, texts: Path, tmp_path: Path, tools) -> None:
+def test_changes_are_refused_by_name(interactions: Path, texts: Path, tmp_path: Path) -> None:
     arguments = {"rows_global": ROWS_GLOBAL, "lanes": LANES}
     state = PairStream(interactions, **arguments).state()
     for change, message in [
@@ -159,7 +160,7 @@ def test_changes_are_refused_by_name(interactions: Path, texts: Path, tmp_path: 
     with pytest.raises(DataError, match="schema was"):
         PairStream(texts, **arguments).check_state(state)
 
-    folder = tools.Writer(tmp_path / "text", text=True, interactions=False).write("a")
+    folder = Writer(tmp_path / "text", text=True, interactions=False).write("a")
     state = PairStream(folder, **arguments).state()
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"w49"', '"x49"'))
@@ -167,9 +168,9 @@ def test_changes_are_refused_by_name(interactions: Path, texts: Path, tmp_path: 
         PairStream(folder, **arguments).check_state(state)
 
 
-def test_changed_partitions_are_refused_by_name(tmp_path: Path, tools) -> None:
+def test_changed_partitions_are_refused_by_name(tmp_path: Path) -> None:
     arguments = {"rows_global": ROWS_GLOBAL, "lanes": LANES}
-    writer = tools.Writer(tmp_path / "data")
+    writer = Writer(tmp_path / "data")
     state = PairStream(writer.write("a", "b"), **arguments).state()
     only_a = PairStream(Dataset.open(writer.dir, ["a"]), **arguments)
     with pytest.raises(DataError, match="partition b is missing"):
@@ -178,7 +179,7 @@ def test_changed_partitions_are_refused_by_name(tmp_path: Path, tools) -> None:
         PairStream(writer.dir, **arguments).check_state(only_a.state())
     with pytest.raises(DataError, match="partitions were"):
         PairStream(Dataset.open(writer.dir, ["b", "a"]), **arguments).check_state(state)
-    other = tools.Writer(tmp_path / "other", rows=1001).write("a", "b")
+    other = Writer(tmp_path / "other", rows=1001).write("a", "b")
     with pytest.raises(DataError, match="partition a has changed; partition b has changed"):
         PairStream(other, **arguments).check_state(state)
 
@@ -267,8 +268,8 @@ def test_a_loader_process_ends_with_its_rank(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_memory_is_bounded_by_lanes_and_window_not_by_the_dataset(tmp_path: Path, tools) -> None:
-    writer = tools.Writer(tmp_path / "data", rows=40_000, rows_per_block=100, interactions=False, text=True)
+def test_memory_is_bounded_by_lanes_and_window_not_by_the_dataset(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "data", rows=40_000, rows_per_block=100, interactions=False, text=True)
     dataset = Dataset.open(writer.write())
     stream = PairStream(dataset, rows_global=64, lanes=2, window_blocks=4)
     bytes_per_row = sum(column.nbytes for column in writer.columns(0, 1000, 0).values()) / 1000

@@ -25,6 +25,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.batch import Collator
 from bigdssm.loader.order import MixedOrder, Order
 from bigdssm.loader.stream import PairStream
+from tests.tiny_datasets import NUM_DOCS, Writer
 
 NUMBERS = {"rows_global": 48, "lanes": 8}
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -114,9 +115,9 @@ def config(folder: Path, *sources: SourceConfig, **more: object) -> DataConfig:
 
 
 @pytest.fixture(scope="module")
-def days(tmp_path_factory: pytest.TempPathFactory, tools) -> Path:
+def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three partitions of 300 rows each; a row of day d has the query id 10 × its number in the day + d."""
-    return tools.Writer(tmp_path_factory.mktemp("days") / "data", rows=300).write("day0", "day1", "day2")
+    return Writer(tmp_path_factory.mktemp("days") / "data", rows=300).write("day0", "day1", "day2")
 
 
 WEIGHTED = (SourceConfig(partitions=("day2",), weight=3), SourceConfig(partitions=("day0", "day1"), weight=1))
@@ -207,10 +208,10 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", ["mixed", "one_source"])
-def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, tools, batches: str) -> None:
+def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, batches: str) -> None:
     """One window per lane and source, and one more during loading; independent of partitions and duration."""
     lanes, window, rows_per_block, num_sources = 4, 3, 100, 3
-    writer = tools.Writer(tmp_path / "data", rows=12_000, rows_per_block=rows_per_block, interactions=False, text=True)
+    writer = Writer(tmp_path / "data", rows=12_000, rows_per_block=rows_per_block, interactions=False, text=True)
     writer.write("a", "b", "c")
     sources = [SourceConfig(partitions=(name,), weight=weight) for name, weight in (("a", 5), ("b", 3), ("c", 2))]
     dataset = open_dataset(config(tmp_path / "data", *sources, mixture_batches=batches))
@@ -301,12 +302,12 @@ def test_incompatible_sources_are_refused(pairs: tuple[Path, Path], days: Path, 
         PairStream(dataset, **NUMBERS)
 
 
-def test_histories_need_one_catalogue(days: Path, tmp_path: Path, tools) -> None:
-    writer = tools.Writer(tmp_path / "other", rows=300)
+def test_histories_need_one_catalogue(days: Path, tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "other", rows=300)
     other = writer.write("base")
     both = config(days, SourceConfig(partitions=("day0",)), SourceConfig(dir=str(other)))
     dataset = open_dataset(both)  # the same catalogue in two folders is one
-    assert dataset.catalogue.num_docs == tools.NUM_DOCS
+    assert dataset.catalogue.num_docs == NUM_DOCS
     content = json.loads((other / "dataset.json").read_text())
     content["catalogue"][0]["checksum"] = "0"
     (other / "dataset.json").write_text(json.dumps(content))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pytest
 import xxhash
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -200,31 +199,3 @@ def block_bytes(columns: dict[str, pa.Array], compression: str | None = "zstd") 
 
 def checksum(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
-
-
-class Tools:
-    """Helpers for tests, in addition to the Writer (this file cannot be imported by name)."""
-
-    NUM_DOCS = NUM_DOCS
-    Writer = Writer
-    write_arrow = staticmethod(write_arrow)
-    write_index = staticmethod(write_index)
-    block_bytes = staticmethod(block_bytes)
-    checksum = staticmethod(checksum)
-
-
-@pytest.fixture(scope="session")
-def tools() -> type[Tools]:
-    return Tools
-
-
-@pytest.fixture(scope="session")
-def interactions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 train rows in 16 blocks, targets and histories in their sequences."""
-    return Writer(tmp_path_factory.mktemp("interactions") / "data").write()
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text pairs with a catalogue."""
-    return Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False).write()

@@ -25,6 +25,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.losses import Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
 from bigdssm.training.batches import BatchBuilder, read_batches
+from tests.tiny_datasets import Writer
 
 LANES, ROWS_GLOBAL = 6, 60
 CPU = torch.device("cpu")
@@ -32,14 +33,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Dataset:
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Sequences with up to three queries per row."""
-    return Dataset.open(tools.Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=3).write())
+    return Dataset.open(Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=3).write())
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory, tools: Any) -> Dataset:
-    writer = tools.Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False)
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    writer = Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False)
     return Dataset.open(writer.write())
 
 

@@ -26,7 +26,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.serving.searcher import Searcher
-from tests.unit.retrieval.conftest import random_model
+from tests.unit.conftest import random_model
 
 FILTER = {"stock": Numeric(), "region": Categorical(multi=True)}
 DATA = DataConfig(

@@ -23,14 +23,15 @@ from bigdssm.loader.batch import Collator
 from bigdssm.loader.step_plan import plan_side
 from bigdssm.loader.stream import PairStream
 from bigdssm.training.batches import history_pairs
+from tests.tiny_datasets import Writer, write_arrow
 
 TARGETS = 4
 NUM_DOCS, EVENTS, MAX_ITEMS = 37, 30, 5
 
 
 @pytest.fixture(scope="module")
-def folder(tools, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tools.Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=TARGETS).write()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Writer(tmp_path_factory.mktemp("pieces") / "data", targets_per_row=TARGETS).write()
 
 
 def events(row: int) -> list[int]:
@@ -123,19 +124,19 @@ def test_a_plan_counts_queries_and_keeps_them_with_their_rows() -> None:
     assert whole.row_in_chunk.tolist() == [0, 0, 2, 2, 2, 3] and whole.chunks[0].num_outputs == 6
 
 
-def spoil_targets(folder: Path, tools) -> None:
+def spoil_targets(folder: Path) -> None:
     """Give every event 12 an invalid relevance, and every event 3 an unknown item."""
     path = folder / "partitions/all/sequences-000000.arrow"
     table = pa.ipc.open_file(path.read_bytes()).read_all().to_pydict()
     for items, relevance in zip(table["items"], table["relevance"], strict=True):
         relevance[12], items[3] = float("nan"), 99
     types = {"items": pa.large_list(pa.int32()), "relevance": pa.large_list(pa.float32()), "age": pa.float32()}
-    tools.write_arrow(path, pa.table({name: pa.array(values, types.get(name)) for name, values in table.items()}))
+    write_arrow(path, pa.table({name: pa.array(values, types.get(name)) for name, values in table.items()}))
 
 
-def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
-    folder = tools.Writer(tmp_path / "data", targets_per_row=TARGETS).write()
-    spoil_targets(folder, tools)
+def test_a_bad_target_does_not_discard_its_row(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "data", targets_per_row=TARGETS).write()
+    spoil_targets(folder)
     dataset = Dataset.open(folder)
     log = tmp_path / "quarantine.jsonl"
     bad_positions = {3, 12}
@@ -157,9 +158,9 @@ def test_a_bad_target_does_not_discard_its_row(tools, tmp_path: Path) -> None:
     assert {line["rows"] for line in lines if line["position"] is not None} == {0}
 
 
-def test_bad_targets_count_as_parts_of_rows(tools, tmp_path: Path) -> None:
-    folder = tools.Writer(tmp_path / "data", targets_per_row=TARGETS).write()
-    spoil_targets(folder, tools)
+def test_bad_targets_count_as_parts_of_rows(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "data", targets_per_row=TARGETS).write()
+    spoil_targets(folder)
     dataset = Dataset.open(folder)
     queries = dataset.num_queries("train")
     left_out = sum(position in (3, 12) for row in range(1000) for position in range(*piece(row)))
@@ -180,18 +181,18 @@ def test_items_of_no_catalogue_are_in_no_mask() -> None:
     assert history_pairs(np.array([5, 6, 7]), before, ids).tolist() == [[5, 70], [5, 72], [7, 71]]
 
 
-def test_files_of_sequences_that_lack_rows_are_refused(tools, tmp_path: Path) -> None:
+def test_files_of_sequences_that_lack_rows_are_refused(tmp_path: Path) -> None:
     """Sequences are numbered across the files: a missing file would assign them to other users."""
-    folder = tools.Writer(tmp_path / "data").write()
+    folder = Writer(tmp_path / "data").write()
     path = folder / "partitions/all/sequences-000000.arrow"
     table = pa.ipc.open_file(path.read_bytes()).read_all()
-    tools.write_arrow(path, table.slice(1))
+    write_arrow(path, table.slice(1))
     with pytest.raises(DataError, match=r"sequences have \[10\] rows, partition\.json has \[11\]"):
         Dataset.open(folder)
 
 
-def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tools, tmp_path: Path) -> None:
-    folder = tools.Writer(tmp_path / "data", targets_per_row=MAX_ITEMS + 2).write()
+def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "data", targets_per_row=MAX_ITEMS + 2).write()
     stream = PairStream(folder, rows_global=50, lanes=5, max_bad_fraction=1.0)
     for rows in islice(stream, 20):
         assert rows.row is not None and rows.position is not None and rows.history_start is not None

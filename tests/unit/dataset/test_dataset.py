@@ -15,6 +15,7 @@ from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
+from tests.tiny_datasets import NUM_DOCS, Writer, checksum, write_index
 
 
 @pytest.fixture
@@ -22,10 +23,10 @@ def copy(interactions: Path, tmp_path: Path) -> Path:
     return shutil.copytree(interactions, tmp_path / "copy")
 
 
-def test_properties_of_a_dataset(interactions: Path, texts: Path, tools) -> None:
+def test_properties_of_a_dataset(interactions: Path, texts: Path) -> None:
     dataset = Dataset.open(interactions)
     assert (dataset.num_rows("train"), dataset.num_rows("test"), dataset.num_rows("validation")) == (1000, 100, 0)
-    assert dataset.doc_counts().tolist() == [1] * tools.NUM_DOCS
+    assert dataset.doc_counts().tolist() == [1] * NUM_DOCS
     assert dataset.tokenizer_dir is None
     text = Dataset.open(texts)
     assert (text.tokenizer_dir, text.vocab_size) == (texts / "tokenizer", 53)
@@ -147,8 +148,8 @@ def test_unknown_splits_and_partitions_are_named(interactions: Path) -> None:
         Dataset.open(interactions, ["b"])
 
 
-def test_sequences_missing_from_one_partition_are_named(tmp_path: Path, tools) -> None:
-    folder = tools.Writer(tmp_path / "data").write("a", "b")
+def test_sequences_missing_from_one_partition_are_named(tmp_path: Path) -> None:
+    folder = Writer(tmp_path / "data").write("a", "b")
     edit(folder / "partitions" / "b" / "partition.json", sequences=[])
     with pytest.raises(DataError, match=r"b has no sequences, other partitions have some"):
         Dataset.open(folder)
@@ -164,14 +165,14 @@ def test_a_text_dataset_without_its_tokenizer_is_refused(texts: Path, tmp_path: 
         Dataset.open(folder)
 
 
-def test_invalid_indexes_are_refused(copy: Path, tools) -> None:
+def test_invalid_indexes_are_refused(copy: Path) -> None:
     path, partition = copy / PARTITION / "train.index.arrow", copy / PARTITION / "partition.json"
     splits = json.loads(partition.read_text())["splits"]
 
     def attempt(entries: list[tuple], rows: int) -> Dataset:
-        tools.write_index(path, entries)
+        write_index(path, entries)
         facts = {"rows": rows, "queries": 5, "blocks": len(entries), "shards": []}
-        facts["index_checksum"] = tools.checksum(path)
+        facts["index_checksum"] = checksum(path)
         edit(partition, splits={**splits, "train": facts})
         return Dataset.open(copy)
 

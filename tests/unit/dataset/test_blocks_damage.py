@@ -23,6 +23,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Text
 from bigdssm.loader.stream import PairStream
+from tests.tiny_datasets import Writer, block_bytes, checksum, write_index
 
 STEPS, ROWS_GLOBAL, LANES = 21, 48, 8
 FIRST_SHARD = "partitions/all/train-000000.tar"
@@ -133,7 +134,7 @@ def test_a_flipped_header_byte_costs_nothing(copy: Path, tmp_path: Path) -> None
     assert (missing(rows), lines) == ([], [])
 
 
-def put_block(folder: Path, tools, content: bytes, rows: int = 64) -> None:
+def put_block(folder: Path, content: bytes, rows: int = 64) -> None:
     """Replace block 0 by other bytes, and update the index."""
     shard = folder / "partitions/all/evil.tar"
     shard.write_bytes(bytes(512) + content)
@@ -142,10 +143,10 @@ def put_block(folder: Path, tools, content: bytes, rows: int = 64) -> None:
     names = ("shard", "offset", "size", "rows", "queries", "checksum")
     entries = list(zip(*(table[name] for name in names), strict=True))
     entries[0] = ("evil.tar", 512, len(content), rows, rows, xxhash.xxh3_64_intdigest(content))
-    tools.write_index(path, entries)
+    write_index(path, entries)
     partition = folder / "partitions/all/partition.json"
     facts = json.loads(partition.read_text())
-    facts["splits"]["train"]["index_checksum"] = tools.checksum(path)
+    facts["splits"]["train"]["index_checksum"] = checksum(path)
     partition.write_text(json.dumps(facts))
 
 
@@ -178,11 +179,11 @@ BAD_TEXT_ROWS = {
 
 
 @pytest.mark.parametrize("case", [*BAD_PAIRS, *BAD_PIECES, *BAD_TEXT_ROWS])
-def test_bad_rows_are_left_out_one_by_one(case: str, tools, tmp_path: Path) -> None:
-    writer = tools.Writer(tmp_path / "data", text=case in BAD_TEXT_ROWS, interactions=case in BAD_PIECES)
+def test_bad_rows_are_left_out_one_by_one(case: str, tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "data", text=case in BAD_TEXT_ROWS, interactions=case in BAD_PIECES)
     folder = writer.write()
     name, value, reason = (BAD_PAIRS | BAD_PIECES | BAD_TEXT_ROWS)[case]
-    put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), name, 17, value)))
+    put_block(folder, block_bytes(spoil(writer.columns(0, 64, 0), name, 17, value)))
     rows, lines, stream = read(folder, tmp_path)
     assert missing(rows) == [17]
     assert [(line["block"], line["row"], line["rows"]) for line in lines] == [(0, 17, 1)]
@@ -196,29 +197,29 @@ def cast(columns: dict[str, pa.Array], name: str, to: pa.DataType) -> dict[str, 
 
 BAD_BLOCKS: dict[str, tuple[Callable[..., bytes], str]] = {
     "a missing column": (
-        lambda tools, c: tools.block_bytes({n: v for n, v in c.items() if n != "end"}), "it has no column end"
+        lambda c: block_bytes({n: v for n, v in c.items() if n != "end"}), "it has no column end"
     ),
     "another type": (
-        lambda tools, c: tools.block_bytes(cast(c, "end", pa.float64())), "column end is double, needed is int32"
+        lambda c: block_bytes(cast(c, "end", pa.float64())), "column end is double, needed is int32"
     ),
-    "nulls": (lambda tools, c: tools.block_bytes(spoil(c, "end", 0, None)), "column end has nulls"),
+    "nulls": (lambda c: block_bytes(spoil(c, "end", 0, None)), "column end has nulls"),
     "fewer rows": (
-        lambda tools, c: tools.block_bytes({n: v.slice(1) for n, v in c.items()}), "it has 63 rows, the index has 64"
+        lambda c: block_bytes({n: v.slice(1) for n, v in c.items()}), "it has 63 rows, the index has 64"
     ),
-    "no Arrow": (lambda tools, c: b"\x80\x04}q\x00." * 20, "not an Arrow stream"),
-    "half an Arrow stream": (lambda tools, c: tools.block_bytes(c)[:-300], "it cannot be used"),
+    "no Arrow": (lambda c: b"\x80\x04}q\x00." * 20, "not an Arrow stream"),
+    "half an Arrow stream": (lambda c: block_bytes(c)[:-300], "it cannot be used"),
     "a dictionary": (
-        lambda tools, c: tools.block_bytes({**c, "end": c["end"].dictionary_encode()}), "with dictionaries"
+        lambda c: block_bytes({**c, "end": c["end"].dictionary_encode()}), "with dictionaries"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(BAD_BLOCKS))
-def test_foreign_blocks_are_skipped_entirely(case: str, tools, tmp_path: Path) -> None:
-    writer = tools.Writer(tmp_path / "data")
+def test_foreign_blocks_are_skipped_entirely(case: str, tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "data")
     folder = writer.write()
     make, reason = BAD_BLOCKS[case]
-    put_block(folder, tools, make(tools, writer.columns(0, 64, 0)))
+    put_block(folder, make(writer.columns(0, 64, 0)))
     rows, lines, _ = read(folder, tmp_path)
     assert missing(rows) == list(range(64))
     assert {(line["block"], line["row"]) for line in lines} == {(0, None)}
@@ -226,17 +227,15 @@ def test_foreign_blocks_are_skipped_entirely(case: str, tools, tmp_path: Path) -
 
 
 def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
-    tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks_module, "MAX_DECODED_BYTES", 1 << 24)
-    writer = tools.Writer(tmp_path / "data")
+    writer = Writer(tmp_path / "data")
     folder = writer.write()
-    bomb = tools.block_bytes(
-        {**writer.columns(0, 64, 0), "extra": pa.array([b"\0" * (1 << 20)] * 64, pa.large_binary())}
-    )
+    bomb = block_bytes({**writer.columns(0, 64, 0), "extra": pa.array([b"\0" * (1 << 20)] * 64, pa.large_binary())})
     assert len(bomb) < 1 << 16
     assert max_decoded_size(bomb) > 1 << 26
-    put_block(folder, tools, bomb)
+    put_block(folder, bomb)
     before = pa.default_memory_pool().max_memory()
     rows, lines, _ = read(folder, tmp_path)
     assert missing(rows) == list(range(64))
@@ -244,7 +243,7 @@ def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
     assert pa.default_memory_pool().max_memory() - before < 1 << 24
 
 
-def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
+def test_a_block_of_raw_text_that_is_not_utf8_is_refused() -> None:
     """Texts that are tokenized while reading must be UTF-8; make_shards never writes others."""
     words = {"words": Text(max_tokens=6).with_name("words")}
     layout = BlockLayout.of(Schema(words, {}), num_docs=(1,), vocab_size=9, sequences=(), raw_text=True)
@@ -254,7 +253,7 @@ def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
             "query_id": pa.array([1]), "relevance": pa.array([1.0], pa.float32()), "doc": pa.array([0]),
             "words": pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(text)]),
         }  # fmt: skip
-        content = tools.block_bytes(columns)
+        content = block_bytes(columns)
         if good:
             assert decode(content, layout).column("words").to_pylist() == ["naïve"]
         else:
@@ -263,11 +262,11 @@ def test_a_block_of_raw_text_that_is_not_utf8_is_refused(tools) -> None:
 
 
 @pytest.mark.parametrize("position", range(0, 1200, 7))
-def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tools, tmp_path: Path) -> None:
+def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tmp_path: Path) -> None:
     """Offsets and lengths are validated before use, even if index and checksum match."""
-    content = bytearray(tools.block_bytes(tools.Writer(tmp_path).columns(0, 64, 0), compression=None))
+    content = bytearray(block_bytes(Writer(tmp_path).columns(0, 64, 0), compression=None))
     content[position % len(content)] ^= 0xFF
-    folder = tools.Writer(tmp_path / "data").write()
+    folder = Writer(tmp_path / "data").write()
     layout = Dataset.open(folder).layout
     try:
         batch = blocks_module.decode(bytes(content), layout)
@@ -277,11 +276,11 @@ def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tools, tmp
 
 
 @pytest.mark.parametrize("value", [-4, 3, 1 << 30])
-def test_list_offsets_that_point_elsewhere_are_refused(value: int, tools, tmp_path: Path) -> None:
-    writer = tools.Writer(tmp_path / "data", text=True, interactions=False)
+def test_list_offsets_that_point_elsewhere_are_refused(value: int, tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "data", text=True, interactions=False)
     layout = Dataset.open(writer.write()).layout
     columns = writer.columns(0, 64, 0)
-    content = tools.block_bytes(columns, compression=None)
+    content = block_bytes(columns, compression=None)
     offsets = columns["words"].offsets.to_numpy()
     spoilt = offsets.copy()
     spoilt[40] = value
@@ -305,10 +304,10 @@ def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:
         assert len(list(islice(stream, 200))) == 200
 
 
-def test_a_bad_row_early_in_a_good_dataset_does_not_stop_it(tools, tmp_path: Path) -> None:
-    writer = tools.Writer(tmp_path / "data")
+def test_a_bad_row_early_in_a_good_dataset_does_not_stop_it(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "data")
     folder = writer.write()
-    put_block(folder, tools, tools.block_bytes(spoil(writer.columns(0, 64, 0), "end", 17, -1)))
+    put_block(folder, block_bytes(spoil(writer.columns(0, 64, 0), "end", 17, -1)))
     stream = PairStream(folder, rows_global=8, lanes=8, max_bad_fraction=0.001)
     assert len(list(islice(stream, 300))) == 300  # 1 of 1,000, although temporarily 1 of fewer rows
 
@@ -323,9 +322,9 @@ def test_iterate_warns_of_skipped_rows(copy: Path, caplog: pytest.LogCaptureFixt
     assert "test-000000.tar, block 0: the bytes are damaged" in caplog.text
 
 
-def test_decoded_size_matches_decoded_memory(tools) -> None:
+def test_decoded_size_matches_decoded_memory() -> None:
     columns = {"a": pa.array(np.zeros(10_000)), "b": pa.array([[1, 2]] * 10_000, pa.list_(pa.int32()))}
     for compression in (None, "zstd"):
-        content = tools.block_bytes(columns, compression)
+        content = block_bytes(columns, compression)
         decoded = pa.ipc.open_stream(io.BytesIO(content)).read_all()
         assert decoded.nbytes <= max_decoded_size(content) <= decoded.nbytes + 64

@@ -1,12 +1,15 @@
-"""Small random models of the tiny interactions, as model folders."""
+"""Small random models of the tiny interactions, as model folders; a run folder, and datasets written by hand."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, ScorerConfig, load_config
@@ -15,6 +18,8 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
+from tests.command_line import Tools
+from tests.tiny_datasets import Writer
 
 SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
 
@@ -69,3 +74,40 @@ def index_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPa
     write_vectors(folder / "vectors", tower_encoders(loaded.model, dataset), dataset, loaded.checksum)
     build_index(folder / "vectors", folder / "index")
     return folder / "index"
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tools:
+    return Tools(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def run_dir(config: Config, model_dir: Path, other_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as after training, without checkpoints."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    for stage, best in (("pretrain", model_dir), ("sft", other_model_dir)):
+        shutil.copytree(best, run / stage / "best")
+        content = {**config.to_dict(), "sft": config.to_dict()["pretrain"]}
+        (run / stage / "config.yaml").write_text(yaml.safe_dump(content))
+        with (run / stage / "metrics.jsonl").open("w") as file:
+            for step in range(10, 110, 10):
+                record = {"step": step, "loss": 5 / step, "alpha": 10 + step / 10, "rows_per_s": 2048.0, "lr": 0.1}
+                file.write(json.dumps(record) + "\n")
+                if step % 50 == 0:
+                    validation = {"hr_at_10": 0.1, "ndcg_at_10": step / 1000, "mrr": 0.1}
+                    record = {"step": step, "validation": validation, "selected_by": "ndcg_at_10", "seconds": 0.5}
+                    file.write(json.dumps(record) + "\n")
+            file.write('{"step": 110, "lo')  # killed while writing
+    return run
+
+
+@pytest.fixture(scope="session")
+def interactions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 train rows in 16 blocks, targets and histories in their sequences."""
+    return Writer(tmp_path_factory.mktemp("interactions") / "data").write()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text pairs with a catalogue."""
+    return Writer(tmp_path_factory.mktemp("texts") / "data", text=True, interactions=False).write()
