@@ -30,8 +30,7 @@ from bigdssm.serving.searcher import Searcher
 from bigdssm.sources.beir import Collection, CollectionEntry
 from bigdssm.stores.base import open_store
 from tests.conftest import TinyDataset
-
-from .conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model
 
 PAIRS = ("query.text.layers=1", "query.text.hidden=8")
 CROSS = "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false}, scorer: {name: cross_encoder}}"

@@ -44,8 +44,7 @@ from bigdssm.retrieval.vector_files import difference_from_model, write_card, wr
 from bigdssm.retrieval.vectors import Dtype, read_vectors, write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
-
-from .conftest import random_model
+from tests.unit.conftest import random_model
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 QUERIES = ["copper lantern", "", "River STONE, bridge?", "walnut " * 40]

@@ -25,8 +25,7 @@ from bigdssm.retrieval.index import Index, build_index, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.shards import ShardWork
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta, write_meta, write_vectors
-
-from .conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,7 @@ from bigdssm.retrieval.search import PastEvents, histories
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_ITEMS
-
-from .conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model
 
 NEW = {"item_id": ["n0", "n1", "n2"], "title": ["moon", "river", "moon"], "genres": ["Drama", "Western", "Drama"],
        "year": [1999, 2001, 1999]}  # fmt: skip

@@ -20,8 +20,7 @@ from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import MlpConfig
 from bigdssm.models.scorers import MlpScorer
-
-from .conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model
 
 MLP = MlpConfig(hidden=(12, 5))
 ROOT = Path(__file__).resolve().parents[3]

@@ -29,8 +29,7 @@ from bigdssm.retrieval.vector_files import difference_from_model, read_rows, wri
 from bigdssm.retrieval.vectors import read_meta, write_vectors
 from bigdssm.utils.atomic import temporary_path
 from tests.conftest import NUM_ITEMS
-
-from .conftest import random_model
+from tests.unit.conftest import random_model
 
 SHARD = 7  # of 40 documents, so that there are 6 shards
 
