@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         norm_penalty,
         ranking_loss,
         relevance_weight,
+        scored_loss,
     )
     from bigdssm.losses.declarations import (
         FPS,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         sample_uniform,
         sample_weighted,
     )
-    from bigdssm.losses.scored import scored_loss
 
 __all__ = [
     "FPS",
@@ -81,13 +81,12 @@ __getattr__, __dir__ = lazy_attributes(
         "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],
         "bigdssm.losses.contrastive": [
             "LossOutput", "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss",
-            "relevance_weight",
+            "relevance_weight", "scored_loss",
         ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
         "bigdssm.losses.sampling": [
             "CountedFrequency", "StreamingFrequency", "apply_sampling", "drawn_weights", "sample_uniform",
             "sample_weighted",
         ],
-        "bigdssm.losses.scored": ["scored_loss"],
     },
 )  # fmt: skip

@@ -1,23 +1,19 @@
 """Stable hashes across machines and versions: 64-bit keys of values and columns, checksums of files and code.
 
-String columns are hashed in NumPy up to 16 bytes (most ids). Longer strings use the xxhash package one by one: NumPy is
-not faster for them. The plugin polars-hash is faster for all lengths, but hangs in a process forked from one that used
-Polars, which loader processes may be. Source: https://github.com/Cyan4973/xxHash/blob/v0.8.3/doc/xxhash_spec.md, "XXH3
-algorithm overview", small inputs.
+Strings are hashed one by one, about 10 million per second. The plugin polars-hash is faster, but hangs in a process
+forked from one that used Polars, which loader processes may be.
 
-Shapes: R strings, `data` uint8 [total bytes], `start` and `length` int64 [R]; hashes uint64 [R].
+Shape: R strings.
 """
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from xxhash import xxh3_64_intdigest
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -84,37 +80,17 @@ def code_checksum() -> str:
     return digest.hexdigest()
 
 
-MAX_BYTES = 16  # length of the longest strings hashed in NumPy
-BATCH_SIZE = 1 << 14  # strings per batch: intermediate arrays fit into the core's cache
-
-_SECRET = bytes.fromhex(
-    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
-)
-_WORDS = [np.uint64(int.from_bytes(_SECRET[i : i + 8], "little")) for i in range(0, len(_SECRET), 8)]
-_LOW = np.uint64(0xFFFFFFFF)
-_PRIME_MX = np.uint64(0x9FB21C651E98DF25)
+BATCH_SIZE = 1 << 14  # strings per batch: their Python objects fit into the core's cache
 
 
 def hash_strings(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Return hash64 of every string, int64 [R]. The array must not contain nulls."""
-    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    hashes = [np.empty(0, np.int64)]
-    for chunk in chunks:
+    hashes = [np.empty(0, np.uint64)]
+    for chunk in array.chunks if isinstance(array, pa.ChunkedArray) else [array]:
         for first in range(0, len(chunk), BATCH_SIZE):
-            batch = chunk.slice(first, BATCH_SIZE).cast(pa.large_binary())
-            begins, data = flat_strings(batch)
-            start, length = begins[:-1], np.diff(begins)
-            batch_hashes = np.empty(len(batch), np.uint64)
-            for shortest, longest, hash_ids in _BY_LENGTH:
-                selected = np.flatnonzero((length >= shortest) & (length <= longest))
-                if len(selected):
-                    batch_hashes[selected] = hash_ids(data, start[selected], length[selected])
-            others = np.flatnonzero((length == 0) | (length > MAX_BYTES))
-            if len(others):
-                values = batch if len(others) == len(batch) else batch.take(pa.array(others))
-                batch_hashes[others] = np.fromiter(map(xxh3_64_intdigest, values.to_pylist()), np.uint64, len(others))
-            hashes.append(batch_hashes.view(np.int64))
-    return np.concatenate(hashes)
+            values = chunk.slice(first, BATCH_SIZE).cast(pa.large_binary()).to_pylist()
+            hashes.append(np.fromiter(map(xxhash.xxh3_64_intdigest, values), np.uint64, len(values)))
+    return np.concatenate(hashes).view(np.int64)
 
 
 def flat_strings(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -123,58 +99,3 @@ def flat_strings(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     begins = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     content = np.frombuffer(data or b"", np.uint8)[begins[0] : begins[-1]]
     return begins - begins[0], content
-
-
-def _up_to_3(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    first, middle, last = (data[i].astype(np.uint64) for i in (start, start + (length >> 1), start + length - 1))
-    h = first << np.uint64(16) | middle << np.uint64(24) | last | length.astype(np.uint64) << np.uint64(8)
-    h ^= (_WORDS[0] ^ _WORDS[0] >> np.uint64(32)) & _LOW
-    h ^= h >> np.uint64(33)
-    h *= np.uint64(0xC2B2AE3D27D4EB4F)
-    h ^= h >> np.uint64(29)
-    h *= np.uint64(0x165667B19E3779F9)
-    return h ^ h >> np.uint64(32)
-
-
-def _up_to_8(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    words = _integers(data, 4)
-    first, last = words[start].astype(np.uint64), words[start + length - 4].astype(np.uint64)
-    h = (last | first << np.uint64(32)) ^ _WORDS[1] ^ _WORDS[2]
-    h ^= _rotated(h, 49) ^ _rotated(h, 24)
-    h *= _PRIME_MX
-    h ^= (h >> np.uint64(35)) + length.astype(np.uint64)
-    h *= _PRIME_MX
-    return h ^ h >> np.uint64(28)
-
-
-def _up_to_16(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    words = _integers(data, 8)
-    low = words[start] ^ _WORDS[3] ^ _WORDS[4]
-    high = words[start + length - 8] ^ _WORDS[5] ^ _WORDS[6]
-    h = length.astype(np.uint64) + low.byteswap() + high + _folded_product(low, high)
-    h ^= h >> np.uint64(37)
-    h *= np.uint64(0x165667919E3779F9)
-    return h ^ h >> np.uint64(32)
-
-
-_BY_LENGTH: tuple[tuple[int, int, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]], ...] = (
-    (1, 3, _up_to_3), (4, 8, _up_to_8), (9, MAX_BYTES, _up_to_16),
-)  # fmt: skip
-
-
-def _integers(data: np.ndarray, width: int) -> np.ndarray:
-    """Return a view of the little-endian unsigned integers of `width` bytes that start at each byte."""
-    return np.ndarray(len(data) - width + 1, f"<u{width}", data, strides=(1,))
-
-
-def _rotated(h: np.ndarray, bits: int) -> np.ndarray:
-    return h << np.uint64(bits) | h >> np.uint64(64 - bits)
-
-
-def _folded_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the exclusive or of both halves of the 128-bit products."""
-    half = np.uint64(32)
-    a_low, a_high, b_low, b_high = a & _LOW, a >> half, b & _LOW, b >> half
-    low, middle = a_low * b_low, a_high * b_low
-    cross = (low >> half) + (middle & _LOW) + a_low * b_high
-    return ((middle >> half) + (cross >> half) + a_high * b_high) ^ (cross << half | low & _LOW)

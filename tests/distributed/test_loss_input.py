@@ -123,12 +123,12 @@ def call_scored(rank: int, world_size: int, bad: dict[str, Any]) -> str:
         ({"loss": "hinge"}, "the loss must be one of fps, softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
         ({"loss": FPS(direction="both")}, "direction must be one of q2d, got 'both'"),
         ({"scores": torch.zeros(M, 1)}, "scores must be floating point [m, 1 + k]"),
-        ({"weight": torch.full((M,), float("nan"))}, "weight must be [3], finite and not negative"),
+        ({"weight": torch.full((M,), float("nan"))}, "weight holds NaN, infinite or negative values"),
         ({"query_ids": None}, "query_ids and doc_ids go together"),
         ({"doc_ids": torch.zeros(M, 2, dtype=torch.int64)}, "doc_ids must be int64 [3, 3]"),
-        ({"known": torch.zeros(2, 3, dtype=torch.int64)}, "known must be int64 [pairs, 2]"),
+        ({"known": torch.zeros(2, 3, dtype=torch.int64)}, "known must be [pairs, 2]"),
         ({"loss": Triplet()}, "the ranks disagree on the loss"),
-        ({"query_ids": None, "doc_ids": None}, "the ranks disagree on the loss, or on which of query_ids"),
+        ({"query_ids": None, "doc_ids": None}, "the ranks disagree on which of beta, neg_bias, query_ids"),
     ],
 )
 def test_bad_scores_stop_every_rank(pools: dict[int, Pool], bad: dict[str, Any], expected: str) -> None:
