@@ -63,7 +63,21 @@ class SentenceTransformersExport(ExportFormat):
             )
         assert model.tokenizer_dir is not None
         same = are_one_module(model, query, doc)
-        router = _Modules(out) if same else _RouterFolder(out)
+        types: dict[str, str] = {}  # class by folder of a module
+        routes: dict[Side, list[str]] = {side: [] for side in ROUTES}  # folders of modules
+
+        def add(side: Side, kind: str) -> str:
+            """Append a module to a route, create its folder and return the folder's name."""
+            name = f"{len(routes[side])}_{kind}"
+            if not same:
+                name = f"{ROUTES[side]}_{name}"
+            elif not types:  # in the export's folder itself, as most models have their first module
+                name = ""
+            types[name] = f"{MODULE}.{kind}"
+            routes[side].append(name)
+            (out / name).mkdir(exist_ok=True)
+            return name
+
         lengths = {f"{ROUTES[tower.side]}_length": tower.feature.max_tokens for tower in (query, doc)}
         if query.feature.max_tokens == doc.feature.max_tokens:
             lengths = {}
@@ -71,7 +85,7 @@ class SentenceTransformersExport(ExportFormat):
         encoder = None
         for tower in (doc,) if same else (query, doc):
             if encoder is None or not shared:
-                encoder = router.add(tower.side, "Transformer")
+                encoder = add(tower.side, "Transformer")
                 longest = max(query, doc, key=lambda tower: tower.feature.max_tokens) if shared else tower
                 save_encoder(longest, model.tokenizer_dir, out / encoder)
                 settings = {"max_seq_length": longest.feature.max_tokens, "do_lower_case": False}
@@ -79,22 +93,28 @@ class SentenceTransformersExport(ExportFormat):
                 arguments = loading_arguments(tower)
                 write_json(out / encoder / "sentence_bert_config.json", {**settings, "model_args": arguments})
             else:
-                router.reuse(tower.side, encoder)
-            pooling = router.add(tower.side, "Pooling")
+                routes[tower.side].append(encoder)
+            pooling = add(tower.side, "Pooling")
             write_json(out / pooling / "config.json", _pooling(tower))
             layers = _dense_layers(model, tower)
             for number in range(len(layers) + 1):
                 if number == tower.normalized_after:
-                    router.add(tower.side, "Normalize")
+                    add(tower.side, "Normalize")
                 if number < len(layers):
                     weight, bias, activation = layers[number]
-                    folder = out / router.add(tower.side, "Dense")
+                    folder = out / add(tower.side, "Dense")
                     size = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
                     write_json(folder / "config.json", {**size, "activation_function": activation})
                     tensors = {"linear.weight": weight} | ({} if bias is None else {"linear.bias": bias})
                     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
                     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        modules = router.write()
+        modules = list(types.items())
+        if not same:
+            modules = [("", f"{MODULE}.Router")]
+            # Without a default route, `encode` raises if the task is not given
+            parameters = {"default_route": None, "allow_empty_key": False}
+            structure = {ROUTES[side]: folders for side, folders in routes.items()}
+            write_json(out / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
         if needs_custom_code(model):
             modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
             (out / "1_NormalizeAllButLast").mkdir()
@@ -167,57 +187,6 @@ def scores_by_dot(model: ModelFolder) -> bool:
 def needs_custom_code(model: ModelFolder) -> bool:
     """Return whether the export contains a custom module, which needs trust_remote_code."""
     return scores_by_dot(model) and model.config.model.score == "cosine"
-
-
-class _Modules:
-    """Writes the modules of both sides, the first one into the folder itself, as most models have them."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._modules: list[tuple[str, str]] = []
-
-    def add(self, side: Side, kind: str) -> str:
-        """Append a module, create its folder and return the folder's name."""
-        name = f"{len(self._modules)}_{kind}" if self._modules else ""
-        self._modules.append((name, f"{MODULE}.{kind}"))
-        (self._out / name).mkdir(exist_ok=True)
-        return name
-
-    def reuse(self, side: Side, name: str) -> None:
-        """Do nothing: all modules are those of both sides."""
-
-    def write(self) -> list[tuple[str, str]]:
-        """Return the modules of the model: folder and class."""
-        return self._modules
-
-
-class _RouterFolder(_Modules):
-    """Writes the modules of the routes in Router's layout."""
-
-    def __init__(self, out: Path) -> None:
-        super().__init__(out)
-        self._types: dict[str, str] = {}
-        self._structure: dict[str, list[str]] = {route: [] for route in ROUTES.values()}
-
-    def add(self, side: Side, kind: str) -> str:
-        """Append a module to a route, create its folder and return the folder's name."""
-        name = f"{ROUTES[side]}_{len(self._structure[ROUTES[side]])}_{kind}"
-        self._types[name] = f"{MODULE}.{kind}"
-        self.reuse(side, name)
-        (self._out / name).mkdir()
-        return name
-
-    def reuse(self, side: Side, name: str) -> None:
-        """Append an existing module of another route."""
-        self._structure[ROUTES[side]].append(name)
-
-    def write(self) -> list[tuple[str, str]]:
-        """Write the Router's config and return the modules of the model."""
-        # Without a default route, `encode` raises if the task is not given
-        parameters = {"default_route": None, "allow_empty_key": False}
-        content = {"types": self._types, "structure": self._structure, "parameters": parameters}
-        write_json(self._out / "router_config.json", content)
-        return [("", f"{MODULE}.Router")]
 
 
 def _pooling(tower: TextTower) -> dict[str, object]:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigdssm.features.ragged import Column, Ragged, from_arrow
+from bigdssm.features.ragged import Column, Ragged, from_arrow, rows_with, values_of
 from bigdssm.utils.components import BOUND, Registry, read_value
 
 if TYPE_CHECKING:
@@ -254,14 +254,33 @@ class Feature(ABC):
         """Return the readable value of one row's array."""
 
 
+@dataclass(frozen=True)
+class SequenceFeature(Feature):
+    """A feature of integers that are read from the sequences: it has no column, and its values are not encoded."""
+
+    from_sequence: ClassVar[bool] = True
+
+    def read(self, check: RowCheck) -> pa.Array:
+        """Not implemented: it has no column."""
+        raise NotImplementedError
+
+    def arrow_type(self, *, large: bool = False) -> pa.DataType:
+        """Return the canonical type."""
+        return self.canonical_type
+
+    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
+        """Return the values unchanged."""
+        return column
+
+
 def code_faults(name: str, kind: str, column: Column, low: int, high: int) -> Iterator[Fault]:
     """Yield the rows with a code outside [low, high)."""
-    values = column.values if isinstance(column, Ragged) else column
+    values = values_of(column)
     if outside(values, low, high):
-        wrong = (values < low) | (values >= high)
-        if isinstance(column, Ragged):
-            wrong = np.isin(np.arange(len(column)), np.searchsorted(column.offsets, np.flatnonzero(wrong), "right") - 1)
-        yield wrong, lambda row: f"{name} has a {kind} outside the schema's {high}"
+        yield (
+            rows_with((values < low) | (values >= high), column),
+            lambda row: f"{name} has a {kind} outside the schema's {high}",
+        )
 
 
 def outside(values: np.ndarray, low: int, high: int) -> bool:

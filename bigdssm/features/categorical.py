@@ -26,7 +26,7 @@ from bigdssm.features.base import (
     register,
 )
 from bigdssm.features.columns import RowCheck, is_empty, strings, value_lists
-from bigdssm.features.ragged import Column, Ragged
+from bigdssm.features.ragged import Column, Ragged, rows_with, values_of
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.features.vocabulary import Vocabulary, write_part
 from bigdssm.utils.components import bounded
@@ -232,7 +232,7 @@ class Categorical(Feature):
 
     def without_unknown(self, column: Column) -> Column:
         """Replace unknown codes by OUT_OF_VOCABULARY."""
-        values = column.values if isinstance(column, Ragged) else np.asarray(column)
+        values = values_of(column)
         unknown = self.unknown(values)
         if not unknown.any():
             return column
@@ -260,24 +260,15 @@ class Categorical(Feature):
 
     def matches(self, column: Column, operator: str, operands: Sequence[str] | Sequence[float]) -> np.ndarray:
         """Return the mask of rows with one of the values, or for != and `not in` with others alone, bool [R]."""
-
-        def any_of(mask: np.ndarray) -> np.ndarray:
-            """Return whether any value of a row is in the mask of values."""
-            if not isinstance(column, Ragged):
-                return mask
-            rows = np.zeros(len(column), bool)
-            rows[np.searchsorted(column.offsets, np.flatnonzero(mask), "right") - 1] = True
-            return rows
-
-        values = column.values if isinstance(column, Ragged) else np.asarray(column)
-        is_match = any_of(np.isin(values, self.codes(pa.array(operands, pa.string()))))
-        return is_match if operator in ("=", "in") else any_of(values != PADDING) & ~is_match
+        values = values_of(column)
+        is_match = rows_with(np.isin(values, self.codes(pa.array(operands, pa.string()))), column)
+        return is_match if operator in ("=", "in") else rows_with(values != PADDING, column) & ~is_match
 
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the existing values, most frequent first; None if each occurs once, as keys do."""
         if self.hash_buckets:
             return None
-        counts = np.bincount(column.values if isinstance(column, Ragged) else np.asarray(column))[FIRST_CODE:]
+        counts = np.bincount(values_of(column))[FIRST_CODE:]
         if counts.max(initial=0) < 2:
             return None
         most = np.argsort(-counts, kind="stable")[:MAX_CHOICES]
@@ -290,7 +281,7 @@ class Categorical(Feature):
 
     def column_values(self, column: Column) -> list[Any]:
         """Return the values; values out of vocabulary are UNKNOWN."""
-        codes = column.values if isinstance(column, Ragged) else np.asarray(column)
+        codes = values_of(column)
         value_of: dict[int, str | None] = {PADDING: None, OUT_OF_VOCABULARY: UNKNOWN}
         value_of |= {
             code: self.vocabulary[code - FIRST_CODE] for code in np.unique(codes[codes >= FIRST_CODE]).tolist()

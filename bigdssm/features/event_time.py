@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY, PADDING, Decoder, Feature, register
+from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY, PADDING, Decoder, Feature, SequenceFeature, register
 from bigdssm.features.columns import RowCheck, strings
 from bigdssm.features.ragged import Column
 from bigdssm.features.tokenizer import TextTokenizer
@@ -20,10 +20,9 @@ from bigdssm.utils.hashing import hash_strings
 
 
 @dataclass(frozen=True)
-class EventTime(Feature):
+class EventTime(SequenceFeature):
     """A code per event, computed from its time and that of the event before it."""
 
-    from_sequence: ClassVar[bool] = True
     canonical_type: ClassVar[pa.DataType] = pa.int64()  # codes
     missing: ClassVar[int] = PADDING  # an unknown time
 
@@ -42,18 +41,6 @@ class EventTime(Feature):
         """Raise ConfigError: not a feature of events."""
         if side != "event":
             raise ConfigError(f"{key}: got type={self.type} on side {side}, needs a feature of data.event")
-
-    def read(self, check: RowCheck) -> pa.Array:
-        """Not implemented: it is computed from the times of the sequences."""
-        raise NotImplementedError
-
-    def arrow_type(self, *, large: bool = False) -> pa.DataType:
-        """Return int64."""
-        return pa.int64()
-
-    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return the codes unchanged."""
-        return column
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
         """Return codes of the whole range."""

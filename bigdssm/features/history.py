@@ -8,11 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError
-from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Decoder, Feature, pad_lists, register
+from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING, Decoder, Feature, SequenceFeature, pad_lists, register
 from bigdssm.features.categorical import UNKNOWN, Categorical, boolean_indices, codes_of, lists_of_codes
-from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column
-from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.utils.components import bounded
 
 
@@ -25,11 +23,10 @@ def history_input(feature, values, exported):  # type: ignore[no-untyped-def]
 
 @register
 @dataclass(frozen=True)
-class History(Feature):
+class History(SequenceFeature):
     """Codes of earlier documents, in the vocabulary of one of their features, read from the sequences."""
 
     type: ClassVar[str] = "history"
-    from_sequence: ClassVar[bool] = True
     example: ClassVar[str] = '["a value"]'
     canonical_type: ClassVar[pa.DataType] = pa.list_(pa.int64())  # codes
     padding: ClassVar[int] = PADDING
@@ -52,18 +49,6 @@ class History(Feature):
     def missing(self) -> list[int]:
         """Return no items."""
         return []
-
-    def read(self, check: RowCheck) -> pa.Array:
-        """Not implemented: histories have no column."""
-        raise NotImplementedError
-
-    def arrow_type(self, *, large: bool = False) -> pa.DataType:
-        """Return a list of int64 codes."""
-        return pa.list_(pa.int64())
-
-    def encode(self, column: pa.Array, tokenizer: TextTokenizer | None, *, large: bool = False) -> pa.Array:
-        """Return the codes unchanged."""
-        return column
 
     @property
     def max_length(self) -> int:

@@ -74,6 +74,20 @@ Column = np.ndarray | Ragged
 """One column: fixed width, or ragged."""
 
 
+def values_of(column: Column) -> np.ndarray:
+    """Return the values of all rows, end to end."""
+    return column.values if isinstance(column, Ragged) else np.asarray(column)
+
+
+def rows_with(mask: np.ndarray, column: Column) -> np.ndarray:
+    """Return the mask of rows of which any value is in the mask of values, bool [R]."""
+    if not isinstance(column, Ragged):
+        return mask
+    rows = np.zeros(len(column), bool)
+    rows[np.searchsorted(column.offsets, np.flatnonzero(mask), "right") - 1] = True
+    return rows
+
+
 def concat(columns: Sequence[Column]) -> Column:
     """Concatenate columns of one kind."""
     if len(columns) == 1:

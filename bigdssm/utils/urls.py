@@ -58,7 +58,7 @@ def fetch(url: str, offset: int | None, size: int | None, is_valid: Callable[[by
     content = b""
     end = None if offset is None or size is None else offset + size
     for _ in range(MISMATCHES):
-        content = _retried(url, lambda: _request_all(url, offset, end))
+        content = _retried(url, lambda: _request(url, offset, end))
         if size is not None and len(content) > size:
             raise DataError(
                 f"{redacted(url)}: the server ignores byte ranges; use one that does not, or copy the dataset"
@@ -106,22 +106,19 @@ def _status(error: BaseException) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _request_all(url: str, start: int | None, end: int | None) -> bytes:
+def _request(url: str, start: int | None, end: int | None) -> bytes:
     """Read a complete range, shorter only at the end of the file. Raises OSError: a proxy returned less."""
-    content = _request(url, start, end)
+    limit = TIMEOUT_S + ((end or CHUNK_BYTES) - (start or 0)) / SLOWEST_BYTES_PER_S
+    try:
+        content = bytes(_call(url, "cat_file", limit, start=start, end=end))
+    except Exception as error:
+        if start is not None and _status(error) == 416:  # the range starts after the end of the file
+            content = b""
+        else:
+            raise
     if start is not None and end is not None and (reached := start + len(content)) < end and reached < _size(url):
         raise OSError(f"received {len(content)} of {end - start} bytes at {start}")
     return content
-
-
-def _request(url: str, start: int | None, end: int | None) -> bytes:
-    limit = TIMEOUT_S + ((end or CHUNK_BYTES) - (start or 0)) / SLOWEST_BYTES_PER_S
-    try:
-        return bytes(_call(url, "cat_file", limit, start=start, end=end))
-    except Exception as error:
-        if start is not None and _status(error) == 416:  # the range starts after the end of the file
-            return b""
-        raise
 
 
 def size_of(url: str) -> int:
@@ -134,24 +131,25 @@ def version_of(url: str) -> str:
 
     Raises FileNotFoundError or DataError.
     """
-    info = _retried(url, lambda: _info(url))
+    info = _retried(url, lambda: _call(url, "info"))
     return " ".join(str(info[key]) for key in ("size", *VERSION_KEYS) if info.get(key) is not None)
 
 
 def is_folder(url: str) -> bool:
     """Return True for a folder, False for a file. Raises FileNotFoundError or DataError."""
-    return bool(_retried(url, lambda: _info(url))["type"] == "directory")
+    return bool(_retried(url, lambda: _call(url, "info"))["type"] == "directory")
 
 
 def list_names(url: str) -> list[str]:
     """Return the sorted names of a folder's entries. Raises FileNotFoundError or DataError."""
-    return _retried(url, lambda: _names(url))
+    names = _retried(url, lambda: _call(url, "ls", detail=False))
+    return sorted({str(name).rstrip("/").rpartition("/")[2] for name in names})
 
 
 def exists(url: str) -> bool:
     """Return whether a file exists. Raises DataError: the server refuses the request."""
     try:
-        _retried(url, lambda: _info(url))
+        _retried(url, lambda: _call(url, "info"))
     except FileNotFoundError:
         return False
     return True
@@ -178,18 +176,10 @@ def upload_folder(folder: Path, url: str, last: str) -> None:
 
 
 def _size(url: str) -> int:
-    size = _info(url)["size"]
+    size = _call(url, "info")["size"]
     if size is None:
         raise DataError(f"{redacted(url)}: the server does not report the file's size; use one that does")
     return int(size)
-
-
-def _info(url: str) -> dict[str, Any]:
-    return dict(_call(url, "info"))
-
-
-def _names(url: str) -> list[str]:
-    return sorted({str(name).rstrip("/").rpartition("/")[2] for name in _call(url, "ls", detail=False)})
 
 
 def _call(url: str, method: str, timeout_s: float = TIMEOUT_S, **options: Any) -> Any:
