@@ -21,31 +21,36 @@ from bigdssm.features.base import filterable
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.conditions import check_features, parse_filter
 from bigdssm.features.history import histories_of
-from bigdssm.utils.components import components_of, require
+from bigdssm.utils.components import components_of, require, require_all
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for the first invalid value or conflict in `config`."""
     data, model, engine = config.data, config.model, config.engine
-    for key, value in (("run.dir", config.run.dir), ("data.dir", data.dir)):
-        require(bool(value.strip()), key, repr(value), "a folder")
-    require(bool(data.query), "data.query", "no features", "at least one feature")
-    require(bool(data.doc), "data.doc", "no features", "at least one feature")
-    if data.mixture:
-        require(data.webdataset is None, "data.webdataset", data.webdataset, "no mixture")
-        require(
-            data.from_partition is None, "data.from_partition", data.from_partition,
+    partition, plain, histories = data.from_partition, data.webdataset, histories_of(data.query)
+    require_all(
+        (bool(config.run.dir.strip()), "run.dir", repr(config.run.dir), "a folder"),
+        (bool(data.dir.strip()), "data.dir", repr(data.dir), "a folder"),
+        (bool(data.query), "data.query", "no features", "at least one feature"),
+        (bool(data.doc), "data.doc", "no features", "at least one feature"),
+        (not data.mixture or plain is None, "data.webdataset", plain, "no mixture"),
+        (
+            not data.mixture or partition is None, "data.from_partition", partition,
             "no mixture; set the partitions in the mixture",
-        )  # fmt: skip
+        ),
+    )  # fmt: skip
     if data.siamese:
         _check_siamese(data, model)
-    for key, is_set in (
-        ("engine.offload_optimizer=true", engine.offload_optimizer),
-        ("engine.precision=bf16_pure", engine.precision == "bf16_pure"),
-    ):
-        require(engine.zero_stage > 0 or not is_set, "engine.zero_stage", 0, f"1, 2 or 3 with {key}")
-    # ZeRO stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
-    require(engine.zero_stage < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3")
+    zero, pure = engine.zero_stage, engine.precision == "bf16_pure"
+    require_all(
+        (
+            zero > 0 or not engine.offload_optimizer, "engine.zero_stage", 0,
+            "1, 2 or 3 with engine.offload_optimizer=true",
+        ),
+        (zero > 0 or not pure, "engine.zero_stage", 0, "1, 2 or 3 with engine.precision=bf16_pure"),
+        # ZeRO stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
+        (zero < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3"),
+    )  # fmt: skip
     for key, part in components_of(config):
         part.check(key)
     if model.share_text and all(texts_of(side) for side in (data.query, data.doc)):
@@ -68,19 +73,22 @@ def check_config(config: Config) -> None:
         got, needed = feature.type + " with hash_buckets" * (name in hashed), "categorical without them, or numeric"
         require(name in filterable(data.filter).keys() - hashed, f"data.filter.{name}", got, needed)
         require(name not in data.doc, f"data.filter.{name}", "the name of a feature of data.doc", "another name")
-    for key, is_set in (("data.siamese=true", data.siamese), ("data.webdataset", data.webdataset is not None)):
-        require(not (data.filter and is_set), "data.filter", list(data.filter), f"none with {key}")
     times = [f"data.event.{name}" for name, feature in data.event.items() if isinstance(feature, Timestamp)]
-    require(len(times) <= 1, "data.event", f"{len(times)} features of type timestamp, {', '.join(times)}", "one")
-    by_time, needed = model.query.history.times, "a feature of data.event of type timestamp"
-    require(by_time == "none" or bool(times), "model.query.history.times", by_time, needed)
-    unknown = sorted(set(data.request) - set(data.event))
-    require(not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}")
-    require(not data.request or "request" not in data.query, "data.query", "a feature named request", "another name")
-    require(bool(data.request) or data.ties == "exclude", "data.ties", data.ties, "exclude without data.request")
-    needed = f"a condition, or a mapping of {', '.join(SPLITS)} to conditions"
-    is_valid = data.targets is None or isinstance(data.targets, dict)
-    require(is_valid and set(data.targets or {}) <= set(SPLITS), "data.targets", data.targets, needed)
+    by_time, unknown = model.query.history.times, sorted(set(data.request) - set(data.event))
+    has_splits = data.targets is None or (isinstance(data.targets, dict) and set(data.targets) <= set(SPLITS))
+    require_all(
+        (not (data.filter and data.siamese), "data.filter", list(data.filter), "none with data.siamese=true"),
+        (not data.filter or plain is None, "data.filter", list(data.filter), "none with data.webdataset"),
+        (len(times) <= 1, "data.event", f"{len(times)} features of type timestamp, {', '.join(times)}", "one"),
+        (
+            by_time == "none" or bool(times), "model.query.history.times", by_time,
+            "a feature of data.event of type timestamp",
+        ),
+        (not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}"),
+        (not data.request or "request" not in data.query, "data.query", "a feature named request", "another name"),
+        (bool(data.request) or data.ties == "exclude", "data.ties", data.ties, "exclude without data.request"),
+        (has_splits, "data.targets", data.targets, f"a condition, or a mapping of {', '.join(SPLITS)} to conditions"),
+    )  # fmt: skip
     conditions = {f"data.targets.{split}": text for split, text in (data.targets or {}).items()}
     if not isinstance(data.exclude_seen, bool):
         conditions["data.exclude_seen"] = data.exclude_seen
@@ -91,25 +99,28 @@ def check_config(config: Config) -> None:
     visit, sessions = data.visit, [name for name, feature in data.event.items() if not feature.is_input]
     if visit.is_set:
         given = {key: value for key, value in vars(visit).items() if value is not None}
-        require(len(given) == 1, "data.visit", given, "feature or gap_s, not both")
-        of_session = visit.feature is None or visit.feature in sessions
-        needed = f"a feature of data.event of type session, of {sessions}"
-        require(of_session, "data.visit.feature", visit.feature, needed)
-        require(bool(histories_of(data.query)), "data.visit", given, "a query feature of type history")
-        require(data.webdataset is None, "data.visit", given, "none with data.webdataset")
+        require_all(
+            (len(given) == 1, "data.visit", given, "feature or gap_s, not both"),
+            (
+                visit.feature is None or visit.feature in sessions, "data.visit.feature", visit.feature,
+                f"a feature of data.event of type session, of {sessions}",
+            ),
+            (bool(histories), "data.visit", given, "a query feature of type history"),
+            (plain is None, "data.visit", given, "none with data.webdataset"),
+        )  # fmt: skip
     wrong = sorted(set(data.request) & set(sessions))
     require(not wrong, "data.request", ", ".join(wrong), "features that are inputs of a model, not sessions")
     if data.event:
         needed = "a query feature of type history, which reads the events"
-        require(bool(histories_of(data.query)), "data.event", list(data.event), needed)
-        require(data.webdataset is None, "data.event", list(data.event), "none with data.webdataset")
+        require(bool(histories), "data.event", list(data.event), needed)
+        require(plain is None, "data.event", list(data.event), "none with data.webdataset")
         for name, feature in data.event.items():
             require(
                 pa.types.is_primitive(feature.arrow_type()), f"data.event.{name}", f"type {feature.type} with a list",
                 "one value per event: categorical without multi, numeric, elapsed or calendar",
             )  # fmt: skip
     if model.query.history.items != "id":
-        ids = {feature.of for feature in histories_of(data.query).values()}
+        ids = {feature.of for feature in histories.values()}
         require(
             bool(ids) and set(data.doc) > ids, "model.query.history.items", model.query.history.items,
             "id without a history, and another feature of data.doc, which is an item's content",
@@ -159,30 +170,23 @@ def _check_siamese(data: DataConfig, model: ModelConfig) -> None:
         for side in (data.query, data.doc)
     ]  # fmt: skip
     siamese = "with data.siamese=true:"
-    for key, got, is_allowed, needed in (
+    require_all(
         (
-            "data.query",
-            list(data.query),
-            declared[0] == declared[1],
+            declared[0] == declared[1], "data.query", list(data.query),
             f"the same features as data.doc (columns may differ) {siamese} one tower encodes both",
         ),
-        ("data.title", data.title, data.title is None, f"null {siamese} documents are displayed by id"),
+        (data.title is None, "data.title", data.title, f"null {siamese} documents are displayed by id"),
         (
-            "data.exclude_seen",
-            data.exclude_seen,
-            data.exclude_seen is True,
+            data.exclude_seen is True, "data.exclude_seen", data.exclude_seen,
             f"true {siamese} a query is never its own result",
         ),
-        ("data.webdataset", data.webdataset, data.webdataset is None, f"null {siamese} documents need a catalogue"),
+        (data.webdataset is None, "data.webdataset", data.webdataset, f"null {siamese} documents need a catalogue"),
         (
-            "model.query",
-            "another tower",
-            model.query in (TowerConfig(), model.doc),
+            model.query in (TowerConfig(), model.doc), "model.query", "another tower",
             f"none {siamese} model.doc is used for both",
         ),
-        ("model.share_text", True, not model.share_text, f"false {siamese} the whole tower is shared"),
-    ):
-        require(is_allowed, key, got, needed)
+        (not model.share_text, "model.share_text", True, f"false {siamese} the whole tower is shared"),
+    )  # fmt: skip
 
 
 def _check_stage(name: StageName, config: Config) -> None:
@@ -193,29 +197,28 @@ def _check_stage(name: StageName, config: Config) -> None:
         below, above = rows // lanes * lanes, (rows // lanes + 1) * lanes
         fix = f"use {below} or {above}" if below else f"use {above}"
         raise ConfigError(f"{name}.rows_global={rows} must be divisible by data.lanes={lanes}; {fix}")
-    require(stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0")
-    require(stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null")
-
-    # Document vectors of another model.
-    documents, model = stage.documents, config.model
+    documents, model, loss, key = stage.documents, config.model, stage.loss, f"{name}.loss"
+    vectors, widths = f"model={documents.model}, vectors={documents.vectors}", loss.widths or ()
     both = (documents.model is None) == (documents.vectors is None)
-    require(both, f"{name}.documents", f"model={documents.model}, vectors={documents.vectors}", "both, or neither")
-    if documents.model is not None:
-        for key, got, is_allowed, needed in (
-            ("data.siamese", data.siamese, not data.siamese, "false"),
-            ("data.webdataset", data.webdataset, data.webdataset is None, "null"),
-            ("model.share_text", model.share_text, not model.share_text, "false"),
-            (f"{name}.scorer", stage.scorer, stage.scorer is None, "null"),
-        ):
-            require(is_allowed, key, got, f"{needed} with {name}.documents.model, whose document tower is not trained")
-
-    loss, key, widths = stage.loss, f"{name}.loss", stage.loss.widths or ()
+    fixed = f"with {name}.documents.model, whose document tower is not trained"
+    is_trained = documents.model is None
     fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
-    require(fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim")
-    if model.score == "cosine":
-        require(loss.norm_penalty == 0, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1")
-    if not loss.relative and stage.scorer is None:
-        require(model.beta == "scalar", "model.beta", model.beta, f"scalar if {key}.name is {loss.name}")
+    has_norms = loss.norm_penalty == 0 or model.score != "cosine"
+    require_all(
+        (stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0"),
+        (stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null"),
+        (both, f"{name}.documents", vectors, "both, or neither"),
+        (is_trained or not data.siamese, "data.siamese", data.siamese, f"false {fixed}"),
+        (is_trained or data.webdataset is None, "data.webdataset", data.webdataset, f"null {fixed}"),
+        (is_trained or not model.share_text, "model.share_text", model.share_text, f"false {fixed}"),
+        (is_trained or stage.scorer is None, f"{name}.scorer", stage.scorer, f"null {fixed}"),
+        (fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim"),
+        (has_norms, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1"),
+        (
+            loss.relative or stage.scorer is not None or model.beta == "scalar", "model.beta", model.beta,
+            f"scalar if {key}.name is {loss.name}",
+        ),
+    )  # fmt: skip
 
     _check_negatives(name, stage, config)
     for component in (stage.loss, stage.sampling, stage.distillation, stage.scorer):
@@ -241,61 +244,70 @@ def _check_tables(config: Config) -> None:
                 f"at most {np.iinfo(np.int32).max - FIRST_CODE:,} with a replicated table; shard it by "
                 f"model.tables.rows=[{side}.{name}]",
             )  # fmt: skip
-    require(
-        tables.hashes == 1 or tables.hash_rows > 0, "model.tables.hash_rows", 0, f"above 0 with hashes={tables.hashes}"
-    )
     hashed = any(feature.hash_buckets for features in sides.values() for feature in categorical_of(features).values())
-    require(
-        hashed or not tables.hash_rows, "model.tables.hash_rows", tables.hash_rows,
-        "0 without a categorical feature with hash_buckets, whose ids share the rows",
-    )  # fmt: skip
     cached, memory = config.engine.table_cache_rows, config.engine.table_memory
-    require(
-        not cached or memory != "device", "engine.table_memory", memory, f"host or file with table_cache_rows={cached}"
-    )
     both = sorted(set(tables.rows) & set(tables.replicated))
-    require(not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated")
+    require_all(
+        (
+            tables.hashes == 1 or tables.hash_rows > 0, "model.tables.hash_rows", 0,
+            f"above 0 with hashes={tables.hashes}",
+        ),
+        (
+            hashed or not tables.hash_rows, "model.tables.hash_rows", tables.hash_rows,
+            "0 without a categorical feature with hash_buckets, whose ids share the rows",
+        ),
+        (
+            not cached or memory != "device", "engine.table_memory", memory,
+            f"host or file with table_cache_rows={cached}",
+        ),
+        (not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated"),
+    )  # fmt: skip
 
 
 def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> None:
     loss, negatives, mining, data = stage.loss, stage.negatives, stage.negatives.mining, config.data
     key, over_all = f"{name}.negatives", loss.all_columns
-    require(negatives.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch")
     has_negatives = negatives.in_batch or negatives.hard > 0
-    require(has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false")
-    for kind, drawn in (("uniform", negatives.uniform), ("popular", negatives.popular)):
-        require(over_all or not drawn, f"{key}.{kind}", drawn, f"0: {loss.name} does not support {kind} negatives")
     needs_seen = negatives.mask == "user" or (negatives.mask == "past" and not data.visit.is_set)
-    require(
-        bool(data.exclude_seen) or not needs_seen, f"{key}.mask", negatives.mask,
-        "none or batch with data.exclude_seen=false: a user's earlier items may be negatives",
+    unsupported = f"0: {loss.name} does not support"
+    require_all(
+        (negatives.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch"),
+        (has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false"),
+        (over_all or not negatives.uniform, f"{key}.uniform", negatives.uniform, f"{unsupported} uniform negatives"),
+        (over_all or not negatives.popular, f"{key}.popular", negatives.popular, f"{unsupported} popular negatives"),
+        (
+            bool(data.exclude_seen) or not needs_seen, f"{key}.mask", negatives.mask,
+            "none or batch with data.exclude_seen=false: a user's earlier items may be negatives",
+        ),
+        (mining.first < mining.last, f"{key}.mining", f"[{mining.first}, {mining.last})", "first < last"),
     )  # fmt: skip
-    require(mining.first < mining.last, f"{key}.mining", f"[{mining.first}, {mining.last})", "first < last")
+    every = mining.every_steps
     if mining.uniform:
         setting = f"with {key}.mining.uniform=true"
-        require(negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {setting}")
-        require(mining.file is None, f"{key}.mining.file", mining.file, f"none {setting}")
-        require(mining.every_steps == 0, f"{key}.mining.every_steps", mining.every_steps, f"0 {setting}")
+        require_all(
+            (negatives.hard > 0, f"{key}.hard", negatives.hard, f"at least 1 {setting}"),
+            (mining.file is None, f"{key}.mining.file", mining.file, f"none {setting}"),
+            (every == 0, f"{key}.mining.every_steps", every, f"0 {setting}"),
+        )
     if mining.file is None:
-        window = mining.last - mining.first
+        window, margin = mining.last - mining.first, mining.teacher_margin
         is_allowed = mining.uniform or negatives.hard <= window
         require(is_allowed, f"{key}.hard", negatives.hard, f"at most {window}, the size of the mining window")
-        margin = mining.teacher_margin
         require(margin is None, f"{key}.mining.teacher_margin", margin, f"{key}.mining.file, with a teacher's scores")
     else:
         require(
             data.from_partition is None and not data.mixture, f"{key}.mining.file", mining.file,
             "no data.from_partition or data.mixture, which change the row numbers",
         )  # fmt: skip
-        every = mining.every_steps
         require(every == 0, f"{key}.mining.every_steps", every, f"0 with {key}.mining.file, which replaces mining")
-    every = negatives.refresh_every_steps
-    for where, got, needed in (
-        (f"{key}.columns", negatives.columns, "catalogue"),
-        ("data.doc", "no text" if not any(f.type == "text" for f in data.doc.values()) else "a text", "a text"),
-        (f"{name}.documents.model", stage.documents.model or "none", "none"),
-    ):
-        require(not every or got == needed, where, got, f"{needed} with {key}.refresh_every_steps={every}")
+    if negatives.refresh_every_steps:
+        refreshed = f"with {key}.refresh_every_steps={negatives.refresh_every_steps}"
+        has_text, fixed = any(f.type == "text" for f in data.doc.values()), stage.documents.model
+        require_all(
+            (negatives.columns == "catalogue", f"{key}.columns", negatives.columns, f"catalogue {refreshed}"),
+            (has_text, "data.doc", "no text", f"a text {refreshed}"),
+            (fixed is None, f"{name}.documents.model", fixed, f"none {refreshed}"),
+        )
     if negatives.columns == "catalogue":
         _check_catalogue_columns(name, stage, config)
 

@@ -69,6 +69,12 @@ def require(holds: bool, key: str, got: object, needed: str) -> None:
         raise ConfigError(f"{key}: got {got}, needs {needed}")
 
 
+def require_all(*rules: tuple[bool, str, object, str]) -> None:
+    """Raise ConfigError for the first rule that does not hold; rules are arguments of `require`."""
+    for rule in rules:
+        require(*rule)
+
+
 MISSING = "???"  # omegaconf's mark of a key without a default
 REGISTRY = "registry"  # metadata key of a field that is a component
 EACH = "each"  # metadata key of a field that is a dict of components
