@@ -507,7 +507,7 @@ BUGS = [
         "return inner", "return inner.parts[0] if isinstance(inner, Or) else inner",
         f"{UNIT}/retrieval/test_filters.py::test_or_binds_weaker_than_and"),
     Bug("filters", "missing_values_match_unequal", "features.categorical:Categorical.matches",
-        "any_of(values != PADDING) & ~is_match", "~is_match",
+        "rows_with(values != PADDING, column) & ~is_match", "~is_match",
         f"{UNIT}/retrieval/test_filters.py::test_random_filters_match_their_definition"),
     Bug("filters", "missing_numbers_match_unequal", "features.numeric:Numeric.matches",
         " & ~np.isnan(numbers)", "",
