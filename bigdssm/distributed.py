@@ -171,41 +171,21 @@ def is_peer_failure(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-@dataclass
-class PaddedRows:
-    """The rows of all ranks in one buffer [world_size · longest, …]; rank k's rows start at k · longest.
+def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None) -> Tensor:
+    """Return the rows [n_k ≤ longest, …] of all ranks as [world_size · longest, …].
 
-    Call `wait` before reading the buffer: the gather may still be in progress.
-    """
-
-    buffer: Tensor
-    longest: int
-    work: Any = None
-
-    def wait(self) -> Tensor:
-        """Wait for the gather and return the buffer."""
-        if self.work is not None:
-            with timing.span("communication"):
-                self.work.wait()
-            self.work = None
-        return self.buffer
-
-
-def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None, async_op: bool = False) -> PaddedRows:
-    """Gather the rows [n_k ≤ longest, …] of all ranks in one collective; padding rows are zero.
-
-    With `async_op` the collective runs in the background.
+    Rank k's rows start at k · longest; padding rows are zero.
     """
     if world_size(group) == 1:
-        return PaddedRows(rows, longest)
+        return rows
     local = rows.detach()
     if rows.shape[0] < longest or not rows.is_contiguous():
         local = rows.new_zeros((longest, *rows.shape[1:]))
         local[: rows.shape[0]] = rows
     buffer = local.new_empty((world_size(group) * longest, *rows.shape[1:]))
     with timing.span("communication"):
-        work = dist.all_gather_into_tensor(buffer, local, group=group, async_op=async_op)
-    return PaddedRows(buffer, longest, work if async_op else None)
+        dist.all_gather_into_tensor(buffer, local, group=group)
+    return buffer
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = None) -> Tensor:
@@ -213,61 +193,55 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: Group | None = N
     if world_size(group) == 1:
         return rows
     longest = max(counts)
-    buffer = all_gather_padded(rows, longest, group).wait()
+    buffer = all_gather_padded(rows, longest, group)
     return torch.cat([buffer[k * longest : k * longest + count] for k, count in enumerate(counts)])
 
 
 @dataclass
 class PackedRows:
-    """The rows of several tensors of all ranks in one byte buffer; rank k's rows start at k · longest."""
+    """The rows of several tensors of all ranks; call `wait` before they are read: the gather may be in progress."""
 
-    gathered: PaddedRows
-    columns: list[tuple[int, tuple[int, ...], torch.dtype]]  # byte offset in a row, row shape and dtype per tensor
-
-    def wait(self) -> list[Tensor]:
-        """Wait for the gather and return one view [world_size · longest, …] of the buffer per tensor."""
-        return self.views(self.gathered.wait())
-
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """Return one view of a byte buffer per tensor."""
-        views = []
-        for offset, shape, dtype in self.columns:
-            column = buffer[:, offset : offset + math.prod(shape) * dtype.itemsize]
-            views.append(column.view(dtype).view(buffer.shape[0], *shape))
-        return views
-
-
-@dataclass
-class LocalRows:
-    """The counterpart of PackedRows for world size 1."""
-
-    values: list[Tensor]
+    values: list[Tensor]  # [world_size · longest, …]; rank k's rows start at k · longest
+    work: Any = None
 
     def wait(self) -> list[Tensor]:
-        """Return the tensors."""
+        """Wait for the gather and return the tensors."""
+        if self.work is not None:
+            with timing.span("communication"):
+                self.work.wait()
         return self.values
 
 
-def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows | LocalRows:
+def all_gather_packed(values: Sequence[Tensor], longest: int, group: Group | None = None) -> PackedRows:
     """Gather the rows [n_k ≤ longest, …] of several tensors of any dtypes in one asynchronous collective.
 
     The values of a row are adjacent, in order of decreasing alignment (16 bytes if a value is wider than 8 bytes, else
     its element size): matrix products on CPU and GPU accept the resulting views without a copy. Padding rows are zero.
     """
     if world_size(group) == 1:
-        return LocalRows(list(values))
+        return PackedRows(list(values))
     sizes = [value.element_size() * math.prod(value.shape[1:]) for value in values]
     multiples = [16 if size > 8 else value.element_size() for size, value in zip(sizes, values, strict=True)]
     offsets, width = [0] * len(values), 0
     for k in sorted(range(len(values)), key=lambda k: -multiples[k]):
         offsets[k] = _round_up(width, multiples[k])
         width = offsets[k] + sizes[k]
-    columns = [(offset, tuple(value.shape[1:]), value.dtype) for offset, value in zip(offsets, values, strict=True)]
+
+    def views(rows: Tensor) -> list[Tensor]:
+        """Return one view of packed rows per tensor."""
+        columns = [rows[:, offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+        return [
+            column.view(value.dtype).view(len(rows), *value.shape[1:])
+            for column, value in zip(columns, values, strict=True)
+        ]
+
     local = torch.zeros((longest, _round_up(width, 16)), dtype=torch.uint8, device=values[0].device)
-    packed = PackedRows(PaddedRows(local, longest), columns)
-    for value, view in zip(values, packed.views(local), strict=True):
+    for value, view in zip(values, views(local), strict=True):
         view[: value.shape[0]] = value
-    return PackedRows(all_gather_padded(local, longest, group, async_op=True), columns)
+    buffer = local.new_empty((world_size(group) * longest, local.shape[1]))
+    with timing.span("communication"):
+        work = dist.all_gather_into_tensor(buffer, local, group=group, async_op=True)
+    return PackedRows(views(buffer), work)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -157,28 +157,12 @@ def rank_file(rank: int) -> str:
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
+class LoadedCheckpoint(Checkpoint):
     """A verified checkpoint, with the blocks and the local state that this rank has read."""
 
-    checkpoint: Checkpoint
     blocks: tuple[VerifiedRange, ...]
     rank_state: dict[str, Tensor] | None  # None if the checkpoint is of another world size
     collective: bool  # every rank has read a different part; otherwise this rank has read everything
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return self.checkpoint.path
-
-    @property
-    def step(self) -> int:
-        """The number of steps before it was written."""
-        return self.checkpoint.step
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The state that is equal on every rank."""
-        return self.checkpoint.state
 
     def reader(self) -> "TensorReader":
         """Return a reader of single tensors by name."""
@@ -190,19 +174,19 @@ class LoadedCheckpoint:
         All ranks must call it.
         """
         read = self.reader()
-        return {name.removeprefix(COMMON): read(name) for name in self.checkpoint.tensors if name.startswith(COMMON)}
+        return {name.removeprefix(COMMON): read(name) for name in self.tensors if name.startswith(COMMON)}
 
 
 class TensorReader:
     """Assembles whole tensors from the blocks that the ranks have read; calls are collectives if `collective`."""
 
     def __init__(self, read: LoadedCheckpoint) -> None:
-        self._specs, self._collective = read.checkpoint.tensors, read.collective
+        self._specs, self._collective = read.tensors, read.collective
         self._blocks: dict[str, list[VerifiedRange]] = {}
         self._locations: dict[str, list[tuple[str, TensorLocation]]] = {}
         for block in read.blocks:
             self._blocks.setdefault(block.file, []).append(block)
-        for share in read.checkpoint.tensor_shares():
+        for share in read.tensor_shares():
             for location in share.locations:
                 self._locations.setdefault(location.name, []).append((share.file, location))
 
@@ -273,7 +257,7 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
                 rank_state = load(block.content.numpy().tobytes())
             except SafetensorError as error:
                 raise CheckpointError(f"checkpoint file {path / share.file} is damaged: {error}") from None
-    return LoadedCheckpoint(checkpoint, blocks, rank_state, collective=True)
+    return LoadedCheckpoint(**vars(checkpoint), blocks=blocks, rank_state=rank_state, collective=True)
 
 
 def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
@@ -292,7 +276,7 @@ def open_tensors(path: Path) -> TensorReader:
         VerifiedRange(share.file, 0, torch.from_file(str(path / share.file), size=share.size, dtype=torch.uint8))
         for share in checkpoint.tensor_shares()
     )
-    return TensorReader(LoadedCheckpoint(checkpoint, blocks, None, collective=False))
+    return TensorReader(LoadedCheckpoint(**vars(checkpoint), blocks=blocks, rank_state=None, collective=False))
 
 
 def find_checkpoint(stage_dir: Path, which: str) -> Path:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import xxhash
@@ -119,19 +118,31 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
     """
     pieces = sorted(pieces, key=lambda piece: -piece.values.element_size())  # keeps all of them aligned
     header, offsets = safetensors_header([(piece.name, piece.values.dtype, piece.values.numel()) for piece in pieces])
+    contents = [memoryview(header)]
+    for piece in pieces:
+        if len(piece.values):  # the strides of an empty tensor may not allow a view
+            contents.append(piece.values.contiguous().view(torch.uint8).numpy().data)
+    # one checksum of every BLOCK bytes of the file, whatever the pieces
+    checksums, digest, filled = [], xxhash.xxh3_128(), 0
     with path.open("wb") as file:
-        checksummed = _Checksummed(file)
-        checksummed.write(memoryview(header))
-        for piece in pieces:
-            if len(piece.values):  # the strides of an empty tensor may not allow a view
-                checksummed.write(piece.values.contiguous().view(torch.uint8).numpy().data)
+        for content in contents:
+            while content:
+                part, content = content[: BLOCK - filled], content[BLOCK - filled :]
+                file.write(part)
+                digest.update(part)
+                filled += len(part)
+                if filled == BLOCK:
+                    checksums.append(digest.hexdigest())
+                    digest, filled = xxhash.xxh3_128(), 0
+        if filled:
+            checksums.append(digest.hexdigest())
         file.flush()
         os.fsync(file.fileno())
     locations = [
         TensorLocation(piece.name, piece.first, piece.values.numel(), begin)
         for piece, begin in zip(pieces, offsets, strict=False)
     ]
-    share = FileShare(owner, path.name, (0, offsets[-1]), BLOCK, tuple(checksummed.checksums()), tuple(locations))
+    share = FileShare(owner, path.name, (0, offsets[-1]), BLOCK, tuple(checksums), tuple(locations))
     return share, {piece.name: TensorSpec(DTYPE_NAMES[piece.values.dtype], piece.shape) for piece in pieces}
 
 
@@ -163,29 +174,3 @@ def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> Verifi
                     f"checkpoint file {path} is damaged: a block is truncated or does not match its checksum"
                 )
     return VerifiedRange(share.file, begin, content)
-
-
-class _Checksummed:
-    """A file writer that computes the checksum of every BLOCK bytes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._filled = file, xxhash.xxh3_128(), 0
-        self._checksums: list[str] = []
-
-    def write(self, content: memoryview) -> None:
-        while content:
-            part, content = content[: BLOCK - self._filled], content[BLOCK - self._filled :]
-            self._file.write(part)
-            self._digest.update(part)
-            self._filled += len(part)
-            if self._filled == BLOCK:
-                self._end_block()
-
-    def checksums(self) -> list[str]:
-        if self._filled:
-            self._end_block()
-        return self._checksums
-
-    def _end_block(self) -> None:
-        self._checksums.append(self._digest.hexdigest())
-        self._digest, self._filled = xxhash.xxh3_128(), 0

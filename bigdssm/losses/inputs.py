@@ -66,7 +66,7 @@ def exchange(
                 cell.copy_(value.reshape(1))
             elif float(value):
                 cell.fill_(float(value))
-    table = distributed.all_gather_padded(header[None], 1, group).wait()
+    table = distributed.all_gather_padded(header[None], 1, group)
     rows = table.tolist()
     of_ranks = [dict(zip(numbers, row[2:], strict=True)) for row in rows]
     if not all(row[0] and find_fault(rank) is None for row, rank in zip(rows, of_ranks, strict=True)):

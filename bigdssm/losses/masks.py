@@ -45,7 +45,7 @@ def local_pairs(query_ids: Tensor, doc_m: Tensor, weight_m: Tensor, known: Tenso
 def gather_pairs(pairs: Tensor, counts: Sequence[int], group: Group | None) -> Tensor:
     """Gather the pairs of all ranks, counts[k] of rank k, [world_size, pairs, 2]; a collective."""
     longest = max(counts)
-    return distributed.all_gather_padded(pairs[:longest], longest, group).wait().view(len(counts), longest, 2)
+    return distributed.all_gather_padded(pairs[:longest], longest, group).view(len(counts), longest, 2)
 
 
 @dataclass

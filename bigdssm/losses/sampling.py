@@ -120,7 +120,7 @@ class StreamingFrequency:
     def update(self, doc_ids: Tensor, counts: Tensor | None = None, group: Group | None = None) -> None:
         """Add this rank's document ids int64 [n] of the next step, with their counts [n]; a collective."""
         counts = torch.ones_like(doc_ids) if counts is None else counts.to(torch.int64)
-        lengths = distributed.all_gather_padded(doc_ids.new_full((1,), doc_ids.shape[0]), 1, group).wait().tolist()
+        lengths = distributed.all_gather_padded(doc_ids.new_full((1,), doc_ids.shape[0]), 1, group).tolist()
         rows = distributed.all_gather_rows(torch.stack([doc_ids, counts], 1), lengths, group)
         last_seen, gap, all_counts, sums = self._flat(rows.device)
         self.step += 1

@@ -125,13 +125,13 @@ def rounds(
             part = np.arange(min(first, len(chunk_rows)), min(first + most, len(chunk_rows)))
             rows, queries = chunk_rows.take(part), chunk_queries[first : first + most]
             longest = max(_of_all_ranks(len(rows), device))
-            target = distributed.all_gather_padded(as_tensor(rows.doc_rows).to(device), longest).wait()
+            target = distributed.all_gather_padded(as_tensor(rows.doc_rows).to(device), longest)
 
             # The pairs that this rank knows to exclude, as (query of the round, catalogue row).
             query, docs = excluded(rows)
             local_pairs = [np.stack([query + distributed.rank() * longest, docs], 1)]
             if known is not None:
-                ids = distributed.all_gather_padded(as_tensor(rows.query_ids).to(device), longest).wait()
+                ids = distributed.all_gather_padded(as_tensor(rows.query_ids).to(device), longest)
                 local_pairs.append(np.stack(known(ids.cpu().numpy()), 1))
             pairs = as_tensor(np.concatenate(local_pairs).astype(np.int32)).to(device)
 
@@ -144,10 +144,10 @@ def rounds(
                 held.append(_local_positions(documents, gathered[:, 0], gathered[:, 1]))
             of_round = None
             if times is not None:
-                of_round = distributed.all_gather_padded(as_tensor(times(rows)).to(device), longest).wait()
+                of_round = distributed.all_gather_padded(as_tensor(times(rows)).to(device), longest)
             excluded_rows, positions = (torch.cat(side) for side in zip(*held, strict=True))
             local = ExcludedDocuments.of(excluded_rows, positions, of_round)
-            yield SearchRound(rows, distributed.all_gather_padded(queries, longest).wait(), target, local)
+            yield SearchRound(rows, distributed.all_gather_padded(queries, longest), target, local)
 
 
 def excluded_documents(dataset: Dataset, exclude_seen: bool | str) -> Callable[[Rows], Pairs]:

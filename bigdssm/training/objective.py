@@ -75,10 +75,8 @@ class Objective:
         self._streaming = None
         if self._sampling is not None and self._sampling.frequency == "streaming":
             self._streaming = StreamingFrequency(self._sampling.frequency_buckets)
-
-        self._position_bias = None
-        if self._loss.position_bias:
-            self._position_bias = PositionBias(self._loss.position_bias, self._loss.position_bias_lr, device)
+        positions = self._loss.position_bias
+        self._position_bias = PositionBias(positions, self._loss.position_bias_lr, device) if positions else None
 
     def __call__(self, encoded: Encoded, batch: Batch) -> LossOutput:
         """Compute the loss of this rank's vectors; a collective.
@@ -243,8 +241,9 @@ class PositionBias:
     STATE = "position_bias"  # in a checkpoint: the biases and both moments, and the number of updates
 
     def __init__(self, positions: int, lr: float, device: torch.device | None) -> None:
-        self._state = torch.zeros(3, positions, dtype=torch.float64, device=device)
-        self._values, self._lr, self._updates = self._state[0].clone().requires_grad_(), lr, 0
+        self._values = torch.zeros(positions, dtype=torch.float64, device=device, requires_grad=True)
+        self._moments = torch.zeros(2, positions, dtype=torch.float64, device=device)
+        self._lr, self._updates = lr, 0
 
     def __call__(self, shown: Tensor | None) -> Tensor:
         """Return the biases float64 [m, 1 + k] of positions from 1; 0 for an unknown one."""
@@ -264,24 +263,24 @@ class PositionBias:
             return
         gradient /= distributed.world_size()
         self._updates += 1
-        _, first, second = self._state
+        first, second = self._moments
         first.lerp_(gradient, 0.1)
         second.lerp_(gradient.square(), 0.001)
         change = first / (1 - 0.9**self._updates) / ((second / (1 - 0.999**self._updates)).sqrt() + 1e-8)
         with torch.no_grad():
             self._values -= self._lr * lr_factor * change
-        self._state[0] = self._values.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state, the same on every rank."""
-        return {self.STATE: self._state, f"{self.STATE}.updates": torch.tensor(self._updates)}
+        state = torch.cat([self._values.detach()[None], self._moments])
+        return {self.STATE: state, f"{self.STATE}.updates": torch.tensor(self._updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the state of a checkpoint."""
-        self._state.copy_(state[self.STATE])
         self._updates = int(state[f"{self.STATE}.updates"])
+        self._moments.copy_(state[self.STATE][1:])
         with torch.no_grad():
-            self._values.copy_(self._state[0])
+            self._values.copy_(state[self.STATE][0])
 
 
 def candidate_columns(batch: Batch) -> Tensor:

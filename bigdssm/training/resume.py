@@ -41,6 +41,7 @@ from bigdssm.utils.components import RESUME, ResumeRule
 from bigdssm.utils.log import get_logger, metric_label
 
 logger = get_logger(__name__)
+NEW_ROWS = "%s: %d existing rows, %d new ones for values of new partitions"
 # fields of StageProgress that have another name in checkpoints
 _SAVED_NAMES = {"segment_start_step": "part_step", "segment_start_applied": "part_applied"}
 
@@ -207,8 +208,8 @@ def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> S
     if start.checkpoint is not None:  # the schema of the checkpoint, with the codes that were known to it
         read, prefix = start.checkpoint.reader(), COMMON + TRAINED_CODES
         trained = {n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)}
-        schema, sizes = dataset.whole.schema, start.checkpoint.state["stream"].get("vocabularies")
-        earlier = (schema if sizes is None else schema.cut(sizes)).with_trained(trained)
+        sizes = start.checkpoint.state["stream"]["vocabularies"]
+        earlier = dataset.whole.schema.cut(sizes).with_trained(trained)
     stream.dataset = dataset.with_trained_ids(earlier)
     if earlier is None or start.same_segment:
         return start
@@ -293,7 +294,7 @@ def _changes(before: dict[str, Any], config: Config, name: StageName, rule: Resu
 def grow_model(model: DualEncoder, schema: Schema) -> None:
     """Enlarge the model's tables for `schema`, whose vocabularies extend those of the model."""
     for name, (old_rows, new_rows) in model.tables.grow(schema).items():
-        _log_growth(f"table {name}", old_rows, new_rows)
+        logger.info(NEW_ROWS, f"table {name}", old_rows, new_rows - old_rows)
     model.schema = schema
 
 
@@ -312,7 +313,7 @@ class GrownReader(TensorReader):
                 continue
             old_rows, new_rows = self.shape(name)[0], len(parameter)
             if old_rows < new_rows:
-                _log_growth(name, old_rows, new_rows)
+                logger.info(NEW_ROWS, name, old_rows, new_rows - old_rows)
                 self._new_rows[name] = parameter.detach()[old_rows:].float().clone()
 
     def __call__(self, name: str) -> Tensor:
@@ -325,7 +326,3 @@ class GrownReader(TensorReader):
         if weight in self._new_codes:
             tensor[torch.from_numpy(self._new_codes[weight])] = 0.0 if state else tensor[OUT_OF_VOCABULARY].clone()
         return tensor
-
-
-def _log_growth(name: str, old_rows: int, new_rows: int) -> None:
-    logger.info("%s: %d existing rows, %d new ones for values of new partitions", name, old_rows, new_rows - old_rows)

@@ -147,7 +147,7 @@ def build_trainer(
     }  # fmt: skip
     if read is not None and tables is not None:  # before negatives are mined
         assert start.checkpoint is not None
-        load_tables(tables, MappedTables(start.checkpoint.checkpoint.table_files(), tables.specs), states=True)
+        load_tables(tables, MappedTables(start.checkpoint.table_files(), tables.specs), states=True)
         tables.steps = progress.applied
     for table, codes in start.new_codes.items():
         if tables is not None and table in tables.stores and not tables.specs[table].hash_rows:

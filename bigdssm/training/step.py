@@ -50,7 +50,7 @@ OutputGradients = list[tuple[Tensor, Tensor]]  # pairs (output of the towers, gr
 
 
 class RankReport(NamedTuple):
-    """The numbers that a rank sends to all ranks in a step; a field is a number or a NamedTuple of numbers."""
+    """The numbers that a rank sends to all ranks in a step."""
 
     stop: float = 0.0  # 1 if a stop was requested
     save: float = 0.0  # 1 if a checkpoint is due
@@ -60,19 +60,14 @@ class RankReport(NamedTuple):
 
     def numbers(self) -> list[float]:
         """Return the numbers of all fields, in their order."""
-        return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
+        return [self.stop, self.save, self.queries, *self.rows, *self.chunks]
 
     @classmethod
     def of_numbers(cls, numbers: Iterable[float]) -> "RankReport":
-        """Return the report with these numbers, converted to the types of the defaults."""
-        remaining = iter(numbers)
-
-        def parse(default: Any) -> Any:
-            if isinstance(default, tuple):
-                return type(default)(*map(parse, default))
-            return type(default)(next(remaining))
-
-        return cls(*map(parse, cls()))
+        """Return the report with these numbers."""
+        stop, save, queries, *others = numbers
+        rows, chunks = others[: len(RowCounts._fields)], others[len(RowCounts._fields) :]
+        return cls(stop, save, queries, RowCounts(*rows), ChunkCounts(*map(int, chunks)))
 
 
 def exchange_reports(
@@ -87,7 +82,7 @@ def exchange_reports(
     gathered = distributed.all_gather_padded(row[None], 1)
 
     def read() -> tuple[float, float, tuple[RankReport, ...]]:
-        table = gathered.wait().tolist()
+        table = gathered.tolist()
         reports = tuple(RankReport.of_numbers(numbers) for _, _, *numbers in table)
         return sum(loss for loss, *_ in table) / len(table), table[0][1], reports
 
@@ -190,15 +185,9 @@ def encode(
 def _encode_towers(
     engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
 ) -> tuple[Encoded, TowersBackward]:
-    if plan.whole:
-        return _encode_whole(engine, batch, plan, extra_inputs)
-    return _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
-
-
-def _encode_whole(
-    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
-) -> tuple[Encoded, TowersBackward]:
-    """Encode in one forward pass, with one backward pass."""
+    """Encode in chunks, or in one forward pass with one backward pass."""
+    if not plan.whole:
+        return _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
     inputs: dict[str, Any] = dict(at_least_one(extra_inputs)) if extra_inputs else {}
     if batch.query_positions is not None:
         inputs["query_positions"] = batch.query_positions

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -40,13 +40,6 @@ from bigdssm.utils.device import RandomState
 from bigdssm.utils.log import Progress, get_logger
 
 logger = get_logger(__name__)
-
-
-class PlannedBatch(NamedTuple):
-    """A batch of this rank, and the rank's plan for it."""
-
-    batch: Batch
-    plan: LocalStepPlan
 
 
 @dataclass(kw_only=True)
@@ -130,12 +123,11 @@ class Trainer:
         upcoming = self._fetch(batches) if not self.is_over() else None
         # A pipeline of one step: during step s, the batch of step s + 1 is fetched, and the ranks agree on its numbers
         # of chunks in the collective of step s.
-        counts = None if upcoming is None else max_over_ranks(upcoming.plan.counts)
+        counts = ChunkCounts() if upcoming is None else max_over_ranks(upcoming[1].counts)
         while upcoming is not None and not self.is_over():
-            assert counts is not None
-            batch, plan = upcoming.batch, upcoming.plan.synchronized(counts)
+            batch, plan = upcoming
             upcoming = self._fetch(batches)
-            result = self.train_step(batch, plan, None if upcoming is None else upcoming.plan)
+            result = self.train_step(batch, plan.synchronized(counts), None if upcoming is None else upcoming[1])
             reported = [report.chunks for report in result.reports]
             counts = ChunkCounts(*map(max, zip(*reported, strict=True)))  # the maximum over ranks, per field
             if self.stream.needs_check([report.rows for report in result.reports], self.stream_step):
@@ -148,12 +140,12 @@ class Trainer:
             if is_save_due and not self.is_over():
                 self.save(self.async_checkpoints)
 
-    def _fetch(self, batches: Iterator[Batch]) -> PlannedBatch | None:
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, LocalStepPlan] | None:
         """Return the next batch and this rank's plan of it, None after the last."""
         self.watchdog.record_progress(f"step {self.progress.step}, waiting for rows")
         with timing.span("data wait"):
             batch = next(batches, None)
-        return None if batch is None else PlannedBatch(batch, plan_locally(batch, self.engine.budget))
+        return None if batch is None else (batch, plan_locally(batch, self.engine.budget))
 
     def train_step(self, batch: Batch, plan: StepPlan, next_plan: LocalStepPlan | None) -> StepResult:
         """Take a step on a batch; count and log it. next_plan: this rank's plan of the next step, if any.

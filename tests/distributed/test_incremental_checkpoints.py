@@ -92,7 +92,7 @@ def resumed(rank: int, world_size: int, folder: Path) -> tuple[int, Any, dict[st
     newest = CheckpointStore(folder, keep=9).newest_valid()
     assert newest is not None
     tables = ShardedTables(SPECS, LazyAdam(lr=0.1), 0)
-    load_tables(tables, MappedTables(newest.checkpoint.table_files(), tables.specs), states=True)
+    load_tables(tables, MappedTables(newest.table_files(), tables.specs), states=True)
     tables.steps = newest.step
     loaded = content(tables)
     for step in range(newest.step, STEPS):
@@ -319,7 +319,7 @@ def replaced(rank: int, world_size: int, folder: Path) -> dict[str, dict[str, Te
     assert newest is not None
     tables = ShardedTables(REPLACED, LazyAdam(lr=0.1), 0)
     tables.steps = newest.step
-    load_tables(tables, MappedTables(newest.checkpoint.table_files(), tables.specs), states=True)
+    load_tables(tables, MappedTables(newest.table_files(), tables.specs), states=True)
     return content(tables)
 
 

@@ -813,7 +813,7 @@ BUGS = [
         '        distributed.all_reduce(gradient, "sum")\n', "",
         f"{RANKS}/test_fine_tuning.py::test_a_position_bias_is_exact_on_any_number_of_ranks"),
     Bug("feedback", "biases_start_again_after_a_resume", "training.objective:PositionBias.load_state_dict",
-        "self._values.copy_(self._state[0])", "pass",
+        "self._values.copy_(state[self.STATE][0])", "pass",
         f"{RANKS}/test_fine_tuning.py::test_a_position_bias_is_exact_on_any_number_of_ranks"),
     Bug("serving", "stop_waits_for_a_folder", "serving.live:_in_thread",
         "Thread(target=run, daemon=True).start()", "loop.run_in_executor(None, run)",

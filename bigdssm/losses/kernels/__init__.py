@@ -123,7 +123,7 @@ class ScorePasses:
         if sums is None:
             return None
         local_n = column_weight_m.new_zeros(self._x.W.shape[0]).index_add_(0, self._x.positive, column_weight_m)
-        column_weight_N = distributed.all_gather_padded(local_n, self._sizes.longest, self._group).wait()
+        column_weight_N = distributed.all_gather_padded(local_n, self._sizes.longest, self._group)
         bias_N, neg_bias_N = self._biases(with_rows)
         coefficients = Coefficients(row_weight_m, row_lse_m, neg_bias_N, column_weight_N, log_sums.column_N)
         if self._fused is not None:
