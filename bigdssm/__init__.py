@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from bigdssm.retrieval.model import from_pretrained, load_model
     from bigdssm.retrieval.request import Event, Request
     from bigdssm.serving.searcher import Searcher
-    from bigdssm.training.api import pretrain, sft
     from bigdssm.training.cached_step import cached_step, pair_batch
+    from bigdssm.training.stages import pretrain, sft
 
 
 __version__ = "0.1.0"
@@ -52,7 +52,7 @@ __getattr__, __dir__ = lazy_attributes(
         "bigdssm.retrieval.model": ["from_pretrained", "load_model"],
         "bigdssm.retrieval.request": ["Event", "Request"],
         "bigdssm.serving.searcher": ["Searcher"],
-        "bigdssm.training.api": ["pretrain", "sft"],
+        "bigdssm.training.stages": ["pretrain", "sft"],
         "bigdssm.training.cached_step": ["cached_step", "pair_batch"],
     },
 )

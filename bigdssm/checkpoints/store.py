@@ -26,19 +26,24 @@ from bigdssm.checkpoints.checkpoint import (
     LATEST,
     TABLES,
     Checkpoint,
+    FileShare,
     LoadedCheckpoint,
+    TensorPiece,
+    TensorSpec,
     UnsupportedFormatError,
     check_sizes,
     checkpoint_name,
     checkpoints_in,
+    even_share,
     load_checkpoint,
     rank_file,
     read_manifest,
     tables_file,
     tensors_file,
+    whole_tensor,
     write_manifest,
+    write_share,
 )
-from bigdssm.checkpoints.shares import FileShare, TensorPiece, TensorSpec, even_share, whole_tensor, write_share
 from bigdssm.errors import BigDSSMError, CheckpointError, PeerError
 from bigdssm.tables.files import row_count, table_tensors
 from bigdssm.tables.sharded import ShardedTables

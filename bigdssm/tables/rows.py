@@ -8,6 +8,7 @@ row). Shapes: n rows, d width of a row.
 import mmap
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,8 +19,6 @@ from torch import Tensor
 
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import DiskFullError
-from bigdssm.tables.cache import RowCache
-from bigdssm.tables.row_index import RowIndex
 from bigdssm.utils.device import to_device
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 
@@ -33,6 +32,10 @@ ROWS_AT_ONCE = 1 << 16  # copied to the host
 DIRECT_ROWS = 1 << 31  # of a table whose storage has a position for each row; larger ones have keyed storage
 OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
 FIRST_CODE = 2  # of an id
+
+ABSENT = -1  # a slot without a row, and a row without a slot
+FIRST_SLOTS = 1024  # a power of 2
+_TABLE = 2  # entries per slot, a power of 2: a search ends after about 1.5 of them
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,155 @@ class SparseFile:
                     "choose another engine.table_dir, and resume from the last checkpoint"
                 ) from None
             self._reserved[run] = True
+
+
+class RowIndex:
+    """Slots of rows in keyed storage: a hash table with open addressing on the host, vectorised over rows.
+
+    Shapes: n rows, S slots. A slot is a position in the arrays of a RowStore; slot 0 is that of absent rows.
+    """
+
+    def __init__(self) -> None:
+        self.rows = np.full(FIRST_SLOTS, ABSENT, np.int64)  # [S]: the row in each slot
+        self.free: np.ndarray  # slots without a row
+        self._filled: int  # entries with a slot
+        self._build()
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """Return the slot of each row, int64 [n], 0 for absent rows."""
+        slots, entry, pending = np.zeros(len(rows), np.int64), self._first(rows), np.arange(len(rows))
+        while len(pending):
+            slot_at = self._entries[entry[pending]]
+            hit = self.rows[slot_at] == rows[pending]
+            slots[pending[hit]] = slot_at[hit]
+            pending = pending[(slot_at != 0) & ~hit]
+            entry[pending] = (entry[pending] + 1) % len(self._entries)
+        return slots
+
+    def add(self, rows: np.ndarray) -> np.ndarray:
+        """Assign free slots to distinct absent rows, at most as many as there are in `free`; return them, int64 [n]."""
+        if self._filled + len(rows) > len(self._entries) * 3 // 4:
+            self._build()
+        slots, self.free = self.free[: len(rows)], self.free[len(rows) :]
+        self.rows[slots] = rows
+        self._insert(slots)
+        return slots
+
+    def remove(self, slots: np.ndarray) -> None:
+        """Free slots; searches pass their entries until the table is built again."""
+        self.rows[slots] = ABSENT
+        self.free = np.append(self.free, slots)
+
+    def grow(self) -> None:
+        """Double the number of slots."""
+        self.rows = np.concatenate([self.rows, np.full(len(self.rows), ABSENT, np.int64)])
+        self._build()
+
+    def _build(self) -> None:
+        self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0
+        self.free = np.flatnonzero(self.rows[1:] == ABSENT) + 1
+        self._insert(np.flatnonzero(self.rows != ABSENT))
+
+    def _insert(self, slots: np.ndarray) -> None:
+        entry, self._filled = self._first(self.rows[slots]), self._filled + len(slots)
+        while len(slots):
+            empty = self._entries[entry] == 0
+            self._entries[entry[empty]] = slots[empty]  # of several slots at one entry, one is placed
+            left = self._entries[entry] != slots
+            slots, entry = slots[left], (entry[left] + 1) % len(self._entries)
+
+    def _first(self, rows: np.ndarray) -> np.ndarray:
+        return (mix64(rows, 0) % np.uint64(len(self._entries))).astype(np.int64)
+
+
+class RowCache:
+    """The rows that were used last, with their optimizer states; rows that changed are written when they are replaced.
+
+    Shapes: n distinct positions in the storage, R rows of the cache.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], rows: int, device: torch.device) -> None:
+        """`stored`: tensors [size, d] of the storage, by name, in host memory; `rows`: R."""
+        self._stored, self._device = stored, device
+        self._cached = {
+            name: torch.zeros(rows, tensor.shape[1], dtype=tensor.dtype, device=device)
+            for name, tensor in stored.items()
+        }
+        self._slot_of: np.ndarray  # int32 [size], plus 1; 0: not in the cache
+        self._position = np.full(rows, ABSENT, np.int64)
+        self._last_use = np.zeros(rows, np.int64)  # number of the read
+        self._changed = np.zeros(rows, bool)
+        self._reads = 0
+        self.use(stored)
+
+    def use(self, stored: Mapping[str, Tensor]) -> None:
+        """Use other tensors of the storage, whose rows are those of the ones before. The cache must be clear."""
+        self._stored, self._slot_of = stored, np.zeros(len(next(iter(stored.values()))), np.int32)
+
+    def hits(self, local: np.ndarray) -> int:
+        """Return the number of positions that are in the cache."""
+        return int(np.count_nonzero(self._slot_of[local]))
+
+    def read(self, local: np.ndarray) -> dict[str, Tensor]:
+        """Return the tensors [n, d] of positions, on the device, and keep them as long as there is space."""
+        slots = self._slot_of[local].astype(np.int64) - 1
+        missing = np.flatnonzero(slots == ABSENT)
+        self._reads += 1
+        self._last_use[slots[slots != ABSENT]] = self._reads
+        # missing rows replace those that were used longest ago
+        unused = np.flatnonzero(self._last_use < self._reads)
+        missing = missing[: len(unused)]
+        if len(missing) < len(unused):
+            unused = unused[np.argpartition(self._last_use[unused], len(missing))[: len(missing)]]
+        self._write_back(unused[self._changed[unused]])
+        replaced, new = self._position[unused], local[missing]
+        self._slot_of[replaced[replaced != ABSENT]] = 0
+        self._slot_of[new] = unused + 1
+        self._position[unused], self._last_use[unused] = new, self._reads
+        for name, stored in self._stored.items():
+            rows = to_device(stored[torch.from_numpy(new)], self._device)
+            self._cached[name].index_copy_(0, self._index(unused), rows)
+        slots[missing] = unused
+        # positions without space are read from the storage
+        inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
+        tensors = {}
+        for name, stored in self._stored.items():
+            tensors[name] = torch.empty(len(local), stored.shape[1], dtype=stored.dtype, device=self._device)
+            tensors[name].index_copy_(0, self._index(inside), self._cached[name][self._index(slots[inside])])
+            stored_rows = to_device(stored[torch.from_numpy(local[outside])], self._device)
+            tensors[name].index_copy_(0, self._index(outside), stored_rows)
+        return tensors
+
+    def write(self, local: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
+        """Set positions to tensors [n, d]."""
+        slots = self._slot_of[local].astype(np.int64) - 1
+        inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
+        self._changed[slots[inside]] = True
+        for name, tensor in tensors.items():
+            cached_rows = tensor[torch.from_numpy(inside).to(tensor.device)].to(self._cached[name])
+            self._cached[name].index_copy_(0, self._index(slots[inside]), cached_rows)
+            stored_rows = tensor[torch.from_numpy(outside).to(tensor.device)].to(self._stored[name])
+            self._stored[name].index_copy_(0, torch.from_numpy(local[outside]), stored_rows)
+
+    def flush(self) -> None:
+        """Write all changed rows to the storage."""
+        self._write_back(np.flatnonzero(self._changed))
+
+    def clear(self) -> None:
+        """Write all changed rows to the storage, and keep none."""
+        self.flush()
+        self._slot_of[self._position[self._position != ABSENT]] = 0
+        self._position[:] = ABSENT
+        self._last_use[:] = 0
+
+    def _write_back(self, slots: np.ndarray) -> None:
+        for name, stored in self._stored.items():
+            rows = self._cached[name][self._index(slots)].to(stored.device)
+            stored.index_copy_(0, torch.from_numpy(self._position[slots]), rows)
+        self._changed[slots] = False
+
+    def _index(self, numbers: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(numbers), self._device)
 
 
 class RowStore:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Generator, Iterable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigdssm import distributed
 from bigdssm.config import Config, StageConfig
 from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
 from bigdssm.dataset.dataset import Dataset
@@ -31,14 +32,28 @@ from bigdssm.loader.stream import PairStream, RowStream
 from bigdssm.losses import drawn_weights, sample_uniform, sample_weighted
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models.embedding_tables import table_name, tables_of_features
+from bigdssm.retrieval.embed import DocumentVectors, Share
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
-from bigdssm.training.fixed_documents import FixedDocuments
+from bigdssm.retrieval.vectors import CodedVectors
 from bigdssm.training.objective import catalogue_share
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 
 # keys that separate these random draws from the stream's
 _UNIFORM, _POPULAR, _DROPPED = 0x756E69666F726D, 0x706F70756C6172, 0x64726F70706564
+
+
+@dataclass(frozen=True)
+class FixedDocuments:
+    """The index vectors of all documents, by catalogue row, and the checksum of their model."""
+
+    vectors: CodedVectors
+    checksum: str
+
+    def share(self, device: torch.device, withdrawn: np.ndarray) -> DocumentVectors:
+        """Return this rank's share of the vectors, as `encode_catalogue` does."""
+        first, last = Share(distributed.rank(), distributed.world_size()).of(len(self.vectors))
+        return DocumentVectors(torch.from_numpy(np.array(self.vectors[first:last])).to(device), first, withdrawn)
 
 
 class BatchBuilder:

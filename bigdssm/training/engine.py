@@ -15,8 +15,10 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
+from math import prod
 from typing import Any, cast
 
 import deepspeed
@@ -26,10 +28,18 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler, zero
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, stage3, stage_1_and_2
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.checkpoints.shares import TensorPiece
+from bigdssm.checkpoints.checkpoint import TensorPiece, even_share
 from bigdssm.config import EngineConfig, OptimizerConfig
 from bigdssm.errors import ConfigError, PeerError
 from bigdssm.loader.step_plan import NOTHING_PACKED, TokenBudget
@@ -44,8 +54,8 @@ from bigdssm.models import (
     use_packing,
 )
 from bigdssm.tables.sharded import ShardedTables, WorkingSet
-from bigdssm.training import portable
 from bigdssm.training.optimizers import build_optimizer
+from bigdssm.training.portable import partition_of, trained_weights
 from bigdssm.utils import timing
 
 MUON = "deepspeed.runtime.zero.muon"
@@ -313,14 +323,14 @@ class Engine(DeepSpeedStepEngine):
         """Apply the gradients with the base rates times `lr_factor`; return False if the step was skipped.
 
         It is skipped on all ranks if any gradient is not finite. Rows of sharded tables count in the norm, and are
-        clipped, updated or left with the other weights. Raises ConfigError after the first: see `check_states`.
+        clipped, updated or left with the other weights. Raises ConfigError after the first: see `_check_states`.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if self.tables is not None and self._working is not None:
             self._square = self.tables.reduce(self._working)
             cast(DualEncoder, self.module).tables.source, self._working = self.tables, None
-        before = [] if self._states_checked else portable.group_values(self.deepspeed, self.zero_stage)
+        before = [] if self._states_checked else self._group_values()
         applied = True
         if self.zero_stage == 0:
             # DeepSpeed does not check the norm at stage 0. Gradients are reduced: every rank computes the same norm.
@@ -336,7 +346,7 @@ class Engine(DeepSpeedStepEngine):
             self.deepspeed.step()
             applied = not getattr(self.deepspeed.optimizer, "overflow", False)
         if applied and before:
-            portable.check_states(self.deepspeed, self.zero_stage, self._state_of, before)
+            self._check_states(before)
             self._states_checked = True
         if self.tables is not None:
             if applied:
@@ -372,20 +382,120 @@ class Engine(DeepSpeedStepEngine):
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])
 
     def local_pieces(self) -> Iterator[TensorPiece]:
-        """Yield this rank's pieces of weights and optimizer states, see portable.py."""
-        return portable.local_pieces(self.deepspeed, self.zero_stage, self._state_of)
+        """Yield this rank's float32 pieces of every trained weight NAME and every optimizer state STATE/NAME.
+
+        They are the partitions that ZeRO assigns to the rank, and an even share of replicated tensors. No collective.
+        The pieces are views of tensors in training. Before the first step there are no states.
+        """
+        has_states = any(len(state) for state in self.base_optimizer.state.values())
+        states = self._linked_states() if has_states else {}
+        replicated: list[tuple[str, Tensor]] = []
+        for name, parameter in trained_weights(self.module):
+            names, stored = states.get(parameter, ()), cast(Any, parameter)
+            if self.zero_stage == 0:
+                replicated.append((name, parameter))
+                replicated += [(f"{state}/{name}", self.deepspeed.optimizer.state[parameter][state]) for state in names]
+            elif self.zero_stage == 3:  # this rank's partition, without padding, if any
+                shape, size = tuple(stored.ds_shape), stored.ds_tensor.numel()
+                first = size * distributed.rank()
+                count = min(size, prod(shape) - first)
+                if count > 0:
+                    yield TensorPiece(name, shape, first, safe_get_local_fp32_param(parameter).flatten()[:count])
+                    for state in names:
+                        values = safe_get_local_optimizer_state(parameter, state)[:count]
+                        yield TensorPiece(f"{state}/{name}", shape, first, values)
+            elif (mapping := stored._hp_mapping) is not None:  # this rank's fragment, if any
+                shape, first = tuple(parameter.shape), mapping.lp_fragment_address.start
+                yield TensorPiece(name, shape, first, mapping.get_hp_fragment())
+                for state in names:
+                    yield TensorPiece(f"{state}/{name}", shape, first, mapping.get_hp_fragment(state))
+        for piece in even_share(replicated, distributed.rank(), distributed.world_size()):
+            yield replace(piece, values=piece.values.float())
 
     def restore(self, read: Callable[[str], Tensor], applied_steps: int) -> None:
         """Set master weights and optimizer states from `read(name)`; the model has its weights.
 
-        All ranks must call it.
+        All ranks must call it. Names are those of `local_pieces`. `applied_steps` becomes the optimizer's step of every
+        parameter.
         """
-        portable.set_tensors(self.deepspeed, self.zero_stage, self._state_of, read, applied_steps)
-        optimizer = portable.base_optimizer(self.deepspeed, self.zero_stage)
-        if any(group.get("fused") for group in optimizer.param_groups):
-            for tensor, state in optimizer.state.items():
+        states: dict[nn.Parameter, tuple[str, ...]] = {}
+        if applied_steps > 0:
+            # the states that the optimizer would create in its first step, linked in DeepSpeed
+            optimizer = self.base_optimizer
+            groups = [(group["name"], group["params"]) for group in optimizer.param_groups]
+            if self.zero_stage == 3:
+                groups = [(groups[0][0], list(self.deepspeed.optimizer.fp32_partitioned_groups_flat))]
+            for group, tensors in groups:
+                for tensor in tensors:
+                    optimizer.state[tensor] = {
+                        "step": torch.tensor(float(applied_steps)),
+                        **{state: torch.zeros_like(tensor) for state in self._state_of(group)},
+                    }
+            states = self._linked_states()
+        for name, parameter in trained_weights(self.module):
+            if self.zero_stage == 3:  # safe_set_full_fp32_param fails if a parameter is not divisible by the world size
+                safe_set_local_fp32_param(parameter, partition_of(parameter, read(name)))
+            elif self.zero_stage > 0:
+                safe_set_full_fp32_param(parameter, read(name).to(parameter.device))
+            for state in states.get(parameter, ()):
+                value = read(f"{state}/{name}")
+                if self.zero_stage == 0:
+                    self.deepspeed.optimizer.state[parameter][state].copy_(value)
+                elif self.zero_stage == 3:
+                    safe_set_local_optimizer_state(parameter, partition_of(parameter, value), state)
+                else:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), state)
+        if any(group.get("fused") for group in self.base_optimizer.param_groups):
+            for tensor, state in self.base_optimizer.state.items():
                 if "step" in state:  # a fused optimizer counts steps on the parameter's device
                     state["step"] = state["step"].to(tensor.device)
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer that DeepSpeed wraps."""
+        wrapped = self.deepspeed.optimizer
+        return cast(torch.optim.Optimizer, wrapped.optimizer if self.zero_stage > 0 else wrapped)
+
+    def _linked_states(self) -> dict[nn.Parameter, tuple[str, ...]]:
+        """Return the state names of every trainable parameter; at ZeRO 1 to 3 they are the same for all."""
+        if self.zero_stage in (1, 2):  # DeepSpeed links the states of all groups when only the first has stepped
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        groups = self.base_optimizer.param_groups
+        if self.zero_stage == 0:
+            return {parameter: self._state_of(group["name"]) for group in groups for parameter in group["params"]}
+        names = self._state_of(groups[0]["name"])
+        return {parameter: names for parameter in self.module.parameters() if parameter.requires_grad}
+
+    def _group_values(self) -> list[dict[str, Any]]:
+        """Return the settings of the optimizer's groups that no schedule changes."""
+        groups = self.base_optimizer.param_groups
+        return [{key: group[key] for key in group if key not in ("params", "lr")} for group in groups]
+
+    def _check_states(self, before: list[dict[str, Any]]) -> None:
+        """Compare the optimizer's state after a step with the declared one.
+
+        before: `_group_values` before the step. Raises ConfigError: a checkpoint would lack a part of the state.
+        """
+        optimizer = self.base_optimizer
+        name = f"optimizer {type(optimizer).__name__}"
+        group_of = {tensor: group["name"] for group in optimizer.param_groups for tensor in group["params"]}
+        for tensor, state in (dict(optimizer.state) or {torch.empty(0): {}}).items():
+            got = {key: _form(value) for key, value in state.items() if key != "step"}
+            group = group_of.get(tensor, before[0]["name"])  # at ZeRO 1 to 3 the states are the same for all groups
+            declared = dict.fromkeys(self._state_of(group), _form(tensor))
+            if got != declared:
+                raise ConfigError(
+                    f"{name}: got the states {got} after a step, needs those of state_of, {declared}, since a "
+                    "checkpoint has these alone; return all names from state_of, of tensors of the parameter's shape"
+                )
+        after = self._group_values()
+        changed = {key for old, new in zip(before, after, strict=True) for key in new if new[key] != old.get(key)}
+        if changed:
+            raise ConfigError(
+                f"{name}: got a step that changes {', '.join(sorted(changed))} of a parameter group, needs "
+                "this state per parameter, since a checkpoint has no groups; move it to optimizer.state"
+            )
 
     def state_dict(self, names: Collection[str] | None = None, *, on_main: bool = False) -> dict[str, Tensor]:
         """Return the full weights, or those of `names`, in float32 on the CPU. At ZeRO stage 3 all ranks must call it.
@@ -401,6 +511,10 @@ class Engine(DeepSpeedStepEngine):
                 if not on_main or distributed.is_main():
                     state[name] = parameter.detach().float().cpu().clone()
         return state
+
+
+def _form(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _backend() -> str:

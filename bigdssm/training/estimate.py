@@ -33,8 +33,7 @@ from bigdssm.models.precision import resolve_engine_precision
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
-from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.fixed_documents import FixedDocuments
+from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
 from bigdssm.training.metrics_logger import step_flops
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import parameter_groups

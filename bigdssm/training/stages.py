@@ -1,9 +1,14 @@
-"""Set up and run a stage: pretraining, or fine-tuning (SFT) from its result."""
+"""Set up and run a stage: pretraining, or fine-tuning (SFT) from its result; the Python API.
 
+A stage trains in this process, alone or as a rank of a launcher.
+"""
+
+import os
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -14,35 +19,42 @@ import yaml
 
 from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
-from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model
+from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model, load_model_folder
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.cluster.faults import Faults
-from bigdssm.cluster.launcher import LauncherMonitor
+from bigdssm.cluster.launcher import LauncherMonitor, check_launch
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, STOP_FILE, FolderLock, RowLog, record_start, versions
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, FrequencyCorrection, StageName
+from bigdssm.config import Config, FrequencyCorrection, StageName, config_of
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, Preempted
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder, new_model
+from bigdssm.models.encoders.text import text_configs
 from bigdssm.models.precision import resolve_engine_precision
+from bigdssm.retrieval.vectors import open_vectors
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.tables.sharded import ShardedTables
-from bigdssm.training.batches import BatchBuilder, read_batches, row_stream
-from bigdssm.training.cached_texts import CachedTexts, ItemContents
+from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
 from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference, retained_settings
-from bigdssm.training.engine import Engine, device, init_process_group, partitioned_loading, undo_patches
-from bigdssm.training.fixed_documents import FixedDocuments, fix_documents
+from bigdssm.training.engine import (
+    Engine,
+    device,
+    init_process_group,
+    leave_process_group,
+    partitioned_loading,
+    undo_patches,
+)
 from bigdssm.training.metrics_logger import MetricsLogger
-from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
 from bigdssm.training.portable import frozen_checksum, set_weights
+from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
 from bigdssm.training.resume import (
     GrownReader,
     StageProgress,
@@ -57,7 +69,9 @@ from bigdssm.training.trainer import Trainer
 from bigdssm.training.validation import Validator, WeightAverage
 from bigdssm.training.warm_start import initialize_item_embeddings
 from bigdssm.utils import atomic
-from bigdssm.utils.log import ProgressBar, get_logger, metric_label
+from bigdssm.utils.arguments import checked
+from bigdssm.utils.device import RandomState
+from bigdssm.utils.log import ProgressBar, default_logging, get_logger, metric_label
 
 logger = get_logger(__name__)
 
@@ -91,6 +105,27 @@ def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool)
     loaded.model.train()
     logger.info("%s starts from %s", name, source)
     return loaded.model, loaded.schema
+
+
+def fix_documents(model: DualEncoder, config: Config, name: StageName, dataset: Dataset) -> FixedDocuments | None:
+    """Copy and freeze the document tower of a stage that does not train it, and open its vectors; else return None.
+
+    Raises CheckpointError: `documents.model` is no model of this dataset, or the vectors are of another model or
+    dataset; ConfigError: its document tower differs from the one in `config`.
+    """
+    documents = config.stage(name).documents
+    if documents.model is None or documents.vectors is None:
+        return None
+    source = load_model_folder(Path(documents.model))
+    source.view(dataset)
+    trained = source.config
+    if shared := text_configs(trained.model, source.schema).get("shared"):  # by default that of the queries
+        trained = replace(trained, model=replace(trained.model, doc=replace(trained.model.doc, text=shared)))
+    if difference := model_difference(trained, config, omitted=("query", "share_text")):
+        raise ConfigError(f"{documents.model} was trained with another model section: {difference}; use the same here")
+    model.freeze_documents(source.model.state_dict())
+    vectors = open_vectors(Path(documents.vectors), source.doc_checksum, dataset.whole, source.index_width)
+    return FixedDocuments(vectors, source.doc_checksum)
 
 
 def build_trainer(
@@ -211,7 +246,6 @@ def build_trainer(
     return trainer
 
 
-logger = get_logger(__name__)
 _training = threading.Lock()
 
 
@@ -334,3 +368,58 @@ def run_stage(
                 progress = trainer.train()
     logger.info("%s finished: %s", name, trainer.validator.describe(progress, stage_config.validation_metric))
     return progress
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The result of a stage."""
+
+    best: Path  # the model folder of the best validation
+    metrics: dict[str, Any]  # of that validation: step, ndcg_at_10, …; empty without a validation split
+
+
+@checked
+def pretrain(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> StageResult:
+    """Run pretraining. `overrides` are key=value pairs; `resume` continues from the newest checkpoint.
+
+    Signals are left to the caller: Ctrl-C stops without saving, `bigdssm stop_run RUN` saves first. A process
+    trains one stage at a time. Raises BigDSSMError.
+    """
+    return _train(config_of(config, overrides), "pretrain", resume)
+
+
+@checked
+def sft(config: Config | str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> StageResult:
+    """Fine-tune the result of `pretrain`; arguments as there."""
+    return _train(config_of(config, overrides), "sft", resume)
+
+
+def _train(config: Config, stage: StageName, resume: bool) -> StageResult:
+    with stage_lock(), _restored_process(), default_logging():
+        progress = run_stage(
+            config, stage, resume=resume, validate_only=False, world_size=check_launch(),
+            stop=StopRequest(handle_signals=False),
+        )  # fmt: skip
+    assert progress is not None
+    # the newest record of the best step: an earlier one may be of another segment
+    records = (record for record in reversed(progress.history) if record["step"] == progress.best_step)
+    metrics: dict[str, Any] = next(records, {}) if isfinite(progress.best) else {}
+    return StageResult(config.stage_dir(stage) / "best", metrics)
+
+
+@contextmanager
+def _restored_process() -> Iterator[None]:
+    """Restore the process group, the environment, random states and threads at exit."""
+    was_distributed, environment = distributed.is_distributed(), dict(os.environ)
+    random, threads = RandomState.now(), torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        if not was_distributed:
+            leave_process_group()
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        random.restore()
+        torch.set_num_threads(threads)

@@ -26,12 +26,11 @@ from bigdssm.loader.step_plan import ChunkCounts, LocalStepPlan, StepPlan, max_o
 from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.cached_texts import CachedTexts, ItemContents
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.metrics_logger import MetricsLogger
-from bigdssm.training.negative_refresh import HardNegativeRefresh
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
+from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
 from bigdssm.training.resume import StageProgress, StartPoint
 from bigdssm.training.step import LossFunction, RankReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage

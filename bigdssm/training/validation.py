@@ -20,8 +20,8 @@ from bigdssm.models import DualEncoder, FeatureScorer, Scorer
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.model import PairScorer
 from bigdssm.tables.files import row_file, store_sources, write_row_file
+from bigdssm.training.batches import FixedDocuments
 from bigdssm.training.engine import Engine, device
-from bigdssm.training.fixed_documents import FixedDocuments
 from bigdssm.training.portable import trained_weights
 from bigdssm.training.resume import StageProgress
 from bigdssm.utils import timing

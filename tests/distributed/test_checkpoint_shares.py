@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from bigdssm.checkpoints import shares
-from bigdssm.checkpoints.checkpoint import open_tensors
-from bigdssm.checkpoints.shares import TensorPiece, even_share
+from bigdssm.checkpoints import checkpoint as checkpoint_module
+from bigdssm.checkpoints.checkpoint import TensorPiece, even_share, open_tensors
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import EngineConfig
 from bigdssm.errors import BigDSSMError
@@ -91,11 +90,11 @@ def counted_bytes() -> Iterator[Counter[str]]:
 
 @contextmanager
 def small_blocks() -> Iterator[None]:
-    block, shares.BLOCK = shares.BLOCK, BLOCK
+    block, checkpoint_module.BLOCK = checkpoint_module.BLOCK, BLOCK
     try:
         yield
     finally:
-        shares.BLOCK = block
+        checkpoint_module.BLOCK = block
 
 
 def one_step(

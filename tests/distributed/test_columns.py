@@ -24,9 +24,9 @@ from bigdssm.models import Encoded, new_model
 from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import item_contents
 from bigdssm.training.batches import BatchBuilder, row_stream
-from bigdssm.training.cached_texts import CachedTexts
 from bigdssm.training.objective import Objective, catalogue_share
 from bigdssm.training.optimizers import build_optimizer, schedule_factor
+from bigdssm.training.refresh import CachedTexts
 from bigdssm.training.trainer import Trainer
 
 from . import small_run

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.checkpoints import store as stores
-from bigdssm.checkpoints.checkpoint import read_manifest, verify
-from bigdssm.checkpoints.shares import even_share
+from bigdssm.checkpoints.checkpoint import even_share, read_manifest, verify
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.tables import sharded

@@ -18,7 +18,6 @@ from bigdssm.config import TABLE_OPTIMIZERS
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
-from bigdssm.tables import row_index
 from bigdssm.tables.files import MappedTables, load_tables, row_file, store_sources, write_row_file
 from bigdssm.tables.optimizers import LazyAdam
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
@@ -300,8 +299,8 @@ def train_codes(
     rank: int, world_size: int, keyed: bool, spec: TableSpec, folder: Path | None, steps: int = 24
 ) -> list[dict[str, Tensor]]:
     """Train on codes that drift, with keyed or direct storage; return vectors and content of each step."""
-    direct, first = rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS
-    rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS = (0, 16) if keyed else (2**31, first)
+    direct, first = rows_module.DIRECT_ROWS, rows_module.FIRST_SLOTS
+    rows_module.DIRECT_ROWS, rows_module.FIRST_SLOTS = (0, 16) if keyed else (2**31, first)
     try:
         tables, found = ShardedTables([spec], optimizer_of("adagrad"), SEED, folder=folder), []
         for step in range(steps):
@@ -324,7 +323,7 @@ def train_codes(
         assert not keyed or not spec.evict_after or len(store.updated) <= 2048  # slots are used again
         return found
     finally:
-        rows_module.DIRECT_ROWS, row_index.FIRST_SLOTS = direct, first
+        rows_module.DIRECT_ROWS, rows_module.FIRST_SLOTS = direct, first
 
 
 @pytest.mark.parametrize(
@@ -462,7 +461,7 @@ def test_vectors_of_hashed_ids_are_sums_of_shared_rows(pools: dict[int, Pool], t
 
 
 def test_slots_of_rows() -> None:
-    random, index, slots = np.random.RandomState(0), row_index.RowIndex(), {}
+    random, index, slots = np.random.RandomState(0), rows_module.RowIndex(), {}
     for _ in range(20):
         rows = np.unique(random.randint(0, 2**62, 400))
         while len(index.free) < len(rows):

@@ -11,9 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bigdssm.checkpoints.checkpoint import open_tensors, verify
+from bigdssm.checkpoints.checkpoint import TensorPiece, open_tensors, verify
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.checkpoints.shares import TensorPiece
 from tests.tiny_datasets import Writer
 
 from . import small_run
@@ -390,7 +389,6 @@ def restored_share(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> tuple[list[TensorPiece], set[tuple[str, float, float]]]:
     """Resume without a step; return this rank's pieces, and (group, Adam's step, decay) of its states."""
-    from bigdssm.training.portable import base_optimizer
     from bigdssm.training.trainer import Trainer
 
     found = {}
@@ -399,7 +397,7 @@ def restored_share(
     def look(stage: object) -> object:
         engine = stage.engine  # type: ignore[attr-defined]
         found["share"] = [piece.on_host(copy=True) for piece in engine.local_pieces()]
-        optimizer = base_optimizer(engine.deepspeed, engine.zero_stage)
+        optimizer = engine.base_optimizer
         names = [group["name"] for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]
         steps = {float(state["step"]) for state in optimizer.state.values()}
@@ -419,7 +417,6 @@ def learning_rates(
     rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> dict[str, float]:
     """Resume, run to the end, and return the learning rate of each group in the last step."""
-    from bigdssm.training.portable import base_optimizer
     from bigdssm.training.trainer import Trainer
 
     found = {}
@@ -428,7 +425,7 @@ def learning_rates(
     def look(stage: object) -> object:
         progress = original(stage)  # type: ignore[arg-type]
         engine = stage.engine  # type: ignore[attr-defined]
-        groups = base_optimizer(engine.deepspeed, engine.zero_stage).param_groups
+        groups = engine.base_optimizer.param_groups
         found.update({group["name"]: float(group["lr"]) for group in groups})
         return progress
 

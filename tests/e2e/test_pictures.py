@@ -17,7 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.vectors import write_vectors
-from bigdssm.training.api import pretrain
+from bigdssm.training.stages import pretrain
 from tests.conftest import TinyDataset
 from tests.e2e.browser import Page, browser_path, browsing
 from tests.e2e.test_page import started

@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigdssm.checkpoints import shares
-from bigdssm.checkpoints.checkpoint import find_checkpoint, open_tensors, verify
-from bigdssm.checkpoints.shares import (
+from bigdssm.checkpoints import checkpoint as checkpoint_module
+from bigdssm.checkpoints.checkpoint import (
     FileShare,
     TensorPiece,
     VerifiedRange,
     assign_blocks,
     even_share,
+    find_checkpoint,
+    open_tensors,
+    verify,
     whole_tensor,
     write_share,
 )
@@ -150,7 +152,7 @@ def test_killed_while_a_step_is_saved_again(
 
 
 def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = shares.read_blocks
+    read = checkpoint_module.read_blocks
 
     def broken(folder: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
         if folder.name == "step-00000015":
@@ -248,7 +250,7 @@ def test_leaving_the_store_waits_for_background_saves(store: CheckpointStore) ->
 
 
 def test_a_flipped_byte_anywhere_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "BLOCK", 64)
+    monkeypatch.setattr(checkpoint_module, "BLOCK", 64)
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     save(store, 5)
     folder = store.folder / "step-00000005"
@@ -265,7 +267,7 @@ def test_a_flipped_byte_anywhere_is_detected(tmp_path: Path, monkeypatch: pytest
 def test_every_tensor_is_shared_out_evenly_and_every_block_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "BLOCK", 64)
+    monkeypatch.setattr(checkpoint_module, "BLOCK", 64)
     tensors = [("a", torch.arange(7, dtype=torch.int64)), ("b", torch.randn(100, 3)), ("c", torch.ones(()).bool())]
     total = sum(tensor.nbytes for _, tensor in tensors)
     for world_size in (1, 2, 3, 5):

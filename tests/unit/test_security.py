@@ -15,8 +15,8 @@ import xxhash
 from safetensors.torch import save_file
 
 from bigdssm.checkpoints import checkpoint
+from bigdssm.checkpoints.checkpoint import whole_tensor
 from bigdssm.checkpoints.model_folder import META_FILE, WEIGHTS_FILE, load_model_folder, save_model_folder
-from bigdssm.checkpoints.shares import whole_tensor
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import load_config
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
