@@ -89,15 +89,6 @@ def all_gather_object(value: T, group: Group | None = None) -> list[T]:
     return values
 
 
-def gather_objects(value: T, group: Group | None = None) -> list[T]:
-    """Return every rank's picklable `value`, in rank order, on rank 0; an empty list on the others."""
-    if world_size(group) == 1:
-        return [value]
-    values: list[Any] | None = [None] * world_size(group) if rank(group) == 0 else None
-    dist.gather_object(value, values, dst=0, group=group)
-    return values or []
-
-
 def background_group() -> Group | None:
     """Return a gloo group of all ranks for background threads, None without other ranks. The first call is collective.
 

@@ -330,8 +330,7 @@ class LoadedCheckpoint(Checkpoint):
 
         All ranks must call it.
         """
-        read = self.reader()
-        return {name.removeprefix(COMMON): read(name) for name in self.tensors if name.startswith(COMMON)}
+        return self.reader().with_prefix(COMMON)
 
 
 class TensorReader:
@@ -375,6 +374,10 @@ class TensorReader:
     def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._specs)
+
+    def with_prefix(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names have a prefix, by the rest of their names."""
+        return {name.removeprefix(prefix): self(name) for name in self._specs if name.startswith(prefix)}
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights, without optimizer states."""

@@ -107,13 +107,12 @@ def _may_contain(path: Path, stage: Path, codes: Codes) -> bool:
             return True
         if any(holds_rows(file, rows) for files in checkpoint.table_files() for file in files):
             return True
-        trained_codes = [name for name in checkpoint.tensors if name.startswith(COMMON + TRAINED_CODES)]
-        tensors = open_tensors(path) if trained_codes else None
-        for name in trained_codes:  # of vocabularies, these are bits, which name no one
-            trained = tensors(name).numpy() if tensors is not None else np.zeros(0)
-            table_rows = codes.get(("doc", name.removeprefix(COMMON + TRAINED_CODES)), np.zeros(0, np.int64))
-            if trained.dtype != np.uint8 and np.isin(table_rows, trained).any():
-                return True
+        if any(name.startswith(COMMON + TRAINED_CODES) for name in checkpoint.tensors):
+            for name, tensor in open_tensors(path).with_prefix(COMMON + TRAINED_CODES).items():
+                trained, table_rows = tensor.numpy(), codes.get(("doc", name), np.zeros(0, np.int64))
+                # of vocabularies, these are bits, which name no one
+                if trained.dtype != np.uint8 and np.isin(table_rows, trained).any():
+                    return True
     except (CheckpointError, OSError):
         return True
     return False

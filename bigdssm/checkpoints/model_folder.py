@@ -435,8 +435,8 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
             doc_model = load_model_folder(Path(fixed))
             model.freeze_documents(doc_model.model.state_dict())
             documents = {"documents": doc_model.doc_checksum}
-    prefix = COMMON + TRAINED_CODES
-    schema = schema.with_trained({n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)})
+    codes = read.with_prefix(COMMON + TRAINED_CODES)
+    schema = schema.with_trained({name: tensor.numpy() for name, tensor in codes.items()})
     open_tables(model, read_manifest(path).table_files())
     try:
         state = {name: weight for name, weight in model.state_dict().items() if name not in state} | state

@@ -136,7 +136,7 @@ class CheckpointStore:
             self.wait()
         return self.folder / checkpoint_name(step)
 
-    def _changed_rows(self, tables: ShardedTables) -> tuple[list[TensorPiece], _RowFiles]:
+    def _changed_rows(self, tables: ShardedTables) -> tuple[dict[str, Tensor], _RowFiles]:
         """Return a copy of the rows to be written, and the row files with them, but for the share of the last one.
 
         The rows are those that changed since the last checkpoint, in addition to its files, or all of them.
@@ -146,10 +146,10 @@ class CheckpointStore:
         if parent and known_from <= parent.steps and len(parent.shares) < MAX_ROW_FILES and parent.is_complete():
             tensors = table_tensors(tables, parent.steps)
             if sum(parent.rows[1:]) + (rows := row_count(tensors)) <= parent.rows[0]:
-                return _whole(tensors), replace(parent, steps=tables.steps, rows=(*parent.rows, rows))
+                return tensors, replace(parent, steps=tables.steps, rows=(*parent.rows, rows))
             del tensors  # before all rows are copied
         tensors = table_tensors(tables)
-        return _whole(tensors), _RowFiles(self.folder, tables.steps, rows=(row_count(tensors),))
+        return tensors, _RowFiles(self.folder, tables.steps, rows=(row_count(tensors),))
 
     def wait(self) -> None:
         """Wait for a checkpoint in progress. Raises the error of a failed write, on every rank."""
@@ -235,7 +235,7 @@ class CheckpointStore:
 
     def _write(
         self, step: int, state: dict[str, Any], pieces: list[TensorPiece], rank_state: list[TensorPiece],
-        table_rows: tuple[list[TensorPiece], _RowFiles] | None, group: distributed.Group | None,
+        table_rows: tuple[dict[str, Tensor], _RowFiles] | None, group: distributed.Group | None,
     ) -> None:  # fmt: skip
         path = self.folder / checkpoint_name(step)
         unfinished, rank = temporary_path(path), distributed.rank()
@@ -257,7 +257,8 @@ class CheckpointStore:
             tensors, files = table_rows
             for linked in files.shares:
                 link_or_copy(files.folder / linked.file, unfinished / linked.file)
-            share, _ = write_share(unfinished / tables_file(rank, len(files.shares)), rank, tensors)
+            rows = [whole_tensor(name, tensor) for name, tensor in tensors.items()]
+            share, _ = write_share(unfinished / tables_file(rank, len(files.shares)), rank, rows)
             shares = (*files.shares, replace(share, locations=()))
             return [*written, *((share, {}) for share in shares)], replace(files, folder=path, shares=shares)
 
@@ -288,7 +289,7 @@ class CheckpointStore:
 
         self._run_collectively(prepare, "prepare", group)
         written, files = self._run_collectively(write, "write", group)
-        reports = distributed.gather_objects(written, group)
+        reports = distributed.all_gather_object(written, group)
         self._run_collectively(publish, "publish", group)
         self._row_files = files
 
@@ -306,7 +307,3 @@ class CheckpointStore:
             )
         distributed.raise_together(error, group)
         return result
-
-
-def _whole(tensors: dict[str, Tensor]) -> list[TensorPiece]:
-    return [whole_tensor(name, tensor) for name, tensor in tensors.items()]

@@ -114,7 +114,16 @@ class BatchBuilder:
             share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
             share = np.setdiff1d(share, self.undrawn, assume_unique=True)
             if self._config.refresh_every_steps:
-                batch = self.with_stale(self._collator(rows), share)
+                # positives, and the other documents of the share as stale columns, without their texts
+                schema, catalogue, batch = self._dataset.schema, self._dataset.catalogue, self._collator(rows)
+                others = np.setdiff1d(share, batch.doc_rows.numpy(), assume_unique=True)
+                declared = {name: feature for name, feature in schema.doc.items() if name not in texts_of(schema.doc)}
+                stale = to_features(declared, {name: catalogue.column(name, others) for name in declared})
+                batch = replace(
+                    batch, stale=stale, stale_lengths=lengths_of(stale, paddings(declared)),
+                    doc_rows=torch.cat([batch.doc_rows, as_tensor(others)]),
+                    doc_ids=torch.cat([batch.doc_ids, as_tensor(catalogue.ids(others))]),
+                )  # fmt: skip
             else:
                 batch = self._collator(rows, negatives=negatives, extra_docs=share)
             if len(self.undrawn):  # only positives are
@@ -145,18 +154,6 @@ class BatchBuilder:
             is_known = self._dataset.matching_targets(rows, condition, "data.exclude_seen")
             batch = replace(batch, is_known=torch.from_numpy(is_known))
         return batch
-
-    def with_stale(self, batch: Batch, share: np.ndarray) -> Batch:
-        """Return a batch of positives with the other documents of a share as stale columns, without their texts."""
-        schema, catalogue = self._dataset.schema, self._dataset.catalogue
-        rows = np.setdiff1d(share, batch.doc_rows.numpy(), assume_unique=True)
-        declared = {name: feature for name, feature in schema.doc.items() if name not in texts_of(schema.doc)}
-        stale = to_features(declared, {name: catalogue.column(name, rows) for name in declared})
-        return replace(
-            batch, stale=stale, stale_lengths=lengths_of(stale, paddings(declared)),
-            doc_rows=torch.cat([batch.doc_rows, as_tensor(rows)]),
-            doc_ids=torch.cat([batch.doc_ids, as_tensor(catalogue.ids(rows))]),
-        )  # fmt: skip
 
     def negatives(self, rows: Rows) -> SampledNegatives | tuple[None, None, None]:
         """Return the hard negatives of each query, and the teacher's scores if they are distilled."""

@@ -55,8 +55,8 @@ from bigdssm.models import (
 )
 from bigdssm.tables.sharded import ShardedTables, WorkingSet
 from bigdssm.training.optimizers import build_optimizer
-from bigdssm.training.portable import partition_of, trained_weights
 from bigdssm.utils import timing
+from bigdssm.utils.hashing import hash64
 
 MUON = "deepspeed.runtime.zero.muon"
 _applied = ExitStack()
@@ -126,9 +126,13 @@ def init_process_group() -> None:
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     apply_patches()
+    backend = "gloo"
+    if _on_device():  # small decisions, such as a stop, are exchanged on the CPU
+        accelerator = get_accelerator()
+        backend = f"cpu:gloo,{accelerator.device_name()}:{accelerator.communication_backend_name()}"
     try:
         deepspeed.init_distributed(
-            dist_backend=_backend(),
+            dist_backend=backend,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             verbose=False,
         )
@@ -210,6 +214,55 @@ def partitioned_loading(engine: EngineConfig, optimizer: OptimizerConfig) -> Ite
         yield
     finally:
         del config
+
+
+def trained_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights of a checkpoint; the others are those that the stage starts from."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def set_weights(module: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Set the trained weights of a model without an engine, possibly partitioned, to `read(name)`.
+
+    All ranks must call it.
+    """
+    for name, parameter in trained_weights(module):
+        partition: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if partition is None:
+            parameter.copy_(read(name))
+        else:
+            partition.copy_(partition_of(parameter, read(name)))
+
+
+def frozen_checksum(module: nn.Module) -> int:
+    """Return a checksum of all weights that are not trained, the same at any ZeRO stage. All ranks must call it."""
+    replicated, partitioned = 0, 0
+    parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            continue
+        partition: Any = getattr(parameter, "ds_tensor", None)
+        if partition is not None:  # its padding is not initialized
+            size = partition.numel()
+            first = size * distributed.rank()
+            partition = partition.flatten()[: max(0, min(size, parameter.ds_numel - first))]
+        values = parameter if partition is None else partition
+        bits = values.detach().contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32)
+        number = int(bits.sum(dtype=torch.int64)) * (hash64(name) | 1)
+        if partition is None:
+            replicated += number
+        else:
+            partitioned += number
+    return (replicated + sum(distributed.all_gather_object(partitioned))) % 2**63
+
+
+def partition_of(parameter: Any, value: Tensor) -> Tensor:
+    """Return this rank's padded partition of a ZeRO-3 parameter."""
+    size = parameter.ds_tensor.numel()
+    padded = value.new_zeros(size * distributed.world_size())
+    padded[: value.numel()] = value.flatten()
+    return padded[size * distributed.rank() :][:size]
 
 
 class DeepSpeedStepEngine:
@@ -374,8 +427,7 @@ class Engine(DeepSpeedStepEngine):
 
     def gradient_norm(self) -> float | Tensor:
         """Return the global gradient norm of the last step, before clipping; a tensor if it is still on the device."""
-        norm: float | Tensor = self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
-        return norm
+        return self._norm if self.zero_stage == 0 else cast(Tensor, self.deepspeed.get_global_grad_norm())
 
     def learning_rate(self) -> float:
         """Return the current rate of the first group."""
@@ -515,13 +567,6 @@ class Engine(DeepSpeedStepEngine):
 
 def _form(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _backend() -> str:
-    """Return a backend for CPU and device tensors: small decisions, such as a stop, are exchanged on the CPU."""
-    if not _on_device():
-        return "gloo"
-    return f"cpu:gloo,{get_accelerator().device_name()}:{get_accelerator().communication_backend_name()}"
 
 
 def _on_device() -> bool:

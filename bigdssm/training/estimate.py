@@ -291,9 +291,7 @@ def estimate(
         model = DualEncoder(config.model, dataset.schema, texts, stage.scorer)
     engine = resolve_engine_precision(config.engine, model, "cuda" if torch.cuda.is_available() else "cpu")
     with mode:
-        _materialize(model)
-        if engine.precision == "bf16_pure":
-            _to_bfloat16(model)
+        _materialize(model, torch.bfloat16 if engine.precision == "bf16_pure" else None)
     model.tables.source = FakeRows(specs)
     model.train()
     if documents is not None:
@@ -418,8 +416,8 @@ def recorded_times(folder: Path) -> tuple[float | None, float | None]:
     return median(speeds) if speeds else None, median(validations) if validations else None
 
 
-def _materialize(model: nn.Module) -> None:
-    """Replace the meta tensors of a model by tensors of the current mode, on the CPU."""
+def _materialize(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace the meta tensors of a model by tensors of the current mode, on the CPU; parameters by some of `dtype`."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -427,10 +425,10 @@ def _materialize(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    made[id(tensor)] = (
-                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                    )
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    kind = dtype if is_parameter and dtype is not None else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
@@ -472,7 +470,12 @@ def _towers(
     retained_inputs = (
         [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [{**batch_inputs, **candidates}]
     )
-    again = [chunk.inputs for side in ("query", "doc", "pairs") if (chunk := _largest(chunks, side)) is not None]
+    # the largest chunk of each side without a retained graph
+    by_side: dict[str, list[EncodedChunk]] = {}
+    for chunk in chunks:
+        if not chunk.retain_graph:
+            by_side.setdefault(chunk.name, []).append(chunk)
+    again = [max(of_side, key=lambda chunk: chunk.chunk.tokens).inputs for of_side in by_side.values()]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16")
 
     def encode(**inputs: Any) -> Encoded:
@@ -512,20 +515,6 @@ def _backward(encoded: Sequence[Encoded]) -> None:
     torch.stack(
         [t.float().sum() for part in encoded for t in part if t is not None and t.requires_grad]
     ).sum().backward()
-
-
-def _largest(chunks: Sequence[EncodedChunk], side: str) -> EncodedChunk | None:
-    """Return the largest chunk of a side without a retained graph, None without any."""
-    recomputed = [chunk for chunk in chunks if chunk.name == side and not chunk.retain_graph]
-    return max(recomputed, key=lambda chunk: chunk.chunk.tokens, default=None)
-
-
-def _to_bfloat16(model: nn.Module) -> None:
-    """Convert parameters to bfloat16; `model.bfloat16()` does not support fake tensors."""
-    for owner in model.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
 
 
 def _duration(seconds: float) -> str:

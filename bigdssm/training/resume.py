@@ -206,10 +206,9 @@ def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> S
         return start
     earlier = initial
     if start.checkpoint is not None:  # the schema of the checkpoint, with the codes that were known to it
-        read, prefix = start.checkpoint.reader(), COMMON + TRAINED_CODES
-        trained = {n.removeprefix(prefix): read(n).numpy() for n in read.names if n.startswith(prefix)}
+        trained = start.checkpoint.reader().with_prefix(COMMON + TRAINED_CODES)
         sizes = start.checkpoint.state["stream"]["vocabularies"]
-        earlier = dataset.whole.schema.cut(sizes).with_trained(trained)
+        earlier = dataset.whole.schema.cut(sizes).with_trained({name: codes.numpy() for name, codes in trained.items()})
     stream.dataset = dataset.with_trained_ids(earlier)
     if earlier is None or start.same_segment:
         return start

@@ -45,15 +45,16 @@ from bigdssm.training.checks import check_agreement, check_stage, check_tables, 
 from bigdssm.training.engine import (
     Engine,
     device,
+    frozen_checksum,
     init_process_group,
     leave_process_group,
     partitioned_loading,
+    set_weights,
     undo_patches,
 )
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
-from bigdssm.training.portable import frozen_checksum, set_weights
 from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
 from bigdssm.training.resume import (
     GrownReader,

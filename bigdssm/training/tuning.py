@@ -179,49 +179,43 @@ def search(
     out.mkdir(parents=True, exist_ok=True)
     with WriterLock(out / "search.lock", out):
         _truncate_torn_record(out / "study.log")
-        return _search(value, space, out, trials, first, seed)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
+            study_name="search", direction="maximize", load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(seed=seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
+        )  # fmt: skip
+        # Optuna supports no change of the choices, the type or the scale of a key
+        for trial in study.trials:
+            for key in trial.distributions.keys() & space.keys.keys():
+                try:
+                    check_distribution_compatibility(trial.distributions[key], space.keys[key])
+                except ValueError:
+                    raise ConfigError(
+                        f"the space's {key}: got {space.keys[key]}, was {trial.distributions[key]} in {out}: the "
+                        "choices, the type and the scale of a key cannot change during a search; choose another --out"
+                    ) from None
+        if not study.trials and (allowed_values := space.allowed_values(first)):
+            study.enqueue_trial(allowed_values)
+        for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(interrupted.number, state=TrialState.FAIL)
+            study.enqueue_trial(space.allowed_values(interrupted.params))
 
+        def finished() -> list[FrozenTrial]:
+            done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+            return [trial for trial in done if space.contains(trial.params)]
 
-def _search(
-    value: TrialFunction, space: Space, out: Path, trials: int, first: Mapping[str, Any], seed: int
-) -> list[FrozenTrial]:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(out / "study.log"))),
-        study_name="search", direction="maximize", load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=max(1, trials // 5)),
-    )  # fmt: skip
-    # Optuna supports no change of the choices, the type or the scale of a key
-    for trial in study.trials:
-        for key in trial.distributions.keys() & space.keys.keys():
+        while len(finished()) < trials:
+            new_trial = study.ask(space.keys)  # an interrupted trial is enqueued again by the next run
+            if not space.contains(new_trial.params):  # enqueued before the space was changed
+                study.tell(new_trial, state=TrialState.FAIL)
+                continue
             try:
-                check_distribution_compatibility(trial.distributions[key], space.keys[key])
-            except ValueError:
-                raise ConfigError(
-                    f"the space's {key}: got {space.keys[key]}, was {trial.distributions[key]} in {out}: the choices, "
-                    "the type and the scale of a key cannot change during a search; choose another --out"
-                ) from None
-    if not study.trials and (allowed_values := space.allowed_values(first)):
-        study.enqueue_trial(allowed_values)
-    for interrupted in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(interrupted.number, state=TrialState.FAIL)
-        study.enqueue_trial(space.allowed_values(interrupted.params))
-
-    def finished() -> list[FrozenTrial]:
-        done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
-        return [trial for trial in done if space.contains(trial.params)]
-
-    while len(finished()) < trials:
-        new_trial = study.ask(space.keys)  # an interrupted trial is enqueued again by the next run
-        if not space.contains(new_trial.params):  # enqueued before the space was changed
-            study.tell(new_trial, state=TrialState.FAIL)
-            continue
-        try:
-            study.tell(new_trial, value(new_trial, new_trial.params))
-        except optuna.TrialPruned:
-            study.tell(new_trial, state=TrialState.PRUNED)
-    return sorted(finished(), key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
+                study.tell(new_trial, value(new_trial, new_trial.params))
+            except optuna.TrialPruned:
+                study.tell(new_trial, state=TrialState.PRUNED)
+        return sorted(finished(), key=lambda trial: (trial.state != TrialState.COMPLETE, -(trial.value or 0.0)))
 
 
 def _truncate_torn_record(journal: Path) -> None:

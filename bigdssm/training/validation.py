@@ -21,8 +21,7 @@ from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.model import PairScorer
 from bigdssm.tables.files import row_file, store_sources, write_row_file
 from bigdssm.training.batches import FixedDocuments
-from bigdssm.training.engine import Engine, device
-from bigdssm.training.portable import trained_weights
+from bigdssm.training.engine import Engine, device, trained_weights
 from bigdssm.training.resume import StageProgress
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover, remove
@@ -68,12 +67,14 @@ class Validator:
         if self._fixed is not None:
             documents = self._fixed.share(device(), self._dataset.catalogue.withdrawn)
 
-        def scorer_state() -> dict[str, Tensor]:
-            return engine.state_dict(Scorer.weights_in(dict(engine.module.named_parameters())))
-
         with timing.span("validation"):
             return evaluate_split(
-                encoders_of(engine.deepspeed, self._dataset, device(), scorer_state),
+                encoders_of(
+                    engine.deepspeed,
+                    self._dataset,
+                    device(),
+                    lambda: engine.state_dict(Scorer.weights_in(dict(engine.module.named_parameters()))),
+                ),
                 self._validation,
                 SPLIT,
                 documents=documents,
