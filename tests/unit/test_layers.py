@@ -36,7 +36,7 @@ LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package 
 
 # Library → the only files or folders that may import it.
 RESERVED = {
-    "deepspeed": tuple(f"bigdssm/training/{name}.py" for name in ("engine", "portable")),
+    "deepspeed": ("bigdssm/training/engine.py",),
     "webdataset": ("bigdssm/sources/", "bigdssm/loader/"),
     "torch.distributed": ("bigdssm/distributed.py",),
     "triton": ("bigdssm/losses/kernels/triton_kernels.py",),  # imported by launches on a GPU only
