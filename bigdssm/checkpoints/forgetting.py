@@ -50,8 +50,16 @@ def forget_in_model(folder: Path, codes: Codes, changes: Changes) -> None:
         Schema.load(folder).erase(codes, temporary)
         rows = _rows_of_tables(folder, codes)
         for name in (WEIGHTS_FILE, FROZEN_FILE):
-            if name in meta["checksums"]:
-                _zero_rows(folder / name, temporary / name, rows)
+            if name not in meta["checksums"] or not (tables := _tables_in(folder / name, rows)):
+                continue
+            weights, is_changed = load_file(folder / name), False
+            for table in tables:
+                weight = weights[WEIGHT.format(table)]
+                zeroed = torch.from_numpy(rows[table][rows[table] < len(weight)])
+                is_changed |= bool(weight[zeroed].any())
+                weight[zeroed] = 0
+            if is_changed:
+                save_file(weights, temporary / name, metadata={"format": "pt"})
         for name in meta["checksums"]:
             if name.startswith(f"{TABLES_DIR}/") and holds_rows(folder / name, rows):
                 (temporary / TABLES_DIR).mkdir(exist_ok=True)
@@ -129,20 +137,6 @@ def _rows_of_tables(folder: Path, codes: Codes) -> dict[str, np.ndarray]:
         table = table_name("doc" if config.data.siamese else side, name)
         rows[table] = np.union1d(rows.get(table, side_codes), side_codes)
     return rows
-
-
-def _zero_rows(path: Path, target: Path, rows: Mapping[str, np.ndarray]) -> None:
-    """Write a file of weights with zeros in `rows` of the tables, if that changes it."""
-    if not (tables := _tables_in(path, rows)):
-        return
-    weights, changed = load_file(path), False
-    for table in tables:
-        weight = weights[WEIGHT.format(table)]
-        zeroed = torch.from_numpy(rows[table][rows[table] < len(weight)])
-        changed |= bool(weight[zeroed].any())
-        weight[zeroed] = 0
-    if changed:
-        save_file(weights, target, metadata={"format": "pt"})
 
 
 def _tables_in(path: Path, rows: Mapping[str, np.ndarray]) -> list[str]:

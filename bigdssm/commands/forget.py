@@ -38,7 +38,7 @@ from bigdssm.retrieval.forgetting import (
     row_ids,
 )
 from bigdssm.stores.base import Store, open_store
-from bigdssm.training.resume import open_segment
+from bigdssm.training.start import open_segment
 from bigdssm.utils.atomic import Changes, write_json
 
 NOT_REACHED = (

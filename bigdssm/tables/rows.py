@@ -515,15 +515,11 @@ class RowStore:
         retained = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
         self._release(local[order[np.arange(len(order)) - firsts >= retained]], step)
 
-    def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
-        """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
-
-        states: also `updated`, `occurrences` and the optimizer states, of all rows; else only the admitted rows.
-        """
-        return self.content_of(*self.saved(step, states=states), states=states)
-
     def saved(self, step: int, *, states: bool, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows of `content` that step `since` or a later one updated, and their positions in the storage."""
+        """Return the updated rows that are not evicted before `step`, ascending, and their positions in the storage.
+
+        states: all rows; else only the admitted ones. since: only rows that this step or a later one updated.
+        """
         local = np.flatnonzero(self.updated > since)
         local = local[~self._expired(local, step)]
         rows = self._rows(local)
@@ -544,7 +540,10 @@ class RowStore:
         return np.unique(np.concatenate([self._rows(local), *released]))
 
     def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
-        """Return the `content` of rows at positions of the storage."""
+        """Return `rows` and `values` of rows at positions of the storage, on the host.
+
+        states: also `updated`, `occurrences` and the optimizer states.
+        """
         if self._cache is not None:
             self._cache.flush()
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.stored["values"], local)}

@@ -37,7 +37,7 @@ from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches,
 from bigdssm.training.metrics_logger import step_flops
 from bigdssm.training.objective import candidate_columns, num_negatives
 from bigdssm.training.optimizers import parameter_groups
-from bigdssm.training.resume import segment_steps
+from bigdssm.training.start import segment_steps
 from bigdssm.training.step import EncodedChunk, encoded_chunks, pair_chunks, whole_features
 from bigdssm.training.validation import SPLIT
 

@@ -41,7 +41,7 @@ from bigdssm.retrieval.embed import (
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, gather_hard_negatives, mine
 from bigdssm.training.batches import FixedDocuments, row_stream
 from bigdssm.training.engine import Engine, device
-from bigdssm.training.resume import segment_steps
+from bigdssm.training.start import segment_steps
 from bigdssm.utils import timing
 from bigdssm.utils.device import RandomState
 from bigdssm.utils.hashing import hash64

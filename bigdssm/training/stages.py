@@ -31,7 +31,7 @@ from bigdssm.cluster.watchdog import Watchdog
 from bigdssm.config import Config, FrequencyCorrection, StageName, config_of
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
-from bigdssm.errors import ConfigError, Preempted
+from bigdssm.errors import CheckpointError, ConfigError, Preempted
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder, new_model
@@ -41,7 +41,6 @@ from bigdssm.retrieval.vectors import open_vectors
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
-from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference, retained_settings
 from bigdssm.training.engine import (
     Engine,
     device,
@@ -56,14 +55,19 @@ from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
 from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
-from bigdssm.training.resume import (
+from bigdssm.training.start import (
     GrownReader,
     StageProgress,
     StartPoint,
+    check_agreement,
     check_folder,
+    check_stage,
+    check_tables,
     find_start,
     grow_model,
     limit_ids,
+    model_difference,
+    retained_settings,
     segment_steps,
 )
 from bigdssm.training.trainer import Trainer
@@ -176,10 +180,17 @@ def build_trainer(
     if read is None and stage.warm_start.window:
         initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
     engine = Engine(model, engine_config, stage.optimizer, max(1, stage.rows_global // world_size), tables)
+    frozen = frozen_checksum(model)
+    if start.checkpoint is not None and start.same_segment and frozen != start.checkpoint.state["frozen"]:
+        raise CheckpointError(
+            f"checkpoint {start.checkpoint.path} was written with other frozen weights; restore the model that the "
+            "stage starts from (STAGE.init, text.init), and engine.precision if it was changed to or from bf16_pure, "
+            "which rounds them, or choose another run.dir"
+        )
     origin: dict[str, Any] = {
         "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
         "precision": {"requested": config.engine.precision, "computed": engine_config.precision},
-        "frozen": start.check_frozen(frozen_checksum(model)),
+        "frozen": frozen,
     }  # fmt: skip
     if read is not None and tables is not None:  # before negatives are mined
         assert start.checkpoint is not None

@@ -1,7 +1,7 @@
 """Training of a stage: steps, validations and checkpoints, from top to bottom.
 
-setup.py builds the trainer of a stage. A step is in step.py, its batches are in batches.py and loader/, its log line
-and its record in metrics_logger.py, the state of a resume in resume.py.
+stages.py builds the trainer of a stage. A step is in step.py, its batches are in batches.py and loader/, its log line
+and its record in metrics_logger.py, the state of a resume in start.py.
 """
 
 import time
@@ -31,7 +31,7 @@ from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
-from bigdssm.training.resume import StageProgress, StartPoint
+from bigdssm.training.start import StageProgress, StartPoint
 from bigdssm.training.step import LossFunction, RankReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.utils import timing

@@ -22,7 +22,7 @@ from bigdssm.retrieval.model import PairScorer
 from bigdssm.tables.files import row_file, store_sources, write_row_file
 from bigdssm.training.batches import FixedDocuments
 from bigdssm.training.engine import Engine, device, trained_weights
-from bigdssm.training.resume import StageProgress
+from bigdssm.training.start import StageProgress
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover, remove
 from bigdssm.utils.log import Progress, get_logger, metric_label

@@ -47,7 +47,7 @@ def test_a_rank_that_differs_is_named(
 def differing(rank: int, world_size: int, config: Path, run_dir: Path, setting: str) -> None:
     """Run with another `setting` on rank 1."""
     from bigdssm.dataset.dataset import Dataset
-    from bigdssm.training import checks
+    from bigdssm.training import start as checks
 
     overrides: tuple[str, ...] = ()
     versions, fingerprint = checks.versions, Dataset.fingerprint

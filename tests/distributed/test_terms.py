@@ -34,7 +34,7 @@ from bigdssm.losses import (
 )
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
-from bigdssm.training.resume import forbidden_change
+from bigdssm.training.start import forbidden_change
 from tools.checks.pages import code_of
 
 from ..unit.test_config import MINIMAL

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bigdssm.config import load_config
-from bigdssm.training.resume import find_start, rule_of
+from bigdssm.training.start import find_start, rule_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = {

@@ -29,7 +29,7 @@ from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.serving.searcher import Searcher
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.resume import StageProgress
+from bigdssm.training.start import StageProgress
 from bigdssm.training.validation import BestSelection, Validator
 
 ITEMS, GHOSTS, USERS = [f"i{n}" for n in range(12)], ["g0", "g1"], 20

@@ -36,7 +36,7 @@ from bigdssm.training import engine
 from bigdssm.training.batches import BatchBuilder, known_pairs, read_batches
 from bigdssm.training.objective import catalogue_share, in_catalogue_share
 from bigdssm.training.optimizers import AdamW, build_optimizer, parameter_groups, schedule_factor, warmup_steps
-from bigdssm.training.resume import StageProgress
+from bigdssm.training.start import StageProgress
 from bigdssm.training.step import RankReport
 from bigdssm.utils.device import RandomState
 from tests.conftest import NUM_ITEMS, TinyDataset
