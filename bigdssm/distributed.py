@@ -10,7 +10,7 @@ import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -96,8 +96,7 @@ def background_group() -> Group | None:
     """
     if world_size() == 1:
         return None
-    world = dist.group.WORLD
-    assert world is not None
+    world = cast(Group, dist.group.WORLD)
     if world not in _background:
         _background[world] = dist.new_group(backend="gloo")
     return _background[world]
@@ -114,8 +113,6 @@ def broadcast_object(value: T) -> T:
 
 def any_rank(flag: bool) -> bool:
     """Return True on every rank if `flag` is True on any."""
-    if world_size() == 1:
-        return flag
     return bool(all_reduce(torch.tensor([int(flag)]), "max").item())
 
 

@@ -347,9 +347,8 @@ class RowStore:
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
         self.updated: np.ndarray = self._on_host(size, 1, np.int32).reshape(-1)
-        self.occurrences: np.ndarray | None = None
-        if spec.admit_after > 1:
-            self.occurrences = self._on_host(size, 1, np.int16).reshape(-1)
+        counted = spec.admit_after > 1
+        self.occurrences = self._on_host(size, 1, np.int16).reshape(-1) if counted else None
         self._released: list[tuple[int, np.ndarray]] = []  # a step, and rows that it evicted before they were replaced
         self.evictions_known_from = 0  # the first step from which all of them are listed
 

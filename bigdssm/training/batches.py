@@ -100,9 +100,8 @@ class BatchBuilder:
                 for name in items:
                     codes = catalogue.codes(name, np.arange(catalogue.num_docs))
                     self.undrawn = np.union1d(self.undrawn, np.flatnonzero(codes == OUT_OF_VOCABULARY))
-        self._cumulative = None
-        if stage.negatives.popular:
-            self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum()
+        is_weighted = stage.negatives.popular > 0
+        self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum() if is_weighted else None
         # read before loader processes start, which then share their pages
         self._since = dataset.item_times if catalogue is not None and dataset.header.dated else None
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None

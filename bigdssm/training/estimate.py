@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
-from bigdssm.config import Config, EngineConfig, OptimizerConfig, StageName
+from bigdssm.config import Config, EngineConfig, StageName
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
@@ -53,73 +53,48 @@ HEAP_HOLES = 0.35
 RUNTIME_BYTES = 100_000_000  # allocated by libraries at first use: the memory of the smallest run
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """Element counts of a model and its optimizer."""
-
-    weights: int
-    trained: int  # trainable weights
-    largest: int  # of the largest trainable tensor
-    states: int  # optimizer states
-
-    @classmethod
-    def of(cls, model: nn.Module, optimizer: OptimizerConfig) -> "ModelSizes":
-        """Return the sizes of a model; meta and fake tensors are accepted."""
-        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        states = sum(
-            len(optimizer.state_of(group["name"])) * parameter.numel()
-            for group in parameter_groups(model, optimizer)
-            for parameter in group["params"]
-        )
-        return cls(weights, sum(trained), max(trained), states)
-
-    def share(self, world_size: int) -> int:
-        """Return the number of trainable weights that a rank updates from ZeRO 1 on."""
-        return -(-self.trained // world_size)
-
-
-def resident_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> dict[str, int]:
+def resident_bytes(engine: EngineConfig, weights: int, trained: int, states: int, world_size: int) -> dict[str, int]:
     """Return the bytes of weights and optimizer that are always allocated on a rank, by purpose.
 
+    weights, trained, states: numbers of all weights, of those that are trained, and of optimizer states.
     ZeRO 1 to 3 keep a float32 copy of the weights that a rank updates, even if weights are float32.
     """
-    stage, share, weights = engine.zero_stage, sizes.share(world_size), _weight(engine) * sizes.weights
+    stage, share, weight_bytes = engine.zero_stage, -(-trained // world_size), _weight(engine) * weights
     if stage == 0:
-        return {"weights": weights, OPTIMIZER_STATES: FP32 * sizes.states}
+        return {"weights": weight_bytes, OPTIMIZER_STATES: FP32 * states}
     resident = {
-        "weights": weights if stage < 3 else -(-weights // world_size),
+        "weights": weight_bytes if stage < 3 else -(-weight_bytes // world_size),
         MASTER_WEIGHTS: FP32 * share,
-        OPTIMIZER_STATES: FP32 * -(-sizes.states // world_size),
+        OPTIMIZER_STATES: FP32 * -(-states // world_size),
     }
     if engine.offload_optimizer:
         resident[GRADIENTS_ON_HOST] = FP32 * share
     if stage == 3:
-        resident["gathered weights"] = _weight(engine) * min(sizes.weights, MAX_LIVE)
+        resident["gathered weights"] = _weight(engine) * min(weights, MAX_LIVE)
         resident["this rank's gradients"] = _weight(engine) * share
     return resident
 
 
-def step_bytes(engine: EngineConfig, sizes: ModelSizes, world_size: int) -> int:
-    """Return the additional bytes of the optimizer's step on a rank.
+def step_bytes(engine: EngineConfig, trained: int, largest: int, world_size: int) -> int:
+    """Return the additional bytes of the optimizer's step on a rank; `largest` is the size of the largest tensor.
 
     ZeRO 1 and 2 reduce all gradients in one bucket and copy the rank's share; AdamW works on whole flat groups.
     """
     if engine.zero_stage == 0:
-        bucket = FP32 * min(BUCKET, sizes.trained) if world_size > 1 else 0
-        return FP32 * sizes.trained + max(bucket, 2 * FP32 * sizes.largest)
-    gradients = FP32 * sizes.trained if engine.zero_stage < 3 else 0
-    return gradients + 4 * FP32 * sizes.share(world_size)
+        bucket = FP32 * min(BUCKET, trained) if world_size > 1 else 0
+        return FP32 * trained + max(bucket, 2 * FP32 * largest)
+    gradients = FP32 * trained if engine.zero_stage < 3 else 0
+    return gradients + 4 * FP32 * -(-trained // world_size)
 
 
-def sent_bytes(engine: EngineConfig, sizes: ModelSizes, gathered: int) -> dict[str, int]:
+def sent_bytes(engine: EngineConfig, trained: int, gathered: int) -> dict[str, int]:
     """Return the bytes reduced and gathered in a step, by purpose; an all-reduce counts twice.
 
     gathered: the weights that all forwards and backwards of a step gather at ZeRO stage 3.
     """
-    sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * sizes.trained}
+    sent = {"weights' gradients": (1 if engine.zero_stage == 3 else 2) * FP32 * trained}
     if engine.zero_stage in (1, 2):
-        sent["updated weights"] = _weight(engine) * sizes.trained
+        sent["updated weights"] = _weight(engine) * trained
     elif engine.zero_stage == 3:
         sent["weights, for forwards and backwards"] = _weight(engine) * gathered
     return sent
@@ -300,8 +275,15 @@ def estimate(
         use_eager_attention(model)  # as in the engine
     if engine.checkpoint_activations:
         model.checkpoint_activations()
-    sizes = ModelSizes.of(model, stage.optimizer)
-    resident, in_step = resident_bytes(engine, sizes, world_size), step_bytes(engine, sizes, world_size)
+    # numbers of weights, which may be meta or fake tensors, and of the optimizer's states
+    trained_sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    weights, trained = sum(parameter.numel() for parameter in model.parameters()), sum(trained_sizes)
+    states = sum(
+        len(stage.optimizer.state_of(group["name"])) * parameter.numel()
+        for group in parameter_groups(model, stage.optimizer)
+        for parameter in group["params"]
+    )
+    resident = resident_bytes(engine, weights, trained, states, world_size)
     # the average, and a copy of the weights while the average replaces them
     widths = {name: sum(stage.table_optimizer.state_widths(spec.dim).values()) for name, spec in specs.items()}
     # keyed: at most an id per document, or per row
@@ -320,9 +302,9 @@ def estimate(
     if specs and config.engine.table_cache_rows:
         widths_of_all = sum(spec.dim + widths[table] for table, spec in specs.items())
         resident["rows of sharded tables kept on the device"] = FP32 * config.engine.table_cache_rows * widths_of_all
-    averaged = {"moving average of the weights": 2 * FP32 * sizes.trained} if stage.weight_average else {}
+    averaged = {"moving average of the weights": 2 * FP32 * trained} if stage.weight_average else {}
     in_tables = sum(stored[name] * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
-    saved = in_tables + sizes.trained + sizes.states + (sizes.trained if stage.weight_average else 0)
+    saved = in_tables + trained + states + (trained if stage.weight_average else 0)
     of_catalogue: dict[str, int] = {}
     if model.content_ids:
         of_catalogue["contents of items"] = FP32 * num_docs * config.model.dim
@@ -340,7 +322,7 @@ def estimate(
     num_known = 0 if batch.known_positives is None else len(batch.known_positives)
     tile, both = config.engine.loss_tile, stage.loss.direction != "q2d"
     vectors = vector_bytes(*sides, width)
-    loss, sent = 0, sent_bytes(engine, sizes, _gathered_weights(model, plan))
+    loss, sent = 0, sent_bytes(engine, trained, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
         fetched = {name: len(rows) * specs[name].hashes for name, rows in (batch.table_rows or {}).items()}
         sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
@@ -376,10 +358,10 @@ def estimate(
         phases={
             "loss, with retained graphs": graphs + vectors + loss,
             "towers' activations and gradients": towers + vectors,
-            "optimizer's step": in_step,
+            "optimizer's step": step_bytes(engine, trained, max(trained_sizes), world_size),
             "validation, mining": _encoding(model, mode, batch) + index_bytes,
         },
-        num_weights=sizes.weights,
+        num_weights=weights,
         table_weights=sum(parameter.numel() for parameter in model.tables.parameters())
         + sum(stored[name] * spec.dim for name, spec in specs.items()),
         negatives=num_negatives(stage, batch, world_size, num_docs),

@@ -178,8 +178,13 @@ class CachedTexts:
         """
         assert batch.stale is not None
         if self._table is None or batch.step % self._every == 0:
-            with timing.span("texts of the catalogue"):
-                self._table = self._encode()
+            deepspeed, texts = self._engine.deepspeed, texts_of(self._dataset.schema.doc)
+
+            def vectors(features: dict[str, Values]) -> Tensor:
+                return cast(Tensor, encode(deepspeed, doc_texts=features).W)
+
+            with timing.span("texts of the catalogue"):  # of all documents, in evaluation mode, without gradients
+                self._table = encode_whole_catalogue(deepspeed, self._dataset, texts, vectors, device())
         rank, world_size = distributed.rank(), distributed.world_size()
         fresh, stale = batch.doc_rows.split([batch.num_fresh, len(batch.doc_rows) - batch.num_fresh])
         widths = cast(DualEncoder, self._engine.module).doc_tower.text_widths
@@ -197,17 +202,6 @@ class CachedTexts:
             stale={**batch.stale, **without}, columns=columns,
             counts=occurrences(batch.positive, len(columns)) + columns,
         )  # fmt: skip
-
-    def _encode(self) -> Tensor:
-        """Encode the texts of all documents in evaluation mode, without gradients."""
-
-        def vectors(features: dict[str, Values]) -> Tensor:
-            encoded = encode(self._engine.deepspeed, doc_texts=features).W
-            assert encoded is not None
-            return encoded
-
-        texts = texts_of(self._dataset.schema.doc)
-        return encode_whole_catalogue(self._engine.deepspeed, self._dataset, texts, vectors, device())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the text vectors, equal on every rank; nothing before the first step."""

@@ -92,9 +92,8 @@ def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool)
         # .train(), since transformers returns pretrained encoders in evaluation mode
         saved = checkpoints_in(config.stage_dir(name) / CHECKPOINTS)[-1:] if resume else []
         dense = dense_tables(name for path in saved for name in tensor_names(path))
-        loading = None  # a document tower that is copied is whole
-        if config.stage(name).documents.model is None:
-            loading = partitioned_loading(config.engine, config.stage(name).optimizer)
+        is_copied = config.stage(name).documents.model is not None  # a document tower that is copied is whole
+        loading = None if is_copied else partitioned_loading(config.engine, config.stage(name).optimizer)
         model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense)
         return model.train(), None
     loaded = load_initial_model(source, config.model, scorer)

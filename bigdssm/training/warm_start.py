@@ -92,5 +92,4 @@ def spectral_vectors(counts: csr_matrix, dim: int) -> np.ndarray:
     else:
         values, vectors = eigsh(both, dim, which="LA", v0=np.ones(size))
     signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])  # the sign is arbitrary
-    scaled: np.ndarray = vectors * signs * np.sqrt(values.clip(0))
-    return scaled
+    return np.asarray(vectors * signs * np.sqrt(values.clip(0)))
