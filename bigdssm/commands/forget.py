@@ -19,8 +19,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from bigdssm.checkpoints.forgetting import forget_in_model, forget_in_stage
-from bigdssm.checkpoints.model_folder import CONFIG_FILE
+from bigdssm.checkpoints.model_folder import CONFIG_FILE, forget_in_model, forget_in_stage
 from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
 from bigdssm.cluster.run_folder import is_locked
 from bigdssm.config import StageName, load_written_config

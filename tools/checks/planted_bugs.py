@@ -1392,7 +1392,7 @@ BUGS = [
     Bug("deletion", "files_of_a_killed_deletion_are_used", "utils.atomic:Changes.new_version",
         "        remove(temporary)\n        temporary.mkdir()\n", "        temporary.mkdir(exist_ok=True)\n",
         f"{UNIT}/test_forget.py::test_a_killed_deletion_ends_alike"),
-    Bug("deletion", "checkpoints_remain", "checkpoints.forgetting:_may_contain",
+    Bug("deletion", "checkpoints_remain", "checkpoints.model_folder:_may_contain",
         "if spec is not None and (table_rows < spec.shape[0]).any():", "if False:",
         f"{UNIT}/test_forget.py::test_a_run_and_its_vectors_have_no_byte_of_the_ids"),
     Bug("deletion", "rows_of_tables_remain", "tables.files:write_without",
