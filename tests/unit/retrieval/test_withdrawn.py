@@ -23,7 +23,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import UniformNegatives, mine
-from bigdssm.training import resume
+from bigdssm.training import start
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.objective import in_catalogue_share
 from tests.conftest import NUM_ITEMS
@@ -127,11 +127,11 @@ def test_a_running_segment_keeps_its_catalogue(
     before = open_dataset(config.data)
     stream = PairStream(before, rows_global=24, lanes=4)
     state = json.loads(json.dumps(stream.state()))
-    monkeypatch.setattr(resume, "checkpoints_in", lambda folder: [tmp_path])
-    monkeypatch.setattr(resume, "read_manifest", lambda path: SimpleNamespace(state={"stream": state}))
+    monkeypatch.setattr(start, "checkpoints_in", lambda folder: [tmp_path])
+    monkeypatch.setattr(start, "read_manifest", lambda path: SimpleNamespace(state={"stream": state}))
     item = {name: ["new"] for name in ("item_id", "title", "genres")} | {"year": [1990]}
     make_dataset(config, append=True, partition="items", items=item, withdrawn={"item_id": ["i1"]})
-    now, continued = open_dataset(config.data), resume.open_segment(config, "pretrain")
+    now, continued = open_dataset(config.data), start.open_segment(config, "pretrain")
     assert (now.catalogue.num_docs, now.catalogue.withdrawn.tolist()) == (NUM_ITEMS + 1, [1])
     assert continued.fingerprint == before.fingerprint and continued.catalogue.num_candidates == NUM_ITEMS
     assert continued.schema == before.schema != now.schema
@@ -141,4 +141,4 @@ def test_a_running_segment_keeps_its_catalogue(
     draws = [next(batches(some, 1, uniform=64))[1].drawn(3) for some in (before, continued, now)]
     assert np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], draws[2])  # type: ignore[arg-type]
     state["partitions"] = [["other", "x"]]
-    assert resume.open_segment(config, "pretrain").fingerprint == now.fingerprint, "a new segment begins with all"
+    assert start.open_segment(config, "pretrain").fingerprint == now.fingerprint, "a new segment begins with all"
