@@ -514,11 +514,15 @@ class RowStore:
         retained = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
         self._release(local[order[np.arange(len(order)) - firsts >= retained]], step)
 
-    def saved(self, step: int, *, states: bool, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the updated rows that are not evicted before `step`, ascending, and their positions in the storage.
+    def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
+        """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
 
-        states: all rows; else only the admitted ones. since: only rows that this step or a later one updated.
+        states: also `updated`, `occurrences` and the optimizer states, of all rows; else only the admitted rows.
         """
+        return self.content_of(*self.saved(step, states=states), states=states)
+
+    def saved(self, step: int, *, states: bool, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of `content` that step `since` or a later one updated, and their positions in the storage."""
         local = np.flatnonzero(self.updated > since)
         local = local[~self._expired(local, step)]
         rows = self._rows(local)
@@ -539,10 +543,7 @@ class RowStore:
         return np.unique(np.concatenate([self._rows(local), *released]))
 
     def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
-        """Return `rows` and `values` of rows at positions of the storage, on the host.
-
-        states: also `updated`, `occurrences` and the optimizer states.
-        """
+        """Return the `content` of rows at positions of the storage."""
         if self._cache is not None:
             self._cache.flush()
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.stored["values"], local)}

@@ -59,8 +59,7 @@ def test_a_row_file_has_the_updated_rows(path: Path) -> None:
     every = torch.arange(10)
     assert torch.equal(mapped.look_up("none", every), tables.look_up("none", every))
     content = list(mapped.contents("items", lambda rows: rows % 2 == 0, states=False))
-    store = tables.stores["items"]
-    expected = store.content_of(*store.saved(tables.steps, states=False), states=False)
+    expected = tables.stores["items"].content(tables.steps, states=False)
     even = expected["rows"] % 2 == 0
     assert [torch.equal(content[0][key], expected[key][even]) for key in ("rows", "values")] == [True, True]
     mapped.write(path.parent / "copy")
@@ -138,9 +137,8 @@ def test_pages_of_a_table_in_files_have_blocks_before_they_are_written(
             pages = np.frombuffer(file.mapped, np.uint8)
             written = np.add.reduceat(pages.astype(np.int64), np.arange(0, len(pages), mmap.PAGESIZE)) > 0
             assert not (written & ~file._reserved).any()
-    contents = [store.content_of(*store.saved(9, states=True), states=True) for store in (in_memory, in_files)]
-    for key, tensor in contents[0].items():
-        assert torch.equal(contents[1][key], tensor)
+    for key, tensor in in_memory.content(9, states=True).items():
+        assert torch.equal(in_files.content(9, states=True)[key], tensor)
     assert rows > 20_000 or not in_files._files["values"]._reserved.all(), "the file stays sparse"
 
     def full(*_: int) -> None:
