@@ -45,7 +45,11 @@ _UNIFORM, _POPULAR, _DROPPED = 0x756E69666F726D, 0x706F70756C6172, 0x64726F70706
 
 @dataclass(frozen=True)
 class FixedDocuments:
-    """The index vectors of all documents, by catalogue row, and the checksum of their model."""
+    """The index vectors of all documents, by catalogue row, and the checksum of their model.
+
+    A stage trains the query tower alone against them. The trained model has their model's document tower, so that its
+    queries can be searched in existing indexes.
+    """
 
     vectors: CodedVectors
     checksum: str

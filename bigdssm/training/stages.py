@@ -28,7 +28,7 @@ from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.run_folder import CONSUMED, SKIPPED, STOP_FILE, FolderLock, RowLog, record_start, versions
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.cluster.watchdog import Watchdog
-from bigdssm.config import Config, FrequencyCorrection, StageName, config_of
+from bigdssm.config import Config, FrequencyCorrection, StageName, config_of, differences
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError, Preempted
@@ -56,6 +56,7 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
 from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
 from bigdssm.training.start import (
+    NEW_ROWS,
     GrownReader,
     StageProgress,
     StartPoint,
@@ -64,10 +65,8 @@ from bigdssm.training.start import (
     check_stage,
     check_tables,
     find_start,
-    grow_model,
     limit_ids,
     model_difference,
-    retained_settings,
     segment_steps,
 )
 from bigdssm.training.trainer import Trainer
@@ -100,12 +99,19 @@ def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool)
     if loaded.model.scorer is not None and scorer is None:
         raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
     loaded.view(dataset)
-    grow_model(loaded.model, dataset.schema)
+    # values of new partitions extend the vocabularies
+    for table, (old_rows, new_rows) in loaded.model.tables.grow(dataset.schema).items():
+        logger.info(NEW_ROWS, f"table {table}", old_rows, new_rows - old_rows)
+    loaded.model.schema = dataset.schema
     difference = model_difference(loaded.config, config)
     if difference:
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
-    if retained := retained_settings(loaded.config, config):
-        logger.warning("%s keeps the settings of %s: %s", name, source, retained)
+    # a loaded model retains its own settings of training
+    changes = differences(loaded.config.to_dict()["model"], config.to_dict()["model"], "model")
+    settings = ("dropout", "item_dropout", "alpha_learned")
+    retained = [f"{key}={was} (not {now})" for key, was, now in changes if key.rpartition(".")[2] in settings]
+    if retained:
+        logger.warning("%s keeps the settings of %s: %s", name, source, ", ".join(retained))
     loaded.model.train()
     logger.info("%s starts from %s", name, source)
     return loaded.model, loaded.schema

@@ -304,13 +304,6 @@ def _changes(before: dict[str, Any], config: Config, name: StageName, rule: Resu
             yield f"{key} was {was}, is {now}"
 
 
-def grow_model(model: DualEncoder, schema: Schema) -> None:
-    """Enlarge the model's tables for `schema`, whose vocabularies extend those of the model."""
-    for name, (old_rows, new_rows) in model.tables.grow(schema).items():
-        logger.info(NEW_ROWS, f"table {name}", old_rows, new_rows - old_rows)
-    model.schema = schema
-
-
 class GrownReader(TensorReader):
     """Reads a checkpoint for a model with larger tables: new rows are initial values, with zero moments.
 
@@ -507,13 +500,6 @@ def model_difference(trained: Config, config: Config, omitted: tuple[str, ...] =
         return {key: value for key, value in model.items() if key not in omitted}
 
     return first_difference(shape(trained), shape(config), "model")
-
-
-def retained_settings(trained: Config, config: Config) -> str:
-    """Describe the settings of training in which two model sections differ: a loaded model retains its own."""
-    changes = differences(trained.to_dict()["model"], config.to_dict()["model"], "model")
-    retained = ("dropout", "item_dropout", "alpha_learned")
-    return ", ".join(f"{key}={was} (not {value})" for key, was, value in changes if key.rpartition(".")[2] in retained)
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:
