@@ -429,10 +429,6 @@ class Engine(DeepSpeedStepEngine):
         """Return the global gradient norm of the last step, before clipping; a tensor if it is still on the device."""
         return self._norm if self.zero_stage == 0 else cast(Tensor, self.deepspeed.get_global_grad_norm())
 
-    def learning_rate(self) -> float:
-        """Return the current rate of the first group."""
-        return float(self.deepspeed.optimizer.param_groups[0]["lr"])
-
     def local_pieces(self) -> Iterator[TensorPiece]:
         """Yield this rank's float32 pieces of every trained weight NAME and every optimizer state STATE/NAME.
 

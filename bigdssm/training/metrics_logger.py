@@ -86,7 +86,7 @@ class MetricsLogger:
         record: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
-            "lr": self._engine.learning_rate(),
+            "lr": float(self._engine.deepspeed.optimizer.param_groups[0]["lr"]),  # of the first group
             "grad_norm": gradient_norm,
             "alpha": result.alpha,
             **stats,

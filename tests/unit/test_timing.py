@@ -164,7 +164,8 @@ def test_the_first_step_logs_a_line_and_no_record(
 
     monkeypatch.setattr(metrics_logger, "step_flops", lambda *_: 0.0)
     monkeypatch.setattr(metrics_logger.logger, "propagate", True)
-    engine = SimpleNamespace(module=None, tables=None, learning_rate=lambda: 0.1)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    engine = SimpleNamespace(module=None, tables=None, deepspeed=SimpleNamespace(optimizer=optimizer))
     records: list[dict[str, Any]] = []
     trackers = SimpleNamespace(log=records.append)
     run: Any = metrics_logger.MetricsLogger("pretrain", engine, trackers, Bar(), 9, 4, 4, lambda: "")  # type: ignore[arg-type]
