@@ -126,13 +126,9 @@ def init_process_group() -> None:
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use every core
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     apply_patches()
-    backend = "gloo"
-    if _on_device():  # small decisions, such as a stop, are exchanged on the CPU
-        accelerator = get_accelerator()
-        backend = f"cpu:gloo,{accelerator.device_name()}:{accelerator.communication_backend_name()}"
     try:
         deepspeed.init_distributed(
-            dist_backend=backend,
+            dist_backend=_backend(),
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             verbose=False,
         )
@@ -563,6 +559,13 @@ class Engine(DeepSpeedStepEngine):
 
 def _form(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _backend() -> str:
+    """Return a backend for CPU and device tensors: small decisions, such as a stop, are exchanged on the CPU."""
+    if not _on_device():
+        return "gloo"
+    return f"cpu:gloo,{get_accelerator().device_name()}:{get_accelerator().communication_backend_name()}"
 
 
 def _on_device() -> bool:
