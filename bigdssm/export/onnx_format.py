@@ -14,6 +14,8 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -100,6 +102,19 @@ LEVELS, ZERO_POINT = 127, 128  # of activations: uint8 ZERO_POINT ± LEVELS
 LEAST_SCALE = 1e-30  # of a row of zeros, such as padding
 
 
+@contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Hide the warnings of loggers within the block; '' is the root logger."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def quantize(path: Path, out: Path) -> None:
     """Quantize the tower `path` to `out`: int8 weights per output channel, activations per row.
 
@@ -109,13 +124,8 @@ def quantize(path: Path, out: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # hides advice on static quantization
-    try:
+    with _errors_only(""):  # hides advice on static quantization
         quantize_dynamic(str(path), str(out), weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-    finally:
-        root.setLevel(level)
     model = onnx.load(str(out))
     _scale_rows(model.graph)
     onnx.save(model, str(out))
@@ -278,24 +288,16 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
         is_list = feature.padding is not None
         lengths = {1: torch.export.Dim(f"length_{number}", max=feature.max_length)} if is_list else {}
         shapes.append({0: rows, **lengths})
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                tower.eval(), tuple(features.values()), dynamo=True, verbose=False, input_names=list(features),
-                output_names=["vectors"], opset_version=OPSET, dynamic_shapes={"features": tuple(shapes)},
-            )  # fmt: skip
-            assert program is not None, "dynamo returns a program"
-            for node in program.model.graph:
-                for value in node.outputs:
-                    # a feature may have the exporter's name of a result, such as "embedding"
-                    if value.name in features:
-                        value.name += ".result"
-            program.save(str(path), external_data=False)
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    with _errors_only("torch.onnx", "onnxscript", "onnx_ir"), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            tower.eval(), tuple(features.values()), dynamo=True, verbose=False, input_names=list(features),
+            output_names=["vectors"], opset_version=OPSET, dynamic_shapes={"features": tuple(shapes)},
+        )  # fmt: skip
+        assert program is not None, "dynamo returns a program"
+        for node in program.model.graph:
+            for value in node.outputs:
+                # a feature may have the exporter's name of a result, such as "embedding"
+                if value.name in features:
+                    value.name += ".result"
+        program.save(str(path), external_data=False)

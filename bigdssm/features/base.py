@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -141,8 +141,7 @@ class Feature(ABC):
 
     def is_missing(self, column: pa.Array) -> np.ndarray:
         """Return the mask of missing canonical values, bool [R]."""
-        mask: np.ndarray = pc.equal(column, pa.scalar(self.missing, self.canonical_type)).to_numpy(False)
-        return mask
+        return cast(np.ndarray, pc.equal(column, pa.scalar(self.missing, self.canonical_type)).to_numpy(False))
 
     def fitter(self) -> Fitter | None:
         """Return a fitter, or None if the feature has no parameters to fit."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -131,8 +131,7 @@ class Categorical(Feature):
         """Return the mask of rows without a value, bool [R]."""
         if not self.multi:
             return super().is_missing(column)
-        empty: np.ndarray = pc.list_value_length(column).to_numpy() == 0
-        return empty
+        return cast(np.ndarray, pc.list_value_length(column).to_numpy() == 0)
 
     def vocabulary_values(self, column: pa.Array) -> tuple[pa.Array, np.ndarray] | None:
         """Return the values outside the vocabulary and their rows, int64; None for hashed values."""

@@ -7,7 +7,7 @@ missing.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timezone
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -190,8 +190,7 @@ def is_invalid_utf8(value: bytes | None) -> bool:
 
 
 def _as_float64(array: pa.Array) -> np.ndarray:
-    values: np.ndarray = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return values
+    return cast(np.ndarray, array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
 def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:

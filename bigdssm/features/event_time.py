@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -44,8 +44,7 @@ class EventTime(SequenceFeature):
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
         """Return codes of the whole range."""
-        codes: np.ndarray = random.randint(PADDING, self.num_codes, rows)
-        return codes
+        return cast(np.ndarray, random.randint(PADDING, self.num_codes, rows))
 
     def display(self, values: np.ndarray, decoder: Decoder) -> Any:
         """Return the value of a code, None for an unknown time or no previous event."""
@@ -65,8 +64,7 @@ class Elapsed(EventTime):
 
     def codes(self, times: np.ndarray, previous: np.ndarray, unit: float) -> np.ndarray:
         """Return the codes of the differences, which are taken before they are converted to seconds."""
-        codes: np.ndarray = np.where(np.isnan(times), self.missing, elapsed_codes((times - previous) * unit))
-        return codes
+        return cast(np.ndarray, np.where(np.isnan(times), self.missing, elapsed_codes((times - previous) * unit)))
 
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of seconds."""
@@ -92,8 +90,7 @@ def elapsed_codes(seconds: np.ndarray) -> np.ndarray:
     known = ~np.isnan(seconds)
     octave = np.log2(1 + np.maximum(np.where(known, seconds, 0), 0))
     bucket = np.minimum(2 * octave, BUCKETS - 1).astype(np.int64)
-    codes: np.ndarray = np.where(known, FIRST_CODE + bucket, OUT_OF_VOCABULARY)
-    return codes
+    return cast(np.ndarray, np.where(known, FIRST_CODE + bucket, OUT_OF_VOCABULARY))
 
 
 VALUES = {"hour": 24, "weekday": 7, "hour_of_week": 168}
@@ -133,16 +130,14 @@ class CalendarTime(EventTime):
         hours = (utc + offsets[np.searchsorted(since, utc, "right") - 1]) // HOUR
         hour, weekday = hours % 24, (hours // 24 - MONDAY) % 7
         value = {"hour": hour, "weekday": weekday, "hour_of_week": 24 * weekday + hour}[self.unit]
-        codes: np.ndarray = np.where(known, FIRST_CODE + value, self.missing)
-        return codes
+        return cast(np.ndarray, np.where(known, FIRST_CODE + value, self.missing))
 
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of hours or weekdays. Raises DataError: one is not a whole number in range."""
         known, most = ~np.isnan(values), VALUES[self.unit] - 1
         if wrong := values[known & ~np.isin(values, np.arange(most + 1))].tolist():
             raise DataError(f"{self.name} is {wrong[0]:g}, needs a whole {self.unit} from 0 to {most}")
-        codes: np.ndarray = np.where(known, FIRST_CODE + np.where(known, values, 0).astype(np.int64), self.missing)
-        return codes
+        return cast(np.ndarray, np.where(known, FIRST_CODE + np.where(known, values, 0).astype(np.int64), self.missing))
 
     @property
     def num_codes(self) -> int:
@@ -216,8 +211,7 @@ class Session(Feature):
 
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
         """Return random hashes."""
-        hashes: np.ndarray = random.randint(0, 1 << 62, rows)
-        return hashes
+        return cast(np.ndarray, random.randint(0, 1 << 62, rows))
 
     def describe(self, vocab_size: int) -> str:
         """Return that it has no parameters."""
@@ -245,8 +239,7 @@ class Timestamp(EventTime):
         """Return the times in microseconds."""
         known = np.isfinite(times)
         microseconds = np.rint(np.where(known, times, 0) * (unit * MICROSECONDS)).astype(np.int64)
-        codes: np.ndarray = np.where(known, microseconds, self.missing)
-        return codes
+        return cast(np.ndarray, np.where(known, microseconds, self.missing))
 
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of seconds since 1970."""

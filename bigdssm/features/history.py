@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -71,8 +71,7 @@ class History(SequenceFeature):
 
 def item_codes(codes: np.ndarray) -> np.ndarray:
     """Return codes for a history: an item without a value is out of vocabulary, since 0 marks the end of a history."""
-    items: np.ndarray = np.maximum(codes, OUT_OF_VOCABULARY)
-    return items
+    return cast(np.ndarray, np.maximum(codes, OUT_OF_VOCABULARY))
 
 
 def histories_of(features: Mapping[str, Feature]) -> dict[str, History]:

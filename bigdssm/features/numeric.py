@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -88,8 +88,7 @@ class Numeric(Feature):
     def matches(self, column: Column, operator: str, operands: Sequence[str] | Sequence[float]) -> np.ndarray:
         """Return the mask of matching numbers, bool [R]; missing ones never match."""
         numbers = np.asarray(column)
-        mask: np.ndarray = COMPARISONS[operator](numbers, np.array(operands, np.float32)) & ~np.isnan(numbers)
-        return mask
+        return cast(np.ndarray, COMPARISONS[operator](numbers, np.array(operands, np.float32)) & ~np.isnan(numbers))
 
     def choices(self, column: Column) -> dict[str, Any] | None:
         """Return the minimum and the maximum."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -193,8 +193,7 @@ class Vector(Feature):
 
 
 def _matrix_of(column: pa.Array, dim: int) -> np.ndarray:
-    matrix: np.ndarray = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
-    return matrix
+    return cast(np.ndarray, column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim))
 
 
 def _matrix_in(path: str, dim: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -145,8 +145,7 @@ class Vocabulary:
         if not 0 <= code < len(self):
             raise IndexError(f"code {code} of a vocabulary of {len(self)} values")
         part = int(np.searchsorted(self._firsts, code, "right")) - 1
-        value: str = self._parts[part].values[code - int(self._firsts[part])].as_py()
-        return value
+        return cast(str, self._parts[part].values[code - int(self._firsts[part])].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for part in self._parts:

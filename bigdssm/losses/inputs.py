@@ -298,10 +298,8 @@ def _find_fault(x: Mapping[str, float]) -> str | None:
 
 def add_biases(*biases: Tensor | None) -> Tensor | None:
     """Return the sum of the biases that are not None."""
-    total = None
-    for bias in biases:
-        total = bias if total is None else total if bias is None else total + bias
-    return total
+    given = [bias for bias in biases if bias is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
 def weighted(weight_m: Tensor, values_m: Tensor) -> Tensor:

@@ -67,15 +67,6 @@ class AttentionContext(NamedTuple):
             outputs.append(attention(group_q, group_k, group_v, mask).transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(outputs).index_select(0, layout.query_slot).unsqueeze(0)
 
-    def apply_packed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return [1, A, h * W]: packed histories by the kernel, for q [1, h, A, W], k and v [1, h, T, W]."""
-        assert self.attention is not None and self.query_offsets is not None and self.key_offsets is not None
-        query_bounds = SequenceBounds(self.query_offsets, self.query_longest)
-        key_bounds = SequenceBounds(self.key_offsets, self.key_longest)
-        q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
-        attended = self.attention(q, k, v, query_bounds, key_bounds, q.shape[2] ** -0.5, self.causal)
-        return attended.flatten(1).unsqueeze(0)
-
 
 MaskedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """[R, h, A, W] for q [R, h, A, W], k and v [R, h, T, W], and a mask that broadcasts to [R, h, A, T]."""
@@ -102,8 +93,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
     """Return [R, A, h * W]: masked softmax(q kᵀ / √W) v, for q [R, h, A, W] and k, v [R, h, T, W]."""
     if context.query_angle is not None and context.key_angle is not None:
         q, k = rotate(q, context.query_angle), rotate(k, context.key_angle)
-    if context.attention is not None:
-        return context.apply_packed(q, k, v)
+    if context.attention is not None:  # a kernel, for packed histories in one row
+        assert context.query_offsets is not None and context.key_offsets is not None
+        query_bounds = SequenceBounds(context.query_offsets, context.query_longest)
+        key_bounds = SequenceBounds(context.key_offsets, context.key_longest)
+        q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
+        attended = context.attention(q, k, v, query_bounds, key_bounds, q.shape[2] ** -0.5, context.causal)
+        return attended.flatten(1).unsqueeze(0)
     attention = nn.functional.scaled_dot_product_attention if context.fused else _eager_attention
     return context.apply_masked(attention, q, k, v)
 

@@ -22,13 +22,10 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "") in ("", "0")
 
 
-class _MainRankOnly(logging.Filter):
-    """Drops records below WARNING on all ranks but 0."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        rank = int(os.environ.get("RANK", "0"))
-        record.rank = rank
-        return rank == 0 or record.levelno >= logging.WARNING
+def _is_logged(record: logging.LogRecord) -> bool:
+    """Return whether to log a record, for which its rank is set: on ranks other than 0, from WARNING on."""
+    record.rank = int(os.environ.get("RANK", "0"))
+    return record.rank == 0 or record.levelno >= logging.WARNING
 
 
 class _CurrentStderr(logging.StreamHandler):
@@ -50,7 +47,7 @@ def get_logger(name: str) -> logging.Logger:
 def setup_logging() -> None:
     """Log the package's records to stderr as `[rank] message`; called once per command."""
     handler = _CurrentStderr()
-    handler.addFilter(_MainRankOnly())
+    handler.addFilter(_is_logged)
     handler.setFormatter(logging.Formatter("[%(rank)s] %(message)s"))
     root = logging.getLogger("bigdssm")
     root.handlers[:] = [handler]

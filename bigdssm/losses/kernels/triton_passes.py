@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.distributed import Group
-from bigdssm.losses.inputs import LossInputs
+from bigdssm.losses.inputs import LossInputs, add_biases
 from bigdssm.losses.kernels.columns import Columns
 from bigdssm.losses.kernels.torch_passes import Coefficients, GradientSums, RowSums, log_sum_over_ranks
 from bigdssm.losses.masks import MASK_TILE, Mask, MaskPairs
@@ -198,10 +198,7 @@ def gradient_pass(
     """Recompute the scores and write the sums of G, as `torch_passes.gradient_pass` does."""
     column_N = torch.where(c.column_weight_N > 0, c.column_weight_N.log() - c.column_log_sum_N, -math.inf)
     column_offset_N = matrix.offsets(column_N if bias_N is None else bias_N + column_N)
-    row_offset_N = None
-    if with_rows:
-        both = [bias for bias in (bias_N, c.neg_bias_N) if bias is not None]
-        row_offset_N = matrix.offsets(sum(both[1:], both[0]) if both else None)
+    row_offset_N = matrix.offsets(add_biases(bias_N, c.neg_bias_N)) if with_rows else None
     _write_gradients(matrix, _exponents(c.row_weight_m, c.row_lse_m), row_offset_N, column_offset_N, sums)
 
 

@@ -32,6 +32,11 @@ class Encoder(nn.Module, ABC):
     recomputes = False  # whether the backward recomputes its layers
     packed_attention: Attention | None = None  # kernel for packed lists, if there is one
 
+    @classmethod
+    def build(cls, feature: Any, context: "BuildContext") -> "Encoder":
+        """Return the encoder of a feature."""
+        return cls(feature, context)
+
     @abstractmethod
     def forward(self, values: Any) -> Tensor:
         """Return [R, dim] for a tensor from `Feature.array`, or for a packed list if `accepts_packed`."""
@@ -118,10 +123,10 @@ E = TypeVar("E", bound=type[Encoder])
 
 
 def encodes(feature_type: type[Feature]) -> Callable[[E], E]:
-    """Register a class as the encoder of a type of feature; it has a class method `build(feature, context)`."""
+    """Register a class as the encoder of a type of feature; it is constructed by its class method `build`."""
 
     def register(cls: E) -> E:
-        _ENCODERS[feature_type.type] = cls.build  # type: ignore[attr-defined]
+        _ENCODERS[feature_type.type] = cls.build
         return cls
 
     return register

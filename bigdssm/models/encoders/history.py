@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import HistoryEncoderConfig
 from bigdssm.dataset.schema import REQUEST
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, History
 from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
 from bigdssm.features.event_time import UNKNOWN_TIME
 from bigdssm.models.blocks import MASKED_SCORE, AttentionContext, AttentionLayout, position_angle, time_angle
-from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
+from bigdssm.models.embedding_tables import INIT_STD, table_name
 from bigdssm.models.encoders.base import (
     BuildContext,
     Encoder,
@@ -61,18 +60,15 @@ class HistoryEncoder(Encoder):
 
     contents: Tensor  # of items
 
-    def __init__(
-        self, config: HistoryEncoderConfig, feature: History, dim: int, table: str, tables: EmbeddingTables,
-        event: Mapping[str, Encoder] | None = None, request_dim: int = 0, time: str | None = None,
-        request_time: bool = False, content_dim: int = 0,
-    ) -> None:  # fmt: skip
-        """`event`: the encoders of the features of an event; request_dim: the width of the vectors of requests.
+    def __init__(self, feature: History, context: BuildContext) -> None:
+        """It shares the embedding table of its items, and has encoders of the features of their events.
 
-        time: the feature that is the time of an event; request_time: whether requests have it, too. content_dim: the
-        width of items' contents. Raises ConfigError: the heads do not divide the width, or have too small or an odd one
-        with rotary embeddings.
+        Raises ConfigError: the heads do not divide the width, or have too small or an odd one with rotary embeddings.
         """
         super().__init__()
+        config, dim = context.config.history, context.item_dim
+        of_event = replace(context, side="event")
+        event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
         if dim % config.heads:
             raise ConfigError(
                 f"model.query.history.heads={config.heads} must divide the items' model.doc.embedding_dim={dim}"
@@ -84,25 +80,25 @@ class HistoryEncoder(Encoder):
                 f"{2 * len(rotary)}, got {dim // config.heads}: "
                 f"model.doc.embedding_dim={dim} over model.query.history.heads={config.heads}; change one of them"
             )
-        self.event = nn.ModuleDict({f"of_{name}": encoder for name, encoder in (event or {}).items()})
+        self.event = nn.ModuleDict({f"of_{name}": encoder for name, encoder in event.items()})
         if event:  # starts as a small addition to the item
             self.event_map = nn.Linear(sum(encoder.dim for encoder in event.values()), dim, bias=False)
             nn.init.normal_(self.event_map.weight, std=INIT_STD)
-        self.request_map = nn.Linear(request_dim, dim, bias=False) if request_dim else None
+        self.request_map = nn.Linear(context.request_dim, dim, bias=False) if context.request_dim else None
         if self.request_map is not None:
             nn.init.normal_(self.request_map.weight, std=INIT_STD)
         self.content_map = None
         if config.items != "id":
-            self.content_map = nn.Linear(content_dim, dim, bias=False)
+            self.content_map = nn.Linear(context.content_dim, dim, bias=False)
             nn.init.normal_(self.content_map.weight, std=INIT_STD)
             # [1 + documents, D], the first row is zero; a constant that the model's user sets, see `item_contents`
-            self.register_buffer("contents", torch.zeros(1, content_dim), persistent=False)
-        self.time = time if config.times == "rotary" else None
-        self.request_time = self.time is not None and request_time
-        self.table = table
+            self.register_buffer("contents", torch.zeros(1, context.content_dim), persistent=False)
+        self.time = context.time if config.times == "rotary" else None
+        self.request_time = self.time is not None and context.request_time
+        self.table = table_name("doc", str(feature.of))
         self.dim = dim
         self.config = config
-        self._tables = (tables,)
+        self._tables = (context.tables,)
         self.start = nn.Parameter(torch.randn(dim) * INIT_STD)
         if config.positions not in ("rotary", "none"):
             width = config.heads if config.positions == "relative" else dim
@@ -112,17 +108,6 @@ class HistoryEncoder(Encoder):
         self.layers = nn.ModuleList(config.build(dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
         self._eager_in_training = False
-
-    @classmethod
-    def build(cls, feature: History, context: BuildContext) -> "HistoryEncoder":
-        """Return the encoder of a feature; it shares the embedding table of its items."""
-        table = table_name("doc", str(feature.of))
-        of_event = replace(context, side="event")
-        event = {name: build_encoder(part, of_event) for name, part in context.event.items()}
-        return cls(
-            context.config.history, feature, context.item_dim, table, context.tables, event, context.request_dim,
-            context.time, context.request_time, context.content_dim,
-        )  # fmt: skip
 
     def inputs(self, name: str, features: Mapping[str, Values]) -> HistoryInputs | Values:
         """Return the items of the history `name`, with the features of its events and the request, if any."""

@@ -3,11 +3,13 @@
 Shapes: R rows, K values, E table width, H encoder width, d numbers per vector.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from bigdssm.features import PADDING, CalendarTime, Categorical, Elapsed, Numeric, Vector
-from bigdssm.models.embedding_tables import EmbeddingTables, table_name
+from bigdssm.models.embedding_tables import table_name
 from bigdssm.models.encoders.base import BuildContext, Encoder, encodes
 
 # Clipping bound in standard deviations: outside the range of the training data, a layer only extrapolates.
@@ -20,15 +22,10 @@ MAX_DEVIATIONS = 10.0
 class CategoricalEncoder(Encoder):
     """The mean of the table's vectors over the values of a row."""
 
-    def __init__(self, table: str, dim: int, tables: EmbeddingTables) -> None:
+    def __init__(self, feature: Categorical | Elapsed | CalendarTime, context: BuildContext) -> None:
         super().__init__()
-        self.table, self.dim = table, dim
-        self._tables = (tables,)  # in a tuple, so that the tables are not a submodule of each encoder
-
-    @classmethod
-    def build(cls, feature: Categorical | Elapsed | CalendarTime, context: BuildContext) -> "CategoricalEncoder":
-        """Return the encoder of a feature."""
-        return cls(table_name(context.side, feature.name), context.config.embedding_dim, context.tables)
+        self.table, self.dim = table_name(context.side, feature.name), context.config.embedding_dim
+        self._tables = (context.tables,)  # in a tuple, so that the tables are not a submodule of each encoder
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return [R, E] for codes [R] or, multi-valued, [R, K]."""
@@ -43,15 +40,10 @@ class CategoricalEncoder(Encoder):
 class NumericEncoder(Encoder):
     """One layer over the normalized value, clipped to ±MAX_DEVIATIONS, and an indicator of missing values."""
 
-    def __init__(self, feature: Numeric, dim: int) -> None:
+    def __init__(self, feature: Numeric, context: BuildContext) -> None:
         super().__init__()
-        self.feature, self.dim = feature, dim
-        self.layer = nn.Linear(2, dim)
-
-    @classmethod
-    def build(cls, feature: Numeric, context: BuildContext) -> "NumericEncoder":
-        """Return the encoder of a feature."""
-        return cls(feature, context.config.numeric_dim)
+        self.feature, self.dim = feature, context.config.numeric_dim
+        self.layer = nn.Linear(2, self.dim)
 
     def forward(self, values_R: Tensor) -> Tensor:
         """Return [R, H] for float32 values [R]; NaN is missing."""
@@ -68,19 +60,13 @@ class NumericEncoder(Encoder):
 class VectorEncoder(Encoder):
     """One linear layer over the vector, zeros if missing, and an indicator of missing vectors."""
 
-    def __init__(self, feature: Vector, dim: int) -> None:
+    def __init__(self, feature: Vector, context: BuildContext) -> None:
         super().__init__()
-        self.dim = dim
-        self.layer = nn.Linear(feature.dim + 1, dim)
-
-    @classmethod
-    def build(cls, feature: Vector, context: BuildContext) -> "VectorEncoder":
-        """Return the encoder of a feature."""
-        return cls(feature, context.config.vector_dim)
+        self.dim = context.config.vector_dim
+        self.layer = nn.Linear(feature.dim + 1, self.dim)
 
     def forward(self, values_Rd: Tensor) -> Tensor:
         """Return [R, H] for float32 vectors [R, d]; NaN is missing."""
         missing_R = values_Rd[:, :1].isnan()
         inputs = torch.cat([values_Rd.nan_to_num(nan=0.0), missing_R.to(values_Rd.dtype)], dim=1)
-        vectors: Tensor = self.layer(inputs.to(self.layer.weight.dtype))
-        return vectors
+        return cast(Tensor, self.layer(inputs.to(self.layer.weight.dtype)))

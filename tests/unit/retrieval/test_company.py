@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from bigdssm.checkpoints.model_folder import load_model_folder
+from bigdssm.config import TowerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.export.convert import export, folder_source
@@ -130,7 +132,8 @@ def test_a_search_is_not_widened_by_another_requests_top(
 
 
 def test_a_number_is_clipped_to_the_fitted_range() -> None:
-    encoder = NumericEncoder(Numeric(mean=30.0, std=2.0).with_name("age"), 4)
+    context: Any = SimpleNamespace(config=TowerConfig(numeric_dim=4))
+    encoder = NumericEncoder(Numeric(mean=30.0, std=2.0).with_name("age"), context)
     edge = 30 + 2 * MAX_DEVIATIONS
     values = torch.tensor([edge, edge + 1, 1e6, 3e38, float("inf")])
     assert (encoder(values) == encoder(values[:1])).all()
