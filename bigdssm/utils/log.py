@@ -24,8 +24,9 @@ def is_first_rank() -> bool:
 
 def _is_logged(record: logging.LogRecord) -> bool:
     """Return whether to log a record, for which its rank is set: on ranks other than 0, from WARNING on."""
-    record.rank = int(os.environ.get("RANK", "0"))
-    return record.rank == 0 or record.levelno >= logging.WARNING
+    rank = int(os.environ.get("RANK", "0"))
+    record.rank = rank
+    return rank == 0 or record.levelno >= logging.WARNING
 
 
 class _CurrentStderr(logging.StreamHandler):
