@@ -64,7 +64,7 @@ class Elapsed(EventTime):
 
     def codes(self, times: np.ndarray, previous: np.ndarray, unit: float) -> np.ndarray:
         """Return the codes of the differences, which are taken before they are converted to seconds."""
-        return cast(np.ndarray, np.where(np.isnan(times), self.missing, elapsed_codes((times - previous) * unit)))
+        return np.where(np.isnan(times), self.missing, elapsed_codes((times - previous) * unit))
 
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of seconds."""
@@ -90,7 +90,7 @@ def elapsed_codes(seconds: np.ndarray) -> np.ndarray:
     known = ~np.isnan(seconds)
     octave = np.log2(1 + np.maximum(np.where(known, seconds, 0), 0))
     bucket = np.minimum(2 * octave, BUCKETS - 1).astype(np.int64)
-    return cast(np.ndarray, np.where(known, FIRST_CODE + bucket, OUT_OF_VOCABULARY))
+    return np.where(known, FIRST_CODE + bucket, OUT_OF_VOCABULARY)
 
 
 VALUES = {"hour": 24, "weekday": 7, "hour_of_week": 168}
@@ -130,14 +130,14 @@ class CalendarTime(EventTime):
         hours = (utc + offsets[np.searchsorted(since, utc, "right") - 1]) // HOUR
         hour, weekday = hours % 24, (hours // 24 - MONDAY) % 7
         value = {"hour": hour, "weekday": weekday, "hour_of_week": 24 * weekday + hour}[self.unit]
-        return cast(np.ndarray, np.where(known, FIRST_CODE + value, self.missing))
+        return np.where(known, FIRST_CODE + value, self.missing)
 
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of hours or weekdays. Raises DataError: one is not a whole number in range."""
         known, most = ~np.isnan(values), VALUES[self.unit] - 1
         if wrong := values[known & ~np.isin(values, np.arange(most + 1))].tolist():
             raise DataError(f"{self.name} is {wrong[0]:g}, needs a whole {self.unit} from 0 to {most}")
-        return cast(np.ndarray, np.where(known, FIRST_CODE + np.where(known, values, 0).astype(np.int64), self.missing))
+        return np.where(known, FIRST_CODE + np.where(known, values, 0).astype(np.int64), self.missing)
 
     @property
     def num_codes(self) -> int:
@@ -239,7 +239,7 @@ class Timestamp(EventTime):
         """Return the times in microseconds."""
         known = np.isfinite(times)
         microseconds = np.rint(np.where(known, times, 0) * (unit * MICROSECONDS)).astype(np.int64)
-        return cast(np.ndarray, np.where(known, microseconds, self.missing))
+        return np.where(known, microseconds, self.missing)
 
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of seconds since 1970."""
