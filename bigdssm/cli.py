@@ -130,7 +130,7 @@ def open_with_rules(data: str, config: Path | None) -> "Dataset":
     """Open a dataset with the rules on events of a run's config, if given. Raises: ConfigError, DataError: invalid."""
     from bigdssm.config import load_config
     from bigdssm.dataset.dataset import Dataset
-    from bigdssm.dataset.event_rules import EventRules
+    from bigdssm.dataset.rows import EventRules
 
     dataset = Dataset.open(data)
     return dataset if config is None else dataset.with_rules(EventRules.of(load_config(config).data))

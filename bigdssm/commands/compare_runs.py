@@ -20,8 +20,8 @@ from bigdssm.cli import command, command_parser
 from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import BigDSSMError, DataError
 from bigdssm.evaluation.comparison import System, differences, model_system, table
 from bigdssm.utils.log import Progress, ProgressBar, metric_label, no_progress

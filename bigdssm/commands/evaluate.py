@@ -24,7 +24,7 @@ from rich.console import Console
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
 from bigdssm.evaluation.comparison import (

@@ -17,8 +17,7 @@ from rich.table import Table
 
 from bigdssm.cli import add_rules, command_parser, open_with_rules, run_main
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import PERCENTILES, describe, sample_rows
+from bigdssm.loader.inspection import PERCENTILES, describe, sample_rows, verify_dataset
 from bigdssm.utils.log import ProgressBar
 
 

@@ -20,7 +20,7 @@ from bigdssm.cli import add_overwrite, check_file_to_write, command, command_par
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, Share, tower_encoders
 from bigdssm.retrieval.hard_negatives import gather_hard_negatives, mine

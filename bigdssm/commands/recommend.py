@@ -23,8 +23,8 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, command_parser, refuse_options
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP, feature_values
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.index import open_index
 from bigdssm.retrieval.recommend import (

@@ -27,8 +27,8 @@ from bigdssm.cli import add_overwrite, check_file_to_write, command, command_par
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
 from bigdssm.evaluation.comparison import (

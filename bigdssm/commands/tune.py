@@ -21,7 +21,7 @@ from rich.table import Table
 from bigdssm.cli import at_least, command, command_parser
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES, check_options
 from bigdssm.evaluation.metrics import find_metric

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.dataset.partition import path_inside
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
 from bigdssm.features import Feature, ragged
@@ -139,30 +138,26 @@ class CatalogueFile:
     first_doc: int = 0  # newer versions and withdrawals: offset of their dataset's documents
 
 
-def catalogue_files(folder: Path, content: Mapping[str, Any]) -> list[CatalogueFile]:
-    """List the catalogue's files, newer versions last; `content` is dataset.json.
+def path_inside(folder: Path, path: str) -> Path:
+    """Join a path from metadata to the folder. Raises DataError: it leads out of the folder."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise DataError(f"{folder}: its metadata names a file {path!r}, not a plain path inside it; rejected")
+    return folder / path
+
+
+def catalogue_files(
+    folder: Path, content: Mapping[str, Any], kinds: Sequence[str] = ("catalogue", "versions")
+) -> list[CatalogueFile]:
+    """List files of the catalogue, by default all but withdrawals, newer versions last; `content` is dataset.json.
 
     Raises DataError: it is damaged.
     """
-    files = [
-        CatalogueFile(path_inside(folder, part["file"]), part["rows"], part["checksum"])
-        for part in content["catalogue"]
-    ]
-    return files + later_files(folder, content, "versions")
-
-
-def later_files(folder: Path, content: Mapping[str, Any], kind: str) -> list[CatalogueFile]:
-    """List the files of newer versions, or of withdrawals; `content` is dataset.json.
-
-    Raises DataError: it is damaged.
-    """
-    known: list[str] = content["partitions"]
+    numbers = {None: None, **{name: number for number, name in enumerate(content["partitions"])}}
     files = []
-    for part in content.get(kind, []):
-        if part["since"] not in known:
+    for part in [part for kind in kinds for part in content.get(kind, [])]:
+        if (since := part.get("since")) not in numbers:
             raise DataError(f"{folder}/dataset.json is damaged: {part['file']} belongs to no partition; copy it again")
-        since = known.index(part["since"])
-        files.append(CatalogueFile(path_inside(folder, part["file"]), part["rows"], part["checksum"], since))
+        files.append(CatalogueFile(path_inside(folder, part["file"]), part["rows"], part["checksum"], numbers[since]))
     return files
 
 
@@ -263,19 +258,21 @@ class Versions:
         key = documents * self._steps + np.searchsorted(self.times, when, "right")
         return self._version_before(np.searchsorted(self.begin, key, "right"), documents)
 
-    def visible_rows(self, documents: np.ndarray, partitions: np.ndarray) -> np.ndarray:
-        """Return the rows of documents in the versions visible to partitions (by number), int64."""
-        return self._rows(documents, self.file_rows_at(documents, partitions))
-
-    def version_rows(self, documents: np.ndarray, versions: np.ndarray) -> np.ndarray:
-        """Return the rows of documents in explicit versions, int64.
+    def visible_rows(
+        self, documents: np.ndarray, partitions: np.ndarray, versions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the rows of documents in the versions visible to partitions (by number), or in `versions`, int64.
 
         `versions` are numbers among the newer versions in file order; −1, or a version of another document, selects the
         first version.
         """
-        valid = (versions >= 0) & (versions < len(self.document_of))
-        valid &= self.document_of[np.where(valid, versions, 0)] == documents
-        return self._rows(documents, np.where(valid, self.num_docs + versions.astype(np.int64), documents))
+        if versions is None:
+            file_row = self.file_rows_at(documents, partitions)
+        else:
+            valid = (versions >= 0) & (versions < len(self.document_of))
+            valid &= self.document_of[np.where(valid, versions, 0)] == documents
+            file_row = np.where(valid, self.num_docs + versions.astype(np.int64), documents)
+        return np.where(file_row == self._newest(documents), documents, self.num_docs + file_row)
 
     @cached_property
     def document_of(self) -> np.ndarray:
@@ -284,9 +281,6 @@ class Versions:
         documents = np.empty(int(newer.sum()), np.int64)
         documents[self.file_row[newer] - self.num_docs] = self._document[newer]
         return documents
-
-    def _rows(self, documents: np.ndarray, file_row: np.ndarray) -> np.ndarray:
-        return np.where(file_row == self._newest(documents), documents, self.num_docs + file_row)
 
     def _newest(self, rows: np.ndarray) -> np.ndarray:
         return self._version_before(np.searchsorted(self._document, rows, "right"), rows)
@@ -365,14 +359,10 @@ class Catalogue:
     ) -> np.ndarray | None:
         """Return the catalogue rows of the document versions in histories of `partitions`, int64.
 
-        `partitions` are partition numbers; `versions`, if given, takes precedence (`Versions.version_rows`). None if no
+        `partitions` are partition numbers; `versions`, if given, takes precedence (`Versions.visible_rows`). None if no
         document has changed.
         """
-        if self.versions is None:
-            return None
-        if versions is None:
-            return self.versions.visible_rows(documents, partitions)
-        return self.versions.version_rows(documents, versions)
+        return None if self.versions is None else self.versions.visible_rows(documents, partitions, versions)
 
     def _to_file_rows(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.versions is None else self.versions.file_rows(rows)

@@ -21,23 +21,26 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from bigdssm.config import DataConfig, SourceConfig
-from bigdssm.dataset.blocks import FORGOTTEN, SEGMENT_COLUMNS, BlockLayout, read_block, read_blocks
 from bigdssm.dataset.catalogue import (
     Catalogue,
     CatalogueFile,
     MappedTable,
     Versions,
     catalogue_files,
-    later_files,
     withdrawn_documents,
 )
-from bigdssm.dataset.event_rules import SEQUENCES_AT_ONCE, EventRules, EventSlices
 from bigdssm.dataset.partition import (
+    FORGOTTEN,
+    SEGMENT_COLUMNS,
+    BlockLayout,
     Extent,
     MixtureBatches,
     MixturePart,
     Partition,
     SplitIndex,
+    good_rows,
+    read_block,
+    read_blocks,
     read_dataset_json,
     read_index,
     read_partition,
@@ -45,7 +48,15 @@ from bigdssm.dataset.partition import (
     steps_per_round,
 )
 from bigdssm.dataset.remote import COUNTS_FILE, FileCache, RemoteFolder
-from bigdssm.dataset.rows import EVENT_PREFIX, TIME_COLUMN, VERSION_COLUMN, Rows, Targets
+from bigdssm.dataset.rows import (
+    EVENT_PREFIX,
+    TIME_COLUMN,
+    VERSION_COLUMN,
+    EventRules,
+    EventSlices,
+    Rows,
+    Targets,
+)
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import EventTime, Feature, History, TextTokenizer, item_codes, ragged
@@ -201,7 +212,12 @@ class Dataset:
         options = {name: content[name] for name in ("text", "users", "items", "times", "split") if name in content}
         header = DatasetHeader(folder, content["name"], schema, **options)
         dataset = cls(
-            header, row_partitions, files, later_files(folder, content, "withdrawals"), item_partitions, [extent]
+            header,
+            row_partitions,
+            files,
+            catalogue_files(folder, content, ["withdrawals"]),
+            item_partitions,
+            [extent],
         )
         cache = None if remote is None else remote.cache
         dataset.pickled = partial(cls.open, cache=cache, extent=extent), (remote.url if remote else folder, names)
@@ -221,9 +237,6 @@ class Dataset:
             return self
         if self._whole is not None:
             return self._whole.with_rules(rules).with_schema(self.schema)
-        view = object.__new__(Dataset)
-        vars(view).update(vars(self))
-        view.rules, view._indexes, view._counts = rules, {}, {}
         keys = [f"data.targets.{split}" for split in rules.targets] + ["data.visit"] * rules.visit.is_set
         table = self.sequences
         if keys and (table is None or (rules.visit.is_set and rules.visit_column() not in table.schema.names)):
@@ -234,17 +247,22 @@ class Dataset:
             conditions["data.exclude_seen"] = rules.exclude_seen
         for key, text in conditions.items():
             matching_events(text, key, self.schema.event, lambda name: np.zeros(0, np.int32))
-        return view
+        return self._view(rules=rules, _indexes={}, _counts={})
 
     def with_schema(self, schema: Schema) -> Dataset:
         """Return a view encoded by an earlier schema; unknown values are out of vocabulary."""
         if schema == self.whole.schema and not schema.trained:
             return self.whole
-        limited = object.__new__(Dataset)  # copy() would open the folder again, by __reduce__
-        vars(limited).update(vars(self))
-        limited.schema, limited.catalogue = schema, self.whole.catalogue.with_schema(schema)
-        limited._whole, limited.pickled = self.whole, (Dataset.with_schema, (self.whole, schema))
-        return limited
+        return self._view(
+            schema=schema, catalogue=self.whole.catalogue.with_schema(schema), _whole=self.whole,
+            pickled=(Dataset.with_schema, (self.whole, schema)),
+        )  # fmt: skip
+
+    def _view(self, **changes: Any) -> Dataset:
+        """Return a copy with other attributes; copy() would open the folder again, by __reduce__."""
+        view = object.__new__(Dataset)
+        vars(view).update(vars(self), **changes)
+        return view
 
     def with_trained_ids(self, earlier: Schema | None = None) -> Dataset:
         """Return a view in which ids without a positive train event, here or in `earlier`, are out of vocabulary."""
@@ -347,8 +365,7 @@ class Dataset:
             stored_row.append(np.arange(index.rows[block]))
             if batch is None:
                 continue
-            partition, skipped = int(index.partition[block]), [fault.row for fault in bad if fault.rows]
-            good = np.setdiff1d(np.arange(batch.num_rows), np.array(skipped, np.int64))
+            partition, good = int(index.partition[block]), good_rows(batch, bad)
             sequence, first, end = (np.asarray(batch.column(name), np.int64)[good] for name in SEGMENT_COLUMNS)
             sequence = sequence + self._sequence_base[partition]
             result = Targets.of(self.sequences, sequence, first, end, targets)
@@ -408,11 +425,21 @@ class Dataset:
         return any(len(self._positives(number)[0]) for number in range(len(self.partitions)))
 
     def _positives(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a partition's documents with train positives and their counts, int64."""
-        if not self.rules.selects("train"):
-            return _positives(self.partitions[number])
-        self._index("train")
-        return self._counts.get(number, (np.zeros(0, np.int64),) * 2)
+        """Return a partition's documents with train positives and their counts, int64.
+
+        Raises DataError: the file of counts is damaged.
+        """
+        if self.rules.selects("train"):
+            self._index("train")
+            return self._counts.get(number, (np.zeros(0, np.int64),) * 2)
+        partition = self.partitions[number]
+        table = MappedTable([partition.folder / COUNTS_FILE])
+        docs, counts = table.column("doc"), table.column("count")
+        if len(docs) and (docs.min() < 0 or docs.max() >= partition.num_docs or counts.min() < 1):
+            raise DataError(
+                f"{table.paths[0]} counts documents outside the catalogue's {partition.num_docs}; rebuild the partition"
+            )
+        return docs, counts
 
     def check_against(self, config: DataConfig) -> None:
         """Raise ConfigError with the first feature that `config` declares differently."""
@@ -428,15 +455,19 @@ class Dataset:
 
         Targets and histories are read from the sequences.
         """
-        columns = {n: self._column(n, c) for n, c in zip(batch.schema.names, batch.columns, strict=True)}
+        columns: dict[str, Column] = {}
+        for name, array in zip(batch.schema.names, batch.columns, strict=True):
+            is_raw = pa.types.is_large_string(array.type)  # a text that is not tokenized
+            columns[name] = from_arrow(self.layout.query[name].encode(array, self.tokenizer) if is_raw else array)
         partition = np.zeros(len(row_ids), np.int64)
         if len(self.partitions) > 1:
             index = self.index(split)
             partition = index.partition[np.searchsorted(index.first_row, row_ids, "right") - 1]
         if self.sequences is None:
             doc_rows = np.asarray(columns["doc"]) + self._first_doc[partition]
+            query = self.limited_query({name: columns[name] for name in self.schema.query})
             return Rows(
-                step=step, row_ids=row_ids, query={name: columns[name] for name in self.schema.query},
+                step=step, row_ids=row_ids, query=query,
                 doc_rows=doc_rows, relevance=np.asarray(columns["relevance"]),
                 query_ids=np.asarray(columns["query_id"]),
             )  # fmt: skip
@@ -457,7 +488,7 @@ class Dataset:
         if self.schema.request:
             num_earlier, request = self._requests(table, sequence, end, targets)
         history_end = end - 1 if num_earlier is None or not single else num_earlier
-        query: dict[str, Column] = {}
+        query = {}
         history_start = np.zeros_like(end)
         for name, feature in self.schema.query.items():
             if isinstance(feature, History):
@@ -465,8 +496,8 @@ class Dataset:
                 history, history_start = self._history(feature, table, sequence, history_end)
                 query |= history
             else:
-                in_block = name in self.layout.query
-                query[name] = columns[name] if in_block else self.query_column(table, name, sequence)
+                stored = columns[name] if name in self.layout.query else table.take(name, sequence)
+                query |= self.limited_query({name: stored})
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
@@ -508,26 +539,22 @@ class Dataset:
         if not self.has_times or rows.sequences is None or rows.sequence is None or rows.position is None:
             return np.full(rows.num_queries, np.nan)
         sequence, position = rows.sequence[rows.row_of_query], rows.position
-        times: np.ndarray = rows.sequences.take_slices(TIME_COLUMN, sequence, position, position + 1).values
-        return times
+        return rows.sequences.take_slices(TIME_COLUMN, sequence, position, position + 1).values
 
     @cached_property
     def item_times(self) -> np.ndarray:
         """The time of each document's first version or first event, float64 [num_docs]; infinity: neither has one."""
         first = self.catalogue.first_times() if self.header.dated else np.full(self.catalogue.num_docs, np.inf)
         if self.has_times and (table := self.sequences) is not None:
-            for begin in range(0, table.num_rows, SEQUENCES_AT_ONCE):
-                sequences = np.arange(begin, min(begin + SEQUENCES_AT_ONCE, table.num_rows))
-                events = EventSlices(table, sequences, np.zeros_like(sequences), table.lengths("items", sequences))
+            for events in EventSlices.in_chunks(table):
                 items, times = events.column("items").values, events.column(TIME_COLUMN).values
                 valid = (items >= 0) & (items < len(first))
                 np.minimum.at(first, items[valid], times[valid])
         return first
 
     @cached_property
-    def _newest_items(self) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(self.item_times, kind="stable")
-        return order, self.item_times[order]
+    def _oldest_first(self) -> np.ndarray:
+        return np.argsort(self.item_times, kind="stable")
 
     def later_items(self, times: np.ndarray) -> Ragged:
         """Return, per request at one of `times` (float64 [m]; NaN: unknown), the catalogue rows of later items.
@@ -536,8 +563,8 @@ class Dataset:
         """
         if not self.header.dated:
             return Ragged(np.zeros(0, np.int64), np.zeros(len(times) + 1, np.int64))
-        order, item_times = self._newest_items
-        first = np.searchsorted(item_times, times, "right")
+        order = self._oldest_first
+        first = np.searchsorted(self.item_times, times, "right", sorter=order)
         return ragged.gather_ranges(order, first, np.full(len(times), len(order)))
 
     def matching_targets(self, rows: Rows, condition: str, where: str) -> np.ndarray:
@@ -557,12 +584,8 @@ class Dataset:
         items = Ragged(*rows.seen_ragged(queries))
         if rows.sequences is None or rows.sequence is None or rows.prefix is None or rows.position is None:
             return items
-        sequence, end, position = (
-            rows.sequence[rows.row_of_query[queries]],
-            rows.prefix[queries],
-            rows.position[queries],
-        )
-        events = EventSlices(rows.sequences, sequence, np.zeros_like(end), end)
+        sequence, position = rows.sequence[rows.row_of_query[queries]], rows.position[queries]
+        events = EventSlices(rows.sequences, sequence, np.zeros_like(queries), rows.prefix[queries])
         request, visit = EventSlices(rows.sequences, sequence, position, position + 1), self.rules.visit_column()
         return self.rules.excluded(
             items, exclude_seen, self.schema, events.feature,
@@ -630,17 +653,6 @@ class Dataset:
             columns[name] = cast(Ragged, feature.without_unknown(values))
         return columns
 
-    def _column(self, name: str, array: pa.Array) -> Column:
-        """Return a block's column with texts tokenized."""
-        if pa.types.is_large_string(array.type):
-            array = self.layout.query[name].encode(array, self.tokenizer)
-        column = from_arrow(array)
-        return self.limited_query({name: column})[name] if name in self.schema.query else column
-
-    def query_column(self, table: MappedTable, name: str, rows: np.ndarray) -> Column:
-        """Return a query feature of the sequences at `rows` of `table`."""
-        return self.limited_query({name: table.take(name, rows)})[name]
-
     def limited_query(self, columns: dict[str, Column]) -> dict[str, Column]:
         """Re-encode query columns of the full schema by this view's schema, see `with_schema`."""
         if self._whole is None:
@@ -673,12 +685,18 @@ class Dataset:
     def iterate_range(self, split: str, first: int, last: int, rows_per_batch: int) -> Iterator[Rows]:
         """Yield rows [first, last) of a split in batches of `rows_per_batch` row ids, otherwise like `iterate`."""
         index = self.index(split)
-        pending: list[tuple[np.ndarray, pa.RecordBatch]] = []
+        pending = [(np.empty(0, np.int64), empty_batch(self.layout))]
         block = int(np.searchsorted(index.first_row, first, "right")) - 1
         for step, begin in enumerate(range(first, last, rows_per_batch)):
             end = min(begin + rows_per_batch, last)
             while block < index.num_blocks and index.first_row[block] < end:
-                pending.append(self._good_rows(index, block))
+                batch, bad = read_block(index, block, self.layout)
+                for fault in bad:
+                    if fault.reason != FORGOTTEN:
+                        log.warning("skipped: %s", fault)
+                if batch is not None:
+                    good = good_rows(batch, bad)
+                    pending.append((index.first_row[block] + good, batch.take(pa.array(good)) if bad else batch))
                 block += 1
             ids = np.concatenate([part[0] for part in pending])
             table = pa.concat_batches([part[1] for part in pending])
@@ -686,38 +704,15 @@ class Dataset:
             yield self.one_query_per_row(self.rows(split, step, ids[inside], table.filter(pa.array(inside))))
             pending = [(ids[later], table.filter(pa.array(later)))]
 
-    def _good_rows(self, index: SplitIndex, block: int) -> tuple[np.ndarray, pa.RecordBatch]:
-        batch, bad = read_block(index, block, self.layout)
-        for fault in (fault for fault in bad if fault.reason != FORGOTTEN):
-            where = "" if fault.row is None else f", row {fault.row}"
-            where += "" if fault.position is None else f", position {fault.position}"
-            log.warning("skipped: %s%s: %s", index.name(block), where, fault.reason)
-        if batch is None:
-            return np.empty(0, np.int64), empty_batch(self.layout)
-        row_ids = np.arange(index.first_row[block], index.first_row[block + 1])
-        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad if fault.rows])
-        return (row_ids[good], batch.take(pa.array(good))) if bad else (row_ids, batch)
-
 
 def _restored(reopen: Callable[..., Dataset], arguments: tuple[Any, ...], rules: EventRules) -> Dataset:
     """Unpickle a dataset."""
     return reopen(*arguments).with_rules(rules)
 
 
-def _positives(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
-    """Return a partition's documents with train positives and their counts, mapped int64."""
-    path = partition.folder / COUNTS_FILE
-    table = MappedTable([path])
-    docs, counts = table.column("doc"), table.column("count")
-    if len(docs) and (docs.min() < 0 or docs.max() >= partition.num_docs or counts.min() < 1):
-        raise DataError(f"{path} counts documents outside the catalogue's {partition.num_docs}; rebuild the partition")
-    return docs, counts
-
-
 def empty_batch(layout: BlockLayout) -> pa.RecordBatch:
     """Return an empty batch of this layout."""
-    schema = pa.schema(list(layout.types.items()))
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+    return pa.RecordBatch.from_pylist([], schema=pa.schema(list(layout.types.items())))
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -287,11 +287,13 @@ class RemoteFolder:
         self._held: list[int] = []
         self._entries: dict[str, str] = {}
         try:
-            self.dir = self._mirror(partitions, first)
+            self._mirror(partitions, first)
         except BaseException as error:
             self._release()  # now: the traceback keeps this object alive
             if isinstance(error, OSError):
                 raise DataError(f"data.cache_dir={cache.dir} cannot be used: {error}; choose another one") from None
+            if isinstance(error, KeyError | TypeError | AttributeError):
+                raise DataError(f"{redacted(url)} holds metadata of another format: {error!r}") from None
             raise
 
     def __del__(self) -> None:
@@ -305,36 +307,29 @@ class RemoteFolder:
         """Return the remote file at a relative path."""
         return RemoteFile(join(self.url, path), self.cache)
 
-    def _mirror(self, partitions: Sequence[str] | None, first: str | None) -> Path:
+    def _mirror(self, partitions: Sequence[str] | None, first: str | None) -> None:
         content = self._json("dataset.json", f"{redacted(self.url)} is not a dataset")
-        try:
-            names = [str(name) for name in content["partitions"]]
-            described = self._json(SCHEMA_FILE, "copy the dataset whole")
-            vocabularies = [
-                vocabulary_entry for side in described[VOCABULARIES].values() for vocabulary_entry in side.values()
-            ]
-            for part in [part for vocabulary in vocabularies for part in vocabulary["files"]]:
-                self._large(part["file"], part["checksum"])
-            for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-                self._small(f"tokenizer/{file}", optional=True)
-            for part in catalogue_entries(content):
-                self._large(part["file"], part["checksum"])
-            required = names[names.index(first) :] if first in names else names if partitions is None else partitions
-            for name in names:
-                path = f"partitions/{name}"
-                partition_content = self._json(f"{path}/partition.json", "copy the dataset whole")
-                if name not in required:
-                    continue
-                for split, split_content in partition_content["splits"].items():
-                    self._large(f"{path}/{split}.index.arrow", split_content["index_checksum"])
-                self._large(f"{path}/{COUNTS_FILE}", partition_content["counts_checksum"])
-                for part in partition_content.get("sequences", []):
-                    self._large(f"{path}/{part['file']}", part["checksum"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{redacted(self.url)} holds metadata of another format: {error!r}") from None
-        return self.cache.link(redacted(self.url).rstrip("/").rpartition("/")[2] or "dataset", self.url, self._entries)
+        names = [str(name) for name in content["partitions"]]
+        files = catalogue_entries(content)
+        for vocabularies in self._json(SCHEMA_FILE)[VOCABULARIES].values():
+            files += [part for vocabulary in vocabularies.values() for part in vocabulary["files"]]
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+            self._small(f"tokenizer/{file}", optional=True)
+        required = names[names.index(first) :] if first in names else names if partitions is None else partitions
+        for name in names:
+            path = f"partitions/{name}"
+            partition = self._json(f"{path}/partition.json")
+            if name in required:
+                parts = [(COUNTS_FILE, partition["counts_checksum"])]
+                parts += [(f"{split}.index.arrow", of["index_checksum"]) for split, of in partition["splits"].items()]
+                parts += [(part["file"], part["checksum"]) for part in partition.get("sequences", [])]
+                files += [{"file": f"{path}/{file}", "checksum": checksum} for file, checksum in parts]
+        for part in files:
+            self._large(part["file"], part["checksum"])
+        name = redacted(self.url).rstrip("/").rpartition("/")[2] or "dataset"
+        self.dir = self.cache.link(name, self.url, self._entries)
 
-    def _json(self, path: str, fix: str) -> dict[str, Any]:
+    def _json(self, path: str, fix: str = "copy the dataset whole") -> dict[str, Any]:
         content = self._small(path, fix=fix)
         try:
             return dict(json.loads(content))

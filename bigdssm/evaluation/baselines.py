@@ -16,8 +16,7 @@ from scipy.sparse.linalg import svds
 
 from bigdssm.config.keys import SPLITS
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventSlices
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.rows import EventSlices, Rows
 from bigdssm.dataset.transitions import MAX_WINDOW, QUERIES_AT_ONCE, Transitions, last_items
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.teachers import Bm25Teacher

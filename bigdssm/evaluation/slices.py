@@ -13,8 +13,7 @@ from functools import partial
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventSlices
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.rows import EventSlices, Rows
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, Numeric, ragged
 from bigdssm.features.base import filterable

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,6 @@ from bigdssm.dataset.remote import KEYS_SUFFIX
 from bigdssm.dataset.schema import QUARANTINE_FILE, SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features.columns import TimeUnits
-from bigdssm.ingest.reading import Quarantine
 from bigdssm.utils.atomic import (
     UNFINISHED,
     WriterLock,
@@ -44,6 +44,21 @@ WITHDRAWALS, ITEM_PARTITIONS = "withdrawals", "item_partitions"
 AS_OF = {"users": "rows", "items": "events"}  # the reference time of features that change
 SPLIT = "split"  # the split of the first partition, reused by appends without --split
 TIMES = "times"  # the units of event times
+OTHER_TIMES = {  # ends of messages: an existing dataset without times, with an append that has some; and conversely
+    "users": (
+        "one row of features per user, so leave out --users-time-column here, too",
+        "user features as of each row, so give --users-time-column here, too",
+    ),
+    "items": (
+        "one row of features per item, so leave out --items-time-column here, too",
+        "item features as of each event, so give --items-time-column here, too",
+    ),
+    TIMES: (
+        "no event times to compare these with; leave out the time column here, too (--time-column ''), or rebuild the "
+        "dataset with one",
+        "event times, so give --time-column here, too",
+    ),
+}
 LOCK = ".lock"  # inside an existing dataset
 OWN_FILES = (
     DATASET_FILE, SCHEMA_FILE, QUARANTINE_FILE, LOCK,
@@ -51,6 +66,55 @@ OWN_FILES = (
 )  # fmt: skip
 PREVIOUS_SCHEMA = "schema.previous.json"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The row-specific parts of a reason.
+PARTICULAR = re.compile(r"'.*'|\".*\"|(?<!\S)-?\d[\d.,e+-]*(?![\w-])")
+MAX_KINDS = 100
+
+BadSourceRow = tuple[str, int, str, bool]
+"""File, row, reason, and whether the row is skipped (otherwise the bad value is treated as missing)."""
+
+
+class Quarantine:
+    """Writes bad rows to a file, in order, and counts them by kind of reason."""
+
+    def __init__(self, path: Path, final_path: Path, partition: str, max_bad_fraction: float) -> None:
+        """Write to `path`; `final_path` is the file's location if the ingestion fails."""
+        self.path, self.final_path = path, final_path
+        self._partition, self._max_bad_fraction = partition, max_bad_fraction
+        self._file = path.open("w", encoding="utf-8")
+        self._first = ""
+        self._kinds: Counter[str] = Counter()
+        self.num_bad = self.num_left_out = self.num_good = 0
+
+    def add(self, rows: Iterable[BadSourceRow]) -> None:
+        """Write bad rows."""
+        for file, row, reason, left_out in rows:
+            self.num_bad += 1
+            self.num_left_out += left_out
+            kind = PARTICULAR.sub("…", reason)
+            if kind in self._kinds or len(self._kinds) < MAX_KINDS:
+                self._kinds[kind] += 1
+            self._first = self._first or f"{file}, row {row}: {reason}"
+            record = {"partition": self._partition, "file": file, "row": row, "reason": reason, "left_out": left_out}
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def check(self) -> None:
+        """Raise DataError if there are too many bad rows."""
+        total, limit = self.num_left_out + self.num_good, self._max_bad_fraction
+        if self.num_bad > limit * total:
+            counted = f"{self.num_bad} of {total} rows are bad or have bad values, all tables together"
+            raise DataError(f"{counted}, more than data.max_bad_fraction={limit}{self.summary()}")
+
+    def summary(self) -> str:
+        """Return the most frequent reasons, the first bad row and the file, to end a message."""
+        if not self.num_bad:
+            return ""
+        reasons = ", ".join(f"{count} × {kind}" for kind, count in self._kinds.most_common(3))
+        return f": {reasons}; the first is {self._first}; all are in {self.final_path}"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class DatasetWriter:
@@ -72,20 +136,17 @@ class DatasetWriter:
             raise ConfigError(f"partition name {partition!r} must be a plain folder name")
         self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
         self.staging = out / UNFINISHED if append else temporary_path(out)
-        self._locks = ExitStack()
         try:
-            self._claim()
-            self._open(overwrite)
+            with ExitStack() as locks:
+                self._claim(locks)
+                self._open(overwrite)
+                self._locks = locks.pop_all()
         except OSError as error:
-            self._locks.close()
             if error.errno in NO_ROOM:
                 raise
             raise ConfigError(
                 f"{out} cannot be written ({error.strerror}: {error.filename}); choose another --out"
             ) from None
-        except BaseException:
-            self._locks.close()
-            raise
         inputs = {"source": source, "partition": partition, "before": self.content}
         inputs_hash = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         # named by the inputs, so that workers left over from another ingestion cannot write here
@@ -107,7 +168,7 @@ class DatasetWriter:
         final_path = out.parent / f"{out.name}.{QUARANTINE_FILE}"
         self.quarantine = Quarantine(self.staging / QUARANTINE_FILE, final_path, partition, max_bad_fraction)
 
-    def _claim(self) -> None:
+    def _claim(self, locks: ExitStack) -> None:
         """Lock the output. Raises DataError: another process writes there.
 
         Nothing else is read before, because another process may change it.
@@ -116,10 +177,10 @@ class DatasetWriter:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         # an append needs no access to the parent folder, except to recover an interrupted replacement
         if not self.append or (not self.out.exists() and self.out.parent.is_dir()):
-            self._locks.enter_context(WriterLock(lock_path(self.out), self.out))
+            locks.enter_context(WriterLock(lock_path(self.out), self.out))
             recover(self.out)
         if (self.out / DATASET_FILE).exists():
-            self._locks.enter_context(WriterLock(self.out / LOCK, self.out))
+            locks.enter_context(WriterLock(self.out / LOCK, self.out))
 
     def _open(self, overwrite: bool) -> None:
         """Read the existing dataset, and create the staging folder."""
@@ -145,7 +206,7 @@ class DatasetWriter:
     @property
     def key_files(self) -> list[Path]:
         """The existing key files of documents; not every catalogue file has one."""
-        files = [(self.out / part["file"]).with_suffix(KEYS_SUFFIX) for part in self.content["catalogue"]]
+        files = ((self.out / part["file"]).with_suffix(KEYS_SUFFIX) for part in self.content["catalogue"])
         return [file for file in files if file.exists()]
 
     def record_id_sources(self, **ids: Literal["column", "content"]) -> None:
@@ -163,34 +224,16 @@ class DatasetWriter:
                 )
         self.content["ids"] = recorded
 
-    def record_times(self, side: Literal["users", "items"], has_times: bool) -> None:
-        """Record whether user features are as of each row, or item features as of each event.
+    def record_times(self, kind: Literal["users", "items", "times"], has_times: bool) -> None:
+        """Record whether user features are as of each row, item features as of each event, or events have times.
 
         Raises ConfigError: it differs from the existing dataset's.
         """
-        recorded = side in self.content if self.append else has_times
-        if recorded != has_times:
-            single = f"one row of features per {side[:-1]}"
-            description = f"{side[:-1]} features as of each {AS_OF[side][:-1]}" if recorded else single
-            fix = "give" if recorded else "leave out"
-            raise ConfigError(f"{self.out} has {description}, so {fix} --{side}-time-column here, too")
+        if self.append and (kind in self.content) != has_times:
+            without, with_times = OTHER_TIMES[kind]
+            raise ConfigError(f"{self.out} has {without if has_times else with_times}")
         if has_times:
-            self.content[side] = AS_OF[side]
-
-    def record_event_times(self, has_times: bool) -> None:
-        """Record whether events have times.
-
-        Raises ConfigError: it differs from the existing dataset's.
-        """
-        if self.append and (TIMES in self.content) != has_times:
-            if has_times:
-                raise ConfigError(
-                    f"{self.out} has no event times to compare these with; leave out the time column here, "
-                    "too (--time-column ''), or rebuild the dataset with one"
-                )
-            raise ConfigError(f"{self.out} has event times, so give --time-column here, too")
-        if has_times:
-            self.content.setdefault(TIMES, TimeUnits().facts())
+            self.content.setdefault(kind, AS_OF.get(kind) or TimeUnits().facts())
 
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],

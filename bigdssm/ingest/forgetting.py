@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from bigdssm.dataset.blocks import read_range
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, catalogue_files
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import INDEX_COLUMNS, Partition, SplitIndex, read_dataset_json, read_index
+from bigdssm.dataset.partition import INDEX_COLUMNS, Partition, SplitIndex, read_dataset_json, read_index, read_range
 from bigdssm.dataset.remote import KEYS_SUFFIX, SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, FORGOTTEN_DOC, FORGOTTEN_ID
 from bigdssm.dataset.schema import QUARANTINE_FILE, mix
@@ -77,7 +76,6 @@ def forget(folder: str | Path, users: Sequence[str], items: Sequence[str], chang
         changes.remove_all(folder, [UNFINISHED, f"{UNFINISHED}-spool"])  # of an interrupted append
         changes.remove_all(folder.parent, [f".{folder.name}{UNFINISHED}-spool"])
         deletion = _Deletion(dataset, content, users, items, target)
-        deletion.write()
         ids = [*users, *items]
         _redact(folder / QUARANTINE_FILE, target / QUARANTINE_FILE, ids)
         outside = folder.parent / f"{folder.name}.{QUARANTINE_FILE}"
@@ -106,9 +104,7 @@ class _Deletion:
         self._used: dict[tuple[str, str], np.ndarray] = {}  # mask of the codes of other rows
         self._removed_ids: set[int] = set()  # query ids
         self.forgotten = Forgotten(items=len(self._documents))
-
-    def write(self) -> None:
-        """Write all files that change."""
+        # write all files that change
         for number, partition in enumerate(self._dataset.partitions):
             self._write_partition(number, partition)
         self._write_catalogue()
@@ -122,8 +118,7 @@ class _Deletion:
         folder = self._target / PARTITIONS / partition.name
         folder.mkdir(parents=True)
         described = json.loads(json.dumps(partition.content))
-        emptied, first = [np.zeros(0, np.int64)], 0
-        new = [np.zeros(0, np.int64)]
+        new, emptied, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
         user = stored_features(self._schema.query)
         event = {EVENT_PREFIX + name: feature for name, feature in stored_features(self._schema.event).items()}
         for entry, path in zip(described.get("sequences", []), partition.sequence_files, strict=True):
@@ -134,14 +129,11 @@ class _Deletion:
             keys = batch["query_key"].take(pa.array(np.flatnonzero(of_users))).to_pylist()
             of_users[of_users] = [key in self._users for key in keys]  # no hash collision
             self._removed_ids |= set(ids[of_users].tolist())
-            self._count_codes("query", user, batch, of_users, ~of_users & ~was_empty)
-            self._count_codes("event", event, batch, of_users, ~of_users & ~was_empty, EVENT_PREFIX)
-            if of_users.any():
-                blank = {name: self._missing(feature, batch[name].type) for name, feature in user.items()}
-                blank |= {"query_key": _one(batch, "query_key", ""), "query_id": _one(batch, "query_id", FORGOTTEN_ID)}
-                blank |= {name: _one(batch, name, []) for name in batch.schema.names if name not in blank}
-                written = write_arrow(folder / entry["file"], _blanked(batch, of_users, blank))
-                entry["checksum"] = written["checksum"]
+            empty: dict[str, Any] = {name: [] for name in batch.schema.names if name not in user}
+            values = {**empty, "query_key": "", "query_id": FORGOTTEN_ID}
+            columns = self._blanked(batch, of_users, was_empty, {"query": user, "event": event}, values)
+            if columns is not None:
+                entry["checksum"] = write_arrow(folder / entry["file"], columns)["checksum"]
             new.append(first + np.flatnonzero(of_users))
             emptied.append(first + np.flatnonzero(of_users | was_empty))
             first += batch.num_rows
@@ -159,27 +151,25 @@ class _Deletion:
     ) -> np.ndarray:
         """Write the shards of a split with rows to empty, and its index; return the numbers of all empty rows."""
         index, layout = read_index(partition, split, number), self._dataset.layout
-        query = dict(layout.query)
         rows, contents = [np.zeros(0, np.int64)], {}
         for block in range(index.num_blocks):
-            if (batch := _block(index, block)) is None:  # damaged: it is skipped by readers, too
+            content = _bytes_of(index, block)
+            if xxhash.xxh3_64_intdigest(content) != int(index.checksum[block]):  # damaged: readers skip it, too
                 continue
+            batch = pa.ipc.open_stream(content).read_next_batch()  # with all its columns
             if layout.sequences:
                 is_empty = np.isin(batch["sequence"].to_numpy(), sequences)
-                is_new = is_empty if query else np.zeros(batch.num_rows, bool)
-                blank = {}
+                is_new = is_empty if layout.query else np.zeros(batch.num_rows, bool)
+                values = {}
             else:
                 was_empty = batch["doc"].to_numpy() == FORGOTTEN_DOC
                 is_new = np.isin(batch["query_id"].to_numpy(), self._query_ids) & ~was_empty
                 is_empty = is_new | was_empty
                 self._removed_ids |= set(batch["query_id"].to_numpy()[is_new].tolist())
                 values = {"query_id": FORGOTTEN_ID, "doc": FORGOTTEN_DOC, "relevance": 0}
-                blank = {name: _one(batch, name, value) for name, value in values.items()}
             rows.append(index.first_row[block] + np.flatnonzero(is_empty))
-            self._count_codes("query", query, batch, is_new, ~is_empty)
-            if is_new.any():
-                blank |= {name: self._missing(feature, batch[name].type) for name, feature in query.items()}
-                columns = _blanked(batch, is_new, blank)
+            columns = self._blanked(batch, is_new, is_empty & ~is_new, {"query": layout.query}, values)
+            if columns is not None:
                 contents[block] = block_content(pa.RecordBatch.from_pydict(columns, schema=batch.schema))
         if not contents:
             return np.concatenate(rows)
@@ -202,7 +192,7 @@ class _Deletion:
     # ----- catalogue
 
     def _write_catalogue(self) -> None:
-        folder, features = self._target / CATALOGUE, self._schema.documents
+        folder = self._target / CATALOGUE
         folder.mkdir()
         files = catalogue_files(self._dataset.dir, self._content)
         entries = [*self._content["catalogue"], *self._content.get("versions", [])]
@@ -214,17 +204,14 @@ class _Deletion:
             was_empty = pc.equal(batch["doc_key"], "").to_numpy(zero_copy_only=False)
             is_new = np.isin(numbers, self._documents) & ~was_empty
             documents.append(numbers[was_empty])
-            for side, of_side in (("doc", self._schema.doc), ("filter", self._schema.filter)):
-                self._count_codes(side, of_side, batch, is_new, ~is_new & ~was_empty)
-            if is_new.any():
-                blank = {name: self._missing(feature, batch[name].type) for name, feature in features.items()}
-                blank |= {name: _one(batch, name, "") for name in ("doc_key", "doc_title")}
-                columns = _blanked(batch, is_new, {**blank, "content": _one(batch, "content", 0)})
+            sides = {"doc": self._schema.doc, "filter": self._schema.filter}
+            columns = self._blanked(batch, is_new, was_empty, sides, {"doc_key": "", "doc_title": "", "content": 0})
+            if columns is not None:
                 # ids stay distinct: equal ids would be one document
                 forgotten_ids = mix(numbers, "forgotten", 0).view(np.int64)  # unrelated to the keys
                 ids = np.where(is_new, forgotten_ids, batch["doc_id"].to_numpy())
-                written = write_arrow(self._target / entry["file"], {**columns, "doc_id": pa.array(ids)})
-                entry["checksum"] = written["checksum"]
+                columns["doc_id"] = pa.array(ids)
+                entry["checksum"] = write_arrow(self._target / entry["file"], columns)["checksum"]
         self.forgotten.documents = np.unique(np.concatenate(documents))
         if not len(self._documents):
             return
@@ -241,20 +228,31 @@ class _Deletion:
 
     # ----- codes
 
-    def _count_codes(
-        self, side: str, features: Mapping[str, Feature], batch: pa.RecordBatch, removed: np.ndarray,
-        others: np.ndarray, prefix: str = "",
-    ) -> None:  # fmt: skip
-        """Record the codes of removed rows, and which codes others have; of hashed values those of the ids alone."""
-        for column, feature in categorical_of(features).items():
-            key = side, column.removeprefix(prefix)
-            of_others = _codes(batch[column], others)
-            if feature.hash_buckets:
-                of_ids = self._codes_of_ids[key]
-                self._used.setdefault(key, np.zeros(len(of_ids), bool))[np.isin(of_ids, of_others)] = True
-            else:
-                self._used.setdefault(key, np.zeros(feature.num_codes, bool))[of_others] = True
-                self._removed.setdefault(key, []).append(_codes(batch[column], removed))
+    def _blanked(
+        self, batch: pa.RecordBatch, removed: np.ndarray, was_empty: np.ndarray,
+        sides: Mapping[str, Mapping[str, Feature]], values: Mapping[str, Any],
+    ) -> dict[str, pa.Array] | None:  # fmt: skip
+        """Return the columns with `values`, else missing features, in the rows `removed`; None: no row is removed.
+
+        Record the codes of removed rows, and which codes others have; of hashed values those of the ids alone.
+        """
+        blank = {name: pa.array([value], batch.schema.field(name).type) for name, value in values.items()}
+        for side, features in sides.items():
+            for column, feature in categorical_of(features).items():
+                key = side, column.removeprefix(EVENT_PREFIX)
+                of_others = _codes(batch[column], ~removed & ~was_empty)
+                if feature.hash_buckets:
+                    of_ids = self._codes_of_ids[key]
+                    self._used.setdefault(key, np.zeros(len(of_ids), bool))[np.isin(of_ids, of_others)] = True
+                else:
+                    self._used.setdefault(key, np.zeros(feature.num_codes, bool))[of_others] = True
+                    self._removed.setdefault(key, []).append(_codes(batch[column], removed))
+            blank |= {name: self._missing(f, batch[name].type) for name, f in features.items() if name not in values}
+        if not removed.any():
+            return None
+        rows = pa.array(np.where(removed, batch.num_rows, np.arange(batch.num_rows)))
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        return columns | {name: pa.concat_arrays([columns[name], value]).take(rows) for name, value in blank.items()}
 
     @cached_property
     def _codes_of_ids(self) -> dict[tuple[str, str], np.ndarray]:
@@ -300,25 +298,6 @@ def _bytes_of(index: SplitIndex, block: int) -> bytes:
     shard = index.shards[index.shard[block]]
     assert isinstance(shard, Path)
     return read_range(shard, int(index.offset[block]), int(index.size[block]))
-
-
-def _block(index: SplitIndex, block: int) -> pa.RecordBatch | None:
-    """Return a block with all its columns; None: its bytes are damaged."""
-    content = _bytes_of(index, block)
-    if xxhash.xxh3_64_intdigest(content) != int(index.checksum[block]):
-        return None
-    return pa.ipc.open_stream(content).read_next_batch()
-
-
-def _one(batch: pa.RecordBatch, name: str, value: Any) -> pa.Array:
-    return pa.array([value], batch.schema.field(name).type)
-
-
-def _blanked(batch: pa.RecordBatch, mask: np.ndarray, blank: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
-    """Return the columns with the values `blank`, [1] each, in the rows of `mask`."""
-    rows = pa.array(np.where(mask, batch.num_rows, np.arange(batch.num_rows)))
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    return columns | {name: pa.concat_arrays([columns[name], value]).take(rows) for name, value in blank.items()}
 
 
 def _codes(column: pa.Array, mask: np.ndarray) -> np.ndarray:

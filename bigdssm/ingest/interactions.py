@@ -6,10 +6,10 @@ catalogue. See docs/ingestion.md.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,6 @@ from bigdssm.features.columns import (
     unit_of_times,
 )
 from bigdssm.features.event_time import END_SECOND, FIRST_SECOND
-from bigdssm.ingest.cutting import EarlierEvents, ItemVersions, cut_sequences
 from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
 from bigdssm.ingest.documents import (
     DistinctDocuments,
@@ -47,30 +46,34 @@ from bigdssm.ingest.documents import (
     spool_columns,
     write_document_keys,
 )
-from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable, read_facts, write_facts
+from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable, read_facts, shuffled, write_facts
 from bigdssm.ingest.fitting import FittedSide, document_sides, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,
     CATALOGUE_COLUMNS,
+    ORDINAL_BITS,
     SEQUENCE_COLUMNS,
-    ColumnOptions,
     Ingestion,
     IngestReport,
     IngestTarget,
+    TablePart,
+    check_options,
     check_reserved_names,
+    column_options,
+    feature_columns,
     ingestion,
+    read_part,
+    row_ordinals,
 )
-from bigdssm.ingest.reading import ORDINAL_BITS, TablePart, column_options, feature_columns, read_part, row_ordinals
-from bigdssm.ingest.sorting import shuffled
 from bigdssm.ingest.splits import (
-    DEFAULT_FRACTIONS,
     SPLITS,
-    SplitTime,
+    EarlierEvents,
+    ItemVersions,
+    SplitOptions,
     SplitTimes,
-    check_dataset_split,
     check_fractions,
+    cut_sequences,
     dataset_split,
-    quantiles,
 )
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable, open_table
@@ -94,7 +97,7 @@ Split = Literal["leave-one-out", "time", "train"]
 
 
 @dataclass(frozen=True)
-class InteractionTables(ColumnOptions):
+class InteractionTables(SplitOptions):
     """The source tables and their columns."""
 
     interactions: Path | str | Source
@@ -108,20 +111,8 @@ class InteractionTables(ColumnOptions):
     rating_column: str | None = None  # the relevance; None: 1
     min_rating: float | None = None  # events with lower ratings are dropped
     positive_rating: float | None = None  # events have relevance 1, or 0 if rated lower
-    split: Split | None = None  # None: the recorded split for an append, else leave-one-out
-    validation_fraction: float = DEFAULT_FRACTIONS[0]  # split=time: the newest rows before the test rows
-    test_fraction: float = DEFAULT_FRACTIONS[1]  # split=time: the newest rows
-    validation_from: SplitTime = None  # split=time: start of validation; with test_from, replaces both fractions
-    test_from: SplitTime = None
-    until: SplitTime = None  # in addition: later rows are dropped
-
-    @property
-    def split_times(self) -> SplitTimes | None:
-        """Explicit cut-off times; None: determined by fractions. Raises ConfigError."""
-        fractions = self.validation_fraction, self.test_fraction
-        return SplitTimes.from_options(
-            self.split or "leave-one-out", fractions, self.validation_from, self.test_from, self.until
-        )
+    default_split: ClassVar[str] = "leave-one-out"
+    split: Split | None = field(default=None, kw_only=True)
 
 
 def make_interactions(
@@ -154,7 +145,7 @@ def make_interactions(
             raise DataError(f"{writer.out}: partition {of_pairs[0]!r} holds pairs, not interactions")
         sequence_files = ((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions)
         earlier = EarlierEvents(tuple(sequence_files))
-        writer.record_event_times(tables.time_column is not None)
+        writer.record_times("times", tables.time_column is not None)
         # items and users are read before the events, which refer to them
         existing_files = catalogue_files(writer.out, writer.content)
         schema_read = of_tables(base, config)
@@ -208,7 +199,7 @@ def make_interactions(
                     "version"
                 )
         if not splits["train"].num_rows:
-            before = "" if tables.split_times is None else f" before --validation-from {tables.validation_from}"
+            before = "" if tables.split_times() is None else f" before --validation-from {tables.validation_from}"
             if writer.append and split != "train":
                 before += f" for --split {split}; with --split train all events of the partition are trained on"
             raise DataError(f"{tables.interactions}: no train rows remain; every user has too few events{before}")
@@ -243,13 +234,10 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     event_columns = [*([TIME_COLUMN] if tables.time_column else []), *([VERSION_COLUMN] if items_have_times else [])]
     check_reserved_names(config.query, [*BLOCK_COLUMNS, *SEQUENCE_COLUMNS, *event_columns], "query")
     check_history_lengths(config)
-    check_fractions(tables.validation_fraction, tables.test_fraction)
-    if append and tables.split is None:
-        check_dataset_split(
-            (tables.validation_fraction, tables.test_fraction), validation_from=tables.validation_from,
-            test_from=tables.test_from, until=tables.until,
-        )  # fmt: skip
-    _ = tables.split_times  # validates them
+    check_fractions(*tables.fractions)
+    if append:
+        tables.check_recorded()
+    tables.split_times()  # validates them
     no_times = tables.time_column is None
     ratings = {"--min-rating": tables.min_rating, "--positive-rating": tables.positive_rating}
     if tables.split == "time" and no_times:
@@ -285,9 +273,7 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
             for option, rating in ratings.items()
         ),
     ]
-    for is_violated, message in rules:
-        if is_violated:
-            raise ConfigError(message)
+    check_options(rules)
 
 
 def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tuple[str, SplitTimes]:
@@ -295,23 +281,17 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
 
     An append without --split uses the recorded split; a new dataset records its split.
     """
-    engine, content = run.engine, run.writer.content
     recorded = dataset_split(run.writer, get_args(Split)) if tables.split is None else None
-    kind = recorded["how"] if recorded else tables.split or "leave-one-out"
+    kind = recorded["how"] if recorded else tables.split or tables.default_split
     split_times = SplitTimes(np.inf, np.inf, np.inf)
-    if recorded and kind == "time":
-        split_times = SplitTimes.of_dataset(recorded)
-    elif kind == "time" and tables.split_times is not None:
-        split_times = tables.split_times
-    elif kind == "time":
+    if kind == "time":
+        explicit = SplitTimes.of_dataset(recorded) if recorded else tables.split_times()
         until_test = 1 - tables.test_fraction
-        first, second = quantiles(engine, events, (until_test - tables.validation_fraction, until_test))
-        split_times = SplitTimes(first, second, np.inf)
+        shares = (until_test - tables.validation_fraction, until_test)
+        split_times = explicit or SplitTimes.of_shares(run.engine, events, shares)
     if not run.writer.append:
-        content[SPLIT] = {"how": kind}
-        if kind == "time":
-            ((newest,),) = engine.fetch("SELECT max(time) FROM read_events")
-            content[SPLIT] |= split_times.as_json(newest)
+        cut_offs = split_times.as_json(run.engine, "read_events") if kind == "time" else {}
+        run.writer.content[SPLIT] = {"how": kind, **cut_offs}
     return kind, split_times
 
 
@@ -438,7 +418,7 @@ def read_events(
     columns in other tables. Raises DataError: no events remain, or times in several units.
     """
     engine, quarantine = run.engine, run.writer.quarantine
-    split_times = tables.split_times
+    split_times = tables.split_times()
     until = None if split_times is None else split_times.until
     compared_with = earlier if earlier.parts and tables.time_column else None
     names = ("user_column", "item_column", "time_column", "rating_column")

@@ -6,17 +6,17 @@ docs/ingestion.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, later_files, withdrawn_documents
+from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, catalogue_files, withdrawn_documents
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.schema import Schema, SortedKeys, hash_rows, row_keys, shuffle_keys
 from bigdssm.errors import ConfigError, DataError
@@ -45,19 +45,21 @@ from bigdssm.ingest.job import (
     Ingestion,
     IngestReport,
     IngestTarget,
+    TablePart,
+    check_options,
     check_reserved_names,
+    column_options,
+    feature_columns,
     ingestion,
+    read_part,
+    row_ordinals,
     write_arrow,
 )
-from bigdssm.ingest.reading import TablePart, column_options, feature_columns, read_part, row_ordinals
 from bigdssm.ingest.splits import (
-    DEFAULT_FRACTIONS,
     SPLITS,
     PairSplit,
+    SplitOptions,
     Splitter,
-    SplitTime,
-    SplitTimes,
-    check_dataset_split,
     dataset_split,
 )
 from bigdssm.sources.base import Source
@@ -92,7 +94,7 @@ WRITTEN = ("place", "query_id", "doc_id", "relevance")
 
 
 @dataclass(frozen=True)
-class PairTables(ColumnOptions):
+class PairTables(SplitOptions):
     """The source tables (or plain WebDataset shards) and their columns.
 
     Feature columns are in the config.
@@ -102,26 +104,14 @@ class PairTables(ColumnOptions):
     doc_id_column: str | None = None  # None: documents with equal features are equal
     query_id_column: str | None = None  # None: queries with equal features are equal
     relevance_column: str | None = None  # None: relevance 1
-    split: PairSplit | None = None  # None: the recorded split for an append, else random
+    default_split: ClassVar[str] = "random"
+    split: PairSplit | None = field(default=None, kw_only=True)
     split_column: str | None = None  # random: the group column; time, column: the deciding column
-    validation_fraction: float = DEFAULT_FRACTIONS[0]
-    test_fraction: float = DEFAULT_FRACTIONS[1]
-    validation_from: SplitTime = None  # split=time: start of validation; with test_from, replaces both fractions
-    test_from: SplitTime = None
-    until: SplitTime = None  # in addition: later rows are dropped
     whole_documents: bool = False  # random: also keep the rows of a document together
     each_of: str | None = None  # a list column: one row per value
     beir: Path | None = None  # also write the pairs there as a BEIR collection
     raw_text: bool = False  # store query texts untokenized; loaders tokenize them
     dedup: bool = False  # drop repeated (query, document) rows, over all splits
-
-    @property
-    def split_times(self) -> SplitTimes | None:
-        """Explicit cut-off times; None: determined by fractions. Raises ConfigError."""
-        fractions = self.validation_fraction, self.test_fraction
-        return SplitTimes.from_options(
-            self.split or "random", fractions, self.validation_from, self.test_from, self.until
-        )
 
 
 def make_pairs(
@@ -133,8 +123,8 @@ def make_pairs(
     """
     _check(config, tables, target)
     splitter = Splitter(
-        tables.split or "random", tables.split_column, (tables.validation_fraction, tables.test_fraction), target.seed,
-        tables.whole_documents, tables.split_times,
+        tables.split or "random", tables.split_column, tables.fractions, target.seed, tables.whole_documents,
+        tables.split_times(),
     )  # fmt: skip
     sources = [open_table(path) for path in tables.files]
     with ingestion(config, target, sources, tables, progress) as run:
@@ -220,16 +210,11 @@ def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None
             "data.siamese=true: a query is a document; give --query-id-column and --doc-id-column",
         ),
     ]
-    for is_violated, message in rules:
-        if is_violated:
-            raise ConfigError(message)
+    check_options(rules)
     if tables.beir:
         check_output_folder(tables.beir, overwrite=target.overwrite)
-    if target.append and tables.split is None:
-        check_dataset_split(
-            (tables.validation_fraction, tables.test_fraction), whole_documents=tables.whole_documents,
-            validation_from=tables.validation_from, test_from=tables.test_from, until=tables.until,
-        )  # fmt: skip
+    if target.append:
+        tables.check_recorded(whole_documents=tables.whole_documents)
 
 
 def _read_pairs_part(
@@ -441,7 +426,7 @@ def make_items(
             check_time_units([writer.content[TIMES], *times] if times else [], where)
             sides = document_sides(engine, base, documents)
         # the items that are withdrawn, and those of `items` that are back
-        files = later_files(writer.out, writer.content, WITHDRAWALS)
+        files = catalogue_files(writer.out, writer.content, [WITHDRAWALS])
         before, requested, with_rows = withdrawn_documents(files, writer.num_existing_docs), *NO_POSITIVES
         if withdrawn is not None:
             columns = column_options((tables.item_column, "--item-column"))

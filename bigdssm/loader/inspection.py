@@ -1,19 +1,27 @@
-"""Describe a dataset: sizes, schema, lengths, popular documents, duplicates, and decoded sample rows."""
+"""Inspect a dataset: sizes, schema, lengths, popular documents, duplicates, decoded sample rows, and damage."""
 
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from bigdssm.dataset.blocks import read_block
+from bigdssm.config import DEFAULT_CACHE_BYTES
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import read_index
-from bigdssm.dataset.schema import QUARANTINE_FILE, pair_hash
+from bigdssm.dataset.partition import FORGOTTEN, good_rows, read_block, read_dataset_json, read_index, read_range
+from bigdssm.dataset.remote import COUNTS_FILE, FileCache, catalogue_entries
+from bigdssm.dataset.schema import QUARANTINE_FILE, VOCABULARIES, pair_hash
 from bigdssm.errors import DataError
 from bigdssm.features import Decoder, Feature
 from bigdssm.features.ragged import Ragged
 from bigdssm.loader.batch import Collator, inputs_of_events
+from bigdssm.utils.hashing import file_checksum
+from bigdssm.utils.log import Progress, no_progress
+from bigdssm.utils.urls import is_url
 
 MAX_SCAN_BLOCKS = 512  # about a million rows, spread evenly over the split
 MAX_SCAN_DOCS = 1_000_000
@@ -76,7 +84,7 @@ def describe(dataset: Dataset, split: str = "train", top: int = 10) -> Descripti
         if batch is None:
             unreadable += 1
             continue
-        good = np.setdiff1d(np.arange(batch.num_rows), [fault.row for fault in bad if fault.rows])
+        good = good_rows(batch, bad)
         rows = dataset.rows(split, 0, index.first_row[block] + good, batch.take(pa.array(good)))
         for name, column in rows.query.items():
             if isinstance(column, Ragged) and "." not in name:  # else of the history that it belongs to
@@ -162,3 +170,66 @@ def sample_rows(dataset: Dataset, split: str = "train", count: int = 10) -> list
             row[f"doc.{name}"] = feature.display(batch.doc[name][int(batch.positive[i])].numpy(), decoder)
         decoded.append(row)
     return decoded
+
+
+def verify_dataset(folder: str | Path, progress: Progress = no_progress) -> list[str]:
+    """Return a message per damaged file or block, an empty list if there is no damage.
+
+    A dataset at a URL is downloaded into a temporary cache. Raises DataError: the dataset cannot be opened; at a URL,
+    also: a file other than a shard is damaged.
+    """
+    if is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            return _damages(Dataset.open(folder, cache=FileCache(Path(cache), DEFAULT_CACHE_BYTES)), progress)
+    entries = catalogue_entries(read_dataset_json(Path(folder)))
+    # references into a damaged catalogue cannot be validated
+    return _compared(Path(folder), _checksums(entries)) or _damages(Dataset.open(folder), progress)
+
+
+def _damages(dataset: Dataset, progress: Progress) -> list[str]:
+    damages = _compared(dataset.dir / "tokenizer", read_dataset_json(dataset.dir).get("tokenizer", {}))
+    vocabularies = {file.path.name: file.checksum for file in dataset.schema.vocabulary_files}
+    damages += _compared(dataset.dir / VOCABULARIES, vocabularies)
+    for number, partition in enumerate([*dataset.partitions, *dataset.item_partitions]):
+        content = partition.content
+        sequences = _checksums(content.get("sequences", []))
+        damages += _compared(partition.folder, {COUNTS_FILE: content["counts_checksum"], **sequences})
+        for split in content["splits"]:
+            try:
+                index = read_index(partition, split, number)
+            except DataError as error:
+                damages.append(str(error))
+                continue
+            for block in range(index.num_blocks):
+                faults = read_block(index, block, dataset.layout)[1]
+                damages += [str(fault) for fault in faults if fault.reason != FORGOTTEN]
+                shard = index.shards[index.shard[block]]
+                if isinstance(shard, Path) and shard.is_file():
+                    # this project ignores the headers, other tar readers do not
+                    header = read_range(shard, int(index.offset[block]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+                    name, recorded_size = index.name(block), int(index.size[block])
+                    try:
+                        size = tarfile.TarInfo.frombuf(header, "utf-8", "strict").size
+                    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+                        damages.append(f"{name}: its tar header is damaged ({error}); plain tar readers stop there")
+                    else:
+                        if size != recorded_size:
+                            damages.append(f"{name}: its tar header gives {size} bytes, the index {recorded_size}")
+                progress(f"verifying {partition.name}/{split}", block + 1, index.num_blocks)
+    return damages
+
+
+def _checksums(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {entry["file"]: entry["checksum"] for entry in entries}
+
+
+def _compared(folder: Path, checksums: Mapping[str, str]) -> list[str]:
+    """Return a message per file that is missing or has another checksum."""
+    damages = []
+    for name, checksum in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            damages.append(f"{path} is missing")
+        elif file_checksum(path, bits=64) != checksum:
+            damages.append(f"{path} is damaged: its checksum is not the recorded one")
+    return damages

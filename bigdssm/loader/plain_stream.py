@@ -20,8 +20,8 @@ import pyarrow as pa
 import webdataset as wds
 from braceexpand import braceexpand
 
-from bigdssm.dataset.blocks import BadRow
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.partition import BadRow
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import hash_rows, row_keys
 from bigdssm.errors import ConfigError, DataError
@@ -29,11 +29,9 @@ from bigdssm.features import TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column, from_arrow
-from bigdssm.loader.stream import RowStream
-from bigdssm.loader.workers import LoadedStep, WorkerSteps
+from bigdssm.loader.stream import LoadedStep, RowStream, WorkerSteps
 from bigdssm.sources.base import TableFile
-from bigdssm.sources.text import record_batch
-from bigdssm.sources.webdataset import KEY, TEXT_SUFFIXES, check_shard, is_text, record_of
+from bigdssm.sources.text import KEY, TEXT_SUFFIXES, check_shard, is_text, record_batch, record_of
 from bigdssm.utils.hashing import derive_key, hash64, hash_strings
 from bigdssm.utils.log import get_logger
 from bigdssm.utils.urls import is_url

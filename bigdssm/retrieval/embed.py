@@ -24,7 +24,7 @@ from bigdssm.features import Feature, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column
 from bigdssm.loader.batch import Collator, paddings, to_features
-from bigdssm.loader.encode import encode_in_chunks
+from bigdssm.loader.step_plan import encode_in_chunks
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head

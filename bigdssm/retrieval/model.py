@@ -24,7 +24,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.features import Column, Feature, Ragged, Text, TextTokenizer, ragged, texts_of
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.loader.batch import join_sides, paddings, split_sides, to_features
-from bigdssm.loader.encode import encode_in_chunks
+from bigdssm.loader.step_plan import encode_in_chunks
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
 from bigdssm.retrieval.embed import document_vectors, encode, encode_columns, query_vectors, tower_output
 from bigdssm.utils.arguments import checked

@@ -219,10 +219,8 @@ class Users(QuerySource):
     def read(self, first: int, last: int) -> QueryBatch:
         """Read the queries of users [first, last)."""
         rows = self._rows[first:last]
-        columns: dict[str, Column] = {
-            name: self._dataset.query_column(self._table, name, rows)
-            for name in stored_features(self._dataset.schema.query)
-        }
+        stored = {name: self._table.take(name, rows) for name in stored_features(self._dataset.schema.query)}
+        columns = self._dataset.limited_query(stored)
         past = PastEvents.of_users(self._dataset, self._table, rows, self._now)
         columns |= histories(self._dataset, past)
         columns |= request_columns(self._dataset, past, self._context, self._now)

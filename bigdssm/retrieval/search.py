@@ -354,7 +354,8 @@ def read_user(
         suggestions = "; ".join(first_users(table, NUM_SUGGESTIONS))
         raise DataError(f"no user is called {key!r}; existing users are: {suggestions}")
     newest = rows[-1:]  # the latest partition has the full history
-    columns = {name: dataset.query_column(table, name, newest) for name in stored_features(dataset.schema.query)}
+    stored = {name: table.take(name, newest) for name in stored_features(dataset.schema.query)}
+    columns = dataset.limited_query(stored)
     if now is not None and not dataset.has_times:
         raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
     return columns, PastEvents.of_users(dataset, table, newest, now)

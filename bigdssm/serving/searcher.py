@@ -26,9 +26,9 @@ from bigdssm.checkpoints.model_folder import (
 )
 from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import FileCache
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_format import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of

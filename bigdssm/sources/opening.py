@@ -7,13 +7,8 @@ from pathlib import Path
 
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.columns import ReportBad, SourceBatch
-from bigdssm.sources import webdataset  # noqa: F401, registers its format
 from bigdssm.sources.base import COMPRESSIONS, SOURCES, Part, Source, TableFile
-from bigdssm.sources.columnar import (
-    PARQUET_SUFFIX,
-    ParquetSource,
-    saved_dataset,
-)
+from bigdssm.sources.columnar import PARQUET_SUFFIX, ParquetSource, saved_dataset
 from bigdssm.sources.text import MissingColumn
 from bigdssm.utils.urls import is_folder, is_url, join, list_names
 

@@ -23,8 +23,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Text
 from bigdssm.ingest.api import make_dataset
 from bigdssm.loader.batch import Batch, Features
-from bigdssm.loader.encode import CHUNK_TOKENS_CPU
-from bigdssm.loader.step_plan import Chunked, StepPlan, TokenBudget, plan_side, plan_step
+from bigdssm.loader.step_plan import CHUNK_TOKENS_CPU, Chunked, StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
 from bigdssm.models import DualEncoder, Encoded, FeatureScorer, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigdssm.config import EngineConfig, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
 from bigdssm.features import Categorical, History, Text, Vocabulary
-from bigdssm.loader import encode
+from bigdssm.loader import step_plan
 from bigdssm.loader.batch import Batch, lengths_of
 from bigdssm.loader.step_plan import TokenBudget, plan_step
 from bigdssm.losses import LossOutput, fps_loss
@@ -342,8 +342,8 @@ def test_validation_in_uneven_chunks_measures_the_same(config: Path, tmp_path: P
 
 def in_small_chunks(rank: int, world_size: int, config: Path, run_dir: Path) -> None:
     """Run at ZeRO 3, every rank encoding in chunks of another size."""
-    usual, encode.CHUNK_TOKENS_CPU = encode.CHUNK_TOKENS_CPU, 12 * (rank + 1)
+    usual, step_plan.CHUNK_TOKENS_CPU = step_plan.CHUNK_TOKENS_CPU, 12 * (rank + 1)
     try:
         small_run.run(rank, world_size, config, run_dir, ("pretrain.steps=2", "engine.zero_stage=3"))
     finally:
-        encode.CHUNK_TOKENS_CPU = usual
+        step_plan.CHUNK_TOKENS_CPU = usual

@@ -18,7 +18,7 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError, PeerError
-from bigdssm.loader import workers as workers_module
+from bigdssm.loader import stream as stream_module
 from bigdssm.loader.order import Order
 from bigdssm.loader.stream import CHECK_EVERY_STEPS, PairStream
 from tests.tiny_datasets import Writer
@@ -46,7 +46,7 @@ def read_until_it_stops(rank: int, world_size: int, folder: str, fraction: float
         def fail(*_: object) -> None:
             raise OSError("the disk is gone")
 
-        workers_module.read_blocks = fail  # type: ignore[assignment]
+        stream_module.read_blocks = fail  # type: ignore[assignment]
     stream = PairStream(
         folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, max_bad_fraction=fraction
     )

@@ -27,14 +27,13 @@ from bigdssm.commands import build_index, embed, mine_negatives, publish
 from bigdssm.commands import forget as command
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
 from bigdssm.dataset.remote import FileCache, cache_key
-from bigdssm.dataset.rows import EVENT_BITS
+from bigdssm.dataset.rows import EVENT_BITS, EventRules
 from bigdssm.errors import DataError
 from bigdssm.features.base import FIRST_CODE
 from bigdssm.ingest import forgetting
 from bigdssm.ingest.forgetting import Forgotten, forget
-from bigdssm.ingest.verification import verify_dataset
+from bigdssm.loader.inspection import verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.serving.request_log import COLUMNS

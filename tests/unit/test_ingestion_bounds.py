@@ -17,10 +17,10 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features import Categorical, History
 from bigdssm.ingest import job
+from bigdssm.ingest.dataset_writer import Quarantine
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.reading import Quarantine
 from bigdssm.sources.text import JsonLinesSource
 from tests.conftest import TinyDataset
 
@@ -70,7 +70,7 @@ def test_an_unavailable_engine_costs_no_finished_work(tmp_path: Path, monkeypatc
 
 
 def test_bad_rows_are_written_when_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.reading.MAX_REPORTED", 10)
+    monkeypatch.setattr("bigdssm.ingest.job.MAX_REPORTED", 10)
     path = write_pairs(tmp_path / "pairs.jsonl", 300)
     lines = [line if i % 3 else "no JSON" for i, line in enumerate(path.read_text().splitlines())]
     path.write_text("\n".join(lines) + "\n")
@@ -89,8 +89,8 @@ def test_a_file_of_sequences_ends_with_as_many_events_as_memory_holds(
     config = DataConfig(dir="", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
     tables = InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv", split="train")
     make_interactions(config, tables, IngestTarget(tmp_path / "whole"))
-    monkeypatch.setattr("bigdssm.ingest.cutting.EVENTS_PER_FILE", 10)
-    monkeypatch.setattr("bigdssm.ingest.cutting.SEQUENCES_PER_FILE", 6)
+    monkeypatch.setattr("bigdssm.ingest.splits.EVENTS_PER_FILE", 10)
+    monkeypatch.setattr("bigdssm.ingest.splits.SEQUENCES_PER_FILE", 6)
     make_interactions(config, tables, IngestTarget(tmp_path / "cut"))
     whole, cut = (Dataset.open(tmp_path / name) for name in ("whole", "cut"))
     assert cut.sequences is not None and cut.sequences.rows_per_file == [1, 1, 3, 1, 2]

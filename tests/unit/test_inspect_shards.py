@@ -17,8 +17,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.features import Categorical, Numeric
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import describe, sample_rows
+from bigdssm.loader.inspection import describe, sample_rows, verify_dataset
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,8 +20,7 @@ from bigdssm.features import Categorical, History, Numeric
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import describe
+from bigdssm.loader.inspection import describe, verify_dataset
 
 DOC = {"item": Categorical(column="item_id"), "price": Numeric()}
 CONFIG = DataConfig(dir="", query={"past": History(of="item", max_items=9)}, doc=DOC)

@@ -19,8 +19,7 @@ from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import describe, sample_rows
+from bigdssm.loader.inspection import describe, sample_rows, verify_dataset
 from bigdssm.retrieval.search import histories, read_user
 
 CONFIG = DataConfig(

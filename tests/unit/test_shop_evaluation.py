@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bigdssm.config import DataConfig, ModelConfig, NegativesConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.rows import EventRules, Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import DailyEvents, fit_baseline
 from bigdssm.evaluation.comparison import System, baseline_systems, slice_tables, slices_as_json

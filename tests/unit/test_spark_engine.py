@@ -10,8 +10,8 @@ import pytest
 
 from bigdssm.errors import BigDSSMError, ConfigError, UnavailableError
 from bigdssm.ingest.engines import spark
+from bigdssm.ingest.engines.local import UnreadableTable
 from bigdssm.ingest.engines.spark import Cluster, SparkEngine
-from bigdssm.ingest.reading import UnreadableTable
 
 
 def test_a_missing_pyspark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

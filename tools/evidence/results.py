@@ -11,7 +11,7 @@ import numpy as np
 
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import DataError
 from bigdssm.evaluation.comparison import MeasuredRows, System
 from tools.evidence.benches import BenchmarkResult

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from bigdssm.cluster.launcher import run_command
 from bigdssm.config import Config, StageName, config_from, load_config
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import check_options, fit_baseline
 from bigdssm.evaluation.comparison import System, save_comparison

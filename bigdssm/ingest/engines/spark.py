@@ -29,10 +29,10 @@ from bigdssm.ingest.engines.local import (
     LocalEngine,
     RowTable,
     StepFunction,
+    UnreadableTable,
     disk_full_errors,
     finished_folder,
 )
-from bigdssm.ingest.reading import UnreadableTable
 from bigdssm.sources.base import Source, TableFile
 from bigdssm.sources.columnar import ParquetSource
 from bigdssm.sources.opening import SparkTable

@@ -22,8 +22,7 @@ from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import sample_rows
+from bigdssm.loader.inspection import sample_rows, verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.training.batches import BatchBuilder, read_batches
@@ -57,7 +56,7 @@ def test_versions_match_a_brute_force_search(num_docs: int, changes: list[tuple[
     for number in range(-1, len(changes) + 1):  # the last one is not a version
         every = np.arange(num_docs)
         own = [0 <= number < len(changes) and changes[number][0] == doc for doc in every]
-        places = versions.file_rows(versions.version_rows(every, np.full(num_docs, number)))
+        places = versions.file_rows(versions.visible_rows(every, every, np.full(num_docs, number)))
         assert places.tolist() == np.where(own, num_docs + number, every).tolist(), (
             "a version number of another document falls back to the document's first version"
         )

@@ -20,7 +20,7 @@ from bigdssm.cli import open_with_rules
 from bigdssm.commands import list_candidates
 from bigdssm.config import DataConfig, SourceConfig, StageConfig, VisitConfig, check_config
 from bigdssm.dataset.dataset import Dataset, open_dataset
-from bigdssm.dataset.event_rules import EventRules
+from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Numeric, Session
 from bigdssm.loader.batch import Collator

@@ -21,12 +21,12 @@ import pytest
 import xxhash
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset import blocks, remote
+from bigdssm.dataset import partition as partition_module
+from bigdssm.dataset import remote
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import describe, sample_rows
+from bigdssm.loader.inspection import describe, sample_rows, verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.utils import urls
 from bigdssm.utils.atomic import temporary_path
@@ -575,7 +575,7 @@ def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: File
 
     server.fault = count
     assert steps(dataset, 2) == steps(Dataset.open(interactions), 2)
-    assert 1 < most <= blocks.CONNECTIONS
+    assert 1 < most <= partition_module.CONNECTIONS
 
 
 def test_a_url_is_inspected_and_verified(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.slices import read_slices
 from bigdssm.features import Categorical, History, Numeric, Text
-from bigdssm.ingest.verification import verify_dataset
-from bigdssm.loader.inspection import describe
+from bigdssm.loader.inspection import describe, verify_dataset
 from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import load_vectors, read_meta

@@ -27,8 +27,7 @@ from bigdssm.features import Numeric, Ragged, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.order import Order
-from bigdssm.loader.stream import PairStream
-from bigdssm.loader.workers import LoadedStep, WorkerSteps, load
+from bigdssm.loader.stream import LoadedStep, PairStream, WorkerSteps, load
 from bigdssm.utils.hashing import hash64
 from tests.tiny_datasets import NUM_DOCS, Writer
 

@@ -180,16 +180,16 @@ def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
     pieces: Dataset, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any process of the step: the error is sent in place of the part."""
-    from bigdssm.loader import workers
+    from bigdssm.loader import stream as stream_module
 
-    original = workers.LaneReader.read_step
+    original = stream_module.LaneReader.read_step
 
     def read_step(self: Any, step: int) -> Any:
         if step == 8 and 0 in self._lanes:
             raise DataError("planted")
         return original(self, step)
 
-    monkeypatch.setattr(workers.LaneReader, "read_step", read_step)
+    monkeypatch.setattr(stream_module.LaneReader, "read_step", read_step)
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
     with closing(stream.map_steps(len, 12)) as made:
         assert list(made) == [ROWS_GLOBAL] * 8 + [0] * 4
@@ -225,16 +225,16 @@ def test_a_process_that_is_done_ends_when_others_have_its_parts(
     pieces: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last part of process 1, larger than a pipe, is read a second after its iteration has ended."""
-    from bigdssm.loader import workers
+    from bigdssm.loader import stream as stream_module
 
-    original = workers.LaneReader.read_step
+    original = stream_module.LaneReader.read_step
 
     def read_step(self: Any, step: int) -> Any:
         if step == 2 and 0 in self._lanes:
             time.sleep(1)
         return original(self, step)
 
-    monkeypatch.setattr(workers.LaneReader, "read_step", read_step)
+    monkeypatch.setattr(stream_module.LaneReader, "read_step", read_step)
     stream = PairStream(pieces, rows_global=12_000, lanes=LANES, num_workers=2)
     with closing(stream.map_steps(len, 3)) as made:
         assert list(made) == [12_000] * 3

@@ -17,7 +17,7 @@ from bigdssm.commands import __main__ as command
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.loader import encode
+from bigdssm.loader import step_plan
 from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Encoders, tower_encoders
@@ -91,7 +91,7 @@ def test_vectors_do_not_depend_on_the_chunks_they_were_encoded_in(
     whole = encoders.documents(doc_rows), encoders.queries(rows)
     calls: list[int] = []
     counting = model.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(encode, "CHUNK_TOKENS_CPU", 20)
+    monkeypatch.setattr(step_plan, "CHUNK_TOKENS_CPU", 20)
     torch.testing.assert_close((encoders.documents(doc_rows), encoders.queries(rows)), whole)
     counting.remove()
     assert len(calls) > 10
