@@ -282,10 +282,10 @@ class Dataset:
             return self
         rows = self.sizes(split)[:, 0].tolist()
         filled = [part for part, number in zip(self.partitions, rows, strict=True) if number]
-        parts = sorted(filled, key=lambda part: part.number)
-        if parts:
+        if filled:
+            newest = max(filled, key=lambda part: part.number)
             shared = self.catalogue_files, self.withdrawals, self.item_partitions, self.extents
-            return Dataset(self.header, parts[-1:], *shared).with_rules(self.rules).with_schema(self.schema)
+            return Dataset(self.header, [newest], *shared).with_rules(self.rules).with_schema(self.schema)
         names = [p.folder.name for p in self.partitions_on_disk() if p.content["splits"].get(split)]
         for name in [] if self.sources else reversed(names):
             assert self.whole.pickled is not None
@@ -419,10 +419,6 @@ class Dataset:
             docs, counts = self._positives(number)
             total[self.partitions[number].first_doc + docs] += counts
         return total
-
-    def has_positives(self) -> bool:
-        """Return True if any train row has a relevance above 0."""
-        return any(len(self._positives(number)[0]) for number in range(len(self.partitions)))
 
     def _positives(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a partition's documents with train positives and their counts, int64.

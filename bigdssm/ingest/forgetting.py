@@ -209,8 +209,7 @@ class _Deletion:
             if columns is not None:
                 # ids stay distinct: equal ids would be one document
                 forgotten_ids = mix(numbers, "forgotten", 0).view(np.int64)  # unrelated to the keys
-                ids = np.where(is_new, forgotten_ids, batch["doc_id"].to_numpy())
-                columns["doc_id"] = pa.array(ids)
+                columns["doc_id"] = pa.array(np.where(is_new, forgotten_ids, batch["doc_id"].to_numpy()))
                 entry["checksum"] = write_arrow(self._target / entry["file"], columns)["checksum"]
         self.forgotten.documents = np.unique(np.concatenate(documents))
         if not len(self._documents):

@@ -143,8 +143,7 @@ def make_interactions(
         partitions = [read_partition(writer.out, name) for name in with_events]
         if of_pairs := [partition.name for partition in partitions if not partition.sequence_files]:
             raise DataError(f"{writer.out}: partition {of_pairs[0]!r} holds pairs, not interactions")
-        sequence_files = ((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions)
-        earlier = EarlierEvents(tuple(sequence_files))
+        earlier = EarlierEvents(tuple((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions))
         writer.record_times("times", tables.time_column is not None)
         # items and users are read before the events, which refer to them
         existing_files = catalogue_files(writer.out, writer.content)

@@ -254,8 +254,7 @@ class Ingestion:
         try:
             folders = self.engine.map(step, jobs, work, rows=rows)
         except UnreadableTable as error:
-            finished = sorted(path for path in (self.engine.spool / step).glob("[0-9]*"))
-            quarantine.add(bad_rows(finished))
+            quarantine.add(bad_rows(sorted((self.engine.spool / step).glob("[0-9]*"))))
             quarantine.add(error.args[1])
             raise DataError(f"{error}{quarantine.summary()}") from None
         quarantine.add(bad_rows(folders))

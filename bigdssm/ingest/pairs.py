@@ -268,8 +268,7 @@ def _read_pairs_part(
             )
             values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
             good = pa.array(check.good)
-            rows = pa.Table.from_arrays([*values, *query.columns], names=row_schema.names)
-            row_file.add(rows.filter(good))
+            row_file.add(pa.Table.from_arrays([*values, *query.columns], names=row_schema.names).filter(good))
             units.add(split_columns[2][check.good])
             documents.add(stored.compare(document_rows(ordinals, content_hash, keys, title, doc).filter(good)))
             if schema.siamese:  # the queries are documents, too

@@ -248,8 +248,7 @@ class LaneReader:
                     row_ids.append(window.row_ids[a:b])
                     batches.append(window.batch.slice(a, b - a))
                     first = upto
-        batch = pa.concat_batches(batches)
-        rows = self._dataset.rows(self._split, step, np.concatenate(row_ids), batch)
+        rows = self._dataset.rows(self._split, step, np.concatenate(row_ids), pa.concat_batches(batches))
         bad, self._bad = self._bad, []
         planned = self._order.rows_per_lane_step * len(self._lanes)
         return LoadedStep(step, rows, planned, planned - len(rows) - forgotten, rows.num_invalid, bad)
@@ -387,9 +386,7 @@ class RowStream(ABC):
         """
         if not self.rows_read:  # a resume sets `step` after the stream was built
             self._opened_at = self.step
-        return self._map_steps(make, range(self.step, sys.maxsize if num is None else self.step + num))
-
-    def _map_steps(self, make: Callable[[Rows], T], steps: range) -> Generator[T]:
+        steps = range(self.step, sys.maxsize if num is None else self.step + num)
         with closing(load(self._steps(steps, make), self._num_workers)) as loaded:
             for step in steps:
                 result = None

@@ -376,7 +376,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
             f"{rows} rows in partitions {', '.join(partition.name for partition in dataset.partitions)}: a step would "
             f"contain each of them more than {MAX_REPEATS} times"
         )
-    elif not dataset.has_positives():
+    elif not dataset.doc_counts().any():
         raise DataError(
             f"{dataset.dir}: no train row has a relevance above 0: there is nothing to learn; correct the "
             "relevances, and build the dataset again"
