@@ -22,7 +22,7 @@ from bigdssm.dataset.remote import KEYS_SUFFIX
 from bigdssm.dataset.schema import SortedKeys, write_keys
 from bigdssm.features import Feature
 from bigdssm.ingest.dataset_writer import AS_OF, DatasetWriter
-from bigdssm.ingest.engines.local import LocalEngine, RowTable
+from bigdssm.ingest.engines import LocalEngine, RowTable
 from bigdssm.utils.hashing import hash_strings
 
 IS_NEW = "is_new"  # 1 if a row is of a new document, or has other features than the stored version

@@ -19,7 +19,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, TextTokenizer, texts_of
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
-from bigdssm.ingest.engines.local import (
+from bigdssm.ingest.engines import (
     LocalEngine,
     RowFile,
     RowTable,

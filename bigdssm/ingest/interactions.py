@@ -46,7 +46,7 @@ from bigdssm.ingest.documents import (
     spool_columns,
     write_document_keys,
 )
-from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable, read_facts, shuffled, write_facts
+from bigdssm.ingest.engines import FirstRows, LocalEngine, RowFile, RowTable, read_facts, shuffled, write_facts
 from bigdssm.ingest.fitting import FittedSide, document_sides, fit, of_tables, schema_to_fit
 from bigdssm.ingest.job import (
     BLOCK_COLUMNS,

@@ -34,17 +34,18 @@ from bigdssm.features import Feature, TextTokenizer, Vector, encode_columns
 from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits
 from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, BadSourceRow, DatasetWriter
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
-from bigdssm.ingest.engines.local import (
+from bigdssm.ingest.engines import (
     ROWS_PER_READ,
+    Cluster,
     LocalEngine,
     RowTable,
+    SparkEngine,
     StepFunction,
     UnreadableTable,
     ranges,
     read_facts,
     write_facts,
 )
-from bigdssm.ingest.engines.spark import Cluster, SparkEngine
 from bigdssm.sources.base import Part, Source
 from bigdssm.sources.opening import SparkTable
 from bigdssm.sources.text import MissingColumn

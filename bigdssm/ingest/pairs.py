@@ -35,7 +35,7 @@ from bigdssm.ingest.documents import (
     number_versions,
     spool_columns,
 )
-from bigdssm.ingest.engines.local import FirstRows, LocalEngine, RowFile, RowTable
+from bigdssm.ingest.engines import FirstRows, LocalEngine, RowFile, RowTable
 from bigdssm.ingest.fitting import FittedSide, document_sides, fit, of_tables, schema_to_fit
 from bigdssm.ingest.interactions import read_items
 from bigdssm.ingest.job import (

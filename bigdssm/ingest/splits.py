@@ -30,7 +30,7 @@ from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_e
 from bigdssm.features.ragged import Ragged, offsets_of
 from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns, spool_columns
-from bigdssm.ingest.engines.local import (
+from bigdssm.ingest.engines import (
     LocalEngine,
     RowFile,
     RowTable,

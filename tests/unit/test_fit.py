@@ -17,7 +17,7 @@ from bigdssm.config import TokenizerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Feature, Numeric, TextTokenizer, Vocabulary, encode_columns
 from bigdssm.ingest.documents import spool_columns
-from bigdssm.ingest.engines.local import LocalEngine, RowFile
+from bigdssm.ingest.engines import LocalEngine, RowFile
 from bigdssm.ingest.fitting import FittedSide, fit_side, make_tokenizer, train_wordpiece
 
 CONFIGS = {

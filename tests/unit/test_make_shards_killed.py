@@ -26,7 +26,7 @@ import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.ingest import cutting, fitting, interactions, job, pairs
-from bigdssm.ingest.engines import local
+from bigdssm.ingest import engines
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.utils.log import get_logger
 fitting.ROWS_PER_FIT = job.DOCUMENTS_PER_FILE = 300
@@ -41,7 +41,7 @@ def deadly(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return method(*args, **kwargs)
     setattr(owner, name, counted)
-deadly(local.RowFile, "add"), deadly(os, "replace")
+deadly(engines.RowFile, "add"), deadly(os, "replace")
 def counting(*args, original=columns.RowCheck.__init__):
     global checks
     checks += 1

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.dataset.schema import SortedKeys, write_keys
-from bigdssm.ingest.engines.local import (
+from bigdssm.ingest.engines import (
     FirstRows,
     LocalEngine,
     RowFile,
@@ -60,7 +60,7 @@ def to_buckets(rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
 def test_a_bucket_has_its_rows_in_their_order(
     num_buckets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.ingest.engines.local.ROWS_PER_BUCKET_JOB", 150)
+    monkeypatch.setattr("bigdssm.ingest.engines.ROWS_PER_BUCKET_JOB", 150)
     some = [
         0,
         3,
@@ -71,7 +71,7 @@ def test_a_bucket_has_its_rows_in_their_order(
     bucket = RANDOM.choice(some, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "bucket": bucket})
     if num_buckets > 302:
-        monkeypatch.setattr("bigdssm.ingest.engines.local.ROWS_PER_BUCKET_JOB", 1_000)
+        monkeypatch.setattr("bigdssm.ingest.engines.ROWS_PER_BUCKET_JOB", 1_000)
     buckets = write_buckets(LocalEngine(tmp_path / "spool"), "dealt", table, to_buckets, num_buckets)
     for number in (1, *some):
         assert read_bucket(buckets, number).column("n").to_pylist() == np.flatnonzero(bucket == number).tolist()
@@ -81,8 +81,8 @@ def test_a_bucket_has_its_rows_in_their_order(
 def test_rows_are_shuffled_by_their_hashes(
     rows_per_bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigdssm.ingest.engines.local.ROWS_PER_BUCKET_JOB", 150)
-    monkeypatch.setattr("bigdssm.ingest.engines.local.ROWS_PER_BUCKET", rows_per_bucket)
+    monkeypatch.setattr("bigdssm.ingest.engines.ROWS_PER_BUCKET_JOB", 150)
+    monkeypatch.setattr("bigdssm.ingest.engines.ROWS_PER_BUCKET", rows_per_bucket)
     hashes = RANDOM.randint(-(2**63), 2**63 - 1, 1_000)
     table = table_of(tmp_path, {"n": np.arange(1_000), "more": np.zeros(1_000), "shuffle": hashes})
     rows = shuffled(LocalEngine(tmp_path / "spool"), "train", table, ["n"]).read()
@@ -112,7 +112,7 @@ def test_lookups_return_the_last_occurrence_of_a_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("waiting", [10, 200, 10_000])
 def test_first_rows_have_the_counts_of_all(waiting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigdssm.ingest.engines.local.MAX_BUFFERED_ROWS", waiting)
+    monkeypatch.setattr("bigdssm.ingest.engines.MAX_BUFFERED_ROWS", waiting)
     schema = pa.schema([("place", pa.int64()), ("key", pa.int64()), ("n", pa.int64())])
     keys = RANDOM.randint(0, 40, 1_000)
     with RowFile(tmp_path / "rows.parquet", schema) as file, FirstRows(file, "key", count="n") as rows:

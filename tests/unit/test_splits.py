@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigdssm.ingest.engines.local import LocalEngine, RowTable
+from bigdssm.ingest.engines import LocalEngine, RowTable
 from bigdssm.ingest.splits import quantiles
 
 RANDOM = np.random.RandomState(0)

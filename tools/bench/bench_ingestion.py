@@ -33,7 +33,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from bigdssm.ingest.api import make_dataset
-from bigdssm.ingest.engines.local import LocalEngine
+from bigdssm.ingest.engines import LocalEngine
 
 EVENTS_PER_USER, MAX_ITEMS, DAYS, ROWS_PER_GROUP, ROWS_PER_FILE = 50, 200_000, 300, 1 << 20, 10_000_000
 TEXTS = ("package", "synopsis", "description")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 # With these every module that has one of the sizes is imported.
-import bigdssm.ingest.engines.spark
+import bigdssm.ingest.engines
 import bigdssm.ingest.interactions
 import bigdssm.ingest.pairs  # noqa: F401
 
