@@ -12,6 +12,7 @@ import pytest
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.partition import read_block
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
@@ -27,7 +28,9 @@ def pieces_of(dataset: Dataset, split: str) -> list[Piece]:
     assert dataset.sequences is not None
     found, index = list[Piece](), dataset.index(split)
     for block in range(index.num_blocks):
-        ids, batch = dataset._good_rows(index, block)
+        ids = np.arange(index.first_row[block], index.first_row[block + 1])
+        batch, bad = read_block(index, block, dataset.layout)
+        assert batch is not None and not bad
         users = dataset.sequences.strings("query_key", dataset.rows(split, 0, ids, batch).sequence)
         found += zip(users, batch.column("first").to_pylist(), batch.column("end").to_pylist(), strict=True)
     return found

@@ -18,6 +18,7 @@ import pytest
 
 from bigdssm.config import DataConfig, SourceConfig, check_config, load_config
 from bigdssm.dataset.dataset import Dataset, join
+from bigdssm.dataset.partition import read_block
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import CalendarTime, Categorical, Elapsed, History, Numeric, Timestamp
 from bigdssm.features.canonical import columns_of_values
@@ -364,7 +365,9 @@ def test_first_events_are_targets_with_empty_histories(tmp_path: Path, split: st
 def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordBatch]]:
     """Return the rows of all blocks of a split."""
     index = dataset.index(split)
-    return [dataset._good_rows(index, block) for block in range(index.num_blocks)]
+    ids = np.split(np.arange(index.num_rows), index.first_row[1:-1])
+    batches = [read_block(index, block, dataset.layout)[0] for block in range(index.num_blocks)]
+    return list(zip(ids, batches, strict=True))
 
 
 def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:

@@ -327,8 +327,7 @@ def test_features_as_of_each_row_and_versions_by_time(tmp_path: Path) -> None:
     assert step_rows(after) == ([[row for row in step if row not in emptied] for step in steps], 0)
     index, read = after.index("train"), 0
     for block in range(index.num_blocks):  # the codes of users are gone from blocks, too
-        batch = forgetting._block(index, block)
-        assert batch is not None
+        batch = pa.ipc.open_stream(forgetting._bytes_of(index, block)).read_next_batch()
         numbers = index.first_row[block] + np.arange(batch.num_rows)
         assert not batch["user_id"].to_numpy()[np.isin(numbers, list(emptied))].any()
         read += batch.num_rows
