@@ -186,12 +186,12 @@ def test_a_failed_save_leaves_the_existing_checkpoints(store: CheckpointStore) -
 
 def test_a_full_disk_in_the_middle_of_a_file(store: CheckpointStore) -> None:
     script = (
-        "import resource, sys\nfrom tests.unit.test_checkpoint import *\n"
+        "import resource, sys\nfrom tests.unit.checkpoints.test_store import *\n"
         "store = CheckpointStore(Path(sys.argv[1]), keep=2)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))\nsave(store, 20)\n"
     )
     command = [sys.executable, "-c", script, str(store.folder)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert "could not write a checkpoint" in done.stderr and "File too large" in done.stderr
     newest = store.newest_valid()
     assert newest is not None and newest.step == 15
