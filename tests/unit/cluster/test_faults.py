@@ -184,7 +184,7 @@ def test_a_rank_sees_launcher_and_runner_end(ends: str) -> None:
     launch = [sys.executable, "-c", DEEPSPEED_LAUNCH, "deepspeed.launcher.launch", *rank]
     runner = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, time; subprocess.Popen({launch!r}); time.sleep(60)"],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert runner.stdout is not None
     with runner.stdout as output:
