@@ -23,7 +23,7 @@ from bigdssm.sources import base, columnar
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import open_source, read_table
 from bigdssm.utils.urls import fetch
-from tests.unit.test_hostile_tables import RECORDS, Maker
+from tests.unit.commands.test_make_shards_hostile_tables import RECORDS, Maker
 
 ROWS = 250
 TABLE = pa.table(

@@ -19,7 +19,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.inspection import describe, sample_rows, verify_dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def inspect_main(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.unit.test_forget import checksums, item, trained, user
+from tests.unit.commands.test_forget import checksums, item, trained, user
 
 pytestmark = pytest.mark.slow
 NUM_KILLS = 3

@@ -24,7 +24,7 @@ from bigdssm.models import new_model
 from tests.command_line import Tools
 from tests.conftest import TinyDataset
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 START = {"event": "start", "step": 0, "total_steps": 40, "ranks": 2, "versions": {"torch": "2.13.0", "code": "abc"}}
 
 

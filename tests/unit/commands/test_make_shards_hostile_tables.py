@@ -18,7 +18,7 @@ import pytest
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.ingest import job
 from tests.conftest import write_config
-from tests.unit.test_make_shards_tool import tool
+from tests.unit.commands.test_make_shards import tool
 
 Record = dict[str, Any]
 RECORDS: list[Record] = [

@@ -17,7 +17,7 @@ from webdataset import TarWriter
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.ingest.dataset_writer import DatasetWriter
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def tool(name: str) -> ModuleType:
