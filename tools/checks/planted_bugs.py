@@ -723,7 +723,7 @@ BUGS = [
         f"{UNIT}/retrieval/test_array_files.py::test_queries_of_a_table_in_a_folder"),
     Bug("refusals", "schema_without_bounds", "config.schema:_value",
         "for name, limit in limits.items() if limit is not None}", "for name, limit in ()}",
-        f"{UNIT}/test_config_schema.py::test_the_committed_schema_is_that_of_the_source"),
+        f"{UNIT}/config/test_schema.py::test_the_committed_schema_is_that_of_the_source"),
     Bug("refusals", "format_options_ignored", "utils.components:Registry.make",
         "{**(options or {}), self.selector: kind}", "{self.selector: kind}",
         f"{UNIT}/retrieval/test_exports.py::test_unknown_formats_and_options_are_refused"),

@@ -29,7 +29,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features.base import FEATURES
 from bigdssm.utils.components import BOUND, REGISTRY, bounded
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 SCHEMA = CONFIGS / "config.schema.json"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 EXAMPLE = CONFIGS / "movielens_100k.yaml"

@@ -15,7 +15,7 @@ from bigdssm.config import Config
 from bigdssm.training import stages
 from bigdssm.utils.components import BOUND, REGISTRY
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Launch = Callable[..., tuple[int, str]]
 
 
