@@ -23,7 +23,7 @@ from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from bigdssm.serving.searcher import Searcher
-from tests.unit.retrieval.test_filters import NAMES, NUM_DOCS, WIDTH
+from tests.unit.features.test_conditions import NAMES, NUM_DOCS, WIDTH
 
 REQUESTS = [
     Request("u1", top=3),
