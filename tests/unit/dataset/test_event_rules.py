@@ -39,7 +39,7 @@ from bigdssm.retrieval.vectors import read_vectors, write_vectors
 from bigdssm.training.batches import BatchBuilder
 from bigdssm.training.step import encode
 from tests.unit.conftest import random_model
-from tests.unit.test_event_features import CONFIG, EVENT, load, make, rows_of_events, sequences
+from tests.unit.ingest.test_interactions_event_features import CONFIG, EVENT, load, make, rows_of_events, sequences
 
 RULED = replace(CONFIG, event={**EVENT, "session": Session()}, query={"past": CONFIG.query["past"]})
 BUY = "action = buy and price >= 20"

@@ -32,7 +32,7 @@ from bigdssm.utils import urls
 from bigdssm.utils.atomic import temporary_path
 from tests.conftest import QuietServer
 from tests.tiny_datasets import Writer
-from tests.unit.data.test_versions import make_day
+from tests.unit.ingest.test_documents import make_day
 
 pytest.importorskip("aiohttp")
 GB = 1 << 30

@@ -24,7 +24,7 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.sources.text import JsonLinesSource
 from tests.conftest import TinyDataset
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 PAIRS = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()}, max_bad_fraction=0.9)
 

@@ -17,7 +17,7 @@ import pytest
 
 from bigdssm.dataset.dataset import Dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Builds each dataset in a fork: reads lines of JSON (kind, source, out, append, dies_at, told), and answers each with
 # an exit code. Steps are small, with several jobs each. The process dies at the dies_at-th kill point: before rows are
 # added to a step's file, and before a finished file or folder is renamed.

@@ -27,7 +27,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.objective import in_catalogue_share
-from tests.unit.test_make_shards_killed import content
+from tests.unit.ingest.test_job_killed import content
 
 DAYS = 3
 PAIRS = DataConfig(
