@@ -29,7 +29,7 @@ from bigdssm.losses.declarations import Classic, Corrected
 
 
 def load_tool() -> Any:
-    path = Path(__file__).resolve().parents[2] / "tools/bench/bench_sampling.py"
+    path = Path(__file__).resolve().parents[3] / "tools/bench/bench_sampling.py"
     spec = importlib.util.spec_from_file_location("bench_sampling", path)
     assert spec is not None and spec.loader is not None
     sys.modules["bench_sampling"] = module = importlib.util.module_from_spec(spec)  # required by dataclasses

@@ -212,5 +212,5 @@ def test_excluded_negatives() -> None:
 
 
 def test_the_page_shows_the_dense_definition() -> None:
-    page = (Path(__file__).parents[2] / "docs/loss.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/loss.md").read_text(encoding="utf-8")
     assert inspect.getsource(dense_loss) in code_of(page)
