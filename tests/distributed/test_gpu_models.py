@@ -19,7 +19,7 @@ from bigdssm.loader.batch import uploaded_batches
 from bigdssm.models import QueryPositions, compile_layers, use_packing
 from bigdssm.models.packed import flash_attention
 from tests.packing import within_rows
-from tests.unit.test_packed import gradients, model, never_packed, vectors
+from tests.unit.models.test_packed import gradients, model, never_packed, vectors
 
 from . import small_run
 from .test_gradient_cache import share_of
