@@ -43,7 +43,7 @@ from fastapi.testclient import TestClient
 
 from bigdssm.serving.app import make_app
 from bigdssm.serving.batching import Batcher
-from tests.unit.retrieval.test_serving import counted
+from tests.unit.serving.test_app import counted
 
 REQUESTS = [
     Request("u7", top=12), Request("u8", filter="genres = Comedy and year < 1995", top=40), Request("u9", top=100),

@@ -23,7 +23,7 @@ from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
 from tests.unit.conftest import SMALL, random_model
-from tests.unit.retrieval.test_serving import counted
+from tests.unit.serving.test_app import counted
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
