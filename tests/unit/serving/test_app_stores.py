@@ -29,7 +29,7 @@ from bigdssm.stores import postgres
 from bigdssm.stores.base import Collection, Documents, Store, open_store
 from bigdssm.utils.atomic import replace_folder
 from tests.postgres import Server
-from tests.unit.retrieval.test_stores import (  # noqa: F401
+from tests.unit.stores.test_stores import (  # noqa: F401
     memory_store,
     other_vectors_dir,
     server,

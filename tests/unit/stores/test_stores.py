@@ -422,7 +422,7 @@ from pathlib import Path
 from random import Random
 from bigdssm.retrieval import publish
 from bigdssm.stores.base import open_store
-from tests.unit.retrieval.test_stores import Shop
+from tests.unit.stores.test_stores import Shop
 publish.ROWS_AT_ONCE = 50
 shop = Shop.new(Random(0), 2000)
 publish.publish(open_store(sys.argv[1]), *shop.save(Path(sys.argv[2])), "shop")
