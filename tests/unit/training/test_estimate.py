@@ -19,7 +19,7 @@ from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate
 from tests.command_line import Tools
 from tests.conftest import NUM_ITEMS, TinyDataset
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def of(tiny: TinyDataset, *overrides: str, world_size: int = 1) -> Estimate:

@@ -86,7 +86,7 @@ def test_a_short_run_ends_at_the_end_of_its_schedule_too(steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+    "path", sorted((Path(__file__).parents[3] / "configs").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_shipped_configs_have_the_warm_up_that_they_name(path: Path) -> None:
     config = load_config(path)

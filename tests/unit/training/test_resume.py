@@ -12,7 +12,7 @@ import pytest
 from bigdssm.config import load_config
 from bigdssm.training.start import find_start, rule_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RULES = {
     "may": (
         "run.dir", "run.trackers", "data.dir", "data.filter", "data.tokenizer", "data.targets_per_row",
