@@ -18,7 +18,7 @@ from bigdssm.losses import register_loss, register_sampling
 from bigdssm.losses.declarations import PairLoss
 from bigdssm.training.optimizers import register_optimizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
