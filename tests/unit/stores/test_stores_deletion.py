@@ -19,7 +19,7 @@ from bigdssm.retrieval.publish import publish
 from bigdssm.stores import postgres
 from bigdssm.stores.base import Collection, Documents, Store, open_store
 from tests.postgres import Server, running_server
-from tests.unit.retrieval import test_stores
+from tests.unit.stores import test_stores
 from tests.unit.stores.test_stores import OTHER_MODEL, WIDTH, Shop
 
 memory_store = test_stores.memory_store
