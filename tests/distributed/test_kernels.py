@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bigdssm.losses import fps_loss
+from tests.unit.losses.test_contrastive_numerics import NarrowProducts, unit
 
-from ..unit.test_losses_numerics import NarrowProducts, unit
 from . import reference
 from .conftest import Pools
 from .interpreted import ENVIRONMENT, fused_fps, fused_fps_of_packed, fused_on_rank_0

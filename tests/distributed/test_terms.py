@@ -37,7 +37,6 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.start import forbidden_change
 from tools.checks.pages import code_of
 
-from ..unit.test_config import MINIMAL
 from .spawn import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
