@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bigdssm.utils.components import MISSING, Component, Registry, bounded, require
+from bigdssm.utils.components import MISSING, Component, Registry, bounded, require, require_all
 
 if TYPE_CHECKING:
     import torch
@@ -121,12 +121,14 @@ class ScorerConfig(StageComponent):
     def check_in_stage(self, name: StageName, config: Any) -> None:
         """Raise ConfigError unless the stage is `sft` and has candidates per query."""
         stage, of = config.stage(name), f"{name}.scorer.name"
-        require(
-            not stage.loss.all_columns and not stage.negatives.in_batch, of, self.name,
-            "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores candidates per query",
+        require_all(
+            (
+                not stage.loss.all_columns and not stage.negatives.in_batch, of, self.name,
+                "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores candidates per query",
+            ),
+            (name == "sft", of, self.name, "the stage sft: mining needs a pretrained model"),
+            (not stage.loss.widths, of, self.name, "loss.widths=[]: it takes vectors of full width"),
         )  # fmt: skip
-        require(name == "sft", of, self.name, "the stage sft: mining needs a pretrained model")
-        require(not stage.loss.widths, of, self.name, "loss.widths=[]: it takes vectors of full width")
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,12 @@ class Changes:
         temporary.mkdir()
         try:
             yield temporary
-            if self._compare(temporary, folder) and not self.dry_run:
+            # only the files that differ from those of `folder`
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            changed = [path for path in files if self._record(folder / path.relative_to(temporary), path)]
+            for path in set(files) - set(changed):
+                path.unlink()
+            if changed and not self.dry_run:
                 replace_folder(temporary, folder, ())
         finally:
             remove(temporary)
@@ -359,14 +364,6 @@ class Changes:
         for path in paths:
             if any(fnmatchcase(path.name, pattern) for pattern in patterns):
                 self.remove(path)
-
-    def _compare(self, temporary: Path, folder: Path) -> bool:
-        """Remove the files of `aside` that equal those of `folder`; return whether any are left."""
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        changed = [self._record(folder / path.relative_to(temporary), path) for path in files]
-        for path in (path for path, is_changed in zip(files, changed, strict=True) if not is_changed):
-            path.unlink()
-        return any(changed)
 
     def _record(self, path: Path, new: Path) -> bool:
         before, after = file_checksum(path) if path.is_file() else None, file_checksum(new)
