@@ -22,16 +22,18 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import add_overwrite, command, command_parser
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import check_width, tower_encoders, truncate_encoders
-from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
-from bigdssm.retrieval.vector_files import (
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
+from bigdssm.retrieval.vectors import (
+    Dtype,
     FileFormat,
     check_formats,
     difference_from_model,
     formats_in,
+    read_meta,
     write_card,
     write_file,
+    write_vectors,
 )
-from bigdssm.retrieval.vectors import Dtype, read_meta, write_vectors
 from bigdssm.utils.log import ProgressBar
 
 
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_card(temporary, model.score, parity)
 
     with ProgressBar() as progress:
-        work = ShardWork.from_launcher(args.rows_per_shard, progress)
+        work = Share.from_launcher(args.rows_per_shard, progress)
         full_width = 0 if args.width in (None, model.dim) else model.dim + encoders.has_beta
         written = write_vectors(
             args.out,

@@ -20,7 +20,7 @@ from bigdssm.evaluation.teachers import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders
 from bigdssm.retrieval.model import Texts
-from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.utils.hashing import json_checksum
 from bigdssm.utils.log import ProgressBar
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         precision = encode_in(folder.model, args.precision)
         encoders, name = tower_encoders(folder.model, view), json_checksum([folder.checksum, precision])
     with ProgressBar() as progress:
-        work = ShardWork.from_launcher(args.rows_per_shard, progress)
+        work = Share.from_launcher(args.rows_per_shard, progress)
         vectors = write_teacher_vectors(args.out, encoders, dataset, name, work)
     if vectors is not None:
         documents, width = vectors.documents.shape

@@ -32,8 +32,8 @@ from bigdssm.cli import (
     refuse_options,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.candidates import write_candidates, write_rated
-from bigdssm.retrieval.embed import Share
+from bigdssm.retrieval.hard_negatives import write_candidates, write_rated
+from bigdssm.retrieval.shards import Share
 from bigdssm.utils.log import ProgressBar
 
 

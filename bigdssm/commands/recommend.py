@@ -37,7 +37,7 @@ from bigdssm.retrieval.recommend import (
     recommend,
     write_csv,
 )
-from bigdssm.retrieval.shards import ROWS_PER_SHARD, ShardWork
+from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
 from bigdssm.stores.base import is_store
 from bigdssm.utils.log import ProgressBar
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_options(parser, args, ["--user-column", "--item-column"], "without --exclude-table")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
     with ProgressBar() as progress:
-        work = ShardWork.from_launcher(args.rows_per_shard, progress)
+        work = Share.from_launcher(args.rows_per_shard, progress)
         folder, index = load_model_folder(args.model), open_index(args.index)
         dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
         dataset = dataset.with_rules(EventRules.of(folder.config.data))

@@ -16,8 +16,7 @@ from pathlib import Path
 from bigdssm.cli import add_overwrite, add_search_options, at_least, check_file_to_write, command, command_parser
 from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.serving.replay import replay
-from bigdssm.serving.request_log import read_log
+from bigdssm.serving.request_log import read_log, replay
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.log import ProgressBar

@@ -42,7 +42,7 @@ from bigdssm.evaluation.teachers import (
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.model import Texts
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.log import ProgressBar
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.bm25:
             teachers["BM25"] = Bm25Teacher(dataset, texts, progress)
         names = [file_checksum(args.mined), *teachers]
-        work = ShardWork.from_launcher(args.rows_per_shard, progress)
+        work = Share.from_launcher(args.rows_per_shard, progress)
         scored = score_pairs(args.out, hard, dataset, list(teachers.values()), names, work)
     if scored is not None:
         per_query = f"{scored.per_query():.1f} documents per query"

@@ -23,7 +23,6 @@ from bigdssm.models import DualEncoder, VectorScorer
 from bigdssm.retrieval.embed import (
     DocumentVectors,
     Encoders,
-    Share,
     all_finite,
     encode_catalogue,
     encode_queries,
@@ -44,6 +43,7 @@ from bigdssm.retrieval.exact_search import (
     unpack_keys,
 )
 from bigdssm.retrieval.model import PairScorer
+from bigdssm.retrieval.shards import Share
 from bigdssm.utils.log import Progress, no_progress
 
 PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # per tile of a pair scorer, which builds a vector per pair

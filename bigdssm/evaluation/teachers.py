@@ -24,7 +24,7 @@ from bigdssm.models.encoders.pretrained import pretrained_encoder
 from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype, rows_of_queries, window_records
 from bigdssm.retrieval.model import PairScorer, Texts
-from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.utils.array_file import new_array, seal
 from bigdssm.utils.atomic import real_path
 from bigdssm.utils.log import Progress, no_progress
@@ -233,7 +233,7 @@ def score_pairs(
     dataset: Dataset,
     teachers: Sequence[PairTeacher],
     names: Sequence[str],
-    work: ShardWork,
+    work: Share,
 ) -> HardNegatives | None:
     """Write `hard` with teacher scores to `out`; returned on the rank that finishes, else None.
 

@@ -8,7 +8,6 @@ Shapes: m queries, n documents, N catalogue rows, D the towers' width.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -23,12 +22,13 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, ragged
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Column
-from bigdssm.loader.batch import Collator, paddings, to_features
-from bigdssm.loader.step_plan import encode_in_chunks
+from bigdssm.loader.batch import paddings, to_features
+from bigdssm.loader.step_plan import NOTHING_PACKED, encode_in_chunks
 from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.models.precision import resolve_precision
+from bigdssm.retrieval.shards import WHOLE, Share
 from bigdssm.utils.log import Progress, no_progress
 
 ROWS_AT_ONCE = 16_384  # rows converted from columns to tensors at a time
@@ -67,37 +67,12 @@ class DocumentVectors:
         return (rows >= self.first) & (rows < self.first + len(self))
 
 
-@dataclass(frozen=True)
-class Share:
-    """This rank's share of the work, and the chunk size."""
-
-    rank: int = 0
-    world_size: int = 1
-    rows_per_chunk: int = 1024
-    progress: Progress = no_progress
-
-    def bounds(self, num_rows: int) -> list[tuple[int, int]]:
-        """Return [first, last) per rank, the shares of `Dataset.iterate`."""
-        edges = [num_rows * k // self.world_size for k in range(self.world_size + 1)]
-        return list(pairwise(edges))
-
-    def of(self, num_rows: int) -> tuple[int, int]:
-        """Return this rank's [first, last) of `num_rows`."""
-        return self.bounds(num_rows)[self.rank]
-
-    def num_chunks(self, num_rows: int, rows_per_chunk: int) -> int:
-        """Return the number of chunks on the rank with the most rows."""
-        return -(-max(last - first for first, last in self.bounds(num_rows)) // rows_per_chunk)
-
-
 def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
     """Return the Encoders of `model`: a DualEncoder, or an engine around one, on `device`.
 
     Calls use the model's own forward in evaluation mode, so engines that shard parameters work, too. With a process
     group a call is a collective. Rows are encoded in chunks of similar length.
     """
-    collator = Collator(dataset.schema, dataset.catalogue)
-
     towers = cast(DualEncoder, getattr(model, "module", model))
     packed = towers.accepts_packed(training=False)
     has_contents = not towers.content_ids
@@ -107,15 +82,24 @@ def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | st
         if not has_contents:  # once: those of the current weights
             towers.set_contents(item_contents(model, dataset, device))
             has_contents = True
-        pads, features = paddings(dataset.schema.query), collator.query_features(rows.inputs)
-        return encode_in_chunks(features, pads, len(rows), partial(query_vectors, model), device, packed.query)
+        tower = partial(query_vectors, model)
+        return encode_features(dataset.schema.query, rows.inputs, len(rows), tower, device, packed.query)
 
     def documents(doc_rows: np.ndarray) -> Tensor:
-        declared = dataset.schema.doc
-        pads, features = paddings(declared), to_features(declared, dataset.catalogue.columns(doc_rows))
-        return encode_in_chunks(features, pads, len(doc_rows), partial(document_vectors, model), device, packed.doc)
+        columns, tower = dataset.catalogue.columns(doc_rows), partial(document_vectors, model)
+        return encode_features(dataset.schema.doc, columns, len(doc_rows), tower, device, packed.doc)
 
     return Encoders(queries, documents, has_beta=towers.has_beta)
+
+
+def encode_features(
+    declared: Mapping[str, Feature], columns: Mapping[str, Column], num_rows: int,
+    encode: Callable[[dict[str, Values]], Tensor], device: torch.device | str = "cpu",
+    packed: frozenset[str] = NOTHING_PACKED.query,
+) -> Tensor:  # fmt: skip
+    """Apply `encode` to the columns of declared features as tensors, see `encode_in_chunks`."""
+    features = to_features(declared, columns)
+    return encode_in_chunks(features, paddings(declared), num_rows, encode, device, packed)
 
 
 def item_contents(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Tensor:
@@ -144,8 +128,8 @@ def encode_whole_catalogue(
     parts = []
     for chunk in range(share.num_chunks(catalogue.num_docs, ROWS_AT_ONCE)):
         rows = np.arange(begin, end)[chunk * ROWS_AT_ONCE : (chunk + 1) * ROWS_AT_ONCE]
-        features = to_features(declared, {name: catalogue.column(name, rows) for name in declared})
-        parts.append(encode_in_chunks(features, paddings(declared), len(rows), encode, device, packed))
+        columns = {name: catalogue.column(name, rows) for name in declared}
+        parts.append(encode_features(declared, columns, len(rows), encode, device, packed))
     bounds = share.bounds(catalogue.num_docs)
     return distributed.all_gather_rows(torch.cat(parts), [last - first for first, last in bounds])
 
@@ -216,9 +200,9 @@ def all_finite(vectors: Tensor) -> bool:
     return not vectors.numel() or all(bool(edge.isfinite()) for edge in vectors.aminmax())
 
 
-def encode_catalogue(encoders: Encoders, catalogue: Catalogue, share: Share | None = None) -> DocumentVectors:
+def encode_catalogue(encoders: Encoders, catalogue: Catalogue, share: Share = WHOLE) -> DocumentVectors:
     """Encode this rank's share of the catalogue. All ranks must call it."""
-    share, num_docs = share or Share(), catalogue.num_docs
+    num_docs = catalogue.num_docs
     begin, end = share.of(num_docs)
     vectors: Tensor | None = None
     for chunk in range(share.num_chunks(num_docs, share.rows_per_chunk)):
@@ -238,7 +222,7 @@ def encode_queries(
     encoders: Encoders,
     dataset: Dataset,
     split: str,
-    share: Share | None = None,
+    share: Share = WHOLE,
     rows: Iterable[Rows | None] | None = None,
 ) -> Iterator[tuple[Rows, Tensor]]:
     """Yield (m single-query rows, vectors [m, D+1]) of this rank's share of the split, or of `rows`.
@@ -246,7 +230,7 @@ def encode_queries(
     `rows` need as many chunks on every rank, so that all ranks call the encoder (a collective of a sharded model) and
     yield equally often; m is 0 for a chunk without queries. Exhaust the iterator.
     """
-    for piece in iterate_share(dataset, split, share or Share(), "queries encoded") if rows is None else rows:
+    for piece in iterate_share(dataset, split, share, "queries encoded") if rows is None else rows:
         if piece is not None and piece.num_queries:
             single = dataset.one_query_per_row(piece)
             yield single, encoders.queries(single)
@@ -276,8 +260,8 @@ def encode_columns(
     num_rows, parts = len(next(iter(columns.values()))), []
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
-        piece = to_features(features, {name: ragged.take(column, rows) for name, column in columns.items()})
-        parts.append(encode_in_chunks(piece, paddings(features), len(rows), encode))
+        piece = {name: ragged.take(column, rows) for name, column in columns.items()}
+        parts.append(encode_features(features, piece, len(rows), encode))
         progress(what, first + len(rows), num_rows)
     return torch.cat(parts)
 

@@ -12,7 +12,8 @@ from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.loader.batch import as_tensor
-from bigdssm.retrieval.embed import DocumentVectors, Share
+from bigdssm.retrieval.embed import DocumentVectors
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import CodedVectors
 
 QUERIES_AT_ONCE = 16_384  # per round, over all ranks: 17 MB of vectors at D = 256

@@ -16,7 +16,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -32,7 +32,7 @@ from bigdssm.features import Categorical, Column, Feature, Numeric, Vocabulary
 from bigdssm.features.base import FITTED, ColumnType, encode_values
 from bigdssm.features.categorical import UNKNOWN
 from bigdssm.features.conditions import Expression, conditions, evaluate
-from bigdssm.retrieval.index import Index, index_meta, open_index
+from bigdssm.retrieval.index import index_meta, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.vectors import (
     DOCUMENTS_FILE,
@@ -46,6 +46,7 @@ from bigdssm.retrieval.vectors import (
     write_meta,
 )
 from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
+from bigdssm.utils.array_file import open_arrow
 from bigdssm.utils.atomic import (
     WriterLock,
     lock_path,
@@ -107,8 +108,8 @@ class FolderStore(Store):
 
     def collections(self) -> dict[str, Collection]:
         """Return all collections by name."""
-        files = self.root.glob(f"*/{COLLECTION_FILE}") if self.root.is_dir() else ()
-        folders = sorted(file.parent for file in files if not _is_hidden(file.parent) and not file.parent.is_symlink())
+        files = self.root.glob(f"[!.]*/{COLLECTION_FILE}") if self.root.is_dir() else ()
+        folders = sorted(file.parent for file in files if not file.parent.is_symlink())
         return {folder.name: _collection_of(folder) for folder in folders}
 
     def create(self, collection: Collection) -> None:
@@ -120,13 +121,10 @@ class FolderStore(Store):
         existing = self.collections().get(name)
         if existing is None:
             columns = {f"{COLUMN}{column}": TYPES[type] for column, type in collection.columns.items()}
-            schema = {
-                "doc_key": pa.string(),
-                "doc_title": pa.string(),
-                "doc_version": pa.int64(),
-                "doc_content": pa.int64(),
-            }
-            documents = pa.schema({**schema, **columns}).empty_table()
+            documents = pa.schema({
+                "doc_key": pa.string(), "doc_title": pa.string(), "doc_version": pa.int64(), "doc_content": pa.int64(),
+                **columns,
+            }).empty_table()  # fmt: skip
             vectors = np.zeros((0, collection.width), np.float32)
             remove(self._changes(name))  # of a dropped collection, left by a kill
             self._build(collection, documents, vectors, np.zeros(0, TOMBSTONE))
@@ -186,8 +184,7 @@ class FolderStore(Store):
     def drop(self, name: str) -> None:
         """Remove the folders of a collection, and the leftovers of a killed command."""
         self._check_name(name)
-        if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
-            raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
+        self.check_unnamed(name)
         folder, dropped = self.root / name, self.root / f".{name}{DROPPED}"
         if name in self.collections():
             remove(self._changes(name))  # first: after a kill, a new collection would have them
@@ -212,8 +209,8 @@ class FolderStore(Store):
     def aliases(self) -> dict[str, Alias]:
         """Return the links of the folder."""
         names, aliases = self.collections(), {}
-        for link in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            if link.is_symlink() and not _is_hidden(link) and (name := os.readlink(link)) in names:
+        for link in sorted(self.root.glob("[!.]*")) if self.root.is_dir() else ():
+            if link.is_symlink() and (name := os.readlink(link)) in names:
                 previous_link = _previous(link)
                 previous = os.readlink(previous_link) if previous_link.is_symlink() else None
                 aliases[link.name] = Alias(name, previous if previous in names and previous != name else None)
@@ -354,8 +351,8 @@ class FolderStore(Store):
             identity, opened = _identity(folder), self._opened.get(collection.name)
             if opened is None or opened.identity != identity:
                 try:
-                    opened = _Opened.read(folder, identity)
-                except (CheckpointError, OSError):
+                    opened = _Opened(folder, identity)
+                except (CheckpointError, DataError, OSError):
                     if attempt + 1 == OPENING_ATTEMPTS or _identity(folder) == identity:
                         raise
                     continue  # the folder was replaced meanwhile
@@ -366,29 +363,18 @@ class FolderStore(Store):
         return opened
 
 
-@dataclass(frozen=True)
 class _Opened:
     """An opened collection."""
 
-    identity: tuple[int, int]  # of the folder, see `_identity`
-    index: Index
-    vectors: np.ndarray  # float32 [N, width]
-    documents: pa.Table
-    collection: Collection
-
-    @classmethod
-    def read(cls, folder: Path, identity: tuple[int, int]) -> "_Opened":
-        """Open a collection. Raises CheckpointError: it is damaged."""
-        index = open_index(folder)
-        vectors = np.load(folder / VECTORS_FILE, mmap_mode="r")
-        return cls(identity, index, vectors, _table(folder / DOCUMENTS_FILE), _collection_of(folder))
-
-    @cached_property
-    def allowed(self) -> Callable[[Expression], AllowedDocuments]:
-        """Return the cached function from a resolved expression to the matching documents."""
-        return lru_cache(CACHED_FILTERS)(self._allowed)
+    def __init__(self, folder: Path, identity: tuple[int, int]) -> None:
+        """`identity` of the folder, see `_identity`. Raises: CheckpointError, DataError: it is damaged."""
+        self.identity, self.index, self.collection = identity, open_index(folder), _collection_of(folder)
+        self.vectors: np.ndarray = np.load(folder / VECTORS_FILE, mmap_mode="r")  # float32 [N, width]
+        self.documents = open_arrow(folder / DOCUMENTS_FILE).read_all()
+        self.allowed = lru_cache(CACHED_FILTERS)(self._allowed)
 
     def _allowed(self, where: Expression) -> AllowedDocuments:
+        """Return the documents that match a resolved expression."""
         for condition in conditions(where):
             self.collection.column_type(condition.feature)  # is a column
         columns = self._columns
@@ -428,16 +414,21 @@ class _Rows:
     @classmethod
     def read(cls, folder: Path, changes: list[Path]) -> "_Rows":
         rows = cls(changes)
-        rows._write(_table(folder / DOCUMENTS_FILE), np.load(folder / VECTORS_FILE, mmap_mode="r"))
+        documents = open_arrow(folder / DOCUMENTS_FILE).read_all()
+        rows._write(documents, np.load(folder / VECTORS_FILE, mmap_mode="r"))
         stored = np.load(folder / TOMBSTONES_FILE)
         rows.tombstones = dict(zip(stored["id"].tolist(), stored["version"].tolist(), strict=True))
         for path in changes:
-            table = _table(path)
+            table = open_arrow(path).read_all()
             if "vector" in table.column_names:
                 vector = table["vector"].combine_chunks()
                 rows._write(table.drop_columns("vector"), vector.flatten().to_numpy().reshape(len(vector), -1))
             else:
-                rows._delete(dict(zip(table["id"].to_pylist(), table["version"].to_pylist(), strict=True)))
+                versions = dict(zip(table["id"].to_pylist(), table["version"].to_pylist(), strict=True))
+                for id, version in versions.items():
+                    rows.tombstones[id] = max(version, rows.tombstones.get(id, version))
+                for key in [key for key in rows.row_of if versions.get(hash64(key), -1) >= rows.version_of[key]]:
+                    del rows.row_of[key], rows.version_of[key]
         return rows
 
     def _write(self, table: pa.Table, vectors: np.ndarray) -> None:
@@ -449,12 +440,6 @@ class _Rows:
             is_deleted = bool(self.tombstones) and self.tombstones.get(hash64(key), -1) >= version
             if not is_deleted and self.version_of.get(key, version) <= version:
                 self.row_of[key], self.version_of[key] = row, version
-
-    def _delete(self, versions: dict[int, int]) -> None:
-        for id, version in versions.items():
-            self.tombstones[id] = max(version, self.tombstones.get(id, version))
-        for key in [key for key in self.row_of if versions.get(hash64(key), -1) >= self.version_of[key]]:
-            del self.row_of[key], self.version_of[key]
 
     def contents(self) -> dict[str, int]:
         """Return the hashes of documents by key."""
@@ -489,19 +474,10 @@ def _collection_of(folder: Path) -> Collection:
     return Collection(**json.loads((folder / COLLECTION_FILE).read_text(encoding="utf-8")))
 
 
-def _table(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
 def _identity(folder: Path) -> tuple[int, int]:
     """Return numbers that change when the index folder is replaced."""
     status = (folder / META_FILE).stat()
     return status.st_ino, status.st_mtime_ns
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".")
 
 
 def _previous(link: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.lib.format import open_memmap
 
 from bigdssm.dataset.dataset import Dataset
@@ -20,7 +21,6 @@ from bigdssm.retrieval.hard_negatives import REMAKE, HardNegatives
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.publish import ROWS_AT_ONCE
 from bigdssm.retrieval.teacher_vectors import DOCUMENTS, QUERIES, TeacherVectors
-from bigdssm.retrieval.vector_files import formats_in, write_file
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
@@ -28,7 +28,9 @@ from bigdssm.retrieval.vectors import (
     VECTORS,
     VECTORS_FILE,
     WITHDRAWN,
+    formats_in,
     read_meta,
+    write_file,
     write_meta,
 )
 from bigdssm.stores.base import Store
@@ -52,7 +54,9 @@ def forget_in_vectors(folder: Path, documents: np.ndarray, dataset: Dataset, cha
             return
         emptied = np.zeros(meta.num_docs, bool)
         emptied[documents] = True
-        columns = {name: _without(stored[name], emptied) for name in ("doc_key", "doc_title")}
+        columns = {
+            name: pc.if_else(pa.array(emptied), "", stored[name].combine_chunks()) for name in ("doc_key", "doc_title")
+        }
         withdrawn = np.asarray(stored[WITHDRAWN]) if WITHDRAWN in stored.column_names else np.zeros(len(emptied), bool)
         table = pa.table({**columns, WITHDRAWN: pa.array(withdrawn | emptied)})
         with pa.OSFile(str(temporary / DOCUMENTS_FILE), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -203,8 +207,3 @@ def _documents_of(folder: Path, documents: np.ndarray, dataset: Dataset) -> pa.T
     if len(np.setdiff1d(differ, documents)):
         raise CheckpointError(f"{folder} has other documents than {dataset.dir}; give the dataset that was embedded")
     return stored
-
-
-def _without(column: pa.ChunkedArray, emptied: np.ndarray) -> pa.Array:
-    values = column.combine_chunks().to_pylist()
-    return pa.array(["" if is_empty else value for value, is_empty in zip(values, emptied.tolist(), strict=True)])

@@ -1,18 +1,22 @@
 """Hard negatives: mining by ranks that training queries retrieve, files on disk, and per-epoch sampling.
 
+Windows also come from data instead of mining: rated documents, or a table of impressions. A query's window then also
+holds documents of other train rows with the same query id.
+
 Ranks below `first` are skipped because they contain false negatives: relevant documents without an interaction. For the
 same reason `margin` drops documents that score close to the target. Only train positives are excluded: excluding
 validation or test items would leak them.
 
-Shapes: m rows, N documents, W = last − first window positions.
+Shapes: m rows or queries, N documents, W (mined: last − first) window positions, p (query, document) pairs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.lib.format import open_memmap
 
@@ -20,13 +24,13 @@ from bigdssm import distributed
 from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EVENT_BITS, Rows
-from bigdssm.dataset.schema import find_sorted
+from bigdssm.dataset.schema import find_sorted, pair_hash
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, DivergedError
-from bigdssm.features.ragged import gather_ranges
+from bigdssm.features.columns import RowCheck, strings, value_lists
+from bigdssm.features.ragged import Ragged, gather_ranges
 from bigdssm.retrieval.embed import (
     DocumentVectors,
     Encoders,
-    Share,
     all_finite,
     encode_catalogue,
     encode_queries,
@@ -42,12 +46,18 @@ from bigdssm.retrieval.exact_search import (
     unpack_keys,
 )
 from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.shards import WHOLE, Share
+from bigdssm.sources.opening import log_row, read_table
 from bigdssm.utils.array_file import check_seal, new_array, seal
-from bigdssm.utils.atomic import put_file, real_path, temporary_path
-from bigdssm.utils.hashing import derive_key, mix64
+from bigdssm.utils.atomic import new_file, put_file, real_path, temporary_path
+from bigdssm.utils.hashing import derive_key, hash_strings, mix64
 from bigdssm.utils.log import get_logger
 
-ROWS_AT_ONCE = 1024
+logger = get_logger(__name__)
+
+ROWS_AT_ONCE, WINDOWS_AT_ONCE, PASS_ROWS = 1024, 4096, 65_536
+SAMPLE = 512  # queries over all ranks for the recall of an approximate index
+RESULTS_AT_ONCE = 4_194_304  # per round, over all ranks: 32 MiB
 REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs, by the same data.targets and data.visit"
 
 
@@ -280,26 +290,18 @@ def sample_negatives(dataset: Dataset, hard: HardNegatives, count: int, seed: in
     return examples
 
 
-logger = get_logger(__name__)
-
-PASS_ROWS = 65_536
-SAMPLE = 512  # queries over all ranks for the recall of an approximate index
-RESULTS_AT_ONCE = 4_194_304  # per round, over all ranks: 32 MiB
-
-
 @dataclass(frozen=True)
 class TrainPositives:
     """Train positives by query id."""
 
     query_ids: np.ndarray  # int64, sorted, distinct
-    starts: np.ndarray  # int64 [len(query_ids) + 1]
-    doc_rows: np.ndarray  # int64
+    documents: Ragged  # int64: catalogue rows per query id
 
     @classmethod
-    def of(cls, dataset: Dataset, share: Share | None = None, exclude_seen: bool | str = True) -> "TrainPositives":
+    def of(cls, dataset: Dataset, share: Share = WHOLE, exclude_seen: bool | str = True) -> "TrainPositives":
         """Collect the positives of this rank's share of the train split; with a condition those that match it."""
         parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-        share = replace(share or Share(), rows_per_chunk=PASS_ROWS)
+        share = replace(share, rows_per_chunk=PASS_ROWS)
         for rows in iterate_share(dataset, "train", share, "known positives read"):
             if rows is not None:
                 is_known = rows.relevance > 0
@@ -313,16 +315,13 @@ class TrainPositives:
         ids, docs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.lexsort((docs, ids))
         query_ids, starts = np.unique(ids[order], return_index=True)
-        return cls(query_ids, np.append(starts, len(order)), docs[order])
+        return cls(query_ids, Ragged(docs[order], np.append(starts, len(order))))
 
     def pairs(self, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (row, catalogue row), int64, of every known positive of the queries `query_ids` [m]."""
         position, present = find_sorted(self.query_ids, query_ids)
-        following = np.minimum(position + 1, len(self.starts) - 1)  # without positives, `starts` has one entry
-        first = np.where(present, self.starts[position], 0)
-        end = np.where(present, self.starts[following], 0)
-        docs = gather_ranges(self.doc_rows, first, end)
-        return np.repeat(np.arange(len(query_ids)), end - first), docs.values
+        docs = self.documents.take(position[present])
+        return np.repeat(np.flatnonzero(present), docs.lengths), docs.values
 
 
 def mine(
@@ -335,7 +334,7 @@ def mine(
     margin: float | None = None,
     exact_up_to: int | None = None,
     documents: DocumentVectors | None = None,
-    share: Share | None = None,
+    share: Share = WHOLE,
     exclude_seen: bool | str = True,
 ) -> np.ndarray:
     """Mine this rank's `window_records`: documents at ranks [first, last) per training query.
@@ -354,7 +353,6 @@ def mine(
             f"hard negatives from first={first}: the ranks of {num_candidates} documents are 0 to "
             f"{num_candidates - 1}; choose a lower one"
         )
-    share = share or Share()
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
@@ -418,3 +416,175 @@ def gather_hard_negatives(path: Path, local: np.ndarray, dataset: Dataset) -> Ha
         put_file(temporary, path)
     distributed.barrier()
     return HardNegatives.open(path)
+
+
+class CandidateRows:
+    """Distinct candidate documents grouped by query, in window order."""
+
+    def __init__(
+        self, queries: np.ndarray, docs: np.ndarray, relevance: np.ndarray | None, low: float = 0.0,
+        shown: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Sort and deduplicate pairs: relevance of at most `low` first, else in pseudo-random order.
+
+        Shapes: [p]. A repeated pair keeps its greatest relevance, and its first position in `shown`.
+        """
+        grade = np.zeros(len(queries), np.float32) if relevance is None else relevance
+        initial = np.lexsort((-grade, docs, queries))
+        first = np.append(True, (np.diff(queries[initial]) != 0) | (np.diff(docs[initial]) != 0))[: len(queries)]
+        pairs = initial[first]
+        key = mix64(queries[pairs], 0) ^ mix64(docs[pairs], 0)
+        pairs = pairs[np.lexsort((key, grade[pairs] > low, queries[pairs]))]
+        self.queries, self.docs = queries[pairs], docs[pairs]  # hashed keys, ascending, and catalogue rows
+        self.relevance = None if relevance is None else grade[pairs]
+        self.shown = None if shown is None else shown[pairs]
+
+    def windows(
+        self, queries: np.ndarray, excluded: tuple[np.ndarray, np.ndarray], width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return windows int32 [m, W] of the queries [m], their relevance float32, NaN if absent, and positions int32.
+
+        excluded: (query number, catalogue row) pairs to leave out.
+        """
+        start, end = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
+        entries = gather_ranges(np.arange(len(self.docs)), start, end)
+        row, entry = np.repeat(np.arange(len(queries)), entries.lengths), entries.values
+        retained = ~np.isin((row << 32) | self.docs[entry], (excluded[0] << 32) | excluded[1])
+        row, entry = row[retained], entry[retained]
+        position = np.arange(len(row)) - np.searchsorted(row, row)
+        row, entry, position = row[position < width], entry[position < width], position[position < width]
+        windows = np.full((len(queries), width), -1, np.int32)
+        grades = np.full((len(queries), width), np.nan, np.float32)
+        windows[row, position] = self.docs[entry]
+        if self.relevance is not None:
+            grades[row, position] = self.relevance[entry]
+        shown = np.zeros((len(queries), width), np.int32)
+        if self.shown is not None:
+            shown[row, position] = self.shown[entry]
+        return windows, grades, shown
+
+
+def write_rated(path: Path, dataset: Dataset, width: int, low: float, share: Share = WHOLE) -> HardNegatives:
+    """Write windows of the train ratings per query id, with relevances as teacher scores.
+
+    Ratings of at most `low` (explicit negatives) come first. Raises DataError: all windows are empty.
+    """
+    columns: list[tuple[np.ndarray, ...]] = []
+    for rows in iterate_share(dataset, "train", share, "ratings read"):
+        if rows is not None:
+            columns.append((rows.query_ids, rows.doc_rows, rows.relevance))
+    query_ids, docs, relevance = (np.concatenate(column) for column in zip(*columns, strict=True))
+    rated = CandidateRows(query_ids, docs, relevance, low)
+
+    def of(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        targets = np.arange(rows.num_queries), rows.doc_rows
+        windows, grades, _ = rated.windows(rows.query_ids, targets, width)
+        return windows, {"teacher": np.concatenate([rows.relevance[:, None], grades], 1)}
+
+    empty = f"{dataset.dir}: no training query has a rated document other than its target, so there are no candidates"
+    return _write(path, dataset, of, record_dtype(width, scored=True), empty=empty, share=share)
+
+
+def write_candidates(
+    path: Path, dataset: Dataset, table: Path, columns: tuple[str, str | None, str, str | None], width: int,
+    share: Share = WHOLE,
+) -> HardNegatives:  # fmt: skip
+    """Write windows of the candidates that a table lists per query, such as impressions without a click.
+
+    columns: the query's key, its target's key (None: a table row applies to all rows of its query), the candidates'
+    keys, and the positions where the target and the candidates were shown (None: not stored). Documents outside the
+    dataset and train positives of the query id are excluded. Raises DataError: all windows are empty, or a list of
+    positions is invalid.
+    """
+    positives = TrainPositives.of(dataset, share)
+    query_column, target_column, candidate_column, position_column = columns
+    queries, docs, positions = ([np.zeros(0, np.int64)] for _ in range(3))
+    targets, target_positions = ([np.zeros(0, np.int64)] for _ in range(2))
+    missing = 0
+    options = dict(zip(columns, ("--query-column", "--positive-column", "--column", "--position-column"), strict=True))
+    for batch in read_table(table, {column: option for column, option in options.items() if column}, log_row):
+        check = RowCheck(batch, log_row)
+        hashed, lists = hash_strings(strings(check, query_column)), value_lists(check, candidate_column, " ")
+        if target_column is not None:
+            hashed = pair_hash(hashed, dataset.catalogue.rows_by_key(strings(check, target_column).to_pylist()))
+        rows = dataset.catalogue.rows_by_key(lists.flatten().to_pylist())
+        queries.append(np.repeat(hashed, np.diff(np.asarray(lists.offsets)))[rows >= 0])
+        docs.append(rows[rows >= 0])
+        if position_column is not None:
+            own, of_candidates = _positions(table, check, position_column, lists)
+            targets.append(hashed)
+            target_positions.append(own)
+            positions.append(of_candidates[rows >= 0])
+        missing += int((rows < 0).sum())
+    if missing:
+        logger.warning(
+            "%s: %d entries of column %s are no document of %s", table, missing, candidate_column, dataset.dir
+        )
+    shown = None if position_column is None else np.concatenate(positions)
+    candidates = CandidateRows(np.concatenate(queries), np.concatenate(docs), None, shown=shown)
+    target_keys, first = np.unique(np.concatenate(targets), return_index=True)
+
+    def of(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        queries = rows.query_ids if target_column is None else pair_hash(rows.query_ids, rows.doc_rows)
+        number, docs = positives.pairs(rows.query_ids)
+        excluded = np.append(number, np.arange(rows.num_queries)), np.append(docs, rows.doc_rows)
+        windows, _, of_windows = candidates.windows(queries, excluded, width)
+        if position_column is None:
+            return windows, {}
+        position, present = find_sorted(target_keys, queries)
+        own = np.where(present, np.concatenate(target_positions)[first][position], 0)
+        return windows, {"shown": np.concatenate([own[:, None], of_windows], 1)}
+
+    empty = f"{table}: no training query of {dataset.dir} has a candidate in it; check the ids in its columns"
+    record = record_dtype(width, shown=position_column is not None)
+    return _write(path, dataset, of, record, empty=empty, share=share)
+
+
+def _write(
+    path: Path, dataset: Dataset, of: Callable[[Rows], tuple[np.ndarray, dict[str, np.ndarray]]],
+    record: np.dtype[np.void], *, empty: str, share: Share,
+) -> HardNegatives:  # fmt: skip
+    """Write `of`(train rows): windows [m, W], and further fields of `record`.
+
+    Raises DataError with the message `empty`: all windows are empty.
+    """
+    path, position, all_empty = real_path(path), 0, True
+    with new_file(path) as temporary:
+        records_of_file = new_array(temporary, record, (dataset.num_queries("train"),))
+        for first in range(0, dataset.num_rows("train"), WINDOWS_AT_ONCE):
+            last = min(first + WINDOWS_AT_ONCE, dataset.num_rows("train"))
+            for rows in dataset.iterate_range("train", first, last, dataset.rows_for_queries("train", WINDOWS_AT_ONCE)):
+                records = records_of_file[position : position + rows.num_queries]
+                records["query"] = rows.query_keys
+                records["window"], further = of(rows)
+                for name, values in further.items():
+                    records[name] = values
+                all_empty = all_empty and not (records["window"] >= 0).any()
+                position += rows.num_queries
+            share.progress("windows written", last, dataset.num_rows("train"))
+        if all_empty:
+            raise DataError(empty)
+        records_of_file.flush()
+        if position < len(records_of_file):  # rows that cannot be read
+            readable = np.array(records_of_file[:position])
+            with temporary.open("wb") as file:
+                np.save(file, readable)
+        seal(temporary, dataset.rows_fingerprint)
+    return HardNegatives.open(path)
+
+
+def _positions(table: Path, check: RowCheck, column: str, lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of a batch's targets and of its candidates `lists`. Raises DataError: invalid."""
+    needed = "needs the position of the positive, then those of the documents, whole numbers of at least 1"
+    values = value_lists(check, column, " ")
+    wrong = np.flatnonzero(np.diff(np.asarray(values.offsets)) != 1 + np.diff(np.asarray(lists.offsets)))
+    try:
+        numbers = np.array(values.flatten().to_pylist(), np.int64)
+    except ValueError as error:
+        raise DataError(f"{table}, column {column}: {error}; {needed}") from None
+    if len(wrong) or (numbers < 1).any():
+        row = f"row {wrong[0]} of a batch has another number of them" if len(wrong) else f"got {numbers.min()}"
+        raise DataError(f"{table}, column {column}: {row}; {needed}")
+    is_own = np.zeros(len(numbers), bool)
+    is_own[np.asarray(values.offsets)[:-1]] = True
+    return numbers[is_own], numbers[~is_own]

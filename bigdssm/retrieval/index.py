@@ -7,10 +7,9 @@ Files are memory-mapped, so processes on a machine share their pages.
 """
 
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigdssm.checkpoints.checkpoint import check_file
+from bigdssm.dataset.catalogue import NO_ROWS
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.features.conditions import Expression
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import check_width
-from bigdssm.retrieval.filters import DocumentFilters, Filters, StoreFilters
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments, IndexBackend
 from bigdssm.retrieval.model import Model
-from bigdssm.retrieval.search import Query
+from bigdssm.retrieval.search import Filters, Query, StoreFilters
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,
@@ -55,12 +54,11 @@ from bigdssm.utils.log import get_logger
 logger = get_logger(__name__)
 
 SIMILAR_CANDIDATES = 20
-NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Index:
-    """An opened KNN index."""
+    """An opened KNN index; with its dataset, it has filters, and keys are looked up in the catalogue."""
 
     index: Any  # object of the back-end of `meta.kind`
     meta: VectorsMeta
@@ -68,6 +66,26 @@ class Index:
     title: pa.ChunkedArray
     vectors: CodedVectors | None = None  # full vectors, if candidates are rescored
     answers: AllowedDocuments | None = None  # the documents that are not withdrawn; None: all
+    dataset: Dataset | None = None  # see `of_dataset`
+    published: float | None = None  # seconds since 1970
+
+    @property
+    def has_beta(self) -> bool:
+        """Whether vectors have a beta."""
+        return self.meta.has_beta
+
+    @cached_property
+    def filters(self) -> Filters | None:
+        """The filters of the dataset's documents; None without a dataset."""
+        return None if self.dataset is None else Filters(self.dataset.whole.catalogue, self.meta.num_docs)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Return the identity of the index, for clients and metrics: its type, and the dataset's fingerprint."""
+        return {
+            "index": self.meta.kind, "documents": self.meta.num_docs, "dataset": self.meta.dataset_fingerprint,
+            "published": self.published, "store": None, "collection": None, "version": None,
+        }  # fmt: skip
 
     @checked
     def search(
@@ -189,7 +207,39 @@ class Index:
                 "the index was built before changes of %s and answers with the %d documents of then; add later ones by "
                 "bigdssm embed --since and build_index", dataset.dir, num_docs,
             )  # fmt: skip
-        return replace(self, answers=AllowedDocuments.without(catalogue.withdrawn, num_docs))
+        return replace(self, answers=AllowedDocuments.without(catalogue.withdrawn, num_docs), dataset=dataset)
+
+    def query_vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """Convert vectors of the query tower to those of the index, float32 [m, width]."""
+        return truncate_like(self.with_beta(vectors), self.meta)
+
+    def search_queries(self, vectors: np.ndarray, queries: Sequence[Query], top: int) -> list[list[ScoredDocument]]:
+        """Return the `top` best documents per query, best first.
+
+        vectors [m, D+1] are of the query tower, the queries have one filter.
+        """
+        excluded = [query.excluded for query in queries]
+        if self.dataset is None:
+            excluded = [self.rows(query.exclude) if query.exclude else query.excluded for query in queries]
+        allowed, top = queries[0].allowed, min(top, self.meta.num_docs)
+        assert allowed is None or isinstance(allowed, AllowedDocuments)
+        scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded, allowed)
+        return [self.documents(*result) for result in zip(scores, rows, strict=True)]
+
+    def similar_documents(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
+        """Return the documents nearest to an existing one by cosine, ignoring beta, without the keys `exclude`."""
+        excluded = self.rows(exclude) if exclude else NO_ROWS
+        return self.documents(*self.similar(self.row(key), top, excluded))
+
+    def stored_vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
+        """Return the vectors of the existing documents among `keys`, with the precision of the index."""
+        rows = self.rows(keys) if self.dataset is None else self.dataset.catalogue.rows_by_key(keys)
+        rows = np.unique(rows[(rows >= 0) & (rows < self.meta.num_docs)])
+        documents = self.documents(np.zeros(len(rows), np.float32), rows)
+        return {
+            document.key: StoredVector(document.title, vector)
+            for document, vector in zip(documents, self.vectors_at(rows), strict=True)
+        }
 
     def similar(self, row: int, top: int, excluded: np.ndarray = NO_ROWS) -> tuple[np.ndarray, np.ndarray]:
         """Return (cosines float32, catalogue rows int64), [top], of the nearest documents, ignoring beta.
@@ -209,8 +259,7 @@ class Index:
 
     def row(self, key: str) -> int:
         """Return the catalogue row of a document. Raises DataError: no document has this key."""
-        check_utf8([key])
-        row: int = pc.index(self.keys, pa.scalar(key, pa.string())).as_py()
+        row = int(self.rows([key])[0])
         if row < 0:
             raise DataError(f"no document has the key {key!r}")
         return row
@@ -351,123 +400,7 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
 
 
 @dataclass(frozen=True)
-class IndexDescription:
-    """Identity of an index, for clients and metrics."""
-
-    index: str  # type of the FAISS index, or scheme of the store
-    documents: int
-    dataset: str  # fingerprint
-    published: float | None = None  # seconds since 1970
-    store: str | None = None  # address without credentials
-    collection: str | None = None
-    version: int | None = None  # of the dataset
-
-
-class DocumentIndex(ABC):
-    """Documents of one model."""
-
-    has_beta: bool
-    filters: DocumentFilters | None  # None: filters need a dataset
-
-    @property
-    @abstractmethod
-    def description(self) -> IndexDescription:
-        """Return the identity of the index."""
-
-    @abstractmethod
-    def check_model(self, model: str) -> None:
-        """Raise CheckpointError if the vectors are of a model other than `model`, a checksum."""
-
-    @abstractmethod
-    def of_dataset(self, dataset: Dataset) -> "DocumentIndex":
-        """Return the index with its dataset. Raises CheckpointError: it is of another dataset."""
-
-    @abstractmethod
-    def query_vectors(self, vectors: np.ndarray) -> np.ndarray:
-        """Convert vectors of the query tower to those of the index, float32 [m, width]."""
-
-    @abstractmethod
-    def search(self, vectors: np.ndarray, queries: Sequence[Query], top: int) -> list[list[ScoredDocument]]:
-        """Return the `top` best documents per query, best first.
-
-        vectors [m, D+1] are of the query tower, the queries have one filter. Raises UnavailableError: try again.
-        """
-
-    @abstractmethod
-    def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
-        """Return the documents nearest to an existing one by cosine, ignoring beta, without the keys `exclude`."""
-
-    @abstractmethod
-    def vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
-        """Return the vectors of the existing documents among `keys`."""
-
-
-@dataclass(frozen=True)
-class FolderIndex(DocumentIndex):
-    """A FAISS folder; excluded and allowed documents are catalogue rows."""
-
-    index: Index
-    dataset: Dataset | None = None
-    published: float | None = None
-    filters: Filters | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        num_docs = self.index.meta.num_docs
-        filters = None if self.dataset is None else Filters(self.dataset.whole.catalogue, num_docs)
-        object.__setattr__(self, "filters", filters)
-
-    @property
-    def has_beta(self) -> bool:  # type: ignore[override]
-        """Whether vectors have a beta."""
-        return self.index.meta.has_beta
-
-    @property
-    def description(self) -> IndexDescription:
-        """Return the identity of the index."""
-        meta = self.index.meta
-        return IndexDescription(meta.kind, meta.num_docs, meta.dataset_fingerprint, self.published)
-
-    def check_model(self, model: str) -> None:
-        """Compare with the model of the index."""
-        self.index.check_model(model)
-
-    def of_dataset(self, dataset: Dataset) -> "FolderIndex":
-        """Return the index with the withdrawals of its dataset."""
-        return replace(self, index=self.index.of_dataset(dataset), dataset=dataset)
-
-    def query_vectors(self, vectors: np.ndarray) -> np.ndarray:
-        """Add a missing beta, and truncate."""
-        return truncate_like(self.index.with_beta(vectors), self.index.meta)
-
-    def search(self, vectors: np.ndarray, queries: Sequence[Query], top: int) -> list[list[ScoredDocument]]:
-        """Search the FAISS index."""
-        excluded = [query.excluded for query in queries]
-        if self.dataset is None:
-            excluded = [self.index.rows(query.exclude) if query.exclude else query.excluded for query in queries]
-        allowed, top = queries[0].allowed, min(top, self.index.meta.num_docs)
-        assert allowed is None or isinstance(allowed, AllowedDocuments)
-        scores, rows = self.index.nearest(vectors, top, self.index.meta.model_checksum, excluded, allowed)
-        return [self.index.documents(*result) for result in zip(scores, rows, strict=True)]
-
-    def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
-        """Search the FAISS index."""
-        excluded = self.index.rows(exclude) if exclude else np.zeros(0, np.int64)
-        return self.index.documents(*self.index.similar(self.index.row(key), top, excluded))
-
-    def vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
-        """Read vectors from the index, with its precision."""
-        rows = self.index.rows(keys) if self.dataset is None else self.dataset.catalogue.rows_by_key(keys)
-        rows = np.unique(rows[(rows >= 0) & (rows < self.index.meta.num_docs)])
-        vectors = self.index.vectors_at(rows)
-        documents = self.index.documents(np.zeros(len(rows), np.float32), rows)
-        return {
-            document.key: StoredVector(document.title, vector)
-            for document, vector in zip(documents, vectors, strict=True)
-        }
-
-
-@dataclass(frozen=True)
-class StoreIndex(DocumentIndex):
+class StoreIndex:
     """A pinned collection of a vector store; excluded documents are keys.
 
     Documents may be newer or older than the dataset, which filters and histories are read from if there is one.
@@ -477,11 +410,12 @@ class StoreIndex(DocumentIndex):
     collection: Collection
     dataset: Dataset | None = None
     num_docs: int = -1
-    filters: StoreFilters = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def filters(self) -> StoreFilters:
+        """The filters of the collection's columns."""
         catalogue = None if self.dataset is None else self.dataset.whole.catalogue
-        object.__setattr__(self, "filters", StoreFilters(self.collection.columns, catalogue))
+        return StoreFilters(self.collection.columns, catalogue)
 
     @classmethod
     def open(cls, store: Store, collection: Collection) -> "StoreIndex":
@@ -489,18 +423,18 @@ class StoreIndex(DocumentIndex):
         return cls(store, collection, num_docs=store.count(collection))
 
     @property
-    def has_beta(self) -> bool:  # type: ignore[override]
+    def has_beta(self) -> bool:
         """Whether vectors have a beta."""
         return self.collection.has_beta
 
     @property
-    def description(self) -> IndexDescription:
-        """Return the identity of the index."""
-        collection = self.collection
-        return IndexDescription(
-            self.store.scheme, self.num_docs, collection.dataset, collection.published, self.store.address,
-            collection.name, collection.version,
-        )  # fmt: skip
+    def description(self) -> dict[str, Any]:
+        """Return the identity of the index as that of `Index`, with the store, its scheme and the dataset's version."""
+        return {
+            "index": self.store.scheme, "documents": self.num_docs, "dataset": self.collection.dataset,
+            "published": self.collection.published, "store": self.store.address, "collection": self.collection.name,
+            "version": self.collection.version,
+        }  # fmt: skip
 
     def check_model(self, model: str) -> None:
         """Compare with the model of the collection; a search compares with that of every row."""
@@ -514,7 +448,7 @@ class StoreIndex(DocumentIndex):
         """Truncate to the width of the collection."""
         return truncate_like(vectors, self.collection)
 
-    def search(self, vectors: np.ndarray, queries: Sequence[Query], top: int) -> list[list[ScoredDocument]]:
+    def search_queries(self, vectors: np.ndarray, queries: Sequence[Query], top: int) -> list[list[ScoredDocument]]:
         """Search the collection."""
         where: Expression | None = queries[0].allowed  # type: ignore[assignment]
         exclude = [list(query.exclude) for query in queries]
@@ -523,9 +457,9 @@ class StoreIndex(DocumentIndex):
         with self._present():
             return self.store.search(self.collection, self.query_vectors(vectors), top, where, exclude)
 
-    def similar(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
+    def similar_documents(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
         """Re-rank the documents with the largest inner products by cosine. Raises DataError: no such document."""
-        own = self.vectors([key])
+        own = self.stored_vectors([key])
         if key not in own:  # deleted since the caller read it
             raise DataError(f"no document has the key {key!r}")
         vector = own[key].vector
@@ -534,14 +468,14 @@ class StoreIndex(DocumentIndex):
         candidates = SIMILAR_CANDIDATES * (top + 1)
         with self._present():
             (documents,) = self.store.search(self.collection, query, candidates, None, [[key, *exclude]])
-        stored = self.vectors([document.key for document in documents])
+        stored = self.stored_vectors([document.key for document in documents])
         documents = [document for document in documents if document.key in stored]  # not deleted meanwhile
         others = np.stack([stored[document.key].vector for document in documents]) if documents else vector[None][:0]
         cosines = cosine_similarities(vector, others, self.has_beta)
         best = np.argsort(-cosines, kind="stable")[:top].tolist()
         return [ScoredDocument(float(cosines[i]), documents[i].key, documents[i].title) for i in best]
 
-    def vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
+    def stored_vectors(self, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Read vectors from the store."""
         with self._present():
             return self.store.vectors(self.collection, keys)
@@ -558,3 +492,7 @@ class StoreIndex(DocumentIndex):
                 f"{self.store.address}: collection {self.collection.name} was dropped while it was served; switch the "
                 "alias before a collection is dropped"
             ) from None
+
+
+DocumentIndex = Index | StoreIndex
+"""Documents of one model as a `Searcher` reads them."""

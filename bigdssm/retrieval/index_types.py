@@ -329,9 +329,10 @@ class ProductQuantizer(InvertedFile):
         return _untyped.SearchParametersPreTransform(index_params=lists)
 
 
-def set_search_threads(threads: int) -> None:
-    """Set FAISS's thread count for searches from the calling thread (OpenMP's setting is per thread)."""
-    faiss.omp_set_num_threads(threads)
+def set_search_threads(threads: int | None) -> None:
+    """Set FAISS's thread count for searches from the calling thread (OpenMP's setting is per thread); None: its own."""
+    if threads is not None:
+        faiss.omp_set_num_threads(threads)
 
 
 def _sample(vectors: CodedVectors, most: int) -> np.ndarray:

@@ -23,10 +23,16 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.features import Column, Feature, Ragged, Text, TextTokenizer, ragged, texts_of
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.loader.batch import join_sides, paddings, split_sides, to_features
-from bigdssm.loader.step_plan import encode_in_chunks
+from bigdssm.loader.batch import join_sides, split_sides
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
-from bigdssm.retrieval.embed import document_vectors, encode, encode_columns, query_vectors, tower_output
+from bigdssm.retrieval.embed import (
+    document_vectors,
+    encode,
+    encode_columns,
+    encode_features,
+    query_vectors,
+    tower_output,
+)
 from bigdssm.utils.arguments import checked
 
 
@@ -113,15 +119,14 @@ class PairScorer:
         sides = self.scorer.features.items()
         features_of_side = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
         declared: dict[str, Feature] = join_sides(features_of_side["query"], features_of_side["doc"])
-        pads, parts = paddings(declared), [torch.zeros(0)]
+        parts = [torch.zeros(0)]
         pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
         for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
             piece = slice(first, first + PAIRS_AT_ONCE)
             of_docs = self.documents(docs[piece])
             of_queries = {name: ragged.take(queries[name], row[piece]) for name in features_of_side["query"]}
             columns = join_sides(of_queries, {name: of_docs[name] for name in features_of_side["doc"]})
-            features = to_features(declared, columns)
-            parts.append(encode_in_chunks(features, pads, len(row[piece]), score, self.device).cpu())
+            parts.append(encode_features(declared, columns, len(row[piece]), score, self.device).cpu())
         return torch.cat(parts)
 
     def _by_vectors(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
@@ -133,9 +138,8 @@ class PairScorer:
             side: str, columns: Columns, vectors: Callable[[nn.Module, Mapping[str, Values]], Tensor]
         ) -> Tensor:
             by = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
-            features = to_features(self.schema.sides[side], columns)
-            pads, num_rows = paddings(self.schema.sides[side]), len(next(iter(features.values())))
-            return encode_in_chunks(features, pads, num_rows, lambda part: by(part).float(), self.device)
+            declared, num_rows = self.schema.sides[side], len(next(iter(columns.values())))
+            return encode_features(declared, columns, num_rows, lambda part: by(part).float(), self.device)
 
         q = encoded("query", queries, query_vectors)[torch.from_numpy(row)]
         d = encoded("doc", self.documents(distinct), document_vectors)[torch.from_numpy(column)]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +20,11 @@ from bigdssm.retrieval.vectors import (
     META_FILE,
     VECTORS,
     WITHDRAWN,
-    CodedVectors,
-    VectorsMeta,
     load_vectors,
     read_meta,
 )
 from bigdssm.stores.base import Collection, Documents, Store
+from bigdssm.utils.array_file import open_arrow
 from bigdssm.utils.log import Progress, get_logger, no_progress
 
 logger = get_logger(__name__)
@@ -67,40 +67,32 @@ class RecallReport:
     difference: float  # the largest one between a score and the exact inner product, relative to the largest score
 
 
-@dataclass(frozen=True)
 class _Folder:
     """A vectors folder opened for publishing."""
 
-    meta: VectorsMeta
-    vectors: CodedVectors
-    keys: pa.ChunkedArray
-    titles: pa.ChunkedArray
-    withdrawn: np.ndarray  # bool [N]
-
-    @classmethod
-    def open(cls, folder: Path, dataset: Dataset | None = None) -> "_Folder":
+    def __init__(self, folder: Path, dataset: Dataset | None = None) -> None:
         """Open a folder, with the withdrawals of `dataset`. Raises CheckpointError: it has other documents."""
-        meta = read_meta(folder)
+        self.meta = meta = read_meta(folder)
         if meta.kind != VECTORS:
             raise CheckpointError(f"{folder} is an index; give the folder of the vectors it was built from")
         check_file(folder / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
-        with pa.memory_map(str(folder / DOCUMENTS_FILE)) as file:
-            documents = pa.ipc.open_file(file).read_all()
-        withdrawn = np.zeros(meta.num_docs, bool)
+        documents = open_arrow(folder / DOCUMENTS_FILE).read_all()
+        self.keys, self.titles = documents["doc_key"], documents["doc_title"]
+        self.withdrawn = np.zeros(meta.num_docs, bool)
         if WITHDRAWN in documents.column_names:
-            withdrawn = np.array(documents[WITHDRAWN])
+            self.withdrawn = np.array(documents[WITHDRAWN])
         if dataset is not None:  # forgets and withdraws documents that an older folder still has
             for first in range(0, meta.num_docs, ROWS_AT_ONCE):
                 rows = np.arange(first, min(first + ROWS_AT_ONCE, meta.num_docs))
-                ours = documents["doc_key"].slice(first, ROWS_AT_ONCE).to_pylist()
+                ours = self.keys.slice(first, ROWS_AT_ONCE).to_pylist()
                 for row, key, current in zip(rows.tolist(), ours, dataset.catalogue.keys(rows), strict=True):
                     if key and current not in ("", key):
                         raise CheckpointError(
                             f"{folder} has document {key!r} in row {row}, the dataset has {current!r}; embed it again"
                         )
-                    withdrawn[row] |= not current
-            withdrawn |= np.isin(np.arange(meta.num_docs), dataset.catalogue.withdrawn)
-        return cls(meta, load_vectors(folder, meta), documents["doc_key"], documents["doc_title"], withdrawn)
+                    self.withdrawn[row] |= not current
+            self.withdrawn |= np.isin(np.arange(meta.num_docs), dataset.catalogue.withdrawn)
+        self.vectors = load_vectors(folder, meta)
 
 
 def publish(
@@ -121,7 +113,7 @@ def publish(
             f"{vectors_dir} holds vectors of dataset {meta.dataset_fingerprint[:12]}, --data is "
             f"{dataset.fingerprint[:12]}; embed it again"
         )
-    folder = _Folder.open(vectors_dir, dataset)
+    folder = _Folder(vectors_dir, dataset)
     version = sum(extent.partitions for extent in dataset.extents)
     filterable = dataset.catalogue.filterable.items()
     features = {name: feature for name, feature in filterable if feature.column_type is not None}
@@ -163,7 +155,10 @@ def publish(
             pairs = zip(documents.keys, documents.contents.tolist(), strict=True)
             new = np.array([stored.pop(key, None) != content for key, content in pairs], bool)
             if new.any():
-                store.write(collection, _take(documents, np.flatnonzero(new)), version)
+                columns = {name: list(compress(values, new)) for name, values in documents.columns.items()}
+                keys, titles = list(compress(documents.keys, new)), list(compress(documents.titles, new))
+                changed = Documents(keys, titles, documents.vectors[new], documents.contents[new], columns)
+                store.write(collection, changed, version)
             written += int(new.sum())
             progress("documents compared", first + len(new), meta.num_docs)
         deleted = list(stored)
@@ -233,16 +228,6 @@ def _batches(
         yield first, Documents(keys, titles, vectors, contents, columns)
 
 
-def _take(documents: Documents, rows: np.ndarray) -> Documents:
-    def take(values: Any) -> list[Any]:
-        return [values[row] for row in rows.tolist()]
-
-    columns = {name: take(values) for name, values in documents.columns.items()}
-    return Documents(
-        take(documents.keys), take(documents.titles), documents.vectors[rows], documents.contents[rows], columns
-    )
-
-
 def measure_recall(
     store: Store, collection: Collection, vectors_dir: Path, queries: np.ndarray | None = None,
     dataset: Dataset | None = None,
@@ -253,7 +238,7 @@ def measure_recall(
     which have length 1 if the score is a cosine. `dataset` has the withdrawals of `publish`. Raises: CheckpointError:
     the folder is of another model; DataError: the number of documents differs.
     """
-    folder = _Folder.open(vectors_dir, None if dataset is None else dataset.whole)
+    folder = _Folder(vectors_dir, None if dataset is None else dataset.whole)
     collection.check_model(folder.meta.model_checksum)
     num_docs, stored = int((~folder.withdrawn).sum()), store.count(collection)
     if num_docs != stored:

@@ -30,11 +30,10 @@ from bigdssm.features.columns import RowCheck, SourceBatch, strings, value_lists
 from bigdssm.features.ragged import gather_ranges, joined
 from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, item_contents, query_vectors
-from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.search import PastEvents, check_now, excluded_rows, histories, request_columns
-from bigdssm.retrieval.shards import ShardedFolder, ShardWork
-from bigdssm.sources.opening import read_table
+from bigdssm.retrieval.shards import ShardedFolder, Share
+from bigdssm.sources.opening import log_row, read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, hash64, hash_strings, json_checksum
 from bigdssm.utils.log import get_logger
@@ -58,7 +57,7 @@ class RecommendOptions:
     """Options of `recommend`."""
 
     top: int = 10
-    filter: str | None = None  # see filters.py
+    filter: str | None = None  # see `search.Filters`
     exclude_seen: bool | None = None  # None: the model's data.exclude_seen
 
     def __post_init__(self) -> None:
@@ -83,7 +82,7 @@ def recommend(
     dataset: Dataset,
     source: "QuerySource",
     options: RecommendOptions,
-    work: ShardWork,
+    work: Share,
     *,
     exclusions: "Exclusions | None" = None,
     overwrite: bool = False,
@@ -111,8 +110,7 @@ def recommend(
     )
     if not source.num_rows:
         raise DataError(f"{source.identity} of {dataset.dir}: no queries")
-    filters = Filters(dataset.whole.catalogue, index.meta.num_docs)
-    allowed = None if options.filter is None else filters.allowed(options.filter)
+    allowed = None if options.filter is None or index.filters is None else index.filters.allowed(options.filter)
     job = {
         "kind": "recommendations", "format": FORMAT, **asdict(options), "exclude_seen": exclude,
         "source": source.identity, "model": folder.checksum, "index": index.meta.files,
@@ -277,7 +275,7 @@ class TableRows(QuerySource):
         required = {column: f"the feature {name}" for name, f in features.items() for column in f.source_columns}
         options = {"--key-column": key_column, "--events-column": events_column, "--exclude-column": exclude_column}
         required |= {column: option for option, column in options.items() if column is not None}
-        batches = list(read_table(path, required, _warn))
+        batches = list(read_table(path, required, log_row))
         try:
             tables = pa.concat_tables([batch.table for batch in batches], promote_options="permissive")
         except pa.ArrowException as error:
@@ -289,7 +287,7 @@ class TableRows(QuerySource):
         self._excluded = Ragged(np.zeros(0, np.int64), np.zeros(self.num_rows + 1, np.int64))
         if exclude_column is not None:
             self.identity += f" exclude={exclude_column}"
-            check = RowCheck(SourceBatch(str(path), self._table, self._rows), _warn)
+            check = RowCheck(SourceBatch(str(path), self._table, self._rows), log_row)
             lists = value_lists(check, exclude_column, " ")
             docs = _catalogue_rows(dataset, lists.flatten().to_pylist(), f"{path}, column {exclude_column!r}")
             self._excluded = _without_unknown(lists, docs)
@@ -308,14 +306,14 @@ class TableRows(QuerySource):
         """Read the queries of the rows [first, last)."""
         rows = self._rows[first:last]
         batch = SourceBatch(str(self._path), self._table.slice(first, last - first), rows)
-        check = RowCheck(batch, _warn)
+        check = RowCheck(batch, log_row)
         keys = None if self._key_column is None else strings(check, self._key_column).to_pylist()
         seen = Ragged(np.zeros(0, np.int64), np.zeros(len(rows) + 1, np.int64))
         if self._events_column is not None:
             lists = value_lists(check, self._events_column, " ")
             seen = _without_unknown(lists, self._dataset.catalogue.rows_by_key(lists.flatten().to_pylist()))
         features = _of_columns(stored_features(self._dataset.schema.query))
-        columns = columns_of(batch, features, self._dataset.tokenizer, _warn) if features else {}
+        columns = columns_of(batch, features, self._dataset.tokenizer, log_row) if features else {}
         past = PastEvents.of_items(self._dataset.schema, seen)
         columns |= request_columns(self._dataset, past, self._context, self._now)
         excluded = excluded_rows(self._dataset, past, self._exclude_seen, self._now)
@@ -335,7 +333,7 @@ class Exclusions:
     ) -> None:
         """Unknown documents are skipped and counted in the log. Raises DataError: unreadable, or lacks a column."""
         columns = {user_column: "--user-column", item_column: "--item-column"}
-        batches = [RowCheck(batch, _warn) for batch in read_table(path, columns, _warn)]
+        batches = [RowCheck(batch, log_row) for batch in read_table(path, columns, log_row)]
         users = [hash_strings(strings(check, user_column)) for check in batches]
         items = [key for check in batches for key in strings(check, item_column).to_pylist()]
         user, rows = np.concatenate(users), _catalogue_rows(dataset, items, f"{path}, column {item_column!r}")
@@ -391,7 +389,3 @@ def _identity(now: float | None, context: Mapping[str, str] | None) -> str:
 def _query_documents(dataset: Dataset, ids: np.ndarray) -> list[np.ndarray]:
     """Return int64 [0 or 1] per query: the catalogue row of the document with the query's id."""
     return [row[row >= 0] for row in dataset.catalogue.rows_by_id(ids)[:, None]]
-
-
-def _warn(file: str, row: int, reason: str, left_out: bool = True) -> None:
-    logger.warning("%s, row %d: %s", file, row, reason)

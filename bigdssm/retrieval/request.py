@@ -17,6 +17,14 @@ from bigdssm.utils.arguments import MAX_ERROR_CHARACTERS
 from bigdssm.utils.components import BOUND, Bound
 
 HELP = "help"  # in the metadata of a field, with BOUND
+VALUE_TYPES: Mapping[str, tuple[Any, str]] = {  # by `value_type`: the type of values, and its name in messages
+    "bool": (bool | np.bool_, "true or false"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "list[str]": (Sequence, "a list of texts"),
+    "list[Event]": (Sequence, "a list of events"),
+    "dict[str, Any]": (Mapping, "a mapping of features to values"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,36 +123,27 @@ def _check_values(values: Event | Request, owner: str = "") -> None:
             continue
         if kind == "str":
             _check_text(where, value)
-        elif kind == "bool":
-            if not isinstance(value, bool | np.bool_):
-                raise _refused(where, value, "true or false")
-        elif kind == "int":
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise _refused(where, value, "a whole number")
-        elif kind == "float":
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise _refused(where, value, "a number")
+            continue
+        python_type, needed = VALUE_TYPES[kind]
+        if (
+            not isinstance(value, python_type)
+            or isinstance(value, str | bytes)
+            or (isinstance(value, bool) and kind != "bool")
+        ):
+            raise _refused(where, value, needed)
+        if kind == "float":
             try:
-                finite = math.isfinite(value)
+                is_finite = math.isfinite(value)
             except OverflowError:  # an integer beyond float64
-                finite = False
-            if not finite:
+                is_finite = False
+            if not is_finite:
                 raise _refused(where, value, "a finite number")
-        elif kind == "list[str]":
-            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-                raise _refused(where, value, "a list of texts")
-            for text in value:
-                _check_text(f"a value of {where}", text)
         elif kind == "list[Event]":
-            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-                raise _refused(where, value, "a list of events")
             if wrong := [event for event in value if not isinstance(event, Event)]:
                 raise _refused(where, wrong[0], "events such as Event('i3', time=5)")
-        else:
-            if not isinstance(value, Mapping):
-                raise _refused(where, value, "a mapping of features to values")
-            for name in value:
-                _check_text("the name of a feature", name)
+        elif kind in ("list[str]", "dict[str, Any]"):
+            for text in value:
+                _check_text(f"a value of {where}" if kind == "list[str]" else "the name of a feature", text)
         bound = declared.metadata.get(BOUND)
         if bound is not None and not bound.holds(value):
             raise _refused(where, value, str(bound))

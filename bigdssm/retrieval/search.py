@@ -1,30 +1,35 @@
-"""Resolve requests to queries: feature columns, seen documents, and the allowed documents."""
+"""Resolve requests to queries: feature columns, seen documents, and the allowed documents.
+
+An index resolves the text of a filter (features/conditions.py) to the form that it searches with.
+"""
 
 from __future__ import annotations
 
 import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from bigdssm.config import VisitConfig
-from bigdssm.dataset.catalogue import MappedTable
+from bigdssm.dataset.catalogue import NO_ROWS, Catalogue, MappedTable
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import FORGOTTEN_ID, TIME_COLUMN
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import (
     PADDING,
+    Categorical,
     Column,
     Decoder,
     Elapsed,
     EventTime,
     Feature,
+    Numeric,
     Ragged,
     TextTokenizer,
     Vector,
@@ -34,12 +39,11 @@ from bigdssm.features import (
     stored_features,
     timestamp_of,
 )
-from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
+from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX, ColumnType
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_units
-from bigdssm.features.conditions import Expression
+from bigdssm.features.conditions import Expression, evaluate, parse_filter, resolve
 from bigdssm.features.ragged import gather_ranges, joined
-from bigdssm.retrieval.filters import DocumentFilters, Filters
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.utils.arguments import check_utf8
@@ -48,7 +52,71 @@ from bigdssm.utils.hashing import hash64
 NUM_SUGGESTIONS = 3
 # Bounds of the fuzzy match of an unknown name against titles: at worst about a second.
 MOST_COMPARED, COMPARED_CHARACTERS = 5000, 80
-NOTHING = np.zeros(0, np.int64)
+BOOLEANS = (("true", "True", "TRUE", "1"), ("false", "False", "FALSE", "0"))  # as in `boolean_indices`
+CACHED_FILTERS = 32  # a byte and a bit per document and cached filter
+
+
+class Filters:
+    """Evaluates filters over the documents of one catalogue, with a cache."""
+
+    def __init__(self, catalogue: Catalogue, num_docs: int | None = None) -> None:
+        """`num_docs`: the first documents, which an index has; None: all."""
+        self._catalogue, self._num_docs = catalogue, num_docs
+        self.allowed = lru_cache(CACHED_FILTERS)(self._allowed)
+
+    @cached_property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Return the type and `Feature.choices` per filterable feature."""
+        every, choices = np.arange(self._catalogue.num_docs), {}
+        for name, feature in self._catalogue.filterable.items():
+            if values := feature.choices(self._catalogue.column(name, every)):
+                choices[name] = {"type": feature.type, **values}
+        return choices
+
+    def _allowed(self, text: str) -> AllowedDocuments:
+        """Return the documents that match the filter `text` and are not withdrawn.
+
+        Raises ConfigError: an unknown feature or value.
+        """
+        features = self._catalogue.filterable
+        expression = resolve(parse_filter(text), features)
+        every = np.arange(self._catalogue.num_docs)
+        passed = evaluate(expression, features, lambda name: self._catalogue.column(name, every))
+        passed[self._catalogue.withdrawn] = False
+        return AllowedDocuments(passed[: self._num_docs])
+
+
+class StoreFilters:
+    """Resolves filters to expressions on the columns of a collection."""
+
+    def __init__(self, columns: Mapping[str, ColumnType], catalogue: Catalogue | None) -> None:
+        """`catalogue` of the dataset has the vocabularies; without one, every value may exist."""
+        self._catalogue = catalogue
+        self._features: dict[str, Feature] = {}
+        for name, type in columns.items():
+            if catalogue is None:
+                self._features[name] = Numeric(name=name) if type == "number" else _AnyCategory(name=name)
+            elif name in catalogue.filterable:
+                self._features[name] = catalogue.filterable[name]
+
+    @cached_property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """Return the choices in the dataset; none without it."""
+        choices = {} if self._catalogue is None else Filters(self._catalogue).choices
+        return {name: choice for name, choice in choices.items() if name in self._features}
+
+    def allowed(self, text: str) -> Expression:
+        """Return the resolved expression."""
+        return resolve(parse_filter(text), self._features)
+
+
+class _AnyCategory(Categorical):
+    """A category with an unknown vocabulary; it may be one of booleans, so a boolean has all its spellings."""
+
+    def operands(self, operator: str, values: Sequence[str]) -> tuple[str, ...]:
+        super().operands(operator, ())
+        spellings = {text for value in values for group in BOOLEANS if value in group for text in group}
+        return tuple(sorted({*values, *spellings} - {""}))
 
 
 @dataclass(frozen=True)
@@ -70,7 +138,7 @@ class Queries:
 
     def __init__(
         self, schema: Schema, tokenizer: TextTokenizer | None, dataset: Dataset | None, exclude_seen: bool | str,
-        filters: DocumentFilters | None = None,
+        filters: Filters | StoreFilters | None = None,
     ) -> None:  # fmt: skip
         """Users and events need a dataset. `exclude_seen` is the default of requests.
 
@@ -83,20 +151,9 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        self._filters = filters
+        self.filters = filters
         if filters is None and dataset is not None:
-            self._filters = Filters(dataset.whole.catalogue)
-
-    def with_filters(self, filters: DocumentFilters | None) -> Queries:
-        """Return the same with the filters of another index."""
-        other = copy(self)
-        other._filters = filters
-        return other
-
-    @property
-    def choices(self) -> dict[str, dict[str, Any]]:
-        """Return the filterable features and their values, see `Filters.choices`."""
-        return {} if self._filters is None else self._filters.choices
+            self.filters = Filters(dataset.whole.catalogue)
 
     def of(self, request: Request, as_of: float | None = None) -> Query:
         """Resolve a request; stored events after `as_of`, in seconds since 1970, are ignored.
@@ -120,7 +177,7 @@ class Queries:
         # Missing values are replaced by those of the user or the document, and these by the given ones.
         query = self._schema.query.items()
         columns = {name: encode_values(feature, [feature.missing], self._tokenizer) for name, feature in query}
-        stored, query_document = PastEvents.none(self._schema), NOTHING
+        stored, query_document = PastEvents.none(self._schema), NO_ROWS
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
@@ -157,15 +214,15 @@ class Queries:
             columns |= histories(dataset, past) | request_columns(dataset, past, context, request.now)
         allowed = None
         if request.filter is not None:
-            if self._filters is None:
+            if self.filters is None:
                 raise ConfigError("a filter needs the documents' features; give the dataset with --data")
-            allowed = self._filters.allowed(request.filter)
+            allowed = self.filters.allowed(request.filter)
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
-        of_events = NOTHING
+        of_events = NO_ROWS
         if dataset is not None:
             session = None if visit.feature is None else context.get(visit.feature)
             of_events = excluded_rows(dataset, past, exclude, request.now, session).values
-        by_key = NOTHING if dataset is None else dataset.catalogue.rows_by_key(keys)
+        by_key = NO_ROWS if dataset is None else dataset.catalogue.rows_by_key(keys)
         unknown_excluded = tuple(key for key, row in zip(keys, by_key.tolist(), strict=False) if row < 0)
         excluded = np.concatenate([of_events, query_document, by_key[by_key >= 0]])
         return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, tuple(keys), allowed)

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,30 +26,44 @@ ROWS_PER_SHARD = 4096
 
 
 @dataclass(frozen=True)
-class ShardWork:
-    """Rank, world size, shard size and progress callback of a sharded job."""
+class Share:
+    """This rank's share of the work, and the size of its chunks, or of the shards of a folder."""
 
     rank: int = 0
     world_size: int = 1
-    rows_per_shard: int = ROWS_PER_SHARD
+    rows_per_chunk: int = 1024
     progress: Progress = no_progress
 
-    def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise ConfigError(f"--rows-per-shard {self.rows_per_shard}: needs at least 1")
-
     @classmethod
-    def from_launcher(cls, rows_per_shard: int, progress: Progress) -> "ShardWork":
+    def from_launcher(cls, rows_per_shard: int, progress: Progress) -> "Share":
         """Read rank and world size from torchrun or deepspeed. Raises ConfigError: they are invalid."""
+        if rows_per_shard < 1:
+            raise ConfigError(f"--rows-per-shard {rows_per_shard}: needs at least 1")
         rank, world_size = rank_and_world_size()
         return cls(rank, world_size, rows_per_shard, progress)
+
+    def bounds(self, num_rows: int) -> list[tuple[int, int]]:
+        """Return [first, last) per rank, the shares of `Dataset.iterate`."""
+        edges = [num_rows * k // self.world_size for k in range(self.world_size + 1)]
+        return list(pairwise(edges))
+
+    def of(self, num_rows: int) -> tuple[int, int]:
+        """Return this rank's [first, last) of `num_rows`."""
+        return self.bounds(num_rows)[self.rank]
+
+    def num_chunks(self, num_rows: int, rows_per_chunk: int) -> int:
+        """Return the number of chunks on the rank with the most rows."""
+        return -(-max(last - first for first, last in self.bounds(num_rows)) // rows_per_chunk)
+
+
+WHOLE = Share()  # of a single process
 
 
 class ShardedFolder:
     """An output folder of rows 0 … num_rows − 1 that is being written."""
 
     def __init__(
-        self, folder: Path, job: Mapping[str, Any], num_rows: int, work: ShardWork,
+        self, folder: Path, job: Mapping[str, Any], num_rows: int, work: Share,
         prepare: Callable[[Path], None] = lambda temporary: None, own: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
         """Resume the unfinished folder of exactly this `job`, or start an empty one and call `prepare` on it.
@@ -58,10 +73,10 @@ class ShardedFolder:
         Raises DataError: another process is writing the folder for another job.
         """
         self._folder, self._num_rows, self._work, self._own = folder, num_rows, work, own
-        self.num_shards = -(-num_rows // work.rows_per_shard)
+        self.num_shards = -(-num_rows // work.rows_per_chunk)
         self.aside = temporary_path(folder)
         self.aside.mkdir(parents=True, exist_ok=True)
-        described = json.dumps({**job, "num_rows": num_rows, "rows_per_shard": work.rows_per_shard}, indent=1)
+        described = json.dumps({**job, "num_rows": num_rows, "rows_per_shard": work.rows_per_chunk}, indent=1)
         with _lock(self.aside):
             # Shared by the ranks of a job while they work. A record lock, which does not block the next job of this
             # process even if the traceback of an error keeps this object alive.
@@ -91,7 +106,7 @@ class ShardedFolder:
 
     def pending(self, what: str) -> Iterator[tuple[int, int, int]]:
         """Yield (shard, first row, last row + 1) of unfinished shards; advancing marks one as done."""
-        size = self._work.rows_per_shard
+        size = self._work.rows_per_chunk
         for number, shard in enumerate(self._pending, start=1):
             yield shard, shard * size, min((shard + 1) * size, self._num_rows)
             self._done(shard).touch()

@@ -19,7 +19,7 @@ from bigdssm.dataset.schema import find_sorted
 from bigdssm.errors import DataError
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import rows_of_queries
-from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.utils.array_file import check_seal, new_array, seal
 from bigdssm.utils.atomic import real_path
 
@@ -69,7 +69,7 @@ class TeacherVectors:
 
 
 def write_teacher_vectors(
-    out: Path, encoders: Encoders, dataset: Dataset, name: str, work: ShardWork
+    out: Path, encoders: Encoders, dataset: Dataset, name: str, work: Share
 ) -> TeacherVectors | None:
     """Encode all documents and training queries; returned on the rank that finishes, else None.
 

@@ -36,8 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request, value_type
-from bigdssm.serving.batching import Overloaded
-from bigdssm.serving.live import ActiveSearcher, LiveSearcher
+from bigdssm.serving.live import ActiveSearcher, LiveSearcher, Overloaded
 from bigdssm.serving.metrics import Metrics, RequestMetrics
 from bigdssm.serving.request_log import RequestLog
 from bigdssm.serving.searcher import Folders, Searcher
@@ -111,16 +110,6 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
     # The message may quote a lone surrogate of the request (JSON's "\\ud800"), which UTF-8 cannot encode.
     line = " ".join(message.encode("utf-8", "backslashreplace").decode().splitlines())
     return JSONResponse({"error": line}, status, headers)
-
-
-def validation_message(error: RequestValidationError) -> str:
-    """Return a message about the first validation error."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return f"the request is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:100] or "the request"
-    got = "" if isinstance(first.get("input"), bytes | dict | list | None) else f", got {str(first['input'])[:60]!r}"
-    return f"{where}: {first['msg']}{got}"
 
 
 PATHS = ("/api/about", "/api/users", "/api/search", "/api/similar", "/api/why", "/api/vector")
@@ -263,15 +252,13 @@ def api(
                 result = await current.batcher(query)
                 metrics.unknown_events.inc(len(query.unknown))
                 metrics.unknown_excluded.inc(len(query.unknown_excluded))
-                timing = {
+                answer: dict[str, Any] = {
+                    "documents": _ranked(result.documents), "history": current.searcher.seen(query),
+                    "unknown_events": len(query.unknown), "unknown_excluded": len(query.unknown_excluded),
                     "encode_ms": result.encode_ms, "search_ms": result.search_ms, "rerank_ms": result.rerank_ms,
                     "batch": result.batch,
                 }  # fmt: skip
-                unknown = {
-                    "unknown_events": len(query.unknown), "unknown_excluded": len(query.unknown_excluded),
-                }  # fmt: skip
-                history = {"history": current.searcher.seen(query), **unknown}
-                stored = {"documents": _ranked(result.documents), **history, **timing}, query.columns
+                stored = answer, query.columns
                 current.cache.put(key, stored)
             answer, columns = stored
             if log is not None:
@@ -375,7 +362,14 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
-        return error_response(422, validation_message(error))
+        first = error.errors()[0]  # the message is about this one
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", first["msg"])
+            return error_response(422, f"the request is not valid JSON: {reason}")
+        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:100] or "the request"
+        is_shown = not isinstance(first.get("input"), bytes | dict | list | None)
+        got = f", got {str(first['input'])[:60]!r}" if is_shown else ""
+        return error_response(422, f"{where}: {first['msg']}{got}")
 
     @app.exception_handler(HTTPException)
     async def no_such_page(request: HTTPRequest, error: HTTPException) -> JSONResponse:

@@ -1,4 +1,7 @@
-"""A log of answered requests as a table of Parquet files, written by a thread of each worker."""
+"""A log of answered requests as a table of Parquet files, written by a thread of each worker; and its replay.
+
+A replay computes the requests again and compares features, scores and answers, to measure training-serving skew.
+"""
 
 import fcntl
 import json
@@ -7,9 +10,10 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,17 +23,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError
+from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, Column, Feature, Numeric, histories_of
 from bigdssm.features.base import FIRST_CODE
 from bigdssm.features.conditions import conditions, parse_filter
-from bigdssm.retrieval.search import DocumentNames, first_users
+from bigdssm.retrieval.request import parse_request
+from bigdssm.retrieval.search import DocumentNames, Query, first_users
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import Changes, new_file
 from bigdssm.utils.log import get_logger
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from prometheus_client import Counter as PrometheusCounter
 
 COLUMNS = pa.schema(
     {
@@ -52,34 +57,27 @@ MOST_WAITING = 10_000  # records of a worker
 PART, COMPLETE = ".part", ".parquet"  # suffixes of an open Arrow stream, and of a file that no one changes
 NAME_TIME = "%Y%m%dT%H%M%SZ"  # the beginning of names: when a file was opened
 DAY_S = 86_400
+REPLAYED_AT_ONCE = 256  # requests per batch of the model
+MOST_EXAMPLES = 10  # of a replay
+TOLERANCE = 1e-4  # of scores, relative to the largest one of the answer
 COMPARED_USERS, LEAST_SHARE = 1000, 0.25  # of users whose keys are values: their id, and not such as an age
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class LoggedAnswer:
-    """An answer that waits for being written; features are decoded by the writing thread."""
-
-    request: str
-    time: float
-    body: str
-    columns: Mapping[str, Column]
-    documents: Sequence[Mapping[str, Any]]
-    searcher: Searcher
-    cached: bool
-
-    def row(self) -> dict[str, Any]:
-        """Return the row of COLUMNS."""
-        body = {name: value for name, value in json.loads(self.body).items() if value is not None}
-        model, index = self.searcher.versions
-        return {
-            "request": self.request, "time": self.time, "user": body.get("user"),
-            "body": json.dumps(body, ensure_ascii=False),
-            "features": json.dumps(self.searcher.queries.decoded(self.columns), ensure_ascii=False),
-            "filter": body.get("filter"), "exclude": body.get("exclude"), "model": model, "index": index,
-            "document": [document["key"] for document in self.documents],
-            "score": [document["score"] for document in self.documents], "cached": self.cached,
-        }  # fmt: skip
+def _row(
+    request: str, answered: float, content: str, columns: Mapping[str, Column], documents: Sequence[Mapping[str, Any]],
+    searcher: Searcher, cached: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the row of COLUMNS of an answer; `content` is the request, JSON."""
+    body = {name: value for name, value in json.loads(content).items() if value is not None}
+    model, index = searcher.versions
+    return {
+        "request": request, "time": answered, "user": body.get("user"), "body": json.dumps(body, ensure_ascii=False),
+        "features": json.dumps(searcher.queries.decoded(columns), ensure_ascii=False),
+        "filter": body.get("filter"), "exclude": body.get("exclude"), "model": model, "index": index,
+        "document": [document["key"] for document in documents],
+        "score": [document["score"] for document in documents], "cached": cached,
+    }  # fmt: skip
 
 
 class RequestLog:
@@ -89,7 +87,7 @@ class RequestLog:
     that was killed is completed by the next writer.
     """
 
-    def __init__(self, folder: Path, days: float, counter: "Counter") -> None:
+    def __init__(self, folder: Path, days: float, counter: "PrometheusCounter") -> None:
         """`counter` has the label `result`: written or lost. Raises ConfigError: the folder cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +97,8 @@ class RequestLog:
                 f"--log-requests {folder}: cannot write: {error.strerror}; choose another folder"
             ) from None
         self._folder, self._days, self._counter = folder, days, counter
-        self._waiting: queue.Queue[LoggedAnswer] = queue.Queue(MOST_WAITING)
+        # Rows of answers to compute: features are decoded by the writing thread.
+        self._waiting: queue.Queue[Callable[[], dict[str, Any]]] = queue.Queue(MOST_WAITING)
         self._stop = threading.Event()
         self._part: BinaryIO | None = None
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
@@ -110,7 +109,7 @@ class RequestLog:
         """Log an answer without waiting, and return the id of the request; if the queue is full, it is lost."""
         request = uuid.uuid4().hex
         try:
-            self._waiting.put_nowait(LoggedAnswer(request, time.time(), body, columns, documents, searcher, cached))
+            self._waiting.put_nowait(partial(_row, request, time.time(), body, columns, documents, searcher, cached))
         except queue.Full:
             self._counter.labels("lost").inc()
         return request
@@ -136,9 +135,9 @@ class RequestLog:
                 self._part = None
                 logger.warning("%s: cannot write: %s; the next file is tried", self._folder, error)
 
-    def _write(self, answers: Sequence[LoggedAnswer]) -> None:
+    def _write(self, answers: Sequence[Callable[[], dict[str, Any]]]) -> None:
         try:
-            batch = pa.RecordBatch.from_pylist([answer.row() for answer in answers], COLUMNS)
+            batch = pa.RecordBatch.from_pylist([row() for row in answers], COLUMNS)
             if self._part is None:
                 self._part = _open_part(self._folder)
                 self._writer = pa.ipc.new_stream(self._part, COLUMNS)
@@ -215,7 +214,7 @@ def forget_in_log(
     server is writing, which are not changed: they are complete after ROLL_S at the latest.
     """
     in_use = complete_parts(folder) if not changes.dry_run else sorted(folder.glob(f"*{PART}"))
-    ids = _Ids.of(users, items, titles, dataset)
+    ids = _Ids(users, items, titles, dataset)
     for path in sorted(folder.glob(f"*{COMPLETE}")):
         before = pq.read_table(path).to_pylist()
         rows = [ids.rewrite(row) for row in before if not ids.is_of_user(row)]
@@ -227,31 +226,25 @@ def forget_in_log(
     return in_use
 
 
-@dataclass(frozen=True)
 class _Ids:
     """Forgotten ids, and the fields of a row that may have them."""
 
-    users: frozenset[str]
-    items: frozenset[str]
-    names: DocumentNames  # of the items, as in requests
-    other: frozenset[str]  # query features without ids of users
-    histories: frozenset[str] | None  # query features; None: unknown
-    numeric: frozenset[str]  # features of filters
-
-    @classmethod
-    def of(
-        cls, users: Collection[str], items: Collection[str], titles: Collection[str], dataset: Dataset | None
-    ) -> "_Ids":
-        names = DocumentNames(sorted(items), sorted(title for title in titles if title.strip()))
-        other, histories, numeric = frozenset[str](), None, frozenset[str]()
+    def __init__(
+        self, users: Collection[str], items: Collection[str], titles: Collection[str], dataset: Dataset | None
+    ) -> None:
+        self.users, self.items = frozenset(users), frozenset(items)
+        # of the items, as in requests
+        self.names = DocumentNames(sorted(items), sorted(title for title in titles if title.strip()))
+        self.other: Collection[str] = ()  # query features without ids of users
+        self.histories: Collection[str] | None = None  # query features; None: unknown
+        self.numeric: Collection[str] = ()  # features of filters
         if dataset is not None:
             query = dataset.schema.query
-            histories = frozenset(histories_of(query))
+            self.histories = histories_of(query)
             keys = [] if dataset.sequences is None else first_users(dataset.sequences, COMPARED_USERS)
-            other = frozenset(name for name, feature in query.items() if not _has_users(feature, keys))
+            self.other = {name for name, feature in query.items() if not _has_users(feature, keys)}
             filters = dataset.catalogue.filterable
-            numeric = frozenset(name for name, feature in filters.items() if isinstance(feature, Numeric))
-        return cls(frozenset(users), frozenset(items), names, other, histories, numeric)
+            self.numeric = {name for name, feature in filters.items() if isinstance(feature, Numeric)}
 
     def is_of_user(self, row: Mapping[str, Any]) -> bool:
         """Return whether the user, or a single value of a query feature, is one of `users`."""
@@ -313,3 +306,85 @@ def _text(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
+def replay(
+    searcher: Searcher, log: Iterable[pa.RecordBatch], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """Return a report of the requests of a `log` of the searcher's model.
+
+    A request is computed with the stored events up to its time, and differs if a feature does, or the documents, their
+    order or a score beyond TOLERANCE. Requests that `forget_in_log` changed are counted alone. The report has counts of
+    requests, shares of those compared, the mean overlap of the answers, and examples. Raises DataError: no request of
+    this model.
+    """
+    model, index = searcher.versions
+    counts, differing_features = Counter[str](), Counter[str]()
+    examples: list[dict[str, Any]] = []
+    overlap = largest_difference = 0.0
+
+    def compare(group: list[tuple[dict[str, Any], Query]]) -> None:
+        nonlocal overlap, largest_difference
+        for (row, query), result in zip(group, searcher.answer([query for _, query in group]), strict=True):
+            logged = json.loads(row["features"])
+            computed = json.loads(json.dumps(searcher.queries.decoded(query.columns)))  # in JSON types, as the log
+            names = [name for name in sorted({*logged, *computed}) if logged.get(name) != computed.get(name)]
+            logged_scores = dict(zip(row["document"], row["score"], strict=True))
+            scores = {document.key: float(document.score) for document in result.documents}
+            common = logged_scores.keys() & scores.keys()
+            overlap += len(common) / max(len(logged_scores), len(scores), 1)
+            largest_difference = max([largest_difference, *(abs(logged_scores[key] - scores[key]) for key in common)])
+            differing_features.update(names)
+            counts["requests"] += 1
+            counts["other_index"] += row["index"] != index
+            if not names and _is_same(logged_scores, scores):
+                continue
+            counts["differing"] += 1
+            if len(examples) < MOST_EXAMPLES:
+                values = {name: {"logged": logged.get(name), "replayed": computed.get(name)} for name in names}
+                answers = {"logged": list(logged_scores), "replayed": list(scores)}
+                examples.append({"request": row["request"], "features": values, "documents": answers})
+
+    for batch in log:
+        group = []
+        for row in batch.to_pylist():
+            if row["model"] != model:
+                counts["other_model"] += 1
+                continue
+            if row["cached"] is None:
+                counts["forgotten"] += 1
+                continue
+            try:
+                group.append((row, searcher.queries.of(parse_request(json.loads(row["body"])), as_of=row["time"])))
+            except (ConfigError, DataError) as error:  # a withdrawn user, or values that the model does not have
+                counts["invalid"] += 1
+                if len(examples) < MOST_EXAMPLES:
+                    examples.append({"request": row["request"], "error": str(error)})
+        for first in range(0, len(group), REPLAYED_AT_ONCE):
+            compare(group[first : first + REPLAYED_AT_ONCE])
+        progress(counts["requests"])
+    num_requests = counts["requests"]
+    if not num_requests:
+        raise DataError(
+            f"the log has no request that model {model[:12]} answers: {dict(counts)}; give the logged model"
+        )
+    return {
+        **{name: counts[name] for name in ("requests", "invalid", "other_model", "forgotten", "other_index")},
+        "differing": counts["differing"] / num_requests,
+        "features": {name: count / num_requests for name, count in differing_features.most_common()},
+        "overlap": overlap / num_requests, "largest_score_difference": largest_difference, "examples": examples,
+    }  # fmt: skip
+
+
+def _is_same(logged: Mapping[str, float], replayed: Mapping[str, float]) -> bool:
+    """Return whether two answers, scores by key in order, are equal up to rounding; equal scores may change places."""
+    tolerance = TOLERANCE * max(map(abs, [*logged.values(), *replayed.values()]), default=0.0)
+    if len(logged) != len(replayed):
+        return False
+    return all(
+        abs(score - at_position) <= tolerance
+        # A document that a tie has cut off has the last score
+        and abs(score - replayed.get(key, last)) <= tolerance
+        for last in [*replayed.values()][-1:]
+        for (key, score), at_position in zip(logged.items(), replayed.values(), strict=True)
+    )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored
 from bigdssm.loader.batch import to_features
 from bigdssm.models import ALPHA_MAX
 from bigdssm.retrieval.embed import item_contents, query_vectors
-from bigdssm.retrieval.index import DocumentIndex, FolderIndex, Index, StoreIndex, cosine_similarities, open_index
+from bigdssm.retrieval.index import DocumentIndex, StoreIndex, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
 from bigdssm.retrieval.model import PairScorer
 from bigdssm.retrieval.request import Request
@@ -120,7 +120,7 @@ class Searcher:
 
     @checked
     def __init__(
-        self, folder: ModelFolder, index: Index | DocumentIndex, dataset: Dataset | None, threads: int | None = None,
+        self, folder: ModelFolder, index: DocumentIndex, dataset: Dataset | None, threads: int | None = None,
         onnx: Path | None = None, rerank: int = 0,
     ) -> None:  # fmt: skip
         """Users, histories and re-ranking need the dataset.
@@ -134,14 +134,13 @@ class Searcher:
             raise ConfigError(f"rerank={rerank}: needs at least 2 documents, or 0 for none")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads={threads}: needs at least 1")
-        documents = FolderIndex(index) if isinstance(index, Index) else index
-        documents.check_model(folder.doc_checksum)
+        index.check_model(folder.doc_checksum)
         if dataset is not None:
             dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
-            documents = documents.of_dataset(dataset)
+            index = index.of_dataset(dataset)
             if folder.model.content_ids:
                 folder.model.set_contents(item_contents(folder.model, dataset))
-        self._folder, self._index, self._dataset, self._threads = folder, documents, dataset, threads
+        self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
         self._rerank, self._scorer = rerank, None
         if rerank:
@@ -150,7 +149,7 @@ class Searcher:
             self._scorer = PairScorer.from_folder(folder, dataset)
             self._scorer.require_scorer()
         tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, documents.filters)
+        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, index.filters)
 
     @classmethod
     @checked
@@ -172,13 +171,14 @@ class Searcher:
         index.check_model(self._folder.doc_checksum)
         other = copy(self)
         other._index = index if self._dataset is None else index.of_dataset(self._dataset)
-        other.queries = self.queries.with_filters(other._index.filters)
+        other.queries = copy(self.queries)
+        other.queries.filters = other._index.filters
         return other
 
     @property
     def versions(self) -> tuple[str, str]:
-        """Return the checksum of the model, and the fields of the index' IndexDescription as JSON."""
-        described = {name: value for name, value in asdict(self._index.description).items() if value is not None}
+        """Return the checksum of the model, and the description of the index as JSON."""
+        described = {name: value for name, value in self._index.description.items() if value is not None}
         return self._folder.checksum, json.dumps(described)
 
     def dataset_state(self) -> tuple[int | None, int] | None:
@@ -200,10 +200,10 @@ class Searcher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return the checksum of the model, the fields of the index' IndexDescription, and its age in seconds."""
+        """Return the checksum of the model, the description of the index, and its age in seconds."""
         description = self._index.description
-        age_s = None if description.published is None else time.time() - description.published
-        return {"model": self._folder.checksum, **asdict(description), "age_s": age_s}
+        age_s = None if description["published"] is None else time.time() - description["published"]
+        return {"model": self._folder.checksum, **description, "age_s": age_s}
 
     def about(self) -> dict[str, Any]:
         """Return a description of model, index, features and filters for clients."""
@@ -212,7 +212,7 @@ class Searcher:
             **self.identity, "score": self._folder.config.model.score,
             "exclude_seen": self._folder.config.data.exclude_seen,
             "features": {name: feature.type for name, feature in stored_features(schema.query).items()},
-            "filters": self.queries.choices,
+            "filters": {} if self.queries.filters is None else self.queries.filters.choices,
             "history": self.queries.has_history, "users": bool(self.users), "now": bool(times_of_requests(schema)),
         }  # fmt: skip
 
@@ -241,13 +241,13 @@ class Searcher:
         if not np.isfinite(vectors).all():
             raise ConfigError("the vector of a query holds NaN or inf: a number of its features is too large")
         encoded = time.perf_counter()
-        self._use_threads()
+        set_search_threads(self._threads)
         results: list[list[ScoredDocument]] = [[]] * len(queries)
         # Grouped by `top`, too: an approximate index probes more for a larger `top`.
         for allowed, requested in dict.fromkeys((query.allowed, query.top) for query in queries):
             members = [i for i, query in enumerate(queries) if query.allowed == allowed and query.top == requested]
             top = max(self._rerank, requested)
-            results_of_group = self._index.search(vectors[members], [queries[i] for i in members], top)
+            results_of_group = self._index.search_queries(vectors[members], [queries[i] for i in members], top)
             for i, documents in zip(members, results_of_group, strict=True):
                 results[i] = documents
         searched = time.perf_counter()
@@ -293,8 +293,8 @@ class Searcher:
         """
         title, _ = self._document(key)
         check_utf8(exclude)
-        self._use_threads()
-        return title, self._index.similar(key, top, exclude)
+        set_search_threads(self._threads)
+        return title, self._index.similar_documents(key, top, exclude)
 
     def why(self, request: Request, key: str) -> Explanation:
         """Explain a document by the most similar parts of a request. Raises as `queries.of` and `similar`."""
@@ -302,7 +302,7 @@ class Searcher:
         # The distinct events within the histories' `max_items`; the index may lack new documents.
         most = max((feature.max_items for feature in histories_of(schema.query).values()), default=0)
         rows = np.unique(query.seen[len(query.seen) - min(most, len(query.seen)) :])
-        seen = {} if self._dataset is None else self._index.vectors(self._dataset.catalogue.keys(rows))
+        seen = {} if self._dataset is None else self._index.stored_vectors(self._dataset.catalogue.keys(rows))
         others = np.stack([stored.vector for stored in seen.values()]) if seen else vector[None][:0]
         cosines = cosine_similarities(vector, others, self._index.has_beta).tolist()
         near = [NearItem(other, seen[other].title, cosine) for other, cosine in zip(seen, cosines, strict=True)]
@@ -326,14 +326,10 @@ class Searcher:
     def _document(self, key: str) -> StoredVector:
         """Return title and vector of a document. Raises DataError: no document has this key."""
         check_utf8([key])
-        stored = self._index.vectors([key])
+        stored = self._index.stored_vectors([key])
         if key not in stored:
             raise DataError(f"no document has the key {key!r}")
         return stored[key]
-
-    def _use_threads(self) -> None:
-        if self._threads is not None:
-            set_search_threads(self._threads)
 
 
 @dataclass(frozen=True)
@@ -375,7 +371,7 @@ class Folders:
         """
         digest = hashlib.sha256()
         models = [folder / MODEL_META for folder in self._models]
-        for path in (*models, self._index_meta):
+        for path in (*models, Path(self.index) / INDEX_META):
             with suppress(OSError):
                 digest.update(path.read_bytes())
         digest.update(self._export)
@@ -387,10 +383,6 @@ class Folders:
     @cached_property
     def _named(self) -> tuple[Store, str] | None:
         return open_named(str(self.index)) if is_store(self.index) else None
-
-    @property
-    def _index_meta(self) -> Path:
-        return Path(self.index) / INDEX_META
 
     @property
     def _models(self) -> list[Path]:
@@ -421,8 +413,8 @@ class Folders:
         if not models:
             read_model_meta(self.model)  # raises
         if self._named is None:
-            index = FolderIndex(open_index(self.index), published=self._index_meta.stat().st_mtime)
-            model, where = index.index.meta.model_checksum, f"the index {self.index}"
+            index = replace(open_index(self.index), published=(Path(self.index) / INDEX_META).stat().st_mtime)
+            model, where = index.meta.model_checksum, f"the index {self.index}"
             if model in models:
                 return models[model], index
         else:

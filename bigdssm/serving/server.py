@@ -151,7 +151,14 @@ def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...
                     logger.warning("worker %s ended with code %s; restarting it", process.pid, process.exitcode)
                 workers[i] = start()
     finally:
-        _terminate([process for process, _ in workers], timeout_s + KILLED_AFTER_S)
+        for process, _ in workers:
+            process.terminate()
+        until = time.monotonic() + timeout_s + KILLED_AFTER_S
+        for process, _ in workers:
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def _worker(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -164,14 +171,3 @@ def _worker(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     work(*arguments)
-
-
-def _terminate(processes: list[BaseProcess], timeout_s: float) -> None:
-    for process in processes:
-        process.terminate()
-    until = time.monotonic() + timeout_s
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()

@@ -10,7 +10,10 @@ from bigdssm.features.columns import ReportBad, SourceBatch
 from bigdssm.sources.base import COMPRESSIONS, SOURCES, Part, Source, TableFile
 from bigdssm.sources.columnar import PARQUET_SUFFIX, ParquetSource, saved_dataset
 from bigdssm.sources.text import MissingColumn
+from bigdssm.utils.log import get_logger
 from bigdssm.utils.urls import is_folder, is_url, join, list_names
+
+logger = get_logger(__name__)
 
 SPARK_PREFIX = "spark:"
 SPARK_QUERY = re.compile(r"[\s(]*(select|with|from|values|table)\b", re.IGNORECASE)
@@ -75,6 +78,11 @@ def open_source(path: str | Path) -> Source:
     if not local.is_file():
         raise DataError(f"table {local} {'is not a file' if local.exists() else 'does not exist'}")
     return _of_suffix(TableFile(local))
+
+
+def log_row(file: str, row: int, reason: str, left_out: bool = True) -> None:
+    """Log a bad row, or a bad value that is read as missing; a ReportBad."""
+    logger.warning("%s, row %d: %s", file, row, reason)
 
 
 def read_table(path: str | Path, columns: Collection[str], report_bad: ReportBad) -> Iterator[SourceBatch]:

@@ -196,6 +196,11 @@ class Store(ABC):
         if not collection.published:
             raise DataError(f"{self.address}: collection {name} is not complete; publish it again")
 
+    def check_unnamed(self, name: str) -> None:
+        """Raise ConfigError if an alias names the collection `name`."""
+        if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
+            raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
+
     def named(self, name: str) -> list[Collection]:
         """Return the collection of a name or alias, and the one that the alias named before, if it is complete.
 
@@ -227,6 +232,8 @@ STORES: Registry[Store] = Registry("a store", "scheme", Store)
 register_store = STORES.register
 
 
+WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2)  # before trying again: longer than the restart of a server
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LIVE = "live"  # the alias that is served by default
 BUILT_IN = {  # by scheme; each module imports its client, or FAISS
     "postgresql": "bigdssm.stores.postgres",

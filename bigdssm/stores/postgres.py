@@ -30,7 +30,17 @@ import numpy as np
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features.base import FITTED, ColumnType
 from bigdssm.features.conditions import And, Expression, Or
-from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
+from bigdssm.stores.base import (
+    LOCAL_HOSTS,
+    WAITS_S,
+    Alias,
+    Collection,
+    Documents,
+    ScoredDocument,
+    Store,
+    StoredVector,
+    register_store,
+)
 from bigdssm.utils.components import bounded
 from bigdssm.utils.hashing import hash64
 
@@ -47,9 +57,7 @@ INDEXED_WIDTH, HALF_WIDTH = 2000, 4000  # of HNSW: of float32, and of float16, w
 RESCORED = 4  # float16 candidates per requested document
 FAR, MOST_LENGTH = 100, 60_000.0  # length of an index query, in radii; float16 ends at 65,504
 EXACT_ROWS = 20_000  # a filter with at most as many matches is evaluated exactly
-WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2)  # before reconnecting: longer than the restart of a server
 LOCK_WAIT_S = 5.0  # until the server notices that a publisher was killed
-LOCAL = ("localhost", "127.0.0.1", "::1")
 NAME_BYTES = 40  # of a collection; an identifier has 63
 OWN_COLUMNS: Mapping[str, str] = {
     "doc_key": "text", "doc_title": "text", "doc_vector": "vector", "doc_model": "uuid", "doc_version": "int8",
@@ -266,8 +274,7 @@ class PostgresStore(Store):
                 connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(_table(name)))
                 connection.execute("DELETE FROM bigdssm_collections WHERE name = %s", [name])
 
-        if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
-            raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
+        self.check_unnamed(name)
         self._run(work)
 
     # ----- aliases
@@ -451,7 +458,7 @@ class PostgresStore(Store):
         address = known.get("hostaddr") or os.environ.get("PGHOSTADDR")  # libpq connects there, whatever the host
         hosts = str(address or known.get("host") or os.environ.get("PGHOST") or "").split(",")
         has_service = "service" in known or "PGSERVICE" in os.environ
-        is_local = not has_service and all(not host or host[0] in "/@" or host in LOCAL for host in hosts)
+        is_local = not has_service and all(not host or host[0] in "/@" or host in LOCAL_HOSTS for host in hosts)
         if not is_local and "sslmode" not in known and "PGSSLMODE" not in os.environ:
             known["sslmode"] = "verify-full"
             if "sslrootcert" not in known and "PGSSLROOTCERT" not in os.environ:

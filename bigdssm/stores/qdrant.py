@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import UUID, uuid4
@@ -26,8 +27,18 @@ import xxhash
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, UnavailableError
 from bigdssm.features.base import FITTED, ColumnType
-from bigdssm.features.conditions import And, Condition, Expression, Or
-from bigdssm.stores.base import Alias, Collection, Documents, ScoredDocument, Store, StoredVector, register_store
+from bigdssm.features.conditions import And, Expression, Or
+from bigdssm.stores.base import (
+    LOCAL_HOSTS,
+    WAITS_S,
+    Alias,
+    Collection,
+    Documents,
+    ScoredDocument,
+    Store,
+    StoredVector,
+    register_store,
+)
 from bigdssm.utils.components import bounded
 
 try:
@@ -37,24 +48,14 @@ except ImportError as error:
     raise ConfigError(f"a store at qdrant:// needs qdrant-client ({error}): pip install 'bigdssm[qdrant]'") from None
 
 KEY_VARIABLE = "QDRANT_API_KEY"
-LOCAL = ("localhost", "127.0.0.1", "::1")
 LEAST_VERSION = (1, 16)  # of the server: writes that compare versions
 ADMIN = "bigdssm"
 NAME_BYTES = 100
 ROWS_AT_ONCE, SCROLLED = 512, 10_000  # points per request
-WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2)  # before trying again: longer than the restart of a server
 LEASE_S = 120.0  # of a publisher, who renews it with every change
 TIMEOUT_S = 60
 PAYLOAD_TYPES: Mapping[ColumnType, str] = {"category": "keyword", "categories": "keyword", "number": "float"}
 T = TypeVar("T")
-
-
-@dataclass
-class _State:
-    """The connection, and the leases that this process holds by collection."""
-
-    client: QdrantClient | None = None
-    leases: dict[str, str] = field(default_factory=dict)
 
 
 @register_store
@@ -67,7 +68,7 @@ class QdrantStore(Store):
     m: int = bounded(24, 2, 100)  # links per document in the HNSW graph
     ef_construction: int = bounded(128, 4, 1000)  # candidates per document when the graph is built
     ef_search: int = bounded(200, 1, 10_000)  # candidates per query, at least the number of requested documents
-    _state: _State = field(default_factory=_State, metadata=FITTED, repr=False, compare=False)
+    _leases: dict[str, str] = field(default_factory=dict, metadata=FITTED, repr=False, compare=False)  # by collection
 
     # ----- collections
 
@@ -112,14 +113,14 @@ class QdrantStore(Store):
         """
         self._check_name(name)
         self._run(self._create_admin)
-        if name in self._state.leases:
+        if name in self._leases:
             raise DataError(f"{self.address}: another process publishes to {name}; wait for it, then try again")
-        self._state.leases[name] = uuid4().hex
+        self._leases[name] = uuid4().hex
         try:
             self._renew(name)
             yield
         finally:
-            owner = self._state.leases.pop(name)
+            owner = self._leases.pop(name)
             mine = models.FieldCondition(key="owner", match=models.MatchValue(value=owner))
             self._run(lambda client: client.delete(ADMIN, models.Filter(must=[mine])))
 
@@ -142,8 +143,7 @@ class QdrantStore(Store):
 
     def drop(self, name: str) -> None:
         """Drop the points, tombstones and description of a collection."""
-        if names := [alias for alias, (current, _) in self.aliases().items() if current == name]:
-            raise ConfigError(f"collection {name}: the alias {names[0]} names it; switch the alias first")
+        self.check_unnamed(name)
         if name in self._described():
 
             def work(client: Any) -> None:
@@ -300,7 +300,7 @@ class QdrantStore(Store):
 
     def _renew(self, name: str) -> None:
         """Renew the lease that this process holds. Raises DataError: it ended, and another process has one."""
-        if (owner := self._state.leases.get(name)) is None:
+        if (owner := self._leases.get(name)) is None:
             return
         id, now = _id(f"lease {name}"), time.time()
         lease = {"kind": "lease", "owner": owner, "until": now + LEASE_S}
@@ -356,10 +356,9 @@ class QdrantStore(Store):
         """Whether the store is a folder of Qdrant's local mode."""
         return not urlsplit(self.url).netloc
 
+    @cached_property
     def _client(self) -> QdrantClient:
-        """Return the connection. Raises ConfigError: an invalid URL, or an API key that would be sent without TLS."""
-        if self._state.client is not None:
-            return self._state.client
+        """The connection. Raises ConfigError: an invalid URL, or an API key that would be sent without TLS."""
         parts, key = urlsplit(self.url), os.environ.get(KEY_VARIABLE)
         try:
             host, port = parts.hostname, parts.port or 6333
@@ -374,7 +373,7 @@ class QdrantStore(Store):
                 f"qdrant:///FOLDER; the API key comes from {KEY_VARIABLE}"
             )
         else:
-            is_here = host in LOCAL
+            is_here = host in LOCAL_HOSTS
             with_tls = not is_here and parts.query != "tls=off"
             if key and not with_tls and not is_here:
                 raise ConfigError(f"{KEY_VARIABLE} is set, and ?tls=off would send it unencrypted; remove one of them")
@@ -384,15 +383,14 @@ class QdrantStore(Store):
             version = tuple(map(int, client.info().version.split(".")[:2]))
             if version < LEAST_VERSION:
                 raise DataError(f"{self.address} has Qdrant {client.info().version}, needs 1.16 to compare versions")
-        self._state.client = client
         return client
 
     def _run(self, work: Callable[[Any], T]) -> T:
         """Return the result of `work`, which may be repeated; try again if the server went away."""
-        waits = () if self._state.client is None else WAITS_S
+        waits = WAITS_S if "_client" in vars(self) else ()  # at first, none
         for wait_s in (*waits, None):
             try:
-                return work(self._client())
+                return work(self._client)
             except BigDSSMError:
                 raise
             except ResponseHandlingException as error:
@@ -462,15 +460,11 @@ def _filter(where: Expression | None, collection: Collection) -> Any:
     if operator in ("<", "<=", ">", ">="):
         name = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}[operator]
         return models.Filter(must=[_range(path, **{name: where.values[0]})])
-    has_value = _equals(where, path, type)
+    if type == "number":
+        has_value = [_range(path, gte=value, lte=value) for value in where.values]
+    else:
+        has_value = [_match(path, where.values)] if where.values else []
     if operator in ("=", "in"):
         return models.Filter(should=has_value or [models.HasIdCondition(has_id=[])])
     is_missing = models.FieldCondition(key=path, is_empty=True)
     return models.Filter(must_not=[is_missing, *has_value])
-
-
-def _equals(where: Condition, path: str, type: ColumnType) -> list[Any]:
-    """Return conditions, any of which holds for a column with one of the values."""
-    if type == "number":
-        return [_range(path, gte=value, lte=value) for value in where.values]
-    return [_match(path, where.values)] if where.values else []

@@ -32,8 +32,9 @@ from bigdssm.loader.stream import PairStream, RowStream
 from bigdssm.losses import drawn_weights, sample_uniform, sample_weighted
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models.embedding_tables import table_name, tables_of_features
-from bigdssm.retrieval.embed import DocumentVectors, Share
+from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives, UniformNegatives
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.teacher_vectors import TeacherVectors
 from bigdssm.retrieval.vectors import CodedVectors
 from bigdssm.training.objective import catalogue_share

@@ -31,7 +31,6 @@ from bigdssm.models import DualEncoder, Values
 from bigdssm.models.dual_encoder import CACHED
 from bigdssm.retrieval.embed import (
     DocumentVectors,
-    Share,
     encode,
     encode_catalogue,
     encode_whole_catalogue,
@@ -39,6 +38,7 @@ from bigdssm.retrieval.embed import (
     tower_encoders,
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, gather_hard_negatives, mine
+from bigdssm.retrieval.shards import Share
 from bigdssm.training.batches import FixedDocuments, row_stream
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.start import segment_steps

@@ -32,7 +32,7 @@ from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encod
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.search import Queries
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import write_vectors
 
 from . import small_run
@@ -98,7 +98,7 @@ def go_all_the_way(
     dataset = Dataset.open(str(folder / "dataset"))
     small_run.run(rank, world_size, path, folder / "run")
     model = load_model_folder(folder / "run" / "pretrain" / "best")
-    write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, ShardWork())
+    write_vectors(folder / "vectors", tower_encoders(model.model, dataset), dataset, model.checksum, Share())
     build_index(folder / "vectors", folder / "index")
     assert model.tokenizer_dir is not None
     queries = Queries(model.schema, TextTokenizer(model.tokenizer_dir), None, exclude_seen=True)

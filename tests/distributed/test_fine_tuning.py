@@ -17,7 +17,7 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, mine, window_records
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from tests.hard_negatives import write_hard_negatives
 
@@ -210,7 +210,7 @@ def test_teacher_vectors_are_learned_on_any_number_of_ranks(
         return torch.from_numpy(rows / 10.0)[:, None].float()
 
     likes = Encoders(lambda rows: torch.ones(len(rows), 1), by_number)
-    assert write_teacher_vectors(tmp_path / "teacher", likes, dataset, "likes", ShardWork()) is not None
+    assert write_teacher_vectors(tmp_path / "teacher", likes, dataset, "likes", Share()) is not None
     distillation = f"{{name: batch_kl, temperature: 0.5, teacher: {tmp_path / 'teacher'}}}"
     blocks = f"{{loss: {{name: {name}}}, negatives: {{in_batch: true, hard: 2}}, distillation: {distillation}}}"
     given = (start(reference), f"sft={blocks}")

@@ -25,7 +25,7 @@ from bigdssm.models import new_model
 from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.training.estimate import estimate
 
@@ -57,7 +57,7 @@ def use(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tupl
     encoders = tower_encoders(model.model, dataset)
     queries = np.concatenate([encoders.queries(rows).numpy() for rows in dataset.iterate("validation", 32)])
     documents = encoders.documents(np.arange(dataset.catalogue.num_docs)).numpy()
-    write_vectors(run_dir / "vectors", encoders, dataset, model.checksum, ShardWork())
+    write_vectors(run_dir / "vectors", encoders, dataset, model.checksum, Share())
     build_index(run_dir / "vectors", run_dir / "index")
     scores, _ = open_index(run_dir / "index").nearest(
         queries, 3, model.checksum, [np.array([], np.int64)] * len(queries)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.cli import at_least, run_main
-from bigdssm.serving.batching import AnswerCache
+from bigdssm.serving.live import AnswerCache
 from bigdssm.utils.atomic import write_json
 
 EXPONENTS = (0.8, 1.0, 1.2)  # queries to search engines have about 0.8 to 1

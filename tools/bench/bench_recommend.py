@@ -30,7 +30,7 @@ from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.utils.log import ProgressBar
 
@@ -65,7 +65,7 @@ def main() -> None:
             with ProgressBar() as progress:
                 done = recommend(
                     args.out / "found", folder, index, dataset, Users(dataset), RecommendOptions(args.top, condition),
-                    ShardWork(progress=progress),
+                    Share(progress=progress),
                 )  # fmt: skip
             used = time.process_time() - used
             rate = f"{done.queries:,} queries in {done.seconds:.1f} s, {done.queries / done.seconds:,.0f} per second"

@@ -25,7 +25,8 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.loader.batch import Collator, to_features
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval.embed import Encoders, Share, encode_queries, tower_encoders
+from bigdssm.retrieval.embed import Encoders, encode_queries, tower_encoders
+from bigdssm.retrieval.shards import Share
 
 
 def model_scores(model: DualEncoder, dataset: Dataset, rows: Rows) -> np.ndarray:

@@ -24,7 +24,7 @@ from bigdssm.retrieval.hard_negatives import mine
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import pick
@@ -103,7 +103,7 @@ def test_a_model_of_repeats_returns_repeated_items(trained: Any, tmp_path: Path)
         )
         searcher = Searcher(model, index, dataset)
         found = searcher.search([Request(user, top=2) for user in users])
-        recommend(bulk, model, index, dataset, Users(dataset), RecommendOptions(2), ShardWork())
+        recommend(bulk, model, index, dataset, Users(dataset), RecommendOptions(2), Share())
         table = parquet.read_table(bulk / "part-0000000.parquet")
         assert table["document"].to_pylist() == [document.key for some in found for document in some]
         asked[exclude_seen] = [{document.key for document in some} for some in found]

@@ -31,7 +31,7 @@ from bigdssm.retrieval import shards
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, gather_hard_negatives, mine, window_records
 from bigdssm.retrieval.model import PairScorer, Texts
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.utils.atomic import put_file
 from tests.command_line import Tools
 from tests.hard_negatives import write_hard_negatives
@@ -241,7 +241,7 @@ def test_ranks_share_the_queries_and_resume_after_a_kill(
         return teacher(rows, docs)
 
     def make(teacher: PairTeacher, rank: int, names: list[str]) -> HardNegatives | None:
-        return score_pairs(out, given, dataset, [teacher], names, ShardWork(rank, 2, rows_per_shard=60))
+        return score_pairs(out, given, dataset, [teacher], names, Share(rank, 2, rows_per_chunk=60))
 
     with pytest.raises(KeyboardInterrupt):
         make(killed, 0, ["one"])
@@ -256,7 +256,7 @@ def test_ranks_share_the_queries_and_resume_after_a_kill(
     whole = make(counted, 0, ["one"])
     assert whole is not None
     np.testing.assert_array_equal(np.sort(np.concatenate([*asked_for, *seen])), given.queries)
-    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [teacher], ["one"], ShardWork())
+    direct = score_pairs(tmp_path / "direct.npy", given, dataset, [teacher], ["one"], Share())
     assert direct is not None
     np.testing.assert_allclose(
         whole.teacher_scores(given.queries), direct.teacher_scores(given.queries), rtol=1e-4, atol=1e-4
@@ -280,7 +280,7 @@ def test_a_kill_after_the_file_has_its_name(
         def teacher(rows: Rows, docs: np.ndarray) -> np.ndarray:
             return np.ones(docs.shape, np.float32)
 
-        return score_pairs(tmp_path / "scored.npy", given, dataset, [teacher], ["one"], ShardWork())
+        return score_pairs(tmp_path / "scored.npy", given, dataset, [teacher], ["one"], Share())
 
     def killed(aside: Path, path: Path) -> None:
         put_file(aside, path)
@@ -300,7 +300,7 @@ def test_non_finite_scores_are_refused(negatives: Path, dataset: Dataset, tmp_pa
         return np.full(docs.shape, np.nan)
 
     with pytest.raises(DataError, match=r"teacher scores of rows 0 to \d+ hold NaN or inf"):
-        score_pairs(tmp_path / "scored.npy", HardNegatives.open(negatives), dataset, [nothing], ["nobody"], ShardWork())
+        score_pairs(tmp_path / "scored.npy", HardNegatives.open(negatives), dataset, [nothing], ["nobody"], Share())
     assert not (tmp_path / "scored.npy").exists()
 
 

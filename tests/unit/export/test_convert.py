@@ -40,8 +40,7 @@ from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.model import Model
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries
-from bigdssm.retrieval.vector_files import difference_from_model, write_card, write_file
-from bigdssm.retrieval.vectors import Dtype, read_vectors, write_vectors
+from bigdssm.retrieval.vectors import Dtype, difference_from_model, read_vectors, write_card, write_file, write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
 from tests.unit.conftest import random_model

@@ -18,9 +18,9 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Numeric, Vocabulary
 from bigdssm.features.base import encode_values
 from bigdssm.features.conditions import And, Condition, Expression, Or, evaluate, parse_filter, resolve
-from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
+from bigdssm.retrieval.search import Filters
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from tests.filters import FEATURES, random_filter, random_rows
 

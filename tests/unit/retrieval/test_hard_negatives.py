@@ -11,9 +11,10 @@ import torch
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.errors import DataError
+from bigdssm.features.ragged import Ragged
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval import exact_search as top_module
-from bigdssm.retrieval.embed import DocumentVectors, Encoders, Share, tower_encoders
+from bigdssm.retrieval.embed import DocumentVectors, Encoders, tower_encoders
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.hard_negatives import (
     HardNegatives,
@@ -26,6 +27,7 @@ from bigdssm.retrieval.hard_negatives import (
     take_positions,
     window_records,
 )
+from bigdssm.retrieval.shards import Share
 from tests.hard_negatives import write_hard_negatives
 
 
@@ -141,16 +143,16 @@ def test_the_file_may_contain_teacher_scores(dataset: Dataset, tmp_path: Path) -
 def test_ranks_hold_the_positives_of_their_rows_and_together_all(dataset: Dataset) -> None:
     ids = np.unique(np.concatenate([rows.query_ids for rows in dataset.iterate("train", 1000)]))
     whole, shares = TrainPositives.of(dataset), [TrainPositives.of(dataset, Share(rank, 3)) for rank in range(3)]
-    assert max(len(share.doc_rows) for share in shares) < 0.4 * len(whole.doc_rows)
+    assert max(len(share.documents.values) for share in shares) < 0.4 * len(whole.documents.values)
     together = np.concatenate([np.stack(share.pairs(ids), 1) for share in shares])
     assert sorted(together.tolist()) == np.stack(whole.pairs(ids), 1).tolist()
 
 
 def test_known_positives_of_queries_without_any() -> None:
-    known = TrainPositives(np.array([3, 7]), np.array([0, 2, 3]), np.array([10, 11, 12]))
+    known = TrainPositives(np.array([3, 7]), Ragged.of_lists([[10, 11], [12]], np.int64))
     rows, docs = known.pairs(np.array([7, 5, 3, 9, 1]))
     assert (rows.tolist(), docs.tolist()) == ([0, 2, 2], [12, 10, 11])
-    nothing = TrainPositives(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    nothing = TrainPositives(np.zeros(0, np.int64), Ragged.of_lists([], np.int64))
     assert [len(part) for part in nothing.pairs(np.array([7, 5]))] == [0, 0]
 
 

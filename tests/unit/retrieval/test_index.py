@@ -23,7 +23,7 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta, write_meta, write_vectors
 from tests.unit.conftest import SMALL, random_model
 
@@ -32,7 +32,7 @@ from tests.unit.conftest import SMALL, random_model
 def vectors_dir(model_dir: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = load_model_folder(model_dir)
     out = tmp_path_factory.mktemp("vectors") / "vectors"
-    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, ShardWork(rows_per_shard=17))
+    write_vectors(out, tower_encoders(folder.model, dataset), dataset, folder.checksum, Share(rows_per_chunk=17))
     return out
 
 

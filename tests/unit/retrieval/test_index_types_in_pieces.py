@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bigdssm.retrieval import index_types
-from bigdssm.retrieval.embed import DocumentVectors, Share
+from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.retrieval.exact_search import ExcludedDocuments, approximate_search, exact_search, unpack_keys
 from bigdssm.retrieval.index_types import INDEX_TYPES, IVF_ROUNDS
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import CodedVectors
 
 WIDTH, TOLD = 9, "an index of the documents built"

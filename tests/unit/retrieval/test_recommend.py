@@ -36,7 +36,7 @@ from bigdssm.retrieval.recommend import (
     recommend,
 )
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.serving.searcher import Searcher
 from tests.command_line import Tools
 from tests.conftest import NUM_USERS, TinyDataset
@@ -84,7 +84,7 @@ def test_bulk_results_equal_search_results(
     folder: ModelFolder, index: Index, dataset: Dataset, searcher: Searcher, tmp_path: Path, seen: bool | None
 ) -> None:
     options = RecommendOptions(5, "year < 1990", seen)
-    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), options, ShardWork(rows_per_shard=SHARD))
+    recommend(tmp_path / "out", folder, index, dataset, Users(dataset), options, Share(rows_per_chunk=SHARD))
     assert dataset.sequences is not None
     users = dataset.sequences.strings("query_key", np.arange(NUM_USERS))
     requests = {user: Request(user, filter="year < 1990", exclude_seen=seen, top=5) for user in users}
@@ -107,14 +107,14 @@ def test_a_table_excludes_documents_per_user(
     out, arguments = tmp_path / "out", (folder, index, dataset, Users(dataset), RecommendOptions(3))
     exclusions = Exclusions(dataset, tmp_path / "gone.parquet", "user", "doc")
     assert "column 'doc': 1 of 7 keys are of no document, such as 'i999'" in caplog.text
-    recommend(out, *arguments, ShardWork(rows_per_shard=SHARD), exclusions=exclusions)
+    recommend(out, *arguments, Share(rows_per_chunk=SHARD), exclusions=exclusions)
     requests = {user: Request(user, top=3) for user in by_query(out)}
     for user, documents in before.items():
         requests[user] = Request(user, top=3, exclude=[one.key for one in documents[:2]])
     check_answers(by_query(out), requests, searcher)
     assert by_query(out)["u3"][0][0] == before["u3"][2].key
     job = json.loads((out / "meta.json").read_text())
-    recommend(out, *arguments, ShardWork(rows_per_shard=SHARD))
+    recommend(out, *arguments, Share(rows_per_chunk=SHARD))
     assert json.loads((out / "meta.json").read_text()) == {k: v for k, v in job.items() if k != "exclusions"}
     assert job["exclusions"] == exclusions.identity, "shards of another job are not reused"
     pairs_have_no_keys = QueryBatch(np.arange(1), None, {}, Ragged.of_lists([[]], np.int64))
@@ -131,7 +131,7 @@ def test_a_column_excludes_documents_of_a_query(
     parquet.write_table(pa.table(table), tmp_path / "new.parquet")
     source = TableRows(dataset, tmp_path / "new.parquet", "user", "items", exclude_column="no")
     assert "column 'no': 1 of 4 keys are of no document, such as 'i999'" in caplog.text
-    recommend(tmp_path / "out", folder, index, dataset, source, RecommendOptions(40), ShardWork(rows_per_shard=3))
+    recommend(tmp_path / "out", folder, index, dataset, source, RecommendOptions(40), Share(rows_per_chunk=3))
     features = {"age": 30, "occupation": "artist"}
     requests = {
         user: Request(features=features, events=[Event("i7")], exclude=exclude or (), top=40)
@@ -152,7 +152,7 @@ def test_rows_of_a_split_use_their_preceding_events(
         dataset,
         SplitRows(dataset, "test"),
         RecommendOptions(4),
-        ShardWork(rows_per_shard=SHARD),
+        Share(rows_per_chunk=SHARD),
     )
     rows = next(dataset.iterate("test", 1000))
     vectors = tower_encoders(folder.model, dataset).queries(rows).numpy()
@@ -177,7 +177,7 @@ def test_a_table_of_new_users(
     else:
         parquet.write_table(table, path)
     source = TableRows(dataset, path, "who", "did")
-    recommend(tmp_path / "out", folder, index, dataset, source, RecommendOptions(6), ShardWork(rows_per_shard=2))
+    recommend(tmp_path / "out", folder, index, dataset, source, RecommendOptions(6), Share(rows_per_chunk=2))
     requests = {}
     for key, age, job, items in zip("abc", [31.0, None, 25.0], jobs, histories, strict=True):
         requests[key] = Request(None, {"age": age, "occupation": job}, [Event(item) for item in items], top=6)
@@ -222,7 +222,7 @@ def test_a_killed_job_resumes_and_another_does_not(
     def run(
         out: str, source: QuerySource, options: RecommendOptions, rank: int = 0, world_size: int = 1
     ) -> RecommendReport:
-        return recommend(tmp_path / out, folder, index, dataset, source, options, ShardWork(rank, world_size, SHARD))
+        return recommend(tmp_path / out, folder, index, dataset, source, options, Share(rank, world_size, SHARD))
 
     users = Users(dataset)
     run("whole", users, RecommendOptions(3))
@@ -244,7 +244,7 @@ def test_mismatched_models_and_datasets_are_refused(
     folder: ModelFolder, index: Index, dataset: Dataset, other_model_dir: Path, tiny_pairs: TinyDataset, tmp_path: Path
 ) -> None:
     def run(model: ModelFolder = folder, out: Path = tmp_path / "out", **options: object) -> None:
-        recommend(out, model, index, dataset, Users(dataset), RecommendOptions(**options), ShardWork())  # type: ignore[arg-type]
+        recommend(out, model, index, dataset, Users(dataset), RecommendOptions(**options), Share())  # type: ignore[arg-type]
 
     with pytest.raises(CheckpointError, match="holds vectors of model"):
         run(load_model_folder(other_model_dir))

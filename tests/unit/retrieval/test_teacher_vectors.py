@@ -15,7 +15,7 @@ from bigdssm.dataset.rows import EVENT_BITS
 from bigdssm.errors import DataError
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.teacher_vectors import TeacherVectors, write_teacher_vectors
 from tests.command_line import Tools
 from tests.unit.conftest import random_model
@@ -59,7 +59,7 @@ def test_ranks_share_the_rows_and_resume_after_a_kill(model: DualEncoder, datase
 
     def make(rank: int, name: str, **replaced: object) -> TeacherVectors | None:
         given = replace(Encoders(encoders.queries, documents), **replaced)  # type: ignore[arg-type]
-        return write_teacher_vectors(tmp_path / "teacher", given, dataset, name, ShardWork(rank, 2, rows_per_shard=16))
+        return write_teacher_vectors(tmp_path / "teacher", given, dataset, name, Share(rank, 2, rows_per_chunk=16))
 
     with pytest.raises(KeyboardInterrupt):
         make(0, "one", queries=killed)
@@ -80,13 +80,13 @@ def test_invalid_teacher_folders_are_refused(
     with pytest.raises(DataError, match=r"holds no teacher vectors: .*No such file"):
         TeacherVectors(tmp_path)
     other = Dataset.open(tiny_pairs.dir)  # type: ignore[attr-defined]
-    made = write_teacher_vectors(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
+    made = write_teacher_vectors(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", Share())
     assert made is not None
     with pytest.raises(DataError, match="belongs to another dataset"):
         made.check_against(other)
     large = Encoders(lambda rows: torch.full((len(rows), 2), 1e6), lambda docs: torch.ones(len(docs), 2))
     with pytest.raises(DataError, match=r"vectors of queries of rows 0 to \d+ are not finite in float16"):
-        write_teacher_vectors(tmp_path / "large", large, dataset, "large", ShardWork())
+        write_teacher_vectors(tmp_path / "large", large, dataset, "large", Share())
     np.save(tmp_path / "teacher" / "queries.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"holds no teacher vectors: got queries float64"):
         TeacherVectors(tmp_path / "teacher")

@@ -22,11 +22,11 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import DualEncoder
-from bigdssm.retrieval import shards, vector_files
+from bigdssm.retrieval import shards
+from bigdssm.retrieval import vectors as vectors_module
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.shards import ShardWork
-from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
-from bigdssm.retrieval.vectors import read_meta, write_vectors
+from bigdssm.retrieval.shards import Share
+from bigdssm.retrieval.vectors import difference_from_model, read_meta, read_rows, write_card, write_file, write_vectors
 from bigdssm.utils.atomic import temporary_path
 from tests.conftest import NUM_ITEMS
 from tests.unit.conftest import random_model
@@ -63,12 +63,10 @@ def test_a_killed_run_resumes_from_its_finished_shards(
     model: DualEncoder, dataset: Dataset, expected: np.ndarray, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_vectors(
-            tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", ShardWork(rows_per_shard=SHARD)
-        )
+        write_vectors(tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", Share(rows_per_chunk=SHARD))
     assert not (tmp_path / "v").exists()
     again = Counting(model, dataset)
-    written = write_vectors(tmp_path / "v", again.encoders, dataset, "m", ShardWork(rows_per_shard=SHARD))
+    written = write_vectors(tmp_path / "v", again.encoders, dataset, "m", Share(rows_per_chunk=SHARD))
     assert again.rows == list(range(21, NUM_ITEMS))
     assert (written.resumed_shards, written.encoded, written.reused) == (3, 19, 0)
     np.testing.assert_allclose(np.load(tmp_path / "v" / "vectors.npy"), expected, rtol=1e-5, atol=1e-5)
@@ -82,12 +80,10 @@ def test_another_job_does_not_resume_from_unfinished_shards(
     model: DualEncoder, dataset: Dataset, tmp_path: Path, other: str
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_vectors(
-            tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", ShardWork(rows_per_shard=SHARD)
-        )
+        write_vectors(tmp_path / "v", Counting(model, dataset, 25).encoders, dataset, "m", Share(rows_per_chunk=SHARD))
     checksum, rows_per_shard = ("n", SHARD) if other == "model" else ("m", SHARD + 1)
     written = write_vectors(
-        tmp_path / "v", Counting(model, dataset).encoders, dataset, checksum, ShardWork(rows_per_shard=rows_per_shard)
+        tmp_path / "v", Counting(model, dataset).encoders, dataset, checksum, Share(rows_per_chunk=rows_per_shard)
     )
     assert (written.resumed_shards, written.encoded) == (0, NUM_ITEMS)
 
@@ -101,7 +97,7 @@ def test_ranks_share_the_shards_and_the_last_renames_the_folder(
     for rank in order:
         assert not (tmp_path / "v").exists()
         written = write_vectors(
-            tmp_path / "v", encoders[rank].encoders, dataset, "m", ShardWork(rank, world_size, rows_per_shard=SHARD)
+            tmp_path / "v", encoders[rank].encoders, dataset, "m", Share(rank, world_size, rows_per_chunk=SHARD)
         )
         assert (written.meta is not None) == (rank == order[-1])
     assert sorted(row for one in encoders for row in one.rows) == list(range(NUM_ITEMS))
@@ -112,7 +108,7 @@ def test_ranks_at_the_same_time(model: DualEncoder, dataset: Dataset, expected: 
     written, encoders = [], tower_encoders(model, dataset)
 
     def run(rank: int) -> None:
-        written.append(write_vectors(tmp_path / "v", encoders, dataset, "m", ShardWork(rank, 4, rows_per_shard=1)))
+        written.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Share(rank, 4, rows_per_chunk=1)))
 
     ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
     for rank in ranks:
@@ -134,7 +130,7 @@ def test_only_one_rank_finishes_the_folder(
     def other_rank() -> None:
         with monkeypatch.context() as undone:
             undone.setattr(shards, "_lock", lock)
-            others.append(write_vectors(tmp_path / "v", encoders, dataset, "m", ShardWork(1, 2, SHARD)))
+            others.append(write_vectors(tmp_path / "v", encoders, dataset, "m", Share(1, 2, SHARD)))
 
     def late_lock(aside: Path) -> IO[str]:
         waiting = (aside / "lock").open("w")
@@ -147,7 +143,7 @@ def test_only_one_rank_finishes_the_folder(
         elif done == total:
             monkeypatch.setattr(shards, "_lock", late_lock)
 
-    own = write_vectors(tmp_path / "v", encoders, dataset, "m", ShardWork(0, 2, SHARD, after_a_shard))
+    own = write_vectors(tmp_path / "v", encoders, dataset, "m", Share(0, 2, SHARD, after_a_shard))
     assert (tmp_path / "v" / "meta.json").is_file()
     assert len(others) == 1 and others[0].meta is not None and own.meta is None
 
@@ -234,7 +230,7 @@ def test_a_few_rows_of_parquet_are_read_without_the_rest(
 ) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     expected = np.load(copied / "vectors.npy")
-    monkeypatch.setattr(vector_files, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(vectors_module, "ROWS_AT_ONCE", 7)
     path, read = write_file(copied, "parquet"), []
 
     class Watched(parquet.ParquetFile):  # type: ignore[misc]

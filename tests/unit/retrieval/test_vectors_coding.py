@@ -20,15 +20,18 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.vector_files import difference_from_model, read_rows, write_card, write_file
 from bigdssm.retrieval.vectors import (
     CodedVectors,
     Dtype,
     decode_rows,
+    difference_from_model,
     encode_rows,
     load_vectors,
     read_meta,
+    read_rows,
     read_vectors,
+    write_card,
+    write_file,
     write_vectors,
 )
 from bigdssm.serving.searcher import Searcher

@@ -40,7 +40,7 @@ from bigdssm.retrieval.search import (
 )
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.app import Value
-from bigdssm.serving.batching import AnswerCache, Batcher, Overloaded
+from bigdssm.serving.live import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
 from tests.command_line import Tools

@@ -20,10 +20,10 @@ from bigdssm.commands import recommend as recommend_command
 from bigdssm.commands import search as search_command
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
-from bigdssm.retrieval.filters import Filters, StoreFilters
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Event, Request
+from bigdssm.retrieval.search import Filters, StoreFilters
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.stores import postgres
 from bigdssm.stores.base import Collection, Documents, Store, open_store
@@ -42,7 +42,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from bigdssm.serving.app import make_app
-from bigdssm.serving.batching import Batcher
+from bigdssm.serving.live import Batcher
 from tests.unit.serving.test_app import counted
 
 REQUESTS = [

@@ -33,8 +33,7 @@ from fastapi.testclient import TestClient
 
 from bigdssm.serving import request_log
 from bigdssm.serving.app import make_app
-from bigdssm.serving.replay import _is_same, replay
-from bigdssm.serving.request_log import RequestLog, forget_in_log, read_log
+from bigdssm.serving.request_log import RequestLog, _is_same, forget_in_log, read_log, replay
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +97,11 @@ def test_a_full_queue_and_a_full_disk_lose_records_and_no_answer(
     assert time.monotonic() - started < 0.2 and lost(results) == 3
     time.sleep(0.6)
 
-    def full(answer: object) -> None:
+    def full(*answer: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(request_log.LoggedAnswer, "row", full)
+        patched.setattr(request_log, "_row", full)
         log.put('{"user": "u8"}', columns, [], searcher, False)
         time.sleep(0.6)
     assert lost(results) == 4
@@ -117,7 +116,7 @@ import os, signal, sys, time
 from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter
 from bigdssm.serving import request_log
-request_log.LoggedAnswer.row = lambda answer: {{"request": answer.request, "user": answer.body}}
+request_log._row = lambda request, answered, body, *others: {{"request": request, "user": body}}
 counter = Counter("logged", "", ["result"], registry=CollectorRegistry())
 log = request_log.RequestLog(Path({str(tmp_path)!r}), 30, counter)
 for number in range(3):

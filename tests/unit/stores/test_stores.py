@@ -33,9 +33,9 @@ from bigdssm.features.ragged import take
 from bigdssm.retrieval import folder_store
 from bigdssm.retrieval import publish as publishing
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.filters import Filters
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
+from bigdssm.retrieval.search import Filters
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, write_meta, write_vectors
 from bigdssm.stores import postgres, qdrant
 from bigdssm.stores.base import STORES, Collection, Documents, Store, open_named, open_store
@@ -255,7 +255,7 @@ def test_random_changes_equal_a_rebuild(
             saved = shop.save(tmp_path / f"{seed} {step}")
             collection = publish(opened, *saved, name).collection
             _, documents = next(
-                publishing._batches(publishing._Folder.open(saved[0]), saved[1], FEATURES, collection.radius)
+                publishing._batches(publishing._Folder(saved[0]), saved[1], FEATURES, collection.radius)
             )
             late.append((documents, shop.version))
             shop.change()
@@ -365,7 +365,7 @@ def test_another_model_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         measure_recall(store, collection, others[0])
     # A writer of another model, past `publish`
-    _, documents = next(publishing._batches(publishing._Folder.open(folder), dataset, FEATURES, 1.0))
+    _, documents = next(publishing._batches(publishing._Folder(folder), dataset, FEATURES, 1.0))
     if store.scheme == "file":
         with pytest.raises(CheckpointError, match="rows of"):
             store.write(replace(collection, model=OTHER_MODEL), documents, 2)
@@ -528,7 +528,7 @@ def test_changes_are_seen_at_once_and_by_open_stores(folder: Store, tmp_path: Pa
     before = state(reader, collection), reader.count(collection, where)
     shop.vectors[:], shop.rows[2]["price"] = 1, 0.0
     folder_of, dataset = shop.save(tmp_path / "later")
-    _, documents = next(publishing._batches(publishing._Folder.open(folder_of), dataset, FEATURES, collection.radius))
+    _, documents = next(publishing._batches(publishing._Folder(folder_of), dataset, FEATURES, collection.radius))
     folder.write(collection, documents, 2)
     folder.delete(collection, ["key 1"], 2)
     assert (state(reader, collection) | {"keys": before[0]["keys"]}, reader.count(collection, where)) == before
@@ -603,7 +603,8 @@ def test_a_lease_excludes_other_publishers(qdrant_store: Any, tmp_path: Path, mo
     saved, now = Shop.new(Random(0), 6).save(tmp_path / "v"), [1e9]
     monkeypatch.setattr(qdrant.time, "time", lambda: now[0])
     collection = publish(qdrant_store, *saved, "shop").collection
-    other = replace(qdrant_store, _state=qdrant._State(qdrant_store._state.client))
+    other = replace(qdrant_store, _leases={})
+    vars(other)["_client"] = qdrant_store._client
     with qdrant_store.publishing("shop"):
         now[0] += qdrant.LEASE_S - 1
         qdrant_store.delete(collection, ["key 1"], 1)
@@ -639,11 +640,11 @@ def test_a_killed_drop_hides_its_collection_alone(qdrant_store: Any, tmp_path: P
     saved = Shop.new(Random(0), 3).save(tmp_path / "v")
     for name in ("shop", "other"):
         publish(qdrant_store, *saved, name)
-    qdrant_store._client().delete_collection("bigdssm_vectors_shop")  # the first step
+    qdrant_store._client.delete_collection("bigdssm_vectors_shop")  # the first step
     assert {name: qdrant_store.count(one) for name, one in qdrant_store.collections().items()} == {"other": 3}
     qdrant_store.drop("shop")
     assert qdrant_store._described().keys() == {"other"}
-    assert "bigdssm_tombstones_shop" not in {one.name for one in qdrant_store._client().get_collections().collections}
+    assert "bigdssm_tombstones_shop" not in {one.name for one in qdrant_store._client.get_collections().collections}
 
 
 def test_columns_of_any_name(qdrant_store: Any) -> None:

@@ -34,7 +34,7 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
-from bigdssm.retrieval.shards import ShardWork
+from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.utils.array_file import check_seal, new_array, seal
 from tests.hard_negatives import write_hard_negatives
@@ -109,7 +109,7 @@ def test_malformed_hard_negatives_are_refused(
 def test_a_teacher_of_another_dataset_or_with_a_flipped_bit_is_refused(
     model: Any, dataset: Dataset, twin: Dataset, tmp_path: Path, name: str
 ) -> None:
-    made = write_teacher_vectors(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", ShardWork())
+    made = write_teacher_vectors(tmp_path / "teacher", tower_encoders(model, dataset), dataset, "one", Share())
     assert made is not None
     made.check_against(dataset)
     with pytest.raises(DataError, match="belongs to another dataset"):

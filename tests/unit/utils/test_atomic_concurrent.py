@@ -19,7 +19,7 @@ from bigdssm.features import Categorical
 from bigdssm.ingest import dataset_writer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.retrieval.shards import ShardedFolder, ShardWork
+from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.training.tuning import read_space, search
 from bigdssm.utils.atomic import WriterLock
 
@@ -178,7 +178,7 @@ def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "vectors"
 
     def begin(model: str) -> ShardedFolder:
-        return ShardedFolder(out, {"model": model}, 8, ShardWork(rows_per_shard=4))
+        return ShardedFolder(out, {"model": model}, 8, Share(rows_per_chunk=4))
 
     with held(lambda: begin("a")):
         assert [shard for shard, *_ in begin("a").pending("rows")] == [0, 1]
