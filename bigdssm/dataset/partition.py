@@ -35,6 +35,12 @@ from bigdssm.utils.atomic import hidden_version
 
 INDEX_COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "queries": np.int64, "checksum": np.uint64}
 ROUND_STEPS = 1000  # per lane; the shares of a mixture are exact over these
+MAX_DECODED_BYTES = 1 << 30
+CONNECTIONS = 8  # per reading process: for blocks of some 100 kB latency dominates
+SEGMENT_COLUMNS = ("sequence", "first", "end")  # of blocks, if the dataset has sequences
+FORGOTTEN = "its user or query is forgotten"  # reason of a `BadRow` that is neither counted nor recorded
+RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
+_IPC = pa.ipc.IpcReadOptions(use_threads=False)
 MixtureBatches = Literal["mixed", "one_source"]
 
 
@@ -335,14 +341,6 @@ def steps_per_round(names: Sequence[str], weights: Sequence[float]) -> list[int]
             needed = max(weights) / ROUND_STEPS * float(shares.sum())
             raise ConfigError(f"data.mixture: {name} has weight {weight}, needs at least {needed:g}, a thousandth")
     return [int(count) for count in steps]
-
-
-MAX_DECODED_BYTES = 1 << 30
-CONNECTIONS = 8  # per reading process: for blocks of some 100 kB latency dominates
-SEGMENT_COLUMNS = ("sequence", "first", "end")  # of blocks, if the dataset has sequences
-FORGOTTEN = "its user or query is forgotten"  # reason of a `BadRow` that is neither counted nor recorded
-RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
-_IPC = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 @dataclass(frozen=True)

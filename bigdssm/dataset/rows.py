@@ -28,6 +28,7 @@ VERSION_COLUMN = "version"  # list, if items have times: the item version that a
 FORGOTTEN_ID = 0  # the query id of sequences and rows that `bigdssm forget` has emptied
 FORGOTTEN_DOC = -(1 << 63)  # and the document of such a row of pairs
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
+SEQUENCES_AT_ONCE = 1 << 12
 ROW_ARRAYS = ("row_ids", "sequence", "history_start")  # of Rows: the arrays per row, and per query
 QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "num_earlier", "doc_ids")
 
@@ -206,9 +207,6 @@ class Rows:
             row=row,
             **arrays,
         )
-
-
-SEQUENCES_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ StepFunction = Callable[[Any, Path], None]
 SMALL_WORK = 200_000  # rows; fewer run in this process, because starting others takes a second
 MEMORY = "1500MB"  # for queries; larger sorts spill to disk
 MAX_THREADS = 12  # supported by this memory limit
+MAX_DRIVER_BYTES = 128 << 20  # the default of DRIVER_BYTES_KEY
+POLL_S = 1.0  # between polls of the tasks of Spark
+ANSWERS = "number long, answer binary"
+DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
+DRIVER_BYTES_KEY = "spark.bigdssm.driverBytes"  # queries over at most this many bytes of files run on the driver
+ROWS_PER_BUCKET_JOB = 1 << 20
+ROWS_PER_BUCKET = 1 << 21  # approximate; sorted in memory
+BUCKETS, SORTED = "rows.arrow", "rows.parquet"
+MAX_INT64 = (1 << 63) - 1
+_IPC = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+
+Assign = Callable[[pa.Table], tuple[pa.Table, np.ndarray]]
+"""From rows to (the columns to keep, the bucket number of each row, from 0); picklable."""
 
 
 @dataclass(frozen=True)
@@ -348,16 +361,6 @@ def disk_full_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-ROWS_PER_BUCKET_JOB = 1 << 20
-ROWS_PER_BUCKET = 1 << 21  # approximate; sorted in memory
-BUCKETS, SORTED = "rows.arrow", "rows.parquet"
-MAX_INT64 = (1 << 63) - 1
-_IPC = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-
-Assign = Callable[[pa.Table], tuple[pa.Table, np.ndarray]]
-"""From rows to (the columns to keep, the bucket number of each row, from 0); picklable."""
-
-
 def write_buckets(
     engine: LocalEngine,
     step: str,
@@ -452,14 +455,9 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 
-POLL_S = 1.0
-ANSWERS = "number long, answer binary"
-DEFAULTS: dict[str, str] = {"spark.app.name": "bigdssm", "spark.ui.showConsoleProgress": "false"}
-DRIVER_BYTES_KEY = "spark.bigdssm.driverBytes"  # queries over at most this many bytes of files run on the driver
 ERRORS: dict[str, Callable[..., BigDSSMError]] = {  # transferred from workers to the driver
     kind.__name__: kind for kind in (ConfigError, DataError, UnavailableError, UnreadableTable)
 }
-MAX_DRIVER_BYTES = 128 << 20  # the default
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,19 @@ NTH_BITS = MAX_VALUES.bit_length() - 1  # the lowest of these: for the number of
 MAX_TABLES = 1 << (63 - ORDINAL_BITS)
 BAD = "bad.jsonl"
 MAX_REPORTED = 1 << 16  # bad rows before a fatal error
+BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
+SEQUENCE_COLUMNS = ("query_key", "query_id", *EVENT_COLUMNS)
+CATALOGUE_COLUMNS = ("doc_key", "doc_id", "content", "doc_title")
+BYTES_PER_ROW = 100  # an estimate
+MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
+TARGET_BLOCKS = 64  # per split; with fewer, lanes share blocks and shuffling is weaker
+BLOCKS_PER_SHARD = 512
+DOCUMENTS_PER_FILE = 1 << 17
+TAR_HEADER_BYTES = 512
+_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
+
+Encode = Callable[[pa.Table], dict[str, pa.Array]]
+"""Returns block columns for rows of a split; picklable."""
 
 
 def explode(batch: SourceBatch, name: str, report_bad: ReportBad) -> SourceBatch:
@@ -162,21 +175,6 @@ def bad_rows(folders: Iterable[Path]) -> Iterator[BadSourceRow]:
     for folder in folders:
         with (folder / BAD).open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
-
-
-BLOCK_COLUMNS = ("query_id", "doc", "relevance", "sequence", "first", "end")
-SEQUENCE_COLUMNS = ("query_key", "query_id", *EVENT_COLUMNS)
-CATALOGUE_COLUMNS = ("doc_key", "doc_id", "content", "doc_title")
-BYTES_PER_ROW = 100  # an estimate
-MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 2048, 256
-TARGET_BLOCKS = 64  # per split; with fewer, lanes share blocks and shuffling is weaker
-BLOCKS_PER_SHARD = 512
-DOCUMENTS_PER_FILE = 1 << 17
-TAR_HEADER_BYTES = 512
-_IPC = pa.ipc.IpcWriteOptions(compression="zstd")
-
-Encode = Callable[[pa.Table], dict[str, pa.Array]]
-"""Returns block columns for rows of a split; picklable."""
 
 
 class ColumnOptions:

@@ -57,6 +57,32 @@ UNITS_PER_JOB = 1 << 20
 ROWS_PER_RUN = 1 << 20  # per sorted run of times
 TIMES = "times.npy"
 LABELLED = pa.schema([("unit", pa.int64()), ("split", pa.int32())])
+ARRAYS = ("times", "begin", "file_row")  # of `Versions`, saved for workers
+SEQUENCES_PER_FILE = 1 << 16
+SEQUENCES_AT_ONCE = 1 << 12  # cut together: fits a core's cache
+EVENTS_PER_FILE = 1 << 22  # at most: bounds memory
+MAX_SAMPLED_TIMES = 1 << 21  # of targets, sampled to estimate leakage
+ROW = pa.schema(
+    [
+        ("split", pa.int32()),
+        ("sequence", pa.int64()),
+        ("first", pa.int32()),
+        ("end_", pa.int32()),  # `end` is an SQL keyword
+        ("shuffle", pa.int64()),  # a hash of the last event's ordinal
+        ("time", pa.float64()),  # of the first target
+    ]
+)
+BUCKET = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("item", pa.int32()),
+        ("time", pa.float64()),
+        ("relevance", pa.float32()),
+        ("sequence", pa.uint16()),  # within its file, < SEQUENCES_PER_FILE
+    ]
+)
+POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
+TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -352,34 +378,6 @@ def _time_at(runs: Sequence[np.ndarray], rank: int) -> float:
         else:
             low = middle + 1
     return sort_key_to_float(low)
-
-
-ARRAYS = ("times", "begin", "file_row")
-SEQUENCES_PER_FILE = 1 << 16
-SEQUENCES_AT_ONCE = 1 << 12  # per call of `_rows`: fits a core's cache
-EVENTS_PER_FILE = 1 << 22  # at most: bounds memory
-MAX_SAMPLED_TIMES = 1 << 21  # of targets, sampled to estimate leakage
-ROW = pa.schema(
-    [
-        ("split", pa.int32()),
-        ("sequence", pa.int64()),
-        ("first", pa.int32()),
-        ("end_", pa.int32()),  # `end` is an SQL keyword
-        ("shuffle", pa.int64()),  # a hash of the last event's ordinal
-        ("time", pa.float64()),  # of the first target
-    ]
-)
-BUCKET = pa.schema(
-    [
-        ("place", pa.int64()),
-        ("item", pa.int32()),
-        ("time", pa.float64()),
-        ("relevance", pa.float32()),
-        ("sequence", pa.uint16()),  # within its file, < SEQUENCES_PER_FILE
-    ]
-)
-POSITIVE = pa.schema([("doc", pa.int64()), ("count", pa.int64())])
-TARGET_TIME = pa.schema([("split", pa.int32()), ("time", pa.float64())])
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from bigdssm.utils.device import to_device
 NOTHING_PACKED = PackedLists()
 # A row joins a group if its length is at least this ratio of the longest, or at most this many cells shorter.
 SIMILAR_RATIO, SIMILAR_CELLS = 3 / 4, 8
+# Tokens per chunk: fits a CPU's caches (twice as fast as one large batch), or keeps a GPU busy.
+CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
 
 
 @dataclass(frozen=True)
@@ -364,10 +366,6 @@ def at_least_one(features: Features) -> Features:
     return {
         name: tensor.new_zeros((1, *(max(1, size) for size in tensor.shape[1:]))) for name, tensor in features.items()
     }
-
-
-# Tokens per chunk: fits a CPU's caches (twice as fast as one large batch), or keeps a GPU busy.
-CHUNK_TOKENS_CPU, CHUNK_TOKENS_GPU = 4096, 65536
 
 
 def encode_in_chunks(

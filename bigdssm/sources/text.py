@@ -44,6 +44,9 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_RECORD_BYTES = 64 << 20
 MAX_NESTING = 500  # of JSON: Python's limit depends on the depth of the calls
 TOO_DEEP = f"an object with more than {MAX_NESTING} levels"
+UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")  # by webdataset's decoders
+TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
+KEY = "__key__"
 
 
 def column_names(table: str, header: Sequence[str]) -> list[str]:
@@ -289,11 +292,6 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line
         while len(line) >= MAX_RECORD_BYTES and not line.endswith(b"\n"):
             line = stream.readline(MAX_RECORD_BYTES)
-
-
-UNPICKLED_SUFFIXES = ("pyd", "pickle", "pkl", "pth")  # by webdataset's decoders
-TEXT_SUFFIXES = ("txt", "text", "json", "cls", "id")
-KEY = "__key__"
 
 
 @register_source
