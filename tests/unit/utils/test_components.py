@@ -88,7 +88,7 @@ def test_a_component_without_its_methods_is_refused(register: Callable[[type], t
 @pytest.mark.slow
 def test_a_type_of_an_installed_package(installed: dict[str, str], tmp_path: Path) -> None:
     without = make(tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
-    assert without.returncode == 2 and "data.query.hour.type: got angle, needs one of calendar" in without.stderr
+    assert without.returncode == 2 and "data.query.hour.type: got angle, needs one of categorical" in without.stderr
     done = make(tmp_path, installed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "dataset" / "dataset.json").is_file()
