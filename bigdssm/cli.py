@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, Preempted
 from bigdssm.utils.atomic import WRITERS, is_written_by, real_path
+from bigdssm.utils.components import Registry
 from bigdssm.utils.log import is_first_rank, setup_logging
 
 if TYPE_CHECKING:
@@ -68,19 +69,66 @@ def load_plugins() -> None:
             ) from None
 
 
-def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap `main(argv)` with `run_main`, so that it returns the exit code; a decorator."""
-
-    @wraps(main)
-    def run(argv: Sequence[str] | None = None) -> int:
-        return run_main(partial(main, argv))
-
-    return run
+Declaration = Callable[[Any], object]
+"""Adds arguments to a parser, or to a group of one."""
 
 
-def command_parser(about: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help begins with `about`, the docstring of a command, as it is written."""
-    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def option(*names: str, **settings: Any) -> Declaration:
+    """Declare an argument, with the parameters of `ArgumentParser.add_argument`."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def one_of(*options: Declaration) -> Declaration:
+    """Declare options of which exactly one is required."""
+    return lambda parser: add_options(parser.add_mutually_exclusive_group(required=True), options)
+
+
+def option_group(title: str, *options: Declaration) -> Declaration:
+    """Declare options with a title of their own in the help."""
+    return lambda parser: add_options(parser.add_argument_group(title), options)
+
+
+def component_option(name: str, what: str, registry: Registry[Any], default: str) -> Declaration:
+    """Declare an option for the name of a component; the help lists those of plugins, too."""
+    return lambda parser: parser.add_argument(
+        name, default=default, help=f"{what}: {', '.join(registry.names())} (default: %(default)s)"
+    )
+
+
+def add_options(container: Any, options: Sequence[Declaration]) -> None:
+    """Add declared options to a parser, or to a group of one."""
+    for declare in options:
+        declare(container)
+
+
+def command_parser(about: str | None, *options: Declaration) -> argparse.ArgumentParser:
+    """Return a parser of `options` whose help begins with `about`, the docstring of a command, as it is written."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, options)
+    return parser
+
+
+def command(*options: Declaration) -> Callable[[Callable[[argparse.Namespace], int | None]], Callable[..., int]]:
+    """Make `main(args)` a command line with these options, which returns the exit code; a decorator.
+
+    The help begins with the docstring of the module. `args.given` contains the names of the options whose values are
+    not the defaults.
+    """
+
+    def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[..., int]:
+        @wraps(main)
+        def run(argv: Sequence[str] | None = None) -> int:
+            return run_main(partial(parse_and_run, argv))
+
+        def parse_and_run(argv: Sequence[str] | None) -> int | None:
+            parser = command_parser(sys.modules[main.__module__].__doc__, *options)
+            args = parser.parse_intermixed_args(argv)  # key=value may be anywhere
+            args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+            return main(args)
+
+        return run
+
+    return decorate
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -94,36 +142,27 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def refuse_options(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[str], why: str) -> None:
+def refuse_options(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
     """Raise ConfigError if one of `options` was passed; `why` names the option with or without which it is unused."""
-    destinations = {option: option.removeprefix("--").replace("-", "_") for option in options}
-    given = [option for option, name in destinations.items() if getattr(args, name) != parser.get_default(name)]
+    given = [option for option in options if option.removeprefix("--").replace("-", "_") in args.given]
     if given:
         them = "it" if len(given) == 1 else "them"
         raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")
 
 
-def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options --model, --index and --data."""
-    parser.add_argument("--model", type=Path, required=True, help="model folder, or a folder of model folders")
-    parser.add_argument(
+SEARCH_OPTIONS = (
+    option("--model", type=Path, required=True, help="model folder, or a folder of model folders"),
+    option(
         "--index",
         required=True,
         help="index folder, or a vector store as URL#NAME of a collection or alias (default: live)",
-    )
-    parser.add_argument("--data", help="dataset folder or URL (default: that of the model, if it needs one)")
-
-
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Add the option --overwrite."""
-    parser.add_argument("--overwrite", action="store_true", help="replace output that this command did not write")
-
-
-def add_rules(parser: argparse.ArgumentParser) -> None:
-    """Add the option --config, for `open_with_rules`."""
-    parser.add_argument(
-        "--config", type=Path, help="config of the run, if it has data.targets or data.visit, which determine its rows"
-    )
+    ),
+    option("--data", help="dataset folder or URL (default: that of the model, if it needs one)"),
+)
+OVERWRITE = option("--overwrite", action="store_true", help="replace output that this command did not write")
+RULES = option(  # for `open_with_rules`
+    "--config", type=Path, help="config of the run, if it has data.targets or data.visit, which determine its rows"
+)
 
 
 def open_with_rules(data: str, config: Path | None) -> "Dataset":

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from bigdssm.cli import at_least, command_parser, run_main
+from bigdssm.cli import at_least, command_parser, option, run_main
 from bigdssm.cluster.launcher import LauncherMonitor, check_launch, is_rank, run_ranks
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import StageName, load_config
@@ -14,6 +14,10 @@ from bigdssm.errors import BigDSSMError, ConfigError, PeerError
 from bigdssm.utils.log import get_logger, is_first_rank
 
 CORES_PER_RANK = 4  # logical cores: about two physical ones
+RANKS_HELP = (
+    f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; at most "
+    "data.lanes); under a launcher, its number of ranks"
+)
 
 logger = get_logger(__name__)
 
@@ -21,23 +25,19 @@ logger = get_logger(__name__)
 def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
     """Run `stage` with the command line `argv` and return the exit code; `about` is the help text."""
     launcher = LauncherMonitor()
-    parser = command_parser(about)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys, such as run.seed=1"
+    parser = command_parser(
+        about,
+        option("--config", required=True, metavar="FILE", help="YAML file; see configs/"),
+        option("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys, such as run.seed=1"),
+        option("--ranks", type=at_least(1), metavar="N", help=RANKS_HELP),
+        option(
+            "--resume",
+            choices=["auto"],
+            help="continue from the newest valid checkpoint, if any (default: start from the beginning)",
+        ),
+        option("--validate", action="store_true", help="validate config and data, build one batch, and stop"),
+        option("--local_rank", type=int, default=0, help=argparse.SUPPRESS),  # deepspeed passes it
     )
-    parser.add_argument(
-        "--ranks", type=at_least(1), metavar="N",
-        help=f"processes to train with (default: one per GPU; without GPUs one per {CORES_PER_RANK} cores, at least 1; "
-        "at most data.lanes); under a launcher, its number of ranks",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resume",
-        choices=["auto"],
-        help="continue from the newest valid checkpoint, if any (default: start from the beginning)",
-    )
-    parser.add_argument("--validate", action="store_true", help="validate config and data, build one batch, and stop")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed passes it
     arguments = parser.parse_intermixed_args(argv)  # key=value may be anywhere
 
     def train() -> int | None:

@@ -12,33 +12,33 @@ candidates per requested document and re-ranks them with the full vectors, which
 index stores the checksum of its model and rejects queries of another model.
 """
 
+import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import add_overwrite, command, command_parser
+from bigdssm.cli import OVERWRITE, command, component_option, option
 from bigdssm.config.loading import options_of
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.index_types import INDEX_TYPES
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--vectors", type=Path, required=True, help="folder written by bigdssm embed")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the index")
-    parser.add_argument(
-        "--type", default="flat", help=f"index type: {', '.join(INDEX_TYPES.names())} (default: %(default)s)"
-    )
-    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the index type")
-    parser.add_argument("--width", type=int, help="number of leading dimensions to index (default: all)")
-    parser.add_argument(
-        "--rescore", type=int, default=0, metavar="N",
+@command(
+    option("--vectors", type=Path, required=True, help="folder written by bigdssm embed"),
+    option("--out", type=Path, required=True, help="folder for the index"),
+    component_option("--type", "index type", INDEX_TYPES, "flat"),
+    option("options", nargs="*", metavar="KEY=VALUE", help="options of the index type"),
+    option("--width", type=int, help="number of leading dimensions to index (default: all)"),
+    option(
+        "--rescore",
+        type=int,
+        default=0,
+        metavar="N",
         help="candidates per requested document to re-rank with exact vectors; 0 for none (default: %(default)s)",
-    )  # fmt: skip
-    add_overwrite(parser)
-    args = parser.parse_intermixed_args(argv)
+    ),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     started = time.perf_counter()
     options = options_of(args.options, INDEX_TYPES.find(args.type, ""))
     meta = build_index(

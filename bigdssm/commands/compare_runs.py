@@ -6,7 +6,7 @@ A and B are run folders or stage folders. Run folders are compared at the last s
 of both are evaluated on the same rows: those of A's dataset, or of --data.
 """
 
-from collections.abc import Sequence
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import command, command_parser
+from bigdssm.cli import command, option
 from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
 from bigdssm.dataset.dataset import Dataset
@@ -29,18 +29,17 @@ from bigdssm.utils.log import Progress, ProgressBar, metric_label, no_progress
 ABSENT = "—"
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("a", type=Path, metavar="A", help="run or stage folder")
-    parser.add_argument("b", type=Path, metavar="B", help="run or stage folder to compare with")
-    parser.add_argument(
+@command(
+    option("a", type=Path, metavar="A", help="run or stage folder"),
+    option("b", type=Path, metavar="B", help="run or stage folder to compare with"),
+    option(
         "--stage", choices=["pretrain", "sft"], help="stage to compare (default: the last stage that both runs contain)"
-    )
-    parser.add_argument("--split", default="validation", help="split of the dataset (default: %(default)s)")
-    parser.add_argument("--data", help="dataset folder or URL (default: the dataset of A)")
-    args = parser.parse_args(argv)
+    ),
+    option("--split", default="validation", help="split of the dataset (default: %(default)s)"),
+    option("--data", help="dataset folder or URL (default: the dataset of A)"),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     with ProgressBar() as progress:
         comparison = compare(args.a, args.b, args.stage, args.split, args.data, progress)
     console = Console()

@@ -9,12 +9,12 @@ file whose first line names the schema: `# yaml-language-server: $schema=config.
 components of installed plugins.
 """
 
+import argparse
 import json
-from collections.abc import Sequence
 
 import yaml
 
-from bigdssm.cli import command, command_parser
+from bigdssm.cli import command, one_of, option
 from bigdssm.cluster.metrics import STAGES
 from bigdssm.config import load_config
 from bigdssm.config.schema import config_schema
@@ -23,15 +23,15 @@ from bigdssm.errors import ConfigError
 from bigdssm.utils.components import literal
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+@command(
+    one_of(
+        option("--config", metavar="FILE", help="YAML file to resolve and validate; see configs/"),
+        option("--schema", action="store_true", help="print the JSON Schema of config files"),
+    ),
+    option("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys"),
+)
+def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    parser = command_parser(__doc__)
-    printed = parser.add_mutually_exclusive_group(required=True)
-    printed.add_argument("--config", metavar="FILE", help="YAML file to resolve and validate; see configs/")
-    printed.add_argument("--schema", action="store_true", help="print the JSON Schema of config files")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys")
-    args = parser.parse_intermixed_args(argv)
     if not args.schema:
         config = load_config(args.config, args.overrides)
         from bigdssm.training.start import check_model, check_settings  # takes seconds

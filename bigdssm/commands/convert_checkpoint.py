@@ -16,33 +16,31 @@ KEY=VALUE sets an option of the format (docs/config_keys.md). The last line of t
 between exported and original vectors of a probe batch; more than 1e-5 is an error.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
 from transformers.utils import logging
 
-from bigdssm.cli import add_overwrite, command, command_parser
+from bigdssm.cli import OVERWRITE, command, component_option, one_of, option
 from bigdssm.config.loading import options_of
 from bigdssm.errors import ConfigError
 from bigdssm.export.convert import BEST, export, folder_source, stage_source
 from bigdssm.export.formats import EXPORT_FORMATS
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+@command(
+    one_of(
+        option("--run", type=Path, metavar="STAGE", help="stage folder, such as RUN/sft"),
+        option("--model", type=Path, help="model folder"),
+    ),
+    option("--checkpoint", help=f"checkpoint of --run: best, latest or step-… (default: {BEST})"),
+    component_option("--format", "export format", EXPORT_FORMATS, "model"),
+    option("--out", type=Path, required=True, metavar="FOLDER", help="folder to write"),
+    option("options", nargs="*", metavar="KEY=VALUE", help="options of the format"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    parser = command_parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="STAGE", help="stage folder, such as RUN/sft")
-    source.add_argument("--model", type=Path, help="model folder")
-    parser.add_argument("--checkpoint", help=f"checkpoint of --run: best, latest or step-… (default: {BEST})")
-    parser.add_argument(
-        "--format", default="model", help=f"export format: {', '.join(EXPORT_FORMATS.names())} (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the format")
-    add_overwrite(parser)
-    args = parser.parse_intermixed_args(argv)
     if args.model is not None and args.checkpoint is not None:
         raise ConfigError("--checkpoint needs --run: a model folder has only one checkpoint; omit it")
     kind = EXPORT_FORMATS.make(args.format, options_of(args.options, EXPORT_FORMATS.find(args.format, "")))

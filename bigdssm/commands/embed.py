@@ -14,12 +14,12 @@ model, the dataset and --out. --since EARLIER reuses the vectors of unchanged do
 those of EARLIER unless given.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 from typing import get_args
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, command, command_parser
+from bigdssm.cli import OVERWRITE, command, option
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import check_width, tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
@@ -37,29 +37,30 @@ from bigdssm.retrieval.vectors import (
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the vectors")
-    parser.add_argument(
-        "--since", type=Path, metavar="EARLIER",
+@command(
+    option("--model", type=Path, required=True, help="model folder"),
+    option("--data", required=True, help="dataset folder or URL"),
+    option("--out", type=Path, required=True, help="folder for the vectors"),
+    option(
+        "--since",
+        type=Path,
+        metavar="EARLIER",
         help="folder with vectors of the same model, reused for unchanged documents; its options are the defaults (may "
         "be --out; default: none)",
-    )  # fmt: skip
-    parser.add_argument("--width", type=int, help="number of leading dimensions, for loss.widths (default: all)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="storage type of vectors (default: float32)")
-    parser.add_argument(
-        "--format", nargs="+", choices=get_args(FileFormat),
+    ),
+    option("--width", type=int, help="number of leading dimensions, for loss.widths (default: all)"),
+    option("--dtype", choices=get_args(Dtype), help="storage type of vectors (default: float32)"),
+    option(
+        "--format",
+        nargs="+",
+        choices=get_args(FileFormat),
         help="additional file formats; npy: no other (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents per shard (default: %(default)s)"
-    )
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents per shard (default: %(default)s)"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     earlier = None if args.since is None else read_meta(args.since)
     dtype: Dtype = args.dtype or (earlier.dtype if earlier else "float32")
     formats = args.format or ([] if earlier is None else formats_in(args.since))

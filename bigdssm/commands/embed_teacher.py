@@ -9,12 +9,12 @@ those of a bigdssm model, or the cosines of an unchanged Hugging Face text encod
 decoded by its tokenizer, truncated to max_tokens. An interrupted run continues from its finished shards.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_rules, at_least, command, command_parser, open_with_rules
+from bigdssm.cli import RULES, at_least, command, one_of, open_with_rules, option
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.teachers import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
@@ -26,21 +26,19 @@ from bigdssm.utils.hashing import json_checksum
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+@command(
+    option("--data", required=True, help="dataset folder or URL"),
+    RULES,
+    option("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors"),
+    one_of(
+        option("--model", type=Path, metavar="FOLDER", help="model folder of the teacher"),
+        option("--pretrained", type=Path, metavar="FOLDER", help="unchanged Hugging Face text encoder"),
+    ),
+    option("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP),
+    option("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows per shard (default: %(default)s)"),
+)
+def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    add_rules(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors")
-    teacher = parser.add_mutually_exclusive_group(required=True)
-    teacher.add_argument("--model", type=Path, metavar="FOLDER", help="model folder of the teacher")
-    teacher.add_argument("--pretrained", type=Path, metavar="FOLDER", help="unchanged Hugging Face text encoder")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
-    parser.add_argument(
-        "--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows per shard (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} exists; choose another folder, or remove it")
     dataset = open_with_rules(args.data, args.config)

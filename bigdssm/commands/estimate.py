@@ -10,40 +10,33 @@ durations are those recorded by the run in run.dir, if there is one. The memory 
 process after all imports, about 0.5 GB.
 """
 
+import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bigdssm.cli import at_least, command, command_parser
+from bigdssm.cli import at_least, command, option
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import open_dataset
 from bigdssm.errors import ConfigError
 from bigdssm.training.estimate import StatedSizes, estimate, recorded_times, stand_in_dataset
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument(
-        "--stage", choices=["pretrain", "sft"], default="pretrain", help="stage to estimate (default: %(default)s)"
-    )
-    parser.add_argument(
+@command(
+    option("--config", required=True, metavar="FILE", help="YAML file; see configs/"),
+    option("--stage", choices=["pretrain", "sft"], default="pretrain", help="stage to estimate (default: %(default)s)"),
+    option(
         "--gpus", type=int, default=1, metavar="N", help="number of ranks, with or without GPUs (default: %(default)s)"
-    )
-    parser.add_argument("--rows", type=int, metavar="R", help="global batch size (default: rows_global of the stage)")
-    parser.add_argument(
-        "--rows-per-s", type=float, metavar="X", help="speed of all ranks together (default: recorded in run.dir)"
-    )
-    parser.add_argument("--pairs", type=at_least(1), metavar="N", help="training pairs of a dataset that is not built")
-    parser.add_argument("--documents", type=at_least(1), metavar="N", help="its documents, with --pairs")
-    parser.add_argument(
-        "--validation", type=at_least(1), metavar="N", help="its queries of validation (default: 5%% of --pairs)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys")
-    args = parser.parse_intermixed_args(argv)
+    ),
+    option("--rows", type=int, metavar="R", help="global batch size (default: rows_global of the stage)"),
+    option("--rows-per-s", type=float, metavar="X", help="speed of all ranks together (default: recorded in run.dir)"),
+    option("--pairs", type=at_least(1), metavar="N", help="training pairs of a dataset that is not built"),
+    option("--documents", type=at_least(1), metavar="N", help="its documents, with --pairs"),
+    option("--validation", type=at_least(1), metavar="N", help="its queries of validation (default: 5%% of --pairs)"),
+    option("overrides", nargs="*", metavar="key=value", help="overrides of dotted config keys"),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     for name, given in (("--gpus", args.gpus), ("--rows", args.rows)):
         if given is not None and given < 1:
             raise ConfigError(f"{name} {given}: needs at least 1")

@@ -13,7 +13,7 @@ queries.jsonl, qrels/SPLIT.tsv) and compares the model with BM25, an unchanged p
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import add_overwrite, at_least, check_file_to_write, command, command_parser, refuse_options
+from bigdssm.cli import OVERWRITE, at_least, check_file_to_write, command, option, option_group, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
@@ -55,80 +55,92 @@ BEIR_OPTIONS = (
 )  # fmt: skip
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--model", type=Path, help="model folder")
-    parser.add_argument("--data", help="dataset folder or URL")
-    parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")
-    parser.add_argument("--baselines", action="store_true", help="also evaluate popularity and Markov chains")
-    parser.add_argument(
-        "--compare", type=Path, metavar="OTHER", nargs="+", default=[],
-        help="model folders, JSON files of earlier evaluations, or (with --beir) TREC runs (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--by", nargs="*", metavar="SLICES",
-        help="also report every metric by features, such as country, or conditions, such as 'item_age < 3', and the "
-        f"coverage of the top 10 (without a value: {', '.join(NUMBERS)})",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the metrics (default: printed only)")
-    parser.add_argument(
-        "--rerank", type=at_least(2), metavar="K", help="also evaluate with the top K documents re-ranked by the scorer"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
-    beir = parser.add_argument_group("retrieval collection")
-    beir.add_argument("--beir", type=Path, metavar="DIR", help="folder in BEIR layout")
-    beir.add_argument(
-        "--widths",
-        type=int,
+@command(
+    option("--model", type=Path, help="model folder"),
+    option("--data", help="dataset folder or URL"),
+    option("--split", default="test", help="split of the dataset or collection (default: %(default)s)"),
+    option("--baselines", action="store_true", help="also evaluate popularity and Markov chains"),
+    option(
+        "--compare",
+        type=Path,
+        metavar="OTHER",
         nargs="+",
         default=[],
-        help="also evaluate vectors truncated to these widths, of --model on --beir (default: none)",
-    )
-    beir.add_argument("--bm25", action="store_true", help="also evaluate BM25")
-    beir.add_argument(
-        "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unchanged Hugging Face text encoder"
-    )
-    beir.add_argument(
-        "--max-tokens", type=int, default=256,
-        help="maximum number of tokens per text, with --pretrained (default: %(default)s)",
-    )  # fmt: skip
-    beir.add_argument(
-        "--filter-known", action="store_true",
-        help="exclude from each ranking the documents that are relevant to the query in other splits",
-    )  # fmt: skip
-    beir.add_argument("--run", type=Path, metavar="FILE", help="TREC run to evaluate")
-    beir.add_argument("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir")
-    beir.add_argument(
-        "--save-run", type=Path, metavar="FILE",
-        help="write the ranking of the first row of the table (re-ranked with --rerank) as a TREC run",
-    )  # fmt: skip
-    beir.add_argument("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC format")
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+        help="model folders, JSON files of earlier evaluations, or (with --beir) TREC runs (default: none)",
+    ),
+    option(
+        "--by",
+        nargs="*",
+        metavar="SLICES",
+        help="also report every metric by features, such as country, or conditions, such as 'item_age < 3', and the "
+        f"coverage of the top 10 (without a value: {', '.join(NUMBERS)})",
+    ),
+    option("--out", type=Path, metavar="JSON", help="file for the metrics (default: printed only)"),
+    option(
+        "--rerank", type=at_least(2), metavar="K", help="also evaluate with the top K documents re-ranked by the scorer"
+    ),
+    option("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP),
+    option_group(
+        "retrieval collection",
+        option("--beir", type=Path, metavar="DIR", help="folder in BEIR layout"),
+        option(
+            "--widths",
+            type=int,
+            nargs="+",
+            default=[],
+            help="also evaluate vectors truncated to these widths, of --model on --beir (default: none)",
+        ),
+        option("--bm25", action="store_true", help="also evaluate BM25"),
+        option(
+            "--pretrained", type=Path, metavar="FOLDER", help="also evaluate an unchanged Hugging Face text encoder"
+        ),
+        option(
+            "--max-tokens",
+            type=int,
+            default=256,
+            help="maximum number of tokens per text, with --pretrained (default: %(default)s)",
+        ),
+        option(
+            "--filter-known",
+            action="store_true",
+            help="exclude from each ranking the documents that are relevant to the query in other splits",
+        ),
+        option("--run", type=Path, metavar="FILE", help="TREC run to evaluate"),
+        option("--qrels", type=Path, metavar="FILE", help="TREC qrels, with --run and without --beir"),
+        option(
+            "--save-run",
+            type=Path,
+            metavar="FILE",
+            help="write the ranking of the first row of the table (re-ranked with --rerank) as a TREC run",
+        ),
+        option("--save-qrels", type=Path, metavar="FILE", help="write the qrels in TREC format"),
+    ),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     written = {"--out": args.out, "--save-run": args.save_run, "--save-qrels": args.save_qrels}
-    for option, path in written.items():
-        check_file_to_write(option, path, "evaluate", overwrite=args.overwrite)
+    for name, path in written.items():
+        check_file_to_write(name, path, "evaluate", overwrite=args.overwrite)
     if args.beir is not None:
         ignored = ["--data", "--baselines", "--by", "--qrels"]
-        refuse_options(parser, args, ignored, "with --beir, which has its own documents and qrels")
+        refuse_options(args, ignored, "with --beir, which has its own documents and qrels")
         for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
-                refuse_options(parser, args, [option], f"without --{needed}")
+                refuse_options(args, [option], f"without --{needed}")
         _evaluate_collection(args)
     elif args.run is not None and args.qrels is not None:
         of_split = ["--model", "--data", "--split", "--baselines", "--by", "--compare", "--precision", "--rerank"]
         ignored = [*of_split, *BEIR_OPTIONS]
-        refuse_options(parser, args, ignored, "with --run and --qrels, which evaluate a single run")
+        refuse_options(args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
         started = perf_counter()
         metrics = run_metrics(qrels, read_run(args.run))
         _print_and_save(args, [System(args.run.stem, metrics, perf_counter() - started)], len(qrels))
     elif args.model is not None:
-        refuse_options(parser, args, ["--run"], "without --qrels")
-        refuse_options(parser, args, ["--qrels"], "without --run")
-        refuse_options(parser, args, BEIR_OPTIONS, "without --beir")
+        refuse_options(args, ["--run"], "without --qrels")
+        refuse_options(args, ["--qrels"], "without --run")
+        refuse_options(args, BEIR_OPTIONS, "without --beir")
         if args.data is None:
             raise ConfigError(f"--model {args.model}: needs --data or --beir")
         _evaluate_split(args)

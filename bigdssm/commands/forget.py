@@ -20,7 +20,7 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from bigdssm.checkpoints.model_folder import CONFIG_FILE, forget_in_model, forget_in_stage
-from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
+from bigdssm.cli import OVERWRITE, check_file_to_write, command, option
 from bigdssm.cluster.run_folder import is_locked
 from bigdssm.config import StageName, load_written_config
 from bigdssm.dataset.dataset import Dataset
@@ -52,40 +52,46 @@ NOT_REACHED = (
 )
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--data", required=True, help="dataset folder")
-    for option, file in (("--user", "--users-file"), ("--item", "--items-file")):
-        name = option.removeprefix("--")
-        parser.add_argument(option, action="append", default=[], metavar="ID", help=f"{name} to remove; repeatable")
-        parser.add_argument(file, type=Path, metavar="FILE", help=f"{name}s to remove, one id per line")
-    for option, metavar, what in (
-        ("--run", "RUN", "run folder, or the folder of a stage"),
-        ("--model", "MODEL", "model folder outside of these runs"),
-        ("--vectors", "VECTORS", "folder written by bigdssm embed"),
-        ("--index", "INDEX", "folder written by bigdssm build_index; needs its --vectors"),
-        ("--negatives", "FILE", "file of hard negatives or candidates"),
-        ("--teacher", "FOLDER", "folder written by bigdssm embed_teacher"),
-        ("--log", "FOLDER", "folder written by bigdssm serve --log-requests"),
-    ):
-        parser.add_argument(
-            option, type=Path, nargs="+", action="extend", default=[], metavar=metavar, help=f"{what}; one or more"
+@command(
+    option("--data", required=True, help="dataset folder"),
+    option("--user", action="append", default=[], metavar="ID", help="user to remove; repeatable"),
+    option("--users-file", type=Path, metavar="FILE", help="users to remove, one id per line"),
+    option("--item", action="append", default=[], metavar="ID", help="item to remove; repeatable"),
+    option("--items-file", type=Path, metavar="FILE", help="items to remove, one id per line"),
+    *(
+        option(name, type=Path, nargs="+", action="extend", default=[], metavar=metavar, help=f"{what}; one or more")
+        for name, metavar, what in (
+            ("--run", "RUN", "run folder, or the folder of a stage"),
+            ("--model", "MODEL", "model folder outside of these runs"),
+            ("--vectors", "VECTORS", "folder written by bigdssm embed"),
+            ("--index", "INDEX", "folder written by bigdssm build_index; needs its --vectors"),
+            ("--negatives", "FILE", "file of hard negatives or candidates"),
+            ("--teacher", "FOLDER", "folder written by bigdssm embed_teacher"),
+            ("--log", "FOLDER", "folder written by bigdssm serve --log-requests"),
         )
-    for option, metavar, what in (
-        ("--store", "URL", "vector stores"),
-        ("--collection", "NAME", "collections of these stores (default: all of them)"),
-    ):
-        parser.add_argument(option, nargs="+", action="extend", default=[], metavar=metavar, help=what)
-    parser.add_argument(
-        "--cache", nargs="?", const="", metavar="DIR",
+    ),
+    option("--store", nargs="+", action="extend", default=[], metavar="URL", help="vector stores"),
+    option(
+        "--collection",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="collections of these stores (default: all of them)",
+    ),
+    option(
+        "--cache",
+        nargs="?",
+        const="",
+        metavar="DIR",
         help="also empty the cache of datasets at URLs (default: the user's), whose entries name neither",
-    )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="list what would change, and change nothing")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the report (JSON)")
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--dry-run", action="store_true", help="list what would change, and change nothing"),
+    option("--out", type=Path, metavar="FILE", help="file for the report (JSON)"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_file_to_write("--out", args.out, "forget", overwrite=args.overwrite)
     users, items = _ids(args.user, args.users_file), _ids(args.item, args.items_file)
     if not users and not items:

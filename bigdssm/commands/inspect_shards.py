@@ -9,34 +9,29 @@ if anything is damaged.
 """
 
 import argparse
-from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import add_rules, command_parser, open_with_rules, run_main
+from bigdssm.cli import RULES, command, open_with_rules, option
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.loader.inspection import PERCENTILES, describe, sample_rows, verify_dataset
 from bigdssm.utils.log import ProgressBar
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = command_parser(__doc__)
-    parser.add_argument("dataset", help="dataset folder or URL")
-    parser.add_argument("--verify", action="store_true", help="validate all checksums and rows; omit the summary")
-    parser.add_argument(
-        "--split", default="train", help="split for lengths, duplicates and rows (default: %(default)s)"
-    )
-    add_rules(parser)
-    parser.add_argument("--rows", type=int, default=10, help="number of decoded rows to print (default: %(default)s)")
-    args = parser.parse_args(argv)
-    action = _verify if args.verify else _inspect
-    return run_main(lambda: action(args))
-
-
-def _verify(args: argparse.Namespace) -> None:
+@command(
+    option("dataset", help="dataset folder or URL"),
+    option("--verify", action="store_true", help="validate all checksums and rows; omit the summary"),
+    option("--split", default="train", help="split for lengths, duplicates and rows (default: %(default)s)"),
+    RULES,
+    option("--rows", type=int, default=10, help="number of decoded rows to print (default: %(default)s)"),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
+    if not args.verify:
+        _inspect(args)
+        return
     with ProgressBar() as progress:
         problems = verify_dataset(args.dataset, progress)
     for problem in problems:

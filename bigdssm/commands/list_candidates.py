@@ -17,18 +17,19 @@ positives of the query are excluded. --position-column contains the positions wh
 shown, for sft.loss.position_bias.
 """
 
+import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from bigdssm.cli import (
-    add_overwrite,
-    add_rules,
+    OVERWRITE,
+    RULES,
     at_least,
     check_file_to_write,
     command,
-    command_parser,
+    one_of,
     open_with_rules,
+    option,
     refuse_options,
 )
 from bigdssm.errors import ConfigError
@@ -37,39 +38,35 @@ from bigdssm.retrieval.shards import Share
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the candidates")
-    add_rules(parser)
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--graded", action="store_true", help="documents with ratings by the same query id in the train split"
-    )
-    kind.add_argument("--given", type=Path, metavar="TABLE", help="documents listed in a table")
-    parser.add_argument(
-        "--low", type=float, default=0.0, help="maximum relevance of explicit negatives (default: %(default)s)"
-    )
-    parser.add_argument("--query-column", metavar="NAME", help="column of TABLE with ids of users or queries")
-    parser.add_argument("--positive-column", metavar="NAME", help="column of TABLE with the id of the row's positive")
-    parser.add_argument("--column", metavar="NAME", help="column of TABLE with lists of document ids")
-    parser.add_argument(
+@command(
+    option("--data", required=True, help="dataset folder or URL"),
+    option("--out", type=Path, required=True, metavar="NPY", help="file for the candidates"),
+    RULES,
+    one_of(
+        option("--graded", action="store_true", help="documents with ratings by the same query id in the train split"),
+        option("--given", type=Path, metavar="TABLE", help="documents listed in a table"),
+    ),
+    option("--low", type=float, default=0.0, help="maximum relevance of explicit negatives (default: %(default)s)"),
+    option("--query-column", metavar="NAME", help="column of TABLE with ids of users or queries"),
+    option("--positive-column", metavar="NAME", help="column of TABLE with the id of the row's positive"),
+    option("--column", metavar="NAME", help="column of TABLE with lists of document ids"),
+    option(
         "--position-column", metavar="NAME", help="column of TABLE with lists of positions from 1, the positive's first"
-    )
-    parser.add_argument(
+    ),
+    option(
         "--width", type=at_least(1), default=50, help="maximum number of documents per query (default: %(default)s)"
-    )
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_file_to_write("--out", args.out, "list_candidates", overwrite=args.overwrite)
     if args.graded:
         refuse_options(
-            parser, args, ["--query-column", "--positive-column", "--column", "--position-column"], "without --given"
+            args, ["--query-column", "--positive-column", "--column", "--position-column"], "without --given"
         )
     else:
-        refuse_options(parser, args, ["--low"], "without --graded")
+        refuse_options(args, ["--low"], "without --graded")
         if args.query_column is None or args.column is None:
             raise ConfigError("--given needs --query-column and --column, the names of TABLE's columns")
     if args.position_column is not None and args.positive_column is None:

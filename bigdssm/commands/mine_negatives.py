@@ -8,15 +8,15 @@ of the query are excluded, and with --margin also documents that score almost as
 document vectors that bigdssm embed wrote with the same model.
 """
 
+import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser
+from bigdssm.cli import OVERWRITE, check_file_to_write, command, option
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
@@ -29,26 +29,29 @@ from bigdssm.retrieval.vectors import read_vectors
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives")
-    parser.add_argument("--first", type=int, default=10, help="first position, counted from 0 (default: %(default)s)")
-    parser.add_argument("--last", type=int, default=200, help="last position, exclusive (default: %(default)s)")
-    parser.add_argument(
-        "--margin", type=float,
+@command(
+    option("--model", type=Path, required=True, help="model folder"),
+    option("--data", required=True, help="dataset folder or URL"),
+    option("--out", type=Path, required=True, metavar="NPY", help="file for the negatives"),
+    option("--first", type=int, default=10, help="first position, counted from 0 (default: %(default)s)"),
+    option("--last", type=int, default=200, help="last position, exclusive (default: %(default)s)"),
+    option(
+        "--margin",
+        type=float,
         help="drop documents whose score exceeds the positive's score minus MARGIN (default: keep all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--exact-up-to", type=int, default=MiningConfig.exact_up_to, metavar="DOCS",
+    ),
+    option(
+        "--exact-up-to",
+        type=int,
+        default=MiningConfig.exact_up_to,
+        metavar="DOCS",
         help="use an approximate index for larger catalogues (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--vectors", type=Path, metavar="DIR", help="document vectors (default: encode the catalogue)")
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--vectors", type=Path, metavar="DIR", help="document vectors (default: encode the catalogue)"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_file_to_write("--out", args.out, "mine_negatives", overwrite=args.overwrite)
     if args.margin is not None and not math.isfinite(args.margin):
         raise ConfigError(f"--margin {args.margin}: needs a finite number")

@@ -13,14 +13,14 @@ the nearest documents of a sample both have. --switch then lets the alias name t
 of the store (docs/config_keys.md). Passwords come from the environment or the files of the store's client.
 """
 
+import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
-from bigdssm.cli import command, command_parser, refuse_options
+from bigdssm.cli import command, option, refuse_options
 from bigdssm.config.loading import options_of
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError, DataError
@@ -32,31 +32,34 @@ from bigdssm.utils.log import ProgressBar
 LEAST_RECALL = 0.98
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--to", required=True, metavar="URL", help="the store: postgresql://USER@HOST:PORT/DATABASE")
-    parser.add_argument("--vectors", type=Path, help="folder written by bigdssm embed")
-    parser.add_argument("--data", help="dataset of the vectors, folder or URL, for the columns of filters")
-    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the store")
-    parser.add_argument("--as", metavar="NAME", help="collection (default: from the model's checksum)")
-    parser.add_argument(
-        "--verify", nargs="?", const=True, metavar="QUERIES.npy",
+@command(
+    option("--to", required=True, metavar="URL", help="the store: postgresql://USER@HOST:PORT/DATABASE"),
+    option("--vectors", type=Path, help="folder written by bigdssm embed"),
+    option("--data", help="dataset of the vectors, folder or URL, for the columns of filters"),
+    option("options", nargs="*", metavar="KEY=VALUE", help="options of the store"),
+    option("--as", metavar="NAME", help="collection (default: from the model's checksum)"),
+    option(
+        "--verify",
+        nargs="?",
+        const=True,
+        metavar="QUERIES.npy",
         help="measure recall with these query vectors, float32 [m, D+1] (default: with vectors of documents)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compare", metavar="NAME",
+    ),
+    option(
+        "--compare",
+        metavar="NAME",
         help="collection or alias whose nearest documents are compared (default: the collection that --alias names)",
-    )  # fmt: skip
-    parser.add_argument("--alias", default="live", help="alias to switch or roll back (default: %(default)s)")
-    parser.add_argument("--switch", action="store_true", help="let the alias name the collection")
-    parser.add_argument("--rollback", action="store_true", help="let the alias name its previous collection")
-    parser.add_argument("--drop", metavar="NAME", help="remove a collection that no alias names")
-    args = parser.parse_intermixed_args(argv)
+    ),
+    option("--alias", default="live", help="alias to switch or roll back (default: %(default)s)"),
+    option("--switch", action="store_true", help="let the alias name the collection"),
+    option("--rollback", action="store_true", help="let the alias name its previous collection"),
+    option("--drop", metavar="NAME", help="remove a collection that no alias names"),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     store = open_store(args.to, options_of(args.options, store_class(args.to)))
     if args.vectors is None:
-        refuse_options(parser, args, ["--data", "--as", "--verify", "--compare", "--switch"], "without --vectors")
+        refuse_options(args, ["--data", "--as", "--verify", "--compare", "--switch"], "without --vectors")
     elif args.rollback or args.drop:
         raise ConfigError("--rollback and --drop need no --vectors; run them alone")
     elif args.data is None:

@@ -16,11 +16,11 @@ If OUT ends in .csv, the result is one CSV file with the same columns; OUT.parts
 An interrupted job continues from its finished shards when restarted, with any number of ranks.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import add_overwrite, add_search_options, check_file_to_write, command, command_parser, refuse_options
+from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, check_file_to_write, command, one_of, option, refuse_options
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP, feature_values
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
@@ -42,46 +42,42 @@ from bigdssm.stores.base import is_store
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    add_search_options(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the Parquet files, or a file that ends in .csv"
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--users", action="store_true", help="all users of the dataset, with all their events")
-    source.add_argument("--split", help="rows of a split, as in evaluation")
-    source.add_argument("--queries", type=Path, metavar="TABLE", help="table of queries: CSV, TSV, JSONL or Parquet")
-    parser.add_argument("--key-column", metavar="NAME", help="column of TABLE with query keys")
-    parser.add_argument("--events-column", metavar="NAME", help="column of TABLE with the document keys of the history")
-    parser.add_argument(
-        "--exclude-column", metavar="NAME", help="column of TABLE with the keys of documents that are no answers"
-    )
-    parser.add_argument(
-        "--exclude-table", type=Path, metavar="TABLE",
+@command(
+    *SEARCH_OPTIONS,
+    option("--out", type=Path, required=True, help="folder for the Parquet files, or a file that ends in .csv"),
+    one_of(
+        option("--users", action="store_true", help="all users of the dataset, with all their events"),
+        option("--split", help="rows of a split, as in evaluation"),
+        option("--queries", type=Path, metavar="TABLE", help="table of queries: CSV, TSV, JSONL or Parquet"),
+    ),
+    option("--key-column", metavar="NAME", help="column of TABLE with query keys"),
+    option("--events-column", metavar="NAME", help="column of TABLE with the document keys of the history"),
+    option("--exclude-column", metavar="NAME", help="column of TABLE with the keys of documents that are no answers"),
+    option(
+        "--exclude-table",
+        type=Path,
+        metavar="TABLE",
         help="table of documents that are no answers, with a row per user and document",
-    )  # fmt: skip
-    parser.add_argument(
-        "--user-column", default="user_id", metavar="NAME", help="column of --exclude-table (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--item-column", default="item_id", metavar="NAME", help="column of --exclude-table (default: %(default)s)"
-    )
-    parser.add_argument("--now", type=float, help="time of the requests; later events of users are ignored")
-    parser.add_argument(
-        "--context", nargs="+", action="extend", default=[], metavar="FEATURE=VALUE",
+    ),
+    option("--user-column", default="user_id", metavar="NAME", help="column of --exclude-table (default: %(default)s)"),
+    option("--item-column", default="item_id", metavar="NAME", help="column of --exclude-table (default: %(default)s)"),
+    option("--now", type=float, help="time of the requests; later events of users are ignored"),
+    option(
+        "--context",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FEATURE=VALUE",
         help="features of all requests (data.request), such as action=purchase",
-    )  # fmt: skip
-    parser.add_argument("--top", type=int, default=10, help="documents per query (default: %(default)s)")
-    parser.add_argument("--filter", metavar="CONDITIONS", help=HELPS["filter"])
-    parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
-    parser.add_argument(
-        "--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"
-    )
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--top", type=int, default=10, help="documents per query (default: %(default)s)"),
+    option("--filter", metavar="CONDITIONS", help=HELPS["filter"]),
+    option("--seen", choices=SEEN, help=SEEN_HELP),
+    option("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     if is_store(args.index):
         raise ConfigError("--index: recommend needs an index folder, not a store; build one with bigdssm build_index")
     as_csv = args.out.suffix == ".csv"
@@ -89,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_file_to_write("--out", args.out, "recommend", overwrite=args.overwrite)
     context = feature_values("--context", args.context)
     if args.split is not None:
-        refuse_options(parser, args, ["--now", "--context"], "with --split, whose rows have them")
+        refuse_options(args, ["--now", "--context"], "with --split, whose rows have them")
     if args.queries is None:
-        refuse_options(parser, args, ["--key-column", "--events-column", "--exclude-column"], "without --queries")
+        refuse_options(args, ["--key-column", "--events-column", "--exclude-column"], "without --queries")
     if args.exclude_table is None:
-        refuse_options(parser, args, ["--user-column", "--item-column"], "without --exclude-table")
+        refuse_options(args, ["--user-column", "--item-column"], "without --exclude-table")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
     with ProgressBar() as progress:
         work = Share.from_launcher(args.rows_per_shard, progress)

@@ -8,12 +8,12 @@ feature, the overlap of the answers, the largest difference of scores, and examp
 share --limit of the requests differ.
 """
 
+import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import add_overwrite, add_search_options, at_least, check_file_to_write, command, command_parser
+from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, at_least, check_file_to_write, command, option
 from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.serving.request_log import read_log, replay
@@ -22,20 +22,22 @@ from bigdssm.utils.atomic import write_json
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of serve --log-requests")
-    add_search_options(parser)
-    parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
-    parser.add_argument(
-        "--limit", type=float, default=1.0, metavar="SHARE",
+@command(
+    option("--log", type=Path, required=True, metavar="FOLDER", help="folder of serve --log-requests"),
+    *SEARCH_OPTIONS,
+    option("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP),
+    option(
+        "--limit",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
         help="maximum share of requests that may differ (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the report, with examples")
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--out", type=Path, metavar="JSON", help="file for the report, with examples"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_file_to_write("--out", args.out, "replay", overwrite=args.overwrite)
     if not 0 <= args.limit <= 1:
         raise ConfigError(f"--limit {args.limit}: needs a share from 0 to 1")

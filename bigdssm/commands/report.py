@@ -23,7 +23,7 @@ from time import perf_counter
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import add_overwrite, check_file_to_write, command, command_parser, refuse_options
+from bigdssm.cli import OVERWRITE, check_file_to_write, command, option, refuse_options
 from bigdssm.cluster.metrics import training_seconds
 from bigdssm.config import Config, RunConfig, first_difference
 from bigdssm.dataset.dataset import Dataset
@@ -50,37 +50,30 @@ from bigdssm.utils.atomic import write_json
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config with different seeds"
-    )
-    parser.add_argument("--data", help="dataset folder or URL (default: the training dataset)")
-    parser.add_argument("--split", default="test", help="split of the dataset or collection (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the report")
-    parser.add_argument("--beir", type=Path, metavar="DIR", help="evaluate on this BEIR folder")
-    parser.add_argument("--bm25", action="store_true", help="with --beir: also evaluate BM25")
-    parser.add_argument(
-        "--pretrained", type=Path, metavar="FOLDER", help="with --beir: also evaluate an unchanged text encoder"
-    )
-    parser.add_argument(
+@command(
+    option("runs", type=Path, nargs="+", metavar="RUN", help="run folder; several: one config with different seeds"),
+    option("--data", help="dataset folder or URL (default: the training dataset)"),
+    option("--split", default="test", help="split of the dataset or collection (default: %(default)s)"),
+    option("--out", type=Path, required=True, metavar="JSON", help="file for the report"),
+    option("--beir", type=Path, metavar="DIR", help="evaluate on this BEIR folder"),
+    option("--bm25", action="store_true", help="with --beir: also evaluate BM25"),
+    option("--pretrained", type=Path, metavar="FOLDER", help="with --beir: also evaluate an unchanged text encoder"),
+    option(
         "--compare", type=Path, nargs="+", default=[], metavar="TREC", help="TREC runs of other systems (default: none)"
-    )
-    parser.add_argument("--save-runs", type=Path, metavar="DIR", help="write all runs to this folder in TREC format")
-    parser.add_argument(
-        "--filter-known", action="store_true", help="exclude documents that are relevant in other splits"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--save-runs", type=Path, metavar="DIR", help="write all runs to this folder in TREC format"),
+    option("--filter-known", action="store_true", help="exclude documents that are relevant in other splits"),
+    option("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_file_to_write("--out", args.out, "report", overwrite=args.overwrite)
     if args.beir is None:
         beir_options = ["--bm25", "--pretrained", "--compare", "--save-runs", "--filter-known"]
-        refuse_options(parser, args, beir_options, "without --beir")
+        refuse_options(args, beir_options, "without --beir")
     else:
-        refuse_options(parser, args, ["--data"], "with --beir, which has its own documents")
+        refuse_options(args, ["--data"], "with --beir, which has its own documents")
 
     runs = [_trained_stages(run, args.precision) for run in args.runs]
     _check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])

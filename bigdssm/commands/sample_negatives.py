@@ -6,29 +6,29 @@ The queries are evenly spaced over the file, with one negative per query, sample
 negatives.mining.teacher_margin. Texts are printed after truncation by the tokenizer, as the towers receive them.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
-from bigdssm.cli import add_rules, command, command_parser, open_with_rules
+from bigdssm.cli import RULES, command, open_with_rules, option
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "--mined", type=Path, required=True, metavar="NPY",
+@command(
+    option(
+        "--mined",
+        type=Path,
+        required=True,
+        metavar="NPY",
         help="file of hard negatives, written by fine-tuning or by bigdssm mine_negatives",
-    )  # fmt: skip
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    add_rules(parser)
-    parser.add_argument("--count", type=int, default=50, help="number of negatives (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the sampling, in training run.seed (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
+    ),
+    option("--data", required=True, help="dataset folder or URL"),
+    RULES,
+    option("--count", type=int, default=50, help="number of negatives (default: %(default)s)"),
+    option("--seed", type=int, default=0, help="seed of the sampling, in training run.seed (default: %(default)s)"),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     if args.count < 1:
         raise ConfigError(f"--count {args.count}: needs at least 1")
     negatives = HardNegatives.open(args.mined)

@@ -15,20 +15,12 @@ The rules of --config are those of the run that reads the file, and of the one t
 An interrupted run continues from its finished shards when restarted, with any number of ranks.
 """
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import (
-    add_overwrite,
-    add_rules,
-    at_least,
-    check_file_to_write,
-    command,
-    command_parser,
-    open_with_rules,
-)
+from bigdssm.cli import OVERWRITE, RULES, at_least, check_file_to_write, command, open_with_rules, option
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.teachers import (
     Bm25Teacher,
@@ -47,31 +39,36 @@ from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.log import ProgressBar
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--data", required=True, help="dataset folder or URL")
-    add_rules(parser)
-    parser.add_argument("--mined", type=Path, required=True, metavar="NPY", help="file of hard negatives")
-    parser.add_argument("--out", type=Path, required=True, metavar="NPY", help="file for the negatives with scores")
-    parser.add_argument(
+@command(
+    option("--data", required=True, help="dataset folder or URL"),
+    RULES,
+    option("--mined", type=Path, required=True, metavar="NPY", help="file of hard negatives"),
+    option("--out", type=Path, required=True, metavar="NPY", help="file for the negatives with scores"),
+    option(
         "--model", type=Path, nargs="+", default=[], metavar="FOLDER", help="model folders as teachers (default: none)"
-    )
-    parser.add_argument(
-        "--cross-encoder", type=Path, nargs="+", default=[], metavar="FOLDER",
+    ),
+    option(
+        "--cross-encoder",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
         help="cross-encoders as teachers (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pretrained", type=Path, nargs="+", default=[], metavar="FOLDER",
+    ),
+    option(
+        "--pretrained",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
         help="unchanged Hugging Face text encoders as teachers (default: none)",
-    )  # fmt: skip
-    parser.add_argument("--bm25", action="store_true", help="BM25 as a teacher")
-    parser.add_argument(
-        "--rows-per-shard", type=at_least(1), default=1024, help="queries per shard (default: %(default)s)"
-    )
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--bm25", action="store_true", help="BM25 as a teacher"),
+    option("--rows-per-shard", type=at_least(1), default=1024, help="queries per shard (default: %(default)s)"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     check_file_to_write("--out", args.out, "score_pairs", overwrite=args.overwrite)
     if not (args.model or args.cross_encoder or args.pretrained or args.bm25):
         raise ConfigError("no teacher: needs at least one of --model, --cross-encoder, --pretrained and --bm25")

@@ -13,24 +13,16 @@ model's data.exclude_seen is false; --seen overrides it. With --rerank K the mod
 histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score, key, title.
 """
 
+import argparse
 import csv
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import (
-    add_overwrite,
-    add_search_options,
-    at_least,
-    check_file_to_write,
-    command,
-    command_parser,
-    refuse_options,
-)
+from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, at_least, check_file_to_write, command, option, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request
 from bigdssm.serving.searcher import Searcher
@@ -43,34 +35,34 @@ SEEN_HELP = "whether results may include seen documents (default: data.exclude_s
 RERANK_HELP = "re-rank the top K documents with the model's scorer (default: no re-ranking)"
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    add_search_options(parser)
-    for name, metavar in (("user", "KEY"), ("document", "KEY"), ("filter", "CONDITIONS")):
-        parser.add_argument(f"--{name}", metavar=metavar, help=HELPS[name])
-    parser.add_argument("--exclude", nargs="+", action="extend", metavar="KEY", help=HELPS["exclude"])
-    parser.add_argument(
+@command(
+    *SEARCH_OPTIONS,
+    option("--user", metavar="KEY", help=HELPS["user"]),
+    option("--document", metavar="KEY", help=HELPS["document"]),
+    option("--filter", metavar="CONDITIONS", help=HELPS["filter"]),
+    option("--exclude", nargs="+", action="extend", metavar="KEY", help=HELPS["exclude"]),
+    option(
         "--history", metavar="ITEMS", help="events to append: document keys or titles, oldest first, separated by ;"
-    )
-    parser.add_argument("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features")
-    parser.add_argument("--now", type=float, help=f"time of the request; {HELPS['now']}")
-    parser.add_argument("--context", nargs="+", action="extend", metavar="FEATURE=VALUE", help=HELPS["context"])
-    parser.add_argument("--seen", choices=SEEN, help=SEEN_HELP)
-    parser.add_argument("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)")
-    parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
-    parser.add_argument("--request", metavar="FILE", help="file with a request as JSON, - for standard input")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV")
-    add_overwrite(parser)
-    args = parser.parse_args(argv)
+    ),
+    option("--text", nargs="+", metavar="FEATURE=VALUE", help="values of query features"),
+    option("--now", type=float, help=f"time of the request; {HELPS['now']}"),
+    option("--context", nargs="+", action="extend", metavar="FEATURE=VALUE", help=HELPS["context"]),
+    option("--seen", choices=SEEN, help=SEEN_HELP),
+    option("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)"),
+    option("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP),
+    option("--request", metavar="FILE", help="file with a request as JSON, - for standard input"),
+    option("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV"),
+    OVERWRITE,
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     if args.out is not None and args.out.suffix != ".csv":
         raise ConfigError(f"--out {args.out}: needs a file name ending in .csv")
     check_file_to_write("--out", args.out, "search", overwrite=args.overwrite)
     if args.request is not None:
         options = ["--user", "--document", "--history", "--text", "--now", "--context", "--filter", "--exclude"]
         options += ["--seen", "--top"]
-        refuse_options(parser, args, options, "with --request, which contains them")
+        refuse_options(args, options, "with --request, which contains them")
         try:
             text = sys.stdin.read() if args.request == "-" else Path(args.request).read_text(encoding="utf-8")
             content = load_json(text)

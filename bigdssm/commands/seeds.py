@@ -14,22 +14,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigdssm.cli import command, command_parser
+from bigdssm.cli import command_parser, option, run_main
 from bigdssm.cluster.launcher import environment
 from bigdssm.config import load_config
 from bigdssm.errors import ConfigError
 
 
-@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code of the first command that failed, or 0."""
+    return run_main(lambda: _train_seeds(argv))
+
+
+def _train_seeds(argv: Sequence[str] | None) -> int:
     own, report = list(sys.argv[1:] if argv is None else argv), list[str]()
     if "--" in own:
         own, report = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = command_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--seeds", nargs="+", required=True, metavar="S", help="seeds to train, each once")
-    parser.add_argument("--ranks", type=int, help="number of ranks (default: as in `bigdssm pretrain`)")
+    parser = command_parser(
+        __doc__,
+        option("--config", required=True, metavar="FILE", help="YAML file; see configs/"),
+        option("--seeds", nargs="+", required=True, metavar="S", help="seeds to train, each once"),
+        option("--ranks", type=int, help="number of ranks (default: as in `bigdssm pretrain`)"),
+    )
     args, others = parser.parse_known_args(own)
     if odd := [word for word in others if "=" not in word or word.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")

@@ -20,64 +20,66 @@ import importlib.util
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigdssm.cli import add_search_options, at_least, command, command_parser
+from bigdssm.cli import SEARCH_OPTIONS, at_least, command, option
 from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.log import setup_logging
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = command_parser(__doc__)
-    add_search_options(parser)
-    parser.add_argument("--second", nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
-    parser.add_argument(
-        "--cache", type=int, default=10_000, metavar="QUERIES", help="responses to cache (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-batch", type=int, default=32, metavar="QUERIES", help="maximum batch size (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, help="threads per worker (default: OMP_NUM_THREADS, or all cores)")
-    parser.add_argument(
-        "--onnx", type=Path, metavar="FILE",
+@command(
+    *SEARCH_OPTIONS,
+    option("--second", nargs=2, metavar=("MODEL", "INDEX"), help="second model and index for comparison"),
+    option("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"),
+    option("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)"),
+    option("--cache", type=int, default=10_000, metavar="QUERIES", help="responses to cache (default: %(default)s)"),
+    option("--max-batch", type=int, default=32, metavar="QUERIES", help="maximum batch size (default: %(default)s)"),
+    option("--threads", type=int, help="threads per worker (default: OMP_NUM_THREADS, or all cores)"),
+    option(
+        "--onnx",
+        type=Path,
+        metavar="FILE",
         help="ONNX query tower, such as EXPORT/query.int8.onnx (default: the tower of --model)",
-    )  # fmt: skip
-    parser.add_argument("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP)
-    parser.add_argument("--workers", type=int, default=1, help="number of processes (default: %(default)s)")
-    parser.add_argument(
-        "--poll-s", type=float, default=2.0, metavar="SECONDS",
+    ),
+    option("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP),
+    option("--workers", type=int, default=1, help="number of processes (default: %(default)s)"),
+    option(
+        "--poll-s",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
         help="interval of checks for a replaced model or index (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--vectors", action="store_true", help="enable POST /api/vector, the vector of a query")
-    parser.add_argument(
-        "--log-requests", type=Path, metavar="FOLDER", help="write searches and their answers to Parquet files"
-    )
-    parser.add_argument(
-        "--log-days", type=at_least(1), default=30, metavar="DAYS",
+    ),
+    option("--vectors", action="store_true", help="enable POST /api/vector, the vector of a query"),
+    option("--log-requests", type=Path, metavar="FOLDER", help="write searches and their answers to Parquet files"),
+    option(
+        "--log-days",
+        type=at_least(1),
+        default=30,
+        metavar="DAYS",
         help="age at which files of --log-requests are removed (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--access-log", action="store_true", help="write one JSON line per request to stderr")
-    parser.add_argument(
-        "--allow-host", nargs="+", default=[], metavar="NAME", help="further accepted host names (default: none)"
-    )
-    parser.add_argument(
-        "--timeout-s", type=int, default=10, metavar="SECONDS",
+    ),
+    option("--access-log", action="store_true", help="write one JSON line per request to stderr"),
+    option("--allow-host", nargs="+", default=[], metavar="NAME", help="further accepted host names (default: none)"),
+    option(
+        "--timeout-s",
+        type=int,
+        default=10,
+        metavar="SECONDS",
         help="time limit for receiving a request, and for stopping (default: %(default)s)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    for option, least in (("cache", 0), ("max_batch", 1), ("threads", 1), ("timeout_s", 1), ("workers", 1)):
-        if (value := getattr(args, option)) is not None and value < least:
-            raise ConfigError(f"--{option.replace('_', '-')} {value}: needs at least {least}")
+    ),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
+    for name, least in (("cache", 0), ("max_batch", 1), ("threads", 1), ("timeout_s", 1), ("workers", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: needs at least {least}")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port {args.port}: needs 0 to 65535")
     if not 0.1 <= args.poll_s < 1e6:

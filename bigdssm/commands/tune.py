@@ -10,15 +10,15 @@ process and are not pruned. The test split is not used. Repeating the command re
 trials with a larger --trials. DIR/best.json contains the best values as key=value.
 """
 
+import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import at_least, command, command_parser
+from bigdssm.cli import at_least, command, option
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
@@ -28,21 +28,18 @@ from bigdssm.evaluation.metrics import find_metric
 from bigdssm.utils.atomic import write_json
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+@command(
+    option("--config", required=True, metavar="FILE", help="YAML file; see configs/"),
+    option("--space", type=Path, required=True, metavar="YAML", help="search space"),
+    option("--out", type=Path, required=True, metavar="DIR", help="folder for the trials"),
+    option("--trials", type=at_least(1), default=10, help="number of trials (default: %(default)s)"),
+    option("--stage", choices=("pretrain", "sft"), default="pretrain", help="stage to train (default: %(default)s)"),
+    option("--baseline", choices=BASELINES, help="tune this baseline (default: train the stage)"),
+    option("--seed", type=int, default=0, help="seed of the search (default: %(default)s)"),
+    option("overrides", nargs="*", metavar="key=value", help="config overrides for all trials"),
+)
+def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("--space", type=Path, required=True, metavar="YAML", help="search space")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the trials")
-    parser.add_argument("--trials", type=at_least(1), default=10, help="number of trials (default: %(default)s)")
-    parser.add_argument(
-        "--stage", choices=("pretrain", "sft"), default="pretrain", help="stage to train (default: %(default)s)"
-    )
-    parser.add_argument("--baseline", choices=tuple(BASELINES), help="tune this baseline (default: train the stage)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides for all trials")
-    args = parser.parse_intermixed_args(argv)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")
     from bigdssm.training.tuning import (

@@ -5,8 +5,8 @@
 RUN is a run folder, whose newest stage is displayed, or a stage folder. It may be on a shared disk.
 """
 
+import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -15,18 +15,17 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
-from bigdssm.cli import command, command_parser
+from bigdssm.cli import command, option
 from bigdssm.cluster.monitor import RunState, read_run_state, sparkline
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
+@command(
+    option("run", type=Path, metavar="RUN", help="run or stage folder"),
+    option("--once", action="store_true", help="print the state once and exit"),
+    option("--every-s", type=float, default=2.0, help="seconds between updates (default: %(default)s)"),
+)
+def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    parser = command_parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run or stage folder")
-    parser.add_argument("--once", action="store_true", help="print the state once and exit")
-    parser.add_argument("--every-s", type=float, default=2.0, help="seconds between updates (default: %(default)s)")
-    args = parser.parse_args(argv)
     if args.once:
         Console().print(_render(read_run_state(args.run)))
         return

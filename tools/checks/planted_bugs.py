@@ -715,7 +715,7 @@ BUGS = [
     Bug("ranks of a command", "exit_code_of_a_peer_reported", "cluster.launcher:run_ranks",
         "and code != PeerError.exit_code]", "]",
         f"{UNIT}/cluster/test_launcher_ranks.py::test_the_exit_code_is_that_of_the_rank_that_ended_the_run"),
-    Bug("refusals", "overrides_read_as_seeds", "commands.seeds:main",
+    Bug("refusals", "overrides_read_as_seeds", "commands.seeds:_train_seeds",
         "words = [word for word in args.seeds if \"=\" not in word]", "words = args.seeds",
         f"{UNIT}/commands/test_seeds.py::test_overrides_are_accepted_anywhere"),
     Bug("refusals", "no_similar_key_suggested", "utils.components:read_fields",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bigdssm.cli import at_least, check_file_to_write, command
+from bigdssm.cli import at_least, check_file_to_write, command, option
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.atomic import write_json
 from tools.evidence.benches import BenchmarkResult, read_benchmarks, run_benchmarks
@@ -33,25 +33,19 @@ from tools.evidence.running import Trial, plan_trials, run_trials
 from tools.evidence.stored import read_trials, with_finished, write_trials
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.prog = "python -m tools.evidence"
-    parser.add_argument("claims", type=Path, nargs="+", metavar="YAML", help="files with claims")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the runs")
-    parser.add_argument("--page", type=Path, metavar="MD", help="page to write, with tables and images/ next to it")
-    parser.add_argument(
+@command(
+    option("claims", type=Path, nargs="+", metavar="YAML", help="files with claims"),
+    option("--out", type=Path, required=True, metavar="DIR", help="folder for the runs"),
+    option("--page", type=Path, metavar="MD", help="page to write, with tables and images/ next to it"),
+    option(
         "--store", type=Path, metavar="DIR", help="folder of results.json and trials.jsonl (default: that of --page)"
-    )
-    parser.add_argument(
-        "--at-once", type=at_least(1), default=1, help="concurrent training runs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="run trials with TEXT in `SET: CELL, seed N` (default: all)"
-    )
-    parser.add_argument("--collect", action="store_true", help="run nothing, collect finished trials")
-    args = parser.parse_args(argv)
+    ),
+    option("--at-once", type=at_least(1), default=1, help="concurrent training runs (default: %(default)s)"),
+    option("--only", default="", metavar="TEXT", help="run trials with TEXT in `SET: CELL, seed N` (default: all)"),
+    option("--collect", action="store_true", help="run nothing, collect finished trials"),
+)
+def main(args: argparse.Namespace) -> None:
+    """Run the command line."""
     for page in () if args.page is None else (args.page, tables_path(args.page)):
         check_file_to_write("--page", page, "evidence", overwrite=True)
     if args.page is not None:
@@ -117,4 +111,5 @@ def _stored_results(file: Path) -> dict[str, Result]:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "python -m tools.evidence"  # the name in its --help
     sys.exit(main())
