@@ -71,9 +71,7 @@ def _target_product(queries: Tensor, documents: Tensor) -> Tensor:
     return torch.stack([(queries * documents).sum(dim=1), tolerance], dim=1)
 
 
-def inner_product_scoring() -> Scoring:
-    """Score index vectors by inner product."""
-    return Scoring(inner_products, _target_product, 512, TILE_SCORES)
+INNER_PRODUCT = Scoring(inner_products, _target_product, queries_at_once=512, scores_at_once=TILE_SCORES)  # of vectors
 
 
 def pair_scoring(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
@@ -106,9 +104,8 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: P
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
     """
-    scoring = inner_product_scoring()
-    target_scores = scoring.target(queries, documents[target])
-    return 1 + _counts(scoring, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
+    target_scores = INNER_PRODUCT.target(queries, documents[target])
+    return 1 + _counts(INNER_PRODUCT, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
 
 
 def ranks_of_scores(
@@ -262,7 +259,7 @@ def evaluate_split(
     started = time.perf_counter()
     dataset.index(split)
     share = Share(rank, world_size, rows_per_chunk, progress)
-    scoring = inner_product_scoring()
+    scoring = INNER_PRODUCT
     if isinstance(encoders, ScoredEncoders):
         scoring, documents = pair_scoring(encoders.scorer), None
     if documents is None:

@@ -116,8 +116,12 @@ def _sources(dataset: Dataset) -> dict[str, Source]:
     schema = dataset.schema
     sides: dict[str, Source] = {}
     for side, features, read in (
-        ("query", schema.query, _query_column),
-        ("doc", schema.doc | dataset.header.schema.filter, partial(_doc_column, dataset)),
+        ("query", schema.query, lambda name, rows: ragged.take(rows.query[name], rows.row_of_query)),
+        (
+            "doc",
+            schema.doc | dataset.header.schema.filter,
+            lambda name, rows: dataset.catalogue.column(name, rows.doc_rows),
+        ),
         ("event", schema.event, _event_column),
     ):
         sides |= {f"{side}.{name}": (f, partial(read, name)) for name, f in filterable(features).items()}
@@ -132,14 +136,6 @@ def _sources(dataset: Dataset) -> dict[str, Source]:
     bare = [name.partition(".")[2] for name in sides] + list(NUMBERS)
     unique = {name: source for name, source in zip(bare, sides.values(), strict=False) if bare.count(name) == 1}
     return unique | of_numbers | sides
-
-
-def _query_column(name: str, rows: Rows) -> Column:
-    return ragged.take(rows.query[name], rows.row_of_query)
-
-
-def _doc_column(dataset: Dataset, name: str, rows: Rows) -> Column:
-    return dataset.catalogue.column(name, rows.doc_rows)
 
 
 def _event_column(name: str, rows: Rows) -> Column:

@@ -84,33 +84,25 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
 
 def write_run(path: Path, run: Run, tag: str) -> None:
     """Write `run` in TREC's format. Raises ConfigError: an id contains whitespace."""
-    lines = []
     tag = "-".join(tag.split()) or "run"
-    for query, scores in run.items():
-        for rank, document in enumerate(ranked(scores), 1):
-            _check_ids(query, document)
-            lines.append(f"{query} Q0 {document} {rank} {float(scores[document])!r} {tag}\n")
-    _write(path, lines)
+    _write(
+        path,
+        (
+            (query, "Q0", document, str(rank), repr(float(scores[document])), tag)
+            for query, scores in run.items()
+            for rank, document in enumerate(ranked(scores), 1)
+        ),
+    )
 
 
 def write_qrels(path: Path, qrels: Judgements) -> None:
     """Write `qrels` in TREC's format. Raises ConfigError: an id contains whitespace."""
-    lines = []
-    for query, grades in qrels.items():
-        for document, grade in grades.items():
-            _check_ids(query, document)
-            lines.append(f"{query} 0 {document} {grade}\n")
-    _write(path, lines)
+    pairs = ((query, document, grade) for query, grades in qrels.items() for document, grade in grades.items())
+    _write(path, ((query, "0", document, str(grade)) for query, document, grade in pairs))
 
 
 def _dcg(gains: np.ndarray) -> float:
     return float((gains / np.log2(np.arange(2, len(gains) + 2))).sum())
-
-
-def _check_ids(*ids: str) -> None:
-    for key in ids:
-        if not key or key.split() != [key]:
-            raise ConfigError(f"the id {key!r} is empty or contains whitespace, which TREC files do not allow")
 
 
 def _fields(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, list[str]]]:
@@ -121,6 +113,13 @@ def _fields(path: Path, num_fields: int, layout: str) -> Iterable[tuple[int, lis
         yield number, fields
 
 
-def _write(path: Path, lines: list[str]) -> None:
+def _write(path: Path, lines: Iterable[tuple[str, ...]]) -> None:
+    """Write the fields of each line. Raises ConfigError: a query or document, the first and third, has whitespace."""
+    written = []
+    for fields in lines:
+        for key in (fields[0], fields[2]):
+            if key.split() != [key]:
+                raise ConfigError(f"the id {key!r} is empty or contains whitespace, which TREC files do not allow")
+        written.append(f"{' '.join(fields)}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(lines))
+    write_text(path, "".join(written))
