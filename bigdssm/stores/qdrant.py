@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import UUID, uuid4
@@ -58,6 +57,14 @@ PAYLOAD_TYPES: Mapping[ColumnType, str] = {"category": "keyword", "categories": 
 T = TypeVar("T")
 
 
+@dataclass
+class _State:
+    """The connection, and the leases that this process holds by collection."""
+
+    client: QdrantClient | None = None
+    leases: dict[str, str] = field(default_factory=dict)
+
+
 @register_store
 @dataclass(frozen=True)
 class QdrantStore(Store):
@@ -68,7 +75,7 @@ class QdrantStore(Store):
     m: int = bounded(24, 2, 100)  # links per document in the HNSW graph
     ef_construction: int = bounded(128, 4, 1000)  # candidates per document when the graph is built
     ef_search: int = bounded(200, 1, 10_000)  # candidates per query, at least the number of requested documents
-    _leases: dict[str, str] = field(default_factory=dict, metadata=FITTED, repr=False, compare=False)  # by collection
+    _state: _State = field(default_factory=_State, metadata=FITTED, repr=False, compare=False)
 
     # ----- collections
 
@@ -113,14 +120,14 @@ class QdrantStore(Store):
         """
         self._check_name(name)
         self._run(self._create_admin)
-        if name in self._leases:
+        if name in self._state.leases:
             raise DataError(f"{self.address}: another process publishes to {name}; wait for it, then try again")
-        self._leases[name] = uuid4().hex
+        self._state.leases[name] = uuid4().hex
         try:
             self._renew(name)
             yield
         finally:
-            owner = self._leases.pop(name)
+            owner = self._state.leases.pop(name)
             mine = models.FieldCondition(key="owner", match=models.MatchValue(value=owner))
             self._run(lambda client: client.delete(ADMIN, models.Filter(must=[mine])))
 
@@ -300,7 +307,7 @@ class QdrantStore(Store):
 
     def _renew(self, name: str) -> None:
         """Renew the lease that this process holds. Raises DataError: it ended, and another process has one."""
-        if (owner := self._leases.get(name)) is None:
+        if (owner := self._state.leases.get(name)) is None:
             return
         id, now = _id(f"lease {name}"), time.time()
         lease = {"kind": "lease", "owner": owner, "until": now + LEASE_S}
@@ -356,9 +363,10 @@ class QdrantStore(Store):
         """Whether the store is a folder of Qdrant's local mode."""
         return not urlsplit(self.url).netloc
 
-    @cached_property
     def _client(self) -> QdrantClient:
-        """The connection. Raises ConfigError: an invalid URL, or an API key that would be sent without TLS."""
+        """Return the connection. Raises ConfigError: an invalid URL, or an API key that would be sent without TLS."""
+        if self._state.client is not None:
+            return self._state.client
         parts, key = urlsplit(self.url), os.environ.get(KEY_VARIABLE)
         try:
             host, port = parts.hostname, parts.port or 6333
@@ -383,14 +391,15 @@ class QdrantStore(Store):
             version = tuple(map(int, client.info().version.split(".")[:2]))
             if version < LEAST_VERSION:
                 raise DataError(f"{self.address} has Qdrant {client.info().version}, needs 1.16 to compare versions")
+        self._state.client = client
         return client
 
     def _run(self, work: Callable[[Any], T]) -> T:
         """Return the result of `work`, which may be repeated; try again if the server went away."""
-        waits = WAITS_S if "_client" in vars(self) else ()  # at first, none
+        waits = () if self._state.client is None else WAITS_S
         for wait_s in (*waits, None):
             try:
-                return work(self._client)
+                return work(self._client())
             except BigDSSMError:
                 raise
             except ResponseHandlingException as error:

@@ -603,8 +603,7 @@ def test_a_lease_excludes_other_publishers(qdrant_store: Any, tmp_path: Path, mo
     saved, now = Shop.new(Random(0), 6).save(tmp_path / "v"), [1e9]
     monkeypatch.setattr(qdrant.time, "time", lambda: now[0])
     collection = publish(qdrant_store, *saved, "shop").collection
-    other = replace(qdrant_store, _leases={})
-    vars(other)["_client"] = qdrant_store._client
+    other = replace(qdrant_store, _state=qdrant._State(qdrant_store._state.client))
     with qdrant_store.publishing("shop"):
         now[0] += qdrant.LEASE_S - 1
         qdrant_store.delete(collection, ["key 1"], 1)
@@ -640,11 +639,11 @@ def test_a_killed_drop_hides_its_collection_alone(qdrant_store: Any, tmp_path: P
     saved = Shop.new(Random(0), 3).save(tmp_path / "v")
     for name in ("shop", "other"):
         publish(qdrant_store, *saved, name)
-    qdrant_store._client.delete_collection("bigdssm_vectors_shop")  # the first step
+    qdrant_store._client().delete_collection("bigdssm_vectors_shop")  # the first step
     assert {name: qdrant_store.count(one) for name, one in qdrant_store.collections().items()} == {"other": 3}
     qdrant_store.drop("shop")
     assert qdrant_store._described().keys() == {"other"}
-    assert "bigdssm_tombstones_shop" not in {one.name for one in qdrant_store._client.get_collections().collections}
+    assert "bigdssm_tombstones_shop" not in {one.name for one in qdrant_store._client().get_collections().collections}
 
 
 def test_columns_of_any_name(qdrant_store: Any) -> None:
