@@ -12,6 +12,7 @@ import pytest
 
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.partition import read_block
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.features.ragged import Ragged
@@ -79,7 +80,9 @@ def check(dataset: Dataset, split: str, events: list[tuple[Any, ...]], users: li
     for user, _, time in sorted(events, key=lambda event: event[2]):
         times.setdefault(user, []).append(time)
     for block in range(index.num_blocks):
-        ids, batch = dataset._good_rows(index, block)
+        ids = np.arange(index.first_row[block], index.first_row[block + 1])
+        batch, bad = read_block(index, block, dataset.layout)
+        assert batch is not None and not bad
         rows = dataset.rows(split, 0, ids, batch)
         keys = dataset.sequences.strings("query_key", rows.sequence)
         first = batch.column("first").to_pylist()
