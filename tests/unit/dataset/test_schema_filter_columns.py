@@ -87,7 +87,7 @@ def test_a_change_needs_no_new_vectors_and_no_new_index(
     searcher = Searcher.open(tmp_path / "model", tmp_path / "index")
     assert answers(searcher, "stock >= 5 and region = north") == ["i6", "i8", "i10"]
     assert answers(searcher, "region != north") == [f"i{n}" for n in range(1, NUM_ITEMS, 2)], "i0 has no region"
-    assert searcher.queries.choices["region"]["values"] == ["south", "north"]
+    assert searcher.queries.filters.choices["region"]["values"] == ["south", "north"]
     extents, stream = open_dataset(config.data).extents, PairStream(open_dataset(config.data), rows_global=2, lanes=1)
     assert not searcher.is_outdated()
 
