@@ -111,8 +111,8 @@ def command_parser(about: str | None, *options: Declaration) -> argparse.Argumen
 def command(*options: Declaration) -> Callable[[Callable[[argparse.Namespace], int | None]], Callable[..., int]]:
     """Make `main(args)` a command line with these options, which returns the exit code; a decorator.
 
-    The help begins with the docstring of the module. `args.given` contains the names of the options whose values are
-    not the defaults.
+    The help begins with the docstring of the module. `args.changed_options` contains the names of the options whose
+    values are not the defaults.
     """
 
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[..., int]:
@@ -123,7 +123,7 @@ def command(*options: Declaration) -> Callable[[Callable[[argparse.Namespace], i
         def parse_and_run(argv: Sequence[str] | None) -> int | None:
             parser = command_parser(sys.modules[main.__module__].__doc__, *options)
             args = parser.parse_intermixed_args(argv)  # key=value may be anywhere
-            args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+            args.changed_options = {name for name, value in vars(args).items() if value != parser.get_default(name)}
             return main(args)
 
         return run
@@ -144,7 +144,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def refuse_options(args: argparse.Namespace, options: Sequence[str], why: str) -> None:
     """Raise ConfigError if one of `options` was passed; `why` names the option with or without which it is unused."""
-    given = [option for option in options if option.removeprefix("--").replace("-", "_") in args.given]
+    given = [option for option in options if option.removeprefix("--").replace("-", "_") in args.changed_options]
     if given:
         them = "it" if len(given) == 1 else "them"
         raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")

@@ -189,12 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if files:
         args.pairs = [path for path in files if not _is_override(str(path))]
     default = parsers[args.kind].get_default
-    args.given = {name for name in ("overwrite", "partition") if getattr(args, name) != default(name)}
+    args.changed_options = {name for name in ("overwrite", "partition") if getattr(args, name) != default(name)}
 
     def run() -> None:
         if args.append is not None:
             refuse_options(args, ["--overwrite", "--partition"], "with --append, which names the partition")
-        options = {name: value for name, value in vars(args).items() if name not in ("kind", "given")}
+        options = {name: value for name, value in vars(args).items() if name not in ("kind", "changed_options")}
         _make(args.kind, options, overrides)
 
     return run_main(run)
