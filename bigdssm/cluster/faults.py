@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,51 +46,44 @@ class Fault:
     rank: int = 0
 
 
-@dataclass(frozen=True)
-class Faults:
-    """The faults configured for this rank."""
+def install_faults(trainer: Any) -> None:
+    """Make a `training.trainer.Trainer` trigger this rank's faults: in its steps, its loss, and its checkpoints.
 
-    faults: tuple[Fault, ...] = ()
+    Raises ConfigError: the environment variable is invalid.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    configured = map(parse, filter(None, os.environ.get(VARIABLE, "").split(",")))
+    faults = [fault for fault in configured if fault.rank == rank]
+    if not faults:
+        return
+    train_step, loss_function = trainer.train_step, trainer.loss_function
 
-    @classmethod
-    def from_environment(cls) -> "Faults":
-        """Parse this rank's faults from the environment variable. Raises ConfigError."""
-        text = os.environ.get(VARIABLE, "")
-        rank = int(os.environ.get("RANK", "0"))
-        return cls(tuple(fault for fault in map(parse, filter(None, text.split(","))) if fault.rank == rank))
+    def due(step: int, kinds: tuple[str, ...]) -> Iterator[str]:
+        for fault in faults:
+            if fault.step == step and fault.kind in kinds:
+                logger.warning("%s: %s at step %d on rank %d", VARIABLE, fault.kind, step, distributed.rank())
+                yield fault.kind
 
-    def install(self, trainer: Any) -> None:
-        """Make a `training.trainer.Trainer` trigger the faults: in its steps, its loss, and its checkpoints."""
-        if not self.faults:
-            return
-        train_step, loss_function = trainer.train_step, trainer.loss_function
+    def faulty_step(batch: Any, *args: Any) -> Any:
+        for kind in due(batch.step, IN_STEP):
+            _trigger(kind)
+        return train_step(batch, *args)
 
-        def faulty_step(batch: Any, *args: Any) -> Any:
-            for kind in self._due(batch.step, IN_STEP):
-                _trigger(kind)
-            return train_step(batch, *args)
+    def faulty_loss(encoded: Any, batch: Any) -> Any:
+        output = loss_function(encoded, batch)
+        for kind in due(batch.step, IN_LOSS):
+            wrong = float("nan") if kind == "nan" else 99 * output.loss.detach()
+            output = replace(output, loss=output.loss + wrong)
+        return output
 
-        def faulty_loss(encoded: Any, batch: Any) -> Any:
-            output = loss_function(encoded, batch)
-            for kind in self._due(batch.step, IN_LOSS):
-                wrong = float("nan") if kind == "nan" else 99 * output.loss.detach()
-                output = replace(output, loss=output.loss + wrong)
-            return output
+    def between_files(step: int) -> None:
+        for kind in due(step, IN_SAVE):
+            if kind == "kill-save":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def between_files(step: int) -> None:
-            for kind in self._due(step, IN_SAVE):
-                if kind == "kill-save":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        trainer.train_step, trainer.loss_function = faulty_step, faulty_loss
-        trainer.store.between_files = between_files
-
-    def _due(self, step: int, kinds: tuple[str, ...]) -> list[str]:
-        due = [fault.kind for fault in self.faults if fault.step == step and fault.kind in kinds]
-        for kind in due:
-            logger.warning("%s: %s at step %d on rank %d", VARIABLE, kind, step, distributed.rank())
-        return due
+    trainer.train_step, trainer.loss_function = faulty_step, faulty_loss
+    trainer.store.between_files = between_files
 
 
 def parse(text: str) -> Fault:

@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +102,6 @@ def flatten(values: dict[str, Any], separator: str = "/", prefix: str = "") -> d
     return result
 
 
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class StageCurve:
-    """The records of one stage in step order."""
-
-    name: str
-    records: list[dict[str, Any]]
-
-    def points(self, value: Callable[[dict[str, Any]], Any]) -> list[Point]:
-        """Return (step, value) of every record whose value is not None."""
-        return [(record["step"], value(record)) for record in self.records if value(record) is not None]
-
-    @property
-    def last_step(self) -> int:
-        """Return the last recorded step, 0 without records."""
-        return max((record["step"] for record in self.records), default=0)
-
-
 def stage_folders(run: Path) -> list[Path]:
     """Return the stage folders of a run folder, or `run` if it is a stage folder. Raises DataError for neither."""
     if (run / METRICS_FILE).is_file():
@@ -135,13 +114,13 @@ def stage_folders(run: Path) -> list[Path]:
     return folders
 
 
-def read_stage(folder: Path) -> StageCurve:
-    """Read the last record per step of a stage folder; incomplete lines (of a killed process) are skipped."""
+def read_stage(folder: Path) -> list[dict[str, Any]]:
+    """Read the last record per step, in step order; incomplete lines (of a killed process) are skipped."""
     train: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
     for record in read_records(folder / METRICS_FILE, "step"):
         (validation if "validation" in record else train)[int(record["step"])] = record
-    return StageCurve(folder.name, sorted([*train.values(), *validation.values()], key=lambda record: record["step"]))
+    return sorted([*train.values(), *validation.values()], key=lambda record: record["step"])
 
 
 def training_seconds(folder: Path) -> float:
@@ -149,7 +128,7 @@ def training_seconds(folder: Path) -> float:
     stage: StageName = "sft" if folder.name == "sft" else "pretrain"
     rows_global = load_written_config(folder / CONFIG_FILE).stage(stage).rows_global
     seconds, before = 0.0, 0
-    for record in read_stage(folder).records:
+    for record in read_stage(folder):
         if "validation" in record:
             seconds += record.get("seconds", 0.0)
         elif record.get("rows_per_s"):
@@ -186,16 +165,28 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         for path, name in zip(paths, names, strict=True)
     ]
     curves = {
-        label: [read_stage(folder) for folder in stage_folders(run)] for label, run in zip(labels, runs, strict=True)
+        label: {folder.name: read_stage(folder) for folder in stage_folders(run)}
+        for label, run in zip(labels, runs, strict=True)
     }
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(11, 7), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         for axis, (label, value) in zip(axes.flat, PANELS, strict=True):
             for number, stages in enumerate(curves.values()):
-                _draw(axis, stages, value, f"C{number}")
+                color, offset = f"C{number}", 0
+                # consecutive stages have a gap between them: their losses are not comparable
+                for stage, records in stages.items():
+                    steps = [record["step"] for record in records if value(record) is not None]
+                    values = [value(record) for record in records if value(record) is not None]
+                    marker = "o" if len(steps) < 40 else ""
+                    axis.plot([offset + step for step in steps], values, color=color, marker=marker, ms=3, lw=1.5)
+                    if stage != next(iter(stages)):
+                        axis.axvline(offset, color=color, ls="--", lw=1, alpha=0.7)
+                        transform = axis.get_xaxis_transform()
+                        axis.text(offset, 1.0, f" {stage}", transform=transform, color=color, va="top", fontsize=8)
+                    offset += max((record["step"] for record in records), default=0)
             if value is selection_score:  # for example `validation NDCG@10`, with all metrics that select best/
-                records = [record for stages in curves.values() for stage in stages for record in stage.records]
+                records = [record for stages in curves.values() for stage in stages.values() for record in stage]
                 metrics = {metric_label(record["selected_by"]) for record in records if "validation" in record}
                 label = " ".join(["validation", *sorted(metrics)])
             axis.set_ylabel(label)
@@ -213,17 +204,3 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
             figure.suptitle(next(iter(curves)))
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120)
-
-
-def _draw(axis: Any, stages: Sequence[StageCurve], value: Callable[[dict[str, Any]], Any], color: str) -> None:
-    """Plot consecutive stages with a gap between them: their losses are not comparable."""
-    offset = 0
-    for number, stage in enumerate(stages):
-        points = stage.points(value)
-        marker = "o" if len(points) < 40 else ""
-        axis.plot([offset + x for x, _ in points], [y for _, y in points], color=color, marker=marker, ms=3, lw=1.5)
-        if number:
-            axis.axvline(offset, color=color, ls="--", lw=1, alpha=0.7)
-            transform = axis.get_xaxis_transform()
-            axis.text(offset, 1.0, f" {stage.name}", transform=transform, color=color, va="top", fontsize=8)
-        offset += stage.last_step

@@ -76,7 +76,7 @@ def read_run_state(run: Path) -> RunState:
     events = read_events(folder)
     start: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "start"), {})
     state, ended = _state(folder, events)
-    records = read_stage(folder).records
+    records = read_stage(folder)
     if not records and not events:
         raise DataError(f"{folder / METRICS_FILE} is empty; wait for the first steps of the run")
     train = [record for record in records if "loss" in record]

@@ -91,8 +91,9 @@ def compare(
     else:
         pair = (folders_a[stage or common[-1]], folders_b[stage or common[-1]])
     parts = {}
-    for title, read in {"config": _config, "versions": _versions, "data": _data, "training": _training}.items():
-        of_a, of_b = map(read, pair)
+    properties_a, properties_b = map(_properties, pair)
+    for title, of_a in properties_a.items():
+        of_b = properties_b[title]
         values = [(key, of_a.get(key, ABSENT), of_b.get(key, ABSENT)) for key in {**of_a, **of_b}]
         parts[title] = [row for row in values if title == "training" or row[1] != row[2]]
 
@@ -113,42 +114,34 @@ def compare(
     return Comparison(pair[0].name, parts, None if reason else (systems[0], systems[1]), reason)
 
 
-def _config(folder: Path) -> dict[str, str]:
-    content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    return {key: str(value) for key, value in flatten(content, ".").items()}
-
-
-def _versions(folder: Path) -> dict[str, str]:
-    starts = [event for event in read_events(folder) if event["event"] == "start"]
-    return dict(starts[-1]["versions"]) if starts else {}
-
-
-def _data(folder: Path) -> dict[str, str]:
+def _properties(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the compared properties of a stage, by the title of their table."""
     config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     try:
         fingerprint = str(load_model_folder(folder / "best").provenance.get("dataset", ABSENT))
     except BigDSSMError:
         fingerprint = ABSENT
-    return {"dataset": config["data"]["dir"], "fingerprint": fingerprint}
-
-
-def _training(folder: Path) -> dict[str, str]:
-    records = read_stage(folder).records
+    events = read_events(folder)
+    starts = [event for event in events if event["event"] == "start"]
+    records = read_stage(folder)
     train = [record for record in records if "loss" in record]
     speeds = sorted(record["rows_per_s"] for record in train if record.get("rows_per_s"))
     validations = [record for record in records if "validation" in record]
     name = f" {metric_label(validations[-1]['selected_by'])}" if validations else ""
     scores = [score for record in validations if (score := selection_score(record)) is not None]
-    events = read_events(folder)
-    starts = [event for event in events if event["event"] == "start"]
     return {
-        "last step": str(records[-1]["step"]) if records else "0",
-        "last loss": f"{train[-1]['loss']:.4f}" if train else ABSENT,
-        f"best validation{name}": f"{max(scores):.4f}" if validations else ABSENT,
-        "rows/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ABSENT,
-        "ranks": str(starts[-1]["ranks"]) if starts else ABSENT,
-        "starts": str(len(starts)),
-        "ended": str(events[-1]["reason"]) if events and events[-1]["event"] == "end" else "no",
+        "config": {key: str(value) for key, value in flatten(config, ".").items()},
+        "versions": starts[-1]["versions"] if starts else {},
+        "data": {"dataset": config["data"]["dir"], "fingerprint": fingerprint},
+        "training": {
+            "last step": str(records[-1]["step"]) if records else "0",
+            "last loss": f"{train[-1]['loss']:.4f}" if train else ABSENT,
+            f"best validation{name}": f"{max(scores):.4f}" if validations else ABSENT,
+            "rows/s (median)": f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ABSENT,
+            "ranks": str(starts[-1]["ranks"]) if starts else ABSENT,
+            "starts": str(len(starts)),
+            "ended": str(events[-1]["reason"]) if events and events[-1]["event"] == "end" else "no",
+        },
     }
 
 

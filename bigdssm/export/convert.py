@@ -118,7 +118,7 @@ def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:
     """Return the validation metrics of exactly this step, or None."""
     if not (stage_dir / METRICS_FILE).is_file():
         return None
-    for record in read_stage(stage_dir).records:
+    for record in read_stage(stage_dir):
         if record["step"] == step and "validation" in record:
             return ReportedMetrics("validation", f"step {step} of {stage_dir.name}", record["validation"])
     return None

@@ -391,7 +391,7 @@ def recorded_times(folder: Path) -> tuple[float | None, float | None]:
     """Return the median rows per second and seconds of a validation in a stage folder's metrics, None without any."""
     if not (folder / METRICS_FILE).is_file():
         return None, None
-    records = read_stage(folder).records
+    records = read_stage(folder)
     speeds = [record["rows_per_s"] for record in records if record.get("rows_per_s")]
     validations = [record["seconds"] for record in records if "validation" in record]
     return median(speeds) if speeds else None, median(validations) if validations else None

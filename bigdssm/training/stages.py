@@ -21,7 +21,7 @@ from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
 from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model, load_model_folder
 from bigdssm.checkpoints.store import CheckpointStore
-from bigdssm.cluster.faults import Faults
+from bigdssm.cluster.faults import install_faults
 from bigdssm.cluster.launcher import LauncherMonitor, check_launch
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
 from bigdssm.cluster.monitor import SpikeAlert
@@ -374,7 +374,7 @@ def run_stage(
                     store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,
                 )  # fmt: skip
                 del start  # frees the checkpoint in memory
-                Faults.from_environment().install(trainer)
+                install_faults(trainer)
                 record_start(folder, done.step, trainer.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %d rank%s, from step %d, in %s",

@@ -267,5 +267,5 @@ def values_of(config: Config, space: Space) -> dict[str, Any]:
 
 def _validations(folder: Path) -> list[tuple[int, float]]:
     """Return (step, metric) of every recorded validation."""
-    records = read_stage(folder).records if folder.exists() else []
+    records = read_stage(folder) if folder.exists() else []
     return [(record["step"], value) for record in records if (value := selection_score(record)) is not None]

@@ -55,7 +55,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def losses(run_dir: Path) -> torch.Tensor:
-    records = read_stage(run_dir / "pretrain").records
+    records = read_stage(run_dir / "pretrain")
     return torch.tensor([record["loss"] for record in records if "loss" in record])
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bigdssm.cli import run_main
-from bigdssm.cluster.faults import VARIABLE, Fault, Faults, parse
+from bigdssm.cluster.faults import VARIABLE, Fault, install_faults, parse
 from bigdssm.cluster.launcher import LauncherMonitor, parent_of, state_of
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE, StopRequest
@@ -71,35 +71,34 @@ def train_step(*args: object) -> tuple[object, ...]:
     return args
 
 
-def with_faults(faults: Faults) -> SimpleNamespace:
+def with_faults() -> SimpleNamespace:
     trainer = SimpleNamespace(train_step=train_step, loss_function=loss_function, store=SimpleNamespace())
-    faults.install(trainer)
+    install_faults(trainer)
     return trainer
 
 
 def test_only_this_ranks_faults_strike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "nan@3:1,raise@4,spike@5:1")
     monkeypatch.setenv("RANK", "1")
-    faults = Faults.from_environment()
-    assert faults.faults == (Fault("nan", 3, 1), Fault("spike", 5, 1))
-    trainer = with_faults(faults)
+    trainer = with_faults()
     assert [trainer.loss_function(None, Step(step)).loss.item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
     assert trainer.loss_function(None, Step(3)).loss.isnan()
     assert trainer.train_step(Step(4), "plan") == (Step(4), "plan")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="injected by"):
-        with_faults(Faults.from_environment()).train_step(Step(4), "plan")
+        with_faults().train_step(Step(4), "plan")
 
 
-def test_without_faults_nothing_is_wrapped() -> None:
-    trainer = with_faults(Faults())
+def test_without_faults_nothing_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    trainer = with_faults()
     assert trainer.loss_function is loss_function and trainer.train_step is train_step
     assert vars(trainer.store) == {}
 
 
-def test_a_full_disk_strikes_in_its_checkpoint_alone() -> None:
-    faults = Faults((Fault("disk-full", 8),))
-    store = with_faults(faults).store
+def test_a_full_disk_strikes_in_its_checkpoint_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "disk-full@8")
+    store = with_faults().store
     store.between_files(4)
     with pytest.raises(OSError, match="No space left on device"):
         store.between_files(8)

@@ -291,10 +291,10 @@ def test_plot(tools: Tools, run_dir: Path, tmp_path: Path) -> None:
 
 def test_curves_of_a_run(run_dir: Path) -> None:
     assert [folder.name for folder in stage_folders(run_dir)] == ["pretrain", "sft"]
-    curve = read_stage(run_dir / "sft")
-    assert curve.last_step == 100
-    assert curve.points(lambda record: record.get("alpha"))[0] == (10, 11.0)
-    assert curve.points(lambda record: record.get("validation")) == [
+    records = read_stage(run_dir / "sft")
+    assert records[-1]["step"] == 100
+    assert next((record["step"], record["alpha"]) for record in records if "alpha" in record) == (10, 11.0)
+    assert [(record["step"], record["validation"]) for record in records if "validation" in record] == [
         (50, {"hr_at_10": 0.1, "ndcg_at_10": 0.05, "mrr": 0.1}),
         (100, {"hr_at_10": 0.1, "ndcg_at_10": 0.1, "mrr": 0.1}),
     ]
