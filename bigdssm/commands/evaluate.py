@@ -26,7 +26,15 @@ from bigdssm.cli import OVERWRITE, at_least, check_file_to_write, command, optio
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.collection import bm25_run, model_run, model_vectors, pretrained_run, reranked_run, vectors_run
+from bigdssm.evaluation.collection import (
+    bm25_run,
+    measure_run,
+    model_run,
+    model_vectors,
+    pretrained_run,
+    reranked_run,
+    vectors_run,
+)
 from bigdssm.evaluation.comparison import (
     RUN_METRICS,
     System,
@@ -43,7 +51,7 @@ from bigdssm.evaluation.comparison import (
 )
 from bigdssm.evaluation.evaluate import TOP
 from bigdssm.evaluation.slices import NUMBERS, read_slices
-from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels, write_run
+from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import check_width, encode_in, truncate_vectors
 from bigdssm.sources.beir import Collection, read_collection
@@ -199,13 +207,13 @@ def _evaluate_model(name: str, folder: ModelFolder, **options: Any) -> System:
 def _evaluate_collection(args: argparse.Namespace) -> None:
     collection = read_collection(args.beir, args.split)
     filter_known = args.filter_known
-    runs: list[tuple[str, Run, float]] = []
+    systems: list[System] = []
     paths = [path for path in (args.model, args.run, *args.compare) if path is not None]
     names = dict(zip(paths, distinct_names(paths), strict=True))
 
     def add(name: str, compute: Callable[[], Run], spent_s: float = 0.0) -> None:
-        started = perf_counter()
-        runs.append((name, compute(), perf_counter() - started + spent_s))
+        file = None if systems else args.save_run  # the ranking of the first row of the table
+        systems.append(measure_run(name, compute, collection, spent_s, file))
 
     with ProgressBar() as progress:
         if args.model is not None:
@@ -234,25 +242,20 @@ def _evaluate_collection(args: argparse.Namespace) -> None:
         if args.bm25:
             add("BM25", partial(bm25_run, collection, filter_known=filter_known))
         if args.pretrained is not None:
-            options = {
-                "max_tokens": args.max_tokens,
-                "precision": args.precision,
-                "filter_known": filter_known,
-                "progress": progress,
-            }
-            add(f"{args.pretrained.name}, unchanged", partial(pretrained_run, args.pretrained, collection, **options))
+            encode_and_search = partial(
+                pretrained_run, args.pretrained, collection,
+                max_tokens=args.max_tokens, precision=args.precision, filter_known=filter_known, progress=progress,
+            )  # fmt: skip
+            add(f"{args.pretrained.name}, unchanged", encode_and_search)
         for path in args.compare:
             if path.is_dir():
                 add(names[path], partial(_load_and_run, path, collection, args.precision, filter_known, progress))
             else:
                 add(names[path], partial(read_run, path))
-    if not runs:
+    if not systems:
         raise ConfigError("--beir needs a system to evaluate: --model, --run, --bm25, --pretrained or --compare")
-    if args.save_run is not None:
-        write_run(args.save_run, runs[0][1], runs[0][0])
     if args.save_qrels is not None:
         write_qrels(args.save_qrels, collection.qrels)
-    systems = [System(name, run_metrics(collection.qrels, run), seconds) for name, run, seconds in runs]
     _print_and_save(args, systems, len(collection.qrels))
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 from rich.console import Console
 
@@ -30,7 +30,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.evaluation.collection import bm25_run, model_run, pretrained_run
+from bigdssm.evaluation.collection import bm25_run, measure_run, model_run, pretrained_run
 from bigdssm.evaluation.comparison import (
     RUN_METRICS,
     System,
@@ -42,7 +42,7 @@ from bigdssm.evaluation.comparison import (
     table,
 )
 from bigdssm.evaluation.metrics import table_metrics
-from bigdssm.evaluation.trec import Run, read_run, run_metrics, write_run
+from bigdssm.evaluation.trec import Run, read_run
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in
 from bigdssm.sources.beir import Collection, read_collection
@@ -85,12 +85,31 @@ def main(args: argparse.Namespace) -> None:
         data = next(iter(runs[0].values())).config.data
         dataset = Dataset.open(args.data or data.dir, cache=FileCache.from_config(data)).with_rules(EventRules.of(data))
         others = baseline_systems(dataset, args.split, data.exclude_seen)
-        measure = partial(_evaluated, dataset=dataset, split=args.split)
+
+        def measure(name: str, folder: ModelFolder, stage_dir: Path) -> System:
+            exclude_seen, spent_s = folder.config.data.exclude_seen, training_seconds(stage_dir)
+            with ProgressBar() as progress:
+                return model_system(name, folder, dataset, args.split, exclude_seen, spent_s=spent_s, progress=progress)
+
         title, shown = f"{dataset.num_queries(args.split)} queries", table_metrics()
     else:
         collection = read_collection(args.beir, args.split)
-        others = _baselines_on_collection(collection, args)
-        measure = partial(_on_collection, collection=collection, args=args)
+        options: dict[str, Any] = {"filter_known": args.filter_known}
+        baselines: dict[str, Callable[[], Run]] = {}
+        if args.bm25:
+            baselines["BM25"] = partial(bm25_run, collection, **options)
+        if args.pretrained is not None:
+            encode = partial(pretrained_run, args.pretrained, collection, precision=args.precision, **options)
+            baselines[f"{args.pretrained.name}, unchanged"] = encode
+        for name, path in zip(distinct_names(args.compare), args.compare, strict=True):
+            baselines[name] = partial(read_run, path)
+        others = [_on_collection(name, make, collection, args) for name, make in baselines.items()]
+
+        def measure(name: str, folder: ModelFolder, stage_dir: Path) -> System:
+            make = partial(model_run, folder.model, folder.schema, folder.tokenizer_dir, collection, **options)
+            label = name if len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
+            return _on_collection(name, make, collection, args, training_seconds(stage_dir), label)
+
         title, shown = f"{len(collection.qrels)} queries", RUN_METRICS
     models = [
         System.from_seeds(
@@ -137,47 +156,16 @@ def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:
         seeds[config.run.seed] = run
 
 
-def _baselines_on_collection(collection: Collection, args: argparse.Namespace) -> list[System]:
-    known = args.filter_known
-    runs: dict[str, Callable[[], Run]] = {}
-    if args.bm25:
-        runs["BM25"] = partial(bm25_run, collection, filter_known=known)
-    if args.pretrained is not None:
-        name = f"{args.pretrained.name}, unchanged"
-        runs[name] = partial(pretrained_run, args.pretrained, collection, precision=args.precision, filter_known=known)
-    names = distinct_names(args.compare)
-    runs |= {name: partial(read_run, path) for name, path in zip(names, args.compare, strict=True)}
-    return [_measured(name, run, collection, args) for name, run in runs.items()]
-
-
 def _on_collection(
-    name: str, folder: ModelFolder, stage_dir: Path, collection: Collection, args: argparse.Namespace
-) -> System:
-    parts = folder.model, folder.schema, folder.tokenizer_dir
-    make = partial(model_run, *parts, collection, filter_known=args.filter_known)
-    return _measured(name, make, collection, args, stage_dir)
-
-
-def _measured(
-    name: str, make: Callable[..., Run], collection: Collection, args: argparse.Namespace, stage_dir: Path | None = None
-) -> System:
-    spent = 0.0 if stage_dir is None else training_seconds(stage_dir)
-    label = name if stage_dir is None or len(args.runs) == 1 else f"{name} {stage_dir.parent.name}"
-    file = None
+    name: str, make: Callable[[], Run], collection: Collection, args: argparse.Namespace, spent_s: float = 0.0,
+    label: str | None = None,
+) -> System:  # fmt: skip
+    """Measure a run and write it to the folder of --save-runs, by its label (default: its name)."""
+    label, file = label or name, None
     if args.save_runs is not None:
         file = args.save_runs / f"{'-'.join(label.replace('/', ' ').split())}.trec"
         check_file_to_write("--save-runs", file, "report", overwrite=args.overwrite)
-    started = perf_counter()
-    run = make()
-    if file is not None:
-        write_run(file, run, label)
-    return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent)
-
-
-def _evaluated(name: str, folder: ModelFolder, stage_dir: Path, dataset: Dataset, split: str) -> System:
-    with ProgressBar() as progress:
-        exclude_seen, spent_s = folder.config.data.exclude_seen, training_seconds(stage_dir)
-        return model_system(name, folder, dataset, split, exclude_seen, spent_s=spent_s, progress=progress)
+    return measure_run(name, make, collection, spent_s, file, label)
 
 
 if __name__ == "__main__":

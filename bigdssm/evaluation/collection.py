@@ -6,6 +6,7 @@ Shapes: m queries, N documents, D+1 the width of index vectors.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DivergedError
+from bigdssm.evaluation.comparison import System
 from bigdssm.evaluation.teachers import MAX_TOKENS, Bm25, PretrainedEncoder
-from bigdssm.evaluation.trec import Run
+from bigdssm.evaluation.trec import Run, run_metrics, write_run
 from bigdssm.features import Feature, TextTokenizer, histories_of
 from bigdssm.features.canonical import columns_of
 from bigdssm.features.columns import SourceBatch
@@ -29,6 +31,18 @@ from bigdssm.utils.log import Progress, no_progress
 
 TOP = 100  # documents retrieved per query
 QUERIES_AT_ONCE, RERANKED_AT_ONCE = 512, 128
+
+
+def measure_run(
+    name: str, make: Callable[[], Run], collection: Collection, spent_s: float = 0.0, file: Path | None = None,
+    tag: str | None = None,
+) -> System:  # fmt: skip
+    """Compute a run and measure it; `file`: also write it in TREC's format, with `tag` (default: its name)."""
+    started = perf_counter()
+    run = make()
+    if file is not None:
+        write_run(file, run, tag or name)
+    return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent_s)
 
 
 def model_run(
@@ -122,11 +136,10 @@ def pretrained_run(
     """
     encoder = PretrainedEncoder(folder, max_tokens, precision)
 
-    def encoded(entries: Sequence[CollectionEntry], prompt: str, what: str) -> Tensor:
-        return encoder([entry.text for entry in entries], prompt, what, progress)
-
-    queries = encoded(collection.queries, encoder.prompts.query, "queries encoded")
-    documents = encoded(collection.corpus, encoder.prompts.doc, "documents encoded")
+    query_texts = [entry.text for entry in collection.queries]
+    document_texts = [entry.text for entry in collection.corpus]
+    queries = encoder(query_texts, encoder.prompts.query, "queries encoded", progress)
+    documents = encoder(document_texts, encoder.prompts.doc, "documents encoded", progress)
     return vectors_run(collection, queries, documents, filter_known, top)
 
 
