@@ -31,45 +31,33 @@ Count = Annotated[int, Bound(1)]  # types of options
 Window = Annotated[int, Bound(1, at_most=MAX_WINDOW)]
 
 
-@dataclass(frozen=True)
-class Popularity:
+Scores = Callable[[Rows], np.ndarray]
+"""A fitted baseline: maps m Rows to the scores of all N documents, float64 [m, N]."""
+
+
+def popularity(dataset: Dataset) -> Scores:
     """Score documents by their number of train positives."""
-
-    counts: np.ndarray  # int64 [N]
-
-    @classmethod
-    def fit(cls, dataset: Dataset) -> Popularity:
-        """Fit on `dataset`."""
-        return cls(dataset.doc_counts())
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        return np.repeat(self.counts[None].astype(np.float64), len(rows), axis=0)
+    counts = dataset.doc_counts().astype(np.float64)
+    return lambda rows: np.repeat(counts[None], len(rows), axis=0)
 
 
-@dataclass(frozen=True)
-class Markov:
+def markov(dataset: Dataset, window: Window = 3) -> Scores:
     """Score document j by Σ count(item → j) / distance over the last `window` items of the history.
 
     The counts of Transitions are weighted by distance, too. Weighting neither or only one is weaker on MovieLens-100K.
+    Raises DataError: the rows have no history.
     """
+    chain = Transitions.of(dataset, window)
 
-    transitions: Transitions
-
-    @classmethod
-    def fit(cls, dataset: Dataset, window: Window = 3) -> Markov:
-        """Fit on `dataset`. Raises DataError: its rows have no history."""
-        return cls(Transitions.of(dataset, window))
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        chain = self.transitions
-        weights, items, row = last_items(rows, chain.window)
+    def scores(rows: Rows) -> np.ndarray:
+        weights, items, row = last_items(rows, window)
         length = chain.starts[items + 1] - chain.starts[items]
         entry = np.repeat(chain.starts[items] - np.cumsum(length) + length, length) + np.arange(length.sum())
         cell = np.repeat(row, length) * chain.num_docs + chain.followers[entry]
         values = chain.counts[entry] * np.repeat(weights, length)
         return np.bincount(cell, values, len(rows) * chain.num_docs).reshape(len(rows), chain.num_docs)
+
+    return scores
 
 
 @dataclass(frozen=True)
@@ -147,150 +135,104 @@ class DailyEvents:
         return np.stack([counts(day) for day in days.tolist()])[nth]
 
 
-@dataclass(frozen=True)
-class RecentPopularity:
-    """Score documents by their number of positives in the `days` days before the day of the request."""
+def recent_popularity(dataset: Dataset, days: Count = 7) -> Scores:
+    """Score documents by their number of positives in the `days` days before the day of the request.
 
-    events: DailyEvents
-    days: int
-
-    @classmethod
-    def fit(cls, dataset: Dataset, days: Count = 7) -> RecentPopularity:
-        """Fit on `dataset`. Raises DataError: its events have no times."""
-        return cls(DailyEvents.of(dataset), days)
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        return self.events.per_day(rows, lambda day: self.events.counts(day - self.days, day))
+    Raises DataError: events have no times.
+    """
+    return popularity_of_days(DailyEvents.of(dataset), days)
 
 
-@dataclass(frozen=True)
-class NewestPopularity:
+def popularity_of_days(events: DailyEvents, days: int) -> Scores:
+    """Return `recent_popularity` of events that are read."""
+    return lambda rows: events.per_day(rows, lambda day: events.counts(day - days, day))
+
+
+def newest_popularity(dataset: Dataset, days: Count = 3) -> Scores:
     """Score documents by their number of positives before the day of the request, 0 unless they are new.
 
     A document is new on the day of its first event, or first version if it is earlier, and on the `days` days after it.
+    Raises DataError: events have no times.
     """
+    events = DailyEvents.of(dataset)
+    first_day = np.floor(dataset.item_times * dataset.header.time_unit / DAY)
 
-    events: DailyEvents
-    days: int
+    def counts(day: int) -> np.ndarray:
+        is_new = (first_day >= day - days) & (first_day <= day)
+        return np.where(is_new, events.counts(-np.inf, day) + 0.5, 0.0)  # one without events is new, too
 
-    @classmethod
-    def fit(cls, dataset: Dataset, days: Count = 3) -> NewestPopularity:
-        """Fit on `dataset`. Raises DataError: its events have no times."""
-        return cls(DailyEvents.of(dataset), days)
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        dataset = self.events.dataset
-        first_day = np.floor(dataset.item_times * dataset.header.time_unit / DAY)
-
-        def counts(day: int) -> np.ndarray:
-            is_new = (first_day >= day - self.days) & (first_day <= day)
-            return np.where(is_new, self.events.counts(-np.inf, day) + 0.5, 0.0)  # one without events is new, too
-
-        return self.events.per_day(rows, counts)
+    return lambda rows: events.per_day(rows, counts)
 
 
-@dataclass(frozen=True)
-class MarkovByAction:
+def markov_by_action(dataset: Dataset, feature: str = "") -> Scores:
     """Score document j by count(state → j): the last item, its action, and the requested action if requests have one.
 
-    The action is a categorical feature of events. Popularity decides between equal counts.
+    `feature` is the action, by default the first categorical feature of events. Popularity decides between equal
+    counts. Raises: DataError: events have no times or no categorical feature; ConfigError: no such feature.
     """
+    known = list(single_valued(dataset.schema.event))
+    if not known:
+        raise DataError(f"{dataset.dir} has no categorical feature of events; declare one in data.event")
+    return markov_of_states(DailyEvents.of(dataset, feature or known[0]))
 
-    events: DailyEvents
-    order: np.ndarray  # int64: the events by state, then by day
-    keys: np.ndarray  # int64, ascending: state · number of days + day
 
-    @classmethod
-    def fit(cls, dataset: Dataset, feature: str = "") -> MarkovByAction:
-        """Fit on `dataset`; `feature`: the action, by default the first categorical feature of events.
+def markov_of_states(events: DailyEvents) -> Scores:
+    """Return `markov_by_action` of events that are read."""
+    first, last = events.day[[0, -1]] if len(events.day) else (0, 0)
+    num_days, num_docs = last - first + 1, events.dataset.catalogue.num_docs
+    keys = events.state * num_days + events.day - first
+    order = np.flatnonzero(events.state >= 0)
+    order = order[np.argsort(keys[order], kind="stable")]  # events by state, then by day
+    keys = keys[order]
 
-        Raises: DataError: its events have no times or no categorical feature; ConfigError: no such feature.
-        """
-        known = list(single_valued(dataset.schema.event))
-        if not known:
-            raise DataError(f"{dataset.dir} has no categorical feature of events; declare one in data.event")
-        return cls.of(DailyEvents.of(dataset, feature or known[0]))
-
-    @classmethod
-    def of(cls, events: DailyEvents) -> MarkovByAction:
-        """Sort the events by state."""
-        first, last = events.day[[0, -1]] if len(events.day) else (0, 0)
-        keys = events.state * (last - first + 1) + events.day - first
-        order = np.flatnonzero(events.state >= 0)
-        order = order[np.argsort(keys[order], kind="stable")]
-        return cls(events, order, keys[order])
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        events, num_docs = self.events, self.events.dataset.catalogue.num_docs
-        first, last = events.day[[0, -1]] if len(events.day) else (0, 0)
-        num_days = last - first + 1
+    def scores(rows: Rows) -> np.ndarray:
         days = np.clip(events.days(rows) - first, 0, num_days) if events.rebuilt else num_days
         states = events.states(rows)
-        begin, end = (np.searchsorted(self.keys, states * num_days + upto) for upto in (0, days))
-        entries = gather_ranges(self.order, begin, np.where(states < 0, begin, end))
+        begin, end = (np.searchsorted(keys, states * num_days + upto) for upto in (0, days))
+        entries = gather_ranges(order, begin, np.where(states < 0, begin, end))
         cell = np.repeat(np.arange(len(rows)), entries.lengths) * num_docs + events.item[entries.values]
         counts = np.bincount(cell, minlength=len(rows) * num_docs).reshape(len(rows), num_docs)
-        popularity = events.per_day(rows, lambda day: events.counts(-np.inf, day if events.rebuilt else np.inf))
-        return counts + popularity / (popularity.sum(axis=1, keepdims=True) + 1)
+        num_events = events.per_day(rows, lambda day: events.counts(-np.inf, day if events.rebuilt else np.inf))
+        return counts + num_events / (num_events.sum(axis=1, keepdims=True) + 1)
+
+    return scores
 
 
-@dataclass(frozen=True)
-class MarkovVectors:
-    """The Markov chain as a two-tower model of width `dim`: an upper bound for vectors of that width.
+def markov_vectors(dataset: Dataset, dim: Count, window: Window = 3) -> Scores:
+    """Score by the Markov chain as a two-tower model of width `dim`: an upper bound for vectors of that width.
 
     The counts are approximated by their truncated SVD of rank `dim`. Source: Eckart and Young 1936.
+    Raises: ConfigError: `dim` out of range; DataError: no histories.
     """
+    chain = Transitions.of(dataset, window)
+    if not 0 < dim < chain.num_docs:
+        raise ConfigError(f"dim={dim}: needs at least 1 and less than the number of documents, {chain.num_docs}")
+    left, lengths, right = svds(chain.matrix(), dim, v0=np.ones(chain.num_docs))
+    of_items = left * lengths  # a query's vector is the sum of its last items' rows over their distance
 
-    window: int
-    queries: np.ndarray  # float64 [N, dim]: a query's vector is the sum of its last items' rows over their distance
-    documents: np.ndarray  # float64 [N, dim]
+    def scores(rows: Rows) -> np.ndarray:
+        weights, items, row = last_items(rows, window)
+        vectors = np.zeros((len(rows), dim))
+        np.add.at(vectors, row, weights[:, None] * of_items[items])
+        return vectors @ right
 
-    @classmethod
-    def fit(cls, dataset: Dataset, dim: Count, window: Window = 3) -> MarkovVectors:
-        """Fit on `dataset`. Raises: ConfigError: `dim` out of range; DataError: no histories."""
-        chain = Transitions.of(dataset, window)
-        if not 0 < dim < chain.num_docs:
-            raise ConfigError(f"dim={dim}: needs at least 1 and less than the number of documents, {chain.num_docs}")
-        left, lengths, right = svds(chain.matrix(), dim, v0=np.ones(chain.num_docs))
-        return cls(window, left * lengths, right.T)
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        weights, items, row = last_items(rows, self.window)
-        vectors = np.zeros((len(rows), self.queries.shape[1]))
-        np.add.at(vectors, row, weights[:, None] * self.queries[items])
-        return vectors @ self.documents.T
+    return scores
 
 
-@dataclass(frozen=True)
-class Bm25Texts:
-    """Score documents by BM25."""
-
-    teacher: Bm25Teacher
-    documents: np.ndarray  # int64 [N]: all catalogue rows
-
-    @classmethod
-    def fit(cls, dataset: Dataset) -> Bm25Texts:
-        """Index the texts of `dataset`. Raises ConfigError: a side has no text, or a package is not installed."""
-        return cls(Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs))
-
-    def __call__(self, rows: Rows) -> np.ndarray:
-        """Return scores float64 [m, N]."""
-        documents = np.broadcast_to(self.documents, (len(rows), len(self.documents)))
-        return self.teacher(rows, documents).astype(np.float64)
+def bm25(dataset: Dataset) -> Scores:
+    """Score documents by BM25. Raises ConfigError: a side has no text, or a package is not installed."""
+    teacher, documents = Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs)
+    return lambda rows: teacher(rows, np.broadcast_to(documents, (len(rows), len(documents)))).astype(np.float64)
 
 
-BASELINES: dict[str, Any] = {  # by name; each has fit(dataset, **options) and maps Rows to scores [m, N]
-    "popularity": Popularity,
-    "popularity_by_day": RecentPopularity,
-    "newest_by_day": NewestPopularity,
-    "markov": Markov,
-    "markov_by_action": MarkovByAction,
-    "markov_vectors": MarkovVectors,
-    "bm25": Bm25Texts,
+BASELINES: dict[str, Callable[..., Scores]] = {  # by name; each is called with a dataset and its options
+    "popularity": popularity,
+    "popularity_by_day": recent_popularity,
+    "newest_by_day": newest_popularity,
+    "markov": markov,
+    "markov_by_action": markov_by_action,
+    "markov_vectors": markov_vectors,
+    "bm25": bm25,
 }
 
 
@@ -301,7 +243,7 @@ def single_valued(features: Mapping[str, Feature]) -> dict[str, Categorical]:
 
 def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = True) -> None:
     """Raise ConfigError if the options are invalid for the baseline `name`; `require_all`: or incomplete."""
-    fit = BASELINES[name].fit
+    fit = BASELINES[name]
     known, hints = dict(list(inspect.signature(fit).parameters.items())[1:]), get_type_hints(fit, include_extras=True)
     for option, given in options.items():
         if option not in known:
@@ -315,7 +257,7 @@ def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = 
             raise ConfigError(f"the baseline {name} needs the option {option}")
 
 
-def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Callable[[Rows], np.ndarray]:
+def fit_baseline(name: str, dataset: Dataset, options: Mapping[str, Any]) -> Scores:
     """Fit the baseline `name` of BASELINES. Raises ConfigError: an option is invalid or missing."""
     check_options(name, options)
-    return BASELINES[name].fit(dataset, **options)
+    return BASELINES[name](dataset, **options)

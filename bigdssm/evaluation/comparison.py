@@ -18,14 +18,14 @@ from rich.table import Table
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import (
     DailyEvents,
-    Markov,
-    MarkovByAction,
-    Popularity,
-    RecentPopularity,
+    Scores,
+    markov,
+    markov_of_states,
+    popularity,
+    popularity_of_days,
     single_valued,
 )
 from bigdssm.evaluation.evaluate import Reranking, encoders_of, evaluate_scores, evaluate_split
@@ -112,24 +112,24 @@ def baseline_systems(
     """
     systems: list[System] = []
 
-    def add(name: str, fit: Callable[[], Callable[[Rows], np.ndarray]], spent_s: float = 0.0) -> None:
+    def add(name: str, fit: Callable[[], Scores], spent_s: float = 0.0) -> None:
         started = perf_counter()
         measured = evaluate_scores(fit(), dataset, split, exclude_seen=exclude_seen, coverage=coverage)
         seconds = perf_counter() - started + spent_s
         systems.append(System.from_ranks(name, measured.ranks, measured.query_ids, seconds, measured.coverage))
 
-    add("popularity", lambda: Popularity.fit(dataset))
+    add("popularity", lambda: popularity(dataset))
     if dataset.sequences is not None:
-        add(MARKOV, lambda: Markov.fit(dataset))
+        add(MARKOV, lambda: markov(dataset))
     if by_day and dataset.has_times:
         action, started = next(iter(single_valued(dataset.schema.event)), None), perf_counter()
         events = DailyEvents.of(dataset, action)
         reading_s = perf_counter() - started  # part of the seconds of every baseline that counts them
         if len(np.unique(events.day)) > 1:
             for days in RECENT_DAYS:
-                add(f"popularity, {days} days", partial(RecentPopularity, events, days), reading_s)
+                add(f"popularity, {days} days", partial(popularity_of_days, events, days), reading_s)
         if action is not None:
-            add(f"Markov by {action}", partial(MarkovByAction.of, events), reading_s)
+            add(f"Markov by {action}", partial(markov_of_states, events), reading_s)
     return systems
 
 

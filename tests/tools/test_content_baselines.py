@@ -12,7 +12,7 @@ import pytest
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
-from bigdssm.evaluation.baselines import Markov
+from bigdssm.evaluation.baselines import markov
 from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
@@ -56,7 +56,7 @@ def test_neighbours_by_content_rank_new_items(tmp_path: Path) -> None:
 
     by_content = ContentNeighbours.fit(dataset)
     by_age = ContentNeighbours.fit(dataset, neighbours=False)
-    assert ndcg(by_content) > 0.3 and max(ndcg(by_age), ndcg(Markov.fit(dataset, 8))) < 0.25
+    assert ndcg(by_content) > 0.3 and max(ndcg(by_age), ndcg(markov(dataset, 8))) < 0.25
     scores = by_content(rows)
     kind = np.array([item["kind"] for item in items])[[int(key[1:]) for key in dataset.catalogue.keys(np.arange(60))]]
     wanted = kind[rows.doc_rows][:, None] == kind

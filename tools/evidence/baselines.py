@@ -7,9 +7,9 @@ from tools.evidence.item_baselines import Ease, ImplicitALS, ItemKNN
 from tools.evidence.text_baselines import PretrainedTexts, SentenceTransformerTexts
 
 BASELINES.update(
-    item_knn=ItemKNN,
-    ease=Ease,
-    ials=ImplicitALS,
-    pretrained=PretrainedTexts,
-    sentence_transformers=SentenceTransformerTexts,
+    item_knn=ItemKNN.fit,
+    ease=Ease.fit,
+    ials=ImplicitALS.fit,
+    pretrained=PretrainedTexts.fit,
+    sentence_transformers=SentenceTransformerTexts.fit,
 )

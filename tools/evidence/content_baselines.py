@@ -26,7 +26,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.transitions import last_items
 from bigdssm.errors import DataError
-from bigdssm.evaluation.baselines import Markov, Window
+from bigdssm.evaluation.baselines import Scores, Window, markov
 from bigdssm.evaluation.evaluate import evaluate_scores
 from bigdssm.features import Categorical
 from bigdssm.features.event_time import DAY
@@ -54,7 +54,8 @@ class ContentNeighbours:
     """
 
     dataset: Dataset
-    chain: Markov
+    window: int  # of the chain
+    chain: Scores
     values: np.ndarray  # [N, values] of the categories, rows of unit length
     contents: list[csr_matrix]  # [N, values], rows of unit length: of the categories, then of the titles
     kernels: list[tuple[np.ndarray, np.ndarray]]  # of release years: [years, N], and the year of each item [N]
@@ -90,7 +91,7 @@ class ContentNeighbours:
         years, of_item = np.unique(dataset.item_times * dataset.header.time_unit // YEAR, return_inverse=True)
         kernels = [(np.exp(-np.abs(years[:, None] - years[of_item]) / width), of_item) for width in WIDTHS]
         values = hstack(contents[: len(contents) - titles]).toarray()
-        fitted = cls(dataset, Markov.fit(dataset, window), values, contents, kernels, neighbours, torch.zeros(0))
+        fitted = cls(dataset, window, markov(dataset, window), values, contents, kernels, neighbours, torch.zeros(0))
         return replace(fitted, weights=fitted._fit(seed))
 
     def __call__(self, rows: Rows) -> np.ndarray:
@@ -104,8 +105,7 @@ class ContentNeighbours:
         """Yield the F terms, [m, N]."""
         counts = self.dataset.doc_counts()
         known, new = (counts > 0).astype(np.float32), (counts == 0).astype(np.float32)
-        window = self.chain.transitions.window
-        chain = self.chain(rows) / lcm(*range(1, window + 1)) ** 2  # its counts are integers
+        chain = self.chain(rows) / lcm(*range(1, self.window + 1)) ** 2  # its counts are integers
         yield np.log(COUNT_ADDED + chain) * known
         yield (chain == 0) * known
         yield np.repeat((np.log1p(counts))[None], len(rows), axis=0)
@@ -118,7 +118,7 @@ class ContentNeighbours:
             yield np.repeat((value * new)[None], len(rows), axis=0)
         if not self.neighbours:
             return
-        weights, items, row = last_items(rows, window)
+        weights, items, row = last_items(rows, self.window)
         newest, whole = csr_matrix((weights, (row, items)), chain.shape), history(rows, chain.shape[1])
         for seen in (newest, whole):
             seen = diags(1 / np.maximum(np.asarray(seen.sum(axis=1)).ravel(), 1e-9)) @ seen
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     args = parser.parse_args()
     fits: dict[str, Callable[[Dataset], Callable[[Rows], np.ndarray]]] = {
-        "Markov chain": partial(Markov.fit, window=8),
+        "Markov chain": partial(markov, window=8),
         "and ages": partial(ContentNeighbours.fit, neighbours=False, titles=False),
         "and categories and years": partial(ContentNeighbours.fit, titles=False),
         "and titles": ContentNeighbours.fit,

@@ -16,7 +16,7 @@ from bigdssm.config import Config, DataConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
-from bigdssm.evaluation.baselines import Markov, Popularity
+from bigdssm.evaluation.baselines import markov, popularity
 from bigdssm.evaluation.comparison import MeasuredRows, System, baseline_systems
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, standard_errors
@@ -69,7 +69,7 @@ def test_every_query_of_a_row_has_the_rank_of_a_single_query_row(
     evaluations = [evaluate_split(tower_encoders(model, of), of, "train") for of in (pieces, dataset)]
     assert evaluations[0].ranks.tolist() == expected_ranks(model, pieces, "train")
     assert np.array_equal(*(np.sort(evaluation.ranks) for evaluation in evaluations))
-    assert len(evaluate_scores(Popularity.fit(pieces), pieces, "train").ranks) == pieces.num_queries("train")
+    assert len(evaluate_scores(popularity(pieces), pieces, "train").ranks) == pieces.num_queries("train")
 
 
 def test_seen_documents_count_only_without_the_filter(model: DualEncoder, dataset: Dataset) -> None:
@@ -128,7 +128,7 @@ def test_systems_are_compared_by_query(model: DualEncoder, dataset: Dataset) -> 
     """A user's train rows are resampled together, for any system and in saved comparisons."""
     rows = MeasuredRows.of(dataset, "train")
     ours = evaluate_split(tower_encoders(model, dataset), dataset, "train")
-    theirs = evaluate_scores(Popularity.fit(dataset), dataset, "train")
+    theirs = evaluate_scores(popularity(dataset), dataset, "train")
     assert len(set(rows.query_ids)) < len(rows.query_ids) / 5
     assert rows.query_ids.tolist() == ours.query_ids.tolist() == theirs.query_ids.tolist()
     systems = [System.from_ranks("x", found.ranks, found.query_ids, 0.0) for found in (ours, theirs)]
@@ -158,7 +158,7 @@ def test_markov_is_the_dense_definition(dataset: Dataset) -> None:
         for distance in (1, 2, 3):
             for before, after in zip(items, items[distance:], strict=False):
                 counts[before, after] += 6 / distance
-    baseline = Markov.fit(dataset, window=3)
+    baseline = markov(dataset, window=3)
     for rows in dataset.iterate("test", 11):
         expected = np.zeros((len(rows), num_docs))
         for i in range(len(rows)):
@@ -172,7 +172,7 @@ def test_popularity_counts_train_events_alone(dataset: Dataset) -> None:
     for rows in dataset.iterate("train", 1000):
         np.add.at(counts, rows.doc_rows, 1)
     rows = next(dataset.iterate("test", 5))
-    np.testing.assert_array_equal(Popularity.fit(dataset)(rows), np.tile(counts, (5, 1)))
+    np.testing.assert_array_equal(popularity(dataset)(rows), np.tile(counts, (5, 1)))
 
 
 def test_a_constant_score_has_the_middle_rank(dataset: Dataset) -> None:

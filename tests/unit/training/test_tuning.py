@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
@@ -19,7 +20,7 @@ from bigdssm.commands.tune import main
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.evaluation.baselines import BASELINES, Popularity
+from bigdssm.evaluation.baselines import BASELINES, Scores
 from bigdssm.training.tuning import Space, read_space, search, values_of
 
 
@@ -205,16 +206,15 @@ def test_a_second_search_in_a_folder_is_refused(tmp_path: Path) -> None:
     assert len(search(value, where, out, 1, first={})) == 1
 
 
-class Power(Popularity):
-    @classmethod
-    def fit(cls, dataset: Dataset, power: int) -> Power:  # type: ignore[override]
-        return cls(dataset.doc_counts() * power)
+def popularity_to_a_power(dataset: Dataset, power: int) -> Scores:
+    counts = dataset.doc_counts() * float(power)
+    return lambda rows: np.repeat(counts[None], len(rows), axis=0)
 
 
 def test_a_baseline_from_outside_is_tuned_too(
     tiny_interactions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BASELINES, "power", Power)
+    monkeypatch.setitem(BASELINES, "power", popularity_to_a_power)
     space(tmp_path, "power: {choices: [-1, 1]}")
     command = ["--config", str(tiny_interactions.config), "--space", str(tmp_path / "space.yaml"), "--trials", "4"]
     assert main([*command, "--baseline", "power", "--out", str(tmp_path / "out")]) == 0
