@@ -47,10 +47,16 @@ class Trackers:
 
             truncate_records(folder / METRICS_FILE, keep)
             self._metrics = MetricsWriter(folder / METRICS_FILE)
-            self._trackers = [_open(name, folder, step) for name in config.run.trackers]
-            for tracker in self._trackers:
+            classes = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}
+            for name in config.run.trackers:
+                if classes[name].requires_logging_directory:
+                    purged = {"purge_step": step + 1} if name == "tensorboard" else {}
+                    tracker = classes[name](name, logging_dir=folder, **purged)
+                else:
+                    tracker = classes[name](f"{folder.parent.name}-{folder.name}")
                 tracker.start()
                 tracker.store_init_configuration(flatten(config.to_dict()))
+                self._trackers.append(tracker)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to the file, and send its numbers to the trackers, with nested keys joined by "/"."""
@@ -81,14 +87,6 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"run.trackers: {name} is not installed; pip install {name}, or remove it from run.trackers"
             )
-
-
-def _open(name: str, folder: Path, step: int) -> Any:
-    tracker_class = {str(key): tracker for key, tracker in LOGGER_TYPE_TO_CLASS.items()}[name]
-    if not tracker_class.requires_logging_directory:
-        return tracker_class(f"{folder.parent.name}-{folder.name}")
-    purged = {"purge_step": step + 1} if name == "tensorboard" else {}
-    return tracker_class(name, logging_dir=folder, **purged)
 
 
 def flatten(values: dict[str, Any], separator: str = "/", prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,13 @@ def read_run_state(run: Path) -> RunState:
     folder = stage_folders(run)[-1]
     events = read_events(folder)
     start: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "start"), {})
-    state, ended = _state(folder, events)
+    holder, ended = lock_holder(folder), True
+    if holder is not None and is_locked(folder):
+        state, ended = f"trains: pid {holder['pid']} on {holder['host']}, since {holder['started']}", False
+    elif events and events[-1]["event"] == "end":
+        state = f"ended with exit code {events[-1]['exit_code']}: {events[-1]['reason']}"
+    else:
+        state = "ended without an end record: killed, or its machine is gone; continue with --resume auto"
     records = read_stage(folder)
     if not records and not events:
         raise DataError(f"{folder / METRICS_FILE} is empty; wait for the first steps of the run")
@@ -89,6 +95,13 @@ def read_run_state(run: Path) -> RunState:
         },
         "rows/s": [record["rows_per_s"] for record in train if "rows_per_s" in record],
     }
+    # the values of the newest record, fractions in per cent
+    figures = {}
+    for name, value in train[-1].items() if train else ():
+        if name not in ("step", "loss", "rows_per_s") and isinstance(value, int | float):
+            is_fraction = name.endswith(("_fraction", "_accuracy"))
+            text = f"{100 * value:.1f} %" if is_fraction else f"{value:.4g}"
+            figures[name.removesuffix("_fraction").replace("_", " ")] = text
     # the newest alerts, one line per step: the files of all ranks contain the same steps
     alerts: dict[int, str] = {}
     for path in sorted(folder.glob("alerts-*.jsonl")):
@@ -102,7 +115,7 @@ def read_run_state(run: Path) -> RunState:
         step=max((record["step"] for record in records), default=int(start.get("step", 0))),
         total_steps=int(start.get("total_steps", 0)),
         curves={name: values for name, values in curves.items() if values},
-        figures=_figures(train[-1]) if train else {},
+        figures=figures,
         alerts=[alerts[step] for step in sorted(alerts)[-MAX_ALERTS:]],
     )
 
@@ -114,25 +127,3 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
-
-
-def _state(folder: Path, events: list[dict[str, Any]]) -> tuple[str, bool]:
-    holder = lock_holder(folder)
-    if holder is not None and is_locked(folder):
-        return f"trains: pid {holder['pid']} on {holder['host']}, since {holder['started']}", False
-    if events and events[-1]["event"] == "end":
-        return f"ended with exit code {events[-1]['exit_code']}: {events[-1]['reason']}", True
-    return "ended without an end record: killed, or its machine is gone; continue with --resume auto", True
-
-
-def _figures(record: dict[str, Any]) -> dict[str, str]:
-    """Format the values of a record, fractions in per cent."""
-    figures = {}
-    for name, value in record.items():
-        if name in ("step", "loss", "rows_per_s") or not isinstance(value, int | float):
-            continue
-        is_fraction = name.endswith(("_fraction", "_accuracy"))
-        figures[name.removesuffix("_fraction").replace("_", " ")] = (
-            f"{100 * value:.1f} %" if is_fraction else f"{value:.4g}"
-        )
-    return figures

@@ -88,7 +88,6 @@ class Watchdog:
         self._interval_s = min(LONGEST_HEARTBEAT_S, timeout_s / HEARTBEATS_PER_TIMEOUT)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._hosts_store = self._store_is_rank_0s and self._rank == 0 and self._world_size > 1
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
         self._heartbeat_at = self._exchanged_at = time.monotonic()
         self._broken_at: float | None = None
@@ -248,7 +247,16 @@ class Watchdog:
                 self._needs_survey = True
                 self._wake.set()
                 return None
-            return self._stuck_fault(self._survey or {self._rank: self._own_state()})
+            # of the ranks furthest behind, one that is not in a collective blocks the others
+            survey = self._survey or {self._rank: self._own_state()}
+            behind = min(survey, key=lambda rank: (survey[rank]["moves"], survey[rank]["waits"], rank))
+            others = "; ".join(
+                f"rank {rank}: {survey[rank]['phase']}" for rank in sorted(survey)[:8] if rank != behind
+            )  # fmt: skip
+            return (
+                f"{self._peers[behind]} is alive but its main thread is stuck: no progress for {allowed_s:.0f} s in "
+                f"{survey[behind]['phase']}, at {survey[behind]['where']}" + (f" ({others})" if others else "")
+            )
         return None
 
     def _near_fault(self, now: float, stopped_s: float, gone_s: float) -> str | None:
@@ -266,18 +274,6 @@ class Watchdog:
                     self._to_kill = peer.pid if state == "T" else None
                     return f"{peer} has been stopped (SIGSTOP or a debugger) for {now - since:.0f} s"
         return None
-
-    def _stuck_fault(self, survey: dict[int, dict[str, Any]]) -> str:
-        """Name the rank that blocks the others: of those furthest behind, one that is not in a collective."""
-        behind = sorted(survey, key=lambda rank: (survey[rank]["moves"], survey[rank]["waits"], rank))[0]
-        state = survey[behind]
-        others = "; ".join(
-            f"rank {rank}: {survey[rank]['phase']}" for rank in sorted(survey)[:8] if rank != behind
-        )  # fmt: skip
-        return (
-            f"{self._peers[behind]} is alive but its main thread is stuck: no progress for "
-            f"{self._allowed_s():.0f} s in {state['phase']}, at {state['where']}" + (f" ({others})" if others else "")
-        )
 
     def _watch_launcher(self) -> None:
         """Request a stop if the launcher ended or the stop file exists."""
@@ -367,7 +363,7 @@ class Watchdog:
 
     def _await_readers(self) -> None:
         """Keep the store, which ends with this process, long enough for all ranks to read the verdict."""
-        if self._hosts_store:
+        if self._store_is_rank_0s and self._rank == 0 and self._world_size > 1:
             time.sleep(min(LONGEST_HEARTBEAT_S, 2 * self._interval_s))
 
 

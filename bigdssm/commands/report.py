@@ -75,7 +75,14 @@ def main(args: argparse.Namespace) -> None:
     else:
         refuse_options(args, ["--data"], "with --beir, which has its own documents")
 
-    runs = [_trained_stages(run, args.precision) for run in args.runs]
+    runs = []
+    for run in args.runs:
+        existing = [stage for stage in ("pretrain", "sft") if (run / stage / "best").is_dir()]
+        if not existing:
+            raise CheckpointError(f"{run} contains neither pretrain/best nor sft/best; train first")
+        runs.append({stage: load_model_folder(run / stage / "best") for stage in existing})
+        for folder in runs[-1].values():
+            encode_in(folder.model, args.precision)
     _check_seeds(args.runs, [next(iter(stages.values())).config for stages in runs])
     names = {
         stage: f"{folder.config.pretrain.loss.name.upper()} pretraining" if stage == "pretrain" else "+ SFT"
@@ -128,19 +135,6 @@ def main(args: argparse.Namespace) -> None:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, as_json([*others, *models]))
-
-
-def _trained_stages(run: Path, precision: str) -> dict[str, ModelFolder]:
-    stages = {
-        stage: load_model_folder(run / stage / "best")
-        for stage in ("pretrain", "sft")
-        if (run / stage / "best").is_dir()
-    }
-    if not stages:
-        raise CheckpointError(f"{run} contains neither pretrain/best nor sft/best; train first")
-    for folder in stages.values():
-        encode_in(folder.model, precision)
-    return stages
 
 
 def _check_seeds(runs: Sequence[Path], configs: Sequence[Config]) -> None:

@@ -68,15 +68,10 @@ def model_vectors(
     if histories := list(histories_of(schema.query)):
         raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection does not have")
     tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
-
-    def encoded(side: str, entries: Sequence[CollectionEntry], encode: Callable[..., Tensor]) -> Tensor:
-        features: Mapping[str, Feature] = getattr(schema, side)
-        columns = entry_columns(features, entries, tokenizer)
-        what = "queries encoded" if side == "query" else "documents encoded"
-        return encode_columns(features, columns, partial(encode, model), what, progress)
-
-    queries = encoded("query", collection.queries, query_vectors)
-    return queries, encoded("doc", collection.corpus, document_vectors)
+    columns = entry_columns(schema.query, collection.queries, tokenizer)
+    queries = encode_columns(schema.query, columns, partial(query_vectors, model), "queries encoded", progress)
+    columns = entry_columns(schema.doc, collection.corpus, tokenizer)
+    return queries, encode_columns(schema.doc, columns, partial(document_vectors, model), "documents encoded", progress)
 
 
 def vectors_run(

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -112,24 +111,24 @@ def baseline_systems(
     """
     systems: list[System] = []
 
-    def add(name: str, fit: Callable[[], Scores], spent_s: float = 0.0) -> None:
+    def add(name: str, fit: Callable[..., Scores], *fitted_on: Any, spent_s: float = 0.0) -> None:
         started = perf_counter()
-        measured = evaluate_scores(fit(), dataset, split, exclude_seen=exclude_seen, coverage=coverage)
+        measured = evaluate_scores(fit(*fitted_on), dataset, split, exclude_seen=exclude_seen, coverage=coverage)
         seconds = perf_counter() - started + spent_s
         systems.append(System.from_ranks(name, measured.ranks, measured.query_ids, seconds, measured.coverage))
 
-    add("popularity", lambda: popularity(dataset))
+    add("popularity", popularity, dataset)
     if dataset.sequences is not None:
-        add(MARKOV, lambda: markov(dataset))
+        add(MARKOV, markov, dataset)
     if by_day and dataset.has_times:
         action, started = next(iter(single_valued(dataset.schema.event)), None), perf_counter()
         events = DailyEvents.of(dataset, action)
         reading_s = perf_counter() - started  # part of the seconds of every baseline that counts them
         if len(np.unique(events.day)) > 1:
             for days in RECENT_DAYS:
-                add(f"popularity, {days} days", partial(popularity_of_days, events, days), reading_s)
+                add(f"popularity, {days} days", popularity_of_days, events, days, spent_s=reading_s)
         if action is not None:
-            add(f"Markov by {action}", partial(markov_of_states, events), reading_s)
+            add(f"Markov by {action}", markov_of_states, events, spent_s=reading_s)
     return systems
 
 
@@ -139,12 +138,11 @@ def model_system(
 ) -> System:  # fmt: skip
     """Evaluate a model folder; `rerank`: its scorer re-ranks as many documents; `spent_s`: seconds of its training."""
     dataset = folder.view(dataset)
-    if rerank is None:
-        encoders, reranking = encoders_of(folder.model, dataset), None
-    else:
+    encoders, reranking = encoders_of(folder.model, dataset), None
+    if rerank is not None:
         reranking = Reranking(PairScorer.from_folder(folder, dataset), rerank)
         reranking.scorer.require_scorer()
-        encoders = tower_encoders(folder.model, dataset)
+        encoders = tower_encoders(folder.model, dataset)  # candidates are those of the inner product
     measured = evaluate_split(
         encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, coverage=coverage, progress=progress
     )  # fmt: skip

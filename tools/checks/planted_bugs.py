@@ -354,7 +354,7 @@ BUGS = [
     Bug("faults", "store_failure_attributed_to_the_next_rank", "cluster.watchdog:Watchdog._fault",
         "self._exchanged_at - self._heartbeat_at > timeout_s", "now - self._heartbeat_at > timeout_s",
         f"{UNIT}/cluster/test_watchdog.py::test_a_silent_store_is_blamed_on_its_host_not_on_the_neighbour"),
-    Bug("faults", "hang_attributed_to_the_first_rank", "cluster.watchdog:Watchdog._stuck_fault",
+    Bug("faults", "hang_attributed_to_the_first_rank", "cluster.watchdog:Watchdog._fault",
         "(survey[rank][\"moves\"], survey[rank][\"waits\"], rank)", "rank",
         f"{UNIT}/cluster/test_watchdog.py::test_the_slowest_rank_outside_a_collective_is_blamed"),
     Bug("faults", "folder_not_locked", "cluster.run_folder:FolderLock._acquire",
