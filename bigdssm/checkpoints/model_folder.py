@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -56,6 +57,7 @@ from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, open_dataset, token
 from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.features.categorical import FIRST_CODE, Categorical, categorical_of
+from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.embedding_tables import table_name
@@ -90,6 +92,11 @@ class ModelFolder:
     def doc_checksum(self) -> str:
         """Identifies the document vectors: those of another model if it was trained against them."""
         return doc_checksum({"identity": self.checksum, "provenance": self.provenance})
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """The tokenizer of text features; None without one."""
+        return None if self.tokenizer_dir is None else TextTokenizer(self.tokenizer_dir)
 
     @property
     def index_width(self) -> int:

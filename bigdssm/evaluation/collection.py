@@ -100,11 +100,10 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
 
     Raises CheckpointError: the model has no scorer.
     """
-    tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
     row_of = {entry.key: i for i, entry in enumerate(collection.corpus)}
 
     def documents(rows: np.ndarray) -> Mapping[str, Column]:
-        return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], tokenizer)
+        return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], folder.tokenizer)
 
     scorer = PairScorer(folder.model, folder.schema, documents)
     scorer.require_scorer()
@@ -113,7 +112,7 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int
         entries = collection.queries[first : first + RERANKED_AT_ONCE]
         ranking = [sorted(run[entry.key], key=lambda key, of=run[entry.key]: -of[key]) for entry in entries]  # type: ignore[misc]
         best = np.array([[row_of[key] for key in keys[:top]] + [-1] * (top - len(keys)) for keys in ranking])
-        scores = scorer.score(entry_columns(folder.schema.query, entries, tokenizer), best)
+        scores = scorer.score(entry_columns(folder.schema.query, entries, folder.tokenizer), best)
         for entry, keys, values in zip(entries, ranking, scores, strict=True):
             of_best = dict(zip(keys, values[: len(keys)].tolist(), strict=False))
             least = min(of_best.values(), default=0.0)

@@ -49,9 +49,8 @@ def stage_source(stage_dir: Path, which: str) -> ExportSource:
     best = stage_dir / BEST
     if which == BEST:
         if not is_model_folder(best):
-            hint = "has the stage validated or finished yet?"
-            if checkpoints_in(stage_dir / CHECKPOINTS):
-                hint = "the stage was stopped before its first validation; use --checkpoint latest"
+            stopped = "the stage was stopped before its first validation; use --checkpoint latest"
+            hint = stopped if checkpoints_in(stage_dir / CHECKPOINTS) else "has the stage validated or finished yet?"
             raise CheckpointError(f"{stage_dir} has no {BEST}/ folder; {hint}")
         folder = load_model_folder(best)
         return ExportSource(folder, BEST, _validation(stage_dir, folder.provenance.get("step")))
@@ -120,7 +119,7 @@ def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:
         return None
     for record in read_stage(stage_dir):
         if record["step"] == step and "validation" in record:
-            return ReportedMetrics("validation", f"step {step} of {stage_dir.name}", record["validation"])
+            return ReportedMetrics(f"step {step} of {stage_dir.name}", record["validation"])
     return None
 
 

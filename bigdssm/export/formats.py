@@ -19,7 +19,7 @@ from torch import Tensor
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import CheckpointError
 from bigdssm.export.text_tower import SIDES, Side, alpha, beta_weight, shared_beta
-from bigdssm.features import Column, History, Ragged, TextTokenizer, encode_values, texts_of
+from bigdssm.features import Column, History, Ragged, encode_values, texts_of
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.loader.batch import Features, to_features
 from bigdssm.retrieval.embed import document_vectors, query_vectors
@@ -58,15 +58,16 @@ class Parity:
 class Probe:
     """A probe batch of random features and the trainer's vectors of it."""
 
-    def __init__(self, folder: ModelFolder, rows: int = PROBE_ROWS) -> None:
-        self._folder, self._rows = folder, rows
-        self._tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder = folder
         self._random = np.random.RandomState(0)  # frozen stream; a Generator's may change between versions
-        words = [] if self._tokenizer is None else self._tokenizer.words()
+        words = [] if folder.tokenizer is None else folder.tokenizer.words()
         self.texts: dict[Side, dict[str, list[str]]] = {}  # by side and text feature
         for side in SIDES:
             text_features = texts_of(folder.schema.sides[side])
-            self.texts[side] = {name: text.texts(self._random, rows, words) for name, text in text_features.items()}
+            self.texts[side] = {
+                name: text.texts(self._random, PROBE_ROWS, words) for name, text in text_features.items()
+            }
         self.features = {side: self._features(side) for side in SIDES}
 
     @cached_property
@@ -87,15 +88,15 @@ class Probe:
         columns: dict[str, Column] = {}
         for name, feature in schema.sides[side].items():
             if name in self.texts[side]:
-                columns[name] = encode_values(feature, self.texts[side][name], self._tokenizer)
+                columns[name] = encode_values(feature, self.texts[side][name], self._folder.tokenizer)
             else:
-                columns[name] = feature.probe(self._random, self._rows, schema.doc)
+                columns[name] = feature.probe(self._random, PROBE_ROWS, schema.doc)
             if isinstance(feature, History) and isinstance(items := columns[name], Ragged):
                 for key, event in schema.event_inputs.items():
                     values = event.probe(self._random, len(items.values), {})
                     columns[f"{name}.{key}"] = Ragged(np.asarray(values), items.offsets)
         if side == "query":
-            requests = {name: schema.event[name].probe(self._random, self._rows, {}) for name in schema.request}
+            requests = {name: schema.event[name].probe(self._random, PROBE_ROWS, {}) for name in schema.request}
             columns |= {REQUEST_PREFIX + name: values for name, values in requests.items()}
         return to_features(schema.sides[side], columns)
 
@@ -152,9 +153,8 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class ReportedMetrics:
-    """Metrics of a model on a split."""
+    """Metrics of a model on the validation split."""
 
-    split: str
     source: str
     metrics: Mapping[str, float]
 
@@ -167,7 +167,7 @@ def model_card(
     results = [
         EvalResult(
             task_type="information-retrieval", dataset_type="unknown", dataset_name=Path(model.config.data.dir).name,
-            dataset_split=metrics.split, metric_type=metric, metric_value=round(value, 4),
+            dataset_split="validation", metric_type=metric, metric_value=round(value, 4),
         )
         for metric, value in metrics.metrics.items()
     ] if metrics else []  # fmt: skip
@@ -189,7 +189,7 @@ def model_card(
         f"`{model.checksum}`. Format of this folder: {kind.format}."
     )
 
-    vocab_size = TextTokenizer(model.tokenizer_dir).vocab_size if model.tokenizer_dir else 0
+    vocab_size = model.tokenizer.vocab_size if model.tokenizer else 0
     features = "\n".join(
         f"| {side} | {name} | {feature.type} | {feature.describe(vocab_size)} |"
         for side in SIDES
@@ -205,7 +205,7 @@ def model_card(
         words: dict[bool | str, str] = {True: "excluded", False: "included"}
         seen = words.get(exclude_seen, f"of {exclude_seen} excluded")
         values = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.metrics.items())
-        table = f"| {metrics.split} | {metrics.source} |\n|---|---|\n{values}"
+        table = f"| validation | {metrics.source} |\n|---|---|\n{values}"
         measured = f"Over the full catalogue, seen documents {seen}:\n\n{table}"
 
     parts = [

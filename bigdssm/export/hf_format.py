@@ -51,10 +51,10 @@ class HuggingFaceExport(ExportFormat):
             folder = out / FOLDERS[tower.side]
             save_encoder(tower, model.tokenizer_dir, folder)
             weights: dict[str, Tensor] = {}
-            for number, layer in enumerate(tower.layers):
-                weights[f"layers.{number}.weight"] = layer.linear.weight.detach().contiguous()
-                if layer.linear.bias is not None:
-                    weights[f"layers.{number}.bias"] = layer.linear.bias.detach().contiguous()
+            for number, (linear, _) in enumerate(tower.layers):
+                weights[f"layers.{number}.weight"] = linear.weight.detach().contiguous()
+                if linear.bias is not None:
+                    weights[f"layers.{number}.bias"] = linear.bias.detach().contiguous()
             beta = beta_weight(model)
             if tower.side == "doc" and beta is not None:
                 weights["beta"] = beta.contiguous()
@@ -65,7 +65,7 @@ class HuggingFaceExport(ExportFormat):
                 "prompt": tower.feature.prompt or "",
                 "prompt_tokens": tower.feature.prompt_tokens,  # that are not pooled
                 "pooling": tower.encoder.pooling,
-                "activations": [layer.activation for layer in tower.layers],
+                "activations": [activation for _, activation in tower.layers],
                 "normalized_after": tower.normalized_after,
                 "score": model.config.model.score,
                 "alpha": alpha(model),

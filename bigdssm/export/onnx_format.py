@@ -242,7 +242,12 @@ class OnnxExport(ExportFormat):
             documents = encode_document([{{{example["doc"]}}}])
             scores = queries @ documents.T
             """
-        loading = python_block(source_of("onnx_loading.py"), *_inputs(model), dedent(code))
+        # The functions that convert values to inputs, by type of feature, and code that registers them.
+        types = {feature.type: feature for side in SIDES for feature in getattr(model.schema, side).values()}
+        functions = dict.fromkeys(function for feature in types.values() for function in feature.onnx_code)
+        table = ", ".join(f'"{name}": {feature.onnx_code[-1].__name__}' for name, feature in types.items())
+        inputs = [inspect.getsource(function).replace("  # type: ignore[no-untyped-def]", "") for function in functions]
+        loading = python_block(source_of("onnx_loading.py"), *inputs, f"INPUTS.update({{{table}}})", dedent(code))
         scores = f"{loading}\n\nThe scores are the training scores."
         if not self.int8:
             return scores
@@ -250,15 +255,6 @@ class OnnxExport(ExportFormat):
             f"{scores} `query.int8.onnx` is the query tower quantized to int8: "
             f'`load_tower("{name}", "query", "query.int8.onnx")`; tools/bench/bench_onnx.py measures the cost in NDCG.'
         )
-
-
-def _inputs(model: ModelFolder) -> list[str]:
-    """Return the source of the feature types' input functions, and code that registers them."""
-    types = {feature.type: feature for side in SIDES for feature in getattr(model.schema, side).values()}
-    functions = dict.fromkeys(function for feature in types.values() for function in feature.onnx_code)
-    table = ", ".join(f'"{name}": {feature.onnx_code[-1].__name__}' for name, feature in types.items())
-    code = [inspect.getsource(function).replace("  # type: ignore[no-untyped-def]", "") for function in functions]
-    return [*code, f"INPUTS.update({{{table}}})"]
 
 
 class _Tower(nn.Module):

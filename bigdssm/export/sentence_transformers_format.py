@@ -78,9 +78,8 @@ class SentenceTransformersExport(ExportFormat):
             (out / name).mkdir(exist_ok=True)
             return name
 
-        lengths = {f"{ROUTES[tower.side]}_length": tower.feature.max_tokens for tower in (query, doc)}
-        if query.feature.max_tokens == doc.feature.max_tokens:
-            lengths = {}
+        by_side = {f"{ROUTES[tower.side]}_length": tower.feature.max_tokens for tower in (query, doc)}
+        lengths = by_side if query.feature.max_tokens != doc.feature.max_tokens else {}
         shared = query.encoder is doc.encoder and (not lengths or _has_lengths())
         encoder = None
         for tower in (doc,) if same else (query, doc):
@@ -136,7 +135,27 @@ class SentenceTransformersExport(ExportFormat):
                 "similarity_fn_name": "dot" if scores_by_dot(model) else "cosine",
             },
         )
-        return _parity(model, out)
+
+        # The vectors of the folder as the package loads it, against the trainer's without what it leaves out.
+        from sentence_transformers import SentenceTransformer  # optional, and slow to import
+
+        loaded = SentenceTransformer(
+            str(out), device="cpu", local_files_only=True, trust_remote_code=needs_custom_code(model)
+        )
+        probe = Probe(model)
+        texts = {side: probe.only_text(side) for side in ROUTES}
+        ours: dict[Side, Any] = {
+            "query": loaded.encode_query(texts["query"]),
+            "doc": loaded.encode_document(texts["doc"]),
+        }
+        trainers = dict(probe.vectors)
+        if needs_custom_code(model):
+            scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
+            trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
+        elif not scores_by_dot(model):
+            dim = model.config.model.dim
+            trainers = {"query": trainers["query"][:, :dim], "doc": trainers["doc"][:, :dim] / alpha(model)}
+        return Parity.of({side: torch.as_tensor(vectors) for side, vectors in ours.items()}, trainers)
 
     def loading(self, model: ModelFolder, name: str) -> str:
         """Return the loading code and a note on the scores."""
@@ -159,9 +178,11 @@ class SentenceTransformersExport(ExportFormat):
             scores += (
                 f" `trust_remote_code` runs {CODE.name} of this folder, which appends beta to the normalized vector."
             )
-        routes = 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
-        if are_one_module(model, *text_towers(model, self.format)):
-            routes = "Both towers are the same modules: `encode` takes either side, without a prompt."
+        routes = (
+            "Both towers are the same modules: `encode` takes either side, without a prompt."
+            if are_one_module(model, *text_towers(model, self.format))
+            else 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
+        )
         return f"{python_block(dedent(code))}\n\n{scores} {routes}"
 
 
@@ -205,7 +226,7 @@ def _pooling(tower: TextTower) -> dict[str, object]:
 def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor, Tensor | None, str]]:
     """Return (weight, bias, activation) per layer; dot products need a last one for alpha and beta."""
     layers: list[tuple[Tensor, Tensor | None, str]] = [
-        (layer.linear.weight, layer.linear.bias, _dotted(layer.activation)) for layer in tower.layers
+        (linear.weight, linear.bias, _dotted(activation)) for linear, activation in tower.layers
     ]
     is_query, dim = tower.side == "query", model.config.model.dim
     if scores_by_dot(model) and not model.model.has_beta:
@@ -224,22 +245,3 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
 def _dotted(activation: str) -> str:
     cls = ACTIVATIONS[activation]
     return f"{cls.__module__}.{cls.__name__}"
-
-
-def _parity(model: ModelFolder, out: Path) -> Parity:
-    from sentence_transformers import SentenceTransformer  # optional, and slow to import
-
-    loaded = SentenceTransformer(
-        str(out), device="cpu", local_files_only=True, trust_remote_code=needs_custom_code(model)
-    )
-    probe = Probe(model)
-    texts = {side: probe.only_text(side) for side in ROUTES}
-    ours: dict[Side, Any] = {"query": loaded.encode_query(texts["query"]), "doc": loaded.encode_document(texts["doc"])}
-    trainers = dict(probe.vectors)
-    if needs_custom_code(model):
-        scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
-        trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
-    elif not scores_by_dot(model):
-        dim = model.config.model.dim
-        trainers = {"query": trainers["query"][:, :dim], "doc": trainers["doc"][:, :dim] / alpha(model)}
-    return Parity.of({side: torch.as_tensor(vectors) for side, vectors in ours.items()}, trainers)

@@ -23,21 +23,13 @@ SIDES: tuple[Side, Side] = ("query", "doc")
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A linear layer of a text encoder or a tower's MLP, and the name of the activation that follows."""
-
-    linear: nn.Linear
-    activation: str
-
-
-@dataclass(frozen=True)
 class TextTower:
     """Text encoder → layers → vector."""
 
     side: Side
     feature: Text
     encoder: TransformerEncoder
-    layers: list[Layer]
+    layers: list[tuple[nn.Linear, str]]  # of the encoder and the tower's MLP, with the name of the next activation
     normalized_after: int | None  # number of layers whose output is normalized
 
 
@@ -103,13 +95,13 @@ def loading_arguments(tower: TextTower) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
-def _layers(mlp: nn.Sequential | None) -> list[Layer]:
+def _layers(mlp: nn.Sequential | None) -> list[tuple[nn.Linear, str]]:
     modules = [module for module in mlp or () if not isinstance(module, nn.Dropout)]
     layers = []
     for module, following in zip_longest(modules, modules[1:]):
         name = type(following).__name__
         if isinstance(module, nn.Linear):
-            layers.append(Layer(module, name if name in ACTIVATIONS else "Identity"))
+            layers.append((module, name if name in ACTIVATIONS else "Identity"))
         else:
             assert type(module).__name__ in ACTIVATIONS, f"no export of {type(module).__name__}"
     return layers

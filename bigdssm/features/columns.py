@@ -204,9 +204,8 @@ def value_lists(check: RowCheck, name: str, separator: str) -> pa.Array:
     else:
         if pa.types.is_nested(array.type.value_type):
             raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs lists of single values")
-        parts = array
-        if pa.types.is_string(array.type.value_type):  # readers validate strings in columns, but not in lists
-            parts = array.cast(pa.list_(pa.binary()))
+        # Readers validate strings in columns, but not in lists.
+        parts = array.cast(pa.list_(pa.binary())) if pa.types.is_string(array.type.value_type) else array
     lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)
     texts, broken = as_texts(parts.flatten(), f"{check.batch.file}: column {name!r}")
     parents = np.repeat(np.arange(len(lengths)), lengths)
@@ -298,9 +297,11 @@ def times(check: RowCheck, name: str) -> np.ndarray:
 class TimeUnits:
     """Counts and examples of times that are dates of 2000 to 2100 in s, ms, µs or ns."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: np.ndarray | None = None) -> None:
+        """`values`: the first times, float64."""
         self._total = 0
         self._units: dict[int, tuple[int, float]] = {}  # by power of 1/10: count and example
+        self.add(np.zeros(0) if values is None else values)
 
     def add(self, values: np.ndarray) -> None:
         """Add times, float64."""

@@ -170,8 +170,7 @@ class _Parser:
         if level == MOST_LEVELS:
             raise self.error(f"{level + 1} levels of parentheses", f"at most {MOST_LEVELS}")
         inner = self.expression(level + 1)
-        if not self._skip(")"):
-            raise self.error(self._next_token() or "its end", "'and', 'or' or )")
+        self._require(")", "'and', 'or' or )")
         return inner
 
     def _condition(self) -> Condition:
@@ -180,18 +179,15 @@ class _Parser:
         if operator in OPERATORS:
             return Condition(feature, operator, (self._word(f"a value after {feature} {operator}"),))
         if operator == "not":
-            if not self._skip("in"):
-                raise self.error(self._next_token() or "its end", f"in after {feature} not")
+            self._require("in", f"in after {feature} not")
             operator = "not in"
         elif operator != "in":
             raise self.error(f"{operator or 'nothing'} after {feature}", f"one of {', '.join(OPERATORS)}, in, not in")
-        if not self._skip("("):
-            raise self.error(self._next_token() or "its end", "(")
+        self._require("(", "(")
         values = {self._word("a value")}
         while self._skip(","):
             values.add(self._word("a value"))
-        if not self._skip(")"):
-            raise self.error(self._next_token() or "its end", "a comma or )")
+        self._require(")", "a comma or )")
         return Condition(feature, operator, tuple(sorted(values)))
 
     def _skip(self, expected: str) -> bool:
@@ -200,6 +196,10 @@ class _Parser:
             self.tokens.popleft()
             return True
         return False
+
+    def _require(self, expected: str, needed: str) -> None:
+        if not self._skip(expected):
+            raise self.error(self._next_token() or "its end", needed)
 
     def _next_token(self) -> str:
         """Return the next token, quotes included; '' at the end."""

@@ -61,6 +61,7 @@ class Elapsed(EventTime):
     """The time between an event and its sequence's previous one, in half octaves; the first event has none."""
 
     type: ClassVar[str] = "elapsed"
+    num_codes: ClassVar[int] = FIRST_CODE + BUCKETS
 
     def codes(self, times: np.ndarray, previous: np.ndarray, unit: float) -> np.ndarray:
         """Return the codes of the differences, which are taken before they are converted to seconds."""
@@ -69,11 +70,6 @@ class Elapsed(EventTime):
     def codes_of_values(self, values: np.ndarray) -> np.ndarray:
         """Return the codes of seconds."""
         return elapsed_codes(values)
-
-    @property
-    def num_codes(self) -> int:
-        """Return the number of codes."""
-        return FIRST_CODE + BUCKETS
 
     def describe(self, vocab_size: int) -> str:
         """Return the number of buckets."""

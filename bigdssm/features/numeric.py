@@ -39,6 +39,7 @@ class Numeric(Feature):
     example: ClassVar[str] = "1.0"
     canonical_type: ClassVar[pa.DataType] = pa.float64()
     missing: ClassVar[float] = math.nan
+    column_type: ClassVar[ColumnType] = "number"
     onnx_code: ClassVar = (numeric_input,)
 
     log: bool = False  # log1p before the normalisation, for heavy tails
@@ -98,11 +99,6 @@ class Numeric(Feature):
             return None
         least, most = (float(str(bound)) for bound in (present.min(), present.max()))  # 12.34, not 12.340000152587891
         return {"least": least, "most": most}
-
-    @property
-    def column_type(self) -> ColumnType:
-        """Return a number."""
-        return "number"
 
     def column_values(self, column: Column) -> list[Any]:
         """Return the numbers."""

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -64,10 +65,7 @@ class Vocabulary:
     @classmethod
     def open(cls, files: Iterable[PartFile]) -> Vocabulary:
         """Return the vocabulary of these files, in this order. Raises DataError: a missing or invalid file."""
-        vocabulary = cls()
-        for file in files:
-            vocabulary = vocabulary.with_file(file)
-        return vocabulary
+        return reduce(cls.with_file, files, cls())
 
     @property
     def files(self) -> tuple[PartFile, ...]:

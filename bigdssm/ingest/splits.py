@@ -120,9 +120,8 @@ class SplitTimes:
 
     def check_units(self, facts: Sequence[Mapping[str, Any]], where: str) -> None:
         """Raise DataError if the unit differs from a column's, given the facts of its parts."""
-        units = TimeUnits()
         cut_offs = np.array([self.validation, self.test, self.until])
-        units.add(cut_offs[np.isfinite(cut_offs)])
+        units = TimeUnits(cut_offs[np.isfinite(cut_offs)])
         check_time_units([*facts, units.facts()], f"{where}, with {self.options},")
 
 

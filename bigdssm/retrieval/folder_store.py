@@ -324,7 +324,7 @@ class FolderStore(Store):
             writer.write_table(table)
 
     def _rows(self, name: str) -> "_Rows":
-        return _Rows.read(self.root / name, sorted(self._changes(name).glob("[!.]*.arrow")))
+        return _Rows(self.root / name, sorted(self._changes(name).glob("[!.]*.arrow")))
 
     def _build(self, collection: Collection, documents: pa.Table, vectors: np.ndarray, tombstones: np.ndarray) -> None:
         """Replace the index folder of a collection."""
@@ -400,36 +400,31 @@ class _Opened:
         return columns
 
 
-@dataclass
 class _Rows:
     """Stored documents with the changes that `finish` will apply."""
 
-    changes: list[Path]
-    tables: list[pa.Table] = field(default_factory=list)
-    vectors: list[np.ndarray] = field(default_factory=list)
-    row_of: dict[str, int] = field(default_factory=dict)  # by key, in the concatenated tables
-    version_of: dict[str, int] = field(default_factory=dict)  # by key
-    tombstones: dict[int, int] = field(default_factory=dict)  # version by hash of the key
-
-    @classmethod
-    def read(cls, folder: Path, changes: list[Path]) -> "_Rows":
-        rows = cls(changes)
+    def __init__(self, folder: Path, changes: list[Path]) -> None:
+        self.changes = changes
+        self.tables: list[pa.Table] = []
+        self.vectors: list[np.ndarray] = []
+        self.row_of: dict[str, int] = {}  # by key, in the concatenated tables
+        self.version_of: dict[str, int] = {}  # by key
+        self.tombstones: dict[int, int] = {}  # version by hash of the key
         documents = open_arrow(folder / DOCUMENTS_FILE).read_all()
-        rows._write(documents, np.load(folder / VECTORS_FILE, mmap_mode="r"))
+        self._write(documents, np.load(folder / VECTORS_FILE, mmap_mode="r"))
         stored = np.load(folder / TOMBSTONES_FILE)
-        rows.tombstones = dict(zip(stored["id"].tolist(), stored["version"].tolist(), strict=True))
+        self.tombstones = dict(zip(stored["id"].tolist(), stored["version"].tolist(), strict=True))
         for path in changes:
             table = open_arrow(path).read_all()
             if "vector" in table.column_names:
                 vector = table["vector"].combine_chunks()
-                rows._write(table.drop_columns("vector"), vector.flatten().to_numpy().reshape(len(vector), -1))
+                self._write(table.drop_columns("vector"), vector.flatten().to_numpy().reshape(len(vector), -1))
             else:
                 versions = dict(zip(table["id"].to_pylist(), table["version"].to_pylist(), strict=True))
                 for id, version in versions.items():
-                    rows.tombstones[id] = max(version, rows.tombstones.get(id, version))
-                for key in [key for key in rows.row_of if versions.get(hash64(key), -1) >= rows.version_of[key]]:
-                    del rows.row_of[key], rows.version_of[key]
-        return rows
+                    self.tombstones[id] = max(version, self.tombstones.get(id, version))
+                for key in [key for key in self.row_of if versions.get(hash64(key), -1) >= self.version_of[key]]:
+                    del self.row_of[key], self.version_of[key]
 
     def _write(self, table: pa.Table, vectors: np.ndarray) -> None:
         first = sum(map(len, self.vectors))

@@ -469,10 +469,8 @@ def write_rated(path: Path, dataset: Dataset, width: int, low: float, share: Sha
 
     Ratings of at most `low` (explicit negatives) come first. Raises DataError: all windows are empty.
     """
-    columns: list[tuple[np.ndarray, ...]] = []
-    for rows in iterate_share(dataset, "train", share, "ratings read"):
-        if rows is not None:
-            columns.append((rows.query_ids, rows.doc_rows, rows.relevance))
+    pieces = iterate_share(dataset, "train", share, "ratings read")
+    columns = [(rows.query_ids, rows.doc_rows, rows.relevance) for rows in pieces if rows is not None]
     query_ids, docs, relevance = (np.concatenate(column) for column in zip(*columns, strict=True))
     rated = CandidateRows(query_ids, docs, relevance, low)
 

@@ -218,9 +218,9 @@ class Index:
 
         vectors [m, D+1] are of the query tower, the queries have one filter.
         """
-        excluded = [query.excluded for query in queries]
-        if self.dataset is None:
-            excluded = [self.rows(query.exclude) if query.exclude else query.excluded for query in queries]
+        # Without a dataset, the keys are those of the index.
+        by_key = self.dataset is None
+        excluded = [self.rows(query.exclude) if by_key and query.exclude else query.excluded for query in queries]
         allowed, top = queries[0].allowed, min(top, self.meta.num_docs)
         assert allowed is None or isinstance(allowed, AllowedDocuments)
         scores, rows = self.nearest(vectors, top, self.meta.model_checksum, excluded, allowed)
@@ -388,9 +388,7 @@ def open_index(folder: str | Path, model: Model | None = None) -> Index:
             f"the index {folder} is damaged: {rows} vectors of width {width} and {documents.num_rows} "
             f"documents, {META_FILE} has {meta.num_docs} of width {meta.width}"
         )
-    vectors = None
-    if meta.rescored:
-        vectors = load_vectors(folder, replace(meta, width=meta.whole or meta.width))
+    vectors = load_vectors(folder, replace(meta, width=meta.whole or meta.width)) if meta.rescored else None
     withdrawn = np.asarray(documents[WITHDRAWN]).nonzero()[0] if WITHDRAWN in documents.column_names else NO_ROWS
     answers = AllowedDocuments.without(withdrawn, meta.num_docs)
     opened = Index(index, meta, documents["doc_key"], documents["doc_title"], vectors, answers)
@@ -408,19 +406,14 @@ class StoreIndex:
 
     store: Store
     collection: Collection
+    num_docs: int  # when it was opened
     dataset: Dataset | None = None
-    num_docs: int = -1
 
     @cached_property
     def filters(self) -> StoreFilters:
         """The filters of the collection's columns."""
         catalogue = None if self.dataset is None else self.dataset.whole.catalogue
         return StoreFilters(self.collection.columns, catalogue)
-
-    @classmethod
-    def open(cls, store: Store, collection: Collection) -> "StoreIndex":
-        """Return the index of a collection."""
-        return cls(store, collection, num_docs=store.count(collection))
 
     @property
     def has_beta(self) -> bool:

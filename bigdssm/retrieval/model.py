@@ -7,7 +7,7 @@ Shapes: m queries, k candidates per query, p pairs, n distinct documents, D vect
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +63,6 @@ def _read(columns: Mapping[str, Column], features: Mapping[str, Text], tokenizer
 PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
 
 Columns = Mapping[str, Column]
-Tower = Callable[[nn.Module, Mapping[str, Values]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -178,14 +177,12 @@ class Model:
         request: Sequence[str] = (),
     ) -> np.ndarray:  # fmt: skip
         schema = self.folder.schema
-        columns, num_rows = columns_of_values(rows, features, schema.doc, self._tokenizer, schema.event_inputs, request)
+        columns, num_rows = columns_of_values(
+            rows, features, schema.doc, self.folder.tokenizer, schema.event_inputs, request
+        )
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)
         return encode_columns(features, columns, partial(encode, self.folder.model)).numpy()
-
-    @cached_property
-    def _tokenizer(self) -> TextTokenizer | None:
-        return None if self.folder.tokenizer_dir is None else TextTokenizer(self.folder.tokenizer_dir)
 
 
 @checked

@@ -78,9 +78,8 @@ class _Folder:
         check_file(folder / DOCUMENTS_FILE, meta.files.get(DOCUMENTS_FILE), META_FILE)
         documents = open_arrow(folder / DOCUMENTS_FILE).read_all()
         self.keys, self.titles = documents["doc_key"], documents["doc_title"]
-        self.withdrawn = np.zeros(meta.num_docs, bool)
-        if WITHDRAWN in documents.column_names:
-            self.withdrawn = np.array(documents[WITHDRAWN])
+        none = np.zeros(meta.num_docs, bool)
+        self.withdrawn = np.array(documents[WITHDRAWN]) if WITHDRAWN in documents.column_names else none
         if dataset is not None:  # forgets and withdraws documents that an older folder still has
             for first in range(0, meta.num_docs, ROWS_AT_ONCE):
                 rows = np.arange(first, min(first + ROWS_AT_ONCE, meta.num_docs))
@@ -250,10 +249,8 @@ def measure_recall(
         rows = np.random.default_rng(0).choice(rows, min(SAMPLE, len(rows)), replace=False)
         queries = _as_queries(folder.vectors[np.sort(rows)], folder.meta.has_beta, folder.meta.score)
     exact = np.empty((len(queries), folder.meta.num_docs), np.float32)
-    first = 0
-    for chunk in folder.vectors.chunks(65_536):
-        exact[:, first : first + len(chunk)] = queries @ chunk.T
-        first += len(chunk)
+    for first in range(0, folder.meta.num_docs, 65_536):
+        exact[:, first : first + 65_536] = queries @ folder.vectors[first : first + 65_536].T
     exact[:, folder.withdrawn] = -np.inf
     top = min(TOP, num_docs)
     least = -np.partition(-exact, top - 1, axis=1)[:, top - 1]

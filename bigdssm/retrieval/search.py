@@ -151,9 +151,8 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        self.filters = filters
-        if filters is None and dataset is not None:
-            self.filters = Filters(dataset.whole.catalogue)
+        of_dataset = None if dataset is None else Filters(dataset.whole.catalogue)
+        self.filters = of_dataset if filters is None else filters
 
     def of(self, request: Request, as_of: float | None = None) -> Query:
         """Resolve a request; stored events after `as_of`, in seconds since 1970, are ignored.
@@ -296,9 +295,8 @@ class Queries:
         timed = ~np.isnan(times)
         if timed.all():
             try:
-                units = TimeUnits()
                 newest = stored.newest_time[np.isfinite(stored.newest_time)]
-                units.add(np.concatenate([times, newest, [] if now is None else [now]]))
+                units = TimeUnits(np.concatenate([times, newest, [] if now is None else [now]]))
                 check_time_units([units.facts()], "the request")
             except DataError as error:
                 raise ConfigError(str(error)) from None
@@ -385,13 +383,9 @@ class PastEvents:
 
     def followed_by(self, later: PastEvents) -> PastEvents:
         """Return the events of one query with its `later` ones."""
-
-        def joined(parts: Sequence[Ragged]) -> Ragged:
-            return Ragged.of_lists([np.concatenate([part.values for part in parts])], parts[-1].values.dtype.type)
-
-        features = {name: joined([self.features[name], values]) for name, values in later.features.items()}
+        features = {name: joined(self.features[name], values) for name, values in later.features.items()}
         newest = later.newest_time if len(later.rows.values) else self.newest_time
-        return PastEvents(joined([self.rows, later.rows]), features, newest, joined([self.times, later.times]))
+        return PastEvents(joined(self.rows, later.rows), features, newest, joined(self.times, later.times))
 
 
 def read_user(
@@ -423,12 +417,11 @@ def check_unit(dataset: Dataset, name: str, times: np.ndarray) -> None:
 
     If the times of its events are dates of 2000 to 2100, all `times` must be.
     """
-    facts, unit, units = dataset.header.times, dataset.header.time_unit, TimeUnits()
+    facts, unit = dataset.header.times, dataset.header.time_unit
     first, end = (second / unit for second in THIS_CENTURY)
     wrong = times[~((times >= first) & (times < end))]
-    units.add(wrong)
     dated = sum(count for _, count, _ in facts["units"]) >= DATED * facts["num_times"]
-    if len(wrong) and facts["units"] and (dated or units.facts()["units"]):
+    if len(wrong) and facts["units"] and (dated or TimeUnits(wrong).facts()["units"]):
         raise ConfigError(
             f"{name} is {wrong[0]:.15g}, needs a date of 2000 to 2100 in units of {unit:g} s, as the events of "
             f"{dataset.dir}"

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Thread
@@ -58,9 +58,8 @@ class Batcher(Generic[QueryT, Answer]):
             while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             batch = [(query, future) for query, future in batch if not future.done()]  # skip disconnected clients
-            if not batch:
-                continue
-            await self._answer(batch)
+            if batch:
+                await self._answer(batch)
 
     async def _answer(self, batch: Sequence[tuple[QueryT, asyncio.Future[Answer]]]) -> None:
         loop = asyncio.get_running_loop()
@@ -199,20 +198,14 @@ class LiveSearcher:
 
 async def _in_thread(call: Callable[[], T]) -> T:
     """Run a slow call in a daemon thread, for which shutdown does not wait (unlike a pool's)."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def finish(outcome: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(lambda: None if done.done() else outcome())
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()  # from here on a cancelled caller does not cancel it
 
     def run() -> None:
         try:
-            result = call()
+            done.set_result(call())
         except Exception as error:
-            finish(lambda error=error: done.set_exception(error))  # type: ignore[misc]
-        else:
-            finish(lambda: done.set_result(result))
+            done.set_exception(error)
 
     Thread(target=run, daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(done)

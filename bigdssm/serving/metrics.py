@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -68,11 +69,11 @@ class Metrics:
         return generate_latest(registry) + generate_latest(own)
 
 
+@dataclass(eq=False)  # hashable, for the registry
 class _Served(Collector):
     """Gauges of the served models and indexes."""
 
-    def __init__(self, served: Mapping[str, Mapping[str, Any]]) -> None:
-        self._served = served
+    served: Mapping[str, Mapping[str, Any]]
 
     def collect(self) -> Iterator[Metric]:
         """Return one sample per model and gauge."""
@@ -81,7 +82,7 @@ class _Served(Collector):
         documents = GaugeMetricFamily("bigdssm_index_documents", "Documents when it was loaded", labels=["path"])
         published = GaugeMetricFamily("bigdssm_index_published_seconds", "Since 1970", labels=["path"])
         age = GaugeMetricFamily("bigdssm_index_age_seconds", "Since it was published", labels=["path"])
-        for path, about in self._served.items():
+        for path, about in self.served.items():
             info.add_metric([path], {name: str(about[name]) for name in labels if about[name] is not None})
             documents.add_metric([path], about["documents"])
             if about["published"] is not None:

@@ -31,9 +31,9 @@ from bigdssm.dataset.remote import FileCache
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.export.onnx_format import EXPORT_FILE, query_tower, run_onnx
-from bigdssm.features import Column, TextTokenizer, histories_of, ragged, stored_features, texts_of
+from bigdssm.export.text_tower import alpha
+from bigdssm.features import Column, histories_of, ragged, stored_features, texts_of
 from bigdssm.loader.batch import to_features
-from bigdssm.models import ALPHA_MAX
 from bigdssm.retrieval.embed import item_contents, query_vectors
 from bigdssm.retrieval.index import DocumentIndex, StoreIndex, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
@@ -148,8 +148,7 @@ class Searcher:
                 raise DataError("a scorer needs the documents' features; give the dataset with --data")
             self._scorer = PairScorer.from_folder(folder, dataset)
             self._scorer.require_scorer()
-        tokenizer = None if folder.tokenizer_dir is None else TextTokenizer(folder.tokenizer_dir)
-        self.queries = Queries(folder.schema, tokenizer, dataset, folder.config.data.exclude_seen, index.filters)
+        self.queries = Queries(folder.schema, folder.tokenizer, dataset, folder.config.data.exclude_seen, index.filters)
 
     @classmethod
     @checked
@@ -283,8 +282,7 @@ class Searcher:
     def query_vector(self, request: Request) -> QueryVector:
         """Return the vector of a request, as wide as those of the index. Raises as `queries.of`."""
         vector = self._index.query_vectors(self.encode([self.queries.of(request)]))[0].tolist()
-        alpha = float(self._folder.model.log_alpha.detach().exp().clamp(max=ALPHA_MAX))
-        return QueryVector(vector, len(vector), "inner product", alpha, self._folder.doc_checksum)
+        return QueryVector(vector, len(vector), "inner product", alpha(self._folder), self._folder.doc_checksum)
 
     def similar(self, key: str, top: int, exclude: Sequence[str] = ()) -> tuple[str, list[ScoredDocument]]:
         """Return a document's title and its nearest documents but those with the keys `exclude`.
@@ -428,7 +426,7 @@ class Folders:
                             "%s holds vectors of model %s, which %s is not: serving the previous collection, %s",
                             where, model[:12], self.model, collection.name,
                         )  # fmt: skip
-                    return models[collection.model], StoreIndex.open(store, collection)
+                    return models[collection.model], StoreIndex(store, collection, store.count(collection))
         raise CheckpointError(
             f"{where} holds vectors of model {model[:12]}, --model {self.model} is "
             f"{', '.join(one[:12] for one in models)}; embed and index or publish with the model in use"

@@ -110,7 +110,7 @@ def make_source(tokenizer_dir: Path) -> Any:
                 parameter += 0.3 * torch.randn_like(parameter)
         checksum = model_checksum(model, config, schema, tokenizer_dir, {"step": 3})
         folder = ModelFolder(model, config, schema, tokenizer_dir, {"step": 3}, checksum)
-        return ExportSource(folder, "random", ReportedMetrics("validation", "step 3", {"ndcg_at_10": 0.1234}))
+        return ExportSource(folder, "random", ReportedMetrics("step 3", {"ndcg_at_10": 0.1234}))
 
     return make
 

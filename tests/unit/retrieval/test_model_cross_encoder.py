@@ -201,7 +201,7 @@ def test_a_search_reranks_the_top_documents_of_the_index(
 
     store = open_store(f"file://{tmp_path}/store")
     collection = publish(store, tmp_path / "vectors", pairs, "shop").collection
-    on_store = Searcher(folder, StoreIndex.open(store, collection), pairs, rerank=5)
+    on_store = Searcher(folder, StoreIndex(store, collection, store.count(collection)), pairs, rerank=5)
     for mine, other in zip(on_store.search(requests), reranked.search(requests), strict=True):
         assert [document.key for document in mine] == [document.key for document in other]
         np.testing.assert_allclose([document.score for document in mine], [document.score for document in other], 1e-5)
