@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import command, option
@@ -48,9 +48,8 @@ def main(args: argparse.Namespace) -> None:
         if not rows:
             print(f"{title}: identical\n")
             continue
-        drawn = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-        for column in ("", "A", "B"):
-            drawn.add_column(column, overflow="fold")
+        columns = [Column(header, overflow="fold") for header in ("", "A", "B")]
+        drawn = Table(*columns, title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
         for row in rows:
             drawn.add_row(*row)
         console.print(drawn)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
@@ -151,41 +151,35 @@ def model_system(
     )  # fmt: skip
 
 
-def table(systems: Sequence[System], title: str, metrics: Sequence[str] | None = None) -> Table:
-    """Return a rich table of metrics (default: `table_metrics`) ± standard error, and seconds."""
-    metrics, rows = metrics or table_metrics(), []
+def table(
+    systems: Sequence[System], title: str, metrics: Sequence[str] | None = None, *, few: bool = False,
+    seconds: bool = True,
+) -> Table:  # fmt: skip
+    """Return a rich table of metrics (default: `table_metrics`) ± standard error, and seconds.
+
+    few: there are too few queries for standard errors.
+    """
+    metrics = metrics or table_metrics()
+    labels = [*map(metric_label, metrics), *(["seconds"] if seconds else [])]
+    columns = [Column("system", no_wrap=True), *(Column(label, justify="right", no_wrap=True) for label in labels)]
+    # At most 80 columns, rich's width without a terminal.
+    drawn = Table(*columns, title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
     for system in systems:
         average, errors = means(system.values), system.errors()
-        cells = [f"{average[name]:.4f} ± {errors[name]:.4f}" for name in metrics]
-        rows.append([system.name, *cells, f"{system.seconds:.1f}"])
-    return _drawn(title, [*map(metric_label, metrics), "seconds"], rows)
+        cells = [f"{average[name]:.4f} " + ("too few" if few else f"± {errors[name]:.4f}") for name in metrics]
+        if seconds:
+            cells.append(f"{system.seconds:.1f}")
+        drawn.add_row(system.name, *cells)
+    return drawn
 
 
 def slice_tables(systems: Sequence[System], slices: Sequence[Slice], of: str) -> Iterator[Table]:
     """Yield a table per slice with rows, as `table`; `of` is the name of distinct query ids, such as users."""
-    metrics = table_metrics()
     for part in slices:
-        if not part.rows.any():
-            continue
-        rows = []
-        for system in systems:
-            of_slice = system.of_slice(part.rows)
-            average, errors = means(of_slice.values), of_slice.errors()
-            intervals = ["too few" if part.has_few else f"± {errors[name]:.4f}" for name in metrics]
-            rows.append([system.name, *(f"{average[m]:.4f} {i}" for m, i in zip(metrics, intervals, strict=True))])
-        title = f"{part.condition}: {part.rows.sum()} queries of {part.num_queries} {of}"
-        yield _drawn(title, [*map(metric_label, metrics)], rows)
-
-
-def _drawn(title: str, labels: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    # At most 80 columns, rich's width without a terminal.
-    drawn = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-    drawn.add_column("system", no_wrap=True)
-    for label in labels:
-        drawn.add_column(label, justify="right", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
+        if part.rows.any():
+            title = f"{part.condition}: {part.rows.sum()} queries of {part.num_queries} {of}"
+            of_slice = [system.of_slice(part.rows) for system in systems]
+            yield table(of_slice, title, few=part.has_few, seconds=False)
 
 
 def slices_as_json(
@@ -194,26 +188,23 @@ def slices_as_json(
     """Return one object per slice: option, condition, rows, queries, systems, differences; intervals if not too few."""
     entries = []
     for part in slices:
-        described: list[dict[str, Any]] = []
-        compared: list[dict[str, Any]] = []
+        entry: dict[str, Any] = {
+            "by": part.by,
+            "condition": part.condition,
+            "rows": int(part.rows.sum()),
+            "queries": part.num_queries,
+            "too_few": part.has_few,
+            "systems": [],
+            "differences": [],
+        }
+        entries.append(entry)
         if part.rows.any():
             of_slice = {id(system): system.of_slice(part.rows) for system in systems}
-            described = as_json(list(of_slice.values()))
+            entry["systems"] = as_json(list(of_slice.values()))
             if not part.has_few:
-                for entry, system in zip(described, of_slice.values(), strict=True):
-                    entry["standard_errors"] = _without_nan(system.errors())
-                compared = differences_as_json([(of_slice[id(a)], of_slice[id(b)]) for a, b in pairs])
-        entries.append(
-            {
-                "by": part.by,
-                "condition": part.condition,
-                "rows": int(part.rows.sum()),
-                "queries": part.num_queries,
-                "too_few": part.has_few,
-                "systems": described,
-                "differences": compared,
-            }
-        )
+                for described, system in zip(entry["systems"], of_slice.values(), strict=True):
+                    described["standard_errors"] = _without_nan(system.errors())
+                entry["differences"] = differences_as_json([(of_slice[id(a)], of_slice[id(b)]) for a, b in pairs])
     return entries
 
 
