@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import numpy as np
@@ -60,7 +60,6 @@ def markov(dataset: Dataset, window: Window = 3) -> Scores:
     return scores
 
 
-@dataclass(frozen=True)
 class DailyEvents:
     """The positive events that a baseline counts, by day (UTC), and the last event before each; arrays are [events].
 
@@ -68,41 +67,33 @@ class DailyEvents:
     are those of train.
     """
 
-    dataset: Dataset
-    rebuilt: bool  # whether a request counts earlier days alone
-    feature: Categorical | None  # of events, part of the state
-    day: np.ndarray  # int64, ascending
-    item: np.ndarray  # int64: catalogue rows
-    state: np.ndarray  # int64: the last item, its `feature`, and that of the request; -1: no last event
-
-    @classmethod
-    def of(cls, dataset: Dataset, feature: str | None = None) -> DailyEvents:
+    def __init__(self, dataset: Dataset, feature: str | None = None) -> None:
         """Read the events of `dataset`. Raises: DataError: events have no times; ConfigError: no such feature."""
         if not dataset.has_times:
             raise DataError(f"{dataset.dir}: its events have no times; build it with --time-column")
-        named = None
+        self.feature: Categorical | None = None  # of events, part of the state
         if feature is not None:
             known = single_valued(dataset.schema.event)
             if feature not in known:
                 raise ConfigError(f"feature={feature}: needs a categorical feature of data.event, of {list(known)}")
-            named = known[feature]
-        rebuilt, targets = dataset.header.split.get("how") == "time", dict(dataset.rules.targets)
-        splits = ["train"]
-        if rebuilt:
+            self.feature = known[feature]
+        self.rebuilt = dataset.header.split.get("how") == "time"  # whether a request counts earlier days alone
+        splits, targets = ["train"], dict(dataset.rules.targets)
+        if self.rebuilt:
             splits = [split for split in SPLITS if dataset.num_rows(split)]
             # the events of all splits that would be targets in train
             targets = dict.fromkeys(splits, targets["train"]) if "train" in targets else {}
-        counted = dataset.with_rules(replace(dataset.rules, targets=targets))
-        empty = cls(counted, rebuilt, named, *(np.zeros(0, np.int64),) * 3)
-        parts = [(empty.day, empty.item, empty.state)]
+        self.dataset = dataset.with_rules(replace(dataset.rules, targets=targets))
+        parts = [(np.zeros(0, np.int64),) * 3]
         for split in splits:
-            for rows in counted.iterate(split, QUERIES_AT_ONCE):
+            for rows in self.dataset.iterate(split, QUERIES_AT_ONCE):
                 relevant = rows.relevance > 0
-                columns = empty.days(rows), rows.doc_rows, empty.states(rows)
-                parts.append((columns[0][relevant], columns[1][relevant], columns[2][relevant]))
+                parts.append((self.days(rows)[relevant], rows.doc_rows[relevant], self.states(rows)[relevant]))
         day, item, state = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.argsort(day, kind="stable")
-        return cls(counted, rebuilt, named, day[order], item[order], state[order])
+        self.day = day[order]  # int64, ascending
+        self.item = item[order]  # int64: catalogue rows
+        self.state = state[order]  # int64: the last item, its `feature`, and that of the request; -1: no last event
 
     def days(self, rows: Rows) -> np.ndarray:
         """Return the days of requests since 1970, int64 [m]."""
@@ -140,7 +131,7 @@ def recent_popularity(dataset: Dataset, days: Count = 7) -> Scores:
 
     Raises DataError: events have no times.
     """
-    return popularity_of_days(DailyEvents.of(dataset), days)
+    return popularity_of_days(DailyEvents(dataset), days)
 
 
 def popularity_of_days(events: DailyEvents, days: int) -> Scores:
@@ -154,7 +145,7 @@ def newest_popularity(dataset: Dataset, days: Count = 3) -> Scores:
     A document is new on the day of its first event, or first version if it is earlier, and on the `days` days after it.
     Raises DataError: events have no times.
     """
-    events = DailyEvents.of(dataset)
+    events = DailyEvents(dataset)
     first_day = np.floor(dataset.item_times * dataset.header.time_unit / DAY)
 
     def counts(day: int) -> np.ndarray:
@@ -173,7 +164,7 @@ def markov_by_action(dataset: Dataset, feature: str = "") -> Scores:
     known = list(single_valued(dataset.schema.event))
     if not known:
         raise DataError(f"{dataset.dir} has no categorical feature of events; declare one in data.event")
-    return markov_of_states(DailyEvents.of(dataset, feature or known[0]))
+    return markov_of_states(DailyEvents(dataset, feature or known[0]))
 
 
 def markov_of_states(events: DailyEvents) -> Scores:

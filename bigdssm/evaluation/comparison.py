@@ -122,7 +122,7 @@ def baseline_systems(
         add(MARKOV, markov, dataset)
     if by_day and dataset.has_times:
         action, started = next(iter(single_valued(dataset.schema.event)), None), perf_counter()
-        events = DailyEvents.of(dataset, action)
+        events = DailyEvents(dataset, action)
         reading_s = perf_counter() - started  # part of the seconds of every baseline that counts them
         if len(np.unique(events.day)) > 1:
             for days in RECENT_DAYS:

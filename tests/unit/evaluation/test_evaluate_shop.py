@@ -270,7 +270,7 @@ def test_baselines_by_day(folder: Path, undated: Dataset, split: str) -> None:
 
 def test_baselines_by_day_count_the_targets_of_training(undated: Dataset) -> None:
     bought = undated.with_rules(EventRules(targets={"train": "action = buy"}))
-    events = DailyEvents.of(bought)
+    events = DailyEvents(bought)
     every = [event for event, _ in counted_events(undated, rebuilt=True)]
     buys = [event["timestamp"] // DAY for event in every if event["event_type"] == "buy"]
     assert sorted(buys) == events.day.tolist() and len(buys) < len(every) / 2
