@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,20 +149,24 @@ class _Parser:
 
     def expression(self, level: int) -> Expression:
         """Parse a disjunction of conjunctions inside `level` parentheses."""
-        alternatives = [self._conjunction(level)]
-        while self._skip("or"):
-            alternatives.append(self._conjunction(level))
-        return _joined(Or, alternatives)
+        return self._joined(Or, "or", self._conjunction, level)
 
     def error(self, got: str, needed: str) -> ConfigError:
         example = "genre = Drama and (year < 1960 or year > 1990)"
         return ConfigError(f"{self._where}: got {got[:80]}, needs {needed}, as in {example}")
 
     def _conjunction(self, level: int) -> Expression:
-        parts = [self._part(level)]
-        while self._skip("and"):
-            parts.append(self._part(level))
-        return _joined(And, parts)
+        return self._joined(And, "and", self._part, level)
+
+    def _joined(
+        self, kind: type[And] | type[Or], word: str, parse: Callable[[int], Expression], level: int
+    ) -> Expression:
+        """Parse expressions joined by `word` as one `kind`, flat and distinct, or the only one."""
+        parts = [parse(level)]
+        while self._skip(word):
+            parts.append(parse(level))
+        flat = dict.fromkeys(inner for part in parts for inner in (part.parts if isinstance(part, kind) else (part,)))
+        return kind(tuple(flat)) if len(flat) > 1 else next(iter(flat))
 
     def _part(self, level: int) -> Expression:
         if not self._skip("("):
@@ -215,9 +219,3 @@ class _Parser:
             raise self.error(token, "a string as in JSON") from None
         check_utf8([word])  # JSON can escape lone surrogates
         return word
-
-
-def _joined(kind: type[And] | type[Or], parts: Iterable[Expression]) -> Expression:
-    """Return the parts as one `kind`, flat and distinct, or the only part."""
-    flat = dict.fromkeys(inner for part in parts for inner in (part.parts if isinstance(part, kind) else (part,)))
-    return kind(tuple(flat)) if len(flat) > 1 else next(iter(flat))

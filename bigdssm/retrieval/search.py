@@ -362,9 +362,9 @@ class PastEvents:
         if TIME_COLUMN in table.schema.names:
             newest[length > 0] = table.take_slices(TIME_COLUMN, sequences, np.maximum(length - 1, 0), length).values
         features = dataset.event_features(table, sequences, first, length, dataset.schema.event)
-        times = Ragged(np.full(len(items.values), np.nan), items.offsets)
-        if dataset.rules.visit.gap_s is not None:
-            times = table.take_slices(TIME_COLUMN, sequences, first, length)
+        untimed = Ragged(np.full(len(items.values), np.nan), items.offsets)
+        by_gaps = dataset.rules.visit.gap_s is not None
+        times = table.take_slices(TIME_COLUMN, sequences, first, length) if by_gaps else untimed
         return cls(Ragged(items.values.astype(np.int64), items.offsets), features, newest, times)
 
     @classmethod

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import MISSING, asdict, fields
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any
@@ -324,13 +325,10 @@ def make_app(
     live: dict[str, LiveSearcher] = {}
     log = None if log_folder is None else RequestLog(log_folder, log_days, metrics.logged)
 
-    def active(prefix: str) -> Callable[[], ActiveSearcher]:
-        def current() -> ActiveSearcher:
-            if prefix not in live:
-                raise Overloaded("the server is starting or stopping")
-            return live[prefix].active
-
-        return current
+    def active(prefix: str) -> ActiveSearcher:
+        if prefix not in live:
+            raise Overloaded("the server is starting or stopping")
+        return live[prefix].active
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -380,7 +378,7 @@ def make_app(
         return error_response(503, f"{error}; retry later", {"Retry-After": "1"})
 
     for prefix in served:
-        routes = api(active(prefix), metrics, has_second=second is not None, has_vectors=has_vectors, log=log)
+        routes = api(partial(active, prefix), metrics, has_second=second is not None, has_vectors=has_vectors, log=log)
         app.include_router(routes, prefix=prefix)
     page, style, script = (PAGE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js"))
 
@@ -399,7 +397,7 @@ def make_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def exposition() -> Response:
         def text() -> bytes:
-            return metrics.text({f"{prefix}/api": active(prefix)().searcher.identity for prefix in served})
+            return metrics.text({f"{prefix}/api": active(prefix).searcher.identity for prefix in served})
 
         return Response(await run_in_threadpool(text), media_type=CONTENT_TYPE_LATEST)
 
@@ -409,7 +407,7 @@ def make_app(
 
     @app.get("/readyz", response_class=PlainTextResponse)
     async def ready() -> str:
-        if any(active(prefix)().batcher.is_full for prefix in served):
+        if any(active(prefix).batcher.is_full for prefix in served):
             raise Overloaded("the queue is full")
         for one in live.values():
             if one.unavailable is not None:

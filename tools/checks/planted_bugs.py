@@ -760,7 +760,7 @@ BUGS = [
     Bug("requests", "number_of_conditions_not_limited", "features.conditions:parse_filter",
         "> MOST_CONDITIONS:", "> MOST_CONDITIONS**2:",
         f"{UNIT}/features/test_conditions.py::test_an_invalid_filter_gives_a_one_line_error"),
-    Bug("requests", "repeated_conditions_evaluated", "features.conditions:_joined",
+    Bug("requests", "repeated_conditions_evaluated", "features.conditions:_Parser._joined",
         "flat = dict.fromkeys(", "flat = list(",
         f"{UNIT}/features/test_conditions.py::test_conditions_that_repeat_are_evaluated_once"),
     Bug("serving", "body_waits_for_an_ack", "serving.server:_Protocol.connection_made",
