@@ -381,9 +381,8 @@ def _write_buckets(
     table: RowTable, columns: Sequence[str] | None, assign: Assign, num_buckets: int, job: tuple[int, int], folder: Path
 ) -> None:
     rows, bucket = assign(table.read(*job, columns))
-    order = np.argsort(
-        bucket.astype(np.min_scalar_type(num_buckets)), kind="stable"
-    )  # a radix sort if the type is small
+    # The smallest type, since a stable sort of small integers is a radix sort.
+    order = np.argsort(bucket.astype(np.min_scalar_type(num_buckets)), kind="stable")
     (batch,) = rows.take(pa.array(order)).combine_chunks().to_batches()
     ends = np.cumsum(np.bincount(bucket, minlength=num_buckets))
     with pa.OSFile(str(folder / BUCKETS), "wb") as sink, pa.ipc.new_file(sink, batch.schema, options=_IPC) as writer:
@@ -437,9 +436,8 @@ def shuffled(engine: LocalEngine, name: str, table: RowTable, columns: Sequence[
 
 
 def _by_first_bits(bits: int, rows: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    hashes = rows.column("shuffle").to_numpy().view(np.uint64) ^ np.uint64(
-        1 << 63
-    )  # in the order of the signed numbers
+    # The sign bit is inverted: unsigned hashes in the order of the signed numbers.
+    hashes = rows.column("shuffle").to_numpy().view(np.uint64) ^ np.uint64(1 << 63)
     return rows, (hashes >> np.uint64(64 - bits) if bits else np.zeros_like(hashes)).astype(np.int64)
 
 
@@ -653,7 +651,7 @@ def _error_of(answer: bytes) -> BigDSSMError:
 
 
 def _write_numbered(frame: "DataFrame", folder: Path) -> None:
-    """Write a sorted frame to `folder` as Parquet files messages by their first row."""
+    """Write a sorted frame to `folder` as Parquet files that are named by their first row."""
     parts = folder / "parts"
     options = {"compression": "zstd", "parquet.block.row.count.limit": str(ROWS_PER_READ)}
     frame.write.options(**options).parquet(f"file://{parts}")  # not a glob here

@@ -587,7 +587,7 @@ class PairStream(RowStream):
         new_segment = bool(before) and (mixed or not before.keys() & now.keys())
 
         # Compare the values; a new segment may have other rows, and more values in its vocabularies.
-        lengths = state.get("vocabularies", {})
+        lengths = state["vocabularies"]
         differences = []
         for key in {**current, **state}:
             if key in ("step", "epoch", "vocabularies", "partitions") or current.get(key) == state.get(key):

