@@ -13,6 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from bigdssm import distributed
 from bigdssm.config import Config, StageName, load_written_config
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.utils.atomic import new_file
 from bigdssm.utils.log import MetricsWriter, metric_label, read_records, truncate_records
 
 STAGES: tuple[StageName, ...] = ("pretrain", "sft")
@@ -201,4 +202,5 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         else:
             figure.suptitle(next(iter(curves)))
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=120)
+        with new_file(out) as temporary:
+            figure.savefig(temporary, format=out.suffix.removeprefix("."), dpi=120)

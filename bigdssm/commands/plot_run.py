@@ -11,7 +11,6 @@ from pathlib import Path
 from bigdssm.cli import OVERWRITE, check_file_to_write, command, option
 from bigdssm.cluster.metrics import plot_runs
 from bigdssm.errors import ConfigError
-from bigdssm.utils.atomic import mark_written
 
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -27,7 +26,6 @@ def main(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() not in IMAGE_SUFFIXES:
         raise ConfigError(f"--out {args.out}: needs a file name ending in {' or '.join(IMAGE_SUFFIXES)}")
     plot_runs(args.runs, args.out)
-    mark_written(args.out, "plot_run")
     print(args.out)
 
 

@@ -13,6 +13,7 @@ trials with a larger --trials. DIR/best.json contains the best values as key=val
 import argparse
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -44,11 +45,11 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError("tuning needs the package optuna: pip install 'bigdssm[tune]'")
     from bigdssm.training.tuning import (
         TrialFunction,
-        TuningBaseline,
-        TuningStage,
         check_space,
+        fit_trial,
         read_space,
         search,
+        train_trial,
         values_of,
     )
 
@@ -57,13 +58,13 @@ def main(args: argparse.Namespace) -> None:
     if args.baseline is None:
         first = values_of(config, space)
         check_space(space, args.config, args.overrides, args.stage)
-        value = TuningStage(args.config, tuple(args.overrides), args.stage, args.out)
+        value = partial(train_trial, args.config, tuple(args.overrides), args.stage, args.out)
     else:
         for option, end in space.bounds():
             check_options(args.baseline, {option: end}, require_all=False)
         dataset = Dataset.open(config.data.dir).with_rules(EventRules.of(config.data))
         metric = find_metric(config.stage(args.stage).validation_metric)
-        first, value = {}, TuningBaseline(args.baseline, dataset, config.data.exclude_seen, metric)
+        first, value = {}, partial(fit_trial, args.baseline, dataset, config.data.exclude_seen, metric)
     trials = search(value, space, args.out, args.trials, first=first, seed=args.seed)
     table = Table("trial", "validation metric", "")
     for key in space.keys:

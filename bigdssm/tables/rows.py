@@ -178,7 +178,6 @@ class RowIndex:
     def __init__(self) -> None:
         self.rows = np.full(FIRST_SLOTS, ABSENT, np.int64)  # [S]: the row in each slot
         self.free: np.ndarray  # slots without a row
-        self._filled: int  # entries with a slot
         self._build()
 
     def find(self, rows: np.ndarray) -> np.ndarray:
@@ -212,7 +211,7 @@ class RowIndex:
         self._build()
 
     def _build(self) -> None:
-        self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0
+        self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0  # slots, and their number
         self.free = np.flatnonzero(self.rows[1:] == ABSENT) + 1
         self._insert(np.flatnonzero(self.rows != ABSENT))
 
@@ -236,12 +235,11 @@ class RowCache:
 
     def __init__(self, stored: Mapping[str, Tensor], rows: int, device: torch.device) -> None:
         """`stored`: tensors [size, d] of the storage, by name, in host memory; `rows`: R."""
-        self._stored, self._device = stored, device
+        self._device = device
         self._cached = {
             name: torch.zeros(rows, tensor.shape[1], dtype=tensor.dtype, device=device)
             for name, tensor in stored.items()
         }
-        self._slot_of: np.ndarray  # int32 [size], plus 1; 0: not in the cache
         self._position = np.full(rows, ABSENT, np.int64)
         self._last_use = np.zeros(rows, np.int64)  # number of the read
         self._changed = np.zeros(rows, bool)
@@ -250,7 +248,8 @@ class RowCache:
 
     def use(self, stored: Mapping[str, Tensor]) -> None:
         """Use other tensors of the storage, whose rows are those of the ones before. The cache must be clear."""
-        self._stored, self._slot_of = stored, np.zeros(len(next(iter(stored.values()))), np.int32)
+        self._stored = stored
+        self._slot_of = np.zeros(len(next(iter(stored.values()))), np.int32)  # a slot plus 1; 0: not in the cache
 
     def hits(self, local: np.ndarray) -> int:
         """Return the number of positions that are in the cache."""

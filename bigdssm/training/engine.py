@@ -54,7 +54,7 @@ from bigdssm.models import (
     use_packing,
 )
 from bigdssm.tables.sharded import ShardedTables, WorkingSet
-from bigdssm.training.optimizers import build_optimizer
+from bigdssm.training.optimizers import parameter_groups
 from bigdssm.utils import timing
 from bigdssm.utils.hashing import hash64
 
@@ -335,7 +335,7 @@ class Engine(DeepSpeedStepEngine):
         apply_patches()
         built = deepspeed.initialize(
             model=model.to(device()),
-            optimizer=build_optimizer(model, optimizer),
+            optimizer=optimizer.build(parameter_groups(model, optimizer)),
             config=deepspeed_config(config, optimizer, rows_per_rank),
         )
         super().__init__(built[0])

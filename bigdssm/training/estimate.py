@@ -24,7 +24,7 @@ from bigdssm.features import Text
 from bigdssm.ingest.api import make_dataset
 from bigdssm.loader.batch import Batch, Features
 from bigdssm.loader.step_plan import CHUNK_TOKENS_CPU, Chunked, StepPlan, TokenBudget, plan_side, plan_step
-from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes, vector_bytes
+from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes
 from bigdssm.models import DualEncoder, Encoded, FeatureScorer, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
@@ -320,7 +320,7 @@ def estimate(
     sides, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     num_known = 0 if batch.known_positives is None else len(batch.known_positives)
     tile, both = config.engine.loss_tile, stage.loss.direction != "q2d"
-    vectors = vector_bytes(*sides, width)
+    vectors = 2 * FP32 * sum(sides) * width  # and their gradients
     loss, sent = 0, sent_bytes(engine, trained, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
         fetched = {name: len(rows) * specs[name].hashes for name, rows in (batch.table_rows or {}).items()}

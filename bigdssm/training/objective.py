@@ -222,10 +222,9 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the `state` of a checkpoint."""
-        if self._streaming is not None:
-            self._streaming.load_state_dict(state)
-        if self._position_bias is not None:
-            self._position_bias.load_state_dict(state)
+        for part in (self._streaming, self._position_bias):
+            if part is not None:
+                part.load_state_dict(state)
 
 
 class PositionBias:

@@ -86,11 +86,6 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of `config` over `parameter_groups`."""
-    return config.build(parameter_groups(model, config))
-
-
 def warmup_steps(total_steps: int, config: OptimizerConfig) -> int:
     """Return the steps of warm-up, at most half of all, so that short schedules also reach `final_lr_ratio`."""
     return min(config.warmup_steps, math.ceil(total_steps / 2))

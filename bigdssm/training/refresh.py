@@ -48,7 +48,6 @@ from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, get_logger
 
 logger = get_logger(__name__)
-_NAME, _CONTENTS = "catalogue_texts", "item_contents"  # in checkpoints
 
 
 @dataclass(frozen=True)
@@ -158,17 +157,34 @@ class HardNegativeRefresh:
         return gather_hard_negatives(self.path(step), local, self.dataset), documents
 
 
-class CachedTexts:
-    """Text vectors of the catalogue. All ranks must call each of the methods.
+class _RefreshedTable:
+    """Vectors of the catalogue that are computed again every few steps, equal on every rank."""
+
+    NAME: str  # in checkpoints
+
+    def __init__(self, engine: Engine, dataset: Dataset, every_steps: int) -> None:
+        self._engine, self._dataset, self._every = engine, dataset, every_steps
+        self._table: Tensor | None = None  # None before the first step
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the vectors; nothing before the first step."""
+        return {} if self._table is None else {self.NAME: self._table}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the vectors of a checkpoint, of any number of ranks."""
+        if self.NAME in state:
+            self._table = state[self.NAME].to(device())
+
+
+class CachedTexts(_RefreshedTable):
+    """Text vectors [N, H] of the catalogue. All ranks must call each of the methods.
 
     All columns of a step have the text vectors of the last refresh, positives and negatives alike: newer ones of the
     positives alone would tell them from the negatives, and a model learns this in place of the documents. Positives are
     encoded in the step, for the gradient of the text encoder. MLP and tables are those of the step.
     """
 
-    def __init__(self, engine: Engine, dataset: Dataset, every_steps: int) -> None:
-        self._engine, self._dataset, self._every = engine, dataset, every_steps
-        self._table: Tensor | None = None  # [N, H]
+    NAME = "catalogue_texts"
 
     def complete(self, batch: Batch) -> Batch:
         """Add the text vectors to the documents of a step, which computes them first if it is due.
@@ -203,35 +219,15 @@ class CachedTexts:
             counts=occurrences(batch.positive, len(columns)) + columns,
         )  # fmt: skip
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the text vectors, equal on every rank; nothing before the first step."""
-        return {} if self._table is None else {_NAME: self._table}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the text vectors of a checkpoint, of any number of ranks."""
-        if _NAME in state:
-            self._table = state[_NAME].to(device())
+class ItemContents(_RefreshedTable):
+    """Contents [1 + N, D] of all items, which histories read. All ranks must call each of the methods."""
 
-
-class ItemContents:
-    """Contents of all items, which histories read. All ranks must call each of the methods."""
-
-    def __init__(self, engine: Engine, dataset: Dataset, every_steps: int) -> None:
-        self._engine, self._dataset, self._every = engine, dataset, every_steps
-        self._contents: Tensor | None = None  # [1 + N, D]
+    NAME = "item_contents"
 
     def use(self, step: int) -> None:
         """Set the contents of a step in the model, which validations replace; compute them first if it is due."""
-        if self._contents is None or step % self._every == 0:
+        if self._table is None or step % self._every == 0:
             with timing.span("contents of items"):
-                self._contents = item_contents(self._engine.deepspeed, self._dataset, device())
-        cast(DualEncoder, self._engine.module).set_contents(self._contents)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the contents, equal on every rank; nothing before the first step."""
-        return {} if self._contents is None else {_CONTENTS: self._contents}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the contents of a checkpoint, of any number of ranks."""
-        if _CONTENTS in state:
-            self._contents = state[_CONTENTS].to(device())
+                self._table = item_contents(self._engine.deepspeed, self._dataset, device())
+        cast(DualEncoder, self._engine.module).set_contents(self._table)

@@ -106,65 +106,50 @@ TrialFunction = Callable[[optuna.Trial, dict[str, Any]], float]
 """Runs a trial with values by key and returns its validation metric. Raises TrialPruned."""
 
 
-@dataclass(frozen=True)
-class TuningStage:
-    """Trials of a stage, each trained in a separate process."""
+def train_trial(
+    config: str, overrides: tuple[str, ...], stage: StageName, out: Path, trial: optuna.Trial, values: dict[str, Any]
+) -> float:
+    """Train a stage with `values`, in a separate process, and return the best validation metric."""
+    run = out / hex64(json.dumps([config, overrides, values]))
+    trial.set_user_attr("run", run.name)
+    chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    folder, is_reported, is_pruned = run / stage, False, False
 
-    config: str
-    overrides: tuple[str, ...]
-    stage: StageName
-    out: Path
-
-    def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
-        """Train with `values` and return the best validation metric."""
-        run = self.out / hex64(json.dumps([self.config, self.overrides, values]))
-        trial.set_user_attr("run", run.name)
-        chosen = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        folder, is_reported, is_pruned = run / self.stage, False, False
-
-        def prune() -> None:
-            """Stop the training if an early validation is worse than the median of other trials."""
-            nonlocal is_reported, is_pruned
-            if is_reported:
-                return
-            starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
-            total = int(starts[-1].get("total_steps", 0)) if starts else 0
-            # the first validation after 1 / PRUNE_DIVISOR of the steps, before the last step
-            validations = _validations(folder)
-            early = [value for step, value in validations if total <= PRUNE_DIVISOR * step < PRUNE_DIVISOR * total]
-            if not early:
-                return
-            is_reported = True
-            trial.report(early[0], step=1)
-            is_pruned = trial.should_prune()
-            if is_pruned:
-                request_stop(folder, saving=False, timeout_s=STOP_TIMEOUT_S)
-
-        ended = run_command(
-            run / "log", self.stage, "--config", self.config, *self.overrides, *chosen, f"run.dir={run}",
-            "--resume", "auto", poll=prune,
-        )  # fmt: skip
+    def prune() -> None:
+        """Stop the training if an early validation is worse than the median of other trials."""
+        nonlocal is_reported, is_pruned
+        if is_reported:
+            return
+        starts = [event for event in read_events(folder) if event["event"] == "start"] if folder.exists() else []
+        total = int(starts[-1].get("total_steps", 0)) if starts else 0
+        # the first validation after 1 / PRUNE_DIVISOR of the steps, before the last step
+        validations = _validations(folder)
+        early = [value for step, value in validations if total <= PRUNE_DIVISOR * step < PRUNE_DIVISOR * total]
+        if not early:
+            return
+        is_reported = True
+        trial.report(early[0], step=1)
+        is_pruned = trial.should_prune()
         if is_pruned:
-            raise optuna.TrialPruned
-        ended.check()
-        if not (validations := _validations(run / self.stage)):
-            raise ConfigError(f"{self.config}: its dataset has no validation split, which a search needs")
-        return max(value for _, value in validations)
+            request_stop(folder, saving=False, timeout_s=STOP_TIMEOUT_S)
+
+    ended = run_command(
+        run / "log", stage, "--config", config, *overrides, *chosen, f"run.dir={run}", "--resume", "auto", poll=prune
+    )
+    if is_pruned:
+        raise optuna.TrialPruned
+    ended.check()
+    if not (validations := _validations(folder)):
+        raise ConfigError(f"{config}: its dataset has no validation split, which a search needs")
+    return max(value for _, value in validations)
 
 
-@dataclass(frozen=True)
-class TuningBaseline:
-    """Trials of a baseline with other options."""
-
-    name: str
-    dataset: Dataset
-    exclude_seen: bool | str
-    metric: str
-
-    def __call__(self, trial: optuna.Trial, values: dict[str, Any]) -> float:
-        """Fit with `values` as options and return the validation metric."""
-        scores = fit_baseline(self.name, self.dataset, values)
-        return evaluate_scores(scores, self.dataset, "validation", exclude_seen=self.exclude_seen).metrics[self.metric]
+def fit_trial(
+    baseline: str, dataset: Dataset, exclude_seen: bool | str, metric: str, trial: optuna.Trial, values: dict[str, Any]
+) -> float:
+    """Fit a baseline with `values` as options and return the validation metric."""
+    scores = fit_baseline(baseline, dataset, values)
+    return evaluate_scores(scores, dataset, "validation", exclude_seen=exclude_seen).metrics[metric]
 
 
 def search(

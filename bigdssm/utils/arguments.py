@@ -77,7 +77,13 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if kind is float:
         return float(value) if isinstance(value, Real) else _refuse()
     if kind in (str, Path):
-        return _text(value, kind)
+        if not isinstance(value, str if kind is str else (str, os.PathLike)):
+            _refuse()
+        text = os.fspath(value)
+        text.encode()  # ValueError: an unpaired surrogate
+        if "\0" in text or (kind is Path and not text):
+            _refuse()
+        return kind(text)
     if kind is date and isinstance(value, np.datetime64):
         value = value.astype("datetime64[us]").item()
     if origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
@@ -91,16 +97,6 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             _refuse()
         return [argument(f"{name}[{i}]", element, inner[0]) for i, element in enumerate(value)]
     return value if isinstance(value, kind) else _refuse()
-
-
-def _text(value: Any, kind: type[str] | type[Path]) -> str | Path:
-    if not isinstance(value, str if kind is str else (str, os.PathLike)):
-        _refuse()
-    text = os.fspath(value)
-    text.encode()  # ValueError: an unpaired surrogate
-    if "\0" in text or (kind is Path and not text):
-        _refuse()
-    return kind(text)
 
 
 def _refuse() -> Any:

@@ -63,7 +63,7 @@ def check_seal(path: Path, dataset: str, fix: str) -> None:
     made_of, checksum = read_seal(path, fix)
     if made_of != dataset:
         raise DataError(f"{path} belongs to another dataset, {made_of}, needs {dataset}; {fix}")
-    if file_checksum(path, 0, end) != checksum:
+    if file_checksum(path, end) != checksum:
         raise DataError(f"{path} is damaged: its checksum does not match; copy it again, or {fix}")
 
 

@@ -57,21 +57,11 @@ def check_replaceable(
         raise ConfigError(f"{folder} exists and {otherwise}; choose another one, or --overwrite it")
 
 
-def mark_written(path: Path, command: str) -> None:
-    """Note that `command` wrote this content of a file, which it may replace; `put_file` does so, too.
+def is_written_by(path: Path, command: str) -> bool:
+    """Return whether a file is empty, or has the content that `command` wrote last, as `put_file` has noted.
 
     The note is an extended attribute, or the file .NAME.written where the file system has none.
     """
-    path = real_path(path)
-    note = _note(path, command)
-    try:
-        os.setxattr(path, ATTRIBUTE, note)
-    except OSError:
-        write_bytes(_note_file(path), note)
-
-
-def is_written_by(path: Path, command: str) -> bool:
-    """Return whether a file is empty, or has the content that `command` wrote last."""
     path = real_path(path)
     if not path.stat().st_size:
         return True

@@ -50,15 +50,14 @@ def derive_key(*parts: int) -> int:
     return key
 
 
-def file_checksum(path: Path, first: int = 0, last: int | None = None, *, bits: Literal[64, 128] = 128) -> str:
-    """Return the xxh3 of a file, or of its bytes [first, last), in hex.
+def file_checksum(path: Path, size: int | None = None, *, bits: Literal[64, 128] = 128) -> str:
+    """Return the xxh3 of a file, or of its first `size` bytes, in hex.
 
     Dataset files use 64 bits (damage); all other files use 128 (identity of models).
     """
     digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
-    left = path.stat().st_size - first if last is None else last - first
+    left = path.stat().st_size if size is None else size
     with path.open("rb") as file:
-        file.seek(first)
         while chunk := file.read(min(left, 1 << 22)):
             digest.update(chunk)
             left -= len(chunk)

@@ -25,7 +25,7 @@ from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import item_contents
 from bigdssm.training.batches import BatchBuilder, row_stream
 from bigdssm.training.objective import Objective, catalogue_share
-from bigdssm.training.optimizers import build_optimizer, schedule_factor
+from bigdssm.training.optimizers import parameter_groups, schedule_factor
 from bigdssm.training.refresh import CachedTexts
 from bigdssm.training.trainer import Trainer
 
@@ -269,7 +269,7 @@ def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, flo
     num_docs, curve = dataset.catalogue.num_docs, []
     torch.manual_seed(config.run.seed)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
-    optimizer = build_optimizer(model, stage.optimizer)
+    optimizer = stage.optimizer.build(parameter_groups(model, stage.optimizer))
     doc = to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(num_docs)))
     constants = torch.empty(0)
     for step, rows in zip(range(stage.steps), row_stream(config, stage, dataset, 0, 1), strict=False):

@@ -275,7 +275,7 @@ class Peer:
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-        from bigdssm.training.optimizers import build_optimizer
+        from bigdssm.training.optimizers import parameter_groups
 
         transformer = Transformer(str(folder / "encoder"), max_seq_length=args.max_tokens)
         bert = transformer.auto_model if hasattr(transformer, "auto_model") else transformer.model
@@ -283,7 +283,7 @@ class Peer:
         if args.precision == "bf16":
             bert.set_attn_implementation("eager")  # the faster one here, as on our side
         self.model = SentenceTransformer(modules=[transformer, Pooling(args.hidden, "mean")], device="cpu").train()
-        self.optimizer = build_optimizer(self.model, OPTIMIZER)
+        self.optimizer = OPTIMIZER.build(parameter_groups(self.model, OPTIMIZER))
         self.loss = CachedMultipleNegativesRankingLoss(
             self.model, scale=SCALE, gather_across_devices=args.ranks > 1, mini_batch_size=64
         )

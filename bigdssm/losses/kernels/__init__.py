@@ -45,7 +45,6 @@ __all__ = [
     "loss_sent_bytes",
     "product_precision",
     "value_and_derivative",
-    "vector_bytes",
 ]
 
 
@@ -188,16 +187,11 @@ class ScorePasses:
         return ScoreMatrix(x.U.detach().to(x.operand), self.columns, self._mask, self._sizes.alpha, bias_N)
 
 
-def vector_bytes(num_queries: int, num_columns: int, dim: int) -> int:
-    """Return the bytes of a rank's vectors and their gradients, in float32."""
-    return 2 * 4 * (num_queries + num_columns) * dim
-
-
 def loss_bytes(
     num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
     gathers_known: bool,
 ) -> int:  # fmt: skip
-    """Return the bytes of a loss over all columns on a rank with a CPU, in addition to `vector_bytes`.
+    """Return the bytes of a loss over all columns on a rank with a CPU, in addition to its vectors and their gradients.
 
     They hold the gathered columns, sums over queries and columns, tiles of scores, ids, the mask, and values per row.
     both: the loss has the column direction. num_known: known pairs of this rank; gathers_known: pairs of all ranks are

@@ -35,15 +35,6 @@ class Blocks:
     stages: int
 
 
-def choose_blocks(dim: int, dtype: torch.dtype) -> Blocks:
-    """Return the block sizes for vectors of size `dim`: no register spills on an H100, and at most SHARED_BYTES."""
-    if dtype == torch.float32:  # without tensor cores, which would round the operands
-        return Blocks(outer=64, inner=32, warps=8, stages=2)
-    if dim <= 64:
-        return Blocks(outer=128, inner=64, warps=4, stages=3)  # two programs per multiprocessor
-    return Blocks(outer=128, inner=128 if dim <= 128 else 64, warps=8, stages=3)
-
-
 def available(x: LossInputs) -> bool:
     """Return whether the kernels apply: CUDA, bfloat16 or float32, D ≤ LARGEST_D, enough shared memory."""
     is_supported = x.U.is_cuda and x.U.dtype in (torch.bfloat16, torch.float32) and x.U.shape[1] <= LARGEST_D
@@ -99,8 +90,13 @@ class FusedMatrix:
 
     @property
     def blocks(self) -> Blocks:
-        """Block sizes of the kernels."""
-        return choose_blocks(self.U_mD.shape[1], self.U_mD.dtype)
+        """Block sizes of the kernels: no register spills on an H100, and at most SHARED_BYTES."""
+        if self.U_mD.dtype == torch.float32:  # without tensor cores, which would round the operands
+            return Blocks(outer=64, inner=32, warps=8, stages=2)
+        dim = self.U_mD.shape[1]
+        if dim <= 64:
+            return Blocks(outer=128, inner=64, warps=4, stages=3)  # two programs per multiprocessor
+        return Blocks(outer=128, inner=128 if dim <= 128 else 64, warps=8, stages=3)
 
     def offsets(self, bias_N: Tensor | None) -> Tensor:
         """Return the bias in base 2, float32 [N], −inf for unused columns."""

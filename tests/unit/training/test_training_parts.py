@@ -35,7 +35,7 @@ from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.training import engine
 from bigdssm.training.batches import BatchBuilder, known_pairs, read_batches
 from bigdssm.training.objective import catalogue_share, in_catalogue_share
-from bigdssm.training.optimizers import AdamW, build_optimizer, parameter_groups, schedule_factor, warmup_steps
+from bigdssm.training.optimizers import AdamW, parameter_groups, schedule_factor, warmup_steps
 from bigdssm.training.start import StageProgress
 from bigdssm.training.step import RankReport
 from bigdssm.utils.device import RandomState
@@ -449,7 +449,8 @@ def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
             assert parameter is not None
             module._parameters[name] = There(parameter.detach(), parameter.requires_grad)
     for name in ("adamw", "muon"):
-        groups = build_optimizer(model, OPTIMIZERS.find(name, "")()).param_groups
+        optimizer = OPTIMIZERS.find(name, "")()
+        groups = optimizer.build(parameter_groups(model, optimizer)).param_groups
         assert {bool(group["fused"]) for group in groups if "betas" in group} == {device == "cuda"}
     for stage in (0, 1, 2, 3):
         zero = engine.deepspeed_config(EngineConfig(zero_stage=stage), AdamW(), 8)["zero_optimization"]
