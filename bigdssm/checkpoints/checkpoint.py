@@ -147,6 +147,7 @@ def even_share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int
     low, high = rank * total // world_size, (rank + 1) * total // world_size
     pieces, begin = [], 0
     for name, flat, shape in named:
+        # rounded up: an element belongs to the rank in whose range it starts
         size = flat.element_size()
         first, last = (min(max(0, -(-(end - begin) // size)), len(flat)) for end in (low, high))
         if first < last:
@@ -197,26 +198,35 @@ def assign_blocks(shares: Iterable[FileShare], rank: int, world_size: int) -> It
     low, high = rank * total // world_size, (rank + 1) * total // world_size
     begin = 0
     for share in shares:
-        number = len(share.xxh3_128)
-        first, last = (min(max(0, -(-(end - begin) // share.block)), number) for end in (low, high))
+        # rounded up: a block belongs to the rank in whose range it starts
+        num_blocks = len(share.xxh3_128)
+        first, last = (min(max(0, -(-(end - begin) // share.block)), num_blocks) for end in (low, high))
         if first < last:
             yield share, first, last
         begin += share.size
 
 
 def read_blocks(folder: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
-    """Read and verify the blocks [first, last) of a share. Raises OSError; CheckpointError: the file is damaged."""
+    """Read and verify the blocks [first, last) of a share.
+
+    Raises CheckpointError: the file is damaged or cannot be read; FileNotFoundError.
+    """
     path, begin = folder / share.file, share.range[0] + first * share.block
     content = torch.empty(min(last * share.block, share.size) - first * share.block, dtype=torch.uint8)
     into = content.numpy().data
-    with path.open("rb") as file:
-        file.seek(begin)
-        for number in range(first, last):
-            block = into[(number - first) * share.block :][: share.block]
-            if file.readinto(block) != len(block) or xxhash.xxh3_128_hexdigest(block) != share.xxh3_128[number]:
-                raise CheckpointError(
-                    f"checkpoint file {path} is damaged: a block is truncated or does not match its checksum"
-                )
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            for index in range(first, last):
+                block = into[(index - first) * share.block :][: share.block]
+                if file.readinto(block) != len(block) or xxhash.xxh3_128_hexdigest(block) != share.xxh3_128[index]:
+                    raise CheckpointError(
+                        f"checkpoint file {path} is damaged: a block is truncated or does not match its checksum"
+                    )
+    except FileNotFoundError:  # not damaged: the checkpoint was removed after `check_sizes`
+        raise
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {path} cannot be read: {error.strerror}") from None
     return VerifiedRange(share.file, begin, content)
 
 
@@ -284,6 +294,7 @@ def read_manifest(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file} is damaged: {error!r}") from None
     if path.name != checkpoint_name(checkpoint.step):
         raise CheckpointError(f"checkpoint {path} was written as {checkpoint_name(checkpoint.step)}; restore that name")
+    # The folder, the progress and the data stream must agree on the step.
     progress, stream = checkpoint.state.get("progress", {}), checkpoint.state.get("stream", {})
     first = progress.get("part_step", 0)  # a stream counts from the start of its segment
     steps = {"progress": progress.get("step"), "stream": first + stream["step"] if "step" in stream else None}
@@ -392,8 +403,8 @@ def verify(path: Path) -> Checkpoint:
     checkpoint = read_manifest(path)
     check_sizes(checkpoint)
     for share in checkpoint.shares:
-        for number in range(len(share.xxh3_128)):
-            _read_blocks(path, share, number, number + 1)
+        for block in range(len(share.xxh3_128)):  # one at a time, in little memory
+            read_blocks(path, share, block, block + 1)
     return checkpoint
 
 
@@ -404,29 +415,20 @@ def load_checkpoint(checkpoint: Checkpoint, rank: int, world_size: int) -> Loade
     """
     path = checkpoint.path
     assigned = assign_blocks(checkpoint.tensor_shares(), rank, world_size)
-    blocks = tuple(_read_blocks(path, *part) for part in assigned)
+    blocks = tuple(read_blocks(path, *part) for part in assigned)
     rank_state = None
     for owner in range(rank, checkpoint.world_size, world_size):  # every file of a rank is verified by one rank
         for table_share in checkpoint.table_shares(owner):
-            for number in range(len(table_share.xxh3_128)):  # verified only; the ranks that own the rows read them
-                _read_blocks(path, table_share, number, number + 1)
+            for index in range(len(table_share.xxh3_128)):  # verified only; the ranks that own the rows read them
+                read_blocks(path, table_share, index, index + 1)
         share = next(share for share in checkpoint.shares if share.file == rank_file(owner))
-        block = _read_blocks(path, share, 0, len(share.xxh3_128))
+        block = read_blocks(path, share, 0, len(share.xxh3_128))
         if owner == rank and checkpoint.world_size == world_size:
             try:
                 rank_state = load(block.content.numpy().tobytes())
             except SafetensorError as error:
                 raise CheckpointError(f"checkpoint file {path / share.file} is damaged: {error}") from None
     return LoadedCheckpoint(**vars(checkpoint), blocks=blocks, rank_state=rank_state, collective=True)
-
-
-def _read_blocks(path: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
-    try:
-        return read_blocks(path, share, first, last)
-    except FileNotFoundError:  # no damage: `check_sizes` has found the file
-        raise
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file {path / share.file} cannot be read: {error.strerror}") from None
 
 
 def open_tensors(path: Path) -> TensorReader:

@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
         console.print(f"history, newest first: {'; '.join(newest)}{more}", soft_wrap=True)
     for item in query.unknown:
-        console.print(f"skipped: {searcher.queries.unknown(item)}", soft_wrap=True)
+        console.print(f"skipped: {searcher.queries.unknown_item_message(item)}", soft_wrap=True)
     for key in query.unknown_excluded:
         console.print(f"not excluded: no document has the key {key!r}", soft_wrap=True)
     table = Table()

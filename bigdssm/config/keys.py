@@ -513,8 +513,9 @@ def _resolved(name: str, stage: StageConfig, config: Config) -> StageConfig:
         mask: Literal["batch", "none"] = "batch" if config.data.exclude_seen else "none"
         stage = replace(stage, negatives=replace(stage.negatives, mask=mask))
     if stage.loss.widths is None:
-        follows = name == "sft" and stage.scorer is None
-        stage = replace(stage, loss=replace(stage.loss, widths=config.pretrain.loss.widths if follows else ()))
+        is_like_pretraining = name == "sft" and stage.scorer is None
+        widths = config.pretrain.loss.widths if is_like_pretraining else ()
+        stage = replace(stage, loss=replace(stage.loss, widths=widths))
     if stage.optimizer.lr is None:
         pretrained = any(text.is_pretrained for text in config.text_encoders().values())
         stage = replace(stage, optimizer=replace(stage.optimizer, lr=PRETRAINED_LR if pretrained else NEW_WEIGHTS_LR))

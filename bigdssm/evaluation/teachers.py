@@ -30,6 +30,14 @@ from bigdssm.utils.atomic import real_path
 from bigdssm.utils.log import Progress, no_progress
 
 K1, B = 0.9, 0.4  # Anserini's defaults, used for BEIR's published results
+MAX_TOKENS = 256  # of a text, for a pretrained encoder
+DOCUMENTS_AT_ONCE = 1024
+QUERIES_AT_ONCE = 256
+PAIRS_AT_ONCE = 64  # per batch of a cross-encoder: fits a CPU's caches
+UNFINISHED_FILE = "judged.npy"  # the records while they are written
+
+PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
+"""Maps m Rows and catalogue rows int64 [m, l] to scores [m, l]."""
 
 
 class Bm25:
@@ -48,9 +56,9 @@ class Bm25:
         self._num_texts = len(texts)
 
     def search(self, queries: Sequence[str], top: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (text numbers, scores), both [m, top], best first."""
-        numbers, scores = self._index.retrieve(self._words(queries), k=top, show_progress=False)
-        return numbers, scores
+        """Return (indices of texts, scores), both [m, top], best first."""
+        indices, scores = self._index.retrieve(self._words(queries), k=top, show_progress=False)
+        return indices, scores
 
     def scores(self, query: str) -> np.ndarray:
         """Return the scores of all texts, float32 [N]."""
@@ -66,9 +74,6 @@ class Bm25:
         )
 
 
-MAX_TOKENS = 256
-
-
 def check_encoder(folder: Path) -> None:
     """Raise ConfigError if `folder` does not hold a Hugging Face model with its tokenizer."""
     if not (folder / "tokenizer.json").is_file():
@@ -79,7 +84,7 @@ class PretrainedEncoder:
     """Encodes texts to vectors of norm 1, with the pooling of the folder."""
 
     def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
-        """`prompts`: those of the folder; `precision`: fp32 or bf16, for auto the faster one.
+        """`max_tokens`: of a text, with its prompt; `precision`: fp32 or bf16, for auto the faster one.
 
         Raises ConfigError: `folder` holds no such encoder and tokenizer.
         """
@@ -112,15 +117,6 @@ def text_encoders(encoder: PretrainedEncoder, texts: Texts) -> Encoders:
         lambda rows: encoder(texts.queries(rows), prompts.query),
         lambda doc_rows: encoder(texts.documents(doc_rows), prompts.doc),
     )
-
-
-PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
-"""Maps m Rows and catalogue rows int64 [m, l] to scores [m, l]."""
-
-DOCUMENTS_AT_ONCE = 1024
-QUERIES_AT_ONCE = 256
-FILE = "judged.npy"  # the records while they are written
-PAIRS_AT_ONCE = 64  # per batch of a cross-encoder: fits a CPU's caches
 
 
 def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
@@ -188,10 +184,10 @@ class CrossEncoderTeacher:
 
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
-        distinct, number = np.unique(docs, return_inverse=True)
+        distinct, indices = np.unique(docs, return_inverse=True)
         documents = self._texts.documents(distinct)
         queries = np.repeat(np.array(self._texts.queries(rows), object), docs.shape[1])
-        pairs = [(query, documents[index]) for query, index in zip(queries, number.flatten(), strict=True)]
+        pairs = [(query, documents[index]) for query, index in zip(queries, indices.flatten(), strict=True)]
         scores = self._model.predict(pairs, batch_size=PAIRS_AT_ONCE, show_progress_bar=False)
         return np.asarray(scores, np.float32).reshape(docs.shape)
 
@@ -210,7 +206,7 @@ class Bm25Teacher:
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
         pairs = zip(self._texts.queries(rows), docs, strict=True)
-        return np.stack([self._index.scores(query)[of_query] for query, of_query in pairs])
+        return np.stack([self._index.scores(query)[candidates] for query, candidates in pairs])
 
 
 def ensemble(teachers: Sequence[PairTeacher], rows: Rows, docs: np.ndarray) -> np.ndarray:
@@ -244,11 +240,11 @@ def score_pairs(
     record = record_dtype(hard.width, scored=True)
 
     def prepare(temporary: Path) -> None:
-        new_array(temporary / FILE, record, (len(hard),))
+        new_array(temporary / UNFINISHED_FILE, record, (len(hard),))
 
     job = {"kind": "score_pairs", "names": list(names), "dataset": dataset.rows_fingerprint}
     shards = ShardedFolder(out, job, len(hard), work, prepare)
-    records = open_memmap(shards.aside / FILE, "r+")
+    records = open_memmap(shards.aside / UNFINISHED_FILE, "r+")
     for _, first, last in shards.pending("shards scored"):
         queries = hard.queries[first:last]
         windows = hard.windows(queries)
@@ -262,5 +258,5 @@ def score_pairs(
             teacher_scores[positions] = scores
         records[first:last] = window_records(queries, windows, teacher_scores)
         records.flush()
-    finished = shards.finish(lambda path: seal(path, dataset.rows_fingerprint), FILE)
+    finished = shards.finish(lambda path: seal(path, dataset.rows_fingerprint), UNFINISHED_FILE)
     return HardNegatives.open(out) if finished else None

@@ -30,6 +30,7 @@ from bigdssm.models import DualEncoder
 from bigdssm.utils.atomic import check_replaceable, new_folder, real_path, write_json
 
 DENSE_BYTES = 2**31  # of one table: ONNX files are at most 2 GiB
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     if not kind.keeps_adapters:
         source = replace(source, model=without_adapters(source.model))
     target = kind.format
-    if source.model.schema.event_inputs and target != model_format.ModelExport.format:
+    is_model_format = target == model_format.ModelExport.format
+    if source.model.schema.event_inputs and not is_model_format:
         raise ConfigError(
             f"--format {target} has no inputs for the features of events "
             f"{', '.join(source.model.schema.event_inputs)}; use --format model"
@@ -85,9 +87,9 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     if not kind.keeps_tables:
         source = replace(source, model=with_dense_tables(source.model, target))
     out = real_path(out)
-    marker = META_FILE if target == model_format.ModelExport.format else EXPORT_FILE
+    marker = META_FILE if is_model_format else EXPORT_FILE
     check_replaceable(
-        out, marker, lambda meta: marker == META_FILE or meta.get("format") == target,
+        out, marker, lambda meta: is_model_format or meta.get("format") == target,
         f"is not an export of the format {target}", overwrite=overwrite,
     )  # fmt: skip
     try:  # the files of an earlier export, if any
@@ -97,11 +99,11 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     with new_folder(out, [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]) as temporary:
         parity = kind.write(source.model, temporary)
         parity.check(f"the {target} export")
-        is_exact = kind.format == model_format.ModelExport.format or source.model.model.scorer is None
+        is_exact = is_model_format or source.model.model.scorer is None
         metrics = source.metrics if is_exact else None  # validation used the scorer, which other formats leave out
         card = model_card(source.model, out.name, kind, parity, metrics)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
-        if target != model_format.ModelExport.format:
+        if not is_model_format:
             content = {
                 "format": target,
                 "model_checksum": source.model.checksum,
@@ -124,7 +126,7 @@ def _validation(stage_dir: Path, step: Any) -> ReportedMetrics | None:
 
 
 def with_dense_tables(folder: ModelFolder, target: str) -> ModelFolder:
-    """Return the model with all rows of its sharded tables in memory; itself if it has none.
+    """Return the model with all rows of its sharded tables in memory; `folder` itself if no table is sharded.
 
     Raises ConfigError: a table is too large for the format `target`.
     """
@@ -133,7 +135,7 @@ def with_dense_tables(folder: ModelFolder, target: str) -> ModelFolder:
         return folder
     state = dict(model.state_dict())
     for name, spec in model.tables.sharded.items():
-        if (size := spec.rows * spec.dim * 4) > DENSE_BYTES:
+        if (size := spec.rows * spec.dim * FLOAT_BYTES) > DENSE_BYTES:
             raise ConfigError(
                 f"--format {target}: the table {name} has {spec.rows} rows of width {spec.dim}, {size / 1e9:.1f} GB; "
                 f"the format holds tables of up to {DENSE_BYTES / 1e9:.1f} GB; use --format model"

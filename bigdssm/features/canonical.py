@@ -67,13 +67,16 @@ def columns_of_values(
     else:
         rows = list(rows)
     num_rows = len(rows)
-    event_features = {f"{name}.{key}": f for name in histories_of(features) for key, f in (events or {}).items()}
+    event_features = {
+        f"{name}.{key}": event for name in histories_of(features) for key, event in (events or {}).items()
+    }
     request_features = {REQUEST_PREFIX + key: (events or {})[key] for key in request}
     given = _given_columns(rows, {**features, **event_features, **request_features})
     columns: dict[str, Column] = {}
     for name, feature in features.items():
         absent = name not in given or pa.types.is_null(given[name].type)
         if isinstance(feature, History) and (not absent or events):
+            # A history without values still needs columns for the features of its events.
             items = pa.nulls(num_rows, pa.list_(pa.string())) if absent else given[name]
             batch, offsets = _flattened(name, items, "item values, oldest first")
             item = replace(docs[str(feature.of)], column=name)
@@ -83,8 +86,8 @@ def columns_of_values(
                 if column not in given:
                     lists[column] = np.repeat(np.asarray(encode_values(event, [event.missing], None)), offsets[-1])
                     continue
-                batch, ends = _flattened(column, given[column], f"values, one per item of {name}")
-                if not np.array_equal(ends, offsets):
+                batch, event_offsets = _flattened(column, given[column], f"values, one per item of {name}")
+                if not np.array_equal(event_offsets, offsets):
                     raise DataError(f"{column} has lists of other lengths than {name}; give one value per item")
                 values = lists[column] = _event_values(batch, column, event)
                 if isinstance(event, Timestamp) and (unknown := int((values == UNKNOWN_TIME).sum())):

@@ -93,9 +93,8 @@ def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer
         characters.update(*chunk)
     alphabet = sorted(set("".join(normalizer.normalize_str(c) for c in sorted(characters))) - {" "})
     words = {c: [word for word, _ in pre_tokenizer.pre_tokenize_str(f"a{c}a")] for c in alphabet}
-    inside = [
-        f"##{c}" for c in alphabet if len(words[c]) == 1
-    ]  # other characters, such as punctuation, are always separate tokens
+    # characters that occur inside a word; others, such as punctuation, are always separate tokens
+    inside = [f"##{c}" for c in alphabet if len(words[c]) == 1]
     needed = len(SPECIAL_TOKENS) + len(alphabet) + len(inside)
     if vocab_size < needed:
         raise ConfigError(
@@ -108,9 +107,8 @@ def train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer
         vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *alphabet, *inside], show_progress=False
     )
     learner.train_from_iterator(chain.from_iterable(_up_to(texts(), MAX_TRAINING_CHARACTERS)), trainer)
-    tokenizer = Tokenizer(
-        models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN)
-    )  # without the word pieces as special tokens
+    # a new tokenizer: the learner has the alphabet as special tokens
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=UNKNOWN))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ends = [(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)]
@@ -165,9 +163,9 @@ def schema_to_fit(config: DataConfig, grown: Path | None, like: Path | None) -> 
 def document_sides(
     engine: LocalEngine, base: Schema, documents: DistinctDocuments, train: RowTable | None = None
 ) -> list[FittedSide]:
-    """Return the sides in the catalogue: features of `doc` are fitted to `train`, those of `filter` to all documents.
+    """Return the sides of the catalogue: features of `doc` are fitted to `train`, those of `filter` to all documents.
 
-    train: None: all documents, too.
+    `train` None: both are fitted to all documents.
     """
     all_documents = documents.table if documents.versions is None else documents.versions
     if documents.changed is not None and documents.versions is None and (train is None or base.filter):
@@ -295,10 +293,11 @@ def _learn(side: FittedSide, job: tuple[int, int], folder: Path) -> None:
 
 
 def sampled_texts(sides: list[FittedSide]) -> Iterator[list[str]]:
-    """Yield texts of about SAMPLED_ROWS rows per side, by a hash of ordinals, size-limited."""
+    """Yield the texts of about SAMPLED_ROWS rows per side, by a hash; about MAX_TRAINING_CHARACTERS at most in all."""
     sides_with_text = [side for side in sides if texts_of(side.features)]
     for side in sides_with_text:
-        budget, share = MAX_TRAINING_CHARACTERS // len(sides_with_text), SAMPLED_ROWS / max(1, side.table.num_rows)
+        budget = MAX_TRAINING_CHARACTERS // len(sides_with_text)
+        share = SAMPLED_ROWS / max(1, side.table.num_rows)
         numbers = [number for number, name in enumerate(side.features) if name in texts_of(side.features)]
         for first, end in ranges(side.table, ROWS_PER_FIT) if budget > 0 else ():
             ordinals = side.table.read(first, end, ["place"]).column("place").to_numpy()

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig, check_history_lengths
+from bigdssm.config.keys import SPLITS
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, SINCE_COLUMN, catalogue_files
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.remote import SEQUENCE_KEYS_FILE
@@ -66,14 +67,13 @@ from bigdssm.ingest.job import (
     row_ordinals,
 )
 from bigdssm.ingest.splits import (
-    SPLITS,
     EarlierEvents,
     ItemVersions,
     SplitOptions,
     SplitTimes,
     check_fractions,
     cut_sequences,
-    dataset_split,
+    recorded_split,
 )
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable, open_table
@@ -280,7 +280,7 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
 
     An append without --split uses the recorded split; a new dataset records its split.
     """
-    recorded = dataset_split(run.writer, get_args(Split)) if tables.split is None else None
+    recorded = recorded_split(run.writer, get_args(Split)) if tables.split is None else None
     kind = recorded["how"] if recorded else tables.split or tables.default_split
     split_times = SplitTimes(np.inf, np.inf, np.inf)
     if kind == "time":

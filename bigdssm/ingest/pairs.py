@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DataConfig
+from bigdssm.config.keys import SPLITS
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, catalogue_files, withdrawn_documents
 from bigdssm.dataset.partition import read_partition
 from bigdssm.dataset.schema import Schema, SortedKeys, hash_rows, row_keys, shuffle_keys
@@ -56,11 +57,10 @@ from bigdssm.ingest.job import (
     write_arrow,
 )
 from bigdssm.ingest.splits import (
-    SPLITS,
     PairSplit,
     SplitOptions,
     Splitter,
-    dataset_split,
+    recorded_split,
 )
 from bigdssm.sources.base import Source
 from bigdssm.sources.beir import (
@@ -136,7 +136,7 @@ def make_pairs(
         id_columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in id_columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
-        if tables.split is None and (recorded := dataset_split(writer, get_args(PairSplit))):
+        if tables.split is None and (recorded := recorded_split(writer, get_args(PairSplit))):
             splitter = Splitter.of_dataset(recorded, tables.split_column)
         schema_read = of_tables(base, config)
         columns = column_options(

@@ -1,6 +1,6 @@
-"""Assignment of rows to splits: by a hash of their group, by time, or by a column; events are cut into rows of splits.
+"""Split pairs into train, validation and test: at random, by time or by a column; cut events into rows of splits.
 
-Sorted events are cut into sequences and rows by one job per range of sequences.
+Events are cut by one job per range of sequences, from a bucket with the range's events.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from bigdssm.config.keys import SPLITS
 from bigdssm.dataset.catalogue import (
     DOCUMENT_COLUMN,
     SINCE_COLUMN,
@@ -51,7 +52,6 @@ DEFAULT_FRACTIONS = (0.05, 0.05)  # validation, test
 CUT_OFFS = ("validation_from", "test_from", "train_from")
 SplitTime = float | str | date | None
 """A number in the unit of the table's times, or a date or ISO 8601 string (in seconds); None: not given."""
-SPLITS = ("train", "validation", "test")
 NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "none": len(SPLITS)}
 UNITS_PER_JOB = 1 << 20
 ROWS_PER_RUN = 1 << 20  # per sorted run of times
@@ -179,7 +179,7 @@ class SplitOptions(ColumnOptions):
             raise ConfigError(f"{given[0]} needs --split; without it an append uses the split of the dataset at --out")
 
 
-def dataset_split(writer: DatasetWriter, choices: Sequence[str]) -> Mapping[str, Any] | None:
+def recorded_split(writer: DatasetWriter, choices: Sequence[str]) -> Mapping[str, Any] | None:
     """Return the recorded split of the dataset to append to.
 
     None for a new dataset, or without a record. Raises DataError: the split is not one of `choices`, or is by time
@@ -258,21 +258,21 @@ class Splitter:
         A random split keeps the rows of a unit together. `divide` assigns splits by time, and splits of units joined by
         documents.
         """
-        nothing = np.zeros(len(query_ids), np.int64)
+        zeros = np.zeros(len(query_ids), np.int64)  # in place of values that the kind of split does not use
         if self._kind == "time":
-            return nothing, nothing, times(check, str(self._column))
+            return zeros, zeros, times(check, str(self._column))
         if self._kind == "column":
             names = strings(check, str(self._column))
             numbers = np.array([NAMES.get(value.lower(), -1) for value in names.to_pylist()], np.int64)
             check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation, test or none", names)
-            return numbers, nothing, nothing
+            return numbers, zeros, zeros
         if self._kind == "train":
-            return nothing, query_ids, nothing
+            return zeros, query_ids, zeros
         units = query_ids
         if self._column is not None:  # a row without a group is grouped by query
             groups = strings(check, self._column)
             units = np.where(is_empty(groups), query_ids, hash_strings(groups))
-        return self._random_splits(units), units, nothing
+        return self._random_splits(units), units, zeros
 
     def divide(self, engine: LocalEngine, folders: Sequence[Path], *, siamese: bool = False) -> None:
         """Create the view `assigned_rows`: the rows of `pair_rows` with their splits.
@@ -293,6 +293,7 @@ class Splitter:
             from_validation, from_test, end, from_train = (  # exact literals
                 f"CAST('{'Infinity' if np.isinf(time) else repr(time)}' AS DOUBLE)" for time in times
             )
+            # indices into SPLITS
             split = (
                 f"CASE WHEN time >= {from_train} THEN 0 WHEN time >= {from_test} THEN 2 "
                 f"WHEN time >= {from_validation} THEN 1 ELSE 0 END"
@@ -300,7 +301,9 @@ class Splitter:
             engine.view("assigned_rows", f"SELECT *, {split} AS split FROM pair_rows WHERE time < {end}")
             self.description |= split_times.as_json(engine, "pair_rows")
         elif self._whole_documents:
-            # (unit, label): connected components of units by documents, siamese: also queries; label: the least unit
+            # Units that share a document (siamese: or a query) must be in one split. The label of a connected component
+            # is its least unit. Every step takes the least label of all neighbours; with pointer jumping, which halves
+            # the length of chains, the number of steps is logarithmic.
             nodes = ["content", "doc_id", *(["query_id"] if siamese else [])]
             both = " UNION ".join(f"SELECT unit, {name} AS content FROM pair_rows" for name in nodes)
             engine.select("edges", both, order="unit, content")
@@ -317,7 +320,7 @@ class Splitter:
                     "SELECT u.unit, min(c.label) AS label FROM unit_labels u JOIN content_labels c "
                     "ON u.content = c.content GROUP BY u.unit",
                 )
-                # pointer jumping: halves the length of chains
+                # pointer jumping: the label of the label
                 jumped = (
                     f"SELECT l.unit, {previous}.label FROM least_labels l JOIN {previous} ON l.label = {previous}.unit"
                 )
@@ -340,6 +343,7 @@ class Splitter:
     def _random_splits(self, units: np.ndarray) -> np.ndarray:
         validation, test = self._fractions
         u = uniform(units, "split", self._seed)
+        # indices into SPLITS
         return np.where(u < test, 2, np.where(u < test + validation, 1, 0))
 
     def _split_units(self, labels: RowTable, job: tuple[int, int], folder: Path) -> None:
@@ -398,12 +402,13 @@ class EarlierEvents:
         Empty for unknown users. user_ids int64 [users]. The newest partition with a user has all of the user's events.
         """
         pieces_by_name = {name: [Ragged.of_lists([[]], dtype)] for name, dtype in columns.items()}
-        row_of_user, num_matches = np.zeros(len(user_ids), np.int64), 1  # row 0 is the empty sequence
+        row_of_user = np.zeros(len(user_ids), np.int64)  # row 0 is the empty sequence
+        num_rows = 1
         for table, keys in reversed(self._tables):
             rows = keys.find(user_ids)
             new = np.flatnonzero((rows >= 0) & (row_of_user == 0))
-            row_of_user[new] = num_matches + np.arange(len(new))
-            num_matches += len(new)
+            row_of_user[new] = num_rows + np.arange(len(new))
+            num_rows += len(new)
             if len(new):
                 for name, pieces in pieces_by_name.items():
                     ends = table.lengths(name, rows[new])
@@ -549,6 +554,7 @@ def _cut_range(
         most = targets_per_row if which == 0 else 1
         with RowFile(folder / f"{name}.parquet", ROW) as file:
             for begin, end in pairwise(bounds):
+                # a row starts with a run of consecutive targets, or where a multiple of `most` targets of it is left
                 targets = begin + np.flatnonzero(split[begin:end] == which)
                 follows = np.zeros(len(targets), bool)
                 follows[1:] = (np.diff(targets) == 1) & (np.diff(sequence[targets]) == 0)

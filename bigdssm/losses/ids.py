@@ -44,11 +44,11 @@ class FactorizedIds:
     def __init__(self, ids: Tensor) -> None:
         """On a device, `limit` is n, an upper bound: reading the number of unique ids would synchronize."""
         self._sorted, order = torch.sort(ids, stable=True)
-        numbers = torch.zeros_like(ids)
-        torch.cumsum(self._sorted[1:] != self._sorted[:-1], 0, out=numbers[1:])
-        self.codes = torch.empty_like(ids).index_copy_(0, order, numbers)  # [n]
-        self.limit = int(numbers[-1]) + 1 if len(ids) and ids.device.type == "cpu" else len(ids)
-        start = torch.searchsorted(numbers, torch.arange(self.limit + 1, device=ids.device))
+        sorted_codes = torch.zeros_like(ids)
+        torch.cumsum(self._sorted[1:] != self._sorted[:-1], 0, out=sorted_codes[1:])
+        self.codes = torch.empty_like(ids).index_copy_(0, order, sorted_codes)  # [n]
+        self.limit = int(sorted_codes[-1]) + 1 if len(ids) and ids.device.type == "cpu" else len(ids)
+        start = torch.searchsorted(sorted_codes, torch.arange(self.limit + 1, device=ids.device))
         self.positions = Groups(start, order)  # positions of the ids, grouped by code
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:

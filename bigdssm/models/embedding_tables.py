@@ -21,7 +21,7 @@ from bigdssm.tables.rows import TableSpec
 INIT_STD = 0.02  # BERT's
 
 
-class RowSource(Protocol):
+class RowLookup(Protocol):
     """The rows of sharded tables."""
 
     def look_up(self, name: str, rows: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class EmbeddingTables(nn.Module):
     Shapes: R rows, K values or items, E table width.
     """
 
-    source: RowSource | None = None
+    source: RowLookup | None = None
 
     def __init__(self, schema: Schema, config: ModelConfig, dense: Collection[str] = ()) -> None:
         """dense: names of tables of any size that are weights, since they have been trained as weights."""
@@ -42,18 +42,18 @@ class EmbeddingTables(nn.Module):
         sharded = sharded_tables(schema, config)
         self._config, self.sharded = config, {name: spec for name, spec in sharded.items() if name not in dense}
         self.tables = nn.ModuleDict()
-        for side, feature in _tabled(schema):
+        for side, feature in _features_with_tables(schema):
             if (name := table_name(side, feature.name)) not in self.sharded:
                 self.tables[name] = _table(feature.num_codes, config.tower(side).embedding_dim)
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
         """Extend the tables to the vocabularies of `schema`; return (rows before, now) by extended table."""
-        larger = sharded_tables(schema, self._config, already=self.sharded)
+        larger = sharded_tables(schema, self._config, existing=self.sharded)
         grown = {
             name: (spec.rows, larger[name].rows) for name, spec in self.sharded.items() if spec.rows < larger[name].rows
         }
         self.sharded = {name: larger[name] for name in self.sharded}
-        for side, feature in _tabled(schema):
+        for side, feature in _features_with_tables(schema):
             if (name := table_name(side, feature.name)) in self.sharded:
                 continue
             old = cast(nn.Embedding, self.tables[name])
@@ -67,7 +67,7 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def start_unknown(self, codes: Mapping[str, np.ndarray]) -> None:
-        """Set the rows of `codes` in tables that are trained weights to the row out of vocabulary."""
+        """Copy the out-of-vocabulary row to the rows of `codes`, in tables that are trained weights."""
         for name in codes.keys() & set(self.tables):
             weight = cast(nn.Embedding, self.tables[name]).weight
             if weight.requires_grad:
@@ -93,12 +93,12 @@ def table_name(side: str, name: str) -> str:
     return f"{side}_{name}"
 
 
-def sharded_tables(schema: Schema, config: ModelConfig, already: Collection[str] = ()) -> dict[str, TableSpec]:
-    """Return the tables that are sharded by rows, by name; `already`: those sharded before, of any size."""
+def sharded_tables(schema: Schema, config: ModelConfig, existing: Collection[str] = ()) -> dict[str, TableSpec]:
+    """Return the tables that are sharded by rows, by name; `existing`: tables that stay sharded at any size."""
     specs = {}
-    for side, feature in _tabled(schema):
+    for side, feature in _features_with_tables(schema):
         name = table_name(side, feature.name)
-        if name in already or config.tables.is_sharded(side, feature.name, feature.num_codes):
+        if name in existing or config.tables.is_sharded(side, feature.name, feature.num_codes):
             specs[name] = TableSpec(
                 name, feature.num_codes, config.tower(side).embedding_dim, INIT_STD, config.tables.admit_after,
                 config.tables.evict_after, getattr(torch, config.tables.dtype), config.tables.capacity,
@@ -117,7 +117,8 @@ def tables_of_features(schema: Schema, tables: Collection[str]) -> list[tuple[st
             if side == "event":  # read by every history
                 if (table := table_name(side, name)) in tables:
                     read += [("query", f"{history}.{name}", table) for history in histories_of(schema.query)]
-                    read += [("query", REQUEST_PREFIX + name, table)] * (name in schema.request)
+                    if name in schema.request:
+                        read.append(("query", REQUEST_PREFIX + name, table))
                 continue
             table = table_name("doc", str(feature.of)) if isinstance(feature, History) else table_name(side, name)
             if side == "query" and schema.siamese and not isinstance(feature, History):
@@ -127,7 +128,7 @@ def tables_of_features(schema: Schema, tables: Collection[str]) -> list[tuple[st
     return read
 
 
-def _tabled(schema: Schema) -> Iterator[tuple[str, Feature]]:
+def _features_with_tables(schema: Schema) -> Iterator[tuple[str, Feature]]:
     for side, features in schema.sides.items():
         if side == "query" and schema.siamese:
             continue  # shared with the documents

@@ -41,7 +41,7 @@ class Scorer(nn.Module, ABC):
 
 
 class VectorScorer(Scorer):
-    """A score of the vectors of both towers, which are trained with it, in place of their product."""
+    """Scores the vectors of both towers in place of their inner product; the towers are trained with it."""
 
     def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
         """Keep the random initialization."""
@@ -120,8 +120,8 @@ class CrossEncoder(FeatureScorer):
 
         from bigdssm.models.encoders.transformer import TransformerEncoder
 
-        read = {side: texts_of(features) for side, features in schema.sides.items()}
-        for side, features in read.items():
+        texts_of_side = {side: texts_of(features) for side, features in schema.sides.items()}
+        for side, features in texts_of_side.items():
             if not features:
                 raise ConfigError(f"sft.scorer.name=cross_encoder: data.{side} has no text feature, needs at least one")
         key = text_keys(config, schema)["doc"]
@@ -132,11 +132,11 @@ class CrossEncoder(FeatureScorer):
                 f"sft.scorer.name=cross_encoder: got a text encoder {kind}, needs a BERT with 2 token types"
             )
         architecture.bigdssm["lora"] = None  # all its weights are trained
-        longest = sum(feature.max_tokens for features in read.values() for feature in features.values())
+        longest = sum(feature.max_tokens for features in texts_of_side.values() for feature in features.values())
         architecture.max_position_embeddings = max(architecture.max_position_embeddings, longest)
         text = text_config.build(architecture)
         assert isinstance(text, TransformerEncoder)
-        return cls(text, key, list(read["query"]), list(read["doc"]))
+        return cls(text, key, list(texts_of_side["query"]), list(texts_of_side["doc"]))
 
     def initialize(self, text_encoders: Mapping[str, nn.Module]) -> None:
         """Load the weights of the text encoder `key`; positions beyond its last one repeat from the first."""
@@ -169,11 +169,12 @@ def join_texts(parts: list[tuple[Values, int]]) -> tuple[Tensor, Tensor]:
     num_pairs, width = first.shape[0], sum(int(text.shape[1]) for text, _ in parts if isinstance(text, Tensor))
     tokens, types = first.new_full((num_pairs, width), NO_TOKEN), first.new_zeros((num_pairs, width))
     begin = first.new_zeros((num_pairs, 1))
-    for number, (text, kind) in enumerate(parts):
+    # each text is written behind the tokens of those before it, over their padding
+    for index, (text, token_type) in enumerate(parts):
         assert isinstance(text, Tensor)
-        text = text[:, 1:] if number else text
+        text = text[:, 1:] if index else text
         position = begin + torch.arange(text.shape[1], device=text.device)
         tokens.scatter_(1, position, text)
-        types.scatter_(1, position, (text != NO_TOKEN).long() * kind)
+        types.scatter_(1, position, (text != NO_TOKEN).long() * token_type)
         begin = begin + (text != NO_TOKEN).sum(1, keepdim=True)
     return tokens, types

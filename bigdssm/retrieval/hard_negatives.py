@@ -55,7 +55,9 @@ from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
 
-ROWS_AT_ONCE, WINDOWS_AT_ONCE, PASS_ROWS = 1024, 4096, 65_536
+ROWS_AT_ONCE = 1024  # whose texts are read for a review
+WINDOWS_AT_ONCE = 4096  # rows whose windows are written
+PASS_ROWS = 65_536  # read at once for known positives
 SAMPLE = 512  # queries over all ranks for the recall of an approximate index
 RESULTS_AT_ONCE = 4_194_304  # per round, over all ranks: 32 MiB
 REMAKE = "make it with bigdssm mine_negatives, list_candidates or score_pairs, by the same data.targets and data.visit"
@@ -171,24 +173,24 @@ class HardNegatives:
 
     def windows(self, queries: np.ndarray) -> np.ndarray:
         """Return the windows int32 [m, W] of int64 keys [m]. Raises DataError: a query is missing."""
-        return np.asarray(self._records["window"][self._positions(queries)])
+        return np.asarray(self._records["window"][self._record_indices(queries)])
 
     def teacher_scores(self, queries: np.ndarray) -> np.ndarray:
         """Return float32 [m, 1 + W]: teacher scores of the target and of the window, NaN if absent.
 
         Requires `scored`. Raises DataError: a query is missing.
         """
-        return np.asarray(self._records["teacher"][self._positions(queries)])
+        return np.asarray(self._records["teacher"][self._record_indices(queries)])
 
-    def _positions(self, queries: np.ndarray) -> np.ndarray:
-        positions, present = find_sorted(self.queries, queries)
+    def _record_indices(self, queries: np.ndarray) -> np.ndarray:
+        indices, present = find_sorted(self.queries, queries)
         if not present.all():
             row, event = divmod(int(queries[~present][0]), 1 << EVENT_BITS)
             raise DataError(
                 f"{self._path} has no negatives for row {row} (event {event}) and {(~present).sum() - 1} other queries "
                 "of a batch; mine again"
             )
-        return positions
+        return indices
 
     def sample(
         self, rows: Rows, epoch: int, seed: int, k: int, teacher_margin: float | None = None
@@ -197,14 +199,15 @@ class HardNegatives:
 
         teacher_margin: documents with a teacher score above the target's minus this margin are never sampled.
         """
-        window, teacher = self.windows(rows.query_keys), self.teacher_scores(rows.query_keys) if self.scored else None
+        window = self.windows(rows.query_keys)
+        teacher = self.teacher_scores(rows.query_keys) if self.scored else None
         if teacher is not None and teacher_margin is not None:
             window = np.where(teacher[:, 1:] > teacher[:, :1] - teacher_margin, -1, window)
         positions = sample_positions(window, rows, epoch, seed, k)
         documents = take_positions(window, positions, -1).astype(np.int64)
         shown = None
         if self.positioned:
-            every = self._records["shown"][self._positions(rows.query_keys)].astype(np.int64)
+            every = self._records["shown"][self._record_indices(rows.query_keys)].astype(np.int64)
             shown = np.concatenate([every[:, :1], take_positions(every[:, 1:], positions, 0).astype(np.int64)], 1)
         if teacher is None:
             return SampledNegatives(documents, None, shown)
@@ -278,7 +281,8 @@ def sample_negatives(dataset: Dataset, hard: HardNegatives, count: int, seed: in
     """
     texts = Texts(dataset)
     num_rows, queries = dataset.num_rows("train"), hard.queries
-    if len(queries) and (last := queries[-1] >> EVENT_BITS) >= num_rows:
+    last = queries[-1] >> EVENT_BITS if len(queries) else -1
+    if last >= num_rows:
         raise DataError(f"negatives were mined for row {last}, but {dataset.dir} has {num_rows} train rows")
     selected = queries[np.linspace(0, len(queries) - 1, min(count, len(queries))).astype(np.int64)]
     examples = []
@@ -304,10 +308,10 @@ class TrainPositives:
         share = replace(share, rows_per_chunk=PASS_ROWS)
         for rows in iterate_share(dataset, "train", share, "known positives read"):
             if rows is not None:
-                is_known = rows.relevance > 0
+                is_positive = rows.relevance > 0
                 if isinstance(exclude_seen, str):
-                    is_known &= dataset.matching_targets(rows, exclude_seen, "data.exclude_seen")
-                queries, docs = rows.query_ids[is_known], rows.doc_rows[is_known]
+                    is_positive &= dataset.matching_targets(rows, exclude_seen, "data.exclude_seen")
+                queries, docs = rows.query_ids[is_positive], rows.doc_rows[is_positive]
                 parts.append((queries, docs))
                 if dataset.schema.siamese:  # pairs are symmetric
                     query_docs = dataset.catalogue.rows_by_id(queries)
@@ -430,6 +434,7 @@ class CandidateRows:
         Shapes: [p]. A repeated pair keeps its greatest relevance, and its first position in `shown`.
         """
         grade = np.zeros(len(queries), np.float32) if relevance is None else relevance
+        # The first entry of each pair has its greatest relevance; the slice is for no pairs at all.
         initial = np.lexsort((-grade, docs, queries))
         first = np.append(True, (np.diff(queries[initial]) != 0) | (np.diff(docs[initial]) != 0))[: len(queries)]
         pairs = initial[first]
@@ -450,6 +455,7 @@ class CandidateRows:
         length = end - start
         row = np.repeat(np.arange(len(queries)), length)
         entry = np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
+        # query << 32 | document: one key per pair
         retained = ~np.isin((row << 32) | self.docs[entry], (excluded[0] << 32) | excluded[1])
         row, entry = row[retained], entry[retained]
         position = np.arange(len(row)) - np.searchsorted(row, row)
@@ -475,13 +481,13 @@ def write_rated(path: Path, dataset: Dataset, width: int, low: float, share: Sha
     query_ids, docs, relevance = (np.concatenate(column) for column in zip(*columns, strict=True))
     rated = CandidateRows(query_ids, docs, relevance, low)
 
-    def of(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def windows_of(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         targets = np.arange(rows.num_queries), rows.doc_rows
         windows, grades, _ = rated.windows(rows.query_ids, targets, width)
         return windows, {"teacher": np.concatenate([rows.relevance[:, None], grades], 1)}
 
     empty = f"{dataset.dir}: no training query has a rated document other than its target, so there are no candidates"
-    return _write(path, dataset, of, record_dtype(width, scored=True), empty=empty, share=share)
+    return _write(path, dataset, windows_of, record_dtype(width, scored=True), empty=empty, share=share)
 
 
 def write_candidates(
@@ -497,8 +503,9 @@ def write_candidates(
     """
     positives = TrainPositives.of(dataset, share)
     query_column, target_column, candidate_column, position_column = columns
-    queries, docs, positions = ([np.zeros(0, np.int64)] for _ in range(3))
-    targets, target_positions = ([np.zeros(0, np.int64)] for _ in range(2))
+    nothing = np.zeros(0, np.int64)
+    queries, docs, positions = [nothing], [nothing], [nothing]  # of candidates
+    targets, target_positions = [nothing], [nothing]  # of table rows, with a position column
     missing = 0
     options = dict(zip(columns, ("--query-column", "--positive-column", "--column", "--position-column"), strict=True))
     for batch in read_table(table, {column: option for column, option in options.items() if column}, log_row):
@@ -510,10 +517,10 @@ def write_candidates(
         queries.append(np.repeat(hashed, np.diff(np.asarray(lists.offsets)))[rows >= 0])
         docs.append(rows[rows >= 0])
         if position_column is not None:
-            own, of_candidates = _positions(table, check, position_column, lists)
+            own, displayed = _display_positions(table, check, position_column, lists)
             targets.append(hashed)
             target_positions.append(own)
-            positions.append(of_candidates[rows >= 0])
+            positions.append(displayed[rows >= 0])
         missing += int((rows < 0).sum())
     if missing:
         logger.warning(
@@ -522,28 +529,29 @@ def write_candidates(
     shown = None if position_column is None else np.concatenate(positions)
     candidates = CandidateRows(np.concatenate(queries), np.concatenate(docs), None, shown=shown)
     target_keys, first = np.unique(np.concatenate(targets), return_index=True)
+    position_of_key = np.concatenate(target_positions)[first]  # of a repeated key the first
 
-    def of(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def windows_of(rows: Rows) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         queries = rows.query_ids if target_column is None else pair_hash(rows.query_ids, rows.doc_rows)
         number, docs = positives.pairs(rows.query_ids)
         excluded = np.append(number, np.arange(rows.num_queries)), np.append(docs, rows.doc_rows)
-        windows, _, of_windows = candidates.windows(queries, excluded, width)
+        windows, _, window_positions = candidates.windows(queries, excluded, width)
         if position_column is None:
             return windows, {}
-        position, present = find_sorted(target_keys, queries)
-        own = np.where(present, np.concatenate(target_positions)[first][position], 0)
-        return windows, {"shown": np.concatenate([own[:, None], of_windows], 1)}
+        index, present = find_sorted(target_keys, queries)
+        own = np.where(present, position_of_key[index], 0)
+        return windows, {"shown": np.concatenate([own[:, None], window_positions], 1)}
 
     empty = f"{table}: no training query of {dataset.dir} has a candidate in it; check the ids in its columns"
     record = record_dtype(width, shown=position_column is not None)
-    return _write(path, dataset, of, record, empty=empty, share=share)
+    return _write(path, dataset, windows_of, record, empty=empty, share=share)
 
 
 def _write(
-    path: Path, dataset: Dataset, of: Callable[[Rows], tuple[np.ndarray, dict[str, np.ndarray]]],
+    path: Path, dataset: Dataset, windows_of: Callable[[Rows], tuple[np.ndarray, dict[str, np.ndarray]]],
     record: np.dtype[np.void], *, empty: str, share: Share,
 ) -> HardNegatives:  # fmt: skip
-    """Write `of`(train rows): windows [m, W], and further fields of `record`.
+    """Write `windows_of`(train rows): windows [m, W], and further fields of `record`.
 
     Raises DataError with the message `empty`: all windows are empty.
     """
@@ -555,7 +563,7 @@ def _write(
             for rows in dataset.iterate_range("train", first, last, dataset.rows_for_queries("train", WINDOWS_AT_ONCE)):
                 records = records_of_file[position : position + rows.num_queries]
                 records["query"] = rows.query_keys
-                records["window"], further = of(rows)
+                records["window"], further = windows_of(rows)
                 for name, values in further.items():
                     records[name] = values
                 all_empty = all_empty and not (records["window"] >= 0).any()
@@ -572,7 +580,7 @@ def _write(
     return HardNegatives.open(path)
 
 
-def _positions(table: Path, check: RowCheck, column: str, lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def _display_positions(table: Path, check: RowCheck, column: str, lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of a batch's targets and of its candidates `lists`. Raises DataError: invalid."""
     needed = "needs the position of the positive, then those of the documents, whole numbers of at least 1"
     values = value_lists(check, column, " ")

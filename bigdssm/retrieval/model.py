@@ -35,6 +35,13 @@ from bigdssm.retrieval.embed import (
 )
 from bigdssm.utils.arguments import checked
 
+PAIRS_AT_ONCE = 8192  # pairs converted to tensors at a time
+VECTORS_AT_ONCE = 16_384  # vector pairs scored at a time
+
+Columns = Mapping[str, Column]
+EncodeSide = Callable[[nn.Module, Mapping[str, Values]], Tensor]
+"""Computes the vectors of one side with the model, such as `query_vectors`."""
+
 
 class Texts:
     """The texts of a dataset's rows; several text features are joined by a bar."""
@@ -58,11 +65,6 @@ class Texts:
 def _read(columns: Mapping[str, Column], features: Mapping[str, Text], tokenizer: TextTokenizer) -> list[str]:
     parts = [feature.decode(cast(Ragged, columns[name]), tokenizer) for name, feature in features.items()]
     return [" | ".join(row) for row in zip(*parts, strict=True)]
-
-
-PAIRS_AT_ONCE, VECTORS_AT_ONCE = 8192, 16_384  # pairs converted to tensors, and vector pairs scored, at a time
-
-Columns = Mapping[str, Column]
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ class PairScorer:
         scores = torch.full(documents.shape, float("-inf"))
         row, column = (torch.from_numpy(part) for part in np.nonzero(documents >= 0))
         pairs = queries, row.numpy(), documents[documents >= 0]
-        of_pairs = self._by_vectors(*pairs).float().cpu()
+        pair_scores = self._by_vectors(*pairs).float().cpu()
         if isinstance(self.scorer, FeatureScorer):
-            of_pairs = of_pairs + self._by_features(*pairs)
-        scores[row, column] = of_pairs
+            pair_scores = pair_scores + self._by_features(*pairs)
+        scores[row, column] = pair_scores
         return np.asarray(scores)
 
     def _by_features(self, queries: Columns, row: np.ndarray, docs: np.ndarray) -> Tensor:
@@ -119,12 +121,13 @@ class PairScorer:
         features_of_side = {side: {name: self.schema.sides[side][name] for name in names} for side, names in sides}
         declared: dict[str, Feature] = join_sides(features_of_side["query"], features_of_side["doc"])
         parts = [torch.zeros(0)]
-        pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
-        for first in range(0, pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
+        # as many forward passes on every rank, some of no pairs: with a sharded model each is a collective
+        num_pieces = int(distributed.all_reduce(torch.tensor(-(-len(row) // PAIRS_AT_ONCE)), "max"))
+        for first in range(0, num_pieces * PAIRS_AT_ONCE, PAIRS_AT_ONCE):
             piece = slice(first, first + PAIRS_AT_ONCE)
-            of_docs = self.documents(docs[piece])
-            of_queries = {name: ragged.take(queries[name], row[piece]) for name in features_of_side["query"]}
-            columns = join_sides(of_queries, {name: of_docs[name] for name in features_of_side["doc"]})
+            doc_columns = self.documents(docs[piece])
+            query_columns = {name: ragged.take(queries[name], row[piece]) for name in features_of_side["query"]}
+            columns = join_sides(query_columns, {name: doc_columns[name] for name in features_of_side["doc"]})
             parts.append(encode_features(declared, columns, len(row[piece]), score, self.device).cpu())
         return torch.cat(parts)
 
@@ -133,12 +136,11 @@ class PairScorer:
         distinct, column = np.unique(docs, return_inverse=True)
         scorer = self.scorer if isinstance(self.scorer, VectorScorer) else None
 
-        def encoded(
-            side: str, columns: Columns, vectors: Callable[[nn.Module, Mapping[str, Values]], Tensor]
-        ) -> Tensor:
-            by = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
+        def encoded(side: str, columns: Columns, vectors: EncodeSide) -> Tensor:
+            # a scorer takes the towers' outputs; vectors for inner products also contain alpha and beta
+            vectors_of = partial(vectors, self.model) if scorer is None else partial(tower_output, self.model, side)
             declared, num_rows = self.schema.sides[side], len(next(iter(columns.values())))
-            return encode_features(declared, columns, num_rows, lambda part: by(part).float(), self.device)
+            return encode_features(declared, columns, num_rows, lambda part: vectors_of(part).float(), self.device)
 
         q = encoded("query", queries, query_vectors)[torch.from_numpy(row)]
         d = encoded("doc", self.documents(distinct), document_vectors)[torch.from_numpy(column)]

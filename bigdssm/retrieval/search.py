@@ -52,7 +52,7 @@ from bigdssm.utils.hashing import hash64
 NUM_SUGGESTIONS = 3
 # Bounds of the fuzzy match of an unknown name against titles: at worst about a second.
 MOST_COMPARED, COMPARED_CHARACTERS = 5000, 80
-BOOLEANS = (("true", "True", "TRUE", "1"), ("false", "False", "FALSE", "0"))  # as in `boolean_indices`
+BOOLEANS = (("true", "True", "TRUE", "1"), ("false", "False", "FALSE", "0"))  # as in features/categorical.py
 CACHED_FILTERS = 32  # a byte and a bit per document and cached filter
 
 
@@ -160,9 +160,11 @@ class Queries:
         Raises: ConfigError, DataError: invalid for this model, or an unknown user.
         """
         features, dataset = request.features or {}, self._dataset
+        # Strings that are not UTF-8 (lone surrogates from JSON) would fail later, in hashing or in the answer.
         texts = [text for text in (request.user, request.document, request.filter) if text is not None]
         for value in features.values():
-            texts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
+            entries = value if isinstance(value, list | tuple) else [value]
+            texts += [entry for entry in entries if isinstance(entry, str)]
         for event in request.events or ():
             texts += [event.item, *(value for value in (event.features or {}).values() if isinstance(value, str))]
         texts += [value for value in (request.context or {}).values() if isinstance(value, str)]
@@ -183,8 +185,8 @@ class Queries:
             until = request.now
             if as_of is not None and dataset.has_times:
                 until = min(as_of / dataset.header.time_unit, np.inf if until is None else until)
-            of_user, stored = read_user(dataset, request.user, until, allow_unknown=self._schema.empty_histories)
-            columns |= of_user
+            user_columns, stored = read_user(dataset, request.user, until, allow_unknown=self._schema.empty_histories)
+            columns |= user_columns
         if request.document is not None:
             if not self._schema.siamese or dataset is None:
                 raise ConfigError("queries of this model are not documents; describe the query by its features")
@@ -196,51 +198,55 @@ class Queries:
             check_now(dataset, request.now)
         columns |= {name: self.feature(name, value) for name, value in features.items()}
 
-        live, unknown = self._events(request.events or [], request.now, stored)
-        past = stored.followed_by(live)
+        # The history is the user's stored events, followed by those of the request.
+        requested, unknown = self._events(request.events or [], request.now, stored)
+        past = stored.followed_by(requested)
         seen = past.rows.values
         visit = VisitConfig() if dataset is None else dataset.rules.visit
         names = [*self._schema.request, *([] if visit.feature is None else [visit.feature])]
-        context, known = {}, stored_features({name: self._schema.event[name] for name in names})
+        context, context_features = {}, stored_features({name: self._schema.event[name] for name in names})
         for name, value in (request.context or {}).items():
-            if name not in known:
+            if name not in context_features:
                 beginning = name[:COMPARED_CHARACTERS]
                 raise ConfigError(
-                    f"context: {beginning!r} is not a feature of requests; they are: {', '.join(known) or 'none'}"
+                    f"context: {beginning!r} is not a feature of requests; they are: "
+                    f"{', '.join(context_features) or 'none'}"
                 )
-            context[name] = self._encoded(known[name], value)
+            context[name] = self._encoded(context_features[name], value)
         if dataset is not None:
             columns |= histories(dataset, past) | request_columns(dataset, past, context, request.now)
+
+        # Constraints on the results: the filter; seen documents, the query document and the listed keys are excluded.
         allowed = None
         if request.filter is not None:
             if self.filters is None:
                 raise ConfigError("a filter needs the documents' features; give the dataset with --data")
             allowed = self.filters.allowed(request.filter)
         exclude = self._exclude_seen if request.exclude_seen is None else request.exclude_seen
-        of_events = NO_ROWS
+        seen_rows = NO_ROWS
         if dataset is not None:
             session = None if visit.feature is None else context.get(visit.feature)
-            of_events = excluded_rows(dataset, past, exclude, request.now, session).values
+            seen_rows = excluded_rows(dataset, past, exclude, request.now, session).values
         by_key = NO_ROWS if dataset is None else dataset.catalogue.rows_by_key(keys)
         unknown_excluded = tuple(key for key, row in zip(keys, by_key.tolist(), strict=False) if row < 0)
-        excluded = np.concatenate([of_events, query_document, by_key[by_key >= 0]])
+        excluded = np.concatenate([seen_rows, query_document, by_key[by_key >= 0]])
         return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, tuple(keys), allowed)
 
     def decoded(self, columns: Mapping[str, Column]) -> dict[str, Any]:
         """Return the readable values of one query's columns: items by their id, texts as their tokens."""
 
-        def item(of: str, code: int) -> str:
-            return str(self._schema.doc[of].display(np.array(code), decoder))
+        def item(feature: str, code: int) -> str:
+            return str(self._schema.doc[feature].display(np.array(code), decoder))
 
-        decoder, decoded = Decoder(self._tokenizer, item), dict[str, Any]()
+        decoder = Decoder(self._tokenizer, item)
+        decoded: dict[str, Any] = {}
         for name, column in columns.items():
             _, _, event = name.partition(".")
             if name in self._schema.query:
                 feature = self._schema.query[name]
                 value = feature.array(column)[0]
-                is_whole = (
-                    isinstance(feature, Vector) and not np.isnan(value).any()
-                )  # its display has the first numbers
+                # the display of a vector has its first numbers only
+                is_whole = isinstance(feature, Vector) and not np.isnan(value).any()
                 decoded[name] = value.tolist() if is_whole else feature.display(value, decoder)
             elif event != ITEM_ROW:  # of an event per item of a history, or of the request
                 of_event = self._schema.event[event]
@@ -251,14 +257,14 @@ class Queries:
 
     def feature(self, name: str, value: Any) -> Column:
         """Encode one value as a column. Raises ConfigError: an unknown feature, or an invalid value."""
-        known = stored_features(self._schema.query)
-        if name not in known:
+        allowed = stored_features(self._schema.query)
+        if name not in allowed:
             events = "; give events instead of a history" if name in self._schema.query else ""
             requested = (name if name.isprintable() else repr(name))[:COMPARED_CHARACTERS]
             raise ConfigError(
-                f"{requested} is not a query feature that can be given; they are: {', '.join(known)}{events}"
+                f"{requested} is not a query feature that can be given; they are: {', '.join(allowed)}{events}"
             )
-        return self._encoded(known[name], value)
+        return self._encoded(allowed[name], value)
 
     def _encoded(self, feature: Feature, value: Any) -> Column:
         """Encode one value of a feature as a column. Raises ConfigError: an invalid value."""
@@ -271,7 +277,7 @@ class Queries:
             raise ConfigError(str(error).removeprefix("row 0: ")) from None
         return given[feature.name]
 
-    def unknown(self, item: str) -> str:
+    def unknown_item_message(self, item: str) -> str:
         """Return a message about an unknown event item, with similar titles."""
         assert self.names is not None, "events require names"
         near = self.names.nearest(item)
@@ -315,27 +321,27 @@ class Queries:
             order = np.arange(len(events))
         rows = self.names.rows([events[i].item for i in order])
         unknown = tuple(events[i].item for i, row in zip(order, rows.tolist(), strict=True) if row < 0)
-        known, given = order[rows >= 0], stored_features(self._schema.event)
+        matched, event_features = order[rows >= 0], stored_features(self._schema.event)
         for event in events:
             for name in event.features or {}:
-                if name not in given:
+                if name not in event_features:
                     raise ConfigError(
                         f"{name[:COMPARED_CHARACTERS]!r} is not a feature of events; they are: "
-                        f"{', '.join(given) or 'none'}"
+                        f"{', '.join(event_features) or 'none'}"
                     )
         features = {}
         for name, feature in self._schema.event.items():
             if isinstance(feature, EventTime):
-                previous = np.concatenate([stored.newest_time, times[known]])[:-1]
-                values = feature.codes(times[known], previous, self._dataset.header.time_unit)
+                previous = np.concatenate([stored.newest_time, times[matched]])[:-1]
+                values = feature.codes(times[matched], previous, self._dataset.header.time_unit)
             else:
-                every = ((events[i].features or {}).get(name) for i in known)
+                every = ((events[i].features or {}).get(name) for i in matched)
                 encoded = [self._encoded(feature, feature.missing if value is None else value) for value in every]
                 values = np.concatenate([none.features[name].values, *map(np.asarray, encoded)])
-            features[name] = Ragged(values, np.array([0, len(known)]))
-        newest = times[known[-1:]] if len(known) else np.full(1, np.nan)
-        of_known = Ragged.of_lists([times[known]], np.float64)
-        return PastEvents(Ragged.of_lists([rows[rows >= 0]], np.int64), features, newest, of_known), unknown
+            features[name] = Ragged(values, np.array([0, len(matched)]))
+        newest = times[matched[-1:]] if len(matched) else np.full(1, np.nan)
+        event_times = Ragged.of_lists([times[matched]], np.float64)
+        return PastEvents(Ragged.of_lists([rows[rows >= 0]], np.int64), features, newest, event_times), unknown
 
 
 @dataclass(frozen=True)
@@ -355,6 +361,7 @@ class PastEvents:
         length = table.lengths("items", sequences)
         first = np.zeros_like(length)
         if now is not None:
+            # the number of times up to `now` per sequence; reduceat returns no 0 for an empty one
             times = table.take_slices(TIME_COLUMN, sequences, first, length)
             length = np.add.reduceat(np.append(times.values <= now, 0), times.offsets[:-1]) * (length > 0)
         items = table.take_slices("items", sequences, first, length)
@@ -461,6 +468,7 @@ def excluded_rows(
         raise ConfigError("some events have no time, which data.visit.gap_s needs; give it for all")
 
     def visits() -> tuple[Ragged, np.ndarray]:
+        """Return the times or session codes of the events, and those of the requests."""
         if visit.feature is None:
             return past.times, past.newest_time if now is None else np.full(len(past.rows), now)
         events = past.features[visit.feature]

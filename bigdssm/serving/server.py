@@ -44,7 +44,8 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # asyncio sets it on the sockets that it opens; without it a body waits 40 ms for the delayed ACK of its head
+        # asyncio sets TCP_NODELAY only on sockets that it opens; without it the body of an answer waits 40 ms for the
+        # delayed ACK of the head
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._update_timer()
 
@@ -111,8 +112,8 @@ class WorkersFailed(BigDSSMError):
     """A worker ended before it was ready."""
 
 
-def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: int) -> None:
-    """Run `work(*arguments, ready)` in `number` processes until SIGTERM or SIGINT, and wait for them.
+def run_workers(count: int, work: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: int) -> None:
+    """Run `work(*arguments, ready)` in `count` processes until SIGTERM or SIGINT, and wait for them.
 
     `work` and `arguments` must be picklable, as sockets are. `work` calls `ready()` once it serves. A process that ends
     afterwards is restarted; one that ends before, for example while its folders are being replaced, is retried as long
@@ -129,8 +130,8 @@ def run_workers(number: int, work: Callable[..., Any], arguments: tuple[Any, ...
         process.start()
         return process, ready
 
-    workers = [start() for _ in range(number)]
-    retry_at = dict[int, float]()  # time of the next start, by number of a worker that failed to start
+    workers = [start() for _ in range(count)]
+    retry_at = dict[int, float]()  # time of the next start, by index of a worker that failed to start
     try:
         while not stopping.is_set():
             wait([process.sentinel for i, (process, _) in enumerate(workers) if i not in retry_at], timeout=0.5)

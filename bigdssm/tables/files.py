@@ -26,7 +26,8 @@ import xxhash
 from torch import Tensor
 
 from bigdssm.errors import CheckpointError
-from bigdssm.tables.rows import OUT_OF_VOCABULARY, ROWS_AT_ONCE, TableSpec, initial_rows
+from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.tables.rows import ROWS_AT_ONCE, TableSpec, initial_rows
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.utils.safetensors_header import safetensors_header
 

@@ -1,4 +1,4 @@
-"""Rows of a table on this rank: their division over ranks, initial values, and storage.
+"""Rows of a table on this rank: their division over ranks, initial values, and storage with an index and a cache.
 
 A row belongs to one of SHARDS virtual shards, and a rank owns a range of shards, so that a table saved by any number of
 ranks can be read by any other. A row that was never updated is not stored: its value is a function of (seed, table,
@@ -19,23 +19,22 @@ from torch import Tensor
 
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import DiskFullError
+from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
 from bigdssm.utils.device import to_device
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 
 SHARDS = 4096  # virtual shards, a power of 2: the maximum number of ranks
 _SPREAD = 2_654_435_761  # odd: neighbouring rows, often of similar frequency, are in distant shards
-_GATHER = pow(_SPREAD, -1, SHARDS)
+_INVERSE_SPREAD = pow(_SPREAD, -1, SHARDS)  # from a shard to its rows, modulo SHARDS
 _BITS = 16  # of each of the four numbers in a hash
 _UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of their sum
 
 ROWS_AT_ONCE = 1 << 16  # copied to the host
 DIRECT_ROWS = 1 << 31  # of a table whose storage has a position for each row; larger ones have keyed storage
-OUT_OF_VOCABULARY = 1  # its row stands for rows that are not admitted
-FIRST_CODE = 2  # of an id
 
 ABSENT = -1  # a slot without a row, and a row without a slot
 FIRST_SLOTS = 1024  # a power of 2
-_TABLE = 2  # entries per slot, a power of 2: a search ends after about 1.5 of them
+_ENTRIES_PER_SLOT = 2  # a power of 2: a search ends after about 1.5 entries
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class TableSpec:
         return np.asarray(np.where(codes[..., None] < FIRST_CODE, first, rows))
 
     @property
-    def share(self) -> int:
+    def shard_capacity(self) -> int:
         """The capacity of a virtual shard."""
         return -(-self.capacity // SHARDS)
 
@@ -108,7 +107,7 @@ class RowPartition:
         """Return the rows at positions of the storage; the inverse of `local`."""
         first, end = self.shards
         size = end - first
-        return np.asarray(local // size * SHARDS + (local % size + first) * _GATHER % SHARDS)
+        return np.asarray(local // size * SHARDS + (local % size + first) * _INVERSE_SPREAD % SHARDS)
 
     def capacity(self, rows: int) -> int:
         """Return the size of the storage for a table of `rows` rows."""
@@ -201,7 +200,7 @@ class RowIndex:
         return slots
 
     def remove(self, slots: np.ndarray) -> None:
-        """Free slots; searches pass their entries until the table is built again."""
+        """Free slots; their entries are skipped by look-ups until the next `_build` removes them."""
         self.rows[slots] = ABSENT
         self.free = np.append(self.free, slots)
 
@@ -211,7 +210,10 @@ class RowIndex:
         self._build()
 
     def _build(self) -> None:
-        self._entries, self._filled = np.zeros(_TABLE * len(self.rows), np.int32), 0  # slots, and their number
+        self._entries, self._filled = (
+            np.zeros(_ENTRIES_PER_SLOT * len(self.rows), np.int32),
+            0,
+        )  # slots, and their number
         self.free = np.flatnonzero(self.rows[1:] == ABSENT) + 1
         self._insert(np.flatnonzero(self.rows != ABSENT))
 
@@ -247,7 +249,7 @@ class RowCache:
         self.use(stored)
 
     def use(self, stored: Mapping[str, Tensor]) -> None:
-        """Use other tensors of the storage, whose rows are those of the ones before. The cache must be clear."""
+        """Use these tensors of the storage, for example larger copies of those before. The cache must be clear."""
         self._stored = stored
         self._slot_of = np.zeros(len(next(iter(stored.values()))), np.int32)  # a slot plus 1; 0: not in the cache
 
@@ -435,7 +437,10 @@ class RowStore:
             self.occurrences = occurrences
 
     def is_admitted(self, rows: np.ndarray, step: int) -> np.ndarray:
-        """Return whether rows are used before `step`, bool [n]; the out-of-vocabulary row always is."""
+        """Return whether rows are in use before `step`, bool [n]; others read the out-of-vocabulary row.
+
+        That row itself is always admitted.
+        """
         if self.occurrences is None:
             return np.ones(len(rows), bool)
         local = self._local(rows)
@@ -495,22 +500,24 @@ class RowStore:
         self.updated[local] = step + 1
 
     def trim(self, step: int) -> None:
-        """Reduce each virtual shard with more rows than its share to 7/8 of it: the last updated rows, then the lowest.
+        """Reduce each virtual shard with more rows than its capacity to 7/8 of it; the rows updated last are retained.
 
-        A rank owns whole shards: the evicted rows do not depend on the number of ranks, and ranks need not communicate.
+        Of rows updated in the same step, the lowest are retained. A rank owns whole shards: the evicted rows do not
+        depend on the number of ranks, and ranks need not communicate.
         """
         if not self.spec.capacity:
             return
         local = np.flatnonzero(self.updated)
         shards = shard_of(self._rows(local))
         counts = np.bincount(shards, minlength=SHARDS)
-        full = np.flatnonzero(counts[shards] > self.spec.share)
+        full = np.flatnonzero(counts[shards] > self.spec.shard_capacity)
         if not len(full):
             return
         local, shards = local[full], shards[full]
         order = np.lexsort((self._rows(local), -self.updated[local], shards))
         firsts = np.searchsorted(shards[order], shards[order])  # of the shard
-        retained = self.spec.share - self.spec.share // 8  # so that few shards are sorted the next time
+        # less than the capacity, so that few shards are sorted the next time
+        retained = self.spec.shard_capacity - self.spec.shard_capacity // 8
         self._release(local[order[np.arange(len(order)) - firsts >= retained]], step)
 
     def content(self, step: int, *, states: bool) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from bigdssm import distributed
 from bigdssm.config.components import TableOptimizerConfig
-from bigdssm.tables.rows import OUT_OF_VOCABULARY, RowPartition, RowStore, TableSpec, table_key
+from bigdssm.features.base import OUT_OF_VOCABULARY
+from bigdssm.tables.rows import RowPartition, RowStore, TableSpec, table_key
 from bigdssm.utils.device import to_device
 
 TRIM_STEPS = 64  # steps between two evictions above a capacity, which read the steps of all rows

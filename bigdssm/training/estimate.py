@@ -290,7 +290,7 @@ def estimate(
     stored = {}
     for table, spec in specs.items():
         most = distinct[table.partition("_")[0]] if spec.is_keyed else spec.stored_rows
-        stored[table] = min(most, spec.share * SHARDS or most)
+        stored[table] = min(most, spec.shard_capacity * SHARDS or most)
     if specs and config.engine.table_memory != "file":
         numbers = 0
         for table, spec in specs.items():

@@ -238,7 +238,7 @@ class PositionBias:
 
     def __init__(self, positions: int, lr: float, device: torch.device | None) -> None:
         self._values = torch.zeros(positions, dtype=torch.float64, device=device, requires_grad=True)
-        self._moments = torch.zeros(2, positions, dtype=torch.float64, device=device)
+        self._averages = torch.zeros(2, positions, dtype=torch.float64, device=device)
         self._lr, self._updates = lr, 0
 
     def __call__(self, shown: Tensor | None) -> Tensor:
@@ -259,7 +259,7 @@ class PositionBias:
             return
         gradient /= distributed.world_size()
         self._updates += 1
-        first, second = self._moments
+        first, second = self._averages
         first.lerp_(gradient, 0.1)
         second.lerp_(gradient.square(), 0.001)
         change = first / (1 - 0.9**self._updates) / ((second / (1 - 0.999**self._updates)).sqrt() + 1e-8)
@@ -268,13 +268,13 @@ class PositionBias:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state, the same on every rank."""
-        state = torch.cat([self._values.detach()[None], self._moments])
+        state = torch.cat([self._values.detach()[None], self._averages])
         return {self.STATE: state, f"{self.STATE}.updates": torch.tensor(self._updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the state of a checkpoint."""
         self._updates = int(state[f"{self.STATE}.updates"])
-        self._moments.copy_(state[self.STATE][1:])
+        self._averages.copy_(state[self.STATE][1:])
         with torch.no_grad():
             self._values.copy_(state[self.STATE][0])
 

@@ -73,12 +73,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             shape = getattr(parameter, "ds_shape", parameter.shape)  # of a parameter partitioned by ZeRO 3
             name = "tables" if id(parameter) in tables else "matrices" if len(shape) >= 2 else "rest"
             groups[name].append(parameter)
+    lr = config.learning_rate
+    base_lrs = {"matrices": lr, "tables": lr * config.embedding_lr_ratio, "rest": lr}
     return [
         {
             "name": name,
             "params": parameters,
-            "lr": config.learning_rate * (config.embedding_lr_ratio if name == "tables" else 1.0),
-            "base_lr": config.learning_rate * (config.embedding_lr_ratio if name == "tables" else 1.0),
+            "lr": base_lrs[name],
+            "base_lr": base_lrs[name],
             "weight_decay": config.weight_decay if name == "matrices" else 0.0,
         }
         for name, parameters in groups.items()

@@ -1,4 +1,4 @@
-"""What is encoded again every few steps: hard negatives, text vectors of stale columns, contents of items.
+"""Refresh every few steps: hard negatives, text vectors of stale columns, contents of items.
 
 Mined files are in the stage's folder, one per set of training partitions and mining step. A resume reads the file of
 the last mining step before the checkpoint, since the checkpoint's weights would mine others; a missing file is mined

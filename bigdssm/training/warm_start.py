@@ -68,7 +68,7 @@ def _item_vectors(
     codes = item_codes(dataset.catalogue.codes(feature, np.arange(transitions.num_docs)))
     docs = transitions.matrix().tocoo()
     code_of_index = None
-    if num_codes > np.iinfo(np.int32).max:  # hashed ids are few of many codes
+    if num_codes > np.iinfo(np.int32).max:  # hashed ids use few of many codes: index those in use
         code_of_index, codes = np.unique(codes, return_inverse=True)
         num_codes = len(code_of_index)
     pairs = csr_matrix((docs.data, (codes[docs.row], codes[docs.col])), (num_codes, num_codes))
@@ -76,20 +76,20 @@ def _item_vectors(
     if not len(selected):
         raise DataError(f"{dataset.dir}: no train row has a history, so no {feature} values co-occur")
     vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
-    length = np.sqrt((vectors**2).sum(axis=1).mean())
-    scaled = (vectors * (config.length / length)).astype(np.float32)
+    root_mean_square = np.sqrt((vectors**2).sum(axis=1).mean())
+    scaled = (vectors * (config.length / root_mean_square)).astype(np.float32)
     return selected if code_of_index is None else code_of_index[selected], scaled
 
 
 def spectral_vectors(counts: csr_matrix, dim: int) -> np.ndarray:
     """Return V float64 [n, ≤ dim] with V Vᵀ nearest to the mean of √counts and its transpose; counts [n, n] ≥ 0."""
     roots = counts.sqrt()
-    both = (roots + roots.T) / 2
-    size = both.shape[0]
+    symmetric = (roots + roots.T) / 2
+    size = symmetric.shape[0]
     if size <= max(DENSE_UP_TO, dim + 1):
-        values, vectors = np.linalg.eigh(both.toarray())
+        values, vectors = np.linalg.eigh(symmetric.toarray())
         values, vectors = values[-dim:], vectors[:, -dim:]
     else:
-        values, vectors = eigsh(both, dim, which="LA", v0=np.ones(size))
+        values, vectors = eigsh(symmetric, dim, which="LA", v0=np.ones(size))
     signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])  # the sign is arbitrary
     return np.asarray(vectors * signs * np.sqrt(values.clip(0)))

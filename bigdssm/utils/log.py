@@ -63,14 +63,14 @@ def default_logging() -> Iterator[None]:
     if root.hasHandlers():
         yield
         return
-    before = root.level, root.propagate
+    level, propagate = root.level, root.propagate
     setup_logging()
     try:
         yield
     finally:
         root.handlers.clear()
-        root.setLevel(before[0])
-        root.propagate = before[1]
+        root.setLevel(level)
+        root.propagate = propagate
 
 
 class MetricsWriter:
@@ -126,8 +126,9 @@ def truncate_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None
 
 def metric_label(name: str) -> str:
     """Return the display name of a metric, such as `NDCG@10` for ndcg_at_10."""
-    base, separator, cut = name.partition("_at_")
-    return (base.upper() if len(base) <= 4 else base.capitalize()) + separator.replace("_at_", "@") + cut
+    base, _, cut_off = name.partition("_at_")
+    label = base.upper() if len(base) <= 4 else base.capitalize()
+    return f"{label}@{cut_off}" if cut_off else label
 
 
 def rank_file(folder: Path, name: str, rank: int) -> Path:

@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 22  # of a sequentially read file
 VERSION_KEYS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime")  # fsspec's names of version fields
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://")
-_count = itertools.count()
+_waits = itertools.count()  # numbers of retries in this process, for different jitter
 T = TypeVar("T")
 log = get_logger(__name__)
 
@@ -78,12 +78,13 @@ def _retried(url: str, attempt: Callable[[], T]) -> T:
         except Exception as error:
             text, status = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", _status(error)
             error.__traceback__ = None  # fsspec's frames reference it, and thereby all objects of their callers
+        # the attempt failed: raise if another one cannot succeed, else wait
         if status == 404:
             raise FileNotFoundError(errno.ENOENT, "no such file", redacted(url))
         if 400 <= status < 500 and status not in (408, 425, 429):
             raise DataError(f"{redacted(url)}: the server refuses it ({redacted(text)}); check address and credentials")
         if number + 1 < ATTEMPTS:
-            spread = xxhash.xxh3_64_intdigest(f"{os.getpid()} {next(_count)} {url}".encode()) / 2**64
+            spread = xxhash.xxh3_64_intdigest(f"{os.getpid()} {next(_waits)} {url}".encode()) / 2**64
             wait = min(FIRST_WAIT_S * 2**number, LONGEST_WAIT_S) * (0.5 + spread / 2)  # jitter between ranks
             log.info("%s: %s; trying again in %.1f s", redacted(url), redacted(text), wait)
             time.sleep(wait)
@@ -116,8 +117,10 @@ def _request(url: str, start: int | None, end: int | None) -> bytes:
             content = b""
         else:
             raise
-    if start is not None and end is not None and (reached := start + len(content)) < end and reached < _size(url):
-        raise OSError(f"received {len(content)} of {end - start} bytes at {start}")
+    if start is not None and end is not None:
+        reached = start + len(content)
+        if reached < end and reached < _size(url):  # the size takes another request
+            raise OSError(f"received {len(content)} of {end - start} bytes at {start}")
     return content
 
 

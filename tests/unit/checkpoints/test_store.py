@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,7 @@ from safetensors.torch import load_file
 
 from bigdssm.checkpoints import checkpoint as checkpoint_module
 from bigdssm.checkpoints.checkpoint import (
-    FileShare,
     TensorPiece,
-    VerifiedRange,
     assign_blocks,
     even_share,
     find_checkpoint,
@@ -152,15 +151,15 @@ def test_killed_while_a_step_is_saved_again(
 
 
 def test_a_file_that_cannot_be_read_is_damage(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = checkpoint_module.read_blocks
+    real = Path.open
 
-    def broken(folder: Path, share: FileShare, first: int, last: int) -> VerifiedRange:
-        if folder.name == "step-00000015":
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent.name == "step-00000015" and path.suffix == ".safetensors":
             raise OSError(5, "Input/output error")
-        return read(folder, share, first, last)
+        return real(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigdssm.checkpoints.checkpoint.read_blocks", broken)
+        patch.setattr(Path, "open", broken)
         newest = store.newest_valid()
     assert newest is not None and newest.step == 10
 
