@@ -610,10 +610,10 @@ BUGS = [
     Bug("appends", "metadata_not_validated", "dataset.partition:_check_shape",
         "for fault in _misfits(content, shape, \"\"):", "for fault in ():",
         f"{UNIT}/dataset/test_dataset.py::test_a_value_of_another_shape_is_damage"),
-    Bug("appends", "split_of_another_kind_accepted", "ingest.splits:dataset_split",
+    Bug("appends", "split_of_another_kind_accepted", "ingest.splits:recorded_split",
         "if split[\"how\"] not in choices:", "if False:",
         f"{UNIT}/ingest/test_interactions_appends.py::test_an_append_of_pairs_names_damaged_fields"),
-    Bug("appends", "missing_cut_off_times_accepted", "ingest.splits:dataset_split",
+    Bug("appends", "missing_cut_off_times_accepted", "ingest.splits:recorded_split",
         "and name not in split]", "and False]",
         f"{UNIT}/ingest/test_interactions_appends.py::test_an_append_names_damaged_fields"),
     # Precision supported by the processor.
