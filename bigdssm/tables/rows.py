@@ -210,10 +210,8 @@ class RowIndex:
         self._build()
 
     def _build(self) -> None:
-        self._entries, self._filled = (
-            np.zeros(_ENTRIES_PER_SLOT * len(self.rows), np.int32),
-            0,
-        )  # slots, and their number
+        self._entries = np.zeros(_ENTRIES_PER_SLOT * len(self.rows), np.int32)  # slots
+        self._filled = 0  # their number
         self.free = np.flatnonzero(self.rows[1:] == ABSENT) + 1
         self._insert(np.flatnonzero(self.rows != ABSENT))
 
