@@ -21,6 +21,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from bigdssm.config import DataConfig, SourceConfig
+from bigdssm.dataset.blocks import FORGOTTEN, SEGMENT_COLUMNS, BlockLayout, good_rows, read_block, read_blocks
 from bigdssm.dataset.catalogue import (
     Catalogue,
     CatalogueFile,
@@ -30,17 +31,11 @@ from bigdssm.dataset.catalogue import (
     withdrawn_documents,
 )
 from bigdssm.dataset.partition import (
-    FORGOTTEN,
-    SEGMENT_COLUMNS,
-    BlockLayout,
     Extent,
     MixtureBatches,
     MixturePart,
     Partition,
     SplitIndex,
-    good_rows,
-    read_block,
-    read_blocks,
     read_dataset_json,
     read_index,
     read_partition,

@@ -20,11 +20,11 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import TextTokenizer
 from bigdssm.features.canonical import as_table, is_table
 from bigdssm.ingest.dataset_writer import DATASET_FILE, TOKENIZER
-from bigdssm.ingest.engines import Cluster
 from bigdssm.ingest.fitting import with_prompts
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
+from bigdssm.ingest.spark import Cluster
 from bigdssm.sources.base import Source, TableFile
 from bigdssm.sources.columnar import ParquetSource
 from bigdssm.utils.arguments import argument, checked, short_repr

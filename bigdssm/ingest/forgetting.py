@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from bigdssm.dataset.blocks import read_range
 from bigdssm.dataset.catalogue import DOCUMENT_COLUMN, WITHDRAWN_COLUMN, catalogue_files
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import INDEX_COLUMNS, Partition, SplitIndex, read_dataset_json, read_index, read_range
+from bigdssm.dataset.partition import INDEX_COLUMNS, Partition, SplitIndex, read_dataset_json, read_index
 from bigdssm.dataset.remote import KEYS_SUFFIX, SEQUENCE_KEYS_FILE
 from bigdssm.dataset.rows import EVENT_PREFIX, FORGOTTEN_DOC, FORGOTTEN_ID
 from bigdssm.dataset.schema import QUARANTINE_FILE, mix

@@ -34,6 +34,7 @@ from bigdssm.features.columns import (
     unit_of_times,
 )
 from bigdssm.features.event_time import END_SECOND, FIRST_SECOND
+from bigdssm.ingest.cutting import EarlierEvents, ItemVersions, cut_sequences
 from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
 from bigdssm.ingest.documents import (
     DistinctDocuments,
@@ -66,15 +67,7 @@ from bigdssm.ingest.job import (
     read_part,
     row_ordinals,
 )
-from bigdssm.ingest.splits import (
-    EarlierEvents,
-    ItemVersions,
-    SplitOptions,
-    SplitTimes,
-    check_fractions,
-    cut_sequences,
-    recorded_split,
-)
+from bigdssm.ingest.splits import SplitOptions, SplitTimes, check_fractions, recorded_split
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable, open_table
 from bigdssm.utils.hashing import hash_strings

@@ -36,16 +36,15 @@ from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, BadSourceRow, Da
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
 from bigdssm.ingest.engines import (
     ROWS_PER_READ,
-    Cluster,
     LocalEngine,
     RowTable,
-    SparkEngine,
     StepFunction,
     UnreadableTable,
     ranges,
     read_facts,
     write_facts,
 )
+from bigdssm.ingest.spark import Cluster, SparkEngine
 from bigdssm.sources.base import Part, Source
 from bigdssm.sources.opening import SparkTable
 from bigdssm.sources.text import MissingColumn

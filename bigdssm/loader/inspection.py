@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config import DEFAULT_CACHE_BYTES
+from bigdssm.dataset.blocks import FORGOTTEN, good_rows, read_block, read_range
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import FORGOTTEN, good_rows, read_block, read_dataset_json, read_index, read_range
+from bigdssm.dataset.partition import read_dataset_json, read_index
 from bigdssm.dataset.remote import COUNTS_FILE, FileCache, catalogue_entries
 from bigdssm.dataset.schema import QUARANTINE_FILE, VOCABULARIES, pair_hash
 from bigdssm.errors import DataError

@@ -20,8 +20,8 @@ import pyarrow as pa
 import webdataset as wds
 from braceexpand import braceexpand
 
+from bigdssm.dataset.blocks import BadRow
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import BadRow
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import hash_rows, row_keys
 from bigdssm.errors import ConfigError, DataError

@@ -31,8 +31,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bigdssm import distributed
+from bigdssm.dataset.blocks import FORGOTTEN, BadRow, read_blocks
 from bigdssm.dataset.dataset import Dataset, empty_batch
-from bigdssm.dataset.partition import FORGOTTEN, ROUND_STEPS, BadRow, read_blocks, steps_per_round
+from bigdssm.dataset.partition import ROUND_STEPS, steps_per_round
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, PeerError
 from bigdssm.features.ragged import offsets_of

@@ -27,10 +27,11 @@ from bigdssm.commands.make_shards import main
 from bigdssm.config import load_config
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.ingest.engines import Cluster, LocalEngine, SparkEngine
+from bigdssm.ingest.engines import LocalEngine
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
+from bigdssm.ingest.spark import Cluster, SparkEngine
 from tests.conftest import WORDS
 from tests.e2e.runs import ROOT
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from bigdssm.dataset import partition as partition_module
+from bigdssm.dataset import blocks as blocks_module
+from bigdssm.dataset.blocks import BlockLayout, decode, max_decoded_size
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import BlockLayout, decode, max_decoded_size
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import DataError
@@ -229,7 +229,7 @@ def test_foreign_blocks_are_skipped_entirely(case: str, tmp_path: Path) -> None:
 def test_a_block_that_would_fill_the_memory_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition_module, "MAX_DECODED_BYTES", 1 << 24)
+    monkeypatch.setattr(blocks_module, "MAX_DECODED_BYTES", 1 << 24)
     writer = Writer(tmp_path / "data")
     folder = writer.write()
     bomb = block_bytes({**writer.columns(0, 64, 0), "extra": pa.array([b"\0" * (1 << 20)] * 64, pa.large_binary())})
@@ -269,7 +269,7 @@ def test_no_flipped_byte_of_a_block_crashes_the_reader(position: int, tmp_path: 
     folder = Writer(tmp_path / "data").write()
     layout = Dataset.open(folder).layout
     try:
-        batch = partition_module.decode(bytes(content), layout)
+        batch = blocks_module.decode(bytes(content), layout)
     except (ValueError, OSError, pa.ArrowException):
         return
     assert batch.schema.names == list(layout.types)
@@ -286,7 +286,7 @@ def test_list_offsets_that_point_elsewhere_are_refused(value: int, tmp_path: Pat
     spoilt[40] = value
     assert content.count(offsets.tobytes()) == 1
     with pytest.raises((pa.ArrowInvalid, ValueError)):
-        partition_module.decode(content.replace(offsets.tobytes(), spoilt.tobytes()), layout)
+        blocks_module.decode(content.replace(offsets.tobytes(), spoilt.tobytes()), layout)
 
 
 def test_past_the_limit_the_stream_stops(copy: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 import xxhash
 
 from bigdssm.config import DataConfig
-from bigdssm.dataset import partition as partition_module
+from bigdssm.dataset import blocks as blocks_module
 from bigdssm.dataset import remote
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
@@ -575,7 +575,7 @@ def test_blocks_of_a_window_are_fetched_side_by_side(server: Server, store: File
 
     server.fault = count
     assert steps(dataset, 2) == steps(Dataset.open(interactions), 2)
-    assert 1 < most <= partition_module.CONNECTIONS
+    assert 1 < most <= blocks_module.CONNECTIONS
 
 
 def test_a_url_is_inspected_and_verified(server: Server, store: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,12 @@ from tests.unit.ingest.test_job_killed import content
 
 TEXT, KINDS = Text(max_tokens=8), Categorical(multi=True, min_count=2)
 SIZES = {
-    "splits.SEQUENCES_AT_ONCE": 7,
+    "cutting.SEQUENCES_AT_ONCE": 7,
     "engines.SMALL_WORK": 0,
     "fitting.ROWS_PER_FIT": 200,
     "job.DOCUMENTS_PER_FILE": 100,
     "job.BLOCKS_PER_SHARD": 2,
-    "splits.SEQUENCES_PER_FILE": 30,
+    "cutting.SEQUENCES_PER_FILE": 30,
     "engines.ROWS_PER_BUCKET": 500,
     "engines.ROWS_PER_BUCKET_JOB": 700,
     "splits.ROWS_PER_RUN": 600,

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from bigdssm.errors import BigDSSMError, ConfigError, UnavailableError
-from bigdssm.ingest import engines
-from bigdssm.ingest.engines import Cluster, SparkEngine, UnreadableTable
+from bigdssm.ingest import spark
+from bigdssm.ingest.engines import UnreadableTable
+from bigdssm.ingest.spark import Cluster, SparkEngine
 
 
 def test_a_missing_pyspark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_a_workers_error_comes_back_as_it_was(error: BigDSSMError, tmp_path: Pat
     def fail(job: Any, folder: Path) -> None:
         raise error
 
-    answer = engines._do(fail, [(None, tmp_path / "none")], os.getcwd(), 0)
+    answer = spark._do(fail, [(None, tmp_path / "none")], os.getcwd(), 0)
     assert answer is not None
-    again = engines._error_of(answer)
+    again = spark._error_of(answer)
     assert type(again) is type(error) and (str(again), vars(again)) == (str(error), vars(error))

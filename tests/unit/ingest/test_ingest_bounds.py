@@ -89,8 +89,8 @@ def test_a_file_of_sequences_ends_with_as_many_events_as_memory_holds(
     config = DataConfig(dir="", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
     tables = InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv", split="train")
     make_interactions(config, tables, IngestTarget(tmp_path / "whole"))
-    monkeypatch.setattr("bigdssm.ingest.splits.EVENTS_PER_FILE", 10)
-    monkeypatch.setattr("bigdssm.ingest.splits.SEQUENCES_PER_FILE", 6)
+    monkeypatch.setattr("bigdssm.ingest.cutting.EVENTS_PER_FILE", 10)
+    monkeypatch.setattr("bigdssm.ingest.cutting.SEQUENCES_PER_FILE", 6)
     make_interactions(config, tables, IngestTarget(tmp_path / "cut"))
     whole, cut = (Dataset.open(tmp_path / name) for name in ("whole", "cut"))
     assert cut.sequences is not None and cut.sequences.rows_per_file == [1, 1, 3, 1, 2]

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.config import DataConfig
+from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import read_block
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.features.ragged import Ragged

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.config import DataConfig, SourceConfig, check_config, load_config
+from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset, join
-from bigdssm.dataset.partition import read_block
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import CalendarTime, Categorical, Elapsed, History, Numeric, Timestamp
 from bigdssm.features.canonical import columns_of_values

@@ -25,11 +25,11 @@ SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
 from bigdssm.config import DataConfig, TokenizerConfig
-from bigdssm.ingest import engines, fitting, interactions, job, pairs, splits
+from bigdssm.ingest import cutting, engines, fitting, interactions, job, pairs
 from bigdssm.features import Categorical, History, Numeric, Text, columns
 from bigdssm.utils.log import get_logger
 fitting.ROWS_PER_FIT = job.DOCUMENTS_PER_FILE = 300
-splits.SEQUENCES_PER_FILE, job.BLOCKS_PER_SHARD = 50, 4
+cutting.SEQUENCES_PER_FILE, job.BLOCKS_PER_SHARD = 50, 4
 kill_points, checks = 0, 0
 def deadly(owner, name):
     method = getattr(owner, name)

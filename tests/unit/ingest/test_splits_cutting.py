@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigdssm.config import DataConfig
+from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.partition import read_block
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
@@ -50,7 +50,7 @@ def cut(positions: list[int], most: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("split", ["time", "leave-one-out", "train"])
 def test_pieces_are_cut_from_the_newest_target_on(split: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"SEQUENCES_PER_FILE": 40, "SEQUENCES_AT_ONCE": 7, "EVENTS_PER_FILE": 150}.items():
-        monkeypatch.setattr(f"bigdssm.ingest.splits.{name}", size)
+        monkeypatch.setattr(f"bigdssm.ingest.cutting.{name}", size)
     random = np.random.RandomState(0)
     users = [f"u{n}" for n in random.randint(0, 100, 800)]
     times = random.randint(0, 60, len(users))
